@@ -50,7 +50,7 @@ class _Lines(logging.Formatter):
 
     def __init__(self, secrets: Sequence[str], *, as_json: bool, colors: bool) -> None:
         super().__init__()
-        self.secrets, self._as_json, self._colors = secrets, as_json, colors
+        self.secrets, self.as_json, self._colors = secrets, as_json, colors
 
     def format(self, record: logging.LogRecord) -> str:
         return scrub(self._structlogs.format(record), self.secrets)
@@ -59,7 +59,7 @@ class _Lines(logging.Formatter):
     def _structlogs(self) -> ProcessorFormatter:
         from structlog.stdlib import ProcessorFormatter
 
-        renderers = _json_renderers() if self._as_json else _console_renderers(colors=self._colors)
+        renderers = _json_renderers() if self.as_json else _console_renderers(colors=self._colors)
         return ProcessorFormatter(
             foreign_pre_chain=_processors(),
             processors=[ProcessorFormatter.remove_processors_meta, *renderers],
@@ -229,7 +229,9 @@ def progress(what: str, total: int, every: int = 1) -> Iterator[Progress]:
         every: Units between two log lines.
     """
     logger = get_logger()
-    console = any(isinstance(h, _CurrentStderr) for h in logging.root.handlers) and sys.stderr.isatty()
+    ours = [handler.formatter for handler in logging.root.handlers if isinstance(handler, _CurrentStderr)]
+    # JSON that was asked for at a terminal stays JSON: one line each, steps included.
+    console = any(isinstance(lines, _Lines) and not lines.as_json for lines in ours) and sys.stderr.isatty()
     if console and logging.getLogger("job").isEnabledFor(logging.INFO):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

@@ -37,7 +37,7 @@ from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
 from job.settings.affects_result import decisive_settings, default_settings, plain_values
-from job.settings.load import Settings, current_platform, environment, trackers
+from job.settings.load import Settings, current_platform, environment, exporters, trackers
 from job.settings.training_stages import folder_of, split_stages
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
@@ -45,6 +45,7 @@ from job.stages.publish import publish
 from job.stages.pull import publish_findings, pull
 from job.storage.open import ObjectStore, open_store, storage_options
 from job.tracking import energy
+from job.tracking.live_metrics import live_metrics
 from job.tracking.trackers import Tracking, tracking
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def _attempt(
     *,
     idle: IdleLimit | None,
 ) -> Iterator[tuple[Attempt, Tracking]]:
-    """Opens the run's next attempt, with injected faults, trackers, and an energy meter for all processes' GPUs."""
+    """Opens the run's next attempt, with injected faults, trackers, metrics and an energy meter for all GPUs."""
     store = _store(settings)
     armed = arm(faults if processes.leads else (), store)
     opening = open_attempt(
@@ -251,7 +252,13 @@ def _attempt(
         idle=idle or IdleLimit(settings.run.max_idle_attempts),
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
-    with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, opening as attempt:
+    watched = exporters(settings) if processes.leads else {}
+    with (
+        live_metrics(watched, settings.run.id) as live,
+        tracking(asked, settings.run.id, plain_values(settings), environment()) as track,
+        opening as attempt,
+    ):
+        live.figures = attempt.figures
         with current_platform().machine_checks():
             choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
         if processes.leads:

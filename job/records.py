@@ -507,6 +507,25 @@ class TrainingProgress:
 
 
 @dataclass(frozen=True)
+class RunFigures:
+    """Where a run is now, for monitoring; no part of the manifest.
+
+    Attributes:
+        attempt: Number of the attempt, from 1.
+        stages: The names of all stages.
+        stage: The one that goes on; None between two.
+        goodput: Share of the attempt's time in optimizer steps that no earlier attempt had done.
+        training: The last step of this attempt; None before its first one.
+    """
+
+    attempt: int
+    stages: tuple[str, ...]
+    stage: str | None
+    goodput: float
+    training: TrainingProgress | None
+
+
+@dataclass(frozen=True)
 class ValidationMetrics:
     """One validation: facts that identical runs share, and in `measured` what was measured. Step 0 is before training.
 

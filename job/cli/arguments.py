@@ -14,7 +14,7 @@ from typing import Literal
 
 from job.errors import Problem, SettingsError
 
-_RUN_HELP = "a finished run: its folder or its results.json, path or s3:// URI"
+_RUN_HELP = "a finished run: its folder or its results.json, path or URI"
 _POINTER_HELP = f"{_RUN_HELP}; or a pointer that promote wrote"
 
 
@@ -249,7 +249,7 @@ def _missing(given: Arguments, arguments: Sequence[Argument]) -> Iterator[Proble
         count = {0: "no run", 1: "one run"}.get(least, f"{least} runs")
         count += " or more" if most is None else ""
         name = with_flag.name if with_flag else " ".join(runs)
-        yield Problem(name, f"needs {count}, path or s3:// URI; {len(given.runs)} given")
+        yield Problem(name, f"needs {count}, path or URI; {len(given.runs)} given")
     for argument in arguments:
         if argument.choices and given.options.setdefault(argument.name, argument.choices[0]) not in argument.choices:
             yield Problem(argument.name, f"must be {' or '.join(argument.choices)}")

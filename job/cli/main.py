@@ -221,6 +221,9 @@ def _tell_libraries(interface: str | None) -> None:
     # TRL and MLflow send telemetry when training starts, unless it is disabled.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # In a TrainJob transformers would report progress to Kubeflow from the training loop: after a resume with a wrong
+    # remaining time, and 100 % when the run is preempted.
+    os.environ.setdefault("DISABLE_KUBEFLOW_INTEGRATION", "TRUE")
     if interface is not None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

@@ -1,6 +1,6 @@
 """The value of JOB_DATA__SOURCE: one source, or several with how much of each is used.
 
-    rows.jsonl                                  a path, `s3://` URI or hub id
+    rows.jsonl                                  a path, URI or hub id
     a.jsonl,s3://bucket/c.parquet               several: all rows of the first, then all of the second
     a.jsonl=2x,b.jsonl=0.5x,c.jsonl=1000rows    each row twice, every second row, the first 1,000 rows
     org/name@3f5c2a1=2x                         a revision of its own, for a hub id

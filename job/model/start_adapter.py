@@ -34,7 +34,7 @@ def find_start(place: str, folder: Path, storage: StorageOptions) -> Path:
     """The folder of an adapter's files, downloaded where it is not local.
 
     Args:
-        place: A path, an `s3://` URI of a folder, or a hub id, with `@` and a revision behind it or without.
+        place: A path, the URI of a folder in a store, or a hub id, with `@` and a revision behind it or without.
         folder: Where to put what is downloaded from a store.
         storage: Options of the store.
 

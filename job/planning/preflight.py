@@ -201,11 +201,11 @@ def preview_model(
     """Fetches a model's configuration and tokenizer, and checks that it has weights in safetensors.
 
     Args:
-        source: Hub id, `s3://` URI or path.
+        source: Hub id, URI or path.
         revision: For a hub id.
         max_length: Longest example in tokens; it has to fit the model's window.
         online: Whether the hub can be reached.
-        folder: Folder for copies from S3.
+        folder: Folder for copies from a store.
         storage: How to reach stores.
     """
     download: int | None
@@ -350,7 +350,7 @@ def preview_data(
         tokenizer: The model's; None if it could not be read.
         max_length: Longest example allowed, in tokens.
         online: Whether the hub can be reached.
-        folder: Folder for copies from S3.
+        folder: Folder for copies from a store.
         storage: How to reach stores.
         revision: For a hub id.
         show: How many rows to show, the first ones; none without a tokenizer.
@@ -546,7 +546,7 @@ def preview_questions(
         tokenizer: The model's; None if it could not be read.
         limit: Number of questions of each task; None for all.
         online: Whether the hub can be reached.
-        folder: Folder for copies from S3.
+        folder: Folder for copies from a store.
         storage: How to reach stores.
         max_length: The most tokens of a question with one of its choices.
         cut: Whether the beginning of longer ones is cut off.

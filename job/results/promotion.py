@@ -150,7 +150,7 @@ def check_place(place: Place) -> None:
     if not place.store.conditional_writes():
         what = (
             "lies in a store without conditional writes, where of two promotions at once both would seem to succeed; "
-            "use a store that has them, such as S3 or a local folder"
+            "use a store that has them: S3, Google's, Azure's or a local folder"
         )
         raise SettingsError([Problem(place.uri, what)])
 

@@ -57,7 +57,7 @@ class AttemptEnd:
 
     Attributes:
         attempt: Its number.
-        outcome: `preempted`, `failed`, `crashed` (a bug), `complete`, or `killed`: it wrote no end.
+        outcome: `preempted`, `stalled`, `failed`, `crashed` (a bug), `complete`, or `killed`: it wrote no end.
         exit_code: Of its process; null if it was killed, completed the run, or is of a version that did not record it.
         meaning: What the exit code means.
         why: The error's text, without secrets; null where there is none.
@@ -385,7 +385,9 @@ def headline(status: RunStatus) -> str:
         case "finished":
             words = "finished" + {None: "", True: ", gate met", False: ", gate not met"}[status.gate]
         case "failed" if end is not None and end.exit_code is not None:
-            words = f"failed with code {end.exit_code} ({end.meaning})"
+            retry = exit_codes().get(end.exit_code, (None, "no"))[1]
+            then = "a next attempt needs a correction" if retry == "no" else "a next attempt resumes the run"
+            words = f"failed with code {end.exit_code} ({end.meaning}); {then}"
         case "failed":
             words = "failed (the version of the job that ran it did not record the exit code)"
         case "not-started":

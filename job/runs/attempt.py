@@ -32,6 +32,7 @@ from job.records import (
     FirstValues,
     Pulled,
     Referenced,
+    RunFigures,
     StepMetrics,
     TrainingProgress,
     ValidationMetrics,
@@ -91,6 +92,8 @@ class Attempt:
     steps: int = 0
     repeated_steps: int = 0
     repeated_seconds: float = 0.0
+    step_seconds: float = 0.0
+    """Seconds in optimizer steps, those that were repeated included."""
     last_step: int = 0
     training: TrainingProgress | None = None
     """The last step as the run log shows it; whoever counts steps sets it before `step_done`."""
@@ -129,6 +132,7 @@ class Attempt:
         """Counts an optimizer step, and now and then notes in the store how far the attempt is."""
         self.report_progress()
         self.steps += 1
+        self.step_seconds += seconds
         if step <= max((record.last_step for record in self.earlier), default=0):
             self.repeated_steps += 1
             self.repeated_seconds += seconds
@@ -142,6 +146,18 @@ class Attempt:
         self.on_validation(metrics)
         self._note_if_due()
         self.faults.at("validation", metrics.step)
+
+    def figures(self) -> RunFigures:
+        """Where the run is now; asked from threads that watch it."""
+        stage, elapsed = self._stage, time.monotonic() - self._began
+        new = self.step_seconds - self.repeated_seconds
+        return RunFigures(
+            self.number,
+            tuple(one.value for one in Stage),
+            None if stage is None else stage[0],
+            min(1.0, max(0.0, new) / elapsed) if elapsed else 0.0,
+            self.training,
+        )
 
     def reached(self) -> tuple[int, int]:
         """How far this attempt has got; see `how_far`."""

@@ -23,7 +23,7 @@ from job.common.source_list import is_single, parse_sources
 from job.storage.location import schemes
 
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _FEWEST_ROWS = 2
@@ -215,19 +215,24 @@ _ONE_SLASH = re.compile(r"[a-z][a-z0-9]+:/")
 
 
 def _location(text: str) -> str:
-    """A path or hub id as it is; an `s3://bucket/key` URI checked, without the slash at its end."""
+    """A path or hub id as it is; a URI, such as `s3://bucket/key`, checked, and without the slash at its end."""
     if text.startswith("~"):
         raise ValueError("~ is not expanded here; write the whole path")
     scheme, separator, rest = text.partition("://")
     if not separator:
         if _ONE_SLASH.match(text):
-            raise ValueError("has one slash after the colon; write s3://bucket/key, or ./ before a path with a colon")
+            raise ValueError(
+                "has one slash after the colon; write s3://bucket/key (or gs, az), or ./ before such a path"
+            )
         return text
     if scheme not in schemes():
-        raise ValueError("of all URIs only s3://bucket/key is understood; give a path, or a hub id as org/name")
+        known = ", ".join(f"{known}://bucket/key" for known in schemes())
+        raise ValueError(f"is a URI of no known store: {known}; give one of those, a path, or a hub id as org/name")
     bucket, _, key = rest.rstrip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
-        raise ValueError(f"after {scheme}:// comes a bucket: 3 to 63 lower-case letters, digits, dots and hyphens")
+        raise ValueError(
+            f"after {scheme}:// comes a bucket: 3 to 63 lower-case letters, digits, dots, hyphens and underscores"
+        )
     if key and any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError("the key after the bucket has an empty part, '.' or '..' in it; remove it")
     return f"{scheme}://{bucket}/{key}".rstrip("/")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pydantic import ValidationError
 
@@ -36,6 +37,7 @@ __all__ = [
     "current_place",
     "current_platform",
     "describe",
+    "exporters",
     "foreign_variables",
     "json_schema",
     "load_reading",
@@ -49,6 +51,7 @@ __all__ = [
 
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY_ID)(?!.*(FILE|DIR|PATH)$)", re.IGNORECASE)
 _LOGIN = re.compile(r"://([^/@\s]+:[^/@\s]+@)")  # in the address of a tracker or a proxy
+_HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(\w+_)?HEADERS")  # name=value pairs with commas, values escaped as in URLs
 _SHORTEST_SECRET = 8
 
 PROJECT = "qlora-job"
@@ -173,7 +176,15 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     environ = os.environ if environ is None else environ
     named = [value for name, value in environ.items() if _SECRET.search(name)]
     in_urls = [found for value in environ.values() for found in _LOGIN.findall(value)]
-    return tuple(secret for secret in (*named, *in_urls) if len(secret) >= _SHORTEST_SECRET)
+    in_headers = [
+        part
+        for name, value in environ.items()
+        if _HEADERS.fullmatch(name)
+        for pair in value.split(",")
+        for part in (pair.partition("=")[2].strip(), *unquote(pair.partition("=")[2]).split())
+    ]
+    found = dict.fromkeys([*named, *in_urls, *in_headers])
+    return tuple(secret for secret in found if len(secret) >= _SHORTEST_SECRET)
 
 
 def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
@@ -191,6 +202,27 @@ def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> di
     if "MLFLOW_TRACKING_URI" in given:
         found["mlflow"] = None if given & {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} else PROJECT
     return found
+
+
+def exporters(settings: Settings, environ: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """The exporters of figures that are asked for (see `tracking.live_metrics`), each with its arguments.
+
+    OTLP is asked for by OpenTelemetry's own variables, which the SDK reads itself.
+    """
+    environ = os.environ if environ is None else environ
+    found: dict[str, dict[str, Any]] = {}
+    disabled = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    chosen = {name.strip() for name in (environ.get("OTEL_METRICS_EXPORTER") or "otlp").split(",")}
+    if "otlp" in chosen and not disabled and (_otlp("ENDPOINT", environ)):
+        found["otlp"] = {"protocol": _otlp("PROTOCOL", environ) or "http/protobuf"}
+    if settings.metrics.port is not None:
+        found["prometheus"] = {"port": settings.metrics.port}
+    return found
+
+
+def _otlp(name: str, environ: Mapping[str, str]) -> str:
+    """The value of a variable of OpenTelemetry's exporter: the one for metrics, else the one for all signals."""
+    return environ.get(f"OTEL_EXPORTER_OTLP_METRICS_{name}") or environ.get(f"OTEL_EXPORTER_OTLP_{name}") or ""
 
 
 def describe(settings: Settings) -> list[tuple[str, Any, str]]:
@@ -285,7 +317,7 @@ def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
         if not values[name]:
             continue
         if is_remote(place) or place.startswith(("/", ".")):
-            what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or s3:// URI"
+            what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or URI"
             yield name, f"{what}; remove it"
         elif why := _other_repository(name, marker.subject, request):
             yield name, why

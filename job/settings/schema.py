@@ -114,7 +114,8 @@ class Run(Group):
     """Name of the run and of its folder; the job started again with the same id resumes the run. Default: the
     platform's name of the job, else a new one from the time and random digits."""
     output: ExecutionOnly[Location] = "runs"
-    """Where runs are kept, `s3://bucket/prefix` or a path; the files of this run lie in `<output>/<run id>/`.
+    """Where runs are kept, `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix` or a path; the files of
+    this run lie in `<output>/<run id>/`.
 
     Default on SageMaker: `/opt/ml/checkpoints`, the folder that SageMaker copies to S3.
     """
@@ -145,12 +146,12 @@ class Model(Group):
     """The base model."""
 
     id: AffectsResult[Annotated[Location, SageMakerChannel("model")]] = "mistralai/Mistral-7B-v0.1"
-    """Hub id, `s3://` URI or path."""
+    """Hub id, URI (`s3://`, `gs://`, `az://`) or path."""
     revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("model.id")]] = None
     """Commit hash, for a hub id; empty: the newest commit. The manifest records the commit that was used."""
     name: AffectsResult[Maybe[PublicName]] = None
     """Public name of the base model, such as its hub id, to be written into the adapter's files if JOB_MODEL__ID is a
-    path or `s3://` URI. Default: the hub id, else the last part of JOB_MODEL__ID. Nothing is downloaded by this name.
+    path or URI. Default: the hub id, else the last part of JOB_MODEL__ID. Nothing is downloaded by this name.
     """
     pretraining_tokens: ExecutionOnly[Maybe[Annotated[Real, Field(gt=0, le=1e16)]]] = None
     """Tokens that the base was pre-trained on, such as 2e12: the report gives the compute of training as a share of
@@ -182,7 +183,7 @@ class Lora(Group):
     dropout: AffectsResult[Annotated[NotNegative, Field(lt=1)]] = 0.0
     """Dropout on the adapter's input. Anything but 0 needs the slower layers of PEFT."""
     start: AffectsResult[Maybe[Location]] = None
-    """Adapter to go on training, instead of a new one: hub id (`org/name` or `org/name@revision`), `s3://` URI or path
+    """Adapter to go on training, instead of a new one: hub id (`org/name` or `org/name@revision`), URI or path
     of a LoRA adapter in safetensors, of the same rank, alpha and layers. Learning preferences, it is also the
     reference."""
     target_modules: AffectsResult[Literal["auto", "all-linear", "attention", "mlp"] | Names] = "auto"
@@ -233,9 +234,9 @@ class Data(Group):
     """The training data."""
 
     source: AffectsResult[Annotated[DataSources, SageMakerChannel("training")]] = "tatsu-lab/alpaca"
-    """Hub id, `s3://` URI or path of a file, a folder or a glob of shards (`rows/*.jsonl`). Several have commas between
-    them, and behind each how much of it is used: `a.jsonl=2x,b.jsonl=0.5x,org/name@commit=1000rows` uses each row of
-    the first twice, every second one of the second, and the first 1,000 valid ones of the third.
+    """Hub id, URI (`s3://`, `gs://`, `az://`) or path of a file, a folder or a glob of shards (`rows/*.jsonl`). Several
+    have commas between them, and behind each how much of it is used: `a.jsonl=2x,b.jsonl=0.5x,org/name@commit=1000rows`
+    uses each row of the first twice, every second one of the second, and the first 1,000 valid ones of the third.
     """
     fields: AffectsResult[FieldNames] = Field(default_factory=dict)
     """The rows' own names of fields: `prompt=question,completion=answers.0.text` or JSON. Dots separate nested keys."""
@@ -298,7 +299,7 @@ class Data(Group):
     """Least probability of the unsafe labels at which a text counts as unsafe."""
     validation: AffectsResult[Annotated[Maybe[HeldOut], SageMakerChannel("validation")]] = None
     """Rows for the validation loss: a share of the rows (0.05) or a number of them (200), held out of training, or a
-    source of its own (hub id, `s3://` URI or path) with rows of the same schema; empty for none. Near-duplicates of a
+    source of its own (hub id, URI or path) with rows of the same schema; empty for none. Near-duplicates of a
     row fall on the same side as the row; JOB_DATA__LIMIT counts the rows before any is held out.
     """
     validation_revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.validation")]] = None
@@ -452,7 +453,7 @@ class Eval(Group):
     batch_tokens: ExecutionOnly[Count] = 8192
     """Maximum number of tokens scored in one forward pass."""
     prompts: AffectsResult[Maybe[Prompts]] = None
-    """Prompts that base and adapter answer, for the report: a file (path or `s3://` URI) with rows of the schemas of
+    """Prompts that base and adapter answer, for the report: a file (path or URI) with rows of the schemas of
     JOB_DATA__FORMAT or, as .txt, a prompt on each line; or a number N, for the first N rows that
     JOB_DATA__VALIDATION holds out. Empty: none."""
     prompts_max_new_tokens: AffectsResult[Count] = 128
@@ -520,7 +521,7 @@ class Gate(Group):
     """A YAML file with rules for several tasks or groups and one verdict, instead of a threshold: critical, supporting
     and guarded tasks, each with its metric, least gain and largest loss."""
     baseline: ExecutionOnly[Maybe[Location]] = None
-    """An earlier run, path or `s3://` URI: the gate compares with its adapter instead of with the base model."""
+    """An earlier run, path or URI: the gate compares with its adapter instead of with the base model."""
 
     @property
     def only_choices(self) -> str:
@@ -541,18 +542,19 @@ class Sign(Group):
 
 
 class Storage(Group):
-    """Object storage. Credentials are no settings: they come from AWS's own variables, or from the machine's role."""
+    """Object storage. Credentials are no settings: the cloud's own variables or the machine's identity have them."""
 
     endpoint_url: ExecutionOnly[Maybe[Endpoint]] = None
-    """Address of an S3-compatible store, `https://host:port`; empty for AWS."""
+    """Address of an S3-compatible store, `https://host:port`; empty for AWS. For `gs://` and `az://` set the clouds'
+    own GOOGLE_BASE_URL and AZURE_STORAGE_ENDPOINT."""
     region: ExecutionOnly[Maybe[Text]] = None
-    """Region of the bucket."""
+    """Region of the bucket of `s3://`."""
     kms_key_id: ExecutionOnly[Maybe[Text]] = None
-    """KMS key for the encryption of new objects (SSE-KMS)."""
+    """KMS key for the encryption of new objects of `s3://` (SSE-KMS); other stores refuse to write with one."""
     storage_class: ExecutionOnly[Maybe[StorageClass]] = None
-    """Storage class of new objects."""
+    """Storage class of new objects, in the cloud's own words; for `az://` the access tier."""
     request_payer: ExecutionOnly[Flag] = False
-    """Pay for requests to a requester-pays bucket."""
+    """Pay for requests to a requester-pays bucket of `s3://`."""
     timeout_seconds: ExecutionOnly[Seconds] = 60
     """Seconds that one request may take."""
     retries: ExecutionOnly[Annotated[Count, Field(le=100)]] = 8
@@ -570,6 +572,13 @@ class Log(Group):
     """Lowest level that is shown."""
     trackers: ExecutionOnly[Literal["auto", "off"]] = "auto"
     """Metrics to Weights & Biases and MLflow; `auto`: to each whose variables are set, such as MLFLOW_TRACKING_URI."""
+
+
+class Metrics(Group):
+    """Figures for monitoring, while the run goes on; OpenTelemetry's own variables (OTEL_...) ask for OTLP."""
+
+    port: ExecutionOnly[Maybe[Annotated[Count, Field(le=65535)]]] = None
+    """Port of a Prometheus endpoint with step, loss, speed, time left and stage; empty: none."""
 
 
 class Cost(Group):
@@ -616,6 +625,7 @@ class Settings(Options):
     sign: Sign = Field(default_factory=Sign)
     storage: Annotated[Storage, UsedByReaders()] = Field(default_factory=Storage)
     log: Annotated[Log, UsedByReaders()] = Field(default_factory=Log)
+    metrics: Metrics = Field(default_factory=Metrics)
     cost: Cost = Field(default_factory=Cost)
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)

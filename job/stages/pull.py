@@ -15,10 +15,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from job import log
-from job.audit.audit import Audited
+from job.audit.audit import Audited, read_findings
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
+from job.audit.safety import Screen
 from job.common import host
+from job.common.findings import UNSAFE
 from job.common.hashing import code_hashes, hash_file
 from job.common.methods import SFT
 from job.common.resources import check_disk, required_bytes, usable_cpus
@@ -181,8 +183,7 @@ def _pull(
         tasks = _load_tasks(attempt, settings, storage, policy)
         if baseline is not None:
             check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)
-        start = _find_start(attempt, settings, storage)
-        safety, judge = _find_safety_model(attempt, settings, storage), _find_judge(attempt, settings, storage)
+        start, safety = _find_start(attempt, settings, storage), _find_safety_model(attempt, settings, storage)
         fetched = _fetch_rows(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
         tokenizer = load_tokenizer(folder, settings.model.add_tokens)
@@ -207,8 +208,9 @@ def _pull(
                 coming.result()  # an error of the weights ends the reading of rows
 
         how: dict[str, Any] = {"date": date, "vocabulary": vocabulary, "alive": alive}
-        auditing = {**_auditing(attempt, settings, storage, tasks, safety), **how}
-        tokens = _read_rows(attempt, settings, *fetched, tokenizer, audited=_known_audit(attempt), **auditing)
+        auditing = {**how, **_auditing(attempt, settings, storage, tasks, safety)}
+        known = {**auditing, "audited": _known_audit(attempt), **_known_scores(attempt)}
+        tokens = _read_rows(attempt, settings, *fetched, tokenizer, **known)
         prompts = _read_prompts(attempt, settings, storage, tokens, tokenizer, fetched=fetched, **how)
         for stage in later:
             _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, **auditing)
@@ -219,8 +221,7 @@ def _pull(
             wait([coming], _CLEANUP_SECONDS)  # the thread removes a quantized base that it has copied in part
         raise
     attempt.alive()
-    dataset = _with_audit_of_before(attempt, tokens.record)
-    dataset, model_licence = _with_licences(attempt, settings, dataset, model.revision)
+    dataset, licence = _with_licences(attempt, settings, tokens.record, model.revision)
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     record = Pulled(
         dataset,
@@ -229,7 +230,7 @@ def _pull(
         tasks.fingerprints(),
         None if start is None else hash_start(start),
         _prompts_record(settings, prompts),
-        model_licence,
+        licence,
         _groups(attempt, tasks),
         None if safety is None else safety.record.sha256,
     )
@@ -249,7 +250,7 @@ def _pull(
         prompts,
         tokens.findings,
         safety,
-        judge,
+        _find_judge(attempt, settings, storage),
     )
     return sources, tokens.folder
 
@@ -257,11 +258,11 @@ def _pull(
 def _with_licences(
     attempt: Attempt, settings: Settings, dataset: DatasetRecord, revision: str | None
 ) -> tuple[DatasetRecord, str | None]:
-    """The record of the data with the licences of its sources, and the licence of the model at a revision.
+    """The record of the data with the run's audit and its sources' licences; and the model's licence at a revision.
 
-    Looked up by the first attempt; later ones take its record, so that they need no card.
+    Licences are looked up by the first attempt; later ones take its record, so that they need no card.
     """
-    earlier = attempt.recorded(Stage.PULL, Pulled)
+    earlier, dataset = attempt.recorded(Stage.PULL, Pulled), _with_audit_of_before(attempt, dataset)
     if earlier is not None:
         return replace(dataset, licences=earlier.dataset.licences), earlier.model_licence
     found = {
@@ -288,6 +289,24 @@ def _groups(attempt: Attempt, tasks: Tasks) -> dict[str, GroupSpec] | None:
     """The groups that have an aggregate; None if an earlier version, which did not record them, began the run."""
     earlier = attempt.recorded(Stage.PULL, Pulled)
     return None if earlier is not None and earlier.groups is None else dict(tasks.groups) or None
+
+
+def _known_scores(attempt: Attempt) -> dict[str, Screen]:
+    """As `_auditing` has it, a `screen` by what an earlier attempt published; empty if there is nothing.
+
+    On another GPU the classifier may score a row on the other side of the threshold: the run keeps the rows that it
+    began with.
+    """
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    record = None if earlier is None else earlier.dataset.audit
+    if record is None or record.safety is None:
+        return {}
+    try:
+        findings = read_findings(attempt.fetch(Artifact(FINDINGS, record.bytes, record.sha256)))
+    except DataError:
+        return {}  # which `_known_audit` logs
+    scores = {one.row: one.score or 0.0 for one in findings if one.kind == UNSAFE}
+    return {"screen": lambda texts: [scores.get(row, 0.0) for row in range(len(texts))]}
 
 
 def _known_audit(attempt: Attempt) -> Audited | None:

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 LOCAL = ""
 """The scheme of a path."""
-BACKENDS = {LOCAL: "job.storage.local:LocalStore", "s3": "job.storage.s3:S3Store"}
+BACKENDS = {
+    LOCAL: "job.storage.local:LocalStore",
+    "s3": "job.storage.s3:S3Store",
+    "gs": "job.storage.gcs_azure:GcsStore",
+    "az": "job.storage.gcs_azure:AzureStore",
+}
 """Scheme -> the store's class, by name: its module, and the client library with it, is imported when it is opened."""
 # Names of today's and of older buckets, and aliases of access points.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
@@ -25,11 +30,12 @@ class StorageOptions:
     """How stores are reached: the settings group `storage` without `cache`. Credentials are no options.
 
     Attributes:
-        endpoint_url: Address of another server that speaks S3's protocol; None for AWS.
-        region: AWS region; None for what the environment says.
-        kms_key_id: Key for SSE-KMS; None for the bucket's own encryption.
+        endpoint_url: Address of another server that speaks S3's protocol; None for AWS. For S3 alone: a run may read
+            from one cloud and write to another.
+        region: AWS region; None for what the environment says. For S3 alone.
+        kms_key_id: Key for SSE-KMS; None for the bucket's own encryption. Other stores refuse to write with one.
         storage_class: Of uploaded files; small objects, which are rewritten and read again, stay in the standard one.
-        request_payer: Pay for requests to a requester-pays bucket.
+        request_payer: Pay for requests to a requester-pays bucket. For S3 alone.
         timeout_seconds: How long one request, or 256 KiB of a download, may take.
         retries: How often a request is tried at most, the first time included.
     """

@@ -82,7 +82,9 @@ def test_unsafe_rows_are_left_out(environment: dict[str, str], tmp_path: Path) -
     kept = [line for path in (tmp_path / "scores").glob("*/*.jsonl") for line in read_jsonl(path) if "chances" in line]
     assert sorted(line["row"] for line in kept) == [0, 1]
     assert attempt(environment, **changes, JOB_FAULT="kill@step=1").returncode == -9
-    assert attempt(environment, **changes).returncode == 0
+    again = attempt(environment, **changes)
+    assert again.returncode == 0
+    assert "rows scored" not in again.stderr, "rows keep the scores that the run began with"
     assert published(tmp_path, "stopped") == published(run.parent, "whole")
 
     folder = Path(environment["JOB_DATA__SAFETY_MODEL"])

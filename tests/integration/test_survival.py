@@ -13,23 +13,29 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import boto3
 import pytest
 
 from job.common.hashing import sealed
-from job.results.reader import open_run
+from job.results.reader import open_run, read_bytes
 from job.runs.layout import facts_of
+from job.storage.open import open_store
 from job.verification.verify import require_verified, verify
 from tests import warm
+from tests.azurite import azurite
 from tests.chaos.small import settings
 from tests.flaky_proxy import flaky
+from tests.gcs_server import gcs_server
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 
 ROOT = Path(__file__).parents[2]
+NAMING_THE_DATA = {"artifacts/adapter/README.md", "artifacts/bom.cdx.json"}
+"""Artifacts that say where the data lies."""
 
 
 def attempt(environment: Mapping[str, str], **changes: str) -> subprocess.CompletedProcess[str]:
@@ -282,10 +288,63 @@ def test_store_that_fails(environment: dict[str, str], undisturbed: dict[str, st
         found = facts_of(results)
         assert found.keys() == undisturbed.keys()
         changed = {path for path in found if found[path] != undisturbed[path]}
-        assert changed <= {"artifacts/adapter/README.md"}  # the data's place
+        assert changed <= NAMING_THE_DATA
         for artifact in results["artifacts"]:
             body = client.get_object(Bucket=BUCKET, Key=f"out/flaky/{artifact['path']}")["Body"].read()
             assert hashlib.sha256(body).hexdigest() == artifact["sha256"], artifact["path"]
+        spoiled = sum(proxy.done.values()) - proxy.done["passed"]
+        assert spoiled > 10, proxy.done
+
+
+@contextmanager
+def cloud(scheme: str, folder: Path) -> Iterator[tuple[str, str]]:
+    """The imitation of a cloud's store: the variable that leads to it, and its address."""
+    if scheme == "gs":
+        with gcs_server():
+            yield "GOOGLE_BASE_URL", os.environ["GOOGLE_BASE_URL"]
+    else:
+        with azurite(folder) as url:
+            yield "AZURE_STORAGE_ENDPOINT", url
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+def test_clouds_that_fail(
+    environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path, scheme: str
+) -> None:
+    """Killed and stopped, with everything in a cloud's store that spoils a tenth of all requests, a run completes."""
+    folder, place = Path(environment["JOB_DATA__SOURCE"]).parent, f"{scheme}://{BUCKET}"
+    with cloud(scheme, tmp_path) as (variable, url):
+        store = open_store(f"{place}/in")
+        for path in [*(folder / "base").iterdir(), folder / "rows.jsonl", folder / "questions.jsonl"]:
+            store.upload(path, path.relative_to(folder).as_posix())
+        address = urlsplit(url)
+        with flaky(f"http://{address.netloc}", share=0.1, stall_seconds=30, seed=1) as proxy:
+            changes = {
+                "JOB_RUN__ID": "hit",
+                "JOB_RUN__OUTPUT": f"{place}/out",
+                "JOB_MODEL__ID": f"{place}/in/base",
+                "JOB_DATA__SOURCE": f"{place}/in/rows.jsonl",
+                "JOB_EVAL__DATA": f"arc_easy={place}/in/questions.jsonl",
+                "JOB_STORAGE__TIMEOUT_SECONDS": "2",
+                "JOB_STORAGE__RETRIES": "10",
+                "JOB_FAULT": "kill@step=4,kill@upload=5,sigterm@step=9",
+                variable: f"{proxy.url}{address.path}",
+            }
+            codes = []
+            while not codes or codes[-1] != 0:
+                done = attempt(environment, **changes)
+                codes.append(done.returncode)
+                assert done.returncode in {0, 75, -9}, done.stderr[-3000:]
+                assert len(codes) < 9
+        assert (codes.count(-9), codes.count(75)) == (2, 1)
+        run = open_run(f"{place}/out/hit")
+        (tmp_path / "work").mkdir()
+        require_verified(verify(run, tmp_path / "work"))
+        found = facts_of(json.loads(read_bytes(run)))
+        changed = {path for path in found if found[path] != undisturbed[path]}
+        assert found.keys() == undisturbed.keys()
+        assert changed <= NAMING_THE_DATA
         spoiled = sum(proxy.done.values()) - proxy.done["passed"]
         assert spoiled > 10, proxy.done
 

@@ -1,7 +1,8 @@
 """Schemas of the custom resources that the templates use: the fields that we set, as their APIs define them.
 
-JobSet v1alpha2 (v0.10 and newer), Kueue v1beta2 and Kubeflow Trainer v1alpha1 (2.2 and newer), read from the projects'
-Go types. Whatever is not here is refused: a new field in a template is looked up there and added here.
+JobSet v1alpha2 (v0.10 and newer), Kueue v1beta2, Kubeflow Trainer v1alpha1 (2.2 and newer) and the Prometheus
+operator's v1, read from the projects' Go types. Whatever is not here is refused: a new field in a template is looked up
+there and added here.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ QUANTITY: Schema = {"type": "string", "pattern": r"^\d+(\.\d+)?(m|k|[KMGTP]i?)?$
 TRAINER = "trainer.kubeflow.org/v1alpha1"
 JOBSET = "jobset.x-k8s.io/v1alpha2"
 KUEUE = "kueue.x-k8s.io/v1beta2"
+MONITORING = "monitoring.coreos.com/v1"
 
 _RULE = closed(
     ("name", "action"),
@@ -137,6 +139,23 @@ _TRAIN_JOB = closed(
     suspend=FLAG,
 )
 
+_RELABELING = closed(
+    sourceLabels=listed({"type": "string", "pattern": "^[a-zA-Z_][a-zA-Z0-9_]*$"}),
+    regex=TEXT,
+    action={"enum": ["replace", "keep", "drop", "labelmap", "labeldrop", "labelkeep"]},
+)
+_POD_MONITOR = closed(
+    ("selector", "podMetricsEndpoints"),
+    selector=closed(matchLabels=STRINGS),
+    podMetricsEndpoints=listed(
+        closed(
+            port=TEXT,
+            interval={"type": "string", "pattern": r"^(0|(\d+[smh])+)$"},
+            relabelings=listed(_RELABELING),
+        )
+    ),
+)
+
 CRDS: dict[tuple[str, str], Schema] = {
     (JOBSET, "JobSet"): resource(JOBSET, "JobSet", _JOBSET),
     (TRAINER, "ClusterTrainingRuntime"): resource(TRAINER, "ClusterTrainingRuntime", _RUNTIME),
@@ -145,5 +164,6 @@ CRDS: dict[tuple[str, str], Schema] = {
     (KUEUE, "Topology"): resource(KUEUE, "Topology", _TOPOLOGY),
     (KUEUE, "ClusterQueue"): resource(KUEUE, "ClusterQueue", _CLUSTER_QUEUE),
     (KUEUE, "LocalQueue"): resource(KUEUE, "LocalQueue", closed(("clusterQueue",), clusterQueue=TEXT)),
+    (MONITORING, "PodMonitor"): resource(MONITORING, "PodMonitor", _POD_MONITOR),
 }
 """(apiVersion, kind) -> schema."""

@@ -21,6 +21,7 @@ import pytest
 from job.errors import environment_name, exit_codes
 from job.settings.load import load_settings, trackers
 from job.settings.schema import NAMES
+from job.storage.open import Location
 from tests.kubernetes.crds import CRDS
 from tests.kubernetes.manifests import (
     JOBS,
@@ -311,24 +312,41 @@ def test_spot_pods_go_to_spot_machines(name: str, selector: dict[str, str], tain
     assert "karpenter.sh/do-not-disrupt" not in annotations
 
 
-def test_roles_of_aws() -> None:
-    """On EKS the ServiceAccount names the role; elsewhere a token for AWS alone, which the kubelet renews."""
-    account = one(overlay("eks-spot"), "ServiceAccount")
-    assert account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].startswith("arn:aws:iam::")
-    for name in ("gke-spot", "aks-spot"):
-        (volume,) = [v for v in pod_spec(overlay(name))["volumes"] if "projected" in v]
-        (source,) = volume["projected"]["sources"]
-        token = source["serviceAccountToken"]
-        assert (token["audience"], token["expirationSeconds"] >= 600) == ("sts.amazonaws.com", True)
-        found = environment(overlay(name), labels(overlay(name), "a", "b"))
-        assert found["AWS_WEB_IDENTITY_TOKEN_FILE"] == f"/run/secrets/aws/{token['path']}"
-        assert found["AWS_ROLE_ARN"].startswith("arn:aws:iam::")
+@pytest.mark.parametrize(
+    ("name", "annotation", "scheme"),
+    [
+        ("eks-spot", "eks.amazonaws.com/role-arn", "s3"),
+        ("gke-spot", "iam.gke.io/gcp-service-account", "gs"),
+        ("aks-spot", "azure.workload.identity/client-id", "az"),
+    ],
+)
+def test_each_cloud_s_own_store(name: str, annotation: str, scheme: str) -> None:
+    """Results go to the store of the same cloud, and the ServiceAccount names who the pod is there."""
+    assert one(overlay(name), "ServiceAccount")["metadata"]["annotations"].keys() == {annotation}
+    found = environment(overlay(name), labels(overlay(name), "a", "b"))
+    assert Location.parse(found["JOB_RUN__OUTPUT"]).scheme == scheme
+    if scheme == "az":
+        assert found["AZURE_STORAGE_ACCOUNT_NAME"]
+        assert job_spec(overlay(name))["template"]["metadata"]["labels"]["azure.workload.identity/use"] == "true"
+
+
+def test_a_role_of_aws_elsewhere() -> None:
+    """Outside EKS the component mounts a token for AWS alone, which the kubelet renews."""
+    on_s3 = with_component("s3-web-identity", "gke-spot")
+    (volume,) = [v for v in pod_spec(on_s3)["volumes"] if "projected" in v]
+    (source,) = volume["projected"]["sources"]
+    token = source["serviceAccountToken"]
+    assert (token["audience"], token["expirationSeconds"] >= 600) == ("sts.amazonaws.com", True)
+    found = environment(on_s3, labels(on_s3, "a", "b"))
+    assert found["AWS_WEB_IDENTITY_TOKEN_FILE"] == f"/run/secrets/aws/{token['path']}"
+    assert found["AWS_ROLE_ARN"].startswith("arn:aws:iam::")
 
 
 def test_boto3_takes_the_role(tmp_path: Path) -> None:
     """By the token, although the template names a file of keys as well, which is not there."""
-    places = {mount["mountPath"]: tmp_path for mount in container(overlay("gke-spot"))["volumeMounts"]}
-    found = environment(overlay("gke-spot"), labels(overlay("gke-spot"), "a", "b"))
+    on_s3 = with_component("s3-web-identity", "gke-spot")
+    places = {mount["mountPath"]: tmp_path for mount in container(on_s3)["volumeMounts"]}
+    found = environment(on_s3, labels(on_s3, "a", "b"))
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)

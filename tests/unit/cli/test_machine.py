@@ -23,6 +23,16 @@ def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "TMPDIR (environment): no folder for temporary files; mount one at /tmp" in capsys.readouterr().err
 
 
+def test_transformers_reports_nothing_to_kubeflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its callback calls a preempted run complete; who wants it all the same sets the variable."""
+    from transformers.integrations import is_kubeflow_available
+
+    monkeypatch.setattr(os, "environ", {**os.environ, "KUBEFLOW_TRAINER_SERVER_URL": "https://trainer"})
+    assert is_kubeflow_available()
+    main_module._tell_libraries(None)
+    assert not is_kubeflow_available()
+
+
 @pytest.mark.parametrize(
     ("cpus", "processes", "threads"), [(4, 1, None), (2, 1, "2"), (1, 1, "1"), (4, 2, "2"), (2, 8, "1")]
 )

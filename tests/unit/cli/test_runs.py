@@ -135,8 +135,8 @@ def test_words_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("words", "problems"),
     [
-        ([], ["RESULTS: needs one run, path or s3:// URI; 0 given"]),
-        (["a", "b"], ["RESULTS: needs one run, path or s3:// URI; 2 given"]),
+        ([], ["RESULTS: needs one run, path or URI; 0 given"]),
+        (["a", "b"], ["RESULTS: needs one run, path or URI; 2 given"]),
         (["a", "--fromat=json"], ["--fromat: is unknown; the nearest is --format"]),
         (["a", "--format=xml"], ["--format: must be table or json"]),
         (["a", "--format"], ["--format: needs a value: --format VALUE"]),

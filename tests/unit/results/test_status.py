@@ -161,6 +161,7 @@ def test_a_failed_run_says_with_which_code(tmp_path: Path, error: Exception, cod
     found = seen(run)
     assert found.state == "failed"
     assert headline(found).startswith(f"failed with code {code} (")
+    assert headline(found).endswith("needs a correction" if code == 65 else "resumes the run")
     assert found.last_end is not None
     assert found.last_end.exit_code == code
     assert b"hunter2" not in (run / attempt_key(1)).read_bytes()
@@ -174,7 +175,8 @@ def test_an_idle_run_has_failed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(JobError), attempt_at(run, idle=IdleLimit(1)):
         raise Preempted("stopped by SIGTERM")
-    assert headline(seen(run)) == "failed with code 71 (several attempts in a row made no progress)"
+    words = "failed with code 71 (several attempts in a row made no progress)"
+    assert headline(seen(run)) == f"{words}; a next attempt resumes the run"
 
 
 def test_a_stall_is_recorded_before_the_watchdog_ends_the_process(tmp_path: Path) -> None:
@@ -186,7 +188,8 @@ def test_a_stall_is_recorded_before_the_watchdog_ends_the_process(tmp_path: Path
     assert found.last_end is not None
     assert (found.last_end.exit_code, found.last_end.outcome) == (74, "stalled")
     assert found.last_end.why == "no progress for 1800 s"
-    assert headline(found) == "failed with code 74 (no progress for too long; the state is durable)"
+    words = "failed with code 74 (no progress for too long; the state is durable)"
+    assert headline(found) == f"{words}; a next attempt resumes the run"
     with pytest.raises(NoProgress), attempt_at(run, idle=IdleLimit(2)):
         raise Preempted("stopped by SIGTERM")
 

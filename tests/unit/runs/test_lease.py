@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Event, Lock
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -21,6 +22,8 @@ from job.runs.lease import Lease, fenced, take
 from job.storage.base import NotSupported, Stored, write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import Conflict, ObjectStore, StorageOptions, open_store
+from tests.azurite import azurite
+from tests.gcs_server import gcs_server
 from tests.s3_server import BUCKET, credentials, moto_server
 from tests.wrapped_store import CHANGES, FailNth, WrappedStore
 
@@ -36,6 +39,20 @@ def s3() -> Iterator[Callable[[], ObjectStore]]:
     """Opens an empty S3 store."""
     with credentials(), moto_server() as url:
         yield lambda: open_store(f"s3://{BUCKET}/{uuid4().hex}", StorageOptions(endpoint_url=url, retries=2))
+
+
+@pytest.fixture(scope="module")
+def google() -> Iterator[Callable[[], ObjectStore]]:
+    """Opens an empty store in an imitation of Google Cloud Storage."""
+    with gcs_server():
+        yield lambda: open_store(f"gs://{BUCKET}/{uuid4().hex}", StorageOptions(retries=2))
+
+
+@pytest.fixture(scope="module")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], ObjectStore]]:
+    """Opens an empty store in Azurite."""
+    with azurite(tmp_path_factory.mktemp("azurite")):
+        yield lambda: open_store(f"az://{BUCKET}/{uuid4().hex}", StorageOptions(retries=2))
 
 
 class NoConditions(WrappedStore):
@@ -433,10 +450,27 @@ def test_race_on_a_local_store(store: LocalStore, number: int) -> None:
     race(store)
 
 
-@pytest.mark.parametrize("number", [*range(6), *(pytest.param(n, marks=pytest.mark.long) for n in range(6, 20))])
+def races(few: int, many: int = 50) -> list[Any]:
+    """Numbers of races: a few for the suite, and the others for `make test-long`."""
+    return [*range(few), *(pytest.param(number, marks=pytest.mark.long) for number in range(few, many))]
+
+
+@pytest.mark.parametrize("number", races(6))
 def test_race_on_s3(s3: Callable[[], ObjectStore], number: int) -> None:
     """The same over HTTP."""
     race(s3())
+
+
+@pytest.mark.parametrize("number", races(3))
+def test_race_on_google(google: Callable[[], ObjectStore], number: int) -> None:
+    """The same in an imitation of Google Cloud Storage."""
+    race(google())
+
+
+@pytest.mark.parametrize("number", races(0))
+def test_race_on_azure(azure: Callable[[], ObjectStore], number: int) -> None:
+    """The same in Azure's own emulator."""
+    race(azure())
 
 
 def test_race_of_many(store: LocalStore) -> None:

@@ -442,7 +442,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("run.id", ["-x", "a/b", "../up"]),
     (
         "run.output",
-        ["", "s3://", "s3://B/x", "s3://bucket//x", "s3://bucket/../x", "gs://bucket/x", "~/x", "a\x00b", "\udc80"],
+        ["", "s3://", "s3://B/x", "s3://bucket//x", "s3://bucket/../x", "oss://bucket/x", "~/x", "a\x00b", "\udc80"],
     ),
     ("run.seed", ["-1", "4294967296", "x", "", "1.5"]),
     ("run.grace_seconds", ["0", "-1", "nan", "inf", "1e300"]),

@@ -38,10 +38,12 @@ def prefix(options: StorageOptions) -> str:
     return f"s3://{BUCKET}/{uuid4().hex}"
 
 
-@pytest.mark.parametrize("uri", ["", "://bucket/a", "http://host/a", "S3://bucket/a", "gs://bucket/a", "file:///tmp"])
+@pytest.mark.parametrize("uri", ["", "://bucket/a", "http://host/a", "S3://bucket/a", "oss://bucket/a", "file:///tmp"])
 def test_unknown_schemes_are_refused(uri: str) -> None:
-    """What is neither S3 nor a path is a settings error, not a strange folder."""
-    with pytest.raises(SettingsError, match="neither s3://bucket/prefix nor a path"):
+    """What is neither a store of the table nor a path is a settings error, not a strange folder."""
+    with pytest.raises(
+        SettingsError, match="neither s3://bucket/prefix nor gs://bucket/prefix nor az://bucket/prefix nor a path"
+    ):
         open_store(uri)
 
 
@@ -196,12 +198,12 @@ def test_fetch_notices_a_change(tmp_path: Path) -> None:
 
 
 def test_local_stores_need_no_sdk() -> None:
-    """Opening a local store imports neither boto3 nor botocore, which take a third of a second."""
+    """Opening a local store imports no client of a remote one, which would take a third of a second."""
     lines = [
         "import sys",
         "from job.storage.open import open_store",
         "open_store('runs')",
-        "print({'boto3', 'botocore'} & {*sys.modules})",
+        "print({'boto3', 'botocore', 'obstore'} & {*sys.modules})",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True, text=True)
     assert done.stdout == "set()\n"

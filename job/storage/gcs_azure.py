@@ -1,0 +1,621 @@
+"""Object stores in Google Cloud Storage (`gs://bucket/prefix`) and Azure Blob Storage (`az://container/prefix`).
+
+obstore sends the requests, repeats those that may be repeated, and gets and renews credentials. Where they come from is
+said in the clouds' own variables, which obstore reads itself:
+
+    Google  GOOGLE_APPLICATION_CREDENTIALS (a service account's key or a user's own login), or the identity of the
+            machine or of GKE's workload identity, from the metadata service. Another server: GOOGLE_BASE_URL, and
+            GOOGLE_BEARER_TOKEN if it asks for no real one.
+    Azure   AZURE_STORAGE_ACCOUNT_NAME, and one of AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, AKS's workload
+            identity (AZURE_CLIENT_ID, AZURE_TENANT_ID, AZURE_FEDERATED_TOKEN_FILE, which AKS sets), a service
+            principal's AZURE_CLIENT_SECRET, or the machine's identity. Another server: AZURE_STORAGE_ENDPOINT.
+
+This file adds what the contract in `base.py` asks for beyond that: confirmed absence, conditional deletes, size limits,
+checksums, and durable downloads. Every object carries its SHA-256 as metadata, and what is read is compared with it,
+since obstore looks at no checksum of the stores. Objects of other programs have none, and only their length is checked.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from http import HTTPStatus
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Self
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+from uuid import uuid4
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, PreconditionError
+from obstore.store import AzureStore as AzureClient
+from obstore.store import GCSStore as GcsClient
+
+from job.common.hashing import hash_file
+from job.common.threads import in_thread
+from job.errors import Problem, SettingsError, Unreachable
+from job.storage.base import (
+    MAX_READ_BYTES,
+    MIB,
+    Conflict,
+    ObjectInfo,
+    Stored,
+    TooLarge,
+    atomic_write,
+    byte_limit,
+    check_key,
+    check_prefix,
+    disk_errors,
+    probe,
+)
+from job.storage.location import Location, StorageOptions
+from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_transient, repetitions, translate
+
+# Name of the metadata entry with an object's SHA-256.
+_SHA256 = "sha256"
+# Files are read in pieces of this size, each a request, within `_PIECE_TIMEOUTS` time limits.
+_PIECE_BYTES = 4 * MIB
+_PIECE_TIMEOUTS = 4
+_PART_BYTES, _MAX_PARTS = 8 * MIB, 9_000
+# A condition holds for a single request, and obstore has the whole body of one in memory.
+_MAX_CONDITIONAL_BYTES = 256 * MIB
+# Up to this size one connection is fast enough, and spares the training process the threads.
+_ONE_CONNECTION_BYTES = 32 * MIB
+_CONNECTIONS = 8
+_MAX_CONNECT_SECONDS = 20.0
+# Version of Azure's protocol, of the one request that obstore does not send.
+_API = "2023-11-03"
+# Pauses (seconds) before what obstore does not repeat is tried again.
+_PAUSES = (0.1, 0.3, 1.0, 3.0)
+_MAX_BODY_ATTEMPTS = 5
+_PAGE, _MAX_REPEATED_PAGES = 1000, 3
+
+
+class _OtherContent(Exception):
+    """An object is not what an answer before said: it was changed, or the answer arrived damaged."""
+
+
+class _CloudStore:
+    """What both stores have in common; a derived class says what a version is, and how one version is deleted."""
+
+    scheme: str
+
+    def __init__(self, location: Location, options: StorageOptions) -> None:
+        self._options = options
+        self._bucket = location.bucket
+        self._root = f"{location.key}/" if location.key else ""
+        self._body_attempts = min(options.retries, _MAX_BODY_ATTEMPTS)
+        self.uri = str(location)
+        self._client = self._connect()
+
+    @classmethod
+    def open(cls, location: Location, options: StorageOptions) -> Self:
+        """The store below a prefix; sends nothing.
+
+        Raises:
+            SettingsError: The cloud's own variables make no sense.
+            AccessDenied: Credentials cannot be read.
+        """
+        return cls(location, options)
+
+    def _tag(self, meta: Any) -> str | None:
+        """The version that obstore's description of an object names."""
+        raise NotImplementedError
+
+    def _update(self, tag: str) -> dict[str, str]:
+        """The condition, as obstore has it, that an object still has this version."""
+        raise NotImplementedError
+
+    def _delete_version(self, key: str, tag: str) -> None:
+        """Deletes an object if it has this version.
+
+        Raises:
+            Conflict: It may have another one, or be gone.
+        """
+        raise NotImplementedError
+
+    def _make(self, **options: Any) -> Any:
+        """A client for this cloud, with these options of obstore."""
+        raise NotImplementedError
+
+    def _connect(self, *, patience: float = 1.0, headers: dict[str, str] | None = None) -> Any:
+        """A client; sends nothing yet.
+
+        Args:
+            patience: How many times the time limit of the settings a request may take.
+            headers: To be sent with every request.
+        """
+        seconds, retries = self._options.timeout_seconds, self._options.retries
+        try:
+            return self._make(
+                client_options={
+                    # For a server of one's own: by default all addresses are https://
+                    "allow_http": True,
+                    "connect_timeout": timedelta(seconds=min(seconds, _MAX_CONNECT_SECONDS)),
+                    # Until the answer begins, and between two of its pieces.
+                    "read_timeout": timedelta(seconds=seconds * patience),
+                    # Against an answer that trickles.
+                    "timeout": timedelta(seconds=seconds * patience * _PIECE_TIMEOUTS),
+                    **({"default_headers": headers} if headers else {}),
+                },
+                retry_config={
+                    "max_retries": retries - 1,
+                    "retry_timeout": timedelta(seconds=seconds * patience * _PIECE_TIMEOUTS * retries),
+                    "backoff": {
+                        "init_backoff": timedelta(seconds=_PAUSES[0]),
+                        "max_backoff": timedelta(seconds=15),
+                        "base": 2,
+                    },
+                },
+            )
+        except FAILURES as error:
+            problem = translate(error, f"{self.uri}: cannot set up a client")
+            # Nothing was sent.
+            raise (
+                SettingsError([Problem(self.uri, str(problem))]) if type(problem) is Unreachable else problem
+            ) from error
+
+    def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
+        """See `ObjectStore.read`."""
+        check_key(key)
+        with self._asking("read", key):
+            for attempt in range(1, self._body_attempts + 1):
+                with self._again(attempt):
+                    return self._read(key, max_bytes)
+        raise Unreachable(f"{self.uri}/{key}: cannot read: the content arrives damaged")
+
+    def _read(self, key: str, max_bytes: int) -> Stored | None:
+        found = self._get(key)
+        if found is None:
+            return None
+        byte_limit(f"{self.uri}/{key}", max_bytes)(found.meta["size"])
+        data, tag = bytes(_ask_once(found.bytes)), self._tag(found.meta)
+        digest = found.attributes.get(_SHA256)
+        if tag is None or len(data) != found.meta["size"] or digest not in {None, hashlib.sha256(data).hexdigest()}:
+            raise _OtherContent
+        return Stored(data, tag)
+
+    @contextmanager
+    def _again(self, attempt: int) -> Iterator[None]:
+        """Pauses instead of raising, before the last attempt, if what failed may succeed the next time."""
+        try:
+            yield
+        except (*FAILURES, _OtherContent) as error:
+            last = attempt >= self._body_attempts
+            if not isinstance(error, _OtherContent) and (last or not is_transient(error)):
+                raise
+            if not last:
+                time.sleep(_PAUSES[0] * 2**attempt)
+
+    def tag(self, key: str) -> str | None:
+        """See `ObjectStore.tag`."""
+        check_key(key)
+        with self._asking("read", key):
+            found = self._describe(key)
+        return None if found is None else found[1]
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
+        """See `ObjectStore.write`."""
+        return self._write(key, data, {}, if_absent=if_absent, if_tag=if_tag)
+
+    def _write(self, key: str, data: bytes, attributes: dict[str, str], *, if_absent: bool, if_tag: str | None) -> str:
+        check_key(key)
+        digest = hashlib.sha256(data).hexdigest()
+
+        def own() -> str | None:
+            with suppress(TooLarge):
+                stored = self.read(key, max_bytes=len(data))
+                return stored.tag if stored is not None and stored.data == data else None
+            return None
+
+        return self._put(key, data, {**attributes, _SHA256: digest}, self._mode(if_absent, if_tag), own=own)
+
+    def _mode(self, if_absent: bool, if_tag: str | None) -> Any:  # noqa: FBT001 - as the verbs have them
+        """The condition of a write, as obstore has it."""
+        return "create" if if_absent else "overwrite" if if_tag is None else self._update(if_tag)
+
+    def _put(
+        self,
+        key: str,
+        body: Any,
+        attributes: dict[str, str],
+        mode: Any,
+        *,
+        own: Callable[[], str | None],
+        client: Any = None,
+    ) -> str:
+        """One request that writes an object; returns its tag.
+
+        A conditional write that is repeated, since its answer got lost, may be refused because of what its own first
+        try wrote. `own` tells that by the content: it returns the object's tag if the content is that of this write.
+        """
+        self._check_encryption()
+        tries = 0
+        with self._asking("write", key):
+            while True:
+                try:
+                    put = _ask_once(
+                        obstore.put,
+                        client or self._client,
+                        self._root + key,
+                        body,
+                        attributes=attributes,
+                        mode=mode,
+                        use_multipart=False,
+                    )
+                except (AlreadyExistsError, PreconditionError, Missing) as error:
+                    if mode == "overwrite" or (isinstance(error, Missing) and self._get(key) is not None):
+                        raise
+                    if tries + repetitions(error) > 0 and (tag := own()) is not None:
+                        return tag
+                    raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
+                except FAILURES as error:
+                    tries = self._count(tries, error)
+                else:
+                    # An answer without a version: the present content shows whether the write took place.
+                    if (tag := self._tag(put) or own()) is not None:
+                        return tag
+                    break
+        raise Unreachable(f"{self.uri}/{key}: cannot write: the answer is not that of the store")
+
+    def _ask(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """Sends a request that may be repeated; it is, also where obstore gives up, such as when an answer was cut.
+
+        Raises:
+            Missing: In place of obstore's FileNotFoundError.
+            PreconditionError: A condition does not hold.
+            SettingsError: The cloud's own variables make no sense.
+        """
+        tries = 0
+        while True:
+            try:
+                return _ask_once(function, *given, **options)
+            except (AlreadyExistsError, PreconditionError, Missing):
+                raise
+            except FAILURES as error:
+                tries = self._count(tries, error)
+
+    def _count(self, tries: int, error: BaseException) -> int:
+        """The number of tries of a request, those of obstore included, after a pause; raises `error` after the last."""
+        tries += 1 + repetitions(error)
+        if tries >= self._options.retries or not is_transient(error):
+            raise error
+        time.sleep(min(_PAUSES[0] * 2**tries, _PAUSES[-1]))
+        return tries
+
+    def _check_encryption(self) -> None:
+        """A key that were ignored would leave objects encrypted in another way than was asked for."""
+        if self._options.kms_key_id:
+            what = f"is for s3:// alone; remove it, and let the bucket of {self.scheme}:// have a default key"
+            raise SettingsError([Problem("JOB_STORAGE__KMS_KEY_ID", what)])
+
+    def upload(self, path: Path, key: str, *, if_absent: bool = False, if_tag: str | None = None) -> None:
+        """See `ObjectStore.upload`. Above 256 MiB a condition is checked right before the upload, not by the store."""
+        check_key(key)
+        # Small objects are rewritten and read again: cold storage is for files.
+        cold = {"Storage-Class": self._options.storage_class} if self._options.storage_class else {}
+        size = path.stat().st_size
+        with disk_errors(f"{self.uri}/{key}: cannot read {path}"):
+            if size <= MAX_READ_BYTES:
+                self._write(key, path.read_bytes(), cold, if_absent=if_absent, if_tag=if_tag)
+                return
+            for _ in _PAUSES:
+                before = path.stat()
+                digest = hash_file(path)
+                self._upload(path, key, {**cold, _SHA256: digest}, self._mode(if_absent, if_tag))
+                after = path.stat()
+                if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
+                    return
+                if_absent, if_tag = False, self.tag(key)
+        raise Unreachable(f"{path} changes all the time while it is uploaded to {self.uri}/{key}")
+
+    def _upload(self, path: Path, key: str, attributes: dict[str, str], mode: Any) -> None:
+        size = path.stat().st_size
+
+        def own() -> str | None:
+            found = self._get(key)
+            same = found is not None and found.attributes.get(_SHA256) == attributes[_SHA256]
+            return self._tag(found.meta) if found is not None and same else None
+
+        if mode != "overwrite" and size <= _MAX_CONDITIONAL_BYTES:
+            self._put(
+                key, path.read_bytes(), attributes, mode, own=own, client=self._connect(patience=size / _PART_BYTES)
+            )
+            return
+        self._check_encryption()
+        with self._asking("write", key):
+            if mode != "overwrite":
+                found = self._describe(key)
+                known = None if mode == "create" else mode
+                if (None if found is None else self._update(found[1])) != known:
+                    raise Conflict(f"{self.uri}/{key} was written by somebody else")
+            # Repeated as a whole, such as when another upload of this key discarded the parts.
+            self._ask(
+                obstore.put,
+                self._client,
+                self._root + key,
+                path,
+                attributes=attributes,
+                use_multipart=True,
+                chunk_size=max(_PART_BYTES, -(-size // _MAX_PARTS)),
+                max_concurrency=_CONNECTIONS // 2,
+            )
+
+    def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
+        """See `ObjectStore.download`."""
+        check_key(key)
+        with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", key):
+            for pause in (*_PAUSES[:2], None):
+                found = self._describe(key)
+                if found is None:
+                    raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
+                byte_limit(f"{self.uri}/{key}", max_bytes)(found[0]["size"])
+                with suppress(_OtherContent), atomic_write(path) as temporary:
+                    self._fetch(key, temporary, found[0])
+                    return
+                if pause is not None:
+                    time.sleep(pause)
+        raise Unreachable(f"{self.uri}/{key}: cannot read: it changes while it is read, or arrives damaged")
+
+    def _fetch(self, key: str, path: Path, meta: Any) -> None:
+        """Reads an object into a file.
+
+        Raises:
+            _OtherContent: It is not the one that `meta` describes, or not what was written.
+        """
+        size = meta["size"]
+        if size <= _PIECE_BYTES:
+            try:
+                found = self.read(key, max_bytes=size)
+            except TooLarge:
+                raise _OtherContent from None
+            if found is None or len(found.data) != size:
+                raise _OtherContent
+            path.write_bytes(found.data)
+            return
+        digests = set()
+        with path.open("wb") as file:
+
+            def fetch_piece(start: int) -> None:
+                data, digest = self._fetch_piece(key, meta, start)
+                os.pwrite(file.fileno(), data, start)
+                digests.add(digest)
+
+            if size > _ONE_CONNECTION_BYTES:
+                with ThreadPoolExecutor(_CONNECTIONS) as pool:
+                    list(pool.map(fetch_piece, range(0, size, _PIECE_BYTES)))
+            else:
+                for start in range(0, size, _PIECE_BYTES):
+                    fetch_piece(start)
+        if path.stat().st_size != size or not digests <= {None, hash_file(path)}:
+            raise _OtherContent
+
+    def _fetch_piece(self, key: str, meta: Any, start: int) -> tuple[bytes, str | None]:
+        """The bytes from `start` on, and the SHA-256 that the whole object has."""
+        end = min(start + _PIECE_BYTES, meta["size"])
+        for attempt in range(1, self._body_attempts + 1):
+            with self._again(attempt):
+                try:
+                    found = self._get(key, range=(start, end), if_match=meta["e_tag"])
+                except PreconditionError:
+                    found = None
+                if found is None:
+                    break
+                data = bytes(_ask_once(found.bytes))
+                if len(data) == end - start and self._tag(found.meta) == self._tag(meta):
+                    return data, found.attributes.get(_SHA256)
+                raise _OtherContent
+        raise _OtherContent
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See `ObjectStore.list`."""
+        check_prefix(prefix)
+        with self._asking("list", prefix):
+            sizes = self._sizes(self._root + prefix)
+            # An answer of somebody else may read as an empty listing: the store has to say that it has no such object.
+            if not sizes and self._get(f".absent-{uuid4().hex}") is not None:
+                raise Unreachable(f"{self.uri}/{prefix}: cannot list: the answers are not those of the store")
+        for key in sorted(sizes):
+            name = key.removeprefix(self._root)
+            # The consoles keep empty objects, whose names end in a slash that obstore drops, as folders.
+            if sizes[key] == 0 and self.tag(name) is None:
+                continue
+            yield ObjectInfo(name, sizes[key])
+
+    def _sizes(self, start: str) -> dict[str, int]:
+        """Bytes of each object whose whole key begins with `start`; obstore lists folders, and reads page by page."""
+        folder = start.rpartition("/")[0]
+        for attempt in range(1, self._body_attempts + 1):
+            with self._again(attempt):
+                sizes: dict[str, int] = {}
+                repeated = 0
+                pages = self._ask(obstore.list, self._client, folder or None, chunk_size=_PAGE)
+                while page := _ask_once(next, pages, ()):
+                    repeated += all(info["path"] in sizes for info in page)
+                    if repeated == _MAX_REPEATED_PAGES:
+                        raise Unreachable(f"{self.uri}: cannot list: the server answers with the same page for ever")
+                    sizes |= {info["path"]: info["size"] for info in page}
+                return {key: size for key, size in sizes.items() if key.startswith(start)}
+        raise AssertionError  # the last attempt returns or raises
+
+    def delete(self, key: str, *, if_tag: str | None = None) -> None:
+        """See `ObjectStore.delete`."""
+        check_key(key)
+        with self._asking("delete", key):
+            if if_tag is None:
+                self._delete(self._client, key)
+                return
+            try:
+                self._delete_version(key, if_tag)
+            except Conflict:
+                if self._describe(key) is not None:
+                    raise
+
+    def _delete(self, client: Any, key: str) -> None:
+        try:
+            self._ask(obstore.delete, client, self._root + key)
+        except Missing:
+            if self._get(key) is not None:  # then the answer was not the store's
+                raise
+
+    def conditional_writes(self) -> bool:
+        """See `ObjectStore.conditional_writes`."""
+        return probe(self)
+
+    def _get(self, key: str, **options: Any) -> Any:
+        """Requests an object; None only if the store itself says that there is none, not for a proxy's 404."""
+        try:
+            return self._ask(obstore.get, self._client, self._root + key, options=options)
+        except Missing as error:
+            if code(error) in ABSENT:
+                return None
+            # Without the store's error code another request has to confirm it.
+            if code(error) or self._root + key in self._sizes(self._root + key):
+                raise
+            return None
+
+    def _describe(self, key: str) -> tuple[Any, str] | None:
+        """What obstore says of an object, and its tag, None if it is absent. The answer to HEAD says not why."""
+        for pause in (*_PAUSES[:2], None):
+            try:
+                meta = self._ask(obstore.head, self._client, self._root + key)
+            except Missing:
+                found = self._get(key)
+                if found is None:
+                    return None
+                meta = found.meta
+            if (tag := self._tag(meta)) is not None:
+                return meta, tag
+            if pause is not None:
+                time.sleep(pause)
+        raise Unreachable(f"{self.uri}/{key}: cannot read: the answer is not that of the store: it has no version")
+
+    @contextmanager
+    def _asking(self, verb: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FAILURES as error:
+            raise translate(error, f"{self.uri}/{key}: cannot {verb}") from error
+
+
+class GcsStore(_CloudStore):
+    """An `ObjectStore` in Google Cloud Storage. A tag is the object's generation, which no two writes share."""
+
+    scheme = "gs"
+
+    def _make(self, **options: Any) -> Any:
+        return GcsClient(self._bucket, **options)
+
+    def _tag(self, meta: Any) -> str | None:
+        version: str | None = meta.get("version")
+        return version
+
+    def _update(self, tag: str) -> dict[str, str]:
+        return {"version": _generation(tag)}
+
+    def _delete_version(self, key: str, tag: str) -> None:
+        # obstore has no condition for this, but a client with a header of its own.
+        client = self._connect(headers={"x-goog-if-generation-match": _generation(tag)})
+        try:
+            self._delete(client, key)
+        except PreconditionError:
+            raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
+
+
+def _generation(tag: str) -> str:
+    """A tag as Google understands it; one of another store becomes a generation that no object has."""
+    return tag if tag.isdecimal() and int(tag) else "1"
+
+
+class AzureStore(_CloudStore):
+    """An `ObjectStore` in Azure Blob Storage. A tag is the ETag, which no two writes share."""
+
+    scheme = "az"
+
+    def _make(self, **options: Any) -> Any:
+        return AzureClient(self._bucket, **options)
+
+    def _tag(self, meta: Any) -> str | None:
+        tag: str | None = meta.get("e_tag")
+        return tag
+
+    def _update(self, tag: str) -> dict[str, str]:
+        return {"e_tag": tag}
+
+    def _delete_version(self, key: str, tag: str) -> None:
+        """Deletes by a signed address, since obstore has no condition for this and signs the headers that it sends.
+
+        A shared access signature, or an identity that may not sign, cannot make such an address. Then the version is
+        checked right before the object is deleted.
+        """
+        signed = self._signed(key)
+        if signed is None or not self._delete_if_match(signed, tag, key):
+            found = self._describe(key)
+            if found is not None and found[1] != tag:
+                raise Conflict(f"{self.uri}/{key} was written by somebody else")
+            self._delete(self._client, key)
+
+    def _signed(self, key: str) -> str | None:
+        seconds = timedelta(seconds=max(60.0, 2 * self._options.timeout_seconds))
+        try:
+            return str(self._ask(obstore.sign, self._client, "DELETE", self._root + key, seconds))
+        except FAILURES:
+            return None
+
+    def _delete_if_match(self, address: str, tag: str, key: str) -> bool:
+        """Whether the service took the signature.
+
+        Raises:
+            Conflict: The object has another tag, or is gone.
+        """
+        request = Request(address, method="DELETE", headers={"If-Match": tag, "x-ms-version": _API})  # noqa: S310
+        for pause in (*_PAUSES, None):
+            try:
+                with urlopen(request, timeout=self._options.timeout_seconds):  # noqa: S310 - obstore made the address
+                    return True
+            except HTTPError as error:
+                with error:
+                    if error.code in {HTTPStatus.PRECONDITION_FAILED, HTTPStatus.NOT_FOUND}:
+                        raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
+                    if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code != HTTPStatus.TOO_MANY_REQUESTS:
+                        return False
+            except (OSError, HTTPException):
+                pass
+            if pause is not None:
+                time.sleep(pause)
+        raise Unreachable(f"{self.uri}/{key}: cannot delete: the store does not answer")
+
+
+def _ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """Calls obstore, which keeps the interpreter from running signal handlers while it waits: not in the main thread.
+
+    A signal to stop would be noticed minutes late by a main thread that waits for a store that does not answer.
+
+    Raises:
+        Missing: In place of obstore's FileNotFoundError.
+        SettingsError: The cloud's own variables make no sense.
+    """
+    try:
+        if threading.current_thread() is not threading.main_thread():
+            return function(*given, **options)
+        try:
+            answer = in_thread(lambda: function(*given, **options), "obstore")
+        except RuntimeError:  # at interpreter shutdown no new thread can be started
+            return function(*given, **options)
+        return answer.result()
+    except FileNotFoundError as error:
+        raise Missing(str(error)) from None
+    except BaseException as error:
+        # That of a Rust library for what it could not make sense of, which has no importable class.
+        if type(error).__name__ != "PanicException":
+            raise
+        what = "make no sense to obstore; correct GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT, and the credentials"
+        raise SettingsError([Problem("the cloud's own variables", what)]) from None

@@ -1,0 +1,142 @@
+"""Translates errors of obstore, the client for Google Cloud Storage and Azure, into the job's.
+
+obstore says by the class of an error only whether an object is absent, a condition failed, or access is denied. All
+else is one class with the answer in its text, so the HTTP status and the store's error code are read from there.
+"""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+
+from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError, UnauthenticatedError
+
+from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachable
+from job.storage.base import NotSupported
+
+ABSENT = {"NoSuchKey", "BlobNotFound", "ResourceNotFound"}
+"""Error codes with which the stores themselves say that there is no such object."""
+_NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
+# Client errors by their status, but transient.
+_TRANSIENT_CODES = {
+    "BadDigest",
+    "ContainerBeingDeleted",
+    "IncompleteBody",
+    "InvalidBlockList",
+    "InvalidPart",
+    "Md5Mismatch",
+    "NoSuchUpload",
+    "OperationTimedOut",
+    "RequestTimeout",
+    "SlowDown",
+}
+_TRANSIENT = {
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.CONFLICT,
+    HTTPStatus.PRECONDITION_FAILED,
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.NOT_FOUND,
+}
+# What obstore says when it cannot get credentials, or cannot use those that it has.
+_NO_CREDENTIALS = re.compile(
+    r"token request|token file|credential|Access Key|SAS|private key|service account|authority|PEM", re.IGNORECASE
+)
+# What makes no sense to obstore itself.
+_WRONG = {
+    "Account must be specified": Problem(
+        "AZURE_STORAGE_ACCOUNT_NAME", "is not set; az:// needs the name of the storage account"
+    ),
+    "builder error": Problem(
+        "GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT", "is not an http:// or https:// address; correct or remove it"
+    ),
+}
+_METADATA = re.compile(r"//(169\.254\.169\.254|metadata\.google\.internal)[:/]")
+_REQUEST = re.compile(r"Error performing [A-Z]+ ")
+_REPEATED = re.compile(r"after (\d+) retries")
+# obstore has classes for these, but not for all requests.
+_DENIED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+_UNKNOWN_REQUEST = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_PASSWORD, _QUERY = re.compile(r"(?<=://)[^\s/@]*@"), re.compile(r"(?<=[^\s])\?\S*")
+_MAX_WORDS = 300
+
+
+class Missing(Exception):
+    """The answer was a 404, from whoever gave it: obstore raises FileNotFoundError, which here is for local files."""
+
+
+FAILURES = (BaseError, Missing)
+"""Everything that asking one of the stores can raise, apart from what the local disk says."""
+
+
+def code(error: BaseException) -> str:
+    """The store's own error code, such as `NoSuchKey`; empty if the answer had none."""
+    found = _CODE.search(str(error))
+    return found[1] if found else ""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether asking again may help: no answer, a cut one, a server's failure, or too many requests."""
+    return type(translate(error, "")) is Unreachable
+
+
+def repetitions(error: BaseException) -> int:
+    """How many times obstore sent the request again."""
+    found = _REPEATED.search(_first(error))
+    return int(found[1]) if found else 0
+
+
+def translate(error: BaseException, what: str) -> JobError:
+    """Return the job's error for one of `FAILURES`, `what` being what was tried."""
+    if (problem := next((problem for words, problem in _WRONG.items() if words in _first(error)), None)) is not None:
+        return SettingsError([problem])
+    found = _STATUS.search(str(error))
+    return _translate(error, what, int(found[1]) if found else 0)
+
+
+def _translate(error: BaseException, what: str, status: int) -> JobError:
+    words = f"{what}: {_words(error)}"
+    if _is_about_credentials(error, status):
+        variables = "GOOGLE_APPLICATION_CREDENTIALS (gs://) or AZURE_STORAGE_ACCOUNT_KEY (az://)"
+        return AccessDenied(f"{words}; set {variables}, or give the machine or pod an identity of the cloud")
+    if status in _UNKNOWN_REQUEST:
+        return NotSupported([Problem(what, f"the store does not know this request: {_words(error)}")])
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or code(error) in _TRANSIENT_CODES:
+        return Unreachable(words)
+    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in _DENIED:
+        return AccessDenied(words)
+    if (wrong := _wrong(error, status)) is not None:
+        return SettingsError([Problem(what, wrong)])
+    return Unreachable(words)
+
+
+def _wrong(error: BaseException, status: int) -> str | None:
+    """What the user has to change; None if asking again may help."""
+    if code(error) in _NO_BUCKET:
+        return "there is no such bucket or container; create it, or correct the URI"
+    if isinstance(error, InvalidPathError):
+        return f"an object there has a name that no file can have; rename it: {_words(error)}"
+    return f"the store refuses the request: {_words(error)}" if status and status not in _TRANSIENT else None
+
+
+def _is_about_credentials(error: BaseException, status: int) -> bool:
+    """Whether obstore failed before it asked the store: the store's address and answer are not looked at."""
+    said = _first(error)
+    request = _REQUEST.search(said)
+    if not _NO_CREDENTIALS.search(said[: request.start()] if request else said):
+        return False
+    # A token service that does not answer may do so later, but a machine without an identity has no metadata service.
+    answered = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
+    answered = answered and status != HTTPStatus.TOO_MANY_REQUESTS
+    return request is None or answered or (not status and _METADATA.search(said) is not None)
+
+
+def _first(error: BaseException) -> str:
+    """What obstore says, without the internals that it prints below."""
+    return str(error).partition("\n\nDebug source")[0]
+
+
+def _words(error: BaseException) -> str:
+    """The error on one line, cut off, without what in addresses may be a password or a signature."""
+    return _QUERY.sub("", _PASSWORD.sub("", " ".join(_first(error).split())))[:_MAX_WORDS]

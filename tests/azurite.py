@@ -1,0 +1,93 @@
+"""Azurite, Azure's own emulator of Blob Storage, as a process: `npm install azurite`, which node runs.
+
+It is looked for where AZURITE says (the folder of the npm package), and in the folders that npm installs into.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from email.utils import formatdate
+from functools import cache
+from pathlib import Path
+from urllib import request
+
+import pytest
+
+from tests.s3_server import BUCKET
+
+ACCOUNT = "devstoreaccount1"
+# Azurite's published key.
+KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+MISSING = "needs Azurite: npm install azurite, and AZURITE=<folder>/node_modules/azurite"
+
+
+@cache
+def _program() -> str | None:
+    """The file that node runs; None where Azurite or node is not there."""
+    folders = [os.environ.get("AZURITE", ""), "node_modules/azurite"]
+    if (npm := shutil.which("npm")) is not None:
+        folders.append(f"{Path(npm).resolve().parents[2]}/azurite")  # npm itself lies in lib/node_modules
+        folders += [f"{root}/lib/node_modules/azurite" for root in ("/usr", "/usr/local")]
+    files = [Path(folder) / "dist/src/blob/main.js" for folder in folders if folder]
+    found = next((str(file) for file in files if file.is_file()), None)
+    return found if shutil.which("node") else None
+
+
+def settings(url: str) -> dict[str, str]:
+    """The variables with which obstore finds a server that answers as Azure does, and its account."""
+    return {
+        "AZURE_STORAGE_ENDPOINT": url,
+        "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
+        "AZURE_STORAGE_ACCOUNT_KEY": KEY,
+    }
+
+
+@contextmanager
+def azurite(folder: Path) -> Iterator[str]:
+    """Runs Azurite with one empty container, `BUCKET`, and lets obstore find it; yields its address.
+
+    The test is skipped where Azurite is not installed.
+    """
+    if (program := _program()) is None:
+        pytest.skip(MISSING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["node", program, "--silent", "--inMemoryPersistence", "--disableTelemetry", "--skipApiVersionCheck"]
+    with (folder / "azurite.log").open("wb") as log:
+        process = subprocess.Popen([*words, "--blobPort", str(port)], cwd=folder, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}/{ACCOUNT}"
+        _create_container(url, time.monotonic() + 60)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in settings(url).items():
+                patch.setenv(name, value)
+            yield url
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _create_container(url: str, deadline: float) -> None:
+    """Creates `BUCKET` as soon as the server answers; obstore has no request for it."""
+    date = formatdate(usegmt=True)
+    lines = ["PUT", *[""] * 11, f"x-ms-date:{date}", "x-ms-version:2021-08-06", f"/{ACCOUNT}/{ACCOUNT}/{BUCKET}"]
+    text = "\n".join([*lines, "restype:container"])
+    signature = base64.b64encode(hmac.new(base64.b64decode(KEY), text.encode(), hashlib.sha256).digest()).decode()
+    headers = {"x-ms-date": date, "x-ms-version": "2021-08-06", "Content-Length": "0"}
+    headers["Authorization"] = f"SharedKey {ACCOUNT}:{signature}"
+    create = request.Request(f"{url}/{BUCKET}?restype=container", method="PUT", headers=headers)
+    while time.monotonic() < deadline:
+        with suppress(OSError), request.urlopen(create, timeout=10):
+            return
+        time.sleep(0.1)
+    raise TimeoutError("Azurite does not answer")

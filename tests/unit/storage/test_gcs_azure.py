@@ -1,0 +1,460 @@
+"""Google's and Azure's stores where their servers or the network misbehave. Their contract: tests/contract."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+import job.storage.gcs_azure
+from job.errors import AccessDenied, JobError, SettingsError, Unreachable
+from job.storage.base import Conflict, NotSupported
+from job.storage.open import ObjectStore, StorageOptions, fetch, open_store
+from tests.azurite import KEY, azurite, settings
+from tests.gcs_server import TOKEN, Bucket, gcs_server
+from tests.s3_server import BUCKET, Request, server
+
+MIB = 1 << 20
+SCHEMES = ["gs", "az"]
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job.storage.gcs_azure, "_PAUSES", (0.01,) * 4)
+
+
+def opened(scheme: str, **options: Any) -> ObjectStore:
+    """A store below a prefix."""
+    return open_store(f"{scheme}://{BUCKET}/run", StorageOptions(**{"retries": 1, "timeout_seconds": 5.0} | options))
+
+
+@contextmanager
+def answering(scheme: str, answer: Callable[[Request], None]) -> Iterator[str]:
+    """A server that answers as the test says, where obstore looks for this cloud."""
+    with server(answer) as url, pytest.MonkeyPatch.context() as patch:
+        google = {"GOOGLE_BASE_URL": url, "GOOGLE_BEARER_TOKEN": TOKEN}
+        for name, value in (google if scheme == "gs" else settings(url)).items():
+            patch.setenv(name, value)
+        yield url
+
+
+def verbs(store: ObjectStore, tmp_path: Path) -> dict[str, Callable[[], object]]:
+    """One call of each verb."""
+    (tmp_path / "source").write_bytes(b"x")
+    return {
+        "read": lambda: store.read("a"),
+        "tag": lambda: store.tag("a"),
+        "write": lambda: store.write("a", b"x", if_absent=True),
+        "upload": lambda: store.upload(tmp_path / "source", "a"),
+        "download": lambda: store.download("a", tmp_path / "copy"),
+        "list": lambda: list(store.list()),
+        "delete": lambda: store.delete("a"),
+        "probe": store.conditional_writes,
+    }
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (400, "InvalidArgument", SettingsError),
+        (401, "AuthenticationRequired", AccessDenied),
+        (403, "AccessDenied", AccessDenied),
+        (404, "", Unreachable),
+        (405, "MethodNotAllowed", NotSupported),
+        (429, "SlowDown", Unreachable),
+        (500, "InternalError", Unreachable),
+        (501, "NotImplemented", NotSupported),
+        (503, "ServerBusy", Unreachable),
+    ],
+)
+def test_errors_are_translated(tmp_path: Path, scheme: str, status: int, code: str, expected: type[JobError]) -> None:
+    """Every verb turns an answer of the store into the same error of the job, and says what it tried; no secret."""
+    with answering(scheme, lambda request: request.refuse(status, code)):
+        store = opened(scheme)
+        for name, attempt in verbs(store, tmp_path).items():
+            with pytest.raises(JobError) as caught:
+                attempt()
+            assert type(caught.value) is expected, name
+            assert f"{scheme}://{BUCKET}/run" in str(caught.value)
+            assert TOKEN not in str(caught.value)
+            assert KEY not in str(caught.value)
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize(("scheme", "code"), [("gs", "NoSuchBucket"), ("az", "ContainerNotFound")])
+def test_a_missing_bucket_is_named(tmp_path: Path, scheme: str, code: str) -> None:
+    """A bucket or container that does not exist is no absence of an object, and the message says what to do."""
+    with answering(scheme, lambda request: request.refuse(404, code)):
+        for name, attempt in verbs(opened(scheme), tmp_path).items():
+            if name == "delete" and scheme == "az":
+                continue  # a batch of requests: the answer is not about one of them
+            with pytest.raises(SettingsError, match="no such bucket or container; create it"):
+                attempt()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_only_the_store_can_say_that_something_is_absent(tmp_path: Path, scheme: str) -> None:
+    """A 404 of a proxy, in HTML, is no confirmation that an object is absent, and a page of its own is no listing."""
+    with answering(scheme, lambda request: request.answer(404, b"<html>not here</html>")):
+        store = opened(scheme)
+        for attempt in (
+            lambda: store.read("a"),
+            lambda: store.tag("a"),
+            lambda: store.download("a", tmp_path / "copy"),
+            lambda: store.write("a", b"x", if_tag="1"),
+            lambda: store.delete("a"),
+        ):
+            with pytest.raises(Unreachable):
+                attempt()
+    with answering(scheme, lambda request: request.answer(200, b"<html>log in first</html>")):
+        with pytest.raises(Unreachable):
+            list(opened(scheme).list())
+        with pytest.raises(Unreachable):
+            opened(scheme).read("a")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("listens", [True, False])
+def test_stalled_connections_end(tmp_path: Path, scheme: str, *, listens: bool) -> None:
+    """A server that accepts and never answers, or is not there, costs every verb a few time limits and no more."""
+    released = threading.Event()
+
+    def stall(request: Request) -> None:
+        released.wait(20)
+        request.hang_up()
+
+    with answering(scheme, stall), pytest.MonkeyPatch.context() as patch:
+        if not listens:
+            patch.setenv("GOOGLE_BASE_URL", "http://127.0.0.1:9")
+            patch.setenv("AZURE_STORAGE_ENDPOINT", "http://127.0.0.1:9")
+        store = opened(scheme, timeout_seconds=0.2)
+        for name, attempt in verbs(store, tmp_path).items():
+            start = time.monotonic()
+            with pytest.raises(Unreachable):
+                attempt()
+            assert time.monotonic() - start < 3, name
+        released.set()
+
+
+def test_signals_are_heard_while_a_store_does_not_answer() -> None:
+    """A signal's handler runs at once in the main thread, though obstore waits there."""
+    released, heard = threading.Event(), []
+
+    def stall(request: Request) -> None:
+        released.wait(20)
+        request.hang_up()
+
+    before = signal.signal(signal.SIGALRM, lambda *_: heard.append(time.monotonic()))
+    try:
+        with answering("gs", stall):
+            start = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(Unreachable):
+                opened("gs", timeout_seconds=1).read("a")
+            released.set()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert heard[0] - start < 0.8
+
+
+def cut(request: Request) -> bool:
+    """Answer with a body that breaks off."""
+    request.answer(200, b"wh", Content_Length="5", ETag='"1"', x_goog_generation="1", Last_Modified=DATE)
+    request.hang_up()
+    return True
+
+
+DATE = "Sun, 29 Nov 2026 12:54:09 GMT"
+
+
+@pytest.mark.parametrize("verb", ["read", "download"])
+@pytest.mark.parametrize("broken", [1, 100])
+def test_truncated_bodies(tmp_path: Path, verb: str, broken: int) -> None:
+    """A body that breaks off is asked for again, and never taken for the whole; in the end it is an error."""
+    left = [0]
+
+    def before(request: Request) -> bool:
+        if request.command != "GET" or left[0] <= 0:
+            return False
+        left[0] -= 1
+        return cut(request)
+
+    with gcs_server(before):
+        store = opened("gs", retries=2)
+        store.write("a", b"whole")
+        left[0] = broken
+        attempt = verbs(store, tmp_path)[verb]
+        if broken > 1:
+            with pytest.raises(Unreachable):
+                attempt()
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+        else:
+            stored = attempt()
+            assert getattr(stored, "data", None) == b"whole" or (tmp_path / "copy").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("size", [5, 5 * MIB, 33 * MIB])
+def test_damage_is_noticed(tmp_path: Path, size: int) -> None:
+    """What is not the content that was written, at the same length, is no answer: neither in memory nor in a file."""
+    (tmp_path / "source").write_bytes(bytes(size))
+    with gcs_server() as bucket:
+        store = opened("gs", retries=2)
+        store.upload(tmp_path / "source", "a")
+        store.download("a", tmp_path / "copy")
+        damaged = bytearray(size)
+        damaged[-1] = 1
+        bucket.objects["run/a"].data = bytes(damaged)
+        with pytest.raises(Unreachable, match="damaged"):
+            store.download("a", tmp_path / "other")
+        if size < MIB:
+            with pytest.raises(Unreachable, match="damaged"):
+                store.read("a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "source"]
+
+
+def test_objects_of_other_programs_are_read(tmp_path: Path) -> None:
+    """An object without a checksum, of another program, is read and downloaded like one of ours."""
+    with gcs_server() as bucket:
+        store = opened("gs")
+        for key, data in {"small": b"12", "large": bytes(5 * MIB)}.items():
+            store.write(key, data)
+            bucket.objects[f"run/{key}"].headers.pop("x-goog-meta-sha256")
+            store.download(key, tmp_path / key)
+            assert (tmp_path / key).read_bytes() == data
+        stored = store.read("small")
+    assert stored is not None
+    assert stored.data == b"12"
+
+
+def test_passing_errors_are_retried() -> None:
+    """Errors of the server, too many requests and broken connections are tried again, as often as settings say."""
+    requests: list[str] = []
+
+    def before(request: Request) -> bool:
+        requests.append(request.command)
+        if len(requests) in {1, 2}:
+            request.refuse([503, 429][len(requests) - 1], "SlowDown")
+            return True
+        if len(requests) == 3:
+            request.hang_up()
+            return True
+        return False
+
+    with gcs_server(before):
+        assert opened("gs", retries=4).read("a") is None
+    assert len(requests) == 4
+
+
+class TestLostAnswers:
+    """A conditional write whose first answer got lost, so that its repetition is refused."""
+
+    @staticmethod
+    def lose_first(bucket: list[Bucket], winner: bytes | None) -> Callable[[Request], bool]:
+        """Takes the first write and gives no answer; or `winner` was quicker."""
+
+        def before(request: Request) -> bool:
+            if request.command != "PUT" or any("PUT" in one for one in bucket[0].requests):
+                return False
+            bucket[0].requests.append("PUT")
+            given = {**dict(request.headers)} if winner is None else {}
+            bucket[0]._store("run/lease", request.content if winner is None else winner, given)
+            request.hang_up()
+            return True
+
+        return before
+
+    @pytest.mark.parametrize("winner", [None, b"his"])
+    def test_own_success_is_told_from_a_loss(self, winner: bytes | None) -> None:
+        """What is stored decides: its own content means success, and another's means that it was too late."""
+        held: list[Bucket] = []
+        with gcs_server(self.lose_first(held, winner)) as bucket:
+            held.append(bucket)
+            store = opened("gs", retries=2)
+            if winner is None:
+                assert store.write("lease", b"mine", if_absent=True) == store.tag("lease")
+            else:
+                with pytest.raises(Conflict):
+                    store.write("lease", b"mine", if_absent=True)
+
+    def test_refusal_at_once_is_a_loss(self) -> None:
+        """Without a repetition a refusal is a refusal, even if another wrote the very same bytes."""
+        with gcs_server():
+            store = opened("gs", retries=2)
+            store.write("lease", b"same")
+            with pytest.raises(Conflict):
+                store.write("lease", b"same", if_absent=True)
+
+
+def test_a_lost_upload_in_parts_is_made_again(tmp_path: Path) -> None:
+    """Parts that another upload of the same object discarded are uploaded again."""
+    refused = []
+
+    def before(request: Request) -> bool:
+        if request.command == "POST" and "uploadId" in request.path and not refused:
+            refused.append(request.path)
+            request.refuse(404, "NoSuchUpload")
+            return True
+        return False
+
+    (tmp_path / "source").write_bytes(b"x" * 17 * MIB)
+    with gcs_server(before) as bucket:
+        opened("gs", retries=2).upload(tmp_path / "source", "a")
+        assert len(bucket.objects["run/a"].data) == 17 * MIB
+    assert refused
+
+
+@pytest.mark.parametrize("limit", [256, 1])
+def test_large_uploads_take_conditions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: int) -> None:
+    """Files of many parts take the conditions too, in one request or, above a size, with a look before."""
+    monkeypatch.setattr(job.storage.gcs_azure, "_MAX_CONDITIONAL_BYTES", limit * MIB)
+    (tmp_path / "source").write_bytes(b"x" * 17 * MIB)
+    with gcs_server():
+        store = opened("gs")
+        store.upload(tmp_path / "source", "a", if_absent=True)
+        tag = store.tag("a")
+        for condition in ({"if_absent": True}, {"if_tag": "1"}):
+            with pytest.raises(Conflict):
+                store.upload(tmp_path / "source", "a", **condition)
+        assert store.tag("a") == tag
+        store.upload(tmp_path / "source", "a", if_tag=tag)
+        assert store.tag("a") != tag
+
+
+def test_a_listing_has_many_pages() -> None:
+    """A listing goes on over the server's pages; a server that repeats one for ever is found out."""
+    with gcs_server() as bucket:
+        for number in range(250):
+            bucket._store(f"run/{number:03}", b"x", {})
+        assert [info.key for info in opened("gs").list()] == [f"{number:03}" for number in range(250)]
+    page = "".join(
+        f"<Contents><Key>run/{number}</Key><Size>1</Size><LastModified>2026-11-29T12:54:09.000Z</LastModified></Contents>"
+        for number in range(1000)
+    )
+    answer = f"<ListBucketResult>{page}<NextContinuationToken>x</NextContinuationToken></ListBucketResult>"
+    with (
+        answering("gs", lambda request: request.answer(200, answer.encode())),
+        pytest.raises(Unreachable, match="the same page"),
+    ):
+        list(opened("gs").list())
+
+
+def test_folders_of_the_console_are_no_objects(tmp_path: Path) -> None:
+    """The empty objects that consoles keep as folders are not listed, with something below them or without."""
+    with gcs_server() as bucket:
+        for key in ("run/", "run/empty/", "run/full/", "run/full/a", "run/nothing"):
+            bucket._store(key, b"", {})
+        assert [info.key for info in opened("gs").list()] == ["full/a", "nothing"]
+        assert Path(fetch(f"gs://{BUCKET}/run", tmp_path)).is_dir()
+
+
+@pytest.mark.parametrize("hostile", ["../../evil", "a/../../evil", "a//evil"])
+def test_names_that_no_file_can_have(tmp_path: Path, hostile: str) -> None:
+    """A name that would leave the folder ends before the first byte is written, with its name."""
+    with gcs_server() as bucket:
+        for key in ("data/good", f"data/{hostile}"):
+            bucket._store(key, b"1", {})
+        with pytest.raises(SettingsError, match="evil"):
+            fetch(f"gs://{BUCKET}/data/", tmp_path / "in", StorageOptions(retries=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_key_for_encryption_is_not_ignored(tmp_path: Path, scheme: str) -> None:
+    """A KMS key is S3's: other stores say so instead of writing objects that it does not protect."""
+    with answering(scheme, lambda request: request.refuse(500, "Asked")):
+        store = opened(scheme, kms_key_id="key")
+        for verb in ("write", "upload"):
+            with pytest.raises(SettingsError, match="JOB_STORAGE__KMS_KEY_ID: is for s3:// alone"):
+                verbs(store, tmp_path)[verb]()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "variables", "error", "words"),
+    [
+        ("gs", {"GOOGLE_APPLICATION_CREDENTIALS": "/nowhere.json"}, AccessDenied, "/nowhere.json"),
+        ("gs", {"GOOGLE_BEARER_TOKEN": "x", "GOOGLE_BASE_URL": "nonsense"}, SettingsError, "GOOGLE_BASE_URL"),
+        ("gs", {"GOOGLE_BEARER_TOKEN": "a\nb", "GOOGLE_BASE_URL": "http://127.0.0.1:9"}, SettingsError, "credentials"),
+        ("az", {}, SettingsError, "AZURE_STORAGE_ACCOUNT_NAME: is not set"),
+        ("az", {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_STORAGE_ACCOUNT_KEY": "?"}, AccessDenied, "Access Key"),
+        (
+            "az",
+            {
+                "AZURE_STORAGE_ACCOUNT_NAME": "a",
+                "AZURE_CLIENT_ID": "c",
+                "AZURE_TENANT_ID": "t",
+                "AZURE_FEDERATED_TOKEN_FILE": "/nowhere",
+            },
+            AccessDenied,
+            "federated token file",
+        ),
+        (
+            "az",
+            {
+                "AZURE_STORAGE_ACCOUNT_NAME": "a",
+                "AZURE_STORAGE_ENDPOINT": "ftp://user:hunter2@host",
+                "AZURE_STORAGE_ACCOUNT_KEY": "QUFB",
+            },
+            SettingsError,
+            "AZURE_STORAGE_ENDPOINT",
+        ),
+    ],
+)
+def test_the_clouds_own_variables(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, variables: dict[str, str], error: type[JobError], words: str
+) -> None:
+    """Missing or wrong credentials are named in the cloud's own words, with the code of denied access or settings."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(error, match=words) as caught:
+        opened(scheme, timeout_seconds=0.5).read("a")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [400, 403, 503])
+def test_a_token_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int) -> None:
+    """Where the identity is refused a token, access is denied; where the service only fails, it is tried later."""
+    (tmp_path / "token").write_text("federated")
+    with server(lambda request: request.answer(status, b'{"error": "x"}')) as url:
+        for name, value in {
+            "AZURE_STORAGE_ACCOUNT_NAME": "a",
+            "AZURE_CLIENT_ID": "c",
+            "AZURE_TENANT_ID": "t",
+            "AZURE_FEDERATED_TOKEN_FILE": str(tmp_path / "token"),
+            "AZURE_AUTHORITY_HOST": url,
+        }.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(Unreachable if status == 503 else AccessDenied, match="token request"):
+            opened("az", timeout_seconds=1).read("a")
+
+
+def test_a_signature_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared access signature, which is a part of the address, gets into no message."""
+    with answering("az", lambda request: request.refuse(403, "AuthenticationFailed")):
+        monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
+        monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=2023-11-03&sig=hunter2")
+        store = opened("az")
+        for attempt in (lambda: store.read("a"), lambda: list(store.list()), lambda: store.delete("a", if_tag="x")):
+            with pytest.raises(AccessDenied) as caught:
+                attempt()
+            assert "hunter2" not in str(caught.value)
+
+
+def test_a_version_is_deleted_without_a_signed_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An identity that cannot sign an address still deletes only the version that it means."""
+    with azurite(tmp_path):
+        store = open_store(f"az://{BUCKET}/{uuid4().hex}", StorageOptions(retries=1))
+        monkeypatch.setattr(store, "_signed", lambda _key: None)
+        old = store.write("a", b"1")
+        new = store.write("a", b"2")
+        with pytest.raises(Conflict):
+            store.delete("a", if_tag=old)
+        store.delete("a", if_tag=new)
+        assert store.read("a") is None

@@ -1,0 +1,47 @@
+"""What a person, and a program, gets at a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from job import log
+
+
+class Terminal(io.StringIO):
+    """A standard error that is a terminal."""
+
+    def isatty(self) -> bool:
+        """It is."""
+        return True
+
+
+@pytest.fixture
+def logging_restored() -> Iterator[None]:
+    """Afterwards the test's logging is as it was."""
+    handlers, level = list(logging.root.handlers), logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+@pytest.mark.usefixtures("logging_restored")
+@pytest.mark.parametrize("log_format", ["json", "auto"])
+def test_json_stays_json(monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
+    """With JOB_LOG__FORMAT=json every step is a line of JSON, and no bar; else there is a bar."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    log.configure(log_format, "info")
+    with log.progress("steps", 2) as show:
+        show(1, loss=1.5)
+        show(2, loss=1.25)
+    text = terminal.getvalue()
+    if log_format == "json":
+        assert [json.loads(line)["done"] for line in text.splitlines()] == [1, 2]
+    else:
+        assert "2/2" in text
