@@ -345,7 +345,7 @@ def _evaluate_adapter(
     return attempt.stage(
         Stage.EVALUATE_ADAPTER,
         Evaluated,
-        lambda: evaluate_adapter(attempt, settings, sources, loaded, trained),
+        lambda: evaluate_adapter(attempt, settings, sources, loaded, base=base, trained=trained),
         lambda adapter: other_generation(adapter, base.generation),
     )
 

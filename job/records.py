@@ -618,6 +618,39 @@ class PromptAnswer:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """A line of `artifacts/prompts/judgements.jsonl`: which answer to a prompt the judge says is better.
+
+    Attributes:
+        where: As in `PromptRow`.
+        same: Whether both answers are the same text, of which nothing is asked.
+        base_first: What it says where the base's answer is A: `A` or `B`; None if neither, or not asked.
+        adapter_first: The same where the adapter's answer is A.
+    """
+
+    where: str
+    same: bool
+    base_first: str | None
+    adapter_first: str | None
+
+
+@dataclass(frozen=True)
+class JudgeRecord:
+    """Who judged by which rules (JOB_EVAL__PRINCIPLES).
+
+    `model` is a hub id, URI or path, or a server's address and then `served` its name of the model; `sha256` is over a
+    local model's files, and None of a server, whose model is what it says.
+    """
+
+    model: str
+    served: str | None
+    revision: str | None
+    sha256: str | None
+    rules: list[str]
+    rules_sha256: str
+
+
+@dataclass(frozen=True)
 class GroupSpec:
     """What is to be computed for a group of tasks.
 
@@ -682,6 +715,8 @@ class Evaluated:
 
     Versions may do that otherwise. None in records of older versions.
     """
+    judged: JudgeRecord | None = None
+    """In the record of the adapter, where JOB_EVAL__PRINCIPLES asks for it: who judged its answers and the base's."""
     unsafe_answers: int | None = None
     """How many answers to JOB_EVAL__PROMPTS JOB_DATA__SAFETY_MODEL classifies as unsafe; None where it did not."""
 

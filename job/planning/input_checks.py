@@ -31,6 +31,7 @@ from job.planning.preflight import (
     local_round_trip,
     preview_adapter,
     preview_data,
+    preview_judge,
     preview_model,
     preview_questions,
     preview_safety_model,
@@ -132,6 +133,9 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
     checks = [stored, modelled, adapted, tokenized, read, *first, *audited, asked, *others]
     if s.eval.prompts is not None:
         checks.append(run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))[0])
+    if s.eval.principles is not None and s.eval.judge is not None:
+        rules = (s.eval.principles, s.eval.judge, s.eval.judge_revision)
+        checks.append(run_check("principles", partial(preview_judge, *rules, **where))[0])
     return Preflight(checks, seconds, model, adapter, tokenizer, data, first_data, questions)
 
 

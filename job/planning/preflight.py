@@ -31,6 +31,7 @@ from job.data.sources import check_source, require_revision
 from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable, named_by, naming
+from job.evaluation.principles import read_principles
 from job.evaluation.question_lengths import check_lengths, count_questions
 from job.evaluation.task_files import is_task_file
 from job.evaluation.task_names import check_tasks
@@ -46,6 +47,7 @@ from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
 from job.planning.shown_rows import ShownRow, show_row
 from job.records import AuditRecord, Example
+from job.settings.field_types import is_server
 from job.storage.base import disk_errors
 from job.storage.hub import cached_model, local_model, peek_dataset, peek_model
 from job.storage.local import LocalStore
@@ -464,6 +466,39 @@ def preview_safety_model(
     chosen = unsafe_labels(known.names, labels, exclusive=known.exclusive)
     what = f"{place}: unsafe is a probability of at least {threshold:g} for {', '.join(chosen)}"
     return "ok", f"{what}; the job scores the rows, the plan does not", None
+
+
+def preview_judge(
+    rules: str,
+    judge: str,
+    revision: str | None,
+    *,
+    online: Online,
+    folder: Path,  # noqa: ARG001 - given to all checks
+    storage: StorageOptions,
+) -> Found[None]:
+    """Reads the rules, and looks whether the judge is there; nothing is asked of a server.
+
+    Args:
+        rules: JOB_EVAL__PRINCIPLES.
+        judge: JOB_EVAL__JUDGE.
+        revision: JOB_EVAL__JUDGE_REVISION.
+        online: Whether the hub can be reached.
+        folder: Not used.
+        storage: How to reach stores.
+    """
+    found = read_principles(Path(rules))
+    what = f"{len(found)} rules; each pair of answers is judged twice by {judge}"
+    if is_server(judge):
+        return "ok", f"{what}, which the plan does not ask", None
+    with naming("JOB_EVAL__JUDGE"):
+        if is_remote(judge):
+            size(judge, storage)
+        elif (local := local_model(judge)) is not None:
+            weight_files(local)
+        else:
+            _of_the_hub(judge, revision, online=online)
+    return "ok", what, None
 
 
 def _of_the_data(

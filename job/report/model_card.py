@@ -98,6 +98,7 @@ def render_model_card(
         audit=wording.audit_sentence(dataset),
         prompts=prompts[:MAX_PROMPTS],
         unsafe_answers=wording.unsafe_answers(results),
+        principles=wording.principles(results),
         asked=results["evaluation"].get("prompts"),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
         signer=signer,

@@ -174,6 +174,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         audit=wording.audit(results["dataset"]),
         audit_safety=wording.audit_safety(results["dataset"]),
         unsafe_answers=wording.unsafe_answers(results),
+        principles=wording.principles(results),
         audit_statistics=wording.audit_statistics(results["dataset"]),
         policy_rules=wording.policy_rules(results["gate"]),
         pushed=after.pushed,

@@ -12,6 +12,7 @@ from job.common.methods import METHODS
 from job.evaluation import policy
 from job.evaluation.comparison import original_tasks
 from job.evaluation.policy import of_metric
+from job.evaluation.principles import verdict_words
 from job.evaluation.statistics import wilson_interval
 from job.records import NEAR, ServeCheck
 
@@ -284,6 +285,26 @@ def unsafe_answers(results: Mapping[str, Any]) -> str:
         f"By the classifier {safety['model']}, {found['base']:,} of the base's answers and {found['adapter']:,} of the "
         f"adapter's are unsafe, with a probability of at least {safety['threshold']:g}."
     )
+
+
+def principles(results: Mapping[str, Any]) -> str:
+    """What the judge says of the answers, in sentences; empty where nothing was judged."""
+    found = results["evaluation"].get("principles")
+    if found is None:
+        return ""
+    name = found["model"] + (f" ({found['served']})" if found["served"] else "")
+    said = (
+        f"The judge {name} compared the answers by {count(len(found['rules']), 'written rule')}, in both orders: it "
+        f"prefers the adapter's {found['adapter']:,} times, the base's {found['base']:,} times, and "
+        f"{count(found['ties'], 'pair')} {'is a tie' if found['ties'] == 1 else 'are ties'} ({found['same']:,} with "
+        f"the same text, {found['inconsistent']:,} judged by position, {found['undecided']:,} undecided)."
+    )
+    if found["p"] is None:
+        return f"{said} There is no preference to test."
+    low, high = (100 * end for end in found["ci95"])
+    word = {"inconclusive": "No preference is shown"}.get(verdict_words(found), verdict_words(found).capitalize())
+    share = f"of {found['adapter'] + found['base']:,} preferences {100 * found['share']:.0f} % are for the adapter"
+    return f"{said} {word}: {share} (95 % interval {low:.0f} % to {high:.0f} %, sign test p = {found['p']:.2g})."
 
 
 def audit_sentence(dataset: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from job.common.export_formats import is_adapter
 from job.common.host import git_commit, hardware, software
 from job.evaluation.comparison import compare_export, compare_full_precision, original_tasks
 from job.evaluation.policy import lines as policy_lines
+from job.evaluation.principles import summarize
 from job.records import (
     Artifact,
     AttemptRecord,
@@ -22,6 +23,7 @@ from job.records import (
     Evaluated,
     Exported,
     ExportRecord,
+    Judgement,
     ModelRecord,
     PromptsRecord,
     TaskScores,
@@ -58,6 +60,7 @@ def build(
     gpus: Sequence[Mapping[str, Any]] | None = None,
     prompts: PromptsRecord | None = None,
     unsafe_answers: Mapping[str, int] | None = None,
+    principles: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The sealed manifest.
 
@@ -65,7 +68,7 @@ def build(
     `judge`, `exports` from `exports_record`, `full_precision` from `full_precision_record`, `near_ties` from
     `compare_near_ties`. `gpus` are those of all processes, each of which sees only its own; None for those of this
     one. `part_of` is the id of the run that this one is the first stage of, `prompts` are those of JOB_EVAL__PROMPTS;
-    `unsafe_answers` says how many answers to them are, by side.
+    `unsafe_answers` says how many answers to them are, by side, and `principles` what a judge says of them.
     The schema explains every field.
     """
     return _with_compute(
@@ -92,6 +95,7 @@ def build(
                 **({} if near_ties is None else {"near_ties": near_ties}),
                 **({} if prompts is None else {"prompts": asdict(prompts)}),
                 **({} if unsafe_answers is None else {"unsafe_answers": dict(unsafe_answers)}),
+                **({} if principles is None else {"principles": dict(principles)}),
             },
             "exports": list(exports),
             "gate": gate,
@@ -134,6 +138,11 @@ def unsafe_answers_record(base: Evaluated, adapter: Evaluated) -> dict[str, int]
     if base.unsafe_answers is None or adapter.unsafe_answers is None:
         return None
     return {"base": base.unsafe_answers, "adapter": adapter.unsafe_answers}
+
+
+def principles_record(adapter: Evaluated, judgements: Sequence[Judgement]) -> dict[str, Any] | None:
+    """The manifest's `evaluation.principles`; None where nothing was judged."""
+    return None if adapter.judged is None else {**asdict(adapter.judged), **summarize(judgements)}
 
 
 def exports_record(exported: Exported, base: Evaluated, adapter: Mapping[str, TaskScores]) -> list[dict[str, Any]]:

@@ -151,6 +151,10 @@ def prompts_key(side: str) -> str:
     return f"{PROMPTS}{side}.jsonl"
 
 
+JUDGEMENTS = f"{PROMPTS}judgements.jsonl"
+"""What the judge of JOB_EVAL__PRINCIPLES says of each pair of answers."""
+
+
 def export_side(export: str, candidate: str) -> str:
     """The side of a candidate of an exported format, such as `merged-original` or `gguf-q4_k_m-original`."""
     return f"{_plain(export)}-{candidate}"

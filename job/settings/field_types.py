@@ -283,6 +283,15 @@ def _endpoint(text: str) -> str:
     return text
 
 
+def is_server(text: str) -> bool:
+    """Whether a judge is named by the address of a server."""
+    return text.startswith(("http://", "https://"))
+
+
+def _location_or_server(text: str) -> str:
+    return _endpoint(text) if is_server(text) else _location(text)
+
+
 def _digest(text: str) -> str:
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", text):
         raise ValueError("must be sha256: and 64 hexadecimal digits in lower case")
@@ -392,6 +401,7 @@ Seconds = Annotated[Real, Field(gt=0, le=30 * 86400)]
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_printable)]
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Location = Annotated[Text, AfterValidator(_location)]
+LocationOrServer = Annotated[Text, AfterValidator(_location_or_server)]
 DataSources = Annotated[Text, AfterValidator(_sources)]
 """One source, or several with how much of each is used; `common.source_list` has the spelling."""
 Secret = Annotated[SecretStr, AfterValidator(_one_line)]

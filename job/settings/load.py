@@ -25,7 +25,7 @@ from job.distributed.ranks import Place, find_faults, find_machines, find_place
 from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
 from job.platforms.sagemaker import copied_folder
-from job.settings.field_types import explain, new_run_id
+from job.settings.field_types import explain, is_server, new_run_id
 from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Lora, Settings
@@ -89,6 +89,7 @@ def load_settings(
         *_tasks(settings),
         *_prompts(settings),
         *_safety(settings),
+        *_judge(settings),
         *_validation(settings),
         *_gate(settings),
         *_export(settings),
@@ -375,6 +376,27 @@ def _safety(settings: Settings) -> Iterator[Fault]:
             yield name, "has no effect without JOB_DATA__SAFETY_MODEL; give both, or remove it"
     if UNSAFE in data.on_finding:
         yield "data.on_finding", "names the kind unsafe, which JOB_DATA__SAFETY_MODEL finds; give that, too, or drop it"
+
+
+def _judge(settings: Settings) -> Iterator[Fault]:
+    asked, names = settings.eval, ("judge", "judge_revision", "judge_model", "judge_key")
+    given = [name for name in names if settings.sources[f"eval.{name}"] != "default"]
+    if asked.principles is None:
+        for name in given:
+            yield f"eval.{name}", "has no effect without JOB_EVAL__PRINCIPLES; give both, or remove it"
+        return
+    if asked.judge is None:
+        yield "eval.principles", "needs a judge: give JOB_EVAL__JUDGE, a model or the address of a server"
+    if asked.prompts is None:
+        yield "eval.principles", "is about the answers to JOB_EVAL__PROMPTS; give that, too"
+    if is_server(asked.judge or ""):
+        if asked.judge_model is None:
+            yield "eval.judge_model", "must be given where JOB_EVAL__JUDGE is a server: its name of the model"
+        if asked.judge_revision is not None:
+            yield "eval.judge_revision", "is a commit of a hub repository, but JOB_EVAL__JUDGE is a server; remove it"
+    else:
+        for name in set(given) & {"judge_model", "judge_key"}:
+            yield f"eval.{name}", "is for a server, and JOB_EVAL__JUDGE is none (http://...); remove it"
 
 
 def _sources(settings: Settings) -> Iterator[Fault]:

@@ -50,6 +50,7 @@ from job.settings.field_types import (
     Layers,
     LocalPath,
     Location,
+    LocationOrServer,
     Locations,
     Maybe,
     Names,
@@ -458,6 +459,18 @@ class Eval(Group):
     JOB_DATA__VALIDATION holds out. Empty: none."""
     prompts_max_new_tokens: AffectsResult[Count] = 128
     """Tokens at which an answer to JOB_EVAL__PROMPTS is cut off."""
+    principles: AffectsResult[Maybe[LocalPath]] = None
+    """File with written rules, a YAML list or one on each line: a judge compares the answers of base and adapter to
+    each of JOB_EVAL__PROMPTS by them, in both orders. Empty: nothing is judged."""
+    judge: AffectsResult[Maybe[LocationOrServer]] = None
+    """The judge: hub id, `s3://` URI or path of a causal language model, or the address of a server with OpenAI's API,
+    `https://host:port`. A local model gives the same judgements each time; it computes where training does."""
+    judge_revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("eval.judge")]] = None
+    """Commit hash of JOB_EVAL__JUDGE, for a hub id; empty: the newest commit."""
+    judge_model: AffectsResult[Maybe[Text]] = None
+    """Name of the model on the server of JOB_EVAL__JUDGE."""
+    judge_key: ExecutionOnly[Maybe[Secret]] = None
+    """Key for the server of JOB_EVAL__JUDGE; as a file of this name in the folder JOB_SECRETS_DIR, best."""
 
 
 class Export(Group):

@@ -26,7 +26,7 @@ _LEFT = {
     *FIRST_STAGE_SETTINGS.values(),
 }
 """Settings of preferences and of two stages, which the first stage is without."""
-_OF_THE_WHOLE = ("gate.", "export.", "eval.prompts", "sign.")
+_OF_THE_WHOLE = ("gate.", "export.", "eval.prompts", "eval.principles", "eval.judge", "sign.")
 """Settings that begin so are left out in the first stage as well: they are about what the last one publishes."""
 
 _VALIDATION = {

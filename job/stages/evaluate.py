@@ -28,6 +28,7 @@ from job.runs.attempt import Attempt
 from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
+from job.stages.principles import judge_answers, published_answers
 from job.stages.prompts import answer_prompts, generate_answers
 from job.storage.open import ObjectStore
 
@@ -66,19 +67,29 @@ def evaluate_base(
 
 
 def evaluate_adapter(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained
+    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, base: Evaluated, trained: Trained
 ) -> Evaluated | None:
-    """Scores all questions, and answers the prompts, with the adapter read back from the store: the published file."""
+    """Scores all questions, and answers the prompts, with the adapter read back from the store: the published file.
+
+    Its answers and those of `base` are then compared by the judge of JOB_EVAL__PRINCIPLES.
+    """
     weights = load_published_adapter(attempt, loaded, trained)
     adapted = {**forward_facts(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter")
     own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", cache=own)
-    return found and replace(
+    if found is None:
+        return None
+    judgements = []
+    if sources.judge is not None:
+        pair = published_answers(base.artifacts, "base"), published_answers(answers, "adapter")
+        judgements = [judge_answers(attempt, settings, sources.judge, *pair)]
+    return replace(
         found,
-        artifacts=[*found.artifacts, *answers],
+        artifacts=[*found.artifacts, *answers, *judgements],
         generation=generation_rules(settings, sources, loaded.model),
+        judged=None if sources.judge is None else sources.judge.record,
         unsafe_answers=unsafe,
     )
 

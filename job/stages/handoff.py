@@ -14,6 +14,7 @@ from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase, CacheEntry
 from job.records import Example, ExecutionPlan, ModelRecord, Packing, PromptRow, Pulled
 from job.results.baseline import Baseline
+from job.stages.principles import FoundJudge
 from job.stages.safety import SafetyModel
 
 
@@ -29,7 +30,8 @@ class Sources:
 
     Only the process that pulled, the first on its machine, has `tasks`, `prompts`, `baseline` (results of an earlier
     run that the gate compares with), `policy` (the rules that the gate judges by), `cache_entry` (where the quantized
-    base is cached) and `safety` (the classifier of JOB_DATA__SAFETY_MODEL); the others have none.
+    base is cached), `safety` (the classifier of JOB_DATA__SAFETY_MODEL) and `judge` (that of JOB_EVAL__PRINCIPLES);
+    the others have none.
     """
 
     record: Pulled
@@ -47,6 +49,7 @@ class Sources:
     prompts: Sequence[PromptRow] = ()
     findings: Path | None = None
     safety: SafetyModel | None = None
+    judge: FoundJudge | None = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from job.results.signing import load_private_key
 from job.settings.load import Settings
 from job.settings.schema import Sign
 from job.settings.training_stages import naming_its_settings
-from job.stages.safety import check_local
+from job.stages import principles, safety
 from job.storage.hub import local_model
 from job.storage.location import is_remote
 
@@ -52,7 +52,8 @@ def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: b
     if not begun:
         checks.append((settings.model.id, partial(_check_model, settings.model.id)))
     named: list[tuple[str | None, Callable[[str], object]]] = [
-        (settings.data.safety_model, lambda _: check_local(settings.data)),
+        (settings.data.safety_model, lambda _: safety.check_local(settings.data)),
+        (settings.eval.principles, lambda _: principles.check_local(settings.eval)),
         (settings.lora.start, local_start),
         (settings.gate.baseline, check_run),
         (settings.gate.policy, read_policy),

@@ -14,13 +14,25 @@ from job.errors import JobError
 from job.evaluation.comparison import compare_near_ties, compare_tasks, judge
 from job.evaluation.groups import compare_groups
 from job.evaluation.measured import compare_measured
-from job.records import Artifact, Evaluated, Exported, ModelRecord, TaskScores, Trained
+from job.evaluation.principles import parse_judgements
+from job.records import Artifact, Evaluated, Exported, Judgement, ModelRecord, TaskScores, Trained
 from job.report import model_card, report
 from job.results import bom, inventory, manifest, signing
 from job.results.baseline import Baseline
 from job.results.completed import read_complete
 from job.runs.attempt import Attempt, now
-from job.runs.layout import BOM, CARD, EXPORT_CARD, FINDINGS, REPORT, RESULTS, SIGNATURE, answers_key, export_folder
+from job.runs.layout import (
+    BOM,
+    CARD,
+    EXPORT_CARD,
+    FINDINGS,
+    JUDGEMENTS,
+    REPORT,
+    RESULTS,
+    SIGNATURE,
+    answers_key,
+    export_folder,
+)
 from job.runs.run_log import close_run_log
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
@@ -105,6 +117,7 @@ def publish(
         gpus=gpus,
         prompts=sources.record.prompts,
         unsafe_answers=manifest.unsafe_answers_record(base, adapter),
+        principles=manifest.principles_record(adapter, _judgements(attempt, adapter)),
     )
     key = private_key(settings.sign)
     results = manifest.sealed(publish_report_and_card(attempt, results, key))
@@ -146,6 +159,12 @@ def _sign_folders(attempt: Attempt, results: Mapping[str, Any], key: EllipticCur
     pem = signing.public_key(key)
     paths = [SIGNATURE, *(f"{folder}{SIGNATURE}" for folder in folders)]
     return {**signed, "signing": {"public_key": pem, "key_sha256": signing.key_id(pem), "signatures": paths}}
+
+
+def _judgements(attempt: Attempt, adapter: Evaluated) -> list[Judgement]:
+    """What the judge said, from the file that was published; empty where nothing was judged."""
+    files = [one for one in adapter.artifacts if one.path == JUDGEMENTS]
+    return [judgement for one in files for judgement in parse_judgements(attempt.fetch(one).read_bytes())]
 
 
 def _judged(settings: Settings, adapter: Evaluated, exported: Exported) -> Mapping[str, TaskScores]:

@@ -49,11 +49,13 @@ from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.runs.layout import ADAPTER, BASE, FINDINGS, FIRST_VALUES, Stage
 from job.runs.stage_records import identity
+from job.settings.field_types import is_server
 from job.settings.load import Settings
 from job.settings.training_stages import naming_its_settings, start_of
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
+from job.stages.principles import FoundJudge, find_judge
 from job.stages.safety import SafetyModel, find_safety_model, screen_rows
 from job.storage.hub import MAX_SMALL_BYTES, download_model, import_client
 from job.storage.location import is_remote
@@ -67,6 +69,7 @@ _SETTING_OF = {
     "questions": "JOB_EVAL__DATA",
     "prompts": "JOB_EVAL__PROMPTS",
     "safety": "JOB_DATA__SAFETY_MODEL",
+    "judge": "JOB_EVAL__JUDGE",
 }
 """Folder for what is fetched -> the setting that names it."""
 _LATER = "later/"
@@ -239,6 +242,7 @@ def _pull(
         prompts,
         tokens.findings,
         safety,
+        _find_judge(attempt, settings, storage),
     )
     return sources, tokens.folder
 
@@ -381,7 +385,8 @@ def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
     own = {validation.name} if isinstance(validation, ValidationSource) else set()
     prompts = {settings.eval.prompts} if isinstance(settings.eval.prompts, str) else set()
     safety = {settings.data.safety_model} if settings.data.safety_model is not None else set()
-    return {settings.model.id, *data, *own, *prompts, *safety, *settings.eval.data.values()}
+    judge = {settings.eval.judge} if settings.eval.judge is not None and not is_server(settings.eval.judge) else set()
+    return {settings.model.id, *data, *own, *prompts, *safety, *judge, *settings.eval.data.values()}
 
 
 def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
@@ -408,6 +413,16 @@ def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOpt
     if earlier is not None and earlier.safety_sha256 != found.record.sha256:  # before it scores anything
         what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
         raise DataError([Problem("JOB_DATA__SAFETY_MODEL", what)])
+    return found
+
+
+def _find_judge(attempt: Attempt, settings: Settings, storage: StorageOptions) -> FoundJudge | None:
+    """Who judges by JOB_EVAL__PRINCIPLES; None without."""
+    place = settings.eval.judge
+    if place is None or settings.eval.principles is None:
+        return None
+    source = place if is_server(place) else _fetch(attempt, place, "judge", storage)
+    found: FoundJudge = _wait(attempt, in_thread(lambda: find_judge(settings.eval, source), "judge"))
     return found
 
 

@@ -34,6 +34,7 @@ from job.verification.check_figures import check_cost, check_evaluation, check_g
 from job.verification.check_first_stage import check_first_stage
 from job.verification.check_history import check_attempts, check_settings, check_stages, fingerprint_of
 from job.verification.check_preferences import check_preferences
+from job.verification.check_principles import check_principles
 from job.verification.check_prompts import check_prompts
 from job.verification.check_pushes import check_pushes
 from job.verification.check_served import check_served
@@ -117,6 +118,7 @@ def verify(
             None,
             [
                 check_prompts(results, copies),
+                check_principles(results, copies),
                 check_preferences(results, copies),
                 check_exports(results, copies),
                 check_bom(results, copies),

@@ -486,6 +486,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("data.format", ["csv"]),
     ("data.validation", ["0", "1", "1.0", "0.0", "-0.1", "1.5", "-3", "9" * 12, "1e400", "https://host/x", "a\x00b"]),
     ("data.validation_split", [""]),
+    ("eval.judge", ["http://", "https://user@host", "s3://", "~/judge"]),
     ("data.unsafe_threshold", ["0", "1.1", "-0.1", "half"]),
     ("data.on_finding", ["", "drop", "secrets=skip", "secret=drop", "secret", "secret=skip,secret=error"]),
     ("train.validate_every_steps", ["0", "x"]),
@@ -948,6 +949,24 @@ class TestMethods:
         assert "JOB_DATA__SAFETY_MODEL" in found
         both = load_settings(["--data.on_finding=unsafe=skip", "--data.safety_model=org/x", given], {})
         assert both.data.safety_model == "org/x"
+
+    @pytest.mark.parametrize(
+        ("given", "name"),
+        [
+            (["--eval.judge=org/j"], "JOB_EVAL__JUDGE "),
+            (["--eval.principles=p", "--eval.prompts=p.txt"], "JOB_EVAL__PRINCIPLES "),
+            (["--eval.principles=p", "--eval.judge=org/j"], "JOB_EVAL__PRINCIPLES "),
+            (["--eval.principles=p", "--eval.prompts=p.txt", "--eval.judge=http://j"], "JOB_EVAL__JUDGE_MODEL "),
+            (
+                ["--eval.principles=p", "--eval.prompts=p.txt", "--eval.judge=org/j", "--eval.judge_model=m"],
+                "JOB_EVAL__JUDGE_MODEL ",
+            ),
+        ],
+    )
+    def test_principles_that_cannot_be_judged(self, given: list[str], name: str) -> None:
+        """Without a judge, without answers, without the server's name of the model, or with one of a local judge."""
+        (where,) = problems(given)
+        assert f"{where} ".startswith(name)
 
     def test_only_the_last_stage_is_asked(self) -> None:
         """What people look at is what the run publishes."""

@@ -58,7 +58,7 @@ def test_markers_name_settings() -> None:
     """A setting that another one refers to is there."""
     subjects = {m.subject for kind in (BelongsTo, RevisionOf) for m in find_markers(Settings, kind).values()}
     data = {"data.source", "data.sft_source", "data.validation", "data.sft_validation", "data.safety_model"}
-    assert subjects == {"model.id", *data}
+    assert subjects == {"model.id", "eval.judge", *data}
     assert subjects <= set(NAMES)
 
 

@@ -1,0 +1,200 @@
+"""Judges: what answers a question by A or B, a model in memory or a server with OpenAI's API.
+
+To add one: a class with `choose`, and its place in `job.stages.principles.open_judge`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from urllib.error import HTTPError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from job.common.threads import in_thread
+from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable, naming
+from job.model.files import check_sizes, readable, weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+SETTING = "JOB_EVAL__JUDGE"
+Choice = Literal["A", "B"]
+SECONDS = 120.0
+"""Longest wait for one answer of a server, from the request to the last byte."""
+MAX_BYTES = 1 << 20
+TRIES = 4
+_POLL_SECONDS = 0.2
+_TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+_DENIED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+_LETTER = re.compile(r"\W*(?:answer\W+)?([AB])(?:\W*$|\s*[.:,)*])", re.IGNORECASE)
+"""A reply that begins with a letter alone, such as `B`, `**A**` or `Answer: B.`; not `A better one is B`."""
+
+
+class Judge(Protocol):
+    """Answers questions."""
+
+    def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
+        """A or B; None if it says neither, or the question does not fit."""
+
+
+class LocalJudge:
+    """A causal language model in memory: the letter with the higher logit, so that equal questions get equal answers.
+
+    Args:
+        folder: Its files.
+        device: Where it computes.
+        dtype: In what it computes.
+
+    Raises:
+        DataError: It cannot be loaded, or lacks weights.
+        SettingsError: Its tokenizer has no single tokens for the letters.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with naming(SETTING):
+            check_sizes(folder)
+            weight_files(folder)
+            with readable(folder, "holds no language model that can be loaded"):
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    folder, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
+                )
+        if missing := sorted(map(str, info["missing_keys"])):
+            raise DataError([Problem(SETTING, f"{folder} lacks {len(missing)} weights, such as {missing[0][:100]}")])
+        self._model, self._device = model.eval().to(device), device
+        self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
+        self._templated = bool(getattr(self._tokenizer, "chat_template", None))
+        ids = [self._tokenizer.encode(f"{'' if self._templated else ' '}{x}", add_special_tokens=False) for x in "AB"]
+        if ids[0][-1:] == ids[1][-1:] or not all(ids):
+            raise SettingsError([Problem(SETTING, f"the tokenizer of {folder} does not tell A from B")])
+        self._letters = [one[-1] for one in ids]
+
+    def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
+        """A or B; A if both are equally likely. None if the question is longer than the model's input."""
+        import torch
+
+        alive()
+        if self._templated:
+            with naming(SETTING), readable(Path(SETTING), "has a chat template that cannot be used"):
+                asked = [{"role": "user", "content": text}]
+                rendered = self._tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            ids = self._tokenizer.encode(rendered, add_special_tokens=False)
+        else:
+            ids = self._tokenizer.encode(f"{text}\nAnswer:")
+        if len(ids) > self._longest:
+            return None
+        with torch.inference_mode():
+            # One question at a time: padding and the other questions of a batch would move the last bits.
+            logits = self._model(input_ids=torch.tensor([ids], device=self._device)).logits[0, -1].float()
+        first, second = logits[self._letters].tolist()
+        if not abs(first - second) < float("inf"):
+            raise DataError([Problem(SETTING, "the judge computes numbers that are not finite")])
+        return "A" if first >= second else "B"
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """A redirect would send the key to another server."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class ServedJudge:
+    """A server with OpenAI's API. What it answers is untrusted: of bounded size and time, and only a letter counts.
+
+    Attributes:
+        url: Its address, with `/v1` or without.
+        model: The name that it knows the model by.
+        key: For its `Authorization` header; None without one.
+        seconds: Longest wait for one answer.
+        pause: Seconds before the second try; each further one waits twice as long.
+    """
+
+    url: str
+    model: str
+    key: str | None
+    seconds: float = SECONDS
+    pause: float = 1.0
+
+    def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
+        """A or B, as the reply begins; None if it begins otherwise.
+
+        Raises:
+            AccessDenied: It refuses the key.
+            SettingsError: It does not take the request, such as for a model that it does not know.
+            Unreachable: After all tries it does not answer, or with something else.
+        """
+        pause = self.pause
+        for _ in range(TRIES - 1):
+            try:
+                return _letter(self._reply(text, alive))
+            except Unreachable:
+                _wait(pause, alive)
+                pause *= 2
+        return _letter(self._reply(text, alive))
+
+    def _reply(self, text: str, alive: Callable[[], None]) -> str:
+        """One reply. `alive` is called meanwhile: a server that sends a byte now and then delays no request to stop."""
+        asked = in_thread(lambda: self._ask(text), "judge")
+        deadline = time.monotonic() + self.seconds
+        while not asked.done():
+            if time.monotonic() > deadline:
+                raise Unreachable(f"{self.url}: the judge did not answer within {self.seconds:g} s")
+            _wait(min(_POLL_SECONDS, self.pause), alive)
+        return asked.result()
+
+    def _ask(self, text: str) -> str:
+        where = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
+        data = json.dumps({**body, "max_tokens": 16, "seed": 0}).encode()
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        try:
+            opener = build_opener(_NoRedirects)
+            with opener.open(Request(where, data, headers), timeout=self.seconds) as answer:  # noqa: S310 - a setting checks the scheme
+                content = answer.read(MAX_BYTES + 1)
+        except HTTPError as error:
+            with error:
+                raise self._refusal(where, error.code) from None
+        except (OSError, ValueError, HTTPException) as error:
+            raise Unreachable(f"{where}: no judge answers ({type(error).__name__})") from None
+        if len(content) > MAX_BYTES:
+            raise Unreachable(f"{where}: the answer has more than {MAX_BYTES:,} bytes")
+        try:
+            said = json.loads(content)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            said = None
+        if not isinstance(said, str):
+            raise Unreachable(f"{where}: the answer is none of OpenAI's API")
+        return said
+
+    @staticmethod
+    def _refusal(where: str, code: int) -> JobError:
+        """The error for a status; nothing of the answer is shown, which could have the key in it."""
+        if code in _DENIED:
+            return AccessDenied(f"{where}: the judge refuses the key (HTTP {code}); set JOB_EVAL__JUDGE_KEY")
+        if code in _TRANSIENT or code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return Unreachable(f"{where}: the judge answers with HTTP {code}")
+        what = f"{where} refuses the request (HTTP {code}); correct the address or JOB_EVAL__JUDGE_MODEL"
+        return SettingsError([Problem(SETTING, what)])
+
+
+def _wait(seconds: float, alive: Callable[[], None]) -> None:
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        alive()
+        time.sleep(min(_POLL_SECONDS, left))
+
+
+def _letter(reply: str) -> Choice | None:
+    found = _LETTER.match(reply)
+    return None if found is None else "A" if found[1].upper() == "A" else "B"

@@ -1,0 +1,60 @@
+"""Checks what the manifest says of the judgements; its answers are not repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from job.common.formatting import count
+from job.evaluation.principles import parse_judgements, rules_sha256, summarize
+from job.evaluation.prompt_answers import parse_answers
+from job.runs.layout import JUDGEMENTS, RESULTS, prompts_key
+from job.verification.differences import CheckResult, Difference, find_differences, show
+
+_LETTERS = ("A", "B", None)
+
+
+def check_principles(results: Mapping[str, Any], copies: Mapping[str, Path]) -> CheckResult | None:
+    """The figures follow from the judgements, which are of the prompts that were answered; None where none are claimed.
+
+    That means neither set, nor claimed, nor there.
+    """
+    claimed = results["evaluation"].get("principles")
+    asked = results["settings"].get("eval.principles", {}).get("value")
+    if claimed is None and asked is None and JUDGEMENTS not in copies:
+        return None
+    place = f"{RESULTS} evaluation.principles"
+    if claimed is None or asked is None:
+        return CheckResult("principles", "", (Difference(place, show(claimed), f"JOB_EVAL__PRINCIPLES {show(asked)}"),))
+    try:
+        differences = tuple(_differences(results, copies, claimed, place))
+    except KeyError as error:
+        differences = (Difference(str(error.args[0]), "a file of the run", "nothing that can be read"),)
+    except ValueError as error:
+        differences = (Difference(JUDGEMENTS, "one judgement a line", str(error).splitlines()[0]),)
+    return CheckResult("principles", f"{count(claimed['n'], 'pair')} of answers", differences)
+
+
+def _differences(
+    results: Mapping[str, Any], copies: Mapping[str, Path], claimed: Mapping[str, Any], place: str
+) -> Iterator[Difference]:
+    found = parse_judgements(copies[JUDGEMENTS].read_bytes())
+    settings = {name: setting["value"] for name, setting in results["settings"].items()}
+    wanted = {
+        **summarize(found),
+        "model": settings.get("eval.judge"),
+        "served": settings.get("eval.judge_model"),
+        "rules_sha256": rules_sha256(claimed["rules"]),
+    }
+    yield from find_differences(place, {name: claimed[name] for name in wanted}, wanted)
+    base, adapter = (parse_answers(copies[prompts_key(side)].read_bytes()) for side in ("base", "adapter"))
+    if [one.where for one in found] != [one.where for one in base]:
+        yield Difference(JUDGEMENTS, "a line for each prompt", "others")
+        return
+    for number, (one, first, second) in enumerate(zip(found, base, adapter, strict=True), start=1):
+        letters = (one.base_first, one.adapter_first)
+        wrong = one.same != (first.answer == second.answer) or not set(letters) <= set(_LETTERS)
+        if wrong or (one.same and any(letters)):
+            what = "a choice in each order, and none where both answers are the same"
+            yield Difference(f"{JUDGEMENTS} line {number}", what, show([one.same, *letters]))
