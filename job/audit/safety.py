@@ -36,7 +36,7 @@ def unsafe_labels(labels: Sequence[str], asked: Sequence[str] | None, *, exclusi
 
     Args:
         labels: All labels of the model, in order.
-        asked: JOB_DATA__UNSAFE_LABELS; None to tell by the names.
+        asked: JOB_DATA__UNSAFE_LABELS; None: recognized by their names.
         exclusive: Whether a text has exactly one of the labels (softmax), so that one of them has to mean safe.
 
     Raises:

@@ -49,7 +49,7 @@ def settle_schema(
 
 
 def _others(row: Row, method: MethodName) -> str | None:
-    """The methods that learn from rows of this kind, in words, where the row is a whole one of another method's."""
+    """The methods that this row is complete for, in words; None if there are none."""
     other = detect_schema(row.fields, REQUIRED.keys() - set(METHODS[method].schemas))
     return " or ".join(methods_for(other)) if other and fits(row.fields, other) else None
 

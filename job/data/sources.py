@@ -76,7 +76,7 @@ def open_source(
 
 
 def _with_warning(rows: Lines, name: str, note: Notes) -> Lines:
-    """The rows of one of several files; that it has none is told, since the copy of a file may have failed."""
+    """The rows of one of several files; warns if it has none, since copying it may have failed."""
     empty = True
     for row in rows:
         empty = False

@@ -1,4 +1,4 @@
-"""How processes and machines end: what each of them writes into the common store, and the exit code of all together.
+"""How processes and machines end: what each writes into the rendezvous store, and the exit code of all together.
 
     end             the first failure, with which the other processes end: rank, exit code, reason
     end#RANK        how a process failed: exit code, reason
@@ -43,7 +43,7 @@ def end_of(rank: int) -> str:
 def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
     """Writes into the store that a process has failed, and, unless another one is there already, as the first failure.
 
-    What the process itself has said of its end is kept: its launcher knows less.
+    If the process has already recorded its own failure, that record is kept: its launcher knows less.
     """
     end = json.dumps({"process": process, "code": exit_code, "why": why[:2000]})
     store.compare_set(end_of(process), "", end)
@@ -54,7 +54,7 @@ def agree_on_end(store: Any, own: int, *, machine: int, machines: int, processes
     """The exit code of all machines, once each of them has published its own, or after `seconds`.
 
     Args:
-        store: The common store of this run. Machine 0 hosts it, so it waits until the others have read from it.
+        store: The rendezvous store of this run. Machine 0 hosts it, so it waits until the others have read from it.
         own: The exit code of this machine.
         machine: Number of this machine.
         machines: Number of machines.

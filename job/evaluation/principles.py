@@ -65,7 +65,7 @@ def rules_sha256(rules: Sequence[str]) -> str:
 
 
 def question(rules: Sequence[str], prompt: str, first: str, second: str) -> str:
-    """What the judge is asked; the answers are untrusted text, and fenced so."""
+    """What the judge is asked; the answers are untrusted text, and marked as such by delimiters."""
     listed = "\n".join(f"{number}. {rule}" for number, rule in enumerate(rules, start=1))
     return (
         "Two assistants answered the same prompt. Decide which answer follows these principles better:\n\n"

@@ -53,7 +53,7 @@ def import_converter() -> Any:
 
 
 def _run_no_code() -> None:
-    """Takes away from the families' converters to run code that comes with a model, which some ask transformers for."""
+    """Keeps the families' converters from running code that comes with a model, which some ask transformers for."""
     from transformers import AutoConfig, AutoTokenizer
 
     for loads in (AutoTokenizer, AutoConfig):

@@ -1,4 +1,4 @@
-"""Classifiers of texts (sequence classification, in transformers' format): how likely a text has one of some labels.
+"""Classifiers of texts (sequence classification, in transformers' format): the probability of chosen labels.
 
 A text that is longer than the model's input is scored in overlapping windows, and has the highest score of them. The
 figures are those of transformers' `pipeline("text-classification")`: softmax over labels of which a text has exactly

@@ -244,5 +244,5 @@ def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]
 
 
 def adapter_options(settings: Settings) -> AdapterOptions:
-    """As a run has them, but for the number of steps: before the rows are counted nothing is known of it."""
+    """As in a run, but without the number of steps, which is unknown until the rows are counted."""
     return make_options(dict(settings.lora), settings.train.max_steps or MANY_STEPS, settings.model.add_tokens)

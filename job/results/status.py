@@ -1,4 +1,4 @@
-"""How a run is, from the records in its store alone: `qlora-job status` and nothing else asks here.
+"""The state of a run, from the records in its store alone, for `qlora-job status`.
 
 An attempt writes its record (`attempts/NNNN.json`) at most every 5 seconds while it makes progress, with its stage and
 the figures of the last optimizer step (`runs.run_log.Noted`). So a run on S3 is seen as a local one is. Records of
@@ -92,7 +92,7 @@ class RunStatus:
         loss: Of the last step; once training is done, its mean.
         tokens_per_second: Target tokens per second of the last step; once training is done, over all steps.
         remaining_seconds: Estimate for the steps that are left, as of the last sign of life; not for later stages.
-        questions: Questions that are scored in the evaluation that goes on.
+        questions: Items scored so far outside of training: questions, rows of the safety screen, judged prompts.
         last_sign_of_life: When the newest attempt wrote its record last, RFC 3339 in UTC.
         silent_seconds: Seconds since then, by this machine's clock.
         last_end: How the newest attempt that ended did so.
@@ -410,7 +410,7 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
         "loss": _if(status.loss, "{:.4f}".format),
         "speed": _if(status.tokens_per_second, "{:,.0f} target tokens/s".format),
         "time left": _if(status.remaining_seconds if in_training else None, _left),
-        "questions": _if(None if in_training else status.questions, "{:,} scored".format),
+        "scored": _if(None if in_training else status.questions, "{:,}".format),
         "last sign of life": _if(status.silent_seconds, lambda ago: _sign(status.last_sign_of_life, ago)),
         "stages done": ", ".join(status.stages_done),
         "checkpoints": _if(status.attempt, lambda _: _saved(status.checkpoints)),

@@ -286,7 +286,7 @@ class Data(Group):
     email, phone, iban, card, and unsafe (with JOB_DATA__SAFETY_MODEL). JOB_DATA__LIMIT counts the rows before any is
     left out."""
     safety_model: AffectsResult[Maybe[Location]] = None
-    """Classifier (hub id, `s3://` URI or path of a sequence-classification model in safetensors) that scores how likely
+    """Classifier (hub id, URI or path of a sequence-classification model in safetensors) that scores how likely
     each training row, and each answer to JOB_EVAL__PROMPTS, is unsafe. Unsafe rows are findings of the kind `unsafe`;
     of answers they are counted. Empty for none."""
     safety_revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.safety_model")]] = None
@@ -463,7 +463,7 @@ class Eval(Group):
     """File with written rules, a YAML list or one on each line: a judge compares the answers of base and adapter to
     each of JOB_EVAL__PROMPTS by them, in both orders. Empty: nothing is judged."""
     judge: AffectsResult[Maybe[LocationOrServer]] = None
-    """The judge: hub id, `s3://` URI or path of a causal language model, or the address of a server with OpenAI's API,
+    """The judge: hub id, URI or path of a causal language model, or the address of a server with OpenAI's API,
     `https://host:port`. A local model gives the same judgements each time; it computes where training does."""
     judge_revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("eval.judge")]] = None
     """Commit hash of JOB_EVAL__JUDGE, for a hub id; empty: the newest commit."""

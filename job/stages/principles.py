@@ -141,7 +141,7 @@ def _judgement(base: PromptAnswer, said: Sequence[str | None] | None) -> Judgeme
 
 
 def _chooser(settings: Settings, judge: FoundJudge, alive: Callable[[], None]) -> Callable[[str], str | None]:
-    """Asks the judge; a local one that does not fit beside the trained model goes on on the processor."""
+    """Asks the judge; a local one that does not fit beside the trained model moves to the CPU."""
     devices = ["cpu"] if choose_device(settings.run.device).type == "cpu" else [settings.run.device, "cpu"]
     loaded: list[Judge] = []
 

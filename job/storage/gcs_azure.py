@@ -185,7 +185,7 @@ class _CloudStore:
 
     @contextmanager
     def _again(self, attempt: int) -> Iterator[None]:
-        """Pauses instead of raising, before the last attempt, if what failed may succeed the next time."""
+        """Pauses instead of raising, before the last try, if what failed may succeed the next time."""
         try:
             yield
         except (*FAILURES, _OtherContent) as error:
@@ -292,7 +292,7 @@ class _CloudStore:
         return tries
 
     def _check_encryption(self) -> None:
-        """A key that were ignored would leave objects encrypted in another way than was asked for."""
+        """Refuses a KMS key: ignoring it would leave objects encrypted in another way than was asked for."""
         if self._options.kms_key_id:
             what = f"is for s3:// alone; remove it, and let the bucket of {self.scheme}:// have a default key"
             raise SettingsError([Problem("JOB_STORAGE__KMS_KEY_ID", what)])
@@ -483,7 +483,7 @@ class _CloudStore:
             return None
 
     def _describe(self, key: str) -> tuple[Any, str] | None:
-        """What obstore says of an object, and its tag, None if it is absent. The answer to HEAD says not why."""
+        """What obstore says of an object, and its tag, None if it is absent. HEAD does not say why it failed."""
         for pause in (*_PAUSES[:2], None):
             try:
                 meta = self._ask(obstore.head, self._client, self._root + key)

@@ -83,7 +83,7 @@ class Notifier:
 
 @contextmanager
 def notifying(url: str | None, run: str) -> Iterator[Notifier]:
-    """Context manager: yields what is told when the attempt starts, and sends at the end of the block how it ended.
+    """Context manager: yields the notifier; at the end of the block it sends how the attempt ended.
 
     Args:
         url: Where to; None for nowhere.

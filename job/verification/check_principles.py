@@ -16,9 +16,9 @@ _LETTERS = ("A", "B", None)
 
 
 def check_principles(results: Mapping[str, Any], copies: Mapping[str, Path]) -> CheckResult | None:
-    """The figures follow from the judgements, which are of the prompts that were answered; None where none are claimed.
+    """The figures follow from the judgements, which are of the prompts that were answered.
 
-    That means neither set, nor claimed, nor there.
+    None if principles are neither set, nor in the manifest, nor among the files.
     """
     claimed = results["evaluation"].get("principles")
     asked = results["settings"].get("eval.principles", {}).get("value")
