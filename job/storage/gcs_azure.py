@@ -12,7 +12,9 @@ said in the clouds' own variables, which obstore reads itself:
 
 This file adds what the contract in `base.py` asks for beyond that: confirmed absence, conditional deletes, size limits,
 checksums, and durable downloads. Every object carries its SHA-256 as metadata, and what is read is compared with it,
-since obstore looks at no checksum of the stores. Objects of other programs have none, and only their length is checked.
+since obstore looks at no checksum of the stores. What does not fit is read again; bytes that arrive twice are what the
+store holds, and are returned, so that the caller's own hashes find the damage. Objects of other programs have no such
+metadata, and only their length is checked.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ from job.storage.location import Location, StorageOptions
 from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_transient, repetitions, translate
 
 # Name of the metadata entry with an object's SHA-256.
-_SHA256 = "sha256"
+_SHA256 = "qlorajobsha256"
 # Files are read in pieces of this size, each a request, within `_PIECE_TIMEOUTS` time limits.
 _PIECE_BYTES = 4 * MIB
 _PIECE_TIMEOUTS = 4
@@ -92,7 +94,8 @@ class _CloudStore:
         self._options = options
         self._bucket = location.bucket
         self._root = f"{location.key}/" if location.key else ""
-        self._body_attempts = min(options.retries, _MAX_BODY_ATTEMPTS)
+        # Two at least: only a second answer tells a damaged object from a damaged answer.
+        self._body_attempts = max(2, min(options.retries, _MAX_BODY_ATTEMPTS))
         self.uri = str(location)
         self._client = self._connect()
 
@@ -166,33 +169,36 @@ class _CloudStore:
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """See `ObjectStore.read`."""
         check_key(key)
+        seen: set[str] = set()
         with self._asking("read", key):
             for attempt in range(1, self._body_attempts + 1):
                 with self._again(attempt):
-                    return self._read(key, max_bytes)
-        raise Unreachable(f"{self.uri}/{key}: cannot read: the content arrives damaged")
+                    return self._read(key, max_bytes, seen)
+        raise Unreachable(f"{self.uri}/{key}: cannot read: the content arrives cut off, or each time another")
 
-    def _read(self, key: str, max_bytes: int) -> Stored | None:
+    def _read(self, key: str, max_bytes: int, seen: set[str]) -> Stored | None:
+        """The object; `seen` are the SHA-256 of answers before that did not fit their metadata.
+
+        Raises:
+            _OtherContent: The answer is damaged; its SHA-256 was added to `seen`.
+        """
         found = self._get(key)
         if found is None:
             return None
         byte_limit(f"{self.uri}/{key}", max_bytes)(found.meta["size"])
-        data, tag = bytes(_ask_once(found.bytes)), self._tag(found.meta)
-        digest = found.attributes.get(_SHA256)
-        if tag is None or len(data) != found.meta["size"] or digest not in {None, hashlib.sha256(data).hexdigest()}:
+        data, tag = _body(found), self._tag(found.meta)
+        if tag is None or len(data) != found.meta["size"]:
             raise _OtherContent
+        _check(hashlib.sha256(data).hexdigest(), {found.attributes.get(_SHA256)}, seen)
         return Stored(data, tag)
 
     @contextmanager
     def _again(self, attempt: int) -> Iterator[None]:
-        """Pauses instead of raising, before the last try, if what failed may succeed the next time."""
+        """Pauses in place of `_OtherContent`. Errors of `_ask` pass: it has repeated what may be repeated."""
         try:
             yield
-        except (*FAILURES, _OtherContent) as error:
-            last = attempt >= self._body_attempts
-            if not isinstance(error, _OtherContent) and (last or not is_transient(error)):
-                raise
-            if not last:
+        except _OtherContent:
+            if attempt < self._body_attempts:
                 time.sleep(_PAUSES[0] * 2**attempt)
 
     def tag(self, key: str) -> str | None:
@@ -353,23 +359,24 @@ class _CloudStore:
         """See `ObjectStore.download`."""
         check_key(key)
         with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", key):
+            seen: set[str] = set()
             for pause in (*_PAUSES[:2], None):
                 found = self._describe(key)
                 if found is None:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
                 byte_limit(f"{self.uri}/{key}", max_bytes)(found[0]["size"])
                 with suppress(_OtherContent), atomic_write(path) as temporary:
-                    self._fetch(key, temporary, found[0])
+                    self._fetch(key, temporary, found[0], seen)
                     return
                 if pause is not None:
                     time.sleep(pause)
-        raise Unreachable(f"{self.uri}/{key}: cannot read: it changes while it is read, or arrives damaged")
+        raise Unreachable(f"{self.uri}/{key}: cannot read: it changes while it is read, or arrives cut off")
 
-    def _fetch(self, key: str, path: Path, meta: Any) -> None:
-        """Reads an object into a file.
+    def _fetch(self, key: str, path: Path, meta: Any, seen: set[str]) -> None:
+        """Reads an object into a file; `seen` as for `_read`.
 
         Raises:
-            _OtherContent: It is not the one that `meta` describes, or not what was written.
+            _OtherContent: It is not the one that `meta` describes, or arrived damaged.
         """
         size = meta["size"]
         if size <= _PIECE_BYTES:
@@ -381,7 +388,7 @@ class _CloudStore:
                 raise _OtherContent
             path.write_bytes(found.data)
             return
-        digests = set()
+        digests: set[str | None] = set()
         with path.open("wb") as file:
 
             def fetch_piece(start: int) -> None:
@@ -395,8 +402,9 @@ class _CloudStore:
             else:
                 for start in range(0, size, _PIECE_BYTES):
                     fetch_piece(start)
-        if path.stat().st_size != size or not digests <= {None, hash_file(path)}:
+        if path.stat().st_size != size:
             raise _OtherContent
+        _check(hash_file(path), digests, seen)
 
     def _fetch_piece(self, key: str, meta: Any, start: int) -> tuple[bytes, str | None]:
         """The bytes from `start` on, and the SHA-256 that the whole object has."""
@@ -409,7 +417,7 @@ class _CloudStore:
                     found = None
                 if found is None:
                     break
-                data = bytes(_ask_once(found.bytes))
+                data = _body(found)
                 if len(data) == end - start and self._tag(found.meta) == self._tag(meta):
                     return data, found.attributes.get(_SHA256)
                 raise _OtherContent
@@ -592,6 +600,27 @@ class AzureStore(_CloudStore):
             if pause is not None:
                 time.sleep(pause)
         raise Unreachable(f"{self.uri}/{key}: cannot delete: the store does not answer")
+
+
+def _check(digest: str, wanted: set[str | None], seen: set[str]) -> None:
+    """Raises `_OtherContent` if content does not fit its metadata, unless it arrived like this before."""
+    if not wanted <= {None, digest} and digest not in seen:
+        seen.add(digest)
+        raise _OtherContent
+
+
+def _body(found: Any) -> bytes:
+    """The content behind an answer.
+
+    Raises:
+        _OtherContent: It broke off.
+    """
+    try:
+        return bytes(_ask_once(found.bytes))
+    except FAILURES as error:
+        if not is_transient(error):
+            raise
+        raise _OtherContent from error
 
 
 def _ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
