@@ -30,6 +30,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from http import HTTPStatus
 from http.client import HTTPException
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 from urllib.error import HTTPError
@@ -89,6 +90,8 @@ class _CloudStore:
     """What both stores have in common; a derived class says what a version is, and how one version is deleted."""
 
     scheme: str
+    # Whether listings are sorted by key, so that they can be passed on page by page.
+    _sorted: bool
 
     def __init__(self, location: Location, options: StorageOptions) -> None:
         self._options = options
@@ -258,7 +261,9 @@ class _CloudStore:
                         use_multipart=False,
                     )
                 except (AlreadyExistsError, PreconditionError, Missing) as error:
-                    if mode == "overwrite" or (isinstance(error, Missing) and self._get(key) is not None):
+                    # A 404 says that a version is gone only where a version was asked for, and the store confirms it.
+                    missing = isinstance(error, Missing)
+                    if mode == "overwrite" or (missing and (mode == "create" or self._get(key) is not None)):
                         raise
                     if tries + repetitions(error) > 0 and (tag := own()) is not None:
                         return tag
@@ -393,7 +398,9 @@ class _CloudStore:
 
             def fetch_piece(start: int) -> None:
                 data, digest = self._fetch_piece(key, meta, start)
-                os.pwrite(file.fileno(), data, start)
+                # A disk with room for a part of the piece writes that part, and says so.
+                if os.pwrite(file.fileno(), data, start) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
                 digests.add(digest)
 
             if size > _ONE_CONNECTION_BYTES:
@@ -426,33 +433,56 @@ class _CloudStore:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`."""
         check_prefix(prefix)
+        found, last = False, ""
         with self._asking("list", prefix):
-            sizes = self._sizes(self._root + prefix)
+            pages = self._pages(self._root + prefix)
+            for page in pages if self._sorted else [dict(sorted(chain.from_iterable(map(dict.items, pages))))]:
+                found = found or bool(page)
+                for key, size in page.items():
+                    name = key.removeprefix(self._root)
+                    # The consoles keep empty objects, whose names end in a slash that obstore drops, as folders.
+                    if (size == 0 or key < last) and self.tag(name) is None:
+                        continue
+                    if key < last:
+                        raise Unreachable(f"{self.uri}/{prefix}: cannot list: the server does not sort by key")
+                    last = key
+                    yield ObjectInfo(name, size)
             # An answer of somebody else may read as an empty listing: the store has to say that it has no such object.
-            if not sizes and self._get(f".absent-{uuid4().hex}") is not None:
+            if not found and self._get(f".absent-{uuid4().hex}") is not None:
                 raise Unreachable(f"{self.uri}/{prefix}: cannot list: the answers are not those of the store")
-        for key in sorted(sizes):
-            name = key.removeprefix(self._root)
-            # The consoles keep empty objects, whose names end in a slash that obstore drops, as folders.
-            if sizes[key] == 0 and self.tag(name) is None:
-                continue
-            yield ObjectInfo(name, sizes[key])
 
-    def _sizes(self, start: str) -> dict[str, int]:
-        """Bytes of each object whose whole key begins with `start`; obstore lists folders, and reads page by page."""
-        folder = start.rpartition("/")[0]
-        for attempt in range(1, self._body_attempts + 1):
-            with self._again(attempt):
-                sizes: dict[str, int] = {}
-                repeated = 0
-                pages = self._ask(obstore.list, self._client, folder or None, chunk_size=_PAGE)
+    def _pages(self, start: str) -> Iterator[dict[str, int]]:
+        """Bytes of each object whose whole key begins with `start`, once, in the order of the server, page by page.
+
+        obstore lists folders: within one, the listing begins close before `start` and ends behind it.
+        """
+        folder, _, name = start.rpartition("/")
+        # A name without its end comes before it, and obstore takes none of dots alone.
+        offset = start[:-1] if name[:-1].strip(".") else None
+        known: set[str] = set()
+        tries = 0
+        while True:
+            listed: set[str] = set()
+            repeated = 0
+            try:
+                pages = _ask_once(obstore.list, self._client, folder or None, offset=offset, chunk_size=_PAGE)
                 while page := _ask_once(next, pages, ()):
-                    repeated += all(info["path"] in sizes for info in page)
+                    repeated += all(info["path"] in listed for info in page)
                     if repeated == _MAX_REPEATED_PAGES:
                         raise Unreachable(f"{self.uri}: cannot list: the server answers with the same page for ever")
-                    sizes |= {info["path"]: info["size"] for info in page}
-                return {key: size for key, size in sizes.items() if key.startswith(start)}
-        raise AssertionError  # the last attempt returns or raises
+                    found: dict[str, int] = {}
+                    for info in page:
+                        listed.add(info["path"])
+                        if info["path"] not in known and info["path"].startswith(start):
+                            found.setdefault(info["path"], info["size"])
+                    known |= found.keys()
+                    yield found
+                    if _is_beyond(page[-1]["path"], folder, name):
+                        return
+            except FAILURES as error:
+                tries = self._count(tries, error)
+            else:
+                return
 
     def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`."""
@@ -486,7 +516,8 @@ class _CloudStore:
             if code(error) in ABSENT:
                 return None
             # Without the store's error code another request has to confirm it.
-            if code(error) or self._root + key in self._sizes(self._root + key):
+            whole = self._root + key
+            if code(error) or any(whole in page for page in self._pages(whole)):
                 raise
             return None
 
@@ -518,6 +549,7 @@ class GcsStore(_CloudStore):
     """An `ObjectStore` in Google Cloud Storage. A tag is the object's generation, which no two writes share."""
 
     scheme = "gs"
+    _sorted = True
 
     def _make(self, **options: Any) -> Any:
         return GcsClient(self._bucket, **options)
@@ -547,6 +579,8 @@ class AzureStore(_CloudStore):
     """An `ObjectStore` in Azure Blob Storage. A tag is the ETag, which no two writes share."""
 
     scheme = "az"
+    # Accounts with a hierarchical namespace list folder by folder: `a/b` before `a-b`.
+    _sorted = False
 
     def _make(self, **options: Any) -> Any:
         return AzureClient(self._bucket, **options)
@@ -600,6 +634,17 @@ class AzureStore(_CloudStore):
             if pause is not None:
                 time.sleep(pause)
         raise Unreachable(f"{self.uri}/{key}: cannot delete: the store does not answer")
+
+
+def _is_beyond(key: str, folder: str, name: str) -> bool:
+    """Whether no key that begins with `folder/name` can follow `key` in a listing of `folder`.
+
+    Said only if it is true in each order that servers may have: by whole keys or folder by folder, and by UTF-8 (as
+    Python compares) or UTF-16.
+    """
+    found = key.removeprefix(f"{folder}/" if folder else "").partition("/")[0]
+    later = found > name and found.encode("utf-16-be") > name.encode("utf-16-be")
+    return later and not found.startswith(name)
 
 
 def _check(digest: str, wanted: set[str | None], seen: set[str]) -> None:
