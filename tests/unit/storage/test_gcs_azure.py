@@ -94,6 +94,19 @@ def test_errors_are_translated(tmp_path: Path, scheme: str, status: int, code: s
     assert not (tmp_path / "copy").exists()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("key", ["disaster-tweets/a", "SAS credential/service account"])
+@pytest.mark.parametrize(("status", "expected"), [(404, Unreachable), (412, Unreachable), (403, AccessDenied)])
+def test_names_of_objects_are_no_credentials(scheme: str, key: str, status: int, expected: type[JobError]) -> None:
+    """An object whose name has words about credentials fails like any other, and nobody is told to set a key."""
+    with answering(scheme, lambda request: request.refuse(status, "X")):
+        store = opened(scheme)
+        for attempt in (lambda: store.write(key, b"x"), lambda: store.read(key)):
+            with pytest.raises(expected) as caught:
+                attempt()
+            assert "; set GOOGLE" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("scheme", "code"), [("gs", "NoSuchBucket"), ("az", "ContainerNotFound")])
 def test_a_missing_bucket_is_named(tmp_path: Path, scheme: str, code: str) -> None:
     """A bucket or container that does not exist is no absence of an object, and the message says what to do."""
