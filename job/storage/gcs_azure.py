@@ -78,7 +78,8 @@ _MAX_CONNECT_SECONDS = 20.0
 _API = "2023-11-03"
 # Pauses (seconds) before what obstore does not repeat is tried again.
 _PAUSES = (0.1, 0.3, 1.0, 3.0)
-_MAX_BODY_ATTEMPTS = 5
+# Only a second answer tells a damaged object from a damaged answer.
+_SURE_ATTEMPTS, _MAX_BODY_ATTEMPTS = 2, 5
 _PAGE, _MAX_REPEATED_PAGES = 1000, 3
 
 
@@ -97,8 +98,7 @@ class _CloudStore:
         self._options = options
         self._bucket = location.bucket
         self._root = f"{location.key}/" if location.key else ""
-        # Two at least: only a second answer tells a damaged object from a damaged answer.
-        self._body_attempts = max(2, min(options.retries, _MAX_BODY_ATTEMPTS))
+        self._body_attempts = max(_SURE_ATTEMPTS, min(options.retries, _MAX_BODY_ATTEMPTS))
         self.uri = str(location)
         self._client = self._connect()
 
@@ -174,7 +174,7 @@ class _CloudStore:
         check_key(key)
         seen: set[str] = set()
         with self._asking("read", key):
-            for attempt in range(1, self._body_attempts + 1):
+            for attempt in self._attempts():
                 with self._again(attempt):
                     return self._read(key, max_bytes, seen)
         raise Unreachable(f"{self.uri}/{key}: cannot read: the content arrives cut off, or each time another")
@@ -194,6 +194,14 @@ class _CloudStore:
             raise _OtherContent
         _check(hashlib.sha256(data).hexdigest(), {found.attributes.get(_SHA256)}, seen)
         return Stored(data, tag)
+
+    def _attempts(self) -> Iterator[int]:
+        """Numbers of attempts to read a body; obstore repeats within each, so after two of them time counts as well."""
+        end = time.monotonic() + self._options.timeout_seconds * self._options.retries
+        for attempt in range(1, self._body_attempts + 1):
+            if attempt > _SURE_ATTEMPTS and time.monotonic() > end:
+                return
+            yield attempt
 
     @contextmanager
     def _again(self, attempt: int) -> Iterator[None]:
@@ -414,21 +422,26 @@ class _CloudStore:
         _check(hash_file(path), digests, seen)
 
     def _fetch_piece(self, key: str, meta: Any, start: int) -> tuple[bytes, str | None]:
-        """The bytes from `start` on, and the SHA-256 that the whole object has."""
+        """The bytes from `start` on, and the SHA-256 that the whole object has.
+
+        Raises:
+            _OtherContent: The object is not the one that `meta` describes.
+            Unreachable: The bytes arrive cut off.
+        """
         end = min(start + _PIECE_BYTES, meta["size"])
-        for attempt in range(1, self._body_attempts + 1):
+        for attempt in self._attempts():
+            try:
+                found = self._get(key, range=(start, end), if_match=meta["e_tag"])
+            except PreconditionError:
+                found = None
+            if found is None or self._tag(found.meta) != self._tag(meta):
+                raise _OtherContent
             with self._again(attempt):
-                try:
-                    found = self._get(key, range=(start, end), if_match=meta["e_tag"])
-                except PreconditionError:
-                    found = None
-                if found is None:
-                    break
                 data = _body(found)
-                if len(data) == end - start and self._tag(found.meta) == self._tag(meta):
+                if len(data) == end - start:
                     return data, found.attributes.get(_SHA256)
                 raise _OtherContent
-        raise _OtherContent
+        raise Unreachable(f"{self.uri}/{key}: cannot read: the content arrives cut off")
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`."""

@@ -196,6 +196,28 @@ def test_stalled_connections_end(tmp_path: Path, scheme: str, *, listens: bool) 
         released.set()
 
 
+@pytest.mark.parametrize("size", [5, 5 * MIB])
+def test_stalled_bodies_end(tmp_path: Path, size: int) -> None:
+    """A body that begins and never goes on costs about two requests with all their repetitions, not many more."""
+    released = threading.Event()
+
+    def stall(request: Request) -> bool:
+        if request.command != "GET":
+            return False
+        request.answer(200, b"x", Content_Length=str(size), ETag='"1"', x_goog_generation="1", Last_Modified=DATE)
+        released.wait(20)
+        request.hang_up()
+        return True
+
+    with gcs_server(stall) as bucket:
+        bucket._store("run/a", bytes(size), {})
+        start = time.monotonic()
+        with pytest.raises(Unreachable):
+            opened("gs", retries=2, timeout_seconds=0.2).download("a", tmp_path / "copy")
+        assert time.monotonic() - start < 2.5
+        released.set()
+
+
 def test_signals_are_heard_while_a_store_does_not_answer() -> None:
     """A signal's handler runs at once in the main thread, though obstore waits there."""
     released, heard = threading.Event(), []
