@@ -168,7 +168,8 @@ class TestSecrets:
 
     def test_the_ecosystem_s_own_files_stay(self, start: Start) -> None:
         """Names that end in _FILE and belong to a library reach it as they are."""
-        own = {"AWS_WEB_IDENTITY_TOKEN_FILE": "/x", "AWS_SHARED_CREDENTIALS_FILE": "/y", "SSL_CERT_FILE": "/z"}
+        names = ("AWS_WEB_IDENTITY_TOKEN", "AWS_SHARED_CREDENTIALS", "AZURE_FEDERATED_TOKEN", "SSL_CERT")
+        own = {f"{name}_FILE": "/x" for name in names}
         assert own.items() <= start("plan", **own).environment.items()
 
 
