@@ -1,19 +1,19 @@
 """Events of a run to a webhook (`JOB_NOTIFY__WEBHOOK`): an attempt starts, is preempted, fails or completes the run.
 
-Each is a CloudEvent 1.0 in structured mode, `application/cloudevents+json`, by POST. An attempt that is killed, stalls
-or is replaced sends nothing at its end; nor does one that ends before it owns the run, such as on wrong settings. A
-webhook that fails or hangs costs the run a warning, and at its end at most `END_SECONDS`. The address may hold a token:
-it is in no message, and redirects are not followed.
+`completed` is sent when the results are published: it says whether the quality gate is met, and pushes to other places
+come after it. Each is a CloudEvent 1.0 in structured mode, `application/cloudevents+json`, by POST. An attempt that is
+killed, stalls or is replaced sends nothing at its end; nor does one that ends before it owns the run, such as on wrong
+settings. A webhook that fails or hangs costs the run a warning, and at its end at most `END_SECONDS`. The address may
+hold a token: it is in no message, and redirects are not followed.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from contextvars import copy_context
 from datetime import UTC, datetime
-from threading import Thread
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote
@@ -21,6 +21,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from uuid import uuid4
 
 from job import __version__, log
+from job.common.threads import in_thread
 from job.errors import JobError, Preempted, Replaced
 
 END_SECONDS = 3.0
@@ -63,7 +64,9 @@ class Notifier:
     def __init__(self, url: str | None, run: str) -> None:
         self._url, self._run = url, run
         self._data: Mapping[str, Any] = {}
-        self._begun: Thread | None = None
+        self._begun: Future[None] | None = None
+        self.gate_passed: bool | None = None
+        """Whether the results meet the quality gate, which `completed` says; None without a gate."""
 
     def started(self, data: Mapping[str, Any]) -> None:
         """The attempt owns the run. Every event says `data`: the attempt's number, and the URI of the run."""
@@ -74,10 +77,9 @@ class Notifier:
         """The attempt has ended: sends how, once the first event was taken; waits at most `END_SECONDS` for both."""
         if self._url is None or self._begun is None:
             return
-        self._begun.join(END_SECONDS / 2)
+        wait([self._begun], END_SECONDS / 2)
         last = _send(self._url, event(kind, self._run, {**self._data, **data}))
-        last.join(END_SECONDS / 2)
-        if last.is_alive():
+        if wait([last], END_SECONDS / 2).not_done:
             log.get_logger().warning("the webhook did not answer in time; the run does not wait for it")
 
 
@@ -99,15 +101,13 @@ def notifying(url: str | None, run: str) -> Iterator[Notifier]:
         why = log.without_secrets(f"{type(error).__name__}: {error}")[:_LONGEST_WHY]
         notifier.ended("preempted" if isinstance(error, Preempted) else "failed", {"exit_code": code, "why": why})
         raise
-    notifier.ended("completed", {})
+    notifier.ended("completed", {"gate_passed": notifier.gate_passed})
 
 
-def _send(url: str, content: Mapping[str, Any]) -> Thread:
-    """Posts an event, in a thread of its own."""
-    # In a thread as it may take its time. Its log lines have the fields of this one's.
-    thread = Thread(target=copy_context().run, args=(_post, url, content), name="webhook", daemon=True)
-    thread.start()
-    return thread
+def _send(url: str, content: Mapping[str, Any]) -> Future[None]:
+    """Posts an event."""
+    # In a thread, since it may take long; with this thread's log fields.
+    return in_thread(lambda: _post(url, content), "webhook")
 
 
 def _post(url: str, content: Mapping[str, Any]) -> None:
