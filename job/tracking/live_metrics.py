@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import wait
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 from job import __version__, log
-from job.common.threads import in_thread
 from job.records import RunFigures, TrainingProgress
 
 if TYPE_CHECKING:
@@ -256,10 +255,13 @@ def live_metrics(asked: Mapping[str, Mapping[str, Any]], run: str) -> Iterator[L
 
 def _close(exporters: Iterable[_Exporter]) -> None:
     """Closes the exporters at the same time; what does not end in time is left to the end of the process."""
-    closing = [in_thread(exporter.close, "metrics") for exporter in exporters]
-    for closed in wait(closing, FLUSH_SECONDS).done:
-        if error := closed.exception():
-            log.get_logger().warning("the last figures may be lost", why=f"{type(error).__name__}: {error}")
+    threads = [
+        Thread(target=copy_context().run, args=(exporter.close,), name="metrics", daemon=True) for exporter in exporters
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(FLUSH_SECONDS / len(threads))
 
 
 def _warn(exporter: str, what: str, **details: str) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from datetime import UTC, datetime
+from threading import Thread
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote
@@ -21,7 +22,6 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from uuid import uuid4
 
 from job import __version__, log
-from job.common.threads import in_thread
 from job.errors import JobError, Preempted, Replaced
 
 END_SECONDS = 3.0
@@ -64,7 +64,7 @@ class Notifier:
     def __init__(self, url: str | None, run: str) -> None:
         self._url, self._run = url, run
         self._data: Mapping[str, Any] = {}
-        self._begun: Future[None] | None = None
+        self._begun: Thread | None = None
         self.gate_passed: bool | None = None
         """Whether the results meet the quality gate, which `completed` says; None without a gate."""
 
@@ -77,9 +77,10 @@ class Notifier:
         """The attempt has ended: sends how, once the first event was taken; waits at most `END_SECONDS` for both."""
         if self._url is None or self._begun is None:
             return
-        wait([self._begun], END_SECONDS / 2)
+        self._begun.join(END_SECONDS / 2)
         last = _send(self._url, event(kind, self._run, {**self._data, **data}))
-        if wait([last], END_SECONDS / 2).not_done:
+        last.join(END_SECONDS / 2)
+        if last.is_alive():
             log.get_logger().warning("the webhook did not answer in time; the run does not wait for it")
 
 
@@ -104,10 +105,12 @@ def notifying(url: str | None, run: str) -> Iterator[Notifier]:
     notifier.ended("completed", {"gate_passed": notifier.gate_passed})
 
 
-def _send(url: str, content: Mapping[str, Any]) -> Future[None]:
+def _send(url: str, content: Mapping[str, Any]) -> Thread:
     """Posts an event."""
     # In a thread, since it may take long; with this thread's log fields.
-    return in_thread(lambda: _post(url, content), "webhook")
+    thread = Thread(target=copy_context().run, args=(_post, url, content), name="webhook", daemon=True)
+    thread.start()
+    return thread
 
 
 def _post(url: str, content: Mapping[str, Any]) -> None:
