@@ -49,7 +49,9 @@ __all__ = [
     "trackers",
 ]
 
-_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY_ID|WEBHOOK)(?!.*(FILE|DIR|PATH)$)", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|API_KEY|JUDGE_KEY|ACCESS_KEY_ID|WEBHOOK)(?!.*(FILE|DIR|PATH)$)", re.IGNORECASE
+)
 _LOGIN = re.compile(r"://([^/@\s]+:[^/@\s]+@)")  # in the address of a tracker or a proxy
 _HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(\w+_)?HEADERS")  # name=value pairs with commas, values escaped as in URLs
 _SHORTEST_SECRET = 8
