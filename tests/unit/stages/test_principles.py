@@ -15,12 +15,13 @@ import torch
 
 from job.errors import SettingsError
 from job.evaluation.principles import parse_judgements, rules_sha256
-from job.records import Artifact, Evaluated, JudgeRecord, PromptAnswer
+from job.records import Artifact, Evaluated, JudgeRecord, PromptAnswer, SafetyRecord
 from job.runs.layout import prompts_key
 from job.settings.load import Settings, load_settings
 from job.stages import principles, pull
 from job.stages.evaluate import other_answers_judged
 from job.stages.principles import FoundJudge, check_judge, check_local, judge_answers, judge_sha256
+from job.stages.safety import SafetyModel
 from job.storage.local import LocalStore
 from job.storage.open import StorageOptions
 from job.verification.check_history import _judged_differ
@@ -162,3 +163,35 @@ def test_a_run_keeps_the_judge_it_began_with(tmp_path: Path, monkeypatch: pytest
     assert pull._judge_sha256(before, judge) is None
     others = (replace(RECORD, sha256="1" * 64), replace(RECORD, rules_sha256="1" * 64))
     assert len({judge_sha256(one) for one in (RECORD, *others)}) == 3
+
+
+def test_rows_of_prompts_are_audited_like_those_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows were left out, those that are read again for their prompts get the same audit; else none."""
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(pull, "_prompts_of_rows", lambda *_, **how: given.append(how) or [])
+    own, how, auditing = settings(tmp_path, "org/judge"), {"date": "today"}, {"date": "today", "audit": "setup"}
+    for audit in (None, SimpleNamespace(left_out=0), SimpleNamespace(left_out=2)):
+        tokens: Any = SimpleNamespace(record=SimpleNamespace(audit=audit))
+        attempt: Any = None
+        pull._read_prompts(
+            attempt, own, StorageOptions(), tokens, None, fetched=("x", None), how=how, auditing=auditing
+        )
+    assert given == [how, how, auditing]
+
+
+def test_a_run_keeps_the_classifier_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no commit is given, later attempts ask for that of the first."""
+    revisions: list[str | None] = []
+    safety = SafetyRecord("org/x", "abc", "0" * 64, ["bad"], 0.5)
+
+    def find(data: Any, _source: str, _model: str) -> SafetyModel:
+        revisions.append(data.safety_revision)
+        return SafetyModel(tmp_path, safety)
+
+    monkeypatch.setattr(pull, "find_safety_model", find)
+    pulled = SimpleNamespace(dataset=SimpleNamespace(audit=SimpleNamespace(safety=safety)), safety_sha256="0" * 64)
+    own = load_settings(["--preset=demo", "--data.safety_model=org/x"], {})
+    for known in (None, pulled):
+        attempt: Any = SimpleNamespace(alive=lambda **_: None, work=tmp_path, recorded=lambda *_, found=known: found)
+        pull._find_safety_model(attempt, own, StorageOptions())
+    assert revisions == [None, "abc"]
