@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import structlog
@@ -15,16 +15,19 @@ import torch
 
 from job.errors import SettingsError
 from job.evaluation.principles import parse_judgements, rules_sha256
-from job.records import Artifact, Evaluated, JudgeRecord, PromptAnswer, SafetyRecord
+from job.records import Artifact, Evaluated, JudgeRecord, PromptAnswer, Pulled, SafetyRecord
+from job.runs import stage_records
 from job.runs.layout import prompts_key
 from job.settings.load import Settings, load_settings
 from job.stages import principles, pull
 from job.stages.evaluate import other_answers_judged
+from job.stages.handoff import Sources
 from job.stages.principles import FoundJudge, check_judge, check_local, judge_answers, judge_sha256
 from job.stages.safety import SafetyModel
 from job.storage.local import LocalStore
 from job.storage.open import StorageOptions
 from job.verification.check_history import _judged_differ
+from tests.example_run import DATASET
 from tests.helpers import write_jsonl
 from tests.judge_server import judge_server
 
@@ -195,3 +198,16 @@ def test_a_run_keeps_the_classifier_it_began_with(tmp_path: Path, monkeypatch: p
         attempt: Any = SimpleNamespace(alive=lambda **_: None, work=tmp_path, recorded=lambda *_, found=known: found)
         pull._find_safety_model(attempt, own, StorageOptions())
     assert revisions == [None, "abc"]
+
+
+def test_all_machines_name_the_run_by_the_same_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without the judge takes its hash and commit from process 0: else it would take its run for another."""
+    record = Pulled(DATASET, "0" * 64, None, {})
+    sources = Sources(record, tmp_path, False, None, cast("Any", ()), (), None, None, None, None, None)  # noqa: FBT003 - a record
+    monkeypatch.setattr(pull, "_pull", lambda *_: (sources, tmp_path))
+    shared = {"date of the run": "2026-01-31", "judge": ["0" * 64, "abc"]}
+    place = SimpleNamespace(local_world_size=1, local_rank=0, rank=1)
+    attempt: Any = SimpleNamespace(processes=SimpleNamespace(place=place, share=lambda what, _: shared[what]))
+    found = pull.pull(attempt, settings(tmp_path, "org/judge"), StorageOptions()).record
+    assert (found.judge_sha256, found.judge_revision) == ("0" * 64, "abc")
+    assert stage_records.identity(found) != stage_records.identity(record)
