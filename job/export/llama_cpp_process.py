@@ -49,6 +49,7 @@ def main() -> None:
             say({"refused": str(error)})
         except Exception as error:  # noqa: BLE001 - a converter or llama.cpp may raise anything
             say({"refused": f"{type(error).__name__}: {error}"[:500]})
+    os._exit(0)  # without destructors, which may hang: see `llama_cpp_server._servers`
 
 
 def _check(*, source: str, tokenizer: Mapping[str, Any], say: Say) -> None:
@@ -66,8 +67,7 @@ def _make(*, source: str, file: str, file_type: str, tokenizer: Mapping[str, Any
         model.dir_model_card = Path(place, NAME)
         model.dir_model_card.symlink_to(Path(source).absolute(), target_is_directory=True)
         model.write()
-    # What llama.cpp does not load is told here, and not when it is scored. A server that is taken down before it has
-    # answered anything may wait for itself forever, so it is asked something.
+    # What llama.cpp does not load is told here, and not when it is scored.
     Served(Path(file), threads=1, context=256).tokenize("a")
     say({"made": {**found, **gguf_contents(Path(file)), "quantized": quantized_tensors(Path(file))}})
 

@@ -21,6 +21,8 @@ _FORCED = 1e9
 """Added to the logit of the token to be sampled: more than any logit. It is not in the probabilities that are read."""
 _ALL = 1 << 24
 """More tokens than any vocabulary has."""
+_servers: list[Any] = []
+"""Every server of this process. The destructor of one may wait for its own thread forever, so it never runs."""
 _SECONDS = 60
 """How long llama.cpp may take for the tokens of a text."""
 
@@ -68,6 +70,7 @@ class Served:
             self._server = xllamacpp.Server(options)
         except RuntimeError as error:
             raise Refused(f"llama.cpp does not load it: {error}") from error
+        _servers.append(self._server)
 
     def tokenize(self, text: str) -> list[int]:
         """The token ids of a text, with what llama.cpp adds at its beginning and end."""
