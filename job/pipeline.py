@@ -61,6 +61,7 @@ _SETTING_OF = {
     "prompts": "JOB_EVAL__PROMPTS",
     "groups": "JOB_EVAL__TASKS",
     "safety_sha256": "JOB_DATA__SAFETY_MODEL",
+    "judge_sha256": "JOB_EVAL__PRINCIPLES",
 }
 """Field of `Pulled` -> the setting that names what it is about."""
 
@@ -349,13 +350,13 @@ def _train(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loade
 def _evaluate_adapter(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, base: Evaluated, trained: Trained
 ) -> Evaluated:
-    from job.stages.evaluate import evaluate_adapter, other_generation
+    from job.stages.evaluate import evaluate_adapter, other_answers_judged, other_generation
 
     return attempt.stage(
         Stage.EVALUATE_ADAPTER,
         Evaluated,
         lambda: evaluate_adapter(attempt, settings, sources, loaded, base=base, trained=trained),
-        lambda adapter: other_generation(adapter, base.generation),
+        lambda adapter: other_generation(adapter, base.generation) or other_answers_judged(adapter, base),
     )
 
 

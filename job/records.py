@@ -686,6 +686,10 @@ class Pulled:
     """The groups of tasks that have an aggregate; None if there are none, and in records of older versions."""
     safety_sha256: str | None = field(default=None, metadata={NAMES_THE_RUN: True})
     """Of the files of JOB_DATA__SAFETY_MODEL; None without one."""
+    judge_sha256: str | None = field(default=None, metadata={NAMES_THE_RUN: True})
+    """Of the rules of JOB_EVAL__PRINCIPLES and the files of JOB_EVAL__JUDGE; None without, and in older records."""
+    judge_revision: str | None = None
+    """The commit of a judge on the hub."""
 
 
 @dataclass(frozen=True)
@@ -713,10 +717,12 @@ class Evaluated:
     generation: dict[str, str] = field(default_factory=dict)
     """By what was answered, a task or JOB_EVAL__PROMPTS, a hash of how answers are generated and what ends them.
 
-    Versions may do that otherwise. None in records of older versions.
+    Versions may do that otherwise. Empty in records of older versions.
     """
     judged: JudgeRecord | None = None
     """In the record of the adapter, where JOB_EVAL__PRINCIPLES asks for it: who judged its answers and the base's."""
+    judged_answers: dict[str, str] = field(default_factory=dict)
+    """By side, SHA-256 of the file of answers that was judged; empty where nothing was, and in older records."""
     unsafe_answers: int | None = None
     """How many answers to JOB_EVAL__PROMPTS JOB_DATA__SAFETY_MODEL classifies as unsafe; None where it did not."""
 

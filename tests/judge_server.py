@@ -15,10 +15,10 @@ Reply = Callable[[str], str]
 
 
 def longer(text: str) -> str:
-    """Prefers the longer answer, and A of two that are as long."""
+    """Prefers the longer answer, and A of two that are as long, or where there are none."""
     first, second = (re.search(rf"<answer {x}>\n(.*)\n</answer {x}>", text, re.DOTALL) for x in "AB")
-    assert first is not None
-    assert second is not None
+    if first is None or second is None:
+        return "A"
     return "A" if len(first[1]) >= len(second[1]) else "**B**"
 
 
@@ -30,6 +30,7 @@ class Served:
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.codes: list[int] = []
+        self.retry_after: str | None = None
         self.body: bytes | None = None
         self.drip = 0.0
         self.url = ""
@@ -51,6 +52,8 @@ def judge_server(reply: Reply = longer) -> Iterator[Served]:
             self.send_response(code)
             if code in {301, 302, 307}:
                 self.send_header("Location", f"{served.url}/elsewhere")
+            if served.retry_after is not None:
+                self.send_header("Retry-After", served.retry_after)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             for byte in data if served.drip else b"":

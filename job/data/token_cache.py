@@ -48,7 +48,7 @@ INDEX = "tokens.json"
 _NOT_DECIDING = ("alive", "processes", "tokenizer", "audited", "screen")
 """Arguments of `load_rows` that decide no token, or are in the key in another form."""
 
-_OTHER_CODE = ("job.common.findings", "job.common.near_duplicates")
+_OTHER_CODE = ("job.common.findings", "job.common.near_duplicates", "job.model.text_classifier")
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,8 @@ def _key(
         "template": [getattr(tokenizer, "chat_template", None), getattr(tokenizer, "special_tokens_map", None)],
         "date": date if uses_date(tokenizer) else None,
         "software": host.software(),
+        # Which rows the classifier leaves out: other GPUs may score one on the other side of the threshold.
+        "gpus": host.hardware()["gpus"] if _screens(reading.get("audit")) else None,
         "code": code_hashes("job.records", *_OTHER_CODE, *_modules(job.data), *_modules(job.audit)),
     }
     if isinstance(validation, ValidationSource):
@@ -216,6 +218,10 @@ def _key(
     else:
         facts["validation"] = validation
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_as_json).encode()).hexdigest()
+
+
+def _screens(audit: Any) -> bool:
+    return isinstance(audit, AuditSetup) and audit.safety is not None
 
 
 def _modules(package: ModuleType) -> list[str]:

@@ -12,14 +12,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPException
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from job.common.threads import in_thread
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable, naming
-from job.model.files import check_sizes, readable, weight_files
+from job.model.files import (
+    MAX_CONFIG_BYTES,
+    build_empty,
+    check_sizes,
+    check_weights,
+    quantization_method,
+    read_config,
+    read_json,
+    readable,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +41,17 @@ Choice = Literal["A", "B"]
 SECONDS = 120.0
 """Longest wait for one answer of a server, from the request to the last byte."""
 MAX_BYTES = 1 << 20
-TRIES = 4
+TRIES = 7
+LONGEST_PAUSE = 60.0
+"""Seconds between two tries at most, also where the server asks for more."""
 _POLL_SECONDS = 0.2
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _DENIED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+_NOT_TAKEN = {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
+"""What servers answer to a question that is longer than the model's input."""
+_TINY = "Reply with one letter, A or B."
+_SECONDS = re.compile(r"\d{1,9}", re.ASCII)
+"""A Retry-After in seconds; its other form, a date, is not heeded."""
 _LETTER = re.compile(r"\W*(?:answer\W+)?([AB])(?:\W*$|\s*[.:,)*])", re.IGNORECASE)
 """A reply that begins with a letter alone, such as `B`, `**A**` or `Answer: B.`; not `A better one is B`."""
 
@@ -42,6 +61,60 @@ class Judge(Protocol):
 
     def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
         """A or B; None if it says neither, or the question does not fit."""
+
+
+class JudgeTokenizer:
+    """How a local judge reads a question, and its tokens for the two letters.
+
+    Args:
+        folder: The judge's files.
+
+    Raises:
+        DataError: It cannot be loaded.
+        SettingsError: It has no single tokens for the letters.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        with naming(SETTING):
+            check_sizes(folder)
+            with readable(folder, "holds no tokenizer that can be loaded"):
+                self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._templated = bool(getattr(self.tokenizer, "chat_template", None))
+        ids = [self.tokenizer.encode(f"{'' if self._templated else ' '}{x}", add_special_tokens=False) for x in "AB"]
+        if ids[0][-1:] == ids[1][-1:] or not all(ids):
+            raise SettingsError([Problem(SETTING, f"the tokenizer of {folder} does not tell A from B")])
+        self.letters = [one[-1] for one in ids]
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a question, with what begins the answer.
+
+        Raises:
+            DataError: The chat template cannot be used.
+        """
+        if not self._templated:
+            return list(self.tokenizer.encode(f"{text}\nAnswer:"))
+        with naming(SETTING), readable(Path(SETTING), "has a chat template that cannot be used"):
+            asked = [{"role": "user", "content": text}]
+            rendered = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer.encode(rendered, add_special_tokens=False))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a local judge that could not be asked. Its weights are not loaded: single ones may still be missing.
+
+    Raises:
+        DataError: It cannot be read, or lacks weights.
+        SettingsError: Its tokenizer has no single tokens for the letters.
+    """
+    with naming(SETTING):
+        if quantization_method(read_json(folder / "config.json", MAX_CONFIG_BYTES)) is None:
+            config = read_config(folder)
+            check_weights(folder, config, build_empty(folder, config))
+        else:
+            weight_files(folder)  # a judge may be quantized otherwise than a base that is trained
+    JudgeTokenizer(folder).encode(_TINY)
 
 
 class LocalJudge:
@@ -58,13 +131,12 @@ class LocalJudge:
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
+        self._reads = JudgeTokenizer(folder)
         with naming(SETTING):
-            check_sizes(folder)
             weight_files(folder)
             with readable(folder, "holds no language model that can be loaded"):
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
                 model, info = AutoModelForCausalLM.from_pretrained(
                     folder, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
                 )
@@ -72,33 +144,38 @@ class LocalJudge:
             raise DataError([Problem(SETTING, f"{folder} lacks {len(missing)} weights, such as {missing[0][:100]}")])
         self._model, self._device = model.eval().to(device), device
         self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
-        self._templated = bool(getattr(self._tokenizer, "chat_template", None))
-        ids = [self._tokenizer.encode(f"{'' if self._templated else ' '}{x}", add_special_tokens=False) for x in "AB"]
-        if ids[0][-1:] == ids[1][-1:] or not all(ids):
-            raise SettingsError([Problem(SETTING, f"the tokenizer of {folder} does not tell A from B")])
-        self._letters = [one[-1] for one in ids]
+        # Else the logits of all positions would be held, the size of the vocabulary each.
+        takes = "logits_to_keep" in signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if takes else {}
 
     def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
         """A or B; A if both are equally likely. None if the question is longer than the model's input."""
         import torch
 
         alive()
-        if self._templated:
-            with naming(SETTING), readable(Path(SETTING), "has a chat template that cannot be used"):
-                asked = [{"role": "user", "content": text}]
-                rendered = self._tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            ids = self._tokenizer.encode(rendered, add_special_tokens=False)
-        else:
-            ids = self._tokenizer.encode(f"{text}\nAnswer:")
+        ids = self._reads.encode(text)
         if len(ids) > self._longest:
             return None
         with torch.inference_mode():
             # One question at a time: padding and the other questions of a batch would move the last bits.
-            logits = self._model(input_ids=torch.tensor([ids], device=self._device)).logits[0, -1].float()
-        first, second = logits[self._letters].tolist()
+            inputs = torch.tensor([ids], device=self._device)
+            logits = self._model(input_ids=inputs, **self._last_only).logits[0, -1].float()
+        first, second = logits[self._reads.letters].tolist()
         if not abs(first - second) < float("inf"):
             raise DataError([Problem(SETTING, "the judge computes numbers that are not finite")])
         return "A" if first >= second else "B"
+
+
+class _Busy(Unreachable):
+    """The server answers by a status that says to come again, after so many seconds if it says how many."""
+
+    def __init__(self, what: str, seconds: float | None) -> None:
+        super().__init__(what)
+        self.seconds = seconds
+
+
+class _NotTaken(SettingsError):
+    """The server does not take this request, but may take a shorter one."""
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -117,7 +194,7 @@ class ServedJudge:
         model: The name that it knows the model by.
         key: For its `Authorization` header; None without one.
         seconds: Longest wait for one answer.
-        pause: Seconds before the second try; each further one waits twice as long.
+        pause: Seconds before the second try; each further one waits twice as long, or as long as the server asks for.
     """
 
     url: str
@@ -127,21 +204,38 @@ class ServedJudge:
     pause: float = 1.0
 
     def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
-        """A or B, as the reply begins; None if it begins otherwise.
+        """A or B, as the reply begins. None if it begins otherwise, or the question is too long for the server.
 
         Raises:
             AccessDenied: It refuses the key.
-            SettingsError: It does not take the request, such as for a model that it does not know.
+            SettingsError: It does not take a tiny question either, such as for a model that it does not know.
             Unreachable: After all tries it does not answer, or with something else.
         """
+        try:
+            return _letter(self._replied(text, alive))
+        except _NotTaken:
+            self._replied(_TINY, alive)
+            return None
+
+    def check(self, alive: Callable[[], None]) -> None:
+        """Asks a tiny question, once.
+
+        Raises:
+            AccessDenied, SettingsError, Unreachable: As `choose`.
+        """
+        self._reply(_TINY, alive)
+
+    def _replied(self, text: str, alive: Callable[[], None]) -> str:
+        """A reply, after several tries if need be."""
         pause = self.pause
         for _ in range(TRIES - 1):
             try:
-                return _letter(self._reply(text, alive))
-            except Unreachable:
-                _wait(pause, alive)
+                return self._reply(text, alive)
+            except Unreachable as error:
+                asked = error.seconds if isinstance(error, _Busy) else None
+                _wait(min(LONGEST_PAUSE, pause if asked is None else asked), alive)
                 pause *= 2
-        return _letter(self._reply(text, alive))
+        return self._reply(text, alive)
 
     def _reply(self, text: str, alive: Callable[[], None]) -> str:
         """One reply. `alive` is called meanwhile: a server that sends a byte now and then delays no request to stop."""
@@ -164,7 +258,7 @@ class ServedJudge:
                 content = answer.read(MAX_BYTES + 1)
         except HTTPError as error:
             with error:
-                raise self._refusal(where, error.code) from None
+                raise self._refusal(where, error.code, error.headers.get("Retry-After")) from None
         except (OSError, ValueError, HTTPException) as error:
             raise Unreachable(f"{where}: no judge answers ({type(error).__name__})") from None
         if len(content) > MAX_BYTES:
@@ -178,14 +272,21 @@ class ServedJudge:
         return said
 
     @staticmethod
-    def _refusal(where: str, code: int) -> JobError:
+    def _refusal(where: str, code: int, retry_after: str | None) -> JobError:
         """The error for a status; nothing of the answer is shown, which could have the key in it."""
         if code in _DENIED:
             return AccessDenied(f"{where}: the judge refuses the key (HTTP {code}); set JOB_EVAL__JUDGE_KEY")
         if code in _TRANSIENT or code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            return Unreachable(f"{where}: the judge answers with HTTP {code}")
+            seconds = float(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else None
+            return _Busy(f"{where}: the judge answers with HTTP {code}", seconds)
         what = f"{where} refuses the request (HTTP {code}); correct the address or JOB_EVAL__JUDGE_MODEL"
-        return SettingsError([Problem(SETTING, what)])
+        return (_NotTaken if code in _NOT_TAKEN else SettingsError)([Problem(SETTING, what)])
+
+
+def is_encrypted(url: str) -> bool:
+    """Whether what is sent to an address cannot be read on the way: it is by https, or to this machine."""
+    parts = urlsplit(url)
+    return parts.scheme == "https" or parts.hostname in {"localhost", "127.0.0.1", "::1"}
 
 
 def _wait(seconds: float, alive: Callable[[], None]) -> None:

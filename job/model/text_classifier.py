@@ -40,7 +40,7 @@ class Labels:
     """The labels of a classifier, in order, by its config.json; `exclusive` if a text has exactly one of them.
 
     Raises:
-        DataError: There is no config.json that can be read, or no weights in safetensors.
+        DataError: There is no config.json that can be read, or its id2label is no list of labels.
         SettingsError: It describes no classifier that gives probabilities.
     """
 

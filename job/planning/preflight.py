@@ -450,18 +450,11 @@ def preview_safety_model(
         labels: JOB_DATA__UNSAFE_LABELS.
         threshold: JOB_DATA__UNSAFE_THRESHOLD.
         online: Whether the hub can be reached.
-        folder: Folder for copies from S3.
+        folder: Folder for copies from a store.
         storage: How to reach stores.
     """
     with naming(SAFETY_SETTING):
-        if is_remote(place):
-            (folder / "safety").mkdir()
-            found, _ = _fetch_small_files(place, folder / "safety", storage)
-        elif (local := local_model(place)) is not None:
-            weight_files(local)
-            found = local
-        else:
-            found, *_ = _of_the_hub(place, revision, online=online)
+        found = _model_beside(place, revision, "safety", online=online, folder=folder, storage=storage)
         known = Labels(found, SAFETY_SETTING)
     chosen = unsafe_labels(known.names, labels, exclusive=known.exclusive)
     what = f"{place}: unsafe is a probability of at least {threshold:g} for {', '.join(chosen)}"
@@ -474,7 +467,7 @@ def preview_judge(
     revision: str | None,
     *,
     online: Online,
-    folder: Path,  # noqa: ARG001 - given to all checks
+    folder: Path,
     storage: StorageOptions,
 ) -> Found[None]:
     """Reads the rules, and looks whether the judge is there; nothing is asked of a server.
@@ -484,7 +477,7 @@ def preview_judge(
         judge: JOB_EVAL__JUDGE.
         revision: JOB_EVAL__JUDGE_REVISION.
         online: Whether the hub can be reached.
-        folder: Not used.
+        folder: Folder for copies from a store.
         storage: How to reach stores.
     """
     found = read_principles(Path(rules))
@@ -492,13 +485,28 @@ def preview_judge(
     if is_server(judge):
         return "ok", f"{what}, which the plan does not ask", None
     with naming("JOB_EVAL__JUDGE"):
-        if is_remote(judge):
-            size(judge, storage)
-        elif (local := local_model(judge)) is not None:
-            weight_files(local)
-        else:
-            _of_the_hub(judge, revision, online=online)
+        _model_beside(judge, revision, "judge", online=online, folder=folder, storage=storage)
     return "ok", what, None
+
+
+def _model_beside(
+    place: str, revision: str | None, name: str, *, online: Online, folder: Path, storage: StorageOptions
+) -> Path:
+    """The small files of a model beside the base, copied from a store to the folder `name`.
+
+    Raises:
+        DataError, SettingsError: There is nothing at its place, or no weights in safetensors.
+    """
+    if is_remote(place):
+        (folder / name).mkdir()
+        found, weights = _fetch_small_files(place, folder / name, storage)
+    elif (local := local_model(place)) is not None:
+        found, weights = local, len(weight_files(local))
+    else:
+        found, weights, *_ = _of_the_hub(place, revision, online=online)
+    if not weights:
+        raise DataError([Problem("JOB_MODEL__ID", f"{place} has no weights in safetensors")])
+    return found
 
 
 def _of_the_data(

@@ -30,8 +30,8 @@ class Sources:
 
     Only the process that pulled, the first on its machine, has `tasks`, `prompts`, `baseline` (results of an earlier
     run that the gate compares with), `policy` (the rules that the gate judges by), `cache_entry` (where the quantized
-    base is cached), `safety` (the classifier of JOB_DATA__SAFETY_MODEL) and `judge` (that of JOB_EVAL__PRINCIPLES);
-    the others have none.
+    base is cached), `safety` (the classifier of JOB_DATA__SAFETY_MODEL) and, in process 0 only, `judge` (that of
+    JOB_EVAL__PRINCIPLES); the others have none.
     """
 
     record: Pulled

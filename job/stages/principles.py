@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 from job import log
-from job.common.hashing import code_hashes
+from job.common.hashing import code_hashes, seal
 from job.common.out_of_memory import memory_errors, out_of_memory
-from job.errors import naming
-from job.evaluation.judges import SETTING, Judge, LocalJudge, ServedJudge
+from job.errors import Unreachable, naming
+from job.evaluation.judges import SECONDS, SETTING, Judge, LocalJudge, ServedJudge, check_folder, is_encrypted
 from job.evaluation.principles import (
     preference,
     question,
@@ -33,9 +34,14 @@ from job.settings.field_types import is_server
 from job.settings.load import Settings
 from job.settings.schema import Eval
 from job.storage.hub import download_model, local_model
+from job.storage.location import is_remote
+
+T = TypeVar("T")
 
 _CODE = ("job.evaluation.judges", "job.evaluation.principles")
 """Modules whose code decides a judgement, beside those of all scores."""
+CHECK_SECONDS = 30.0
+"""Longest wait for a server's answer before training."""
 _CHOICES = ("A", "B", None)
 """A choice as it is kept: its number here."""
 
@@ -48,12 +54,13 @@ class FoundJudge:
     folder: Path | None
 
 
-def find_judge(options: Eval, source: str) -> FoundJudge:
+def find_judge(options: Eval, source: str, revision: str | None) -> FoundJudge:
     """The judge, downloaded where it is on the hub, and the rules.
 
     Args:
         options: JOB_EVAL__PRINCIPLES and JOB_EVAL__JUDGE are given.
         source: JOB_EVAL__JUDGE, or the path of a copy.
+        revision: Of a hub repository; None for its newest commit.
 
     Raises:
         DataError, SettingsError: It is not there, or has no weights in safetensors; or the rules cannot be read.
@@ -64,8 +71,34 @@ def find_judge(options: Eval, source: str) -> FoundJudge:
     if is_server(name):
         return FoundJudge(JudgeRecord(name, options.judge_model, None, None, *known), None)
     with naming(SETTING):
-        folder, revision = download_model(source, options.judge_revision)
-        return FoundJudge(JudgeRecord(name, None, revision, fingerprint(folder), *known), folder)
+        folder, found = download_model(source, revision)
+        return FoundJudge(JudgeRecord(name, None, found, fingerprint(folder), *known), folder)
+
+
+def check_judge(options: Eval, judge: FoundJudge, alive: Callable[[], None]) -> None:
+    """Finds before training what would end the run after it, when the judge's settings cannot be corrected any more.
+
+    A server that does not answer now may do so when it is needed, so that is a warning.
+
+    Raises:
+        DataError, SettingsError: The judge cannot be used.
+        AccessDenied: The server refuses the key.
+    """
+    if judge.folder is not None:
+        check_folder(judge.folder)
+        return
+    server = _served(options, judge, seconds=CHECK_SECONDS)
+    if server.key is not None and not is_encrypted(server.url):
+        log.get_logger().warning("JOB_EVAL__JUDGE_KEY goes to the judge unencrypted; give an https address")
+    try:
+        server.check(alive)
+    except Unreachable as error:
+        log.get_logger().warning("the judge does not answer yet; it is asked after training", why=str(error))
+
+
+def judge_sha256(record: JudgeRecord) -> str:
+    """SHA-256 of what may change under the same settings: the rules, and the files of a local judge."""
+    return seal({"rules": record.rules_sha256, "judge": record.sha256})
 
 
 def check_local(options: Eval) -> None:
@@ -76,7 +109,9 @@ def check_local(options: Eval) -> None:
     """
     read_principles(Path(options.principles or ""))
     with naming(SETTING):
-        if options.judge and not is_server(options.judge) and (folder := local_model(options.judge)) is not None:
+        if not options.judge or is_server(options.judge) or is_remote(options.judge):
+            return
+        if (folder := local_model(options.judge)) is not None:
             weight_files(folder)
 
 
@@ -101,16 +136,22 @@ def judge_answers(
     sides = [parse_answers(attempt.fetch(one).read_bytes()) for one in (base_answers, adapter_answers)]
     pairs = list(zip(*sides, strict=True))
     asked = [number for number, (base, adapter) in enumerate(pairs) if base.answer != adapter.answer]
-    conditions = {
-        **score_conditions({"judge": asdict(judge.record), "device": settings.run.device}),
-        "judge code": code_hashes(*_CODE),
-    }
-    cache = ScoreCache(attempt.store, SCORES, settings.run.id, conditions)
     texts = sha256(json.dumps([[base.prompt, base.answer, adapter.answer] for base, adapter in pairs]).encode())
-    known = cache.load_chances(texts.hexdigest(), [2] * len(asked))
+    facts = {**score_conditions({"judge": asdict(judge.record)}), "judge code": code_hashes(*_CODE)}
+
+    def opened(device: str) -> tuple[ScoreCache, dict[int, list[float]]]:
+        """What was kept of the judgements on a device, which decides their last bits."""
+        cache = ScoreCache(attempt.store, SCORES, settings.run.id, {**facts, "device": device})
+        return cache, cache.load_chances(texts.hexdigest(), [2] * len(asked))
+
+    devices = _devices(settings.run.device, judge)
+    caches = {device: opened(device) for device in devices}
+    if caches[devices[-1]][1]:
+        devices = devices[-1:]  # an earlier attempt has gone there
     before = attempt.questions
 
-    with log.progress("judged", len(asked), every=max(1, len(asked) // 10)) as show_progress:
+    def judged_on(device: str) -> dict[int, list[float]]:
+        cache, known = caches[device]
 
         def on_progress(numbers: int) -> None:
             attempt.questions = before + numbers // 2
@@ -119,15 +160,18 @@ def judge_answers(
         def compute() -> Iterator[tuple[int, list[float]]]:
             if len(known) == len(asked):
                 return
-            choose = _chooser(settings, judge, attempt.alive)
+            asking = open_judge(settings, judge, device)
             for part, number in enumerate(asked):
                 if part not in known:
                     base, adapter = pairs[number]
                     orders = ((base, adapter), (adapter, base))
                     texts = [question(judge.record.rules, base.prompt, a.answer, b.answer) for a, b in orders]
-                    yield part, [float(_CHOICES.index(choose(text))) for text in texts]
+                    yield part, [float(_CHOICES.index(asking.choose(text, attempt.alive))) for text in texts]
 
-        found = complete(dict(known), compute(), cache, on_progress)
+        with log.progress("judged", len(asked), every=max(1, len(asked) // 10)) as show_progress:
+            return complete(dict(known), compute(), cache, on_progress)
+
+    found = _on_one_device(devices, judged_on)
     said = {number: [_CHOICES[int(choice)] for choice in found[part]] for part, number in enumerate(asked)}
     judgements = [_judgement(base, said.get(number)) for number, (base, _) in enumerate(pairs)]
     counts = {word: [preference(one) for one in judgements].count(word) for word in ("adapter", "base", "tie")}
@@ -140,26 +184,29 @@ def _judgement(base: PromptAnswer, said: Sequence[str | None] | None) -> Judgeme
     return Judgement(base.where, said is None, *(said or (None, None)))
 
 
-def _chooser(settings: Settings, judge: FoundJudge, alive: Callable[[], None]) -> Callable[[str], str | None]:
-    """Asks the judge; a local one that does not fit beside the trained model moves to the CPU."""
-    devices = ["cpu"] if choose_device(settings.run.device).type == "cpu" else [settings.run.device, "cpu"]
-    loaded: list[Judge] = []
+def _devices(wanted: str, judge: FoundJudge) -> list[str]:
+    """Where the judge may compute, best first, as JOB_RUN__DEVICE; a server's own device is not known."""
+    if judge.folder is None:
+        return ["server"]
+    found = choose_device(wanted).type
+    return ["cpu"] if found == "cpu" else [found, "cpu"]
 
-    def choose(text: str) -> str | None:
-        while True:
-            try:
-                with nullcontext() if len(devices) > 1 else memory_errors("judging", "take a smaller JOB_EVAL__JUDGE"):
-                    if not loaded:
-                        loaded.append(open_judge(settings, judge, devices[0]))
-                    return loaded[0].choose(text, alive)
-            except RuntimeError as error:
-                if len(devices) == 1 or not out_of_memory(error):
-                    raise
-                log.get_logger().warning("the judge does not fit into the GPU's memory; it goes on on the processor")
-                loaded.clear()
-                devices.pop(0)
 
-    return choose
+def _on_one_device(devices: Sequence[str], judged_on: Callable[[str], T]) -> T:
+    """What the first device finds whose memory is large enough.
+
+    All pairs are judged again on the next one: which of them the first would have judged depends on when it was full.
+    """
+    for device in devices[:-1]:
+        try:
+            return judged_on(device)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        log.get_logger().warning("the judge does not fit into the GPU's memory; all pairs are judged on the processor")
+        gc.collect()  # the judge is in cycles with its error
+    with memory_errors("judging", "take a smaller JOB_EVAL__JUDGE"):
+        return judged_on(devices[-1])
 
 
 def open_judge(settings: Settings, judge: FoundJudge, device: str) -> Judge:
@@ -169,12 +216,14 @@ def open_judge(settings: Settings, judge: FoundJudge, device: str) -> Judge:
         DataError, SettingsError: A local model cannot be loaded.
     """
     if judge.folder is None:
-        key = settings.eval.judge_key
-        return ServedJudge(
-            judge.record.model, judge.record.served or "", None if key is None else key.get_secret_value()
-        )
+        return _served(settings.eval, judge)
     chosen = choose_device(device)
     return LocalJudge(judge.folder, chosen, choose_dtype("auto", chosen))
+
+
+def _served(options: Eval, judge: FoundJudge, seconds: float = SECONDS) -> ServedJudge:
+    key = None if options.judge_key is None else options.judge_key.get_secret_value()
+    return ServedJudge(judge.record.model, judge.record.served or "", key, seconds)
 
 
 def published_answers(artifacts: Sequence[Artifact], side: str) -> Artifact:

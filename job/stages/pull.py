@@ -6,7 +6,7 @@ On each machine the first process does this; the others read its results from th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.start_adapter import check_start, find_start, hash_start
 from job.model.tokenizer_files import rows_with, tokenizer_files
-from job.records import Artifact, DatasetRecord, FirstValues, GroupSpec, PromptRow, PromptsRecord, Pulled
+from job.records import Artifact, DatasetRecord, Evaluated, FirstValues, GroupSpec, PromptRow, PromptsRecord, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.runs.layout import ADAPTER, BASE, FINDINGS, FIRST_VALUES, Stage
@@ -55,7 +55,7 @@ from job.settings.training_stages import naming_its_settings, start_of
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
-from job.stages.principles import FoundJudge, find_judge
+from job.stages.principles import FoundJudge, check_judge, find_judge, judge_sha256
 from job.stages.safety import SafetyModel, find_safety_model, screen_rows
 from job.storage.hub import MAX_SMALL_BYTES, download_model, import_client
 from job.storage.location import is_remote
@@ -114,6 +114,19 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
     """
     processes = attempt.processes
     date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
+    sources = _pull_for_machine(attempt, settings, storage, date, later)
+    if settings.eval.principles is None:
+        return sources
+    # Only process 0 has the judge, but all compare and name the run by the same record.
+    record = processes.share("judge", lambda: [sources.record.judge_sha256, sources.record.judge_revision])
+    return replace(sources, record=replace(sources.record, judge_sha256=record[0], judge_revision=record[1]))
+
+
+def _pull_for_machine(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, date: str, later: Sequence[Settings]
+) -> Sources:
+    """What this process uses: pulled by itself, or by the first process of its machine."""
+    processes = attempt.processes
     if processes.place.local_world_size == 1:
         return _pull(attempt, settings, storage, date, later)[0]
     if processes.place.local_rank:
@@ -166,7 +179,7 @@ def _pull(
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     policy = None if gate.policy is None else read_policy(gate.policy)
-    check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(settings, later)))
+    check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(attempt, settings, later)))
     import_client()  # here: two threads that import the same at once may get half of a module
     early: Future[tuple[Path, bool]] = Future()
     checked: Future[None] = Future()
@@ -203,7 +216,7 @@ def _pull(
         auditing = {**how, **_auditing(attempt, settings, storage, tasks, safety)}
         known = {**auditing, "audited": _known_audit(attempt), **_known_scores(attempt)}
         tokens = _read_rows(attempt, settings, *fetched, tokenizer, **known)
-        prompts = _read_prompts(attempt, settings, storage, tokens, tokenizer, fetched=fetched, **how)
+        prompts = _read_prompts(attempt, settings, storage, tokens, tokenizer, fetched=fetched, how=how, auditing=known)
         for stage in later:
             _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, **auditing)
         model: _Model = _wait(attempt, coming)
@@ -215,6 +228,7 @@ def _pull(
     attempt.alive()
     dataset, licence = _with_licences(attempt, settings, tokens.record, model.revision)
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
+    judge = _find_judge(attempt, settings, storage)
     record = Pulled(
         dataset,
         model.sha256,
@@ -225,6 +239,8 @@ def _pull(
         licence,
         _groups(attempt, tasks),
         None if safety is None else safety.record.sha256,
+        _judge_sha256(attempt, judge),
+        None if judge is None else judge.record.revision,
     )
     sources = Sources(
         record,
@@ -242,7 +258,7 @@ def _pull(
         prompts,
         tokens.findings,
         safety,
-        _find_judge(attempt, settings, storage),
+        judge,
     )
     return sources, tokens.folder
 
@@ -377,7 +393,7 @@ def publish_findings(attempt: Attempt, sources: Sources) -> None:
         attempt.publish(sources.findings, FINDINGS)
 
 
-def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
+def _places(attempt: Attempt, settings: Settings, later: Sequence[Settings]) -> set[str]:
     """Where the inputs are."""
     texts = (settings.data.source, *(stage.data.source for stage in later))
     data = {source.place for text in texts for source in parse_sources(text)}
@@ -385,7 +401,8 @@ def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
     own = {validation.name} if isinstance(validation, ValidationSource) else set()
     prompts = {settings.eval.prompts} if isinstance(settings.eval.prompts, str) else set()
     safety = {settings.data.safety_model} if settings.data.safety_model is not None else set()
-    judge = {settings.eval.judge} if settings.eval.judge is not None and not is_server(settings.eval.judge) else set()
+    judges = {settings.eval.judge} if settings.eval.judge is not None and attempt.processes.leads else set()
+    judge = {place for place in judges if not is_server(place)}
     return {settings.model.id, *data, *own, *prompts, *safety, *judge, *settings.eval.data.values()}
 
 
@@ -405,11 +422,13 @@ def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOpt
     place = settings.data.safety_model
     if place is None:
         return None
-    source = _fetch(attempt, place, "safety", storage)
-    found: SafetyModel = _wait(
-        attempt, in_thread(lambda: find_safety_model(settings.data, source, place), "safety model")
-    )
+    source, data = _fetch(attempt, place, "safety", storage), settings.data
     earlier = attempt.recorded(Stage.PULL, Pulled)
+    audit = None if earlier is None else earlier.dataset.audit
+    if data.safety_revision is None and audit is not None and audit.safety is not None:
+        # the hub may have a newer commit since the first attempt
+        data = data.model_copy(update={"safety_revision": audit.safety.revision})
+    found: SafetyModel = _wait(attempt, in_thread(lambda: find_safety_model(data, source, place), "safety model"))
     if earlier is not None and earlier.safety_sha256 != found.record.sha256:  # before it scores anything
         what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
         raise DataError([Problem("JOB_DATA__SAFETY_MODEL", what)])
@@ -417,13 +436,25 @@ def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOpt
 
 
 def _find_judge(attempt: Attempt, settings: Settings, storage: StorageOptions) -> FoundJudge | None:
-    """Who judges by JOB_EVAL__PRINCIPLES; None without."""
+    """Who judges by JOB_EVAL__PRINCIPLES, in process 0, which asks; None without."""
     place = settings.eval.judge
-    if place is None or settings.eval.principles is None:
+    if place is None or settings.eval.principles is None or not attempt.processes.leads:
         return None
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    revision = settings.eval.judge_revision or (None if earlier is None else earlier.judge_revision)
     source = place if is_server(place) else _fetch(attempt, place, "judge", storage)
-    found: FoundJudge = _wait(attempt, in_thread(lambda: find_judge(settings.eval, source), "judge"))
+    found: FoundJudge = _wait(attempt, in_thread(lambda: find_judge(settings.eval, source, revision), "judge"))
+    if attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated) is None:
+        check_judge(settings.eval, found, attempt.alive)
     return found
+
+
+def _judge_sha256(attempt: Attempt, judge: FoundJudge | None) -> str | None:
+    """None, too, if an earlier version, which did not record it, began the run."""
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    if judge is None or (earlier is not None and earlier.judge_sha256 is None):
+        return None
+    return judge_sha256(judge.record)
 
 
 def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
@@ -550,9 +581,12 @@ def _read_prompts(
     tokenizer: Any,
     *,
     fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
-    **how: Any,
+    how: Mapping[str, Any],
+    auditing: Mapping[str, Any],
 ) -> list[PromptRow]:
     """The prompts of JOB_EVAL__PROMPTS; none where it is empty. `fetched` and `tokens` are of the training data.
+
+    `how` goes to `read_prompts`, `auditing` to `load_tokens` where audited training data is read once more.
 
     Raises:
         DataError: They cannot be read, or there are none.
@@ -561,7 +595,10 @@ def _read_prompts(
     if place is None:
         return []
     if isinstance(place, int):
-        return _prompts_of_rows(attempt, settings, fetched, tokens, tokenizer, **how)
+        # Rows that are read again are the same only if the audit leaves out the same ones.
+        left_out = tokens.record.audit is not None and tokens.record.audit.left_out
+        again = auditing if left_out else how
+        return _prompts_of_rows(attempt, settings, fetched, tokens, tokenizer, **again)
     return read_prompts(
         find_prompts(_fetch(attempt, place, "prompts", storage)),
         place,

@@ -64,11 +64,12 @@ def _safety(results: Mapping[str, Any], found: Sequence[Finding]) -> Iterator[Di
     if (safety is None) != (asked is None):
         yield Difference(place, f"JOB_DATA__SAFETY_MODEL {show(asked)}", show(safety))
     elif safety is not None:
-        wanted = {"model": asked, "threshold": settings["data.unsafe_threshold"]["value"]}
-        labels = settings["data.unsafe_labels"]["value"]
+        wanted = {"model": asked, "threshold": settings.get("data.unsafe_threshold", {}).get("value")}
+        labels = settings.get("data.unsafe_labels", {}).get("value")
         if labels is not None:
-            wanted["unsafe_labels"] = [name for name in safety["unsafe_labels"] if name in labels]
-        yield from find_differences(place, {name: safety[name] for name in wanted}, wanted)
+            wanted["unsafe_labels"] = sorted(set(labels))
+        claimed = {**safety, "unsafe_labels": sorted(safety["unsafe_labels"])}
+        yield from find_differences(place, {name: claimed[name] for name in wanted}, wanted)
     if (UNSAFE in audit["checks"]) != (safety is not None):
         yield Difference(f"{RESULTS} dataset.audit.checks", "the kind unsafe with a classifier only", show(safety))
     least = 0.0 if safety is None else safety["threshold"]

@@ -17,7 +17,7 @@ from job.evaluation.measured import compare_measured
 from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
 from job.results.manifest import exports_record, full_precision_record
 from job.runs import lease, stage_records
-from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, stage_key
+from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, prompts_key, stage_key
 from job.runs.run_log import parse_logged, parse_record
 from job.runs.run_settings import parse_settings
 from job.storage.open import ObjectStore, TooLarge
@@ -97,6 +97,7 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             differences += find_differences(f"{RESULTS} evaluation.near_ties", told.get("near_ties"), near)
         differences += _measured_differ(results, base, adapter)
         differences += find_differences(f"{ADAPTER} generation", adapter.generation, base.generation)
+        differences += _judged_differ(results, base, adapter)
         if pulled is not None:
             differences += _groups_differ(results, pulled, base, adapter)
     stages = "pull, evaluate base, train, evaluate adapter"
@@ -116,6 +117,19 @@ def _measured_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evalu
         yield Difference(ADAPTER, "figures that compare with the base's", str(error))
     else:
         yield from find_differences(f"{RESULTS} evaluation.measured", results["evaluation"].get("measured", {}), found)
+
+
+def _judged_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:
+    """Whether the manifest says who judged by which rules as the record does, and the answers are those judged."""
+    claimed, place = results["evaluation"].get("principles"), f"{RESULTS} evaluation.principles"
+    found = None if adapter.judged is None else asdict(adapter.judged)
+    if claimed is not None and found is not None:
+        claimed = {name: claimed.get(name) for name in found}
+    yield from find_differences(place, claimed, found)
+    if adapter.judged_answers:
+        published = {one.path: one.sha256 for one in (*base.artifacts, *adapter.artifacts)}
+        sides = {side: published.get(prompts_key(side)) for side in ("base", "adapter")}
+        yield from find_differences(f"{ADAPTER} judged_answers", adapter.judged_answers, sides)
 
 
 def _groups_differ(

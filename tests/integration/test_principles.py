@@ -87,7 +87,7 @@ def test_a_server_judges(environment: dict[str, str], tmp_path: Path) -> None:
             "JOB_EVAL__JUDGE_MODEL": "a-judge",
             "JOB_EVAL__JUDGE_KEY": KEY,
         }
-        server.codes = [200, 401]
+        server.codes = [200, 200, 401]
         refused = attempt(environment, **changes)
         assert refused.returncode == 77, refused.stderr[-3000:]
         done = attempt(environment, **changes)
@@ -95,6 +95,6 @@ def test_a_server_judges(environment: dict[str, str], tmp_path: Path) -> None:
         assert set(server.keys) == {f"Bearer {KEY}"}
     assert published(tmp_path, "served")
     judgements = parse_judgements((tmp_path / "served" / JUDGEMENTS).read_bytes())
-    assert len(server.asked) == 2 + 2 * sum(not one.same for one in judgements)
+    assert len(server.asked) == 4 + 2 * sum(not one.same for one in judgements)
     told = [path.read_bytes() for path in (tmp_path / "served").rglob("*") if path.is_file()]
     assert not any(KEY.encode() in text for text in (*told, done.stderr.encode(), refused.stderr.encode()))

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import structlog
 
+from job.audit.rows import set_up
 from job.data import token_cache
 from job.data.token_cache import INDEX, Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError
+from job.records import SafetyRecord
 from tests.helpers import READING, alpaca_rows
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 from tests.unit.data.test_dataset import lines
@@ -112,6 +114,22 @@ def test_whatever_decides_the_tokens_is_in_the_key(tmp_path: Path, read: list[An
     assert tokens(path, processes=2, alive=lambda **_: None, date="2026-01-01").folder == found[0]
     lines(path, *alpaca_rows(8)[::-1])
     assert tokens(path).folder not in found
+
+
+def test_other_gpus_find_no_screened_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a classifier decides which rows are left out, so do the GPUs that it computes on; else they do not."""
+    path = lines(tmp_path / "x.jsonl", *alpaca_rows(8))
+    safety = SafetyRecord("models/x", None, "0" * 64, ["bad"], 0.5)
+
+    def keys(gpus: list[str]) -> list[str | None]:
+        monkeypatch.setattr(token_cache.host, "hardware", lambda: {"gpus": gpus})
+        given: dict[str, Any] = options(name="x", processes=1, alive=lambda **_: None)
+        audits = (set_up(None, {}), set_up(None, {}, safety))
+        return [token_cache._key(str(path), None, **given | {"audit": audit}) for audit in audits]
+
+    one, other = keys(["H100"]), keys(["A100"])
+    assert one[0] == other[0]
+    assert one[1] != other[1]
 
 
 @pytest.mark.parametrize("damage", ["bit", "short", "index", "missing", "more"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 
 from job.errors import AccessDenied, DataError, Preempted, SettingsError, Unreachable
-from job.evaluation.judges import MAX_BYTES, LocalJudge, ServedJudge
+from job.evaluation import judges
+from job.evaluation.judges import MAX_BYTES, LocalJudge, ServedJudge, check_folder
 from job.evaluation.principles import (
     parse_judgements,
     preference,
@@ -114,9 +117,9 @@ def test_a_model_in_memory_judges(tmp_path: Path) -> None:
     said = [judge.choose(text, lambda: None) for text in texts]
     assert set(said) <= {"A", "B"}
     assert said == [judge.choose(text, lambda: None) for text in texts]
-    ids = judge._tokenizer.encode(f"{texts[0]}\nAnswer:")
+    ids = judge._reads.tokenizer.encode(f"{texts[0]}\nAnswer:")
     logits = judge._model(torch.tensor([ids])).logits[0, -1]
-    letters = [judge._tokenizer.encode(f" {x}", add_special_tokens=False)[-1] for x in "AB"]
+    letters = [judge._reads.tokenizer.encode(f" {x}", add_special_tokens=False)[-1] for x in "AB"]
     assert said[0] == ("A" if logits[letters[0]] >= logits[letters[1]] else "B")
     judge._longest = len(ids) - 1
     assert judge.choose(texts[0], lambda: None) is None
@@ -166,6 +169,51 @@ def test_a_refusal_is_not_repeated(code: int, error: type[Exception]) -> None:
             served(server.url).choose("which?", lambda: None)
         assert len(server.asked) == 1
         assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_question_that_is_too_long_is_not_judged(code: int) -> None:
+    """Where the server takes a tiny question, one that it refuses is a tie; where it takes none, the run ends."""
+    with judge_server(lambda _: "A") as server:
+        server.codes = [code]
+        assert served(server.url).choose("which?", lambda: None) is None
+        assert len(server.asked) == 2
+        served(server.url).check(lambda: None)
+        server.codes = [code] * 2
+        with pytest.raises(SettingsError, match="JOB_EVAL__JUDGE_MODEL"):
+            served(server.url).choose("which?", lambda: None)
+
+
+def test_a_busy_server_says_how_long_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retry-After is heeded, up to a minute; a date in it is not."""
+    waited: list[float] = []
+    monkeypatch.setattr(judges, "_wait", lambda seconds, _alive: waited.append(seconds))
+    with judge_server(lambda _: "A") as server:
+        for said in ("7", "4000", "Wed, 21 Oct 2026 07:28:00 GMT"):
+            server.codes, server.retry_after = [429], said
+            assert ServedJudge(server.url, "a-judge", KEY, pause=9.0).choose("which?", lambda: None) == "A"
+    assert [seconds for seconds in waited if seconds > 1] == [7.0, 60.0, 9.0]
+
+
+def test_a_local_judge_is_checked_before_training(tmp_path: Path) -> None:
+    """Letters that are one token, a broken chat template and missing weights are found without loading weights."""
+    make_base(tmp_path)
+    check_folder(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{{ raise_exception('no') }}")
+    with pytest.raises(DataError, match=r"JOB_EVAL__JUDGE.*chat template"):
+        check_folder(tmp_path)
+    template.unlink()
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(dict(list(weights.items())[:1]), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match="JOB_EVAL__JUDGE"):
+        check_folder(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "B"}, "content": "A"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(SettingsError, match="does not tell A from B"):
+        check_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from job.errors import AccessDenied, JobError, Preempted, SettingsError, Unreachable
+from job.errors import AccessDenied, DataError, JobError, Preempted, SettingsError, Unreachable
 from job.planning import preflight
 from job.planning.preflight import NotChecked, local_round_trip, round_trip, run_check
 from job.storage.local import LocalStore
@@ -112,3 +112,22 @@ def test_a_safety_model_is_looked_at_without_its_weights(tmp_path: Path) -> None
         preflight.preview_safety_model("org/kettles", None, None, 0.5, **how)
     with pytest.raises(SettingsError, match="JOB_DATA__UNSAFE_LABELS"):
         preflight.preview_safety_model(str(folder), None, ["rude"], 0.5, **how)
+
+
+def test_a_judge_without_weights_is_refused(tmp_path: Path) -> None:
+    """The plan says ok only to a judge that is there, with weights in safetensors; also in a store."""
+    (tmp_path / "rules.txt").write_text("Be kind.")
+    how: dict[str, Any] = {"online": lambda: False, "folder": tmp_path, "storage": StorageOptions()}
+
+    def preview(place: str) -> str:
+        return preflight.preview_judge(str(tmp_path / "rules.txt"), place, None, **how)[0]
+
+    assert preview("https://judge.example") == "ok"
+    assert preview(str(make_classifier(tmp_path / "there"))) == "ok"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="JOB_EVAL__JUDGE"):
+        preview(str(tmp_path / "empty"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "open_store", lambda *_: LocalStore(tmp_path / "empty"))
+        with pytest.raises(SettingsError, match=r"JOB_EVAL__JUDGE.*nothing"):
+            preview("s3://b/j")

@@ -104,7 +104,11 @@ def test_unsafe_rows_are_those_of_the_classifier(tmp_path: Path) -> None:
         return bool(found.differences)
 
     assert not wrong_with("models/x", 0.5, None)
-    assert not wrong_with("models/x", 0.5, ["bad", "worse"])
+    assert not wrong_with("models/x", 0.5, ["bad"])
+    assert wrong_with("models/x", 0.5, ["bad", "worse"])
+    results = {"dataset": {"audit": asdict(record)}, "settings": {}}
+    (checked,) = check_audit(results, {FINDINGS: path})
+    assert checked.differences
     assert wrong_with("models/y", 0.5, None)
     assert wrong_with("models/x", 0.6, None)
     assert wrong_with("models/x", 0.5, ["worse"])
