@@ -4,8 +4,8 @@
 # itself decides how many processes to start.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
-secrets=(AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN HF_TOKEN
-  MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN WANDB_API_KEY)
+secrets=(AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AZURE_CLIENT_SECRET AZURE_STORAGE_ACCOUNT_KEY
+  AZURE_STORAGE_SAS_TOKEN HF_TOKEN MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN WANDB_API_KEY)
 wrong='' open='' problem='' remedy='' rebuild='or build the image for older GPUs and drivers: infra/docker/README.md'
 
 say() { # level, message: a log line in the job's format, which a line break in a path must not end
@@ -23,6 +23,10 @@ ours=' run train compare config plan promote push report selftest serve-check st
 # SageMaker's SDK runs `chmod` in the image: a first word that is a program, and no command of the job, is run.
 if [[ -n ${1-} && $1 != -* && $ours != *" $1 "* ]] && program=$(type -P -- "$1"); then exec "$program" "${@:2}"; fi
 
+ask() { # words for nvidia-smi: sets answer and ended. `read` gives up where it hangs in the kernel, which no signal ends
+  IFS= read -r -t 61 -d '' answer < <(set +e; exec 2>/dev/null; timeout 60 nvidia-smi "$@"; printf '\n%s' $?) ||
+    (($? < 128)) || answer=$'\n124'
+  ended=${answer##*$'\n'} answer=${answer%$'\n'*}; }
 older() { [ -n "$1" ] && [ "$1" != "$2" ] && printf '%s\n' "$1" "$2" | sort -VC; } # version, other version
 
 for name in "${secrets[@]}"; do
@@ -42,15 +46,14 @@ done
 [ -z "$open" ] || say warning "Readable for every user of this machine: ${open%, }. Mode 0400 keeps a secret private"
 [[ ${1-run} == @(run|train|-*) && " $* " != *' '@(-h|--help|--version)' '* ]] || exec python -m job "$@" # no GPU needed
 
-read -r built oldest <"$here/cuda" # the CUDA that torch is built with, the least compute capability it serves
-banner=$(timeout 60 nvidia-smi 2>/dev/null) && ended=0 || ended=$?
+read -r built oldest <"$here/cuda" && ask # the CUDA that torch is built with, the least compute capability it serves
 if [ "$ended" = 124 ]; then problem='nvidia-smi does not answer' remedy='a GPU or its driver is broken: restart the machine'
 elif [ "$ended" != 0 ]; then
   problem='No GPU is visible' remedy="give it one: docker run --gpus all, or nvidia.com/gpu in the limits of a pod"
 else
-  driver=$(sed -nE 's/.*CUDA (UMD )?Version: *([0-9.]+).*/\2/p' <<<"$banner") # UMD: since driver 610
-  query='--query-gpu=compute_cap,name,memory.total,driver_version'
-  gpus=$(timeout 30 nvidia-smi "$query" --format=csv,noheader 2>/dev/null | sort -V) || gpus=
+  driver=$(sed -nE 's/.*CUDA (UMD )?Version: *([0-9.]+).*/\2/p' <<<"$answer") # UMD: since driver 610
+  ask --query-gpu=compute_cap,name,memory.total,driver_version --format=csv,noheader
+  gpus= && [ "$ended" != 0 ] || gpus=$(sort -V <<<"${answer%$'\n'}")
   say info "GPUs: $(uniq -c <<<"$gpus" | sed 's/^ *//' | paste -sd ';'); CUDA of driver $driver, of image $built"
   if [ "$built" = none ]; then problem='The torch of this image is built without CUDA' remedy='take another image'
   elif older "${driver%%.*}" "${built%%.*}"; then

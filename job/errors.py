@@ -1,6 +1,6 @@
 """The errors of the job, and the exit code of each.
 
-    JobError                    1   a bug, and the base of the tree
+    JobError                    1   a bug, or a process was killed; the base of the tree
     ├── Killed                  1   a process of several was killed
     ├── SettingsError           2   settings are wrong
     ├── GateError               3   quality gate not met; results are published
@@ -59,7 +59,7 @@ class JobError(Exception):
     """Base of all errors that the job raises on purpose. Any other exception is a bug, with the same exit code, 1."""
 
     exit_code: ClassVar[int] = 1
-    meaning: ClassVar[str] = "a bug"
+    meaning: ClassVar[str] = "a bug, or a process was killed"
     retry: ClassVar[Retry] = "counts against the limit"
     reported: bool = False
     """Whether another process of the run has logged it already."""

@@ -7,7 +7,7 @@ A stage that an earlier attempt finished is not repeated: `Attempt.stage` reads 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -46,7 +46,7 @@ from job.stages.pull import publish_findings, pull
 from job.storage.open import ObjectStore, open_store, storage_options
 from job.tracking import energy
 from job.tracking.live_metrics import live_metrics
-from job.tracking.trackers import Tracking, tracking
+from job.tracking.trackers import tracking
 from job.tracking.webhook import notifying
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _run_stage(
     if (done := _finished(processes, settings, delivery, alive)) is not None:
         return done
     processes.share("inputs", lambda: _check_inputs(settings, later))
-    with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, track):
+    with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, tell_results):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage), later)
         loaded = _load(attempt, settings, sources)
@@ -144,7 +144,7 @@ def _run_stage(
                 adapter=adapter,
                 exported=exported,
             )
-        track.results(results)
+        tell_results(results)
     if processes.leads:
         _hand_over(attempt.store, results, delivery, () if later else targets(settings.export), alive)
     return require_gate(results)
@@ -237,8 +237,12 @@ def _attempt(
     processes: Processes,
     *,
     idle: IdleLimit | None,
-) -> Iterator[tuple[Attempt, Tracking]]:
-    """Opens the run's next attempt, with injected faults, trackers, metrics and an energy meter for all GPUs."""
+) -> Iterator[tuple[Attempt, Callable[[Mapping[str, Any]], None]]]:
+    """Opens the run's next attempt, with injected faults, trackers, metrics and an energy meter for all GPUs.
+
+    Yields:
+        The attempt, and what is to be called with its results, for the trackers and the webhook.
+    """
     store = _store(settings)
     armed = arm(faults if processes.leads else (), store)
     opening = open_attempt(
@@ -273,7 +277,12 @@ def _attempt(
         if processes.leads:
             attempt.on_metrics, attempt.on_validation = track.step, track.validation
             attempt.joules = energy.open_meter(gpus)
-        yield attempt, track
+
+        def tell_results(results: Mapping[str, Any]) -> None:
+            track.results(results)
+            notifier.gate_passed = results["gate"]["passed"]
+
+        yield attempt, tell_results
 
 
 @memory_errors("loading the model", "set JOB_MODEL__QUANTIZATION=nf4")

@@ -15,7 +15,7 @@ LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 ENDED = {"Completed", "Failed", "Stopped"}
 # Code -> (meaning, whether to start the run again), as in the job's own `errors.py`; a test compares them.
 EXIT_CODES = {
-    1: ("a bug", "counts against the limit"),
+    1: ("a bug, or a process was killed", "counts against the limit"),
     2: ("settings are wrong", "no"),
     3: ("quality gate not met (results are published)", "no"),
     4: ("results do not verify", "no"),

@@ -85,7 +85,7 @@ COMMANDS = {
     "status": Command(
         "show how a run is, from its store: stage, step, time left, and why it ended; needs no GPU",
         (
-            Argument("RUN", "a run, finished or not: the path or URI of its folder"),
+            Argument("RUN", "a run, finished or not: its folder or its results.json, path or URI"),
             Argument(
                 "--stalled-after",
                 "a running attempt without a sign of life for so long is stalled (default: 600)",

@@ -50,10 +50,10 @@ SageMaker's hyperparameters.json, the file in JOB_CONFIG, SageMaker's input chan
 platform and the defaults, in this order. `qlora-job config` shows them all, each with its source.
 Try it without a GPU or a network: qlora-job run --preset demo
 
-exit codes: 0 done; 1 a bug; 2 settings; 3 gate not met; 4 results do not verify; 65 data;
-            69 storage or hub unreachable (retry); 70 training diverged; 71 no progress in several attempts;
-            72 machine without a usable GPU (Kubernetes); 74 stalled (retry); 75 preempted (retry);
-            76 replaced by another attempt; 77 access denied
+exit codes: 0 done; 1 a bug, or a process was killed; 2 settings; 3 gate not met;
+            4 results do not verify; 65 data; 69 storage or hub unreachable (retry); 70 training diverged;
+            71 no progress in several attempts; 72 machine without a usable GPU (Kubernetes);
+            74 stalled (retry); 75 preempted (retry); 76 replaced by another attempt; 77 access denied
 """
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job.errors import gravest
+from job.errors import Killed, exit_codes, gravest
 
 END = "end"
 """Key of the first failure."""
@@ -82,12 +82,19 @@ def agree_on_end(store: Any, own: int, *, machine: int, machines: int, processes
 def _of_all(codes: dict[str, int], failed: Sequence[dict[str, Any]], machines: Sequence[str]) -> End:
     if codes.get(machines[0]) == 0:
         return End(0)
-    found = [End(one["code"], f"process {one['process']}", one["why"]) for one in failed]
-    found += [End(code, key.replace("#", " "), f"ended with exit code {code}") for key, code in codes.items() if code]
+    found = [End(_known(one["code"]), f"process {one['process']}", one["why"]) for one in failed]
+    for key, code in codes.items():
+        if code:
+            found.append(End(_known(code), key.replace("#", " "), f"ended with exit code {code}"))
     if not found:
         return End(0)
     code = gravest(end.code for end in found)
     return next(end for end in found if end.code == code)
+
+
+def _known(code: int) -> int:
+    """The exit code; that of a killed process if the table lacks it, as where another machine has another version."""
+    return code if code in exit_codes() else Killed.exit_code
 
 
 def _wait(ready: Callable[[], bool], deadline: float) -> None:

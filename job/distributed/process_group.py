@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ class ProcessGroup:
         self._failed = False
         """Whether this process ends because another one has failed, and not because it was asked to stop before."""
         self._calls = 0
-        self._checked = time.monotonic()
+        self._checked = -math.inf  # the first time the store is asked at once
         self._sent = [0] * place.world_size
         """Number of values by rank: those this process has sent, and in process 0 those it has received from each."""
 

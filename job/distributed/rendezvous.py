@@ -144,6 +144,9 @@ def _await_all(
         raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
     joined.announce()
     if store.add(f"here#{place.rank}", 1) > 1:
+        # On Kubernetes the number is the pod's own, so the other one is mostly the pod that this one replaces. If that
+        # has said why it ended, the run ends for that reason; else a retry (72) comes when the old pod is gone.
+        joined.check()
         what = f"another process has rank {place.rank} too; give each machine its own, or wait for the old one to end"
         raise SettingsError([Problem("JOB_RUN__NODE_RANK", what)])
     here = [f"here#{rank}" for rank in range(place.world_size)]

@@ -94,12 +94,13 @@ class Platform:
         """Within it the machine is compared with the settings that ask for GPUs.
 
         Raises:
-            UnfitMachine: In place of a SettingsError, on Kubernetes: the next pod may get another machine.
+            UnfitMachine: In place of a SettingsError, on Kubernetes: the next pod may get another machine. What another
+                process reported stays as it is: it is not about this machine.
         """
         try:
             yield
         except SettingsError as error:
-            if self.name != "kubernetes":
+            if self.name != "kubernetes" or error.reported:
                 raise
             raise UnfitMachine(str(error)) from None
 

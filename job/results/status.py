@@ -154,7 +154,7 @@ def read_status(
 
 def _read(store: ObjectStore, now: datetime, stalled_after: float) -> RunStatus:
     problems: list[Problem] = []
-    holder = _parsed(store, LEASE, lease.parse, problems)
+    holder = _parsed(store, LEASE, _parse_lease, problems)
     numbers = lease.attempt_numbers(store)
     newest = max([*numbers, holder.epoch if holder else 0])
     results = _results(store, problems)
@@ -278,8 +278,22 @@ def _parse_logged(data: bytes) -> LoggedAttempt:
         ValueError: It is none, or it was altered.
     """
     logged = parse_logged(data)
-    _time(_noted(logged).at)
+    try:
+        _time(_noted(logged).at)
+    except (OverflowError, ValueError) as error:
+        raise ValueError(f"has times that cannot be read: {error}") from None
     return logged
+
+
+def _parse_lease(data: bytes) -> lease.LeaseRecord:
+    """A lease, whose time can be read.
+
+    Raises:
+        ValueError: It is none, or it was altered.
+    """
+    found = lease.parse(data)
+    _time(found.started)
+    return found
 
 
 def _noted(logged: LoggedAttempt) -> Noted:
@@ -292,7 +306,10 @@ def _noted(logged: LoggedAttempt) -> Noted:
 
 
 def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text).astimezone(UTC)
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except OverflowError as error:  # on the first or the last day of the calendar
+        raise ValueError(str(error)) from None
 
 
 def _rendered(time: datetime) -> str:

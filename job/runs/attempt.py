@@ -108,6 +108,8 @@ class Attempt:
     """The stage that an exception ended, which ends the attempt too."""
     _noted: str | None = None
     """Tag of this attempt's record as it wrote it last."""
+    _over: bool = False
+    """Whether the attempt's end is recorded: what is noted later, such as by a thread, must not overwrite it."""
     _noting: Lock = field(default_factory=Lock)
     _began: float = field(default_factory=time.monotonic)
     _next_note: float = field(default_factory=time.monotonic)
@@ -314,12 +316,18 @@ class Attempt:
         )
 
     def note(self, outcome: str, error: BaseException | None = None) -> None:
-        """Writes the record into the run log, with the error that ended the attempt; process 0 does it for all."""
+        """Writes the record into the run log, with the error that ended the attempt; process 0 does it for all.
+
+        Every outcome but `running` is the attempt's end, after which nothing is written any more.
+        """
         if not self.processes.leads:
             self._next_note = math.inf
             return
         began = time.monotonic()
-        with self._noting:  # the uploading thread notes checkpoints
+        with self._noting:  # the uploading thread notes checkpoints, and the watchdog's a stall
+            if self._over:
+                return
+            self._over = outcome != "running"
             run = self.run if self.settled else None
             more = {QUESTIONS: self.questions, NOTED: asdict(self._now(error)), stage_records.RUN: run}
             record = sealed({**asdict(self.record(outcome)), **more})
@@ -329,7 +337,8 @@ class Attempt:
         self._next_note = ended + min(longest, max(shortest, (ended - began) / NOTE_SHARE))
 
     def _now(self, error: BaseException | None) -> Noted:
-        stage = self._failed_in if self._stage is None else self._stage[0]
+        current = self._stage  # read once: the stage may end while another thread notes it
+        stage = self._failed_in if current is None else current[0]
         code = why = None
         if error is not None:
             code = error.exit_code if isinstance(error, JobError) else JobError.exit_code

@@ -586,8 +586,9 @@ class Notify(Group):
     """Events of the run to other systems."""
 
     webhook: ExecutionOnly[Maybe[SecretAddress]] = None
-    """https:// address that gets a CloudEvent when an attempt starts, is preempted, fails or completes the run. It is a
-    secret, best given as a file of this name in the folder JOB_SECRETS_DIR."""
+    """https:// address that gets a CloudEvent when an attempt starts, is preempted, fails or completes the run. The
+    last one is sent when the results are published, with `gate_passed`; pushes to other places come later. The address
+    is a secret, best given as a file of this name in the folder JOB_SECRETS_DIR."""
 
 
 class Cost(Group):

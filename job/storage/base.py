@@ -376,7 +376,8 @@ def lacking(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in {*_UNKNOWN, errno.ENOLCK, errno.EXDEV}:
             raise
-        problem = f"this file system lacks {what} ({error.strerror}); use a folder on another one, or a bucket, such as s3://bucket/prefix"
+        use = "use a folder on another one, or a bucket, such as s3://bucket/prefix"
+        problem = f"this file system lacks {what} ({error.strerror}); {use}"
         raise SettingsError([Problem(str(error.filename or "storage"), problem)]) from error
 
 

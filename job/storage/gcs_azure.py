@@ -12,7 +12,9 @@ said in the clouds' own variables, which obstore reads itself:
 
 This file adds what the contract in `base.py` asks for beyond that: confirmed absence, conditional deletes, size limits,
 checksums, and durable downloads. Every object carries its SHA-256 as metadata, and what is read is compared with it,
-since obstore looks at no checksum of the stores. Objects of other programs have none, and only their length is checked.
+since obstore looks at no checksum of the stores. What does not fit is read again; bytes that arrive twice are what the
+store holds, and are returned, so that the caller's own hashes find the damage. Objects of other programs have no such
+metadata, and only their length is checked.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from http import HTTPStatus
 from http.client import HTTPException
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 from urllib.error import HTTPError
@@ -60,7 +63,7 @@ from job.storage.location import Location, StorageOptions
 from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_transient, repetitions, translate
 
 # Name of the metadata entry with an object's SHA-256.
-_SHA256 = "sha256"
+_SHA256 = "qlorajobsha256"
 # Files are read in pieces of this size, each a request, within `_PIECE_TIMEOUTS` time limits.
 _PIECE_BYTES = 4 * MIB
 _PIECE_TIMEOUTS = 4
@@ -75,7 +78,8 @@ _MAX_CONNECT_SECONDS = 20.0
 _API = "2023-11-03"
 # Pauses (seconds) before what obstore does not repeat is tried again.
 _PAUSES = (0.1, 0.3, 1.0, 3.0)
-_MAX_BODY_ATTEMPTS = 5
+# Only a second answer tells a damaged object from a damaged answer.
+_SURE_ATTEMPTS, _MAX_BODY_ATTEMPTS = 2, 5
 _PAGE, _MAX_REPEATED_PAGES = 1000, 3
 
 
@@ -87,12 +91,14 @@ class _CloudStore:
     """What both stores have in common; a derived class says what a version is, and how one version is deleted."""
 
     scheme: str
+    # Whether listings are sorted by key, so that they can be passed on page by page.
+    _sorted: bool
 
     def __init__(self, location: Location, options: StorageOptions) -> None:
         self._options = options
         self._bucket = location.bucket
         self._root = f"{location.key}/" if location.key else ""
-        self._body_attempts = min(options.retries, _MAX_BODY_ATTEMPTS)
+        self._body_attempts = max(_SURE_ATTEMPTS, min(options.retries, _MAX_BODY_ATTEMPTS))
         self.uri = str(location)
         self._client = self._connect()
 
@@ -166,33 +172,44 @@ class _CloudStore:
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """See `ObjectStore.read`."""
         check_key(key)
+        seen: set[str] = set()
         with self._asking("read", key):
-            for attempt in range(1, self._body_attempts + 1):
+            for attempt in self._attempts():
                 with self._again(attempt):
-                    return self._read(key, max_bytes)
-        raise Unreachable(f"{self.uri}/{key}: cannot read: the content arrives damaged")
+                    return self._read(key, max_bytes, seen)
+        raise Unreachable(f"{self.uri}/{key}: cannot read: the content arrives cut off, or each time another")
 
-    def _read(self, key: str, max_bytes: int) -> Stored | None:
+    def _read(self, key: str, max_bytes: int, seen: set[str]) -> Stored | None:
+        """The object; `seen` are the SHA-256 of answers before that did not fit their metadata.
+
+        Raises:
+            _OtherContent: The answer is damaged; its SHA-256 was added to `seen`.
+        """
         found = self._get(key)
         if found is None:
             return None
         byte_limit(f"{self.uri}/{key}", max_bytes)(found.meta["size"])
-        data, tag = bytes(_ask_once(found.bytes)), self._tag(found.meta)
-        digest = found.attributes.get(_SHA256)
-        if tag is None or len(data) != found.meta["size"] or digest not in {None, hashlib.sha256(data).hexdigest()}:
+        data, tag = _body(found), self._tag(found.meta)
+        if tag is None or len(data) != found.meta["size"]:
             raise _OtherContent
+        _check(hashlib.sha256(data).hexdigest(), {found.attributes.get(_SHA256)}, seen)
         return Stored(data, tag)
+
+    def _attempts(self) -> Iterator[int]:
+        """Numbers of attempts to read a body; obstore repeats within each, so after two of them time counts as well."""
+        end = time.monotonic() + self._options.timeout_seconds * self._options.retries
+        for attempt in range(1, self._body_attempts + 1):
+            if attempt > _SURE_ATTEMPTS and time.monotonic() > end:
+                return
+            yield attempt
 
     @contextmanager
     def _again(self, attempt: int) -> Iterator[None]:
-        """Pauses instead of raising, before the last try, if what failed may succeed the next time."""
+        """Pauses in place of `_OtherContent`. Errors of `_ask` pass: it has repeated what may be repeated."""
         try:
             yield
-        except (*FAILURES, _OtherContent) as error:
-            last = attempt >= self._body_attempts
-            if not isinstance(error, _OtherContent) and (last or not is_transient(error)):
-                raise
-            if not last:
+        except _OtherContent:
+            if attempt < self._body_attempts:
                 time.sleep(_PAUSES[0] * 2**attempt)
 
     def tag(self, key: str) -> str | None:
@@ -252,7 +269,9 @@ class _CloudStore:
                         use_multipart=False,
                     )
                 except (AlreadyExistsError, PreconditionError, Missing) as error:
-                    if mode == "overwrite" or (isinstance(error, Missing) and self._get(key) is not None):
+                    # A 404 says that a version is gone only where a version was asked for, and the store confirms it.
+                    missing = isinstance(error, Missing)
+                    if mode == "overwrite" or (missing and (mode == "create" or self._get(key) is not None)):
                         raise
                     if tries + repetitions(error) > 0 and (tag := own()) is not None:
                         return tag
@@ -353,23 +372,24 @@ class _CloudStore:
         """See `ObjectStore.download`."""
         check_key(key)
         with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", key):
+            seen: set[str] = set()
             for pause in (*_PAUSES[:2], None):
                 found = self._describe(key)
                 if found is None:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
                 byte_limit(f"{self.uri}/{key}", max_bytes)(found[0]["size"])
                 with suppress(_OtherContent), atomic_write(path) as temporary:
-                    self._fetch(key, temporary, found[0])
+                    self._fetch(key, temporary, found[0], seen)
                     return
                 if pause is not None:
                     time.sleep(pause)
-        raise Unreachable(f"{self.uri}/{key}: cannot read: it changes while it is read, or arrives damaged")
+        raise Unreachable(f"{self.uri}/{key}: cannot read: it changes while it is read, or arrives cut off")
 
-    def _fetch(self, key: str, path: Path, meta: Any) -> None:
-        """Reads an object into a file.
+    def _fetch(self, key: str, path: Path, meta: Any, seen: set[str]) -> None:
+        """Reads an object into a file; `seen` as for `_read`.
 
         Raises:
-            _OtherContent: It is not the one that `meta` describes, or not what was written.
+            _OtherContent: It is not the one that `meta` describes, or arrived damaged.
         """
         size = meta["size"]
         if size <= _PIECE_BYTES:
@@ -381,12 +401,14 @@ class _CloudStore:
                 raise _OtherContent
             path.write_bytes(found.data)
             return
-        digests = set()
+        digests: set[str | None] = set()
         with path.open("wb") as file:
 
             def fetch_piece(start: int) -> None:
                 data, digest = self._fetch_piece(key, meta, start)
-                os.pwrite(file.fileno(), data, start)
+                # A disk with room for a part of the piece writes that part, and says so.
+                if os.pwrite(file.fileno(), data, start) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
                 digests.add(digest)
 
             if size > _ONE_CONNECTION_BYTES:
@@ -395,56 +417,85 @@ class _CloudStore:
             else:
                 for start in range(0, size, _PIECE_BYTES):
                     fetch_piece(start)
-        if path.stat().st_size != size or not digests <= {None, hash_file(path)}:
+        if path.stat().st_size != size:
             raise _OtherContent
+        _check(hash_file(path), digests, seen)
 
     def _fetch_piece(self, key: str, meta: Any, start: int) -> tuple[bytes, str | None]:
-        """The bytes from `start` on, and the SHA-256 that the whole object has."""
+        """The bytes from `start` on, and the SHA-256 that the whole object has.
+
+        Raises:
+            _OtherContent: The object is not the one that `meta` describes.
+            Unreachable: The bytes arrive cut off.
+        """
         end = min(start + _PIECE_BYTES, meta["size"])
-        for attempt in range(1, self._body_attempts + 1):
+        for attempt in self._attempts():
+            try:
+                found = self._get(key, range=(start, end), if_match=meta["e_tag"])
+            except PreconditionError:
+                found = None
+            if found is None or self._tag(found.meta) != self._tag(meta):
+                raise _OtherContent
             with self._again(attempt):
-                try:
-                    found = self._get(key, range=(start, end), if_match=meta["e_tag"])
-                except PreconditionError:
-                    found = None
-                if found is None:
-                    break
-                data = bytes(_ask_once(found.bytes))
-                if len(data) == end - start and self._tag(found.meta) == self._tag(meta):
+                data = _body(found)
+                if len(data) == end - start:
                     return data, found.attributes.get(_SHA256)
                 raise _OtherContent
-        raise _OtherContent
+        raise Unreachable(f"{self.uri}/{key}: cannot read: the content arrives cut off")
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`."""
         check_prefix(prefix)
+        found, last = False, ""
         with self._asking("list", prefix):
-            sizes = self._sizes(self._root + prefix)
+            pages = self._pages(self._root + prefix)
+            for page in pages if self._sorted else [dict(sorted(chain.from_iterable(map(dict.items, pages))))]:
+                found = found or bool(page)
+                for key, size in page.items():
+                    name = key.removeprefix(self._root)
+                    # The consoles keep empty objects, whose names end in a slash that obstore drops, as folders.
+                    if (size == 0 or key < last) and self.tag(name) is None:
+                        continue
+                    if key < last:
+                        raise Unreachable(f"{self.uri}/{prefix}: cannot list: the server does not sort by key")
+                    last = key
+                    yield ObjectInfo(name, size)
             # An answer of somebody else may read as an empty listing: the store has to say that it has no such object.
-            if not sizes and self._get(f".absent-{uuid4().hex}") is not None:
+            if not found and self._get(f".absent-{uuid4().hex}") is not None:
                 raise Unreachable(f"{self.uri}/{prefix}: cannot list: the answers are not those of the store")
-        for key in sorted(sizes):
-            name = key.removeprefix(self._root)
-            # The consoles keep empty objects, whose names end in a slash that obstore drops, as folders.
-            if sizes[key] == 0 and self.tag(name) is None:
-                continue
-            yield ObjectInfo(name, sizes[key])
 
-    def _sizes(self, start: str) -> dict[str, int]:
-        """Bytes of each object whose whole key begins with `start`; obstore lists folders, and reads page by page."""
-        folder = start.rpartition("/")[0]
-        for attempt in range(1, self._body_attempts + 1):
-            with self._again(attempt):
-                sizes: dict[str, int] = {}
-                repeated = 0
-                pages = self._ask(obstore.list, self._client, folder or None, chunk_size=_PAGE)
+    def _pages(self, start: str) -> Iterator[dict[str, int]]:
+        """Bytes of each object whose whole key begins with `start`, once, in the order of the server, page by page.
+
+        obstore lists folders: within one, the listing begins close before `start` and ends behind it.
+        """
+        folder, _, name = start.rpartition("/")
+        # A name without its end comes before it, and obstore takes none of dots alone.
+        offset = start[:-1] if name[:-1].strip(".") else None
+        known: set[str] = set()
+        tries = 0
+        while True:
+            listed: set[str] = set()
+            repeated = 0
+            try:
+                pages = _ask_once(obstore.list, self._client, folder or None, offset=offset, chunk_size=_PAGE)
                 while page := _ask_once(next, pages, ()):
-                    repeated += all(info["path"] in sizes for info in page)
+                    repeated += all(info["path"] in listed for info in page)
                     if repeated == _MAX_REPEATED_PAGES:
                         raise Unreachable(f"{self.uri}: cannot list: the server answers with the same page for ever")
-                    sizes |= {info["path"]: info["size"] for info in page}
-                return {key: size for key, size in sizes.items() if key.startswith(start)}
-        raise AssertionError  # the last attempt returns or raises
+                    found: dict[str, int] = {}
+                    for info in page:
+                        listed.add(info["path"])
+                        if info["path"] not in known and info["path"].startswith(start):
+                            found.setdefault(info["path"], info["size"])
+                    known |= found.keys()
+                    yield found
+                    if _is_beyond(page[-1]["path"], folder, name):
+                        return
+            except FAILURES as error:
+                tries = self._count(tries, error)
+            else:
+                return
 
     def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`."""
@@ -478,7 +529,8 @@ class _CloudStore:
             if code(error) in ABSENT:
                 return None
             # Without the store's error code another request has to confirm it.
-            if code(error) or self._root + key in self._sizes(self._root + key):
+            whole = self._root + key
+            if code(error) or any(whole in page for page in self._pages(whole)):
                 raise
             return None
 
@@ -510,6 +562,7 @@ class GcsStore(_CloudStore):
     """An `ObjectStore` in Google Cloud Storage. A tag is the object's generation, which no two writes share."""
 
     scheme = "gs"
+    _sorted = True
 
     def _make(self, **options: Any) -> Any:
         return GcsClient(self._bucket, **options)
@@ -539,6 +592,8 @@ class AzureStore(_CloudStore):
     """An `ObjectStore` in Azure Blob Storage. A tag is the ETag, which no two writes share."""
 
     scheme = "az"
+    # Accounts with a hierarchical namespace list folder by folder: `a/b` before `a-b`.
+    _sorted = False
 
     def _make(self, **options: Any) -> Any:
         return AzureClient(self._bucket, **options)
@@ -592,6 +647,38 @@ class AzureStore(_CloudStore):
             if pause is not None:
                 time.sleep(pause)
         raise Unreachable(f"{self.uri}/{key}: cannot delete: the store does not answer")
+
+
+def _is_beyond(key: str, folder: str, name: str) -> bool:
+    """Whether no key that begins with `folder/name` can follow `key` in a listing of `folder`.
+
+    Said only if it is true in each order that servers may have: by whole keys or folder by folder, and by UTF-8 (as
+    Python compares) or UTF-16.
+    """
+    found = key.removeprefix(f"{folder}/" if folder else "").partition("/")[0]
+    later = found > name and found.encode("utf-16-be") > name.encode("utf-16-be")
+    return later and not found.startswith(name)
+
+
+def _check(digest: str, wanted: set[str | None], seen: set[str]) -> None:
+    """Raises `_OtherContent` if content does not fit its metadata, unless it arrived like this before."""
+    if not wanted <= {None, digest} and digest not in seen:
+        seen.add(digest)
+        raise _OtherContent
+
+
+def _body(found: Any) -> bytes:
+    """The content behind an answer.
+
+    Raises:
+        _OtherContent: It broke off.
+    """
+    try:
+        return bytes(_ask_once(found.bytes))
+    except FAILURES as error:
+        if not is_transient(error):
+            raise
+        raise _OtherContent from error
 
 
 def _ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:

@@ -39,8 +39,10 @@ _TRANSIENT = {
 }
 # What obstore says when it cannot get credentials, or cannot use those that it has.
 _NO_CREDENTIALS = re.compile(
-    r"token request|token file|credential|Access Key|SAS|private key|service account|authority|PEM", re.IGNORECASE
+    r"credential|\b(token request|token file|Access Key|SAS|private key|service account|authority|PEM)\b", re.IGNORECASE
 )
+# An object's name, which may contain any words.
+_OBJECT = re.compile(r"\b(at location|for path) .*?(?=: Error performing |$)", re.DOTALL)
 # What makes no sense to obstore itself.
 _WRONG = {
     "Account must be specified": Problem(
@@ -122,7 +124,9 @@ def _wrong(error: BaseException, status: int) -> str | None:
 
 def _is_about_credentials(error: BaseException, status: int) -> bool:
     """Whether obstore failed before it asked the store: the store's address and answer are not looked at."""
-    said = _first(error)
+    if isinstance(error, InvalidPathError):
+        return False
+    said = _OBJECT.sub("", _first(error))
     request = _REQUEST.search(said)
     if not _NO_CREDENTIALS.search(said[: request.start()] if request else said):
         return False

@@ -1,9 +1,10 @@
 """Events of a run to a webhook (`JOB_NOTIFY__WEBHOOK`): an attempt starts, is preempted, fails or completes the run.
 
-Each is a CloudEvent 1.0 in structured mode, `application/cloudevents+json`, by POST. An attempt that is killed, stalls
-or is replaced sends nothing at its end; nor does one that ends before it owns the run, such as on wrong settings. A
-webhook that fails or hangs costs the run a warning, and at its end at most `END_SECONDS`. The address may hold a token:
-it is in no message, and redirects are not followed.
+`completed` is sent when the results are published: it says whether the quality gate is met, and pushes to other places
+come after it. Each is a CloudEvent 1.0 in structured mode, `application/cloudevents+json`, by POST. An attempt that is
+killed, stalls or is replaced sends nothing at its end; nor does one that ends before it owns the run, such as on wrong
+settings. A webhook that fails or hangs costs the run a warning, and at its end at most `END_SECONDS`. The address may
+hold a token: it is in no message, and redirects are not followed.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Notifier:
         self._url, self._run = url, run
         self._data: Mapping[str, Any] = {}
         self._begun: Thread | None = None
+        self.gate_passed: bool | None = None
+        """Whether the results meet the quality gate, which `completed` says; None without a gate."""
 
     def started(self, data: Mapping[str, Any]) -> None:
         """The attempt owns the run. Every event says `data`: the attempt's number, and the URI of the run."""
@@ -99,12 +102,12 @@ def notifying(url: str | None, run: str) -> Iterator[Notifier]:
         why = log.without_secrets(f"{type(error).__name__}: {error}")[:_LONGEST_WHY]
         notifier.ended("preempted" if isinstance(error, Preempted) else "failed", {"exit_code": code, "why": why})
         raise
-    notifier.ended("completed", {})
+    notifier.ended("completed", {"gate_passed": notifier.gate_passed})
 
 
 def _send(url: str, content: Mapping[str, Any]) -> Thread:
-    """Posts an event, in a thread of its own."""
-    # In a thread as it may take its time. Its log lines have the fields of this one's.
+    """Posts an event."""
+    # In a thread, since it may take long; with this thread's log fields.
     thread = Thread(target=copy_context().run, args=(_post, url, content), name="webhook", daemon=True)
     thread.start()
     return thread

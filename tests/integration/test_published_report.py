@@ -54,7 +54,12 @@ def twice(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The demo, preempted after two of its steps."""
     output = tmp_path_factory.mktemp("report")
     changes = {"JOB_RUN__ID": "preempted-twice", "JOB_FAULT": "sigterm@step=12,sigterm@step=27"}
-    changes |= {"JOB_COST__USD_PER_HOUR": "1.20", "JOB_RUN__OUTPUT": str(output), "JOB_CHECKPOINT__EVERY_STEPS": "10"}
+    changes |= {
+        "JOB_COST__USD_PER_HOUR": "1.20",
+        "JOB_RUN__OUTPUT": str(output),
+        "JOB_CHECKPOINT__EVERY_STEPS": "10",
+        "JOB_EVAL__LIMIT": "120",
+    }
     codes = [job("run", "--preset", "demo", **changes).returncode for _ in range(3)]
     assert codes == [75, 75, 0]
     folder = output / "preempted-twice"

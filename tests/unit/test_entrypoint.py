@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -98,7 +100,7 @@ def gpus(folder: Path, cuda: str, *lines: str, banner: str = BANNER) -> None:
 
 def test_it_is_short() -> None:
     """What runs before the job can be read in a minute."""
-    assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 76
+    assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 78
 
 
 class TestSecrets:
@@ -168,7 +170,8 @@ class TestSecrets:
 
     def test_the_ecosystem_s_own_files_stay(self, start: Start) -> None:
         """Names that end in _FILE and belong to a library reach it as they are."""
-        own = {"AWS_WEB_IDENTITY_TOKEN_FILE": "/x", "AWS_SHARED_CREDENTIALS_FILE": "/y", "SSL_CERT_FILE": "/z"}
+        names = ("AWS_WEB_IDENTITY_TOKEN", "AWS_SHARED_CREDENTIALS", "AZURE_FEDERATED_TOKEN", "SSL_CERT")
+        own = {f"{name}_FILE": "/x" for name in names}
         assert own.items() <= start("plan", **own).environment.items()
 
 
@@ -327,6 +330,20 @@ class TestWithGpu:
         assert (done.code, done.started) == (UnfitMachine.exit_code, None)
         assert done.events[-1].startswith(f"node gpu-7: {said}")
         assert (tmp_path / "termination-log").read_text() == done.events[-1]
+
+    def test_an_nvidia_smi_that_no_signal_ends_is_not_waited_for(self, start: Start, tmp_path: Path) -> None:
+        """It hangs in the kernel, and `timeout` waits for it; the entrypoint refuses the machine all the same."""
+        script = tmp_path / "opt/entrypoint.sh"
+        assert " -t 61 " in script.read_text()
+        script.write_text(script.read_text().replace(" -t 61 ", " -t 0.3 "))
+        tool(tmp_path / "bin/timeout", f"#!/bin/sh\necho $$ >{tmp_path}/hangs\necho half an answer\nexec sleep 50\n")
+        try:
+            done = start(KUBERNETES_SERVICE_HOST="10.0.0.1")
+            os.kill(int((tmp_path / "hangs").read_text()), 0)  # it still hangs
+        finally:
+            os.kill(int((tmp_path / "hangs").read_text()), signal.SIGKILL)
+        assert (done.code, done.started) == (UnfitMachine.exit_code, None)
+        assert done.events[-1].startswith("nvidia-smi does not answer")
 
     def test_torch_without_cuda_is_refused(self, start: Start, tmp_path: Path) -> None:
         """An image that was built with another torch says so."""

@@ -24,7 +24,9 @@ from job.errors import AccessDenied, JobError, Unreachable
 from job.runs.layout import COMMITTED
 from job.runs.lease import fenced, take
 from job.storage.local import LocalStore
-from job.storage.open import ObjectStore
+from job.storage.open import ObjectStore, StorageOptions, open_store
+from tests.gcs_server import gcs_server
+from tests.s3_server import BUCKET
 from tests.wrapped_store import CHANGES, FailNth, WrappedStore
 
 FILES = {"adapter.safetensors": b"adapter of step %d" * 50, "progress.json": b'{"step": %d}', "metrics.jsonl": b"%d\n"}
@@ -286,6 +288,17 @@ def test_every_damage_to_every_object(two: LocalStore, tmp_path: Path, key: str,
         assert [skip.step for skip in found.skipped] == [20]
         assert [(line["log_level"], line["step"]) for line in logs] == [("warning", 20)]
     assert [path.name for path in (tmp_path / "restored").iterdir()] == ["step-00000010"]
+
+
+def test_damage_in_a_cloud(tmp_path: Path) -> None:
+    """A store that knows the checksums of its objects lets a damaged one be passed over like any other."""
+    with gcs_server() as bucket:
+        store = open_store(f"gs://{BUCKET}/run", StorageOptions(retries=1))
+        commit(store, tmp_path, 10)
+        commit(store, tmp_path, 20)
+        damaged = next(held for key, held in bucket.objects.items() if key.startswith(f"run/{NEWEST}0001/"))
+        damaged.data = bytes(len(damaged.data))
+        assert restored_step(store, tmp_path) == 10
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

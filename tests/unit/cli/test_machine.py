@@ -27,7 +27,8 @@ def test_transformers_reports_nothing_to_kubeflow(monkeypatch: pytest.MonkeyPatc
     """Its callback calls a preempted run complete; who wants it all the same sets the variable."""
     from transformers.integrations import is_kubeflow_available
 
-    monkeypatch.setattr(os, "environ", {**os.environ, "KUBEFLOW_TRAINER_SERVER_URL": "https://trainer"})
+    environ = {name: value for name, value in os.environ.items() if name != "DISABLE_KUBEFLOW_INTEGRATION"}
+    monkeypatch.setattr(os, "environ", {**environ, "KUBEFLOW_TRAINER_SERVER_URL": "https://trainer"})
     assert is_kubeflow_available()
     main_module._tell_libraries(None)
     assert not is_kubeflow_available()

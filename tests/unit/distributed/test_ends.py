@@ -58,3 +58,12 @@ def test_a_machine_that_still_ends_counts_with_what_its_processes_said(store: An
     began = time.monotonic()
     assert agree(store, 75, 0, seconds=0.2, machines=3) == End(1, "process 1", "was killed by SIGKILL")
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("code", [99, 137])
+def test_a_code_that_is_not_in_the_table_counts_as_killed(store: Any, code: int) -> None:
+    """Another machine may run another version of the job: its code is named, and is no reason to end as a bug here."""
+    store.set("machine#1", str(code))
+    assert agree(store, 75, 0, seconds=0) == End(1, "machine 1", f"ended with exit code {code}")
+    publish_end(store, 1, code, "is new")
+    assert agree(store, 75, 0, seconds=0) == End(1, "process 1", "is new")

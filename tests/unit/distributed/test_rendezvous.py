@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 
 from job.distributed import process_group
+from job.distributed.ends import publish_end
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, join, keyspace
 from job.errors import Preempted, SettingsError, Unreachable
+from job.platforms.detect import detect
 from job.preemption.stop_flag import Stop
 from tests.forked import free_port
+
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +28,13 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_group, "REASON_SECONDS", 0.2)
 
 
-def joining(place: Place | None, stop: Stop | None = None, patience: float = 1.0) -> AbstractContextManager[Processes]:
+def joining(
+    place: Place | None, stop: Stop | None = None, patience: float = 1.0, **more: Any
+) -> AbstractContextManager[Processes]:
     """Joins a run."""
-    return join(place, "run", stop=stop or Stop(), report_progress=lambda: None, patience=patience, grace_seconds=1)
+    return join(
+        place, "run", stop=stop or Stop(), report_progress=lambda: None, patience=patience, grace_seconds=1, **more
+    )
 
 
 @pytest.mark.parametrize("place", [None, Place(), Place(world_size=1, host="nowhere", port=1)])
@@ -88,6 +96,25 @@ def test_two_with_one_number_are_refused() -> None:
     error = fail(place)
     assert isinstance(error, SettingsError)
     assert "another process has rank 1 too" in str(error)
+
+
+def test_one_that_replaces_another_ends_for_its_reason() -> None:
+    """A pod that starts before the one it replaces has left the run ends as that did, here preempted, at no cost."""
+    host = host_store(0)
+    store = keyspace(host, "run")
+    store.add("here#1", 1)
+    publish_end(store, 1, Preempted.exit_code, "SIGTERM")
+    error = fail(Place(1, 2, host="localhost", port=host.port, hosted=True), machine_checks=detect(POD).machine_checks)
+    assert isinstance(error, Preempted)
+
+
+def test_on_kubernetes_wrong_settings_of_another_process_end_the_waiting() -> None:
+    """The code that says that no retry helps is kept: it is not this machine that is at fault."""
+    host = host_store(0)
+    publish_end(keyspace(host, "run"), 0, SettingsError.exit_code, "JOB_TRAIN__EPOCHS: is wrong")
+    error = fail(Place(1, 2, host="localhost", port=host.port, hosted=True), machine_checks=detect(POD).machine_checks)
+    assert isinstance(error, SettingsError)
+    assert error.reported
 
 
 def test_machines_of_different_sizes_are_refused() -> None:

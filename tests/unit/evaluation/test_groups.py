@@ -274,6 +274,7 @@ def test_a_changed_group_is_another(tmp_path: Path) -> None:
     assert all(first[name] != again[name] for name in SIZES)
 
 
+@pytest.mark.long
 def test_questions_of_a_task_of_a_group_may_be_given(tmp_path: Path) -> None:
     """JOB_EVAL__DATA for a task of lm-eval that a user's group names; for a task that nothing names it is an error."""
     rows = [

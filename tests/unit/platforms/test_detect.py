@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from job.errors import JobError, Problem, SettingsError, UnfitMachine, environment_name
+from job.errors import JobError, Problem, SettingsError, UnfitMachine, environment_name, error_of_process
 from job.platforms.detect import Delivery, Platform, detect, is_foreign
 from job.settings.load import foreign_variables, load_settings
 from job.settings.schema import NAMES
@@ -47,6 +47,14 @@ def test_a_machine_is_at_fault_where_there_are_others() -> None:
             raise SettingsError([Problem("JOB_RUN__DEVICE", "is gpu, and torch sees none")])
         assert (type(caught.value), str(caught.value)) == (kind, "JOB_RUN__DEVICE: is gpu, and torch sees none")
     assert detect({**POD, "KUBERNETES_NODE_NAME": "gpu-7"}).node == "gpu-7"
+
+
+def test_what_another_process_reported_is_not_the_machine_s_fault() -> None:
+    """Wrong settings that another process found keep their code on Kubernetes, so that the run is not tried again."""
+    error = error_of_process(SettingsError.exit_code, "process 0", "JOB_TRAIN__EPOCHS: is wrong")
+    with pytest.raises(SettingsError) as caught, detect(POD).machine_checks():
+        raise error
+    assert caught.value is error
 
 
 @pytest.mark.parametrize(("index", "expected"), [("3", 3), ("0", 0), ("", None), ("x", None), ("-1", None)])

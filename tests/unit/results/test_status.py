@@ -269,6 +269,32 @@ def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
         assert found.last_sign_of_life == "2026-01-05T09:05:00.000Z"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seconds": 1e300},
+        {"seconds": -1e15},
+        {"started": "9999-12-31T23:59:59Z"},
+        {"started": "0001-01-01T00:00:00+14:00"},
+    ],
+)
+def test_times_beyond_the_calendar_are_a_damaged_record(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """An attempt that lasted longer than there are dates is named as damaged, with words, and the status is told."""
+    record = asdict(ATTEMPTS[0]) | {"outcome": "running", "finished": None} | changes
+    LocalStore(tmp_path / "run").write(attempt_key(1), sealed(record))
+    (problem,) = seen(tmp_path / "run").problems
+    assert problem.what.startswith("has times that cannot be read: ")
+
+
+@pytest.mark.parametrize("started", ["soon", "0001-01-01T00:00:00+14:00"])
+def test_a_lease_without_a_time_is_a_damaged_record(tmp_path: Path, started: str) -> None:
+    """A lease that does not say when its attempt began is named as damaged."""
+    facts = {"epoch": 1, "holder": "x", "started": started, "heartbeat": 0}
+    LocalStore(tmp_path / "run").write(LEASE, sealed(facts))
+    (problem,) = seen(tmp_path / "run").problems
+    assert problem.where == f"{tmp_path}/run/{LEASE}"
+
+
 def cut(data: bytes) -> bytes:
     """Half of a file."""
     return data[: len(data) // 2]

@@ -170,6 +170,38 @@ def test_the_run_log_says_why(
     assert entry["finished"] is not None
 
 
+def test_an_end_that_is_recorded_stays(store: LocalStore, tmp_path: Path) -> None:
+    """A late note of another thread, or a stall while the complete run is pushed, does not overwrite the end."""
+    idle = IdleLimit(3)
+    opening = open_attempt(
+        store,
+        SETTINGS,
+        cache=str(tmp_path / "cache"),
+        stop=Stop(),
+        report_progress=lambda: None,
+        faults=arm((), store),
+        idle=idle,
+    )
+    with opening as attempt:
+        pass
+    attempt.note("running")
+    idle.record_stall("no progress for 1800 s")
+    assert noted_of(store, 1)["outcome"] == "complete"
+
+
+def test_a_stage_that_ends_while_it_is_noted_is_read_once(
+    opened: Callable[..., AbstractContextManager[Attempt]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note from another thread asks for the stage once: by a second time it may have ended."""
+    asked = iter([("train", 0.0)])
+    with opened() as attempt:
+        with monkeypatch.context() as patched:
+            patched.setattr(Attempt, "_stage", property(lambda _self: next(asked, None)))
+            del attempt.__dict__["_stage"]
+            assert attempt._now(None).stage == "train"
+        attempt._stage = None
+
+
 def test_a_replaced_attempt_does_not_keep_the_books(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
 ) -> None:

@@ -1287,6 +1287,27 @@ def test_every_secret_setting_is_kept_out_of_the_log() -> None:
     assert secrets({name: f"value-of-{name}" for name in named}) == tuple(f"value-of-{name}" for name in named)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AZURE_CLIENT_SECRET",
+        "AZURE_STORAGE_ACCESS_KEY",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "AZURE_STORAGE_MASTER_KEY",
+        "AZURE_STORAGE_SAS_KEY",
+        "AZURE_STORAGE_SAS_TOKEN",
+        "GOOGLE_BEARER_TOKEN",
+        "GOOGLE_SERVICE_ACCOUNT_KEY",
+        "JOB_EVAL__JUDGE_KEY",
+    ],
+)
+def test_secrets_of_the_clouds(name: str) -> None:
+    """Every variable that holds a cloud's key or the judge's counts as a secret; the path of a file does not."""
+    assert secrets({name: "0123456789", f"{name}_FILE": "/run/secrets/key"}) == ("0123456789",)
+
+
 def test_nothing_heavy_is_imported() -> None:
     """Settings and their errors answer at once: no torch, no transformers, no boto3, not even YAML without a file."""
     code = "import sys; from job.settings.load import load_settings; load_settings([], {}); print(*sys.modules)"

@@ -180,7 +180,11 @@ def test_findings_that_are_gone_are_not_replaced_by_others(tmp_path: Path) -> No
     """What is published again has the hash in the record, and nothing else gets its place."""
     (tmp_path / "findings.jsonl").write_text("{}\n")
     record = Pulled(audited("detect-secrets 1.5", {}, "00"), "11", None, {"one": "22"})
-    attempt: Any = SimpleNamespace(store=LocalStore(tmp_path / "run"), publish=lambda *_: pytest.fail("published"))
+    attempt: Any = SimpleNamespace(
+        store=LocalStore(tmp_path / "run"),
+        publish=lambda *_: pytest.fail("published"),
+        damaged=lambda artifacts: [artifact.path for artifact in artifacts],
+    )
     sources: Any = SimpleNamespace(record=record, findings=tmp_path / "findings.jsonl")
     with pytest.raises(DataError, match="is gone, and the audit's tools on this machine find something else"):
         publish_findings(attempt, sources)

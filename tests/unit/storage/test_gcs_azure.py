@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,9 +16,12 @@ from uuid import uuid4
 import pytest
 
 import job.storage.gcs_azure
+from job.common.hashing import hash_file
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
+from job.records import Artifact
 from job.storage.base import Conflict, NotSupported
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store
+from job.storage.verified_download import altered
 from tests.azurite import KEY, azurite, settings
 from tests.gcs_server import TOKEN, Bucket, gcs_server
 from tests.s3_server import BUCKET, Request, server
@@ -89,6 +94,19 @@ def test_errors_are_translated(tmp_path: Path, scheme: str, status: int, code: s
     assert not (tmp_path / "copy").exists()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("key", ["disaster-tweets/a", "SAS credential/service account"])
+@pytest.mark.parametrize(("status", "expected"), [(404, Unreachable), (412, Unreachable), (403, AccessDenied)])
+def test_names_of_objects_are_no_credentials(scheme: str, key: str, status: int, expected: type[JobError]) -> None:
+    """An object whose name has words about credentials fails like any other, and nobody is told to set a key."""
+    with answering(scheme, lambda request: request.refuse(status, "X")):
+        store = opened(scheme)
+        for attempt in (lambda: store.write(key, b"x"), lambda: store.read(key)):
+            with pytest.raises(expected) as caught:
+                attempt()
+            assert "; set GOOGLE" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("scheme", "code"), [("gs", "NoSuchBucket"), ("az", "ContainerNotFound")])
 def test_a_missing_bucket_is_named(tmp_path: Path, scheme: str, code: str) -> None:
     """A bucket or container that does not exist is no absence of an object, and the message says what to do."""
@@ -121,6 +139,40 @@ def test_only_the_store_can_say_that_something_is_absent(tmp_path: Path, scheme:
             opened(scheme).read("a")
 
 
+def test_a_404_for_a_new_object_is_no_conflict() -> None:
+    """A create that a proxy answers with 404 wrote nothing and lost to nobody: it is an error that may pass."""
+
+    def before(request: Request) -> bool:
+        if request.command != "PUT":
+            return False
+        request.answer(404, b"<html>not here</html>")
+        return True
+
+    with gcs_server(before):
+        store = opened("gs")
+        with pytest.raises(Unreachable):
+            store.write("a", b"x", if_absent=True)
+        with pytest.raises(Conflict):
+            store.write("a", b"x", if_tag="1")
+
+
+def test_repeated_requests_are_not_repeated_again() -> None:
+    """What was asked as often as settings say is an error then, and not the first of five times as many."""
+    requests: list[str] = []
+
+    def before(request: Request) -> bool:
+        requests.append(request.command)
+        request.refuse(503, "SlowDown")
+        return True
+
+    with gcs_server(before):
+        for attempt in (lambda: opened("gs", retries=3).read("a"), lambda: list(opened("gs", retries=3).list())):
+            requests.clear()
+            with pytest.raises(Unreachable):
+                attempt()
+            assert len(requests) == 3
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("listens", [True, False])
 def test_stalled_connections_end(tmp_path: Path, scheme: str, *, listens: bool) -> None:
@@ -141,6 +193,28 @@ def test_stalled_connections_end(tmp_path: Path, scheme: str, *, listens: bool) 
             with pytest.raises(Unreachable):
                 attempt()
             assert time.monotonic() - start < 3, name
+        released.set()
+
+
+@pytest.mark.parametrize("size", [5, 5 * MIB])
+def test_stalled_bodies_end(tmp_path: Path, size: int) -> None:
+    """A body that begins and never goes on costs about two requests with all their repetitions, not many more."""
+    released = threading.Event()
+
+    def stall(request: Request) -> bool:
+        if request.command != "GET":
+            return False
+        request.answer(200, b"x", Content_Length=str(size), ETag='"1"', x_goog_generation="1", Last_Modified=DATE)
+        released.wait(20)
+        request.hang_up()
+        return True
+
+    with gcs_server(stall) as bucket:
+        bucket._store("run/a", bytes(size), {})
+        start = time.monotonic()
+        with pytest.raises(Unreachable):
+            opened("gs", retries=2, timeout_seconds=0.2).download("a", tmp_path / "copy")
+        assert time.monotonic() - start < 2.5
         released.set()
 
 
@@ -202,22 +276,52 @@ def test_truncated_bodies(tmp_path: Path, verb: str, broken: int) -> None:
 
 
 @pytest.mark.parametrize("size", [5, 5 * MIB, 33 * MIB])
-def test_damage_is_noticed(tmp_path: Path, size: int) -> None:
-    """What is not the content that was written, at the same length, is no answer: neither in memory nor in a file."""
+def test_a_damaged_object_is_returned(tmp_path: Path, size: int) -> None:
+    """Bytes that do not fit their checksum time and again are what the store holds: the caller's hash finds that."""
     (tmp_path / "source").write_bytes(bytes(size))
     with gcs_server() as bucket:
-        store = opened("gs", retries=2)
+        store = opened("gs")
+        store.upload(tmp_path / "source", "a")
+        damaged = bytes(size - 1) + b"1"
+        bucket.objects["run/a"].data = damaged
+        store.download("a", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == damaged
+        artifact = Artifact("a", size, hash_file(tmp_path / "source"))
+        assert altered(store, [artifact], tmp_path / "found") == ["a"]
+        if size < MIB:
+            stored = store.read("a")
+            assert stored is not None
+            assert stored.data == damaged
+
+
+@pytest.mark.parametrize("size", [5, 5 * MIB])
+def test_a_damaged_answer_is_not_believed(tmp_path: Path, size: int) -> None:
+    """An answer that was damaged on its way, at the same length, is asked for again."""
+    (tmp_path / "source").write_bytes(bytes(size))
+    whole: list[Request] = []
+
+    def before(request: Request) -> bool:
+        if request.command == "GET":
+            whole.append(request)
+            bucket.objects["run/a"].data = bytes(size) if len(whole) > 1 else b"1" + bytes(size - 1)
+        return False
+
+    with gcs_server(before) as bucket:
+        store = opened("gs")
         store.upload(tmp_path / "source", "a")
         store.download("a", tmp_path / "copy")
-        damaged = bytearray(size)
-        damaged[-1] = 1
-        bucket.objects["run/a"].data = bytes(damaged)
-        with pytest.raises(Unreachable, match="damaged"):
-            store.download("a", tmp_path / "other")
-        if size < MIB:
-            with pytest.raises(Unreachable, match="damaged"):
-                store.read("a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "source"]
+    assert (tmp_path / "copy").read_bytes() == bytes(size)
+
+
+def test_a_disk_that_becomes_full_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A piece of which the disk took only a part is a full disk, also where no checksum would tell."""
+    monkeypatch.setattr(os, "pwrite", lambda _file, data, _start: len(data) - 1)
+    with gcs_server() as bucket:
+        store = opened("gs")
+        bucket._store("run/a", bytes(5 * MIB), {})
+        with pytest.raises(Unreachable, match="the disk is full"):
+            store.download("a", tmp_path / "copy")
+    assert not list(tmp_path.iterdir())
 
 
 def test_objects_of_other_programs_are_read(tmp_path: Path) -> None:
@@ -226,7 +330,7 @@ def test_objects_of_other_programs_are_read(tmp_path: Path) -> None:
         store = opened("gs")
         for key, data in {"small": b"12", "large": bytes(5 * MIB)}.items():
             store.write(key, data)
-            bucket.objects[f"run/{key}"].headers.pop("x-goog-meta-sha256")
+            bucket.objects[f"run/{key}"].headers.pop("x-goog-meta-qlorajobsha256")
             store.download(key, tmp_path / key)
             assert (tmp_path / key).read_bytes() == data
         stored = store.read("small")
@@ -335,7 +439,7 @@ def test_a_listing_has_many_pages() -> None:
             bucket._store(f"run/{number:03}", b"x", {})
         assert [info.key for info in opened("gs").list()] == [f"{number:03}" for number in range(250)]
     page = "".join(
-        f"<Contents><Key>run/{number}</Key><Size>1</Size><LastModified>2026-11-29T12:54:09.000Z</LastModified></Contents>"
+        f"<Contents><Key>run/{number:03}</Key><Size>1</Size><LastModified>2026-11-29T12:54:09.000Z</LastModified></Contents>"
         for number in range(1000)
     )
     answer = f"<ListBucketResult>{page}<NextContinuationToken>x</NextContinuationToken></ListBucketResult>"
@@ -344,6 +448,79 @@ def test_a_listing_has_many_pages() -> None:
         pytest.raises(Unreachable, match="the same page"),
     ):
         list(opened("gs").list())
+
+
+def test_a_listing_reads_no_more_than_it_needs() -> None:
+    """A listing for one object in a large bucket, or of which only the beginning is looked at, costs a few requests."""
+    with gcs_server() as bucket:
+        for number in range(1500):
+            bucket._store(f"run/{number:04}", b"x", {})
+        store = opened("gs")
+        bucket.requests.clear()
+        assert [info.key for info in store.list("0700")] == ["0700"]
+        assert len(bucket.requests) <= 10
+        bucket.requests.clear()
+        assert [info.key for info in islice(store.list(), 3)] == ["0000", "0001", "0002"]
+        assert len(bucket.requests) <= 10
+        assert len(list(store.list())) == 1500
+
+
+def test_a_broken_listing_goes_on_where_it_was() -> None:
+    """Pages that were passed on before an answer failed come once, and those behind it are not missing."""
+    failures: list[str] = []
+
+    def before(request: Request) -> bool:
+        if "continuation-token" in request.path and "1099" in request.path and not failures:
+            failures.append(request.path)
+            request.answer(200, b"<ListBucketResult><Con")
+            return True
+        return False
+
+    with gcs_server(before) as bucket:
+        for number in range(1200):
+            bucket._store(f"run/{number:04}", b"x", {})
+        assert [info.key for info in opened("gs", retries=2).list()] == [f"{number:04}" for number in range(1200)]
+    assert failures
+
+
+def test_a_server_that_does_not_sort_is_found_out() -> None:
+    """Where keys come in another order than promised, that is an error, and no object is left out."""
+    with gcs_server() as bucket, pytest.MonkeyPatch.context() as patch:
+        for key in ("run/b", "run/a"):
+            bucket._store(key, b"x", {})
+        patch.setattr("tests.gcs_server.sorted", list, raising=False)
+        with pytest.raises(Unreachable, match="does not sort by key"):
+            list(opened("gs").list())
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "expected"),
+    [
+        ("run/b", "a", True),
+        ("run/a", "a", False),
+        ("run/ab/x", "a", False),
+        ("run/a/x", "a-b", False),  # first in accounts that list folder by folder
+        ("run/a-c", "a-b", True),
+        ("run/\U0001f600", "\uf000", False),  # first in UTF-16
+        ("run/x", "", False),
+    ],
+)
+def test_the_end_of_a_listing(key: str, name: str, *, expected: bool) -> None:
+    """A listing is over only when no order of the server's can bring another key with the prefix."""
+    assert job.storage.gcs_azure._is_beyond(key, "run", name) is expected
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_prefixes_of_every_kind(tmp_path: Path, scheme: str) -> None:
+    """Prefixes that end within a name, a folder or dots list exactly the keys that begin with them."""
+    keys = [".a", "..b", "a", "a-b", "a-b/x", "a/x", "ab", "b/.x/y", "b/.y", "\uf000", "\U0001f600"]
+    with gcs_server() if scheme == "gs" else azurite(tmp_path):
+        store = opened(scheme)
+        for key in keys:
+            store.write(key, b"x")
+        for prefix in ("", "..b", ".a", "a", "a-", "a-b", "a/", "b/.x", "\uf000", "z"):
+            found = [info.key for info in store.list(prefix)]
+            assert found == sorted(key for key in keys if key.startswith(prefix)), prefix
 
 
 def test_folders_of_the_console_are_no_objects(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def notified(url: str, error: BaseException | None = None, *, started: bool = Tr
 @pytest.mark.parametrize(
     ("error", "kind", "more"),
     [
-        (None, "completed", {}),
+        (None, "completed", {"gate_passed": None}),
         (Preempted("by SIGTERM"), "preempted", {"exit_code": 75, "why": "Preempted: by SIGTERM"}),
         (NoProgress("at all"), "failed", {"exit_code": 71, "why": "NoProgress: at all"}),
         (DataError([Problem("row 1", "is hunter22")]), "failed", {"exit_code": 65, "why": "DataError: row 1: is ***"}),
@@ -77,6 +77,16 @@ def test_an_attempt_tells_how_it_starts_and_ends(error: Exception | None, kind: 
         assert (one["source"], one["subject"]) == ("/qlora-job/runs/a%20run", "a run")
         assert one["datacontenttype"] == "application/json"
         assert datetime.fromisoformat(one["time"]).tzinfo is not None
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_the_last_event_says_whether_the_gate_is_met(*, passed: bool) -> None:
+    """Whoever waits for `completed` does not take a run for good whose results are published and miss the gate."""
+    receiver = Receiver()
+    with server(receiver.answer) as url, notifying(f"{url}/{TOKEN}", "a run") as notifier:
+        notifier.started(DATA)
+        notifier.gate_passed = passed
+    assert receiver.events[-1]["data"]["gate_passed"] is passed
 
 
 def test_who_does_not_own_the_run_tells_nothing() -> None:
