@@ -1274,19 +1274,6 @@ def test_secrets_are_keys_and_logins() -> None:
     assert set(secrets(environ)) == {"0123456789", "swordfish", "me:hunter2@"}
 
 
-def test_every_secret_setting_is_kept_out_of_the_log() -> None:
-    """The log knows the variable of each setting whose value is a secret."""
-    named = [
-        f"JOB_{section}__{name}".upper()
-        for section, part in Settings.model_fields.items()
-        if isinstance(part.annotation, type) and issubclass(part.annotation, BaseModel)
-        for name, field in part.annotation.model_fields.items()
-        if "SecretStr" in f"{field.annotation} {field.metadata}"
-    ]
-    assert {"JOB_EVAL__JUDGE_KEY", "JOB_SIGN__PASSWORD"} <= set(named)
-    assert secrets({name: f"value-of-{name}" for name in named}) == tuple(f"value-of-{name}" for name in named)
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -1306,6 +1293,19 @@ def test_every_secret_setting_is_kept_out_of_the_log() -> None:
 def test_secrets_of_the_clouds(name: str) -> None:
     """Every variable that holds a cloud's key or the judge's counts as a secret; the path of a file does not."""
     assert secrets({name: "0123456789", f"{name}_FILE": "/run/secrets/key"}) == ("0123456789",)
+
+
+def test_every_secret_setting_is_kept_out_of_the_log() -> None:
+    """The log knows the variable of each setting whose value is a secret."""
+    named = [
+        f"JOB_{section}__{name}".upper()
+        for section, part in Settings.model_fields.items()
+        if isinstance(part.annotation, type) and issubclass(part.annotation, BaseModel)
+        for name, field in part.annotation.model_fields.items()
+        if "SecretStr" in f"{field.annotation} {field.metadata}"
+    ]
+    assert {"JOB_EVAL__JUDGE_KEY", "JOB_SIGN__PASSWORD"} <= set(named)
+    assert secrets({name: f"value-of-{name}" for name in named}) == tuple(f"value-of-{name}" for name in named)
 
 
 def test_nothing_heavy_is_imported() -> None:
