@@ -84,7 +84,7 @@ def evaluate_adapter(
     judgements, pair = [], {}
     if sources.judge is not None:
         pair = {"base": published_answers(base.artifacts, "base"), "adapter": published_answers(answers, "adapter")}
-        judgements = [judge_answers(attempt, settings, sources.judge, *pair.values())]
+        judgements = [judge_answers(attempt, settings.eval, settings.run, sources.judge, pair)]
     return replace(
         found,
         artifacts=[*found.artifacts, *answers, *judgements],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -31,8 +31,7 @@ from job.records import Artifact, Judgement, JudgeRecord, PromptAnswer
 from job.runs.attempt import Attempt
 from job.runs.layout import JUDGEMENTS, SCORES, prompts_key
 from job.settings.field_types import is_server
-from job.settings.load import Settings
-from job.settings.schema import Eval
+from job.settings.schema import Eval, Run
 from job.storage.hub import download_model, local_model
 from job.storage.location import is_remote
 
@@ -116,16 +115,16 @@ def check_local(options: Eval) -> None:
 
 
 def judge_answers(
-    attempt: Attempt, settings: Settings, judge: FoundJudge, base_answers: Artifact, adapter_answers: Artifact
+    attempt: Attempt, options: Eval, run: Run, judge: FoundJudge, answers: Mapping[str, Artifact]
 ) -> Artifact:
     """Asks the judge for each prompt twice, and publishes what it says.
 
     Args:
         attempt: Where it is published. What was answered is kept, so that a restart asks for the rest only.
-        settings: Those of the run.
+        options: How a server is asked.
+        run: The device, and the run's name.
         judge: Who judges.
-        base_answers: The published file.
-        adapter_answers: The same of the adapter.
+        answers: The published files by side, `base` and `adapter`.
 
     Raises:
         AccessDenied, Unreachable, SettingsError: As the server answers.
@@ -133,7 +132,7 @@ def judge_answers(
         TrainingFailed: Memory ran out, on the processor, too.
         Preempted: The job was asked to stop.
     """
-    sides = [parse_answers(attempt.fetch(one).read_bytes()) for one in (base_answers, adapter_answers)]
+    sides = [parse_answers(attempt.fetch(one).read_bytes()) for one in (answers["base"], answers["adapter"])]
     pairs = list(zip(*sides, strict=True))
     asked = [number for number, (base, adapter) in enumerate(pairs) if base.answer != adapter.answer]
     texts = sha256(json.dumps([[base.prompt, base.answer, adapter.answer] for base, adapter in pairs]).encode())
@@ -141,10 +140,10 @@ def judge_answers(
 
     def opened(device: str) -> tuple[ScoreCache, dict[int, list[float]]]:
         """What was kept of the judgements on a device, which decides their last bits."""
-        cache = ScoreCache(attempt.store, SCORES, settings.run.id, {**facts, "device": device})
+        cache = ScoreCache(attempt.store, SCORES, run.id, {**facts, "device": device})
         return cache, cache.load_chances(texts.hexdigest(), [2] * len(asked))
 
-    devices = _devices(settings.run.device, judge)
+    devices = _devices(run.device, judge)
     caches = {device: opened(device) for device in devices}
     if caches[devices[-1]][1]:
         devices = devices[-1:]  # an earlier attempt has gone there
@@ -160,7 +159,7 @@ def judge_answers(
         def compute() -> Iterator[tuple[int, list[float]]]:
             if len(known) == len(asked):
                 return
-            asking = open_judge(settings, judge, device)
+            asking = open_judge(options, judge, device)
             for part, number in enumerate(asked):
                 if part not in known:
                     base, adapter = pairs[number]
@@ -209,14 +208,14 @@ def _on_one_device(devices: Sequence[str], judged_on: Callable[[str], T]) -> T:
         return judged_on(devices[-1])
 
 
-def open_judge(settings: Settings, judge: FoundJudge, device: str) -> Judge:
+def open_judge(options: Eval, judge: FoundJudge, device: str) -> Judge:
     """The judge, ready to be asked; `device` as JOB_RUN__DEVICE.
 
     Raises:
         DataError, SettingsError: A local model cannot be loaded.
     """
     if judge.folder is None:
-        return _served(settings.eval, judge)
+        return _served(options, judge)
     chosen = choose_device(device)
     return LocalJudge(judge.folder, chosen, choose_dtype("auto", chosen))
 

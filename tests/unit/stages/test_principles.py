@@ -106,13 +106,13 @@ def test_all_pairs_are_judged_on_one_device(tmp_path: Path, monkeypatch: pytest.
     asked: list[str] = []
     monkeypatch.setattr(principles, "_devices", lambda *_: ["cuda", "cpu"])
     room = {"cuda": 3, "cpu": 99}
-    monkeypatch.setattr(principles, "open_judge", lambda _settings, _judge, device: Asked(device, asked, room[device]))
+    monkeypatch.setattr(principles, "open_judge", lambda _options, _judge, device: Asked(device, asked, room[device]))
     judge, own = FoundJudge(RECORD, tmp_path), settings(tmp_path, "models/judge")
-    found: Any = judge_answers(attempt, own, judge, artifacts["base"], artifacts["adapter"])
+    found: Any = judge_answers(attempt, own.eval, own.run, judge, artifacts)
     assert asked == ["cuda"] * 3 + ["cpu"] * 4
     assert [one.base_first for one in parse_judgements(found.read_bytes())] == ["A", "A"]
     room["cuda"] = 99
-    judge_answers(attempt, own, judge, artifacts["base"], artifacts["adapter"])
+    judge_answers(attempt, own.eval, own.run, judge, artifacts)
     assert len(asked) == 7
 
 
