@@ -129,7 +129,7 @@ def judge_answers(
     Raises:
         AccessDenied, Unreachable, SettingsError: As the server answers.
         DataError: The local judge cannot be used.
-        TrainingFailed: Memory ran out, on the processor, too.
+        TrainingFailed: Memory ran out on the CPU, too.
         Preempted: The job was asked to stop.
     """
     sides = [parse_answers(attempt.fetch(one).read_bytes()) for one in (answers["base"], answers["adapter"])]
@@ -202,7 +202,7 @@ def _on_one_device(devices: Sequence[str], judged_on: Callable[[str], T]) -> T:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        log.get_logger().warning("the judge does not fit into the GPU's memory; all pairs are judged on the processor")
+        log.get_logger().warning("the judge does not fit into the GPU's memory; all pairs are judged on the CPU")
         gc.collect()  # the judge is in cycles with its error
     with memory_errors("judging", "take a smaller JOB_EVAL__JUDGE"):
         return judged_on(devices[-1])
