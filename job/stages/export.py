@@ -34,6 +34,7 @@ from job.common.export_formats import (
 from job.common.formatting import size
 from job.common.hashing import hash_files, seal
 from job.common.resources import available_bytes, check_disk, required_bytes
+from job.common.validation import adapter_of
 from job.data.calibration import calibration_examples
 from job.errors import Problem, SettingsError, Unreachable
 from job.evaluation.comparison import choose_candidate
@@ -460,9 +461,7 @@ def _heard(told: Mapping[str, Any]) -> _Files:
 
 
 def _quantization(told: Mapping[str, Any]) -> QuantizationRecord:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(QuantizationRecord).validate_python(told)
+    return adapter_of(QuantizationRecord).validate_python(told)
 
 
 def _publish(attempt: Attempt, chosen: _Files, name: str) -> list[Artifact]:

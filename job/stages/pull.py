@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from job import log
 from job.audit.audit import Audited, read_findings
 from job.audit.overlap import index_questions
@@ -26,6 +24,7 @@ from job.common.methods import SFT
 from job.common.resources import check_disk, required_bytes, usable_cpus
 from job.common.source_list import Source, locate_sources, parse_sources
 from job.common.threads import in_thread
+from job.common.validation import adapter_of
 from job.data.hub_dataset import check_hub_dataset
 from job.data.licences import find_licence
 from job.data.prompts import find_prompts, prompts_sha256, read_prompts, validation_prompts
@@ -137,7 +136,7 @@ def _pull_for_machine(
     shared = processes.share_on_machine("sources", lambda: _write_shared(*sources) if sources else None)
     if sources:
         return sources[0]
-    return _read_shared(TypeAdapter(_Shared).validate_json(shared or ""), settings.model.add_tokens)
+    return _read_shared(adapter_of(_Shared).validate_json(shared or ""), settings.model.add_tokens)
 
 
 def _date(attempt: Attempt) -> str:
@@ -151,7 +150,7 @@ def _date(attempt: Attempt) -> str:
 def _write_shared(sources: Sources, tokens: Path) -> str:
     start = None if sources.start is None else str(sources.start.absolute())
     shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(tokens.absolute()), start)
-    return TypeAdapter(_Shared).dump_json(shared).decode()
+    return adapter_of(_Shared).dump_json(shared).decode()
 
 
 def _read_shared(shared: _Shared, added_tokens: Sequence[str] | None) -> Sources:
