@@ -65,22 +65,23 @@ lock:  ## resolve again; needs uv on PATH or in the environment
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
+# STORE=s3, gcs or azure has the runs of chaos, standstill and damage in an imitation of that store, and not in a folder.
 chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undisturbed one; 50 races of two attempts
-	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/full.py --runs $${RUNS:-100}
-	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/race.py --races $${RACES:-50}
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/full.py --runs $${RUNS:-100} $${STORE:+--store $$STORE}
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/race.py --races $${RACES:-50} $${STORE:+--store $$STORE}
 
 families: $(STAMP)  ## every causal model family of transformers: right packed, right one by one, or refused
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.table --jobs $${JOBS:-1}
 
-standstill: $(STAMP)  ## an attempt stands still at every kind of change until its successor has published; S3=1 in a bucket
-	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/standstill.py $${S3:+--s3}
+standstill: $(STAMP)  ## an attempt stands still at every kind of change until its successor has published
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/standstill.py $${STORE:+--store $$STORE}
 
 servers: $(STAMP)  ## the job against S3 servers that refuse, cut or answer otherwise
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/foreign_servers.py
 
-# SEED=1 damages other files; S3=1 has the runs in a bucket; JOBS=8 tries in so many processes.
+# SEED=1 damages other files; JOBS=8 tries in so many processes.
 damage: $(STAMP)  ## 500 damages of run folders: the same result, or a refusal with its code
-	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/damage.py --count $${COUNT:-500} --seed $${SEED:-0} $${S3:+--s3} --jobs $${JOBS:-1}
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/damage.py --count $${COUNT:-500} --seed $${SEED:-0} $${STORE:+--store $$STORE} --jobs $${JOBS:-1}
 
 hostile: $(STAMP)  ## hostile model folders and chat templates: refused in words, within time and memory
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/hostile.py

@@ -5,7 +5,7 @@
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 secrets=(AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AZURE_CLIENT_SECRET AZURE_STORAGE_ACCOUNT_KEY
-  AZURE_STORAGE_SAS_TOKEN HF_TOKEN MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN WANDB_API_KEY)
+  AZURE_STORAGE_CONNECTION_STRING AZURE_STORAGE_SAS_TOKEN HF_TOKEN MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN WANDB_API_KEY)
 wrong='' open='' problem='' remedy='' rebuild='or build the image for older GPUs and drivers: infra/docker/README.md'
 
 say() { # level, message: a log line in the job's format, which a line break in a path must not end

@@ -30,6 +30,7 @@ from job.settings.load import (
     load_settings,
     secrets,
 )
+from job.storage.azure_account import azure_variables
 
 
 def _usage() -> str:
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     platform = current_platform()
+    os.environ.update(azure_variables(environment()))
     # Before the settings are read: errors in them are log lines, too.
     asked = environment().get("JOB_LOG__FORMAT", "")
     log.configure(asked if asked in {"json", "console"} else "auto", "info", secrets())

@@ -50,7 +50,9 @@ __all__ = [
 ]
 
 _SECRET = re.compile(
-    r"(TOKEN|SECRET|PASSWORD|WEBHOOK|(API|JUDGE|ACCESS|ACCOUNT|MASTER|SAS)_KEY)(?!.*(FILE|DIR|PATH)$)", re.IGNORECASE
+    r"(TOKEN|SECRET|PASSWORD|WEBHOOK|CONNECTION_STRING|(API|JUDGE|ACCESS|ACCOUNT|MASTER|SAS)_KEY)"
+    r"(?!.*(FILE|DIR|PATH)$)",
+    re.IGNORECASE,
 )
 _LOGIN = re.compile(r"://([^/@\s]+:[^/@\s]+@)")  # in the address of a tracker or a proxy
 _HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(\w+_)?HEADERS")  # name=value pairs with commas, values escaped as in URLs

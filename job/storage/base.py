@@ -30,7 +30,8 @@ How to add a store:
 1. Write `job/storage/<name>.py` with a class that has the verbs above, and
    `open(location: Location, options: StorageOptions)`, a class method, which makes one without asking the server.
    Errors of the client library are translated there; take `byte_limit` for limits, `atomic_write` for downloads,
-   `probe` for `conditional_writes`. Give the client `options.timeout_seconds` and `options.retries`: it must not hang.
+   `attempts` for what the library does not repeat, `probe` for `conditional_writes`. Give the client
+   `options.timeout_seconds` and `options.retries`: it must not hang.
 2. Name it in the table `BACKENDS` of `job/storage/location.py`: scheme -> "module:class". The client library is
    imported when such a URI is opened, and not before.
 3. Run `tests/contract`: it finds the store in the table. It needs an empty location to write to, given as
@@ -44,6 +45,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -56,6 +58,14 @@ from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachab
 
 MIB = 1 << 20
 MAX_READ_BYTES = 16 * MIB
+# Of files: up to this size one connection is fast enough, and spares the training process the threads.
+ONE_CONNECTION_BYTES = 32 * MIB
+CONNECTIONS = 8
+# Clients repeat requests by themselves, so attempts to read a body multiply with theirs.
+MAX_BODY_ATTEMPTS = 5
+MAX_CONNECT_SECONDS = 20.0
+# Pauses (seconds) before what a client does not repeat is tried again.
+PAUSES = (0.1, 0.3, 1.0, 3.0)
 # Where a local store keeps temporary files and its lock; no key may lead there, in no store.
 HIDDEN = ".store"
 # Bytes of UTF-8: S3's limit for a whole key and the usual limit of file systems for one name.
@@ -322,6 +332,19 @@ def delete_in_turn(store: ObjectStore, key: str) -> None:
             store.delete(key, if_tag=tag)
             return
     raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+
+
+def attempts(pauses: int | None = None) -> Iterator[None]:
+    """Yields for each attempt at what a client does not repeat, after the first with one of so many of `PAUSES`."""
+    yield
+    for pause in PAUSES[:pauses]:
+        time.sleep(pause)
+        yield
+
+
+def conflict(place: str) -> Conflict:
+    """What a conditional change of the object at `place` raises when its condition does not hold."""
+    return Conflict(f"{place} was written by somebody else")
 
 
 def byte_limit(what: str, max_bytes: int | None) -> Callable[[int], None]:

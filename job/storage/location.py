@@ -17,8 +17,8 @@ LOCAL = ""
 BACKENDS = {
     LOCAL: "job.storage.local:LocalStore",
     "s3": "job.storage.s3:S3Store",
-    "gs": "job.storage.gcs_azure:GcsStore",
-    "az": "job.storage.gcs_azure:AzureStore",
+    "gs": "job.storage.gcs:GcsStore",
+    "az": "job.storage.azure:AzureStore",
 }
 """Scheme -> the store's class, by name: its module, and the client library with it, is imported when it is opened."""
 # Names of today's and of older buckets, and aliases of access points.

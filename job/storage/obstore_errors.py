@@ -46,7 +46,8 @@ _OBJECT = re.compile(r"\b(at location|for path) .*?(?=: Error performing |$)", r
 # What makes no sense to obstore itself.
 _WRONG = {
     "Account must be specified": Problem(
-        "AZURE_STORAGE_ACCOUNT_NAME", "is not set; az:// needs the name of the storage account"
+        "AZURE_STORAGE_ACCOUNT_NAME",
+        "is not set; az:// needs the storage account's name, or AZURE_STORAGE_CONNECTION_STRING",
     ),
     "builder error": Problem(
         "GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT", "is not an http:// or https:// address; correct or remove it"

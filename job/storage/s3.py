@@ -20,17 +20,22 @@ from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 
 from job.errors import Unreachable
+from job.storage import base
 from job.storage.base import (
+    CONNECTIONS,
+    MAX_BODY_ATTEMPTS,
     MAX_READ_BYTES,
     MIB,
-    Conflict,
+    ONE_CONNECTION_BYTES,
     ObjectInfo,
     Stored,
     TooLarge,
     atomic_write,
+    attempts,
     byte_limit,
     check_key,
     check_prefix,
+    conflict,
     disk_errors,
     probe,
 )
@@ -48,16 +53,8 @@ from job.storage.s3_errors import (
 
 # Bodies are read in pieces of this size, each within the time limit (see `s3_client`).
 _CHUNK_BYTES = MIB // 4
-# Up to this size one connection is fast enough, and spares the training process the threads.
-_ONE_CONNECTION_BYTES = 32 * MIB
-_CONNECTIONS = 8
-# Pauses (seconds) before a request is repeated that the SDK does not repeat: a write that met another one in flight
-# (409), a 404 without an error code.
-_PAUSES = (0.1, 0.3, 1.0, 3.0)
 # Answers to a condition that a server does not know. Others ignore it.
 _UNKNOWN_CONDITION = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}
-# botocore repeats requests by itself, so attempts to read a body multiply with its own.
-_MAX_BODY_ATTEMPTS = 5
 
 
 class _OtherSize(Exception):
@@ -71,7 +68,7 @@ class S3Store:
         self._client = client
         self._bucket = bucket
         self._root = f"{prefix}/" if prefix else ""
-        self._body_attempts = min(options.retries, _MAX_BODY_ATTEMPTS)
+        self._body_attempts = min(options.retries, MAX_BODY_ATTEMPTS)
         self._options = {"RequestPayer": "requester"} if options.request_payer else {}
         key = options.kms_key_id
         self._write_options = self._options | ({"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {})
@@ -115,7 +112,7 @@ class S3Store:
         condition = _condition(if_absent=if_absent, if_tag=if_tag)
         repeated = False
         with self._asking("write", check_key(key)):
-            for pause in (*_PAUSES, None):
+            for _ in attempts():
                 try:
                     return self._put(key, data, {**options, **condition})
                 except ClientError as error:
@@ -123,16 +120,15 @@ class S3Store:
                     if not condition or not (absent or _refused(error, if_tag)):
                         raise
                     repeated |= error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
-                    if pause is None or not is_answer(error, "ConditionalRequestConflict"):
+                    if not is_answer(error, "ConditionalRequestConflict"):  # it met another write in flight
                         break
-                    time.sleep(pause)
         # A repeated request may have been refused because of what its own first try wrote, whose answer got lost.
         if repeated:
             with suppress(TooLarge):
                 stored = self.read(key, max_bytes=len(data))
                 if stored is not None and stored.data == data:
                     return stored.tag
-        raise Conflict(f"{self.uri}/{key} was written by somebody else")
+        raise conflict(f"{self.uri}/{key}")
 
     def upload(self, path: Path, key: str, *, if_absent: bool = False, if_tag: str | None = None) -> None:
         """See `ObjectStore.upload`."""
@@ -143,7 +139,7 @@ class S3Store:
                 data = path.read_bytes()
             self._write(key, data, self._file_options, if_absent=if_absent, if_tag=if_tag)
             return
-        threads = size > _ONE_CONNECTION_BYTES
+        threads = size > ONE_CONNECTION_BYTES
         name = self._root + check_key(key)
         with disk_errors(f"{self.uri}/{key}: cannot read {path}"), self._asking("write", key):
             try:
@@ -155,7 +151,7 @@ class S3Store:
                     raise
                 # A refusal may be our own success, whose answer got lost: who uploads again then replaces it by itself.
                 if _refused(answer, if_tag):
-                    raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
+                    raise conflict(f"{self.uri}/{key}") from None
                 if code_and_status(answer)[1] not in _UNKNOWN_CONDITION:
                     raise
                 self._conditions.pop(name, None)
@@ -164,7 +160,7 @@ class S3Store:
                 self._conditions.pop(name, None)
 
     def _upload_in_parts(self, path: Path, key: str, *, threads: bool) -> None:
-        for pause in (*_PAUSES[:2], None):
+        for _ in attempts(2):
             try:
                 return self._upload(path, key, threads=threads)
             except RuntimeError:
@@ -176,8 +172,6 @@ class S3Store:
                 # The answer to "complete" got lost and repeating it finds no upload, or a lifecycle rule removed it.
                 if not is_answer(error.__context__, "NoSuchUpload"):
                     raise
-            if pause is not None:
-                time.sleep(pause)
         raise Unreachable(f"{self.uri}/{key}: cannot write: the answers are not those of an S3 server")
 
     def _with_condition(self, params: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -186,7 +180,7 @@ class S3Store:
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""
         with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", check_key(key)):
-            for pause in (*_PAUSES[:2], None):
+            for _ in attempts(2):
                 found = self._describe(key)
                 if found is None:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
@@ -195,8 +189,6 @@ class S3Store:
                 with suppress(_OtherSize), atomic_write(path) as temporary:
                     self._fetch(key, temporary, size, max_bytes)
                     return
-                if pause is not None:
-                    time.sleep(pause)
             raise Unreachable(f"{self.uri}/{key}: changed while it was read")
 
     def _fetch(self, key: str, path: Path, size: int, max_bytes: int | None) -> None:
@@ -213,7 +205,7 @@ class S3Store:
                     str(path),
                     ExtraArgs=self._options,
                     Callback=byte_limit(f"{self.uri}/{key}", max_bytes),
-                    Config=self._transfer(threads=size > _ONE_CONNECTION_BYTES),
+                    Config=self._transfer(threads=size > ONE_CONNECTION_BYTES),
                 )
             except KeyError:  # as for uploads
                 raise _OtherSize from None
@@ -245,13 +237,11 @@ class S3Store:
         Raises:
             Unreachable: No answer is a listing. It must not count as an empty one.
         """
-        for pause in (*_PAUSES[:2], None):
+        for _ in attempts(2):
             with suppress(ResponseParserError):
                 page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=start, **self._options, **options)
                 if _is_listing(page):
                     return page
-            if pause is not None:
-                time.sleep(pause)
         raise Unreachable(f"s3://{self._bucket}/{start}: cannot list: the answer is not that of an S3 server")
 
     def delete(self, key: str, *, if_tag: str | None = None) -> None:
@@ -265,7 +255,7 @@ class S3Store:
                 if condition and code_and_status(error)[1] == HTTPStatus.NOT_IMPLEMENTED:
                     self._client.delete_object(Bucket=self._bucket, Key=name, **self._options)
                 elif condition and _refused(error, None):
-                    raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
+                    raise conflict(f"{self.uri}/{key}") from None
                 # some servers say that there was none
                 elif not is_answer(error, "NoSuchKey") and not (is_missing(error) and self._is_unlisted(key)):
                     raise
@@ -290,7 +280,7 @@ class S3Store:
 
         `NoSuchKey` says so. Some servers have other words for it, or none: then a listing has to confirm it.
         """
-        pauses = iter(_PAUSES[:2])
+        pauses = iter(base.PAUSES[:2])
         while True:
             try:
                 return self._client.get_object(Bucket=self._bucket, Key=self._root + key, **self._options, **options)
@@ -329,7 +319,7 @@ class S3Store:
             except TRUNCATED:
                 if attempt == self._body_attempts:
                     raise
-            time.sleep(_PAUSES[0] * 2**attempt)
+            time.sleep(base.PAUSES[0] * 2**attempt)
             attempt += 1
         return None
 
@@ -338,7 +328,7 @@ class S3Store:
 
         The answer to GET says why it is a 404; the answer to HEAD has no body and could mean a missing bucket.
         """
-        for pause in (*_PAUSES[:2], None):
+        for _ in attempts(2):
             answer = self._get_first_byte(key)
             if answer is None:
                 return None
@@ -347,8 +337,6 @@ class S3Store:
             size = total if total.isdecimal() else answer.get("ContentLength")
             if size is not None and "ETag" in answer:
                 return int(size), str(answer["ETag"])
-            if pause is not None:
-                time.sleep(pause)
         raise Unreachable(f"{self.uri}/{key}: the answer is not that of an S3 server: it has no ETag or no length")
 
     def _get_first_byte(self, key: str) -> Any:
@@ -379,7 +367,7 @@ class S3Store:
     def _transfer(self, *, threads: bool) -> Any:
         return TransferConfig(
             use_threads=threads,
-            max_concurrency=_CONNECTIONS,
+            max_concurrency=CONNECTIONS,
             num_download_attempts=self._body_attempts,
             io_chunksize=_CHUNK_BYTES,
             preferred_transfer_client="classic",

@@ -18,10 +18,10 @@ from botocore.loaders import create_loader
 from botocore.response import StreamingBody
 
 from job.errors import Problem, SettingsError
+from job.storage.base import MAX_CONNECT_SECONDS
 from job.storage.location import StorageOptions
 from job.storage.s3_errors import FAILURES, no_credentials, translate
 
-_MAX_CONNECT_SECONDS = 20.0
 _CONNECTIONS = 32
 
 
@@ -39,7 +39,7 @@ def connect(options: StorageOptions) -> Any:
     checksums = "when_required" if endpoint_url else None
     config = Config(
         retries={"mode": "standard", "total_max_attempts": options.retries},
-        connect_timeout=min(timeout_seconds, _MAX_CONNECT_SECONDS),
+        connect_timeout=min(timeout_seconds, MAX_CONNECT_SECONDS),
         read_timeout=timeout_seconds,
         max_pool_connections=_CONNECTIONS,
         tcp_keepalive=True,

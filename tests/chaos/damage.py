@@ -22,18 +22,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import boto3
 
 from job.common.hashing import hash_facts, hash_file
 from job.errors import JobError, exit_codes
 from job.runs.layout import ARTIFACTS, MADE_OF_TIMES, METRICS, RESULTS, facts_of
-from tests import warm
+from job.storage.open import open_store
+from tests import clouds, warm
 from tests.chaos import hot_forks, small
-from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 from tests.spread import spread
 
 RUN, OTHER = "run", "other"
@@ -69,7 +66,7 @@ class _Case:
     state: str
     output: Path
     commands: Sequence[str]
-    endpoint: str | None
+    server: _Server | None
     changed: bool
     added: Sequence[str]
 
@@ -153,23 +150,31 @@ def _expect(code: int, environment: Mapping[str, str]) -> None:
         raise AssertionError(f"{done.returncode} and not {code}:\n{done.stderr[-3000:]}")
 
 
-def _in_worker(number: int, *, world: World, seed: int, s3: bool) -> Outcome:
-    """A case in one of several processes, each with a folder, and a server, of its own."""
+def _in_worker(number: int, *, world: World, seed: int, kind: str | None) -> Outcome:
+    """A case in one of several processes, each with a folder, and a server of this kind, of its own."""
     own = replace(world, folder=world.folder / f"worker-{os.getpid()}")
     own.folder.mkdir(exist_ok=True)
-    return _case(own, number, random.Random(f"{seed} {number}"), _own_server() if s3 else None)
+    return _case(own, number, random.Random(f"{seed} {number}"), _own_server(kind) if kind else None)
+
+
+@dataclass(frozen=True)
+class _Server:
+    """An imitation of a cloud's store: its kind, and the variables that lead to it."""
+
+    kind: str
+    environ: Mapping[str, str]
 
 
 @cache
-def _own_server() -> str:
-    """The address of this process's server, which ends with it."""
-    return _SERVERS.enter_context(moto_server())
+def _own_server(kind: str) -> _Server:
+    """This process's server, which ends with it."""
+    return _Server(kind, _SERVERS.enter_context(clouds.process(kind)))
 
 
 _SERVERS = ExitStack()
 
 
-def _case(world: World, number: int, draw: random.Random, endpoint: str | None) -> Outcome:
+def _case(world: World, number: int, draw: random.Random, server: _Server | None) -> Outcome:
     state = draw.choice(list(STATES))
     output = world.folder / f"case-{number}"
     shutil.rmtree(output, ignore_errors=True)
@@ -179,7 +184,7 @@ def _case(world: World, number: int, draw: random.Random, endpoint: str | None) 
     reading = ["verify", draw.choice(["run", "report", "compare"])]
     commands = reading if state == FINISHED else ["run", "verify"]
     try:
-        results, broken, log = _carry_out(_Case(world, state, output, commands, endpoint, changed, added))
+        results, broken, log = _carry_out(_Case(world, state, output, commands, server, changed, added))
     except TimeoutError as error:
         results, broken, log = ("hangs",), str(error), ""
     if broken is None:
@@ -274,9 +279,9 @@ def _carry_out(case: _Case) -> tuple[list[str], str | None, str]:
     """Reads the run, or goes on with it; returns what came of each command, the broken promise, and its log."""
     results: list[str] = []
     log = ""
-    with _placed(case.output, case.endpoint) as (where, fetch):
+    with _placed(case.output, case.server) as (where, fetch):
         for command in case.commands:
-            code, said, log = _command(case.world, command, where, case.endpoint)
+            code, said, log = _command(case.world, command, where, case.server)
             results.append(f"{command} {code}")
             if code not in {0, *exit_codes()} - {JobError.exit_code} or "Traceback" in log or "a bug:" in log:
                 return results, f"{command} ended with {code}, not with a code of the table and words", log
@@ -311,9 +316,9 @@ def _kept(case: _Case, command: str, said: str, fetch: Callable[[], None]) -> st
     return None if said == case.world.read[command] else f"`{command}` says something else with exit code 0"
 
 
-def _command(world: World, command: str, where: str, endpoint: str | None) -> tuple[int, str, str]:
+def _command(world: World, command: str, where: str, server: _Server | None) -> tuple[int, str, str]:
     """Exit code, what is said of the run by those that read it, and the log."""
-    store = {} if endpoint is None else {**CREDENTIALS, "JOB_STORAGE__ENDPOINT_URL": endpoint}
+    store = {} if server is None else server.environ
     if command != "run":
         return _read(world, command, f"{where}/{RUN}", store)
     done = hot_forks.run([], {**world.environment, **store, "JOB_RUN__OUTPUT": where}, timeout=SECONDS)
@@ -355,27 +360,37 @@ def _differing(folder: Path, expected: Mapping[str, str]) -> list[str]:
 
 
 @contextmanager
-def _placed(output: Path, endpoint: str | None) -> Iterator[tuple[str, Callable[[], None]]]:
+def _placed(output: Path, server: _Server | None) -> Iterator[tuple[str, Callable[[], None]]]:
     """Where the job finds the runs below `output`, and what brings them back to it."""
-    if endpoint is None:
+    if server is None:
         yield str(output), lambda: None
         return
-    client: Any = boto3.client("s3", endpoint_url=endpoint)
-    bucket = boto3.resource("s3", endpoint_url=endpoint).Bucket(BUCKET)
-    for path in (path for path in _files(output) if "/.store/" not in path):  # what a local store keeps for itself
-        client.upload_file(str(output / path), BUCKET, f"{output.name}/{path}")
+    where = f"{clouds.place(server.kind)}/{output.name}"
+    options = clouds.options(server.kind, dict(server.environ))
+
+    def put() -> None:
+        for path in (path for path in _files(output) if "/.store/" not in path):  # what a local store keeps for itself
+            open_store(where, options).upload(output / path, path)
 
     def fetch() -> None:
+        store = open_store(where, options)
+        for info in store.list():
+            store.download(info.key, output / info.key)
+
+    def remove() -> None:
+        store = open_store(where, options)
+        for info in list(store.list()):
+            store.delete(info.key)
+
+    def fetch_anew() -> None:
         shutil.rmtree(output)
-        for entry in bucket.objects.filter(Prefix=f"{output.name}/"):
-            target = output.parent / entry.key
-            target.parent.mkdir(parents=True, exist_ok=True)
-            client.download_file(BUCKET, entry.key, str(target))
+        clouds.in_fork(fetch)
 
     try:
-        yield f"s3://{BUCKET}/{output.name}", fetch
+        clouds.in_fork(put)
+        yield where, fetch_anew
     finally:
-        bucket.objects.filter(Prefix=f"{output.name}/").delete()
+        clouds.in_fork(remove)
 
 
 def main() -> int:
@@ -385,7 +400,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--case", type=int, help="repeat this one, and print its log")
-    parser.add_argument("--s3", action="store_true", help="the run lies in a bucket of moto's server")
+    parser.add_argument("--store", choices=clouds.SCHEMES, help="the runs lie in an imitation of this store")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no case after so many")
     parser.add_argument("--jobs", type=int, default=1, help="try in so many processes")
     parser.add_argument("--world", type=Path, help="folder for the runs that are damaged, to use them again")
@@ -394,9 +409,7 @@ def main() -> int:
     numbers = [chosen.case] if chosen.case is not None else range(chosen.first, chosen.first + chosen.count)
     outcomes = _noted(chosen.journal)
     known = {outcome.number for outcome in outcomes}
-    with tempfile.TemporaryDirectory(prefix="qlora-job-damage-") as name, ExitStack() as stack:
-        if chosen.s3:
-            stack.enter_context(credentials())
+    with tempfile.TemporaryDirectory(prefix="qlora-job-damage-") as name:
         began = time.monotonic()
         folder = chosen.world or Path(name)
         folder.mkdir(exist_ok=True)
@@ -404,7 +417,7 @@ def main() -> int:
         print(f"runs are made after {time.monotonic() - began:.1f} s", flush=True)
         began = time.monotonic()
         for outcome in spread(
-            partial(_in_worker, world=world, seed=chosen.seed, s3=chosen.s3),
+            partial(_in_worker, world=world, seed=chosen.seed, kind=chosen.store),
             [number for number in numbers if number not in known],
             jobs=chosen.jobs,
             minutes=chosen.minutes,

@@ -16,12 +16,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.chaos.harness import Outcome, preload, run_until_done
+from tests import clouds
+from tests.chaos.harness import Outcome, preload, read_results, run_until_done
 from tests.chaos.small import CONFIGURATIONS, settings
 
 KEPT = "undisturbed.json"
@@ -45,24 +47,27 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=CONFIGURATIONS, help="runs of one configuration")
     parser.add_argument("--folder", type=Path, help="keeps what undisturbed runs published, for further calls")
+    parser.add_argument("--store", choices=clouds.SCHEMES, help="the runs lie in an imitation of this store")
     parser.add_argument("--validate", action="store_const", dest="only", const="early-stopping", help="early stopping")
     chosen = parser.parse_args()
     preload()  # first of all: it keeps torch from starting threads
     names = [chosen.only] if chosen.only else list(CONFIGURATIONS)
     known: dict[str, Undisturbed] = {}
     outcomes: list[tuple[str, Outcome]] = []
-    with tempfile.TemporaryDirectory(prefix="qlora-job-chaos-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="qlora-job-chaos-") as temporary, ExitStack() as stack:
         folder = Path(temporary)
+        server = stack.enter_context(clouds.process(chosen.store)) if chosen.store else {}
+        outputs = clouds.place(chosen.store) if chosen.store else None
         kept = folder if chosen.folder is None else chosen.folder.absolute()
         for number in range(chosen.first, chosen.first + chosen.runs):
             name, run = names[number % len(names)], f"run-{number:03d}"
             if name not in known:
-                known[name] = _undisturbed(name, kept)
+                known[name] = _undisturbed(name, kept, server, outputs)
                 print(f"{name}, undisturbed: {known[name].span:.1f} s, {known[name].told}", flush=True)
-            whole, output = known[name], folder / "out" / run
+            whole, output = known[name], f"{outputs or folder}/out/{run}"
             outcome = run_until_done(
                 # a base evaluation is shared between runs of one output: every run shall do its own
-                {**whole.environment, "JOB_RUN__OUTPUT": str(output)},
+                {**whole.environment, **server, "JOB_RUN__OUTPUT": output},
                 run,
                 folder,
                 random.Random(f"{chosen.seed} {number}"),
@@ -75,8 +80,10 @@ def main() -> int:
     return report(known, outcomes)
 
 
-def _undisturbed(name: str, folder: Path) -> Undisturbed:
+def _undisturbed(name: str, folder: Path, server: Mapping[str, str], outputs: str | None) -> Undisturbed:
     """Runs a configuration twice without a kill: the first run warms caches, so the time of the second one counts.
+
+    `server` has the variables of the store where the runs lie, at the URI `outputs`; None for `folder`.
 
     Raises:
         AssertionError: The two differ, or the run does not stop early where that is what is tried.
@@ -89,13 +96,13 @@ def _undisturbed(name: str, folder: Path) -> Undisturbed:
         return Undisturbed(environment, **json.loads((own / KEPT).read_bytes()))
     found: list[tuple[float, Outcome]] = []
     for turn in ("one", "two"):
-        environment["JOB_RUN__OUTPUT"] = str(own / turn)
+        environment["JOB_RUN__OUTPUT"] = f"{outputs}/{own.name}/{turn}" if outputs else str(own / turn)
         began = time.monotonic()
-        outcome = run_until_done(environment, "whole", own, _Never(), 0)
+        outcome = run_until_done({**environment, **server}, "whole", own, _Never(), 0)
         found.append((time.monotonic() - began, outcome))
     (_, one), (span, two) = found
     assert one.facts == two.facts, f"two undisturbed runs of {name} differ"
-    results = json.loads((own / "two/whole/results.json").read_bytes())
+    results = read_results({**environment, **server}, "whole")
     told = f"{len(two.facts)} artifacts, {results['training']['steps']} steps"
     if name == "early-stopping":
         validated = results["training"]["validation"]

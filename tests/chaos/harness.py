@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from job.records import AttemptRecord
+from job.results.reader import open_run, parse, read_bytes
 from job.runs.layout import facts_of
+from job.storage.location import StorageOptions, join
+from tests import clouds
 
 MAX_ATTEMPTS = 40
 BETWEEN = "start-up"
@@ -78,13 +81,19 @@ def run_until_done(environment: Mapping[str, str], run: str, folder: Path, draw:
             if status != 0:
                 kills.append(Kill(blow, after, _stage(log), status))
         if status == 0:
-            results = Path(environment["JOB_RUN__OUTPUT"]) / run / "results.json"
-            published = json.loads(results.read_text(encoding="utf-8"))
+            published = read_results(environment, run)
             attempts = tuple(AttemptRecord(**attempt) for attempt in published["run"]["attempts"])
             return Outcome(facts_of(published), tuple(kills), attempts)
         if status not in {-signal.SIGKILL, -signal.SIGTERM, os.EX_TEMPFAIL}:
             raise AssertionError(f"attempt {number} of {run} ended with {status}:\n{log.read_text()[-3000:]}")
     raise AssertionError(f"{run} was not done after {MAX_ATTEMPTS} attempts")
+
+
+def read_results(environment: Mapping[str, str], run: str) -> dict[str, Any]:
+    """The manifest of a run that is done."""
+    options = StorageOptions(endpoint_url=environment.get("JOB_STORAGE__ENDPOINT_URL"))
+    place = join(environment["JOB_RUN__OUTPUT"], run)
+    return clouds.in_fork(lambda: parse(read_bytes(open_run(place, options))))
 
 
 def start_attempt(environment: Mapping[str, str], log: Path) -> int:

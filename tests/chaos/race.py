@@ -10,13 +10,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from job.errors import Replaced
-from job.runs.layout import facts_of
-from tests.chaos.harness import preload, start_attempt
+from job.runs.layout import CHECKPOINTS, LEASE, facts_of
+from job.storage.open import ObjectStore, StorageOptions, open_store
+from tests import clouds
+from tests.chaos.harness import preload, read_results, start_attempt
 from tests.chaos.small import settings
 
 
@@ -25,11 +29,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--races", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", choices=clouds.SCHEMES, help="the runs lie in an imitation of this store")
     chosen = parser.parse_args()
     preload()
-    with tempfile.TemporaryDirectory(prefix="qlora-job-race-") as name:
+    with tempfile.TemporaryDirectory(prefix="qlora-job-race-") as name, ExitStack() as stack:
         folder = Path(name)
         environment = {**settings(folder), "JOB_TRAIN__MAX_STEPS": "6"}
+        if chosen.store:
+            environment |= stack.enter_context(clouds.process(chosen.store))
+            environment["JOB_RUN__OUTPUT"] = f"{clouds.place(chosen.store)}/out"
         race(environment, "warm-up", folder, 0.0)  # leaves the base's scores, which all races share
         began = time.monotonic()
         _, facts, _ = race(environment, "measured", folder, 0.0)
@@ -65,13 +73,25 @@ def race(environment: dict[str, str], run: str, folder: Path, delay: float) -> t
         raise AssertionError(
             "\n".join([f"{run}, {delay:.3f} s apart: {codes}", *(log.read_text()[-4000:] for log in logs)])
         )
-    output = Path(environment["JOB_RUN__OUTPUT"]) / run
-    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    results = read_results(environment, run)
     numbers = [attempt["number"] for attempt in results["run"]["attempts"]]
-    epoch = json.loads((output / "lease.json").read_text(encoding="utf-8"))["epoch"]
-    markers = [json.loads(path.read_text(encoding="utf-8")) for path in output.glob("checkpoints/*/COMMITTED.json")]
-    whole = numbers[-1] == epoch and {marker["epoch"] for marker in markers} <= set(numbers)
+    epoch, markers = clouds.in_fork(lambda: _epochs(environment, run))
+    whole = numbers[-1] == epoch and markers <= set(numbers)
     return codes, facts_of(results), whole
+
+
+def _epochs(environment: dict[str, str], run: str) -> tuple[int, set[int]]:
+    """The epoch of the lease, and those of the checkpoints."""
+    options = StorageOptions(endpoint_url=environment.get("JOB_STORAGE__ENDPOINT_URL"))
+    store = open_store(f"{environment['JOB_RUN__OUTPUT']}/{run}", options)
+    keys = [info.key for info in store.list(CHECKPOINTS) if info.key.endswith("/COMMITTED.json")]
+    return _read(store, LEASE)["epoch"], {_read(store, key)["epoch"] for key in keys}
+
+
+def _read(store: ObjectStore, key: str) -> Any:
+    stored = store.read(key)
+    assert stored is not None, key
+    return json.loads(stored.data)
 
 
 if __name__ == "__main__":

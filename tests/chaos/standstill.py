@@ -28,8 +28,8 @@ from job.runs import lease
 from job.runs.layout import facts_of
 from job.storage.base import CHANGES
 from job.storage.open import StorageOptions, open_store
+from tests import clouds
 from tests.chaos import hot_forks, small
-from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 
 SECONDS = 240
 _RUN = "run"
@@ -97,7 +97,7 @@ def try_one(environ: Mapping[str, str], folder: Path, change: str, number: int, 
         return "" if code == 0 else f"ended with {code}"
     where = f"{environ['JOB_RUN__OUTPUT']}/{_RUN}"
     # The last note of an attempt follows its manifest: a successor then finds a complete run, and replaces nobody.
-    complete = _is_complete(where, environ)
+    complete = clouds.in_fork(lambda: _is_complete(where, environ))
     successor = hot_forks.run([], environ, timeout=SECONDS)
     os.kill(old, signal.SIGCONT)
     code = hot_forks.wait(old, SECONDS)
@@ -105,7 +105,7 @@ def try_one(environ: Mapping[str, str], folder: Path, change: str, number: int, 
     wrong = [] if successor.returncode == 0 else [f"the successor ended with {successor.returncode}"]
     wrong += [] if code == (0 if complete else Replaced.exit_code) else [f"the old attempt ended with {code}"]
     wrong += [] if verify.returncode == 0 else [f"verify {verify.returncode}"]
-    if not wrong and _facts(where, environ) != expected:
+    if not wrong and clouds.in_fork(lambda: _facts(where, environ)) != expected:
         wrong.append("another result")
     (folder / "log").write_text(successor.stderr + verify.stdout, encoding="utf-8")
     print(f"{change} {number}: {', '.join(wrong) or 'kept'} ({time.monotonic() - begun:.1f} s)", flush=True)
@@ -133,7 +133,7 @@ def _reading(environ: Mapping[str, str]) -> dict[str, str]:
 def main() -> int:
     """Tries, and prints what came of each; exit code 1 if a promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--s3", action="store_true", help="the run lies in a bucket of moto's server")
+    parser.add_argument("--store", choices=clouds.SCHEMES, help="the runs lie in an imitation of this store")
     parser.add_argument("--first", type=int, default=0, help="number of the first kind of change")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many, whatever is left")
     parser.add_argument("--only", default="", help="kinds of changes with this in them")
@@ -147,13 +147,12 @@ def main() -> int:
             "JOB_RUN__ID": _RUN,
         }
         hot_forks.heat([])
-        if chosen.s3:
-            stack.enter_context(credentials())
-            environ |= {**CREDENTIALS, "JOB_STORAGE__ENDPOINT_URL": stack.enter_context(moto_server())}
-        outputs = f"s3://{BUCKET}/" if chosen.s3 else f"{folder}/"
+        if chosen.store:
+            environ |= stack.enter_context(clouds.process(chosen.store))
+        outputs = f"{clouds.place(chosen.store)}/" if chosen.store else f"{folder}/"
         first = {**environ, "JOB_RUN__OUTPUT": f"{outputs}undisturbed"}
         changes = [change for change in recorded(first, folder) if chosen.only in change]
-        expected = _facts(f"{outputs}undisturbed/{_RUN}", environ)
+        expected = clouds.in_fork(lambda: _facts(f"{outputs}undisturbed/{_RUN}", environ))
         tries = [(change, number) for change in dict.fromkeys(changes) for number in {1, changes.count(change)}]
         begun, broken, done = time.monotonic(), 0, 0
         for number, (change, nth) in enumerate(tries[chosen.first :], start=chosen.first):

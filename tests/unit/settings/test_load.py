@@ -1282,6 +1282,7 @@ def test_secrets_are_keys_and_logins() -> None:
         "AZURE_CLIENT_SECRET",
         "AZURE_STORAGE_ACCESS_KEY",
         "AZURE_STORAGE_ACCOUNT_KEY",
+        "AZURE_STORAGE_CONNECTION_STRING",
         "AZURE_STORAGE_MASTER_KEY",
         "AZURE_STORAGE_SAS_KEY",
         "AZURE_STORAGE_SAS_TOKEN",

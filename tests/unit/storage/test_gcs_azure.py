@@ -15,7 +15,9 @@ from uuid import uuid4
 
 import pytest
 
-import job.storage.gcs_azure
+import job.storage.base
+import job.storage.obstore_listing
+import job.storage.obstore_store
 from job.common.hashing import hash_file
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
 from job.records import Artifact
@@ -32,7 +34,7 @@ SCHEMES = ["gs", "az"]
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job.storage.gcs_azure, "_PAUSES", (0.01,) * 4)
+    monkeypatch.setattr(job.storage.base, "PAUSES", (0.01,) * 4)
 
 
 def opened(scheme: str, **options: Any) -> ObjectStore:
@@ -418,7 +420,7 @@ def test_a_lost_upload_in_parts_is_made_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [256, 1])
 def test_large_uploads_take_conditions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: int) -> None:
     """Files of many parts take the conditions too, in one request or, above a size, with a look before."""
-    monkeypatch.setattr(job.storage.gcs_azure, "_MAX_CONDITIONAL_BYTES", limit * MIB)
+    monkeypatch.setattr(job.storage.obstore_store, "_MAX_CONDITIONAL_BYTES", limit * MIB)
     (tmp_path / "source").write_bytes(b"x" * 17 * MIB)
     with gcs_server():
         store = opened("gs")
@@ -507,7 +509,7 @@ def test_a_server_that_does_not_sort_is_found_out() -> None:
 )
 def test_the_end_of_a_listing(key: str, name: str, *, expected: bool) -> None:
     """A listing is over only when no order of the server's can bring another key with the prefix."""
-    assert job.storage.gcs_azure._is_beyond(key, "run", name) is expected
+    assert job.storage.obstore_listing.is_beyond(key, "run", name) is expected
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import pytest
 
+import job.storage.base
 import job.storage.s3
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
 from job.planning.preflight import round_trip
@@ -300,7 +301,7 @@ def test_lost_completion_of_an_upload(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("conflicts", "wins"), [(2, True), (100, False)])
 def test_simultaneous_writes_are_tried_again(monkeypatch: pytest.MonkeyPatch, conflicts: int, *, wins: bool) -> None:
     """S3's 409, another conditional write in flight, is tried again a few times before it counts as lost."""
-    monkeypatch.setattr(job.storage.s3, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(job.storage.base, "PAUSES", (0.0, 0.0, 0.0))
     left = [conflicts]
 
     def answer(request: Request) -> None:
@@ -498,7 +499,7 @@ def test_listing_goes_on_over_pages(real: ObjectStore, endpoint: str, monkeypatc
 
 def test_large_files_go_in_parallel(real: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With several connections a file arrives as it was, and their threads are gone afterwards."""
-    monkeypatch.setattr(job.storage.s3, "_ONE_CONNECTION_BYTES", MIB)
+    monkeypatch.setattr(job.storage.s3, "ONE_CONNECTION_BYTES", MIB)
     data = bytes(range(256)) * (20 * MIB // 256) + b"end"
     (tmp_path / "source").write_bytes(data)
     before = threading.active_count()
@@ -510,7 +511,7 @@ def test_large_files_go_in_parallel(real: ObjectStore, tmp_path: Path, monkeypat
 
 def test_limit_holds_in_parallel(real: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit ends a transfer with several connections too, with nothing left on the disk."""
-    monkeypatch.setattr(job.storage.s3, "_ONE_CONNECTION_BYTES", MIB)
+    monkeypatch.setattr(job.storage.s3, "ONE_CONNECTION_BYTES", MIB)
     monkeypatch.setattr(job.storage.s3.S3Store, "_describe", lambda *_: (10, ""))
     (tmp_path / "source").write_bytes(b"x" * 20 * MIB)
     real.upload(tmp_path / "source", "a")
@@ -527,7 +528,7 @@ import threading
 from pathlib import Path
 import job.storage.s3
 from job.storage.open import StorageOptions, open_store
-job.storage.s3._ONE_CONNECTION_BYTES = 0
+job.storage.s3.ONE_CONNECTION_BYTES = 0
 store = open_store({real.uri!r}, StorageOptions(endpoint_url={endpoint!r}))
 def late():
     threading.main_thread().join()
@@ -732,7 +733,7 @@ def test_an_answer_that_is_never_of_s3_is_unreachable() -> None:
 )
 def test_an_answer_that_is_no_listing_is_not_an_empty_one(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page of something else in between must never mean that there is no checkpoint."""
-    monkeypatch.setattr(job.storage.s3, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(job.storage.base, "PAUSES", (0.0, 0.0, 0.0))
     with server(lambda request: request.answer(200, body)) as url, pytest.raises(Unreachable, match="cannot list"):
         list(opened(url).list("checkpoints/"))
 
@@ -755,7 +756,7 @@ LISTING = (
 )
 def test_a_listing_that_is_cut_is_asked_for_again(cut: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever a listing breaks off, the same page is requested again, and the listing is whole."""
-    monkeypatch.setattr(job.storage.s3, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(job.storage.base, "PAUSES", (0.0, 0.0, 0.0))
     cuts = iter([True, True])
 
     def answer(request: Request) -> None:
@@ -771,7 +772,7 @@ def test_a_listing_that_is_cut_is_asked_for_again(cut: bytes, monkeypatch: pytes
 
 def test_a_listing_that_says_no_more_how_it_goes_on_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that is not the last one, without a token of the next or with its own, must not end the listing."""
-    monkeypatch.setattr(job.storage.s3, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(job.storage.base, "PAUSES", (0.0, 0.0, 0.0))
     for token in (b"", b"<NextContinuationToken>same</NextContinuationToken>"):
         page = LISTING.replace(b"false</IsTruncated>", b"true</IsTruncated>" + token)
         with server(lambda request, page=page: request.answer(200, page)) as url, pytest.raises(Unreachable):
@@ -845,7 +846,7 @@ def test_an_upload_whose_answers_are_cut_is_made_again(
     tmp_path: Path, empty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer without the id of an upload, or the tag of a part, is no reason to end as a bug."""
-    monkeypatch.setattr(job.storage.s3, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(job.storage.base, "PAUSES", (0.0, 0.0, 0.0))
     cuts = iter([True])
     completed: list[str] = []
 

@@ -1,20 +1,10 @@
-"""Object stores in Google Cloud Storage (`gs://bucket/prefix`) and Azure Blob Storage (`az://container/prefix`).
+"""What the stores of Google and Azure have in common: an `ObjectStore` by obstore, a client for both.
 
-obstore sends the requests, repeats those that may be repeated, and gets and renews credentials. Where they come from is
-said in the clouds' own variables, which obstore reads itself:
-
-    Google  GOOGLE_APPLICATION_CREDENTIALS (a service account's key or a user's own login), or the identity of the
-            machine or of GKE's workload identity, from the metadata service. Another server: GOOGLE_BASE_URL, and
-            GOOGLE_BEARER_TOKEN if it asks for no real one.
-    Azure   AZURE_STORAGE_ACCOUNT_NAME, and one of AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, AKS's workload
-            identity (AZURE_CLIENT_ID, AZURE_TENANT_ID, AZURE_FEDERATED_TOKEN_FILE, which AKS sets), a service
-            principal's AZURE_CLIENT_SECRET, or the machine's identity. Another server: AZURE_STORAGE_ENDPOINT.
-
-This file adds what the contract in `base.py` asks for beyond that: confirmed absence, conditional deletes, size limits,
-checksums, and durable downloads. Every object carries its SHA-256 as metadata, and what is read is compared with it,
-since obstore looks at no checksum of the stores. What does not fit is read again; bytes that arrive twice are what the
-store holds, and are returned, so that the caller's own hashes find the damage. Objects of other programs have no such
-metadata, and only their length is checked.
+obstore sends the requests, repeats those that may be repeated, and gets and renews credentials. This file adds what the
+contract in `base.py` asks for beyond that: confirmed absence, size limits, checksums, and durable downloads. Every
+object carries its SHA-256 as metadata, and what is read is compared with it, since obstore looks at no checksum of the
+stores. What does not fit is read again; bytes that arrive twice are what the store holds, and are returned, so that the
+caller's own hashes find the damage. Objects of other programs have no such metadata, and only their length is checked.
 """
 
 from __future__ import annotations
@@ -22,45 +12,45 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from http import HTTPStatus
-from http.client import HTTPException
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 from uuid import uuid4
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
-from obstore.store import AzureStore as AzureClient
-from obstore.store import GCSStore as GcsClient
 
 from job.common.hashing import hash_file
-from job.common.threads import in_thread
 from job.errors import Problem, SettingsError, Unreachable
+from job.storage import base
 from job.storage.base import (
+    CONNECTIONS,
+    MAX_BODY_ATTEMPTS,
+    MAX_CONNECT_SECONDS,
     MAX_READ_BYTES,
     MIB,
+    ONE_CONNECTION_BYTES,
     Conflict,
     ObjectInfo,
     Stored,
     TooLarge,
     atomic_write,
+    attempts,
     byte_limit,
     check_key,
     check_prefix,
+    conflict,
     disk_errors,
     probe,
 )
 from job.storage.location import Location, StorageOptions
-from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_transient, repetitions, translate
+from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, repetitions, translate
+from job.storage.obstore_listing import entries
+from job.storage.obstore_requests import OtherContent, ask, ask_once, count_tries, read_body
 
 # Name of the metadata entry with an object's SHA-256.
 _SHA256 = "qlorajobsha256"
@@ -70,35 +60,24 @@ _PIECE_TIMEOUTS = 4
 _PART_BYTES, _MAX_PARTS = 8 * MIB, 9_000
 # A condition holds for a single request, and obstore has the whole body of one in memory.
 _MAX_CONDITIONAL_BYTES = 256 * MIB
-# Up to this size one connection is fast enough, and spares the training process the threads.
-_ONE_CONNECTION_BYTES = 32 * MIB
-_CONNECTIONS = 8
-_MAX_CONNECT_SECONDS = 20.0
-# Version of Azure's protocol, of the one request that obstore does not send.
-_API = "2023-11-03"
-# Pauses (seconds) before what obstore does not repeat is tried again.
-_PAUSES = (0.1, 0.3, 1.0, 3.0)
 # Only a second answer tells a damaged object from a damaged answer.
-_SURE_ATTEMPTS, _MAX_BODY_ATTEMPTS = 2, 5
-_PAGE, _MAX_REPEATED_PAGES = 1000, 3
+_SURE_ATTEMPTS = 2
+# How often a file may change while it is uploaded.
+_MAX_CHANGES = 4
 
 
-class _OtherContent(Exception):
-    """An object is not what an answer before said: it was changed, or the answer arrived damaged."""
-
-
-class _CloudStore:
-    """What both stores have in common; a derived class says what a version is, and how one version is deleted."""
+class ObstoreStore:
+    """A derived class says how a client is made, what a version is, and how one version is deleted."""
 
     scheme: str
-    # Whether listings are sorted by key, so that they can be passed on page by page.
-    _sorted: bool
+    # Whether the server's listings are sorted by key.
+    sorted_by_key: bool
 
     def __init__(self, location: Location, options: StorageOptions) -> None:
         self._options = options
         self._bucket = location.bucket
         self._root = f"{location.key}/" if location.key else ""
-        self._body_attempts = max(_SURE_ATTEMPTS, min(options.retries, _MAX_BODY_ATTEMPTS))
+        self._body_attempts = max(_SURE_ATTEMPTS, min(options.retries, MAX_BODY_ATTEMPTS))
         self.uri = str(location)
         self._client = self._connect()
 
@@ -145,7 +124,7 @@ class _CloudStore:
                 client_options={
                     # For a server of one's own: by default all addresses are https://
                     "allow_http": True,
-                    "connect_timeout": timedelta(seconds=min(seconds, _MAX_CONNECT_SECONDS)),
+                    "connect_timeout": timedelta(seconds=min(seconds, MAX_CONNECT_SECONDS)),
                     # Until the answer begins, and between two of its pieces.
                     "read_timeout": timedelta(seconds=seconds * patience),
                     # Against an answer that trickles.
@@ -156,7 +135,7 @@ class _CloudStore:
                     "max_retries": retries - 1,
                     "retry_timeout": timedelta(seconds=seconds * patience * _PIECE_TIMEOUTS * retries),
                     "backoff": {
-                        "init_backoff": timedelta(seconds=_PAUSES[0]),
+                        "init_backoff": timedelta(seconds=base.PAUSES[0]),
                         "max_backoff": timedelta(seconds=15),
                         "base": 2,
                     },
@@ -183,15 +162,15 @@ class _CloudStore:
         """The object; `seen` are the SHA-256 of answers before that did not fit their metadata.
 
         Raises:
-            _OtherContent: The answer is damaged; its SHA-256 was added to `seen`.
+            OtherContent: The answer is damaged; its SHA-256 was added to `seen`.
         """
         found = self._get(key)
         if found is None:
             return None
         byte_limit(f"{self.uri}/{key}", max_bytes)(found.meta["size"])
-        data, tag = _body(found), self._tag(found.meta)
+        data, tag = read_body(found), self._tag(found.meta)
         if tag is None or len(data) != found.meta["size"]:
-            raise _OtherContent
+            raise OtherContent
         _check(hashlib.sha256(data).hexdigest(), {found.attributes.get(_SHA256)}, seen)
         return Stored(data, tag)
 
@@ -205,12 +184,12 @@ class _CloudStore:
 
     @contextmanager
     def _again(self, attempt: int) -> Iterator[None]:
-        """Pauses in place of `_OtherContent`. Errors of `_ask` pass: it has repeated what may be repeated."""
+        """Pauses in place of `OtherContent`. Errors of `_ask` pass: it has repeated what may be repeated."""
         try:
             yield
-        except _OtherContent:
+        except OtherContent:
             if attempt < self._body_attempts:
-                time.sleep(_PAUSES[0] * 2**attempt)
+                time.sleep(base.PAUSES[0] * 2**attempt)
 
     def tag(self, key: str) -> str | None:
         """See `ObjectStore.tag`."""
@@ -259,7 +238,7 @@ class _CloudStore:
         with self._asking("write", key):
             while True:
                 try:
-                    put = _ask_once(
+                    put = ask_once(
                         obstore.put,
                         client or self._client,
                         self._root + key,
@@ -275,9 +254,9 @@ class _CloudStore:
                         raise
                     if tries + repetitions(error) > 0 and (tag := own()) is not None:
                         return tag
-                    raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
+                    raise conflict(f"{self.uri}/{key}") from None
                 except FAILURES as error:
-                    tries = self._count(tries, error)
+                    tries = count_tries(tries, error, self._options.retries)
                 else:
                     # An answer without a version: the present content shows whether the write took place.
                     if (tag := self._tag(put) or own()) is not None:
@@ -286,29 +265,8 @@ class _CloudStore:
         raise Unreachable(f"{self.uri}/{key}: cannot write: the answer is not that of the store")
 
     def _ask(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
-        """Sends a request that may be repeated; it is, also where obstore gives up, such as when an answer was cut.
-
-        Raises:
-            Missing: In place of obstore's FileNotFoundError.
-            PreconditionError: A condition does not hold.
-            SettingsError: The cloud's own variables make no sense.
-        """
-        tries = 0
-        while True:
-            try:
-                return _ask_once(function, *given, **options)
-            except (AlreadyExistsError, PreconditionError, Missing):
-                raise
-            except FAILURES as error:
-                tries = self._count(tries, error)
-
-    def _count(self, tries: int, error: BaseException) -> int:
-        """The number of tries of a request, those of obstore included, after a pause; raises `error` after the last."""
-        tries += 1 + repetitions(error)
-        if tries >= self._options.retries or not is_transient(error):
-            raise error
-        time.sleep(min(_PAUSES[0] * 2**tries, _PAUSES[-1]))
-        return tries
+        """Sends a request that may be repeated, as often as settings say; raises what `ask` does."""
+        return ask(function, *given, retries=self._options.retries, **options)
 
     def _check_encryption(self) -> None:
         """Refuses a KMS key: ignoring it would leave objects encrypted in another way than was asked for."""
@@ -326,7 +284,7 @@ class _CloudStore:
             if size <= MAX_READ_BYTES:
                 self._write(key, path.read_bytes(), cold, if_absent=if_absent, if_tag=if_tag)
                 return
-            for _ in _PAUSES:
+            for _ in range(_MAX_CHANGES):
                 before = path.stat()
                 digest = hash_file(path)
                 self._upload(path, key, {**cold, _SHA256: digest}, self._mode(if_absent, if_tag))
@@ -355,7 +313,7 @@ class _CloudStore:
                 found = self._describe(key)
                 known = None if mode == "create" else mode
                 if (None if found is None else self._update(found[1])) != known:
-                    raise Conflict(f"{self.uri}/{key} was written by somebody else")
+                    raise conflict(f"{self.uri}/{key}")
             # Repeated as a whole, such as when another upload of this key discarded the parts.
             self._ask(
                 obstore.put,
@@ -365,7 +323,7 @@ class _CloudStore:
                 attributes=attributes,
                 use_multipart=True,
                 chunk_size=max(_PART_BYTES, -(-size // _MAX_PARTS)),
-                max_concurrency=_CONNECTIONS // 2,
+                max_concurrency=CONNECTIONS // 2,
             )
 
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
@@ -373,32 +331,30 @@ class _CloudStore:
         check_key(key)
         with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", key):
             seen: set[str] = set()
-            for pause in (*_PAUSES[:2], None):
+            for _ in attempts(2):
                 found = self._describe(key)
                 if found is None:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
                 byte_limit(f"{self.uri}/{key}", max_bytes)(found[0]["size"])
-                with suppress(_OtherContent), atomic_write(path) as temporary:
+                with suppress(OtherContent), atomic_write(path) as temporary:
                     self._fetch(key, temporary, found[0], seen)
                     return
-                if pause is not None:
-                    time.sleep(pause)
         raise Unreachable(f"{self.uri}/{key}: cannot read: it changes while it is read, or arrives cut off")
 
     def _fetch(self, key: str, path: Path, meta: Any, seen: set[str]) -> None:
         """Reads an object into a file; `seen` as for `_read`.
 
         Raises:
-            _OtherContent: It is not the one that `meta` describes, or arrived damaged.
+            OtherContent: It is not the one that `meta` describes, or arrived damaged.
         """
         size = meta["size"]
         if size <= _PIECE_BYTES:
             try:
                 found = self.read(key, max_bytes=size)
             except TooLarge:
-                raise _OtherContent from None
+                raise OtherContent from None
             if found is None or len(found.data) != size:
-                raise _OtherContent
+                raise OtherContent
             path.write_bytes(found.data)
             return
         digests: set[str | None] = set()
@@ -411,21 +367,21 @@ class _CloudStore:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
                 digests.add(digest)
 
-            if size > _ONE_CONNECTION_BYTES:
-                with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            if size > ONE_CONNECTION_BYTES:
+                with ThreadPoolExecutor(CONNECTIONS) as pool:
                     list(pool.map(fetch_piece, range(0, size, _PIECE_BYTES)))
             else:
                 for start in range(0, size, _PIECE_BYTES):
                     fetch_piece(start)
         if path.stat().st_size != size:
-            raise _OtherContent
+            raise OtherContent
         _check(hash_file(path), digests, seen)
 
     def _fetch_piece(self, key: str, meta: Any, start: int) -> tuple[bytes, str | None]:
         """The bytes from `start` on, and the SHA-256 that the whole object has.
 
         Raises:
-            _OtherContent: The object is not the one that `meta` describes.
+            OtherContent: The object is not the one that `meta` describes.
             Unreachable: The bytes arrive cut off.
         """
         end = min(start + _PIECE_BYTES, meta["size"])
@@ -435,12 +391,12 @@ class _CloudStore:
             except PreconditionError:
                 found = None
             if found is None or self._tag(found.meta) != self._tag(meta):
-                raise _OtherContent
+                raise OtherContent
             with self._again(attempt):
-                data = _body(found)
+                data = read_body(found)
                 if len(data) == end - start:
                     return data, found.attributes.get(_SHA256)
-                raise _OtherContent
+                raise OtherContent
         raise Unreachable(f"{self.uri}/{key}: cannot read: the content arrives cut off")
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -448,54 +404,22 @@ class _CloudStore:
         check_prefix(prefix)
         found, last = False, ""
         with self._asking("list", prefix):
-            pages = self._pages(self._root + prefix)
-            for page in pages if self._sorted else [dict(sorted(chain.from_iterable(map(dict.items, pages))))]:
-                found = found or bool(page)
-                for key, size in page.items():
-                    name = key.removeprefix(self._root)
-                    # The consoles keep empty objects, whose names end in a slash that obstore drops, as folders.
-                    if (size == 0 or key < last) and self.tag(name) is None:
-                        continue
-                    if key < last:
-                        raise Unreachable(f"{self.uri}/{prefix}: cannot list: the server does not sort by key")
-                    last = key
-                    yield ObjectInfo(name, size)
+            for key, size in self._entries(self._root + prefix):
+                found = True
+                name = key.removeprefix(self._root)
+                # The consoles keep empty objects, whose names end in a slash that obstore drops, as folders.
+                if key == last or ((size == 0 or key < last) and self.tag(name) is None):
+                    continue
+                if key < last:
+                    raise Unreachable(f"{self.uri}/{prefix}: cannot list: the server does not sort by key")
+                last = key
+                yield ObjectInfo(name, size)
             # An answer of somebody else may read as an empty listing: the store has to say that it has no such object.
             if not found and self._get(f".absent-{uuid4().hex}") is not None:
                 raise Unreachable(f"{self.uri}/{prefix}: cannot list: the answers are not those of the store")
 
-    def _pages(self, start: str) -> Iterator[dict[str, int]]:
-        """Bytes of each object whose whole key begins with `start`, once, in the order of the server, page by page.
-
-        obstore lists folders: within one, the listing begins close before `start` and ends behind it.
-        """
-        folder, _, name = start.rpartition("/")
-        # A name without its end comes before it, and obstore takes none of dots alone.
-        offset = start[:-1] if name[:-1].strip(".") else None
-        known: set[str] = set()
-        tries = 0
-        while True:
-            listed: set[str] = set()
-            repeated = 0
-            try:
-                pages = _ask_once(obstore.list, self._client, folder or None, offset=offset, chunk_size=_PAGE)
-                while page := _ask_once(next, pages, ()):
-                    repeated += all(info["path"] in listed for info in page)
-                    if repeated == _MAX_REPEATED_PAGES:
-                        raise Unreachable(f"{self.uri}: cannot list: the server answers with the same page for ever")
-                    found: dict[str, int] = {}
-                    for info in page:
-                        listed.add(info["path"])
-                        if info["path"] not in known and info["path"].startswith(start):
-                            found.setdefault(info["path"], info["size"])
-                    known |= found.keys()
-                    yield found
-                    if _is_beyond(page[-1]["path"], folder, name):
-                        return
-            except FAILURES as error:
-                tries = self._count(tries, error)
-            else:
-                return
+    def _entries(self, start: str) -> Iterator[tuple[str, int]]:
+        return entries(self._client, self.uri, start, retries=self._options.retries, sorted_by_key=self.sorted_by_key)
 
     def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`."""
@@ -530,13 +454,13 @@ class _CloudStore:
                 return None
             # Without the store's error code another request has to confirm it.
             whole = self._root + key
-            if code(error) or any(whole in page for page in self._pages(whole)):
+            if code(error) or any(name == whole for name, _ in self._entries(whole)):
                 raise
             return None
 
     def _describe(self, key: str) -> tuple[Any, str] | None:
         """What obstore says of an object, and its tag, None if it is absent. HEAD does not say why it failed."""
-        for pause in (*_PAUSES[:2], None):
+        for _ in attempts(2):
             try:
                 meta = self._ask(obstore.head, self._client, self._root + key)
             except Missing:
@@ -546,8 +470,6 @@ class _CloudStore:
                 meta = found.meta
             if (tag := self._tag(meta)) is not None:
                 return meta, tag
-            if pause is not None:
-                time.sleep(pause)
         raise Unreachable(f"{self.uri}/{key}: cannot read: the answer is not that of the store: it has no version")
 
     @contextmanager
@@ -558,151 +480,8 @@ class _CloudStore:
             raise translate(error, f"{self.uri}/{key}: cannot {verb}") from error
 
 
-class GcsStore(_CloudStore):
-    """An `ObjectStore` in Google Cloud Storage. A tag is the object's generation, which no two writes share."""
-
-    scheme = "gs"
-    _sorted = True
-
-    def _make(self, **options: Any) -> Any:
-        return GcsClient(self._bucket, **options)
-
-    def _tag(self, meta: Any) -> str | None:
-        version: str | None = meta.get("version")
-        return version
-
-    def _update(self, tag: str) -> dict[str, str]:
-        return {"version": _generation(tag)}
-
-    def _delete_version(self, key: str, tag: str) -> None:
-        # obstore has no condition for this, but a client with a header of its own.
-        client = self._connect(headers={"x-goog-if-generation-match": _generation(tag)})
-        try:
-            self._delete(client, key)
-        except PreconditionError:
-            raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
-
-
-def _generation(tag: str) -> str:
-    """A tag as Google understands it; one of another store becomes a generation that no object has."""
-    return tag if tag.isdecimal() and int(tag) else "1"
-
-
-class AzureStore(_CloudStore):
-    """An `ObjectStore` in Azure Blob Storage. A tag is the ETag, which no two writes share."""
-
-    scheme = "az"
-    # Accounts with a hierarchical namespace list folder by folder: `a/b` before `a-b`.
-    _sorted = False
-
-    def _make(self, **options: Any) -> Any:
-        return AzureClient(self._bucket, **options)
-
-    def _tag(self, meta: Any) -> str | None:
-        tag: str | None = meta.get("e_tag")
-        return tag
-
-    def _update(self, tag: str) -> dict[str, str]:
-        return {"e_tag": tag}
-
-    def _delete_version(self, key: str, tag: str) -> None:
-        """Deletes by a signed address, since obstore has no condition for this and signs the headers that it sends.
-
-        A shared access signature, or an identity that may not sign, cannot make such an address. Then the version is
-        checked right before the object is deleted.
-        """
-        signed = self._signed(key)
-        if signed is None or not self._delete_if_match(signed, tag, key):
-            found = self._describe(key)
-            if found is not None and found[1] != tag:
-                raise Conflict(f"{self.uri}/{key} was written by somebody else")
-            self._delete(self._client, key)
-
-    def _signed(self, key: str) -> str | None:
-        seconds = timedelta(seconds=max(60.0, 2 * self._options.timeout_seconds))
-        try:
-            return str(self._ask(obstore.sign, self._client, "DELETE", self._root + key, seconds))
-        except FAILURES:
-            return None
-
-    def _delete_if_match(self, address: str, tag: str, key: str) -> bool:
-        """Whether the service took the signature.
-
-        Raises:
-            Conflict: The object has another tag, or is gone.
-        """
-        request = Request(address, method="DELETE", headers={"If-Match": tag, "x-ms-version": _API})  # noqa: S310
-        for pause in (*_PAUSES, None):
-            try:
-                with urlopen(request, timeout=self._options.timeout_seconds):  # noqa: S310 - obstore made the address
-                    return True
-            except HTTPError as error:
-                with error:
-                    if error.code in {HTTPStatus.PRECONDITION_FAILED, HTTPStatus.NOT_FOUND}:
-                        raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
-                    if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code != HTTPStatus.TOO_MANY_REQUESTS:
-                        return False
-            except (OSError, HTTPException):
-                pass
-            if pause is not None:
-                time.sleep(pause)
-        raise Unreachable(f"{self.uri}/{key}: cannot delete: the store does not answer")
-
-
-def _is_beyond(key: str, folder: str, name: str) -> bool:
-    """Whether no key that begins with `folder/name` can follow `key` in a listing of `folder`.
-
-    Said only if it is true in each order that servers may have: by whole keys or folder by folder, and by UTF-8 (as
-    Python compares) or UTF-16.
-    """
-    found = key.removeprefix(f"{folder}/" if folder else "").partition("/")[0]
-    later = found > name and found.encode("utf-16-be") > name.encode("utf-16-be")
-    return later and not found.startswith(name)
-
-
 def _check(digest: str, wanted: set[str | None], seen: set[str]) -> None:
-    """Raises `_OtherContent` if content does not fit its metadata, unless it arrived like this before."""
+    """Raises `OtherContent` if content does not fit its metadata, unless it arrived like this before."""
     if not wanted <= {None, digest} and digest not in seen:
         seen.add(digest)
-        raise _OtherContent
-
-
-def _body(found: Any) -> bytes:
-    """The content behind an answer.
-
-    Raises:
-        _OtherContent: It broke off.
-    """
-    try:
-        return bytes(_ask_once(found.bytes))
-    except FAILURES as error:
-        if not is_transient(error):
-            raise
-        raise _OtherContent from error
-
-
-def _ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """Calls obstore, which keeps the interpreter from running signal handlers while it waits: not in the main thread.
-
-    A signal to stop would be noticed minutes late by a main thread that waits for a store that does not answer.
-
-    Raises:
-        Missing: In place of obstore's FileNotFoundError.
-        SettingsError: The cloud's own variables make no sense.
-    """
-    try:
-        if threading.current_thread() is not threading.main_thread():
-            return function(*given, **options)
-        try:
-            answer = in_thread(lambda: function(*given, **options), "obstore")
-        except RuntimeError:  # at interpreter shutdown no new thread can be started
-            return function(*given, **options)
-        return answer.result()
-    except FileNotFoundError as error:
-        raise Missing(str(error)) from None
-    except BaseException as error:
-        # That of a Rust library for what it could not make sense of, which has no importable class.
-        if type(error).__name__ != "PanicException":
-            raise
-        what = "make no sense to obstore; correct GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT, and the credentials"
-        raise SettingsError([Problem("the cloud's own variables", what)]) from None
+        raise OtherContent

@@ -1,0 +1,87 @@
+"""Object stores in Azure Blob Storage: `az://container/prefix`.
+
+The account and its credentials come from Azure's own variables, which obstore reads itself: AZURE_STORAGE_ACCOUNT_NAME,
+and one of AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, AKS's workload identity (AZURE_CLIENT_ID,
+AZURE_TENANT_ID, AZURE_FEDERATED_TOKEN_FILE, which AKS sets), a service principal's AZURE_CLIENT_SECRET, or the
+machine's identity. Another server or cloud: AZURE_STORAGE_ENDPOINT, and AZURE_AUTHORITY_HOST for where tokens come
+from. obstore reads no AZURE_STORAGE_CONNECTION_STRING: the command line takes it apart (`azure_account.py`).
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from http import HTTPStatus
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import obstore
+from obstore.store import AzureStore as AzureClient
+
+from job.errors import Unreachable
+from job.storage.base import attempts, conflict
+from job.storage.obstore_errors import FAILURES
+from job.storage.obstore_store import ObstoreStore
+
+# Version of Azure's protocol, of the one request that obstore does not send.
+_API = "2023-11-03"
+
+
+class AzureStore(ObstoreStore):
+    """An `ObjectStore` in Azure Blob Storage. A tag is the ETag, which no two writes share."""
+
+    scheme = "az"
+    # Accounts with a hierarchical namespace list folder by folder: `a/b` before `a-b`.
+    sorted_by_key = False
+
+    def _make(self, **options: Any) -> Any:
+        return AzureClient(self._bucket, **options)
+
+    def _tag(self, meta: Any) -> str | None:
+        tag: str | None = meta.get("e_tag")
+        return tag
+
+    def _update(self, tag: str) -> dict[str, str]:
+        return {"e_tag": tag}
+
+    def _delete_version(self, key: str, tag: str) -> None:
+        """Deletes by a signed address, since obstore has no condition for this and signs the headers that it sends.
+
+        A shared access signature, or an identity that may not sign, cannot make such an address. Then the version is
+        checked right before the object is deleted.
+        """
+        signed = self._signed(key)
+        if signed is None or not self._delete_if_match(signed, tag, key):
+            found = self._describe(key)
+            if found is not None and found[1] != tag:
+                raise conflict(f"{self.uri}/{key}")
+            self._delete(self._client, key)
+
+    def _signed(self, key: str) -> str | None:
+        seconds = timedelta(seconds=max(60.0, 2 * self._options.timeout_seconds))
+        try:
+            return str(self._ask(obstore.sign, self._client, "DELETE", self._root + key, seconds))
+        except FAILURES:
+            return None
+
+    def _delete_if_match(self, address: str, tag: str, key: str) -> bool:
+        """Whether the service took the signature.
+
+        Raises:
+            Conflict: The object has another tag, or is gone.
+        """
+        request = Request(address, method="DELETE", headers={"If-Match": tag, "x-ms-version": _API})  # noqa: S310
+        for _ in attempts():
+            try:
+                with urlopen(request, timeout=self._options.timeout_seconds):  # noqa: S310 - obstore made the address
+                    return True
+            except HTTPError as error:
+                with error:
+                    if error.code in {HTTPStatus.PRECONDITION_FAILED, HTTPStatus.NOT_FOUND}:
+                        raise conflict(f"{self.uri}/{key}") from None
+                    if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code != HTTPStatus.TOO_MANY_REQUESTS:
+                        return False
+            except (OSError, HTTPException):
+                pass
+        raise Unreachable(f"{self.uri}/{key}: cannot delete: the store does not answer")

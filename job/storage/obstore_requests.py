@@ -1,0 +1,87 @@
+"""Requests by obstore: off the main thread, repeated where obstore itself gives up, bodies checked for their end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+from job.common.threads import in_thread
+from job.errors import Problem, SettingsError
+from job.storage import base
+from job.storage.obstore_errors import FAILURES, Missing, is_transient, repetitions
+
+
+class OtherContent(Exception):
+    """An object is not what an answer before said: it was changed, or the answer arrived damaged."""
+
+
+def ask(function: Callable[..., Any], *given: Any, retries: int, **options: Any) -> Any:
+    """Sends a request that may be repeated; it is, also where obstore gives up, such as when an answer was cut.
+
+    Raises:
+        Missing: In place of obstore's FileNotFoundError.
+        PreconditionError: A condition does not hold.
+        SettingsError: The cloud's own variables make no sense.
+    """
+    tries = 0
+    while True:
+        try:
+            return ask_once(function, *given, **options)
+        except (AlreadyExistsError, PreconditionError, Missing):
+            raise
+        except FAILURES as error:
+            tries = count_tries(tries, error, retries)
+
+
+def count_tries(tries: int, error: BaseException, retries: int) -> int:
+    """The number of tries of a request, those of obstore included, after a pause; raises `error` after the last."""
+    tries += 1 + repetitions(error)
+    if tries >= retries or not is_transient(error):
+        raise error
+    time.sleep(min(base.PAUSES[0] * 2**tries, base.PAUSES[-1]))
+    return tries
+
+
+def ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """Calls obstore, which keeps the interpreter from running signal handlers while it waits: not in the main thread.
+
+    A signal to stop would be noticed minutes late by a main thread that waits for a store that does not answer.
+
+    Raises:
+        Missing: In place of obstore's FileNotFoundError.
+        SettingsError: The cloud's own variables make no sense.
+    """
+    try:
+        if threading.current_thread() is not threading.main_thread():
+            return function(*given, **options)
+        try:
+            answer = in_thread(lambda: function(*given, **options), "obstore")
+        except RuntimeError:  # at interpreter shutdown no new thread can be started
+            return function(*given, **options)
+        return answer.result()
+    except FileNotFoundError as error:
+        raise Missing(str(error)) from None
+    except BaseException as error:
+        # That of a Rust library for what it could not make sense of, which has no importable class.
+        if type(error).__name__ != "PanicException":
+            raise
+        what = "make no sense to obstore; correct GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT, and the credentials"
+        raise SettingsError([Problem("the cloud's own variables", what)]) from None
+
+
+def read_body(found: Any) -> bytes:
+    """The content behind an answer.
+
+    Raises:
+        OtherContent: It broke off.
+    """
+    try:
+        return bytes(ask_once(found.bytes))
+    except FAILURES as error:
+        if not is_transient(error):
+            raise
+        raise OtherContent from error
