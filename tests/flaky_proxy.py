@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that spoils a share of the requests, in every way that a network knows."""
+"""A proxy in front of a store's server that spoils a share of the requests, in every way that a network knows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-WAYS = ("500", "503", "reset", "lost answer", "truncated", "stall")
+WAYS = ("429", "500", "503", "reset", "lost answer", "truncated", "stall")
+DAMAGES = ("short", "long", "other tag")
+"""Ways that no network has: a body of another length than its headers say, and a tag that is not the object's."""
 
 
 @dataclass
@@ -24,12 +26,32 @@ class Flaky:
     done: Counter[str] = field(default_factory=Counter)
 
 
+def _damaged(way: str, content: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, str]]:
+    """An answer with another body, or another tag; as it is where the way is none of `DAMAGES`."""
+    if way in {"short", "long"} and content:
+        other = content[:-1] if way == "short" else content + b"x"
+        return other, {name: value for name, value in headers.items() if name.lower() != "content-length"}
+    if way == "other tag":
+        return content, {name: '"other"' if name.lower() == "etag" else value for name, value in headers.items()}
+    return content, headers
+
+
 @contextmanager
-def flaky(upstream: str, *, share: float, stall_seconds: float, seed: int = 0) -> Iterator[Flaky]:
-    """Runs the proxy; `share` of the requests go wrong, a stall keeps silent for so long."""
+def flaky(
+    upstream: str, *, share: float, stall_seconds: float, seed: int = 0, ways: Sequence[str] = WAYS
+) -> Iterator[Flaky]:
+    """Runs the proxy; `share` of the requests go wrong in one of `ways`, a stall keeps silent for so long."""
+    draw, lock = random.Random(seed), threading.Lock()
+
+    def next_way() -> str:
+        with lock:
+            way = draw.choice(ways) if draw.random() < share else "passed"
+            state.done[way] += 1
+        return way
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     state = Flaky(f"http://127.0.0.1:{server.server_address[1]}")
-    server.RequestHandlerClass = _handler(upstream, state, share, stall_seconds, random.Random(seed))
+    server.RequestHandlerClass = _handler(upstream, stall_seconds, next_way)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -42,10 +64,10 @@ def flaky(upstream: str, *, share: float, stall_seconds: float, seed: int = 0) -
 
 
 def _handler(  # noqa: C901 - one small handler class, with its ways to go wrong
-    upstream: str, state: Flaky, share: float, stall_seconds: float, draw: random.Random
+    upstream: str, stall_seconds: float, next_way: Callable[[], str]
 ) -> type[BaseHTTPRequestHandler]:
     """The handler of one proxy."""
-    target, lock = urlsplit(upstream), threading.Lock()
+    target = urlsplit(upstream)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -53,10 +75,8 @@ def _handler(  # noqa: C901 - one small handler class, with its ways to go wrong
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            with lock:
-                way = draw.choice(WAYS) if draw.random() < share else "passed"
-                state.done[way] += 1
-            if way in {"500", "503"}:
+            way = next_way()
+            if way.isdecimal():
                 self._answer(int(way), b"", {})
             elif way in {"reset", "stall"}:
                 time.sleep(stall_seconds if way == "stall" else 0)
@@ -69,7 +89,7 @@ def _handler(  # noqa: C901 - one small handler class, with its ways to go wrong
             if way == "lost answer":
                 self.close_connection = True
             else:
-                self._answer(status, content, headers, cut=way == "truncated" and len(content) > 1)
+                self._answer(status, *_damaged(way, content, headers), cut=way == "truncated" and len(content) > 1)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any  # noqa: N815 - http.server's names
 

@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     platform = current_platform()
-    os.environ.update(azure_variables(environment()))
+    for name, value in azure_variables(environment()).items():
+        os.environ[name] = value  # for obstore
     # Before the settings are read: errors in them are log lines, too.
     asked = environment().get("JOB_LOG__FORMAT", "")
     log.configure(asked if asked in {"json", "console"} else "auto", "info", secrets())

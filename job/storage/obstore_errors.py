@@ -9,13 +9,28 @@ from __future__ import annotations
 import re
 from http import HTTPStatus
 
-from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    InvalidPathError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 
 from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachable
 from job.storage.base import NotSupported
 
 ABSENT = {"NoSuchKey", "BlobNotFound", "ResourceNotFound"}
 """Error codes with which the stores themselves say that there is no such object."""
+# Error codes and words of a retention policy or a legal hold. Azure's come with the status of a conflict.
+_HELD_CODES = {
+    "BlobImmutableDueToLegalHold",
+    "BlobImmutableDueToPolicy",
+    "ObjectUnderActiveHold",
+    "RetentionPolicyNotMet",
+}
+_HELD_WORDS = "is immutable due to"
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
 # Client errors by their status, but transient.
 _TRANSIENT_CODES = {
@@ -60,6 +75,8 @@ _REPEATED = re.compile(r"after (\d+) retries")
 _DENIED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _UNKNOWN_REQUEST = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}
 _STATUS = re.compile(r"status code: (\d{3})")
+# Azure's objects are deleted by a batch, whose answers are told in other words.
+_BATCH_STATUS = re.compile(r"Bulk delete request failed for key .*\(code: (\d{3})\)\s*$", re.DOTALL)
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _PASSWORD, _QUERY = re.compile(r"(?<=://)[^\s/@]*@"), re.compile(r"(?<=[^\s])\?\S*")
 _MAX_WORDS = 300
@@ -79,6 +96,17 @@ def code(error: BaseException) -> str:
     return found[1] if found else ""
 
 
+def is_held(error: BaseException) -> bool:
+    """Whether a retention policy or a legal hold forbids to replace or delete an object."""
+    return code(error) in _HELD_CODES or _HELD_WORDS in _first(error)
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether a condition does not hold; the stores have other conflicts: a hold, a container that is being deleted."""
+    refused = isinstance(error, (AlreadyExistsError, PreconditionError))
+    return refused and not is_held(error) and code(error) not in _TRANSIENT_CODES
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether asking again may help: no answer, a cut one, a server's failure, or too many requests."""
     return type(translate(error, "")) is Unreachable
@@ -94,24 +122,35 @@ def translate(error: BaseException, what: str) -> JobError:
     """Return the job's error for one of `FAILURES`, `what` being what was tried."""
     if (problem := next((problem for words, problem in _WRONG.items() if words in _first(error)), None)) is not None:
         return SettingsError([problem])
-    found = _STATUS.search(str(error))
+    found = _STATUS.search(str(error)) or _BATCH_STATUS.search(_first(error))
     return _translate(error, what, int(found[1]) if found else 0)
 
 
 def _translate(error: BaseException, what: str, status: int) -> JobError:
     words = f"{what}: {_words(error)}"
-    if _is_about_credentials(error, status):
-        variables = "GOOGLE_APPLICATION_CREDENTIALS (gs://) or AZURE_STORAGE_ACCOUNT_KEY (az://)"
-        return AccessDenied(f"{words}; set {variables}, or give the machine or pod an identity of the cloud")
+    if (remedy := _denied(error, status)) is not None:
+        return AccessDenied(f"{words}{remedy}")
     if status in _UNKNOWN_REQUEST:
         return NotSupported([Problem(what, f"the store does not know this request: {_words(error)}")])
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR or code(error) in _TRANSIENT_CODES:
         return Unreachable(words)
-    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in _DENIED:
-        return AccessDenied(words)
     if (wrong := _wrong(error, status)) is not None:
         return SettingsError([Problem(what, wrong)])
     return Unreachable(words)
+
+
+def _denied(error: BaseException, status: int) -> str | None:
+    """What to do about it where access is denied; None where it is not."""
+    if _is_about_credentials(error, status):
+        variables = "GOOGLE_APPLICATION_CREDENTIALS (gs://) or AZURE_STORAGE_ACCOUNT_KEY (az://)"
+        return f"; set {variables}, or give the machine or pod an identity of the cloud"
+    if is_held(error):
+        held = (
+            "; a retention policy or a legal hold keeps the object, and the job replaces and deletes objects of its own"
+        )
+        return f"{held}: take another bucket or container, or exempt this prefix"
+    denied = isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in _DENIED
+    return "" if denied else None
 
 
 def _wrong(error: BaseException, status: int) -> str | None:

@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from obstore.exceptions import AlreadyExistsError, PreconditionError
-
 from job.common.threads import in_thread
 from job.errors import Problem, SettingsError
 from job.storage import base
-from job.storage.obstore_errors import FAILURES, Missing, is_transient, repetitions
+from job.storage.obstore_errors import FAILURES, Missing, is_refused, is_transient, repetitions
 
 
 class OtherContent(Exception):
@@ -31,9 +29,9 @@ def ask(function: Callable[..., Any], *given: Any, retries: int, **options: Any)
     while True:
         try:
             return ask_once(function, *given, **options)
-        except (AlreadyExistsError, PreconditionError, Missing):
-            raise
         except FAILURES as error:
+            if is_refused(error) or isinstance(error, Missing):
+                raise
             tries = count_tries(tries, error, retries)
 
 

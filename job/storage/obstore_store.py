@@ -22,7 +22,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, PreconditionError
+from obstore.exceptions import PreconditionError
 
 from job.common.hashing import hash_file
 from job.errors import Problem, SettingsError, Unreachable
@@ -48,7 +48,7 @@ from job.storage.base import (
     probe,
 )
 from job.storage.location import Location, StorageOptions
-from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, repetitions, translate
+from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_refused, repetitions, translate
 from job.storage.obstore_listing import entries
 from job.storage.obstore_requests import OtherContent, ask, ask_once, count_tries, read_body
 
@@ -247,7 +247,10 @@ class ObstoreStore:
                         mode=mode,
                         use_multipart=False,
                     )
-                except (AlreadyExistsError, PreconditionError, Missing) as error:
+                except FAILURES as error:
+                    if not is_refused(error) and not isinstance(error, Missing):
+                        tries = count_tries(tries, error, self._options.retries)
+                        continue
                     # A 404 says that a version is gone only where a version was asked for, and the store confirms it.
                     missing = isinstance(error, Missing)
                     if mode == "overwrite" or (missing and (mode == "create" or self._get(key) is not None)):
@@ -255,8 +258,6 @@ class ObstoreStore:
                     if tries + repetitions(error) > 0 and (tag := own()) is not None:
                         return tag
                     raise conflict(f"{self.uri}/{key}") from None
-                except FAILURES as error:
-                    tries = count_tries(tries, error, self._options.retries)
                 else:
                     # An answer without a version: the present content shows whether the write took place.
                     if (tag := self._tag(put) or own()) is not None:

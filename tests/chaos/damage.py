@@ -369,8 +369,10 @@ def _placed(output: Path, server: _Server | None) -> Iterator[tuple[str, Callabl
     options = clouds.options(server.kind, dict(server.environ))
 
     def put() -> None:
-        for path in (path for path in _files(output) if "/.store/" not in path):  # what a local store keeps for itself
-            open_store(where, options).upload(output / path, path)
+        store = open_store(where, options)
+        for path in _files(output):
+            if ".store" not in Path(path).parts:  # what a local store keeps for itself
+                store.upload(output / path, path)
 
     def fetch() -> None:
         store = open_store(where, options)

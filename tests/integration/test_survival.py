@@ -13,12 +13,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import boto3
 import pytest
 
 from job.common.hashing import sealed
@@ -26,12 +25,9 @@ from job.results.reader import open_run, read_bytes
 from job.runs.layout import facts_of
 from job.storage.open import open_store
 from job.verification.verify import require_verified, verify
-from tests import warm
-from tests.azurite import azurite
+from tests import clouds, warm
 from tests.chaos.small import settings
 from tests.flaky_proxy import flaky
-from tests.gcs_server import gcs_server
-from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 
 ROOT = Path(__file__).parents[2]
 NAMING_THE_DATA = {"artifacts/adapter/README.md", "artifacts/bom.cdx.json"}
@@ -264,63 +260,19 @@ def test_two_attempts_at_once(environment: dict[str, str], undisturbed: dict[str
 
 
 @pytest.mark.long
-def test_store_that_fails(environment: dict[str, str], undisturbed: dict[str, str]) -> None:
-    """With everything on an S3 server that spoils a fifth of all requests a run completes, with the same numbers."""
-    with credentials(), moto_server() as url, flaky(url, share=0.2, stall_seconds=30, seed=1) as proxy:
-        client = boto3.client("s3", endpoint_url=url)
-        folder = Path(environment["JOB_DATA__SOURCE"]).parent
-        for path in [*(folder / "base").iterdir(), folder / "rows.jsonl", folder / "questions.jsonl"]:
-            client.upload_file(str(path), BUCKET, f"in/{path.relative_to(folder).as_posix()}")
-        done = attempt(
-            environment,
-            **CREDENTIALS,
-            JOB_RUN__ID="flaky",
-            JOB_RUN__OUTPUT=f"s3://{BUCKET}/out",
-            JOB_MODEL__ID=f"s3://{BUCKET}/in/base",
-            JOB_DATA__SOURCE=f"s3://{BUCKET}/in/rows.jsonl",
-            JOB_EVAL__DATA=f"arc_easy=s3://{BUCKET}/in/questions.jsonl",
-            JOB_STORAGE__ENDPOINT_URL=proxy.url,
-            JOB_STORAGE__TIMEOUT_SECONDS="2",
-            JOB_STORAGE__RETRIES="10",
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        results = json.loads(client.get_object(Bucket=BUCKET, Key="out/flaky/results.json")["Body"].read())
-        found = facts_of(results)
-        assert found.keys() == undisturbed.keys()
-        changed = {path for path in found if found[path] != undisturbed[path]}
-        assert changed <= NAMING_THE_DATA
-        for artifact in results["artifacts"]:
-            body = client.get_object(Bucket=BUCKET, Key=f"out/flaky/{artifact['path']}")["Body"].read()
-            assert hashlib.sha256(body).hexdigest() == artifact["sha256"], artifact["path"]
-        spoiled = sum(proxy.done.values()) - proxy.done["passed"]
-        assert spoiled > 10, proxy.done
-
-
-@contextmanager
-def cloud(scheme: str, folder: Path) -> Iterator[tuple[str, str]]:
-    """The imitation of a cloud's store: the variable that leads to it, and its address."""
-    if scheme == "gs":
-        with gcs_server():
-            yield "GOOGLE_BASE_URL", os.environ["GOOGLE_BASE_URL"]
-    else:
-        with azurite(folder) as url:
-            yield "AZURE_STORAGE_ENDPOINT", url
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("scheme", ["gs", "az"])
-def test_clouds_that_fail(
-    environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path, scheme: str
-) -> None:
+@pytest.mark.parametrize("kind", clouds.SCHEMES)
+def test_stores_that_fail(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path, kind: str) -> None:
     """Killed and stopped, with everything in a cloud's store that spoils a tenth of all requests, a run completes."""
-    folder, place = Path(environment["JOB_DATA__SOURCE"]).parent, f"{scheme}://{BUCKET}"
-    with cloud(scheme, tmp_path) as (variable, url):
-        store = open_store(f"{place}/in")
+    folder, place = Path(environment["JOB_DATA__SOURCE"]).parent, clouds.place(kind)
+    with clouds.imitation(kind, tmp_path) as reach:
+        options = clouds.options(kind, reach)
+        store = open_store(f"{place}/in", options)
         for path in [*(folder / "base").iterdir(), folder / "rows.jsonl", folder / "questions.jsonl"]:
             store.upload(path, path.relative_to(folder).as_posix())
-        address = urlsplit(url)
+        address = urlsplit(reach[clouds.ADDRESS[kind]])
         with flaky(f"http://{address.netloc}", share=0.1, stall_seconds=30, seed=1) as proxy:
             changes = {
+                **reach,
                 "JOB_RUN__ID": "hit",
                 "JOB_RUN__OUTPUT": f"{place}/out",
                 "JOB_MODEL__ID": f"{place}/in/base",
@@ -329,7 +281,7 @@ def test_clouds_that_fail(
                 "JOB_STORAGE__TIMEOUT_SECONDS": "2",
                 "JOB_STORAGE__RETRIES": "10",
                 "JOB_FAULT": "kill@step=4,kill@upload=5,sigterm@step=9",
-                variable: f"{proxy.url}{address.path}",
+                clouds.ADDRESS[kind]: f"{proxy.url}{address.path}",
             }
             codes = []
             while not codes or codes[-1] != 0:
@@ -338,7 +290,7 @@ def test_clouds_that_fail(
                 assert done.returncode in {0, 75, -9}, done.stderr[-3000:]
                 assert len(codes) < 9
         assert (codes.count(-9), codes.count(75)) == (2, 1)
-        run = open_run(f"{place}/out/hit")
+        run = open_run(f"{place}/out/hit", options)
         (tmp_path / "work").mkdir()
         require_verified(verify(run, tmp_path / "work"))
         found = facts_of(json.loads(read_bytes(run)))
