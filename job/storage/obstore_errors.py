@@ -145,9 +145,7 @@ def _denied(error: BaseException, status: int) -> str | None:
         variables = "GOOGLE_APPLICATION_CREDENTIALS (gs://) or AZURE_STORAGE_ACCOUNT_KEY (az://)"
         return f"; set {variables}, or give the machine or pod an identity of the cloud"
     if is_held(error):
-        held = (
-            "; a retention policy or a legal hold keeps the object, and the job replaces and deletes objects of its own"
-        )
+        held = "; a retention policy or a legal hold keeps the object, and the job replaces some of its own"
         return f"{held}: take another bucket or container, or exempt this prefix"
     denied = isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in _DENIED
     return "" if denied else None

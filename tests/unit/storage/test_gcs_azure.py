@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -555,77 +556,6 @@ def test_a_key_for_encryption_is_not_ignored(tmp_path: Path, scheme: str) -> Non
                 verbs(store, tmp_path)[verb]()
 
 
-@pytest.mark.parametrize(
-    ("scheme", "variables", "error", "words"),
-    [
-        ("gs", {"GOOGLE_APPLICATION_CREDENTIALS": "/nowhere.json"}, AccessDenied, "/nowhere.json"),
-        ("gs", {"GOOGLE_BEARER_TOKEN": "x", "GOOGLE_BASE_URL": "nonsense"}, SettingsError, "GOOGLE_BASE_URL"),
-        ("gs", {"GOOGLE_BEARER_TOKEN": "a\nb", "GOOGLE_BASE_URL": "http://127.0.0.1:9"}, SettingsError, "credentials"),
-        ("az", {}, SettingsError, "AZURE_STORAGE_ACCOUNT_NAME: is not set"),
-        ("az", {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_STORAGE_ACCOUNT_KEY": "?"}, AccessDenied, "Access Key"),
-        (
-            "az",
-            {
-                "AZURE_STORAGE_ACCOUNT_NAME": "a",
-                "AZURE_CLIENT_ID": "c",
-                "AZURE_TENANT_ID": "t",
-                "AZURE_FEDERATED_TOKEN_FILE": "/nowhere",
-            },
-            AccessDenied,
-            "federated token file",
-        ),
-        (
-            "az",
-            {
-                "AZURE_STORAGE_ACCOUNT_NAME": "a",
-                "AZURE_STORAGE_ENDPOINT": "ftp://user:hunter2@host",
-                "AZURE_STORAGE_ACCOUNT_KEY": "QUFB",
-            },
-            SettingsError,
-            "AZURE_STORAGE_ENDPOINT",
-        ),
-    ],
-)
-def test_the_clouds_own_variables(
-    monkeypatch: pytest.MonkeyPatch, scheme: str, variables: dict[str, str], error: type[JobError], words: str
-) -> None:
-    """Missing or wrong credentials are named in the cloud's own words, with the code of denied access or settings."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(error, match=words) as caught:
-        opened(scheme, timeout_seconds=0.5).read("a")
-    assert "hunter2" not in str(caught.value)
-
-
-@pytest.mark.parametrize("status", [400, 403, 503])
-def test_a_token_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int) -> None:
-    """Where the identity is refused a token, access is denied; where the service only fails, it is tried later."""
-    (tmp_path / "token").write_text("federated")
-    with server(lambda request: request.answer(status, b'{"error": "x"}')) as url:
-        for name, value in {
-            "AZURE_STORAGE_ACCOUNT_NAME": "a",
-            "AZURE_CLIENT_ID": "c",
-            "AZURE_TENANT_ID": "t",
-            "AZURE_FEDERATED_TOKEN_FILE": str(tmp_path / "token"),
-            "AZURE_AUTHORITY_HOST": url,
-        }.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(Unreachable if status == 503 else AccessDenied, match="token request"):
-            opened("az", timeout_seconds=1).read("a")
-
-
-def test_a_signature_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shared access signature, which is a part of the address, gets into no message."""
-    with answering("az", lambda request: request.refuse(403, "AuthenticationFailed")):
-        monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
-        monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=2023-11-03&sig=hunter2")
-        store = opened("az")
-        for attempt in (lambda: store.read("a"), lambda: list(store.list()), lambda: store.delete("a", if_tag="x")):
-            with pytest.raises(AccessDenied) as caught:
-                attempt()
-            assert "hunter2" not in str(caught.value)
-
-
 def test_a_version_is_deleted_without_a_signed_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An identity that cannot sign an address still deletes only the version that it means."""
     with azurite(tmp_path):
@@ -637,3 +567,108 @@ def test_a_version_is_deleted_without_a_signed_address(monkeypatch: pytest.Monke
             store.delete("a", if_tag=old)
         store.delete("a", if_tag=new)
         assert store.read("a") is None
+
+
+@pytest.mark.parametrize(
+    ("scheme", "status", "name"), [("gs", 403, "RetentionPolicyNotMet"), ("az", 409, "BlobImmutableDueToPolicy")]
+)
+@pytest.mark.parametrize("condition", [{}, {"if_absent": True}, {"if_tag": "1"}])
+def test_a_hold_is_no_conflict(scheme: str, status: int, name: str, condition: dict[str, Any]) -> None:
+    """What a retention policy or a legal hold forbids is denied, with words, and no race that was lost."""
+    with (
+        answering(scheme, lambda request: request.refuse(status, name)),
+        pytest.raises(AccessDenied, match="a retention policy or a legal hold"),
+    ):
+        opened(scheme, retries=3).write("a", b"x", **condition)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "expected"),
+    [
+        (403, "AuthorizationPermissionMismatch", AccessDenied),
+        (409, "the blob is immutable due to a policy", AccessDenied),
+        (503, "ServerBusy", Unreachable),
+    ],
+)
+def test_a_refused_delete_of_azure(status: int, said: str, expected: type[JobError]) -> None:
+    """Azure's objects are deleted by a batch, and the answer within the batch decides."""
+    part = f"Content-Type: application/http\r\nContent-ID: 0\r\n\r\nHTTP/1.1 {status} {said}\r\n\r\n"
+    body = f"--x\r\n{part}\r\n--x--\r\n".encode()
+    with (
+        answering("az", lambda request: request.answer(202, body, Content_Type="multipart/mixed; boundary=x")),
+        pytest.raises(JobError) as caught,
+    ):
+        opened("az").delete("a (code: 500)")
+    assert type(caught.value) is expected
+
+
+def azure_page(names: Sequence[str], folder: str = "") -> bytes:
+    """A listing of Azure's with these blobs, and one that stands for a folder of a hierarchical namespace."""
+    entries = [(name, "", "1") for name in names]
+    entries += [(folder, "<ResourceType>directory</ResourceType>", "0")] if folder else []
+    blobs = "".join(
+        f"<Blob><Name>run/{name}</Name><Properties><Last-Modified>{DATE}</Last-Modified><Content-Length>{size}"
+        f"</Content-Length><Content-Type>text/plain</Content-Type><Etag>1</Etag>{kind}</Properties></Blob>"
+        for name, kind, size in entries
+    )
+    return f"<EnumerationResults><Blobs>{blobs}</Blobs><NextMarker/></EnumerationResults>".encode()
+
+
+def test_accounts_that_list_folder_by_folder() -> None:
+    """A hierarchical namespace lists `a/b` before `a-b`, and folders as well: sorted by key, files alone."""
+    page = azure_page(["a/b", "a/c/d", "a-b", "\U0001f600", "\uf000"], folder="a")
+    with answering("az", lambda request: request.answer(200, page)):
+        assert [info.key for info in opened("az").list()] == ["a-b", "a/b", "a/c/d", "\uf000", "\U0001f600"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_long_listing_takes_little_memory(scheme: str) -> None:
+    """Of 200,000 keys Python holds a few MiB at a time, whatever the order in which the server lists them."""
+    pages = iter(range(200))
+
+    def answer(request: Request) -> None:
+        number = next(pages)
+        request.answer(200, azure(number) if scheme == "az" else google(number))
+
+    def azure(number: int) -> bytes:
+        rest = b"<NextMarker>more</NextMarker>" if number < 199 else b""
+        return azure_page([f"{199 - number:03}/{entry:04}" for entry in range(1000)]).replace(b"<NextMarker/>", rest)
+
+    def google(number: int) -> bytes:
+        rest = "<NextContinuationToken>x</NextContinuationToken>" if number < 199 else ""
+        entries = "".join(
+            f"<Contents><Key>run/{number:03}/{entry:04}</Key><Size>1</Size>"
+            "<LastModified>2026-11-29T12:54:09.000Z</LastModified></Contents>"
+            for entry in range(1000)
+        )
+        return f"<ListBucketResult>{entries}{rest}</ListBucketResult>".encode()
+
+    with answering(scheme, answer):
+        store = opened(scheme)
+        tracemalloc.start()
+        try:
+            found = sum(1 for _ in store.list())
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert found == 200_000
+    assert most < 8 * MIB
+
+
+def test_a_listing_of_azure_that_never_ends_or_fails() -> None:
+    """Pages that come again and again are found out, and a listing that fails is begun anew, each key once."""
+    page, requests = azure_page([f"{n:03}" for n in range(1000)]), [0]
+    endless = page.replace(b"<NextMarker/>", b"<NextMarker>more</NextMarker>")
+    with (
+        answering("az", lambda request: request.answer(200, endless)),
+        pytest.raises(Unreachable, match="the same page"),
+    ):
+        list(opened("az").list())
+
+    def fails_once(request: Request) -> None:
+        requests[0] += 1
+        request.answer(200, endless if requests[0] == 1 else b"<Enum" if requests[0] == 2 else page)
+
+    with answering("az", fails_once):
+        assert [info.key for info in opened("az", retries=3).list()] == [f"{n:03}" for n in range(1000)]

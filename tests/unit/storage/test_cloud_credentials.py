@@ -1,0 +1,187 @@
+"""Where Google's and Azure's credentials come from, and what is said when they cannot be had."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from job.errors import AccessDenied, JobError, SettingsError, Unreachable
+from job.storage.azure_account import azure_variables
+from tests.s3_server import Request, server
+from tests.unit.storage.test_gcs_azure import answering, opened
+
+CONNECTION = "AZURE_STORAGE_CONNECTION_STRING"
+TOKEN = {"access_token": "given", "token_type": "Bearer", "expires_in": 3600, "expires_on": "4000000000"}
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mapping[str, str]:
+    """What the values of variables are made of: files with credentials."""
+    key = rsa.generate_private_key(65537, 2048).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    account = {"type": "service_account", "private_key": key.decode(), "private_key_id": "1", "client_email": "a@b.c"}
+    files = {"account": json.dumps(account), "federated": "of the cluster", "external": '{"type": "external_account"}'}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    return {name: str(tmp_path / name) for name in files}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "given", "proof"),
+    [
+        ("gs", {"GOOGLE_APPLICATION_CREDENTIALS": "{account}"}, "Bearer ey"),
+        ("gs", {"GCE_METADATA_HOST": "{host}"}, "Bearer given"),  # GKE's workload identity has the same service
+        ("gs", {"GOOGLE_BEARER_TOKEN": "given"}, "Bearer given"),
+        ("az", {"AZURE_STORAGE_ACCOUNT_KEY": "QUFB"}, "SharedKey acct:"),
+        ("az", {"AZURE_STORAGE_SAS_TOKEN": "?sv=1&sig=given"}, "/bucket/run/a?sv=1&sig=given"),
+        (
+            "az",
+            {
+                "AZURE_CLIENT_ID": "c",
+                "AZURE_TENANT_ID": "t",
+                "AZURE_FEDERATED_TOKEN_FILE": "{federated}",
+                "AZURE_AUTHORITY_HOST": "{url}",
+            },
+            "Bearer given",
+        ),
+        (
+            "az",
+            {
+                "AZURE_CLIENT_ID": "c",
+                "AZURE_TENANT_ID": "t",
+                "AZURE_CLIENT_SECRET": "s",
+                "AZURE_AUTHORITY_HOST": "{url}",
+            },
+            "Bearer given",
+        ),
+        ("az", {"AZURE_CLIENT_ID": "c", "AZURE_MSI_ENDPOINT": "{url}/oauth2/token"}, "Bearer given"),
+        ("az", {CONNECTION: "AccountName=acct;AccountKey=QUFB;BlobEndpoint={url}/"}, "SharedKey acct:"),
+        ("az", {CONNECTION: "BlobEndpoint={url};AccountName=acct;SharedAccessSignature=sv=1&sig=given"}, "sig=given"),
+    ],
+)
+def test_every_kind_of_credentials(
+    monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], scheme: str, given: dict[str, str], proof: str
+) -> None:
+    """By each of the clouds' own variables, files and services a request is proved."""
+    asked: list[tuple[str, str]] = []
+
+    def answer(request: Request) -> None:
+        if "token" in request.path:
+            request.answer(200, json.dumps({**TOKEN, "resource": "x"}).encode(), Content_Type="application/json")
+        else:
+            asked.append((request.headers.get("Authorization", ""), request.path))
+            request.refuse(404, "NoSuchKey" if scheme == "gs" else "BlobNotFound")
+
+    with server(answer) as url:
+        values = {**variables, "url": url, "host": url.partition("//")[2]}
+        environ = {name: value.format(**values) for name, value in given.items()}
+        if scheme == "gs":
+            environ["GOOGLE_BASE_URL"] = url
+        elif CONNECTION not in given:
+            environ |= {"AZURE_STORAGE_ENDPOINT": url, "AZURE_STORAGE_ACCOUNT_NAME": "acct"}
+        for name, value in {**environ, **azure_variables(environ)}.items():
+            monkeypatch.setenv(name, value)
+        assert opened(scheme, timeout_seconds=2).read("a") is None
+    assert any(proof in part for part in asked[0]), asked
+
+
+def test_connection_strings() -> None:
+    """A connection string names account, cloud and credentials; an account that is named beside it is the one."""
+    text = "DefaultEndpointsProtocol=https;AccountName=a;AccountKey=QUFB==;EndpointSuffix=core.chinacloudapi.cn;"
+    assert azure_variables({CONNECTION: text}) == {
+        "AZURE_STORAGE_ACCOUNT_NAME": "a",
+        "AZURE_STORAGE_ENDPOINT": "https://a.blob.core.chinacloudapi.cn",
+        "AZURE_STORAGE_ACCOUNT_KEY": "QUFB==",
+    }
+    signed = "BlobEndpoint=https://a.blob.core.windows.net/;SharedAccessSignature=?sv=1&sig=a%3D"
+    assert azure_variables({CONNECTION: signed}) == {
+        "AZURE_STORAGE_ACCOUNT_NAME": "a",
+        "AZURE_STORAGE_ENDPOINT": "https://a.blob.core.windows.net",
+        "AZURE_STORAGE_SAS_TOKEN": "sv=1&sig=a%3D",
+    }
+    for environ in ({}, {"AZURE_STORAGE_ACCOUNT_NAME": "b"}):
+        assert azure_variables({**environ, CONNECTION: text if environ else "nonsense"}) == {}
+
+
+def test_other_files_of_google_are_named(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> None:
+    """A file of a federated identity, which obstore does not know, is denied, with the kinds that it knows."""
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", variables["external"])
+    with pytest.raises(AccessDenied, match=r"external_account.*service_account"):
+        opened("gs")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "variables", "error", "words"),
+    [
+        ("gs", {"GOOGLE_APPLICATION_CREDENTIALS": "/nowhere.json"}, AccessDenied, "/nowhere.json"),
+        ("gs", {"GOOGLE_BEARER_TOKEN": "x", "GOOGLE_BASE_URL": "nonsense"}, SettingsError, "GOOGLE_BASE_URL"),
+        ("gs", {"GOOGLE_BEARER_TOKEN": "a\nb", "GOOGLE_BASE_URL": "http://127.0.0.1:9"}, SettingsError, "credentials"),
+        ("az", {}, SettingsError, "AZURE_STORAGE_ACCOUNT_NAME: is not set"),
+        ("az", {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_STORAGE_ACCOUNT_KEY": "?"}, AccessDenied, "Access Key"),
+        (
+            "az",
+            {
+                "AZURE_STORAGE_ACCOUNT_NAME": "a",
+                "AZURE_CLIENT_ID": "c",
+                "AZURE_TENANT_ID": "t",
+                "AZURE_FEDERATED_TOKEN_FILE": "/nowhere",
+            },
+            AccessDenied,
+            "federated token file",
+        ),
+        (
+            "az",
+            {
+                "AZURE_STORAGE_ACCOUNT_NAME": "a",
+                "AZURE_STORAGE_ENDPOINT": "ftp://user:hunter2@host",
+                "AZURE_STORAGE_ACCOUNT_KEY": "QUFB",
+            },
+            SettingsError,
+            "AZURE_STORAGE_ENDPOINT",
+        ),
+    ],
+)
+def test_the_clouds_own_variables(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, variables: dict[str, str], error: type[JobError], words: str
+) -> None:
+    """Missing or wrong credentials are named in the cloud's own words, with the code of denied access or settings."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(error, match=words) as caught:
+        opened(scheme, timeout_seconds=0.5).read("a")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [400, 403, 503])
+def test_a_token_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int) -> None:
+    """Where the identity is refused a token, access is denied; where the service only fails, it is tried later."""
+    (tmp_path / "token").write_text("federated")
+    with server(lambda request: request.answer(status, b'{"error": "x"}')) as url:
+        for name, value in {
+            "AZURE_STORAGE_ACCOUNT_NAME": "a",
+            "AZURE_CLIENT_ID": "c",
+            "AZURE_TENANT_ID": "t",
+            "AZURE_FEDERATED_TOKEN_FILE": str(tmp_path / "token"),
+            "AZURE_AUTHORITY_HOST": url,
+        }.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(Unreachable if status == 503 else AccessDenied, match="token request"):
+            opened("az", timeout_seconds=1).read("a")
+
+
+def test_a_signature_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared access signature, which is a part of the address, gets into no message."""
+    with answering("az", lambda request: request.refuse(403, "AuthenticationFailed")):
+        monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
+        monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=2023-11-03&sig=hunter2")
+        store = opened("az")
+        for attempt in (lambda: store.read("a"), lambda: list(store.list()), lambda: store.delete("a", if_tag="x")):
+            with pytest.raises(AccessDenied) as caught:
+                attempt()
+            assert "hunter2" not in str(caught.value)
