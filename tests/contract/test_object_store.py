@@ -24,6 +24,7 @@ from job.storage.base import Stored
 from job.storage.location import BACKENDS, LOCAL
 from job.storage.open import Conflict, ObjectStore, StorageOptions, TooLarge, check_key, fetch, open_store, size
 from tests.azurite import azurite
+from tests.fake_gcs import fake_gcs
 from tests.gcs_server import gcs_server
 from tests.s3_server import BUCKET, credentials, moto_server
 
@@ -65,6 +66,20 @@ def google() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def other_google(monkeypatch: pytest.MonkeyPatch, fake_google: dict[str, str]) -> None:
+    """An emulator that others wrote, where obstore looks for Google's."""
+    for name, value in fake_google.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def fake_google() -> Iterator[dict[str, str]]:
+    """The variables that lead to the emulator."""
+    with fake_gcs() as environ:
+        yield environ
+
+
 @pytest.fixture(scope="module")
 def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Azurite, where obstore looks for Azure."""
@@ -80,7 +95,7 @@ def cloud_place(scheme: str, fixture: Callable[[str], Any], server: str) -> Root
 
 Root = tuple[str, StorageOptions]
 """An empty place, and how to reach its store."""
-ADDED = "memory"
+ADDED, OTHER = "memory", "gs by another imitation"
 PLACES: dict[str, Callable[[Callable[[str], Any]], Root]] = {
     LOCAL: lambda fixture: (str(fixture("tmp_path") / "store"), StorageOptions()),
     "s3": lambda fixture: (
@@ -89,6 +104,7 @@ PLACES: dict[str, Callable[[Callable[[str], Any]], Root]] = {
     ),
     "gs": lambda fixture: cloud_place("gs", fixture, "google"),
     "az": lambda fixture: cloud_place("az", fixture, "azure"),
+    OTHER: lambda fixture: cloud_place("gs", fixture, "other_google"),
     ADDED: lambda _fixture: (f"{ADDED}://{uuid4().hex}/run", StorageOptions()),
 }
 """Scheme -> what makes an empty place, given the function that returns a fixture's value."""
@@ -104,7 +120,7 @@ def empty_place(scheme: str, fixture: Callable[[str], Any]) -> Root:
     return f"{place.rstrip('/')}/{uuid4().hex}", StorageOptions()
 
 
-@pytest.fixture(params=[*BACKENDS, ADDED])
+@pytest.fixture(params=[*BACKENDS, ADDED, OTHER])
 def root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Root:
     """An empty place in each store of the table, and in the one that is added."""
     if request.param == ADDED:
