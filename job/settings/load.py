@@ -89,6 +89,7 @@ def load_settings(
     faults = [
         *_processes(settings, environ),
         *_places(settings, request.platform),
+        *_clouds(settings),
         *_revisions(settings, request),
         *_tasks(settings),
         *_prompts(settings),
@@ -284,6 +285,16 @@ def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
         yield "storage.cache", why
 
 
+def _clouds(settings: Settings) -> Iterator[Fault]:
+    """Options of S3's stores in a run that has places in other clouds alone: they would do nothing, silently."""
+    schemes = set(re.findall(r"\b(s3|gs|az)(?=://)", settings.model_dump_json()))
+    own = " and ".join(f"{_OWN_ADDRESS[scheme]} for {scheme}://" for scheme in sorted(schemes - {"s3"}))
+    for name in ("endpoint_url", "kms_key_id", "request_payer"):
+        if own and "s3" not in schemes and getattr(settings.storage, name):
+            fix = f"; set {own} instead" if name == "endpoint_url" else "; remove it"
+            yield f"storage.{name}", f"is for s3:// alone, and this run has nothing there{fix}"
+
+
 def _deliveries(platform: Platform) -> Iterator[Problem]:
     """Folders for SageMaker that cannot be written: found now, not when the run is complete."""
     for folder in () if platform.delivery is None else (platform.delivery.model, platform.delivery.data):
@@ -291,6 +302,7 @@ def _deliveries(platform: Platform) -> Iterator[Problem]:
             yield Problem(str(folder), why)
 
 
+_OWN_ADDRESS = {"gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
 _FOR_ROOT = "SageMaker mounts its folders for root; take the image that infra/sagemaker/Dockerfile makes of this one"
 
 

@@ -448,16 +448,20 @@ class ObstoreStore:
 
     def _get(self, key: str, **options: Any) -> Any:
         """Requests an object; None only if the store itself says that there is none, not for a proxy's 404."""
-        try:
-            return self._ask(obstore.get, self._client, self._root + key, options=options)
-        except Missing as error:
-            if code(error) in ABSENT:
-                return None
-            # Without the store's error code another request has to confirm it.
-            whole = self._root + key
-            if code(error) or any(name == whole for name, _ in self._entries(whole)):
-                raise
-            return None
+        whole = self._root + key
+        for _ in attempts(2):
+            try:
+                return self._ask(obstore.get, self._client, whole, options=options)
+            except Missing as error:
+                if code(error) in ABSENT:
+                    return None
+                if code(error):
+                    raise
+                # Without the store's error code another request has to confirm it.
+                if all(name != whole for name, _ in self._entries(whole)):
+                    return None
+                missing = error  # or it was written meanwhile
+        raise missing
 
     def _describe(self, key: str) -> tuple[Any, str] | None:
         """What obstore says of an object, and its tag, None if it is absent. HEAD does not say why it failed."""

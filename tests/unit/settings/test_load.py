@@ -1275,6 +1275,26 @@ def test_secrets_are_keys_and_logins() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--run.output=gs://bucket/runs"], "JOB_STORAGE__ENDPOINT_URL.*s3:// alone.*set GOOGLE_BASE_URL for gs:// instead"),
+        (["--run.output=az://bucket/runs"], "JOB_STORAGE__ENDPOINT_URL.*s3:// alone.*AZURE_STORAGE_ENDPOINT for az://"),
+        (["--run.output=gs://bucket/runs", "--data.source=s3://bucket/rows.jsonl"], None),
+        (["--run.output=s3://bucket/runs"], None),
+        ([], None),
+    ],
+)
+def test_options_of_s3_in_other_clouds(words: list[str], expected: str | None) -> None:
+    """An address of S3's in a run whose places are all in other clouds is an error: it would do nothing, silently."""
+    environ = {"JOB_STORAGE__ENDPOINT_URL": "http://127.0.0.1:9000"}
+    if expected is None:
+        assert load_settings(words, environ).storage.endpoint_url == "http://127.0.0.1:9000"
+    else:
+        with pytest.raises(SettingsError, match=expected):
+            load_settings(words, environ)
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "AWS_ACCESS_KEY_ID",
