@@ -1277,7 +1277,7 @@ def test_secrets_are_keys_and_logins() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--run.output=gs://bucket/runs"], "JOB_STORAGE__ENDPOINT_URL.*s3:// alone.*set GOOGLE_BASE_URL for gs:// instead"),
+        (["--run.output=gs://bucket/runs"], "ENDPOINT_URL.*s3:// alone.*set GOOGLE_BASE_URL for gs:// instead"),
         (["--run.output=az://bucket/runs"], "JOB_STORAGE__ENDPOINT_URL.*s3:// alone.*AZURE_STORAGE_ENDPOINT for az://"),
         (["--run.output=gs://bucket/runs", "--data.source=s3://bucket/rows.jsonl"], None),
         (["--run.output=s3://bucket/runs"], None),
