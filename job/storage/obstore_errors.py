@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
+from xml.sax.saxutils import unescape
 
 from obstore.exceptions import (
     AlreadyExistsError,
@@ -78,6 +79,7 @@ _STATUS = re.compile(r"status code: (\d{3})")
 # Azure's objects are deleted by a batch, whose answers are told in other words.
 _BATCH_STATUS = re.compile(r"Bulk delete request failed for key .*\(code: (\d{3})\)\s*$", re.DOTALL)
 _CODE = re.compile(r"<Code>(\w+)</Code>")
+_MESSAGE = re.compile(r"<Message>(.*?)</Message>", re.DOTALL)
 _PASSWORD, _QUERY = re.compile(r"(?<=://)[^\s/@]*@"), re.compile(r"(?<=[^\s])\?\S*")
 _MAX_WORDS = 300
 
@@ -180,5 +182,12 @@ def _first(error: BaseException) -> str:
 
 
 def _words(error: BaseException) -> str:
-    """The error on one line, cut off, without what in addresses may be a password or a signature."""
-    return _QUERY.sub("", _PASSWORD.sub("", " ".join(_first(error).split())))[:_MAX_WORDS]
+    """What the store says, or obstore where it says nothing, on one line, cut off.
+
+    Without what in addresses may be a password or a signature.
+    """
+    said, status = _first(error), _STATUS.search(_first(error))
+    if (name := code(error)) and status:
+        message = _MESSAGE.search(said)
+        said = f"{name} (HTTP {status[1]}): {unescape(message[1]) if message else ''}"
+    return _QUERY.sub("", _PASSWORD.sub("", " ".join(said.split())))[:_MAX_WORDS].rstrip(": ")

@@ -19,18 +19,25 @@ from tests.s3_server import SECRET
 from tests.unit.verification.test_signature import write_key
 
 pytestmark = pytest.mark.long
+CONNECTION = "AZURE_STORAGE_CONNECTION_STRING"
 
 
 @pytest.fixture(params=clouds.SCHEMES)
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Each kind of store, and the variables that lead to it."""
     with clouds.imitation(request.param, tmp_path) as environ:
-        yield request.param, environ
+        yield request.param, environ if request.param != "azure" else {CONNECTION: connection_string(environ)}
+
+
+def connection_string(environ: Mapping[str, str]) -> str:
+    """What Azure's portal shows of an account."""
+    fields = {"BlobEndpoint": "ENDPOINT", "AccountName": "ACCOUNT_NAME", "AccountKey": "ACCOUNT_KEY"}
+    return ";".join(f"{field}={environ[f'AZURE_STORAGE_{name}']}" for field, name in fields.items())
 
 
 def job(words: list[str], environ: Mapping[str, str], *codes: int) -> str:
     """Runs a command, which has to end with one of these exit codes; returns what it said. No secret is in it."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JOB_", "AZURE_"))}
     done = warm.run(words, {**clean, **environ})
     said = done.stdout + done.stderr
     assert done.returncode in (codes or (0,)), said[-3000:]
@@ -55,6 +62,7 @@ def test_every_command(server: tuple[str, dict[str, str]], tmp_path: Path) -> No
         "JOB_SIGN__KEY": private,
         "JOB_TRAIN__MAX_STEPS": "4",
         "JOB_GATE__MAX_REGRESSION": "1",
+        "JOB_MODEL__KEEP_QUANTIZED": "store",
     }
     one, two, pointer = f"{place}/out/one", f"{place}/out/two", f"{place}/models/current"
 

@@ -92,6 +92,7 @@ def test_errors_are_translated(tmp_path: Path, scheme: str, status: int, code: s
                 attempt()
             assert type(caught.value) is expected, name
             assert f"{scheme}://{BUCKET}/run" in str(caught.value)
+            assert name != "write" or not code or f"{code} (HTTP {status}): as the test says" in str(caught.value)
             assert TOKEN not in str(caught.value)
             assert KEY not in str(caught.value)
     assert not (tmp_path / "copy").exists()
