@@ -618,8 +618,15 @@ def azure_page(names: Sequence[str], folder: str = "") -> bytes:
 def test_accounts_that_list_folder_by_folder() -> None:
     """A hierarchical namespace lists `a/b` before `a-b`, and folders as well: sorted by key, files alone."""
     page = azure_page(["a/b", "a/c/d", "a-b", "\U0001f600", "\uf000"], folder="a")
-    with answering("az", lambda request: request.answer(200, page)):
-        assert [info.key for info in opened("az").list()] == ["a-b", "a/b", "a/c/d", "\uf000", "\U0001f600"]
+    folder = {"ETag": "1", "Last_Modified": DATE, "x_ms_resource_type": "directory"}
+
+    def answer(request: Request) -> None:
+        request.answer(200, page) if "comp=list" in request.path else request.answer(200, **folder)
+
+    with answering("az", answer):
+        store = opened("az")
+        assert [info.key for info in store.list()] == ["a-b", "a/b", "a/c/d", "\uf000", "\U0001f600"]
+        assert (store.read("a"), store.tag("a")) == (None, None)
 
 
 @pytest.mark.long
