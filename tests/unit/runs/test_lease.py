@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from threading import Barrier, Event, Lock
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -21,10 +23,8 @@ from job.runs.layout import attempt_key
 from job.runs.lease import Lease, fenced, take
 from job.storage.base import NotSupported, Stored, write_in_turn
 from job.storage.local import LocalStore
-from job.storage.open import Conflict, ObjectStore, StorageOptions, open_store
-from tests.azurite import azurite
-from tests.gcs_server import gcs_server
-from tests.s3_server import BUCKET, credentials, moto_server
+from job.storage.open import Conflict, ObjectStore, open_store
+from tests import clouds
 from tests.wrapped_store import CHANGES, FailNth, WrappedStore
 
 
@@ -35,24 +35,19 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[Callable[[], ObjectStore]]:
-    """Opens an empty S3 store."""
-    with credentials(), moto_server() as url:
-        yield lambda: open_store(f"s3://{BUCKET}/{uuid4().hex}", StorageOptions(endpoint_url=url, retries=2))
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ObjectStore]]:
+    """Opens an empty store of a kind, in an imitation that runs from the first time on."""
+    with ExitStack() as stack:
 
+        @cache
+        def reach(kind: str) -> dict[str, str]:
+            return stack.enter_context(clouds.imitation(kind, tmp_path_factory.mktemp(kind)))
 
-@pytest.fixture(scope="module")
-def google() -> Iterator[Callable[[], ObjectStore]]:
-    """Opens an empty store in an imitation of Google Cloud Storage."""
-    with gcs_server():
-        yield lambda: open_store(f"gs://{BUCKET}/{uuid4().hex}", StorageOptions(retries=2))
+        def opened(kind: str) -> ObjectStore:
+            options = replace(clouds.options(kind, reach(kind)), retries=2)
+            return open_store(f"{clouds.place(kind)}/{uuid4().hex}", options)
 
-
-@pytest.fixture(scope="module")
-def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], ObjectStore]]:
-    """Opens an empty store in Azurite."""
-    with azurite(tmp_path_factory.mktemp("azurite")):
-        yield lambda: open_store(f"az://{BUCKET}/{uuid4().hex}", StorageOptions(retries=2))
+        yield opened
 
 
 class NoConditions(WrappedStore):
@@ -450,27 +445,18 @@ def test_race_on_a_local_store(store: LocalStore, number: int) -> None:
     race(store)
 
 
-def races(few: int, many: int = 50) -> list[Any]:
-    """Numbers of races: a few for the suite, and the others for `make test-long`."""
-    return [*range(few), *(pytest.param(number, marks=pytest.mark.long) for number in range(few, many))]
+RACES = [
+    pytest.param(kind, number, marks=() if number < few else pytest.mark.long)
+    for kind, few in {"s3": 6, "gcs": 3, "azure": 0}.items()
+    for number in range(50)
+]
+"""Kind of store and number of each race: a few for the suite, and the others for `make test-long`."""
 
 
-@pytest.mark.parametrize("number", races(6))
-def test_race_on_s3(s3: Callable[[], ObjectStore], number: int) -> None:
-    """The same over HTTP."""
-    race(s3())
-
-
-@pytest.mark.parametrize("number", races(3))
-def test_race_on_google(google: Callable[[], ObjectStore], number: int) -> None:
-    """The same in an imitation of Google Cloud Storage."""
-    race(google())
-
-
-@pytest.mark.parametrize("number", races(0))
-def test_race_on_azure(azure: Callable[[], ObjectStore], number: int) -> None:
-    """The same in Azure's own emulator."""
-    race(azure())
+@pytest.mark.parametrize(("kind", "number"), RACES)
+def test_race_in_a_cloud(empty_store: Callable[[str], ObjectStore], kind: str, number: int) -> None:
+    """The same over HTTP, in an imitation of each cloud's store."""
+    race(empty_store(kind))
 
 
 def test_race_of_many(store: LocalStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -89,6 +90,35 @@ def test_every_kind_of_credentials(
             monkeypatch.setenv(name, value)
         assert opened(scheme, timeout_seconds=2).read("a") is None
     assert any(proof in part for part in asked[0]), asked
+
+
+def test_a_renewed_token_is_read_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """AKS writes a new federated token every hour: where an access token ends, the file is read again."""
+    shown: list[bytes] = []
+
+    def answer(request: Request) -> None:
+        if "token" not in request.path:
+            return request.refuse(404, "BlobNotFound")
+        shown.append(request.content)
+        return request.answer(200, json.dumps({**TOKEN, "expires_in": 1}).encode(), Content_Type="application/json")
+
+    with server(answer) as url:
+        environ = {
+            "AZURE_STORAGE_ENDPOINT": url,
+            "AZURE_STORAGE_ACCOUNT_NAME": "acct",
+            "AZURE_CLIENT_ID": "c",
+            "AZURE_TENANT_ID": "t",
+            "AZURE_FEDERATED_TOKEN_FILE": str(tmp_path / "token"),
+            "AZURE_AUTHORITY_HOST": url,
+        }
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        store = opened("az", timeout_seconds=2)
+        for token in ("first", "second"):
+            (tmp_path / "token").write_text(token)
+            assert store.read("a") is None
+            time.sleep(0.2)  # for so long obstore takes even a token that has ended
+    assert (b"=first" in shown[0], b"=second" in shown[-1]) == (True, True)
 
 
 def test_connection_strings() -> None:
