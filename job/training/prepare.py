@@ -1,8 +1,8 @@
 """Chooses the execution plan for this machine, prepares the model for it, and logs the plan with the reason.
 
-On a GPU, the job's fused layers train more than twice as fast as PEFT's layers. Where they cannot be used (another
-dtype, dropout, an old GPU, a model with unknown layers), PEFT's layers are used instead, and a warning and
-`training.execution` of the manifest give the reason. On a CPU, PEFT's layers are always used.
+On a GPU, the job's fused layers train more than twice as fast as PEFT's layers. Where they cannot be used (fp32, an
+old GPU, a model with unknown layers), PEFT's layers are used instead, and a warning and `training.execution` of the
+manifest give the reason. On a CPU, PEFT's layers are always used.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.records import FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.execution_plan import choose_budget, choose_plan
+from job.training.execution_plan import AMPERE, VOLTA, choose_budget, choose_plan, why_not_recorded
 from job.training.memory_model import Setup, activation_bytes
 
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
-AMPERE = (8, 0)
-"""The lowest compute capability with bf16 and the attention kernel for variable-length segments."""
 
 
 def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float | None) -> int:
@@ -116,16 +114,16 @@ def prepare(
 def why_not_fused(model: Any) -> str | None:
     """Why this model on this machine has to be trained by PEFT's own layers; None if the fused ones can be used."""
     device, dtype = model.device.type, str(model.get_base_model().dtype).removeprefix("torch.")
+    lowest = {"bfloat16": AMPERE, "float16": VOLTA}
     if not is_packed(model.get_base_model()):
         return "examples go through the model one at a time"
     if device != "cuda":
         return "a CPU trains by PEFT's own layers"
-    if (capability := _capability()) < AMPERE:
-        return "the GPU's compute capability is {}.{}; fused layers need {}.{} (Ampere)".format(*capability, *AMPERE)
-    if dtype != "bfloat16":
-        return f"the compute dtype is {dtype}; fused layers need bf16 (JOB_MODEL__DTYPE)"
-    if dropout := model.peft_config["default"].lora_dropout:
-        return f"JOB_LORA__DROPOUT is {dropout:g}; fused layers need 0"
+    if dtype not in lowest:
+        return f"the compute dtype is {dtype}; fused layers need bf16 or fp16 (JOB_MODEL__DTYPE)"
+    if (capability := _capability()) < lowest[dtype]:
+        numbers = "the GPU's compute capability is {}.{}; fused layers need {}.{}".format(*capability, *lowest[dtype])
+        return f"{numbers} in {'bf16' if dtype == 'bfloat16' else 'fp16'}"
     return None
 
 
@@ -211,6 +209,7 @@ def _fuse(
     from job.model.fused import lora_forward
 
     _, free = _gpu_memory(gigabytes)
+    capability = _capability()
     plan = choose_plan(
         setup,
         free_bytes=free,
@@ -218,8 +217,9 @@ def _fuse(
         keep_base=keep_base,
         keep_activations=keep_activations,
         recorded=lora_forward.knows(model.get_base_model()),
+        not_recorded=why_not_recorded(setup, capability),
     )
-    kernels, name = fast_kernels(model.device)
+    kernels, name = fast_kernels(model.device, model.get_base_model().dtype)
     try:
         made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels)
     except torch.OutOfMemoryError:  # another process took the free memory, or the setting needs too much
@@ -272,8 +272,13 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
-def fast_kernels(device: Any) -> tuple[Any, str]:
-    """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's."""
+def fast_kernels(device: Any, dtype: Any) -> tuple[Any, str]:
+    """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's.
+
+    Args:
+        device: Where they have to run.
+        dtype: The compute dtype; older GPUs have no bf16.
+    """
     import torch
 
     from job.model.fused import kernels
@@ -284,7 +289,7 @@ def fast_kernels(device: Any) -> tuple[Any, str]:
         return kernels.TORCH, "torch"
     try:
         # Only a launch shows whether Triton can use the driver: it compiles and loads a C library then.
-        probe = torch.ones(8, dtype=torch.bfloat16, device=device)
+        probe = torch.ones(8, dtype=dtype, device=device)
         fast.swiglu(probe, probe).sum().item()
     except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler or the loader raises
         why = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]

@@ -25,13 +25,14 @@ from job.distributed.processes import Processes
 from job.errors import JobError, TrainingFailed
 from job.log import get_logger
 from job.model.base import recompute_activations
+from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import forget_dequantized
 from job.model.packed_attention import Layout, Segment, is_packed
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
-from job.training.lm_head_loss import padded_loss
+from job.training.lm_head_loss import logits_of, padded_loss
 from job.training.objectives import Totals, totals_of
 from job.training.packing import alone_inputs, length_increment, longest_segment, packed_inputs, padded_sequence
 from job.training.preference_gradient import PreferenceGradient
@@ -72,6 +73,7 @@ class OptimizerStep:
         processes: The processes that share the step.
         packed_gradient: Used if the plan is not `padded`.
         preference: Used in its place for a step of preferences, whose loss is a mean over examples and not over tokens.
+        scaler: torch's `GradScaler` in fp16; both functions above scale by it themselves.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class OptimizerStep:
         processes: Processes,
         packed_gradient: PackedGradient,
         preference: PreferenceGradient | None = None,
+        scaler: Any = None,
     ) -> None:
         self.budget = recipe.micro_batch_tokens
         """Tokens of a micro-batch; halved when memory runs out. A resumed run continues with the budget it had."""
@@ -94,6 +97,8 @@ class OptimizerStep:
         self._seed, self._hooks, self._processes = recipe.seed, hooks, processes
         self._smoothing = recipe.label_smoothing
         self._packed_gradient, self._preference = packed_gradient, preference
+        self._scaler = scaler
+        self._loss_scale: torch.Tensor | None = None
         self.metrics: dict[str, float] = {}
         """Metrics of the last step of preferences, by TRL's names."""
         self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens)
@@ -159,12 +164,15 @@ class OptimizerStep:
             (numbers,) float32: the flat gradient where there are several processes, the loss, and the metrics of a step
             of preferences.
         """
-        torch.manual_seed(step_seed(self._seed, number, self._processes.place.rank))
+        seed = step_seed(self._seed, number, self._processes.place.rank)
+        torch.manual_seed(seed)
         self._parameters.clear()
         metrics = 0 if known is None or self._preference is None else len(self._preference.names(known.totals))
         found = torch.zeros(1 + metrics, device=self._parameters.gradient.device)
         items = weighted_targets(self._steps.of(number))
-        for group in self._groups(number):
+        self._loss_scale = self._scaler_factor(found.device)
+        for index, group in enumerate(self._groups(number)):
+            reseed(self._model, seed, index)
             # Added at once: what a CUDA graph returns is overwritten by its next launch.
             if known is None or self._preference is None:
                 # Rows of another weight go through the model by themselves: the weight is part of the divisor.
@@ -177,10 +185,12 @@ class OptimizerStep:
 
     def _own_kl(self, number: int, totals: Totals) -> torch.Tensor:
         """This process's part of KTO's estimate of the divergence, (1,) float32."""
-        torch.manual_seed(step_seed(self._seed, number, self._processes.place.rank))
+        seed = step_seed(self._seed, number, self._processes.place.rank)
+        torch.manual_seed(seed)
         found = torch.zeros(1, device=self._parameters.gradient.device)
         if self._preference is not None:
-            for group in self._groups(number):
+            for index, group in enumerate(self._groups(number)):
+                reseed(self._model, seed, index)
                 found += self._preference.kl(group, totals)
         return found
 
@@ -216,14 +226,29 @@ class OptimizerStep:
         sequence = padded_sequence(examples, device)
         # A tensor, not a number: a CUDA graph would always use the number with which it was recorded.
         weight = torch.tensor(1 / targets, device=device)
+        if self._loss_scale is not None:
+            weight = weight * self._loss_scale
         if not self.plan.recorded:
-            return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
-        graphs = self._recorded(device)
-        loss = graphs(sequence.tokens, sequence.ends, weight)
-        if not graphs.possible:
-            self.plan = self.plan.give_up("recorded")
-            self.release()
-        return loss
+            loss = self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
+        else:
+            graphs = self._recorded(device)
+            loss = graphs(sequence.tokens, sequence.ends, weight)
+            if not graphs.possible:
+                self.plan = self.plan.give_up("recorded")
+                self.release()
+        # The factor is a power of two, so multiplying and dividing by it change no bit.
+        return loss if self._loss_scale is None else loss / self._loss_scale
+
+    def _scaler_factor(self, device: torch.device) -> torch.Tensor | None:
+        """What fp16's loss scaling multiplies losses by in this step, () float32; None without it.
+
+        Not read on the host, which would wait for the GPU. The scaler has to scale something in each step, or the
+        optimizer step refuses to take the factor out of the gradient again.
+        """
+        if self._scaler is None or not self._scaler.is_enabled():
+            return None
+        factor: torch.Tensor = self._scaler.scale(torch.ones((), device=device))
+        return factor
 
     def _padded_gradient(
         self, tokens: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor, segments: tuple[Segment, ...] = ()
@@ -253,7 +278,7 @@ class OptimizerStep:
         hidden = base.base_model(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
         ).last_hidden_state[0]
-        return padded_loss(hidden, base.get_output_embeddings(), labels, self._smoothing)
+        return padded_loss(hidden, base.get_output_embeddings(), labels, self._smoothing, logits_of(base))
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
         """The CUDA graphs. If there are none yet, that of the largest micro-batch of this process is recorded first.
