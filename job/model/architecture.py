@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job.model.families import FAMILIES, fused_family, why_not_recorded
+from job.model.families import FAMILIES, fused_family, of_text, why_not_recorded
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
     Raises:
         ValueError: It is of a family that the formulas do not know, or lacks a number.
     """
+    config = of_text(config)
     name = config.get("model_type")
     if (family := FAMILIES.get(str(name))) is None:
         raise ValueError(f"{name} models are not known to the formulas (known: {', '.join(sorted(FAMILIES))})")

@@ -94,16 +94,29 @@ FAMILIES: dict[str, Family] = {
 }
 """By the `model_type` of config.json."""
 
+IMAGES_TOO = {"gemma3": "gemma3_text"}
+"""Models that read images too, and the family of their text part. Here they get texts alone, so that only this part
+computes; `decoder_of` in `lora_forward.py` finds it."""
+
 CHANGING_ROPE = {"dynamic", "longrope"}
 """Rotary positions whose frequencies transformers chooses by the longest sequence, on the host."""
+
+
+def of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of the text part where a config.json of `IMAGES_TOO` has them apart, else all."""
+    text = config.get("text_config")
+    if config.get("model_type") not in IMAGES_TOO or not isinstance(text, Mapping):
+        return config
+    return {"model_type": IMAGES_TOO[config["model_type"]], **text}
 
 
 def fused_family(config: Mapping[str, Any]) -> Family | None:
     """The entry of a config.json; None if `model/fused` does not compute the whole decoder.
 
     Args:
-        config: Its fields by name, of the text part.
+        config: Its fields by name.
     """
+    config = of_text(config)
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         return None
@@ -115,8 +128,9 @@ def why_not_recorded(config: Mapping[str, Any]) -> str | None:
     """Why the decoder of a config.json cannot be recorded as a CUDA graph although it is fused; None if it can.
 
     Args:
-        config: Its fields by name, of the text part.
+        config: Its fields by name.
     """
+    config = of_text(config)
     family = fused_family(config)
     if family is not None and family.caps_scores and config.get("attn_logit_softcapping", 50.0) is not None:
         return "torch's kernel for packed attention has no soft cap: attention goes segment by segment"

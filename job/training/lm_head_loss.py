@@ -57,7 +57,7 @@ def logits_of(base: Any) -> Logits:
     """What a causal language model of a known family does to its head's outputs."""
     if (family := lora_forward.family_of(base)) is None:
         raise ValueError(f"the head of {type(base).__name__} is not known")
-    config = base.config
+    config = base.config.get_text_config(decoder=True)
     return Logits(
         scale=1 / config.logits_scaling if family.divides_logits else 1.0,
         cap=config.final_logit_softcapping if family.caps_logits else None,
@@ -98,7 +98,7 @@ def summed_head(
     """
     if not fused_lm_head:
         raise ValueError("this head forms no logits")
-    hidden = base.base_model(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
+    hidden = lora_forward.decoder_of(base)(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
     following = labels[0, 1:]
     learned = (following != IGNORED).nonzero()[:, 0]
     head = base.get_output_embeddings()
@@ -202,7 +202,7 @@ def selected_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **inp
 
     if not fused_lm_head:
         raise ValueError("this head forms no logits")
-    hidden = base.base_model(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
+    hidden = lora_forward.decoder_of(base)(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
     following = labels[0, 1:]
     learned = (following != IGNORED).nonzero()[:, 0]
     head = base.get_output_embeddings()

@@ -27,12 +27,13 @@ from job.log import get_logger
 from job.model.base import recompute_activations
 from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import forget_dequantized
+from job.model.fused.lora_forward import decoder_of
 from job.model.packed_attention import Layout, Segment, is_packed
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
-from job.training.lm_head_loss import logits_of, padded_loss
+from job.training.lm_head_loss import Logits, logits_of, padded_loss
 from job.training.objectives import Totals, totals_of
 from job.training.packing import alone_inputs, length_increment, longest_segment, packed_inputs, padded_sequence
 from job.training.preference_gradient import PreferenceGradient
@@ -96,6 +97,7 @@ class OptimizerStep:
         self._model, self._steps, self._parameters = model, steps, parameters
         self._seed, self._hooks, self._processes = recipe.seed, hooks, processes
         self._smoothing = recipe.label_smoothing
+        self._logits = logits_of(model.get_base_model()) if plan.padded else Logits()
         self._packed_gradient, self._preference = packed_gradient, preference
         self._scaler = scaler
         self._loss_scale: torch.Tensor | None = None
@@ -275,10 +277,10 @@ class OptimizerStep:
             self._longest, length_increment(ids.shape[0]), *(segment.end - segment.start for segment in segments), 0
         )
         layout = Layout(segments, ends, ends, None, longest, longest)
-        hidden = base.base_model(
+        hidden = decoder_of(base)(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
         ).last_hidden_state[0]
-        return padded_loss(hidden, base.get_output_embeddings(), labels, self._smoothing, logits_of(base))
+        return padded_loss(hidden, base.get_output_embeddings(), labels, self._smoothing, self._logits)
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
         """The CUDA graphs. If there are none yet, that of the largest micro-batch of this process is recorded first.

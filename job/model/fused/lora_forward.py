@@ -254,6 +254,12 @@ def knows(base: Any) -> bool:
     return family_of(base) is not None
 
 
+def decoder_of(base: Any) -> Any:
+    """The part of a causal language model between token ids and the output layer, without what reads images."""
+    inner = base.base_model
+    return getattr(inner, "language_model", inner)
+
+
 def attention_with_cache(base: Any) -> str | None:
     """The attention, by transformers' name, by which texts are generated here; None where the decoder is not known."""
     if (family := family_of(base)) is None:
@@ -301,7 +307,7 @@ def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels:
     copies += [layer.b for layer in layers]
     trained = [layer.trained_a for layer in layers] + [layer.trained_b for layer in layers]
     scaled = [layer for layer in layers if layer.scale != 1]
-    base.base_model.register_forward_pre_hook(partial(_refresh, copies, trained, scaled))
+    decoder_of(base).register_forward_pre_hook(partial(_refresh, copies, trained, scaled))
     return family is not None
 
 
@@ -329,7 +335,7 @@ def _parts(base: Any, family: Family) -> Iterator[tuple[Any, Callable[..., Any],
         "MLP": (_mlp, ("gate_up_proj",) if family.joined else ("gate_proj", "up_proj")),
         "Attention": (_attention, ("qkv_proj",) if family.joined else ("q_proj", "k_proj", "v_proj")),
     }
-    for module in base.modules():
+    for module in decoder_of(base).modules():
         for ending, (forward, names) in forwards.items():
             if type(module).__name__.endswith(ending):
                 yield module, forward, names

@@ -10,10 +10,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from job.model.architecture import read_config
-from job.model.families import FAMILIES, fused_family, why_not_recorded
+from job.model.families import FAMILIES, IMAGES_TOO, fused_family, why_not_recorded
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
-from job.model.fused.lora_forward import attention_with_cache, knows
+from job.model.fused.lora_forward import attention_with_cache, decoder_of, knows
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import NAME, register, use
 from job.model.packing_check import choose_packing
@@ -23,6 +23,7 @@ from tests.families.models import tiny_config
 from tests.helpers import fill_adapter, make_examples
 
 CPU = torch.device("cpu")
+MODELS = sorted(FAMILIES.keys() | IMAGES_TOO.keys())
 EXAMPLES = make_examples(4, shortest=10, longest=24, prompt=0.3)
 _WINDOWS = {
     "use_sliding_window": True,
@@ -31,6 +32,7 @@ _WINDOWS = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 24},
+    "gemma3": {"query_pre_attn_scalar": 24},
     "gemma3_text": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 24},
     "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.3, "embedding_multiplier": 3.0}
     | {"logits_scaling": 2.5},
@@ -46,12 +48,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def tiny(family: str, **adapter: Any) -> Any:
     """Two layers of the family with random weights, norms among them, and a filled adapter; by the model's own code."""
     config = tiny_config(family)
+    text = config.get_text_config(decoder=True)
     for name, value in {"num_hidden_layers": 2, "sliding_window": 8, **CONFIGS.get(family, {})}.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    if getattr(config, "layer_types", None):
-        kinds = CONFIGS.get(family, {}).get("layer_types") or list(dict.fromkeys(config.layer_types))
-        config.layer_types = (kinds * 2)[:2]
+        if hasattr(text, name):
+            setattr(text, name, value)
+    if getattr(text, "layer_types", None):
+        kinds = CONFIGS.get(family, {}).get("layer_types") or list(dict.fromkeys(text.layer_types))
+        text.layer_types = (kinds * 2)[:2]
     if family == "phi3":
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     torch.manual_seed(0)
@@ -95,13 +98,14 @@ def padded_sum(model: Any, smoothing: float = 0.0) -> torch.Tensor:
     from job.model.packed_attention import Layout
 
     base, sequence = model.get_base_model(), padded_sequence(EXAMPLES, CPU)
+    decoder = decoder_of(base)
     ids, labels, positions = sequence.tokens
     layout = Layout(sequence.segments, sequence.ends, sequence.ends, None, len(ids), len(ids))
-    hidden = base.base_model(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
+    hidden = decoder(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
     return padded_loss(hidden.last_hidden_state[0], base.get_output_embeddings(), labels, smoothing, logits_of(base))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", MODELS)
 def test_losses_and_gradients_are_those_of_the_models_own_code(family: str) -> None:
     """In fp32, to 1e-5: several segments in a padded sequence against one example at a time by PEFT's layers."""
     model = tiny(family)
@@ -116,7 +120,7 @@ def test_losses_and_gradients_are_those_of_the_models_own_code(family: str) -> N
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", MODELS)
 def test_texts_are_those_of_the_models_own_code(family: str) -> None:
     """With a cache, rows of two lengths padded in front: the logits of each new token, by the adapter and the base."""
     model, own = fused(family), tiny(family)
@@ -134,7 +138,8 @@ def _generated(model: Any, new: int = 10) -> torch.Tensor:
     ids = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 5, 5, 11, 12, 13]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache, found = DynamicCache(config=model.get_base_model().config), []
+    config = model.get_base_model().config.get_text_config(decoder=True)
+    cache, found = DynamicCache(config=config), []
     with torch.no_grad():
         for _ in range(new):
             logits = model(
@@ -167,7 +172,7 @@ def test_label_smoothing_knows_the_familys_logits(family: str) -> None:
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", MODELS)
 def test_sizes_are_those_of_the_model(family: str) -> None:
     """Parameters of base and adapter, and the names of the layers that get one."""
     model = tiny(family)
@@ -176,7 +181,10 @@ def test_sizes_are_those_of_the_model(family: str) -> None:
     adapter = sum(parameter.numel() for parameter in trainable(model).values())
     assert set(found.linear) == set(model.peft_config["default"].target_modules)
     assert found.adapter_parameters(4, tuple(found.linear)) == adapter
-    assert found.parameters == pytest.approx(base.num_parameters() - adapter, rel=0.01)  # norms of heads, biases
+    text = base.num_parameters() - adapter
+    if family in IMAGES_TOO:
+        text = sum(p.numel() for p in decoder_of(base).parameters()) - adapter
+    assert found.parameters == pytest.approx(text, rel=0.01)  # norms of heads, biases
     assert found.fused
 
 
