@@ -98,8 +98,8 @@ IMAGES_TOO = {"gemma3": "gemma3_text"}
 """Models that read images too, and the family of their text part. Here they get texts alone, so that only this part
 computes; `decoder_of` in `lora_forward.py` finds it."""
 
-CHANGING_ROPE = {"dynamic", "longrope"}
-"""Rotary positions whose frequencies transformers chooses by the longest sequence, on the host."""
+CHANGING_ROPE = {"dynamic"}
+"""Rotary positions whose frequencies transformers computes from the longest sequence, on the host."""
 
 
 def of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -139,9 +139,9 @@ def smoothing_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor, logi
         (positions,) float32.
     """
     if logits.cap is not None:
-        parts = zip(hidden.split(POSITIONS), targets.split(POSITIONS), strict=True)
-        again = {"use_reentrant": False, "preserve_rng_state": False}
-        return torch.cat([checkpoint(_capped_terms, h, head, t, logits, **again) for h, t in parts])
+        compute = partial(checkpoint, _capped_terms, use_reentrant=False, preserve_rng_state=False)
+        parts = zip(torch.split(hidden, POSITIONS), torch.split(targets, POSITIONS), strict=True)
+        return torch.cat([compute(h, head, t, logits.scale, logits.cap) for h, t in parts])
     rows = head.weight[targets].float() - head.weight.mean(0, dtype=torch.float32)
     terms: torch.Tensor = (hidden.float() * rows).sum(-1)
     if head.bias is not None:
@@ -149,10 +149,9 @@ def smoothing_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor, logi
     return terms if logits.scale == 1 else logits.scale * terms
 
 
-def _capped_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor, logits: Logits) -> torch.Tensor:
+def _capped_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor, scale: float, cap: float) -> torch.Tensor:
     """The same of a few positions by all their logits, which are computed again in the backward pass."""
-    z = logits.scale * functional.linear(hidden, head.weight, head.bias).float()
-    z = logits.cap * torch.tanh(z / logits.cap)
+    z = cap * torch.tanh(scale * functional.linear(hidden, head.weight, head.bias).float() / cap)
     return z.gather(-1, targets[:, None])[:, 0] - z.mean(-1)
 
 

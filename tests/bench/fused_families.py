@@ -70,6 +70,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": sizes(4096, 12288, 32, 8, 128, 151936),  # Qwen3-8B
     "smollm3": sizes(2048, 11008, 16, 4, 128, 128256) | {"no_rope_layers": [1, 1, 1, 0]},  # SmolLM3-3B
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 4096,
+    "factor": 32.0,
+}
+"""Phi-4-mini's rotary positions: of three quarters of a head, with frequencies chosen by the length."""
 TINY = sizes(64, 128, 4, 2, 16, 400)
 
 
@@ -79,11 +87,11 @@ def say(what: str, **figures: Any) -> None:
     print(json.dumps(entry | {"at": round(time.monotonic() - BEGAN, 1)}), flush=True)
 
 
-def adapted(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float) -> Any:
+def adapted(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float, changes: dict[str, Any]) -> Any:
     """A random decoder of the family in NF4, with a filled adapter."""
     from transformers import AutoConfig
 
-    shape = {**SHAPES[family], **(TINY if tiny else {}), "num_hidden_layers": LAYERS}
+    shape = {**SHAPES[family], **(TINY if tiny else {}), "num_hidden_layers": LAYERS, **changes}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model(family, **shape, **tokens, use_cache=False, attn_implementation=NAME)
     base = shapes.quantized(config, DEVICE, dtype)
@@ -190,14 +198,17 @@ def fused_plan(model: Any, lengths: list[int], batch: int) -> ExecutionPlan:
     )
 
 
-def measure(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float = 0.0) -> None:
+def measure(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float = 0.0, long_rope: bool = False) -> None:
     """One line: PEFT's layers, then the fused ones over the same model."""
     batch, times = (8, 1) if tiny else (64, 3)
     vocabulary = (TINY if tiny else SHAPES[family])["vocab_size"]
     data = shapes.examples(vocabulary, 2 * batch)
     lengths = [len(example.input_ids) for example in data]
     scaled = dtype is torch.float16
-    model = adapted(family, tiny=tiny, dtype=dtype, dropout=dropout)
+    width = round(LONG_ROPE["partial_rotary_factor"] * (TINY if tiny else SHAPES[family])["head_dim"]) // 2
+    factors = {"short_factor": [1.1] * width, "long_factor": [4.0] * width}
+    changes = {"rope_parameters": LONG_ROPE | factors} if long_rope else {}
+    model = adapted(family, tiny=tiny, dtype=dtype, dropout=dropout, changes=changes)
     plain = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="", forward=PEFT)
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0) if scaled else None
     step, parameters = step_of(model, plain, data, batch=batch, scaler=scaler)
@@ -239,6 +250,7 @@ def measure(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float = 0.0
         family,
         dtype=str(dtype).removeprefix("torch."),
         dropout=dropout,
+        long_rope=long_rope,
         fused_tokens_per_second=targets / seconds,
         peft_tokens_per_second=targets / peft_seconds,
         ratio=peft_seconds / seconds,
@@ -268,6 +280,8 @@ def main() -> None:
     if "mistral" in given.families:
         fp16 = [("mistral", {"dtype": torch.float16}), ("mistral", {"dtype": half, "dropout": 0.05})]
         runs[1:1] = fp16
+    if "phi3" in given.families:
+        runs.append(("phi3", {"dtype": half, "long_rope": True}))
     for family, how in runs:
         if time.monotonic() - BEGAN > given.seconds:
             say("skipped", family=family)

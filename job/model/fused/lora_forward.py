@@ -336,6 +336,8 @@ def _parts(base: Any, family: Family) -> Iterator[tuple[Any, Callable[..., Any],
         "Attention": (_attention, ("qkv_proj",) if family.joined else ("q_proj", "k_proj", "v_proj")),
     }
     for module in decoder_of(base).modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            yield module, _rotary, ()
         for ending, (forward, names) in forwards.items():
             if type(module).__name__.endswith(ending):
                 yield module, forward, names
@@ -352,6 +354,29 @@ def _norm(kernels: Kernels, family: Family, module: Any, x: torch.Tensor) -> tor
     if family.norm == "1 + weight":
         return kernels.norm_around_one(x, module.weight, module.eps)
     return kernels.norm(x, module.weight, module.variance_epsilon)
+
+
+def _is_recorded(x: torch.Tensor) -> bool:
+    """Whether what is computed with it now becomes part of a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _rotary(
+    _kernels: Kernels, _family: Family, module: Any, x: torch.Tensor, position_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of (rows, tokens) positions, each (rows, tokens, width) in the dtype of x, by LongRoPE.
+
+    transformers compares the longest sequence with the length that the model was first trained for, to choose between
+    two sets of frequencies, and some versions do so on the host. A recording must not, and need not: of models with
+    LongRoPE only sequences within that length are packed (`packing_check`).
+    """
+    if not _is_recorded(x):
+        found: tuple[torch.Tensor, torch.Tensor] = type(module).forward(module, x, position_ids)
+        return found
+    angles = position_ids[..., None].float() * module.original_inv_freq.to(x.device, torch.float32)
+    angles = torch.cat((angles, angles), -1)
+    scale = module.attention_scaling
+    return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
 
 
 def _mlp(kernels: Kernels, family: Family, module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -413,7 +438,7 @@ def _heads(family: Family, module: Any, x: torch.Tensor) -> tuple[torch.Tensor, 
         query, key, value = _together(module, x, "q_proj", "k_proj", "v_proj")
     if family.query_norm == "all heads":
         query, key = module.q_norm(query), module.k_norm(key)
-    query, key, value = (y.unflatten(-1, (-1, module.head_dim)) for y in (query, key, value))
+    query, key, value = (y.view(*y.shape[:-1], -1, module.head_dim) for y in (query, key, value))
     if family.query_norm == "head":
         query, key = module.q_norm(query), module.k_norm(key)
     return query, key, value

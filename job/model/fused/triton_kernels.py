@@ -113,13 +113,13 @@ def _drop_kernel(x, state, out, quarter, width, per_row, number, bound, factor, 
         c_0, c_1, c_2, c_3 = high_2 ^ c_1 ^ key_0, low_2, high_0 ^ c_3 ^ key_1, low_0
         key_0 += 0x9E3779B9
         key_1 += 0xBB67AE85
-    start = row.to(tl.int64) * width
+    start, limit = row.to(tl.int64) * width, tl.cast(bound, tl.uint32)
     for part in tl.static_range(4):
         drawn = c_0 if part == 0 else c_1 if part == 1 else c_2 if part == 2 else c_3  # noqa: PLR2004 - of the four
         column = at + part * quarter
         inside = (at < quarter) & (column < width)
         value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32) * factor
-        kept = tl.where(drawn < bound, 0.0, value)
+        kept = tl.where(drawn < limit, 0.0, value)
         tl.store(out + start + column, kept.to(out.dtype.element_ty), mask=inside)
 
 
@@ -163,7 +163,7 @@ class _NormAroundOne(torch.autograd.Function):
         columns = triton.next_power_of_2(width)
         together = max(1, _TILE // columns)
         _norm_kernel[(triton.cdiv(rows, together),)](
-            x, weight, out, inverse, rows, width, epsilon, ROWS=together, COLUMNS=columns
+            x, weight, out, inverse, rows, width, epsilon, ROWS=together, COLUMNS=columns, num_warps=_warps(columns)
         )
         ctx.save_for_backward(x, weight, inverse)
         return out
@@ -176,9 +176,23 @@ class _NormAroundOne(torch.autograd.Function):
         columns = triton.next_power_of_2(width)
         together = max(1, _TILE // columns)
         _norm_gradient_kernel[(triton.cdiv(rows, together),)](
-            gradient.contiguous(), x, weight, inverse, to_x, rows, width, ROWS=together, COLUMNS=columns
+            gradient.contiguous(),
+            x,
+            weight,
+            inverse,
+            to_x,
+            rows,
+            width,
+            ROWS=together,
+            COLUMNS=columns,
+            num_warps=_warps(columns),
         )
         return to_x, None, None
+
+
+def _warps(columns: int) -> int:
+    """For rows that wide: so many that the registers of a thread hold its part of them."""
+    return 4 if columns <= _TILE else 8
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

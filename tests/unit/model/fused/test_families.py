@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from job.model.architecture import read_config
 from job.model.families import FAMILIES, IMAGES_TOO, fused_family, why_not_recorded
+from job.model.fused import lora_forward
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.fused.lora_forward import attention_with_cache, decoder_of, knows
@@ -45,7 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """What makes a family's differences show: windows that segments fill, caps that logits reach, factors other than 1."""
 
 
-def tiny(family: str, **adapter: Any) -> Any:
+def tiny(family: str, *, rope: dict[str, Any] | None = None, **adapter: Any) -> Any:
     """Two layers of the family with random weights, norms among them, and a filled adapter; by the model's own code."""
     config = tiny_config(family)
     text = config.get_text_config(decoder=True)
@@ -56,7 +57,8 @@ def tiny(family: str, **adapter: Any) -> Any:
         kinds = CONFIGS.get(family, {}).get("layer_types") or list(dict.fromkeys(text.layer_types))
         text.layer_types = (kinds * 2)[:2]
     if family == "phi3":
-        config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        plain = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        config.rope_parameters = rope or plain
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
@@ -188,6 +190,18 @@ def test_sizes_are_those_of_the_model(family: str) -> None:
     assert found.fused
 
 
+def test_longrope_is_the_same_in_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sequences within the length that the model was first trained for, without looking at the longest one."""
+    long_rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "factor": 4.0}
+    long_rope |= {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 4.0, 8.0, 9.0]}
+    model = fused("phi3", rope={**long_rope, "original_max_position_embeddings": 64})
+    expected = padded_sum(model)
+    assert expected.item() != pytest.approx(padded_sum(fused("phi3")).item(), rel=1e-5)
+    monkeypatch.setattr(lora_forward, "_is_recorded", lambda _: True)
+    monkeypatch.setattr(type(decoder_of(model.get_base_model()).rotary_emb), "forward", None)  # which would choose
+    assert padded_sum(model).item() == expected.item()
+
+
 def test_what_is_no_entry_is_not_fused() -> None:
     """Another activation, another family; and what a config.json does not say has its usual meaning."""
     assert fused_family({"model_type": "gemma", "hidden_act": "gelu"}) is FAMILIES["gemma"]
@@ -203,7 +217,7 @@ def test_what_is_not_recorded_says_why() -> None:
     """Soft caps of scores, and frequencies that the host chooses."""
     assert "soft cap" in str(why_not_recorded({"model_type": "gemma2"}))
     assert why_not_recorded({"model_type": "gemma2", "attn_logit_softcapping": None}) is None
-    for rope in ({"rope_type": "longrope"}, {"type": "longrope"}, {"full_attention": {"rope_type": "longrope"}}):
-        assert "longrope" in str(why_not_recorded({"model_type": "phi3", "rope_scaling": rope}))
+    for rope in ({"rope_type": "dynamic"}, {"type": "dynamic"}, {"full_attention": {"rope_type": "dynamic"}}):
+        assert "dynamic" in str(why_not_recorded({"model_type": "phi3", "rope_scaling": rope}))
     for name in FAMILIES.keys() - {"gemma2"}:
         assert why_not_recorded({"model_type": name, "rope_parameters": {"rope_type": "default"}}) is None
