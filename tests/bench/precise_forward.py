@@ -13,8 +13,8 @@ products to a dtype that tensor cores multiply at full speed:
         x = x + (silu(h W_gate') * h W_up') W_down'
     logits = norm(x) W_head'                        `logits`
 
-The decoders are Llama's, Mistral's and Qwen2's, with linear layers as they are loaded here: plain, NF4, or either of them
-with a LoRA adapter.
+The decoders are Llama's, Mistral's and Qwen2's, with linear layers as they are loaded here: plain, NF4, or either
+of them with a LoRA adapter.
 """
 
 from __future__ import annotations

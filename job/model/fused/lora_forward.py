@@ -58,7 +58,8 @@ class _Adapted(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, common: CommonInput, *_trained: torch.Tensor) -> Any:
         """(..., inputs) in the compute dtype -> for each layer (..., its outputs)."""
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, inputs)
-        low = tokens @ common.a.T  # h of all layers side by side: (tokens, sum of ranks)
+        ctx.drops = common.drops
+        low = common.low(tokens, drops=ctx.drops)  # h of all layers side by side: (tokens, sum of ranks)
         outputs = []
         for layer, part in zip(common.layers, low.split_with_sizes(common.ranks, dim=1), strict=True):
             y = functional.linear(tokens, layer.weight(), layer.bias)
@@ -84,55 +85,14 @@ class _Adapted(torch.autograd.Function):
             b_gradient = _product_in_fp32(gradient.T, part)
             # h has no scale in it, so dB gets it here; a multiplication by 1 would be a pass over memory for nothing.
             b_gradients.append(b_gradient if layer.scale == 1 else b_gradient.mul_(layer.scale))
-        a_gradients = _product_in_fp32(low_gradient.T, tokens).split_with_sizes(ranks)
+        a_gradients = ctx.common.a_gradients(low_gradient, tokens, drops=ctx.drops)
         x_gradient = None
         if ctx.needs_input_grad[0]:
             # Summed in place, one weight after the other: kept for each use, only one is dequantized at a time.
             x_gradient = gradients[0] @ layers[0].weight()
             for gradient, layer in zip(gradients[1:], layers[1:], strict=True):
                 x_gradient.addmm_(gradient, layer.weight())
-            x_gradient = x_gradient.addmm_(low_gradient, a).view(ctx.shape)
-        return x_gradient, None, *a_gradients, *b_gradients
-
-
-class _AdaptedWithDropout(torch.autograd.Function):
-    """`_Adapted` where each layer's adapter reads its input through dropout."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, common: CommonInput, *_trained: torch.Tensor) -> Any:
-        """(..., inputs) in the compute dtype -> for each layer (..., its outputs)."""
-        tokens = x.reshape(-1, x.shape[-1])  # (tokens, inputs)
-        low = tokens.new_empty(tokens.shape[0], common.a.shape[0])
-        parts = low.split_with_sizes(common.ranks, dim=1)
-        outputs = []
-        for layer, a, part in zip(common.layers, common.a.split_with_sizes(common.ranks), parts, strict=True):
-            torch.mm(common.dropped(tokens, layer), a.T, out=part)
-            y = functional.linear(tokens, layer.weight(), layer.bias)
-            outputs.append(y.addmm_(part, layer.b.T).view(*x.shape[:-1], -1))  # in place, as in `_Adapted`
-        ctx.save_for_backward(tokens, low, common.a, *(layer.b for layer in common.layers))
-        ctx.common, ctx.shape = common, x.shape
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        """The outputs' gradients -> those of x in the compute dtype, and of all A's and B's in fp32."""
-        tokens, low, a, *bs = ctx.saved_tensors
-        common, ranks = ctx.common, ctx.common.ranks
-        gradients = tuple(gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients)
-        a_gradients, b_gradients, x_gradient = [], [], None
-        whole = zip(
-            gradients, common.layers, a.split_with_sizes(ranks), bs, low.split_with_sizes(ranks, dim=1), strict=True
-        )
-        for gradient, layer, own_a, b, part in whole:
-            low_gradient = gradient @ b  # k, since b is s B
-            b_gradients.append(_product_in_fp32(gradient.T, part).mul_(layer.scale))
-            a_gradients.append(_product_in_fp32(low_gradient.T, common.dropped(tokens, layer)))
-            if ctx.needs_input_grad[0]:
-                weight = layer.weight()
-                x_gradient = gradient @ weight if x_gradient is None else x_gradient.addmm_(gradient, weight)
-                x_gradient += common.dropped(low_gradient @ own_a, layer)
-        if x_gradient is not None:
-            x_gradient = x_gradient.view(ctx.shape)
+            x_gradient = ctx.common.add_input_gradient(x_gradient, low_gradient, a, drops=ctx.drops).view(ctx.shape)
         return x_gradient, None, *a_gradients, *b_gradients
 
 
@@ -213,8 +173,7 @@ class CommonInput:
         if self.modules[0].disable_adapters:
             return tuple(functional.linear(x, layer.weight(), layer.bias) for layer in self.layers)
         trained = [layer.trained_a for layer in self.layers] + [layer.trained_b for layer in self.layers]
-        function = _AdaptedWithDropout if self.drops else _Adapted
-        outputs: tuple[torch.Tensor, ...] = function.apply(x, self, *trained)  # type: ignore[no-untyped-call]
+        outputs: tuple[torch.Tensor, ...] = _Adapted.apply(x, self, *trained)  # type: ignore[no-untyped-call]
         return outputs
 
     @property
@@ -223,7 +182,37 @@ class CommonInput:
         name = self.modules[0].active_adapters[0]
         return self.modules[0].lora_dropout[name].training and any(layer.dropout for layer in self.layers)
 
-    def dropped(self, x: torch.Tensor, layer: AdaptedLayer) -> torch.Tensor:
+    def low(self, tokens: torch.Tensor, *, drops: bool) -> torch.Tensor:
+        """(tokens, inputs) -> h of all layers side by side, (tokens, sum of ranks)."""
+        if not drops:
+            return tokens @ self.a.T
+        low = tokens.new_empty(tokens.shape[0], self.a.shape[0])
+        parts = zip(self.layers, self.a.split_with_sizes(self.ranks), low.split_with_sizes(self.ranks, 1), strict=True)
+        for layer, a, part in parts:
+            torch.mm(self._dropped(tokens, layer), a.T, out=part)
+        return low
+
+    def a_gradients(self, low_gradient: torch.Tensor, tokens: torch.Tensor, *, drops: bool) -> tuple[torch.Tensor, ...]:
+        """k, (tokens, sum of ranks), and the input -> for each layer its dA, (rank, inputs) fp32."""
+        if not drops:
+            return _product_in_fp32(low_gradient.T, tokens).split_with_sizes(self.ranks)
+        parts = zip(self.layers, low_gradient.split_with_sizes(self.ranks, 1), strict=True)
+        return tuple(_product_in_fp32(part.T, self._dropped(tokens, layer)) for layer, part in parts)
+
+    def add_input_gradient(
+        self, x_gradient: torch.Tensor, low_gradient: torch.Tensor, a: torch.Tensor, *, drops: bool
+    ) -> torch.Tensor:
+        """Adds the adapters' part of dx, (tokens, inputs), in place, and returns it."""
+        if not drops:
+            return x_gradient.addmm_(low_gradient, a)
+        parts = zip(
+            self.layers, low_gradient.split_with_sizes(self.ranks, 1), a.split_with_sizes(self.ranks), strict=True
+        )
+        for layer, part, own in parts:
+            x_gradient += self._dropped(part @ own, layer)
+        return x_gradient
+
+    def _dropped(self, x: torch.Tensor, layer: AdaptedLayer) -> torch.Tensor:
         """(tokens, inputs) -> the same through the layer's mask, whatever the values are."""
         if not layer.dropout:
             return x
