@@ -40,6 +40,7 @@ CODE = (
     "job.model.base",
     "job.model.decomposed_init",
     "job.model.files",
+    "job.model.fused.fp8",
     "job.model.fused.frozen_weights",
     "job.model.fused.kernels",
     "job.model.fused.lora_forward",

@@ -19,7 +19,7 @@ from job.planning.known_models_and_data import TaskTokens
 from job.planning.workload import Workload
 from job.records import ExecutionPlan
 from job.training import memory_model
-from job.training.execution_plan import choose_budget, choose_plan
+from job.training.execution_plan import FP8_CAPABILITY, choose_budget, choose_plan
 from job.training.memory_model import Setup
 
 Basis = Literal["computed", "measured", "assumed"]
@@ -72,6 +72,7 @@ class RunShape:
         download_bytes: Model and data that have to be fetched first.
         usd_per_hour: JOB_COST__USD_PER_HOUR.
         fused: Whether GPUs from Ampere on use the fused layers: in bf16, without dropout.
+        fp8: Whether training computes the products with the frozen weights in FP8.
         budget_by_gpu: Whether `budget` is not set, so that the job chooses it by the GPU's memory.
         keep_base: Whether the dequantized base is kept in memory; None where the job chooses.
         keep_activations: Whether activations are kept instead of recomputed; None where the job chooses.
@@ -96,6 +97,7 @@ class RunShape:
     download_bytes: int
     usd_per_hour: float | None
     fused: bool = False
+    fp8: bool = False
     budget_by_gpu: bool = False
     keep_base: bool | None = None
     keep_activations: bool | None = None
@@ -284,7 +286,9 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     if run.merges:  # it is scored unquantized, in place of the quantized base
         need = max(need, _scoring(run, replace(setup, quantization="none")))
     fits, note = need <= usable, ""
-    if not fits:
+    if run.fp8 and gpu.capability < FP8_CAPABILITY:
+        fits, note = False, "has no FP8 products: JOB_TRAIN__COMPUTE=fp8 is refused there"
+    elif not fits:
         note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill"
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
@@ -355,6 +359,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
         keep_base=run.keep_base,
         keep_activations=run.keep_activations,
         recorded=setup.architecture.fused,
+        fp8=run.fp8,
     )
 
 

@@ -59,6 +59,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         fused=settings.model.dtype in {"auto", "bf16"}
         and settings.lora.dropout == 0
         and adapter_options(settings).not_fused is None,
+        fp8=settings.train.compute == "fp8",
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",

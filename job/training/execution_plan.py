@@ -15,6 +15,8 @@ from job.training.memory_model import CONTEXT_BYTES, MARGIN, Setup, activation_b
 GIB = 1 << 30
 BUDGETS = ((40 * GIB, 16384), (11 * GIB, 4096), (0, 1024))
 """(least bytes of the GPU, token budget of a micro-batch)."""
+FP8_CAPABILITY = (8, 9)
+"""The lowest compute capability of a GPU with FP8 products: Ada; then Hopper, Blackwell."""
 _REST_BYTES = 4 * GIB
 """What the formulas leave out: tiles of the loss, CUDA graphs, the adapter's copies. 4.1 GiB in the run named below."""
 
@@ -45,6 +47,7 @@ def choose_plan(
     keep_base: bool | None,
     keep_activations: bool | None,
     recorded: bool,
+    fp8: bool = False,
 ) -> ExecutionPlan:
     """The fastest plan that fits, where fused layers compute; `forward` is set by the caller, which fuses them.
 
@@ -59,8 +62,10 @@ def choose_plan(
         keep_activations: Whether to keep activations; None to choose.
         recorded: Whether the decoder is fused throughout, so that its kernels can be recorded. Else transformers' own
             code runs between the fused layers, and keeps more activations.
+        fp8: Whether training computes in FP8: what is kept of the base are its two copies in that format.
     """
-    base = 2 * setup.architecture.linear_parameters if setup.quantization != "none" else 0
+    # Two bytes a weight either way: once in bf16, or twice in FP8 (`model/fused/fp8.py`).
+    base = 2 * setup.architecture.linear_parameters if setup.quantization != "none" or fp8 else 0
     again = activation_bytes(setup, sequence_tokens)
     tried = []
     for kept_base, kept in ((True, True), (False, True), (True, False), (False, False)):
@@ -78,5 +83,5 @@ def choose_plan(
     kept_base, kept, need = tried[-1]
     why = f"needs {need / GIB:.1f} of {free_bytes / GIB:.1f} GiB that are free"
     forced = "" if keep_base is None and keep_activations is None else "; partly as set"
-    kept_base &= setup.quantization != "none"
+    kept_base &= setup.quantization != "none" or fp8
     return ExecutionPlan(kept_base=kept_base, kept_activations=kept, recorded=recorded, reason=why + forced)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from job.model.fused import fp8
+
 Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(x, cosine, sine) -> x with its positions; (1, tokens, heads, head size), and (1, tokens, head size)."""
 
@@ -23,6 +25,8 @@ class Kernels:
     swiglu: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     """(gate, up) -> silu(gate) * up."""
     turn: Turn
+    quantize: fp8.Quantize
+    """Rows in FP8; used where training computes in it."""
 
     def rotate(
         self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
@@ -64,16 +68,17 @@ def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Te
     return turned
 
 
-TORCH = Kernels("torch", _norm, _swiglu, _turn)
+TORCH = Kernels("torch", _norm, _swiglu, _turn, fp8.quantize)
 """By torch's own operations; runs anywhere."""
 
 
 def triton() -> Kernels:
-    """SwiGLU and rotation in one pass over memory each.
+    """SwiGLU, rotation and quantization in one pass over memory each.
 
     Raises:
         ImportError: There is no Triton, which comes with torch for GPUs.
     """
     from job.model.fused import triton_kernels
 
-    return replace(TORCH, name="triton", swiglu=triton_kernels.swiglu, turn=triton_kernels.turn)
+    own = {"swiglu": triton_kernels.swiglu, "turn": triton_kernels.turn, "quantize": triton_kernels.quantize}
+    return replace(TORCH, name="triton", **own)

@@ -168,6 +168,16 @@ def test_what_is_kept_follows_from_the_room(gigabytes: int, keeps: str) -> None:
     assert forecast_gpu(gpu, RUN, REFERENCE).keeps == ""
 
 
+def test_fp8_needs_a_gpu_that_has_it() -> None:
+    """Elsewhere the run is refused, and the forecast says so; what is kept takes the same memory."""
+    run = replace(RUN, fused=True, budget_by_gpu=True, fp8=True)
+    gpu = Gpu("x", 80 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
+    assert forecast_gpu(gpu, run, REFERENCE) == forecast_gpu(gpu, replace(run, fp8=False), REFERENCE)
+    found = forecast_gpu(replace(gpu, capability=(8, 0)), run, REFERENCE)
+    assert (found.fits, found.hours, found.keeps) == (False, None, "")
+    assert "JOB_TRAIN__COMPUTE=fp8" in found.note
+
+
 def test_other_decoders_keep_more() -> None:
     """Where the job has code for the adapted layers alone, transformers' own keeps more between them."""
     run = replace(RUN, fused=True, budget_by_gpu=True)
