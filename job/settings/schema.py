@@ -171,7 +171,8 @@ class Model(Group):
     `store`: also beside the runs in JOB_RUN__OUTPUT, so that a restart on another machine downloads 4 GB, not 14.
     """
     keep_dequantized: ExecutionOnly[FlagOrAuto] = "auto"
-    """Dequantize the frozen weights once and keep them: faster, same results; `auto`: if they fit into memory."""
+    """Dequantize the frozen weights once and keep them: faster, same results; `auto`: if they fit into memory. With
+    JOB_TRAIN__COMPUTE=fp8 their copies in that format are kept."""
 
 
 class Lora(Group):

@@ -5,7 +5,8 @@ kernels: quantization bit by bit and products as the CPU computes them; the rate
 speed: training at Mistral-7B's shape with random weights on Alpaca's lengths, in bf16 and in FP8: target tokens a
     second, memory, equal bits of repeated and of resumed runs.
 accuracy: the whole job on a real model (SmolLM2-135M-Instruct), in bf16 and in FP8 with the same seeds, all of a task's
-    questions, paired by `qlora-job compare`; and once more in FP8, killed and started again. Needs --gguf, --data and --task, as `real_model.py` does.
+    questions, paired by `qlora-job compare`; and once more in FP8, killed and started again. Needs --gguf, --data and
+    --task, as `real_model.py` does.
 
 --tiny rehearses all of it on a CPU, where kernels are the emulation and the job runs in its own dtype.
 """
@@ -143,7 +144,9 @@ def products(
             errors[f"{way}_from_emulation"] = error(found.float(), emulated)
             errors[f"{way}_back_from_emulation"] = error(back.float(), emulated_back)
             errors[f"{way}_largest"] = ((found.float() - emulated).abs().max() / emulated.abs().max()).item()
-            errors[f"{way}_mean"] = ((found.float() - emulated) * emulated.sign()).mean().item()
+            # Whether sums are cut off towards zero, as a share of them.
+            shrunk = ((found.float() - emulated) * emulated.sign()).mean() / emulated.abs().mean()
+            errors[f"{way}_drift"] = shrunk.item()
             bench.say("repeated product", layers=name, way=way, same_bits=torch.equal(found, again))
             spent[f"{way}_forward"] = gpu.timed_on_gpu(
                 lambda: [fp8.product(x8, w, torch.bfloat16) for w in w8] and None

@@ -139,7 +139,10 @@ def turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Ten
 
 
 def quantize(parts: Sequence[torch.Tensor]) -> Rows:
-    """`fp8.Quantize`, bit by bit as `fp8.quantize`: largest number, scale and rounding of a row in one kernel."""
+    """`fp8.Quantize`, as `fp8.quantize` does it: largest number, scale and rounding of a row in one kernel.
+
+    On Hopper the bits are the same. Ada rounds by way of fp16, so that a number close to a tie may fall the other way.
+    """
     if len(parts) > _MOST_PARTS:
         return quantize([torch.cat(list(parts), 1)])
     given = [part.contiguous() for part in parts]

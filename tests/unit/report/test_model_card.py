@@ -173,14 +173,6 @@ def test_what_is_not_plain_lora_is_said(made: dict[str, Any]) -> None:
     assert "vLLM 0.33" not in plain
 
 
-def test_training_in_fp8_is_said(made: dict[str, Any]) -> None:
-    """Card and report name it, for runs that were trained so."""
-    execution = {"kept_base": True, "kept_activations": True, "recorded": True, "reason": "", "packed": True}
-    there = {**made, "training": {**made["training"], "execution": {**execution, "forward": "fused all, triton, fp8"}}}
-    assert "computed in bf16, in training in FP8 (e4m3, a scale for each row) |" in read(there).text
-    assert "FP8" not in read(made).text
-
-
 def test_where_it_is_pushed_is_said(made: dict[str, Any]) -> None:
     """A card on the hub names its repository; without a target nothing is said of one."""
     settings = {**made["settings"]}
