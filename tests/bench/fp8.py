@@ -45,11 +45,6 @@ def kernel_set() -> kernels.Kernels:
     return kernels.triton() if ON_GPU else kernels.TORCH
 
 
-def rate_of(flops: float, function: Callable[[], Any]) -> float:
-    """TFLOP/s of a call, the GPU's work alone."""
-    return flops / gpu.timed_on_gpu(function) / 1e9
-
-
 # Kernels.
 
 
@@ -152,10 +147,45 @@ def products(
                 lambda: [fp8.product(x8, w, torch.bfloat16) for w in w8] and None
             )
             spent[f"{way}_back"] = gpu.timed_on_gpu(lambda: fp8.product(g8, back8, torch.bfloat16))
+    if ON_GPU:  # what other ways would take: one scale a matrix; the layers' input gradients one by one, and added up
+        spent |= other_ways(x8, w8, g8, back8, outputs)
     rates = {f"{way}_tflops": flops / ms / 1e9 for way, ms in spent.items() if not way.startswith("quantize")}
     bench.say("products", layers=name, tokens=tokens, **rates, **{f"{way}_ms": ms for way, ms in spent.items()})
     bench.say("errors", layers=name, **{what: f"{value:.3g}" for what, value in errors.items()})
     return spent
+
+
+def other_ways(x8: Rows, w8: list[Rows], g8: Rows, back8: Rows, outputs: list[int]) -> dict[str, float]:
+    """Milliseconds of the products with one scale a matrix, and of the input's gradient by one product a layer."""
+    one = torch.ones((), device=DEVICE)
+
+    def by_matrix(left: Rows, right: Rows) -> torch.Tensor:
+        found: torch.Tensor = torch._scaled_mm(
+            left.values,
+            right.values.T,
+            scale_a=one,
+            scale_b=one,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=fp8.FAST_ACCUMULATION,
+        )
+        return found
+
+    def parts(rows: Rows) -> list[Rows]:
+        return [Rows(part.contiguous(), rows.scale) for part in rows.values.split(outputs, dim=1)]
+
+    pairs = list(zip(parts(g8), parts(back8), strict=True))
+
+    def layer_by_layer() -> torch.Tensor:
+        total = fp8.product(*pairs[0], torch.bfloat16)
+        for left, right in pairs[1:]:
+            total.add_(fp8.product(left, right, torch.bfloat16))
+        return total
+
+    return {
+        "by_matrix_forward": gpu.timed_on_gpu(lambda: [by_matrix(x8, w) for w in w8] and None),
+        "by_matrix_back": gpu.timed_on_gpu(lambda: by_matrix(g8, back8)),
+        "layer_by_layer_back": gpu.timed_on_gpu(layer_by_layer),
+    }
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

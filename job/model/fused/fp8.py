@@ -142,8 +142,9 @@ class FrozenProducts:
 
 def why_not_here(device: torch.device) -> str | None:
     """Why torch cannot compute such a product on this GPU; None if it can. Only a launch shows it."""
+    size = 8 * MULTIPLE
     try:
-        rows = quantize([torch.ones(MULTIPLE, MULTIPLE, dtype=torch.bfloat16, device=device)])
+        rows = quantize([torch.ones(size, size, dtype=torch.bfloat16, device=device)])
         product(rows, rows, torch.bfloat16).sum().item()
     except RuntimeError as error:
         return " ".join(f"torch's FP8 products with a scale a row do not run on this GPU: {error}".split())[:300]
