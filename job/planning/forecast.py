@@ -378,6 +378,7 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     used = memory_model.UTILISATION
     if execution is not None:
         setup, used = replace(setup, recompute=not execution.kept_activations), memory_model.FUSED_UTILISATION
+        used *= memory_model.FP8_SPEEDUP if run.fp8 else 1.0
     micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
     flops = memory_model.training_flops(setup, work.tokens, work.squares)
     training = memory_model.seconds(flops, (3 if setup.recompute else 2) * micro_batches, setup, used=used, **speed)

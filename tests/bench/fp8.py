@@ -2,6 +2,8 @@
 
 kernels: quantization bit by bit and products as the CPU computes them; the rate of each product, with the sums in the
     matrix units' own registers (`fp8.FAST_ACCUMULATION`) and without, beside bf16's.
+formats: on the CPU, the real model's gradient of a few rows with gradients in e4m3, in e5m2 and unrounded, and with one
+    scale a matrix. Needs what `accuracy` needs.
 speed: training at Mistral-7B's shape with random weights on Alpaca's lengths, in bf16 and in FP8: target tokens a
     second, memory, equal bits of repeated and of resumed runs.
 accuracy: the whole job on a real model (SmolLM2-135M-Instruct), in bf16 and in FP8 with the same seeds, all of a task's
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from tests.bench.adapter_options import Finished, run
 from tests.bench.common import ROOT
 from tests.bench.real_model import MODEL, make_base
 
+FORMAT_ROWS = 5
 TOKENS = 3840
 """Of a packed sequence: Alpaca's 32 rows of a step have 3,722 on average, padded to a multiple of 256."""
 
@@ -261,6 +265,86 @@ def speed_section(bench: Bench, given: argparse.Namespace) -> None:
     gpu.put_away(bench)
 
 
+# Formats, on the CPU.
+
+
+def format_section(bench: Bench, given: argparse.Namespace) -> None:
+    """The adapter's gradient by each way to round, against that in fp32 without rounding."""
+    if given.data is None:
+        bench.say("left out", section="formats", why="needs --data")
+        return
+    from job.data.dataset import load_examples
+    from job.model.base import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as work:
+        base = given.base or make_base(Path(work) / "base", given.gguf)
+        examples, _ = load_examples(
+            str(given.data),
+            revision=None,
+            split="train",
+            limit=FORMAT_ROWS,
+            schema="alpaca",
+            on_bad_row="skip",
+            loss_on="all",
+            max_length=2048,
+            tokenizer=load_tokenizer(base),
+        )
+        plain = gradient_on_cpu(base, examples, None)
+        for name, ways in {
+            "gradients unrounded": (fp8.quantize, unrounded),
+            "e4m3": (fp8.quantize, fp8.quantize),
+            "gradients in e5m2": (fp8.quantize, partial(rounded, torch.float8_e5m2, by_row=True)),
+            "e4m3, one scale a matrix": [partial(rounded, fp8.FORMAT, by_row=False)] * 2,
+        }.items():
+            found = gradient_on_cpu(base, examples, ways)
+            cosine = torch.nn.functional.cosine_similarity(found, plain, 0).item()
+            bench.say("format", way=name, error=error(found, plain), cosine=cosine)
+
+
+def rounded(kind: torch.dtype, parts: Sequence[torch.Tensor], *, by_row: bool) -> Rows:
+    """As `fp8.quantize`, in another format, or with the largest number of the whole matrix in all rows."""
+    whole = torch.cat([part.float() for part in parts], 1)
+    largest = whole.abs().amax(1, keepdim=True) if by_row else whole.abs().amax().expand(whole.shape[0], 1)
+    scale = largest.clamp(min=fp8.SMALLEST) / torch.finfo(kind).max
+    return Rows((whole / scale).to(kind), scale.contiguous())
+
+
+def unrounded(parts: Sequence[torch.Tensor]) -> Rows:
+    """In fp32, with scales of one."""
+    return Rows(torch.cat([part.float() for part in parts], 1), torch.ones(parts[0].shape[0], 1))
+
+
+def gradient_on_cpu(base: Path, examples: Any, ways: Sequence[Quantize] | None) -> torch.Tensor:
+    """The gradient of a filled adapter, end to end; `ways` round activations with weights, and gradients."""
+    from job.model.base import load_base
+    from job.model.lora import add_adapter, trainable
+    from job.training.packing import packed_inputs
+    from tests.helpers import fill_adapter
+
+    device = torch.device("cpu")
+    model = load_base(
+        base, quantization="nf4", double_quantization=True, dtype=torch.float32, device=device, max_length=2048
+    )
+    model = add_adapter(model, rank=16, alpha=16, dropout=0.0, target_modules="auto", seed=0)
+    fuse_layers(fill_adapter(model, 0.01), keep_dequantized=True, kernels=kernels.TORCH)
+    for module in model.modules():
+        if ways is not None and (common := module.__dict__.get("fused")) is not None:
+            common.fp8 = fp8.FrozenProducts(common.layers, ways[0], keep=True)
+            common.fp8.input_gradient = partial(by_other, common.fp8, ways[1])
+    model.train()
+    inputs = packed_inputs(examples, device)
+    labels = inputs.pop("labels")
+    logits = model(**inputs, use_cache=False).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").backward()
+    return torch.cat([p.grad.flatten() for p in trainable(model).values()])
+
+
+def by_other(products: fp8.FrozenProducts, quantize: Quantize, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`FrozenProducts.input_gradient` with gradients rounded in another way than weights."""
+    assert products._by_input is not None
+    return fp8.product(quantize(gradients), products._by_input, gradients[0].dtype)
+
+
 # The whole job on a real model.
 
 
@@ -357,7 +441,12 @@ def compared(one: Path, other: Path, task: str) -> Mapping[str, Any]:
     return found
 
 
-SECTIONS = {"kernels": kernel_section, "speed": speed_section, "accuracy": accuracy_section}
+SECTIONS = {
+    "kernels": kernel_section,
+    "speed": speed_section,
+    "formats": format_section,
+    "accuracy": accuracy_section,
+}
 
 
 def main() -> int:

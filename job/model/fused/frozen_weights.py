@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     import torch
 
     from job.model.fused.kernels import Kernels
-    from job.model.fused.lora_forward import CommonInput
 
 
 def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None, fp8: bool = False) -> str:
@@ -44,8 +43,8 @@ def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None, 
     return "all" if known else "layers"
 
 
-def _common_inputs(model: Any) -> list[CommonInput]:
-    """Of a fused model."""
+def _common_inputs(model: Any) -> list[Any]:
+    """Those of a fused model, each a `CommonInput` whose weights are `_Frozen`."""
     return [inputs for module in model.modules() if (inputs := module.__dict__.get("fused")) is not None]
 
 

@@ -80,5 +80,5 @@ def triton() -> Kernels:
     """
     from job.model.fused import triton_kernels
 
-    own = {"swiglu": triton_kernels.swiglu, "turn": triton_kernels.turn, "quantize": triton_kernels.quantize}
-    return replace(TORCH, name="triton", **own)
+    own = triton_kernels
+    return replace(TORCH, name="triton", swiglu=own.swiglu, turn=own.turn, quantize=own.quantize)
