@@ -41,6 +41,7 @@ CODE = (
     "job.model.families",
     "job.model.files",
     "job.model.fused.dropout",
+    "job.model.fused.fp8",
     "job.model.fused.frozen_weights",
     "job.model.fused.kernels",
     "job.model.fused.lora_forward",

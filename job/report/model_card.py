@@ -58,6 +58,7 @@ def render_model_card(
         dataset=dataset,
         training=results["training"],
         learned=wording.learned(results["training"]),
+        fp8=wording.in_fp8(results["training"]),
         tasks=tasks,
         harness=results["evaluation"]["harness"],
         measured=results["evaluation"].get("measured", {}),

@@ -99,6 +99,7 @@ def load_settings(
         *_schedule(settings),
         *_adapter(settings),
         *_method(settings),
+        *_compute(settings),
     ]
     problems += [Problem(setting_at(name, settings.sources[name]), what) for name, what in faults if name not in wrong]
     problems += [Problem(f"{variable} (environment)", what) for variable, what in find_faults(environ)]
@@ -565,6 +566,29 @@ def _method(settings: Settings) -> Iterator[Fault]:
             "train.label_smoothing",
             f"has no effect with JOB_TRAIN__PREFERENCE_LOSS={train.preference_loss}; remove it",
         )
+
+
+def _compute(settings: Settings) -> Iterator[Fault]:
+    """What cannot be trained in FP8 whatever the machine; what this machine cannot, `training.prepare` finds."""
+    if settings.train.compute != "fp8":
+        return
+    name, lora = "train.compute", settings.lora
+    if settings.run.device == "cpu":
+        yield name, "is fp8, which a CPU does not compute; remove it, or JOB_RUN__DEVICE=cpu"
+    if settings.model.dtype not in {"auto", "bf16"}:
+        yield name, f"is fp8, which goes with bf16; JOB_MODEL__DTYPE is {settings.model.dtype}: set bf16 or auto"
+    slower = {
+        "LORA__DROPOUT": lora.dropout,
+        "LORA__KIND": lora.kind != "lora",
+        "LORA__USE_DORA": lora.use_dora,
+        "LORA__MODULES_TO_SAVE": lora.modules_to_save,
+        "MODEL__ADD_TOKENS": settings.model.add_tokens,
+    }
+    if needed := [f"JOB_{setting}" for setting, given in slower.items() if given]:
+        yield name, f"is fp8, which only the job's fused layers compute; {' and '.join(needed)} need PEFT's own"
+    if any(METHODS[method].reference for method in settings.train.method.split(",")):
+        why = "its rounding would count as a difference from the reference"
+        yield name, f"is fp8, which is not for JOB_TRAIN__METHOD={settings.train.method}: {why}; drop one of the two"
 
 
 def _start(settings: Settings) -> Iterator[Fault]:

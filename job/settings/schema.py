@@ -171,7 +171,8 @@ class Model(Group):
     `store`: also beside the runs in JOB_RUN__OUTPUT, so that a restart on another machine downloads 4 GB, not 14.
     """
     keep_dequantized: ExecutionOnly[FlagOrAuto] = "auto"
-    """Dequantize the frozen weights once and keep them: faster, same results; `auto`: if they fit into memory."""
+    """Dequantize the frozen weights once and keep them: faster, same results; `auto`: if they fit into memory. With
+    JOB_TRAIN__COMPUTE=fp8 their copies in that format are kept."""
 
 
 class Lora(Group):
@@ -393,6 +394,10 @@ class Train(Group):
     `assistant` are all turns of the assistant, `last` is the last one. `assistant` takes them from the template's
     `{% generation %}` marks, or from TRL's training template for it, where there is one; with `assistant` and `last` a
     turn that does not end with a special token is an invalid row."""
+    compute: AffectsResult[Literal["dtype", "fp8"]] = "dtype"
+    """Format of the products with the frozen weights in training: `dtype`, as JOB_MODEL__DTYPE says; `fp8`, e4m3 with a
+    scale for each row, on GPUs from compute capability 8.9 (Ada, Hopper) on. The adapter's own products, validation and
+    both evaluations stay in JOB_MODEL__DTYPE."""
     gradient_checkpointing: ExecutionOnly[FlagOrAuto] = "auto"
     """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory."""
     gpu_memory_gb: ExecutionOnly[Maybe[Positive]] = None

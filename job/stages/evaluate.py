@@ -138,7 +138,7 @@ def load_published_adapter(attempt: Attempt, loaded: Loaded, trained: Trained) -
 
 def forward_facts(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
     """Everything that affects the bits of a forward pass, except the adapter's weights."""
-    return {**asdict(record), "forward": loaded.plan.forward, "packed": is_packed(loaded.model)}
+    return {**asdict(record), "forward": loaded.plan.scoring_forward, "packed": is_packed(loaded.model)}
 
 
 def score_model(

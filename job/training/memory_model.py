@@ -30,6 +30,8 @@ UTILISATION = 0.18
 """Share of the data sheet's peak FLOP/s that PEFT's layers reach: 0.18 to 0.21 on an H200, measured."""
 FUSED_UTILISATION = 0.42
 """The same for the job's fused layers: measured 0.41 to 0.47 on an H100, by what is kept; assumed elsewhere."""
+FP8_SPEEDUP = 1.0
+"""Factor on `FUSED_UTILISATION` where training computes in FP8. 1: not measured, so that a forecast is that of bf16."""
 SCORING_UTILISATION = 0.3
 """The same for an evaluation, which includes work on the CPU; measured as well."""
 

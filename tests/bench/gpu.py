@@ -378,7 +378,7 @@ def unmake(model: Any) -> None:
     """Takes off what `make_lean` and a trainer put onto a model."""
     model.get_base_model().base_model._forward_pre_hooks.clear()
     for module in model.modules():
-        for name in ("forward", "lean"):
+        for name in ("forward", "fused"):
             module.__dict__.pop(name, None)
 
 

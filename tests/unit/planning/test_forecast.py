@@ -168,6 +168,23 @@ def test_what_is_kept_follows_from_the_room(gigabytes: int, keeps: str) -> None:
     assert forecast_gpu(gpu, RUN, REFERENCE).keeps == ""
 
 
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere the run is refused, as the forecast says; what is kept takes the same memory, training less time."""
+    run = replace(RUN, fused=True, budget_by_gpu=True, fp8=True)
+    gpu = Gpu("x", 80 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
+    plain, saved = forecast_gpu(gpu, replace(run, fp8=False), REFERENCE), []
+    for speedup in (1.25, 1.25**2):
+        monkeypatch.setattr(memory_model, "FP8_SPEEDUP", speedup)
+        found = forecast_gpu(gpu, run, REFERENCE)
+        assert found.keeps == plain.keeps
+        saved.append((plain.hours or 0) - (found.hours or 0))
+    assert saved[0] > 0
+    assert saved[1] / saved[0] == pytest.approx((1 - 1 / 1.25**2) / (1 - 1 / 1.25))  # of training, and nothing else
+    found = forecast_gpu(replace(gpu, capability=(8, 0)), run, REFERENCE)
+    assert (found.fits, found.hours, found.keeps) == (False, None, "")
+    assert "JOB_TRAIN__COMPUTE=fp8" in found.note
+
+
 def test_other_decoders_keep_more() -> None:
     """Where the job has code for the adapted layers alone, transformers' own keeps more between them."""
     run = replace(RUN, fused=True, budget_by_gpu=True)

@@ -462,6 +462,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("model.dtype", ["float16"]),
     ("lora.rank", ["0", "-1", "1.5", "sixteen", "9" * 5000]),
     ("lora.alpha", ["0", "-16"]),
+    ("train.compute", ["", "bf16", "FP8"]),
     ("lora.dropout", ["1", "-0.1", "nan", "1e400"]),
     ("lora.modules_to_save", ["lm_head,lm_head", "lm_head,,", "[1]"]),
     ("model.add_tokens", ["<a>,<a>", "<a>,,", "[", '{"a": 1}']),
@@ -978,6 +979,23 @@ class TestMethods:
     def test_muon_is_for_matrices(self, given: str) -> None:
         """What trains vectors is refused before anything is loaded."""
         assert "JOB_TRAIN__OPTIMIZER (command line)" in problems(["--train.optimizer=muon", given])
+
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            (["--run.device=cpu"], "JOB_RUN__DEVICE=cpu"),
+            (["--model.dtype=fp16"], "JOB_MODEL__DTYPE"),
+            (["--lora.dropout=0.1", "--lora.use_dora=true"], "JOB_LORA__DROPOUT and JOB_LORA__USE_DORA"),
+            (["--lora.kind=adalora"], "JOB_LORA__KIND"),
+            (["--lora.modules_to_save=lm_head"], "JOB_LORA__MODULES_TO_SAVE"),
+            (["--model.add_tokens=<x>"], "JOB_MODEL__ADD_TOKENS"),
+            (["--train.method=dpo"], "JOB_TRAIN__METHOD=dpo"),
+        ],
+    )
+    def test_what_is_not_computed_in_fp8(self, given: list[str], named: str) -> None:
+        """What needs a CPU, another dtype, PEFT's own layers or a reference is refused before anything is loaded."""
+        assert named in problems(["--train.compute=fp8", *given])["JOB_TRAIN__COMPUTE (command line)"]
+        assert load_settings(["--train.compute=fp8"], {}).train.compute == "fp8"
 
     def test_rows_that_the_method_cannot_learn_from(self) -> None:
         """A format by name is checked before any file is read."""
