@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from job.common.device_copies import to_device
 from job.data.examples import lengths_of
 from job.model.packed_attention import Segment, build_layout
 from job.records import Example
@@ -21,7 +22,9 @@ from job.records import Example
 IGNORED = -100
 """The label of a token that is no target, as in torch's cross-entropy and TRL."""
 SMALLEST_INCREMENT = 256
-"""Lengths of padded sequences are multiples of at least this many tokens."""
+"""The length of a padded sequence that was not planned is a multiple of at least this many tokens."""
+GRID = 128
+"""Lengths that are chosen for a whole run are multiples of at least this many tokens, as the tiles of products are."""
 SEGMENTS = 8
 """The number of segments of a padded sequence is rounded up to a multiple of this."""
 
@@ -108,8 +111,8 @@ class Shapes:
 def choose_shapes(sequences: Sequence[tuple[int, int]], recording_tokens: int) -> Shapes:
     """The shapes that take the least time in all: to record each, and to compute the padding of every sequence.
 
-    Few in a short run, where a recording takes longer than the padding that it saves; in a long one all that
-    `padded_length` gives. The shape of a sequence affects the last bits of its gradient. So the choice follows from
+    Few in a short run, where a recording takes longer than the padding that it saves; in a long one most multiples of
+    `GRID`. The shape of a sequence affects the last bits of its gradient. So the choice follows from
     what is the same in every attempt of a run, and is the same whether anything is recorded or not.
 
     Args:
@@ -119,7 +122,8 @@ def choose_shapes(sequences: Sequence[tuple[int, int]], recording_tokens: int) -
     counts: dict[int, int] = {}
     segments: dict[int, int] = {}
     for tokens, examples in sequences:
-        length = padded_length(tokens)
+        step = max(GRID, 1 << max(0, (tokens - 1).bit_length() - 7))  # at most a 64th more, so there are few to try
+        length = -(-tokens // step) * step
         counts[length] = counts.get(length, 0) + 1
         segments[length] = max(segments.get(length, 0), padded_segments(examples))
     lengths = sorted(counts)
@@ -184,7 +188,9 @@ def blank_sequence(shape: tuple[int, int], device: torch.device) -> PaddedSequen
 
 
 def padded_sequence(
-    examples: Sequence[Example], device: torch.device, shapes: Shapes = Shapes()  # noqa: B008 - frozen
+    examples: Sequence[Example],
+    device: torch.device,
+    shapes: Shapes = Shapes(),
 ) -> PaddedSequence:
     """Lays examples end to end in one sequence and pads it to one of the shapes."""
     ends = [0, *accumulate(len(example.input_ids) for example in examples)]
@@ -204,5 +210,5 @@ def padded_sequence(
     segments = tuple(map(Segment, ends, ends[1:]))
     ends += [length] * (slots + 1 - len(ends))
     return PaddedSequence(
-        torch.from_numpy(tokens).to(device), torch.tensor(ends, dtype=torch.int32, device=device), segments
+        to_device(torch.from_numpy(tokens), device), to_device(torch.tensor(ends, dtype=torch.int32), device), segments
     )

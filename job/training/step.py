@@ -229,7 +229,7 @@ class OptimizerStep:
             return self._packed_gradient(packed_inputs(examples, device), targets)
         sequence = padded_sequence(examples, device, self.shapes())
         # A tensor, not a number: a CUDA graph would always use the number with which it was recorded.
-        weight = torch.tensor(1 / targets, device=device)
+        weight = torch.full((), 1 / targets, device=device)  # filled there: a copy would wait for the GPU
         if not self.plan.recorded:
             return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
         graphs = self._recorded(device)

@@ -33,7 +33,7 @@ def test_shares_and_micro_batches_divide_a_step(lengths: list[int], size: int, w
 
 @given(LENGTHS, st.integers(1, 12), st.integers(1, 3), st.integers(1, 90))
 def test_the_sequences_of_a_run_are_those_that_come(lengths: list[int], size: int, world: int, budget: int) -> None:
-    """Tokens and examples of every sequence are known beforehand, those of other weights apart and those of 0 left out."""
+    """Tokens and examples of every sequence are known beforehand; other weights are apart, and 0 is left out."""
     plan = replace(steps(lengths, size), world_size=world)
     weighted = [replace(e, weight=(0.0, 1.0, 2.5)[n % 3]) for n, e in enumerate(plan.examples)]
     for examples in (plan.examples, weighted):

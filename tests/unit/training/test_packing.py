@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from job.records import Example
 from job.training.packing import (
+    GRID,
     RECORDING_TOKENS,
     SEGMENTS,
     SMALLEST_INCREMENT,
@@ -99,8 +100,8 @@ def test_the_shapes_of_a_run_cost_least(sequences: list[tuple[int, int]], record
     """No other choice of lengths takes less time, every sequence fits, and the order of the steps does not matter."""
     chosen = choose_shapes(sequences, recording)
     lengths = [length for length, _ in chosen.shapes]
-    possible = sorted({padded_length(tokens) for tokens, _ in sequences})[-6:]  # more take long to try
-    few = [one for one in sequences if possible[0] - SMALLEST_INCREMENT < one[0]]
+    possible = sorted({-(-tokens // GRID) * GRID for tokens, _ in sequences})[-6:]  # more take long to try
+    few = [one for one in sequences if possible[0] - GRID < one[0]]
     others = [
         cost(few, [*some, possible[-1]], recording)
         for size in range(len(possible))
@@ -120,8 +121,9 @@ def test_the_shapes_of_a_run_cost_least(sequences: list[tuple[int, int]], record
 def test_a_short_run_has_one_shape_and_a_long_one_many() -> None:
     """A recording pays where it saves more padding than it takes time; the sequences are those of a step of Alpaca."""
     sequences = [(2600 + 91 * n, 32) for n in range(20)]
-    assert choose_shapes(sequences[:10], RECORDING_TOKENS).shapes == ((padded_length(sequences[9][0]), 40),)
-    assert len(choose_shapes(sequences * 500, RECORDING_TOKENS).shapes) == len({padded_length(n) for n, _ in sequences})
+    assert choose_shapes(sequences[:10], RECORDING_TOKENS).shapes == ((3456, 40),)
+    assert len(choose_shapes(sequences * 500, RECORDING_TOKENS).shapes) == len({-(-n // GRID) for n, _ in sequences})
+    assert choose_shapes([(343_000, 1)], 0).shapes == ((344_064, 8),)
     assert choose_shapes([], RECORDING_TOKENS) == Shapes()
 
 
