@@ -6,12 +6,9 @@ images import scipy, and both take as long as TRL itself.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-_DYNAMO = "TORCHDYNAMO_DISABLE"
 
 
 @contextmanager
@@ -28,21 +25,3 @@ def without(*packages: str) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Within it, functions that are decorated with `torch.compile` stay as they are written.
-
-    The decorator alone imports torch's compiler, 600 modules. bitsandbytes decorates four functions for devices without
-    kernels of their own, which a GPU and its CPU library have.
-    """
-    before = os.environ.get(_DYNAMO)  # noqa: TID251 - no setting of the job, but a switch of torch
-    os.environ[_DYNAMO] = "1"  # noqa: TID251 - as above; read when a function is decorated
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_DYNAMO]  # noqa: TID251 - as above
-        else:
-            os.environ[_DYNAMO] = before  # noqa: TID251 - as above
