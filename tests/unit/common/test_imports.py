@@ -31,6 +31,6 @@ def test_what_is_imported_stays_as_it_is() -> None:
 def test_an_error_within_hides_nothing_for_good() -> None:
     """After a failed import, packages are visible again."""
     sys.modules.pop("colorsys", None)
-    with pytest.raises(ZeroDivisionError), without("colorsys")():
+    with pytest.raises(ZeroDivisionError), without("colorsys"):
         raise ZeroDivisionError
     assert find_spec("colorsys") is not None
