@@ -79,7 +79,7 @@ def test_hours_add_up_and_dollars_follow() -> None:
     training = memory_model.training_flops(REFERENCE, WORK.tokens, WORK.squares)
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     computing = (training + EVALUATIONS * scoring) / (memory_model.UTILISATION * gpu.flops)
-    assert plan.hours == pytest.approx((60 + 40 + computing) / 3600, rel=1e-6)
+    assert plan.hours == pytest.approx((40 + 40 + computing) / 3600, rel=1e-6)
     assert plan.usd == pytest.approx(plan.hours * gpu.usd_per_hour)
     priced = forecast_gpu(gpu, replace(RUN, usd_per_hour=2.0), REFERENCE)
     assert (priced.usd_per_hour, priced.machine) == (2.0, "your price")
