@@ -32,7 +32,7 @@ def to_host(*tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
     if not tensors[0].is_cuda:
         return lambda: tensors
     copies = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in tensors)
-    done = torch.cuda.Event()
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     done.record()
 
     def wait() -> tuple[torch.Tensor, ...]:
