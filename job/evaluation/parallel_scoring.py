@@ -111,6 +111,8 @@ class ParallelScoring:
         """Every n-th part, where n is the number of processes."""
         place = self.processes.place
         own = list(work.parts)[place.rank :: place.world_size]
+        if not own:  # `scoring` may load a model first
+            return
         self.alive()
         if work.how is None:  # all at once, so that a GPU computes one sequence while the host prepares the next
             for found in self.scoring(model, work.questions, {number: range(*work.parts[number]) for number in own}):
