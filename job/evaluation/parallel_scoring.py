@@ -47,8 +47,8 @@ class ParallelScoring:
 
     Attributes:
         processes: Those that share the work; with one of them, `score` is `score_sequences`.
-        alive: Called before each sequence, before each token of answers, and while waiting (then with `progress=`):
-            tells the watchdog that the process is alive, and raises Preempted if the job has to stop.
+        alive: Called before and after each sequence, before each token of answers, and while waiting (then with
+            `progress=`): tells the watchdog that the process is alive, and raises Preempted if the job has to stop.
         scoring: How one process scores sequences.
     """
 
@@ -110,10 +110,16 @@ class ParallelScoring:
     def _own_share(self, work: _Work, model: Any, tokenizer: Any) -> Iterator[tuple[int, Any]]:
         """Every n-th part, where n is the number of processes."""
         place = self.processes.place
-        for number in list(work.parts)[place.rank :: place.world_size]:
+        own = list(work.parts)[place.rank :: place.world_size]
+        if not own:  # `scoring` may load a model first
+            return
+        self.alive()
+        if work.how is None:  # all at once, so that a GPU computes one sequence while the host prepares the next
+            for found in self.scoring(model, work.questions, {number: range(*work.parts[number]) for number in own}):
+                yield found
+                self.alive()
+            return
+        for number in own:
             self.alive()
-            part = work.parts[number]
-            if work.how is None:
-                yield from self.scoring(model, work.questions, {number: range(*part)})
-            else:
-                yield from answer_batches(model, tokenizer, work.prompts, {number: part}, work.how, alive=self.alive)
+            batch = {number: work.parts[number]}
+            yield from answer_batches(model, tokenizer, work.prompts, batch, work.how, alive=self.alive)

@@ -31,6 +31,7 @@ SAVE_SECONDS = 15.0
 _ENDING = ".jsonl"
 
 CODE = (
+    "job.common.device_copies",
     "job.evaluation.generation",
     "job.evaluation.resumable",
     "job.evaluation.scoring",

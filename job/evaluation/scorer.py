@@ -21,7 +21,7 @@ In a REPL:
 
 A run adds two things from outside: a `ScoreCache`, and `ParallelScoring`, which divides the work over processes.
 How one packed sequence is scored is in `job.evaluation.scoring`; what to change there to score in another way:
-`score_sequence`, and nothing else.
+`begin_scoring`, and nothing else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 from job.errors import TrainingFailed
 from job.evaluation.resumable import complete
 from job.evaluation.score_cache import ScoreCache
-from job.evaluation.scoring import plan_sequences, score_sequence
+from job.evaluation.scoring import begin_scoring, plan_sequences
 from job.records import ChoiceScore, Question
 
 Scores = list[list[ChoiceScore]]
@@ -77,18 +77,28 @@ def score_questions(
 def score_sequences(
     model: Any, questions: list[Question], sequences: Mapping[int, range]
 ) -> Iterator[tuple[int, Scores]]:
-    """Scores packed sequences one after the other, in this process.
+    """Scores packed sequences one after the other, in this process; on a GPU each is launched before the last is read.
 
     Raises:
         TrainingFailed: A score is not finite.
     """
     model.eval()
+    before: tuple[int, Callable[[], Scores]] | None = None
     for number, sequence in sequences.items():
-        scores = score_sequence(model, questions[sequence.start : sequence.stop])
-        # A model that diverged scores NaN. It has to be refused here: a maximum over NaN is still some choice.
-        if not all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices):
-            raise TrainingFailed(
-                "the model's scores are not finite. With an adapter: it diverged; lower JOB_TRAIN__LEARNING_RATE. "
-                "Without: the base's numbers are too large for its dtype; set JOB_MODEL__DTYPE to bf16 or fp32"
-            )
-        yield number, scores
+        begun = begin_scoring(model, questions[sequence.start : sequence.stop])
+        if before is not None:
+            yield _checked(*before)
+        before = number, begun
+    if before is not None:
+        yield _checked(*before)
+
+
+def _checked(number: int, wait: Callable[[], Scores]) -> tuple[int, Scores]:
+    scores = wait()
+    # A model that diverged scores NaN. It has to be refused here: a maximum over NaN is still some choice.
+    if not all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices):
+        raise TrainingFailed(
+            "the model's scores are not finite. With an adapter: it diverged; lower JOB_TRAIN__LEARNING_RATE. "
+            "Without: the base's numbers are too large for its dtype; set JOB_MODEL__DTYPE to bf16 or fp32"
+        )
+    return number, scores

@@ -24,6 +24,7 @@ from job.data.examples import lengths_of
 from job.distributed.processes import Processes
 from job.errors import JobError, TrainingFailed
 from job.log import get_logger
+from job.model.architecture import read_config
 from job.model.base import recompute_activations
 from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import forget_dequantized
@@ -35,7 +36,18 @@ from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import Logits, logits_of, padded_loss
 from job.training.objectives import Totals, totals_of
-from job.training.packing import alone_inputs, length_increment, longest_segment, packed_inputs, padded_sequence
+from job.training.packing import (
+    RECORDING_TOKENS,
+    Shapes,
+    alone_inputs,
+    blank_sequence,
+    choose_shapes,
+    length_increment,
+    longest_segment,
+    packed_inputs,
+    padded_sequence,
+    recording_tokens,
+)
 from job.training.preference_gradient import PreferenceGradient
 
 PackedGradient = Callable[[dict[str, Any], float], torch.Tensor]
@@ -105,6 +117,8 @@ class OptimizerStep:
         """Metrics of the last step of preferences, by TRL's names."""
         self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens)
         self._graphs: CudaGraphs | None = None
+        self._recording_tokens = _recording_tokens(model)
+        self._shapes: dict[int, Shapes] = {}
 
     def __call__(self, number: int) -> torch.Tensor:
         """Leaves the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
@@ -225,9 +239,9 @@ class OptimizerStep:
             return torch.stack(parts).sum()
         if not self.plan.padded:
             return self._packed_gradient(packed_inputs(examples, device), targets)
-        sequence = padded_sequence(examples, device)
+        sequence = padded_sequence(examples, device, self.shapes())
         # A tensor, not a number: a CUDA graph would always use the number with which it was recorded.
-        weight = torch.tensor(1 / targets, device=device)
+        weight = torch.full((), 1 / targets, device=device)  # filled there: a copy would wait for the GPU
         if self._loss_scale is not None:
             weight = weight * self._loss_scale
         if not self.plan.recorded:
@@ -274,7 +288,10 @@ class OptimizerStep:
         ids, labels, positions = tokens.unbind()
         # An earlier attempt may have had a larger budget, and so a longer padding, than this one's.
         longest = max(
-            self._longest, length_increment(ids.shape[0]), *(segment.end - segment.start for segment in segments), 0
+            self._longest,
+            self.shapes().longest_padding,
+            length_increment(ids.shape[0]),
+            *(segment.end - segment.start for segment in segments),
         )
         layout = Layout(segments, ends, ends, None, longest, longest)
         hidden = decoder_of(base)(
@@ -282,8 +299,14 @@ class OptimizerStep:
         ).last_hidden_state[0]
         return padded_loss(hidden, base.get_output_embeddings(), labels, self._smoothing, self._logits)
 
+    def shapes(self) -> Shapes:
+        """What this process's packed sequences are padded to, with the present token budget."""
+        if self.budget not in self._shapes:
+            self._shapes[self.budget] = choose_shapes(self._steps.sequences(self.budget), self._recording_tokens)
+        return self._shapes[self.budget]
+
     def _recorded(self, device: torch.device) -> CudaGraphs:
-        """The CUDA graphs. If there are none yet, that of the largest micro-batch of this process is recorded first.
+        """The CUDA graphs. If there are none yet, that of the longest shape of this process is recorded first.
 
         All graphs share one memory pool, so the memory of the largest graph serves the smaller ones, too.
         """
@@ -291,7 +314,7 @@ class OptimizerStep:
             first = padded_sequence([Example((0,), (False,))], device)
             weight = torch.tensor(0.0, device=device)
             self._graphs = CudaGraphs(self._padded_gradient, (first.tokens, first.ends, weight))
-            largest = padded_sequence(self._steps.largest(self.budget), device)
+            largest = blank_sequence(self.shapes().shapes[-1], device)
             self._graphs.prepare(largest.tokens, largest.ends, weight)
         return self._graphs
 
@@ -308,6 +331,14 @@ class OptimizerStep:
             recompute_activations(self._model, on=True, random=not self.plan.padded)
         get_logger().warning("out of GPU memory: an optimization that only saves time is switched off", what=name)
         return True
+
+
+def _recording_tokens(model: Any) -> int:
+    try:
+        of = read_config(model.get_base_model().config.to_dict())
+    except ValueError:  # a model of another build, which is not padded
+        return RECORDING_TOKENS
+    return recording_tokens(of.layers, of.linear_parameters + of.head_parameters)
 
 
 def _too_small(longest: int, error: Exception) -> str:

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.planning import forecast
-from job.planning.forecast import DOWNLOAD_RATE, EVALUATIONS, ForwardWork, RunShape, estimates, forecast_gpu
+from job.planning.forecast import (
+    DOWNLOAD_RATE,
+    EVALUATIONS,
+    START_SECONDS,
+    ForwardWork,
+    RunShape,
+    estimates,
+    forecast_gpu,
+)
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
 from job.planning.workload import Workload
@@ -79,7 +87,7 @@ def test_hours_add_up_and_dollars_follow() -> None:
     training = memory_model.training_flops(REFERENCE, WORK.tokens, WORK.squares)
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     computing = (training + EVALUATIONS * scoring) / (memory_model.UTILISATION * gpu.flops)
-    assert plan.hours == pytest.approx((60 + 40 + computing) / 3600, rel=1e-6)
+    assert plan.hours == pytest.approx((START_SECONDS + 40 + computing) / 3600, rel=1e-6)
     assert plan.usd == pytest.approx(plan.hours * gpu.usd_per_hour)
     priced = forecast_gpu(gpu, replace(RUN, usd_per_hour=2.0), REFERENCE)
     assert (priced.usd_per_hour, priced.machine) == (2.0, "your price")
@@ -200,7 +208,7 @@ def test_the_job_on_an_h100_is_as_measured() -> None:
     hours = forecast_gpu(BY_NAME["H100"], run, REFERENCE).hours
     assert hours
     measured = WORK.target_tokens / 14_724 + 2 * 6.4
-    assert hours * 3600 - 60 == pytest.approx(measured, rel=0.25)
+    assert hours * 3600 - START_SECONDS == pytest.approx(measured, rel=0.25)
 
 
 def test_figures_say_what_they_rest_on() -> None:
