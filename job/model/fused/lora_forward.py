@@ -174,7 +174,7 @@ def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels:
     known = kernels is not None and knows(base)
     inputs, together = [], set()
     if known:
-        for module, forward, names in _parts(base):
+        for module, forward, names in decoder_parts(base):
             module.forward = MethodType(partial(forward, kernels), module)
             inner = [getattr(module, name) for name in names]
             if inner and all(layer in weights for layer in inner):
@@ -212,7 +212,7 @@ def _refresh(copies: list[torch.Tensor], trained: list[torch.Tensor], scaled: li
             torch._foreach_mul_([layer.b for layer in scaled], [layer.scale for layer in scaled])
 
 
-def _parts(base: Any) -> Iterator[tuple[Any, Callable[..., Any], tuple[str, ...]]]:
+def decoder_parts(base: Any) -> Iterator[tuple[Any, Callable[..., Any], tuple[str, ...]]]:
     """Parts of a decoder, their forward, and the names of their layers with a common input."""
     forwards: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         "RMSNorm": (_norm, ()),
