@@ -33,7 +33,8 @@ from typing import Any
 from job.errors import TrainingFailed
 from job.evaluation.resumable import complete
 from job.evaluation.score_cache import ScoreCache
-from job.evaluation.scoring import plan_sequences, score_sequence
+from job.evaluation.scoring import Forward, plan_sequences, score_sequence
+from job.log import get_logger
 from job.records import ChoiceScore, Question
 
 Scores = list[list[ChoiceScore]]
@@ -75,20 +76,42 @@ def score_questions(
 
 
 def score_sequences(
-    model: Any, questions: list[Question], sequences: Mapping[int, range]
+    model: Any,
+    questions: list[Question],
+    sequences: Mapping[int, range],
+    forward: Forward | None = None,
+    in_fp32: Forward | None = None,
 ) -> Iterator[tuple[int, Scores]]:
     """Scores packed sequences one after the other, in this process.
+
+    Args:
+        model: As for `score_questions`.
+        questions: As for `score_questions`.
+        sequences: By number the questions of each.
+        forward: What computes the logits; None for the model's own code.
+        in_fp32: What computes them once more if some are not finite, since numbers may be too large for `forward`.
 
     Raises:
         TrainingFailed: A score is not finite.
     """
     model.eval()
     for number, sequence in sequences.items():
-        scores = score_sequence(model, questions[sequence.start : sequence.stop])
+        asked = questions[sequence.start : sequence.stop]
+        scores = score_sequence(model, asked, forward)
+        if in_fp32 is not None and not finite(scores):
+            get_logger().warning(
+                "numbers are too large for fp16, so these questions are scored in fp32", questions=len(asked)
+            )
+            scores = score_sequence(model, asked, in_fp32)
         # A model that diverged scores NaN. It has to be refused here: a maximum over NaN is still some choice.
-        if not all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices):
+        if not finite(scores):
             raise TrainingFailed(
                 "the model's scores are not finite. With an adapter: it diverged; lower JOB_TRAIN__LEARNING_RATE. "
                 "Without: the base's numbers are too large for its dtype; set JOB_MODEL__DTYPE to bf16 or fp32"
             )
         yield number, scores
+
+
+def finite(scores: Scores) -> bool:
+    """Whether all log-likelihoods are numbers."""
+    return all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices)

@@ -54,7 +54,7 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
         differences += _full_precision(results, copies, by_task)
         if (near := results["evaluation"].get("near_ties")) is not None:  # older versions did not look for them
-            found_near = compare_near_ties(scored["base"], scored["adapter"], results["model"]["dtype"], bound)
+            found_near = compare_near_ties(scored["base"], scored["adapter"], scored_in(results), bound)
             differences += find_differences(f"{RESULTS} evaluation.near_ties", near, found_near)
     questions = sum(len(records) for records in by_task["adapter"].values())
     measured = results["evaluation"].get("measured", {})
@@ -64,6 +64,12 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     questions += sum(found["n"] for found in measured.values())
     extent = f"{count(len(tasks) + len(measured), 'task')}, {count(questions, 'question')} answered twice"
     return CheckResult("evaluation", extent, tuple(differences), tuple(_other_bound(results)))
+
+
+def scored_in(results: Mapping[str, Any]) -> str:
+    """The dtype in which base and adapter were scored; in older versions that of training."""
+    precision = results["evaluation"].get("precision")
+    return str(results["model"]["dtype"] if precision is None else precision["dtype"])
 
 
 def _other_bound(results: Mapping[str, Any]) -> Iterator[str]:

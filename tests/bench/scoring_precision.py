@@ -112,9 +112,7 @@ def adapted(base: Path, adapter: Path | None) -> Any:
     from job.model.lora import add_adapter
     from job.model.published_names import find_published_names
 
-    model = load_base(
-        base, quantization="nf4", double_quantization=True, dtype=BF16, device=DEVICE, max_length=512
-    )
+    model = load_base(base, quantization="nf4", double_quantization=True, dtype=BF16, device=DEVICE, max_length=512)
     lora = Lora()
     model = add_adapter(model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=shapes.MODULES, seed=0)
     if adapter is not None:
@@ -155,40 +153,36 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 def measure(model: Any, questions: Sequence[Question], tell: Callable[..., None]) -> None:
     """Every way's answers with and without the adapter, beside fp32, and the seconds of a scoring."""
-
-    def rounded(layer: Any, dtype: torch.dtype, *, keep: bool) -> Callable[[], torch.Tensor]:  # noqa: ARG001 - as the pass calls it
-        if getattr(layer.weight, "quant_state", None) is None:
-            return lambda: layer.weight.to(dtype)
-        return lambda: dequantized(layer, BF16).to(dtype)
-
     made = partial(precise_forward.precise_forward, model, kernels=fast_kernels())
     (half, seconds), exact = timed(lambda: made(FP16, keep=True)), made(FP32, keep=False)
     tell(way=PRECISE, seconds_to_convert_the_weights=seconds)
     with mock.patch.object(precise_forward, "_weight", rounded):
-        exact_rounded = made(FP32, keep=False)
-    ways: dict[str, Forward | None] = {TRAINING: None, PRECISE: half, EXACT: exact, ROUNDED: exact_rounded}
-    found: dict[str, dict[str, Answers]] = {"adapter": {}, "base": {}}
+        ways: dict[str, Forward | None] = {TRAINING: None, PRECISE: half, EXACT: exact, ROUNDED: made(FP32, keep=False)}
     best: dict[str, float] = {}
     for _ in range(REPEATED):  # in turn, so that both see the same clock rate
         for name in (TRAINING, PRECISE):
             score(model, questions[:60], ways[name])
             _, seconds = timed(partial(score, model, questions, ways[name]))
             best[name] = min(best.get(name, seconds), seconds)
-    for side in found:
-        for name, forward in ways.items():
-            if side == "adapter":
-                found[side][name], seconds = timed(partial(score, model, questions, forward))
-                best.setdefault(name, seconds)
-            elif name != ROUNDED:
-                with model.disable_adapter():
-                    found[side][name] = score(model, questions, forward)
-    for side, answers in found.items():
-        for reference in (EXACT, ROUNDED):
-            for name in (TRAINING, PRECISE, EXACT):
-                if reference in answers and name != reference:
-                    tell(side=side, way=name, reference=reference, **compare(answers[name], answers[reference]))
+    adapter: dict[str, Answers] = {}
+    for name, forward in ways.items():
+        adapter[name], seconds = timed(partial(score, model, questions, forward))
+        best.setdefault(name, seconds)
+    with model.disable_adapter():
+        base = {name: score(model, questions, forward) for name, forward in ways.items() if name != ROUNDED}
+    for side, answers, references in (("adapter", adapter, (EXACT, ROUNDED)), ("base", base, (EXACT,))):
+        for reference in references:
+            for name in [name for name in (TRAINING, PRECISE, EXACT) if name != reference]:
+                tell(side=side, way=name, reference=reference, **compare(answers[name], answers[reference]))
     ratio = {name: {"seconds": best[name], "ratio": best[name] / best[TRAINING]} for name in ways}
     tell(questions=len(questions), times=ratio)
+
+
+def rounded(layer: Any, dtype: torch.dtype, *, keep: bool) -> Callable[[], torch.Tensor]:
+    """In place of `precise_forward._weight`: NF4 weights by way of bf16."""
+    if getattr(layer.weight, "quant_state", None) is None:
+        return lambda: layer.weight.to(dtype)
+    return lambda: dequantized(layer, BF16).to(dtype)
 
 
 def compare(answers: Answers, exact: Answers) -> dict[str, float]:

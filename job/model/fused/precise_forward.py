@@ -34,7 +34,7 @@ from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
 from job.model.fused import lora_forward
-from job.model.fused.kernels import TORCH, Kernels
+from job.model.fused.kernels import TORCH, Kernels, Turn
 from job.model.fused.lora_forward import CommonInput, Weight
 
 if TYPE_CHECKING:
@@ -64,12 +64,14 @@ def why_not_precise(model: Any) -> str:
         return "the adapter is of a kind that is left to PEFT"
     if type(base.lm_head) is not torch.nn.Linear:
         return "the output layer is trained"
+    projections = [module for name, module in base.model.named_modules() if name.endswith("_proj")]
+    if not all(isinstance(module, LoraLayer) or _is_linear(module) for module in projections):
+        return "linear layers are of a library that is not known"
     return ""
 
 
 def fits_fp16(model: Any) -> bool:
-    """Whether all weights that are not quantized are in fp16's range. NF4 weights are at most as large as the base's
-    own were, and are not looked at: their products tell."""
+    """Whether all weights that are not quantized are in fp16's range."""
     largest = [p.detach().abs().amax() for p in _base(model).parameters() if p.dtype in {torch.bfloat16, torch.float32}]
     return not largest or float(torch.stack([one.float() for one in largest]).amax()) < LARGEST
 
@@ -125,7 +127,7 @@ def _is_linear(module: Any) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "weight") and not hasattr(module, "lora_A")
 
 
-def _logits(
+def _logits(  # noqa: PLR0917 - a `Forward` with what it needs
     model: Any,
     patches: Mapping[Any, Mapping[str, Any]],
     ids: torch.Tensor,
@@ -250,19 +252,19 @@ def _fp32_product(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tens
 
 def _product_by_rows(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """The product in fp32, with a part of the weight in fp32 at a time."""
-    y = torch.cat([functional.linear(x.float(), rows.float()) for rows in weight.split(_HEAD_ROWS)], -1)
+    y = torch.cat([functional.linear(x.float(), rows.float()) for rows in torch.split(weight, _HEAD_ROWS)], -1)
     return y if bias is None else y + bias
 
 
 def _precise_kernels(kernels: Kernels, dtype: torch.dtype) -> Kernels:
     """Norms from fp32 to `dtype`, and rotary positions by angles in fp32."""
+    norm: Callable[..., torch.Tensor] = _norm
+    turn: Turn = _turn
     if kernels.name == "triton":
         from job.model.fused import triton_kernels
 
-        norm: Any = triton_kernels.norm
+        norm = triton_kernels.norm
         turn = partial(triton_kernels.turn, largest=LARGEST if dtype is torch.float16 else None)
-    else:
-        norm, turn = _norm, _turn
     return replace(kernels, norm=partial(norm, dtype=dtype), turn=turn)
 
 

@@ -61,7 +61,7 @@ def test_kernels_are_those_of_transformers(kernels: Kernels, dtype: torch.dtype,
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif(len(kernel_sets()) < 2, reason="Triton needs a GPU, or TRITON_INTERPRET=1")  # noqa: PLR2004
+@pytest.mark.skipif(len(kernel_sets()) < 2, reason="Triton needs a GPU, or TRITON_INTERPRET=1")
 def test_triton_norm_and_limited_rotation() -> None:
     """From fp32 to fp16 in one kernel as in several; what is beyond the limit becomes NaN, and nothing else changes."""
     from job.model.fused import triton_kernels
@@ -80,10 +80,10 @@ def test_triton_norm_and_limited_rotation() -> None:
     cosine, sine = (torch.cat([f, f], -1) for f in (angles.cos(), angles.sin()))
     turned = triton_kernels.turn(query, cosine, sine, largest=6e4)
     assert torch.equal(turned, triton_kernels.turn(query, cosine, sine))
-    assert (turned - TORCH.turn(query.float(), cosine, sine)).abs().max() < 0.002  # noqa: PLR2004
+    assert (turned - TORCH.turn(query.float(), cosine, sine)).abs().max() < 0.002
     query[0, 3, 1, 2], query[0, 5, 0, 0] = float("inf"), 65000
     found = triton_kernels.turn(query, cosine, sine, largest=6e4)
-    within = TORCH.turn(query.float(), cosine, sine).abs() <= 6e4  # noqa: PLR2004
+    within = TORCH.turn(query.float(), cosine, sine).abs() <= 6e4
     assert not within.all()
     assert torch.equal(found.isfinite(), within)
     assert found.isnan().any()

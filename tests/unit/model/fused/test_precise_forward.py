@@ -27,7 +27,9 @@ QUESTIONS = [Question((0, 5 + n, 6, 7 + 2 * n), ((8, 9 + n), (10,), (11, 12, 13 
 
 def loaded(folder: Path, dtype: torch.dtype, quantization: str = "nf4") -> Any:
     """The tiny base."""
-    return load_base(folder, quantization=quantization, double_quantization=True, dtype=dtype, device=CPU, max_length=64)
+    return load_base(
+        folder, quantization=quantization, double_quantization=True, dtype=dtype, device=CPU, max_length=64
+    )
 
 
 def adapted(base: Any, targets: Sequence[str] = LINEAR, **options: Any) -> Any:
@@ -95,7 +97,9 @@ def test_a_number_beyond_fp16_shows_in_the_scores(base_folder: Path) -> None:
     """Large activations, keys above all, make the scores NaN, not merely others; the pass in fp32 computes them."""
     model = loaded(base_folder, torch.bfloat16, "none")
     assert fits_fp16(model)
-    half, exact = (partial(precise_forward, model, dtype, TORCH, keep=False) for dtype in (torch.float16, torch.float32))
+    half, exact = (
+        partial(precise_forward, model, dtype, TORCH, keep=False) for dtype in (torch.float16, torch.float32)
+    )
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     for layer in (attention.k_proj, attention.v_proj, mlp.down_proj, mlp.up_proj):
         weight = layer.weight.data.clone()
@@ -111,7 +115,9 @@ def test_a_number_beyond_fp16_shows_in_the_scores(base_folder: Path) -> None:
 def test_what_it_cannot_compute(base_folder: Path, tmp_path: Path) -> None:
     """A decoder of another build, an adapter that PEFT computes by itself, a trained output layer."""
     base = loaded(base_folder, torch.float32)
-    assert copies_bytes(base) == 2 * sum(m.in_features * m.out_features for m in base.modules() if hasattr(m, "in_features"))
+    assert copies_bytes(base) == 2 * sum(
+        m.in_features * m.out_features for m in base.modules() if hasattr(m, "in_features")
+    )
     assert not why_not_precise(base)
     base.config.hidden_act = "gelu"
     assert "decoder" in why_not_precise(base)
