@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from job import log
 from job.common.formatting import size
 from job.common.out_of_memory import out_of_memory
@@ -51,6 +53,8 @@ def evaluate_bases(
     precision = choose_precision(attempt, settings.eval, sources, loaded, settings.train.gpu_memory_gb)
     original = _evaluate_original(attempt, settings, sources, loaded, shared=shared, precision=precision)
     found = evaluate_base(attempt, settings, sources, loaded, shared=shared, precision=precision)
+    if loaded.model.device.type == "cuda":
+        torch.cuda.empty_cache()  # of the converted weights: the recording of a CUDA graph cannot use cached memory
     if found is None or original is None:
         return found
     return replace(found, artifacts=[*found.artifacts, *original.artifacts], full_precision=original.full_precision)
