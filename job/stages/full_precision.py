@@ -14,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from job import log
 from job.common.formatting import size
 from job.common.out_of_memory import out_of_memory
@@ -37,7 +35,7 @@ from job.stages.pull import fetch_original
 from job.stages.scoring_precision import choose_precision, precision_facts, scoring_in
 from job.storage.open import ObjectStore, storage_options
 from job.training.memory_model import ORIGINAL_SHARE, evaluation_bytes, weight_bytes
-from job.training.prepare import free_gpu_bytes, setup_of
+from job.training.prepare import free_gpu_bytes, give_back_memory, setup_of
 
 
 def evaluate_bases(
@@ -54,7 +52,7 @@ def evaluate_bases(
     original = _evaluate_original(attempt, settings, sources, loaded, shared=shared, precision=precision)
     found = evaluate_base(attempt, settings, sources, loaded, shared=shared, precision=precision)
     if loaded.model.device.type == "cuda":
-        torch.cuda.empty_cache()  # of the converted weights: the recording of a CUDA graph cannot use cached memory
+        give_back_memory()  # of the converted weights: the recording of a CUDA graph cannot use what torch has cached
     if found is None or original is None:
         return found
     return replace(found, artifacts=[*found.artifacts, *original.artifacts], full_precision=original.full_precision)

@@ -120,13 +120,8 @@ def precision_facts(precision: ScoringPrecision | None, device: Any) -> dict[str
 
 def _passes(model: Any, gigabytes: float | None) -> tuple[Forward, Forward]:
     """The forward passes in fp16 and, for what is too large for that, in fp32."""
-    import torch
-
-    from job.model.fused.precise_forward import copies_bytes, precise_forward
+    from job.model.fused.precise_forward import copies_bytes, forwards
 
     kernels, _ = fast_kernels(model.device)
     keep = model.device.type == "cuda" and copies_bytes(model) <= _KEPT_SHARE * free_gpu_bytes(gigabytes)
-    return (
-        precise_forward(model, torch.float16, kernels, keep=keep),
-        precise_forward(model, torch.float32, kernels, keep=False),
-    )
+    return forwards(model, kernels, keep=keep)

@@ -81,6 +81,12 @@ def copies_bytes(model: Any) -> int:
     return sum(2 * one.in_features * one.out_features for one in _base(model).modules() if _is_linear(one))
 
 
+def forwards(model: Any, kernels: Kernels, *, keep: bool) -> tuple[PreciseForward, PreciseForward]:
+    """The pass in fp16, and the one in fp32 for numbers that are too large for it; see `precise_forward`."""
+    half = precise_forward(model, torch.float16, kernels, keep=keep)
+    return half, precise_forward(model, torch.float32, kernels, keep=False)
+
+
 def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: bool) -> PreciseForward:
     """A pass with the weights and the adapter that the model has now.
 
