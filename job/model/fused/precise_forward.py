@@ -21,7 +21,6 @@ The modules of the model stay as they are: their `forward` is replaced while the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +33,7 @@ from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
 from job.model.fused import lora_forward
+from job.model.fused.frozen_weights import dequantizer
 from job.model.fused.kernels import TORCH, Kernels, Turn
 from job.model.fused.lora_forward import CommonInput, Weight
 
@@ -183,16 +183,8 @@ def _in_fp32(forward: Callable[..., torch.Tensor], *given: Any, **named: Any) ->
 
 def _weight(layer: Any, dtype: torch.dtype, *, keep: bool) -> Weight:
     """What gives the (outputs, inputs) weight of a linear layer in `dtype`."""
-    weight = layer.weight
-    if (state := getattr(weight, "quant_state", None)) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        own = copy.copy(state)
-        own.dtype = dtype  # that of the result: no rounding to the dtype of training in between
-        # `.data`: a view without the parameter's subclass, whose every operation would go through Python.
-        make = partial(dequantize_4bit, weight.data, own)
-    else:
-        make = partial(weight.detach().to, dtype)
+    is_4bit = getattr(layer.weight, "quant_state", None) is not None
+    make: Weight = dequantizer(layer, dtype) if is_4bit else partial(layer.weight.detach().to, dtype)
     if not keep:
         return make
     kept: torch.Tensor = make()
