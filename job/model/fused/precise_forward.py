@@ -29,7 +29,6 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
 from job.model.fused import lora_forward
@@ -60,12 +59,12 @@ def why_not_precise(model: Any) -> str:
     base = _base(model)
     if not lora_forward.knows(base):
         return f"the decoder of {base.config.model_type} is not one that the fused layers compute"
-    if not all(lora_forward.fits(module) for module in base.modules() if isinstance(module, LoraLayer)):
+    if not all(lora_forward.fits(module) for module in base.modules() if _has_adapter(module)):
         return "the adapter is of a kind that is left to PEFT"
     if type(base.lm_head) is not torch.nn.Linear:
         return "the output layer is trained"
     projections = [module for name, module in base.model.named_modules() if name.endswith("_proj")]
-    if not all(isinstance(module, LoraLayer) or _is_linear(module) for module in projections):
+    if not all(_has_adapter(module) or _is_linear(module) for module in projections):
         return "linear layers are of a library that is not known"
     return ""
 
@@ -109,10 +108,10 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
     for module, forward, names in lora_forward.decoder_parts(base):
         patches[module] = {"forward": MethodType(partial(forward, precise), module)}
         inner = [getattr(module, name) for name in names]
-        if inner and all(isinstance(layer, LoraLayer) for layer in inner):
+        if inner and all(_has_adapter(layer) for layer in inner):
             patches[module]["fused"] = _common_input(inner, dtype, keep=keep)
             together.update(inner)
-    adapted = {layer for layer in base.model.modules() if isinstance(layer, LoraLayer)}
+    adapted = {layer for layer in base.model.modules() if _has_adapter(layer)}
     inside = {part for layer in adapted for part in layer.modules()} - adapted
     for module in base.model.modules():
         if module in adapted and module not in together:
@@ -128,9 +127,14 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _has_adapter(module: Any) -> bool:
+    """Whether it is PEFT's layer around a linear one."""
+    return hasattr(module, "lora_A")
+
+
 def _is_linear(module: Any) -> bool:
     """Whether it is a linear layer: torch's, or one of a library that quantizes."""
-    return hasattr(module, "in_features") and hasattr(module, "weight") and not hasattr(module, "lora_A")
+    return hasattr(module, "in_features") and hasattr(module, "weight") and not _has_adapter(module)
 
 
 def _logits(  # noqa: PLR0917 - a `Forward` with what it needs
