@@ -22,6 +22,7 @@ from job.evaluation.samples import HASHES, Sample, contradiction, parse, parse_m
 from job.records import AttemptRecord, Evaluated, MeasuredScores, StepMetrics, TaskScores, ValidationMetrics
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost
+from job.results.reader import scored_in
 from job.results.training_totals import training_totals
 from job.runs.layout import ARTIFACTS, METRICS, ORIGINAL_SIDE, RESULTS, VALIDATIONS, answers_key, export_side
 from job.training.config import total_steps
@@ -64,12 +65,6 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     questions += sum(found["n"] for found in measured.values())
     extent = f"{count(len(tasks) + len(measured), 'task')}, {count(questions, 'question')} answered twice"
     return CheckResult("evaluation", extent, tuple(differences), tuple(_other_bound(results)))
-
-
-def scored_in(results: Mapping[str, Any]) -> str:
-    """The dtype in which base and adapter were scored; in older versions that of training."""
-    precision = results["evaluation"].get("precision")
-    return str(results["model"]["dtype"] if precision is None else precision["dtype"])
 
 
 def _other_bound(results: Mapping[str, Any]) -> Iterator[str]:

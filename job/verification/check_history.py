@@ -16,12 +16,12 @@ from job.evaluation.groups import compare_groups
 from job.evaluation.measured import compare_measured
 from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
 from job.results.manifest import exports_record, full_precision_record
+from job.results.reader import scored_in
 from job.runs import lease, stage_records
 from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, prompts_key, stage_key
 from job.runs.run_log import parse_logged, parse_record
 from job.runs.run_settings import parse_settings
 from job.storage.open import ObjectStore, TooLarge
-from job.verification.check_figures import scored_in
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, other_run, show
 from job.verification.fetch_files import MISSING
 
