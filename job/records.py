@@ -719,6 +719,19 @@ class FullPrecision:
 
 
 @dataclass(frozen=True)
+class ScoringPrecision:
+    """In what questions are scored: one for the base, the adapter, the original base and the exported models.
+
+    `dtype` is that of the factors of matrix products, `sums` that of what adds up over the layers, and of the logits.
+    Both are those of training, or they are fp16 and fp32. `reason` says why, in words.
+    """
+
+    dtype: str
+    sums: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Record of an evaluation stage."""
 
@@ -737,6 +750,8 @@ class Evaluated:
     """In the record of the adapter, where JOB_EVAL__PRINCIPLES asks for it: who judged its answers and the base's."""
     judged_answers: dict[str, str] = field(default_factory=dict)
     """By side, SHA-256 of the file of answers that was judged; empty where nothing was, and in older records."""
+    precision: ScoringPrecision | None = None
+    """None in records of older versions, which scored in the dtype of training."""
     unsafe_answers: int | None = None
     """How many answers to JOB_EVAL__PROMPTS JOB_DATA__SAFETY_MODEL classifies as unsafe; None where it did not."""
 

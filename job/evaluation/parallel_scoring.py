@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
+from job.common.validation import adapter_of
 from job.distributed.processes import Processes
 from job.evaluation.generation import HowToGenerate, answer_batches
 from job.evaluation.scorer import Scores, ScoreSequences, score_sequences
 from job.records import Answer, Question
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 _POLL_SECONDS = 0.01
 
@@ -36,7 +38,7 @@ class _Work:
     @property
     def result(self) -> TypeAdapter[Any]:
         """The type of what is computed for a part."""
-        return TypeAdapter(Scores if self.how is None else list[Answer])
+        return adapter_of(Scores if self.how is None else list[Answer])
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,14 @@ class ParallelScoring:
     def help(self, model: Any, tokenizer: Any = None) -> None:
         """In all processes but 0: computes this process's share of every piece of work until process 0 is finished."""
         while text := self.processes.share("questions", str):
-            work = TypeAdapter(_Work).validate_json(text)
+            work = adapter_of(_Work).validate_json(text)
             for number, found in self._own_share(work, model, tokenizer):
                 self.processes.send([number, work.result.dump_python(found)])
 
     def _divided(self, work: _Work, model: Any, tokenizer: Any = None) -> Iterator[tuple[int, Any]]:
         """What this process computes and, in between and afterwards, what the others have sent."""
         if self.processes.place.world_size > 1:
-            self.processes.share("questions", lambda: TypeAdapter(_Work).dump_json(work).decode())
+            self.processes.share("questions", lambda: adapter_of(_Work).dump_json(work).decode())
         left = len(work.parts)
         for computed in self._own_share(work, model, tokenizer):
             arrived = [computed, *self._received(work)]

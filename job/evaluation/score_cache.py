@@ -46,6 +46,7 @@ CODE = (
     "job.model.fused.frozen_weights",
     "job.model.fused.kernels",
     "job.model.fused.lora_forward",
+    "job.model.fused.precise_forward",
     "job.model.fused.triton_kernels",
     "job.model.lora",
     "job.model.packed_attention",

@@ -29,7 +29,7 @@ from job.settings.field_types import explain, is_server, new_run_id
 from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Lora, Settings
-from job.settings.sources import Request, nested, same, setting_at
+from job.settings.sources import SECRETS_DIR, Request, nested, same, setting_at
 from job.storage.location import is_remote
 
 __all__ = [
@@ -54,7 +54,7 @@ _SECRET = re.compile(
 )
 _LOGIN = re.compile(r"://([^/@\s]+:[^/@\s]+@)")  # in the address of a tracker or a proxy
 _HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(\w+_)?HEADERS")  # name=value pairs with commas, values escaped as in URLs
-_SHORTEST_SECRET = 8
+_SHORTEST_SECRET, _LARGEST_SECRET = 8, 1 << 16
 
 PROJECT = "qlora-job"
 """The project that trackers put runs into, unless the user names another."""
@@ -175,19 +175,34 @@ def environment() -> dict[str, str]:
 
 
 def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The values of known credential variables in the environment, which the log must not show."""
+    """The values of known credentials, variables or files of JOB_SECRETS_DIR, which the log must not show."""
     environ = os.environ if environ is None else environ
-    named = [value for name, value in environ.items() if _SECRET.search(name)]
-    in_urls = [found for value in environ.values() for found in _LOGIN.findall(value)]
+    files = _secret_files(environ.get(environment_name(SECRETS_DIR)))
+    texts = [*environ.items(), *files.items()]
+    named = [value for name, value in texts if _SECRET.search(name)]
+    in_urls = [found for _, value in texts for found in _LOGIN.findall(value)]
     in_headers = [
         part
-        for name, value in environ.items()
+        for name, value in texts
         if _HEADERS.fullmatch(name)
         for pair in value.split(",")
         for part in (pair.partition("=")[2].strip(), *unquote(pair.partition("=")[2]).split())
     ]
     found = dict.fromkeys([*named, *in_urls, *in_headers])
     return tuple(secret for secret in found if len(secret) >= _SHORTEST_SECRET)
+
+
+def _secret_files(folder: str | None) -> dict[str, str]:
+    """The texts of the small files in JOB_SECRETS_DIR by name; of a folder that cannot be read none: it is refused."""
+    try:
+        paths = [path for path in Path(folder).iterdir() if path.is_file()] if folder else []
+        return {
+            path.name: path.read_text(errors="replace").strip()
+            for path in paths
+            if path.stat().st_size <= _LARGEST_SECRET
+        }
+    except OSError:
+        return {}
 
 
 def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> dict[str, str | None]:

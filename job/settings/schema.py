@@ -456,6 +456,10 @@ class Eval(Group):
     full_precision: AffectsResult[Literal["auto", "off"]] = "auto"
     """Whether a base that is quantized for training is first scored with its original weights, in 16 bits (fp32 on a
     CPU), so that the results show what quantization cost. `auto`: if memory allows it beside the quantized base."""
+    precision: AffectsResult[Literal["auto", "model"]] = "auto"
+    """How questions are scored where the model computes in bf16. `auto`: on a GPU, with products of fp16 factors and
+    everything that adds up in fp32, which is several times nearer to fp32, if the fused layers know the model and
+    its numbers fit. `model`: as it is trained. Answers are generated as it is trained."""
     batch_tokens: ExecutionOnly[Count] = 8192
     """Maximum number of tokens scored in one forward pass."""
     prompts: AffectsResult[Maybe[Prompts]] = None

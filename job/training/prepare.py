@@ -146,6 +146,13 @@ def free_gpu_bytes(gigabytes: float | None) -> int:
     return _gpu_memory(gigabytes)[1]
 
 
+def give_back_memory() -> None:
+    """Frees the GPU memory that torch has reserved and does not use."""
+    import torch
+
+    torch.cuda.empty_cache()
+
+
 def limit_memory(gigabytes: float | None) -> None:
     """Limits the GPU memory that torch may allocate in this process, in units of 1e9 bytes; None for no limit."""
     import torch

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from job.model.fused.kernels import Kernels
@@ -81,6 +85,15 @@ def dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     # `.data`: a view without the parameter's subclass, whose every operation would go through Python.
     values: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return values.to(dtype)
+
+
+def dequantizer(layer: Any, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """Gives the weight of a 4-bit layer in `dtype`, not rounded to the dtype of training in between."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy(layer.weight.quant_state)
+    state.dtype = dtype  # that of the result
+    return partial(dequantize_4bit, layer.weight.data, state)
 
 
 def forget_dequantized(model: Any) -> None:

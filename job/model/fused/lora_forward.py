@@ -298,7 +298,7 @@ def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels:
         return inputs[-1]
 
     if kernels is not None and family is not None:
-        for module, forward, names in _parts(base, family):
+        for module, forward, names in decoder_parts(base, family):
             module.forward = MethodType(partial(forward, kernels, family), module)
             inner = [getattr(module, name) for name in names]
             if inner and all(layer in weights for layer in inner):
@@ -335,7 +335,7 @@ def _refresh(copies: list[torch.Tensor], trained: list[torch.Tensor], scaled: li
             torch._foreach_mul_([layer.b for layer in scaled], [layer.scale for layer in scaled])
 
 
-def _parts(base: Any, family: Family) -> Iterator[tuple[Any, Callable[..., Any], tuple[str, ...]]]:
+def decoder_parts(base: Any, family: Family) -> Iterator[tuple[Any, Callable[..., Any], tuple[str, ...]]]:
     """Parts of a decoder, their forward, and the names of their layers with a common input."""
     forwards: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         "RMSNorm": (_norm, ()),

@@ -69,7 +69,22 @@ def _gated_gradient_kernel(
 
 
 @triton.jit
-def _turn_kernel(x, cosine, sine, out, size, heads, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _scoring_norm_kernel(x, weight, out, width, epsilon, AROUND_ONE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    start = tl.program_id(0).to(tl.int64) * width
+    v = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if AROUND_ONE:
+        w += 1
+    v = v * tl.rsqrt(tl.sum(v * v, 0) / width + epsilon) * w
+    tl.store(out + start + at, v.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn_kernel(
+    x, cosine, sine, out, size, heads, largest, LIMITED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < size
     head, place = pair // HALF, pair % HALF
@@ -78,8 +93,12 @@ def _turn_kernel(x, cosine, sine, out, size, heads, HALF: tl.constexpr, BLOCK: t
     b = tl.load(x + first + HALF, mask=inside, other=0.0).to(tl.float32)
     c = tl.load(cosine + angle, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sine + angle, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + first, (a * c - b * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + first + HALF, (b * c + a * s).to(out.dtype.element_ty), mask=inside)
+    turned, other = a * c - b * s, b * c + a * s
+    if LIMITED:
+        turned = tl.where(tl.abs(turned) <= largest, turned, float("nan"))
+        other = tl.where(tl.abs(other) <= largest, other, float("nan"))
+    tl.store(out + first, turned.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + first + HALF, other.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -284,11 +303,30 @@ def drop(x: torch.Tensor, state: torch.Tensor, number: int, rate: float) -> torc
     return out
 
 
-def turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """(1, tokens, heads, head size) with its positions."""
+def turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, largest: float | None = None) -> torch.Tensor:
+    """(1, tokens, heads, head size) with its positions; with `largest`, what is beyond that becomes NaN."""
     x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
     out, pairs, half = torch.empty_like(x), x.numel() // 2, x.shape[-1] // 2
-    _turn_kernel[(triton.cdiv(pairs, _BLOCK),)](x, cosine, sine, out, pairs, x.shape[-2], HALF=half, BLOCK=_BLOCK)
+    _turn_kernel[(triton.cdiv(pairs, _BLOCK),)](
+        x, cosine, sine, out, pairs, x.shape[-2], largest or 0.0, LIMITED=largest is not None, HALF=half, BLOCK=_BLOCK
+    )
+    return out
+
+
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, dtype: torch.dtype, around_one: bool = False
+) -> torch.Tensor:
+    """RMS norm of (..., hidden), computed in fp32 in one pass over memory, rounded to `dtype`; has no gradient.
+
+    With `around_one` it is multiplied by 1 + weight.
+    """
+    x, width = x.contiguous(), x.shape[-1]
+    out = torch.empty_like(x, dtype=dtype)
+    block = triton.next_power_of_2(width)
+    warps = min(16, max(1, block // 512))
+    _scoring_norm_kernel[(x.numel() // width,)](
+        x, weight, out, width, epsilon, AROUND_ONE=around_one, BLOCK=block, num_warps=warps
+    )
     return out
 
 

@@ -103,7 +103,7 @@ def test_a_sequence_is_launched_before_the_one_before_it_is_read(model: Any, mon
     """A GPU gets its next work before the host waits for the last, and every sequence is given once, in order."""
     seen: list[str] = []
 
-    def begin(_model: Any, questions: list[Question]) -> Callable[[], Scores]:
+    def begin(_model: Any, questions: list[Question], _forward: object) -> Callable[[], Scores]:
         (name,) = (str(question.context[1]) for question in questions)
         seen.append(f"launched {name}")
 
@@ -221,7 +221,7 @@ computation."""
 def test_the_key_of_scores_covers_all_code_that_decides_them() -> None:
     """A module that scoring or the forward pass starts to import has to join the list, or scores would be stale."""
     roots = ("job.evaluation.scoring", "job.evaluation.generation", "job.model.base", "job.model.lora")
-    fused = ("job.model.fused.frozen_weights", "job.model.fused.lora_forward")
+    fused = tuple(f"job.model.fused.{name}" for name in ("frozen_weights", "lora_forward", "precise_forward"))
     assert list(score_cache.CODE) == sorted(closure(*roots, "job.model.adapter_files", *fused) - CARRY_VALUES)
 
 

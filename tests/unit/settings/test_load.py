@@ -1313,6 +1313,18 @@ def test_secrets_of_the_clouds(name: str) -> None:
     assert secrets({name: "0123456789", f"{name}_FILE": "/run/secrets/key"}) == ("0123456789",)
 
 
+def test_secrets_in_files_are_kept_out_of_the_log(tmp_path: Path) -> None:
+    """As Kubernetes mounts them, by links into a folder; other files are not looked for in the log."""
+    (tmp_path / "..data").mkdir()
+    files = {"JOB_EVAL__JUDGE_KEY": "judge-0123\n", "HF_TOKEN": "hf-0123456", "JOB_MODEL__ID": "org/a-model"}
+    for name, text in files.items():
+        (tmp_path / "..data" / name).write_text(text)
+        (tmp_path / name).symlink_to(tmp_path / "..data" / name)
+    found = secrets({"JOB_SECRETS_DIR": str(tmp_path), "HF_TOKEN": "0123456789"})
+    assert sorted(found) == ["0123456789", "hf-0123456", "judge-0123"]
+    assert secrets({"JOB_SECRETS_DIR": str(tmp_path / "missing")}) == ()
+
+
 def test_every_secret_setting_is_kept_out_of_the_log() -> None:
     """The log knows the variable of each setting whose value is a secret."""
     named = [
