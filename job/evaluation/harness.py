@@ -191,7 +191,7 @@ def _encoded(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> dict[str, list
     It tokenizes each context alone, without spaces at its end, and again before each choice.
     """
     texts = list(dict.fromkeys(text for a, b in pairs if a for text in (a.rstrip(), a + b)))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not texts or not hasattr(backend, "encode_batch"):  # one in Python, which gains nothing by a list
         return {text: list(tokenizer.encode(text)) for text in texts}
     tokenizer.encode(texts[0])  # switches off truncation and padding that tokenizer.json may have set
