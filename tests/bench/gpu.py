@@ -933,7 +933,7 @@ def restart(bench: Bench) -> None:
                 check=False,
             )
             lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
-            moments = {}
+            moments: dict[str, float] = {}
             for line in lines:
                 since = datetime.fromisoformat(line["timestamp"]).timestamp() - began
                 moments.setdefault(f"{line['event']} {line['stage']}" if "stage" in line else line["event"], since)

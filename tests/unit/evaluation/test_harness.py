@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from string import ascii_letters
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from job.errors import DataError, SettingsError, Unreachable
+from job.evaluation import harness
 from job.evaluation.harness import evaluate
 from job.evaluation.question_lengths import count_questions
 from job.evaluation.samples import Sample, write_samples
@@ -347,3 +349,15 @@ def test_choices_in_front_are_scored_as_lm_eval_scores_them(base_folder: Path, t
         assert record["log_likelihoods"] == pytest.approx(likelihoods, abs=1e-4)
         assert (record["prediction"], record["acc"]) == (likelihoods.index(max(likelihoods)), sample["acc"])
         assert record["doc_hash"] == sample["doc_hash"]
+
+
+def test_texts_are_tokenized_together_as_they_are_one_by_one(tokenizer: Any) -> None:
+    """Contexts with and without spaces at their end, choices, an empty context: the tokens that `encode` gives."""
+    pairs = [(f"What is {n}?", f" It is {m}.") for n in range(70) for m in range(4)]
+    pairs += [("two  ", " spaces"), ("a\n", "b"), ("", "nothing before"), ("again", ""), ("\u00e9\u4e2d", "\u6587")]
+    found = harness._encoded(tokenizer, pairs)
+    assert set(found) == {text for a, b in pairs if a for text in (a.rstrip(), a + b)}
+    assert all(ids == tokenizer.encode(text) for text, ids in found.items())
+    slow = SimpleNamespace(encode=lambda text: [len(text)])
+    assert harness._encoded(slow, [("ab ", "c")]) == {"ab": [2], "ab c": [4]}
+    assert harness._encoded(tokenizer, [("", "x")]) == {}

@@ -61,7 +61,7 @@ def loaded_base(
             model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.mul_(factor)
     use(model.get_base_model(), NAME)
     record = describe_model(model, name="base", revision=None, sha256="0" * 64)
-    plan: Any = SimpleNamespace(forward="modules")
+    plan: Any = SimpleNamespace(scoring_forward="modules")
     return Loaded(model, record, 512, plan, CachedBase(), Packing(packed=True, reason=""), PublishedNames(""))
 
 
