@@ -106,9 +106,10 @@ def kept_bytes(setup: Setup) -> int:
     """Bytes that one layer keeps per token for its backward pass, with PEFT's layers.
 
     In fp32: the inputs of the norms, also of those of queries and keys. In the compute dtype: the input of the query,
-    key and value layers and that of the feed-forward layer; queries, keys and values (these repeated to the queries' width), the attention's output and its
-    copy for the output layer; the gate, its activation, the other branch and their product. Inputs of the frozen
-    weights need not be kept, those of the adapter beside them are the same tensors; its own are `rank` wide.
+    key and value layers and that of the feed-forward layer; queries, keys and values (these repeated to the queries'
+    width), the attention's output and its copy for the output layer; the gate, its activation, the other branch and
+    their product. Inputs of the frozen weights need not be kept, those of the adapter beside them are the same tensors;
+    its own are `rank` wide.
 
     Source: counted in the code, in the manner of Korthikanti et al. 2022 (arXiv:2205.05198), section 4; a test counts
     what autograd keeps.
