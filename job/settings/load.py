@@ -20,7 +20,7 @@ from job.common.export_formats import EXPORT_FORMATS, find_format, needs_merge
 from job.common.findings import UNSAFE
 from job.common.methods import FIRST_STAGE_SETTINGS, METHODS, MethodName, methods_for
 from job.common.schedulers import SCHEDULERS
-from job.common.source_list import is_single, parse_sources
+from job.common.source_list import EXAMPLES, is_single, parse_sources
 from job.distributed.ranks import Place, find_faults, find_machines, find_place
 from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
@@ -363,7 +363,8 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
     # A preset's file for a task that is not asked is ignored; a user's own file must be used.
     own = not settings.sources["eval.data"].startswith("preset")
     files = any(name.endswith((".yaml", ".yml")) for name in settings.eval.tasks)  # which may name tasks of a group
-    if own and not files and not set(settings.eval.data) <= set(settings.eval.tasks):
+    asked = {name.removesuffix(EXAMPLES) for name in settings.eval.data}
+    if own and not files and not asked <= set(settings.eval.tasks):
         named = " (a channel's files are named after their tasks)" * settings.sources["eval.data"].startswith(
             "sagemaker channel"
         )
