@@ -20,7 +20,7 @@ from job.common.export_formats import EXPORT_FORMATS, find_format, needs_merge
 from job.common.findings import UNSAFE
 from job.common.methods import FIRST_STAGE_SETTINGS, METHODS, MethodName, methods_for
 from job.common.schedulers import SCHEDULERS
-from job.common.source_list import EXAMPLES, is_single, parse_sources
+from job.common.source_list import is_single, parse_sources
 from job.distributed.ranks import Place, find_faults, find_machines, find_place
 from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
@@ -361,13 +361,12 @@ def _other_repository(name: str, subject: str, request: Request) -> str | None:
 
 def _tasks(settings: Settings) -> Iterator[Fault]:
     # A preset's file for a task that is not asked is ignored; a user's own file must be used.
-    own = not settings.sources["eval.data"].startswith("preset")
-    files = any(name.endswith((".yaml", ".yml")) for name in settings.eval.tasks)  # which may name tasks of a group
-    asked = {name.removesuffix(EXAMPLES) for name in settings.eval.data}
-    if own and not files and not asked <= set(settings.eval.tasks):
-        named = " (a channel's files are named after their tasks)" * settings.sources["eval.data"].startswith(
-            "sagemaker channel"
-        )
+    source, tasks = settings.sources["eval.data"], settings.eval.tasks
+    files = any(task.endswith((".yaml", ".yml")) for task in tasks)  # which may name tasks of a group
+    # Tasks of lm-eval's groups are named after the group: mmlu_anatomy. Whether one is of it, `check_tasks` knows.
+    other = {name for name in settings.eval.data if not name.startswith(tuple(tasks))}
+    if other and not files and not source.startswith("preset"):
+        named = " (a channel's files are named after their tasks)" * source.startswith("sagemaker channel")
         what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or drop the file"
         yield "eval.data", what
 
