@@ -362,12 +362,12 @@ def _other_repository(name: str, subject: str, request: Request) -> str | None:
 
 def _tasks(settings: Settings) -> Iterator[Fault]:
     # A preset's file for a task that is not asked is ignored; a user's own file must be used.
-    own = not settings.sources["eval.data"].startswith("preset")
-    files = any(name.endswith((".yaml", ".yml")) for name in settings.eval.tasks)  # which may name tasks of a group
-    if own and not files and not set(settings.eval.data) <= set(settings.eval.tasks):
-        named = " (a channel's files are named after their tasks)" * settings.sources["eval.data"].startswith(
-            "sagemaker channel"
-        )
+    source, tasks = settings.sources["eval.data"], settings.eval.tasks
+    files = any(task.endswith((".yaml", ".yml")) for task in tasks)  # which may name tasks of a group
+    # Tasks of lm-eval's groups are named after the group: mmlu_anatomy. Whether one is of it, `check_tasks` knows.
+    other = {name for name in settings.eval.data if not name.startswith(tuple(tasks))}
+    if other and not files and not source.startswith("preset"):
+        named = " (a channel's files are named after their tasks)" * source.startswith("sagemaker channel")
         what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or drop the file"
         yield "eval.data", what
 

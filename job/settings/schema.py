@@ -446,10 +446,10 @@ class Eval(Group):
     """Number of questions of each task, at least 2; empty: all."""
     data: AffectsResult[Annotated[Locations, SageMakerChannel("evaluation")]] = Field(default_factory=dict)
     """Files with the questions of a task, instead of the hub: `task=path,task2=s3://...` or JSON. A row has the fields
-    that the task's own data set has."""
+    that the task's own data set has. `task:examples=path` beside it has the examples of its prompts."""
     num_fewshot: AffectsResult[Maybe[Annotated[Whole, Field(le=100)]]] = None
     """Examples in the prompt of every question; empty: as many as each task says. They are drawn from the task's own
-    examples with lm-eval's default seed."""
+    examples, or those of JOB_EVAL__DATA, with lm-eval's default seed."""
     long_questions: AffectsResult[Literal["error", "cut"]] = "error"
     """What to do with a question of more than JOB_TRAIN__MAX_LENGTH tokens: end the job with an error, or cut off its
     beginning, as lm-eval does."""

@@ -18,6 +18,7 @@ from job.evaluation.question_lengths import count_questions
 from job.evaluation.samples import Sample, write_samples
 from job.evaluation.scoring import plan_sequences, score_sequence
 from job.evaluation.statistics import standard_error
+from job.evaluation.task_names import check_tasks
 from job.evaluation.tasks import load_tasks
 from job.records import ChoiceScore, Question, TaskScores
 from tests.helpers import ARC_EASY, arc_rows, make_model, read_jsonl, write_jsonl
@@ -260,6 +261,35 @@ def test_a_task_with_examples_is_never_asked_without_them(tmp_path: Path) -> Non
         load_tasks(["gsm8k"], files, {"gsm8k": "q.jsonl"})
     (task,) = load_tasks(["gsm8k"], files, {"gsm8k": "q.jsonl"}, 0).loaded["tasks"].values()
     assert (task.OUTPUT_TYPE, task.config.num_fewshot) == ("generate_until", 0)
+
+
+def test_examples_come_from_a_file_of_their_own(tmp_path: Path) -> None:
+    """Beside the questions; they are in the prompts and in the fingerprint, and enough of them are needed."""
+
+    def rows(first: int, count: int) -> list[dict[str, str]]:
+        return [
+            {"question": f"How many are {n} and 2?", "answer": f"#### {n + 2}"} for n in range(first, first + count)
+        ]
+
+    files = {"gsm8k": write_jsonl(tmp_path / "q.jsonl", rows(0, 4)), "gsm8k:examples": tmp_path / "e.jsonl"}
+    found = []
+    for first in (100, 200):
+        write_jsonl(tmp_path / "e.jsonl", rows(first, 8))
+        tasks = load_tasks(["gsm8k"], files, {name: path.name for name, path in files.items()})
+        (task,) = tasks.loaded["tasks"].values()
+        prompt = task.fewshot_context(task.eval_docs[0], num_fewshot=5)
+        assert sum(f"How many are {n} and 2?" in prompt for n in range(first, first + 8)) == 5
+        assert prompt.count("How many are 0 and 2?") == 1
+        assert "How many are 1 and 2?" not in prompt
+        found.append(tasks.fingerprints()["gsm8k"])
+    assert found[0] != found[1]
+    write_jsonl(tmp_path / "e.jsonl", rows(0, 5))
+    with pytest.raises(SettingsError, match="there are 5; one more"):
+        load_tasks(["gsm8k"], files, {name: path.name for name, path in files.items()})
+    alone = {"gsm8k:examples": files["gsm8k:examples"]}
+    for check in (lambda: load_tasks(["gsm8k"], alone, {}), lambda: check_tasks(["gsm8k"], alone)):
+        with pytest.raises(SettingsError, match="JOB_EVAL__DATA: gives examples of gsm8k, and no questions"):
+            check()
 
 
 def test_a_task_without_accuracy_is_refused(tmp_path: Path) -> None:

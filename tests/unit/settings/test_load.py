@@ -1313,6 +1313,12 @@ def test_secrets_of_the_clouds(name: str) -> None:
     assert secrets({name: "0123456789", f"{name}_FILE": "/run/secrets/key"}) == ("0123456789",)
 
 
+def test_files_may_be_of_tasks_of_a_group() -> None:
+    """Named after lm-eval's group; whether it has such a task, the check of the tasks knows."""
+    found = load_settings(["--eval.tasks=mmlu", "--eval.data=mmlu_anatomy=a.jsonl,mmlu_virology=v.jsonl"], {})
+    assert set(found.eval.data) == {"mmlu_anatomy", "mmlu_virology"}
+
+
 def test_secrets_in_files_are_kept_out_of_the_log(tmp_path: Path) -> None:
     """As Kubernetes mounts them, by links into a folder; other files are not looked for in the log."""
     (tmp_path / "..data").mkdir()
