@@ -7,10 +7,12 @@ A stage that an earlier attempt finished is not repeated: `Attempt.stage` reads 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job import log
@@ -43,11 +45,13 @@ from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.publish import publish
 from job.stages.pull import publish_findings, pull
+from job.storage.location import is_remote
 from job.storage.open import ObjectStore, open_store, storage_options
+from job.storage.permissions import check_permissions
 from job.tracking import energy
 from job.tracking.live_metrics import live_metrics
 from job.tracking.trackers import tracking
-from job.tracking.webhook import notifying
+from job.tracking.webhook import SILENT, notifying
 
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
@@ -125,7 +129,10 @@ def _run_stage(
     if (done := _finished(processes, settings, delivery, alive)) is not None:
         return done
     processes.share("inputs", lambda: _check_inputs(settings, later))
-    with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, tell_results):
+    with _attempt(settings, stop, report_progress, faults, processes, idle=idle, last=not later) as (
+        attempt,
+        tell_results,
+    ):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage), later)
         loaded = _load(attempt, settings, sources)
@@ -197,12 +204,22 @@ def finished(
         JobError: It cannot be pushed.
     """
     store = _store(settings)
+    _check_permissions(settings)
     if (done := read_complete(store)) is None:
         return None
     compare_settings(store, decisive_settings(settings), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
     _hand_over(store, done, delivery, targets(settings.export), alive)
     return require_gate(done)
+
+
+def _check_permissions(settings: Settings) -> None:
+    """Refuses a run, or a cache, that another user began and that this one cannot use; a complete run is only read."""
+    run = folder_of(settings)
+    folders = {} if is_remote(run) or os.access(Path(run, RESULTS), os.R_OK) else {"JOB_RUN__OUTPUT": run}
+    if settings.storage.cache is not None:
+        folders["JOB_STORAGE__CACHE"] = settings.storage.cache
+    check_permissions(folders)
 
 
 def _hand_over(
@@ -237,8 +254,11 @@ def _attempt(
     processes: Processes,
     *,
     idle: IdleLimit | None,
+    last: bool,
 ) -> Iterator[tuple[Attempt, Callable[[Mapping[str, Any]], None]]]:
     """Opens the run's next attempt, with injected faults, trackers, metrics and an energy meter for all GPUs.
+
+    `last`: no other run follows, as in `JOB_TRAIN__METHOD=sft,dpo`.
 
     Yields:
         The attempt, and what is to be called with its results, for the trackers and the webhook.
@@ -256,6 +276,8 @@ def _attempt(
         faults=armed,
         processes=processes,
         idle=idle or IdleLimit(settings.run.max_idle_attempts),
+        stall_seconds=settings.train.stall_seconds,
+        nodes=settings.run.nodes,
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     watched = exporters(settings) if processes.leads else {}
@@ -267,7 +289,8 @@ def _attempt(
         opening as attempt,
     ):
         live.figures = attempt.figures
-        notifier.started({"attempt": attempt.number, "store": store.uri})
+        silent = attempt.earlier[-1] if attempt.earlier and attempt.earlier[-1].outcome in SILENT else None
+        notifier.started({"attempt": attempt.number, "store": store.uri}, silent)
         with current_platform().machine_checks():
             choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
         if processes.leads:
@@ -280,6 +303,7 @@ def _attempt(
 
         def tell_results(results: Mapping[str, Any]) -> None:
             track.results(results)
+            live.complete = last
             notifier.gate_passed = results["gate"]["passed"]
 
         yield attempt, tell_results

@@ -1,0 +1,81 @@
+"""A volume that two users take turns with: what one left is looked at before the other begins."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from job.errors import SettingsError
+from job.storage.local import LocalStore
+from job.storage.permissions import check_permissions
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become two users")
+OTHER = 65533
+
+
+def as_user(user: int, group: int, work: Callable[[], object], *, umask: int = 0o002) -> str:
+    """Does something as another user, in a forked process; returns its error's text."""
+    ours, theirs = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.setgroups([])
+        os.setgid(group)
+        os.setuid(user)
+        os.umask(umask)
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the parent looks at it
+            os.write(theirs, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    os.waitpid(pid, 0)
+    with os.fdopen(ours) as text:
+        return text.read()
+
+
+@pytest.fixture
+def volume() -> Iterator[Path]:
+    """A folder that everybody may write to, as a volume's root is for its group."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+@as_root
+@pytest.mark.parametrize(("umask", "group", "goes_on"), [(0o002, 0, True), (0o022, 0, False), (0o002, OTHER, False)])
+def test_a_run_of_another_user(volume: Path, *, umask: int, group: int, goes_on: bool) -> None:
+    """With umask 002 another user of the same group goes on; else it is said whose the files are, and what to do."""
+    place = str(volume / "a-run")
+    write = lambda: LocalStore(Path(place)).write("stages/a.json", b"1")  # noqa: E731
+    assert as_user(65532, 0, write, umask=umask) == ""
+    found = as_user(OTHER, group, lambda: check_permissions({"JOB_RUN__OUTPUT": place}))
+    if goes_on:
+        assert found == ""
+        assert as_user(OTHER, group, write) == ""
+        return
+    mode = "775" if umask == 0o002 else "755"
+    owner = rf"JOB_RUN__OUTPUT: {place}\S* belongs to user 65532, group 0, mode {mode}"
+    assert re.match(
+        rf"SettingsError: .*{owner}; this is user {OTHER}, group {group}, .* --user 65532:0", found, re.DOTALL
+    )
+
+
+def test_what_this_user_wrote_is_no_problem(tmp_path: Path) -> None:
+    """Nor is a folder that does not exist yet, a store elsewhere, or a temporary folder of somebody else."""
+    LocalStore(tmp_path / "run").write("stages/a.json", b"1")
+    (tmp_path / "run/qlora-job-0123-1-x").mkdir(mode=0)
+    places = [str(tmp_path / "run"), str(tmp_path / "no-run"), "s3://bucket/prefix"]
+    check_permissions({f"JOB_{number}": place for number, place in enumerate(places)})
+
+
+def test_both_folders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is wrong, in one error."""
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    with pytest.raises(SettingsError) as caught:
+        check_permissions({"JOB_RUN__OUTPUT": str(tmp_path), "JOB_STORAGE__CACHE": str(tmp_path)})
+    assert [problem.where for problem in caught.value.problems] == ["JOB_RUN__OUTPUT", "JOB_STORAGE__CACHE"]
