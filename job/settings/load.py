@@ -31,6 +31,7 @@ from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Lora, Settings
 from job.settings.sources import Request, nested, same, setting_at
 from job.storage.location import is_remote
+from job.storage.permissions import own_or_hand_over
 
 __all__ = [
     "Settings",
@@ -311,7 +312,7 @@ def _deliveries(platform: Platform) -> Iterator[Problem]:
 _FOR_ROOT = "SageMaker mounts its folders for root; take the image that infra/sagemaker/Dockerfile makes of this one"
 
 
-def _why_not_writable(path: Path, fix: str = "mount it writable or give another path") -> str | None:
+def _why_not_writable(path: Path, fix: str | None = None) -> str | None:
     """Why this folder cannot be created or written to; None if it can. Creates nothing."""
     for place in (path, *path.parents):
         try:
@@ -325,7 +326,8 @@ def _why_not_writable(path: Path, fix: str = "mount it writable or give another 
         if not place.is_dir():
             return f"cannot be a folder: {place} is a file; give another path"
         if not os.access(place, os.W_OK | os.X_OK):
-            return f"cannot be written: {place} is not writable for this user; {fix}"
+            what = "cannot be written: {} is not writable for this user; {}"
+            return what.format(place, fix or f"mount it writable, give another path, or {own_or_hand_over(place)}")
         return None
     return "cannot be written: no folder above it exists; give another path"
 

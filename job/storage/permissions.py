@@ -60,11 +60,14 @@ def _may(path: Path, mode: int) -> bool:
 
 
 def _remedy(path: Path) -> str:
+    return f"{path} cannot be used by this user (user {os.geteuid()}, group {os.getegid()}); {own_or_hand_over(path)}"
+
+
+def own_or_hand_over(path: Path) -> str:
+    """What to do about a file or folder of another user, and whose it is."""
     try:
         owner = path.stat()
-        whose = f"belongs to user {owner.st_uid}, group {owner.st_gid}, mode {owner.st_mode & 0o7777:o}"
-        as_owner = f"start it with that user (docker run --user {owner.st_uid}:{owner.st_gid}), or "
     except OSError:
-        whose, as_owner = "cannot be looked at", ""
-    own = f"this is user {os.geteuid()}, group {os.getegid()}"
-    return f"{path} {whose}; {own}, which cannot go on with it: {as_owner}give it to this user (chown -R)"
+        return "give it to this user (chown -R)"
+    who, mode = f"{owner.st_uid}:{owner.st_gid}", f"{owner.st_mode & 0o7777:o}"
+    return f"start as its owner (docker run --user {who}), or give it to this user (chown -R); its mode is {mode}"
