@@ -7,12 +7,10 @@ A stage that an earlier attempt finished is not repeated: `Attempt.stage` reads 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job import log
@@ -45,7 +43,6 @@ from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.publish import publish
 from job.stages.pull import publish_findings, pull
-from job.storage.location import is_remote
 from job.storage.open import ObjectStore, open_store, storage_options
 from job.storage.permissions import check_permissions
 from job.tracking import energy
@@ -199,27 +196,18 @@ def finished(
     it did so.
 
     Raises:
-        SettingsError: The run is complete, but was made with other settings.
+        SettingsError: The run is complete, but was made with other settings; or it is not, and another user began it.
         GateError: The run is complete, and the quality gate is not met.
         JobError: It cannot be pushed.
     """
     store = _store(settings)
-    _check_permissions(settings)
     if (done := read_complete(store)) is None:
+        check_permissions(settings.run.output, folder_of(settings))
         return None
     compare_settings(store, decisive_settings(settings), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
     _hand_over(store, done, delivery, targets(settings.export), alive)
     return require_gate(done)
-
-
-def _check_permissions(settings: Settings) -> None:
-    """Refuses a run, or a cache, that another user began and that this one cannot use; a complete run is only read."""
-    run = folder_of(settings)
-    folders = {} if is_remote(run) or os.access(Path(run, RESULTS), os.R_OK) else {"JOB_RUN__OUTPUT": run}
-    if settings.storage.cache is not None:
-        folders["JOB_STORAGE__CACHE"] = settings.storage.cache
-    check_permissions(folders)
 
 
 def _hand_over(

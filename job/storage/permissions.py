@@ -7,8 +7,8 @@ after a download or hours of training. The image writes with umask 002, so user 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 from job.errors import Problem, SettingsError
@@ -21,23 +21,22 @@ _LOOKED_AT = 20_000
 """Entries below a folder; what lies there is of a few users, each with many files."""
 
 
-def check_permissions(folders: Mapping[str, str]) -> None:
-    """Refuses folders with something in them that this user cannot read, or cannot replace.
+def check_permissions(output: str, run: str) -> None:
+    """Refuses a run with something in its folder that this user cannot read, or cannot replace.
 
     Args:
-        folders: Setting -> the folder that it names, path or URI; a folder that does not exist is not looked at.
+        output: Folder of the runs, path or URI, with what they share; a folder that does not exist is not looked at.
+        run: That of the run.
 
     Raises:
-        SettingsError: With one problem for each folder, the first that was found in it.
+        SettingsError: With the first file or folder that was found.
     """
-    problems = []
-    for setting, place in folders.items():
-        if is_remote(place):
-            continue
-        if found := next(_closed(Path(place).expanduser()), None):
-            problems.append(Problem(setting, _remedy(found)))
-    if problems:
-        raise SettingsError(problems)
+    if is_remote(output):
+        return
+    shared = Path(output).expanduser()
+    found = chain(_closed(Path(run).expanduser()), _closed(shared / HIDDEN), _closed(shared / "scores"))
+    if (first := next(found, None)) is not None:
+        raise SettingsError([Problem("JOB_RUN__OUTPUT", _remedy(first))])
 
 
 def _closed(root: Path) -> Iterator[Path]:

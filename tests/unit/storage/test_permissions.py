@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from job.errors import SettingsError
 from job.storage.local import LocalStore
 from job.storage.permissions import check_permissions
 
@@ -53,7 +52,7 @@ def test_a_run_of_another_user(volume: Path, *, umask: int, group: int, goes_on:
     place = str(volume / "a-run")
     write = lambda: LocalStore(Path(place)).write("stages/a.json", b"1")  # noqa: E731
     assert as_user(65532, 0, write, umask=umask) == ""
-    found = as_user(OTHER, group, lambda: check_permissions({"JOB_RUN__OUTPUT": place}))
+    found = as_user(OTHER, group, lambda: check_permissions(str(volume), place))
     if goes_on:
         assert found == ""
         assert as_user(OTHER, group, write) == ""
@@ -67,13 +66,14 @@ def test_what_this_user_wrote_is_no_problem(tmp_path: Path) -> None:
     """Nor is a folder that does not exist yet, a store elsewhere, or a temporary folder of somebody else."""
     LocalStore(tmp_path / "run").write("stages/a.json", b"1")
     (tmp_path / "run/qlora-job-0123-1-x").mkdir(mode=0)
-    places = [str(tmp_path / "run"), str(tmp_path / "no-run"), "s3://bucket/prefix"]
-    check_permissions({f"JOB_{number}": place for number, place in enumerate(places)})
+    check_permissions(str(tmp_path), str(tmp_path / "run"))
+    check_permissions(str(tmp_path), str(tmp_path / "no-run"))
+    check_permissions("s3://bucket/prefix", "s3://bucket/prefix/run")
 
 
-def test_both_folders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that is wrong, in one error."""
-    monkeypatch.setattr(os, "access", lambda *_, **__: False)
-    with pytest.raises(SettingsError) as caught:
-        check_permissions({"JOB_RUN__OUTPUT": str(tmp_path), "JOB_STORAGE__CACHE": str(tmp_path)})
-    assert [problem.where for problem in caught.value.problems] == ["JOB_RUN__OUTPUT", "JOB_STORAGE__CACHE"]
+@as_root
+def test_what_runs_share(volume: Path) -> None:
+    """A new run is told, too, if it could not write the scores that all runs of the folder share."""
+    assert as_user(65532, 0, lambda: LocalStore(volume).write("scores/a/b.jsonl", b"1"), umask=0o022) == ""
+    found = as_user(OTHER, 0, lambda: check_permissions(str(volume), str(volume / "new")))
+    assert re.search(rf"JOB_RUN__OUTPUT: {volume}/\S+ cannot be used by this user .* --user 65532:0", found)
