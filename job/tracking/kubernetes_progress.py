@@ -67,7 +67,7 @@ def _trainer_status(figures: RunFigures, complete: bool) -> dict[str, Any]:  # n
     complete. The remaining time is that of training while it goes on.
     """
     training, status = figures.training, dict[str, Any]()
-    values = {"attempt": figures.attempt, "stage": figures.stage}
+    values: dict[str, Any] = {"attempt": figures.attempt, "stage": figures.stage}
     if training is not None:
         status["progressPercentage"] = min(99, 100 * training.step // max(1, training.total_steps))
         if figures.stage == "train" and training.remaining_seconds is not None:
