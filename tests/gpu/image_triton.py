@@ -79,7 +79,11 @@ def start(work: Path, files: Path | None, site: Path | None, kit: Path, *, tiny:
     python = f'#!/bin/bash\nexec "{sys.executable}" "{Path(__file__).resolve()}" --child {device}\n'
     (tools / "python").write_text(python, encoding="utf-8")
     (tools / "python").chmod(0o755)
-    environ = {name: value for name, value in os.environ.items() if name not in {"CC", "CXX", "TRITON_CACHE_DIR"}}
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"CC", "CXX", "TRITON_CACHE_DIR", "TRITON_HOME"}
+    }
     sites = [str(x) for x in (site, ROOT, kit / "python") if x]
     places = os.pathsep.join([*sites, *filter(None, [os.environ.get("PYTHONPATH")])])
     environ |= {"PATH": str(tools), "HOME": str(work / "home"), "PYTHONPATH": places, "PYTHONSAFEPATH": "1"}
