@@ -44,10 +44,11 @@ from job.stages.inputs import check_inputs
 from job.stages.publish import publish
 from job.stages.pull import publish_findings, pull
 from job.storage.open import ObjectStore, open_store, storage_options
+from job.storage.permissions import check_permissions
 from job.tracking import energy
 from job.tracking.live_metrics import live_metrics
 from job.tracking.trackers import tracking
-from job.tracking.webhook import notifying
+from job.tracking.webhook import SILENT, notifying
 
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
@@ -125,7 +126,10 @@ def _run_stage(
     if (done := _finished(processes, settings, delivery, alive)) is not None:
         return done
     processes.share("inputs", lambda: _check_inputs(settings, later))
-    with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, tell_results):
+    with _attempt(settings, stop, report_progress, faults, processes, idle=idle, last=not later) as (
+        attempt,
+        tell_results,
+    ):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage), later)
         loaded = _load(attempt, settings, sources)
@@ -192,12 +196,13 @@ def finished(
     it did so.
 
     Raises:
-        SettingsError: The run is complete, but was made with other settings.
+        SettingsError: The run is complete, but was made with other settings; or it is not, and another user began it.
         GateError: The run is complete, and the quality gate is not met.
         JobError: It cannot be pushed.
     """
     store = _store(settings)
     if (done := read_complete(store)) is None:
+        check_permissions(settings.run.output, folder_of(settings))
         return None
     compare_settings(store, decisive_settings(settings), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
@@ -237,8 +242,11 @@ def _attempt(
     processes: Processes,
     *,
     idle: IdleLimit | None,
+    last: bool,
 ) -> Iterator[tuple[Attempt, Callable[[Mapping[str, Any]], None]]]:
     """Opens the run's next attempt, with injected faults, trackers, metrics and an energy meter for all GPUs.
+
+    `last`: no other run follows, as in `JOB_TRAIN__METHOD=sft,dpo`.
 
     Yields:
         The attempt, and what is to be called with its results, for the trackers and the webhook.
@@ -256,6 +264,8 @@ def _attempt(
         faults=armed,
         processes=processes,
         idle=idle or IdleLimit(settings.run.max_idle_attempts),
+        stall_seconds=settings.train.stall_seconds,
+        nodes=settings.run.nodes,
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     watched = exporters(settings) if processes.leads else {}
@@ -267,7 +277,8 @@ def _attempt(
         opening as attempt,
     ):
         live.figures = attempt.figures
-        notifier.started({"attempt": attempt.number, "store": store.uri})
+        silent = attempt.earlier[-1] if attempt.earlier and attempt.earlier[-1].outcome in SILENT else None
+        notifier.started({"attempt": attempt.number, "store": store.uri}, silent)
         with current_platform().machine_checks():
             choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
         if processes.leads:
@@ -280,6 +291,7 @@ def _attempt(
 
         def tell_results(results: Mapping[str, Any]) -> None:
             track.results(results)
+            live.complete = last
             notifier.gate_passed = results["gate"]["passed"]
 
         yield attempt, tell_results

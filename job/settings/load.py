@@ -31,6 +31,7 @@ from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Lora, Settings
 from job.settings.sources import SECRETS_DIR, Request, nested, same, setting_at
 from job.storage.location import is_remote
+from job.storage.permissions import own_or_hand_over
 
 __all__ = [
     "Settings",
@@ -225,7 +226,8 @@ def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> di
 def exporters(settings: Settings, environ: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
     """The exporters of figures that are asked for (see `tracking.live_metrics`), each with its arguments.
 
-    OTLP is asked for by OpenTelemetry's own variables, which the SDK reads itself.
+    OTLP is asked for by OpenTelemetry's own variables, which the SDK reads itself; the report to a TrainJob by those
+    that Kubeflow Trainer gives its pods.
     """
     environ = os.environ if environ is None else environ
     found: dict[str, dict[str, Any]] = {}
@@ -235,7 +237,25 @@ def exporters(settings: Settings, environ: Mapping[str, str] | None = None) -> d
         found["otlp"] = {"protocol": _otlp("PROTOCOL", environ) or "http/protobuf"}
     if settings.metrics.port is not None:
         found["prometheus"] = {"port": settings.metrics.port}
+    if url := environ.get("KUBEFLOW_TRAINER_SERVER_URL"):
+        files = {"token": "KUBEFLOW_TRAINER_SERVER_TOKEN", "authority": "KUBEFLOW_TRAINER_SERVER_CA_CERT"}
+        found["train-job"] = {"url": url} | {name: environ.get(variable, "") for name, variable in files.items()}
+    if settings.metrics.pod_annotation:
+        found["pod-annotation"] = _pod(environ)
     return found
+
+
+def _pod(environ: Mapping[str, str]) -> dict[str, str]:
+    """The pod that this process runs in: its address at the API server, and the files of its service account."""
+    account = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+    host, port = environ.get("KUBERNETES_SERVICE_HOST", ""), environ.get("KUBERNETES_SERVICE_PORT", "443")
+    name, namespace = environ.get("KUBERNETES_POD_NAME", ""), environ.get("KUBERNETES_POD_NAMESPACE", "")
+    server = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+    return {
+        "url": f"{server}/api/v1/namespaces/{namespace}/pods/{name}" if host and name and namespace else "",
+        "token": str(account / "token"),
+        "authority": str(account / "ca.crt"),
+    }
 
 
 def _otlp(name: str, environ: Mapping[str, str]) -> str:
@@ -308,7 +328,7 @@ def _deliveries(platform: Platform) -> Iterator[Problem]:
 _FOR_ROOT = "SageMaker mounts its folders for root; take the image that infra/sagemaker/Dockerfile makes of this one"
 
 
-def _why_not_writable(path: Path, fix: str = "mount it writable or give another path") -> str | None:
+def _why_not_writable(path: Path, fix: str | None = None) -> str | None:
     """Why this folder cannot be created or written to; None if it can. Creates nothing."""
     for place in (path, *path.parents):
         try:
@@ -322,7 +342,8 @@ def _why_not_writable(path: Path, fix: str = "mount it writable or give another 
         if not place.is_dir():
             return f"cannot be a folder: {place} is a file; give another path"
         if not os.access(place, os.W_OK | os.X_OK):
-            return f"cannot be written: {place} is not writable for this user; {fix}"
+            what = "cannot be written: {} is not writable for this user; {}"
+            return what.format(place, fix or f"mount it writable, give another path, or {own_or_hand_over(place)}")
         return None
     return "cannot be written: no folder above it exists; give another path"
 

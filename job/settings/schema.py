@@ -589,6 +589,9 @@ class Metrics(Group):
 
     port: ExecutionOnly[Maybe[Annotated[Count, Field(le=65535)]]] = None
     """Port of a Prometheus endpoint with step, loss, speed, time left and stage; empty: none."""
+    pod_annotation: ExecutionOnly[Flag] = False
+    """On Kubernetes, keep an annotation of the pod (`qlora-job/progress`) that says how far the run is; the component
+    `progress` gives the pod what is needed for it."""
 
 
 class Notify(Group):
