@@ -46,6 +46,8 @@ class Family:
     """What an RMS norm multiplies by; with `1 + weight` in fp32, before it is rounded to the compute dtype."""
     norms: int = 2
     """RMS norms of the width of the residual stream, a layer."""
+    norms_behind: bool = False
+    """Whether norms stand behind attention and feed-forward layer alone, so that these read the residual stream."""
     query_norm: Literal["head", "all heads"] | None = None
     """Over what queries and keys have an RMS norm, before their positions."""
     window: Literal["layer", "model"] | None = None
@@ -86,7 +88,7 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(divides_logits=True),
     "llama": Family(),
     "mistral": Family(window="model"),
-    "olmo2": Family(query_norm="all heads"),
+    "olmo2": Family(norms_behind=True, query_norm="all heads"),
     "phi3": Family(joined=True, window="model"),
     "qwen2": Family(window="layer"),
     "qwen3": Family(query_norm="head", window="layer"),

@@ -61,6 +61,8 @@ def why_not_precise(model: Any) -> str:
         return f"the decoder of {base.config.model_type} is not one that the fused layers compute"
     if family.some_rotate:  # only rotated keys are compared with `LARGEST`
         return f"the decoder of {base.config.model_type} has layers without rotary positions"
+    if family.norms_behind:  # the stream, which adds up over the layers, would be rounded to fp16
+        return f"linear layers of {base.config.model_type} read the residual stream itself"
     if not all(lora_forward.fits(module) for module in base.modules() if _has_adapter(module)):
         return "the adapter is of a kind that is left to PEFT"
     if type(base.lm_head) is not torch.nn.Linear:

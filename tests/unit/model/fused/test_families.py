@@ -17,12 +17,13 @@ from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.fused.lora_forward import attention_with_cache, decoder_of, knows
 from job.model.fused.precise_forward import precise_forward, why_not_precise
+from job.model.fused.precise_forward import precise_forward, why_not_precise
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import NAME, register, use
 from job.model.packing_check import choose_packing
 from job.records import Question
 from job.training.lm_head_loss import logits_of, padded_loss
-from job.training.packing import padded_sequence
+from job.training.packing import packed_inputs, padded_sequence
 from tests.families.models import tiny_config
 from tests.helpers import fill_adapter, make_examples
 
@@ -153,6 +154,22 @@ def test_texts_are_those_of_the_models_own_code(family: str) -> None:
         bare = _generated(model)
         torch.testing.assert_close(bare, _generated(own), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, bare, rtol=1e-2)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_scoring_in_fp16_computes_the_family_or_refuses_it(family: str) -> None:
+    """With nothing rounded the pass has the model's own logits, in fp16 nearly; what it cannot compute it says."""
+    model, inputs = fused(family), packed_inputs(EXAMPLES, CPU)
+    if family in {"olmo2", "smollm3"}:
+        assert family in why_not_precise(model)
+        return
+    assert not why_not_precise(model)
+    packed = inputs["input_ids"], inputs["position_ids"], inputs["layout"]
+    with torch.inference_mode():
+        expected = model(input_ids=packed[0], position_ids=packed[1], layout=packed[2], use_cache=False).logits[0]
+        for dtype, close in ((torch.float32, 1e-5), (torch.float16, 0.03)):
+            found = precise_forward(model, dtype, TORCH, keep=False)(*packed, torch.arange(packed[0].shape[1]))
+            assert (found - expected).abs().max() <= close * expected.abs().max()
 
 
 def _generated(model: Any, new: int = 10) -> torch.Tensor:
