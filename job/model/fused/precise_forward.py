@@ -57,12 +57,8 @@ def why_not_precise(model: Any) -> str:
         model: A causal language model from `load_base`, with or without an adapter.
     """
     base = _base(model)
-    if (family := lora_forward.family_of(base)) is None:
-        return f"the decoder of {base.config.model_type} is not one that the fused layers compute"
-    if family.some_rotate:  # only rotated keys are compared with `LARGEST`
-        return f"the decoder of {base.config.model_type} has layers without rotary positions"
-    if family.norms_behind:  # the stream, which adds up over the layers, would be rounded to fp16
-        return f"linear layers of {base.config.model_type} read the residual stream itself"
+    if why := _why_not_the_decoder(base):
+        return why
     if not all(lora_forward.fits(module) for module in base.modules() if _has_adapter(module)):
         return "the adapter is of a kind that is left to PEFT"
     if type(base.lm_head) is not torch.nn.Linear:
@@ -70,6 +66,17 @@ def why_not_precise(model: Any) -> str:
     projections = [module for name, module in base.model.named_modules() if name.endswith("_proj")]
     if not all(_has_adapter(module) or _is_linear(module) for module in projections):
         return "linear layers are of a library that is not known"
+    return ""
+
+
+def _why_not_the_decoder(base: Any) -> str:
+    name = base.config.model_type
+    if (family := lora_forward.family_of(base)) is None:
+        return f"the decoder of {name} is not one that the fused layers compute"
+    if family.some_rotate:  # only rotated keys are compared with `LARGEST`
+        return f"the decoder of {name} has layers without rotary positions"
+    if family.norms_behind:  # the stream, which adds up over the layers, would be rounded to fp16
+        return f"linear layers of {name} read the residual stream itself"
     return ""
 
 

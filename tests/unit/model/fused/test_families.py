@@ -17,13 +17,12 @@ from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.fused.lora_forward import attention_with_cache, decoder_of, knows
 from job.model.fused.precise_forward import precise_forward, why_not_precise
-from job.model.fused.precise_forward import precise_forward, why_not_precise
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import NAME, register, use
 from job.model.packing_check import choose_packing
 from job.records import Question
 from job.training.lm_head_loss import logits_of, padded_loss
-from job.training.packing import packed_inputs, padded_sequence
+from job.training.packing import padded_sequence
 from tests.families.models import tiny_config
 from tests.helpers import fill_adapter, make_examples
 
@@ -127,19 +126,22 @@ def test_losses_and_gradients_are_those_of_the_models_own_code(family: str) -> N
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_scores_in_fp32_are_those_of_the_models_own_code(family: str) -> None:
-    """By the pass that questions are scored with, to 1e-5; a family that it cannot compute says why."""
+def test_scores_are_those_of_the_models_own_code(family: str) -> None:
+    """By the pass that questions are scored with, in fp32 to 1e-4, in fp16 nearly; which it cannot compute it says."""
     model, own = fused(family), tiny(family)
     if why := why_not_precise(model):
-        assert (family, why) == ("smollm3", "the decoder of smollm3 has layers without rotary positions")
+        reasons = {"smollm3": "has layers without rotary positions", "olmo2": "read the residual stream itself"}
+        assert why.endswith(reasons[family])
         return
     questions = [Question(example.input_ids[:-2], (example.input_ids[-2:], (3,))) for example in EXAMPLES]
     with torch.inference_mode():
         found = score_sequence(model, questions, precise_forward(model, torch.float32, TORCH, keep=False))
+        rounded = score_sequence(model, questions, precise_forward(model, torch.float16, TORCH, keep=False))
         expected = [[_score_alone(own, asked.context, choice) for choice in asked.choices] for asked in questions]
-    for ours, theirs in zip(found, expected, strict=True):
-        for one, other in zip(ours, theirs, strict=True):
+    for ours, half, theirs in zip(found, rounded, expected, strict=True):
+        for one, near, other in zip(ours, half, theirs, strict=True):
             assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
+            assert near.log_likelihood == pytest.approx(other.log_likelihood, abs=0.1)
             assert one.greedy == other.greedy
 
 
@@ -154,22 +156,6 @@ def test_texts_are_those_of_the_models_own_code(family: str) -> None:
         bare = _generated(model)
         torch.testing.assert_close(bare, _generated(own), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, bare, rtol=1e-2)
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_scoring_in_fp16_computes_the_family_or_refuses_it(family: str) -> None:
-    """With nothing rounded the pass has the model's own logits, in fp16 nearly; what it cannot compute it says."""
-    model, inputs = fused(family), packed_inputs(EXAMPLES, CPU)
-    if family in {"olmo2", "smollm3"}:
-        assert family in why_not_precise(model)
-        return
-    assert not why_not_precise(model)
-    packed = inputs["input_ids"], inputs["position_ids"], inputs["layout"]
-    with torch.inference_mode():
-        expected = model(input_ids=packed[0], position_ids=packed[1], layout=packed[2], use_cache=False).logits[0]
-        for dtype, close in ((torch.float32, 1e-5), (torch.float16, 0.03)):
-            found = precise_forward(model, dtype, TORCH, keep=False)(*packed, torch.arange(packed[0].shape[1]))
-            assert (found - expected).abs().max() <= close * expected.abs().max()
 
 
 def _generated(model: Any, new: int = 10) -> torch.Tensor:
