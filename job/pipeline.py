@@ -25,7 +25,7 @@ from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
 from job.push.push import Target, check_targets, push_run, targets
-from job.records import Evaluated, Exported, ModelRecord, Packing, Pulled, Trained
+from job.records import Evaluated, Exported, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
 from job.results import manifest
 from job.results.baseline import check_prompts
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
@@ -137,7 +137,7 @@ def _run_stage(
             base = _evaluate_base(attempt, settings, sources, loaded)
             trained = _train(attempt, settings, sources, loaded)
             adapter = _evaluate_adapter(attempt, settings, sources, loaded, base=base, trained=trained)
-            exported = _export(attempt, settings, sources, loaded, trained)
+            exported = _export(attempt, settings, sources, loaded, trained, precision=base.precision)
             results = _publish(
                 attempt,
                 settings,
@@ -336,13 +336,17 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
 def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Evaluated:
     from job.stages.evaluate import generation_rules, other_generation
     from job.stages.full_precision import evaluate_bases
+    from job.stages.scoring_precision import other_precision
 
     shared = open_store(settings.run.output, storage_options(settings.storage))
 
     def objection(base: Evaluated) -> str:
         adapter = attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated)
         wanted = generation_rules(settings, sources, loaded.model) if adapter is None else adapter.generation
-        return other_generation(base, wanted)
+        if why := other_generation(base, wanted):
+            return why
+        exported = not settings.export.formats or attempt.recorded(Stage.EXPORT, Exported) is not None
+        return "" if adapter is not None and exported else other_precision(base, settings.eval, loaded)
 
     base = attempt.stage(
         Stage.EVALUATE_BASE, Evaluated, lambda: evaluate_bases(attempt, settings, sources, loaded, shared), objection
@@ -368,17 +372,33 @@ def _evaluate_adapter(
         Stage.EVALUATE_ADAPTER,
         Evaluated,
         lambda: evaluate_adapter(attempt, settings, sources, loaded, base=base, trained=trained),
-        lambda adapter: other_generation(adapter, base.generation) or other_answers_judged(adapter, base),
+        lambda adapter: (
+            other_generation(adapter, base.generation)
+            or other_answers_judged(adapter, base)
+            or ("it was scored in another precision than the base" if adapter.precision != base.precision else "")
+        ),
     )
 
 
 @memory_errors("exporting", "lower JOB_EVAL__BATCH_TOKENS, or take a machine that holds the unquantized model")
-def _export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained) -> Exported:
+def _export(
+    attempt: Attempt,
+    settings: Settings,
+    sources: Sources,
+    loaded: Loaded,
+    trained: Trained,
+    *,
+    precision: ScoringPrecision | None,
+) -> Exported:
     from job.stages.export import export
 
     if not settings.export.formats:
         return Exported([], [])
-    return attempt.stage(Stage.EXPORT, Exported, lambda: export(attempt, settings, sources, loaded, trained))
+    return attempt.stage(
+        Stage.EXPORT,
+        Exported,
+        lambda: export(attempt, settings, sources, loaded, trained, precision=precision),
+    )
 
 
 def _publish(
