@@ -32,8 +32,10 @@ _FAR_FUTURE = 1e9
 _PART_BYTES = 4 << 20
 """torch's store closes the connection on values of more than 8 MiB."""
 _PAUSE_SECONDS = 0.0005
-_MAX_PAUSE_SUM, _MAX_PAUSE_VALUE = 0.005, 0.03
-"""Longest pause between two polls: for an all-reduce, which a step waits for, and for a value in the store."""
+_MAX_PAUSE_SUM, _MAX_PAUSE_VALUE = 0.001, 0.03
+"""Longest pause between two polls: for an all-reduce, which a step waits for, and for a value in the store.
+
+A GPU that has ended its step computes nothing during the rest of a pause."""
 
 
 class ProcessGroup:

@@ -27,7 +27,7 @@ from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.training.config import total_steps
 from job.training.lm_head_loss import losses_of
-from job.training.prepare import limit_memory, prepare, token_budget
+from job.training.prepare import limit_memory, prepare, require_fp8, token_budget
 
 
 def load(
@@ -49,6 +49,8 @@ def load(
     """
     device = choose_device(settings.run.device)
     _same_kind(processes, device.type)
+    if settings.train.compute == "fp8":
+        require_fp8(device)
     if device.type == "cuda":
         make_deterministic()
         limit_memory(settings.train.gpu_memory_gb)
@@ -119,6 +121,7 @@ def load(
         processes=processes.place.local_world_size,
         random=train.neftune_noise_alpha > 0,
         slow=options.not_fused,
+        compute=train.compute,
     )
     if settings.train.last_method != "sft" and plan.recorded:
         plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.last_method}")
