@@ -194,8 +194,10 @@ FUSED_THROUGHOUT = "fused all"
 class ExecutionPlan:
     """How training is carried out on this machine, and why so. `training.execution` of the manifest.
 
-    `forward` affects the last bits of results. The other three save time at the cost of memory, and change no bit:
+    `forward` affects the last bits of results. The others trade time for memory, and change no bit:
 
+    base_held: Where the frozen base's quantized weights lie: `gpu` (on this process's device), `sharded` (over the
+        devices of all processes), or `host` (in main memory).
     kept_base: The base's dequantized weights are kept in memory, instead of dequantized for each use.
     kept_activations: Activations are kept for the backward pass, instead of computed again in it.
     recorded: The GPU's kernels are recorded once for each shape of its inputs and launched together (CUDA graphs).
@@ -209,6 +211,8 @@ class ExecutionPlan:
     """`peft`; or `fused all, triton`: what is fused, whose kernels. The default is for records of older versions."""
     packed: bool = True
     """Whether examples went through the model end to end in one sequence; else each alone, which `reason` explains."""
+    base_held: str = "gpu"
+    """A key of `memory_model.PLACES`."""
 
     @property
     def fused(self) -> bool:

@@ -6,8 +6,9 @@ computed, measured or assumed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from typing import Literal
 
@@ -19,7 +20,7 @@ from job.planning.known_models_and_data import TaskTokens
 from job.planning.workload import Workload
 from job.records import ExecutionPlan
 from job.training import memory_model
-from job.training.execution_plan import choose_budget, choose_plan
+from job.training.execution_plan import choose_budget, choose_place, choose_plan
 from job.training.memory_model import Setup
 
 Basis = Literal["computed", "measured", "assumed"]
@@ -83,6 +84,8 @@ class RunShape:
         reference: The log-probabilities of the reference, as dpo and kto need them; None likewise.
         first_stage: What is trained before, as in JOB_TRAIN__METHOD=sft,dpo; its download is in this one's.
         full_precision: Whether the base with its original weights is scored too, where it fits.
+        places: Where the base's 4-bit weights may lie, the fastest first; see `memory_model.PLACES`.
+        processes: That share the work, each with a GPU.
     """
 
     setup: Setup | None
@@ -107,6 +110,8 @@ class RunShape:
     adapter_copies: int = 0
     quantizing_tokens: int = 0
     full_precision: bool = False
+    places: tuple[str, ...] = ("gpu",)
+    processes: int = 1
 
     @property
     def evaluations(self) -> int:
@@ -161,7 +166,7 @@ class GpuForecast:
 
     `budget_recomputing` and `budget_keeping` are the largest micro-batches that fit, in tokens, with activations
     recomputed and kept; 0 where not even the longest example fits. `keeps` names what the job would keep in memory
-    instead of recomputing it (base, activations); `hours` are computed for that.
+    instead of recomputing it (base, activations); `hours` are computed for that. `base_held` is where the base lies.
     """
 
     name: str
@@ -175,6 +180,7 @@ class GpuForecast:
     usd_per_hour: float
     usd: float | None
     machine: str
+    base_held: str = "gpu"
 
 
 def estimates(run: RunShape) -> Iterator[Estimate]:
@@ -274,15 +280,14 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     """Whether the run fits on a GPU, how long it takes and what it costs there."""
     if run.budget_by_gpu:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
-    execution = _execution(gpu, run, setup)
-    usable = memory_model.usable_bytes(gpu.memory_bytes)
-    scoring = _scoring(run, setup)
     if run.first_stage is not None and run.budget_by_gpu:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
-    stages = [run] if run.first_stage is None else [run.first_stage, run]
-    need = max(scoring, *(memory_model.training_memory(setup, one.micro_batch).total for one in stages))
-    if run.merges:  # it is scored unquantized, in place of the quantized base
-        need = max(need, _scoring(run, replace(setup, quantization="none")))
+    needs, usable = partial(_need, run), memory_model.usable_bytes(gpu.memory_bytes)
+    setup = replace(setup, processes=run.processes)
+    place = choose_place(setup, memory_bytes=gpu.memory_bytes, places=run.places, needs=needs)
+    setup = replace(setup, base_held=place)
+    execution = _execution(gpu, run, setup)
+    need = needs(setup)
     fits, note = need <= usable, ""
     if not fits:
         note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill"
@@ -292,6 +297,8 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         takes, free = size(_original_bytes(run, setup), " "), size(max(0, _free_for_original(gpu, setup)), " ")
         left_out = f"the unquantized base is not scored: it takes {takes}, and {free} are safe to fill"
         note = "; ".join(filter(None, (note, left_out)))
+    if fits and place != "gpu":
+        note = "; ".join(filter(None, (note, _where(setup, usable, needs))))
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     hours = _hours(gpu, run, setup, execution) if fits else None
     kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
@@ -307,7 +314,31 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         usd_per_hour=price,
         usd=None if hours is None else hours * price,
         machine=gpu.machine if run.usd_per_hour is None else "your price",
+        base_held=place,
     )
+
+
+def _need(run: RunShape, setup: Setup) -> int:
+    """Bytes on the GPU at the peak of the run."""
+    stages = [run] if run.first_stage is None else [run.first_stage, run]
+    need = max(_scoring(run, setup), *(memory_model.training_memory(setup, one.micro_batch).total for one in stages))
+    if run.merges:  # it is scored unquantized, in place of the quantized base
+        need = max(need, _scoring(run, replace(setup, quantization="none")))
+    return need
+
+
+MOST_GPUS = 8
+"""Of one machine."""
+
+
+def _where(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> str:
+    """What is said of a base that is not on the GPU as a whole; and how many GPUs would hold it."""
+    if setup.base_held == "sharded":
+        return f"the base's 4-bit weights are sharded over the {setup.processes} GPUs"
+    sharded = (replace(setup, base_held="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
+    enough = next((one.processes for one in sharded if needs(one) <= usable), None)
+    more = "" if enough is None else f"; {enough} of these GPUs hold them sharded, which is faster"
+    return f"the base's 4-bit weights lie in main memory, {size(memory_model.packed_bytes(setup), ' ')}{more}"
 
 
 def _budget(run: RunShape, setup: Setup, usable: int) -> int:
@@ -375,7 +406,8 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
         setup, used = replace(setup, recompute=not execution.kept_activations), memory_model.FUSED_UTILISATION
     micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
     flops = memory_model.training_flops(setup, work.tokens, work.squares)
-    training = memory_model.seconds(flops, (3 if setup.recompute else 2) * micro_batches, setup, used=used, **speed)
+    passes = (3 if setup.recompute else 2) * micro_batches
+    training = memory_model.seconds(flops, passes, setup, used=used, transfers=2 * micro_batches, **speed)
     for held in filter(None, (run.validation, run.reference)):  # passes of the training path, with its micro-batches
         forward = held.count * memory_model.evaluation_flops(setup, held.tokens, held.target_tokens)
         passes = held.count * ceil(held.tokens / min(run.micro_batch, max(work.largest_step, held.longest)))

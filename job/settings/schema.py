@@ -172,6 +172,10 @@ class Model(Group):
     """
     keep_dequantized: ExecutionOnly[FlagOrAuto] = "auto"
     """Dequantize the frozen weights once and keep them: faster, same results; `auto`: if they fit into memory."""
+    placement: ExecutionOnly[Literal["auto", "gpu", "sharded", "host"]] = "auto"
+    """Where the 4-bit weights lie: `gpu`, all on each process's GPU; `sharded`, a share on each, and every decoder
+    layer is gathered while the layer before it computes; `host`, in main memory, from where the layers are copied to
+    the GPU in the same way. `auto`: the first of these that fits. The results are the same, bit for bit."""
 
 
 class Lora(Group):

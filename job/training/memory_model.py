@@ -19,6 +19,14 @@ FP32 = 4
 HEAD_ROWS, HEAD_COLUMNS = 4096, 32768
 """Size of the tiles (tokens, vocabulary entries) in which the logits are computed; they are never kept."""
 
+PLACES = ("gpu", "sharded", "host")
+"""Where the quantized weights of the decoder's layers may lie, the fastest first; see `model.placed_weights`."""
+LAYERS_AT_ONCE = {"sharded": 3, "host": 2}
+"""How many layers are on the GPU as a whole where not all of them are: the one that computes, the one that comes next,
+and, gathered only to take part, one that another process needs."""
+
+LINK_BANDWIDTH = 20e9
+"""Bytes a second between a GPU and main memory or another GPU. Assumed: PCIe 4.0 with 16 lanes."""
 CONTEXT_BYTES = 600 << 20
 """Of the driver and the libraries' workspaces on the GPU. Assumed."""
 ORIGINAL_SHARE = 0.9
@@ -60,6 +68,10 @@ class Setup:
     """`AdapterOptions.bytes_beside`."""
     merged_rows: int = 0
     """Rows of embedding and output layer that PEFT copies in every pass, to put those of new tokens in place."""
+    base_held: str = "gpu"
+    """One of `PLACES`."""
+    processes: int = 1
+    """That hold a share each where `base_held` is `sharded`."""
 
     @property
     def adapter(self) -> int:
@@ -86,10 +98,11 @@ class Memory:
 
 
 def weight_bytes(setup: Setup) -> int:
-    """Bytes of the frozen base.
+    """Bytes of the frozen base on the GPU.
 
     NF4 holds half a byte a weight, and a constant for each 64 weights: of four bytes, or with double quantization of
     one, and another four for each 256 of these. Embedding, output layer and norms are held in the compute dtype.
+    Where the layers' weights are sharded or in host memory, a few whole layers are on the GPU at any time.
 
     Source: Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3; bitsandbytes' block sizes.
     """
@@ -97,9 +110,24 @@ def weight_bytes(setup: Setup) -> int:
     plain = (a.parameters - a.linear_parameters) * setup.value_bytes
     if setup.quantization == "none":
         return plain + a.linear_parameters * setup.value_bytes
-    blocks = -(-a.linear_parameters // NF4_BLOCK)
+    return plain + _held_bytes(setup)
+
+
+def packed_bytes(setup: Setup) -> int:
+    """Bytes of all layers' NF4 weights with their constants, wherever they lie."""
+    blocks = -(-setup.architecture.linear_parameters // NF4_BLOCK)
     constants = blocks + 4 * -(-blocks // DOUBLE_BLOCK) if setup.double_quantization else 4 * blocks
-    return plain + a.linear_parameters // 2 + constants
+    return setup.architecture.linear_parameters // 2 + constants
+
+
+def _held_bytes(setup: Setup) -> int:
+    """Those of them that are on the GPU."""
+    whole = packed_bytes(setup)
+    if setup.base_held == "gpu":
+        return whole
+    passing = LAYERS_AT_ONCE[setup.base_held] * whole // setup.architecture.layers
+    own = -(-whole // setup.processes) if setup.base_held == "sharded" else 0
+    return min(whole, own + passing)
 
 
 def kept_bytes(setup: Setup) -> int:
@@ -214,9 +242,16 @@ def evaluation_flops(setup: Setup, tokens: int, reads: int) -> int:
 
 
 def seconds(
-    flops: int, passes: int, setup: Setup, *, rate: float, bandwidth: float, used: float = UTILISATION
+    flops: int,
+    passes: int,
+    setup: Setup,
+    *,
+    rate: float,
+    bandwidth: float,
+    used: float = UTILISATION,
+    transfers: int | None = None,
 ) -> float:
-    """Seconds on a GPU: the larger of the time for the operations and the time for reading the weights.
+    """Seconds on a GPU: the largest of the times for the operations, for reading the weights, and for fetching them.
 
     Args:
         flops: Operations in all.
@@ -225,9 +260,12 @@ def seconds(
         rate: Operations a second, by the data sheet.
         bandwidth: Bytes of memory a second, by the data sheet.
         used: The share of `rate` that is reached, such as `UTILISATION`.
+        transfers: How often all weights come to the GPU, where they do not lie there; None for `passes`.
 
     Source: Williams et al. 2009, Roofline. Quantized weights are read, written out dequantized, and read again.
     """
     a, size = setup.architecture, setup.value_bytes
     traffic = a.linear_parameters * (size if setup.quantization == "none" else 0.5 + 2 * size)
-    return max(flops / (rate * used), passes * traffic / bandwidth)
+    missing = packed_bytes(setup) * {"gpu": 0.0, "sharded": 1 - 1 / setup.processes, "host": 1.0}[setup.base_held]
+    fetching = (passes if transfers is None else transfers) * missing / LINK_BANDWIDTH
+    return max(flops / (rate * used), passes * traffic / bandwidth, fetching)
