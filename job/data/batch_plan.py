@@ -114,17 +114,27 @@ class Steps:
         share = self.share(step)
         return [[share[i] for i in group] for group in micro_batches([len(e.input_ids) for e in share], budget)]
 
-    def largest(self, budget: int) -> list[Example]:
-        """The examples of the largest micro-batch that this process has in any step."""
+    def largest(self, budget: int, longest: int | None = None) -> list[Example]:
+        """The examples of the largest micro-batch that this process has in any step; none if there is none.
+
+        Args:
+            budget: Tokens of a micro-batch.
+            longest: Micro-batches with an example of more tokens are left out; None to leave out none.
+        """
         lengths = lengths_of(self.examples)
-        groups = [[max(range(len(lengths)), key=lengths.__getitem__)]]
+        fits = [row for row, length in enumerate(lengths) if longest is None or length <= longest]
+        groups = [[max(fits, key=lengths.__getitem__)]] if fits else [[]]
         for step in range(self.total):  # by their lengths alone: reading the tokens of all rows would take long
             rows = batch(self.seed, len(lengths), self.global_batch_size, step)
             share = shares([lengths[row] for row in rows], self.world_size)[self.rank]
             mine = [rows[i] for i in share]
             groups.append(
                 max(
-                    ([mine[i] for i in group] for group in micro_batches([lengths[row] for row in mine], budget)),
+                    (
+                        [mine[i] for i in group]
+                        for group in micro_batches([lengths[row] for row in mine], budget)
+                        if longest is None or max(lengths[mine[i]] for i in group) <= longest
+                    ),
                     key=lambda group: sum(lengths[row] for row in group),
                     default=[],
                 )

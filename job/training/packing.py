@@ -22,8 +22,13 @@ IGNORED = -100
 """The label of a token that is no target, as in torch's cross-entropy and TRL."""
 SMALLEST_INCREMENT = 256
 """Lengths of padded sequences are multiples of at least this many tokens."""
+LONG_ROW = 16384
+"""A row of more tokens is computed by `long_rows`. No micro-batch is longer without one, unless it is set so."""
 SEGMENTS = 8
-"""The number of segments of a padded sequence is rounded up to a multiple of this."""
+"""The number of segments of a padded sequence is rounded up to a multiple of this, or to `FEW_SEGMENTS`."""
+FEW_SEGMENTS = (2, 4)
+"""Of a sequence with one to three examples. The attention kernel's backward pass uses the fewer of a GPU's processors
+the more segments there are, empty ones included; see `model.fused.long_attention`."""
 
 
 def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
@@ -86,19 +91,31 @@ def length_increment(tokens: int) -> int:
     return max(SMALLEST_INCREMENT, 1 << max(0, (tokens - 1).bit_length() - 5))
 
 
-def longest_segment(examples: Sequence[Example], budget: int) -> int:
+def longest_segment(examples: Sequence[Example], budget: int, most: int | None = None) -> int:
     """Upper bound of the tokens of a segment of a padded sequence, including the segment of padding.
 
-    Valid for sequences of at most `budget` tokens, or of one example.
+    Valid for sequences of at most `budget` tokens, or of one example; of examples of at most `most` tokens.
     """
-    longest = max(lengths_of(examples))
+    longest = max(length if most is None else min(length, most) for length in lengths_of(examples))
     return max(longest, length_increment(max(longest, budget)))
 
 
 def padded_sequence(examples: Sequence[Example], device: torch.device) -> PaddedSequence:
     """Lays examples end to end in one sequence and pads it."""
+    segments = len(examples) + 1
+    slots = next((few for few in FEW_SEGMENTS if segments <= few), -(-segments // SEGMENTS) * SEGMENTS)
+    return _sequence(examples, device, padded_length(sum(lengths_of(examples))), slots)
+
+
+def unpadded_sequence(examples: Sequence[Example], device: torch.device) -> PaddedSequence:
+    """The same without padding; `ends` has no empty segments."""
+    return _sequence(examples, device, sum(lengths_of(examples)), len(examples))
+
+
+def _sequence(examples: Sequence[Example], device: torch.device, length: int, slots: int) -> PaddedSequence:
+    """The examples in one sequence of this length, whose `ends` have so many slots for segments."""
     ends = [0, *accumulate(len(example.input_ids) for example in examples)]
-    used, length = ends[-1], padded_length(ends[-1])
+    used = ends[-1]
     tokens = np.zeros((3, length), dtype=np.int64)
     ids, labels, positions = tokens  # views: writing to them writes to `tokens`
     labels[:] = IGNORED
@@ -111,7 +128,7 @@ def padded_sequence(examples: Sequence[Example], device: torch.device) -> Padded
         positions[used:] = places[: length - used]
         ends.append(length)
     segments = tuple(map(Segment, ends, ends[1:]))
-    ends += [length] * (-(-(len(examples) + 1) // SEGMENTS) * SEGMENTS + 1 - len(ends))
+    ends += [length] * (slots + 1 - len(ends))
     return PaddedSequence(
         torch.from_numpy(tokens).to(device), torch.tensor(ends, dtype=torch.int32, device=device), segments
     )

@@ -32,8 +32,16 @@ from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import padded_loss
+from job.training.long_rows import LongRows, has_long_row
 from job.training.objectives import Totals, totals_of
-from job.training.packing import alone_inputs, length_increment, longest_segment, packed_inputs, padded_sequence
+from job.training.packing import (
+    LONG_ROW,
+    alone_inputs,
+    length_increment,
+    longest_segment,
+    packed_inputs,
+    padded_sequence,
+)
 from job.training.preference_gradient import PreferenceGradient
 
 PackedGradient = Callable[[dict[str, Any], float], torch.Tensor]
@@ -96,8 +104,11 @@ class OptimizerStep:
         self._packed_gradient, self._preference = packed_gradient, preference
         self.metrics: dict[str, float] = {}
         """Metrics of the last step of preferences, by TRL's names."""
-        self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens)
+        self._padded_at_most = None if plan.tile_tokens is None else LONG_ROW
+        """Tokens of the longest example in a padded sequence; None where no limit is known."""
+        self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most)
         self._graphs: CudaGraphs | None = None
+        self._long_rows = LongRows(model, recipe.label_smoothing)
 
     def __call__(self, number: int) -> torch.Tensor:
         """Leaves the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
@@ -149,8 +160,9 @@ class OptimizerStep:
             torch.cuda.empty_cache()
 
     def release(self) -> None:
-        """Frees the CUDA graphs and their memory; they are recorded again when they are needed."""
+        """Frees the CUDA graphs and their memory, and host memory; they are made again when they are needed."""
         self._graphs = None
+        self._long_rows.release()
 
     def _own_gradient(self, number: int, known: _Known | None = None) -> torch.Tensor:
         """This process's part of a step: the gradient, left in the flat parameters, and what is to be summed.
@@ -213,6 +225,8 @@ class OptimizerStep:
             return torch.stack(parts).sum()
         if not self.plan.padded:
             return self._packed_gradient(packed_inputs(examples, device), targets)
+        if self._in_tiles(examples):
+            return self._long_rows.gradient(examples, 1 / targets, self.plan)
         sequence = padded_sequence(examples, device)
         # A tensor, not a number: a CUDA graph would always use the number with which it was recorded.
         weight = torch.tensor(1 / targets, device=device)
@@ -241,6 +255,17 @@ class OptimizerStep:
         loss.backward()  # type: ignore[no-untyped-call] # adds to the flat gradient in place
         return loss.detach()
 
+    def _in_tiles(self, examples: Sequence[Example]) -> bool:
+        """Whether a micro-batch is computed by `long_rows`."""
+        return self.plan.tile_tokens is not None and has_long_row(examples)
+
+    def summed_loss(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The summed loss of a micro-batch, () float32, without a gradient; for a padded plan."""
+        if self._in_tiles(examples):
+            return self._long_rows.summed_loss(examples, self.plan)
+        sequence = padded_sequence(examples, self._parameters.gradient.device)
+        return self.padded_sum(sequence.tokens, sequence.ends, sequence.segments)
+
     def padded_sum(self, tokens: torch.Tensor, ends: torch.Tensor, segments: tuple[Segment, ...] = ()) -> torch.Tensor:
         """The summed loss of a padded sequence, () float32; arguments as for its gradient."""
         base = self._model.get_base_model()
@@ -264,7 +289,7 @@ class OptimizerStep:
             first = padded_sequence([Example((0,), (False,))], device)
             weight = torch.tensor(0.0, device=device)
             self._graphs = CudaGraphs(self._padded_gradient, (first.tokens, first.ends, weight))
-            largest = padded_sequence(self._steps.largest(self.budget), device)
+            largest = padded_sequence(self._steps.largest(self.budget, self._padded_at_most), device)
             self._graphs.prepare(largest.tokens, largest.ends, weight)
         return self._graphs
 
