@@ -158,6 +158,8 @@ class DatasetRecord(RowsRecord):
     """What the rows held; None in records of older versions."""
     licences: dict[str, str] = field(default_factory=dict)
     """Source -> its licence, where its card or this project knows one."""
+    longest_at: str = ""
+    """Where the longest row stands, as in messages about rows; empty where it is not known."""
 
 
 @dataclass(frozen=True)

@@ -399,6 +399,10 @@ class Train(Group):
     turn that does not end with a special token is an invalid row."""
     gradient_checkpointing: ExecutionOnly[FlagOrAuto] = "auto"
     """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory."""
+    offload_activations: ExecutionOnly[FlagOrAuto] = "auto"
+    """Rows of more than 16,384 tokens: what the layers keep for the backward pass lies in pinned main memory instead of
+    the GPU's, and comes back a layer ahead; `auto`: if it does not fit on the GPU. The results are the same, bit for
+    bit."""
     gpu_memory_gb: ExecutionOnly[Maybe[Positive]] = None
     """GPU memory that the job may use, in GB; empty: all. Less memory means fewer tokens in one forward pass."""
     log_every_steps: ExecutionOnly[Count] = 1

@@ -119,6 +119,9 @@ def load(
         processes=processes.place.local_world_size,
         random=train.neftune_noise_alpha > 0,
         slow=options.not_fused,
+        offload=train.offload_activations,
+        method=train.last_method,
+        longest_at=sources.record.dataset.longest_at,
     )
     if settings.train.last_method != "sft" and plan.recorded:
         plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.last_method}")

@@ -23,19 +23,23 @@ from typing import Any
 import torch
 
 from job.data.examples import lengths_of
-from job.model.fused.long_attention import Output, RowAttention
-from job.model.fused.tiled_layer import TILE_TOKENS, backward_layer, forward_layer, is_plain
+from job.model.fused.long_attention import Output, RowAttention, has_kernel
+from job.model.fused.tiled_layer import backward_layer, forward_layer, is_plain
 from job.model.lora import trainable
 from job.model.packed_attention import build_layout
 from job.records import Example, ExecutionPlan
 from job.training.activation_store import ActivationStore, HostBuffers, release
-from job.training.lm_head_loss import padded_loss
-from job.training.packing import LONG_ROW, PaddedSequence, unpadded_sequence
+from job.training.memory_model import LONG_ROW, TILE_TOKENS
+from job.training.packing import PaddedSequence, unpadded_sequence
 
 
 def has_long_row(examples: Sequence[Example]) -> bool:
     """Whether a micro-batch is one of those that are computed here."""
     return max(lengths_of(examples)) > LONG_ROW
+
+
+HeadLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(hidden states behind the last norm (tokens, hidden), labels (tokens,)) -> the summed loss, () float32."""
 
 
 def why_not_here(model: Any) -> str | None:
@@ -44,6 +48,10 @@ def why_not_here(model: Any) -> str | None:
     layers = base.base_model.layers
     if not all(map(is_plain, layers)):
         return f"layers of {type(base).__name__} cannot be taken apart"
+    if not has_kernel(model.device, layers[0].self_attn.head_dim):
+        return "the GPU has no attention kernel for them"
+    if model.peft_config["default"].lora_dropout:
+        return "dropout would repeat its masks from tile to tile (JOB_LORA__DROPOUT)"
     inside = {id(p) for layer in layers for p in layer.parameters()}
     if any(id(p) not in inside for p in trainable(model).values()):
         return "weights outside of the decoder's layers are trained"
@@ -56,48 +64,48 @@ class LongRows:
 
     Attributes:
         model: A PEFT model over a fused base, for which `why_not_here` has no reason.
-        smoothing: Label smoothing.
+        loss: Of a part of the tokens.
         host: Buffers in host memory, kept from step to step.
     """
 
     model: Any
-    smoothing: float = 0.0
+    loss: HeadLoss
     host: HostBuffers = field(default_factory=dict)
 
-    def gradient(self, examples: Sequence[Example], weight: float, plan: ExecutionPlan) -> torch.Tensor:
+    def gradient(self, examples: Sequence[Example], weight: torch.Tensor, plan: ExecutionPlan) -> torch.Tensor:
         """Adds the gradient of the examples' summed loss times `weight`; returns that, () float32 without history."""
         device = self.model.device
         sequence = unpadded_sequence(examples, device)
         with ActivationStore(device, self.host if plan.offloaded else None) as store:
-            walk = _Walk(self.model, sequence, store, keep_attention=plan.kept_attention, tile=_tile(plan))
-            last = walk.forward()
-            return walk.backward(last, weight, self.smoothing)
+            walk = _Walk(self.model, self.loss, sequence, store, plan)
+            return walk.backward(walk.forward(), weight)
 
     def summed_loss(self, examples: Sequence[Example], plan: ExecutionPlan) -> torch.Tensor:
         """The summed loss of the same without a gradient, () float32."""
         sequence = unpadded_sequence(examples, self.model.device)
-        walk = _Walk(self.model, sequence, None, keep_attention=False, tile=_tile(plan))
-        return walk.loss(walk.forward(), 1.0, self.smoothing)
+        walk = _Walk(self.model, self.loss, sequence, None, plan)
+        return walk.summed_loss(walk.forward())
 
     def release(self) -> None:
         """Gives host memory back."""
         release(self.host, self.model.device)
 
 
-def _tile(plan: ExecutionPlan) -> int:
-    return plan.tile_tokens or TILE_TOKENS
-
-
 class _Walk:
     """One micro-batch on its way through the decoder and back."""
 
     def __init__(
-        self, model: Any, sequence: PaddedSequence, store: ActivationStore | None, *, keep_attention: bool, tile: int
+        self,
+        model: Any,
+        loss: HeadLoss,
+        sequence: PaddedSequence,
+        store: ActivationStore | None,
+        plan: ExecutionPlan,
     ) -> None:
-        self._base = model.get_base_model()
-        self._decoder = self._base.base_model
+        self._decoder = model.get_base_model().base_model
         self._layers = list(self._decoder.layers)
-        self._sequence, self._store, self._keep_attention, self._tile = sequence, store, keep_attention, tile
+        self._loss, self._sequence, self._store = loss, sequence, store
+        self._keep_attention, self._tile = plan.kept_attention, plan.tile_tokens or TILE_TOKENS
         self._layout = build_layout(sequence.segments, model.device)
         self._arguments: list[Mapping[str, Any]] = []
         """What the decoder hands to each layer beside the stream."""
@@ -125,20 +133,19 @@ class _Walk:
             self._store.settle()
         return found[0]
 
-    def loss(self, last: torch.Tensor, weight: float, smoothing: float) -> torch.Tensor:
-        """The weighted loss of what the last layer gives, () float32, without a gradient."""
+    def summed_loss(self, last: torch.Tensor) -> torch.Tensor:
+        """The loss of what the last layer gives, () float32, without a gradient."""
         with torch.no_grad():
-            tiles = self._tiles(last)
-            return torch.stack([self._loss_of(last[:, tile], tile, smoothing) for tile in tiles]).sum() * weight
+            return torch.stack([self._loss_of(last[:, tile], tile) for tile in self._tiles(last)]).sum()
 
-    def backward(self, last: torch.Tensor, weight: float, smoothing: float) -> torch.Tensor:
+    def backward(self, last: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Adds the gradient of the weighted loss to that of the adapter; `last` is overwritten. Returns the loss."""
         assert self._store is not None  # noqa: S101 - for the type
         loss = torch.zeros((), device=last.device)
         for tile in self._tiles(last):
             part = last[:, tile].detach().requires_grad_()
             with torch.enable_grad():
-                own = self._loss_of(part, tile, smoothing) * weight
+                own = self._loss_of(part, tile) * weight
             own.backward()  # type: ignore[no-untyped-call]
             assert part.grad is not None  # noqa: S101 - for the type
             last[:, tile] = part.grad  # the hidden states of this tile are not needed any more
@@ -161,9 +168,8 @@ class _Walk:
                 del x, rest, known
         return loss
 
-    def _loss_of(self, hidden: torch.Tensor, tile: slice, smoothing: float) -> torch.Tensor:
-        labels = self._sequence.tokens[1, tile]
-        return padded_loss(self._decoder.norm(hidden)[0], self._base.get_output_embeddings(), labels, smoothing)
+    def _loss_of(self, hidden: torch.Tensor, tile: slice) -> torch.Tensor:
+        return self._loss(self._decoder.norm(hidden)[0], self._sequence.tokens[1, tile])
 
     def _tiles(self, x: torch.Tensor) -> list[slice]:
         return [slice(start, start + self._tile) for start in range(0, x.shape[1], self._tile)]

@@ -19,6 +19,16 @@ FP32 = 4
 HEAD_ROWS, HEAD_COLUMNS = 4096, 32768
 """Size of the tiles (tokens, vocabulary entries) in which the logits are computed; they are never kept."""
 
+LONG_ROW = 16384
+"""A row of more tokens is computed by `training.long_rows`. No micro-batch is longer without one, unless it is set."""
+TILE_TOKENS = 8192
+"""Tokens of a tile of such a row (`fused.tiled_layer`): enough for products that use a whole GPU."""
+TOKEN_BYTES = 24
+"""Of a token's id, label and position."""
+ATTENTION_COPIES = 132
+"""Heads' fp32 gradients in attention's backward pass of a long row: about one for each of a GPU's processors, an H100's
+here."""
+
 PLACES = ("gpu", "sharded", "host")
 """Where the quantized weights of the decoder's layers may lie, the fastest first; see `model.placed_weights`."""
 LAYERS_AT_ONCE = {"sharded": 3, "host": 2}
@@ -165,6 +175,50 @@ def activation_bytes(setup: Setup, tokens: int) -> int:
     if setup.recompute:
         return a.layers * a.hidden * size * tokens + max(layer + backward, loss)
     return a.layers * layer + max(backward, loss)
+
+
+def least_activation_bytes(setup: Setup, tokens: int) -> int:
+    """A lower bound of the bytes of activations of a row that goes through the model as a whole, by any layers.
+
+    The input of each layer, and what the fused layers keep of one layer: the stream before both halves, the outputs of
+    both norms, queries and attention's output; gate, up and their product.
+    """
+    a = setup.architecture
+    return setup.value_bytes * tokens * (a.layers * a.hidden + 6 * a.hidden + 3 * a.intermediate)
+
+
+def long_row_bytes(setup: Setup, tokens: int, *, offloaded: bool, kept_attention: bool, copies: int) -> int:
+    """Bytes of activations on the GPU at the peak of a row that is computed layer by layer (`training.long_rows`).
+
+    The input of each layer, and attention's output where it is kept, wait on the GPU or in host memory; of those in
+    host memory two layers' are on the GPU. Beside them is the layer that is computed again. Its backward pass is at its
+    peak in attention, with the output of the first norm, queries, keys, values and the output, the gradients of all of
+    these and of the stream, and the kernel's fp32 sums; or in the feed-forward half, with one tile of it.
+
+    Args:
+        setup: What is trained.
+        tokens: Of the micro-batch.
+        offloaded: Whether what waits lies in host memory.
+        kept_attention: Whether attention's output is kept.
+        copies: Heads' fp32 gradients of the queries that the kernel holds (`fused.long_attention`).
+    """
+    a, size = setup.architecture, setup.value_bytes
+    keys, output = a.kv_heads * a.head_size, a.queries * size + FP32 * a.heads
+    waiting = a.hidden * size + kept_attention * output
+    kept = (2 if offloaded else a.layers) * waiting
+    again = 0 if kept_attention else output
+    attention = size * (2 * a.hidden + 3 * a.queries + 4 * keys) + again + FP32 * copies * a.head_size
+    feed_forward = size * (3 * a.hidden + a.queries + 2 * keys) + again
+    tile = size * (7 * a.intermediate + 6 * a.hidden) * min(tokens, TILE_TOKENS)
+    positions = 3 * size * a.head_size + TOKEN_BYTES
+    loss = min(tokens, HEAD_ROWS) * min(a.vocabulary, HEAD_COLUMNS) * size + FP32 * a.hidden * min(tokens, TILE_TOKENS)
+    return (kept + positions) * tokens + max(attention * tokens, feed_forward * tokens + tile, loss)
+
+
+def long_row_host_bytes(setup: Setup, tokens: int, *, kept_attention: bool) -> int:
+    """Bytes of host memory for what waits for the backward pass of such a row, where it is offloaded."""
+    a, size = setup.architecture, setup.value_bytes
+    return a.layers * tokens * (a.hidden * size + kept_attention * (a.queries * size + FP32 * a.heads))
 
 
 def training_memory(setup: Setup, tokens: int) -> Memory:

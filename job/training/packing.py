@@ -22,8 +22,6 @@ IGNORED = -100
 """The label of a token that is no target, as in torch's cross-entropy and TRL."""
 SMALLEST_INCREMENT = 256
 """Lengths of padded sequences are multiples of at least this many tokens."""
-LONG_ROW = 16384
-"""A row of more tokens is computed by `long_rows`. No micro-batch is longer without one, unless it is set so."""
 SEGMENTS = 8
 """The number of segments of a padded sequence is rounded up to a multiple of this, or to `FEW_SEGMENTS`."""
 FEW_SEGMENTS = (2, 4)

@@ -8,7 +8,7 @@ dtype, dropout, an old GPU, a model with unknown layers), PEFT's layers are used
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
@@ -21,8 +21,9 @@ from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.records import FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.execution_plan import choose_budget, choose_plan
-from job.training.memory_model import Setup, activation_bytes
+from job.training.execution_plan import choose_budget, choose_long_rows, choose_plan, held_bytes, long_row_need
+from job.training.memory_model import LONG_ROW, TILE_TOKENS, Setup, activation_bytes
+from job.training.refusal import refuse_rows
 
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
@@ -57,6 +58,9 @@ def prepare(
     processes: int = 1,
     random: bool = False,
     slow: str | None = None,
+    offload: bool | Literal["auto"] = "auto",
+    method: str = "sft",
+    longest_at: str = "",
 ) -> ExecutionPlan:
     """Chooses how this machine trains the model, and makes the model ready for it.
 
@@ -73,19 +77,31 @@ def prepare(
         processes: How many train on this machine.
         random: Whether the embeddings get noise (NEFTune), which a CUDA graph would repeat unchanged.
         slow: Why PEFT's own layers have to compute this adapter; None if they need not.
+        offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`.
+        method: Rows of preferences go through the model as a whole, however long they are.
+        longest_at: Where the longest row stands, for messages.
+
+    Raises:
+        SettingsError: The longest row cannot fit into the memory of this machine.
     """
     setup = setup_of(model, quantization, optimizer)
+    allowed = None if offload == "auto" else offload
     slow = why_not_fused(model) or slow
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
-    if slow is None and setup is not None:
+    rows = None if slow is not None else _rows(model, lengths, budget, global_batch_size, method)
+    if setup is not None:
+        _refuse(model, setup, max(lengths), rows, gigabytes, allowed, processes, longest_at)
+    if rows is not None and setup is not None:
         plan = _fuse(
             model,
             setup,
-            sequence_tokens=_longest_sequence(lengths, global_batch_size, budget),
+            rows=rows,
             keep_base=None if keep_base == "auto" else keep_base,
             keep_activations=None if recompute == "auto" else not recompute,
             gigabytes=gigabytes,
+            offload=allowed,
+            host_bytes=available_bytes() // processes,
         )
         if plan is not None:
             if random and plan.recorded:
@@ -196,29 +212,72 @@ def _is_uneven(adapter: Any) -> bool:
     return any(getattr(adapter, name, None) for name in options)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What of the rows decides about memory: tokens of the longest padded sequence, and of the longest long row.
+
+    `long` is None where no row is computed layer by layer, `padded` is 0 where all are.
+    """
+
+    padded: int
+    long: int | None
+
+
+def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: int, method: str) -> _Rows:
+    from job.model.fused import lora_forward
+    from job.training.long_rows import why_not_here
+
+    longest = max(lengths)
+    if longest > LONG_ROW and method == "sft" and lora_forward.knows(model.get_base_model()):
+        if (why := why_not_here(model)) is None:
+            short = [length for length in lengths if length <= LONG_ROW]
+            padded = _longest_sequence(short, global_batch_size, min(budget, LONG_ROW)) if short else 0
+            return _Rows(padded, max(longest, budget))
+        log.get_logger().warning("long rows are not computed in tiles, which takes more memory and time", why=why)
+    return _Rows(_longest_sequence(lengths, global_batch_size, budget), None)
+
+
 def _fuse(
     model: Any,
     setup: Setup,
     *,
-    sequence_tokens: int,
+    rows: _Rows,
     keep_base: bool | None,
     keep_activations: bool | None,
     gigabytes: float | None,
+    offload: bool | None,
+    host_bytes: int,
 ) -> ExecutionPlan | None:
     """Replaces the layers' forward by fused ones, as far as free memory allows; None if no layer can be replaced."""
     import torch
 
     from job.model.fused import lora_forward
+    from job.model.fused.long_attention import attention_copies
 
     _, free = _gpu_memory(gigabytes)
+    copies, reserved = attention_copies(setup.architecture, model.device), 0
+    if rows.long is not None:
+        least = {"offloaded": offload is not False, "kept_attention": False, "copies": copies}
+        reserved = long_row_need(setup, rows.long, **least)
     plan = choose_plan(
         setup,
-        free_bytes=free,
-        sequence_tokens=sequence_tokens,
-        keep_base=keep_base,
+        free_bytes=max(0, free - reserved),
+        sequence_tokens=rows.padded,
+        keep_base=False if keep_base is None and rows.padded == 0 else keep_base,  # for long rows it saves nothing
         keep_activations=keep_activations,
         recorded=lora_forward.knows(model.get_base_model()),
     )
+    if rows.long is not None:
+        plan = choose_long_rows(
+            replace(plan, recorded=plan.recorded and rows.padded > 0),
+            setup,
+            tokens=rows.long,
+            free_bytes=free - held_bytes(setup, plan, rows.padded),
+            host_bytes=host_bytes,
+            offload=offload,
+            copies=copies,
+            tile=TILE_TOKENS,
+        )
     kernels, name = fast_kernels(model.device)
     try:
         made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels)
@@ -228,6 +287,33 @@ def _fuse(
     if made == "nothing":
         return None
     return replace(plan, recorded=plan.recorded and made == "all", forward=f"{FUSED} {made}, {name}")
+
+
+def _refuse(  # noqa: PLR0917 - what `refuse_rows` wants to know
+    model: Any,
+    setup: Setup,
+    longest: int,
+    rows: _Rows | None,
+    gigabytes: float | None,
+    offload: bool | None,
+    processes: int,
+    where: str,
+) -> None:
+    """Refuses rows that certainly do not fit: on the GPU, or on a CPU in the machine's memory."""
+    from job.model.fused.long_attention import attention_copies
+
+    host = available_bytes() // processes
+    on_gpu = model.device.type == "cuda"
+    in_tiles = rows is not None and rows.long is not None
+    refuse_rows(
+        setup,
+        longest,
+        free_bytes=_gpu_memory(gigabytes)[1] if on_gpu else host,
+        host_bytes=host if on_gpu else None,
+        offload=offload,
+        copies=attention_copies(setup.architecture, model.device) if in_tiles else None,
+        where=where,
+    )
 
 
 def _longest_sequence(lengths: Sequence[int], global_batch_size: int, budget: int) -> int:

@@ -34,8 +34,8 @@ from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import padded_loss
 from job.training.long_rows import LongRows, has_long_row
 from job.training.objectives import Totals, totals_of
+from job.training.memory_model import LONG_ROW
 from job.training.packing import (
-    LONG_ROW,
     alone_inputs,
     length_increment,
     longest_segment,
@@ -108,7 +108,7 @@ class OptimizerStep:
         """Tokens of the longest example in a padded sequence; None where no limit is known."""
         self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most)
         self._graphs: CudaGraphs | None = None
-        self._long_rows = LongRows(model, recipe.label_smoothing)
+        self._long_rows = LongRows(model, self._head_loss)
 
     def __call__(self, number: int) -> torch.Tensor:
         """Leaves the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
@@ -225,11 +225,11 @@ class OptimizerStep:
             return torch.stack(parts).sum()
         if not self.plan.padded:
             return self._packed_gradient(packed_inputs(examples, device), targets)
-        if self._in_tiles(examples):
-            return self._long_rows.gradient(examples, 1 / targets, self.plan)
-        sequence = padded_sequence(examples, device)
         # A tensor, not a number: a CUDA graph would always use the number with which it was recorded.
         weight = torch.tensor(1 / targets, device=device)
+        if self._in_tiles(examples):
+            return self._long_rows.gradient(examples, weight, self.plan)
+        sequence = padded_sequence(examples, device)
         if not self.plan.recorded:
             return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
         graphs = self._recorded(device)
@@ -278,7 +278,11 @@ class OptimizerStep:
         hidden = base.base_model(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
         ).last_hidden_state[0]
-        return padded_loss(hidden, base.get_output_embeddings(), labels, self._smoothing)
+        return self._head_loss(hidden, labels)
+
+    def _head_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The summed loss of hidden states behind the last norm; arguments as of `padded_loss`."""
+        return padded_loss(hidden, self._model.get_base_model().get_output_embeddings(), labels, self._smoothing)
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
         """The CUDA graphs. If there are none yet, that of the largest micro-batch of this process is recorded first.

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from job.model.architecture import Architecture
     from job.model.packed_attention import Layout
 
 Output = tuple[torch.Tensor, torch.Tensor]
@@ -42,6 +43,16 @@ class Kernel(Protocol):
     def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The gradients of queries, keys and values; `saved` are these, the output, and the sums' logarithms."""
         ...
+
+
+WIDEST_HEAD = 256
+"""The kernels take no wider heads."""
+
+
+def has_kernel(device: torch.device, head_size: int) -> bool:
+    """Whether there is a kernel for this device: on a GPU, flash's is built for Ampere (8.0) and newer."""
+    known = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return known and head_size <= WIDEST_HEAD
 
 
 class RowAttention:
@@ -165,10 +176,11 @@ def heads_at_once(heads: int, shared_by: int, segments: int, count: int) -> tupl
     return max(((group, empty) for group in groups for empty in range(4)), key=busy)
 
 
-def copies_of_gradient(heads: int, shared_by: int, segments: int, count: int) -> int:
-    """How many heads' fp32 gradients of the queries the kernel holds at once, all copies counted."""
-    group, empty = heads_at_once(heads, shared_by, segments, count)
-    return group * -(-count // (group * (segments + empty)))
+def attention_copies(architecture: Architecture, device: torch.device) -> int:
+    """How many heads' fp32 gradients of the queries the kernel holds at once for a row that is the only segment."""
+    count, heads = processors(device), architecture.heads
+    group, empty = heads_at_once(heads, heads // architecture.kv_heads, 1, count)
+    return group * -(-count // (group * (1 + empty)))
 
 
 @dataclass(frozen=True)

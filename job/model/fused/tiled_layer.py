@@ -19,8 +19,6 @@ from torch.autograd.graph import get_gradient_edge
 
 from job.model.packed_attention import Attend
 
-TILE_TOKENS = 8192
-"""Tokens of a tile. Large enough that products take no longer than undivided ones."""
 _PLAIN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 """Layers that add attention and feed-forward to the stream, each behind its norm, and do nothing else."""
 

@@ -18,6 +18,7 @@ from job.model.lora import trainable
 from job.records import Example, ExecutionPlan
 from job.training import long_rows, step
 from job.training.activation_store import ActivationStore
+from job.training.lm_head_loss import padded_loss
 from job.training.long_rows import LongRows, why_not_here
 from job.training.packing import packed_inputs
 from tests.helpers import fill_adapter, make_examples, make_model
@@ -45,11 +46,17 @@ def fused(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.train()
 
 
+def rows_of(model: Any) -> LongRows:
+    """With the loss of training."""
+    head = model.get_base_model().get_output_embeddings()
+    return LongRows(model, lambda hidden, labels: padded_loss(hidden, head, labels))
+
+
 def computed(model: Any, examples: list[Example], plan: ExecutionPlan) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss, and the gradients of a model, which are zero before."""
     for parameter in trainable(model).values():
         parameter.grad = torch.zeros_like(parameter)
-    loss = LongRows(model).gradient(examples, 0.01, plan)
+    loss = rows_of(model).gradient(examples, torch.tensor(0.01), plan)
     return loss, [p.grad for p in trainable(model).values() if p.grad is not None]
 
 
@@ -67,7 +74,7 @@ def test_the_gradient_is_that_of_the_whole(base_folder: Path, examples: list[Exa
     for one, other in zip(gradients, expected, strict=True):
         assert other.norm() > 0
         assert (one - other).norm() <= 1e-5 * other.norm()
-    torch.testing.assert_close(LongRows(model).summed_loss(examples, PLAN) * 0.01, whole.detach())
+    torch.testing.assert_close(rows_of(model).summed_loss(examples, PLAN) * 0.01, whole.detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
