@@ -20,8 +20,8 @@ from job.planning.known_models_and_data import TaskTokens
 from job.planning.workload import Workload
 from job.records import ExecutionPlan
 from job.training import memory_model
-from job.training.execution_plan import choose_budget, choose_place, choose_plan
-from job.training.memory_model import Setup
+from job.training.execution_plan import choose_budget, choose_long_rows, choose_place, choose_plan
+from job.training.memory_model import ATTENTION_COPIES, LONG_ROW, TILE_TOKENS, Setup
 
 Basis = Literal["computed", "measured", "assumed"]
 
@@ -39,6 +39,8 @@ FLASH_CAPABILITY = (8, 0)
 """Compute capability from which there is a kernel for packed sequences; below, attention runs example by example."""
 MAX_TOKENS = 65_536
 """Upper bound of the micro-batch, in tokens, if nothing is known about the data."""
+_UNKNOWN_HOST = 1 << 50
+"""Bytes of main memory where the machine's are not known."""
 EVALUATIONS = 2
 HALF_PRECISION = 2
 
@@ -86,6 +88,8 @@ class RunShape:
         full_precision: Whether the base with its original weights is scored too, where it fits.
         places: Where the base's 4-bit weights may lie, the fastest first; see `memory_model.PLACES`.
         processes: That share the work, each with a GPU.
+        tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
+        offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
     """
 
     setup: Setup | None
@@ -112,6 +116,8 @@ class RunShape:
     full_precision: bool = False
     places: tuple[str, ...] = ("gpu",)
     processes: int = 1
+    tiles: bool = False
+    offload: bool | None = None
 
     @property
     def evaluations(self) -> int:
@@ -210,7 +216,7 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         times = {2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
         note = "one of them by the unquantized base, where it fits" if run.full_precision else ""
         yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis), note)
-    held = memory_model.training_memory(setup, run.micro_batch)
+    held = _training_memory(run, setup, run.micro_batch)
     bits = "NF4, " if setup.quantization == "nf4" else ""
     yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
     yield Estimate("memory: adapter", held.adapter, "bytes", basis, "fp32, and autocast's copy")
@@ -218,6 +224,11 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     yield Estimate("memory: optimizer", held.optimizer, "bytes", basis, setup.optimizer)
     how = "recomputed" if setup.recompute else "kept"
     tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
+    if _in_tiles(run, run.micro_batch):
+        tokens = f"a row of {run.micro_batch:,} tokens, in tiles"
+        if run.offload is not False:
+            host = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
+            yield Estimate("main memory: activations", host, "bytes", both, "where they do not fit on the GPU")
     yield Estimate("memory: activations", held.activations, "bytes", both, tokens)
     yield Estimate(
         "peak in training",
@@ -282,6 +293,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
     if run.first_stage is not None and run.budget_by_gpu:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
+    run = replace(run, tiles=run.tiles and _is_fused(gpu, run, setup))
     needs, usable = partial(_need, run), memory_model.usable_bytes(gpu.memory_bytes)
     setup = replace(setup, processes=run.processes)
     place = choose_place(setup, memory_bytes=gpu.memory_bytes, places=run.places, needs=needs)
@@ -297,6 +309,10 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         takes, free = size(_original_bytes(run, setup), " "), size(max(0, _free_for_original(gpu, setup)), " ")
         left_out = f"the unquantized base is not scored: it takes {takes}, and {free} are safe to fill"
         note = "; ".join(filter(None, (note, left_out)))
+    if fits and execution is not None and execution.offloaded:
+        least = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
+        what = f"activations of the longest row lie in main memory, at least {size(least, ' ')}"
+        note = "; ".join(filter(None, (note, what)))
     if fits and place != "gpu":
         note = "; ".join(filter(None, (note, _where(setup, usable, needs))))
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
@@ -321,10 +337,27 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
 def _need(run: RunShape, setup: Setup) -> int:
     """Bytes on the GPU at the peak of the run."""
     stages = [run] if run.first_stage is None else [run.first_stage, run]
-    need = max(_scoring(run, setup), *(memory_model.training_memory(setup, one.micro_batch).total for one in stages))
+    need = max(_scoring(run, setup), *(_training_memory(run, setup, one.micro_batch).total for one in stages))
     if run.merges:  # it is scored unquantized, in place of the quantized base
         need = max(need, _scoring(run, replace(setup, quantization="none")))
     return need
+
+
+def _in_tiles(run: RunShape, tokens: int) -> bool:
+    """Whether a micro-batch of so many tokens is a row that is computed layer by layer."""
+    return run.tiles and tokens > LONG_ROW
+
+
+def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
+    """Bytes at the peak of training, in the way that takes the least of the GPU's memory."""
+    held = memory_model.training_memory(setup, tokens)
+    if not _in_tiles(run, tokens):
+        return held
+    offloaded = run.offload is not False
+    activations = memory_model.long_row_bytes(
+        setup, tokens, offloaded=offloaded, kept_attention=False, copies=ATTENTION_COPIES
+    )
+    return replace(held, activations=activations)
 
 
 MOST_GPUS = 8
@@ -346,7 +379,7 @@ def _budget(run: RunShape, setup: Setup, usable: int) -> int:
     if _scoring(run, setup) > usable:
         return 0
     most = run.workload.largest_step if run.workload else MAX_TOKENS
-    found = memory_model.largest_budget(lambda tokens: memory_model.training_memory(setup, tokens).total, usable, most)
+    found = memory_model.largest_budget(lambda tokens: _training_memory(run, setup, tokens).total, usable, most)
     return found if found >= (run.workload.longest if run.workload else 1) else 0
 
 
@@ -377,16 +410,36 @@ def _free_for_original(gpu: Gpu, setup: Setup) -> float:
 
 def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
     """How the job would train on this GPU; None if PEFT's own layers would do the forward pass."""
-    if not run.fused or gpu.capability < FLASH_CAPABILITY or setup.value_bytes != HALF_PRECISION:
+    if not _is_fused(gpu, run, setup):
         return None
-    return choose_plan(
+    free = gpu.memory_bytes - memory_model.CONTEXT_BYTES - _beside_original(setup)
+    long = _in_tiles(run, run.micro_batch)
+    plan = choose_plan(
         setup,
-        free_bytes=gpu.memory_bytes - memory_model.CONTEXT_BYTES - _beside_original(setup),
-        sequence_tokens=run.micro_batch,
-        keep_base=run.keep_base,
-        keep_activations=run.keep_activations,
+        free_bytes=free,
+        sequence_tokens=0 if long else run.micro_batch,
+        keep_base=False if long and run.keep_base is None else run.keep_base,
+        keep_activations=False if long and run.keep_activations is None else run.keep_activations,
         recorded=setup.architecture.fused,
     )
+    if not long:
+        return plan
+    # How much main memory the machine has is not known here.
+    return choose_long_rows(
+        plan,
+        setup,
+        tokens=run.micro_batch,
+        free_bytes=free,
+        host_bytes=_UNKNOWN_HOST,
+        offload=run.offload,
+        copies=ATTENTION_COPIES,
+        tile=TILE_TOKENS,
+    )
+
+
+def _is_fused(gpu: Gpu, run: RunShape, setup: Setup) -> bool:
+    """Whether the job's fused layers would compute on this GPU."""
+    return run.fused and gpu.capability >= FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION
 
 
 def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | None) -> float | None:

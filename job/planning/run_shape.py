@@ -65,6 +65,11 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         processes=1 if settings.run.processes == "auto" else settings.run.processes * settings.run.nodes,
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
+        tiles=settings.train.last_method == "sft"
+        and settings.lora.dropout == 0
+        and setup is not None
+        and setup.architecture.fused,
+        offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
     )
     if settings.train.is_one_stage:
         return run

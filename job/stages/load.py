@@ -122,6 +122,7 @@ def load(
         offload=train.offload_activations,
         method=train.last_method,
         longest_at=sources.record.dataset.longest_at,
+        validation=lengths_of(sources.validation),
     )
     if settings.train.last_method != "sft" and plan.recorded:
         plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.last_method}")

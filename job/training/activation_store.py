@@ -33,7 +33,7 @@ def pinned(size: int, device: torch.device) -> torch.Tensor:
         raise TrainingFailed(_full(size)) from error
     if device.type != "cuda" or size == 0:
         return memory
-    cudart: Any = torch.cuda.cudart()
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(cudart.cudaHostRegister(memory.data_ptr(), size, 0)) != 0:
         raise TrainingFailed(_full(size))
     return memory
@@ -159,5 +159,5 @@ class ActivationStore:
         if place not in self._host:
             self._host[place] = pinned(sum(sizes), self._device)
         memory = self._host[place]
-        parts = memory[: sum(sizes)].split(sizes)
+        parts = memory[: sum(sizes)].split_with_sizes(sizes)
         return [part.view(x.dtype).view(x.shape) for part, x in zip(parts, tensors, strict=True)]

@@ -159,7 +159,7 @@ def choose_long_rows(
 
 
 def long_row_need(setup: Setup, tokens: int, *, offloaded: bool, kept_attention: bool, copies: int) -> int:
-    """Bytes that a long row needs beside the base and the adapter, with the formula's error and the driver's context."""
+    """Bytes that a long row needs beside the base and the adapter, with the formula's error and the context."""
     activations = long_row_bytes(setup, tokens, offloaded=offloaded, kept_attention=kept_attention, copies=copies)
     return int((1 + MARGIN) * activations) + _beside(setup) + CONTEXT_BYTES
 

@@ -126,9 +126,7 @@ class _Walk:
             return y
 
         with torch.no_grad(), _in_place_of_forward(self._layers, one):
-            self._decoder(
-                input_ids=ids[None], position_ids=positions[None], layout=self._layout, use_cache=False
-            )
+            self._decoder(input_ids=ids[None], position_ids=positions[None], layout=self._layout, use_cache=False)
         if self._store is not None:
             self._store.settle()
         return found[0]
@@ -156,8 +154,9 @@ class _Walk:
         def one(layer: Any, x: torch.Tensor, *, gradient: torch.Tensor, known: Output | None, first: bool) -> Any:
             arguments = self._arguments.pop()
             attention = RowAttention(self._layout, known)
-            how = {"attend": attention, "tile": self._tile, "needs_input": not first}
-            return backward_layer(layer, x, gradient, arguments, **how)
+            return backward_layer(
+                layer, x, gradient, arguments, attend=attention, tile=self._tile, needs_input=not first
+            )
 
         with torch.no_grad(), _in_place_of_forward(self._layers, one):
             for index in reversed(range(len(self._layers))):

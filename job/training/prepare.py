@@ -61,6 +61,7 @@ def prepare(
     offload: bool | Literal["auto"] = "auto",
     method: str = "sft",
     longest_at: str = "",
+    validation: Sequence[int] = (),
 ) -> ExecutionPlan:
     """Chooses how this machine trains the model, and makes the model ready for it.
 
@@ -80,6 +81,7 @@ def prepare(
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`.
         method: Rows of preferences go through the model as a whole, however long they are.
         longest_at: Where the longest row stands, for messages.
+        validation: Tokens of each row that is validated on.
 
     Raises:
         SettingsError: The longest row cannot fit into the memory of this machine.
@@ -89,9 +91,19 @@ def prepare(
     slow = why_not_fused(model) or slow
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
+    lengths = [*lengths, *sorted(validation, reverse=True)[:1]]
     rows = None if slow is not None else _rows(model, lengths, budget, global_batch_size, method)
     if setup is not None:
-        _refuse(model, setup, max(lengths), rows, gigabytes, allowed, processes, longest_at)
+        _refuse(
+            model,
+            setup,
+            max(lengths),
+            rows=rows,
+            gigabytes=gigabytes,
+            offload=allowed,
+            processes=processes,
+            where=longest_at,
+        )
     if rows is not None and setup is not None:
         plan = _fuse(
             model,
@@ -257,8 +269,7 @@ def _fuse(
     _, free = _gpu_memory(gigabytes)
     copies, reserved = attention_copies(setup.architecture, model.device), 0
     if rows.long is not None:
-        least = {"offloaded": offload is not False, "kept_attention": False, "copies": copies}
-        reserved = long_row_need(setup, rows.long, **least)
+        reserved = long_row_need(setup, rows.long, offloaded=offload is not False, kept_attention=False, copies=copies)
     plan = choose_plan(
         setup,
         free_bytes=max(0, free - reserved),
@@ -289,10 +300,11 @@ def _fuse(
     return replace(plan, recorded=plan.recorded and made == "all", forward=f"{FUSED} {made}, {name}")
 
 
-def _refuse(  # noqa: PLR0917 - what `refuse_rows` wants to know
+def _refuse(
     model: Any,
     setup: Setup,
     longest: int,
+    *,
     rows: _Rows | None,
     gigabytes: float | None,
     offload: bool | None,

@@ -57,7 +57,11 @@ def refuse_rows(
     device = "the GPU's memory" if host_bytes is not None else "the machine's memory"
     if (need := on_device(longest)) > free_bytes:
         fix = _ADVICE
-        if offload is False and copies is not None and _least(setup, longest, offload=None, copies=copies) <= free_bytes:
+        if (
+            offload is False
+            and copies is not None
+            and _least(setup, longest, offload=None, copies=copies) <= free_bytes
+        ):
             fix += ", set JOB_TRAIN__OFFLOAD_ACTIVATIONS=auto"
         _refuse(row, need, free_bytes, device, on_device, longest, fix)
     if copies is None or host_bytes is None or offload is False:

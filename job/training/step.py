@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from job.common.out_of_memory import out_of_memory
+from job.common.out_of_memory import out_of_memory, too_small
 from job.data.batch_plan import Steps, by_weight, weighted_targets
 from job.data.examples import lengths_of
 from job.distributed.processes import Processes
-from job.errors import JobError, TrainingFailed
+from job.errors import JobError
 from job.log import get_logger
 from job.model.base import recompute_activations
 from job.model.fused.frozen_weights import forget_dequantized
@@ -33,8 +33,8 @@ from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import padded_loss
 from job.training.long_rows import LongRows, has_long_row
-from job.training.objectives import Totals, totals_of
 from job.training.memory_model import LONG_ROW
+from job.training.objectives import Totals, totals_of
 from job.training.packing import (
     alone_inputs,
     length_increment,
@@ -146,7 +146,7 @@ class OptimizerStep:
                     raise
                 longest = max(lengths_of(self._steps.examples))
                 if self.budget <= longest // 2 and not self.plan.droppable:
-                    raise TrainingFailed(_too_small(longest, error)) from error
+                    raise too_small("training", longest, error) from error
             try:
                 if not self._processes.agree(repeat=sums is None) and sums is not None:
                     self._processes.add_up(sums)
@@ -156,8 +156,7 @@ class OptimizerStep:
                     self.budget //= 2
             except JobError as error:
                 raise StepAbandoned from error
-            gc.collect()  # the caught error's frames keep tensors alive in reference cycles
-            torch.cuda.empty_cache()
+            free_caches()
 
     def release(self) -> None:
         """Frees the CUDA graphs and their memory, and host memory; they are made again when they are needed."""
@@ -312,9 +311,11 @@ class OptimizerStep:
         return True
 
 
-def _too_small(longest: int, error: Exception) -> str:
-    first = (str(error).splitlines() or [""])[0][:200]
-    return (
-        f"memory ran out in training with one example at a time, the longest of {longest} tokens; lower "
-        f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or take a GPU with more memory ({first})"
-    )
+def free_caches() -> None:
+    """After memory has run out: frees what the failed work has left, and the memory that torch keeps for later."""
+    gc.collect()  # the caught error's frames keep tensors alive in reference cycles
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:  # the allocator of torch believes a failed recording to be in progress
+        if not out_of_memory(error):
+            raise

@@ -1,5 +1,4 @@
-"""Causal attention of a long row: the deterministic flash kernel on all of a GPU's processors, and an output that can
-be kept instead of computed again.
+"""Causal attention of a long row: the deterministic flash kernel on all of a GPU's processors, its output kept or not.
 
 Torch's flash kernel is deterministic in its backward pass because every thread block that adds to the gradient of the
 queries has a sum of its own: for b segments and h heads it launches ceil(processors / (b h)) blocks for each segment
@@ -80,7 +79,7 @@ class RowAttention:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd calls it so
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Kernel, known: Output | None
     ) -> Output:
         out, sums = how.forward(query, key, value) if known is None else known
@@ -112,8 +111,9 @@ class FlashKernel:
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Output:
         """All heads at once: the forward pass has a block for every 128 queries, more than enough."""
-        found = torch.ops.aten._flash_attention_forward(
-            query, key, value, *self._lengths(self.layout.queries), False, **self._options()
+        how = {"return_debug_mask": False, **self._options()}
+        found = torch.ops.aten._flash_attention_forward(  # noqa: SLF001 - what torch's varlen_attn calls
+            query, key, value, *self._lengths(self.layout.queries), **how
         )
         return found[0], found[1]
 
@@ -131,7 +131,7 @@ class FlashKernel:
             own = slice(first, first + group)
             shared = slice(first // shared_by, (first + group) // shared_by)
             places = own, shared, shared
-            found = torch.ops.aten._flash_attention_backward(
+            found = torch.ops.aten._flash_attention_backward(  # noqa: SLF001 - as above
                 gradient[:, own],
                 *(x[:, place] for x, place in zip((query, key, value), places, strict=True)),
                 out[:, own],
@@ -210,7 +210,7 @@ class CpuKernel:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
         for own, how, parts in self._blocks(query, key, value):
-            part, part_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            part, part_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - as sdpa does
                 *parts, 0.0, how["attn_mask"] is None, **how
             )
             out[own], sums[:, own] = part[0].transpose(0, 1), part_sums.reshape(query.shape[1], -1)
@@ -223,7 +223,7 @@ class CpuKernel:
         key, value = (x.repeat_interleave(shared_by, dim=1) for x in (key, value))
         gradients = [torch.empty_like(query) for _ in range(3)]
         for own, how, (g, q, k, v, o) in self._blocks(gradient, query, key, value, out):
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # noqa: SLF001 - as above
                 g, q, k, v, o, sums[None, :, own].contiguous(), 0.0, how["attn_mask"] is None, **how
             )
             for whole, part in zip(gradients, found, strict=True):

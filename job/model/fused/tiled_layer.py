@@ -54,7 +54,7 @@ def forward_layer(
     return after
 
 
-def backward_layer(  # noqa: PLR0913 - as the forward pass, and two more
+def backward_layer(
     layer: Any,
     x: torch.Tensor,
     gradient: torch.Tensor,
@@ -106,9 +106,7 @@ def backward_in_tiles(function: Tokenwise, x: torch.Tensor, gradient: torch.Tens
         place.copy_(part.grad)
 
 
-def _attention_half(
-    layer: Any, x: torch.Tensor, arguments: Mapping[str, Any], attend: Attend | None
-) -> torch.Tensor:
+def _attention_half(layer: Any, x: torch.Tensor, arguments: Mapping[str, Any], attend: Attend | None) -> torch.Tensor:
     layout = replace(arguments["layout"], attend=attend)
     found = layer.self_attn(hidden_states=layer.input_layernorm(x), **{**arguments, "layout": layout})
     return x + found[0]  # type: ignore[no-any-return]

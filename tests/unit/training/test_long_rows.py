@@ -36,7 +36,7 @@ EXAMPLES = make_examples(8, longest=90, prompt=0.3)
 def _short_rows_are_long(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (long_rows, step):
         monkeypatch.setattr(module, "LONG_ROW", LONG)
-    yield
+    return
 
 
 def fused(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
