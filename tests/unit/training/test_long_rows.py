@@ -123,6 +123,37 @@ def test_a_killed_run_ends_with_the_same_bits(base_folder: Path, tokenizer: Any,
     assert hashes[0] != adapter_hash(fused(base_folder))
 
 
+def test_a_full_gpu_moves_activations_first(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is repeated with activations in host memory, to the same bits; where that is forbidden, with less."""
+    recipe = replace(recipes.RECIPE, global_batch_size=4, micro_batch_tokens=64)
+    calls: list[ExecutionPlan] = []
+    gradient = LongRows.gradient
+
+    def fails_once(self: LongRows, examples: Any, weight: torch.Tensor, plan: ExecutionPlan) -> torch.Tensor:
+        calls.append(plan)
+        found = gradient(self, examples, weight, plan)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(LongRows, "gradient", fails_once)
+    results = []
+    for may_offload in (True, False, None):
+        calls[:] = [PLAN] * 2 if may_offload is None else []  # the last one does not fail
+        model, plan = fused(base_folder), replace(PLAN, kept_attention=True, may_offload=may_offload is not False)
+        made, _ = run(model, tokenizer, EXAMPLES, recipe, tmp_path, plan=plan)
+        assert len(calls) > 2
+        results.append((made.plan, adapter_hash(model)))
+    assert [(plan.offloaded, plan.kept_activations) for plan, _ in results] == [
+        (True, True),
+        (False, False),
+        (False, True),
+    ]
+    assert len({found for _, found in results}) == 1
+
+
 def test_the_layers_are_as_before(base_folder: Path) -> None:
     """After an error too: a layer has its own forward, and is recomputed if it was."""
     model = fused(base_folder)
