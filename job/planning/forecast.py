@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 from job.common.export_formats import GGUF, MERGED, find_format, weights_bytes
 from job.common.formatting import size
@@ -400,7 +400,7 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
             return None
         before = 3600 * earlier
     work, asked = run.workload, run.questions
-    speed = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
+    speed: dict[str, Any] = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
     used = memory_model.UTILISATION
     if execution is not None:
         setup, used = replace(setup, recompute=not execution.kept_activations), memory_model.FUSED_UTILISATION

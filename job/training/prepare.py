@@ -19,10 +19,18 @@ from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
+from job.model.placed_weights import place_of
 from job.records import FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.execution_plan import choose_budget, choose_plan
-from job.training.memory_model import Setup, activation_bytes
+from job.training.execution_plan import choose_budget, choose_place, choose_plan
+from job.training.memory_model import (
+    CONTEXT_BYTES,
+    Setup,
+    activation_bytes,
+    evaluation_bytes,
+    training_memory,
+    usable_bytes,
+)
 
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
@@ -41,6 +49,41 @@ def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float |
     if device.type != "cuda":
         return micro_batch_tokens or CPU_MICRO_BATCH_TOKENS
     return micro_batch_tokens or choose_budget(_gpu_memory(gigabytes)[0])
+
+
+def place_base(
+    setup: Setup,
+    lengths: Sequence[int],
+    *,
+    global_batch_size: int,
+    budget: int,
+    scoring_tokens: int,
+    gigabytes: float | None,
+    places: Sequence[str],
+) -> tuple[str, str]:
+    """Where the base's 4-bit weights are to lie on this machine, before they are loaded; and why if not on the GPU.
+
+    Args:
+        setup: What will be trained.
+        lengths: Tokens of each example.
+        global_batch_size: Examples of a step.
+        budget: The token budget of a micro-batch.
+        scoring_tokens: Tokens that are scored at once.
+        gigabytes: How much of the GPU may be used; None for all.
+        places: Of `PLACES`, the fastest first.
+    """
+    tokens = _longest_sequence(lengths, global_batch_size, budget)
+
+    def needs(there: Setup) -> int:
+        scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
+        return max(training_memory(there, tokens).total, scoring)
+
+    memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now
+    place = choose_place(setup, memory_bytes=memory, places=places, needs=needs)
+    if place == "gpu":
+        return place, ""
+    need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
+    return place, f"with it on the GPU {need} are needed, and {usable} are safe to fill"
 
 
 def prepare(
@@ -74,7 +117,8 @@ def prepare(
         random: Whether the embeddings get noise (NEFTune), which a CUDA graph would repeat unchanged.
         slow: Why PEFT's own layers have to compute this adapter; None if they need not.
     """
-    setup = setup_of(model, quantization, optimizer)
+    setup, held = setup_of(model, quantization, optimizer), place_of(model)
+    setup = setup and replace(setup, base_held=held)
     slow = why_not_fused(model) or slow
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
@@ -101,6 +145,7 @@ def prepare(
         recorded=False,
         reason="; ".join(filter(None, (slow, memory))),
         forward=PEFT,
+        base_held=held,
     )
     if model.device.type == "cuda":
         log.get_logger().warning(
