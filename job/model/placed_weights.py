@@ -25,6 +25,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -439,7 +440,15 @@ def _placed_kind(kind: Any) -> Any:
         if torch.device(device).type != state.constants.device.type:
             raise RuntimeError(f"weights that come to {state.constants.device} layer by layer cannot move to {device}")
 
-    own = {"absmax": property(read, write), "as_dict": as_dict, "to": to}
+    def copied(state: Any, memo: dict[int, Any]) -> Any:
+        # PEFT copies a layer for DoRA's norms. The copy stays as it is; its weight is copied after its state.
+        plain = kind.__new__(kind)
+        plain.absmax = state.absmax.clone()
+        for name in vars(state).keys() - {"bring", "constants"}:
+            setattr(plain, name, deepcopy(getattr(state, name), memo))
+        return plain
+
+    own = {"absmax": property(read, write), "as_dict": as_dict, "to": to, "__deepcopy__": copied}
     return type(f"Placed{kind.__name__}", (kind,), own)
 
 
