@@ -109,11 +109,15 @@ class ParallelScoring:
 
     def _own_share(self, work: _Work, model: Any, tokenizer: Any) -> Iterator[tuple[int, Any]]:
         """Every n-th part, where n is the number of processes."""
+        from job.model.placed_weights import taking_part  # torch, which process 0 of a run without a model lacks
+
         place = self.processes.place
-        for number in list(work.parts)[place.rank :: place.world_size]:
-            self.alive()
-            part = work.parts[number]
-            if work.how is None:
-                yield from self.scoring(model, work.questions, {number: range(*part)})
-            else:
-                yield from answer_batches(model, tokenizer, work.prompts, {number: part}, work.how, alive=self.alive)
+        with taking_part(model):
+            for number in list(work.parts)[place.rank :: place.world_size]:
+                self.alive()
+                part = work.parts[number]
+                if work.how is None:
+                    yield from self.scoring(model, work.questions, {number: range(*part)})
+                else:
+                    prompts = {number: part}
+                    yield from answer_batches(model, tokenizer, work.prompts, prompts, work.how, alive=self.alive)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 from job.common.export_formats import GGUF, MERGED, find_format, weights_bytes
 from job.common.formatting import size
@@ -349,15 +349,7 @@ def _in_tiles(run: RunShape, tokens: int) -> bool:
 
 
 def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
-    """Bytes at the peak of training, in the way that takes the least of the GPU's memory."""
-    held = memory_model.training_memory(setup, tokens)
-    if not _in_tiles(run, tokens):
-        return held
-    offloaded = run.offload is not False
-    activations = memory_model.long_row_bytes(
-        setup, tokens, offloaded=offloaded, kept_attention=False, copies=ATTENTION_COPIES
-    )
-    return replace(held, activations=activations)
+    return memory_model.training_memory(setup, tokens, tiles=run.tiles, offload=run.offload)
 
 
 MOST_GPUS = 8
@@ -453,7 +445,7 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
             return None
         before = 3600 * earlier
     work, asked = run.workload, run.questions
-    speed = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
+    speed: dict[str, Any] = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
     used = memory_model.UTILISATION
     if execution is not None:
         setup, used = replace(setup, recompute=not execution.kept_activations), memory_model.FUSED_UTILISATION

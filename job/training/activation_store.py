@@ -13,8 +13,6 @@ from typing import Any, Self
 
 import torch
 
-from job.errors import TrainingFailed
-
 HostBuffers = dict[int, torch.Tensor]
 """Pinned memory by place in the store, (bytes,) uint8. Kept from step to step: to pin memory takes a while."""
 
@@ -25,25 +23,17 @@ def pinned(size: int, device: torch.device) -> torch.Tensor:
     Not by torch's allocator, which rounds the size up to a power of two: nearly twice as much in the worst case.
 
     Raises:
-        TrainingFailed: The machine has too little memory, or does not allow that much to be pinned.
+        RuntimeError: The machine has too little memory, or does not allow that much to be pinned; it says "out of
+            memory", so the step is repeated with less.
     """
-    try:
-        memory = torch.empty(size, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise TrainingFailed(_full(size)) from error
+    memory = torch.empty(size, dtype=torch.uint8)
     if device.type != "cuda" or size == 0:
         return memory
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(cudart.cudaHostRegister(memory.data_ptr(), size, 0)) != 0:
-        raise TrainingFailed(_full(size))
+        what = f"the machine is out of memory that can be pinned (ulimit -l): {size:,} bytes of activations"
+        raise RuntimeError(f"{what}; JOB_TRAIN__OFFLOAD_ACTIVATIONS=false leaves them on the GPU")
     return memory
-
-
-def _full(size: int) -> str:
-    return (
-        f"the machine's memory ran out while {size:,} bytes of activations were moved there; lower "
-        "JOB_TRAIN__MAX_LENGTH, set JOB_TRAIN__OFFLOAD_ACTIVATIONS=false, or take a machine with more memory"
-    )
 
 
 def release(buffers: HostBuffers, device: torch.device) -> None:

@@ -221,11 +221,21 @@ def long_row_host_bytes(setup: Setup, tokens: int, *, kept_attention: bool) -> i
     return a.layers * tokens * (a.hidden * size + kept_attention * (a.queries * size + FP32 * a.heads))
 
 
-def training_memory(setup: Setup, tokens: int) -> Memory:
+def training_memory(setup: Setup, tokens: int, *, tiles: bool = False, offload: bool | None = None) -> Memory:
     """Bytes at the peak of training with micro-batches of so many tokens.
 
     The adapter is in fp32, and autocast keeps a copy of it in the compute dtype; gradients are in fp32.
+
+    Args:
+        setup: What is trained.
+        tokens: Of the largest micro-batch.
+        tiles: Whether a row of more than `LONG_ROW` tokens is computed layer by layer, in the way that takes the least.
+        offload: Of such a row, `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
     """
+    activations = activation_bytes(setup, tokens)
+    if tiles and tokens > LONG_ROW:
+        offloaded = offload is not False
+        activations = long_row_bytes(setup, tokens, offloaded=offloaded, kept_attention=False, copies=ATTENTION_COPIES)
     copy = setup.value_bytes if setup.value_bytes < FP32 else 0
     return Memory(
         weights=weight_bytes(setup),
@@ -233,8 +243,7 @@ def training_memory(setup: Setup, tokens: int) -> Memory:
         gradients=FP32 * setup.adapter,
         optimizer=OPTIMIZERS[setup.optimizer].state_bytes(setup.adapter),
         # The copies, and as large a gradient of each.
-        activations=activation_bytes(setup, tokens)
-        + 2 * setup.merged_rows * setup.architecture.hidden * setup.value_bytes,
+        activations=activations + 2 * setup.merged_rows * setup.architecture.hidden * setup.value_bytes,
     )
 
 

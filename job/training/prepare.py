@@ -19,10 +19,27 @@ from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
+from job.model.placed_weights import place_of
 from job.records import FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.execution_plan import choose_budget, choose_long_rows, choose_plan, held_bytes, long_row_need
-from job.training.memory_model import LONG_ROW, TILE_TOKENS, Setup, activation_bytes
+from job.training.execution_plan import (
+    choose_budget,
+    choose_long_rows,
+    choose_place,
+    choose_plan,
+    held_bytes,
+    long_row_need,
+)
+from job.training.memory_model import (
+    CONTEXT_BYTES,
+    LONG_ROW,
+    TILE_TOKENS,
+    Setup,
+    activation_bytes,
+    evaluation_bytes,
+    training_memory,
+    usable_bytes,
+)
 from job.training.refusal import refuse_rows
 
 _LONGEST_REASON = 300
@@ -42,6 +59,45 @@ def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float |
     if device.type != "cuda":
         return micro_batch_tokens or CPU_MICRO_BATCH_TOKENS
     return micro_batch_tokens or choose_budget(_gpu_memory(gigabytes)[0])
+
+
+def place_base(
+    setup: Setup,
+    lengths: Sequence[int],
+    *,
+    global_batch_size: int,
+    budget: int,
+    scoring_tokens: int,
+    gigabytes: float | None,
+    places: Sequence[str],
+    tiles: bool = False,
+    offload: bool | None = None,
+) -> tuple[str, str]:
+    """Where the base's 4-bit weights are to lie on this machine, before they are loaded; and why if not on the GPU.
+
+    Args:
+        setup: What will be trained.
+        lengths: Tokens of each example.
+        global_batch_size: Examples of a step.
+        budget: The token budget of a micro-batch.
+        scoring_tokens: Tokens that are scored at once.
+        gigabytes: How much of the GPU may be used; None for all.
+        places: Of `PLACES`, the fastest first.
+        tiles: As in `training_memory`.
+        offload: As in `training_memory`.
+    """
+    tokens = _longest_sequence(lengths, global_batch_size, budget)
+
+    def needs(there: Setup) -> int:
+        scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
+        return max(training_memory(there, tokens, tiles=tiles, offload=offload).total, scoring)
+
+    memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now
+    place = choose_place(setup, memory_bytes=memory, places=places, needs=needs)
+    if place == "gpu":
+        return place, ""
+    need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
+    return place, f"with it on the GPU {need} are needed, and {usable} are safe to fill"
 
 
 def prepare(
@@ -86,7 +142,8 @@ def prepare(
     Raises:
         SettingsError: The longest row cannot fit into the memory of this machine.
     """
-    setup = setup_of(model, quantization, optimizer)
+    setup, held = setup_of(model, quantization, optimizer), place_of(model)
+    setup = setup and replace(setup, base_held=held)
     allowed = None if offload == "auto" else offload
     slow = why_not_fused(model) or slow
     if slow is None and setup is None:
@@ -129,6 +186,7 @@ def prepare(
         recorded=False,
         reason="; ".join(filter(None, (slow, memory))),
         forward=PEFT,
+        base_held=held,
     )
     if model.device.type == "cuda":
         log.get_logger().warning(

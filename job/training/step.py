@@ -27,6 +27,7 @@ from job.log import get_logger
 from job.model.base import recompute_activations
 from job.model.fused.frozen_weights import forget_dequantized
 from job.model.packed_attention import Layout, Segment, is_packed
+from job.model.placed_weights import taking_part
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
@@ -140,7 +141,10 @@ class OptimizerStep:
         while True:
             sums = None
             try:
-                sums = compute()
+                with taking_part(self._model):
+                    sums = compute()
+            except JobError as error:  # another process has ended while weights were gathered
+                raise StepAbandoned from error
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise

@@ -26,6 +26,7 @@ from job.data.examples import lengths_of, target_counts_of
 from job.distributed.processes import Processes
 from job.errors import JobError
 from job.log import get_logger
+from job.model.placed_weights import taking_part
 from job.records import Example
 from job.training.config import Hooks
 from job.training.objectives import totals_of
@@ -126,7 +127,10 @@ class Validation:
         while True:
             found = None
             try:
-                found = self._micro_batches(mine, compute, numbers)
+                with taking_part(self._model):
+                    found = self._micro_batches(mine, compute, numbers)
+            except JobError as error:  # another process has ended while weights were gathered
+                raise StepAbandoned from error
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
