@@ -288,3 +288,22 @@ def test_weights_that_come_over_a_link_take_their_time() -> None:
     assert there is not None
     once = memory_model.packed_bytes(LLAMA_70B) / memory_model.LINK_BANDWIDTH
     assert 3600 * (there - here) > 2 * WORK.steps * once
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tokens", "offloaded"), [("L4", 78_500, True), ("A100 80GB", 343_000, True), ("H200", 64_000, False)]
+)
+def test_a_long_row_fits_in_tiles(gpu: str, tokens: int, *, offloaded: bool) -> None:
+    """With its activations in main memory, which the plan says with how much; as a whole it would not fit on most."""
+    row = Workload(1, 1, tokens, tokens - 1, tokens**2, tokens, tokens)
+    run = replace(RUN, workload=row, fused=True, tiles=True)
+    plan = forecast_gpu(BY_NAME[gpu], run, REFERENCE)
+    assert plan.fits
+    assert ("activations of the longest row lie in main memory" in plan.note) == offloaded
+    host = {figure.name: figure.value for figure in estimates(run)}["main memory: activations"]
+    assert host == memory_model.long_row_host_bytes(REFERENCE, tokens, kept_attention=False)
+    assert forecast_gpu(BY_NAME[gpu], replace(run, tiles=False), REFERENCE).fits == (not offloaded)
+    if offloaded:
+        kept_there = forecast_gpu(BY_NAME[gpu], replace(run, offload=False), REFERENCE)
+        assert not kept_there.fits
+        assert "main memory" not in kept_there.note
