@@ -20,7 +20,14 @@ from job.planning.known_models_and_data import TaskTokens
 from job.planning.workload import Workload
 from job.records import ExecutionPlan
 from job.training import memory_model
-from job.training.execution_plan import choose_budget, choose_long_rows, choose_place, choose_plan
+from job.training.execution_plan import (
+    AMPERE,
+    choose_budget,
+    choose_long_rows,
+    choose_place,
+    choose_plan,
+    why_not_recorded,
+)
 from job.training.memory_model import ATTENTION_COPIES, LONG_ROW, TILE_TOKENS, Setup
 
 Basis = Literal["computed", "measured", "assumed"]
@@ -74,7 +81,9 @@ class RunShape:
         scoring_budget: Tokens scored in one forward pass.
         download_bytes: Model and data that have to be fetched first.
         usd_per_hour: JOB_COST__USD_PER_HOUR.
-        fused: Whether GPUs from Ampere on use the fused layers: in bf16, without dropout.
+        fused: Whether GPUs from `fused_from` on use the fused layers.
+        fused_from: The lowest compute capability that does: in bf16 Ampere's; in fp16, which the job takes where a GPU
+            has no bf16, Volta's.
         budget_by_gpu: Whether `budget` is not set, so that the job chooses it by the GPU's memory.
         keep_base: Whether the dequantized base is kept in memory; None where the job chooses.
         keep_activations: Whether activations are kept instead of recomputed; None where the job chooses.
@@ -103,6 +112,7 @@ class RunShape:
     download_bytes: int
     usd_per_hour: float | None
     fused: bool = False
+    fused_from: tuple[int, int] = AMPERE
     budget_by_gpu: bool = False
     keep_base: bool | None = None
     keep_activations: bool | None = None
@@ -293,7 +303,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
     if run.first_stage is not None and run.budget_by_gpu:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
-    run = replace(run, tiles=run.tiles and _is_fused(gpu, run, setup))
+    run = replace(run, tiles=run.tiles and gpu.capability >= AMPERE and _is_fused(gpu, run, setup))
     needs, usable = partial(_need, run), memory_model.usable_bytes(gpu.memory_bytes)
     setup = replace(setup, processes=run.processes)
     place = choose_place(setup, memory_bytes=gpu.memory_bytes, places=run.places, needs=needs)
@@ -413,6 +423,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
         keep_base=False if long and run.keep_base is None else run.keep_base,
         keep_activations=False if long and run.keep_activations is None else run.keep_activations,
         recorded=setup.architecture.fused,
+        not_recorded=why_not_recorded(setup, gpu.capability),
     )
     if not long:
         return plan
@@ -431,7 +442,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
 
 def _is_fused(gpu: Gpu, run: RunShape, setup: Setup) -> bool:
     """Whether the job's fused layers would compute on this GPU."""
-    return run.fused and gpu.capability >= FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION
+    return run.fused and gpu.capability >= run.fused_from and setup.value_bytes == HALF_PRECISION
 
 
 def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | None) -> float | None:
@@ -448,7 +459,9 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     speed: dict[str, Any] = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
     used = memory_model.UTILISATION
     if execution is not None:
-        setup, used = replace(setup, recompute=not execution.kept_activations), memory_model.FUSED_UTILISATION
+        setup = replace(setup, recompute=not execution.kept_activations)
+        # Measured with CUDA graphs; without them it is assumed to be no faster than PEFT's layers.
+        used = memory_model.FUSED_UTILISATION if execution.recorded else memory_model.UTILISATION
     micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
     flops = memory_model.training_flops(setup, work.tokens, work.squares)
     passes = (3 if setup.recompute else 2) * micro_batches

@@ -124,7 +124,7 @@ def _assumptions(settings: Settings) -> tuple[str, ...]:
     """The assumptions behind all figures of basis `assumed`, one sentence each."""
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
     fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
-    half = f"speed: {fused} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
+    half = f"speed: {fused} of the data sheet's operations a second with CUDA graphs, {peft} without (before Ampere)"
     exporting = (
         f"export: on one processor core {forecast.MERGED_PER_SECOND / 1e6:.0f} million weights a second for merged and "
         f"fp8, {forecast.GGUF_PER_SECOND / 1e6:.0f} for GGUF, which llama.cpp scores on {forecast.CORES} cores of "

@@ -186,7 +186,7 @@ class Lora(Group):
     alpha: AffectsResult[Count] = 16
     """Scale: the update is multiplied by alpha / rank."""
     dropout: AffectsResult[Annotated[NotNegative, Field(lt=1)]] = 0.0
-    """Dropout on the adapter's input. Anything but 0 needs the slower layers of PEFT."""
+    """Dropout on the adapter's input."""
     start: AffectsResult[Maybe[Location]] = None
     """Adapter to go on training, instead of a new one: hub id (`org/name` or `org/name@revision`), URI or path
     of a LoRA adapter in safetensors, of the same rank, alpha and layers. Learning preferences, it is also the

@@ -202,7 +202,10 @@ def _place(
             scoring_tokens=settings.eval.batch_tokens,
             gigabytes=settings.train.gpu_memory_gb,
             places=[place for place in PLACES if possible[place]],
-            tiles=setup.architecture.fused and settings.train.last_method == "sft" and options.not_fused is None,
+            tiles=setup.architecture.fused
+            and settings.train.last_method == "sft"
+            and settings.lora.dropout == 0
+            and options.not_fused is None,
             offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
         )
     place, why = max(processes.gather("place of the base", [place, why]), key=lambda found: PLACES.index(found[0]))

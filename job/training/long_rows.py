@@ -24,7 +24,8 @@ import torch
 
 from job.data.examples import lengths_of
 from job.model.fused.long_attention import Output, RowAttention, has_kernel
-from job.model.fused.tiled_layer import backward_layer, forward_layer, is_plain
+from job.model.fused.lora_forward import decoder_of
+from job.model.fused.tiled_layer import backward_layer, forward_layer, is_known
 from job.model.lora import trainable
 from job.model.packed_attention import build_layout
 from job.records import Example, ExecutionPlan
@@ -45,11 +46,12 @@ HeadLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def why_not_here(model: Any) -> str | None:
     """Why this model's long rows go through autograd as a whole; None if they are computed layer by layer."""
     base = model.get_base_model()
-    layers = base.base_model.layers
-    if not all(map(is_plain, layers)):
+    layers = decoder_of(base).layers
+    if not all(map(is_known, layers)):
         return f"layers of {type(base).__name__} cannot be taken apart"
-    if not has_kernel(model.device, layers[0].self_attn.head_dim):
-        return "the GPU has no attention kernel for them"
+    caps = getattr(layers[0].self_attn, "attn_logit_softcapping", None) is not None
+    if caps or not has_kernel(model.device, layers[0].self_attn.head_dim):
+        return "there is no attention kernel for them"
     if model.peft_config["default"].lora_dropout:
         return "dropout would repeat its masks from tile to tile (JOB_LORA__DROPOUT)"
     inside = {id(p) for layer in layers for p in layer.parameters()}
@@ -102,7 +104,7 @@ class _Walk:
         store: ActivationStore | None,
         plan: ExecutionPlan,
     ) -> None:
-        self._decoder = model.get_base_model().base_model
+        self._decoder = decoder_of(model.get_base_model())
         self._layers = list(self._decoder.layers)
         self._loss, self._sequence, self._store = loss, sequence, store
         self._keep_attention, self._tile = plan.kept_attention, plan.tile_tokens or TILE_TOKENS

@@ -1,8 +1,8 @@
 """Chooses the execution plan for this machine, prepares the model for it, and logs the plan with the reason.
 
-On a GPU, the job's fused layers train more than twice as fast as PEFT's layers. Where they cannot be used (another
-dtype, dropout, an old GPU, a model with unknown layers), PEFT's layers are used instead, and a warning and
-`training.execution` of the manifest give the reason. On a CPU, PEFT's layers are always used.
+On a GPU, the job's fused layers train more than twice as fast as PEFT's layers. Where they cannot be used (fp32, an
+old GPU, a model with unknown layers), PEFT's layers are used instead, and a warning and `training.execution` of the
+manifest give the reason. On a CPU, PEFT's layers are always used.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from job.model.placed_weights import place_of
 from job.records import FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
 from job.training.execution_plan import (
+    AMPERE,
+    VOLTA,
     choose_budget,
     choose_long_rows,
     choose_place,
     choose_plan,
     held_bytes,
     long_row_need,
+    why_not_recorded,
 )
 from job.training.memory_model import (
     CONTEXT_BYTES,
@@ -44,8 +47,6 @@ from job.training.refusal import refuse_rows
 
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
-AMPERE = (8, 0)
-"""The lowest compute capability with bf16 and the attention kernel for variable-length segments."""
 
 
 def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float | None) -> int:
@@ -202,16 +203,16 @@ def prepare(
 def why_not_fused(model: Any) -> str | None:
     """Why this model on this machine has to be trained by PEFT's own layers; None if the fused ones can be used."""
     device, dtype = model.device.type, str(model.get_base_model().dtype).removeprefix("torch.")
+    lowest = {"bfloat16": AMPERE, "float16": VOLTA}
     if not is_packed(model.get_base_model()):
         return "examples go through the model one at a time"
     if device != "cuda":
         return "a CPU trains by PEFT's own layers"
-    if (capability := _capability()) < AMPERE:
-        return "the GPU's compute capability is {}.{}; fused layers need {}.{} (Ampere)".format(*capability, *AMPERE)
-    if dtype != "bfloat16":
-        return f"the compute dtype is {dtype}; fused layers need bf16 (JOB_MODEL__DTYPE)"
-    if dropout := model.peft_config["default"].lora_dropout:
-        return f"JOB_LORA__DROPOUT is {dropout:g}; fused layers need 0"
+    if dtype not in lowest:
+        return f"the compute dtype is {dtype}; fused layers need bf16 or fp16 (JOB_MODEL__DTYPE)"
+    if (capability := _capability()) < lowest[dtype]:
+        numbers = "the GPU's compute capability is {}.{}; fused layers need {}.{}".format(*capability, *lowest[dtype])
+        return f"{numbers} in {'bf16' if dtype == 'bfloat16' else 'fp16'}"
     return None
 
 
@@ -328,6 +329,7 @@ def _fuse(
     copies, reserved = attention_copies(setup.architecture, model.device), 0
     if rows.long is not None:
         reserved = long_row_need(setup, rows.long, offloaded=offload is not False, kept_attention=False, copies=copies)
+    capability = _capability()
     plan = choose_plan(
         setup,
         free_bytes=max(0, free - reserved),
@@ -335,6 +337,7 @@ def _fuse(
         keep_base=False if keep_base is None and rows.padded == 0 else keep_base,  # for long rows it saves nothing
         keep_activations=keep_activations,
         recorded=lora_forward.knows(model.get_base_model()),
+        not_recorded=why_not_recorded(setup, capability),
     )
     if rows.long is not None:
         plan = choose_long_rows(
@@ -347,7 +350,7 @@ def _fuse(
             copies=copies,
             tile=TILE_TOKENS,
         )
-    kernels, name = fast_kernels(model.device)
+    kernels, name = fast_kernels(model.device, model.get_base_model().dtype)
     try:
         made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels)
     except torch.OutOfMemoryError:  # another process took the free memory, or the setting needs too much
@@ -428,8 +431,13 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
-def fast_kernels(device: Any) -> tuple[Any, str]:
-    """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's."""
+def fast_kernels(device: Any, dtype: Any) -> tuple[Any, str]:
+    """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's.
+
+    Args:
+        device: Where they have to run.
+        dtype: The compute dtype; older GPUs have no bf16.
+    """
     import torch
 
     from job.model.fused import kernels
@@ -440,7 +448,7 @@ def fast_kernels(device: Any) -> tuple[Any, str]:
         return kernels.TORCH, "torch"
     try:
         # Only a launch shows whether Triton can use the driver: it compiles and loads a C library then.
-        probe = torch.ones(8, dtype=torch.bfloat16, device=device)
+        probe = torch.ones(8, dtype=dtype, device=device)
         fast.swiglu(probe, probe).sum().item()
     except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler or the loader raises
         why = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]

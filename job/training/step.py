@@ -25,14 +25,16 @@ from job.distributed.processes import Processes
 from job.errors import JobError
 from job.log import get_logger
 from job.model.base import recompute_activations
+from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import forget_dequantized
+from job.model.fused.lora_forward import decoder_of
 from job.model.packed_attention import Layout, Segment, is_packed
 from job.model.placed_weights import taking_part
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
-from job.training.lm_head_loss import padded_loss
+from job.training.lm_head_loss import Logits, logits_of, padded_loss
 from job.training.long_rows import LongRows, has_long_row
 from job.training.memory_model import LONG_ROW
 from job.training.objectives import Totals, totals_of
@@ -81,6 +83,7 @@ class OptimizerStep:
         processes: The processes that share the step.
         packed_gradient: Used if the plan is not `padded`.
         preference: Used in its place for a step of preferences, whose loss is a mean over examples and not over tokens.
+        scaler: torch's `GradScaler` in fp16; both functions above scale by it themselves.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class OptimizerStep:
         processes: Processes,
         packed_gradient: PackedGradient,
         preference: PreferenceGradient | None = None,
+        scaler: Any = None,
     ) -> None:
         self.budget = recipe.micro_batch_tokens
         """Tokens of a micro-batch; halved when memory runs out. A resumed run continues with the budget it had."""
@@ -102,7 +106,10 @@ class OptimizerStep:
         self._model, self._steps, self._parameters = model, steps, parameters
         self._seed, self._hooks, self._processes = recipe.seed, hooks, processes
         self._smoothing = recipe.label_smoothing
+        self._logits = logits_of(model.get_base_model()) if plan.padded else Logits()
         self._packed_gradient, self._preference = packed_gradient, preference
+        self._scaler = scaler
+        self._loss_scale: torch.Tensor | None = None
         self.metrics: dict[str, float] = {}
         """Metrics of the last step of preferences, by TRL's names."""
         self._padded_at_most = None if plan.tile_tokens is None else LONG_ROW
@@ -174,12 +181,15 @@ class OptimizerStep:
             (numbers,) float32: the flat gradient where there are several processes, the loss, and the metrics of a step
             of preferences.
         """
-        torch.manual_seed(step_seed(self._seed, number, self._processes.place.rank))
+        seed = step_seed(self._seed, number, self._processes.place.rank)
+        torch.manual_seed(seed)
         self._parameters.clear()
         metrics = 0 if known is None or self._preference is None else len(self._preference.names(known.totals))
         found = torch.zeros(1 + metrics, device=self._parameters.gradient.device)
         items = weighted_targets(self._steps.of(number))
-        for group in self._groups(number):
+        self._loss_scale = self._scaler_factor(found.device)
+        for index, group in enumerate(self._groups(number)):
+            reseed(self._model, seed, index)
             # Added at once: what a CUDA graph returns is overwritten by its next launch.
             if known is None or self._preference is None:
                 # Rows of another weight go through the model by themselves: the weight is part of the divisor.
@@ -192,10 +202,12 @@ class OptimizerStep:
 
     def _own_kl(self, number: int, totals: Totals) -> torch.Tensor:
         """This process's part of KTO's estimate of the divergence, (1,) float32."""
-        torch.manual_seed(step_seed(self._seed, number, self._processes.place.rank))
+        seed = step_seed(self._seed, number, self._processes.place.rank)
+        torch.manual_seed(seed)
         found = torch.zeros(1, device=self._parameters.gradient.device)
         if self._preference is not None:
-            for group in self._groups(number):
+            for index, group in enumerate(self._groups(number)):
+                reseed(self._model, seed, index)
                 found += self._preference.kl(group, totals)
         return found
 
@@ -230,17 +242,36 @@ class OptimizerStep:
             return self._packed_gradient(packed_inputs(examples, device), targets)
         # A tensor, not a number: a CUDA graph would always use the number with which it was recorded.
         weight = torch.tensor(1 / targets, device=device)
+        if self._loss_scale is not None:
+            weight = weight * self._loss_scale
+        loss = self._padded_micro_batch(examples, weight)
+        # The factor is a power of two, so multiplying and dividing by it change no bit.
+        return loss if self._loss_scale is None else loss / self._loss_scale
+
+    def _padded_micro_batch(self, examples: Sequence[Example], weight: torch.Tensor) -> torch.Tensor:
+        """The same with `weight`, () float32, by which the summed loss is multiplied; for a padded plan."""
         if self._in_tiles(examples):
             return self._long_rows.gradient(examples, weight, self.plan)
-        sequence = padded_sequence(examples, device)
+        sequence = padded_sequence(examples, weight.device)
         if not self.plan.recorded:
             return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
-        graphs = self._recorded(device)
+        graphs = self._recorded(weight.device)
         loss = graphs(sequence.tokens, sequence.ends, weight)
         if not graphs.possible:
             self.plan = self.plan.give_up("recorded")
             self.release()
         return loss
+
+    def _scaler_factor(self, device: torch.device) -> torch.Tensor | None:
+        """What fp16's loss scaling multiplies losses by in this step, () float32; None without it.
+
+        Not read on the host, which would wait for the GPU. The scaler has to scale something in each step, or the
+        optimizer step refuses to take the factor out of the gradient again.
+        """
+        if self._scaler is None or not self._scaler.is_enabled():
+            return None
+        factor: torch.Tensor = self._scaler.scale(torch.ones((), device=device))
+        return factor
 
     def _padded_gradient(
         self, tokens: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor, segments: tuple[Segment, ...] = ()
@@ -278,14 +309,15 @@ class OptimizerStep:
             self._longest, length_increment(ids.shape[0]), *(segment.end - segment.start for segment in segments), 0
         )
         layout = Layout(segments, ends, ends, None, longest, longest)
-        hidden = base.base_model(
+        hidden = decoder_of(base)(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
         ).last_hidden_state[0]
         return self._head_loss(hidden, labels)
 
     def _head_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The summed loss of hidden states behind the last norm; arguments as of `padded_loss`."""
-        return padded_loss(hidden, self._model.get_base_model().get_output_embeddings(), labels, self._smoothing)
+        head = self._model.get_base_model().get_output_embeddings()
+        return padded_loss(hidden, head, labels, self._smoothing, self._logits)
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
         """The CUDA graphs. If there are none yet, that of the largest micro-batch of this process is recorded first.

@@ -13,8 +13,8 @@ products to a dtype that tensor cores multiply at full speed:
         x = x + (silu(h W_gate') * h W_up') W_down'
     logits = norm(x) W_head'                        `logits`
 
-The decoders are those of `FUSED_FAMILIES`, with linear layers as they are loaded here: plain, NF4, or either of them
-with a LoRA adapter.
+The decoders are Llama's, Mistral's and Qwen2's, with linear layers as they are loaded here: plain, NF4, or either
+of them with a LoRA adapter.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def logits_of(
     """The logits of one packed sequence at some of its positions.
 
     Args:
-        model: A decoder of `FUSED_FAMILIES`, with or without an adapter, which may be switched off.
+        model: A decoder of Llama's, Mistral's or Qwen2's kind, with or without an adapter, which may be switched off.
         ids: (1, tokens) int64.
         positions: (1, tokens) int64, for the rotary embedding.
         layout: Which tokens see which.

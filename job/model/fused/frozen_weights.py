@@ -20,8 +20,8 @@ def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) 
         kernels: What norms, SwiGLU and rotary positions are computed by; None leaves them as they are.
 
     Returns:
-        How far it got: `all`; `layers` where the decoder is not one of `FUSED_FAMILIES`, and only the layers with an
-        adapter were replaced; `nothing` where an adapter is of a kind that is left to PEFT, as with dropout.
+        How far it got: `all`; `layers` where the decoder is not of one of `FAMILIES`, and only the layers with an
+        adapter were replaced; `nothing` where an adapter is of a kind that is left to PEFT, such as DoRA.
     """
     from peft.tuners.lora import LoraLayer
 

@@ -11,7 +11,7 @@ The attention half is computed as a whole. What it keeps for its own backward pa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,25 +19,60 @@ from torch.autograd.graph import get_gradient_edge
 
 from job.model.packed_attention import Attend
 
-_PLAIN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
-"""Layers that add attention and feed-forward to the stream, each behind its norm, and do nothing else."""
+
+@dataclass(frozen=True)
+class Halves:
+    """Names of a layer's norms: those that attention and the feed-forward layer read through, and those behind them."""
+
+    before_attention: str | None = "input_layernorm"
+    behind_attention: str | None = None
+    before_feed_forward: str | None = "post_attention_layernorm"
+    behind_feed_forward: str | None = None
+    scaled: bool = False
+    """Whether both are multiplied by `residual_multiplier` before they are added to the stream."""
+
+
+_FOUR_NORMS = Halves(
+    behind_attention="post_attention_layernorm",
+    before_feed_forward="pre_feedforward_layernorm",
+    behind_feed_forward="post_feedforward_layernorm",
+)
+LAYERS = {
+    "Gemma2DecoderLayer": _FOUR_NORMS,
+    "Gemma3DecoderLayer": _FOUR_NORMS,
+    "GemmaDecoderLayer": Halves(),
+    "GraniteDecoderLayer": Halves(scaled=True),
+    "LlamaDecoderLayer": Halves(),
+    "MistralDecoderLayer": Halves(),
+    "Olmo2DecoderLayer": Halves(
+        before_attention=None,
+        behind_attention="post_attention_layernorm",
+        before_feed_forward=None,
+        behind_feed_forward="post_feedforward_layernorm",
+    ),
+    "Phi3DecoderLayer": Halves(),
+    "Qwen2DecoderLayer": Halves(),
+    "Qwen3DecoderLayer": Halves(),
+    "SmolLM3DecoderLayer": Halves(),
+}
+"""By the name of their class, layers that add attention and feed-forward to the stream, and do nothing else."""
 
 Tokenwise = Callable[[torch.Tensor], torch.Tensor]
 """(1, tokens, hidden) -> (1, tokens, hidden), each token by itself."""
 
 
-def is_plain(layer: Any) -> bool:
-    """Whether a decoder layer is of the build that is taken apart here."""
-    return type(layer).__name__ in _PLAIN
+def is_known(layer: Any) -> bool:
+    """Whether a decoder layer is one of those that are taken apart here."""
+    return type(layer).__name__ in LAYERS
 
 
 def forward_layer(
     layer: Any, x: torch.Tensor, arguments: Mapping[str, Any], *, attend: Attend | None, tile: int
 ) -> torch.Tensor:
-    """A plain layer without gradients.
+    """A layer without gradients.
 
     Args:
-        layer: A decoder layer for which `is_plain`.
+        layer: A decoder layer for which `is_known`.
         x: (1, tokens, hidden), not changed.
         arguments: What the decoder hands to its layers beside `x`.
         attend: See `Layout.attend`.
@@ -64,7 +99,7 @@ def backward_layer(
     tile: int,
     needs_input: bool,
 ) -> torch.Tensor | None:
-    """The gradient of a plain layer, computed again from its input; adds the adapter's to `.grad` of its parameters.
+    """The gradient of a layer, computed again from its input; adds the adapter's to `.grad` of its parameters.
 
     Args:
         layer: As for the forward pass.
@@ -107,10 +142,22 @@ def backward_in_tiles(function: Tokenwise, x: torch.Tensor, gradient: torch.Tens
 
 
 def _attention_half(layer: Any, x: torch.Tensor, arguments: Mapping[str, Any], attend: Attend | None) -> torch.Tensor:
+    halves = LAYERS[type(layer).__name__]
     layout = replace(arguments["layout"], attend=attend)
-    found = layer.self_attn(hidden_states=layer.input_layernorm(x), **{**arguments, "layout": layout})
-    return x + found[0]  # type: ignore[no-any-return]
+    read = _normed(layer, halves.before_attention, x)
+    found = layer.self_attn(hidden_states=read, **{**arguments, "layout": layout})[0]
+    return _added(layer, halves, x, _normed(layer, halves.behind_attention, found))
 
 
 def _feed_forward_half(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    return x + layer.mlp(layer.post_attention_layernorm(x))  # type: ignore[no-any-return]
+    halves = LAYERS[type(layer).__name__]
+    found = layer.mlp(_normed(layer, halves.before_feed_forward, x))
+    return _added(layer, halves, x, _normed(layer, halves.behind_feed_forward, found))
+
+
+def _normed(layer: Any, name: str | None, x: torch.Tensor) -> torch.Tensor:
+    return x if name is None else getattr(layer, name)(x)  # type: ignore[no-any-return]
+
+
+def _added(layer: Any, halves: Halves, x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    return x + (more * layer.residual_multiplier if halves.scaled else more)

@@ -1,4 +1,4 @@
-"""Triton kernels that torch lacks. They work element by element in fp32, so their bits are reproducible."""
+"""Triton kernels that torch lacks. They compute in fp32 and in a fixed order, so their bits are reproducible."""
 
 from __future__ import annotations
 
@@ -6,31 +6,56 @@ from typing import Any
 
 import torch
 import triton
+from torch.nn import functional
 from triton import language as tl
 
+from job.model.fused.dropout import bound
+
 _BLOCK = 1024
+_TILE = 4096
+"""Numbers that a program of the norm works on at a time, in whole rows."""
 
 
 @triton.jit
-def _swiglu_kernel(gate, up, out, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=inside)
+def _activation(g, TANH: tl.constexpr):
+    """The activation of the gate and its derivative: SiLU, or GELU by its tanh approximation."""
+    if TANH:
+        # tanh(x) = 2 sigmoid(2 x) - 1
+        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        t = 2 * tl.sigmoid(2 * inner) - 1
+        value = 0.5 * g * (1 + t)
+        slope = 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * g * g)
+    else:
+        s = tl.sigmoid(g)
+        value = g * s
+        slope = s + value * (1 - s)
+    return value, slope
 
 
 @triton.jit
-def _swiglu_gradient_kernel(gradient, gate, up, to_gate, to_up, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    d = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    s = tl.sigmoid(g)
-    silu = g * s
-    tl.store(to_gate + at, (d * u * (s + silu * (1 - s))).to(to_gate.dtype.element_ty), mask=inside)
-    tl.store(to_up + at, (d * silu).to(to_up.dtype.element_ty), mask=inside)
+def _gated_kernel(gate, up, out, width, per_row, gate_stride, up_stride, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    row, at = (program // per_row).to(tl.int64), (program % per_row) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    g = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _activation(g, TANH)
+    tl.store(out + row * width + at, (value * u).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_gradient_kernel(
+    gradient, gate, up, to_gate, to_up, width, per_row, gate_stride, up_stride, TANH: tl.constexpr, BLOCK: tl.constexpr
+):
+    program = tl.program_id(0)
+    row, at = (program // per_row).to(tl.int64), (program % per_row) * BLOCK + tl.arange(0, BLOCK)
+    inside, here = at < width, row * width + at
+    d = tl.load(gradient + here, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _activation(g, TANH)
+    tl.store(to_gate + here, (d * u * slope).to(to_gate.dtype.element_ty), mask=inside)
+    tl.store(to_up + here, (d * value).to(to_up.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -47,28 +72,158 @@ def _turn_kernel(x, cosine, sine, out, size, heads, HALF: tl.constexpr, BLOCK: t
     tl.store(out + first + HALF, (b * c + a * s).to(out.dtype.element_ty), mask=inside)
 
 
-class _SwiGLU(torch.autograd.Function):
+@triton.jit
+def _norm_kernel(x, weight, out, inverse, rows, width, epsilon, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (at < width)
+    values = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, axis=1, keep_dims=True) / width + epsilon)
+    w = 1 + tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, (values * scale * w).to(out.dtype.element_ty), mask=inside)
+    tl.store(inverse + row, scale, mask=row < rows)
+
+
+@triton.jit
+def _norm_gradient_kernel(gradient, x, weight, inverse, to_x, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (at < width)
+    scale = tl.load(inverse + row, mask=row < rows, other=0.0)
+    normal = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32) * scale
+    w = 1 + tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
+    d = tl.load(gradient + row * width + at, mask=inside, other=0.0).to(tl.float32) * w
+    along = tl.sum(d * normal, axis=1, keep_dims=True) / width
+    tl.store(to_x + row * width + at, (scale * (d - normal * along)).to(to_x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _drop_kernel(x, state, out, quarter, width, per_row, number, bound, factor, BLOCK: tl.constexpr):
+    """`dropout.drop`: each program draws the numbers of four parts of a row, a quarter of it apart."""
+    program = tl.program_id(0)
+    row, at = program // per_row, (program % per_row) * BLOCK + tl.arange(0, BLOCK)
+    seed = tl.load(state)
+    key_0, key_1 = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c_0, zero = at.to(tl.uint32), tl.zeros_like(at).to(tl.uint32)
+    c_1, c_2, c_3 = zero + row.to(tl.uint32), zero + number, zero + tl.load(state + 1).to(tl.uint32)
+    for _ in tl.static_range(10):
+        first, second = tl.full((), 0xD2511F53, tl.uint32), tl.full((), 0xCD9E8D57, tl.uint32)
+        high_0, high_2 = tl.umulhi(c_0, first + zero), tl.umulhi(c_2, second + zero)
+        low_0, low_2 = c_0 * first, c_2 * second
+        c_0, c_1, c_2, c_3 = high_2 ^ c_1 ^ key_0, low_2, high_0 ^ c_3 ^ key_1, low_0
+        key_0 += 0x9E3779B9
+        key_1 += 0xBB67AE85
+    start, limit = row.to(tl.int64) * width, tl.cast(bound, tl.uint32)
+    for part in tl.static_range(4):
+        drawn = c_0 if part == 0 else c_1 if part == 1 else c_2 if part == 2 else c_3  # noqa: PLR2004 - of the four
+        column = at + part * quarter
+        inside = (at < quarter) & (column < width)
+        value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32) * factor
+        kept = tl.where(drawn < limit, 0.0, value)
+        tl.store(out + start + column, kept.to(out.dtype.element_ty), mask=inside)
+
+
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, tanh: bool) -> torch.Tensor:  # noqa: FBT001 - autograd's
+        gate, up = (x if x.stride(-1) == 1 else x.contiguous() for x in (gate, up))
         ctx.save_for_backward(gate, up)
-        out = torch.empty_like(gate)
-        _swiglu_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, out, gate.numel(), BLOCK=_BLOCK)
+        ctx.tanh = tanh
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        # Views: rows of a half of a wider tensor lie apart from each other.
+        rows = [x.view(-1, x.shape[-1]) for x in (gate, up)]
+        width = gate.shape[-1]
+        per_row = triton.cdiv(width, _BLOCK)
+        strides = [x.stride(0) for x in rows]
+        _gated_kernel[(rows[0].shape[0] * per_row,)](*rows, out, width, per_row, *strides, TANH=tanh, BLOCK=_BLOCK)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
-        _swiglu_gradient_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](
-            gradient.contiguous(), gate, up, to_gate, to_up, gate.numel(), BLOCK=_BLOCK
+        to_gate, to_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
+        rows = [x.view(-1, x.shape[-1]) for x in (gate, up)]
+        width = gate.shape[-1]
+        per_row = triton.cdiv(width, _BLOCK)
+        strides = [x.stride(0) for x in rows]
+        _gated_gradient_kernel[(rows[0].shape[0] * per_row,)](
+            gradient.contiguous(), *rows, to_gate, to_up, width, per_row, *strides, TANH=ctx.tanh, BLOCK=_BLOCK
         )
-        return to_gate, to_up
+        return to_gate, to_up, None
+
+
+class _NormAroundOne(torch.autograd.Function):
+    """The gradient is that of the input alone: the weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        x = x.contiguous()
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        out, inverse = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+        columns = triton.next_power_of_2(width)
+        together = max(1, _TILE // columns)
+        _norm_kernel[(triton.cdiv(rows, together),)](
+            x, weight, out, inverse, rows, width, epsilon, ROWS=together, COLUMNS=columns, num_warps=_warps(columns)
+        )
+        ctx.save_for_backward(x, weight, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        x, weight, inverse = ctx.saved_tensors
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        to_x = torch.empty_like(x)
+        columns = triton.next_power_of_2(width)
+        together = max(1, _TILE // columns)
+        _norm_gradient_kernel[(triton.cdiv(rows, together),)](
+            gradient.contiguous(),
+            x,
+            weight,
+            inverse,
+            to_x,
+            rows,
+            width,
+            ROWS=together,
+            COLUMNS=columns,
+            num_warps=_warps(columns),
+        )
+        return to_x, None, None
+
+
+def _warps(columns: int) -> int:
+    """For rows that wide: so many that the registers of a thread hold its part of them."""
+    return 4 if columns <= _TILE else 8
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, of which only the two inputs are kept for the gradient."""
-    out: torch.Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _Gated.apply(gate, up, False)  # type: ignore[no-untyped-call] # noqa: FBT003
+    return out
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * up by GELU's tanh approximation, of which only the two inputs are kept for the gradient."""
+    out: torch.Tensor = _Gated.apply(gate, up, True)  # type: ignore[no-untyped-call] # noqa: FBT003
+    return out
+
+
+def norm_around_one(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMS norm times 1 + weight in fp32; of (..., hidden) only the input and a number a row are kept."""
+    if weight.requires_grad:  # a norm that is trained whole
+        return functional.rms_norm(x.float(), (x.shape[-1],), 1 + weight.float(), epsilon).to(x.dtype)
+    out: torch.Tensor = _NormAroundOne.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    return out
+
+
+def drop(x: torch.Tensor, state: torch.Tensor, number: int, rate: float) -> torch.Tensor:
+    """`dropout.drop` in one pass over memory, with the same bits."""
+    x = x.contiguous()
+    rows, width = x.shape
+    out, quarter = torch.empty_like(x), triton.cdiv(width, 4)
+    per_row = triton.cdiv(quarter, _BLOCK)
+    _drop_kernel[(rows * per_row,)](
+        x, state, out, quarter, width, per_row, number, bound(rate), 1 / (1 - rate), BLOCK=_BLOCK
+    )
     return out
 
 

@@ -33,7 +33,8 @@ def kernel_sets() -> list[tuple[Kernels, torch.dtype, torch.device]]:
 
 @pytest.mark.parametrize(("kernels", "dtype", "device"), kernel_sets(), ids=lambda x: getattr(x, "name", ""))
 def test_kernels_are_those_of_transformers(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
-    """Norm, SwiGLU and rotary positions, and their gradients."""
+    """Norms, gates and rotary positions, whole or of a part of a head, and their gradients."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
     from transformers.models.mistral.modeling_mistral import MistralRMSNorm, apply_rotary_pos_emb
 
     draw = torch.Generator().manual_seed(0)
@@ -47,6 +48,10 @@ def test_kernels_are_those_of_transformers(kernels: Kernels, dtype: torch.dtype,
     norm = MistralRMSNorm(16, eps=1e-5)
     norm.weight = torch.nn.Parameter(random(16), requires_grad=False)
 
+    around_one = Gemma2RMSNorm(16, eps=1e-5)
+    around_one.weight = norm.weight
+    both = random(1, 70, 64)  # gate and up side by side, as of a joined layer
+
     def rotate(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
         turned = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cosine, sine)
         return tuple(x.transpose(1, 2) for x in turned)
@@ -54,7 +59,15 @@ def test_kernels_are_those_of_transformers(kernels: Kernels, dtype: torch.dtype,
     close = 1e-12 if dtype is torch.float64 else 1e-5
     for ours, theirs, inputs, tolerance in (
         (lambda x: kernels.norm(x, norm.weight, 1e-5), norm, [x], 1e-6),  # theirs goes through fp32
+        (lambda x: kernels.norm_around_one(x, norm.weight, 1e-5), around_one, [x], 1e-6),
         (kernels.swiglu, lambda g, u: functional.silu(g) * u, [gate, up], close),
+        (kernels.geglu, lambda g, u: functional.gelu(g, approximate="tanh") * u, [gate, up], close),
+        (
+            lambda x: kernels.swiglu(*x.chunk(2, -1)),
+            lambda x: functional.silu(x[..., :32]) * x[..., 32:],
+            [both],
+            close,
+        ),
         (lambda q, k: kernels.rotate(q, k, cosine, sine), rotate, [query, key], close),
     ):
         for found, expected in zip(gradients_of(ours, *inputs), gradients_of(theirs, *inputs), strict=True):
