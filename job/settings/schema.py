@@ -398,7 +398,8 @@ class Train(Group):
     `{% generation %}` marks, or from TRL's training template for it, where there is one; with `assistant` and `last` a
     turn that does not end with a special token is an invalid row."""
     gradient_checkpointing: ExecutionOnly[FlagOrAuto] = "auto"
-    """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory."""
+    """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory. Those
+    of rows of more than 16,384 tokens are always recomputed, where fused layers compute."""
     offload_activations: ExecutionOnly[FlagOrAuto] = "auto"
     """Rows of more than 16,384 tokens: what the layers keep for the backward pass lies in pinned main memory instead of
     the GPU's, and comes back a layer ahead; `auto`: if it does not fit on the GPU. The results are the same, bit for

@@ -67,11 +67,13 @@ class LongRows:
     Attributes:
         model: A PEFT model over a fused base, for which `why_not_here` has no reason.
         loss: Of a part of the tokens.
+        check: Called between layers: a row may take minutes. May raise an exception.
         host: Buffers in host memory, kept from step to step.
     """
 
     model: Any
     loss: HeadLoss
+    check: Callable[[], None] = lambda: None
     host: HostBuffers = field(default_factory=dict)
 
     def gradient(self, examples: Sequence[Example], weight: torch.Tensor, plan: ExecutionPlan) -> torch.Tensor:
@@ -79,7 +81,7 @@ class LongRows:
         device = self.model.device
         sequence = unpadded_sequence(examples, device)
         with ActivationStore(device, self.host if plan.offloaded else None) as store:
-            walk = _Walk(self.model, self.loss, sequence, store, plan)
+            walk = _Walk(self.model, self.loss, sequence, store, plan, check=self.check)
             return walk.backward(walk.forward(), weight)
 
     def summed_loss(self, examples: Sequence[Example], plan: ExecutionPlan) -> torch.Tensor:
@@ -103,10 +105,12 @@ class _Walk:
         sequence: PaddedSequence,
         store: ActivationStore | None,
         plan: ExecutionPlan,
+        *,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._decoder = decoder_of(model.get_base_model())
         self._layers = list(self._decoder.layers)
-        self._loss, self._sequence, self._store = loss, sequence, store
+        self._loss, self._sequence, self._store, self._check = loss, sequence, store, check
         self._keep_attention, self._tile = plan.kept_attention, plan.tile_tokens or TILE_TOKENS
         self._layout = build_layout(sequence.segments, model.device)
         self._arguments: list[Mapping[str, Any]] = []
@@ -118,6 +122,7 @@ class _Walk:
         found: list[torch.Tensor] = []
 
         def one(layer: Any, x: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            self._check()
             self._arguments.append(arguments)
             attention = RowAttention(self._layout)
             y = forward_layer(layer, x, arguments, attend=attention, tile=self._tile)
@@ -162,6 +167,7 @@ class _Walk:
 
         with torch.no_grad(), _in_place_of_forward(self._layers, one):
             for index in reversed(range(len(self._layers))):
+                self._check()
                 x, *rest = self._store.take()
                 known = (rest[0], rest[1]) if rest else None
                 # Through the module's call, not around it: hooks bring its weights where they do not lie on the GPU.

@@ -116,7 +116,7 @@ class OptimizerStep:
         """Tokens of the longest example in a padded sequence; None where no limit is known."""
         self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most)
         self._graphs: CudaGraphs | None = None
-        self._long_rows = LongRows(model, self._head_loss)
+        self._long_rows = LongRows(model, self._head_loss, self._check)
 
     def __call__(self, number: int) -> torch.Tensor:
         """Leaves the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
@@ -288,6 +288,15 @@ class OptimizerStep:
         loss = self.padded_sum(tokens, ends, segments) * weight
         loss.backward()  # type: ignore[no-untyped-call] # adds to the flat gradient in place
         return loss.detach()
+
+    def _check(self) -> None:
+        """Within a long row.
+
+        Raises:
+            StepAbandoned: The job has to stop, and there is no time for as much as a whole step.
+        """
+        if self._hooks.stop() and not self._hooks.fits(1.0):
+            raise StepAbandoned
 
     def _in_tiles(self, examples: Sequence[Example]) -> bool:
         """Whether a micro-batch is computed by `long_rows`."""

@@ -5,7 +5,8 @@ once: of 343,000 tokens its inner tensors would be three times 9 GiB at Mistral-
 tile is computed again, and its part of the adapter's gradient is added to the whole in fp32, tile after tile. That
 order of sums is part of the result's bits: the tile is a constant, not a choice by free memory.
 
-The attention half is computed as a whole. What it keeps for its own backward pass exists for one layer at a time.
+The attention half is computed as a whole, but its norms, which may compute in fp32, are in tiles, too. What it keeps
+for its own backward pass exists for one layer at a time.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def forward_layer(
         (1, tokens, hidden).
     """
     with torch.no_grad():
-        after = _attention_half(layer, x, arguments, attend)
+        after = _attention_half(layer, x, arguments, attend, tile)
         for start in range(0, x.shape[1], tile):
             part = after[:, start : start + tile]
             part.copy_(_feed_forward_half(layer, part))  # in place: nothing else refers to `after`
@@ -112,7 +113,7 @@ def backward_layer(
     """
     x = x.detach().requires_grad_(needs_input)
     with torch.enable_grad():
-        after = _attention_half(layer, x, arguments, attend)
+        after = _attention_half(layer, x, arguments, attend, tile)
     edge = get_gradient_edge(after) if after.requires_grad else None
     after = after.detach()
     backward_in_tiles(lambda part: _feed_forward_half(layer, part), after, gradient, tile)
@@ -141,12 +142,37 @@ def backward_in_tiles(function: Tokenwise, x: torch.Tensor, gradient: torch.Tens
         place.copy_(part.grad)
 
 
-def _attention_half(layer: Any, x: torch.Tensor, arguments: Mapping[str, Any], attend: Attend | None) -> torch.Tensor:
+class _InTiles(torch.autograd.Function):
+    """A function that works token by token, in tiles forward and backward; its parameters get no gradient.
+
+    Of a norm in fp32, only a tile's values are there at a time, and only its input is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, function: Tokenwise, tile: int) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.function, ctx.tile = function, tile
+        out = torch.empty_like(x)
+        for start in range(0, x.shape[1], tile):
+            out[:, start : start + tile] = function(x[:, start : start + tile])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        gradient = gradient.clone()  # it may be another function's, too
+        backward_in_tiles(ctx.function, x, gradient, ctx.tile)
+        return gradient, None, None
+
+
+def _attention_half(
+    layer: Any, x: torch.Tensor, arguments: Mapping[str, Any], attend: Attend | None, tile: int
+) -> torch.Tensor:
     halves = LAYERS[type(layer).__name__]
     layout = replace(arguments["layout"], attend=attend)
-    read = _normed(layer, halves.before_attention, x)
+    read = _normed(layer, halves.before_attention, x, tile)
     found = layer.self_attn(hidden_states=read, **{**arguments, "layout": layout})[0]
-    return _added(layer, halves, x, _normed(layer, halves.behind_attention, found))
+    return _added(layer, halves, x, _normed(layer, halves.behind_attention, found, tile))
 
 
 def _feed_forward_half(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -155,8 +181,12 @@ def _feed_forward_half(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return _added(layer, halves, x, _normed(layer, halves.behind_feed_forward, found))
 
 
-def _normed(layer: Any, name: str | None, x: torch.Tensor) -> torch.Tensor:
-    return x if name is None else getattr(layer, name)(x)  # type: ignore[no-any-return]
+def _normed(layer: Any, name: str | None, x: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+    """The norm of this name, where there is one; in tiles where a tile is given."""
+    if name is None:
+        return x
+    norm = getattr(layer, name)
+    return norm(x) if tile is None else _InTiles.apply(x, norm, tile)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _added(layer: Any, halves: Halves, x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,27 @@ def test_a_full_gpu_moves_activations_first(
         (False, True),
     ]
     assert len({found for _, found in results}) == 1
+
+
+def test_a_row_for_which_there_is_no_time_is_abandoned(base_folder: Path) -> None:
+    """Between two of its layers, forward or backward: at each it is asked whether to go on."""
+    model, asked = fused(base_folder), list[int]()
+    rows, weight = rows_of(model), torch.tensor(0.01)
+    for parameter in trainable(model).values():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) in last:
+            raise step.StepAbandoned
+
+    rows.check = check
+    for last in ((2,), (3,), ()):
+        asked.clear()
+        with nullcontext() if not last else pytest.raises(step.StepAbandoned):
+            rows.gradient(EXAMPLES[-1:], weight, PLAN)
+        assert not any("forward" in vars(layer) for layer in model.get_base_model().model.layers)
+    assert len(asked) == 4  # two layers, forward and backward
 
 
 def test_the_layers_are_as_before(base_folder: Path) -> None:
