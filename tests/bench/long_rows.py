@@ -47,7 +47,7 @@ from job.model.fused.long_attention import CpuKernel, FlashKernel, heads_at_once
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Layout, Segment, build_layout
 from job.records import Example, ExecutionPlan
-from job.training import packing
+from job.training import activation_store, packing
 from job.training.config import Hooks, Recipe
 from job.training.flat_parameters import FlatParameters
 from job.training.memory_model import TILE_TOKENS, long_row_bytes, long_row_host_bytes
@@ -305,7 +305,7 @@ def build(bench: Bench) -> None:
     with torch.no_grad():  # a fresh adapter is zero on one side, which hides errors
         for parameter in trainable(model).values():
             parameter.normal_(std=0.01)
-    found, name = fast_kernels(DEVICE)
+    found, name = fast_kernels(DEVICE, base.dtype)
     assert fuse_layers(model, keep_dequantized=False, kernels=found) == "all"
     bench.model, bench.all_layers = model.train(), list(base.model.layers)
     clean()
@@ -362,6 +362,25 @@ def step_of(
     return step, parameters, count
 
 
+@contextmanager
+def pinning() -> Iterator[list[float]]:
+    """Collects the seconds that pinning host memory takes, once for each layer in the first step."""
+    seconds: list[float] = []
+    pinned = activation_store.pinned
+
+    def timed(size: int, device: torch.device) -> torch.Tensor:
+        began = time.perf_counter()
+        memory = pinned(size, device)
+        seconds.append(time.perf_counter() - began)
+        return memory
+
+    activation_store.pinned = timed
+    try:
+        yield seconds
+    finally:
+        activation_store.pinned = pinned
+
+
 def run(
     bench: Bench,
     what: str,
@@ -382,7 +401,8 @@ def run(
         for turn in range(2 if twice else 1):
             sync()
             began = time.perf_counter()
-            loss = step(turn)
+            with pinning() as pins:
+                loss = step(turn)
             if turn == 0:
                 gradient = parameters.gradient.clone()
             optimizer.step()
@@ -406,6 +426,7 @@ def run(
                 kept_attention=step.plan.kept_attention,
                 tile_tokens=step.plan.tile_tokens,
                 recorded=step.plan.recorded,
+                pinning_seconds=sum(pins),
                 **more,
             )
     finally:

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
-from job.model.fused.long_attention import heads_at_once
+from job.model.fused.long_attention import CpuKernel, FlashKernel, heads_at_once
 from job.model.lora import trainable
+from job.model.packed_attention import Segment, build_layout
 from job.records import Example, ExecutionPlan
 from job.training import long_rows, step
 from job.training.activation_store import ActivationStore
@@ -93,8 +94,6 @@ def test_where_activations_wait_changes_no_bit(base_folder: Path, dtype: torch.d
 
 def test_kept_attention_is_not_computed_again(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel runs once a layer where its output is kept, else twice."""
-    from job.model.fused.long_attention import CpuKernel
-
     calls: list[int] = []
     kernel = CpuKernel.forward
     monkeypatch.setattr(CpuKernel, "forward", lambda *x: calls.append(1) or kernel(*x))
@@ -209,6 +208,47 @@ def test_a_store_gives_back_what_it_got() -> None:
                 taken = store.take()
                 assert all(torch.equal(a, b) for a, b in zip(taken, group, strict=True))
     assert [len(host[place]) for place in range(3)] == [7 * (4 * 2 + 2 * 4)] * 3
+
+
+def test_the_flash_kernel_gets_its_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In groups, each with the heads of its keys and values, and with all its arguments in their places.
+
+    Torch's kernel for GPUs is replaced by its kernel for CPUs.
+    """
+    layout = build_layout([Segment(0, 20), Segment(20, 33)], CPU)
+    calls: list[int] = []
+
+    def forward(q: Any, k: Any, v: Any, *lengths: Any, return_debug_mask: bool, **how: Any) -> Any:
+        assert not return_debug_mask
+        return CpuKernel(layout, how["scale"], window(how, lengths)).forward(q, k, v)
+
+    def window(how: dict[str, Any], lengths: Any) -> int | None:
+        queries, keys, *longest, dropout, causal = lengths
+        assert (longest, dropout, how["window_size_right"]) == ([20, 20], 0.0, 0)
+        assert queries is keys
+        assert queries[:3].tolist() == [0, 20, 33]
+        assert causal == (how["window_size_left"] < 0)
+        return None if causal else how["window_size_left"] + 1
+
+    def backward(gradient: Any, *saved: Any, **how: Any) -> Any:
+        saved, lengths = saved[:5], saved[5:-2]
+        calls.append(gradient.shape[1])
+        return CpuKernel(layout, how["scale"], window(how, lengths)).backward(gradient, *saved)
+
+    monkeypatch.setattr("job.model.fused.long_attention.processors", lambda _: 8)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+    tensors = [torch.randn(33, heads, 16) for heads in (16, 4, 4)]
+    gradient = torch.randn(33, 16, 16)
+    for seen in (None, 5):
+        found, expected = [], []
+        for kind, results in ((FlashKernel, found), (CpuKernel, expected)):
+            kernel = kind(layout, 0.3, seen)
+            output = kernel.forward(*tensors)
+            results += [*output, *kernel.backward(gradient, *tensors, *output)]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    assert calls == [8, 8] * 2
 
 
 @pytest.mark.parametrize(
