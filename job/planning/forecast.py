@@ -354,12 +354,13 @@ def _need(run: RunShape, setup: Setup) -> int:
 
 
 def _in_tiles(run: RunShape, tokens: int) -> bool:
-    """Whether a micro-batch of so many tokens is a row that is computed layer by layer."""
-    return run.tiles and tokens > LONG_ROW
+    """Whether a micro-batch of so many tokens has a row that is computed layer by layer."""
+    long = run.workload is not None and run.workload.longest > LONG_ROW
+    return run.tiles and long and tokens > LONG_ROW
 
 
 def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
-    return memory_model.training_memory(setup, tokens, tiles=run.tiles, offload=run.offload)
+    return memory_model.training_memory(setup, tokens, tiles=_in_tiles(run, tokens), offload=run.offload)
 
 
 MOST_GPUS = 8

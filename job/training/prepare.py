@@ -88,6 +88,7 @@ def place_base(
         offload: As in `training_memory`.
     """
     tokens = _longest_sequence(lengths, global_batch_size, budget)
+    tiles &= max(lengths) > LONG_ROW
 
     def needs(there: Setup) -> int:
         scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
@@ -302,7 +303,7 @@ def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: in
     if longest > LONG_ROW and method == "sft" and lora_forward.knows(model.get_base_model()):
         if (why := why_not_here(model)) is None:
             short = [length for length in lengths if length <= LONG_ROW]
-            padded = _longest_sequence(short, global_batch_size, min(budget, LONG_ROW)) if short else 0
+            padded = _longest_sequence(short, global_batch_size, budget) if short else 0
             return _Rows(padded, max(longest, budget))
         log.get_logger().warning("long rows are not computed in tiles, which takes more memory and time", why=why)
     return _Rows(_longest_sequence(lengths, global_batch_size, budget), None)
