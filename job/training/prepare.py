@@ -179,8 +179,10 @@ def prepare(
                 why = "no CUDA graphs: JOB_TRAIN__NEFTUNE_NOISE_ALPHA draws new noise in every step"
                 plan = replace(plan, recorded=False, reason=f"{plan.reason}; {why}")
             log.get_logger().info("execution plan", micro_batch_tokens=budget, **asdict(plan))
+            _note_unused(plan, lengths, offload=offload)
             return plan
         slow = "PEFT's layers of this adapter are of a kind that has no fused one"
+    _note_unused(None, lengths, offload=offload)
     kept, memory = _keeps_activations(model, setup, max(budget, *lengths), processes, recompute=recompute)
     plan = ExecutionPlan(
         kept_base=False,
@@ -293,6 +295,16 @@ class _Rows:
 
     padded: int
     long: int | None
+
+
+def _note_unused(plan: ExecutionPlan | None, lengths: Sequence[int], *, offload: bool | Literal["auto"]) -> None:
+    """Warns that activations are not offloaded although the setting says so."""
+    if offload is not True or (plan is not None and plan.tile_tokens is not None):
+        return
+    why = "rows are not computed layer by layer on this machine, or by this model or method"
+    if (longest := max(lengths)) <= LONG_ROW:
+        why = f"the longest row has {longest:,} tokens, and only those of more than {LONG_ROW:,} are"
+    log.get_logger().warning("JOB_TRAIN__OFFLOAD_ACTIVATIONS has no effect", why=why)
 
 
 def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: int, method: str) -> _Rows:

@@ -232,6 +232,7 @@ def kernels(tokens: int, *, tiny: bool) -> Iterator[tuple[str, bool, Callable[[]
         yield f"flash, {segments} segments", True, lambda segments=segments: by_varlen(layout, segments)
     yield "flash, 1 segment", False, lambda: by_varlen(layout, 1)
     yield "cuDNN", False, by_cudnn
+    yield "cuDNN, by its operation", True, by_cudnn_alone
     yield "flash-attn 3", True, by_flash_3
     if not tiny and tokens < FLEX_BELOW:
         yield "flex", True, lambda: by_flex(tokens)
@@ -259,11 +260,28 @@ def by_cudnn() -> Forward:
     from torch.nn.functional import scaled_dot_product_attention
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+            found = scaled_dot_product_attention(*expanded(q, k, v), is_causal=True)
+        return found[0].transpose(0, 1)
 
     return forward
+
+
+def by_cudnn_alone() -> Forward:
+    """The same without what sdpa asks before it."""
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        how = {"attn_bias": None, "compute_log_sumexp": True, "is_causal": True}
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(*expanded(q, k, v), **how)
+        return found[0][0].transpose(0, 1)
+
+    return forward
+
+
+def expanded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """(1, heads, tokens, head size) each, keys and values as often as queries."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return [x.transpose(0, 1)[None] for x in (q, k, v)]
 
 
 def by_flash_3() -> Forward:

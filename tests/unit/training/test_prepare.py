@@ -211,6 +211,15 @@ def test_long_rows_are_computed_in_tiles(base_folder: Path, monkeypatch: pytest.
     assert held_out.tile_tokens == 8192
 
 
+def test_offloading_without_a_long_row_is_a_warning(base_folder: Path) -> None:
+    """The setting is for long rows on fused layers: where it does nothing, it is said why."""
+    with capture_logs() as lines:
+        prepare(make_model(base_folder), [10, 20], **SETTINGS, offload=True)
+    (line,) = [line for line in lines if line["log_level"] == "warning"]
+    assert line["event"] == "JOB_TRAIN__OFFLOAD_ACTIVATIONS has no effect"
+    assert "20 tokens" in line["why"]
+
+
 def test_a_row_that_cannot_fit_is_refused(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before training, with the figures, the row's place and the settings; as an error of the settings."""
     how = {"host": 20 << 20, "longest_at": "rows.jsonl:17"}
