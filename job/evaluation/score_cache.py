@@ -31,6 +31,7 @@ SAVE_SECONDS = 15.0
 _ENDING = ".jsonl"
 
 CODE = (
+    "job.common.device_copies",
     "job.evaluation.generation",
     "job.evaluation.resumable",
     "job.evaluation.scoring",
@@ -41,9 +42,11 @@ CODE = (
     "job.model.families",
     "job.model.files",
     "job.model.fused.dropout",
+    "job.model.fused.fp8",
     "job.model.fused.frozen_weights",
     "job.model.fused.kernels",
     "job.model.fused.lora_forward",
+    "job.model.fused.precise_forward",
     "job.model.fused.triton_kernels",
     "job.model.lora",
     "job.model.packed_attention",

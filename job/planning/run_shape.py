@@ -59,6 +59,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         usd_per_hour=settings.cost.usd_per_hour,
         fused=settings.model.dtype != "fp32" and adapter_options(settings).not_fused is None,
         fused_from=AMPERE if settings.model.dtype == "bf16" else VOLTA,
+        fp8=settings.train.compute == "fp8",
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
         places=_places(settings),

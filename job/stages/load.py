@@ -28,13 +28,13 @@ from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
 from job.model.start_adapter import load_start
 from job.model.whole_modules import grow_embeddings
-from job.records import Packing
+from job.records import ExecutionPlan, Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.training.config import total_steps
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import PLACES, Setup, packed_bytes
-from job.training.prepare import limit_memory, place_base, prepare, token_budget
+from job.training.prepare import limit_memory, place_base, prepare, require_fp8, token_budget
 
 MAIN_MEMORY_SHARE = 0.8
 """Of the main memory that is available, what the base's weights may fill; the rest is for the job itself. Assumed."""
@@ -59,6 +59,8 @@ def load(
     """
     device = choose_device(settings.run.device)
     _same_kind(processes, device.type)
+    if settings.train.compute == "fp8":
+        require_fp8(device)
     if device.type == "cuda":
         make_deterministic()
         limit_memory(settings.train.gpu_memory_gb)
@@ -138,14 +140,21 @@ def load(
         method=train.last_method,
         longest_at=sources.record.dataset.longest_at,
         validation=lengths_of(sources.validation),
+        compute=train.compute,
     )
-    if settings.train.last_method != "sft" and plan.recorded:
-        plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.last_method}")
+    plan = _completed(plan, train.last_method, packing, why)
+    return Loaded(model, record, budget, plan, kept_base, packing, names)
+
+
+def _completed(plan: ExecutionPlan, method: str, packing: Packing, why: str) -> ExecutionPlan:
+    """The plan with what the method and the way of packing make of it; `why` says where the base lies."""
+    if method != "sft" and plan.recorded:
+        plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {method}")
     if why:
         plan = replace(plan, reason=f"{plan.reason}; {why}")
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
-    return Loaded(model, record, budget, plan, kept_base, packing, names)
+    return plan
 
 
 def _packing(

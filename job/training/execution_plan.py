@@ -28,6 +28,8 @@ AMPERE, VOLTA = (8, 0), (7, 0)
 """The lowest compute capabilities: with bf16 and the attention kernel for variable-length segments; with fast fp16."""
 BUDGETS = ((40 * GIB, 16384), (11 * GIB, 4096), (0, 1024))
 """(least bytes of the GPU, token budget of a micro-batch)."""
+FP8_CAPABILITY = (8, 9)
+"""The lowest compute capability of a GPU with FP8 products: Ada; then Hopper, Blackwell."""
 _REST_BYTES = 4 * GIB
 """What the formulas leave out: tiles of the loss, CUDA graphs, the adapter's copies. 4.1 GiB in the run named below."""
 
@@ -74,6 +76,7 @@ def choose_plan(
     keep_activations: bool | None,
     recorded: bool,
     not_recorded: str | None = None,
+    fp8: bool = False,
 ) -> ExecutionPlan:
     """The fastest plan that fits, where fused layers compute; `forward` is set by the caller, which fuses them.
 
@@ -92,10 +95,12 @@ def choose_plan(
         recorded: Whether the decoder is fused throughout, so that its kernels can be recorded. Else transformers' own
             code runs between the fused layers, and keeps more activations.
         not_recorded: Why they cannot be recorded, although it is.
+        fp8: Whether training computes in FP8: what is kept of the base are its two copies in that format.
     """
     on_gpu = setup.base_held == "gpu"
     known, recorded, rest = recorded, recorded and on_gpu, _REST_BYTES if on_gpu else _beside(setup)
-    base = 2 * setup.architecture.linear_parameters if setup.quantization != "none" else 0
+    # Two bytes a weight either way: once in bf16, or twice in FP8 (`model/fused/fp8.py`).
+    base = 2 * setup.architecture.linear_parameters if setup.quantization != "none" or fp8 else 0
     again = activation_bytes(setup, sequence_tokens)
     tried = []
     for kept_base, kept in ((True, True), (False, True), (True, False), (False, False)):
@@ -116,7 +121,7 @@ def choose_plan(
     graphs = f"; no CUDA graphs: {not_recorded}" if recorded and not_recorded else ""
     recorded &= not_recorded is None
     where = {"sharded": "; the base is sharded over the processes", "host": "; the base is in main memory"}
-    kept_base &= setup.quantization != "none"
+    kept_base &= setup.quantization != "none" or fp8
     return ExecutionPlan(
         kept_base=kept_base,
         kept_activations=kept,

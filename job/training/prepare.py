@@ -7,23 +7,26 @@ manifest give the reason. On a CPU, PEFT's layers are always used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from job import log
 from job.common.formatting import size
 from job.common.resources import available_bytes
+from job.errors import Problem, SettingsError
 from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.model.placed_weights import place_of
-from job.records import FUSED, PEFT, ExecutionPlan
+from job.records import FP8, FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
 from job.training.execution_plan import (
     AMPERE,
+    FP8_CAPABILITY,
     VOLTA,
     choose_budget,
     choose_long_rows,
@@ -47,6 +50,7 @@ from job.training.refusal import refuse_rows
 
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
+_COMPUTE = "JOB_TRAIN__COMPUTE"
 
 
 def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float | None) -> int:
@@ -120,6 +124,7 @@ def prepare(
     method: str = "sft",
     longest_at: str = "",
     validation: Sequence[int] = (),
+    compute: Literal["dtype", "fp8"] = "dtype",
 ) -> ExecutionPlan:
     """Chooses how this machine trains the model, and makes the model ready for it.
 
@@ -140,29 +145,34 @@ def prepare(
         method: Rows of preferences go through the model as a whole, however long they are.
         longest_at: Where the longest row stands, for messages.
         validation: Tokens of each row that is validated on.
+        compute: `JOB_TRAIN__COMPUTE`.
 
     Raises:
-        SettingsError: The longest row cannot fit into the memory of this machine.
+        SettingsError: The longest row cannot fit into the memory of this machine. Training cannot compute in FP8 as
+            the settings ask: PEFT's own layers are needed, or a layer's size does not fit the GPU's products.
     """
     setup, held = setup_of(model, quantization, optimizer), place_of(model)
     setup = setup and replace(setup, base_held=held)
     allowed = None if offload == "auto" else offload
     slow = why_not_fused(model) or slow
+    dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+    if compute == FP8 and slow is None and dtype != "bfloat16":
+        raise SettingsError([Problem(_COMPUTE, f"is fp8, which is beside bf16; the compute dtype is {dtype}")])
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
     lengths = [*lengths, *sorted(validation, reverse=True)[:1]]
     rows = None if slow is not None else _rows(model, lengths, budget, global_batch_size, method)
-    if setup is not None:
-        _refuse(
-            model,
-            setup,
-            max(lengths),
-            rows=rows,
-            gigabytes=gigabytes,
-            offload=allowed,
-            processes=processes,
-            where=longest_at,
-        )
+    may_fit = partial(
+        _refuse,
+        model,
+        setup,
+        max(lengths),
+        rows=rows,
+        gigabytes=gigabytes,
+        offload=allowed,
+        processes=processes,
+        where=longest_at,
+    )
     if rows is not None and setup is not None:
         plan = _fuse(
             model,
@@ -173,6 +183,8 @@ def prepare(
             gigabytes=gigabytes,
             offload=allowed,
             host_bytes=available_bytes() // processes,
+            fp8=compute == FP8,
+            may_fit=may_fit,
         )
         if plan is not None:
             if random and plan.recorded:
@@ -182,6 +194,9 @@ def prepare(
             _note_unused(plan, lengths, offload=offload)
             return plan
         slow = "PEFT's layers of this adapter are of a kind that has no fused one"
+    if compute == FP8:
+        raise SettingsError([Problem(_COMPUTE, f"is fp8, which only the job's fused layers compute: {slow}")])
+    may_fit()
     _note_unused(None, lengths, offload=offload)
     kept, memory = _keeps_activations(model, setup, max(budget, *lengths), processes, recompute=recompute)
     plan = ExecutionPlan(
@@ -222,6 +237,13 @@ def why_not_fused(model: Any) -> str | None:
 def free_gpu_bytes(gigabytes: float | None) -> int:
     """Bytes of the GPU that this process may still allocate; `gigabytes` is the limit of `limit_memory`."""
     return _gpu_memory(gigabytes)[1]
+
+
+def give_back_memory() -> None:
+    """Frees the GPU memory that torch has reserved and does not use."""
+    import torch
+
+    torch.cuda.empty_cache()
 
 
 def limit_memory(gigabytes: float | None) -> None:
@@ -331,13 +353,20 @@ def _fuse(
     gigabytes: float | None,
     offload: bool | None,
     host_bytes: int,
+    fp8: bool,
+    may_fit: Callable[[], None],
 ) -> ExecutionPlan | None:
     """Replaces the layers' forward by fused ones, as far as free memory allows; None if no layer can be replaced."""
     import torch
 
     from job.model.fused import lora_forward
+    from job.model.fused.fp8 import MULTIPLE
     from job.model.fused.long_attention import attention_copies
 
+    if fp8 and (odd := _not_multiples(setup, MULTIPLE)):
+        what = f"is fp8, whose products need sizes that are multiples of {MULTIPLE}; this model has {odd}; remove it"
+        raise SettingsError([Problem(_COMPUTE, what)])
+    may_fit()
     _, free = _gpu_memory(gigabytes)
     copies, reserved = attention_copies(setup.architecture, model.device), 0
     if rows.long is not None:
@@ -347,10 +376,12 @@ def _fuse(
         setup,
         free_bytes=max(0, free - reserved),
         sequence_tokens=rows.padded,
-        keep_base=False if keep_base is None and rows.padded == 0 else keep_base,  # for long rows it saves nothing
+        # For long rows alone it saves nothing; but of FP8's copies there are two, made with a pass over all values.
+        keep_base=False if keep_base is None and rows.padded == 0 and not fp8 else keep_base,
         keep_activations=keep_activations,
         recorded=lora_forward.knows(model.get_base_model()),
         not_recorded=why_not_recorded(setup, capability),
+        fp8=fp8,
     )
     if rows.long is not None:
         plan = choose_long_rows(
@@ -365,18 +396,48 @@ def _fuse(
         )
     kernels, name = fast_kernels(model.device, model.get_base_model().dtype)
     try:
-        made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels)
+        made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels, fp8=fp8)
     except torch.OutOfMemoryError:  # another process took the free memory, or the setting needs too much
         plan = replace(plan, kept_base=False, reason=f"{plan.reason}, and ran out while keeping the base")
-        made = fuse_layers(model, keep_dequantized=False, kernels=kernels)
+        made = fuse_layers(model, keep_dequantized=False, kernels=kernels, fp8=fp8)
     if made == "nothing":
         return None
-    return replace(plan, recorded=plan.recorded and made == "all", forward=f"{FUSED} {made}, {name}")
+    forward = ", ".join((f"{FUSED} {made}", name, *([FP8] if fp8 else [])))
+    return replace(plan, recorded=plan.recorded and made == "all", forward=forward)
+
+
+def require_fp8(device: Any) -> None:
+    """Refuses a machine that cannot train in FP8.
+
+    Raises:
+        SettingsError: There is no GPU, or it or torch has no such products.
+    """
+    from job.model.fused import fp8
+
+    if device.type != "cuda":
+        why: str | None = "there is no GPU"
+    elif (capability := _capability()) < FP8_CAPABILITY:
+        least = "{}.{}".format(*FP8_CAPABILITY)
+        why = "the GPU's compute capability is {}.{}, less than {} (Ada, Hopper)".format(*capability, least)
+    else:
+        why = fp8.why_not_here(device)
+    if why is not None:
+        raise SettingsError([Problem(_COMPUTE, f"is fp8, and {why}; remove it, or take another GPU")])
+
+
+def _not_multiples(setup: Setup, factor: int) -> str:
+    """The adapted layers whose inputs or outputs are not multiples of `factor`, in words; empty if all are."""
+    sizes = {name: setup.architecture.linear[name] for name in setup.targets if name in setup.architecture.linear}
+    return ", ".join(
+        f"{name} of {inputs} x {outputs}"
+        for name, (inputs, outputs) in sizes.items()
+        if inputs % factor or outputs % factor
+    )
 
 
 def _refuse(
     model: Any,
-    setup: Setup,
+    setup: Setup | None,
     longest: int,
     *,
     rows: _Rows | None,
@@ -388,6 +449,8 @@ def _refuse(
     """Refuses rows that certainly do not fit: on the GPU, or on a CPU in the machine's memory."""
     from job.model.fused.long_attention import attention_copies
 
+    if setup is None:
+        return
     host = available_bytes() // processes
     on_gpu = model.device.type == "cuda"
     in_tiles = rows is not None and rows.long is not None

@@ -24,6 +24,7 @@ from job.data.examples import lengths_of
 from job.distributed.processes import Processes
 from job.errors import JobError
 from job.log import get_logger
+from job.model.architecture import read_config
 from job.model.base import recompute_activations
 from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import forget_dequantized
@@ -39,11 +40,16 @@ from job.training.long_rows import LongRows, has_long_row
 from job.training.memory_model import LONG_ROW
 from job.training.objectives import Totals, totals_of
 from job.training.packing import (
+    RECORDING_TOKENS,
+    Shapes,
     alone_inputs,
+    blank_sequence,
+    choose_shapes,
     length_increment,
     longest_segment,
     packed_inputs,
     padded_sequence,
+    recording_tokens,
 )
 from job.training.preference_gradient import PreferenceGradient
 
@@ -117,6 +123,8 @@ class OptimizerStep:
         self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most)
         self._graphs: CudaGraphs | None = None
         self._long_rows = LongRows(model, self._head_loss, self._check)
+        self._recording_tokens = _recording_tokens(model)
+        self._shapes: dict[int, Shapes] = {}
 
     def __call__(self, number: int) -> torch.Tensor:
         """Leaves the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
@@ -241,7 +249,7 @@ class OptimizerStep:
         if not self.plan.padded:
             return self._packed_gradient(packed_inputs(examples, device), targets)
         # A tensor, not a number: a CUDA graph would always use the number with which it was recorded.
-        weight = torch.tensor(1 / targets, device=device)
+        weight = torch.full((), 1 / targets, device=device)  # filled there: a copy would wait for the GPU
         if self._loss_scale is not None:
             weight = weight * self._loss_scale
         loss = self._padded_micro_batch(examples, weight)
@@ -252,7 +260,7 @@ class OptimizerStep:
         """The same with `weight`, () float32, by which the summed loss is multiplied; for a padded plan."""
         if self._in_tiles(examples):
             return self._long_rows.gradient(examples, weight, self.plan)
-        sequence = padded_sequence(examples, weight.device)
+        sequence = padded_sequence(examples, weight.device, self.shapes())
         if not self.plan.recorded:
             return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
         graphs = self._recorded(weight.device)
@@ -315,7 +323,10 @@ class OptimizerStep:
         ids, labels, positions = tokens.unbind()
         # An earlier attempt may have had a larger budget, and so a longer padding, than this one's.
         longest = max(
-            self._longest, length_increment(ids.shape[0]), *(segment.end - segment.start for segment in segments), 0
+            self._longest,
+            self.shapes().longest_padding,
+            length_increment(ids.shape[0]),
+            *(segment.end - segment.start for segment in segments),
         )
         layout = Layout(segments, ends, ends, None, longest, longest)
         hidden = decoder_of(base)(
@@ -328,8 +339,16 @@ class OptimizerStep:
         head = self._model.get_base_model().get_output_embeddings()
         return padded_loss(hidden, head, labels, self._smoothing, self._logits)
 
+    def shapes(self) -> Shapes:
+        """What this process's packed sequences are padded to, with the present token budget."""
+        if self.budget not in self._shapes:
+            self._shapes[self.budget] = choose_shapes(
+                self._steps.sequences(self.budget, self._padded_at_most), self._recording_tokens
+            )
+        return self._shapes[self.budget]
+
     def _recorded(self, device: torch.device) -> CudaGraphs:
-        """The CUDA graphs. If there are none yet, that of the largest micro-batch of this process is recorded first.
+        """The CUDA graphs. If there are none yet, that of the longest shape of this process is recorded first.
 
         All graphs share one memory pool, so the memory of the largest graph serves the smaller ones, too.
         """
@@ -337,7 +356,7 @@ class OptimizerStep:
             first = padded_sequence([Example((0,), (False,))], device)
             weight = torch.tensor(0.0, device=device)
             self._graphs = CudaGraphs(self._padded_gradient, (first.tokens, first.ends, weight))
-            largest = padded_sequence(self._steps.largest(self.budget, self._padded_at_most), device)
+            largest = blank_sequence(self.shapes().shapes[-1], device)
             self._graphs.prepare(largest.tokens, largest.ends, weight)
         return self._graphs
 
@@ -364,3 +383,11 @@ def free_caches() -> None:
     except RuntimeError as error:  # the allocator of torch believes a failed recording to be in progress
         if not out_of_memory(error):
             raise
+
+
+def _recording_tokens(model: Any) -> int:
+    try:
+        of = read_config(model.get_base_model().config.to_dict())
+    except ValueError:  # a model of another build, which is not padded
+        return RECORDING_TOKENS
+    return recording_tokens(of.layers, of.linear_parameters + of.head_parameters)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from job.model.families import GELU_TANH, SILU
-from job.model.fused import dropout
+from job.model.fused import dropout, fp8
 
 Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """(input, weight, epsilon) -> RMS norm over the last dimension."""
@@ -36,6 +36,8 @@ class Kernels:
     turn: Turn
     drop: Callable[[torch.Tensor, torch.Tensor, int, float], torch.Tensor]
     """`dropout.drop`."""
+    quantize: fp8.Quantize
+    """Rows in FP8; used where training computes in it."""
 
     def gated(self, activation: str) -> Gated:
         """By transformers' name of the activation."""
@@ -94,12 +96,12 @@ def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Te
     return turned
 
 
-TORCH = Kernels("torch", _norm, _norm_around_one, _swiglu, _geglu, _turn, dropout.drop)
+TORCH = Kernels("torch", _norm, _norm_around_one, _swiglu, _geglu, _turn, dropout.drop, fp8.quantize)
 """By torch's own operations; runs anywhere."""
 
 
 def triton() -> Kernels:
-    """Gates, rotation, dropout and the norm around one in one pass over memory each.
+    """Gates, rotation, dropout, the norm around one and quantization in one pass over memory each.
 
     Raises:
         ImportError: There is no Triton, which comes with torch for GPUs.
@@ -114,4 +116,5 @@ def triton() -> Kernels:
         geglu=triton_kernels.geglu,
         turn=triton_kernels.turn,
         drop=triton_kernels.drop,
+        quantize=triton_kernels.quantize,
     )

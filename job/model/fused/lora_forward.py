@@ -39,6 +39,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from job.model.families import Family, fused_family
 from job.model.fused.dropout import new_state
+from job.model.fused.fp8 import FrozenProducts
 from job.model.fused.kernels import TORCH, Kernels
 from job.model.packed_attention import Layout, packed_attention
 
@@ -61,9 +62,10 @@ class _Adapted(torch.autograd.Function):
         ctx.drops = common.drops
         low = common.low(tokens, drops=ctx.drops)  # h of all layers side by side: (tokens, sum of ranks)
         outputs = []
-        for layer, part in zip(common.layers, low.split_with_sizes(common.ranks, dim=1), strict=True):
-            y = functional.linear(tokens, layer.weight(), layer.bias)
-            # In place: y was made on the line above, and nothing else refers to it.
+        ctx.fp8 = common.products_in_training
+        parts = low.split_with_sizes(common.ranks, dim=1)
+        for layer, y, part in zip(common.layers, common.frozen(tokens, ctx.fp8), parts, strict=True):
+            # In place: y was made for this round, and nothing else refers to it.
             outputs.append(y.addmm_(part, layer.b.T).view(*x.shape[:-1], -1))
         # The copies of A and B too: should they change before the backward pass, autograd would find it out.
         ctx.save_for_backward(tokens, low, common.a, *(layer.b for layer in common.layers))
@@ -89,9 +91,12 @@ class _Adapted(torch.autograd.Function):
         x_gradient = None
         if ctx.needs_input_grad[0]:
             # Summed in place, one weight after the other: kept for each use, only one is dequantized at a time.
-            x_gradient = gradients[0] @ layers[0].weight()
-            for gradient, layer in zip(gradients[1:], layers[1:], strict=True):
-                x_gradient.addmm_(gradient, layer.weight())
+            if ctx.fp8 is not None:
+                x_gradient = ctx.fp8.input_gradient(gradients)
+            else:
+                x_gradient = gradients[0] @ layers[0].weight()
+                for gradient, layer in zip(gradients[1:], layers[1:], strict=True):
+                    x_gradient.addmm_(gradient, layer.weight())
             x_gradient = ctx.common.add_input_gradient(x_gradient, low_gradient, a, drops=ctx.drops).view(ctx.shape)
         return x_gradient, None, *a_gradients, *b_gradients
 
@@ -167,6 +172,19 @@ class CommonInput:
         self.ranks = [layer.trained_a.shape[0] for layer in self.layers]
         self.a = torch.cat([layer.trained_a.detach().to(dtype) for layer in self.layers])
         """(sum of ranks, inputs): copies of the trained ones in the compute dtype, one below the other."""
+        self.fp8: FrozenProducts | None = None
+        """The products with the frozen weights, where training computes them in FP8."""
+
+    @property
+    def products_in_training(self) -> FrozenProducts | None:
+        """`fp8` while the model is in training mode; a model that is scored computes in its own dtype."""
+        return self.fp8 if self.modules[0].training else None
+
+    def frozen(self, tokens: torch.Tensor, fp8: FrozenProducts | None) -> Iterator[torch.Tensor]:
+        """(tokens, inputs) -> for each layer (tokens, its outputs) of the base alone, when it is asked for."""
+        if fp8 is not None:
+            return fp8.outputs(tokens)
+        return (functional.linear(tokens, layer.weight(), layer.bias) for layer in self.layers)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(..., inputs) -> for each layer (..., its outputs); those of the base while the adapter is switched off."""
@@ -280,7 +298,7 @@ def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels:
         return inputs[-1]
 
     if kernels is not None and family is not None:
-        for module, forward, names in _parts(base, family):
+        for module, forward, names in decoder_parts(base, family):
             module.forward = MethodType(partial(forward, kernels, family), module)
             inner = [getattr(module, name) for name in names]
             if inner and all(layer in weights for layer in inner):
@@ -317,7 +335,7 @@ def _refresh(copies: list[torch.Tensor], trained: list[torch.Tensor], scaled: li
             torch._foreach_mul_([layer.b for layer in scaled], [layer.scale for layer in scaled])
 
 
-def _parts(base: Any, family: Family) -> Iterator[tuple[Any, Callable[..., Any], tuple[str, ...]]]:
+def decoder_parts(base: Any, family: Family) -> Iterator[tuple[Any, Callable[..., Any], tuple[str, ...]]]:
     """Parts of a decoder, their forward, and the names of their layers with a common input."""
     forwards: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         "RMSNorm": (_norm, ()),

@@ -1,7 +1,12 @@
-"""Triton kernels that torch lacks. They compute in fp32 and in a fixed order, so their bits are reproducible."""
+"""Triton kernels that torch lacks.
+
+They work in fp32, element by element, on sums in a fixed order, or on the largest number of a row, which depends on no
+order: their bits are reproducible.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +15,15 @@ from torch.nn import functional
 from triton import language as tl
 
 from job.model.fused.dropout import bound
+from job.model.fused.fp8 import FORMAT, LARGEST, SMALLEST, Rows
 
 _BLOCK = 1024
 _TILE = 4096
 """Numbers that a program of the norm works on at a time, in whole rows."""
+_ROW_BLOCK = 4096
+"""Columns that a program quantizes at a time."""
+_MOST_PARTS = 3
+"""Layers with a common input: queries, keys and values."""
 
 
 @triton.jit
@@ -59,7 +69,22 @@ def _gated_gradient_kernel(
 
 
 @triton.jit
-def _turn_kernel(x, cosine, sine, out, size, heads, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _scoring_norm_kernel(x, weight, out, width, epsilon, AROUND_ONE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    start = tl.program_id(0).to(tl.int64) * width
+    v = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if AROUND_ONE:
+        w += 1
+    v = v * tl.rsqrt(tl.sum(v * v, 0) / width + epsilon) * w
+    tl.store(out + start + at, v.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn_kernel(
+    x, cosine, sine, out, size, heads, largest, LIMITED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < size
     head, place = pair // HALF, pair % HALF
@@ -68,8 +93,59 @@ def _turn_kernel(x, cosine, sine, out, size, heads, HALF: tl.constexpr, BLOCK: t
     b = tl.load(x + first + HALF, mask=inside, other=0.0).to(tl.float32)
     c = tl.load(cosine + angle, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sine + angle, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + first, (a * c - b * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + first + HALF, (b * c + a * s).to(out.dtype.element_ty), mask=inside)
+    turned, other = a * c - b * s, b * c + a * s
+    if LIMITED:
+        turned = tl.where(tl.abs(turned) <= largest, turned, float("nan"))
+        other = tl.where(tl.abs(other) <= largest, other, float("nan"))
+    tl.store(out + first, turned.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + first + HALF, other.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _largest_of(part, row, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    for start in range(0, WIDTH, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(part + row * WIDTH + at, mask=at < WIDTH, other=0.0).to(tl.float32)
+        seen = tl.maximum(seen, tl.abs(x))
+    return seen
+
+
+@triton.jit
+def _scale_into(out, part, row, inverse, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    for start in range(0, WIDTH, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(part + row * WIDTH + at, mask=at < WIDTH, other=0.0).to(tl.float32)
+        tl.store(out + at, (x * inverse).to(out.dtype.element_ty), mask=at < WIDTH)
+
+
+@triton.jit
+def _quantize_kernel(
+    first,
+    second,
+    third,
+    out,
+    scale,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    THIRD: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    seen = tl.zeros((BLOCK,), tl.float32)
+    seen = _largest_of(first, row, seen, FIRST, BLOCK)
+    seen = _largest_of(second, row, seen, SECOND, BLOCK)
+    seen = _largest_of(third, row, seen, THIRD, BLOCK)
+    largest = tl.maximum(tl.max(seen, 0), LEAST)
+    limit = tl.full([], LIMIT, tl.float32)
+    # Rounded as IEEE has it, so that the bits are those of torch's formula; `/` is an approximation on a GPU.
+    tl.store(scale + row, tl.div_rn(largest, limit))
+    inverse = tl.div_rn(limit, largest)
+    to = out + row * (FIRST + SECOND + THIRD)  # the second reading of a row comes from the cache
+    _scale_into(to, first, row, inverse, FIRST, BLOCK)
+    _scale_into(to + FIRST, second, row, inverse, SECOND, BLOCK)
+    _scale_into(to + FIRST + SECOND, third, row, inverse, THIRD, BLOCK)
 
 
 @triton.jit
@@ -227,9 +303,47 @@ def drop(x: torch.Tensor, state: torch.Tensor, number: int, rate: float) -> torc
     return out
 
 
-def turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """(1, tokens, heads, head size) with its positions."""
+def turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, largest: float | None = None) -> torch.Tensor:
+    """(1, tokens, heads, head size) with its positions; with `largest`, what is beyond that becomes NaN."""
     x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
     out, pairs, half = torch.empty_like(x), x.numel() // 2, x.shape[-1] // 2
-    _turn_kernel[(triton.cdiv(pairs, _BLOCK),)](x, cosine, sine, out, pairs, x.shape[-2], HALF=half, BLOCK=_BLOCK)
+    _turn_kernel[(triton.cdiv(pairs, _BLOCK),)](
+        x, cosine, sine, out, pairs, x.shape[-2], largest or 0.0, LIMITED=largest is not None, HALF=half, BLOCK=_BLOCK
+    )
     return out
+
+
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, dtype: torch.dtype, around_one: bool = False
+) -> torch.Tensor:
+    """RMS norm of (..., hidden), computed in fp32 in one pass over memory, rounded to `dtype`; has no gradient.
+
+    With `around_one` it is multiplied by 1 + weight.
+    """
+    x, width = x.contiguous(), x.shape[-1]
+    out = torch.empty_like(x, dtype=dtype)
+    block = triton.next_power_of_2(width)
+    warps = min(16, max(1, block // 512))
+    _scoring_norm_kernel[(x.numel() // width,)](
+        x, weight, out, width, epsilon, AROUND_ONE=around_one, BLOCK=block, num_warps=warps
+    )
+    return out
+
+
+def quantize(parts: Sequence[torch.Tensor]) -> Rows:
+    """`fp8.Quantize`, as `fp8.quantize` does it: largest number, scale and rounding of a row in one kernel.
+
+    On Hopper the bits are the same. Ada rounds by way of fp16, so that a number close to a tie may fall the other way.
+    """
+    if len(parts) > _MOST_PARTS:
+        return quantize([torch.cat(list(parts), 1)])
+    given = [part.contiguous() for part in parts]
+    widths = [part.shape[1] for part in given]
+    given += [given[0]] * (_MOST_PARTS - len(given))  # not read: their width is 0
+    widths += [0] * (_MOST_PARTS - len(widths))
+    rows = given[0].shape[0]
+    values = torch.empty((rows, sum(widths)), dtype=FORMAT, device=given[0].device)
+    scale = torch.empty((rows, 1), dtype=torch.float32, device=given[0].device)
+    block = min(_ROW_BLOCK, triton.next_power_of_2(max(widths)))
+    _quantize_kernel[(rows,)](*given, values, scale, *widths, LIMIT=LARGEST, LEAST=SMALLEST, BLOCK=block, num_warps=8)
+    return Rows(values, scale)

@@ -10,15 +10,18 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from job.evaluation.scoring import _score_alone, score_sequence
 from job.model.architecture import read_config
 from job.model.families import FAMILIES, IMAGES_TOO, fused_family, why_not_recorded
 from job.model.fused import lora_forward
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.fused.lora_forward import attention_with_cache, decoder_of, knows
+from job.model.fused.precise_forward import precise_forward, why_not_precise
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import NAME, register, use
 from job.model.packing_check import choose_packing
+from job.records import Question
 from job.training.lm_head_loss import logits_of, padded_loss
 from job.training.long_rows import LongRows, why_not_here
 from job.training.packing import padded_sequence
@@ -144,6 +147,23 @@ def test_long_rows_are_those_of_the_whole(family: str) -> None:
     for one, other in zip(trainable(model).values(), whole, strict=True):
         assert one.grad is not None
         assert (one.grad - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_scores_in_fp32_are_those_of_the_models_own_code(family: str) -> None:
+    """By the pass that questions are scored with, to 1e-5; a family that it cannot compute says why."""
+    model, own = fused(family), tiny(family)
+    if why := why_not_precise(model):
+        assert (family, why) == ("smollm3", "the decoder of smollm3 has layers without rotary positions")
+        return
+    questions = [Question(example.input_ids[:-2], (example.input_ids[-2:], (3,))) for example in EXAMPLES]
+    with torch.inference_mode():
+        found = score_sequence(model, questions, precise_forward(model, torch.float32, TORCH, keep=False))
+        expected = [[_score_alone(own, asked.context, choice) for choice in asked.choices] for asked in questions]
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
+            assert one.greedy == other.greedy
 
 
 @pytest.mark.parametrize("family", MODELS)

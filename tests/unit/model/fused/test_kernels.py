@@ -72,3 +72,32 @@ def test_kernels_are_those_of_transformers(kernels: Kernels, dtype: torch.dtype,
     ):
         for found, expected in zip(gradients_of(ours, *inputs), gradients_of(theirs, *inputs), strict=True):
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(len(kernel_sets()) < 2, reason="Triton needs a GPU, or TRITON_INTERPRET=1")
+def test_triton_norm_and_limited_rotation() -> None:
+    """From fp32 to fp16 in one kernel as in several; what is beyond the limit becomes NaN, and nothing else changes."""
+    from job.model.fused import triton_kernels
+
+    _, (_, _, device) = kernel_sets()
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 576, generator=draw).mul(100).to(device)
+    weight = torch.randn(576, generator=draw).bfloat16().to(device)
+    expected = functional.rms_norm(x, (576,), weight.float(), 1e-5)
+    assert (triton_kernels.norm(x, weight, 1e-5, dtype=torch.float32) - expected).abs().max() < 1e-5
+    half = triton_kernels.norm(x, weight, 1e-5, dtype=torch.float16)
+    assert half.dtype is torch.float16
+    assert (half - expected).abs().max() < 0.01  # half a unit in the last place of numbers up to 16
+    query = torch.randn(1, 7, 4, 8, generator=draw).half().to(device)
+    angles = torch.randn(1, 7, 4, generator=draw).to(device)
+    cosine, sine = (torch.cat([f, f], -1) for f in (angles.cos(), angles.sin()))
+    turned = triton_kernels.turn(query, cosine, sine, largest=6e4)
+    assert torch.equal(turned, triton_kernels.turn(query, cosine, sine))
+    assert (turned - TORCH.turn(query.float(), cosine, sine)).abs().max() < 0.002
+    query[0, 3, 1, 2], query[0, 5, 0, 0] = float("inf"), 65000
+    found = triton_kernels.turn(query, cosine, sine, largest=6e4)
+    within = TORCH.turn(query.float(), cosine, sine).abs() <= 6e4
+    assert not within.all()
+    assert torch.equal(found.isfinite(), within)
+    assert found.isnan().any()
+    assert not found.isinf().any()
