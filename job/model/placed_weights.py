@@ -91,13 +91,13 @@ class _Host:
 
     def keep(self, layer: torch.Tensor) -> int:
         # Registered, not allocated as pinned: torch rounds pinned allocations up to a power of two.
-        kept = torch.empty(layer.shape, dtype=layer.dtype, device="cpu").copy_(layer)
-        self._layers.append(kept)
-        if self._stream is not None:
+        kept = torch.empty(layer.shape, dtype=layer.dtype, device="cpu")
+        if self._stream is not None:  # before it is filled: that is faster, too
             if int(_driver().cudaHostRegister(kept.data_ptr(), kept.numel(), 0)) == 0:
                 self._pinned.append(kept.data_ptr())
-            elif len(self._layers) == 1:
+            elif not self._layers:
                 get_logger().warning("main memory cannot be pinned (ulimit -l): layers come to the GPU slowly")
+        self._layers.append(kept.copy_(layer))
         return kept.numel()
 
     def ready(self, size: int) -> None:
