@@ -158,6 +158,7 @@ class _Shares:
             pass
 
     def release(self) -> None:
+        self._aside_filled()
         self._own, self._aside = [], None
 
     def _round(self, needed: int, slot: torch.Tensor | None) -> tuple[bool, Wait]:
@@ -235,6 +236,8 @@ class PlacedWeights:
 
     def release(self) -> None:
         """Frees the memory of all layers."""
+        for number in range(len(self.slots)):
+            self._wait(number)  # nothing may be on its way into memory that is freed
         self.source.release()
         for slot in self.slots:
             slot.untyped_storage().resize_(0)  # the weights' tensors are views of it, and may live on

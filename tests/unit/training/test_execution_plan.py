@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,8 +11,15 @@ from hypothesis import strategies as st
 
 from job.model.architecture import Architecture
 from job.records import PEFT, ExecutionPlan
-from job.training.execution_plan import BUDGETS, GIB, choose_budget, choose_plan, kept_activation_bytes
-from job.training.memory_model import Setup
+from job.training.execution_plan import (
+    BUDGETS,
+    GIB,
+    choose_budget,
+    choose_place,
+    choose_plan,
+    kept_activation_bytes,
+)
+from job.training.memory_model import PLACES, Setup, training_memory
 
 MISTRAL_7B = Architecture(4096, 14336, 32, 32, 8, 128, 32000)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -132,3 +140,30 @@ def test_peft_has_nothing_to_give_up() -> None:
 def test_a_record_of_an_older_version_was_fused() -> None:
     """It has no `forward`, and was only written where fused layers computed."""
     assert ExecutionPlan(kept_base=True, kept_activations=True, recorded=True, reason="needs 9 of 12 GiB").fused
+
+
+def test_the_first_place_in_which_all_fits() -> None:
+    """By memory the base goes from the GPU to all GPUs together and to main memory; the last is taken at any rate."""
+
+    def place(gib: float, *places: str, processes: int = 2) -> str:
+        setup = replace(SETUP, processes=processes)
+
+        def needs(there: Setup) -> int:
+            return training_memory(there, 4096).total
+
+        return choose_place(setup, memory_bytes=int(gib * GIB), places=places or PLACES, needs=needs)
+
+    assert [place(gib) for gib in (24, 8, 7, 1)] == ["gpu", "gpu", "sharded", "host"]
+    assert place(7, processes=1) == "host"  # a share of one is all of it
+    assert place(6, "gpu") == place(24, "gpu") == "gpu"
+
+
+@pytest.mark.parametrize("place", ["sharded", "host"])
+def test_a_base_elsewhere_is_neither_kept_nor_recorded(place: str) -> None:
+    """Whatever the memory: its addresses hold other layers from time to time. The reason says where it is."""
+    setup = replace(SETUP, base_held=place, processes=2)
+    how: dict[str, Any] = {"sequence_tokens": 4096, "keep_base": None, "recorded": True}
+    found = choose_plan(setup, free_bytes=200 * GIB, keep_activations=None, **how)
+    assert (found.base_held, found.kept_base, found.kept_activations, found.recorded) == (place, False, True, False)
+    assert {"sharded": "sharded over", "host": "in main memory"}[place] in found.reason
+    assert not choose_plan(setup, free_bytes=4 * GIB, keep_activations=None, **how).kept_activations
