@@ -6,10 +6,12 @@ ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04@sha256:2ab6381d970b211fb93853
 FROM ${BASE_IMAGE} AS base
 # NCCL loads libibverbs where the machine has InfiniBand or RoCE; without it gradients go over TCP, unsaid.
 # Versions of Debian's packages are not pinned: the archive keeps only the newest, with the security fixes.
+# The base's setuid and setgid programs (su, mount, passwd) are of no use to a job: files lose these bits.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates ibverbs-providers libgomp1 libibverbs1 python3 \
- && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* \
+ && find / -xdev -perm /6000 -exec chmod a-s {} +
 # One folder for each layer below: torch and CUDA change seldom, the other packages sometimes, the job often. The paths hold
 # `site-packages`, by which libraries recognize an installed package.
 RUN python3 -m venv --without-pip /opt/venv \
@@ -59,6 +61,14 @@ RUN set -e; if [ -d /opt/torch/site-packages/triton ]; then \
       rm -r /opt/job/triton; stand_in driver.c; compile; \
       readelf -d /opt/job/triton/*/cuda_utils*.so >needed; grep 'NEEDED.*libcuda' needed; \
     fi
+# What no run opens: bitsandbytes' libraries for other CUDA versions and GPUs, static libraries, tests of packages.
+RUN cuda=$(sed 's/ .*//; s/[.]//' /opt/job/cuda) \
+ && find /opt/venv/lib -name 'libbitsandbytes_*.so' \
+      ! -name libbitsandbytes_cpu.so ! -name "libbitsandbytes_cuda$cuda.so" -delete \
+ && for package in networkx numpy pandas pyarrow scipy sklearn sympy; do \
+      find /opt/venv/lib/python3*/site-packages/$package -type d -name tests -prune -exec rm -r {} + || exit; \
+    done \
+ && find /opt/torch /opt/venv/lib -name '*.a' -delete
 RUN python -m compileall -qq -j 0 --invalidation-mode unchecked-hash /opt/torch /opt/venv/lib || true
 COPY job /opt/job/job
 ARG REVISION=

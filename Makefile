@@ -90,5 +90,6 @@ hostile: $(STAMP)  ## hostile model folders and chat templates: refused in words
 bench: $(STAMP)  ## what a CPU can measure, beside plain scripts of the same work
 	$(BIN)/python tests/bench/cpu.py --json $${JSON:-tests/bench/results/cpu.json} $${FULL:+--full} $${UNSLOTH:+--unsloth $$UNSLOTH} $${FAMILY:+--family $$FAMILY}
 
-bench-gpu: $(STAMP)  ## ours beside plain TRL on this machine's GPU; tests/bench/unsloth_peer.py is the other peer
-	$(BIN)/python tests/bench/gpu.py --out tests/bench/results
+# UNSLOTH=python is an interpreter that has Unsloth. All sections: tests/bench/gpu.py. Two GPUs: tests/bench/gpu_processes.py.
+bench-gpu: $(STAMP)  ## what this machine's GPU can do, beside plain TRL, HFLM and Unsloth, in one table
+	UNSLOTH=$(UNSLOTH) $(BIN)/python tests/bench/gpu.py --buyers --out tests/bench/results

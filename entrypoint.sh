@@ -2,7 +2,7 @@
 # Starts the job: reads secrets from files, checks GPUs and driver, and replaces itself by the job. What it refuses, it
 # refuses before torch is loaded, with exit code 2 (settings); on Kubernetes with 72 where another node may serve. The job
 # itself decides how many processes to start.
-set -euo pipefail
+set -euo pipefail && umask 002 # so that user ids of one group can take turns with a volume
 here=$(dirname "$(readlink -f "$0")")
 secrets=(AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AZURE_CLIENT_SECRET AZURE_STORAGE_ACCOUNT_KEY
   AZURE_STORAGE_SAS_TOKEN HF_TOKEN MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN WANDB_API_KEY)
@@ -34,7 +34,7 @@ for name in "${secrets[@]}"; do
   [ -z "${!file-}" ] || path=${!file}
   if [ -z "$path" ]; then continue
   elif [ -n "${!name-}" ]; then wrong+="$name and $file are both given: keep one. "
-  elif ! value=$(cat -- "$path" 2>/dev/null); then wrong+="$file: user $(id -u) cannot read $path: mount it readable. "
+  elif ! value=$(cat -- "$path" 2>/dev/null); then wrong+="$file: user $(id -u) cannot read $path: mount it readable, or start as its owner (--user). "
   elif [ -z "$value" ]; then wrong+="$file: $path is empty: put the secret into it. "
   elif [[ $value == *[[:cntrl:]]* ]]; then wrong+="$file: $path has several lines or control characters: keep one. "
   else

@@ -25,7 +25,7 @@ from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
 from job.push.push import Target, check_targets, push_run, targets
-from job.records import Evaluated, Exported, ModelRecord, Packing, Pulled, Trained
+from job.records import Evaluated, Exported, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
 from job.results import manifest
 from job.results.baseline import check_prompts
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
@@ -44,10 +44,11 @@ from job.stages.inputs import check_inputs
 from job.stages.publish import publish
 from job.stages.pull import publish_findings, pull
 from job.storage.open import ObjectStore, open_store, storage_options
+from job.storage.permissions import check_permissions
 from job.tracking import energy
 from job.tracking.live_metrics import live_metrics
 from job.tracking.trackers import tracking
-from job.tracking.webhook import notifying
+from job.tracking.webhook import SILENT, notifying
 
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
@@ -125,7 +126,10 @@ def _run_stage(
     if (done := _finished(processes, settings, delivery, alive)) is not None:
         return done
     processes.share("inputs", lambda: _check_inputs(settings, later))
-    with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, tell_results):
+    with _attempt(settings, stop, report_progress, faults, processes, idle=idle, last=not later) as (
+        attempt,
+        tell_results,
+    ):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage), later)
         loaded = _load(attempt, settings, sources)
@@ -133,7 +137,7 @@ def _run_stage(
             base = _evaluate_base(attempt, settings, sources, loaded)
             trained = _train(attempt, settings, sources, loaded)
             adapter = _evaluate_adapter(attempt, settings, sources, loaded, base=base, trained=trained)
-            exported = _export(attempt, settings, sources, loaded, trained)
+            exported = _export(attempt, settings, sources, loaded, trained, precision=base.precision)
             results = _publish(
                 attempt,
                 settings,
@@ -192,12 +196,13 @@ def finished(
     it did so.
 
     Raises:
-        SettingsError: The run is complete, but was made with other settings.
+        SettingsError: The run is complete, but was made with other settings; or it is not, and another user began it.
         GateError: The run is complete, and the quality gate is not met.
         JobError: It cannot be pushed.
     """
     store = _store(settings)
     if (done := read_complete(store)) is None:
+        check_permissions(settings.run.output, folder_of(settings))
         return None
     compare_settings(store, decisive_settings(settings), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
@@ -237,8 +242,11 @@ def _attempt(
     processes: Processes,
     *,
     idle: IdleLimit | None,
+    last: bool,
 ) -> Iterator[tuple[Attempt, Callable[[Mapping[str, Any]], None]]]:
     """Opens the run's next attempt, with injected faults, trackers, metrics and an energy meter for all GPUs.
+
+    `last`: no other run follows, as in `JOB_TRAIN__METHOD=sft,dpo`.
 
     Yields:
         The attempt, and what is to be called with its results, for the trackers and the webhook.
@@ -256,6 +264,8 @@ def _attempt(
         faults=armed,
         processes=processes,
         idle=idle or IdleLimit(settings.run.max_idle_attempts),
+        stall_seconds=settings.train.stall_seconds,
+        nodes=settings.run.nodes,
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     watched = exporters(settings) if processes.leads else {}
@@ -267,7 +277,8 @@ def _attempt(
         opening as attempt,
     ):
         live.figures = attempt.figures
-        notifier.started({"attempt": attempt.number, "store": store.uri})
+        silent = attempt.earlier[-1] if attempt.earlier and attempt.earlier[-1].outcome in SILENT else None
+        notifier.started({"attempt": attempt.number, "store": store.uri}, silent)
         with current_platform().machine_checks():
             choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
         if processes.leads:
@@ -280,6 +291,7 @@ def _attempt(
 
         def tell_results(results: Mapping[str, Any]) -> None:
             track.results(results)
+            live.complete = last
             notifier.gate_passed = results["gate"]["passed"]
 
         yield attempt, tell_results
@@ -324,13 +336,17 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
 def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Evaluated:
     from job.stages.evaluate import generation_rules, other_generation
     from job.stages.full_precision import evaluate_bases
+    from job.stages.scoring_precision import other_precision
 
     shared = open_store(settings.run.output, storage_options(settings.storage))
 
     def objection(base: Evaluated) -> str:
         adapter = attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated)
         wanted = generation_rules(settings, sources, loaded.model) if adapter is None else adapter.generation
-        return other_generation(base, wanted)
+        if why := other_generation(base, wanted):
+            return why
+        exported = not settings.export.formats or attempt.recorded(Stage.EXPORT, Exported) is not None
+        return "" if adapter is not None and exported else other_precision(base, settings.eval, loaded)
 
     base = attempt.stage(
         Stage.EVALUATE_BASE, Evaluated, lambda: evaluate_bases(attempt, settings, sources, loaded, shared), objection
@@ -356,17 +372,33 @@ def _evaluate_adapter(
         Stage.EVALUATE_ADAPTER,
         Evaluated,
         lambda: evaluate_adapter(attempt, settings, sources, loaded, base=base, trained=trained),
-        lambda adapter: other_generation(adapter, base.generation) or other_answers_judged(adapter, base),
+        lambda adapter: (
+            other_generation(adapter, base.generation)
+            or other_answers_judged(adapter, base)
+            or ("it was scored in another precision than the base" if adapter.precision != base.precision else "")
+        ),
     )
 
 
 @memory_errors("exporting", "lower JOB_EVAL__BATCH_TOKENS, or take a machine that holds the unquantized model")
-def _export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained) -> Exported:
+def _export(
+    attempt: Attempt,
+    settings: Settings,
+    sources: Sources,
+    loaded: Loaded,
+    trained: Trained,
+    *,
+    precision: ScoringPrecision | None,
+) -> Exported:
     from job.stages.export import export
 
     if not settings.export.formats:
         return Exported([], [])
-    return attempt.stage(Stage.EXPORT, Exported, lambda: export(attempt, settings, sources, loaded, trained))
+    return attempt.stage(
+        Stage.EXPORT,
+        Exported,
+        lambda: export(attempt, settings, sources, loaded, trained, precision=precision),
+    )
 
 
 def _publish(

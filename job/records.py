@@ -188,6 +188,8 @@ PEFT = "peft"
 FUSED = "fused"
 FUSED_THROUGHOUT = "fused all"
 """How `ExecutionPlan.forward` begins where the job's fused layers compute: some of them, or the whole decoder."""
+FP8 = "fp8"
+"""How `ExecutionPlan.forward` ends where training computes the products with the frozen weights in FP8."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ class ExecutionPlan:
 
     base_held: Where the frozen base's quantized weights lie: `gpu` (on this process's device), `sharded` (over the
         devices of all processes), or `host` (in main memory).
-    kept_base: The base's dequantized weights are kept in memory, instead of dequantized for each use.
+    kept_base: The base's dequantized weights (in FP8: its weights in that format) are kept in memory, instead of made
+        for each use.
     kept_activations: Activations are kept for the backward pass, instead of computed again in it.
     recorded: The GPU's kernels are recorded once for each shape of its inputs and launched together (CUDA graphs).
     """
@@ -208,7 +211,8 @@ class ExecutionPlan:
     recorded: bool
     reason: str
     forward: str = FUSED
-    """`peft`; or `fused all, triton`: what is fused, whose kernels. The default is for records of older versions."""
+    """`peft`; or `fused all, triton`: what is fused, whose kernels; `fused all, triton, fp8` where training computes in
+    FP8. The default is for records of older versions."""
     packed: bool = True
     """Whether examples went through the model end to end in one sequence; else each alone, which `reason` explains."""
     base_held: str = "gpu"
@@ -218,6 +222,16 @@ class ExecutionPlan:
     def fused(self) -> bool:
         """Whether the job's fused layers compute; they need no autocast, since they cast the adapter's weights."""
         return self.forward != PEFT
+
+    @property
+    def fp8(self) -> bool:
+        """Whether training computes the products with the frozen weights in FP8."""
+        return self.forward.endswith(f", {FP8}")
+
+    @property
+    def scoring_forward(self) -> str:
+        """`forward` of a model that is not trained but scored, which never is in FP8."""
+        return self.forward.removesuffix(f", {FP8}")
 
     @property
     def padded(self) -> bool:
@@ -709,6 +723,19 @@ class FullPrecision:
 
 
 @dataclass(frozen=True)
+class ScoringPrecision:
+    """In what questions are scored: one for the base, the adapter, the original base and the exported models.
+
+    `dtype` is that of the factors of matrix products, `sums` that of what adds up over the layers, and of the logits.
+    Both are those of training, or they are fp16 and fp32. `reason` says why, in words.
+    """
+
+    dtype: str
+    sums: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Record of an evaluation stage."""
 
@@ -727,6 +754,8 @@ class Evaluated:
     """In the record of the adapter, where JOB_EVAL__PRINCIPLES asks for it: who judged its answers and the base's."""
     judged_answers: dict[str, str] = field(default_factory=dict)
     """By side, SHA-256 of the file of answers that was judged; empty where nothing was, and in older records."""
+    precision: ScoringPrecision | None = None
+    """None in records of older versions, which scored in the dtype of training."""
     unsafe_answers: int | None = None
     """How many answers to JOB_EVAL__PROMPTS JOB_DATA__SAFETY_MODEL classifies as unsafe; None where it did not."""
 

@@ -88,7 +88,7 @@ COMMANDS = {
             Argument("RUN", "a run, finished or not: its folder or its results.json, path or URI"),
             Argument(
                 "--stalled-after",
-                "a running attempt without a sign of life for so long is stalled (default: 600)",
+                "a running attempt without a sign of life for so long is stalled (default: as its watchdog has it)",
                 metavar="SECONDS",
             ),
             _format("table", "json"),

@@ -218,6 +218,9 @@ def _tell_libraries(interface: str | None) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Warnings of torch's C++ code, such as about an address that does not answer, would be plain text among JSON lines.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # bitsandbytes has torch compile functions for devices without kernels of their own. The decorator alone imports
+    # torch's compiler, 600 modules; nothing of the job is compiled.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # TRL and MLflow send telemetry when training starts, unless it is disabled.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -11,7 +11,7 @@ from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.cli.reading import reading
 from job.common.tables import visible
 from job.errors import JobError, Problem, SettingsError, VerificationError
-from job.results.status import STALLED_SECONDS, as_json, as_lines, read_status
+from job.results.status import as_json, as_lines, read_status
 
 
 def status_command(words: Sequence[str]) -> int:
@@ -36,9 +36,11 @@ def status_command(words: Sequence[str]) -> int:
     return 0 if printed else JobError.exit_code
 
 
-def _stalled_after(given: Arguments) -> float:
+def _stalled_after(given: Arguments) -> float | None:
+    if "--stalled-after" not in given.options:
+        return None
     try:
-        seconds = float(given.options.get("--stalled-after", STALLED_SECONDS))
+        seconds = float(given.options["--stalled-after"])
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:

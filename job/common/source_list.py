@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+EXAMPLES = ":examples"
+"""Behind a task's name in JOB_EVAL__DATA: the file has the examples of its prompts, not its questions."""
 _AMOUNT = re.compile(r"(.+)=(?:(\d{1,4}(?:\.\d{1,6})?)x|(\d{1,9})rows)", re.ASCII)
 _NUMBER = re.compile(r".+=\d+(\.\d+)?", re.ASCII)
 _NO_AMOUNT = re.compile(r".+=\s*[-+]?\d[\d._]*(e[-+]?\d+)?\s*(x|rows?)", re.ASCII | re.IGNORECASE)

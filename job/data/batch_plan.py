@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 
-from job.data.examples import lengths_of
+from job.data.examples import lengths_of, weights_of
 from job.records import Example
 
 
@@ -114,22 +114,24 @@ class Steps:
         share = self.share(step)
         return [[share[i] for i in group] for group in micro_batches([len(e.input_ids) for e in share], budget)]
 
-    def largest(self, budget: int) -> list[Example]:
-        """The examples of the largest micro-batch that this process has in any step."""
-        lengths = lengths_of(self.examples)
-        groups = [[max(range(len(lengths)), key=lengths.__getitem__)]]
-        for step in range(self.total):  # by their lengths alone: reading the tokens of all rows would take long
+    def sequences(self, budget: int) -> list[tuple[int, int]]:
+        """Tokens and number of examples of every packed sequence that this process has in any step.
+
+        A sequence is a micro-batch, or of a micro-batch the examples of one weight; see `by_weight`.
+        """
+        lengths, weights = lengths_of(self.examples), weights_of(self.examples)  # without the tokens of all rows
+        weighted = any(weight != 1 for weight in weights)
+        found = []
+        for step in range(self.total):
             rows = batch(self.seed, len(lengths), self.global_batch_size, step)
             share = shares([lengths[row] for row in rows], self.world_size)[self.rank]
             mine = [rows[i] for i in share]
-            groups.append(
-                max(
-                    ([mine[i] for i in group] for group in micro_batches([lengths[row] for row in mine], budget)),
-                    key=lambda group: sum(lengths[row] for row in group),
-                    default=[],
-                )
-            )
-        return [self.examples[row] for row in max(groups, key=lambda group: sum(lengths[row] for row in group))]
+            for group in micro_batches([lengths[row] for row in mine], budget):
+                parts: dict[float, list[int]] = {}
+                for i in group:
+                    parts.setdefault(weights[mine[i]] if weighted else 1.0, []).append(lengths[mine[i]])
+                found += [(sum(part), len(part)) for weight, part in parts.items() if weight]
+        return found
 
     def epoch(self, step: int) -> float:
         """How many epochs the first `step` steps are."""

@@ -202,11 +202,16 @@ class Examples(Sequence[Example]):
         """Target tokens of each example."""
         return self._of_all(lambda batch: batch.target_counts())
 
-    def _of_all(self, numbers: Any) -> list[int]:
+    @property
+    def weights(self) -> list[float]:
+        """What the loss of each example's target tokens is multiplied by."""
+        return self._of_all(lambda batch: batch.weights())
+
+    def _of_all(self, numbers: Any) -> list[Any]:
         import numpy as np
 
         found = [numbers(batch) for batch in self._batches]
-        values: list[int] = (np.concatenate(found) if found else np.zeros(0, np.int64))[self._rows].tolist()
+        values: list[Any] = (np.concatenate(found) if found else np.zeros(0, np.int64))[self._rows].tolist()
         return values
 
     def take(self, rows: Sequence[int]) -> Examples:
@@ -279,6 +284,10 @@ class _Batch:
         sums = np.concatenate([[0], np.cumsum(self._targets, dtype=np.int64)])
         return sums[self._ends[1:]] - sums[self._ends[:-1]]
 
+    def weights(self) -> Any:
+        """(rows,) float64."""
+        return self._weight.to_numpy()
+
     def example(self, row: int, reference: tuple[float, ...]) -> Example:
         """One row."""
         place = slice(self._ends[row], self._ends[row + 1])
@@ -300,3 +309,8 @@ def lengths_of(examples: Sequence[Example]) -> list[int]:
 def target_counts_of(examples: Sequence[Example]) -> list[int]:
     """Target tokens of each example."""
     return examples.target_counts if isinstance(examples, Examples) else [sum(e.targets) for e in examples]
+
+
+def weights_of(examples: Sequence[Example]) -> list[float]:
+    """What the loss of each example's target tokens is multiplied by."""
+    return examples.weights if isinstance(examples, Examples) else [example.weight for example in examples]

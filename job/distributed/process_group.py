@@ -34,8 +34,10 @@ _PART_BYTES = 4 << 20
 _PAUSE_SECONDS = 0.0005
 _SHORT_PAUSE_SECONDS = 0.00005
 """The first pause where there are two waits for every layer of a model."""
-_MAX_PAUSE_SUM, _MAX_PAUSE_VALUE = 0.005, 0.03
-"""Longest pause between two polls: for an all-reduce, which a step waits for, and for a value in the store."""
+_MAX_PAUSE_SUM, _MAX_PAUSE_VALUE = 0.001, 0.03
+"""Longest pause between two polls: for an all-reduce, which a step waits for, and for a value in the store.
+
+A GPU that has ended its step computes nothing during the rest of a pause."""
 
 
 class ProcessGroup:

@@ -289,12 +289,12 @@ def _own_attention(model: Any) -> Iterator[None]:
     computes; elsewhere attention without a kernel, which all models have.
     """
     from job.model.base import PLAIN
-    from job.model.fused.lora_forward import knows
+    from job.model.fused.lora_forward import attention_with_cache
     from job.model.packed_attention import use
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation  # noqa: SLF001 - as in packed_attention
-    use(base, "sdpa" if knows(base) else PLAIN)
+    use(base, attention_with_cache(base) or PLAIN)
     try:
         yield
     finally:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, cast
 
 from job import log
+from job.common.resources import usable_cpus
 from job.errors import DataError, Problem, SettingsError
 from job.evaluation.generation import HowToGenerate
 from job.evaluation.measured import how_to_generate, measured_scores, metrics_of
@@ -22,6 +24,9 @@ Generate = Callable[[list[tuple[int, ...]], HowToGenerate], list[Answer]]
 """Answers prompts, in order."""
 Score = Callable[[list[Question]], list[list[ChoiceScore]]]
 """Scores questions: for each, in order, its choices."""
+
+_TEXTS = 256
+"""Texts that a thread tokenizes at a time."""
 
 
 @compiled_once()
@@ -129,6 +134,7 @@ def _scoring_model(  # noqa: C901 - the methods of its class are counted
             super().__init__()
             self.tokenizer = tokenizer
             self.backend = "causal"
+            self.encoded: dict[str, list[int]] = {}
 
         @property
         def eot_token_id(self) -> int:
@@ -139,11 +145,17 @@ def _scoring_model(  # noqa: C901 - the methods of its class are counted
             return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: FBT001 - lm-eval's signature
+            if add_special_tokens is None and (known := self.encoded.get(string)) is not None:
+                return known  # not copied: lm-eval changes none of them
             special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
             return list(tokenizer.encode(string, **special))
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
-            return super().loglikelihood(requests, disable_tqdm=True)
+            self.encoded = _encoded(tokenizer, [request.args for request in requests])
+            try:
+                return super().loglikelihood(requests, disable_tqdm=True)
+            finally:
+                self.encoded = {}
 
         def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
             # lm-eval asks for one choice at a time, those of a question one after the other with the same context
@@ -171,6 +183,23 @@ def _scoring_model(  # noqa: C901 - the methods of its class are counted
             return _generated(tokenizer, requests, cast("Generating", generating), cut_to)
 
     return ScoringModel()
+
+
+def _encoded(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
+    """The tokens of the texts that lm-eval tokenizes of contexts with their choices, each text once and all together.
+
+    It tokenizes each context alone, without spaces at its end, and again before each choice.
+    """
+    texts = list(dict.fromkeys(text for a, b in pairs if a for text in (a.rstrip(), a + b)))
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not texts or not hasattr(backend, "encode_batch"):  # one in Python, which gains nothing by a list
+        return {text: list(tokenizer.encode(text)) for text in texts}
+    tokenizer.encode(texts[0])  # switches off truncation and padding that tokenizer.json may have set
+    parts = [texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS)]
+    # Threads, since the library lets go of Python's lock meanwhile; its own are switched off for the sake of forks.
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        found = [one for part in pool.map(backend.encode_batch, parts) for one in part]
+    return {text: one.ids for text, one in zip(texts, found, strict=True)}
 
 
 def _windows(lm: Any, text: str, max_length: int) -> Iterator[tuple[list[int], list[int]]]:

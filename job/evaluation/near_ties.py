@@ -20,9 +20,10 @@ BOUNDS = {"bf16": 0.44, "fp16": 0.05, "fp32": 0.001}
 """Dtype of the computation -> the largest margin of log-likelihoods, in nats, of a near tie.
 
 For bf16 and fp16 it is the 99th percentile of the error of the margin against fp32 (bf16: 0.437 with the adapter, 0.441
-without; fp16: 0.052, 0.054), measured by tests/bench/scoring_precision.py on one H200 on 2026-11-29: SmolLM2-135M in
-NF4, 1,200 questions of ARC-Easy. Other models, and longer choices, have other errors. For fp32 it is ten times the
-difference of two implementations there (0.0001), since a CPU and a GPU differ by more than two programs on one GPU.
+without; fp16: 0.052, 0.054; fp16 with sums in fp32: 0.031, 0.032), measured on one H200 on 2026-11-29 (decision 20):
+SmolLM2-135M in NF4, 1,200 questions of ARC-Easy. Other models, and longer choices, have other errors. For fp32 it is
+ten times the difference of two implementations there (0.0001), since a CPU and a GPU differ by more than two programs
+on one GPU.
 """
 
 

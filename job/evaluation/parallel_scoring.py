@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
+from job.common.validation import adapter_of
 from job.distributed.processes import Processes
 from job.evaluation.generation import HowToGenerate, answer_batches
 from job.evaluation.scorer import Scores, ScoreSequences, score_sequences
 from job.records import Answer, Question
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 _POLL_SECONDS = 0.01
 
@@ -36,7 +38,7 @@ class _Work:
     @property
     def result(self) -> TypeAdapter[Any]:
         """The type of what is computed for a part."""
-        return TypeAdapter(Scores if self.how is None else list[Answer])
+        return adapter_of(Scores if self.how is None else list[Answer])
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class ParallelScoring:
 
     Attributes:
         processes: Those that share the work; with one of them, `score` is `score_sequences`.
-        alive: Called before each sequence, before each token of answers, and while waiting (then with `progress=`):
-            tells the watchdog that the process is alive, and raises Preempted if the job has to stop.
+        alive: Called before and after each sequence, before each token of answers, and while waiting (then with
+            `progress=`): tells the watchdog that the process is alive, and raises Preempted if the job has to stop.
         scoring: How one process scores sequences.
     """
 
@@ -82,14 +84,14 @@ class ParallelScoring:
     def help(self, model: Any, tokenizer: Any = None) -> None:
         """In all processes but 0: computes this process's share of every piece of work until process 0 is finished."""
         while text := self.processes.share("questions", str):
-            work = TypeAdapter(_Work).validate_json(text)
+            work = adapter_of(_Work).validate_json(text)
             for number, found in self._own_share(work, model, tokenizer):
                 self.processes.send([number, work.result.dump_python(found)])
 
     def _divided(self, work: _Work, model: Any, tokenizer: Any = None) -> Iterator[tuple[int, Any]]:
         """What this process computes and, in between and afterwards, what the others have sent."""
         if self.processes.place.world_size > 1:
-            self.processes.share("questions", lambda: TypeAdapter(_Work).dump_json(work).decode())
+            self.processes.share("questions", lambda: adapter_of(_Work).dump_json(work).decode())
         left = len(work.parts)
         for computed in self._own_share(work, model, tokenizer):
             arrived = [computed, *self._received(work)]
@@ -113,11 +115,18 @@ class ParallelScoring:
 
         place = self.processes.place
         with taking_part(model):
-            for number in list(work.parts)[place.rank :: place.world_size]:
+            own = list(work.parts)[place.rank :: place.world_size]
+            if not own:  # `scoring` may load a model first
+                return
+            self.alive()
+            if work.how is None:  # all at once, so that a GPU computes one sequence while the host prepares the next
+                for found in self.scoring(
+                    model, work.questions, {number: range(*work.parts[number]) for number in own}
+                ):
+                    yield found
+                    self.alive()
+                return
+            for number in own:
                 self.alive()
-                part = work.parts[number]
-                if work.how is None:
-                    yield from self.scoring(model, work.questions, {number: range(*part)})
-                else:
-                    prompts = {number: part}
-                    yield from answer_batches(model, tokenizer, work.prompts, prompts, work.how, alive=self.alive)
+                batch = {number: work.parts[number]}
+                yield from answer_batches(model, tokenizer, work.prompts, batch, work.how, alive=self.alive)

@@ -13,6 +13,8 @@ from job.data.formats import Row, RowError, read_rows
 from job.errors import DataError, Problem, named_by
 from job.evaluation.task_names import MULTIPLE_CHOICE
 
+_EXAMPLES = "examples"
+
 
 def find_questions(place: str) -> Path:
     """The file of a task's questions. Raises DataError, naming JOB_EVAL__DATA, where there is none that is read."""
@@ -51,8 +53,13 @@ def in_their_groups(manager: Any, local: Mapping[str, Any]) -> Iterator[None]:
         index.update(before)  # it is kept for the next call
 
 
-def task_with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) -> Any:
-    """The task of lm-eval, its questions replaced by `rows`; `config_given` is what it was made from."""
+def task_with_rows(
+    manager: Any, name: str, rows: Sequence[Row], source: str, examples: Sequence[Row] | None = None
+) -> Any:
+    """The task of lm-eval, its questions replaced by `rows`, and the examples of its prompts by `examples`.
+
+    `config_given` is what it was made from.
+    """
     from lm_eval.tasks._yaml_loader import load_yaml
 
     questions = as_dataset(rows, source)
@@ -60,6 +67,9 @@ def task_with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) ->
     split = config.get("test_split") or config.get("validation_split")
     unused = dict.fromkeys(("training_split", "fewshot_split", "validation_split"))
     config |= {**unused, "test_split": split, "custom_dataset": lambda **_: {split: questions}}
+    if examples is not None:
+        data = {split: questions, _EXAMPLES: as_dataset(examples, f"examples of {name}")}
+        config |= {"fewshot_split": _EXAMPLES, "custom_dataset": lambda **_: data}
     try:
         task = manager.load([config])["tasks"][name]
     except Exception as error:  # a task renders its templates on the first row, and these may raise anything

@@ -31,18 +31,22 @@ SAVE_SECONDS = 15.0
 _ENDING = ".jsonl"
 
 CODE = (
+    "job.common.device_copies",
     "job.evaluation.generation",
     "job.evaluation.resumable",
     "job.evaluation.scoring",
     "job.model.adapter_files",
     "job.model.adapter_options",
-    "job.model.architecture",
     "job.model.base",
     "job.model.decomposed_init",
+    "job.model.families",
     "job.model.files",
+    "job.model.fused.dropout",
+    "job.model.fused.fp8",
     "job.model.fused.frozen_weights",
     "job.model.fused.kernels",
     "job.model.fused.lora_forward",
+    "job.model.fused.precise_forward",
     "job.model.fused.triton_kernels",
     "job.model.lora",
     "job.model.packed_attention",

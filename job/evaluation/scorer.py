@@ -21,19 +21,21 @@ In a REPL:
 
 A run adds two things from outside: a `ScoreCache`, and `ParallelScoring`, which divides the work over processes.
 How one packed sequence is scored is in `job.evaluation.scoring`; what to change there to score in another way:
-`score_sequence`, and nothing else.
+`begin_scoring`, and nothing else.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from job.errors import TrainingFailed
 from job.evaluation.resumable import complete
 from job.evaluation.score_cache import ScoreCache
-from job.evaluation.scoring import plan_sequences, score_sequence
+from job.evaluation.scoring import Forward, begin_scoring, plan_sequences, score_sequence
+from job.log import get_logger
 from job.records import ChoiceScore, Question
 
 Scores = list[list[ChoiceScore]]
@@ -75,20 +77,52 @@ def score_questions(
 
 
 def score_sequences(
-    model: Any, questions: list[Question], sequences: Mapping[int, range]
+    model: Any,
+    questions: list[Question],
+    sequences: Mapping[int, range],
+    forward: Forward | None = None,
+    in_fp32: Forward | None = None,
 ) -> Iterator[tuple[int, Scores]]:
-    """Scores packed sequences one after the other, in this process.
+    """Scores packed sequences one after the other, in this process; on a GPU each is launched before the last is read.
+
+    Args:
+        model: As for `score_questions`.
+        questions: As for `score_questions`.
+        sequences: By number the questions of each.
+        forward: What computes the logits; None for the model's own code.
+        in_fp32: What computes them once more if some are not finite, since numbers may be too large for `forward`.
 
     Raises:
         TrainingFailed: A score is not finite.
     """
     model.eval()
+    before: tuple[int, Callable[[], Scores], Callable[[], Scores] | None] | None = None
     for number, sequence in sequences.items():
-        scores = score_sequence(model, questions[sequence.start : sequence.stop])
-        # A model that diverged scores NaN. It has to be refused here: a maximum over NaN is still some choice.
-        if not all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices):
-            raise TrainingFailed(
-                "the model's scores are not finite. With an adapter: it diverged; lower JOB_TRAIN__LEARNING_RATE. "
-                "Without: the base's numbers are too large for its dtype; set JOB_MODEL__DTYPE to bf16 or fp32"
-            )
-        yield number, scores
+        asked = questions[sequence.start : sequence.stop]
+        begun = begin_scoring(model, asked, forward)
+        again = None if in_fp32 is None else partial(score_sequence, model, asked, in_fp32)
+        if before is not None:
+            yield _checked(*before)
+        before = number, begun, again
+    if before is not None:
+        yield _checked(*before)
+
+
+def _checked(number: int, wait: Callable[[], Scores], again: Callable[[], Scores] | None) -> tuple[int, Scores]:
+    """Waits for the scores of a sequence; `again` computes them in fp32 if they are not finite."""
+    scores = wait()
+    if again is not None and not finite(scores):
+        get_logger().warning("numbers are too large for fp16, so these questions are scored in fp32", sequence=number)
+        scores = again()
+    # A model that diverged scores NaN. It has to be refused here: a maximum over NaN is still some choice.
+    if not finite(scores):
+        raise TrainingFailed(
+            "the model's scores are not finite. With an adapter: it diverged; lower JOB_TRAIN__LEARNING_RATE. "
+            "Without: the base's numbers are too large for its dtype; set JOB_MODEL__DTYPE to bf16 or fp32"
+        )
+    return number, scores
+
+
+def finite(scores: Scores) -> bool:
+    """Whether all log-likelihoods are numbers."""
+    return all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices)

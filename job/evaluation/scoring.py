@@ -69,30 +69,47 @@ def score_sequence(
     Returns:
         For each question and choice, the log-likelihood (natural logarithm) and whether it is the greedy continuation.
     """
+    return begin_scoring(model, questions, forward)()
+
+
+def begin_scoring(
+    model: Any, questions: Sequence[Question], forward: Forward | None = None
+) -> Callable[[], list[list[ChoiceScore]]]:
+    """Launches what `score_sequence` computes, and returns what waits for it and gives it.
+
+    On a GPU the host need not wait in between: it lays out and launches the next sequence meanwhile, so that the GPU
+    has always something to compute.
+    """
     import torch
 
+    from job.common.device_copies import to_device, to_host
     from job.model.packed_attention import build_layout, is_packed
 
     if not is_packed(model):
-        return [[_score_alone(model, asked.context, choice) for choice in asked.choices] for asked in questions]
+        scores = [[_score_alone(model, asked.context, choice) for choice in asked.choices] for asked in questions]
+        return lambda: scores
     packed = _pack(questions)
     device = model.device
+
+    def given(numbers: list[int]) -> torch.Tensor:
+        return to_device(torch.tensor(numbers), device)
+
     with torch.inference_mode():
         logits = (forward or partial(_own_forward, model))(
-            torch.tensor([packed.ids], device=device),
-            torch.tensor([packed.positions], device=device),
+            given(packed.ids)[None],
+            given(packed.positions)[None],
             build_layout(packed.segments, device),
-            torch.tensor(packed.reads, device=device),
+            given(packed.reads),
         )  # (reads, vocabulary)
-        read = torch.tensor(packed.predicted_by, device=device)  # (choice tokens,): which logits predict each of them
-        token = torch.tensor(packed.targets, device=device)  # (choice tokens,)
+        read = given(packed.predicted_by)  # (choice tokens,): which logits predict each of them
+        token = given(packed.targets)  # (choice tokens,)
         # fp32 before the softmax: bf16 has 8 bits of precision, so a log-probability near -10 would be rounded to
         # multiples of 1/16, more than what often separates two choices. float64 after it: adding up the tokens of a
         # choice then rounds nothing off, however long the choice is.
-        scores = logits.float().log_softmax(-1)[read, token].double()
+        log_probs = logits.float().log_softmax(-1)[read, token].double()
         greedy = logits.argmax(-1)[read] == token
-        scores, greedy = scores.cpu(), greedy.cpu()  # the only synchronization with the GPU in this function
-    return list(_by_question(questions, scores, greedy))
+        waited = to_host(log_probs, greedy)
+    return lambda: list(_by_question(questions, *waited()))
 
 
 def _own_forward(

@@ -11,16 +11,18 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from job.common.source_list import EXAMPLES
 from job.errors import Problem, SettingsError
 from job.evaluation.task_files import GroupFile, TaskFile, is_task_file, own_tasks, read_task_file
 
 MULTIPLE_CHOICE = "multiple_choice"
 MEASURED = ("generate_until", "loglikelihood_rolling", "loglikelihood")
 """Kinds of tasks that are measured by metrics of their own, such as exact_match or perplexity: see `measured`."""
+T = TypeVar("T")
 KINDS = (MULTIPLE_CHOICE, *MEASURED)
 
 
@@ -59,6 +61,7 @@ def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
     """
     names, own = read_files(names)
     names += members_of(own)
+    data, _ = without_examples(dict.fromkeys(data))
     check_data((*names, *names_of_ours(own)), data)
     data = [name for name in data if name not in own_tasks()]
     if _are_known(frozenset((*names, *data))):
@@ -121,6 +124,20 @@ def tasks_of(index: Mapping[str, Any], names: Iterable[str]) -> set[str]:
         members = [members] if isinstance(members, str) else members or []
         left += [str(one.get("group") or one.get("task")) if isinstance(one, dict) else str(one) for one in members]
     return found
+
+
+def without_examples(data: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """JOB_EVAL__DATA by task: files of questions, and files of examples for the prompts.
+
+    Raises:
+        SettingsError: Examples of a task whose questions are not given.
+    """
+    questions = {name: value for name, value in data.items() if not name.endswith(EXAMPLES)}
+    examples = {name.removesuffix(EXAMPLES): value for name, value in data.items() if name.endswith(EXAMPLES)}
+    if alone := [name for name in examples if name not in questions or name in own_tasks()]:
+        what = f"gives examples of {', '.join(alone)}, and no questions of lm-eval's task of that name; give both"
+        raise SettingsError([Problem("JOB_EVAL__DATA", what)])
+    return questions, examples
 
 
 def check_data(names: Sequence[str], data: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2.sandbox import SandboxedEnvironment
 
+from job.common.source_list import EXAMPLES
 from job.data.formats import Row
 from job.errors import DataError, Problem, SettingsError
 from job.evaluation.groups import CHOICE_METRICS, read_groups
@@ -33,6 +34,7 @@ from job.evaluation.task_names import (
     names_of_ours,
     open_index,
     read_files,
+    without_examples,
 )
 from job.log import get_logger
 from job.records import GroupSpec, Metric
@@ -70,7 +72,7 @@ class Tasks:
     loaded: Any
     sources: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
-    """By task of a user's own file, or of a user's own group, the SHA-256 of the file, or of both."""
+    """By task of a user's own file, or of a user's own group, the SHA-256 of the file, or of both; or of examples."""
     groups: Mapping[str, GroupSpec] = field(default_factory=dict)
     """The groups that have figures of their own."""
 
@@ -141,6 +143,7 @@ def load_tasks(
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names, own = read_files(names)
+    data, examples = without_examples(data)
     check_data((*names, *members_of(own), *names_of_ours(own)), data)
     texts = {name: read_questions(data[name], sources[name]) for name in data if name in own_tasks()}
     data = {name: path for name, path in data.items() if name not in texts}
@@ -150,7 +153,8 @@ def load_tasks(
     if twice := _twice([*names, *(one.name for one in own), *(task.name for task in member_files(own))]):
         raise SettingsError([Problem("JOB_EVAL__TASKS", f"names {name} twice") for name in twice])
     rows = {name: read_questions(data[name], sources[name]) for name in data}
-    local = {name: task_with_rows(manager, name, rows[name], sources[name]) for name in rows}
+    shown = {name: read_questions(path, sources[name + EXAMPLES]) for name, path in examples.items()}
+    local = {name: task_with_rows(manager, name, rows[name], sources[name], shown.get(name)) for name in rows}
     missing = [name for name in (*names, *members_of(own)) if name not in local]
     with hub_errors(f"questions of {', '.join(missing)}"), in_their_groups(manager, local):
         loaded = _load(manager, [*(local.get(name, name) for name in names), *(_built(manager, o, local) for o in own)])
@@ -169,7 +173,7 @@ def load_tasks(
         raise DataError(misfits)
     users = [*(one for one in own if isinstance(one, TaskFile)), *member_files(own)]
     places = dict(sources) | {task.name: task.source for task in users}
-    files = {task.name: task.sha256 for task in users}
+    files = {task.name: task.sha256 for task in users} | {name: _hash(rows) for name, rows in shown.items()}
     for group in own:
         if isinstance(group, GroupFile):
             members = loaded["groups"][group.name].get_all_tasks()
@@ -272,6 +276,10 @@ def check_gate(tasks: Tasks, metric: str, policy: Policy | None, path: str | Non
             raise SettingsError([Problem("JOB_GATE__METRIC", what)])
 
 
+def _hash(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps([row.fields for row in rows], sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _twice(names: Sequence[str]) -> list[str]:
     return sorted({name for name in names if names.count(name) > 1})
 
@@ -304,7 +312,10 @@ def _without_examples(name: str, task: Any) -> Problem | None:
     few = task.fewshot_cfg
     if few.split is None and few.samples is None and not (task.has_training_docs() or task.has_validation_docs()):
         what = f"{name} is asked with {shots} examples, and there are none, only the questions"
-        return Problem("JOB_EVAL__NUM_FEWSHOT", f"{what}; 0 asks without examples, which is another task than {name}")
+        give = f"give a file of them, JOB_EVAL__DATA={name}{EXAMPLES}=..."
+        return Problem(
+            "JOB_EVAL__NUM_FEWSHOT", f"{what}; {give}; 0 asks without examples, which is another task than {name}"
+        )
     if (there := len(list(task.fewshot_docs()))) <= shots:
         what = f"{name} is asked with {shots} examples, and there are {there}; one more than that is needed"
         return Problem("JOB_EVAL__NUM_FEWSHOT", what)

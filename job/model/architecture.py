@@ -6,20 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Families whose layers are what `Architecture` describes; biases and norms of queries are too small to matter.
-FAMILIES = {"gemma", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3"}
-FUSED_FAMILIES = {"llama", "mistral", "qwen2"}
-"""Of one build: RMS norms, rotary positions, SwiGLU, and nothing else. `model/fused` computes all of it."""
-
-
-def has_fused_decoder(family: str | None, activation: str | None) -> bool:
-    """Whether `model/fused` computes the whole decoder of this family, with this activation."""
-    return family in FUSED_FAMILIES and activation == "silu"
+from job.model.families import FAMILIES, fused_family, of_text, why_not_recorded
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder of Llama's kind: grouped attention, and a feed-forward layer of three matrices.
+    """A decoder of `FAMILIES`: grouped attention, and a feed-forward layer of three matrices.
 
     Attributes:
         hidden: Width of the residual stream.
@@ -32,6 +24,10 @@ class Architecture:
         tied: Whether the output layer is the embedding.
         window: The most positions of a sequence; None where nothing limits them. A sliding window is no limit.
         fused: Whether `model/fused` computes the whole decoder; of others only the layers with an adapter.
+        norms: RMS norms of the residual stream's width, a layer.
+        query_norm: Whether queries and keys have an RMS norm too.
+        joined: Whether queries, keys and values are one linear layer, and gate and up another.
+        not_recorded: Why the decoder cannot be recorded as a CUDA graph although it is fused; None if it can.
     """
 
     hidden: int
@@ -44,6 +40,10 @@ class Architecture:
     tied: bool = False
     window: int | None = None
     fused: bool = True
+    norms: int = 2
+    query_norm: bool = False
+    joined: bool = False
+    not_recorded: str | None = None
 
     @property
     def queries(self) -> int:
@@ -51,24 +51,41 @@ class Architecture:
         return self.heads * self.head_size
 
     @property
+    def keys(self) -> int:
+        """Width of all keys together, and of all values."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def attention(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of one attention layer, by name."""
+        first = {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys}
+        if self.joined:
+            first = {"qkv_proj": sum(first.values())}
+        return {name: (self.hidden, outputs) for name, outputs in first.items()} | {
+            "o_proj": (self.queries, self.hidden)
+        }
+
+    @property
+    def feed_forward(self) -> dict[str, tuple[int, int]]:
+        """The same of one feed-forward layer."""
+        first = {"gate_proj": self.intermediate, "up_proj": self.intermediate}
+        if self.joined:
+            first = {"gate_up_proj": sum(first.values())}
+        return {name: (self.hidden, outputs) for name, outputs in first.items()} | {
+            "down_proj": (self.intermediate, self.hidden)
+        }
+
+    @property
     def linear(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of the linear layers of one layer, by name."""
-        keys = self.kv_heads * self.head_size
-        return {
-            "q_proj": (self.hidden, self.queries),
-            "k_proj": (self.hidden, keys),
-            "v_proj": (self.hidden, keys),
-            "o_proj": (self.queries, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-        }
+        return self.attention | self.feed_forward
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
         """What `JOB_LORA__TARGET_MODULES` may name instead of layers, and the layers that each stands for."""
         everything = tuple(self.linear)
-        return {"auto": everything, "all-linear": everything, "attention": everything[:4], "mlp": everything[4:]}
+        attention, mlp = tuple(self.attention), tuple(self.feed_forward)
+        return {"auto": everything, "all-linear": everything, "attention": attention, "mlp": mlp}
 
     @property
     def linear_parameters(self) -> int:
@@ -83,7 +100,7 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """All weights: linear layers, embedding, output layer and norms."""
-        norms = (2 * self.layers + 1) * self.hidden
+        norms = (self.norms * self.layers + 1) * self.hidden
         return self.linear_parameters + (1 if self.tied else 2) * self.head_parameters + norms
 
     def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
@@ -100,9 +117,10 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
     Raises:
         ValueError: It is of a family that the formulas do not know, or lacks a number.
     """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{family} models are not known to the formulas (known: {', '.join(sorted(FAMILIES))})")
+    config = of_text(config)
+    name = config.get("model_type")
+    if (family := FAMILIES.get(str(name))) is None:
+        raise ValueError(f"{name} models are not known to the formulas (known: {', '.join(sorted(FAMILIES))})")
 
     def number(name: str) -> int:
         value = config.get(name)
@@ -121,7 +139,11 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         kv_heads=number("num_key_value_heads") if config.get("num_key_value_heads") else heads,
         head_size=number("head_dim") if config.get("head_dim") else hidden // heads,
         vocabulary=number("vocab_size"),
-        tied=config.get("tie_word_embeddings") is True,
+        tied=config.get("tie_word_embeddings", family.tied) is True,
         window=positions if isinstance(positions, int) and positions > 0 else None,
-        fused=has_fused_decoder(family, config.get("hidden_act", "silu")),
+        fused=fused_family(config) is not None,
+        norms=family.norms,
+        query_norm=family.query_norm is not None,
+        joined=family.joined,
+        not_recorded=why_not_recorded(config),
     )

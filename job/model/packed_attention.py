@@ -20,6 +20,8 @@ from typing import Any, cast
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from job.common.device_copies import to_device
+
 NAME = "flat"
 """Name of this attention in transformers. A model with it is called with a `layout` and no mask."""
 CHECKED = "flat-checked"
@@ -120,12 +122,12 @@ def _block(segments: Sequence[Segment], window: int | None, device: torch.device
 
 def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
     """Lays out the segments of one packed sequence; they must cover it without gaps, in order."""
-    queries = torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32, device=device)
-    keys = torch.tensor([0, *(s.keys for s in segments)], device=device).cumsum(0).to(torch.int32)
+    queries = to_device(torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32), device)
+    keys = to_device(torch.tensor([0, *(s.keys for s in segments)]).cumsum(0).to(torch.int32), device)
     index = None
     if any(s.prefix_end > s.prefix_start for s in segments):
         ranges = [torch.arange(a, b) for s in segments for a, b in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
-        index = torch.cat(ranges).to(device)
+        index = to_device(torch.cat(ranges), device)
     longest_query, longest_key = max(s.end - s.start for s in segments), max(s.keys for s in segments)
     return Layout(tuple(segments), queries, keys, index, longest_query, longest_key)
 

@@ -120,11 +120,14 @@ def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
             )
 
 
+_FP8 = "speed with JOB_TRAIN__COMPUTE=fp8: not measured on these GPUs; hours are those of bf16"
+
+
 def _assumptions(settings: Settings) -> tuple[str, ...]:
     """The assumptions behind all figures of basis `assumed`, one sentence each."""
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
     fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
-    half = f"speed: {fused} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
+    half = f"speed: {fused} of the data sheet's operations a second with CUDA graphs, {peft} without (before Ampere)"
     exporting = (
         f"export: on one processor core {forecast.MERGED_PER_SECOND / 1e6:.0f} million weights a second for merged and "
         f"fp8, {forecast.GGUF_PER_SECOND / 1e6:.0f} for GGUF, which llama.cpp scores on {forecast.CORES} cores of "
@@ -135,6 +138,7 @@ def _assumptions(settings: Settings) -> tuple[str, ...]:
         *(() if settings.train.is_one_stage else (first,)),
         *((exporting,) if settings.export.formats else ()),
         "one GPU; several GPUs share the examples of a step, and each needs the same memory",
+        *((_FP8,) if settings.train.compute == "fp8" else ()),
         f"{half}, as measured on H100 and H200; slower GPUs tend to do better",
         f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",
         f"memory: {context} for the driver, and {memory_model.MARGIN:.0%} for the error of the formula",

@@ -39,6 +39,7 @@ from job.evaluation.tasks import Tasks, check_choices, load_tasks
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
 from job.model.base import inspect, load_tokenizer
+from job.model.families import fused_family, why_not_recorded
 from job.model.files import weight_files
 from job.model.lora import count_parameters
 from job.model.target_modules import linear_weights, resolve_targets
@@ -258,7 +259,7 @@ def preview_adapter(
     """
     if model is None:
         raise NotChecked("the model's files cannot be had")
-    _config, empty = inspect(model.folder, max_length=max_length, targets=targets, rank=rank, options=options)
+    config, empty = inspect(model.folder, max_length=max_length, targets=targets, rank=rank, options=options)
     found = tuple(sorted(resolve_targets(empty, targets)))
     names = ", ".join(found)
     linear, all_ = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))
@@ -269,6 +270,10 @@ def preview_adapter(
         what = f"{what}; {said}; {facts.parameters:,} parameters"
     if options.not_fused:
         what = f"{what}; on a GPU at less than half the speed, by PEFT's own layers: {options.not_fused}"
+    elif fused_family(known := config.to_dict()) is None:
+        what = f"{what}; on a GPU only these layers are fused, not the whole decoder of {config.model_type}"
+    elif why := why_not_recorded(known):
+        what = f"{what}; on a GPU all of {config.model_type}'s decoder is fused, without CUDA graphs: {why}"
     if quantization == "none" or linear >= MOSTLY * all_:
         return "ok", what, facts
     stays = "the rest, such as embeddings and experts that are one tensor, stays in 16 bit"

@@ -23,6 +23,7 @@ from job.settings.training_stages import split_stages
 from job.training import memory_model
 from job.training.config import total_steps
 from job.training.early_stopping import due_steps
+from job.training.execution_plan import AMPERE, VOLTA
 from job.training.memory_model import Setup
 
 CALIBRATION_BATCH, CALIBRATION_LENGTH = 8, 2048
@@ -56,9 +57,9 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         scoring_budget=settings.eval.batch_tokens,
         download_bytes=download + (seen.data.download_bytes if seen.data else 0),
         usd_per_hour=settings.cost.usd_per_hour,
-        fused=settings.model.dtype in {"auto", "bf16"}
-        and settings.lora.dropout == 0
-        and adapter_options(settings).not_fused is None,
+        fused=settings.model.dtype != "fp32" and adapter_options(settings).not_fused is None,
+        fused_from=AMPERE if settings.model.dtype == "bf16" else VOLTA,
+        fp8=settings.train.compute == "fp8",
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
         places=_places(settings),

@@ -152,6 +152,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         groups=results["evaluation"].get("groups", {}),
         group_chart=_group_differences(results["evaluation"].get("groups", {})),
         learned=wording.learned(results["training"]),
+        fp8=wording.in_fp8(results["training"]),
         tasks=tasks,
         headline=wording.headline(results),
         explanations={

@@ -14,7 +14,7 @@ from job.evaluation.comparison import original_tasks
 from job.evaluation.policy import of_metric
 from job.evaluation.principles import verdict_words
 from job.evaluation.statistics import wilson_interval
-from job.records import NEAR, ServeCheck
+from job.records import FP8, NEAR, ServeCheck
 
 _SAYS = {
     "improved": "Better than its {base} at {tasks}.",
@@ -486,6 +486,11 @@ def about_served(check: ServeCheck) -> str:
     if gaps:
         text += f"; log-likelihoods differ by at most {max(gaps):.3f} nats"
     return f"{text}."
+
+
+def in_fp8(training: Mapping[str, Any]) -> bool:
+    """Whether training computed the products with the frozen weights in FP8, from the manifest's `training`."""
+    return str((training.get("execution") or {}).get("forward", "")).endswith(f", {FP8}")
 
 
 def learned(training: Mapping[str, Any]) -> str:

@@ -22,8 +22,8 @@ from job.evaluation.policy import (
     reasons,
 )
 from job.records import Evaluated
-from job.results.reader import PublishedRun, read_measured, read_samples
-from job.runs.layout import WEIGHTS
+from job.results.reader import PublishedRun, read_measured, read_samples, scored_in
+from job.runs.layout import WEIGHTS, export_side
 
 GROUPS = ("model", "dataset", "software", "hardware")
 _NAMES = {"run.id", "run.output"}
@@ -59,6 +59,7 @@ def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
         "differs": {
             "settings": _settings(one["settings"], two["settings"]),
             **{group: _differing(_flat(one[group]), _flat(two[group])) for group in GROUPS},
+            "scoring": _differing(*({"dtype": scored_in(results)} for results in (one, two))),
         },
         "training": _both(_training(one), _training(two)),
         "cost": {
@@ -66,7 +67,7 @@ def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
             "attempts": _pair(*(len(r["run"]["attempts"]) for r in (one, two))),
         },
         **_tasks(a, b),
-        "exports": _exports(one, two),
+        "exports": _exports(a, b),
     }
 
 
@@ -187,10 +188,37 @@ def _groups(
     return found, sorted({*specs[0], *specs[1]} - same.keys())
 
 
-def _exports(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
-    """By format, what each run has of it: None where it has none."""
-    a, b = ({export["format"]: _export(export) for export in results.get("exports", ())} for results in (one, two))
-    return {name: _pair(a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b])}
+def _exports(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
+    """By format, what each run has of it, None where it has none; and by task, B's answers paired with A's.
+
+    Raises:
+        VerificationError: The samples of one are not what its manifest says.
+    """
+    one, two = ({export["format"]: export for export in run.results.get("exports", ())} for run in (a, b))
+    shown = [{name: _export(export) for name, export in side.items()} for side in (one, two)]
+    return {
+        name: {
+            **_pair(*(side.get(name) for side in shown)),
+            "paired": _pairs(a, b, one[name], two[name]) if name in one and name in two else {},
+        }
+        for name in dict.fromkeys([*one, *two])
+    }
+
+
+def _pairs(a: PublishedRun, b: PublishedRun, one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
+    """By task, the format of run B against that of run A; none where one of them was not scored."""
+    if not all(export["candidates"].get(export["candidate"]) for export in (one, two)):
+        return {}
+    samples = [
+        read_samples(run, export_side(export["format"], export["candidate"])) for run, export in ((a, one), (b, two))
+    ]
+    same = [
+        name
+        for name, found in samples[0].items()
+        if name in samples[1] and found.questions == samples[1][name].questions
+    ]
+    found = compare_tasks(*({name: side[name].scores for name in same} for side in samples))
+    return {name: _paired(task) for name, task in found.items()}
 
 
 def _export(export: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +350,7 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
     if compared.get("measured"):
         yield "Metrics of other tasks", _METRIC_COLUMNS, list(_metric_rows(compared["measured"]))
     if compared.get("exports"):
-        yield "Exported formats, each with its own run's adapter, acc", both, list(_export_rows(compared["exports"]))
+        yield "Exported formats, acc", both, list(_export_rows(compared["exports"]))
     differing = [
         _row(f"{group}.{name}" if group != "settings" else name, *pair.values())
         for group, found in compared["differs"].items()
@@ -370,13 +398,15 @@ def _of_base(value: Any) -> str:
 
 def _export_rows(exports: Mapping[str, Any]) -> Iterator[list[str]]:
     for name, pair in exports.items():
-        runs = [one or {"bytes": None, "tasks": {}} for one in pair.values()]
+        runs = [pair[side] or {"bytes": None, "tasks": {}} for side in ("a", "b")]
         if any(one["bytes"] is not None for one in runs):  # older versions did not record them
             yield _row(f"{name}, bytes", *(one["bytes"] for one in runs))
         for task in dict.fromkeys(task for one in runs for task in one["tasks"]):
             found = [one["tasks"].get(task, {}) for one in runs]
             yield [f"{name}, {task}", *(_of_base(one.get("acc")) for one in found)]
             yield [f"{name}, {task}, less adapter", *(_of_base(one.get("versus_adapter")) for one in found)]
+            if task in pair["paired"]:
+                yield [f"{name}, {task}, B less A", "", _of_base(pair["paired"][task])]
 
 
 def _group_rows(groups: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -26,6 +26,7 @@ from job.records import (
     Judgement,
     ModelRecord,
     PromptsRecord,
+    ScoringPrecision,
     TaskScores,
     TrainingRecord,
 )
@@ -55,6 +56,7 @@ def build(
     exports: Sequence[Mapping[str, Any]] = (),
     full_precision: Mapping[str, Any] | None = None,
     near_ties: Mapping[str, Any] | None = None,
+    precision: ScoringPrecision | None = None,
     image_digest: str | None,
     on_demand_usd_per_hour: float | None,
     gpus: Sequence[Mapping[str, Any]] | None = None,
@@ -66,9 +68,10 @@ def build(
 
     `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `groups` from `compare_groups`, `gate` from
     `judge`, `exports` from `exports_record`, `full_precision` from `full_precision_record`, `near_ties` from
-    `compare_near_ties`. `gpus` are those of all processes, each of which sees only its own; None for those of this
-    one. `part_of` is the id of the run that this one is the first stage of, `prompts` are those of JOB_EVAL__PROMPTS;
-    `unsafe_answers` says how many answers to them are, by side, and `principles` what a judge says of them.
+    `compare_near_ties`. `precision` is that of all scores but an export's. `gpus` are those of all processes, each of
+    which sees only its own; None for those of this one. `part_of` is the id of the run that this one is the first stage
+    of, `prompts` are those of JOB_EVAL__PROMPTS; `unsafe_answers` says how many answers to them are, by side, and
+    `principles` what a judge says of them.
     The schema explains every field.
     """
     return _with_compute(
@@ -93,6 +96,7 @@ def build(
                 **({"groups": groups} if groups else {}),
                 **({} if full_precision is None else {"full_precision": full_precision}),
                 **({} if near_ties is None else {"near_ties": near_ties}),
+                **({} if precision is None else {"precision": asdict(precision)}),
                 **({} if prompts is None else {"prompts": asdict(prompts)}),
                 **({} if unsafe_answers is None else {"unsafe_answers": dict(unsafe_answers)}),
                 **({} if principles is None else {"principles": dict(principles)}),

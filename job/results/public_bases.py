@@ -20,32 +20,34 @@ class PublicBase:
     source: str
 
 
-_SMOLLM2 = "arXiv:2502.02737"
-_CARD = "its card on the hub"
-_LLAMA2 = "arXiv:2307.09288"
-_PYTHIA = "arXiv:2304.01373"
-_QWEN25 = "arXiv:2412.15115"
+# What the sources say, as read on 2026-11-29.
+_LLAMA2 = "arXiv:2307.09288"  # table 1: 2.0T tokens for each size
+_PYTHIA = "arXiv:2304.01373"  # "we train all models for 299,892,736,000 tokens"; the cards say the same
+_SMOLLM2_135M = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M"  # "trained on 2 trillion tokens"
+_SMOLLM2_360M = "https://huggingface.co/HuggingFaceTB/SmolLM2-360M"  # "trained on 4 trillion tokens"
+_SMOLLM2 = "arXiv:2502.02737"  # abstract: the model of 1.7B parameters on "~11 trillion tokens"
 
 PUBLIC_BASES: Mapping[str, PublicBase] = {
     "EleutherAI/pythia-160m": PublicBase(299_892_736_000, _PYTHIA),
     "EleutherAI/pythia-410m": PublicBase(299_892_736_000, _PYTHIA),
     "EleutherAI/pythia-1.4b": PublicBase(299_892_736_000, _PYTHIA),
     "EleutherAI/pythia-6.9b": PublicBase(299_892_736_000, _PYTHIA),
-    "HuggingFaceTB/SmolLM2-135M": PublicBase(2e12, _CARD),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": PublicBase(2e12, _CARD),
-    "HuggingFaceTB/SmolLM2-360M": PublicBase(4e12, _CARD),
-    "HuggingFaceTB/SmolLM2-360M-Instruct": PublicBase(4e12, _CARD),
+    "HuggingFaceTB/SmolLM2-135M": PublicBase(2e12, _SMOLLM2_135M),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": PublicBase(2e12, _SMOLLM2_135M),
+    "HuggingFaceTB/SmolLM2-360M": PublicBase(4e12, _SMOLLM2_360M),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": PublicBase(4e12, _SMOLLM2_360M),
     "HuggingFaceTB/SmolLM2-1.7B": PublicBase(11e12, _SMOLLM2),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": PublicBase(11e12, _SMOLLM2),
-    "Qwen/Qwen2.5-0.5B": PublicBase(18e12, _QWEN25),
-    "Qwen/Qwen2.5-1.5B": PublicBase(18e12, _QWEN25),
-    "Qwen/Qwen2.5-7B": PublicBase(18e12, _QWEN25),
     "meta-llama/Llama-2-7b-hf": PublicBase(2e12, _LLAMA2),
     "meta-llama/Llama-2-13b-hf": PublicBase(2e12, _LLAMA2),
     "meta-llama/Llama-2-70b-hf": PublicBase(2e12, _LLAMA2),
     "mistralai/Mistral-7B-v0.1": PublicBase(None, ""),
+    # arXiv:2412.15115 gives the size of the data, 18 trillion tokens, not how much of it each model saw.
+    "Qwen/Qwen2.5-0.5B": PublicBase(None, ""),
+    "Qwen/Qwen2.5-1.5B": PublicBase(None, ""),
+    "Qwen/Qwen2.5-7B": PublicBase(None, ""),
 }
-"""Name on the hub -> what is known. `tokens` is None where it was never published."""
+"""Name on the hub -> what is known. `tokens` is None where it was never published for that model."""
 
 
 def public_base(place: str, revision: str | None, name: str | None) -> tuple[str, str | None]:

@@ -101,6 +101,12 @@ def _too_large(value: Any, where: str = "") -> str | None:
     return next((place for place in found if place is not None), None)
 
 
+def scored_in(results: Mapping[str, Any]) -> str:
+    """The dtype in which base and adapter were scored; in older versions that of training."""
+    precision = results["evaluation"].get("precision")
+    return str(results["model"]["dtype"] if precision is None else precision["dtype"])
+
+
 def read_published(store: ObjectStore) -> PublishedRun:
     """A run's manifest, with schema and seal checked.
 
@@ -131,8 +137,8 @@ class TaskSamples:
         return [(sample.id, sample.doc_hash) for sample in self.samples]
 
 
-def read_samples(run: PublishedRun) -> dict[str, TaskSamples]:
-    """By task, the adapter's samples, checked against the hashes of the manifest.
+def read_samples(run: PublishedRun, side: str = "adapter") -> dict[str, TaskSamples]:
+    """By task, the samples of the adapter, or of another side, checked against the hashes of the manifest.
 
     Raises:
         VerificationError: With everything that is missing, changed or malformed.
@@ -140,7 +146,7 @@ def read_samples(run: PublishedRun) -> dict[str, TaskSamples]:
     listed = {artifact["path"]: artifact for artifact in run.results["artifacts"]}
     found, wrong = {}, []
     for task, claimed in run.results["evaluation"]["tasks"].items():
-        path = answers_key(task, "adapter")
+        path = answers_key(task, side)
         try:
             data = _read_whole(run.store, path, listed.get(path))
             parsed = samples.parse(data)

@@ -44,7 +44,9 @@ T = TypeVar("T")
 State = Literal["running", "preempted", "stalled", "finished", "failed", "not-started", "damaged"]
 
 STALLED_SECONDS = 600.0
-"""A running attempt that wrote no record for so long is `stalled`. Loading a model is the longest silence there is."""
+"""A running attempt that wrote no record for so long is `stalled`, if its record does not tell its watchdog's limit."""
+_WATCHDOG_SHARE = 1.2
+"""The watchdog ends an attempt at up to 1.1 times its limit, and that is recorded within seconds."""
 _READ_BACK = 20
 """Records of so many attempts are read, newest first, for the last end and the last step."""
 _LOOKED_AT = 10_000
@@ -123,7 +125,7 @@ class RunStatus:
 
 
 def read_status(
-    where: str, storage: StorageOptions, *, now: datetime | None = None, stalled_after: float = STALLED_SECONDS
+    where: str, storage: StorageOptions, *, now: datetime | None = None, stalled_after: float | None = None
 ) -> RunStatus:
     """The status of the run in a folder, given as a path or URI, which nothing is written to.
 
@@ -131,7 +133,8 @@ def read_status(
         where: The folder of a run, or the `results.json` in it.
         storage: How to reach the store.
         now: The time; None for this machine's.
-        stalled_after: After so many seconds without a sign of life a running attempt is `stalled`.
+        stalled_after: After so many seconds without a sign of life a running attempt is `stalled`; None: once its own
+            watchdog would have ended it (JOB_TRAIN__STALL_SECONDS), since a long evaluation may be silent.
 
     Raises:
         SettingsError: The folder holds runs, and is none itself; or it is no path or URI.
@@ -145,14 +148,15 @@ def read_status(
     first = _read(open_store(f"{store.uri}/{FIRST_STAGE}".rstrip("/"), storage), now, stalled_after)
     if first.state == "finished":  # and the second has not begun
         lasted = first.silent_seconds or 0.0
-        return replace(first, run=store.uri, first_stage=True, state="stalled" if lasted > stalled_after else "running")
+        gone = lasted > (STALLED_SECONDS if stalled_after is None else stalled_after)
+        return replace(first, run=store.uri, first_stage=True, state="stalled" if gone else "running")
     if first.state != "not-started":
         return replace(first, run=store.uri, first_stage=True)
     _refuse_folder_of_runs(store)
     return found
 
 
-def _read(store: ObjectStore, now: datetime, stalled_after: float) -> RunStatus:
+def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> RunStatus:
     problems: list[Problem] = []
     holder = _parsed(store, LEASE, _parse_lease, problems)
     numbers = lease.attempt_numbers(store)
@@ -167,6 +171,9 @@ def _read(store: ObjectStore, now: datetime, stalled_after: float) -> RunStatus:
     silent = None if sign is None else max(0.0, (now - _time(sign)).total_seconds())
     checkpoints = _checkpoints(store, problems)
     done = _stages_done(store)
+    if stalled_after is None:
+        watched = None if noted is None else noted.stall_seconds
+        stalled_after = STALLED_SECONDS if watched is None else _WATCHDOG_SHARE * watched
     state, last_end = _state(newest, current, silent, results, stalled_after), _last_end(logged, newest)
     if state == "finished" and problems:
         state = "damaged"

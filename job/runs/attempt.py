@@ -41,7 +41,17 @@ from job.runs import stage_records
 from job.runs.fault_injection import Faults
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
 from job.runs.lease import fenced, take
-from job.runs.run_log import LONGEST_WHY, NOTED, QUESTIONS, IdleLimit, Noted, how_far, idle_attempts, read_logged
+from job.runs.run_log import (
+    LONGEST_WHY,
+    NOTED,
+    QUESTIONS,
+    IdleLimit,
+    Noted,
+    how_far,
+    idle_attempts,
+    idle_pause,
+    read_logged,
+)
 from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
 from job.runs.work_folder import work_folder
@@ -56,6 +66,7 @@ OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", Stalled: 
 
 NOTE_SHARE = 0.01
 """Share of an attempt's time that notes in the run log may take; what happened since the last one is lost by a kill."""
+_PAUSE_TICK = 0.2
 NOTE_SECONDS = (0.2, 5.0)
 """Bounds of the time between two notes."""
 
@@ -101,6 +112,8 @@ class Attempt:
     """Questions of the evaluation that goes on which are scored, by this attempt or before it."""
     run: str | None = None
     """Fingerprint of the run, which its records and checkpoints carry; None until something was pulled."""
+    stall_seconds: float | None = None
+    """Of the watchdog: after so long without progress the attempt ends."""
     settled: bool = False
     """Whether the run's settings are kept: before that, an attempt with a mistake in them is one at this run, too."""
     _stage: tuple[str, float] | None = None
@@ -344,7 +357,7 @@ class Attempt:
             code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
             words = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
             why = " ".join(log.without_secrets(words).split())[:LONGEST_WHY]
-        return Noted(now(), stage, self.training, code, why)
+        return Noted(now(), stage, self.training, code, why, self.stall_seconds)
 
     def _note_if_due(self) -> None:
         if time.monotonic() > self._next_note:
@@ -392,6 +405,8 @@ def open_attempt(
     processes: Processes = ALONE,
     usd_per_hour: float | None = None,
     idle: IdleLimit | None = None,
+    stall_seconds: float | None = None,
+    nodes: int = 1,
 ) -> Iterator[Attempt]:
     """Takes the run's lease and begins its next attempt; writes the attempt's end into the run log.
 
@@ -406,6 +421,9 @@ def open_attempt(
         processes: Those that make this attempt; process 0 holds the lease for all.
         usd_per_hour: Price of this machine; None where it is not known.
         idle: Decides, from the attempts before, with which error a stopped attempt ends; None for no limit.
+        stall_seconds: Of the watchdog, for `qlora-job status`; None where it is not known.
+        nodes: Number of machines. Several are started again by JobSet, which does not wait between two attempts: after
+            some without progress this one does, so that they do not follow each other as fast as pods can start.
 
     Raises:
         NoProgress: The attempt was stopped, as were too many before it, and none of them got any further.
@@ -433,6 +451,7 @@ def open_attempt(
             processes,
             usd_per_hour,
             settings,
+            stall_seconds=stall_seconds,
         )
         if idle is not None and processes.leads:  # its exit code takes precedence over those of the others
             furthest = max((one.reached for one in logged), default=(0, 0))
@@ -440,6 +459,8 @@ def open_attempt(
             idle.record_stall = lambda message: _note_failure(attempt, Stalled(message), idle)
         attempt.note("running")
         try:
+            if nodes > 1:
+                processes.share("pause", lambda: _pause(attempt, idle_pause(idle_attempts(logged))))
             yield attempt
         except Replaced:
             raise  # the run log belongs to the attempt that took over
@@ -448,6 +469,20 @@ def open_attempt(
                 raise ended from error
             raise
         attempt.note("complete")
+
+
+def _pause(attempt: Attempt, seconds: float) -> None:
+    """Waits, and ends at once if the job has to end.
+
+    Raises:
+        Preempted: It has to.
+    """
+    if seconds:
+        log.get_logger().info("the attempts before made no progress: waiting before this one begins", seconds=seconds)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        attempt.alive()
+        time.sleep(min(_PAUSE_TICK, max(0.0, until - time.monotonic())))
 
 
 def _note_failure(attempt: Attempt, error: BaseException, idle: IdleLimit | None) -> BaseException:

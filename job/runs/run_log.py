@@ -37,6 +37,7 @@ class Noted:
         training: The last optimizer step of this attempt; None before its first one.
         exit_code: With which it ended; None while it runs, or if it completed the run.
         why: The error it ended with, in at most `LONGEST_WHY` characters and without secrets.
+        stall_seconds: Of the attempt's watchdog; None in records of earlier versions.
     """
 
     at: str
@@ -44,6 +45,7 @@ class Noted:
     training: TrainingProgress | None = None
     exit_code: int | None = None
     why: str | None = None
+    stall_seconds: float | None = None
 
 
 LONGEST_WHY = 500
@@ -94,6 +96,12 @@ class IdleLimit:
         return f"{what} (JOB_RUN__MAX_IDLE_ATTEMPTS={self.limit}); give them more time, or machines that last longer"
 
 
+def idle_pause(idle: int) -> float:
+    """Seconds to wait before an attempt that follows so many without progress, in a row."""
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (idle - 1)) if idle > 0 else 0.0
+
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 60.0
 _BEFORE_STEPS = 1 << 40
 """More rows than a reference is computed for."""
 

@@ -29,8 +29,9 @@ from job.settings.field_types import explain, is_server, new_run_id
 from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Lora, Settings
-from job.settings.sources import Request, nested, same, setting_at
+from job.settings.sources import SECRETS_DIR, Request, nested, same, setting_at
 from job.storage.location import is_remote
+from job.storage.permissions import own_or_hand_over
 
 __all__ = [
     "Settings",
@@ -54,7 +55,7 @@ _SECRET = re.compile(
 )
 _LOGIN = re.compile(r"://([^/@\s]+:[^/@\s]+@)")  # in the address of a tracker or a proxy
 _HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(\w+_)?HEADERS")  # name=value pairs with commas, values escaped as in URLs
-_SHORTEST_SECRET = 8
+_SHORTEST_SECRET, _LARGEST_SECRET = 8, 1 << 16
 
 PROJECT = "qlora-job"
 """The project that trackers put runs into, unless the user names another."""
@@ -100,6 +101,7 @@ def load_settings(
         *_schedule(settings),
         *_adapter(settings),
         *_method(settings),
+        *_compute(settings),
     ]
     problems += [Problem(setting_at(name, settings.sources[name]), what) for name, what in faults if name not in wrong]
     problems += [Problem(f"{variable} (environment)", what) for variable, what in find_faults(environ)]
@@ -175,19 +177,34 @@ def environment() -> dict[str, str]:
 
 
 def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The values of known credential variables in the environment, which the log must not show."""
+    """The values of known credentials, variables or files of JOB_SECRETS_DIR, which the log must not show."""
     environ = os.environ if environ is None else environ
-    named = [value for name, value in environ.items() if _SECRET.search(name)]
-    in_urls = [found for value in environ.values() for found in _LOGIN.findall(value)]
+    files = _secret_files(environ.get(environment_name(SECRETS_DIR)))
+    texts = [*environ.items(), *files.items()]
+    named = [value for name, value in texts if _SECRET.search(name)]
+    in_urls = [found for _, value in texts for found in _LOGIN.findall(value)]
     in_headers = [
         part
-        for name, value in environ.items()
+        for name, value in texts
         if _HEADERS.fullmatch(name)
         for pair in value.split(",")
         for part in (pair.partition("=")[2].strip(), *unquote(pair.partition("=")[2]).split())
     ]
     found = dict.fromkeys([*named, *in_urls, *in_headers])
     return tuple(secret for secret in found if len(secret) >= _SHORTEST_SECRET)
+
+
+def _secret_files(folder: str | None) -> dict[str, str]:
+    """The texts of the small files in JOB_SECRETS_DIR by name; of a folder that cannot be read none: it is refused."""
+    try:
+        paths = [path for path in Path(folder).iterdir() if path.is_file()] if folder else []
+        return {
+            path.name: path.read_text(errors="replace").strip()
+            for path in paths
+            if path.stat().st_size <= _LARGEST_SECRET
+        }
+    except OSError:
+        return {}
 
 
 def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
@@ -210,7 +227,8 @@ def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> di
 def exporters(settings: Settings, environ: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
     """The exporters of figures that are asked for (see `tracking.live_metrics`), each with its arguments.
 
-    OTLP is asked for by OpenTelemetry's own variables, which the SDK reads itself.
+    OTLP is asked for by OpenTelemetry's own variables, which the SDK reads itself; the report to a TrainJob by those
+    that Kubeflow Trainer gives its pods.
     """
     environ = os.environ if environ is None else environ
     found: dict[str, dict[str, Any]] = {}
@@ -220,7 +238,25 @@ def exporters(settings: Settings, environ: Mapping[str, str] | None = None) -> d
         found["otlp"] = {"protocol": _otlp("PROTOCOL", environ) or "http/protobuf"}
     if settings.metrics.port is not None:
         found["prometheus"] = {"port": settings.metrics.port}
+    if url := environ.get("KUBEFLOW_TRAINER_SERVER_URL"):
+        files = {"token": "KUBEFLOW_TRAINER_SERVER_TOKEN", "authority": "KUBEFLOW_TRAINER_SERVER_CA_CERT"}
+        found["train-job"] = {"url": url} | {name: environ.get(variable, "") for name, variable in files.items()}
+    if settings.metrics.pod_annotation:
+        found["pod-annotation"] = _pod(environ)
     return found
+
+
+def _pod(environ: Mapping[str, str]) -> dict[str, str]:
+    """The pod that this process runs in: its address at the API server, and the files of its service account."""
+    account = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+    host, port = environ.get("KUBERNETES_SERVICE_HOST", ""), environ.get("KUBERNETES_SERVICE_PORT", "443")
+    name, namespace = environ.get("KUBERNETES_POD_NAME", ""), environ.get("KUBERNETES_POD_NAMESPACE", "")
+    server = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+    return {
+        "url": f"{server}/api/v1/namespaces/{namespace}/pods/{name}" if host and name and namespace else "",
+        "token": str(account / "token"),
+        "authority": str(account / "ca.crt"),
+    }
 
 
 def _otlp(name: str, environ: Mapping[str, str]) -> str:
@@ -293,7 +329,7 @@ def _deliveries(platform: Platform) -> Iterator[Problem]:
 _FOR_ROOT = "SageMaker mounts its folders for root; take the image that infra/sagemaker/Dockerfile makes of this one"
 
 
-def _why_not_writable(path: Path, fix: str = "mount it writable or give another path") -> str | None:
+def _why_not_writable(path: Path, fix: str | None = None) -> str | None:
     """Why this folder cannot be created or written to; None if it can. Creates nothing."""
     for place in (path, *path.parents):
         try:
@@ -307,7 +343,8 @@ def _why_not_writable(path: Path, fix: str = "mount it writable or give another 
         if not place.is_dir():
             return f"cannot be a folder: {place} is a file; give another path"
         if not os.access(place, os.W_OK | os.X_OK):
-            return f"cannot be written: {place} is not writable for this user; {fix}"
+            what = "cannot be written: {} is not writable for this user; {}"
+            return what.format(place, fix or f"mount it writable, give another path, or {own_or_hand_over(place)}")
         return None
     return "cannot be written: no folder above it exists; give another path"
 
@@ -359,12 +396,12 @@ def _placement(settings: Settings) -> Iterator[Fault]:
 
 def _tasks(settings: Settings) -> Iterator[Fault]:
     # A preset's file for a task that is not asked is ignored; a user's own file must be used.
-    own = not settings.sources["eval.data"].startswith("preset")
-    files = any(name.endswith((".yaml", ".yml")) for name in settings.eval.tasks)  # which may name tasks of a group
-    if own and not files and not set(settings.eval.data) <= set(settings.eval.tasks):
-        named = " (a channel's files are named after their tasks)" * settings.sources["eval.data"].startswith(
-            "sagemaker channel"
-        )
+    source, tasks = settings.sources["eval.data"], settings.eval.tasks
+    files = any(task.endswith((".yaml", ".yml")) for task in tasks)  # which may name tasks of a group
+    # Tasks of lm-eval's groups are named after the group: mmlu_anatomy. Whether one is of it, `check_tasks` knows.
+    other = {name for name in settings.eval.data if not name.startswith(tuple(tasks))}
+    if other and not files and not source.startswith("preset"):
+        named = " (a channel's files are named after their tasks)" * source.startswith("sagemaker channel")
         what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or drop the file"
         yield "eval.data", what
 
@@ -578,6 +615,29 @@ def _method(settings: Settings) -> Iterator[Fault]:
             "train.label_smoothing",
             f"has no effect with JOB_TRAIN__PREFERENCE_LOSS={train.preference_loss}; remove it",
         )
+
+
+def _compute(settings: Settings) -> Iterator[Fault]:
+    """What cannot be trained in FP8 whatever the machine; what this machine cannot, `training.prepare` finds."""
+    if settings.train.compute != "fp8":
+        return
+    name, lora = "train.compute", settings.lora
+    if settings.run.device == "cpu":
+        yield name, "is fp8, which a CPU does not compute; remove it, or JOB_RUN__DEVICE=cpu"
+    if settings.model.dtype not in {"auto", "bf16"}:
+        yield name, f"is fp8, which goes with bf16; JOB_MODEL__DTYPE is {settings.model.dtype}: set bf16 or auto"
+    slower = {
+        "LORA__DROPOUT": lora.dropout,
+        "LORA__KIND": lora.kind != "lora",
+        "LORA__USE_DORA": lora.use_dora,
+        "LORA__MODULES_TO_SAVE": lora.modules_to_save,
+        "MODEL__ADD_TOKENS": settings.model.add_tokens,
+    }
+    if needed := [f"JOB_{setting}" for setting, given in slower.items() if given]:
+        yield name, f"is fp8, which only the job's fused layers compute; {' and '.join(needed)} need PEFT's own"
+    if any(METHODS[method].reference for method in settings.train.method.split(",")):
+        why = "its rounding would count as a difference from the reference"
+        yield name, f"is fp8, which is not for JOB_TRAIN__METHOD={settings.train.method}: {why}; drop one of the two"
 
 
 def _start(settings: Settings) -> Iterator[Fault]:

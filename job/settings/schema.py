@@ -171,7 +171,8 @@ class Model(Group):
     `store`: also beside the runs in JOB_RUN__OUTPUT, so that a restart on another machine downloads 4 GB, not 14.
     """
     keep_dequantized: ExecutionOnly[FlagOrAuto] = "auto"
-    """Dequantize the frozen weights once and keep them: faster, same results; `auto`: if they fit into memory."""
+    """Dequantize the frozen weights once and keep them: faster, same results; `auto`: if they fit into memory. With
+    JOB_TRAIN__COMPUTE=fp8 their copies in that format are kept."""
     placement: ExecutionOnly[Literal["auto", "gpu", "sharded", "host"]] = "auto"
     """Where the 4-bit weights lie: `gpu`, all on each process's GPU; `sharded`, a share on each, and every decoder
     layer is gathered while the layer before it computes; `host`, in main memory, from where the layers are copied to
@@ -186,7 +187,7 @@ class Lora(Group):
     alpha: AffectsResult[Count] = 16
     """Scale: the update is multiplied by alpha / rank."""
     dropout: AffectsResult[Annotated[NotNegative, Field(lt=1)]] = 0.0
-    """Dropout on the adapter's input. Anything but 0 needs the slower layers of PEFT."""
+    """Dropout on the adapter's input."""
     start: AffectsResult[Maybe[Location]] = None
     """Adapter to go on training, instead of a new one: hub id (`org/name` or `org/name@revision`), URI or path
     of a LoRA adapter in safetensors, of the same rank, alpha and layers. Learning preferences, it is also the
@@ -397,6 +398,10 @@ class Train(Group):
     `assistant` are all turns of the assistant, `last` is the last one. `assistant` takes them from the template's
     `{% generation %}` marks, or from TRL's training template for it, where there is one; with `assistant` and `last` a
     turn that does not end with a special token is an invalid row."""
+    compute: AffectsResult[Literal["dtype", "fp8"]] = "dtype"
+    """Format of the products with the frozen weights in training: `dtype`, as JOB_MODEL__DTYPE says; `fp8`, e4m3 with a
+    scale for each row, on GPUs from compute capability 8.9 (Ada, Hopper) on. The adapter's own products, validation and
+    both evaluations stay in JOB_MODEL__DTYPE."""
     gradient_checkpointing: ExecutionOnly[FlagOrAuto] = "auto"
     """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory."""
     gpu_memory_gb: ExecutionOnly[Maybe[Positive]] = None
@@ -445,16 +450,20 @@ class Eval(Group):
     """Number of questions of each task, at least 2; empty: all."""
     data: AffectsResult[Annotated[Locations, SageMakerChannel("evaluation")]] = Field(default_factory=dict)
     """Files with the questions of a task, instead of the hub: `task=path,task2=s3://...` or JSON. A row has the fields
-    that the task's own data set has."""
+    that the task's own data set has. `task:examples=path` beside it has the examples of its prompts."""
     num_fewshot: AffectsResult[Maybe[Annotated[Whole, Field(le=100)]]] = None
     """Examples in the prompt of every question; empty: as many as each task says. They are drawn from the task's own
-    examples with lm-eval's default seed."""
+    examples, or those of JOB_EVAL__DATA, with lm-eval's default seed."""
     long_questions: AffectsResult[Literal["error", "cut"]] = "error"
     """What to do with a question of more than JOB_TRAIN__MAX_LENGTH tokens: end the job with an error, or cut off its
     beginning, as lm-eval does."""
     full_precision: AffectsResult[Literal["auto", "off"]] = "auto"
     """Whether a base that is quantized for training is first scored with its original weights, in 16 bits (fp32 on a
     CPU), so that the results show what quantization cost. `auto`: if memory allows it beside the quantized base."""
+    precision: AffectsResult[Literal["auto", "model"]] = "auto"
+    """How questions are scored where the model computes in bf16. `auto`: on a GPU, with products of fp16 factors and
+    everything that adds up in fp32, which is several times nearer to fp32, if the fused layers know the model and
+    its numbers fit. `model`: as it is trained. Answers are generated as it is trained."""
     batch_tokens: ExecutionOnly[Count] = 8192
     """Maximum number of tokens scored in one forward pass."""
     prompts: AffectsResult[Maybe[Prompts]] = None
@@ -584,6 +593,9 @@ class Metrics(Group):
 
     port: ExecutionOnly[Maybe[Annotated[Count, Field(le=65535)]]] = None
     """Port of a Prometheus endpoint with step, loss, speed, time left and stage; empty: none."""
+    pod_annotation: ExecutionOnly[Flag] = False
+    """On Kubernetes, keep an annotation of the pod (`qlora-job/progress`) that says how far the run is; the component
+    `progress` gives the pod what is needed for it."""
 
 
 class Notify(Group):

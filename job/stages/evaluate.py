@@ -23,29 +23,46 @@ from job.evaluation.scorer import Scores, ScoreSequences, score_questions, score
 from job.model.adapter_files import load_adapter
 from job.model.lora import adapter_off
 from job.model.packed_attention import is_packed
-from job.records import Answer, Artifact, Evaluated, MeasuredScores, ModelRecord, Question, Trained
+from job.records import (
+    Answer,
+    Artifact,
+    Evaluated,
+    MeasuredScores,
+    ModelRecord,
+    Question,
+    ScoringPrecision,
+    Trained,
+)
 from job.runs.attempt import Attempt
 from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.stages.principles import judge_answers, published_answers
 from job.stages.prompts import answer_prompts, generate_answers
+from job.stages.scoring_precision import precision_facts, scoring_in
 from job.storage.open import ObjectStore
 
 
 def evaluate_base(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
+    attempt: Attempt,
+    settings: Settings,
+    sources: Sources,
+    loaded: Loaded,
+    *,
+    shared: ObjectStore,
+    precision: ScoringPrecision,
 ) -> Evaluated | None:
     """Scores all questions, and answers the prompts that are asked, with the adapter switched off.
 
     `shared` is the store that contains all runs: base scores are cached there for other runs with the same base.
     """
+    scoring = scoring_in(precision, lambda: loaded.model, settings.train.gpu_memory_gb)
     # The cache key leaves out the base's name and the adapter's properties: they do not change the base's scores.
     unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
-    facts = forward_facts(loaded, unnamed)
+    facts = {**forward_facts(loaded, unnamed), **precision_facts(precision, loaded.model.device)}
     cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
     with adapter_off(loaded.model):
-        found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base")
+        found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base", scoring=scoring)
         own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(facts))
         answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="base", cache=own)
     if found is None:
@@ -54,6 +71,7 @@ def evaluate_base(
         found,
         artifacts=[*found.artifacts, *answers],
         generation=generation_rules(settings, sources, loaded.model),
+        precision=precision,
         unsafe_answers=unsafe,
     )
     if (origin := cache.reused_from) is None:
@@ -74,9 +92,11 @@ def evaluate_adapter(
     Its answers and those of `base` are then compared by the judge of JOB_EVAL__PRINCIPLES.
     """
     weights = load_published_adapter(attempt, loaded, trained)
-    adapted = {**forward_facts(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
+    adapted = {**forward_facts(loaded, loaded.record), **precision_facts(base.precision, loaded.model.device)}
+    adapted["adapter"] = [artifact.sha256 for artifact in weights]
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
-    found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter")
+    scoring = scoring_in(base.precision, lambda: loaded.model, settings.train.gpu_memory_gb)
+    found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter", scoring=scoring)
     own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", cache=own)
     if found is None:
@@ -89,6 +109,7 @@ def evaluate_adapter(
         found,
         artifacts=[*found.artifacts, *answers, *judgements],
         generation=generation_rules(settings, sources, loaded.model),
+        precision=base.precision,
         judged=None if sources.judge is None else sources.judge.record,
         judged_answers={side: one.sha256 for side, one in pair.items()},
         unsafe_answers=unsafe,
@@ -138,7 +159,7 @@ def load_published_adapter(attempt: Attempt, loaded: Loaded, trained: Trained) -
 
 def forward_facts(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
     """Everything that affects the bits of a forward pass, except the adapter's weights."""
-    return {**asdict(record), "forward": loaded.plan.forward, "packed": is_packed(loaded.model)}
+    return {**asdict(record), "forward": loaded.plan.scoring_forward, "packed": is_packed(loaded.model)}
 
 
 def score_model(
@@ -149,16 +170,16 @@ def score_model(
     *,
     cache: ScoreCache,
     side: str,
-    scoring: ScoreSequences = score_sequences,
+    scoring: ScoreSequences | None = None,
     one_by_one: bool = False,
     measured: bool = True,
 ) -> Evaluated | None:
     """Process 0 distributes the questions and publishes the samples; the other processes score their share.
 
-    `scoring` is how one process scores sequences, for a model that is not one of transformers; with `one_by_one` each
+    `scoring` is how one process scores sequences, if not by the model's own forward pass; with `one_by_one` each
     sequence is one question. Without `measured`, tasks without choices are left out.
     """
-    parallel = ParallelScoring(attempt.processes, attempt.alive, scoring)
+    parallel = ParallelScoring(attempt.processes, attempt.alive, scoring or score_sequences)
     if not attempt.processes.leads or sources.tasks is None:
         parallel.help(model, sources.tokenizer)
         return None

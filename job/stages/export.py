@@ -39,7 +39,7 @@ from job.data.calibration import calibration_examples
 from job.errors import Problem, SettingsError, Unreachable
 from job.evaluation.comparison import choose_candidate
 from job.evaluation.score_cache import ScoreCache, score_conditions
-from job.evaluation.scorer import score_sequences
+from job.evaluation.scoring import score_sequence
 from job.export.adapter_copy import write_adapter_copy
 from job.export.checkpoint import SHARD
 from job.export.formats import DerivedInputs, derived_format
@@ -48,6 +48,7 @@ from job.export.quantizable import CannotMake, quantizable
 from job.export.scoring import ExportedModel, HowToScore, gpu_bytes, load_exported
 from job.model.adapter_files import load_adapter
 from job.model.files import build_empty, read_config
+from job.model.fused.precise_forward import why_not_precise
 from job.model.placed_weights import taking_part
 from job.records import (
     Artifact,
@@ -56,6 +57,8 @@ from job.records import (
     Exported,
     ExportRecord,
     QuantizationRecord,
+    Question,
+    ScoringPrecision,
     Trained,
     Uploaded,
 )
@@ -65,6 +68,7 @@ from job.settings.load import Settings
 from job.stages.evaluate import forward_facts, load_published_adapter, score_model
 from job.stages.handoff import Loaded, Sources
 from job.stages.pull import fetch_original
+from job.stages.scoring_precision import is_precise, precision_facts, scoring_in
 from job.storage.hub import MAX_FILE
 from job.storage.open import storage_options
 
@@ -116,6 +120,7 @@ class _Export:
     settings: Settings
     sources: Sources
     how: HowToScore
+    precision: ScoringPrecision | None
 
 
 def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: Loaded) -> Candidates:
@@ -200,8 +205,19 @@ def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> No
         )
 
 
-def export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained) -> Exported | None:
-    """Makes, scores and publishes all formats. The model in memory is given up: no stage after this one uses it."""
+def export(
+    attempt: Attempt,
+    settings: Settings,
+    sources: Sources,
+    loaded: Loaded,
+    trained: Trained,
+    *,
+    precision: ScoringPrecision | None = None,
+) -> Exported | None:
+    """Makes, scores and publishes all formats. The model in memory is given up: no stage after this one uses it.
+
+    `precision` is that in which base and adapter were scored; None in records of older versions.
+    """
     dtype = loaded.model.get_base_model().dtype
     how = HowToScore(
         loaded.model.device,
@@ -211,7 +227,7 @@ def export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loade
         attempt.processes.place.local_world_size,
         attempt.alive,
     )
-    own = _Export(attempt, settings, sources, how)
+    own = _Export(attempt, settings, sources, how, precision)
     found = [_adapter_copy(own, name, loaded, trained) for name in adapter_copies(settings.export.formats)]
     if needs_merge(settings.export.formats):
         load_published_adapter(attempt, loaded, trained)
@@ -256,7 +272,8 @@ def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> 
         return _told(_Files.of(folder))
 
     told = attempt.processes.share_on_machine(name, make)
-    record = ExportRecord(name, _ON_BASE, "a copy of the adapter", kind, short_name(own.how.compute_dtype), {})
+    scored_in = own.precision.dtype if own.precision else short_name(own.how.compute_dtype)
+    record = ExportRecord(name, _ON_BASE, "a copy of the adapter", kind, scored_in, {})
     if why := told.get(_NOT_MADE):  # the same on all machines: they have the same adapter
         return _not_made(own, replace(record, dtype="", scored_in=""), why)
     files = _heard(told)
@@ -264,10 +281,14 @@ def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> 
     load_adapter(loaded.model, files.folder, loaded.names)
     # `adapter` hashes all files: the same key is the same adapter.
     facts = {**forward_facts(loaded, loaded.record), "adapter": dict(files.hashes)}
+    facts |= precision_facts(own.precision, own.how.device)
     log.get_logger().info("evaluating", export=name, candidate=_ON_BASE, dtype=record.scored_in)
     cache = ScoreCache(attempt.store, SCORES, own.settings.run.id, score_conditions(facts))
     side = export_side(name, _ON_BASE)
-    scored = score_model(attempt, own.settings, own.sources, loaded.model, cache=cache, side=side, measured=False)
+    scoring = scoring_in(own.precision, lambda: loaded.model, own.settings.train.gpu_memory_gb)
+    scored = score_model(
+        attempt, own.settings, own.sources, loaded.model, cache=cache, side=side, scoring=scoring, measured=False
+    )
     if scored is None:
         return None
     record = replace(record, scores={_ON_BASE: scored.scores}, bytes=files.bytes)
@@ -399,12 +420,22 @@ def _score(
         log.get_logger().warning("an exported format is not scored", export=name, why=cannot)
         return _Scored(None, "", "", cannot)
     exported = load(files.folder, own.how)
+    scored_in, scoring, facts = exported.scored_in, exported.scoring, dict(exported.facts)
+    if scoring is None and own.precision is not None and is_precise(own.precision):
+        # compressed-tensors finishes loading in the first forward pass, and wraps the modules then
+        score_sequence(exported.model, [Question((0,), ((0,),))])
+        if why := why_not_precise(exported.model):
+            log.get_logger().warning("an exported format is not scored in fp16 as the base was", export=name, why=why)
+        else:
+            scored_in = own.precision.dtype
+            scoring = scoring_in(own.precision, lambda: exported.model, own.settings.train.gpu_memory_gb)
+            facts |= precision_facts(own.precision, own.how.device)
     # `exported` hashes all files: the same key is the same model.
-    facts = {"exported": dict(files.hashes), "dtype": exported.scored_in, "packed": own.how.packed, **exported.facts}
+    facts |= {"exported": dict(files.hashes), "dtype": exported.scored_in, "packed": own.how.packed}
     attempt = own.attempt
     cache = ScoreCache(attempt.store, SCORES, own.settings.run.id, score_conditions(facts))
     side = export_side(name, candidate)
-    log.get_logger().info("evaluating", export=name, candidate=candidate, dtype=exported.scored_in)
+    log.get_logger().info("evaluating", export=name, candidate=candidate, dtype=scored_in)
     try:
         found = score_model(
             attempt,
@@ -413,13 +444,13 @@ def _score(
             exported.model,
             cache=cache,
             side=side,
-            scoring=exported.scoring or score_sequences,
+            scoring=scoring,
             one_by_one=exported.one_by_one,
             measured=False,
         )
     finally:
         exported.close()
-    return _Scored(found, exported.dtype, exported.scored_in)
+    return _Scored(found, exported.dtype, scored_in)
 
 
 def _choose(

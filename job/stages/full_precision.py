@@ -25,16 +25,17 @@ from job.model.base import PLAIN, load_base
 from job.model.files import MAX_CONFIG_BYTES, quantization_method, read_json
 from job.model.packed_attention import NAME, use
 from job.model.whole_modules import grow_embeddings
-from job.records import Evaluated, FullPrecision, Question
+from job.records import Evaluated, FullPrecision, Question, ScoringPrecision
 from job.runs.attempt import Attempt
 from job.runs.layout import FULL_PRECISION, ORIGINAL_SIDE, SCORES
 from job.settings.load import Settings
 from job.stages.evaluate import evaluate_base, score_model
 from job.stages.handoff import Loaded, Sources
 from job.stages.pull import fetch_original
+from job.stages.scoring_precision import choose_precision, precision_facts, scoring_in
 from job.storage.open import ObjectStore, storage_options
 from job.training.memory_model import ORIGINAL_SHARE, evaluation_bytes, weight_bytes
-from job.training.prepare import free_gpu_bytes, setup_of
+from job.training.prepare import free_gpu_bytes, give_back_memory, setup_of
 
 
 def evaluate_bases(
@@ -47,15 +48,24 @@ def evaluate_bases(
     Raises:
         DataError, Unreachable, AccessDenied: The original weights have to be fetched again, and that fails.
     """
-    original = _evaluate_original(attempt, settings, sources, loaded, shared)
-    found = evaluate_base(attempt, settings, sources, loaded, shared)
+    precision = choose_precision(attempt, settings.eval, sources, loaded, settings.train.gpu_memory_gb)
+    original = _evaluate_original(attempt, settings, sources, loaded, shared=shared, precision=precision)
+    found = evaluate_base(attempt, settings, sources, loaded, shared=shared, precision=precision)
+    if loaded.model.device.type == "cuda":
+        give_back_memory()  # of the converted weights: the recording of a CUDA graph cannot use what torch has cached
     if found is None or original is None:
         return found
     return replace(found, artifacts=[*found.artifacts, *original.artifacts], full_precision=original.full_precision)
 
 
 def _evaluate_original(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
+    attempt: Attempt,
+    settings: Settings,
+    sources: Sources,
+    loaded: Loaded,
+    *,
+    shared: ObjectStore,
+    precision: ScoringPrecision,
 ) -> Evaluated | None:
     """The evaluation of the original base, as `full_precision` and `artifacts` of a record without scores of its own.
 
@@ -64,31 +74,36 @@ def _evaluate_original(
     if settings.eval.full_precision == "off" or loaded.record.quantization == "none":
         return None
     known = attempt.recorded(FULL_PRECISION, Evaluated) if attempt.processes.leads else None
-    if known is not None and attempt.damaged(known.artifacts):
+    if known is not None and (_of_other_dtype(known, precision) or attempt.damaged(known.artifacts)):
         known = None
     if attempt.processes.share("original base of before", lambda: known is not None):
         log.get_logger().info("the original base was evaluated by an earlier attempt")
         return known
-    dtype = loaded.model.get_base_model().dtype
     folder = attempt.processes.share_on_machine("original base", lambda: str(_folder(attempt, settings, sources)))
     if why := _why_not(attempt, settings, loaded, Path(folder)):
         log.get_logger().warning("the original base is not scored, so what quantization cost is not known", why=why)
-        found = FullPrecision(short_name(dtype), {}, why)
+        found = FullPrecision(precision.dtype, {}, why)
         return Evaluated({}, [], full_precision=found) if attempt.processes.leads else None
     try:
-        scored = _score(attempt, settings, sources, loaded, folder=Path(folder), shared=shared)
+        scored = _score(attempt, settings, sources, loaded, folder=Path(folder), shared=shared, precision=precision)
     except RuntimeError as error:
         if not out_of_memory(error) or attempt.processes.place.world_size > 1:  # the others are scoring, and would wait
             raise
         log.get_logger().warning("the original base is not scored: memory ran out", why=str(error).partition("\n")[0])
         return Evaluated(
-            {}, [], full_precision=FullPrecision(short_name(dtype), {}, "memory ran out while it was scored")
+            {}, [], full_precision=FullPrecision(precision.dtype, {}, "memory ran out while it was scored")
         )
     if scored is None:
         return None
-    done = Evaluated({}, scored.artifacts, full_precision=FullPrecision(short_name(dtype), scored.scores))
+    done = Evaluated({}, scored.artifacts, full_precision=FullPrecision(precision.dtype, scored.scores))
     attempt.keep(FULL_PRECISION, json.dumps(asdict(done)))
     return done
+
+
+def _of_other_dtype(known: Evaluated, precision: ScoringPrecision) -> bool:
+    """Whether an earlier attempt, on a machine of another kind, scored it otherwise than the base will be."""
+    found = known.full_precision
+    return found is not None and bool(found.scores) and found.dtype != precision.dtype
 
 
 def _folder(attempt: Attempt, settings: Settings, sources: Sources) -> Path:
@@ -128,7 +143,14 @@ def _free(attempt: Attempt, settings: Settings, loaded: Loaded) -> int:
 
 
 def _score(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, folder: Path, shared: ObjectStore
+    attempt: Attempt,
+    settings: Settings,
+    sources: Sources,
+    loaded: Loaded,
+    *,
+    folder: Path,
+    shared: ObjectStore,
+    precision: ScoringPrecision,
 ) -> Evaluated | None:
     """Scores with the original weights, which are loaded only if a score is missing in the cache."""
     dtype, device = loaded.model.get_base_model().dtype, loaded.model.device
@@ -138,6 +160,7 @@ def _score(
         "dtype": short_name(dtype),
         "device": device.type,
         "packed": loaded.packing.packed,
+        **precision_facts(precision, device),
     }
     kept = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
 
@@ -157,8 +180,12 @@ def _score(
         use(model, NAME if loaded.packing.packed else PLAIN)
         return model
 
-    def scoring(_model: Any, questions: list[Question], sequences: Mapping[int, range]) -> Iterator[tuple[int, Scores]]:
+    def as_trained(
+        _model: Any, questions: list[Question], sequences: Mapping[int, range]
+    ) -> Iterator[tuple[int, Scores]]:
         return score_sequences(original(), questions, sequences)
+
+    scoring = scoring_in(precision, original, settings.train.gpu_memory_gb) or as_trained
 
     try:
         found = score_model(

@@ -34,7 +34,7 @@ from job.stages.handoff import Loaded, Sources
 from job.training.config import total_steps
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import PLACES, Setup, packed_bytes
-from job.training.prepare import limit_memory, place_base, prepare, token_budget
+from job.training.prepare import limit_memory, place_base, prepare, require_fp8, token_budget
 
 MAIN_MEMORY_SHARE = 0.8
 """Of the main memory that is available, what the base's weights may fill; the rest is for the job itself. Assumed."""
@@ -59,6 +59,8 @@ def load(
     """
     device = choose_device(settings.run.device)
     _same_kind(processes, device.type)
+    if settings.train.compute == "fp8":
+        require_fp8(device)
     if device.type == "cuda":
         make_deterministic()
         limit_memory(settings.train.gpu_memory_gb)
@@ -134,11 +136,11 @@ def load(
         processes=processes.place.local_world_size,
         random=train.neftune_noise_alpha > 0,
         slow=options.not_fused,
+        compute=train.compute,
     )
     if settings.train.last_method != "sft" and plan.recorded:
         plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.last_method}")
-    if why:
-        plan = replace(plan, reason=f"{plan.reason}; {why}")
+    plan = replace(plan, reason="; ".join(filter(None, (plan.reason, why))))
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
     return Loaded(model, record, budget, plan, kept_base, packing, names)

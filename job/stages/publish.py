@@ -110,7 +110,10 @@ def publish(
         artifacts=[*findings, *base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
         exports=manifest.exports_record(exported, base, adapter.scores),
         full_precision=manifest.full_precision_record(base, adapter.scores),
-        near_ties=compare_near_ties(base.scores, adapter.scores, model.dtype),
+        near_ties=compare_near_ties(
+            base.scores, adapter.scores, base.precision.dtype if base.precision else model.dtype
+        ),
+        precision=base.precision,
         evidence=inventory.collect(attempt.store, attempt.work / "evidence", attempt.number),
         image_digest=settings.run.image_digest,
         on_demand_usd_per_hour=settings.cost.on_demand_usd_per_hour,

@@ -698,7 +698,9 @@ def _find_model(
             source = fetch(source, attempt.work / "model", storage)
         folder, revision = download_model(source, None)
     else:
-        folder, revision = download_model(source, settings.model.revision, before_weights)
+        # the hub may have a newer commit since the first attempt
+        wanted = settings.model.revision or (None if earlier is None else earlier.model_revision)
+        folder, revision = download_model(source, wanted, before_weights)
     tokenizer_files(folder)  # fails now rather than when the adapter is published
     sha256 = fingerprint(folder)
     locations = _cache_locations(attempt, settings, storage)

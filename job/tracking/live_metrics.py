@@ -1,10 +1,11 @@
-"""Figures of a run for monitoring, while it goes on: pushed by OTLP, or scraped by Prometheus.
+"""Figures of a run for monitoring, while it goes on: pushed by OTLP, scraped by Prometheus, or told to the cluster.
 
 `trackers` records every step of an experiment. This shows where a run is now: each exporter asks for the newest figures
 when it sends them, so a step costs nothing. An exporter that fails, hangs or cannot start costs the run a warning,
 never an error, and at its end at most `FLUSH_SECONDS`.
 
-To add a figure: an entry in `GAUGES`. Both exporters take it up; `infra/kubernetes/grafana-dashboard.json` may show it.
+To add a figure: an entry in `GAUGES`. OTLP and Prometheus take it up; `infra/kubernetes/grafana-dashboard.json` may
+show it. What the cluster is told is in `kubernetes_progress`.
 To add an exporter: a class with `close` and an entry in `EXPORTERS` here, and what asks for it in
 `settings.load.exporters`.
 """
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from job import __version__, log
 from job.records import RunFigures, TrainingProgress
+from job.tracking.kubernetes_progress import POD_ANNOTATION, TRAIN_JOB, Destination, Report, Sender
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Observation
@@ -125,19 +127,18 @@ GAUGES = (
     ),
 )
 
-Observe = Callable[[Gauge], list[tuple[Labels, float]]]
-"""The samples of a gauge as of now, with all labels."""
-
 
 class LiveMetrics:
     """The exporters of a run, which have nothing to send until `figures` is set."""
 
     def __init__(self, run: str) -> None:
         self.figures: Callable[[], RunFigures | None] = lambda: None
+        self.complete = False
+        """Whether the results of the run's last stage are published."""
         self._run = run
 
     def observe(self, gauge: Gauge) -> list[tuple[Labels, float]]:
-        """See `Observe`."""
+        """The samples of a gauge as of now, with all labels."""
         figures = self.figures()
         if figures is None:
             return []
@@ -154,7 +155,7 @@ class _Exporter(Protocol):
 class _Otlp:
     """Pushes to a collector by OTLP over HTTP. Endpoint, headers, timeouts and interval are the SDK's own variables."""
 
-    def __init__(self, observe: Observe, *, protocol: str) -> None:
+    def __init__(self, live: LiveMetrics, *, protocol: str) -> None:
         if protocol != "http/protobuf":
             raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}; only http/protobuf is supported")
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
@@ -183,7 +184,7 @@ class _Otlp:
                 return result
 
         def callback(gauge: Gauge) -> Callable[[CallbackOptions], Iterable[Observation]]:
-            return lambda _options: [Observation(value, dict(labels)) for labels, value in observe(gauge)]
+            return lambda _options: [Observation(value, dict(labels)) for labels, value in live.observe(gauge)]
 
         found = Resource.create().attributes  # reads OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME
         named = not str(found[SERVICE_NAME]).startswith("unknown_service")
@@ -205,7 +206,7 @@ class _Otlp:
 class _Prometheus:
     """Answers at `/metrics` of a port, on all addresses of the machine, in Prometheus' text format."""
 
-    def __init__(self, observe: Observe, *, port: int) -> None:
+    def __init__(self, live: LiveMetrics, *, port: int) -> None:
         from prometheus_client import CollectorRegistry, start_http_server
         from prometheus_client.core import GaugeMetricFamily
 
@@ -213,7 +214,7 @@ class _Prometheus:
             def collect(self) -> Iterator[Metric]:
                 for gauge in GAUGES:
                     family = GaugeMetricFamily(gauge.prometheus, gauge.description)
-                    for labels, value in observe(gauge):
+                    for labels, value in live.observe(gauge):
                         family.add_sample(gauge.prometheus, dict(labels), value)
                     yield family
 
@@ -230,7 +231,40 @@ class _Prometheus:
         self.server.server_close()
 
 
-EXPORTERS: Mapping[str, Callable[..., _Exporter]] = {"otlp": _Otlp, "prometheus": _Prometheus}
+class _Cluster:
+    """Tells the cluster how far the run is, for `kubectl get`."""
+
+    report: Report
+
+    def __init__(self, live: LiveMetrics, **destination: str) -> None:
+        def read() -> Any:
+            figures = live.figures()
+            return None if figures is None else self.report.content(figures, live.complete)
+
+        self._sender = Sender(Destination(**destination), self.report, read)
+
+    def close(self) -> None:
+        self._sender.close(0.8 * FLUSH_SECONDS)
+
+
+class _TrainJob(_Cluster):
+    """`status.trainerStatus` of a TrainJob of Kubeflow Trainer."""
+
+    report = TRAIN_JOB
+
+
+class _PodAnnotation(_Cluster):
+    """An annotation of the pod."""
+
+    report = POD_ANNOTATION
+
+
+EXPORTERS: Mapping[str, Callable[..., _Exporter]] = {
+    "otlp": _Otlp,
+    "prometheus": _Prometheus,
+    "train-job": _TrainJob,
+    "pod-annotation": _PodAnnotation,
+}
 
 
 @contextmanager
@@ -244,7 +278,7 @@ def live_metrics(asked: Mapping[str, Mapping[str, Any]], run: str) -> Iterator[L
     live, started = LiveMetrics(run), list[_Exporter]()
     for name, options in asked.items():
         try:
-            started.append(EXPORTERS[name](live.observe, **options))
+            started.append(EXPORTERS[name](live, **options))
         except Exception as error:  # noqa: BLE001 - whatever an exporter raises must not end the run
             _warn(name, "figures are not exported", why=f"{type(error).__name__}: {error}")
     try:

@@ -2,8 +2,9 @@
 
 `completed` is sent when the results are published: it says whether the quality gate is met, and pushes to other places
 come after it. Each is a CloudEvent 1.0 in structured mode, `application/cloudevents+json`, by POST. An attempt that is
-killed, stalls or is replaced sends nothing at its end; nor does one that ends before it owns the run, such as on wrong
-settings. A webhook that fails or hangs costs the run a warning, and at its end at most `END_SECONDS`. The address may
+killed or stalls cannot send anything at its end: the next one does, when it has taken the run over (`killed`, also for
+one that it replaces, and `stalled`). One that ends before it owns the run, such as on wrong settings, sends nothing. A
+webhook that fails or hangs costs the run a warning, and at its end at most `END_SECONDS`. The address may
 hold a token: it is in no message, and redirects are not followed.
 """
 
@@ -22,10 +23,13 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from uuid import uuid4
 
 from job import __version__, log
-from job.errors import JobError, Preempted, Replaced
+from job.errors import JobError, Preempted, Replaced, Stalled
+from job.records import AttemptRecord
 
 END_SECONDS = 3.0
 """How long the end of a run waits for its last event to be taken."""
+SILENT = {"killed": None, "stalled": Stalled.exit_code}
+"""Outcome of an attempt that could not send its end -> its exit code, where it is known."""
 _REQUEST_SECONDS = 10.0
 _TYPE = "qlora-job.attempt"
 _LONGEST_WHY = 500
@@ -42,7 +46,7 @@ def event(kind: str, run: str, data: Mapping[str, Any]) -> dict[str, Any]:
     """A CloudEvent.
 
     Args:
-        kind: `started`, `preempted`, `failed` or `completed`.
+        kind: `started`, `preempted`, `failed`, `completed`, `killed` or `stalled`.
         run: The run's id.
         data: What happened.
     """
@@ -68,10 +72,19 @@ class Notifier:
         self.gate_passed: bool | None = None
         """Whether the results meet the quality gate, which `completed` says; None without a gate."""
 
-    def started(self, data: Mapping[str, Any]) -> None:
-        """The attempt owns the run. Every event says `data`: the attempt's number, and the URI of the run."""
+    def started(self, data: Mapping[str, Any], silent: AttemptRecord | None = None) -> None:
+        """The attempt owns the run.
+
+        Args:
+            data: What every event says: the attempt's number, and the URI of the run.
+            silent: The attempt before, if it could not send its end (its outcome is one of `SILENT`).
+        """
         self._data = data
-        self._begun = None if self._url is None else _send(self._url, event("started", self._run, data))
+        events = [event("started", self._run, data)]
+        if silent is not None:
+            ended = {**data, "attempt": silent.number, "exit_code": SILENT[silent.outcome], "told_by": data["attempt"]}
+            events.insert(0, event(silent.outcome, self._run, ended))
+        self._begun = None if self._url is None else _send(self._url, *events)
 
     def ended(self, kind: str, data: Mapping[str, Any]) -> None:
         """The attempt has ended: sends how, once the first event was taken; waits at most `END_SECONDS` for both."""
@@ -105,10 +118,15 @@ def notifying(url: str | None, run: str) -> Iterator[Notifier]:
     notifier.ended("completed", {"gate_passed": notifier.gate_passed})
 
 
-def _send(url: str, content: Mapping[str, Any]) -> Thread:
-    """Posts an event."""
+def _send(url: str, *events: Mapping[str, Any]) -> Thread:
+    """Posts events, one after the other."""
+
+    def post() -> None:
+        for content in events:
+            _post(url, content)
+
     # In a thread, since it may take long; with this thread's log fields.
-    thread = Thread(target=copy_context().run, args=(_post, url, content), name="webhook", daemon=True)
+    thread = Thread(target=copy_context().run, args=(post,), name="webhook", daemon=True)
     thread.start()
     return thread
 

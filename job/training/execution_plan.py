@@ -22,10 +22,26 @@ from job.training.memory_model import (
 )
 
 GIB = 1 << 30
+AMPERE, VOLTA = (8, 0), (7, 0)
+"""The lowest compute capabilities: with bf16 and the attention kernel for variable-length segments; with fast fp16."""
 BUDGETS = ((40 * GIB, 16384), (11 * GIB, 4096), (0, 1024))
 """(least bytes of the GPU, token budget of a micro-batch)."""
+FP8_CAPABILITY = (8, 9)
+"""The lowest compute capability of a GPU with FP8 products: Ada; then Hopper, Blackwell."""
 _REST_BYTES = 4 * GIB
 """What the formulas leave out: tiles of the loss, CUDA graphs, the adapter's copies. 4.1 GiB in the run named below."""
+
+
+def why_not_recorded(setup: Setup, capability: tuple[int, int]) -> str | None:
+    """Why a decoder that is fused throughout cannot be recorded on a GPU; None if it can.
+
+    Args:
+        setup: Of it, the architecture.
+        capability: The GPU's compute capability.
+    """
+    if capability < AMPERE:
+        return "attention goes segment by segment on a GPU of compute capability {}.{}".format(*capability)
+    return setup.architecture.not_recorded
 
 
 def choose_budget(total_bytes: int) -> int:
@@ -36,14 +52,17 @@ def choose_budget(total_bytes: int) -> int:
 def kept_activation_bytes(setup: Setup, tokens: int) -> int:
     """Bytes that all layers keep of a sequence of so many tokens for the backward pass, with fused layers.
 
-    In the compute dtype, for each layer and token: the residual stream before both halves, the outputs of both norms,
-    the queries and attention's output, each as wide as the stream; gate, up and their product.
+    In the compute dtype, for each layer and token: the inputs of the norms, and the outputs of two of them, which the
+    linear layers read (where norms come only behind these, they read the stream, which is counted as an input); the
+    queries and attention's output; queries and keys once more where they have norms; gate, up and their product.
 
     Source: counted in `model/fused`. On an H100, Mistral-7B's shape, 3,722 tokens a sequence on average: 15.0 GiB by
     this, and a peak of 36.2 GiB in all, of which 4.0 are NF4 weights and 13.0 kept ones.
     """
     a = setup.architecture
-    return setup.value_bytes * a.layers * (6 * a.hidden + 3 * a.intermediate) * tokens
+    stream = (2 + a.norms) * a.hidden
+    heads = 2 * a.queries + (a.queries + a.keys if a.query_norm else 0)
+    return setup.value_bytes * a.layers * (stream + heads + 3 * a.intermediate) * tokens
 
 
 def choose_plan(
@@ -54,6 +73,8 @@ def choose_plan(
     keep_base: bool | None,
     keep_activations: bool | None,
     recorded: bool,
+    not_recorded: str | None = None,
+    fp8: bool = False,
 ) -> ExecutionPlan:
     """The fastest plan that fits, where fused layers compute; `forward` is set by the caller, which fuses them.
 
@@ -71,10 +92,13 @@ def choose_plan(
         keep_activations: Whether to keep activations; None to choose.
         recorded: Whether the decoder is fused throughout, so that its kernels can be recorded. Else transformers' own
             code runs between the fused layers, and keeps more activations.
+        not_recorded: Why they cannot be recorded, although it is.
+        fp8: Whether training computes in FP8: what is kept of the base are its two copies in that format.
     """
     on_gpu = setup.base_held == "gpu"
     known, recorded, rest = recorded, recorded and on_gpu, _REST_BYTES if on_gpu else _beside(setup)
-    base = 2 * setup.architecture.linear_parameters if setup.quantization != "none" else 0
+    # Two bytes a weight either way: once in bf16, or twice in FP8 (`model/fused/fp8.py`).
+    base = 2 * setup.architecture.linear_parameters if setup.quantization != "none" or fp8 else 0
     again = activation_bytes(setup, sequence_tokens)
     tried = []
     for kept_base, kept in ((True, True), (False, True), (True, False), (False, False)):
@@ -92,13 +116,15 @@ def choose_plan(
     kept_base, kept, need = tried[-1]
     why = f"needs {need / GIB:.1f} of {free_bytes / GIB:.1f} GiB that are free"
     forced = "" if keep_base is None and keep_activations is None else "; partly as set"
+    graphs = f"; no CUDA graphs: {not_recorded}" if recorded and not_recorded else ""
     where = {"sharded": "; the base is sharded over the processes", "host": "; the base is in main memory"}
-    kept_base &= setup.quantization != "none"
+    kept_base &= setup.quantization != "none" or fp8
+    recorded &= not_recorded is None
     return ExecutionPlan(
         kept_base=kept_base,
         kept_activations=kept,
         recorded=recorded,
-        reason=why + forced + where.get(setup.base_held, ""),
+        reason=why + forced + graphs + where.get(setup.base_held, ""),
         base_held=setup.base_held,
     )
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from job.model.fused import lora_forward
 from job.model.packing_check import Losses
@@ -39,9 +40,28 @@ def can_sum(base: Any) -> bool:
     Its head has to be a plain linear layer, with nothing that scales or caps logits behind it, on a CPU in fp32: half
     precision has autocast, and what is multiplied has to be of one dtype.
     """
-    known = _linear_cross_entropy is not None and lora_forward.knows(base)
+    known = _linear_cross_entropy is not None and lora_forward.knows(base) and logits_of(base) == Logits()
     plain = type(base.get_output_embeddings()) is torch.nn.Linear
     return known and plain and base.device.type == "cpu" and base.dtype is torch.float32
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a model makes of the head's outputs z: cap * tanh(scale * z / cap), or scale * z without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def logits_of(base: Any) -> Logits:
+    """What a causal language model of a known family does to its head's outputs."""
+    if (family := lora_forward.family_of(base)) is None:
+        raise ValueError(f"the head of {type(base).__name__} is not known")
+    config = base.config.get_text_config(decoder=True)
+    return Logits(
+        scale=1 / config.logits_scaling if family.divides_logits else 1.0,
+        cap=config.final_logit_softcapping if family.caps_logits else None,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +98,7 @@ def summed_head(
     """
     if not fused_lm_head:
         raise ValueError("this head forms no logits")
-    hidden = base.base_model(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
+    hidden = lora_forward.decoder_of(base)(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
     following = labels[0, 1:]
     learned = (following != IGNORED).nonzero()[:, 0]
     head = base.get_output_embeddings()
@@ -100,25 +120,39 @@ def summed_head(
     )
 
 
-def smoothing_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Tensor:
+def smoothing_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor, logits: Logits = Logits()) -> torch.Tensor:
     """What label smoothing adds to the negative log-likelihood of each position, to be multiplied by its strength.
 
     Smoothed by e, the loss of a target y is (1 - e) * -log p(y) + e * mean over the vocabulary of -log p (Szegedy et
     al. 2016, section 7, as in transformers' LabelSmoother). The logarithm of the sum over all logits is in both terms,
     so the loss is -log p(y) + e * (logit of y - mean of all logits); and the mean of all logits is one product with the
-    mean row of the head's weights. So no logits are formed for it.
+    mean row of the head's weights. So no logits are formed for it, unless they are capped: then for a few positions at
+    a time.
 
     Args:
         hidden: (positions, hidden) in the compute dtype.
         head: The output layer, a plain linear one: `weight` (vocabulary, hidden), `bias` (vocabulary,) or None.
         targets: (positions,) int64: tokens of the vocabulary.
+        logits: What becomes of the head's outputs.
 
     Returns:
         (positions,) float32.
     """
+    if logits.cap is not None:
+        compute = partial(checkpoint, _capped_terms, use_reentrant=False, preserve_rng_state=False)
+        parts = zip(torch.split(hidden, POSITIONS), torch.split(targets, POSITIONS), strict=True)
+        return torch.cat([compute(h, head, t, logits.scale, logits.cap) for h, t in parts])
     rows = head.weight[targets].float() - head.weight.mean(0, dtype=torch.float32)
     terms: torch.Tensor = (hidden.float() * rows).sum(-1)
-    return terms if head.bias is None else terms + head.bias[targets].float() - head.bias.mean(dtype=torch.float32)
+    if head.bias is not None:
+        terms = terms + head.bias[targets].float() - head.bias.mean(dtype=torch.float32)
+    return terms if logits.scale == 1 else logits.scale * terms
+
+
+def _capped_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor, scale: float, cap: float) -> torch.Tensor:
+    """The same of a few positions by all their logits, which are computed again in the backward pass."""
+    z = cap * torch.tanh(scale * functional.linear(hidden, head.weight, head.bias).float() / cap)
+    return z.gather(-1, targets[:, None])[:, 0] - z.mean(-1)
 
 
 def logits_loss(
@@ -167,7 +201,7 @@ def selected_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **inp
 
     if not fused_lm_head:
         raise ValueError("this head forms no logits")
-    hidden = base.base_model(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
+    hidden = lora_forward.decoder_of(base)(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
     following = labels[0, 1:]
     learned = (following != IGNORED).nonzero()[:, 0]
     head = base.get_output_embeddings()
@@ -177,7 +211,9 @@ def selected_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **inp
     return SelectedHead(found.new_zeros(following.shape).index_put((learned,), found)[None])
 
 
-def padded_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+def padded_loss(
+    hidden: torch.Tensor, head: Any, labels: torch.Tensor, smoothing: float = 0.0, logits: Logits = Logits()
+) -> torch.Tensor:
     """The summed negative log-likelihood of a padded sequence, in shapes that depend on those of its inputs alone.
 
     Args:
@@ -185,6 +221,7 @@ def padded_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor, smoothing
         head: The output layer: `weight` (vocabulary, hidden), `bias` (vocabulary,) or None, in the compute dtype.
         labels: (length,) int64: what each position is to predict, or -100 where there is no target.
         smoothing: Label smoothing, see `smoothing_terms`.
+        logits: What becomes of the head's outputs.
 
     Returns:
         () float32.
@@ -194,10 +231,10 @@ def padded_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor, smoothing
     # An index must be valid although its position has no target; its result is masked out below.
     targets = labels.clamp(min=0)
     log_probs: torch.Tensor = ChunkedLogProbFunction.apply(
-        hidden, head.weight, head.bias, targets, 1.0, VOCABULARY_CHUNK, None, 1.0, ()
+        hidden, head.weight, head.bias, targets, 1.0, VOCABULARY_CHUNK, logits.cap, logits.scale, ()
     )[0]
     if smoothing:
-        log_probs = log_probs - smoothing * smoothing_terms(hidden, head, targets)
+        log_probs = log_probs - smoothing * smoothing_terms(hidden, head, targets, logits)
     return -log_probs.masked_fill(labels == IGNORED, 0).sum()
 
 

@@ -37,9 +37,13 @@ MARGIN = 0.1
 UTILISATION = 0.18
 """Share of the data sheet's peak FLOP/s that PEFT's layers reach: 0.18 to 0.21 on an H200, measured."""
 FUSED_UTILISATION = 0.42
-"""The same for the job's fused layers: measured 0.41 to 0.47 on an H100, by what is kept; assumed elsewhere."""
+"""The same for the job's fused layers. Measured with all kept: 0.46 on an H100 and 0.49 on an H200 once all is
+recorded, 0.39 and 0.41 in whole runs of 94 steps, with their recordings. Assumed elsewhere."""
+FP8_SPEEDUP = 1.0
+"""Factor on `FUSED_UTILISATION` where training computes in FP8. 1: not measured, so that a forecast is that of bf16."""
 SCORING_UTILISATION = 0.3
-"""The same for an evaluation, which includes work on the CPU; measured as well."""
+"""The same for an evaluation, which includes work on the CPU. Scoring alone reached 0.46 on an H100 and 0.52 on an
+H200 (ARC-Easy); whole stages of 2,376 questions took about twice as long."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,11 @@ def _held_bytes(setup: Setup) -> int:
 def kept_bytes(setup: Setup) -> int:
     """Bytes that one layer keeps per token for its backward pass, with PEFT's layers.
 
-    In fp32: the input of both norms. In the compute dtype: the input of the query, key and value layers and that of the
-    feed-forward layer; queries, keys and values (these repeated to the queries' width), the attention's output and its
-    copy for the output layer; the gate, its activation, the other branch and their product. Inputs of the frozen
-    weights need not be kept, those of the adapter beside them are the same tensors; its own are `rank` wide.
+    In fp32: the inputs of the norms, also of those of queries and keys. In the compute dtype: the input of the query,
+    key and value layers and that of the feed-forward layer; queries, keys and values (these repeated to the queries'
+    width), the attention's output and its copy for the output layer; the gate, its activation, the other branch and
+    their product. Inputs of the frozen weights need not be kept, those of the adapter beside them are the same tensors;
+    its own are `rank` wide.
 
     Source: counted in the code, in the manner of Korthikanti et al. 2022 (arXiv:2205.05198), section 4; a test counts
     what autograd keeps.
@@ -145,7 +150,8 @@ def kept_bytes(setup: Setup) -> int:
     # DoRA scales the outputs of base and adapter, and needs both for the gradient of its magnitudes.
     outputs = 2 * sum(a.linear[name][1] for name in setup.targets if name in a.linear) if setup.dora else 0
     wide = outputs + 2 * a.hidden + 5 * a.queries + 4 * a.intermediate + setup.rank * len(setup.targets)
-    return 2 * FP32 * a.hidden + setup.value_bytes * wide
+    normed = a.norms * a.hidden + (a.queries + a.keys if a.query_norm else 0)
+    return FP32 * normed + setup.value_bytes * wide
 
 
 def activation_bytes(setup: Setup, tokens: int) -> int:

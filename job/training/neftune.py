@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from job.model.fused.lora_forward import decoder_of
+
 
 def add_noise(base: Any, alpha: float) -> Callable[[], None]:
     """Adds noise to what the embedding gives, while the model is in training mode; returns what takes it away again.
@@ -38,8 +40,10 @@ def add_noise(base: Any, alpha: float) -> Callable[[], None]:
         scale = alpha / (lengths[..., None] * embedded.shape[-1]).float().sqrt()
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * scale.to(embedded.dtype)
 
+    # Where the decoder is a part of a model that reads images too, it may be called by itself.
+    called = dict.fromkeys((base.base_model, decoder_of(base)))
     hooks = [
-        base.base_model.register_forward_pre_hook(note, with_kwargs=True),
+        *(module.register_forward_pre_hook(note, with_kwargs=True) for module in called),
         base.get_input_embeddings().register_forward_hook(noise),
     ]
 

@@ -1,8 +1,8 @@
 """Chooses the execution plan for this machine, prepares the model for it, and logs the plan with the reason.
 
-On a GPU, the job's fused layers train more than twice as fast as PEFT's layers. Where they cannot be used (another
-dtype, dropout, an old GPU, a model with unknown layers), PEFT's layers are used instead, and a warning and
-`training.execution` of the manifest give the reason. On a CPU, PEFT's layers are always used.
+On a GPU, the job's fused layers train more than twice as fast as PEFT's layers. Where they cannot be used (fp32, an
+old GPU, a model with unknown layers), PEFT's layers are used instead, and a warning and `training.execution` of the
+manifest give the reason. On a CPU, PEFT's layers are always used.
 """
 
 from __future__ import annotations
@@ -15,14 +15,23 @@ from typing import Any, Literal
 from job import log
 from job.common.formatting import size
 from job.common.resources import available_bytes
+from job.errors import Problem, SettingsError
 from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.model.placed_weights import place_of
-from job.records import FUSED, PEFT, ExecutionPlan
+from job.records import FP8, FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.execution_plan import choose_budget, choose_place, choose_plan
+from job.training.execution_plan import (
+    AMPERE,
+    FP8_CAPABILITY,
+    VOLTA,
+    choose_budget,
+    choose_place,
+    choose_plan,
+    why_not_recorded,
+)
 from job.training.memory_model import (
     CONTEXT_BYTES,
     Setup,
@@ -34,8 +43,7 @@ from job.training.memory_model import (
 
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
-AMPERE = (8, 0)
-"""The lowest compute capability with bf16 and the attention kernel for variable-length segments."""
+_COMPUTE = "JOB_TRAIN__COMPUTE"
 
 
 def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float | None) -> int:
@@ -100,6 +108,7 @@ def prepare(
     processes: int = 1,
     random: bool = False,
     slow: str | None = None,
+    compute: Literal["dtype", "fp8"] = "dtype",
 ) -> ExecutionPlan:
     """Chooses how this machine trains the model, and makes the model ready for it.
 
@@ -116,10 +125,18 @@ def prepare(
         processes: How many train on this machine.
         random: Whether the embeddings get noise (NEFTune), which a CUDA graph would repeat unchanged.
         slow: Why PEFT's own layers have to compute this adapter; None if they need not.
+        compute: `JOB_TRAIN__COMPUTE`.
+
+    Raises:
+        SettingsError: Training cannot compute in FP8 as the settings ask: PEFT's own layers are needed, or a layer's
+            size does not fit the GPU's products.
     """
     setup, held = setup_of(model, quantization, optimizer), place_of(model)
     setup = setup and replace(setup, base_held=held)
     slow = why_not_fused(model) or slow
+    dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+    if compute == FP8 and slow is None and dtype != "bfloat16":
+        raise SettingsError([Problem(_COMPUTE, f"is fp8, which is beside bf16; the compute dtype is {dtype}")])
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
     if slow is None and setup is not None:
@@ -130,6 +147,7 @@ def prepare(
             keep_base=None if keep_base == "auto" else keep_base,
             keep_activations=None if recompute == "auto" else not recompute,
             gigabytes=gigabytes,
+            fp8=compute == FP8,
         )
         if plan is not None:
             if random and plan.recorded:
@@ -138,6 +156,8 @@ def prepare(
             log.get_logger().info("execution plan", micro_batch_tokens=budget, **asdict(plan))
             return plan
         slow = "PEFT's layers of this adapter are of a kind that has no fused one"
+    if compute == FP8:
+        raise SettingsError([Problem(_COMPUTE, f"is fp8, which only the job's fused layers compute: {slow}")])
     kept, memory = _keeps_activations(model, setup, max(budget, *lengths), processes, recompute=recompute)
     plan = ExecutionPlan(
         kept_base=False,
@@ -161,22 +181,29 @@ def prepare(
 def why_not_fused(model: Any) -> str | None:
     """Why this model on this machine has to be trained by PEFT's own layers; None if the fused ones can be used."""
     device, dtype = model.device.type, str(model.get_base_model().dtype).removeprefix("torch.")
+    lowest = {"bfloat16": AMPERE, "float16": VOLTA}
     if not is_packed(model.get_base_model()):
         return "examples go through the model one at a time"
     if device != "cuda":
         return "a CPU trains by PEFT's own layers"
-    if (capability := _capability()) < AMPERE:
-        return "the GPU's compute capability is {}.{}; fused layers need {}.{} (Ampere)".format(*capability, *AMPERE)
-    if dtype != "bfloat16":
-        return f"the compute dtype is {dtype}; fused layers need bf16 (JOB_MODEL__DTYPE)"
-    if dropout := model.peft_config["default"].lora_dropout:
-        return f"JOB_LORA__DROPOUT is {dropout:g}; fused layers need 0"
+    if dtype not in lowest:
+        return f"the compute dtype is {dtype}; fused layers need bf16 or fp16 (JOB_MODEL__DTYPE)"
+    if (capability := _capability()) < lowest[dtype]:
+        numbers = "the GPU's compute capability is {}.{}; fused layers need {}.{}".format(*capability, *lowest[dtype])
+        return f"{numbers} in {'bf16' if dtype == 'bfloat16' else 'fp16'}"
     return None
 
 
 def free_gpu_bytes(gigabytes: float | None) -> int:
     """Bytes of the GPU that this process may still allocate; `gigabytes` is the limit of `limit_memory`."""
     return _gpu_memory(gigabytes)[1]
+
+
+def give_back_memory() -> None:
+    """Frees the GPU memory that torch has reserved and does not use."""
+    import torch
+
+    torch.cuda.empty_cache()
 
 
 def limit_memory(gigabytes: float | None) -> None:
@@ -249,13 +276,19 @@ def _fuse(
     keep_base: bool | None,
     keep_activations: bool | None,
     gigabytes: float | None,
+    fp8: bool,
 ) -> ExecutionPlan | None:
     """Replaces the layers' forward by fused ones, as far as free memory allows; None if no layer can be replaced."""
     import torch
 
     from job.model.fused import lora_forward
+    from job.model.fused.fp8 import MULTIPLE
 
+    if fp8 and (odd := _not_multiples(setup, MULTIPLE)):
+        what = f"is fp8, whose products need sizes that are multiples of {MULTIPLE}; this model has {odd}; remove it"
+        raise SettingsError([Problem(_COMPUTE, what)])
     _, free = _gpu_memory(gigabytes)
+    capability = _capability()
     plan = choose_plan(
         setup,
         free_bytes=free,
@@ -263,16 +296,48 @@ def _fuse(
         keep_base=keep_base,
         keep_activations=keep_activations,
         recorded=lora_forward.knows(model.get_base_model()),
+        not_recorded=why_not_recorded(setup, capability),
+        fp8=fp8,
     )
-    kernels, name = fast_kernels(model.device)
+    kernels, name = fast_kernels(model.device, model.get_base_model().dtype)
     try:
-        made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels)
+        made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels, fp8=fp8)
     except torch.OutOfMemoryError:  # another process took the free memory, or the setting needs too much
         plan = replace(plan, kept_base=False, reason=f"{plan.reason}, and ran out while keeping the base")
-        made = fuse_layers(model, keep_dequantized=False, kernels=kernels)
+        made = fuse_layers(model, keep_dequantized=False, kernels=kernels, fp8=fp8)
     if made == "nothing":
         return None
-    return replace(plan, recorded=plan.recorded and made == "all", forward=f"{FUSED} {made}, {name}")
+    forward = ", ".join((f"{FUSED} {made}", name, *([FP8] if fp8 else [])))
+    return replace(plan, recorded=plan.recorded and made == "all", forward=forward)
+
+
+def require_fp8(device: Any) -> None:
+    """Refuses a machine that cannot train in FP8.
+
+    Raises:
+        SettingsError: There is no GPU, or it or torch has no such products.
+    """
+    from job.model.fused import fp8
+
+    if device.type != "cuda":
+        why: str | None = "there is no GPU"
+    elif (capability := _capability()) < FP8_CAPABILITY:
+        least = "{}.{}".format(*FP8_CAPABILITY)
+        why = "the GPU's compute capability is {}.{}, less than {} (Ada, Hopper)".format(*capability, least)
+    else:
+        why = fp8.why_not_here(device)
+    if why is not None:
+        raise SettingsError([Problem(_COMPUTE, f"is fp8, and {why}; remove it, or take another GPU")])
+
+
+def _not_multiples(setup: Setup, factor: int) -> str:
+    """The adapted layers whose inputs or outputs are not multiples of `factor`, in words; empty if all are."""
+    sizes = {name: setup.architecture.linear[name] for name in setup.targets if name in setup.architecture.linear}
+    return ", ".join(
+        f"{name} of {inputs} x {outputs}"
+        for name, (inputs, outputs) in sizes.items()
+        if inputs % factor or outputs % factor
+    )
 
 
 def _longest_sequence(lengths: Sequence[int], global_batch_size: int, budget: int) -> int:
@@ -317,8 +382,13 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
-def fast_kernels(device: Any) -> tuple[Any, str]:
-    """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's."""
+def fast_kernels(device: Any, dtype: Any) -> tuple[Any, str]:
+    """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's.
+
+    Args:
+        device: Where they have to run.
+        dtype: The compute dtype; older GPUs have no bf16.
+    """
     import torch
 
     from job.model.fused import kernels
@@ -329,7 +399,7 @@ def fast_kernels(device: Any) -> tuple[Any, str]:
         return kernels.TORCH, "torch"
     try:
         # Only a launch shows whether Triton can use the driver: it compiles and loads a C library then.
-        probe = torch.ones(8, dtype=torch.bfloat16, device=device)
+        probe = torch.ones(8, dtype=dtype, device=device)
         fast.swiglu(probe, probe).sum().item()
     except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler or the loader raises
         why = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]

@@ -24,17 +24,31 @@ from job.data.examples import lengths_of
 from job.distributed.processes import Processes
 from job.errors import JobError, TrainingFailed
 from job.log import get_logger
+from job.model.architecture import read_config
 from job.model.base import recompute_activations
+from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import forget_dequantized
+from job.model.fused.lora_forward import decoder_of
 from job.model.packed_attention import Layout, Segment, is_packed
 from job.model.placed_weights import taking_part
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
-from job.training.lm_head_loss import padded_loss
+from job.training.lm_head_loss import Logits, logits_of, padded_loss
 from job.training.objectives import Totals, totals_of
-from job.training.packing import alone_inputs, length_increment, longest_segment, packed_inputs, padded_sequence
+from job.training.packing import (
+    RECORDING_TOKENS,
+    Shapes,
+    alone_inputs,
+    blank_sequence,
+    choose_shapes,
+    length_increment,
+    longest_segment,
+    packed_inputs,
+    padded_sequence,
+    recording_tokens,
+)
 from job.training.preference_gradient import PreferenceGradient
 
 PackedGradient = Callable[[dict[str, Any], float], torch.Tensor]
@@ -73,6 +87,7 @@ class OptimizerStep:
         processes: The processes that share the step.
         packed_gradient: Used if the plan is not `padded`.
         preference: Used in its place for a step of preferences, whose loss is a mean over examples and not over tokens.
+        scaler: torch's `GradScaler` in fp16; both functions above scale by it themselves.
     """
 
     def __init__(
@@ -87,6 +102,7 @@ class OptimizerStep:
         processes: Processes,
         packed_gradient: PackedGradient,
         preference: PreferenceGradient | None = None,
+        scaler: Any = None,
     ) -> None:
         self.budget = recipe.micro_batch_tokens
         """Tokens of a micro-batch; halved when memory runs out. A resumed run continues with the budget it had."""
@@ -94,11 +110,16 @@ class OptimizerStep:
         self._model, self._steps, self._parameters = model, steps, parameters
         self._seed, self._hooks, self._processes = recipe.seed, hooks, processes
         self._smoothing = recipe.label_smoothing
+        self._logits = logits_of(model.get_base_model()) if plan.padded else Logits()
         self._packed_gradient, self._preference = packed_gradient, preference
+        self._scaler = scaler
+        self._loss_scale: torch.Tensor | None = None
         self.metrics: dict[str, float] = {}
         """Metrics of the last step of preferences, by TRL's names."""
         self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens)
         self._graphs: CudaGraphs | None = None
+        self._recording_tokens = _recording_tokens(model)
+        self._shapes: dict[int, Shapes] = {}
 
     def __call__(self, number: int) -> torch.Tensor:
         """Leaves the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
@@ -163,12 +184,15 @@ class OptimizerStep:
             (numbers,) float32: the flat gradient where there are several processes, the loss, and the metrics of a step
             of preferences.
         """
-        torch.manual_seed(step_seed(self._seed, number, self._processes.place.rank))
+        seed = step_seed(self._seed, number, self._processes.place.rank)
+        torch.manual_seed(seed)
         self._parameters.clear()
         metrics = 0 if known is None or self._preference is None else len(self._preference.names(known.totals))
         found = torch.zeros(1 + metrics, device=self._parameters.gradient.device)
         items = weighted_targets(self._steps.of(number))
-        for group in self._groups(number):
+        self._loss_scale = self._scaler_factor(found.device)
+        for index, group in enumerate(self._groups(number)):
+            reseed(self._model, seed, index)
             # Added at once: what a CUDA graph returns is overwritten by its next launch.
             if known is None or self._preference is None:
                 # Rows of another weight go through the model by themselves: the weight is part of the divisor.
@@ -181,10 +205,12 @@ class OptimizerStep:
 
     def _own_kl(self, number: int, totals: Totals) -> torch.Tensor:
         """This process's part of KTO's estimate of the divergence, (1,) float32."""
-        torch.manual_seed(step_seed(self._seed, number, self._processes.place.rank))
+        seed = step_seed(self._seed, number, self._processes.place.rank)
+        torch.manual_seed(seed)
         found = torch.zeros(1, device=self._parameters.gradient.device)
         if self._preference is not None:
-            for group in self._groups(number):
+            for index, group in enumerate(self._groups(number)):
+                reseed(self._model, seed, index)
                 found += self._preference.kl(group, totals)
         return found
 
@@ -217,17 +243,32 @@ class OptimizerStep:
             return torch.stack(parts).sum()
         if not self.plan.padded:
             return self._packed_gradient(packed_inputs(examples, device), targets)
-        sequence = padded_sequence(examples, device)
+        sequence = padded_sequence(examples, device, self.shapes())
         # A tensor, not a number: a CUDA graph would always use the number with which it was recorded.
-        weight = torch.tensor(1 / targets, device=device)
+        weight = torch.full((), 1 / targets, device=device)  # filled there: a copy would wait for the GPU
+        if self._loss_scale is not None:
+            weight = weight * self._loss_scale
         if not self.plan.recorded:
-            return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
-        graphs = self._recorded(device)
-        loss = graphs(sequence.tokens, sequence.ends, weight)
-        if not graphs.possible:
-            self.plan = self.plan.give_up("recorded")
-            self.release()
-        return loss
+            loss = self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
+        else:
+            graphs = self._recorded(device)
+            loss = graphs(sequence.tokens, sequence.ends, weight)
+            if not graphs.possible:
+                self.plan = self.plan.give_up("recorded")
+                self.release()
+        # The factor is a power of two, so multiplying and dividing by it change no bit.
+        return loss if self._loss_scale is None else loss / self._loss_scale
+
+    def _scaler_factor(self, device: torch.device) -> torch.Tensor | None:
+        """What fp16's loss scaling multiplies losses by in this step, () float32; None without it.
+
+        Not read on the host, which would wait for the GPU. The scaler has to scale something in each step, or the
+        optimizer step refuses to take the factor out of the gradient again.
+        """
+        if self._scaler is None or not self._scaler.is_enabled():
+            return None
+        factor: torch.Tensor = self._scaler.scale(torch.ones((), device=device))
+        return factor
 
     def _padded_gradient(
         self, tokens: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor, segments: tuple[Segment, ...] = ()
@@ -251,16 +292,25 @@ class OptimizerStep:
         ids, labels, positions = tokens.unbind()
         # An earlier attempt may have had a larger budget, and so a longer padding, than this one's.
         longest = max(
-            self._longest, length_increment(ids.shape[0]), *(segment.end - segment.start for segment in segments), 0
+            self._longest,
+            self.shapes().longest_padding,
+            length_increment(ids.shape[0]),
+            *(segment.end - segment.start for segment in segments),
         )
         layout = Layout(segments, ends, ends, None, longest, longest)
-        hidden = base.base_model(
+        hidden = decoder_of(base)(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
         ).last_hidden_state[0]
-        return padded_loss(hidden, base.get_output_embeddings(), labels, self._smoothing)
+        return padded_loss(hidden, base.get_output_embeddings(), labels, self._smoothing, self._logits)
+
+    def shapes(self) -> Shapes:
+        """What this process's packed sequences are padded to, with the present token budget."""
+        if self.budget not in self._shapes:
+            self._shapes[self.budget] = choose_shapes(self._steps.sequences(self.budget), self._recording_tokens)
+        return self._shapes[self.budget]
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
-        """The CUDA graphs. If there are none yet, that of the largest micro-batch of this process is recorded first.
+        """The CUDA graphs. If there are none yet, that of the longest shape of this process is recorded first.
 
         All graphs share one memory pool, so the memory of the largest graph serves the smaller ones, too.
         """
@@ -268,7 +318,7 @@ class OptimizerStep:
             first = padded_sequence([Example((0,), (False,))], device)
             weight = torch.tensor(0.0, device=device)
             self._graphs = CudaGraphs(self._padded_gradient, (first.tokens, first.ends, weight))
-            largest = padded_sequence(self._steps.largest(self.budget), device)
+            largest = blank_sequence(self.shapes().shapes[-1], device)
             self._graphs.prepare(largest.tokens, largest.ends, weight)
         return self._graphs
 
@@ -285,6 +335,14 @@ class OptimizerStep:
             recompute_activations(self._model, on=True, random=not self.plan.padded)
         get_logger().warning("out of GPU memory: an optimization that only saves time is switched off", what=name)
         return True
+
+
+def _recording_tokens(model: Any) -> int:
+    try:
+        of = read_config(model.get_base_model().config.to_dict())
+    except ValueError:  # a model of another build, which is not padded
+        return RECORDING_TOKENS
+    return recording_tokens(of.layers, of.linear_parameters + of.head_parameters)
 
 
 def _too_small(longest: int, error: Exception) -> str:

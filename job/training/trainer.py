@@ -196,6 +196,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             processes=processes,
             packed_gradient=self.packed_gradient,
             preference=preference,
+            scaler=self.accelerator.scaler,
         )
         self.recipe = recipe
         self.validations: list[ValidationMetrics] = []

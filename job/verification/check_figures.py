@@ -22,6 +22,7 @@ from job.evaluation.samples import HASHES, Sample, contradiction, parse, parse_m
 from job.records import AttemptRecord, Evaluated, MeasuredScores, StepMetrics, TaskScores, ValidationMetrics
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost
+from job.results.reader import scored_in
 from job.results.training_totals import training_totals
 from job.runs.layout import ARTIFACTS, METRICS, ORIGINAL_SIDE, RESULTS, VALIDATIONS, answers_key, export_side
 from job.training.config import total_steps
@@ -54,7 +55,7 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
         differences += _full_precision(results, copies, by_task)
         if (near := results["evaluation"].get("near_ties")) is not None:  # older versions did not look for them
-            found_near = compare_near_ties(scored["base"], scored["adapter"], results["model"]["dtype"], bound)
+            found_near = compare_near_ties(scored["base"], scored["adapter"], scored_in(results), bound)
             differences += find_differences(f"{RESULTS} evaluation.near_ties", near, found_near)
     questions = sum(len(records) for records in by_task["adapter"].values())
     measured = results["evaluation"].get("measured", {})

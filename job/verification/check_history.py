@@ -16,6 +16,7 @@ from job.evaluation.groups import compare_groups
 from job.evaluation.measured import compare_measured
 from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
 from job.results.manifest import exports_record, full_precision_record
+from job.results.reader import scored_in
 from job.runs import lease, stage_records
 from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, prompts_key, stage_key
 from job.runs.run_log import parse_logged, parse_record
@@ -86,7 +87,7 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             tasks = compare_tasks(base.scores, adapter.scores, overlap=overlap)
             original = full_precision_record(base, adapter.scores)
             bound = (results["evaluation"].get("near_ties") or {}).get("bound")
-            near = compare_near_ties(base.scores, adapter.scores, results["model"]["dtype"], bound)
+            near = compare_near_ties(base.scores, adapter.scores, scored_in(results), bound)
         except (JobError, ValueError) as error:
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:
@@ -95,8 +96,11 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             place = f"{RESULTS} evaluation.full_precision"
             differences += find_differences(place, told.get("full_precision"), original)
             differences += find_differences(f"{RESULTS} evaluation.near_ties", told.get("near_ties"), near)
+            precision = None if base.precision is None else asdict(base.precision)
+            differences += find_differences(f"{RESULTS} evaluation.precision", told.get("precision"), precision)
         differences += _measured_differ(results, base, adapter)
         differences += find_differences(f"{ADAPTER} generation", adapter.generation, base.generation)
+        differences += find_differences(f"{ADAPTER} precision", adapter.precision, base.precision)
         differences += _judged_differ(results, base, adapter)
         if pulled is not None:
             differences += _groups_differ(results, pulled, base, adapter)

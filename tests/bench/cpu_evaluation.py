@@ -41,12 +41,11 @@ def by_ours(
 ) -> tuple[Answers, float]:
     """The job's own: many questions flat in one row."""
     from job.evaluation.harness import evaluate
-    from job.evaluation.scoring import plan_sequences, score_sequence
+    from job.evaluation.scorer import score_questions
     from job.settings.schema import Eval
 
     def score(questions: list[Any]) -> list[Any]:
-        rows = plan_sequences(questions, batch_tokens or Eval().batch_tokens)
-        return [scores for row in rows for scores in score_sequence(model, questions[row.start : row.stop])]
+        return score_questions(model, questions, batch_tokens or Eval().batch_tokens)
 
     with model.disable_adapter():
         began = time.monotonic()

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,11 +32,14 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import shapes  # lies beside this script
+import gpu_table  # these lie beside this script
+import shapes
 import torch
 
 from job.common.optimizers import OPTIMIZERS
 from job.data import batch_plan
+from job.distributed.processes import ALONE, Processes
+from job.evaluation.scorer import score_sequences
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model import packed_attention
 from job.model.fused import kernels
@@ -45,6 +49,7 @@ from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
 from job.records import PEFT, Example, ExecutionPlan, StepMetrics
 from job.training import packing
+from job.training import step as training_step
 from job.training.config import Hooks, Recipe
 from job.training.cuda_graphs import CudaGraphs
 from job.training.execution_plan import choose_budget
@@ -378,7 +383,7 @@ def unmake(model: Any) -> None:
     """Takes off what `make_lean` and a trainer put onto a model."""
     model.get_base_model().base_model._forward_pre_hooks.clear()
     for module in model.modules():
-        for name in ("forward", "lean"):
+        for name in ("forward", "fused"):
             module.__dict__.pop(name, None)
 
 
@@ -402,17 +407,17 @@ def put_away(bench: Bench) -> None:
     clean()
 
 
-def recipe_of(bench: Bench, variant: Variant) -> Recipe:
+def recipe_of(bench: Bench, variant: Variant, total_steps: int | None = None, batch: int | None = None) -> Recipe:
     """The reference recipe, shortened."""
     return Recipe(
         seed=0,
-        total_steps=WARMUP + bench.steps * (variant.steps if not bench.tiny else 1),
+        total_steps=total_steps or WARMUP + bench.steps * (variant.steps if not bench.tiny else 1),
         learning_rate=2e-4,
         scheduler="linear",
         warmup_steps=2,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        global_batch_size=32 if not bench.tiny else 8,
+        global_batch_size=batch or (32 if not bench.tiny else 8),
         micro_batch_tokens=variant.budget if not bench.tiny else variant.budget // 16,
         optimizer=variant.optimizer,
         save_every_steps=10_000,
@@ -445,16 +450,27 @@ def prepare(model: Any, variant: Variant) -> None:
 
 
 def fit(
-    bench: Bench, model: Any, variant: Variant, on_step: Callable[[StepMetrics], None] = lambda _: None
+    bench: Bench,
+    model: Any,
+    variant: Variant,
+    on_step: Callable[[StepMetrics], None] = lambda _: None,
+    *,
+    data: list[Example] | None = None,
+    total_steps: int | None = None,
+    batch: int | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Trains by one variant, from the same adapter; returns its figures.
 
-    `steady` is of the steps in which nothing was recorded: where a long run spends its time.
+    `steady` is of the steps in which nothing was recorded: where a long run spends its time. `whole` is from the call
+    of the trainer to the end of the last step.
     """
     weights = trainable(model)
     fresh = {name: p.detach().clone() for name, p in weights.items()}
     ended: list[float] = []
     recorded: list[int] = []
+    data = bench.data if data is None else data
+    began = time.perf_counter()
 
     def on_metrics(metrics: StepMetrics) -> None:
         ended.append(time.perf_counter())
@@ -465,19 +481,25 @@ def fit(
             trained = train(
                 model,
                 shapes.tokenizer(),
-                bench.data,
-                recipe=recipe_of(bench, variant),
+                data,
+                recipe=recipe_of(bench, variant, total_steps, batch),
                 plan=plan_of(variant),
                 hooks=Hooks(on_metrics, lambda *_: None, lambda: False),
                 folder=Path(folder),
+                processes=processes,
             )
+        # All wait for the one that records.
+        recorded = [step for one in processes.gather("recorded", recorded) for step in one]
         spent = [b - a for a, b in pairwise(ended)][WARMUP - 1 :]
         targets = [step.target_tokens for step in trained.history[WARMUP:]]
+        every = sum(step.target_tokens for step in trained.history)
         steady = [n for n in range(len(spent)) if n + WARMUP not in recorded]
         speed = sum(targets) / sum(spent)
         steady_speed = sum(targets[n] for n in steady) / sum(spent[n] for n in steady) if steady else 0.0
         return {
             "tokens_per_second": speed,
+            "whole_tokens_per_second": every / (ended[-1] - began),
+            "whole_seconds": ended[-1] - began,
             "of_bound": speed * 4 * PARAMETERS / rate(bench),
             "steady_tokens_per_second": steady_speed,
             "steady_of_bound": steady_speed * 4 * PARAMETERS / rate(bench),
@@ -732,36 +754,48 @@ def plain(bench: Bench) -> None:
 
 
 def score(bench: Bench) -> None:
-    """Our evaluation: rows of many questions, each context once."""
+    """Our evaluation: rows of many questions, each context once. `ahead`: the next row launched before one is read.
+
+    Budget: 45 s on an H200, of which the model takes 20.
+    """
     asked = shapes.questions(bench.shape["vocab_size"], 30 if bench.tiny else None)
     model = adapted(bench)
-    for name, variant, budget in (
-        ("as it was", TODAY, 8192),
-        ("per use", replace(BEST, keep=False), 8192),
-        ("kept", BEST, 8192),
-        ("kept", BEST, 16384),
-        ("kept", BEST, 32768),
-        ("kept, torch kernels", replace(BEST, kernels="torch"), 16384),
+    found: dict[str, list[float]] = {}
+    for name, variant, budget, ahead in (
+        ("as it was", TODAY, 8192, False),
+        ("per use", replace(BEST, keep=False), 8192, True),
+        ("kept", BEST, 8192, False),
+        ("kept", BEST, 8192, True),
+        ("kept", BEST, 16384, True),
     ):
         with bench.caught(f"score {name}"):
             prepare(model, variant)
             model.eval()
-            rows = plan_sequences(asked, budget)
+            rows = dict(enumerate(plan_sequences(asked, budget)))
             score_sequence(model, asked[rows[0].start : rows[0].stop])
             sync()
             began = time.perf_counter()
-            scores = [q for row in rows for q in score_sequence(model, asked[row.start : row.stop])]
+            if ahead:
+                scores = [q for _, row in score_sequences(model, asked, rows) for q in row]
+            else:
+                scores = [q for row in rows.values() for q in score_sequence(model, asked[row.start : row.stop])]
             seconds = time.perf_counter() - began
+            likelihoods = [[choice.log_likelihood for choice in q] for q in scores]
+            (bench.out / "scores.json").write_text(json.dumps(likelihoods))
+            flat = [one for q in likelihoods for one in q]
+            tokens = sum(map(tokens_of, asked))
             bench.say(
                 "score",
                 variant=name,
                 budget=budget,
+                ahead=ahead,
                 questions_per_second=len(asked) / seconds,
-                tokens_per_second=sum(map(tokens_of, asked)) / seconds,
+                tokens_per_second=tokens / seconds,
+                of_bound=tokens / seconds * 2 * PARAMETERS / rate(bench),
+                same_bits=None if (key := f"{name} {budget}") not in found else flat == found[key],
                 peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
             )
-            likelihoods = [[choice.log_likelihood for choice in q] for q in scores]
-            (bench.out / "scores.json").write_text(json.dumps(likelihoods))
+            found.setdefault(key, flat)
     unmake(model)
 
 
@@ -811,7 +845,180 @@ def _agreement(asked: Sequence[Any], theirs: list[float], ours: Sequence[Sequenc
     return {"same_predictions": same, "margins_of_the_others": margins[:20]}
 
 
-SECTIONS = {f.__name__: f for f in (machine, pieces, parts, exact, variants, profile, score, capped, plain, hflm)}
+def padding(bench: Bench) -> None:
+    """Shapes and waste by the plan alone, of runs of Alpaca's rows: every length, as before, and those chosen now."""
+    examples = shapes.examples(32000)
+    price = packing.recording_tokens(32, 7_110_393_856)
+    for steps, processes in ((6, 1), (20, 1), (94, 1), (470, 1), (2000, 1), (20, 2), (94, 2)):
+        plan = batch_plan.Steps(examples, 0, 32, steps, 0, processes)
+        sequences = plan.sequences(16384)
+        tokens = sum(n for n, _ in sequences)
+        for name, choose in (("every length", every_length), ("chosen", packing.choose_shapes)):
+            found = choose(sequences, price)
+            wasted = sum(found.of(*one)[0] - one[0] for one in sequences)
+            bench.say(
+                "padding",
+                shapes=name,
+                steps=steps,
+                processes=processes,
+                recordings=len(found.shapes),
+                wasted=wasted / tokens,
+                overhead=(wasted + price * len(found.shapes)) / tokens,
+            )
+
+
+def every_length(sequences: Sequence[tuple[int, int]], _: int) -> packing.Shapes:
+    """The shapes before there was a choice: each length and number of segments that comes, rounded up."""
+    came = {(packing.padded_length(tokens), packing.padded_segments(count)) for tokens, count in sequences}
+    return packing.Shapes(tuple(sorted(came)), max(packing.length_increment(n) for n, _ in sequences))
+
+
+def recordings(bench: Bench) -> None:
+    """A run of 20 steps from its first to its last: every length recorded, and those chosen for the run.
+
+    Budget: 45 s on an H200, of which the model takes 20.
+    """
+    model, steps = adapted(bench), 20 if not bench.tiny else 4
+    chosen = training_step.choose_shapes
+    try:
+        for name, choose in (("chosen", chosen), ("every length", every_length), ("chosen", chosen)):
+            with bench.caught(f"recordings {name}"):
+                prepare(model, BEST)
+                training_step.choose_shapes = choose
+                bench.say("recordings", shapes=name, **fit(bench, model, BEST, total_steps=steps))
+    finally:
+        training_step.choose_shapes = chosen
+    unmake(model)
+
+
+def buyers(bench: Bench) -> None:
+    """What the table needs beside `score`: training on Alpaca's lengths and on full rows of 4,096 tokens.
+
+    Budget: 60 s on an H200, of which the model takes 20.
+    """
+    model = adapted(bench)
+    length = 4096 if not bench.tiny else 256
+    tokens = tuple(3 + n % 900 for n in range(length))
+    full = [Example(tokens, (False, *[True] * (length - 1)))] * 64
+    for name, data, batch in (("alpaca", bench.data, None), ("4096", full, 8)):
+        with bench.caught(f"buyers {name}"):
+            prepare(model, BEST)
+            bench.say("buyers", rows=name, **fit(bench, model, BEST, data=data, total_steps=14, batch=batch))
+    unmake(model)
+
+
+def restart(bench: Bench) -> None:
+    """Seconds from a kill to the next step: the demo on this machine, killed at a step and started again.
+
+    Its model is small, so this is the job's own start: imports, checks, hashes, the checkpoint. Budget: 60 s.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("JOB_")} | {
+            "JOB_PRESET": "demo",
+            "JOB_RUN__ID": "restart",
+            "JOB_RUN__OUTPUT": folder,
+            "JOB_RUN__SPOT_NOTICES": "off",
+            "JOB_LOG__FORMAT": "json",
+            "JOB_CHECKPOINT__EVERY_STEPS": "5",
+            "JOB_FAULT": "kill@step=12",
+        }
+        for attempt in ("killed", "restarted"):
+            began = time.time()
+            done = subprocess.run(
+                [sys.executable, "-m", "job"],
+                cwd=Path(__file__).parents[2],
+                env=environ,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+            moments: dict[str, float] = {}
+            for line in lines:
+                since = datetime.fromisoformat(line["timestamp"]).timestamp() - began
+                moments.setdefault(f"{line['event']} {line['stage']}" if "stage" in line else line["event"], since)
+            bench.say(
+                "restart",
+                attempt=attempt,
+                code=done.returncode,
+                first_step_seconds=moments.get("steps train"),
+                owned_seconds=moments.get("this attempt owns the run"),
+                data_seconds=moments.get("data is ready pull"),
+                loaded_seconds=moments.get("model is loaded"),
+            )
+
+
+def start(bench: Bench) -> None:
+    """Seconds and modules of what is imported before the first step, in new processes: as it comes, and as it is now.
+
+    Budget: 60 s; the first process may read from a cold disk.
+    """
+    source = """
+import gc, json, os, sys, time
+gc.disable()
+began, laps = time.perf_counter(), []
+def lap(name): laps.append((name, round(time.perf_counter() - began, 2), len(sys.modules)))
+if sys.argv[1] == "now":
+    import job.cli.main
+    job.cli.main._tell_libraries(None)
+lap("command line")
+import torch
+lap("torch")
+torch.cuda.is_available() and torch.zeros(1, device="cuda")
+lap("CUDA")
+import job.pipeline
+lap("pipeline")
+if sys.argv[1] == "now":
+    from job.stages.preload import import_libraries
+    import_libraries()
+else:
+    import job.stages.train
+lap("libraries")
+import job.stages.load, job.stages.evaluate, lm_eval.tasks
+lap("rest")
+print(json.dumps({"laps": laps, "cpu_seconds": time.process_time()}))
+"""
+    for way in ("now", "now", "as it was", "now", "as it was"):
+        done = subprocess.run(
+            [sys.executable, "-c", source, way],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lines = done.stdout.splitlines()
+        bench.say("start", way=way, **(json.loads(lines[-1]) if lines else {"error": done.stderr[-300:]}))
+
+
+def unsloth(bench: Bench) -> None:
+    """Unsloth by its own script, where UNSLOTH names an interpreter that has it."""
+    if not (interpreter := os.environ.get("UNSLOTH")):
+        bench.say("no Unsloth", why="UNSLOTH names no interpreter that has it")
+        return
+    script = Path(__file__).with_name("unsloth_peer.py")
+    command = [interpreter, str(script), "--out", str(bench.out), *(["--tiny"] if bench.tiny else [])]
+    put_away(bench)
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+    for line in found.splitlines():
+        if line.startswith("{"):
+            entry = json.loads(line)
+            bench.say(entry.pop("what"), **entry)
+
+
+def table(bench: Bench) -> None:
+    """What a buyer asks, in one table: of what was measured so far in --out."""
+    print("\n".join(gpu_table.lines(bench.findings)), flush=True)
+
+
+SECTIONS = {
+    f.__name__: f
+    for f in (
+        *(machine, pieces, parts, exact, variants, profile, recordings, score, capped, plain, hflm),
+        *(padding, start, restart, buyers, unsloth, table),
+    )
+}
+BUYERS = ("machine", "buyers", "score", "restart", "plain", "hflm", "unsloth", "table")
+"""The sections of `make bench-gpu`, whose last prints the table."""
 
 
 def main() -> int:
@@ -819,13 +1026,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--buyers", action="store_true", help=f"the sections {' '.join(BUYERS)}")
+    parser.add_argument("--add", action="store_true", help="to the findings that lie in --out")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=540, help="no section begins later than this")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", tempfile.gettempdir())))
     given = parser.parse_args()
     began = time.monotonic()
-    bench = Bench(given.tiny, given.out, given.steps, [])
-    for name in given.sections or SECTIONS:
+    kept = given.out / "gpu.json"
+    findings = json.loads(kept.read_text()) if given.add and kept.exists() else []
+    bench = Bench(given.tiny, given.out, given.steps, findings)
+    for name in given.sections or (BUYERS if given.buyers else SECTIONS):
         if time.monotonic() - began > given.seconds:
             bench.say("skipped", section=name)
             continue

@@ -36,18 +36,27 @@ def random_base(shape: dict[str, int], device: torch.device, attention: str) -> 
 
     Made in place, without a file: what transformers would do while loading, at a fraction of the time.
     """
+    from transformers import MistralConfig
+
+    config = MistralConfig(**shape, sliding_window=4096, attn_implementation=attention, use_cache=False)
+    return quantized(config, device)
+
+
+def quantized(config: Any, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A random decoder of a configuration in `dtype`, whose linear layers are NF4 with double quantization."""
     from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from job.model.packed_attention import register
 
     register()
-    config = MistralConfig(**shape, sliding_window=4096, attn_implementation=attention, use_cache=False)
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with device:
-            model = MistralForCausalLM(config)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=config._attn_implementation
+            )
     finally:
         torch.set_default_dtype(torch.float32)
     for layer in model.model.layers:
@@ -59,11 +68,12 @@ def random_base(shape: dict[str, int], device: torch.device, attention: str) -> 
                     small = Linear4bit(
                         linear.in_features,
                         linear.out_features,
-                        bias=False,
-                        compute_dtype=torch.bfloat16,
+                        bias=linear.bias is not None,
+                        compute_dtype=dtype,
                         compress_statistics=True,
                         quant_type="nf4",
                     )
+                small.bias = linear.bias
                 small.weight = Params4bit(
                     linear.weight.data.cpu() if device.type == "cpu" else linear.weight.data,
                     requires_grad=False,

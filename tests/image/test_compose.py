@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
 
-from tests.image.engine import IMAGE, Engine, docker, variables
+from tests.image.engine import DOCKER, IMAGE, Engine, docker, variables
 
 FILE = Path(__file__).parents[2] / "infra/docker/compose.yaml"
 BASE = os.environ.get("BASE_IMAGE")
@@ -97,6 +100,37 @@ def test_the_services_as_written(engine: Engine, services: dict[str, dict[str, A
         assert found[f"compose/{artifact['path']}"] == artifact["sha256"], artifact["path"]
     assert secret not in container.text
     assert secret not in docker("inspect", container.name)
+
+
+def test_the_documented_command(s3_image: str, tmp_path: Path) -> None:
+    """`docker compose run --rm job` of Compose itself: server and bucket are there first, and the code is the job's."""
+    program = shlex.split(os.environ.get("COMPOSE", "")) or [DOCKER, "compose"]
+    if subprocess.run([*program, "version"], capture_output=True, check=False).returncode:
+        pytest.skip("no Docker Compose: COMPOSE names the program where `docker compose` is none")
+    override = tmp_path / "override.yaml"
+    override.write_text(yaml.safe_dump({"services": {"s3": {"image": s3_image}}}), encoding="utf-8")
+    page = (FILE.parent / "README.md").read_text(encoding="utf-8")
+    (words,) = re.findall(r"^docker compose -f infra/docker/compose.yaml (run .+)$", page, re.MULTILINE)
+    command = [*program, "-p", f"qlora-job-test-{uuid4().hex[:12]}", "-f", str(FILE), "-f", str(override)]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environ = os.environ | {"IMAGE": IMAGE}
+        return subprocess.run(
+            [*command, *arguments], env=environ, capture_output=True, text=True, timeout=400, check=False
+        )
+
+    options = [*shlex.split(words)[:-1], "-T", "-e", "JOB_EVAL__LIMIT=20"]
+    try:
+        done = run(*options, "-e", "JOB_TRAIN__MAX_STEPS=2", "job")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "results: s3://runs/compose/results.json" in done.stdout
+        again = run(*options, "-e", "JOB_TRAIN__MAX_STEPS=3", "job")
+        assert again.returncode == 2, again.stderr[
+            -3000:
+        ]  # the run is known, and was made with another number of steps
+        assert "JOB_TRAIN__MAX_STEPS" in again.stderr
+    finally:
+        run("down", "--volumes", "--timeout", "1")
 
 
 def test_grace_and_patience(services: dict[str, dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from job.runs.layout import facts_of
 from tests.image.engine import DOCKER, IMAGE, RUNS, Container, Engine, docker
 
 ROOT = Path(__file__).parents[2]
+BASE = os.environ.get("BASE_IMAGE")
 pytestmark = pytest.mark.timeout(600)
 SHORT = {"JOB_PRESET": "demo", "JOB_TRAIN__MAX_STEPS": "2", "JOB_EVAL__LIMIT": "20"}
 
@@ -185,6 +187,53 @@ def test_what_torch_needs_of_a_gpu_is_known(engine: Engine) -> None:
     # It is linked against the driver's library, which is not here: without it the loader would name a missing symbol.
     load = f"import ctypes; ctypes.CDLL({file!r})"
     assert "libcuda.so.1: cannot open" in engine.shell(f"python -c {shlex.quote(load)} 2>&1 || true")
+
+
+def test_a_volume_of_another_user_id(engine: Engine, tmp_path: Path) -> None:
+    """User ids of group 0 take turns at a run; one of another group is told so, with 2, before anything is read."""
+    volume = engine.volume()
+    here = [*LOCKED, "-v", f"{volume}:{RUNS}"]
+    begun = {**SHORT, "JOB_RUN__ID": "turns"}
+    container = engine.start(*here, "--user", "1001:0", **begun, JOB_FAULT="kill@stage=evaluate-adapter")
+    assert container.end() != 0, container.text[-3000:]
+    container = engine.start(*here, "--user", "1002:1002", **begun)
+    assert container.end() == 2, container.text[-3000:]
+    assert re.search(r"JOB_RUN__OUTPUT.* /work/runs/turns.* --user 1001:0", container.text)
+    assert "downloading" not in container.text
+    container = engine.start(*here, "--user", "1002:0", **begun)
+    assert container.end() == 0, container.text[-3000:]
+    results = engine.results(container, "turns", tmp_path)
+    assert [attempt["outcome"] for attempt in results["run"]["attempts"]] == ["killed", "complete"]
+
+
+def test_no_setuid_programs_and_nothing_that_no_run_opens(engine: Engine) -> None:
+    """No file of the image gives its caller other rights; libraries for other CUDA versions and tests are gone."""
+    script = """
+    find / -xdev -perm /6000 2>/dev/null
+    find /opt -name '*.a'
+    cd /opt/venv/lib/python3*/site-packages && ls bitsandbytes/*.so
+    find networkx numpy pandas pyarrow scipy sklearn sympy -type d -name tests
+    """
+    cuda = engine.shell("cat /opt/job/cuda").split()[0].replace(".", "")
+    kept = [f"bitsandbytes/libbitsandbytes_{name}.so" for name in ("cpu", *([] if cuda == "none" else [f"cuda{cuda}"]))]
+    assert engine.shell(f"{script}\ntrue").split() == kept
+    modules = "bitsandbytes, networkx, numpy.testing, pandas, pyarrow.parquet, scipy.stats, sklearn.metrics, sympy"
+    assert engine.shell(f"python -c 'import {modules}' 2>/dev/null && echo imported").split()[-1] == "imported"
+
+
+def test_no_variable_of_the_build_machine() -> None:
+    """Beside the base's own variables the image has those of the Dockerfile, and no proxy or setting of its builder."""
+    inspect = ("image", "inspect", "--format", "{{json .Config.Env}}")
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    last = text.rpartition("\nFROM base\n")[2]
+    own = set(re.findall(r"(\w+)=", " ".join(re.findall(r"^ENV (.+)$", last, re.MULTILINE)))) | {"PATH"}
+    found = dict(variable.partition("=")[::2] for variable in json.loads(docker(*inspect, IMAGE)))
+    if BASE is not None:
+        base = dict(variable.partition("=")[::2] for variable in json.loads(docker(*inspect, BASE)))
+        assert {name: value for name, value in found.items() if name not in own} == {
+            name: value for name, value in base.items() if name not in own
+        }
+    assert own <= found.keys()
 
 
 def test_history_and_size(figures: list[str]) -> None:

@@ -104,10 +104,15 @@ def assert_same_steps(environment: Mapping[str, str], name: str, other: str) -> 
 def test_the_number_of_processes_changes_no_step(
     forked: Forks, environment: dict[str, str], one: str, processes: int
 ) -> None:
-    """2 and 4 processes end with exit code 0, the same loss by step as one, and the same answers of the base."""
+    """2 and 4 processes end with 0, the same losses as one, and the same answers of the base; one serves figures."""
     name = f"by-{processes}"
     changes = {"JOB_RUN__OUTPUT": f"{environment['JOB_RUN__OUTPUT']}-{processes}"}  # so that nothing is reused
-    assert go(forked, environment, name, processes, **changes) == [0] * processes
+    given = {**environment, **changes, "JOB_RUN__ID": name, "JOB_METRICS__PORT": str(free_port())}
+    codes, group = forked.run(given, processes, f"{name}-{processes}")
+    logs = [log.read_text("utf-8") for log in group.logs]
+    assert codes == [0] * processes, logs
+    assert "".join(logs).count("figures are served for Prometheus") == 1
+    assert "figures are not exported" not in "".join(logs)
     shutil.copytree(run_folder(changes, name), run_folder(environment, name))
     assert_same_steps(environment, name, one)
     first, second = (

@@ -25,6 +25,8 @@ SERVICE = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "4
 
 NODE = "a-node"
 """The machine of every pod."""
+FIELDS = {"spec.nodeName": NODE, "metadata.name": "a-pod", "metadata.namespace": "qlora"}
+"""What the downward API says of every pod, but for labels."""
 
 
 @cache
@@ -93,8 +95,8 @@ def environment(documents: Iterable[Document], pod_labels: Mapping[str, str], in
     for variable in job.get("env", []):
         if "valueFrom" in variable:
             path = variable["valueFrom"]["fieldRef"]["fieldPath"]
-            if path == "spec.nodeName":
-                found[variable["name"]] = NODE
+            if path in FIELDS:
+                found[variable["name"]] = FIELDS[path]
                 continue
             match = re.fullmatch(r"metadata\.labels\['(.+)'\]", path)
             assert match, path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -25,7 +26,7 @@ from tests.kubernetes.manifests import (
     overlay,
     pod_spec,
 )
-from tests.kubernetes.test_manifests import ENDS, check_restricted
+from tests.kubernetes.test_manifests import ENDS, check_restricted, with_component
 
 CHART = KUBERNETES.parent / "helm/qlora-job"
 IMAGE = {"repository": "registry.example.com/qlora-job", "digest": f"sha256:{'0' * 64}"}
@@ -91,6 +92,8 @@ def test_its_files_are_kustomize_s(name: str) -> None:
     found = tuple(yaml.safe_load_all((CHART / f"files/{name}.yaml").read_text(encoding="utf-8")))
     command = f"kubectl kustomize infra/kubernetes/{folder} >infra/helm/qlora-job/files/{name}.yaml"
     assert found == build(folder), f"run: {command}"
+    monitor = Path("components/prometheus/podmonitor.yaml")
+    assert (CHART / "files" / monitor.name).read_text() == (KUBERNETES / monitor).read_text(), f"copy {monitor}"
 
 
 def test_other_values() -> None:
@@ -121,6 +124,24 @@ def test_other_values() -> None:
     assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
     assert volumes["cache"] == {"name": "cache", "persistentVolumeClaim": {"claimName": "cache"}}
     assert one(documents, "PersistentVolumeClaim")["spec"]["storageClassName"] == "fast"
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_figures_for_prometheus(nodes: int) -> None:
+    """The pods serve figures as with the component, and the PodMonitor is its own but selects this release alone."""
+    given = {"enabled": True, "labels": {"release": "monitoring"}}
+    documents = render({"image": IMAGE, "settings": OUTPUT, "nodes": nodes, "prometheus": given}, "my-run")
+    theirs = with_component("prometheus", "eks-spot" if nodes == 1 else "multi-node")
+    assert container(documents)["ports"] == container(theirs)["ports"]
+    pods = labels(documents, "my-run", "my-run")
+    assert environment(documents, pods)["JOB_METRICS__PORT"] == environment(theirs, pods)["JOB_METRICS__PORT"]
+    ours, kustomized = one(documents, "PodMonitor"), one(theirs, "PodMonitor")
+    jsonschema.validate(ours, CRDS[ours["apiVersion"], "PodMonitor"])
+    assert ours["spec"]["podMetricsEndpoints"] == kustomized["spec"]["podMetricsEndpoints"]
+    selected = ours["spec"]["selector"]["matchLabels"].items()
+    assert kustomized["spec"]["selector"]["matchLabels"].items() < selected <= pods.items()
+    assert not selected <= labels(documents, "other", "other").items()
+    assert ours["metadata"] == {"name": "my-run", "labels": {"release": "monitoring"}}
 
 
 def test_three_machines() -> None:

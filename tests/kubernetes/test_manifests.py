@@ -19,7 +19,7 @@ import kubernetes_validate
 import pytest
 
 from job.errors import environment_name, exit_codes
-from job.settings.load import load_settings, trackers
+from job.settings.load import exporters, load_settings, trackers
 from job.settings.schema import NAMES
 from job.storage.open import Location
 from tests.kubernetes.crds import CRDS
@@ -511,6 +511,25 @@ def test_keys_of_trackers(name: str, key: str) -> None:
     assert key in re.findall(r"^secrets=\(([^)]*)\)", entrypoint, re.MULTILINE)[0].split()
 
 
+@pytest.mark.parametrize("base", ["eks-spot", pytest.param("multi-node", marks=pytest.mark.long)])
+def test_progress_of_a_pod(base: str) -> None:
+    """The job knows its pod, finds token and certificate, and may change pods and nothing else."""
+    documents = with_component("progress", base, "nameSuffix: -second\n")
+    found = environment(documents, labels(documents, "a", "b"))
+    settings = load_settings([], {"JOB_METRICS__POD_ANNOTATION": found["JOB_METRICS__POD_ANNOTATION"]})
+    asked = exporters(settings, found)["pod-annotation"]
+    assert asked["url"] == "https://10.96.0.1:443/api/v1/namespaces/qlora/pods/a-pod"
+    mount = next(mount for mount in container(documents)["volumeMounts"] if mount["name"] == "api-server")
+    volume = next(volume for volume in pod_spec(documents)["volumes"] if volume["name"] == "api-server")
+    token, trust = (source for source in volume["projected"]["sources"])
+    assert asked["token"] == f"{mount['mountPath']}/{token['serviceAccountToken']['path']}"
+    assert asked["authority"] == f"{mount['mountPath']}/{trust['configMap']['items'][0]['path']}"
+    binding, role = one(documents, "RoleBinding"), one(documents, "Role")
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert [subject["name"] for subject in binding["subjects"]] == [pod_spec(documents)["serviceAccountName"]]
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["patch"]}]
+
+
 @pytest.mark.parametrize("base", ["eks-spot", "multi-node"])
 def test_labels_for_who_pays(base: str) -> None:
     """Owner, team and cost centre stand on the Job and on its pods, where costs are allocated."""
@@ -537,7 +556,9 @@ def test_gitops(base: str) -> None:
 def test_kueue_places_a_set_by_topology() -> None:
     """The level that the pods name is one of the queue's, the queue is the set's, and its flavor has the Topology."""
     documents, queues = with_component("kueue-topology", "multi-node"), build("overlays/kueue/topology")
-    queue = one(documents, "JobSet")["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+    found = one(documents, "JobSet")["metadata"]["labels"]
+    queue, day = found["kueue.x-k8s.io/queue-name"], found["kueue.x-k8s.io/max-exec-time-seconds"]
+    assert int(day) == job_spec(documents)["activeDeadlineSeconds"]
     (group,) = one(queues, "ClusterQueue", one(queues, "LocalQueue", queue)["spec"]["clusterQueue"])["spec"][
         "resourceGroups"
     ]

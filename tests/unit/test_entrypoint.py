@@ -27,7 +27,7 @@ PYTHON = f"""#!/bin/sh
 [ "$3" = config ] && exec {sys.executable} "$@"
 echo "pid $$"
 echo "started $*"
-env
+UMASK=$(umask) env
 """
 BANNER = "| NVIDIA-SMI 580.65.06   Driver Version: 580.65.06   CUDA Version: {} |"
 NEW_BANNER = "| NVIDIA-SMI 610.43.02   KMD Version: 610.43.02   CUDA UMD Version: {} |"
@@ -103,6 +103,11 @@ def test_it_is_short() -> None:
     assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 78
 
 
+def test_files_are_of_the_group(start: Start) -> None:
+    """What the job writes to a volume another user id of its group can replace."""
+    assert start("plan").environment["UMASK"] == "0002"
+
+
 class TestSecrets:
     """Credentials that a platform mounts as files."""
 
@@ -149,7 +154,7 @@ class TestSecrets:
     def test_a_path_with_control_characters_is_one_line_of_the_log(self, start: Start) -> None:
         """A secret that was put into the variable for its path does not tear the log apart."""
         (event,) = start("plan", HF_TOKEN_FILE="a\nb\tc").events
-        assert "cannot read a'b'c: mount it readable" in event
+        assert "cannot read a'b'c: mount it readable, or start as its owner (--user)" in event
 
     def test_files_that_all_can_read_are_named(self, start: Start, tmp_path: Path) -> None:
         """All of them in one warning, and the job begins; a private file is not worth a word."""

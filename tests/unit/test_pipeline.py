@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from job import pipeline
+from job.common.hashing import sealed
 from job.distributed.processes import ALONE
+from job.distributed.ranks import Place
 from job.preemption.stop_flag import Stop
-from job.settings.load import load_settings
+from job.records import AttemptRecord
+from job.runs.layout import attempt_key
+from job.runs.lease import take
+from job.settings.load import Settings, load_settings
+from job.storage.local import LocalStore
+from job.tracking import webhook
+from job.tracking.live_metrics import LiveMetrics
 from job.tracking.webhook import Notifier
 
 
@@ -28,6 +38,83 @@ def test_the_webhook_is_told_whether_the_gate_is_met(tmp_path: Path, monkeypatch
     environ = {"JOB_PRESET": "demo", "JOB_RUN__OUTPUT": str(tmp_path / "runs"), "JOB_RUN__DEVICE": "cpu"}
     cost = dict.fromkeys(("seconds", "usd", "wasted_seconds", "goodput", "energy_kwh"))
     results = {"cost": cost, "evaluation": {"tasks": {}}, "gate": {"passed": False}}
-    with pipeline._attempt(load_settings([], environ), Stop(), lambda: None, (), ALONE, idle=None) as (_, tell_results):
+    with pipeline._attempt(load_settings([], environ), Stop(), lambda: None, (), ALONE, idle=None, last=True) as (
+        _,
+        tell_results,
+    ):
         tell_results(results)
     assert seen[0].gate_passed is False
+
+
+class Others:
+    """What the pipeline starts for other systems, in place of what would send to them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.webhooks: list[str | None] = []
+        self.exporters: list[Mapping[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        monkeypatch.setattr(pipeline, "notifying", self._notifying)
+        monkeypatch.setattr(pipeline, "live_metrics", self._live_metrics)
+        monkeypatch.setattr(webhook, "_post", lambda _url, content: self.events.append(content))
+
+    @contextmanager
+    def _notifying(self, url: str | None, run: str) -> Iterator[Notifier]:
+        self.webhooks.append(url)
+        yield Notifier(url, run)
+
+    @contextmanager
+    def _live_metrics(self, asked: Mapping[str, Any], run: str) -> Iterator[LiveMetrics]:
+        self.exporters.append(asked)
+        yield LiveMetrics(run)
+
+
+def demo(folder: Path) -> Settings:
+    """Settings of a run with a webhook, metrics, and a report to its pod."""
+    environ = {"JOB_PRESET": "demo", "JOB_RUN__OUTPUT": str(folder), "JOB_RUN__DEVICE": "cpu", "JOB_RUN__ID": "a-run"}
+    environ |= {"JOB_METRICS__PORT": "9464", "JOB_METRICS__POD_ANNOTATION": "true"}
+    return load_settings([], environ | {"JOB_NOTIFY__WEBHOOK": "https://hooks.example/x"})
+
+
+class Second:
+    """The second of two processes, which is told what the first found out."""
+
+    place = Place(rank=1, world_size=2, local_world_size=2, host="localhost", port=1, hosted=False)
+    leads = False
+    answers: Mapping[str, Any] = {"settings of the run": {}, "attempt": 1}
+
+    def share(self, what: str, _work: Callable[[], Any]) -> Any:
+        """What process 0 found out."""
+        return self.answers[what]
+
+    def gather(self, _what: str, own: Any) -> list[Any]:
+        """Of all processes."""
+        return [own, own]
+
+
+def test_one_process_tells_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several processes the first alone has a webhook and exporters: two would tell everything twice."""
+    others, settings = Others(monkeypatch), demo(tmp_path)
+    with pipeline._attempt(settings, Stop(), lambda: None, (), ALONE, idle=None, last=True):
+        pass
+    processes: Any = Second()
+    with pipeline._attempt(settings, Stop(), lambda: None, (), processes, idle=None, last=True):
+        pass
+    assert others.webhooks == ["https://hooks.example/x", None]
+    assert [set(asked) for asked in others.exporters] == [{"prometheus", "pod-annotation"}, set()]
+
+
+@pytest.mark.parametrize(("outcome", "kind"), [("running", "killed"), ("stalled", "stalled"), ("preempted", None)])
+def test_the_next_attempt_tells_that_the_last_one_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: str, kind: str | None
+) -> None:
+    """An attempt without an end in the run log, or with a stall, is told by the one that takes the run over."""
+    others, settings = Others(monkeypatch), demo(tmp_path)
+    store = LocalStore(tmp_path / "a-run")
+    first = take(store, "a machine")
+    record = AttemptRecord(first.epoch, "2026-01-01T00:00:00.000Z", None, outcome, 5.0, {}, 0, 0, 0)
+    store.write(attempt_key(first.epoch), sealed(asdict(record)))
+    with pipeline._attempt(settings, Stop(), lambda: None, (), ALONE, idle=None, last=True):
+        pass
+    told = [one for one in others.events if one["type"] == f"qlora-job.attempt.{kind}"]
+    assert [one["data"]["attempt"] for one in told] == ([] if kind is None else [1])
+    assert [one["data"]["attempt"] for one in others.events if one["type"].endswith(".started")] == [2]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from job.model.fused.kernels import Kernels
 
 
-def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) -> str:
+def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None, fp8: bool = False) -> str:
     """Replaces the forward of the layers with an adapter, and of what lies between them, by that of `lora_forward`.
 
     Args:
@@ -18,21 +22,34 @@ def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) 
         keep_dequantized: Whether the base's weights are dequantized once and kept, or for each use. The products are
             the same, bit by bit; keeping them takes two bytes a weight and saves a pass over memory for each product.
         kernels: What norms, SwiGLU and rotary positions are computed by; None leaves them as they are.
+        fp8: Whether training computes the products with these weights in FP8. Then what is kept is their FP8 copies,
+            which take two bytes a weight, too; without training mode they are dequantized for each use.
 
     Returns:
-        How far it got: `all`; `layers` where the decoder is not one of `FUSED_FAMILIES`, and only the layers with an
-        adapter were replaced; `nothing` where an adapter is of a kind that is left to PEFT, as with dropout.
+        How far it got: `all`; `layers` where the decoder is not of one of `FAMILIES`, and only the layers with an
+        adapter were replaced; `nothing` where an adapter is of a kind that is left to PEFT, such as DoRA.
     """
     from peft.tuners.lora import LoraLayer
 
     from job.model.fused import lora_forward
+    from job.model.fused.fp8 import FrozenProducts
+    from job.model.fused.kernels import TORCH
 
     base = model.get_base_model()
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not all(lora_forward.fits(module) for module in adapted):
         return "nothing"
-    weights = {module: _Frozen(module.get_base_layer(), base.dtype, keep=keep_dequantized) for module in adapted}
-    return "all" if lora_forward.adapt(base, weights, base.dtype, kernels) else "layers"
+    keep = keep_dequantized and not fp8
+    weights = {module: _Frozen(module.get_base_layer(), base.dtype, keep=keep) for module in adapted}
+    known = lora_forward.adapt(base, weights, base.dtype, kernels)
+    for inputs in _common_inputs(model) if fp8 else ():
+        inputs.fp8 = FrozenProducts(inputs.layers, (kernels or TORCH).quantize, keep=keep_dequantized)
+    return "all" if known else "layers"
+
+
+def _common_inputs(model: Any) -> list[Any]:
+    """Those of a fused model, each a `CommonInput` whose weights are `_Frozen`."""
+    return [inputs for module in model.modules() if (inputs := module.__dict__.get("fused")) is not None]
 
 
 class _Frozen:
@@ -70,12 +87,22 @@ def dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     return values.to(dtype)
 
 
+def dequantizer(layer: Any, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """Gives the weight of a 4-bit layer in `dtype`, not rounded to the dtype of training in between."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy(layer.weight.quant_state)
+    state.dtype = dtype  # that of the result
+    return partial(dequantize_4bit, layer.weight.data, state)
+
+
 def forget_dequantized(model: Any) -> None:
     """Has a fused model dequantize its base's weights for each use from now on, and frees the kept ones.
 
-    The bits stay: what was kept is what `dequantize_4bit` gives again.
+    The bits stay: what was kept is what `dequantize_4bit` gives again, and in FP8 what is quantized from that again.
     """
-    for module in model.modules():
-        if (inputs := module.__dict__.get("fused")) is not None:
-            for layer in inputs.layers:
-                layer.weight.forget()
+    for inputs in _common_inputs(model):
+        for layer in inputs.layers:
+            layer.weight.forget()
+        if inputs.fp8 is not None:
+            inputs.fp8.forget()

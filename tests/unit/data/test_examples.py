@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from job.data import examples as module
-from job.data.examples import Examples, ExampleWriter, lengths_of, target_counts_of
+from job.data.examples import Examples, ExampleWriter, lengths_of, target_counts_of, weights_of
 from job.errors import Unreachable
 from job.records import Example
 
@@ -60,6 +60,7 @@ def test_what_was_written_is_read(tmp_path: Path, examples: list[Example], data:
     for one in (found, held, examples):
         assert lengths_of(one) == [len(example.input_ids) for example in examples]
         assert target_counts_of(one) == [sum(example.targets) for example in examples]
+        assert weights_of(one) == [example.weight for example in examples]
     with pytest.raises(IndexError):
         found[len(examples)]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.data.batch_plan import Steps, targets_of, tokens_of
+from job.data.batch_plan import Steps, by_weight, targets_of, tokens_of
 from job.records import Example
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=30)
@@ -31,13 +31,16 @@ def test_shares_and_micro_batches_divide_a_step(lengths: list[int], size: int, w
         assert sum(targets_of(group) for group in groups) == targets_of(plan.of(step))
 
 
-@given(LENGTHS, st.integers(1, 12), st.integers(1, 90))
-def test_the_largest_micro_batch_is_one_that_comes(lengths: list[int], size: int, budget: int) -> None:
-    """No micro-batch of any step is larger; the longest example may come alone with another number of processes."""
-    plan = steps(lengths, size)
-    most = tokens_of(plan.largest(budget))
-    found = [tokens_of(group) for step in range(plan.total) for group in plan.micro_batches(step, budget)]
-    assert most == max(found)
+@given(LENGTHS, st.integers(1, 12), st.integers(1, 3), st.integers(1, 90))
+def test_the_sequences_of_a_run_are_those_that_come(lengths: list[int], size: int, world: int, budget: int) -> None:
+    """Tokens and examples of every sequence are known beforehand; other weights are apart, and 0 is left out."""
+    plan = replace(steps(lengths, size), world_size=world)
+    weighted = [replace(e, weight=(0.0, 1.0, 2.5)[n % 3]) for n, e in enumerate(plan.examples)]
+    for examples in (plan.examples, weighted):
+        plan = replace(plan, examples=examples)
+        groups = [group for step in range(plan.total) for group in plan.micro_batches(step, budget)]
+        found = [(tokens_of(part), len(part)) for group in groups for part, _ in by_weight(group)]
+        assert sorted(plan.sequences(budget)) == sorted(found)
 
 
 def test_epochs_count_steps() -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from string import ascii_letters
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from job.errors import DataError, SettingsError, Unreachable
+from job.evaluation import harness
 from job.evaluation.harness import evaluate
 from job.evaluation.question_lengths import count_questions
 from job.evaluation.samples import Sample, write_samples
 from job.evaluation.scoring import plan_sequences, score_sequence
 from job.evaluation.statistics import standard_error
+from job.evaluation.task_names import check_tasks
 from job.evaluation.tasks import load_tasks
 from job.records import ChoiceScore, Question, TaskScores
 from tests.helpers import ARC_EASY, arc_rows, make_model, read_jsonl, write_jsonl
@@ -260,6 +263,35 @@ def test_a_task_with_examples_is_never_asked_without_them(tmp_path: Path) -> Non
     assert (task.OUTPUT_TYPE, task.config.num_fewshot) == ("generate_until", 0)
 
 
+def test_examples_come_from_a_file_of_their_own(tmp_path: Path) -> None:
+    """Beside the questions; they are in the prompts and in the fingerprint, and enough of them are needed."""
+
+    def rows(first: int, count: int) -> list[dict[str, str]]:
+        return [
+            {"question": f"How many are {n} and 2?", "answer": f"#### {n + 2}"} for n in range(first, first + count)
+        ]
+
+    files = {"gsm8k": write_jsonl(tmp_path / "q.jsonl", rows(0, 4)), "gsm8k:examples": tmp_path / "e.jsonl"}
+    found = []
+    for first in (100, 200):
+        write_jsonl(tmp_path / "e.jsonl", rows(first, 8))
+        tasks = load_tasks(["gsm8k"], files, {name: path.name for name, path in files.items()})
+        (task,) = tasks.loaded["tasks"].values()
+        prompt = task.fewshot_context(task.eval_docs[0], num_fewshot=5)
+        assert sum(f"How many are {n} and 2?" in prompt for n in range(first, first + 8)) == 5
+        assert prompt.count("How many are 0 and 2?") == 1
+        assert "How many are 1 and 2?" not in prompt
+        found.append(tasks.fingerprints()["gsm8k"])
+    assert found[0] != found[1]
+    write_jsonl(tmp_path / "e.jsonl", rows(0, 5))
+    with pytest.raises(SettingsError, match="there are 5; one more"):
+        load_tasks(["gsm8k"], files, {name: path.name for name, path in files.items()})
+    alone = {"gsm8k:examples": files["gsm8k:examples"]}
+    for check in (lambda: load_tasks(["gsm8k"], alone, {}), lambda: check_tasks(["gsm8k"], alone)):
+        with pytest.raises(SettingsError, match="JOB_EVAL__DATA: gives examples of gsm8k, and no questions"):
+            check()
+
+
 def test_a_task_without_accuracy_is_refused(tmp_path: Path) -> None:
     """Multiple choice that is scored by something else than right or wrong answers cannot be compared."""
     file = write_jsonl(tmp_path / "q.jsonl", [{"sentence": "It is.", "label": 1, "idx": 0}] * 3)
@@ -347,3 +379,15 @@ def test_choices_in_front_are_scored_as_lm_eval_scores_them(base_folder: Path, t
         assert record["log_likelihoods"] == pytest.approx(likelihoods, abs=1e-4)
         assert (record["prediction"], record["acc"]) == (likelihoods.index(max(likelihoods)), sample["acc"])
         assert record["doc_hash"] == sample["doc_hash"]
+
+
+def test_texts_are_tokenized_together_as_they_are_one_by_one(tokenizer: Any) -> None:
+    """Contexts with and without spaces at their end, choices, an empty context: the tokens that `encode` gives."""
+    pairs = [(f"What is {n}?", f" It is {m}.") for n in range(70) for m in range(4)]
+    pairs += [("two  ", " spaces"), ("a\n", "b"), ("", "nothing before"), ("again", ""), ("\u00e9\u4e2d", "\u6587")]
+    found = harness._encoded(tokenizer, pairs)
+    assert set(found) == {text for a, b in pairs if a for text in (a.rstrip(), a + b)}
+    assert all(ids == tokenizer.encode(text) for text, ids in found.items())
+    slow = SimpleNamespace(encode=lambda text: [len(text)])
+    assert harness._encoded(slow, [("ab ", "c")]) == {"ab": [2], "ab c": [4]}
+    assert harness._encoded(tokenizer, [("", "x")]) == {}

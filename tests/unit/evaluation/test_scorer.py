@@ -10,12 +10,14 @@ from typing import Any
 import grimp
 import pytest
 
+from job.distributed.processes import ALONE
 from job.distributed.ranks import Place
 from job.errors import JobError
 from job.evaluation import score_cache, scorer
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_questions, score_sequences
+from job.evaluation.scoring import begin_scoring, score_sequence
 from job.records import Question
 from job.stages import pull
 from job.storage.local import LocalStore
@@ -95,6 +97,47 @@ def test_what_was_scored_before_an_error_is_kept(model: Any, tmp_path: Path) -> 
         score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "scores", "one", {}), score=stopped)
     score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "scores", "one", {}), score=counted(calls))
     assert calls == [1]
+
+
+def test_a_sequence_is_launched_before_the_one_before_it_is_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU gets its next work before the host waits for the last, and every sequence is given once, in order."""
+    seen: list[str] = []
+
+    def begin(_model: Any, questions: list[Question], _forward: object) -> Callable[[], Scores]:
+        (name,) = (str(question.context[1]) for question in questions)
+        seen.append(f"launched {name}")
+
+        def wait() -> Scores:
+            seen.append(f"read {name}")
+            return begin_scoring(model, questions)()
+
+        return wait
+
+    asked = [Question((0, name), ((7,), (8, 9))) for name in (1, 2, 3)]
+    alone = [score_sequence(model, [question]) for question in asked]
+    monkeypatch.setattr(scorer, "begin_scoring", begin)
+    found = list(score_sequences(model, asked, {number: range(number, number + 1) for number in range(3)}))
+    assert found == list(enumerate(alone))
+    assert seen == ["launched 1", "launched 2", "read 1", "launched 3", "read 2", "read 3"]
+
+
+def test_a_stop_between_two_sequences_keeps_what_was_read(model: Any, tmp_path: Path) -> None:
+    """The job may have to stop at any of them; the next attempt scores the rest, with the same bits."""
+    asked = [*QUESTIONS, *QUESTIONS]
+    whole = score_questions(model, asked, 1)
+    store, calls, pauses = LocalStore(tmp_path), [], iter(range(99))
+
+    def alive(**_: Any) -> None:
+        if next(pauses) == 2:
+            raise JobError("stop")
+
+    with pytest.raises(JobError, match="stop"):
+        score_questions(
+            model, asked, 1, cache=ScoreCache(store, "scores", "one", {}), score=ParallelScoring(ALONE, alive).score
+        )
+    cache = ScoreCache(store, "scores", "one", {})
+    assert score_questions(model, asked, 1, cache=cache, score=counted(calls)) == whole
+    assert calls == [2, 3]
 
 
 @pytest.mark.parametrize("damage", [b"no scores\n", b""])
@@ -178,7 +221,7 @@ computation."""
 def test_the_key_of_scores_covers_all_code_that_decides_them() -> None:
     """A module that scoring or the forward pass starts to import has to join the list, or scores would be stale."""
     roots = ("job.evaluation.scoring", "job.evaluation.generation", "job.model.base", "job.model.lora")
-    fused = ("job.model.fused.frozen_weights", "job.model.fused.lora_forward")
+    fused = tuple(f"job.model.fused.{name}" for name in ("frozen_weights", "lora_forward", "precise_forward"))
     assert list(score_cache.CODE) == sorted(closure(*roots, "job.model.adapter_files", *fused) - CARRY_VALUES)
 
 

@@ -57,7 +57,10 @@ def test_what_a_config_leaves_out_has_its_usual_meaning() -> None:
     assert read_config(MISTRAL | {"sliding_window": None}).window == 32768
     assert read_config(MISTRAL | {"head_dim": 64}).queries == 2048
     assert [read_config(MISTRAL | {"hidden_act": act}).fused for act in ("silu", "gelu")] == [True, False]
-    assert [read_config(MISTRAL | {"model_type": name}).fused for name in ("llama", "qwen3")] == [True, False]
+    gemma = MISTRAL | {"model_type": "gemma2"}
+    assert [read_config(gemma | {"hidden_activation": act}).fused for act in (None, "gelu")] == [True, False]
+    del gemma["tie_word_embeddings"]
+    assert read_config(gemma).tied
     tied = read_config(MISTRAL | {"tie_word_embeddings": True})
     assert tied.parameters == 7_241_732_096 - 4096 * 32000
 

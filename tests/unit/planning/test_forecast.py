@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from job.model.architecture import Architecture
 from job.planning import forecast
-from job.planning.forecast import DOWNLOAD_RATE, EVALUATIONS, ForwardWork, RunShape, estimates, forecast_gpu
+from job.planning.forecast import (
+    DOWNLOAD_RATE,
+    EVALUATIONS,
+    START_SECONDS,
+    ForwardWork,
+    RunShape,
+    estimates,
+    forecast_gpu,
+)
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
 from job.planning.workload import Workload
@@ -80,7 +88,7 @@ def test_hours_add_up_and_dollars_follow() -> None:
     training = memory_model.training_flops(REFERENCE, WORK.tokens, WORK.squares)
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     computing = (training + EVALUATIONS * scoring) / (memory_model.UTILISATION * gpu.flops)
-    assert plan.hours == pytest.approx((60 + 40 + computing) / 3600, rel=1e-6)
+    assert plan.hours == pytest.approx((START_SECONDS + 40 + computing) / 3600, rel=1e-6)
     assert plan.usd == pytest.approx(plan.hours * gpu.usd_per_hour)
     priced = forecast_gpu(gpu, replace(RUN, usd_per_hour=2.0), REFERENCE)
     assert (priced.usd_per_hour, priced.machine) == (2.0, "your price")
@@ -169,6 +177,23 @@ def test_what_is_kept_follows_from_the_room(gigabytes: int, keeps: str) -> None:
     assert forecast_gpu(gpu, RUN, REFERENCE).keeps == ""
 
 
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere the run is refused, as the forecast says; what is kept takes the same memory, training less time."""
+    run = replace(RUN, fused=True, budget_by_gpu=True, fp8=True)
+    gpu = Gpu("x", 80 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
+    plain, saved = forecast_gpu(gpu, replace(run, fp8=False), REFERENCE), []
+    for speedup in (1.25, 1.25**2):
+        monkeypatch.setattr(memory_model, "FP8_SPEEDUP", speedup)
+        found = forecast_gpu(gpu, run, REFERENCE)
+        assert found.keeps == plain.keeps
+        saved.append((plain.hours or 0) - (found.hours or 0))
+    assert saved[0] > 0
+    assert saved[1] / saved[0] == pytest.approx((1 - 1 / 1.25**2) / (1 - 1 / 1.25))  # of training, and nothing else
+    found = forecast_gpu(replace(gpu, capability=(8, 0)), run, REFERENCE)
+    assert (found.fits, found.hours, found.keeps) == (False, None, "")
+    assert "JOB_TRAIN__COMPUTE=fp8" in found.note
+
+
 def test_other_decoders_keep_more() -> None:
     """Where the job has code for the adapted layers alone, transformers' own keeps more between them."""
     run = replace(RUN, fused=True, budget_by_gpu=True)
@@ -184,7 +209,7 @@ def test_the_job_on_an_h100_is_as_measured() -> None:
     hours = forecast_gpu(BY_NAME["H100"], run, REFERENCE).hours
     assert hours
     measured = WORK.target_tokens / 14_724 + 2 * 6.4
-    assert hours * 3600 - 60 == pytest.approx(measured, rel=0.25)
+    assert hours * 3600 - START_SECONDS == pytest.approx(measured, rel=0.25)
 
 
 def test_figures_say_what_they_rest_on() -> None:

@@ -274,6 +274,15 @@ def test_the_users_price_is_taken(given: Path, capsys: pytest.CaptureFixture[str
     assert any("0.25 USD an hour, as set" in line for line in plan["assumptions"])
 
 
+def test_fp8_is_forecast(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPUs without it do not fit; what the hours of the others rest on is said."""
+    _, plan, _ = planned(capsys, "--train.compute=fp8")
+    assert {gpu["name"] for gpu in plan["gpus"] if "JOB_TRAIN__COMPUTE=fp8" in gpu["note"]} == {
+        *("T4", "A10G", "A100 40GB", "A100 80GB")
+    }
+    assert any("JOB_TRAIN__COMPUTE=fp8" in line for line in plan["assumptions"])
+
+
 def test_a_gpu_is_no_larger_than_the_job_may_use(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A limit on the memory makes every larger GPU one of that size."""
     _, plan, _ = planned(capsys, "--train.gpu_memory_gb=20")

@@ -15,6 +15,7 @@ from job.data.examples import lengths_of
 from job.errors import DataError, JobError, SettingsError
 from job.planning import preflight
 from job.planning.preflight import (
+    ModelFacts,
     NotChecked,
     find_tokenizer,
     preview_data,
@@ -22,6 +23,7 @@ from job.planning.preflight import (
     preview_questions,
     report_audit,
 )
+from tests.families.models import tiny_config
 from tests.helpers import READING, alpaca_rows, arc_rows, write_jsonl
 
 HERE: dict[str, Any] = {"online": lambda: False, "storage": {}}
@@ -34,6 +36,25 @@ def test_a_model_here_is_read_but_not_loaded(base_folder: Path, tmp_path: Path) 
     assert model.architecture is not None
     assert (model.architecture.hidden, model.download_bytes) == (128, 0)
     assert find_tokenizer(model)[2].eos_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [
+        (
+            "gemma2",
+            "on a GPU all of gemma2's decoder is fused, without CUDA graphs: torch's kernel for packed attention",
+        ),
+        ("seed_oss", "on a GPU only these layers are fused, not the whole decoder of seed_oss"),
+        ("qwen3", None),
+    ],
+)
+def test_what_is_not_as_fast_as_can_be_is_said(tmp_path: Path, family: str, says: str | None) -> None:
+    """Of families without fused decoders, and of those that cannot be recorded."""
+    tiny_config(family).save_pretrained(tmp_path)
+    model = ModelFacts(tmp_path, None, None)
+    _, what, _ = preflight.preview_adapter(model, None, quantization="none", max_length=64)
+    assert (says in what) if says else ("on a GPU" not in what)
 
 
 @pytest.mark.parametrize(

@@ -375,6 +375,17 @@ def test_colours_can_be_told_apart(scheme: str) -> None:
         assert contrast(palette[drawn], palette["wash"]) >= 3, drawn
 
 
+def test_training_in_fp8_is_said() -> None:
+    """Report and card name it, for a run that was trained so; others say nothing of it."""
+    found = evidence(arc_easy=answers(60, 10, 400))
+    plain, made = results(found), results(found)
+    execution = {"kept_base": True, "kept_activations": True, "recorded": True, "reason": "it fits", "packed": True}
+    made["training"]["execution"] = {**execution, "forward": "fused all, triton, fp8"}
+    assert "Products with the frozen weights in FP8" in Page(report.render_report(made, found)).text
+    assert "computed in bf16, in training in FP8 (e4m3, a scale for each row) |" in render_model_card(made).decode()
+    assert "FP8" not in Page(report.render_report(plain, found)).text + render_model_card(plain).decode()
+
+
 def test_preferences_are_told_and_drawn() -> None:
     """The report draws margin and accuracy of the rewards by step, and names method, strength and reference."""
     plain = evidence(arc_easy=answers(60, 10, 400))

@@ -118,6 +118,27 @@ def test_groups_and_exports_are_compared(tmp_path: Path) -> None:
     text = "\n".join(as_text(found))
     assert re.search(rf"merged, quiz +- +{100 * sum(merged) / 60:.2f} %", text)
     assert re.search(r"merged, quiz, less adapter +- +\+0\.00 \(", text)
+    assert "B less A" not in text
+
+
+def test_exports_of_two_runs_are_paired_by_question(tmp_path: Path) -> None:
+    """Where both have the format and scored it: B's answers against A's, as `statistics.compare` has them."""
+    answers = [[right for _, right in pairs(60, improved=count)] for count in (9, 30)]
+    one, two = (
+        publish_run(tmp_path / name, {"quiz": pairs(60)}, exported={"dequantized": right})
+        for name, right in zip("ab", answers, strict=True)
+    )
+    forge(two, lambda results: results["evaluation"].update(precision={"dtype": "fp16", "sums": "fp32", "reason": ""}))
+    found = compare(read(one), read(two))
+    expected = statistics.compare(*answers)
+    paired = found["exports"]["merged"]["paired"]["quiz"]
+    assert (paired["delta"], paired["ci95"], paired["holm_p"]) == (expected.delta, expected.ci95, expected.mcnemar_p)
+    assert paired["verdict"] == "improved"
+    assert found["differs"]["scoring"] == {"dtype": {"a": "fp32", "b": "fp16"}}
+    assert re.search(rf"merged, quiz, B less A +\+{100 * expected.delta:.2f} \(", "\n".join(as_text(found)))
+    (two / "artifacts/evaluation/quiz.merged-dequantized.jsonl").write_bytes(b"{}\n")
+    with pytest.raises(VerificationError, match="merged-dequantized"):
+        compare(read(one), read(two))
 
 
 def test_the_other_way_round_is_the_opposite(runs: tuple[PublishedRun, PublishedRun]) -> None:
@@ -150,6 +171,7 @@ def test_what_differs_is_told_and_nothing_else(runs: tuple[PublishedRun, Publish
         "dataset": {},
         "software": {},
         "hardware": {},
+        "scoring": {},
     }
     assert found["cost"]["attempts"] == {"a": 1, "b": 2}
     assert found["cost"]["seconds"] == {"a": 60.5, "b": 121.0}

@@ -43,7 +43,10 @@ def test_the_share_of_pre_training() -> None:
     """By the table of public bases, or by the setting, which comes first; unknown where nobody published it."""
     model = {"id": "HuggingFaceTB/SmolLM2-135M", "revision": "c" * 40, "parameters": 1000, "trainable_parameters": 10}
     found = compute_spent(facts(model=model))
-    assert (found["pretraining_tokens"], found["pretraining_source"]) == (2e12, "its card on the hub")
+    assert (found["pretraining_tokens"], found["pretraining_source"]) == (
+        2e12,
+        "https://huggingface.co/HuggingFaceTB/SmolLM2-135M",
+    )
     assert found["share"] == pytest.approx(1000 * 4060 / (6 * 1000 * 2e12))
     given = compute_spent(facts(model=model, settings={"model.pretraining_tokens": {"value": 1e6}}))
     assert given["share"] == pytest.approx(1000 * 4060 / (6 * 1000 * 1e6))

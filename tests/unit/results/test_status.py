@@ -79,6 +79,18 @@ def seen(folder: Path, seconds: float = 1.0) -> RunStatus:
     return read_status(str(folder), OPTIONS, now=datetime.now(UTC) + timedelta(seconds=seconds))
 
 
+@pytest.mark.parametrize(("stall", "running", "stalled"), [(3600.0, 3700, 4400), (60.0, 65, 80), (None, 540, 660)])
+def test_a_long_silence_is_what_the_watchdog_says(
+    tmp_path: Path, stall: float | None, running: int, stalled: int
+) -> None:
+    """A long evaluation is no stall before its own watchdog would end it; earlier versions recorded no limit."""
+    run = tmp_path / "run"
+    with attempt_at(run, killed=True) as attempt:
+        attempt.stall_seconds = stall
+        attempt.note("running")
+    assert (seen(run, running).state, seen(run, stalled).state) == ("running", "stalled")
+
+
 def test_a_running_attempt_is_seen_with_its_figures(tmp_path: Path) -> None:
     """Stage, step of how many, loss, speed, time left and the last sign of life, while the attempt goes on."""
     run = tmp_path / "run"

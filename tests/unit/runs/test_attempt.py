@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -638,6 +640,39 @@ def pull_only(attempt: Attempt) -> None:
     """Gets no further than the first stage."""
     with attempt.timed(Stage.PULL):
         pass
+
+
+def test_attempts_of_several_machines_that_get_nowhere_wait(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JobSet starts the next attempt at once: it waits longer after each idle one, and ends at once when stopped."""
+    waited: list[float] = []
+    monkeypatch.setattr("job.runs.attempt._pause", lambda _attempt, seconds: waited.append(seconds))
+    opening = partial(
+        open_attempt,
+        store,
+        SETTINGS,
+        cache=str(tmp_path / "cache"),
+        stop=Stop(),
+        report_progress=lambda: None,
+        faults=arm((), store),
+    )
+    for nodes in (2, 2, 2, 2, 2, 1):
+        with suppress(Preempted), opening(nodes=nodes) as attempt:
+            pull_only(attempt)
+            raise Preempted("stopped")
+    assert waited == [0.0, 10.0, 20.0, 40.0, 60.0]
+    monkeypatch.undo()
+    with pytest.raises(Preempted), opening(nodes=2, stop=stopped_soon()) as attempt:
+        pytest.fail("waited to the end")
+    assert parse_record(store.read(attempt_key(7)).data).outcome == "preempted"  # type: ignore[union-attr]
+
+
+def stopped_soon() -> Stop:
+    """A flag that is set while the attempt waits."""
+    stop = Stop()
+    Timer(0.3, lambda: stop.request("SIGTERM", 30.0)).start()
+    return stop
 
 
 @pytest.mark.parametrize(

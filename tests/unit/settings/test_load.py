@@ -462,6 +462,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("model.dtype", ["float16"]),
     ("lora.rank", ["0", "-1", "1.5", "sixteen", "9" * 5000]),
     ("lora.alpha", ["0", "-16"]),
+    ("train.compute", ["", "bf16", "FP8"]),
     ("lora.dropout", ["1", "-0.1", "nan", "1e400"]),
     ("lora.modules_to_save", ["lm_head,lm_head", "lm_head,,", "[1]"]),
     ("model.add_tokens", ["<a>,<a>", "<a>,,", "[", '{"a": 1}']),
@@ -979,6 +980,23 @@ class TestMethods:
         """What trains vectors is refused before anything is loaded."""
         assert "JOB_TRAIN__OPTIMIZER (command line)" in problems(["--train.optimizer=muon", given])
 
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            (["--run.device=cpu"], "JOB_RUN__DEVICE=cpu"),
+            (["--model.dtype=fp16"], "JOB_MODEL__DTYPE"),
+            (["--lora.dropout=0.1", "--lora.use_dora=true"], "JOB_LORA__DROPOUT and JOB_LORA__USE_DORA"),
+            (["--lora.kind=adalora"], "JOB_LORA__KIND"),
+            (["--lora.modules_to_save=lm_head"], "JOB_LORA__MODULES_TO_SAVE"),
+            (["--model.add_tokens=<x>"], "JOB_MODEL__ADD_TOKENS"),
+            (["--train.method=dpo"], "JOB_TRAIN__METHOD=dpo"),
+        ],
+    )
+    def test_what_is_not_computed_in_fp8(self, given: list[str], named: str) -> None:
+        """What needs a CPU, another dtype, PEFT's own layers or a reference is refused before anything is loaded."""
+        assert named in problems(["--train.compute=fp8", *given])["JOB_TRAIN__COMPUTE (command line)"]
+        assert load_settings(["--train.compute=fp8"], {}).train.compute == "fp8"
+
     def test_rows_that_the_method_cannot_learn_from(self) -> None:
         """A format by name is checked before any file is read."""
         found = problems(["--train.method=dpo", "--data.format=alpaca"])["JOB_DATA__FORMAT (command line)"]
@@ -1293,6 +1311,24 @@ def test_secrets_are_keys_and_logins() -> None:
 def test_secrets_of_the_clouds(name: str) -> None:
     """Every variable that holds a cloud's key or the judge's counts as a secret; the path of a file does not."""
     assert secrets({name: "0123456789", f"{name}_FILE": "/run/secrets/key"}) == ("0123456789",)
+
+
+def test_files_may_be_of_tasks_of_a_group() -> None:
+    """Named after lm-eval's group; whether it has such a task, the check of the tasks knows."""
+    found = load_settings(["--eval.tasks=mmlu", "--eval.data=mmlu_anatomy=a.jsonl,mmlu_virology=v.jsonl"], {})
+    assert set(found.eval.data) == {"mmlu_anatomy", "mmlu_virology"}
+
+
+def test_secrets_in_files_are_kept_out_of_the_log(tmp_path: Path) -> None:
+    """As Kubernetes mounts them, by links into a folder; other files are not looked for in the log."""
+    (tmp_path / "..data").mkdir()
+    files = {"JOB_EVAL__JUDGE_KEY": "judge-0123\n", "HF_TOKEN": "hf-0123456", "JOB_MODEL__ID": "org/a-model"}
+    for name, text in files.items():
+        (tmp_path / "..data" / name).write_text(text)
+        (tmp_path / name).symlink_to(tmp_path / "..data" / name)
+    found = secrets({"JOB_SECRETS_DIR": str(tmp_path), "HF_TOKEN": "0123456789"})
+    assert sorted(found) == ["0123456789", "hf-0123456", "judge-0123"]
+    assert secrets({"JOB_SECRETS_DIR": str(tmp_path / "missing")}) == ()
 
 
 def test_every_secret_setting_is_kept_out_of_the_log() -> None:

@@ -27,7 +27,7 @@ from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
-from job.records import PEFT, Example, ExecutionPlan, Exported, Packing, QuantizationRecord, Trained
+from job.records import PEFT, Example, ExecutionPlan, Exported, Packing, QuantizationRecord, ScoringPrecision, Trained
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import arm
 from job.settings.load import Settings, load_settings
@@ -36,7 +36,7 @@ from job.stages.handoff import Loaded, Sources
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 from tests.example_run import TRAINING
-from tests.helpers import arc_rows, fill_adapter, make_base, make_model, write_jsonl
+from tests.helpers import arc_rows, fill_adapter, make_base, make_model, read_jsonl, write_jsonl
 from tests.unit.stages.example_sources import example_sources
 from tests.wrapped_store import WrappedStore
 
@@ -132,6 +132,31 @@ def test_both_merges_are_scored_and_one_is_published(whole: tuple[Path, Exported
     assert f"{FOLDER}model.safetensors" in published
     model = AutoModelForCausalLM.from_pretrained(folder / FOLDER)
     assert model.dtype == torch.bfloat16
+
+
+def test_exports_are_scored_in_the_precision_of_the_base(
+    world: World, in_8_bits: tuple[Path, Exported], tmp_path: Path
+) -> None:
+    """All of them in fp16, layers of another library within it in their own dtype; the record says so."""
+    candidate = in_8_bits[1].exports[0].candidate
+    words = ("--export.formats=adapter:bf16,merged,fp8", f"--export.merge_onto={candidate}")
+    with attempt_at(tmp_path / "run") as attempt:
+        precision = ScoringPrecision("fp16", "fp32", "a test")
+        given = (world.settings(*words), world.sources(), world.loaded(), world.trained(attempt.store))
+        found = export(attempt, *given, precision=precision)
+    assert found is not None
+    assert {one.format: one.scored_in for one in found.exports} == dict.fromkeys(
+        ("adapter:bf16", "merged", "fp8"), "fp16"
+    )
+    assert found.exports[1].dtype == "bf16"
+    for name in ("merged", "fp8"):
+        file = f"artifacts/evaluation/arc_easy.{name}-{candidate}.jsonl"
+        ours, trained = (
+            torch.tensor([one for row in read_jsonl(folder / file) for one in row["log_likelihoods"]])
+            for folder in (tmp_path / "run", in_8_bits[0])
+        )
+        assert not torch.equal(ours, trained)
+        assert torch.allclose(ours, trained, rtol=0.02)
 
 
 def test_an_attempt_without_the_original_fetches_it(world: World, whole: tuple[Path, Exported], tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from job.errors import DataError, SettingsError
+from job.errors import DataError, SettingsError, Unreachable
 from job.model.files import fingerprint
 from job.records import AttemptRecord, AuditRecord, CheckRecord, DatasetRecord, GroupSpec, Pulled
 from job.runs import stage_records
+from job.runs.layout import Stage
+from job.settings.load import load_settings
 from job.stages import pull
 from job.stages.pull import (
     _date,
@@ -259,3 +261,23 @@ def test_a_later_attempt_fetches_the_original_model_from_its_bucket(bucket: Stor
     assert fingerprint(folder) == record.model_sha256
     with pytest.raises(DataError, match=r"JOB_MODEL__ID: .* is not what this run began with"):
         fetch_original(attempt, settings, bucket, replace(record, model_sha256="0" * 64))
+
+
+@pytest.mark.parametrize(("given", "asked"), [(None, "c" * 40), ("v2", "v2")])
+def test_a_later_attempt_asks_for_the_commit_of_the_first(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, asked: str
+) -> None:
+    """The repository of the base may have a newer commit meanwhile; a revision that is set comes first."""
+    earlier = Pulled(DATASET, "0" * 64, "c" * 40, {})
+    attempt: Any = SimpleNamespace(recorded=lambda name, _kind: earlier if name is Stage.PULL else None)
+    words = ["--model.id=org/base", *([f"--model.revision={given}"] if given else [])]
+    seen: list[tuple[str, str | None]] = []
+
+    def download(place: str, revision: str | None, _before: object) -> None:
+        seen.append((place, revision))
+        raise Unreachable("the hub is away")
+
+    monkeypatch.setattr(pull, "download_model", download)
+    with pytest.raises(Unreachable):
+        pull._find_model(attempt, load_settings(words, {}), StorageOptions(), lambda *_: None)
+    assert seen == [("org/base", asked)]

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from job import log
 from job.errors import DataError, NoProgress, Preempted, Problem, Replaced, SettingsError
+from job.records import AttemptRecord
 from job.settings.affects_result import plain_values
 from job.settings.load import load_settings, secrets
 from job.tracking import webhook
@@ -87,6 +88,20 @@ def test_the_last_event_says_whether_the_gate_is_met(*, passed: bool) -> None:
         notifier.started(DATA)
         notifier.gate_passed = passed
     assert receiver.events[-1]["data"]["gate_passed"] is passed
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("killed", None), ("stalled", 74)])
+def test_an_attempt_that_could_not_tell_its_end_is_told_by_the_next(outcome: str, code: int | None) -> None:
+    """Before its own start: which attempt it was, how it ended, and who says so."""
+    before = AttemptRecord(1, "2026-01-01T00:00:00.000Z", None, outcome, 5.0, {}, 0, 0, 0)
+    receiver = Receiver()
+    with server(receiver.answer) as url, notifying(f"{url}/{TOKEN}", "a run") as notifier:
+        notifier.started(DATA, before)
+    kinds = [one["type"].rpartition(".")[2] for one in receiver.events]
+    assert kinds == [outcome, "started", "completed"]
+    told = {"attempt": 1, "exit_code": code, "told_by": 2}
+    assert receiver.events[0]["data"] == {"run": "a run", **DATA, **told}
+    assert receiver.events[1]["data"] == {"run": "a run", **DATA}
 
 
 def test_who_does_not_own_the_run_tells_nothing() -> None:

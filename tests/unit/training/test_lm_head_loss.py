@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from job.model.families import FAMILIES
+from job.model.fused import lora_forward
 from job.model.lora import trainable
 from job.records import Example
 from job.training import lm_head_loss
@@ -49,9 +51,14 @@ def test_it_is_the_plain_loss(model: Any, monkeypatch: pytest.MonkeyPatch, rows:
 
 
 def test_other_machines_models_and_dtypes_keep_trls_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head that may scale or cap its logits, half precision, which wants autocast, and a torch without it."""
+    """A head that scales or caps its logits or may, half precision, which wants autocast, and a torch without it."""
     base = model.get_base_model()
-    monkeypatch.setattr(base.config, "model_type", "gemma2")
+    for family, name, value in (("gemma2", "final_logit_softcapping", 30.0), ("granite", "logits_scaling", 2.0)):
+        monkeypatch.setattr(lora_forward, "family_of", lambda _, entry=FAMILIES[family]: entry)
+        monkeypatch.setattr(base.config, name, value, raising=False)
+        assert not can_sum(base)
+        monkeypatch.undo()
+    monkeypatch.setattr(lora_forward, "family_of", lambda _: None)
     assert not can_sum(base)
     monkeypatch.undo()
     monkeypatch.setattr(type(base), "dtype", torch.bfloat16)

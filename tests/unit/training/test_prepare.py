@@ -11,13 +11,14 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from job.errors import SettingsError
 from job.model.adapter_options import AdapterOptions
 from job.model.fused import kernels
 from job.model.packed_attention import NAME
 from job.records import PEFT, ExecutionPlan
 from job.training import prepare as prepare_module
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.prepare import fast_kernels, prepare, token_budget, why_not_fused
+from job.training.prepare import fast_kernels, prepare, require_fp8, token_budget, why_not_fused
 from tests.helpers import make_model
 
 SETTINGS: dict[str, Any] = {
@@ -56,15 +57,20 @@ def test_a_cpu_keeps_activations_where_it_has_the_memory(
 
 
 def on_a_gpu(
-    dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0, model_type: str = "mistral", attention: str = NAME
+    dtype: torch.dtype = torch.bfloat16,
+    model_type: str = "mistral",
+    attention: str = NAME,
+    sizes: dict[str, int] | None = None,
 ) -> Any:
     """As much of a model on a GPU as is looked at before its layers are fused."""
     config = SimpleNamespace(
-        model_type=model_type, to_dict=lambda: {"model_type": model_type}, _attn_implementation=attention
+        model_type=model_type,
+        to_dict=lambda: {"model_type": model_type, **(sizes or {})},
+        _attn_implementation=attention,
     )
     return SimpleNamespace(
         device=torch.device("cuda"),
-        peft_config={"default": SimpleNamespace(lora_dropout=dropout, r=16, target_modules={"q_proj"})},
+        peft_config={"default": SimpleNamespace(r=16, target_modules={"q_proj"}, trainable_token_indices=None)},
         get_base_model=lambda: SimpleNamespace(dtype=dtype, config=config),
     )
 
@@ -72,13 +78,17 @@ def on_a_gpu(
 @pytest.mark.parametrize(
     ("model", "capability", "reason"),
     [
-        (on_a_gpu(dropout=0.1), (9, 0), "JOB_LORA__DROPOUT is 0.1; fused layers need 0"),
-        (on_a_gpu(torch.float16), (9, 0), "the compute dtype is float16; fused layers need bf16 (JOB_MODEL__DTYPE)"),
-        (on_a_gpu(), (7, 5), "the GPU's compute capability is 7.5; fused layers need 8.0 (Ampere)"),
+        (
+            on_a_gpu(torch.float32),
+            (9, 0),
+            "the compute dtype is float32; fused layers need bf16 or fp16 (JOB_MODEL__DTYPE)",
+        ),
+        (on_a_gpu(), (7, 5), "the GPU's compute capability is 7.5; fused layers need 8.0 in bf16"),
+        (on_a_gpu(torch.float16), (6, 0), "the GPU's compute capability is 6.0; fused layers need 7.0 in fp16"),
         (on_a_gpu(model_type="strange"), (9, 0), "the sizes of a strange model are not known"),
         (on_a_gpu(attention="eager"), (9, 0), "examples go through the model one at a time"),
     ],
-    ids=["dropout", "fp16", "old GPU", "unknown sizes", "not packed"],
+    ids=["fp32", "bf16 on an old GPU", "an older GPU", "unknown sizes", "not packed"],
 )
 def test_a_gpu_that_trains_slowly_says_why(
     monkeypatch: pytest.MonkeyPatch, model: Any, capability: tuple[int, int], reason: str
@@ -109,17 +119,75 @@ def test_noise_is_not_recorded(base_folder: Path, monkeypatch: pytest.MonkeyPatc
     """A CUDA graph would add the same noise in every step: the fused layers compute, launched one by one."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
     monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
+    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
     made = prepare(make_model(base_folder), [10, 20], **SETTINGS, random=True)
     assert made.forward.startswith("fused all, ")
     assert not made.recorded
     assert "JOB_TRAIN__NEFTUNE_NOISE_ALPHA" in made.reason
 
 
+def test_training_in_fp8_is_in_the_plan(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is the end of `forward`, which scores do not have; what is kept may be given up as without it."""
+    monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
+    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
+    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    made = prepare(
+        make_model(base_folder, dtype=torch.bfloat16), [10, 20], **SETTINGS | {"quantization": "none"}, compute="fp8"
+    )
+    plain = prepare(make_model(base_folder, dtype=torch.bfloat16), [10, 20], **SETTINGS | {"quantization": "none"})
+    assert made.forward == f"{plain.forward}, fp8"
+    assert (made.fp8, plain.fp8, made.padded) == (True, False, True)
+    assert made.scoring_forward == plain.scoring_forward == plain.forward
+    # Of an unquantized base nothing is dequantized, but it has copies in FP8.
+    assert (made.kept_base, plain.kept_base) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("model", "capability", "reason"),
+    [
+        (on_a_gpu(torch.float32), (9, 0), "the compute dtype is float32"),
+        (on_a_gpu(torch.float16), (9, 0), "the compute dtype is float16"),
+        (on_a_gpu(attention="eager"), (9, 0), "examples go through the model one at a time"),
+    ],
+)
+def test_fp8_is_refused_where_peft_computes(
+    monkeypatch: pytest.MonkeyPatch, model: Any, capability: tuple[int, int], reason: str
+) -> None:
+    """What is slower without FP8 is an error with it: the setting affects the result."""
+    monkeypatch.setattr(prepare_module, "_capability", lambda: capability)
+    with pytest.raises(SettingsError, match=reason) as caught:
+        prepare(model, [10, 20], **SETTINGS, compute="fp8")
+    assert [problem.where for problem in caught.value.problems] == ["JOB_TRAIN__COMPUTE"]
+
+
+def test_sizes_that_a_gpu_cannot_multiply_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer whose sizes are no multiples of 16 is named, before anything is quantized."""
+    sizes = {"hidden_size": 40, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 5}
+    model = on_a_gpu(sizes={**sizes, "vocab_size": 400})
+    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    with pytest.raises(SettingsError, match="multiples of 16; this model has q_proj of 40 x 40"):
+        prepare(model, [10, 20], **SETTINGS, compute="fp8")
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "reason"),
+    [("cpu", (9, 0), "there is no GPU"), ("cuda", (8, 6), "the GPU's compute capability is 8.6, less than 8.9")],
+)
+def test_a_machine_without_fp8(
+    monkeypatch: pytest.MonkeyPatch, device: str, capability: tuple[int, int], reason: str
+) -> None:
+    """It is refused before the model is loaded."""
+    monkeypatch.setattr(prepare_module, "_capability", lambda: capability)
+    with pytest.raises(SettingsError, match=reason):
+        require_fp8(torch.device(device))
+
+
 def test_layers_that_cannot_be_fused_are_said_too(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When it only turns out on the way that there is nothing to fuse, PEFT's layers remain, with that reason."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
     monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
-    made = prepare(make_model(base_folder, dropout=0.1), [10, 20], **SETTINGS)
+    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    made = prepare(make_model(base_folder, options=AdapterOptions(use_dora=True)), [10, 20], **SETTINGS)
     assert made.forward == PEFT
     assert "no fused one" in made.reason
 
@@ -129,6 +197,7 @@ def test_a_model_that_can_be_fused_is(base_folder: Path, monkeypatch: pytest.Mon
     """Its plan names what was fused and whose kernels; what was set holds; it is no warning."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
     monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
+    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
     model = make_model(base_folder, quantization="nf4")
     with capture_logs() as lines:
         made = prepare(model, [10, 20], **SETTINGS | {"keep_base": keep})
@@ -150,7 +219,7 @@ def test_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch, *, 
     fast = replace(kernels.TORCH, name="triton", swiglu=swiglu)
     monkeypatch.setattr(kernels, "triton", lambda: fast)
     with capture_logs() as lines:
-        found, name = fast_kernels(torch.device("cpu"))
+        found, name = fast_kernels(torch.device("cpu"), torch.float16)
     if works:
         assert (found, name, lines) == (fast, "triton", [])
         return
@@ -161,9 +230,23 @@ def test_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch, *, 
 
 
 def test_a_gpu_that_can_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 without dropout on an Ampere is what the fused layers are for."""
+    """bf16 on an Ampere is what the fused layers are for; older ones have fp16."""
     monkeypatch.setattr(prepare_module, "_capability", lambda: (8, 0))
     assert why_not_fused(on_a_gpu()) is None
+    monkeypatch.setattr(prepare_module, "_capability", lambda: (7, 0))
+    assert why_not_fused(on_a_gpu(torch.float16)) is None
+
+
+def test_what_cannot_be_recorded_is_fused_all_the_same(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the attention kernel for segments a CUDA graph would need, on a Turing, and it is said."""
+    monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
+    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (16 << 30, 15 << 30))
+    monkeypatch.setattr(prepare_module, "_capability", lambda: (7, 5))
+    made = prepare(make_model(base_folder), [10, 20], **SETTINGS)
+    assert made.forward.startswith("fused all, ")
+    assert made.padded
+    assert not made.recorded
+    assert made.reason.endswith("attention goes segment by segment on a GPU of compute capability 7.5")
 
 
 def test_a_set_budget_holds() -> None:

@@ -15,7 +15,10 @@ from torch.nn import functional
 
 from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE
+from job.model.fused.frozen_weights import fuse_layers
+from job.model.fused.kernels import TORCH
 from job.model.lora import trainable
+from job.records import ExecutionPlan
 from job.training.config import Hooks
 from job.training.flat_parameters import FlatParameters
 from job.training.packing import IGNORED
@@ -36,6 +39,8 @@ def make_step(
     model: Any,
     budget: int,
     *,
+    plan: ExecutionPlan = PLAN,
+    scaler: Any = None,
     fail: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
     fits: Callable[[float], bool] = lambda _: True,
@@ -56,10 +61,11 @@ def make_step(
         Steps(EXAMPLES, RECIPE.seed, RECIPE.global_batch_size, RECIPE.total_steps),
         parameters,
         recipe=replace(RECIPE, micro_batch_tokens=budget),
-        plan=PLAN,
+        plan=plan,
         hooks=Hooks(lambda _: None, lambda *_: None, stop, fits),
         processes=ALONE,
         packed_gradient=gradient,
+        scaler=scaler,
     )
     return step, parameters
 
@@ -130,6 +136,24 @@ def test_a_step_for_which_there_is_no_time_is_abandoned(model: Any) -> None:
 
 
 @pytest.mark.long
+def test_fp16s_loss_scaling_is_in_the_gradient_and_not_in_the_loss(base_folder: Path) -> None:
+    """On padded sequences as elsewhere: the optimizer's scaler takes the factor out again, and no bit is lost."""
+    model = fill_adapter(make_model(base_folder, dropout=0.2)).train()
+    fuse_layers(model, keep_dequantized=True, kernels=TORCH)
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        plan = replace(PLAN, forward="fused all, torch")
+        step, parameters = make_step(model, 60, plan=plan, scaler=scaler)
+        loss = float(step(0))
+        if scaler is not None and scaler.is_enabled():
+            assert float(parameters.gradient.norm()) == pytest.approx(1024 * float(found[0][1].norm()), rel=1e-5)
+            optimizer = torch.optim.SGD([parameters.whole])
+            scaler.unscale_(optimizer)
+        found.append((loss, parameters.gradient.clone()))
+    assert all(loss == found[0][0] and torch.equal(gradient, found[0][1]) for loss, gradient in found)
+    assert float(found[0][1].norm()) > 0
+
+
 def test_it_knows_no_trl() -> None:
     """Neither TRL nor transformers' Trainer is imported with it."""
     names = {"trl", "transformers.trainer"}

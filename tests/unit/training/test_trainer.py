@@ -288,10 +288,10 @@ def test_a_flat_row_holds_no_padding() -> None:
     assert inputs["position_ids"].tolist() == [[place for e in examples for place in range(len(e.input_ids))]]
 
 
-def fused_model(base_folder: Path, **made: Any) -> Any:
+def fused_model(base_folder: Path, *, fp8: bool = False, **made: Any) -> Any:
     """The tiny model with the fused layers, as a GPU runs it."""
     model = fill_adapter(make_model(base_folder, **made))
-    assert fuse_layers(model, keep_dequantized=True, kernels=TORCH) == "all"
+    assert fuse_layers(model, keep_dequantized=True, kernels=TORCH, fp8=fp8) == "all"
     return model
 
 
@@ -525,14 +525,20 @@ def test_a_checkpoint_of_other_ranks_is_refused(base_folder: Path, tokenizer: An
         run(model, tokenizer, LONGER, RESUMED, tmp_path, resume=saved[-1])
 
 
-def test_a_fused_run_on_padded_sequences_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
-    """The way of a GPU, but for the recording: stopped and resumed, it ends with the bits of a whole run."""
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
+def test_a_fused_run_on_padded_sequences_resumes_exactly(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, *, fp8: bool
+) -> None:
+    """The way of a GPU with dropout, but for the recording: stopped and resumed, it has the bits of a whole run.
+
+    In FP8, too, multiplied as a CPU does it.
+    """
     recipe = replace(RESUMED, optimizer="adamw_8bit")
-    whole = fused_model(base_folder, quantization="nf4")
+    whole = fused_model(base_folder, quantization="nf4", dropout=0.1, fp8=fp8)
     uninterrupted, _ = run(whole, tokenizer, LONGER, recipe, tmp_path / "whole", plan=THROUGHOUT)
-    first = fused_model(base_folder, quantization="nf4")
+    first = fused_model(base_folder, quantization="nf4", dropout=0.1, fp8=fp8)
     _, (*_, state) = run(first, tokenizer, LONGER, recipe, tmp_path / "stopped", plan=THROUGHOUT, stop_after=3)
-    second = fused_model(base_folder, quantization="nf4")
+    second = fused_model(base_folder, quantization="nf4", dropout=0.1, fp8=fp8)
     resumed, _ = run(second, tokenizer, LONGER, recipe, tmp_path / "resumed", plan=THROUGHOUT, resume=state)
     assert adapter_hash(second) == adapter_hash(whole) != adapter_hash(first)
     assert facts(resumed) == facts(uninterrupted)

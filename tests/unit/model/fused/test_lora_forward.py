@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from job.evaluation.scoring import score_sequence
+from job.model.adapter_options import AdapterOptions
 from job.model.base import load_base, recompute_activations
+from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH, Kernels
 from job.model.lora import adapter_off, add_adapter, trainable
 from job.records import Question
 from job.training.packing import packed_inputs
-from tests.helpers import LINEAR, fill_adapter, make_examples
+from tests.helpers import LINEAR, fill_adapter, make_examples, make_model
 
 CPU = torch.device("cpu")
 EXAMPLES = make_examples(6)
@@ -106,13 +108,14 @@ def _add_biases(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_half_precision_is_as_close_as_pefts(base_folder: Path) -> None:
-    """In bf16, gradients differ from those in fp32 on the same weights no more than PEFT's under autocast do."""
-    exact = adapted(base_folder, dtype=torch.bfloat16, quantization="none").float()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_close_as_pefts(base_folder: Path, dtype: torch.dtype) -> None:
+    """Gradients differ from those in fp32 on the same weights no more than PEFT's under autocast do."""
+    exact = adapted(base_folder, dtype=dtype, quantization="none").float()
     _, reference = learn(exact)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, theirs = learn(adapted(base_folder, dtype=torch.bfloat16, quantization="none"))
-    _, ours = learn(lean(base_folder, dtype=torch.bfloat16, quantization="none"))
+    with torch.autocast("cpu", dtype=dtype):
+        _, theirs = learn(adapted(base_folder, dtype=dtype, quantization="none"))
+    _, ours = learn(lean(base_folder, dtype=dtype, quantization="none"))
     errors = [
         sum(((a - b).norm() / b.norm()).item() for a, b in zip(found, reference, strict=True))
         for found in (ours, theirs)
@@ -161,9 +164,66 @@ def test_the_adapter_can_be_switched_off(base_folder: Path) -> None:
         assert [c.log_likelihood for c in ours] == pytest.approx([c.log_likelihood for c in theirs], rel=1e-5)
 
 
-def test_dropout_stays_with_peft(base_folder: Path) -> None:
-    """A model whose adapter has dropout is left as it is."""
-    model = adapted(base_folder, dropout=0.1)
+def test_an_adapter_of_another_kind_stays_with_peft(base_folder: Path) -> None:
+    """A model whose adapter is not plain LoRA is left as it is."""
+    model = make_model(base_folder, options=AdapterOptions(use_dora=True))
     before = [module.forward for module in model.modules()]
     assert fuse_layers(model, keep_dequantized=True, kernels=TORCH) == "nothing"
     assert [module.forward for module in model.modules()] == before
+
+
+class _Masked(torch.nn.Dropout):
+    """PEFT's dropout with the masks of the fused layers."""
+
+    def __init__(self, rate: float, number: int, state: torch.Tensor) -> None:
+        super().__init__(rate)
+        self.number, self.state = number, state
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Ones through the mask give the factors, whatever x is."""
+        rows = x.reshape(-1, x.shape[-1])
+        if not self.training:
+            return x
+        return (rows * TORCH.drop(torch.ones_like(rows), self.state, self.number, self.p)).view(x.shape)
+
+
+@pytest.mark.parametrize("kernels", [None, TORCH], ids=["transformers' kernels", "torch kernels"])
+def test_dropout_equals_pefts_with_the_same_masks(base_folder: Path, kernels: Kernels | None) -> None:
+    """Loss and every gradient; other micro-batches and steps have other masks, the same ones the same bits."""
+    model = lean(base_folder, kernels=kernels, dropout=0.3, alpha=8)
+    reseed(model, 12345678901234, 3)
+    loss, gradients = learn(model)
+    other = adapted(base_folder, dropout=0.3, alpha=8)
+    twins = dict(other.named_modules())
+    state = torch.tensor([12345678901234, 3])
+    names = {module: name for name, module in model.named_modules()}
+    for common in (module.fused for module in names if "fused" in module.__dict__):
+        for owner, layer in zip(common.modules, common.layers, strict=True):
+            twins[names[owner]].lora_dropout["default"] = _Masked(0.3, layer.number, state)
+    theirs, expected = learn(other)
+    assert loss == pytest.approx(theirs, rel=1e-6)
+    assert_close(gradients, expected, 1e-5)
+    for seed, micro_batch, same in ((12345678901234, 3, True), (12345678901234, 4, False), (1, 3, False)):
+        model.zero_grad()
+        reseed(model, seed, micro_batch)
+        again, found = learn(model)
+        assert (again == loss) is same
+        assert torch.equal(found[0], gradients[0]) is same
+
+
+def test_dropout_is_drawn_again_where_activations_are(base_folder: Path) -> None:
+    """Computed again in the backward pass they have the same masks, without a generator's state: the same bits."""
+    made = []
+    for on in (False, True):
+        model = lean(base_folder, dropout=0.3)
+        recompute_activations(model, on=on, random=False)
+        reseed(model, 7, 0)
+        made.append(learn(model))
+    assert made[0][0] == made[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(made[0][1], made[1][1], strict=True))
+
+
+def test_dropout_is_for_training_only(base_folder: Path) -> None:
+    """In evaluation mode scores are those without it."""
+    with_dropout, without = lean(base_folder, dropout=0.3).eval(), lean(base_folder).eval()
+    assert score_sequence(with_dropout, QUESTIONS) == score_sequence(without, QUESTIONS)

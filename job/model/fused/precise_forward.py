@@ -1,0 +1,289 @@
+"""The forward pass that questions are scored with: nearer to fp32 than the one that trains, at about the same speed.
+
+bf16 rounds to 8 bits, which moves log-likelihoods by more than what separates many choices. fp16 has 11 bits, and a
+GPU multiplies both at the same rate; but its largest number is 65,504. So what adds up over the layers is kept in
+fp32, where it costs little, and only the factors of matrix products are rounded to fp16:
+
+    x = embedding                                   fp32, the residual stream
+    for each layer:
+        h = norm(x)                                 computed in fp32, rounded to fp16
+        x = x + attention(h W_q', h W_k', h W_v') W_o'
+        h = norm(x)
+        x = x + (silu(h W_gate') * h W_up') W_down'
+    logits = norm(x) W_head'                        fp32
+
+The products are summed in fp32. NF4 weights are dequantized to fp16, not by way of bf16. Cosine and sine of the rotary
+positions are in fp32. If a number is too large for fp16, it becomes infinite, and the scores of its question not a
+number: then the same pass in fp32 is there to compute them (`job.evaluation.scorer`).
+
+The modules of the model stay as they are: their `forward` is replaced while the pass runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from job.model.fused import lora_forward
+from job.model.fused.frozen_weights import dequantizer
+from job.model.fused.kernels import TORCH, Kernels, Turn
+from job.model.fused.lora_forward import CommonInput, Weight
+
+if TYPE_CHECKING:
+    from job.model.packed_attention import Layout
+
+PreciseForward = Callable[[torch.Tensor, torch.Tensor, "Layout", torch.Tensor], torch.Tensor]
+"""As `job.evaluation.scoring.Forward`; the logits are fp32."""
+LARGEST = 6e4
+"""Queries and keys beyond it count as too large for fp16. Other infinite numbers become NaN by what is computed with
+them; an infinite key could make a score of attention -inf, and be left out in silence."""
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32}
+_MISSING = object()
+_HEAD_ROWS = 32768
+"""Rows of the output layer that are converted at once, where its copy is not kept."""
+
+
+def why_not_precise(model: Any) -> str:
+    """Why this pass cannot compute the model, in words; empty if it can.
+
+    Args:
+        model: A causal language model from `load_base`, with or without an adapter.
+    """
+    base = _base(model)
+    if (family := lora_forward.family_of(base)) is None:
+        return f"the decoder of {base.config.model_type} is not one that the fused layers compute"
+    if family.some_rotate:  # only rotated keys are compared with `LARGEST`
+        return f"the decoder of {base.config.model_type} has layers without rotary positions"
+    if not all(lora_forward.fits(module) for module in base.modules() if _has_adapter(module)):
+        return "the adapter is of a kind that is left to PEFT"
+    if type(base.lm_head) is not torch.nn.Linear:
+        return "the output layer is trained"
+    projections = [module for name, module in base.model.named_modules() if name.endswith("_proj")]
+    if not all(_has_adapter(module) or _is_linear(module) for module in projections):
+        return "linear layers are of a library that is not known"
+    return ""
+
+
+def fits_fp16(model: Any) -> bool:
+    """Whether all weights that are not quantized are in fp16's range."""
+    largest = [p.detach().abs().amax() for p in _base(model).parameters() if p.dtype in {torch.bfloat16, torch.float32}]
+    return not largest or float(torch.stack([one.float() for one in largest]).amax()) < LARGEST
+
+
+def copies_bytes(model: Any) -> int:
+    """Bytes of the fp16 copies of all weights of linear layers."""
+    return sum(2 * one.in_features * one.out_features for one in _base(model).modules() if _is_linear(one))
+
+
+def forwards(model: Any, kernels: Kernels, *, keep: bool) -> tuple[PreciseForward, PreciseForward]:
+    """The pass in fp16, and the one in fp32 for numbers that are too large for it; see `precise_forward`."""
+    half = precise_forward(model, torch.float16, kernels, keep=keep)
+    return half, precise_forward(model, torch.float32, kernels, keep=False)
+
+
+def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: bool) -> PreciseForward:
+    """A pass with the weights and the adapter that the model has now.
+
+    Args:
+        model: As for `why_not_precise`, in evaluation mode; its adapter may be switched off and on again.
+        dtype: Of the factors of matrix products, queries, keys and values: fp16, or fp32 to leave nothing rounded.
+        kernels: What SwiGLU, norms and rotary positions are computed by.
+        keep: Whether the weights are converted now and kept (`copies_bytes`), or converted for each use: the bits are
+            the same.
+
+    Returns:
+        What computes the logits of one packed sequence. It is valid until the adapter's weights change.
+    """
+    base, precise = _base(model), _precise_kernels(kernels, dtype)
+    family = lora_forward.family_of(base)
+    assert family is not None  # noqa: S101 - see `why_not_precise`
+    patches: dict[Any, dict[str, Any]] = {
+        base.get_input_embeddings(): {"forward": partial(_in_fp32, base.get_input_embeddings().forward)},
+        base.lm_head: {"forward": _output_layer(base.lm_head, dtype)},
+    }
+    together = set()
+    for module, forward, names in lora_forward.decoder_parts(base, family):
+        patches[module] = {"forward": MethodType(partial(forward, precise, family), module)}
+        inner = [getattr(module, name) for name in names]
+        if inner and all(_has_adapter(layer) for layer in inner):
+            patches[module]["fused"] = _common_input(inner, dtype, keep=keep)
+            together.update(inner)
+    adapted = {layer for layer in base.model.modules() if _has_adapter(layer)}
+    inside = {part for layer in adapted for part in layer.modules()} - adapted
+    for module in base.model.modules():
+        if module in adapted and module not in together:
+            common = _common_input([module], dtype, keep=keep)
+            patches[module] = {"forward": partial(_alone, common)}
+        elif _is_linear(module) and module not in inside:
+            patches[module] = {"forward": _linear_layer(module, base.dtype, dtype, keep=keep)}
+    return partial(_logits, model, patches)
+
+
+def _base(model: Any) -> Any:
+    """The causal language model without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _has_adapter(module: Any) -> bool:
+    """Whether it is PEFT's layer around a linear one."""
+    return hasattr(module, "lora_A")
+
+
+def _is_linear(module: Any) -> bool:
+    """Whether it is a linear layer: torch's, or one of a library that quantizes."""
+    return hasattr(module, "in_features") and hasattr(module, "weight") and not _has_adapter(module)
+
+
+def _logits(  # noqa: PLR0917 - a `Forward` with what it needs
+    model: Any,
+    patches: Mapping[Any, Mapping[str, Any]],
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    layout: Layout,
+    reads: torch.Tensor,
+) -> torch.Tensor:
+    with _patched(patches), _sums_in_fp32():
+        found: torch.Tensor = model(
+            input_ids=ids, position_ids=positions, layout=layout, logits_to_keep=reads, use_cache=False
+        ).logits[0]
+    return found
+
+
+@contextmanager
+def _patched(patches: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
+    """With other attributes of modules; in their `__dict__`, since torch's own setter is slow."""
+    before = [(module, name, module.__dict__.get(name, _MISSING)) for module, new in patches.items() for name in new]
+    for module, new in patches.items():
+        module.__dict__.update(new)
+    try:
+        yield
+    finally:
+        for module, name, old in before:
+            if old is _MISSING:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = old
+
+
+@contextmanager
+def _sums_in_fp32() -> Iterator[None]:
+    """Has cuBLAS add partial sums of a product in fp32; by default it may round them to the dtype of the factors."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before
+
+
+def _in_fp32(forward: Callable[..., torch.Tensor], *given: Any, **named: Any) -> torch.Tensor:
+    """The embedding: its rows in fp32, and with them the residual stream and the angles of the rotary positions."""
+    return forward(*given, **named).float()
+
+
+def _weight(layer: Any, dtype: torch.dtype, *, keep: bool) -> Weight:
+    """What gives the (outputs, inputs) weight of a linear layer in `dtype`."""
+    is_4bit = getattr(layer.weight, "quant_state", None) is not None
+    make: Weight = dequantizer(layer, dtype) if is_4bit else partial(layer.weight.detach().to, dtype)
+    if not keep:
+        return make
+    kept: torch.Tensor = make()
+    return lambda: kept
+
+
+def _common_input(modules: list[Any], dtype: torch.dtype, *, keep: bool) -> CommonInput:
+    """As a run's own, with copies of the adapter in `dtype`, which are made once and not before each pass."""
+    weights = {module: _weight(module.get_base_layer(), dtype, keep=keep) for module in modules}
+    common = CommonInput(modules, weights, dtype)
+    common.layers = [
+        replace(
+            layer,
+            bias=None if layer.bias is None else layer.bias.detach().to(dtype),
+            b=(layer.trained_b.detach().float() * layer.scale).to(dtype),
+        )
+        for layer in common.layers
+    ]
+    return common
+
+
+def _alone(common: CommonInput, x: torch.Tensor) -> torch.Tensor:
+    """A layer with an adapter whose input is its own."""
+    return common(x)[0]
+
+
+def _linear_layer(
+    layer: Any, own: torch.dtype, dtype: torch.dtype, *, keep: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward of a linear layer without an adapter.
+
+    A layer that another library quantized computes by itself, in `own`, the dtype that the model was loaded in.
+    """
+    plain = type(layer) is torch.nn.Linear and "forward" not in layer.__dict__ and layer.weight.dtype in _FLOATS
+    if not plain and getattr(layer.weight, "quant_state", None) is None:
+        return partial(_by_itself, layer.forward, own)
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    return partial(_product, _weight(layer, dtype, keep=keep), bias)
+
+
+def _product(weight: Weight, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    return functional.linear(x, weight(), bias)
+
+
+def _by_itself(forward: Callable[[torch.Tensor], torch.Tensor], own: torch.dtype, x: torch.Tensor) -> torch.Tensor:
+    return forward(x.to(own)).to(x.dtype)
+
+
+def _output_layer(layer: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward of the output layer: (..., hidden) in `dtype` -> (..., vocabulary) in fp32."""
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    weight = layer.weight.detach()
+    if dtype is not torch.float32 and weight.is_cuda:
+        return partial(_fp32_product, weight.to(dtype), bias)
+    return partial(_product_by_rows, weight, bias)
+
+
+def _fp32_product(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """The product of factors in fp16, not rounded to fp16."""
+    y = torch.mm(x.reshape(-1, x.shape[-1]), weight.T, out_dtype=torch.float32).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+def _product_by_rows(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """The product in fp32, with a part of the weight in fp32 at a time."""
+    y = torch.cat([functional.linear(x.float(), rows.float()) for rows in torch.split(weight, _HEAD_ROWS)], -1)
+    return y if bias is None else y + bias
+
+
+def _precise_kernels(kernels: Kernels, dtype: torch.dtype) -> Kernels:
+    """Norms from fp32 to `dtype`, and rotary positions by angles in fp32."""
+    norm: Callable[..., torch.Tensor] = _norm
+    turn: Turn = _turn
+    if kernels.name == "triton":
+        from job.model.fused import triton_kernels
+
+        norm = triton_kernels.norm
+        turn = partial(triton_kernels.turn, largest=LARGEST if dtype is torch.float16 else None)
+    around_one = partial(norm, dtype=dtype, around_one=True)
+    return replace(kernels, norm=partial(norm, dtype=dtype), norm_around_one=around_one, turn=turn)
+
+
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, dtype: torch.dtype, around_one: bool = False
+) -> torch.Tensor:
+    factor = 1 + weight.float() if around_one else weight.float()
+    return functional.rms_norm(x.float(), (x.shape[-1],), factor, epsilon).to(dtype)
+
+
+def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    turned = TORCH.turn(x.float(), cosine, sine)
+    if x.dtype is torch.float16:
+        turned = turned.masked_fill(turned.abs() > LARGEST, float("nan"))
+    return turned.to(x.dtype)

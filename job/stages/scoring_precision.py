@@ -1,0 +1,131 @@
+"""In what precision questions are scored: one choice for the base, the adapter, the original base and the exports.
+
+Differences between them would otherwise include that of the precisions. It is made before the base is scored, and kept
+in the record of its evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from job import log
+from job.evaluation.scorer import Scores, ScoreSequences, finite, score_sequences
+from job.evaluation.scoring import Forward, plan_sequences, score_sequence
+from job.model.lora import adapter_off
+from job.records import Evaluated, Question, ScoringPrecision
+from job.runs.attempt import Attempt
+from job.settings.schema import Eval
+from job.stages.handoff import Loaded, Sources
+from job.training.prepare import fast_kernels, free_gpu_bytes
+
+_PROBED_EXAMPLES = 64
+_KEPT_SHARE = 0.5
+"""Converted weights are kept if they take no more than this share of the GPU's free memory."""
+
+
+def choose_precision(
+    attempt: Attempt, wanted: Eval, sources: Sources, loaded: Loaded, gigabytes: float | None
+) -> ScoringPrecision:
+    """The same in all processes. The base is tried on rows of the training data: do its numbers fit in fp16?
+
+    `gigabytes` is JOB_TRAIN__GPU_MEMORY_GB.
+    """
+    why = why_as_trained(wanted, loaded) or _too_large(sources, loaded, wanted.batch_tokens, gigabytes)
+    if why := next(filter(None, attempt.processes.gather("scoring precision", why)), ""):
+        log.get_logger().info("questions are scored in the dtype of training", dtype=loaded.record.dtype, why=why)
+        return ScoringPrecision(loaded.record.dtype, loaded.record.dtype, why)
+    log.get_logger().info("questions are scored with products in fp16 and sums in fp32")
+    return ScoringPrecision("fp16", "fp32", "nearer to fp32 than bf16")
+
+
+def why_as_trained(wanted: Eval, loaded: Loaded) -> str:
+    """Why questions have to be scored in the dtype of training here, in words; empty if they can be in fp16."""
+    from job.model.fused.precise_forward import why_not_precise
+
+    if wanted.precision == "model":
+        return "JOB_EVAL__PRECISION is model"
+    if not _on_gpu(loaded.model):
+        return "fp16 is slow on a CPU"
+    if loaded.record.dtype != "bf16":
+        return f"the model computes in {loaded.record.dtype}"
+    if not loaded.packing.packed:
+        return "sequences are not packed"
+    return why_not_precise(loaded.model)
+
+
+def _on_gpu(model: Any) -> bool:
+    return bool(model.device.type == "cuda")
+
+
+def other_precision(base: Evaluated, wanted: Eval, loaded: Loaded) -> str:
+    """Why a base that was scored cannot be compared with what will be scored here, in words; empty if it can."""
+    if not is_precise(base.precision) or not (why := why_as_trained(wanted, loaded)):
+        return ""
+    return f"the base was scored in fp16, which cannot be done here for the adapter: {why}"
+
+
+def _too_large(sources: Sources, loaded: Loaded, batch_tokens: int, gigabytes: float | None) -> str:
+    """Says so if weights of the base, or what it computes, are too large for fp16; empty if not."""
+    from job.model.fused.precise_forward import fits_fp16
+
+    if not fits_fp16(loaded.model):
+        return "weights of the base are too large for fp16"
+    rows = [sources.examples[number].input_ids for number in range(min(_PROBED_EXAMPLES, len(sources.examples)))]
+    asked = [Question(tuple(ids[:-1]), ((ids[-1],),)) for ids in rows if len(ids) > 1]
+    half, _ = _passes(loaded.model, gigabytes)
+    with adapter_off(loaded.model):
+        for part in plan_sequences(asked, batch_tokens):
+            if not finite(score_sequence(loaded.model, asked[part.start : part.stop], half)):
+                return "the base computes numbers that are too large for fp16"
+    return ""
+
+
+def scoring_in(
+    precision: ScoringPrecision | None, model: Callable[[], Any], gigabytes: float | None
+) -> ScoreSequences | None:
+    """How sequences are scored in this precision; None for the model's own forward pass.
+
+    Args:
+        precision: As chosen; None for the dtype of training.
+        model: Gives the model, which is asked for when the first sequence is scored: its adapter is then the one that
+            is scored.
+        gigabytes: JOB_TRAIN__GPU_MEMORY_GB.
+    """
+    if not is_precise(precision):
+        return None
+
+    @cache
+    def passes() -> tuple[Forward, Forward]:
+        return _passes(model(), gigabytes)
+
+    def scoring(_model: Any, questions: list[Question], sequences: Mapping[int, range]) -> Iterator[tuple[int, Scores]]:
+        yield from score_sequences(model(), questions, sequences, *passes())
+
+    return scoring
+
+
+def is_precise(precision: ScoringPrecision | None) -> bool:
+    """Whether questions are scored otherwise than the model is trained."""
+    return precision is not None and precision.dtype != precision.sums
+
+
+def precision_facts(precision: ScoringPrecision | None, device: Any) -> dict[str, Any]:
+    """What it adds to the conditions of a score (`score_cache.score_conditions`): nothing if it is that of training."""
+    if precision is None or not is_precise(precision):
+        return {}
+    import torch
+
+    return {"scored_in": [precision.dtype, precision.sums, fast_kernels(device, torch.float16)[1]]}
+
+
+def _passes(model: Any, gigabytes: float | None) -> tuple[Forward, Forward]:
+    """The forward passes in fp16 and, for what is too large for that, in fp32."""
+    import torch
+
+    from job.model.fused.precise_forward import copies_bytes, forwards
+
+    kernels, _ = fast_kernels(model.device, torch.float16)
+    keep = model.device.type == "cuda" and copies_bytes(model) <= _KEPT_SHARE * free_gpu_bytes(gigabytes)
+    return forwards(model, kernels, keep=keep)

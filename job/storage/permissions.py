@@ -1,0 +1,72 @@
+"""Whether this user can read and write what an earlier user of the same volume left, before anything begins.
+
+A run that was begun under one user id and goes on under another would fail at the first file that it has to replace,
+after a download or hours of training. The image writes with umask 002, so user ids of one group can take turns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from job.errors import Problem, SettingsError
+from job.storage.base import HIDDEN
+from job.storage.location import is_remote
+
+_TEMPORARY = ("qlora-job-", ".new-")
+"""Folders of this user alone, made by `tempfile`; those of another one are in nobody's way."""
+_LOOKED_AT = 20_000
+"""Entries below a folder; what lies there is of a few users, each with many files."""
+
+
+def check_permissions(output: str, run: str) -> None:
+    """Refuses a run with something in its folder that this user cannot read, or cannot replace.
+
+    Args:
+        output: Folder of the runs, path or URI, with what they share; a folder that does not exist is not looked at.
+        run: That of the run.
+
+    Raises:
+        SettingsError: With the first file or folder that was found.
+    """
+    if is_remote(output):
+        return
+    shared = Path(output).expanduser()
+    found = chain(_closed(Path(run).expanduser()), _closed(shared / HIDDEN), _closed(shared / "scores"))
+    if (first := next(found, None)) is not None:
+        raise SettingsError([Problem("JOB_RUN__OUTPUT", _remedy(first))])
+
+
+def _closed(root: Path) -> Iterator[Path]:
+    """What this user cannot use: folders that it cannot write to, files that it cannot read, locks it cannot take."""
+    for folder, inner, files in islice(os.walk(root), _LOOKED_AT):
+        here = Path(folder)
+        inner[:] = [name for name in inner if not name.startswith(_TEMPORARY)]
+        if not _may(here, os.R_OK | os.W_OK | os.X_OK):
+            yield here
+        for name in files:
+            file = here / name
+            needed = os.R_OK | (os.W_OK if here.name == HIDDEN else 0)
+            if not file.is_symlink() and not _may(file, needed):
+                yield file
+
+
+def _may(path: Path, mode: int) -> bool:
+    """Whether this user may do so; also if it is gone meanwhile."""
+    return os.access(path, mode, effective_ids=True) or not os.path.lexists(path)
+
+
+def _remedy(path: Path) -> str:
+    return f"{path} cannot be used by this user (user {os.geteuid()}, group {os.getegid()}); {own_or_hand_over(path)}"
+
+
+def own_or_hand_over(path: Path) -> str:
+    """What to do about a file or folder of another user, and whose it is."""
+    try:
+        owner = path.stat()
+    except OSError:
+        return "give it to this user (chown -R)"
+    who, mode = f"{owner.st_uid}:{owner.st_gid}", f"{owner.st_mode & 0o7777:o}"
+    return f"start as its owner (docker run --user {who}), or give it to this user (chown -R); its mode is {mode}"

@@ -1,0 +1,172 @@
+"""How much faster several GPUs train and score than one: `python tests/bench/gpu_processes.py [--tiny]`.
+
+A process for each GPU, with a random model of Mistral-7B's shape and Alpaca's lengths. Each first trains and scores
+alone, all at the same time, and then all together. Efficiency is the speed of all over that of one and their number;
+steps in which a CUDA graph is recorded are left out. Prints JSON lines. Budget: 60 s on two H200s, of which imports and
+the model take 30. `--processes N` takes another number than that of the GPUs, which tries the script on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+
+def say(what: str, **figures: Any) -> None:
+    """One finding."""
+    print(json.dumps({"what": what, **{k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}}))
+    sys.stdout.flush()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start(chosen: argparse.Namespace) -> int:
+    """Starts the processes and waits for them; the first code that is not 0."""
+    port, folder = free_port(), tempfile.mkdtemp()
+    shared = [*(["--tiny"] if chosen.tiny else []), "--steps", str(chosen.steps), "--processes", str(chosen.processes)]
+    command = [sys.executable, __file__, *shared, "--port", str(port), "--out", folder]
+    members = [
+        subprocess.Popen([*command, "--rank", str(rank)], env={**os.environ, "CUDA_VISIBLE_DEVICES": str(rank)})
+        for rank in range(chosen.processes)
+    ]
+    return max(abs(member.wait()) for member in members)
+
+
+def measure(chosen: argparse.Namespace, began: float) -> None:
+    """One process's part."""
+    import gpu  # lies beside this script
+    import torch
+
+    from job.distributed.processes import ALONE
+    from job.distributed.ranks import Place
+    from job.distributed.rendezvous import join
+    from job.preemption.stop_flag import Stop
+
+    count = chosen.processes
+    place = Place(chosen.rank, count, chosen.rank, count, "localhost", chosen.port)
+    bench = gpu.Bench(chosen.tiny, chosen.out / str(chosen.rank), 4, [])
+    bench.out.mkdir()
+    bench.say = lambda *_, **__: None  # type: ignore[method-assign] # only process 0 prints, and only the comparison
+    variant = gpu.BEST
+    with join(place, "bench", stop=Stop(), report_progress=lambda: None, patience=120, grace_seconds=10) as processes:
+        model = gpu.adapted(bench)
+        gpu.prepare(model, variant)
+        processes.gather("ready", chosen.rank)
+
+        def tell(what: str, **figures: Any) -> None:
+            if processes.leads:
+                say(what, since=time.monotonic() - began, **figures)
+
+        tell("ready", processes=count, device=torch.cuda.get_device_name() if gpu.ON_GPU else "CPU")
+        batches = (32, 128) if not chosen.tiny else (8,)
+        for batch in batches:
+            found = [
+                gpu.fit(bench, model, variant, total_steps=chosen.steps, batch=batch, processes=those)
+                for those in (ALONE, processes)
+            ]
+            alone, together = (one["steady_tokens_per_second"] for one in found)
+            losses = [one["losses"] for one in found]
+            tell(
+                "training",
+                batch=batch,
+                alone=processes.gather("speeds alone", alone),
+                together=together,
+                efficiency=together / alone / count,
+                alone_milliseconds=found[0]["steady_milliseconds"],
+                milliseconds=found[1]["steady_milliseconds"],
+                worst_loss=max(abs(a / b - 1) for a, b in zip(*losses, strict=True)),
+                steps=chosen.steps,
+            )
+        flat = torch.zeros(sum(p.numel() for p in gpu.trainable(model).values()), device=gpu.DEVICE)
+        tell("sum", bytes=flat.nbytes, milliseconds=timed(lambda: processes.add_up(flat), gpu.sync))
+        tell("agree", milliseconds=timed(lambda: processes.agree(repeat=False), gpu.sync))
+        evaluation(bench, model, chosen, tell, processes)
+
+
+def timed(call: Any, sync: Any) -> float:
+    """Milliseconds of a call, the median of nine after a first one."""
+    times = []
+    for _ in range(10):
+        sync()
+        began = time.perf_counter()
+        call()
+        sync()
+        times.append((time.perf_counter() - began) * 1000)
+    return sorted(times[1:])[4]
+
+
+def evaluation(bench: Any, model: Any, chosen: argparse.Namespace, tell: Any, processes: Any) -> None:
+    """All questions by each process alone, then by all together as a run divides them."""
+    import gpu
+
+    from job.evaluation.parallel_scoring import ParallelScoring
+    from job.evaluation.scorer import score_questions
+
+    asked = gpu.shapes.questions(bench.shape["vocab_size"], 40 if chosen.tiny else None)
+    tokens = 8192 if not chosen.tiny else 512
+    gpu.prepare(model, replace(gpu.BEST))
+    model.eval()
+    score_questions(model, asked[:200], tokens)
+    scores, seconds = [], []
+    for together in (False, True):
+        processes.gather("begin", chosen.rank)
+        began = time.perf_counter()
+        parallel = ParallelScoring(processes, lambda **_: None)
+        if together and not processes.leads:
+            parallel.help(model)
+            continue
+        scores.append(score_questions(model, asked, tokens, score=parallel.score if together else None))
+        if together:
+            parallel.finish()
+        seconds.append(time.perf_counter() - began)
+    if processes.leads:
+        tell(
+            "evaluation",
+            questions_per_second=[len(asked) / one for one in seconds],
+            efficiency=seconds[0] / seconds[1] / chosen.processes,
+            same_bits=scores[0] == scores[1],
+        )
+
+
+def main() -> int:
+    """Starts the processes, or is one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--processes", type=int, default=0, help="default: as many as there are GPUs")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    began = time.monotonic()
+    if chosen.rank is None:
+        if not chosen.processes:
+            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+            chosen.processes = len(listed.splitlines())
+        return start(chosen)
+    measure(chosen, began)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

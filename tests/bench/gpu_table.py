@@ -1,0 +1,102 @@
+"""The table for a buyer, from the findings of `gpu.py` and of its peers: one column for each side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from job.common import tables
+from job.planning.gpu_prices import GPUS, Gpu
+
+Finding = Mapping[str, Any]
+MISSING = "-"
+
+
+def lines(findings: Sequence[Finding]) -> list[str]:
+    """The table as plain text; a dash where nothing was measured."""
+    machine = _last(findings, "machine")
+    name = "an unknown device" if machine is None else machine["gpu"]
+    gpu = gpu_of(name)
+    price = "no list price" if gpu is None else f"{gpu.usd_per_hour:.2f} dollars an hour ({gpu.machine}, on demand)"
+    alpaca, full = (_last(findings, "buyers", rows=rows) for rows in ("alpaca", "4096"))
+    scores, hflm = _best(findings, "score", "questions_per_second"), _best(findings, "HFLM", "questions_per_second")
+    plain, unsloth = _last(findings, "plain TRL"), _best(findings, "unsloth", "tokens_per_second")
+    # A row of 64,000 tokens comes from the script of long rows, which may not have run.
+    long = _last(findings, "long row", tokens=64000)
+    speed = None if alpaca is None else alpaca["steady_tokens_per_second"]
+    rows = [
+        (
+            "training, Alpaca's lengths",
+            "tokens/s",
+            _of(speed),
+            _get(plain, "tokens_per_second"),
+            _get(unsloth, "tokens_per_second"),
+        ),
+        (
+            "the same, 14 steps with recordings",
+            "tokens/s",
+            _get(alpaca, "whole_tokens_per_second"),
+            MISSING,
+            MISSING,
+        ),
+        ("training, rows of 4,096", "tokens/s", _get(full, "steady_tokens_per_second"), MISSING, MISSING),
+        ("training, a row of 64,000", "tokens/s", _get(long, "tokens_per_second"), MISSING, MISSING),
+        (
+            "memory, Alpaca's lengths",
+            "GiB",
+            _get(alpaca, "peak_gib", 1),
+            _get(plain, "peak_gib", 1),
+            _get(unsloth, "peak_gib", 1),
+        ),
+        (
+            "evaluation, ARC-Easy (peer: HFLM)",
+            "questions/s",
+            _get(scores, "questions_per_second"),
+            _get(hflm, "questions_per_second"),
+            MISSING,
+        ),
+        (
+            "from a kill to the next step, the demo",
+            "s",
+            _get(_last(findings, "restart", attempt="restarted"), "first_step_seconds", 1),
+            MISSING,
+            MISSING,
+        ),
+        (
+            "a million target tokens, Alpaca's lengths",
+            "dollars",
+            _dollars(gpu, speed),
+            _dollars(gpu, None if plain is None else plain["tokens_per_second"]),
+            _dollars(gpu, None if unsloth is None else unsloth["tokens_per_second"]),
+        ),
+    ]
+    head = ("Mistral-7B's shape, NF4, rank 16", "unit", "this job", "plain TRL", "Unsloth")
+    return [f"{name}: {price}", *tables.plain(head, rows)]
+
+
+def gpu_of(name: str) -> Gpu | None:
+    """The entry of `GPUS` for a device's name as the driver says it; None if there is none."""
+    words = name.upper().replace("-", " ").split()
+    found = [gpu for gpu in GPUS if gpu.name.split()[0] in words and all(w in words for w in gpu.name.upper().split())]
+    return (found or [gpu for gpu in GPUS if gpu.name in words] or [None])[0]
+
+
+def _last(findings: Sequence[Finding], what: str, **equal: Any) -> Finding | None:
+    fitting = [one for one in findings if one["what"] == what and all(one.get(k) == v for k, v in equal.items())]
+    return fitting[-1] if fitting else None
+
+
+def _best(findings: Sequence[Finding], what: str, by: str) -> Finding | None:
+    return max((one for one in findings if one["what"] == what), key=lambda one: one[by], default=None)
+
+
+def _get(finding: Finding | None, name: str, digits: int = 0) -> str:
+    return MISSING if finding is None else _of(finding.get(name), digits)
+
+
+def _of(number: float | None, digits: int = 0) -> str:
+    return MISSING if not number else f"{number:,.{digits}f}"
+
+
+def _dollars(gpu: Gpu | None, speed: float | None) -> str:
+    return MISSING if gpu is None or not speed else f"{gpu.usd_per_hour / 3600 / speed * 1e6:.3f}"

@@ -1,0 +1,163 @@
+"""In what precision questions are scored; here as on a GPU, though on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from job.errors import Preempted
+from job.model.base import describe_model
+from job.model.packed_attention import NAME, use
+from job.model.published_names import PublishedNames
+from job.model.quantized_cache.layout import CachedBase
+from job.preemption.stop_flag import Stop
+from job.records import Evaluated, Packing, ScoringPrecision
+from job.runs.attempt import open_attempt
+from job.runs.fault_injection import arm
+from job.settings.load import load_settings
+from job.settings.schema import Eval
+from job.stages import scoring_precision
+from job.stages.full_precision import evaluate_bases
+from job.stages.handoff import Loaded
+from job.storage.local import LocalStore
+from job.storage.open import ObjectStore
+from tests.helpers import arc_rows, make_base, make_examples, make_model, read_jsonl, write_jsonl
+from tests.unit.stages.example_sources import example_sources
+from tests.wrapped_store import WrappedStore
+
+PRECISE = ScoringPrecision("fp16", "fp32", "nearer to fp32 than bf16")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in bf16, and questions."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "base").mkdir()
+    make_base(folder / "base")
+    AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16).save_pretrained(folder / "base")
+    write_jsonl(folder / "questions.jsonl", arc_rows(12))
+    return folder
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device alone does not keep questions from being scored in fp16."""
+    monkeypatch.setattr(scoring_precision, "_on_gpu", lambda _model: True)
+
+
+def loaded_base(
+    world: Path, dtype: torch.dtype = torch.bfloat16, quantization: str = "nf4", factor: float = 1.0
+) -> Loaded:
+    """As an attempt has it in memory; `factor` makes what a layer computes so many times larger."""
+    model = make_model(world / "base", quantization=quantization, dtype=dtype)
+    if factor > 1:
+        with torch.no_grad():
+            model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.mul_(factor)
+    use(model.get_base_model(), NAME)
+    record = describe_model(model, name="base", revision=None, sha256="0" * 64)
+    plan: Any = SimpleNamespace(scoring_forward="modules")
+    return Loaded(model, record, 512, plan, CachedBase(), Packing(packed=True, reason=""), PublishedNames(""))
+
+
+def run(
+    world: Path,
+    runs: Path,
+    *words: str,
+    through: ObjectStore | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    quantization: str = "nf4",
+    factor: float = 1.0,
+) -> Evaluated:
+    """The evaluation of the bases of one run."""
+    settings = load_settings([f"--model.id={world / 'base'}", "--eval.batch_tokens=512", "--run.id=one", *words], {})
+    loaded = loaded_base(world, dtype, quantization, factor)
+    sources = replace(example_sources(world), examples=make_examples(6))  # type: ignore[arg-type]
+    store = LocalStore(runs / "one")
+    how: dict[str, Any] = {"cache": str(runs / "cache"), "stop": Stop(), "report_progress": lambda: None}
+    with open_attempt(through or store, {}, faults=arm((), store), **how) as attempt:
+        attempt.run = "0" * 64
+        found = evaluate_bases(attempt, settings, sources, loaded, LocalStore(runs))
+    assert found is not None
+    return found
+
+
+def likelihoods(runs: Path, sides: tuple[str, ...] = ("original", "base")) -> torch.Tensor:
+    """All log-likelihoods of these bases."""
+    files = [runs / f"one/artifacts/evaluation/arc_easy.{side}.jsonl" for side in sides]
+    return torch.tensor([value for file in files for row in read_jsonl(file) for value in row["log_likelihoods"]])
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_both_bases_are_scored_in_fp16_nearer_to_fp32(world: Path, tmp_path: Path) -> None:
+    """And killed after the original base was scored, a restart writes the same bytes."""
+    found = run(world, tmp_path / "auto")
+    assert found.precision == PRECISE
+    assert found.full_precision is not None
+    assert found.full_precision.dtype == "fp16"
+    as_trained = run(world, tmp_path / "model", "--eval.precision=model")
+    assert as_trained.precision == ScoringPrecision("bf16", "bf16", "JOB_EVAL__PRECISION is model")
+    assert run(world, tmp_path / "exact", dtype=torch.float32).precision == ScoringPrecision(
+        "fp32", "fp32", "the model computes in fp32"
+    )
+    ours, trained, exact = (likelihoods(tmp_path / name) for name in ("auto", "model", "exact"))
+    assert 0 < (ours - exact).abs().max() < 0.25 * (trained - exact).abs().max()
+
+    def end(_verb: str, key: str) -> None:
+        if key.endswith("arc_easy.base.jsonl"):
+            raise Preempted("after the original")
+
+    with pytest.raises(Preempted):
+        run(world, tmp_path / "cut", through=WrappedStore(LocalStore(tmp_path / "cut/one"), before=end))
+    assert run(world, tmp_path / "cut") == found
+    assert torch.equal(likelihoods(tmp_path / "cut"), ours)
+    # On a machine that scores in bf16, what an earlier attempt scored in fp16 is scored again.
+    (tmp_path / "cut/one/stages/evaluate-base.json").unlink(missing_ok=True)
+    assert run(world, tmp_path / "cut", "--eval.precision=model").full_precision == as_trained.full_precision
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_numbers_too_large_for_fp16(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base that has them is scored as it is trained. If only questions bring them up, these are scored in fp32."""
+    large: dict[str, Any] = {"quantization": "none", "factor": 2.0**15}
+    trained = run(world, tmp_path / "trained", **large)
+    assert trained.precision == ScoringPrecision(
+        "bf16", "bf16", "the base computes numbers that are too large for fp16"
+    )
+    weights = run(world, tmp_path / "weights", quantization="none", factor=1e8).precision
+    assert weights == ScoringPrecision("bf16", "bf16", "weights of the base are too large for fp16")
+    monkeypatch.setattr(scoring_precision, "_too_large", lambda *_: "")
+    assert run(world, tmp_path / "rescued", **large).precision == PRECISE
+    assert "scored in fp32" in capsys.readouterr().out
+    run(world, tmp_path / "exact", **large, dtype=torch.float32)
+    rescued, exact = (likelihoods(tmp_path / name, ("base",)) for name in ("rescued", "exact"))
+    assert torch.allclose(rescued, exact, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"packing": Packing(packed=False, reason="")}, "sequences are not packed"),
+        ({"precision": "model"}, "JOB_EVAL__PRECISION is model"),
+    ],
+)
+def test_a_base_that_was_scored_in_fp16_is_scored_again_where_the_adapter_cannot_be(
+    world: Path, change: dict[str, Any], why: str
+) -> None:
+    """And only then."""
+    wanted = Eval(**{"precision": "auto"} | {name: value for name, value in change.items() if name == "precision"})
+    given = {name: value for name, value in change.items() if name == "packing"}
+    loaded = loaded_base(world)
+    base = Evaluated({}, [], precision=PRECISE)
+    assert scoring_precision.other_precision(base, Eval(), loaded) == ""
+    assert scoring_precision.other_precision(base, wanted, replace(loaded, **given)).endswith(why)
+    for other in (None, ScoringPrecision("bf16", "bf16", "")):
+        assert scoring_precision.other_precision(replace(base, precision=other), wanted, loaded) == ""
