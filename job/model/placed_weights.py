@@ -22,7 +22,6 @@ far it came, goes on with rounds without a need until no process has one.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -464,7 +463,7 @@ def placing(place: str, device: torch.device, group: Group | None) -> Iterator[P
         device: Where the model computes.
         group: The processes of the run, all of which load the same model now.
     """
-    from transformers import modeling_utils
+    from transformers import core_model_loading, modeling_utils
 
     if place == "sharded" and group is None:
         raise ValueError("a sharded base needs the processes that share it")
@@ -472,7 +471,8 @@ def placing(place: str, device: torch.device, group: Group | None) -> Iterator[P
     made = Placing(source, device)
     with ExitStack() as stack:
         # transformers loads with several threads, ahead of what is placed: weights would gather on the device.
-        stack.enter_context(_variable("HF_DEACTIVATE_ASYNC_LOAD", "1"))
+        in_turn = partial(_without_threads, core_model_loading.spawn_materialize)
+        stack.enter_context(_replaced(core_model_loading, "spawn_materialize", in_turn))
         # Before that, it allocates the memory of the whole model on the device at once, to be faster.
         stack.enter_context(_replaced(modeling_utils, "caching_allocator_warmup", lambda *_, **__: None))
         for hook, register in (
@@ -481,6 +481,10 @@ def placing(place: str, device: torch.device, group: Group | None) -> Iterator[P
         ):
             stack.callback(register(hook).remove)
         yield made
+
+
+def _without_threads(load: Callable[..., Any], _pool: Any, *args: Any, **options: Any) -> Any:
+    return load(None, *args, **options)
 
 
 def save_quantized(model: Any, folder: Path, *, shard: str) -> None:
@@ -532,17 +536,3 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """A variable of the environment is another within."""
-    before = os.environ.get(name)  # noqa: TID251 - of a library, which has no other switch
-    os.environ[name] = value  # noqa: TID251
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]  # noqa: TID251
-        else:
-            os.environ[name] = before  # noqa: TID251
