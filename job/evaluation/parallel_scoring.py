@@ -114,8 +114,8 @@ class ParallelScoring:
         from job.model.placed_weights import taking_part  # torch, which process 0 of a run without a model lacks
 
         place = self.processes.place
-        own = list(work.parts)[place.rank :: place.world_size]
         with taking_part(model):
+            own = list(work.parts)[place.rank :: place.world_size]
             if not own:  # `scoring` may load a model first
                 return
             self.alive()

@@ -22,7 +22,6 @@ far it came, goes on with rounds without a need until no process has one.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -91,13 +90,13 @@ class _Host:
 
     def keep(self, layer: torch.Tensor) -> int:
         # Registered, not allocated as pinned: torch rounds pinned allocations up to a power of two.
-        kept = torch.empty(layer.shape, dtype=layer.dtype, device="cpu").copy_(layer)
-        self._layers.append(kept)
-        if self._stream is not None:
+        kept = torch.empty(layer.shape, dtype=layer.dtype, device="cpu")
+        if self._stream is not None:  # before it is filled: that is faster, too
             if int(_driver().cudaHostRegister(kept.data_ptr(), kept.numel(), 0)) == 0:
                 self._pinned.append(kept.data_ptr())
-            elif len(self._layers) == 1:
+            elif not self._layers:
                 get_logger().warning("main memory cannot be pinned (ulimit -l): layers come to the GPU slowly")
+        self._layers.append(kept.copy_(layer))
         return kept.numel()
 
     def ready(self, size: int) -> None:
@@ -158,6 +157,7 @@ class _Shares:
             pass
 
     def release(self) -> None:
+        self._aside_filled()
         self._own, self._aside = [], None
 
     def _round(self, needed: int, slot: torch.Tensor | None) -> tuple[bool, Wait]:
@@ -235,6 +235,8 @@ class PlacedWeights:
 
     def release(self) -> None:
         """Frees the memory of all layers."""
+        for number in range(len(self.slots)):
+            self._wait(number)  # nothing may be on its way into memory that is freed
         self.source.release()
         for slot in self.slots:
             slot.untyped_storage().resize_(0)  # the weights' tensors are views of it, and may live on
@@ -461,7 +463,7 @@ def placing(place: str, device: torch.device, group: Group | None) -> Iterator[P
         device: Where the model computes.
         group: The processes of the run, all of which load the same model now.
     """
-    from transformers import modeling_utils
+    from transformers import core_model_loading, modeling_utils
 
     if place == "sharded" and group is None:
         raise ValueError("a sharded base needs the processes that share it")
@@ -469,7 +471,8 @@ def placing(place: str, device: torch.device, group: Group | None) -> Iterator[P
     made = Placing(source, device)
     with ExitStack() as stack:
         # transformers loads with several threads, ahead of what is placed: weights would gather on the device.
-        stack.enter_context(_variable("HF_DEACTIVATE_ASYNC_LOAD", "1"))
+        in_turn = partial(_without_threads, core_model_loading.spawn_materialize)
+        stack.enter_context(_replaced(core_model_loading, "spawn_materialize", in_turn))
         # Before that, it allocates the memory of the whole model on the device at once, to be faster.
         stack.enter_context(_replaced(modeling_utils, "caching_allocator_warmup", lambda *_, **__: None))
         for hook, register in (
@@ -478,6 +481,10 @@ def placing(place: str, device: torch.device, group: Group | None) -> Iterator[P
         ):
             stack.callback(register(hook).remove)
         yield made
+
+
+def _without_threads(load: Callable[..., Any], _pool: Any, *args: Any, **options: Any) -> Any:
+    return load(None, *args, **options)
 
 
 def save_quantized(model: Any, folder: Path, *, shard: str) -> None:
@@ -529,17 +536,3 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """A variable of the environment is another within."""
-    before = os.environ.get(name)  # noqa: TID251 - of a library, which has no other switch
-    os.environ[name] = value  # noqa: TID251
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]  # noqa: TID251
-        else:
-            os.environ[name] = before  # noqa: TID251

@@ -28,7 +28,7 @@ from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
 from job.model.start_adapter import load_start
 from job.model.whole_modules import grow_embeddings
-from job.records import ExecutionPlan, Packing
+from job.records import Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.training.config import total_steps
@@ -142,19 +142,12 @@ def load(
         validation=lengths_of(sources.validation),
         compute=train.compute,
     )
-    plan = _completed(plan, train.last_method, packing, why)
-    return Loaded(model, record, budget, plan, kept_base, packing, names)
-
-
-def _completed(plan: ExecutionPlan, method: str, packing: Packing, why: str) -> ExecutionPlan:
-    """The plan with what the method and the way of packing make of it; `why` says where the base lies."""
-    if method != "sft" and plan.recorded:
-        plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {method}")
-    if why:
-        plan = replace(plan, reason=f"{plan.reason}; {why}")
+    if settings.train.last_method != "sft" and plan.recorded:
+        plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.last_method}")
+    plan = replace(plan, reason="; ".join(filter(None, (plan.reason, why))))
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
-    return plan
+    return Loaded(model, record, budget, plan, kept_base, packing, names)
 
 
 def _packing(

@@ -119,9 +119,9 @@ def choose_plan(
     why = f"needs {need / GIB:.1f} of {free_bytes / GIB:.1f} GiB that are free"
     forced = "" if keep_base is None and keep_activations is None else "; partly as set"
     graphs = f"; no CUDA graphs: {not_recorded}" if recorded and not_recorded else ""
-    recorded &= not_recorded is None
     where = {"sharded": "; the base is sharded over the processes", "host": "; the base is in main memory"}
     kept_base &= setup.quantization != "none" or fp8
+    recorded &= not_recorded is None
     return ExecutionPlan(
         kept_base=kept_base,
         kept_activations=kept,

@@ -10,6 +10,7 @@ import pytest
 from job.runs.layout import facts_of
 from tests.forked import Forks
 from tests.helpers import alpaca_rows, arc_rows, deepened, write_jsonl
+from tests.integration.test_preferences import labelled
 from tests.integration.test_processes import go, metrics, results
 
 
@@ -51,7 +52,8 @@ def run(forked: Forks, environment: Mapping[str, str], name: str, processes: int
 
 def of(environment: Mapping[str, str], name: str) -> dict[str, str]:
     """The environment of the run of this name."""
-    return {**environment, "JOB_RUN__OUTPUT": f"{environment['JOB_RUN__OUTPUT']}-{name}"}
+    output = f"{environment['JOB_RUN__OUTPUT']}-{name}"
+    return {**environment, "JOB_RUN__OUTPUT": output, "JOB_STORAGE__CACHE": f"{output}-cache"}
 
 
 def bits(environment: Mapping[str, str], name: str) -> tuple[list[float], dict[str, str]]:
@@ -67,7 +69,7 @@ def held(environment: Mapping[str, str], name: str) -> tuple[str, str]:
 
 
 def test_sharded_over_two_processes(forked: Forks, environment: dict[str, str]) -> None:
-    """Losses, adapter, answers, merged model: the bits of an unsharded run; killed in training and resumed, too."""
+    """Losses, adapter, answers, merged model: the bits of an unsharded run; killed, and resumed from the kept base."""
     assert run(forked, environment, "whole", 2) == [0, 0]
     sharded = {"JOB_MODEL__PLACEMENT": "sharded"}
     assert run(forked, environment, "sharded", 2, **sharded, JOB_FAULT="kill@step=3") == [-9, 1]
@@ -78,6 +80,7 @@ def test_sharded_over_two_processes(forked: Forks, environment: dict[str, str]) 
     assert bits(environment, "sharded") == bits(environment, "whole")
 
 
+@pytest.mark.long
 def test_in_main_memory(forked: Forks, environment: dict[str, str]) -> None:
     """The same of one process whose base is in main memory; the attempt that was killed had it on the device."""
     assert run(forked, environment, "one", 1) == [0]
@@ -85,3 +88,14 @@ def test_in_main_memory(forked: Forks, environment: dict[str, str]) -> None:
     assert run(forked, environment, "host", 1, JOB_MODEL__PLACEMENT="host") == [0]
     assert held(environment, "host")[0] == "host"
     assert bits(environment, "host") == bits(environment, "one")
+
+
+@pytest.mark.long
+def test_preferences_with_a_sharded_base(forked: Forks, environment: dict[str, str]) -> None:
+    """KTO: the reference's log-probabilities, the estimate of the divergence, the steps, by three processes."""
+    source = write_jsonl(Path(environment["JOB_RUN__OUTPUT"]).parent / "kto.jsonl", labelled(11))
+    plain = {name: value for name, value in environment.items() if "EXPORT" not in name and "PROMPTS" not in name}
+    how = {"JOB_TRAIN__METHOD": "kto", "JOB_DATA__SOURCE": str(source)}
+    assert run(forked, plain, "kto", 3, **how) == [0, 0, 0]
+    assert run(forked, plain, "kto-sharded", 3, **how, JOB_MODEL__PLACEMENT="sharded") == [0, 0, 0]
+    assert bits(plain, "kto-sharded") == bits(plain, "kto")

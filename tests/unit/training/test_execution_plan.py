@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,10 +17,11 @@ from job.training.execution_plan import (
     GIB,
     choose_budget,
     choose_long_rows,
+    choose_place,
     choose_plan,
     kept_activation_bytes,
 )
-from job.training.memory_model import Setup, long_row_bytes
+from job.training.memory_model import PLACES, Setup, long_row_bytes, training_memory
 from job.training.refusal import refuse_rows
 
 MISTRAL_7B = Architecture(4096, 14336, 32, 32, 8, 128, 32000)
@@ -227,3 +229,30 @@ def test_a_longer_row_takes_more(*, one: int, other: int, offloaded: bool, kept_
     less, more = (long_row_bytes(SETUP, tokens, **how) for tokens in sorted((one, other)))
     assert less <= more
     assert long_row_bytes(SETUP, one, **how | {"offloaded": True}) <= long_row_bytes(SETUP, one, **how)
+
+
+def test_the_first_place_in_which_all_fits() -> None:
+    """By memory the base goes from the GPU to all GPUs together and to main memory; the last is taken at any rate."""
+
+    def place(gib: float, *places: str, processes: int = 2) -> str:
+        setup = replace(SETUP, processes=processes)
+
+        def needs(there: Setup) -> int:
+            return training_memory(there, 4096).total
+
+        return choose_place(setup, memory_bytes=int(gib * GIB), places=places or PLACES, needs=needs)
+
+    assert [place(gib) for gib in (24, 8, 7, 1)] == ["gpu", "gpu", "sharded", "host"]
+    assert place(7, processes=1) == "host"  # a share of one is all of it
+    assert place(6, "gpu") == place(24, "gpu") == "gpu"
+
+
+@pytest.mark.parametrize("place", ["sharded", "host"])
+def test_a_base_elsewhere_is_neither_kept_nor_recorded(place: str) -> None:
+    """Whatever the memory: its addresses hold other layers from time to time. The reason says where it is."""
+    setup = replace(SETUP, base_held=place, processes=2)
+    how: dict[str, Any] = {"sequence_tokens": 4096, "keep_base": None, "recorded": True}
+    found = choose_plan(setup, free_bytes=200 * GIB, keep_activations=None, **how)
+    assert (found.base_held, found.kept_base, found.kept_activations, found.recorded) == (place, False, True, False)
+    assert {"sharded": "sharded over", "host": "in main memory"}[place] in found.reason
+    assert not choose_plan(setup, free_bytes=4 * GIB, keep_activations=None, **how).kept_activations
