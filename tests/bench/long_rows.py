@@ -323,7 +323,7 @@ def build(bench: Bench) -> None:
     with torch.no_grad():  # a fresh adapter is zero on one side, which hides errors
         for parameter in trainable(model).values():
             parameter.normal_(std=0.01)
-    found, name = fast_kernels(DEVICE, base.dtype)
+    found, name = fast_kernels(DEVICE, "bfloat16")
     assert fuse_layers(model, keep_dequantized=False, kernels=found) == "all"
     bench.model, bench.all_layers = model.train(), list(base.model.layers)
     clean()
