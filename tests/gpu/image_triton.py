@@ -38,7 +38,7 @@ def child(device: str) -> None:
         os.environ[x] for x in ["CC"] if x in os.environ
     ]
     began = time.monotonic()
-    kernels, name = fast_kernels(torch.device(device))
+    kernels, name = fast_kernels(torch.device(device), "bfloat16")
     seconds = time.monotonic() - began
     draw = torch.Generator(device).manual_seed(0)
     shape = (1, 300, 32, 128)
@@ -132,7 +132,7 @@ def main() -> int:
             broken = work / f"broken-{folder.name}"
             shutil.copytree(folder / "triton", broken)
             for file in broken.rglob("cuda_utils*.so"):
-                file.write_bytes(file.read_bytes()[:4096])
+                file.write_bytes(b"no library")
             cases = {"the image's files": folder / "triton", "no file": None, "a file that cannot be loaded": broken}
             for case, files in cases.items():
                 began = time.monotonic()

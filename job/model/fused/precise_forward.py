@@ -59,8 +59,9 @@ def why_not_precise(model: Any) -> str:
     base = _base(model)
     if (family := lora_forward.family_of(base)) is None:
         return f"the decoder of {base.config.model_type} is not one that the fused layers compute"
-    if family.some_rotate:  # only rotated keys are compared with `LARGEST`
-        return f"the decoder of {base.config.model_type} has layers without rotary positions"
+    if family.some_rotate or _rotates_in_part(base.config):  # only rotated keys are compared with `LARGEST`
+        what = "layers without rotary positions" if family.some_rotate else "heads of which a part is rotated"
+        return f"the decoder of {base.config.model_type} has {what}"
     if not all(lora_forward.fits(module) for module in base.modules() if _has_adapter(module)):
         return "the adapter is of a kind that is left to PEFT"
     if type(base.lm_head) is not torch.nn.Linear:
@@ -69,6 +70,11 @@ def why_not_precise(model: Any) -> str:
     if not all(_has_adapter(module) or _is_linear(module) for module in projections):
         return "linear layers are of a library that is not known"
     return ""
+
+
+def _rotates_in_part(config: Any) -> bool:
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return bool(rope.get("partial_rotary_factor", 1) != 1)
 
 
 def fits_fp16(model: Any) -> bool:
@@ -113,7 +119,7 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
         patches[module] = {"forward": MethodType(partial(forward, precise, family), module)}
         inner = [getattr(module, name) for name in names]
         if inner and all(_has_adapter(layer) for layer in inner):
-            patches[module]["fused"] = _common_input(inner, dtype, keep=keep)
+            patches[module]["fused"] = partial(_rounded, _common_input(inner, dtype, keep=keep))
             together.update(inner)
     adapted = {layer for layer in base.model.modules() if _has_adapter(layer)}
     inside = {part for layer in adapted for part in layer.modules()} - adapted
@@ -214,9 +220,14 @@ def _common_input(modules: list[Any], dtype: torch.dtype, *, keep: bool) -> Comm
     return common
 
 
+def _rounded(common: CommonInput, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Layers with a common input, which is the residual stream itself where no norm comes first (OLMo 2)."""
+    return common(x.to(common.a.dtype))
+
+
 def _alone(common: CommonInput, x: torch.Tensor) -> torch.Tensor:
     """A layer with an adapter whose input is its own."""
-    return common(x)[0]
+    return _rounded(common, x)[0]
 
 
 def _linear_layer(
@@ -234,7 +245,8 @@ def _linear_layer(
 
 
 def _product(weight: Weight, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    return functional.linear(x, weight(), bias)
+    factor = weight()
+    return functional.linear(x.to(factor.dtype), factor, bias)
 
 
 def _by_itself(forward: Callable[[torch.Tensor], torch.Tensor], own: torch.dtype, x: torch.Tensor) -> torch.Tensor:

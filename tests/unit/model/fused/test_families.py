@@ -127,17 +127,24 @@ def test_losses_and_gradients_are_those_of_the_models_own_code(family: str) -> N
 
 @pytest.mark.parametrize("family", MODELS)
 def test_scores_in_fp32_are_those_of_the_models_own_code(family: str) -> None:
-    """By the pass that questions are scored with, to 1e-5; a family that it cannot compute says why."""
+    """By the pass that questions are scored with, to 1e-4; in fp16 nearly; a family that it cannot compute says why."""
     model, own = fused(family), tiny(family)
     if why := why_not_precise(model):
-        assert (family, why) == ("smollm3", "the decoder of smollm3 has layers without rotary positions")
+        assert why == {
+            "phi3": "the decoder of phi3 has heads of which a part is rotated",
+            "smollm3": "the decoder of smollm3 has layers without rotary positions",
+        }.get(family)
         return
     questions = [Question(example.input_ids[:-2], (example.input_ids[-2:], (3,))) for example in EXAMPLES]
     with torch.inference_mode():
-        found = score_sequence(model, questions, precise_forward(model, torch.float32, TORCH, keep=False))
+        found, half = (
+            score_sequence(model, questions, precise_forward(model, dtype, TORCH, keep=False))
+            for dtype in (torch.float32, torch.float16)
+        )
         expected = [[_score_alone(own, asked.context, choice) for choice in asked.choices] for asked in questions]
-    for ours, theirs in zip(found, expected, strict=True):
-        for one, other in zip(ours, theirs, strict=True):
+    for ours, rounded, theirs in zip(found, half, expected, strict=True):
+        for one, near, other in zip(ours, rounded, theirs, strict=True):
+            assert near.log_likelihood == pytest.approx(other.log_likelihood, abs=0.05)
             assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
             assert one.greedy == other.greedy
 
