@@ -411,7 +411,8 @@ def _laid_out(parts: Sequence[Sequence[torch.Tensor]]) -> tuple[list[list[_Piece
 
 def _placed_state(state: Any, bring: Callable[[], None]) -> Any:
     """A quantization state that brings its layer to the device when its constants are read."""
-    placed = _placed_kind(type(state)).__new__(_placed_kind(type(state)))
+    kind: Any = type(state)
+    placed = _placed_kind(kind).__new__(_placed_kind(kind))
     placed.bring = bring
     for name, value in vars(state).items():
         setattr(placed, name, value)

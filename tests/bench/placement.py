@@ -3,6 +3,7 @@
 Llama-70B's shape with random NF4 bytes, Alpaca's real lengths, a few steps by the job's own trainer with the plan that
 it chooses. A cap on torch's allocator plays a smaller card.
 
+    load       a base of files: bits of its weights, and the most memory, by place
     exact      a small model: losses and adapter with its weights on the GPU, in main memory and, on two GPUs or more,
                sharded; killed and resumed in each place
     host       weights in main memory, 24 GB of the GPU
@@ -34,6 +35,7 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink's multicast, which GPUs that are lent singly do not have
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 SMALL = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 7}
@@ -60,9 +62,12 @@ class Way:
     killed: bool = False
     resumed: bool = False
     large: bool = False
+    loaded: bool = False
+    """Only loaded, from files."""
 
 
 SECTIONS: dict[str, tuple[int, list[list[Way]]]] = {
+    "load": (1, [[Way(f"load, {place}", place, loaded=True) for place in ("gpu", "host", "sharded")]]),
     "exact": (
         1,
         [
@@ -179,7 +184,41 @@ def work(args: argparse.Namespace, ways: list[Way]) -> None:
     place = Place(args.rank, args.world, args.rank, args.world, "127.0.0.1", args.port)
     with join(place, "bench", stop=Stop(), report_progress=lambda: None, patience=60, grace_seconds=5) as processes:
         for way in ways:
-            train_one(args, way, processes)
+            (load_one if way.loaded else train_one)(args, way, processes)
+
+
+def load_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
+    """Loads a base from its files, and says what it took of the GPU at most, and which weights there are."""
+    import hashlib
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from job.model.base import load_base
+    from job.model.fused.frozen_weights import dequantized
+    from job.model.placed_weights import release, taking_part
+
+    on_gpu, folder = torch.cuda.is_available(), args.folder / "base"
+    if not folder.is_dir():
+        torch.manual_seed(0)
+        shape = TINY if args.tiny else {**SMALL, "num_hidden_layers": 24}
+        LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).save_pretrained(folder)
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    how: dict[str, Any] = {"quantization": "nf4", "double_quantization": True, "dtype": torch.bfloat16}
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    model = load_base(folder, **how, device=device, max_length=512, place=way.place, group=processes)
+    seconds, total = time.perf_counter() - began, hashlib.sha256()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
+    held = torch.cuda.memory_allocated() / 2**20 if on_gpu else None
+    with taking_part(model):
+        for module in model.modules():
+            if hasattr(module, "quant_state"):
+                total.update(dequantized(module, torch.float32).cpu().numpy().tobytes())
+    say("loaded", place=way.place, seconds=seconds, peak_mib=peak, held_mib=held, weights=total.hexdigest()[:16])
+    release(model)
 
 
 def train_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
@@ -234,7 +273,7 @@ def train_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
     )
     recipe = Recipe(
         seed=0,
-        total_steps=STEPS,
+        total_steps=STEPS - way.large,
         learning_rate=2e-4,
         scheduler="linear",
         warmup_steps=2,

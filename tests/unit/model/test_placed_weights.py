@@ -18,7 +18,7 @@ from job.errors import SettingsError
 from job.export.merge import release
 from job.model.adapter_options import AdapterOptions
 from job.model.base import held, recompute_activations
-from job.model.fused.frozen_weights import dequantized, fuse_layers
+from job.model.fused.frozen_weights import dequantized, dequantizer, fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
@@ -110,6 +110,10 @@ def test_each_weight_dequantizes_alike(folder: Path) -> None:
     for name in [*names[::-1], *names[::3]]:
         expected = dequantized(whole.get_submodule(name), torch.float32)
         assert torch.equal(dequantized(layers[name], torch.float32), expected), name
+    precise = [
+        (dequantizer(whole.get_submodule(n), torch.float16), dequantizer(layers[n], torch.float16)) for n in names
+    ]
+    assert all(torch.equal(expected(), found()) for expected, found in precise)
     slots = {layers[name].weight.untyped_storage().data_ptr() for name in names}
     assert len(slots) == 2
     release(placed)
