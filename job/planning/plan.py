@@ -121,7 +121,7 @@ def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
             )
 
 
-_FP8 = "speed with JOB_TRAIN__COMPUTE=fp8: not measured on these GPUs; hours are those of bf16"
+_FP8 = f"speed with JOB_TRAIN__COMPUTE=fp8: {memory_model.FP8_SPEEDUP:g} times that of bf16, as measured on an H200"
 
 
 def _assumptions(settings: Settings) -> tuple[str, ...]:

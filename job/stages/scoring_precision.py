@@ -115,17 +115,13 @@ def precision_facts(precision: ScoringPrecision | None, device: Any) -> dict[str
     """What it adds to the conditions of a score (`score_cache.score_conditions`): nothing if it is that of training."""
     if precision is None or not is_precise(precision):
         return {}
-    import torch
-
-    return {"scored_in": [precision.dtype, precision.sums, fast_kernels(device, torch.float16)[1]]}
+    return {"scored_in": [precision.dtype, precision.sums, fast_kernels(device, "float16")[1]]}
 
 
 def _passes(model: Any, gigabytes: float | None) -> tuple[Forward, Forward]:
     """The forward passes in fp16 and, for what is too large for that, in fp32."""
-    import torch
-
     from job.model.fused.precise_forward import copies_bytes, forwards
 
-    kernels, _ = fast_kernels(model.device, torch.float16)
+    kernels, _ = fast_kernels(model.device, "float16")
     keep = model.device.type == "cuda" and copies_bytes(model) <= _KEPT_SHARE * free_gpu_bytes(gigabytes)
     return forwards(model, kernels, keep=keep)

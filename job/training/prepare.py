@@ -82,7 +82,7 @@ def prepare(
     """
     setup = setup_of(model, quantization, optimizer)
     slow = why_not_fused(model) or slow
-    dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+    dtype = dtype_name(model)
     if compute == FP8 and slow is None and dtype != "bfloat16":
         raise SettingsError([Problem(_COMPUTE, f"is fp8, which is beside bf16; the compute dtype is {dtype}")])
     if slow is None and setup is None:
@@ -127,7 +127,7 @@ def prepare(
 
 def why_not_fused(model: Any) -> str | None:
     """Why this model on this machine has to be trained by PEFT's own layers; None if the fused ones can be used."""
-    device, dtype = model.device.type, str(model.get_base_model().dtype).removeprefix("torch.")
+    device, dtype = model.device.type, dtype_name(model)
     lowest = {"bfloat16": AMPERE, "float16": VOLTA}
     if not is_packed(model.get_base_model()):
         return "examples go through the model one at a time"
@@ -139,6 +139,11 @@ def why_not_fused(model: Any) -> str | None:
         numbers = "the GPU's compute capability is {}.{}; fused layers need {}.{}".format(*capability, *lowest[dtype])
         return f"{numbers} in {'bf16' if dtype == 'bfloat16' else 'fp16'}"
     return None
+
+
+def dtype_name(model: Any) -> str:
+    """The compute dtype of the base of a PEFT model, by its name in torch."""
+    return str(model.get_base_model().dtype).removeprefix("torch.")
 
 
 def free_gpu_bytes(gigabytes: float | None) -> int:
@@ -246,7 +251,7 @@ def _fuse(
         not_recorded=why_not_recorded(setup, capability),
         fp8=fp8,
     )
-    kernels, name = fast_kernels(model.device, model.get_base_model().dtype)
+    kernels, name = fast_kernels(model.device, dtype_name(model))
     try:
         made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels, fp8=fp8)
     except torch.OutOfMemoryError:  # another process took the free memory, or the setting needs too much
@@ -329,12 +334,12 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
-def fast_kernels(device: Any, dtype: Any) -> tuple[Any, str]:
+def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
     """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's.
 
     Args:
         device: Where they have to run.
-        dtype: The compute dtype; older GPUs have no bf16.
+        dtype: The compute dtype by its name in torch; older GPUs have no `bfloat16`.
     """
     import torch
 
@@ -346,7 +351,7 @@ def fast_kernels(device: Any, dtype: Any) -> tuple[Any, str]:
         return kernels.TORCH, "torch"
     try:
         # Only a launch shows whether Triton can use the driver: it compiles and loads a C library then.
-        probe = torch.ones(8, dtype=dtype, device=device)
+        probe = torch.ones(8, dtype=getattr(torch, dtype), device=device)
         fast.swiglu(probe, probe).sum().item()
     except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler or the loader raises
         why = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]

@@ -38,7 +38,7 @@ def child(device: str) -> None:
         os.environ[x] for x in ["CC"] if x in os.environ
     ]
     began = time.monotonic()
-    kernels, name = fast_kernels(torch.device(device), torch.bfloat16)
+    kernels, name = fast_kernels(torch.device(device), "bfloat16")
     seconds = time.monotonic() - began
     draw = torch.Generator(device).manual_seed(0)
     shape = (1, 300, 32, 128)

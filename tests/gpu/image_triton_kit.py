@@ -20,24 +20,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = """
-import sys, types
-class Anything(types.ModuleType):
-    def __getattr__(self, name): return type(name, (), {"Function": object})
-sys.modules["torch"] = Anything("torch")  # the kernels' module names it; compiling them does not need it
+import sys
+from unittest.mock import MagicMock
+sys.modules["torch"] = sys.modules["torch.nn"] = torch = MagicMock()  # imported with the kernels, which do not need it
+torch.autograd.Function = object
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 from triton.compiler import ASTSource
 from job.model.fused import triton_kernels as ours
+TYPES = {"p": "*bf16", "i": "i32", "f": "fp32"}
 if hasattr(driver, "make_launcher"):
-    for kernel, pointers, numbers, constants in (
-        (ours._swiglu_kernel, 3, 1, {"BLOCK": 1024}),
-        (ours._swiglu_gradient_kernel, 5, 1, {"BLOCK": 1024}),
-        (ours._turn_kernel, 4, 2, {"HALF": 64, "BLOCK": 1024}),
+    # Each parameter's type at image_triton.py's call; a number that is 1, and a constant, are compiled into the kernel.
+    for kernel, types, constants in (
+        (ours._gated_kernel, "pppi.ii..", {"per_row": 1, "TANH": False, "BLOCK": 1024}),
+        (ours._gated_gradient_kernel, "pppppi.ii..", {"per_row": 1, "TANH": False, "BLOCK": 1024}),
+        (ours._turn_kernel, "ppppiif...", {"LIMITED": False, "HALF": 64, "BLOCK": 1024}),
     ):
-        types_ = ["*bf16"] * pointers + ["i32"] * numbers + ["constexpr"] * len(constants)
-        source = ASTSource(kernel, dict(zip(kernel.arg_names, types_, strict=True)), constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        named = {n: TYPES.get(letter, "constexpr") for n, letter in zip(kernel.arg_names, types, strict=True)}
+        assert {name for name, type_ in named.items() if type_ == "constexpr"} == set(constants)
+        compiled = triton.compile(ASTSource(kernel, named, constants), target=GPUTarget("cuda", 90, 32))
         driver.CudaLauncher(compiled.src, compiled.metadata)
 """
 

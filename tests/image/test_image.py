@@ -198,7 +198,7 @@ def test_a_volume_of_another_user_id(engine: Engine, tmp_path: Path) -> None:
     assert container.end() != 0, container.text[-3000:]
     container = engine.start(*here, "--user", "1002:1002", **begun)
     assert container.end() == 2, container.text[-3000:]
-    assert re.search(r"JOB_RUN__OUTPUT.* /work/runs/turns.* --user 1001:0", container.text)
+    assert re.search(r"JOB_RUN__OUTPUT.* runs/turns is not writable for this user; .* --user 1001:0", container.text)
     assert "downloading" not in container.text
     container = engine.start(*here, "--user", "1002:0", **begun)
     assert container.end() == 0, container.text[-3000:]

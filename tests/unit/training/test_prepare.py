@@ -219,7 +219,7 @@ def test_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch, *, 
     fast = replace(kernels.TORCH, name="triton", swiglu=swiglu)
     monkeypatch.setattr(kernels, "triton", lambda: fast)
     with capture_logs() as lines:
-        found, name = fast_kernels(torch.device("cpu"), torch.float16)
+        found, name = fast_kernels(torch.device("cpu"), "float16")
     if works:
         assert (found, name, lines) == (fast, "triton", [])
         return
