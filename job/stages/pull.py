@@ -104,7 +104,8 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
     """Fetches and checks all inputs, in the first process of each machine; `storage` has the options of the stores.
 
     Everything that can be checked without the model's weights is checked before they are downloaded. Rows are read
-    during the download; those of `later` stages too, so that what is wrong with them is known before training.
+    during the download. The first attempt reads those of `later` stages too, so that what is wrong with them is known
+    before training.
 
     Raises:
         DataError, SettingsError: The data, the questions, the model or the settings cannot be used.
@@ -216,7 +217,8 @@ def _pull(
         known = {**auditing, "audited": _known_audit(attempt), **_known_scores(attempt)}
         tokens = _read_rows(attempt, settings, *fetched, tokenizer, **known)
         prompts = _read_prompts(attempt, settings, storage, tokens, tokenizer, fetched=fetched, how=how, auditing=known)
-        for stage in later:
+        # In a later attempt that was done; and its classifier's scores would be looked up once more.
+        for stage in later if attempt.recorded(Stage.PULL, Pulled) is None else ():
             _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, **auditing)
         model: _Model = _wait(attempt, coming)
     except JobError as error:

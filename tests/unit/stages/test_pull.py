@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -331,3 +332,31 @@ def test_a_later_attempt_reads_rows_at_the_commit_of_the_first(monkeypatch: pyte
     assert asked("org/data", one) == (first, third)
     assert asked("org/data@dev=2x,rows.jsonl", None) == ("dev", None, "main")
     assert asked("org/data@dev=2x,rows.jsonl", several) == (second, None, "main")
+
+
+def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with them is known then; the next stage reads them when it begins."""
+    read = MagicMock()
+    monkeypatch.setattr(pull, "_read_rows", read)
+    steps = ("_find_model", "_load_tasks", "_fetch_rows", "load_tokenizer", "rows_with", "_check_lengths", "_wait")
+    for name in (*steps, "import_libraries", "import_client"):
+        monkeypatch.setattr(pull, name, MagicMock())
+    for name, value in {
+        "_early_files": (tmp_path, False),
+        "_auditing": {},
+        "_known_scores": {},
+        "_known_audit": None,
+        "_read_prompts": [],
+        "_with_licences": (DATASET, None),
+        "_find_judge": None,
+    }.items():
+        monkeypatch.setattr(pull, name, lambda *_, value=value, **__: value)
+    first, second = load_settings(["--model.id=org/base"], {}), load_settings(["--model.id=org/base"], {})
+    for earlier, stages in ((None, [first, second]), (Pulled(DATASET, "0" * 64, None, {}), [first])):
+        read.reset_mock()
+        recorded = {Stage.PULL: earlier}.get
+        attempt: Any = MagicMock(recorded=lambda name, _, recorded=recorded: recorded(name), work=tmp_path)
+        pull._pull(attempt, first, StorageOptions(), "2026-01-01", [second])
+        assert [call.args[1] for call in read.call_args_list] == stages
