@@ -363,6 +363,7 @@ def _train(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loade
     return attempt.stage(Stage.TRAIN, Trained, lambda: train_adapter(attempt, settings, sources, loaded))
 
 
+@memory_errors("evaluating the adapter", "lower JOB_EVAL__BATCH_TOKENS")
 def _evaluate_adapter(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, base: Evaluated, trained: Trained
 ) -> Evaluated:

@@ -158,6 +158,8 @@ class DatasetRecord(RowsRecord):
     """What the rows held; None in records of older versions."""
     licences: dict[str, str] = field(default_factory=dict)
     """Source -> its licence, where its card or this project knows one."""
+    longest_at: str = ""
+    """Where the longest row stands, as in messages about rows; empty where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -196,12 +198,19 @@ FP8 = "fp8"
 class ExecutionPlan:
     """How training is carried out on this machine, and why so. `training.execution` of the manifest.
 
-    `forward` affects the last bits of results. The other three save time at the cost of memory, and change no bit:
+    `forward` affects the last bits of results. The others trade time for memory, and change no bit:
 
+    base_held: Where the frozen base's quantized weights lie: `gpu` (on this process's device), `sharded` (over the
+        devices of all processes), or `host` (in main memory).
     kept_base: The base's dequantized weights (in FP8: its weights in that format) are kept in memory, instead of made
         for each use.
     kept_activations: Activations are kept for the backward pass, instead of computed again in it.
     recorded: The GPU's kernels are recorded once for each shape of its inputs and launched together (CUDA graphs).
+    offloaded: What the layers keep of a long row lies in pinned host memory until the backward pass, not on the GPU.
+    kept_attention: Attention's output is kept of a long row, instead of computed again in the backward pass.
+
+    So does `tile_tokens` affect the last bits: of long rows the feed-forward layers and the loss are computed in tiles
+    of so many tokens (`training.long_rows`). None where no row is that long, or the model cannot be computed so.
     """
 
     kept_base: bool
@@ -213,6 +222,13 @@ class ExecutionPlan:
     FP8. The default is for records of older versions."""
     packed: bool = True
     """Whether examples went through the model end to end in one sequence; else each alone, which `reason` explains."""
+    base_held: str = "gpu"
+    """A key of `memory_model.PLACES`."""
+    offloaded: bool = False
+    kept_attention: bool = False
+    tile_tokens: int | None = None
+    may_offload: bool = True
+    """Whether activations may be offloaded when memory runs out (`JOB_TRAIN__OFFLOAD_ACTIVATIONS` is not false)."""
 
     @property
     def fused(self) -> bool:
@@ -239,9 +255,18 @@ class ExecutionPlan:
 
     @property
     def droppable(self) -> tuple[str, ...]:
-        """What can be given up when the GPU's memory runs out, in this order. The bits stay the same."""
-        kept = ("kept_base", "kept_activations", "recorded")
-        return tuple(name for name in kept if self.fused and getattr(self, name))
+        """What can be given up when the GPU's memory runs out, in this order. The bits stay the same.
+
+        `on_gpu` is that what is kept of long rows lies on the GPU.
+        """
+        kept = {
+            "on_gpu": self.tile_tokens is not None and self.may_offload and not self.offloaded,
+            "kept_base": self.kept_base,
+            "kept_activations": self.kept_activations,
+            "recorded": self.recorded,
+            "kept_attention": self.kept_attention,
+        }
+        return tuple(name for name, is_kept in kept.items() if self.fused and is_kept)
 
     def give_up(self, name: str) -> ExecutionPlan:
         """The plan without one of those in `droppable`.
@@ -251,7 +276,7 @@ class ExecutionPlan:
         """
         if name not in self.droppable:
             raise ValueError(f"{name} is not among what can be given up: {', '.join(self.droppable) or 'nothing'}")
-        given_up: dict[str, Any] = {name: False}
+        given_up: dict[str, Any] = {"offloaded": True} if name == "on_gpu" else {name: False}
         return replace(self, **given_up)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,17 @@ def make_base(folder: Path) -> None:
         initializer_range=0.1,  # larger than usual: its answers differ clearly, as a trained model's do
     )
     MistralForCausalLM(config).save_pretrained(folder)
+
+
+def deepened(base: Path, folder: Path, layers: int) -> Path:
+    """The same base with another number of layers, in a new folder, which it returns."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    shutil.copytree(base, folder)
+    torch.manual_seed(0)
+    MistralForCausalLM(MistralConfig.from_pretrained(base, num_hidden_layers=layers)).save_pretrained(folder)
+    return folder
 
 
 def load_plain(folder: Path, **changes: Any) -> Any:

@@ -14,9 +14,10 @@ from typing import Any
 from job import __version__, log
 from job.cli.arguments import COMMANDS, command_help
 from job.common import garbage_collection
+from job.common.out_of_memory import out_of_memory
 from job.common.resources import usable_cpus
 from job.distributed.ranks import VARIABLES, Place, find_machines, visible_gpu
-from job.errors import JobError, Problem, SettingsError, Stalled
+from job.errors import JobError, Problem, SettingsError, Stalled, TrainingFailed
 from job.platforms.detect import Platform
 from job.platforms.sagemaker import lasts
 from job.settings.load import (
@@ -337,6 +338,9 @@ def _of_the_job(error: Exception) -> Exception:
         number = int(found[1])
         if is_of_the_machine(by_number := OSError(number, os.strerror(number))):
             error = by_number
+    if not isinstance(error, JobError) and (isinstance(error, MemoryError) or out_of_memory(error)):
+        what = "the memory of the GPU or of the machine ran out; take a machine with more, or lower "
+        return TrainingFailed(f"{what}JOB_TRAIN__MAX_LENGTH or JOB_EVAL__BATCH_TOKENS ({error})")
     if is_of_the_machine(error):
         try:
             with disk_errors("a file cannot be read or written"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from job.errors import JobError, TrainingFailed
 
-_FULL = ("out of memory", "ALLOC_FAILED", "t allocate memory")
+_FULL = ("out of memory", "ALLOC_FAILED", "t allocate memory", "captures_underway.empty()")
+"""The last is what torch's allocator says instead, when it looks for memory to free after a recording has failed."""
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -38,10 +40,21 @@ def memory_errors(what: str, fix: str) -> Iterator[None]:
         yield
     except JobError:
         raise
-    except MemoryError as error:
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
         raise TrainingFailed(f"the machine's memory ran out while {what}; take one with more, or {fix}") from error
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not out_of_memory(error):
             raise
         first = (str(error).splitlines() or [""])[0][:200]
         raise TrainingFailed(f"memory ran out while {what}; take a GPU with more, or {fix} ({first})") from error
+
+
+def too_small(what: str, longest: int, error: BaseException) -> TrainingFailed:
+    """The error where not even one row at a time fits, of at most `longest` tokens."""
+    first = (str(error).splitlines() or [""])[0][:200]
+    return TrainingFailed(
+        f"memory ran out in {what} with one row at a time, the longest of {longest:,} tokens; lower "
+        f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or take a GPU with more memory ({first})"
+    )

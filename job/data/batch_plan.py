@@ -114,10 +114,11 @@ class Steps:
         share = self.share(step)
         return [[share[i] for i in group] for group in micro_batches([len(e.input_ids) for e in share], budget)]
 
-    def sequences(self, budget: int) -> list[tuple[int, int]]:
+    def sequences(self, budget: int, longest: int | None = None) -> list[tuple[int, int]]:
         """Tokens and number of examples of every packed sequence that this process has in any step.
 
-        A sequence is a micro-batch, or of a micro-batch the examples of one weight; see `by_weight`.
+        A sequence is a micro-batch, or of a micro-batch the examples of one weight; see `by_weight`. Those with an
+        example of more than `longest` tokens are left out.
         """
         lengths, weights = lengths_of(self.examples), weights_of(self.examples)  # without the tokens of all rows
         weighted = any(weight != 1 for weight in weights)
@@ -130,7 +131,11 @@ class Steps:
                 parts: dict[float, list[int]] = {}
                 for i in group:
                     parts.setdefault(weights[mine[i]] if weighted else 1.0, []).append(lengths[mine[i]])
-                found += [(sum(part), len(part)) for weight, part in parts.items() if weight]
+                found += [
+                    (sum(part), len(part))
+                    for weight, part in parts.items()
+                    if weight and (longest is None or max(part) <= longest)
+                ]
         return found
 
     def epoch(self, step: int) -> float:

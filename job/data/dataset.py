@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from fractions import Fraction
 from hashlib import sha256
 from math import ceil
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from job.data.formats import Line, LineDecoder, Lines, Row, RowError
 from job.data.notes import Notes
 from job.data.preferences import SIDES, EncodedAnswers, is_conversation, with_partners
 from job.data.remarks import RemarkCounts
-from job.data.row_encoder import PLAIN, Bundle, Outcome, Reading
+from job.data.row_encoder import PLAIN, Bundle, Outcome, Reading, longest_of
 from job.data.schema_of_rows import other_schema, peek, settle_schema
 from job.data.schemas import FIELDS, Schema
 from job.data.sources import open_source, watched
@@ -211,6 +212,7 @@ def load_examples(
         longest=max(lengths),
         sources=records,
         long_rows=dict(sorted(found.long_rows.items())),
+        longest_at=found.longest[1],
     )
 
 
@@ -279,6 +281,7 @@ class _Found:
         self.unused: Counter[str] = Counter()
         self.labels: Counter[bool | None] = Counter()
         self.long_rows: Counter[str] = Counter()
+        self.longest: tuple[int, str] = (0, "")
         self.remarks = RemarkCounts()
 
     @property
@@ -316,10 +319,15 @@ class _Found:
         self.unused.update(dict(found.unused))
         self.long_rows.update(dict(found.long))
         self.remarks.add_all(found.remarks)
+        self.note_longest(found.longest)
         at = 0
         for where, examples, size in found.audited:
             self.audited(where, found.audits[at : at + size], examples)
             at += size
+
+    def note_longest(self, one: tuple[int, str]) -> None:
+        """Keeps the tokens of the longest example and the place of its row: the first of several."""
+        self.longest = max(self.longest, one, key=itemgetter(0))
 
     def begin(self, *, again: bool) -> None:
         """Says that the rows of the next source come, or those of the last one again."""
@@ -358,6 +366,7 @@ def _take_share(
         if outcome.faults and findings is not None:
             findings.add(list(outcome.faults))
         before = found.rows
+        found.note_longest(longest_of(outcome))
         for item in outcome.examples:
             good += 1
             if share == 1 or int(good * share) > int((good - 1) * share):

@@ -9,6 +9,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 from job.audit.rows import AuditSetup, RowAudit
@@ -86,6 +87,7 @@ class Bundle:
         audited: Where rows are audited, of each row with examples its place, how many it gives, and the bytes of it
             in `audits`.
         audits: What was found in these rows, one behind the other.
+        longest: Tokens of the longest example, and the place of its row.
     """
 
     canonical: bytes
@@ -100,6 +102,7 @@ class Bundle:
     faults: tuple[tuple[RowError, ...], ...]
     audited: Sequence[tuple[str, int, int]] = ()
     audits: bytes = b""
+    longest: tuple[int, str] = (0, "")
 
 
 PLAIN = (None, None, 1.0)
@@ -127,7 +130,13 @@ def bundle(outcomes: Sequence[Outcome]) -> Bundle:
         faults=tuple(outcome.faults for outcome in outcomes if outcome.faults),
         audited=[(one.where, len(one.examples), len(one.audited)) for one in outcomes if one.audited],
         audits=b"".join(outcome.audited for outcome in outcomes),
+        longest=max(map(longest_of, outcomes), key=itemgetter(0), default=(0, "")),
     )
+
+
+def longest_of(outcome: Outcome) -> tuple[int, str]:
+    """Tokens of the longest example of a row, 0 where it gives none, and the row's place."""
+    return max((len(example.parts()[1]) for example in outcome.examples), default=0), outcome.where
 
 
 class RowEncoder:

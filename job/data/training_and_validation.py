@@ -252,6 +252,7 @@ def _without(
         tokens=sum(lengths),
         target_tokens=sum(kept.target_counts),
         longest=max(lengths),
+        longest_at=record.longest_at if max(lengths) == record.longest else "",
     )
 
 
@@ -266,6 +267,7 @@ def _part(examples: Examples, record: DatasetRecord, rows: _Rows, part: list[int
         tokens=sum(lengths),
         target_tokens=sum(chosen.target_counts),
         longest=max(lengths),
+        longest_at=record.longest_at if max(lengths) == record.longest else "",
     )
 
 

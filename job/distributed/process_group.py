@@ -32,6 +32,8 @@ _FAR_FUTURE = 1e9
 _PART_BYTES = 4 << 20
 """torch's store closes the connection on values of more than 8 MiB."""
 _PAUSE_SECONDS = 0.0005
+_SHORT_PAUSE_SECONDS = 0.00005
+"""The first pause where there are two waits for every layer of a model."""
 _MAX_PAUSE_SUM, _MAX_PAUSE_VALUE = 0.001, 0.03
 """Longest pause between two polls: for an all-reduce, which a step waits for, and for a value in the store.
 
@@ -138,6 +140,25 @@ class ProcessGroup:
 
         self._reduce(tensor, ReduceOp.SUM)
 
+    def exchange(self, number: int) -> list[int]:
+        """See `Processes`."""
+        import torch
+        import torch.distributed as dist
+
+        numbers = torch.empty(self.place.world_size, dtype=torch.int64)
+        own = torch.tensor([number], dtype=torch.int64)
+        self._finish(lambda: dist.all_gather_into_tensor(numbers, own, async_op=True), _SHORT_PAUSE_SECONDS)
+        return [int(one) for one in numbers]
+
+    def gather_into(self, whole: Any, own: Any) -> Callable[[], None]:
+        """See `Processes`."""
+        import torch.distributed as dist
+
+        with self._all_there():
+            work = dist.all_gather_into_tensor(whole, own, async_op=True)
+        # Only when it is needed: until then the layer before computes.
+        return lambda: self._finish(lambda: work, _SHORT_PAUSE_SECONDS)
+
     def end(self, error: BaseException) -> None:
         """Publishes to the other processes the error that this one fails with."""
         code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
@@ -197,21 +218,33 @@ class ProcessGroup:
             return self._get(key)
 
     def _reduce(self, tensor: Any, operation: Any) -> None:
-        import torch
         import torch.distributed as dist
 
-        try:
-            work = dist.all_reduce(tensor, operation, async_op=True)
-            # Not stoppable: the other processes are in the same all-reduce, and it is how they learn of the stop.
-            self._until(work.is_completed, _MAX_PAUSE_SUM, stoppable=False)
+        self._finish(lambda: dist.all_reduce(tensor, operation, async_op=True))
+
+    def _finish(self, start: Callable[[], Any], pause: float = _PAUSE_SECONDS) -> None:
+        """Waits for a collective operation of torch's."""
+        with self._all_there():
+            work = start()
+            # Not stoppable: the other processes are in the same operation, and it is how they learn of the stop.
+            self._until(work.is_completed, _MAX_PAUSE_SUM, stoppable=False, pause=pause)
             work.wait()
+
+    @contextmanager
+    def _all_there(self) -> Iterator[None]:
+        """Within it, an error of torch's means that another process is gone; but for a lack of memory."""
+        import torch
+
+        try:
+            yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise self._lost(error) from error
 
-    def _until(self, ready: Callable[[], bool], longest: float, *, stoppable: bool) -> None:
-        pause = _PAUSE_SECONDS
+    def _until(
+        self, ready: Callable[[], bool], longest: float, *, stoppable: bool, pause: float = _PAUSE_SECONDS
+    ) -> None:
         while not ready():
             self.check()
             if stoppable:

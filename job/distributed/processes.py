@@ -51,6 +51,16 @@ class Processes(Protocol):
     def add_up(self, tensor: Any) -> None:
         """Replaces the tensor, in place, by its sum over all processes, which wait for each other here."""
 
+    def exchange(self, number: int) -> list[int]:
+        """The numbers of all processes, in the order of their ranks; fast, for what is done thousands of times."""
+
+    def gather_into(self, whole: Any, own: Any) -> Callable[[], None]:
+        """Starts to fill `whole` with the tensors `own` of all processes, of one length, one behind the other.
+
+        Returns:
+            Waits until they are there: on a GPU what is launched afterwards waits.
+        """
+
 
 class Alone:
     """`Processes` for a single process."""
@@ -85,6 +95,15 @@ class Alone:
 
     def add_up(self, tensor: Any) -> None:
         """Leaves the tensor as it is."""
+
+    def exchange(self, number: int) -> list[int]:
+        """The one number."""
+        return [number]
+
+    def gather_into(self, whole: Any, own: Any) -> Callable[[], None]:
+        """Copies it."""
+        whole.copy_(own)
+        return lambda: None
 
 
 ALONE: Processes = Alone()

@@ -111,17 +111,22 @@ class ParallelScoring:
 
     def _own_share(self, work: _Work, model: Any, tokenizer: Any) -> Iterator[tuple[int, Any]]:
         """Every n-th part, where n is the number of processes."""
+        from job.model.placed_weights import taking_part  # torch, which process 0 of a run without a model lacks
+
         place = self.processes.place
-        own = list(work.parts)[place.rank :: place.world_size]
-        if not own:  # `scoring` may load a model first
-            return
-        self.alive()
-        if work.how is None:  # all at once, so that a GPU computes one sequence while the host prepares the next
-            for found in self.scoring(model, work.questions, {number: range(*work.parts[number]) for number in own}):
-                yield found
-                self.alive()
-            return
-        for number in own:
+        with taking_part(model):
+            own = list(work.parts)[place.rank :: place.world_size]
+            if not own:  # `scoring` may load a model first
+                return
             self.alive()
-            batch = {number: work.parts[number]}
-            yield from answer_batches(model, tokenizer, work.prompts, batch, work.how, alive=self.alive)
+            if work.how is None:  # all at once, so that a GPU computes one sequence while the host prepares the next
+                for found in self.scoring(
+                    model, work.questions, {number: range(*work.parts[number]) for number in own}
+                ):
+                    yield found
+                    self.alive()
+                return
+            for number in own:
+                self.alive()
+                batch = {number: work.parts[number]}
+                yield from answer_batches(model, tokenizer, work.prompts, batch, work.how, alive=self.alive)

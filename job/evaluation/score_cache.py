@@ -32,6 +32,7 @@ _ENDING = ".jsonl"
 
 CODE = (
     "job.common.device_copies",
+    "job.common.out_of_memory",
     "job.evaluation.generation",
     "job.evaluation.resumable",
     "job.evaluation.scoring",
@@ -50,6 +51,7 @@ CODE = (
     "job.model.fused.triton_kernels",
     "job.model.lora",
     "job.model.packed_attention",
+    "job.model.placed_weights",
     "job.model.published_names",
     "job.model.target_modules",
     "job.model.tensor_names",

@@ -328,8 +328,10 @@ def _upright(delta: torch.Tensor, layer: Any) -> torch.Tensor:
 def release(model: Any) -> None:
     """Frees the memory of a model that is used no more: others still hold references to it, and there is one GPU."""
     from job.model.fused.frozen_weights import forget_dequantized
+    from job.model.placed_weights import release as release_placed
 
     forget_dequantized(model)
+    release_placed(model)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     if torch.cuda.is_available():

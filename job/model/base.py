@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -34,6 +35,8 @@ from job.records import ModelRecord
 
 if TYPE_CHECKING:
     import torch
+
+    from job.model.placed_weights import Group
 
 PLAIN = "eager"
 """transformers' attention without a fused kernel (softmax(QK')V), which all its models have: the reference for packed
@@ -185,6 +188,8 @@ def load_base(
     targets: Sequence[str] | str | None = None,
     rank: int = 1,
     options: AdapterOptions = PLAIN_LORA,
+    place: str = "gpu",
+    group: Group | None = None,
 ) -> Any:
     """Loads the frozen base, quantizing it while loading, with packed attention where its layers support it.
 
@@ -201,14 +206,18 @@ def load_base(
         targets: Layers that will get an adapter; checked to exist before weights are loaded.
         rank: Of the adapter, which is checked as well.
         options: Of the adapter.
+        place: Where the 4-bit weights of the decoder's layers lie: `gpu` for the device, `sharded` or `host`. Elsewhere
+            than on the device a layer goes there as soon as it is loaded.
+        group: The processes that load the same base now, where `place` is `sharded`.
 
     Raises:
         DataError: The folder holds no complete model.
-        SettingsError: As `inspect`.
+        SettingsError: As `inspect`; or there are no such weights.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from job.model import packed_attention
+    from job.model.placed_weights import placing
 
     config, empty = inspect(folder, max_length=max_length, targets=targets, rank=rank, options=options)
     check_weights(folder, config, empty)
@@ -222,7 +231,7 @@ def load_base(
             bnb_4bit_use_double_quant=double_quantization,
             bnb_4bit_compute_dtype=dtype,
         )
-    with readable(folder):
+    with readable(folder), nullcontext() if place == "gpu" else placing(place, device, group) as placed:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -258,6 +267,8 @@ def load_base(
             module.training = False
             module.train = MethodType(_train_parts, module)
     packed_attention.use(model, packed_attention.NAME)
+    if placed is not None:
+        placed.finish(model)
     return model
 
 

@@ -36,6 +36,10 @@ _NO_ARITHMETIC = frozenset(
 """Arguments that models pass to all layers and that do not affect the result of attention."""
 
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None, int | None], torch.Tensor]
+"""(query, key, value, scaling, window) -> output; shapes as of `packed_attention`."""
+
+
 class Unpackable(TypeError):
     """A layer needs what packed attention does not compute: the model has to be run one sequence at a time."""
 
@@ -81,6 +85,8 @@ class Layout:
     longest_query: int
     longest_key: int
     """No segment has more."""
+    attend: Attend | None = None
+    """Computes plain causal attention in place of the kernels below, where it is given."""
     _blocks: dict[int | None, list[Block]] = field(default_factory=dict, repr=False)
 
     def blocks(self, window: int | None = None) -> list[Block]:
@@ -201,6 +207,8 @@ def packed_attention(  # the signature is transformers'
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest_key else None
     if softcap is not None or s_aux is not None:
         return _explicit(query, key, value, layout, scaling, window, softcap, s_aux), None
+    if layout.attend is not None:
+        return layout.attend(query, key, value, scaling, window), None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _fits_kernel(query, value):
         return _varlen_kernel(query, key, value, layout, scaling, window), None
     return _block_by_block(query, key, value, layout, scaling, window), None

@@ -6,10 +6,11 @@ computed, measured or assumed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 from job.common.export_formats import GGUF, MERGED, find_format, weights_bytes
 from job.common.formatting import size
@@ -21,8 +22,16 @@ from job.planning.models_beside import seconds as seconds_beside
 from job.planning.workload import Workload
 from job.records import ExecutionPlan
 from job.training import memory_model
-from job.training.execution_plan import AMPERE, FP8_CAPABILITY, choose_budget, choose_plan, why_not_recorded
-from job.training.memory_model import Setup
+from job.training.execution_plan import (
+    AMPERE,
+    FP8_CAPABILITY,
+    choose_budget,
+    choose_long_rows,
+    choose_place,
+    choose_plan,
+    why_not_recorded,
+)
+from job.training.memory_model import ATTENTION_COPIES, LONG_ROW, TILE_TOKENS, Setup
 
 Basis = Literal["computed", "measured", "assumed"]
 
@@ -41,6 +50,8 @@ FLASH_CAPABILITY = (8, 0)
 """Compute capability from which there is a kernel for packed sequences; below, attention runs example by example."""
 MAX_TOKENS = 65_536
 """Upper bound of the micro-batch, in tokens, if nothing is known about the data."""
+_UNKNOWN_HOST = 1 << 50
+"""Bytes of main memory where the machine's are not known."""
 EVALUATIONS = 2
 HALF_PRECISION = 2
 
@@ -89,6 +100,10 @@ class RunShape:
         reference: The log-probabilities of the reference, as dpo and kto need them; None likewise.
         first_stage: What is trained before, as in JOB_TRAIN__METHOD=sft,dpo; its download is in this one's.
         full_precision: Whether the base with its original weights is scored too, where it fits.
+        places: Where the base's 4-bit weights may lie, the fastest first; see `memory_model.PLACES`.
+        processes: That share the work, each with a GPU.
+        tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
+        offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
         beside: The classifier of the safety screen and the judge, where there are.
     """
 
@@ -116,6 +131,10 @@ class RunShape:
     adapter_copies: int = 0
     quantizing_tokens: int = 0
     full_precision: bool = False
+    places: tuple[str, ...] = ("gpu",)
+    processes: int = 1
+    tiles: bool = False
+    offload: bool | None = None
     beside: tuple[ModelBeside, ...] = ()
 
     @property
@@ -171,7 +190,7 @@ class GpuForecast:
 
     `budget_recomputing` and `budget_keeping` are the largest micro-batches that fit, in tokens, with activations
     recomputed and kept; 0 where not even the longest example fits. `keeps` names what the job would keep in memory
-    instead of recomputing it (base, activations); `hours` are computed for that.
+    instead of recomputing it (base, activations); `hours` are computed for that. `base_held` is where the base lies.
     """
 
     name: str
@@ -185,6 +204,7 @@ class GpuForecast:
     usd_per_hour: float
     usd: float | None
     machine: str
+    base_held: str = "gpu"
 
 
 def estimates(run: RunShape) -> Iterator[Estimate]:
@@ -214,7 +234,7 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         times = {2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
         note = "one of them by the unquantized base, where it fits" if run.full_precision else ""
         yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis), note)
-    held = memory_model.training_memory(setup, run.micro_batch)
+    held = _training_memory(run, setup, run.micro_batch)
     bits = "NF4, " if setup.quantization == "nf4" else ""
     yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
     yield Estimate("memory: adapter", held.adapter, "bytes", basis, "fp32, and autocast's copy")
@@ -222,6 +242,11 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     yield Estimate("memory: optimizer", held.optimizer, "bytes", basis, setup.optimizer)
     how = "recomputed" if setup.recompute else "kept"
     tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
+    if _in_tiles(run, run.micro_batch):
+        tokens = f"a row of {run.micro_batch:,} tokens, in tiles"
+        if run.offload is not False:
+            host = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
+            yield Estimate("main memory: activations", host, "bytes", both, "where they do not fit on the GPU")
     yield Estimate("memory: activations", held.activations, "bytes", both, tokens)
     yield Estimate(
         "peak in training",
@@ -289,15 +314,15 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     """Whether the run fits on a GPU, how long it takes and what it costs there."""
     if run.budget_by_gpu:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
-    execution = _execution(gpu, run, setup)
-    usable = memory_model.usable_bytes(gpu.memory_bytes)
-    scoring = _scoring(run, setup)
     if run.first_stage is not None and run.budget_by_gpu:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
-    stages = [run] if run.first_stage is None else [run.first_stage, run]
-    need = max(scoring, *(memory_model.training_memory(setup, one.micro_batch).total for one in stages))
-    if run.merges:  # it is scored unquantized, in place of the quantized base
-        need = max(need, _scoring(run, replace(setup, quantization="none")))
+    run = replace(run, tiles=run.tiles and gpu.capability >= AMPERE and _is_fused(gpu, run, setup))
+    needs, usable = partial(_need, run), memory_model.usable_bytes(gpu.memory_bytes)
+    setup = replace(setup, processes=run.processes)
+    place = choose_place(setup, memory_bytes=gpu.memory_bytes, places=run.places, needs=needs)
+    setup = replace(setup, base_held=place)
+    execution = _execution(gpu, run, setup)
+    need = needs(setup)
     fits, note = need <= usable, ""
     if run.fp8 and gpu.capability < FP8_CAPABILITY:
         fits, note = False, "has no FP8 products: JOB_TRAIN__COMPUTE=fp8 is refused there"
@@ -309,6 +334,12 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         takes, free = size(_original_bytes(run, setup), " "), size(max(0, _free_for_original(gpu, setup)), " ")
         left_out = f"the unquantized base is not scored: it takes {takes}, and {free} are safe to fill"
         note = "; ".join(filter(None, (note, left_out)))
+    if fits and execution is not None and execution.offloaded:
+        least = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
+        what = f"activations of the longest row lie in main memory, at least {size(least, ' ')}"
+        note = "; ".join(filter(None, (note, what)))
+    if fits and place != "gpu":
+        note = "; ".join(filter(None, (note, _where(setup, usable, needs))))
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     hours = _hours(gpu, run, setup, execution) if fits else None
     kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
@@ -324,7 +355,41 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         usd_per_hour=price,
         usd=None if hours is None else hours * price,
         machine=gpu.machine if run.usd_per_hour is None else "your price",
+        base_held=place,
     )
+
+
+def _need(run: RunShape, setup: Setup) -> int:
+    """Bytes on the GPU at the peak of the run."""
+    stages = [run] if run.first_stage is None else [run.first_stage, run]
+    need = max(_scoring(run, setup), *(_training_memory(run, setup, one.micro_batch).total for one in stages))
+    if run.merges:  # it is scored unquantized, in place of the quantized base
+        need = max(need, _scoring(run, replace(setup, quantization="none")))
+    return need
+
+
+def _in_tiles(run: RunShape, tokens: int) -> bool:
+    """Whether a micro-batch of so many tokens has a row that is computed layer by layer."""
+    long = run.workload is not None and run.workload.longest > LONG_ROW
+    return run.tiles and long and tokens > LONG_ROW
+
+
+def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
+    return memory_model.training_memory(setup, tokens, tiles=_in_tiles(run, tokens), offload=run.offload)
+
+
+MOST_GPUS = 8
+"""Of one machine."""
+
+
+def _where(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> str:
+    """What is said of a base that is not on the GPU as a whole; and how many GPUs would hold it."""
+    if setup.base_held == "sharded":
+        return f"the base's 4-bit weights are sharded over the {setup.processes} GPUs"
+    sharded = (replace(setup, base_held="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
+    enough = next((one.processes for one in sharded if needs(one) <= usable), None)
+    more = "" if enough is None else f"; {enough} of these GPUs hold them sharded, which is faster"
+    return f"the base's 4-bit weights lie in main memory, {size(memory_model.packed_bytes(setup), ' ')}{more}"
 
 
 def _budget(run: RunShape, setup: Setup, usable: int) -> int:
@@ -332,7 +397,7 @@ def _budget(run: RunShape, setup: Setup, usable: int) -> int:
     if _scoring(run, setup) > usable:
         return 0
     most = run.workload.largest_step if run.workload else MAX_TOKENS
-    found = memory_model.largest_budget(lambda tokens: memory_model.training_memory(setup, tokens).total, usable, most)
+    found = memory_model.largest_budget(lambda tokens: _training_memory(run, setup, tokens).total, usable, most)
     return found if found >= (run.workload.longest if run.workload else 1) else 0
 
 
@@ -363,18 +428,38 @@ def _free_for_original(gpu: Gpu, setup: Setup) -> float:
 
 def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
     """How the job would train on this GPU; None if PEFT's own layers would do the forward pass."""
-    if not run.fused or gpu.capability < run.fused_from or setup.value_bytes != HALF_PRECISION:
+    if not _is_fused(gpu, run, setup):
         return None
-    return choose_plan(
+    free = gpu.memory_bytes - memory_model.CONTEXT_BYTES - _beside_original(setup)
+    long = _in_tiles(run, run.micro_batch)
+    plan = choose_plan(
         setup,
-        free_bytes=gpu.memory_bytes - memory_model.CONTEXT_BYTES - _beside_original(setup),
-        sequence_tokens=run.micro_batch,
-        keep_base=run.keep_base,
-        keep_activations=run.keep_activations,
+        free_bytes=free,
+        sequence_tokens=0 if long else run.micro_batch,
+        keep_base=False if long and run.keep_base is None else run.keep_base,
+        keep_activations=False if long and run.keep_activations is None else run.keep_activations,
         recorded=setup.architecture.fused,
         not_recorded=why_not_recorded(setup, gpu.capability),
         fp8=run.fp8,
     )
+    if not long:
+        return plan
+    # How much main memory the machine has is not known here.
+    return choose_long_rows(
+        plan,
+        setup,
+        tokens=run.micro_batch,
+        free_bytes=free,
+        host_bytes=_UNKNOWN_HOST,
+        offload=run.offload,
+        copies=ATTENTION_COPIES,
+        tile=TILE_TOKENS,
+    )
+
+
+def _is_fused(gpu: Gpu, run: RunShape, setup: Setup) -> bool:
+    """Whether the job's fused layers would compute on this GPU."""
+    return run.fused and gpu.capability >= run.fused_from and setup.value_bytes == HALF_PRECISION
 
 
 def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | None) -> float | None:
@@ -388,7 +473,7 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
             return None
         before = 3600 * earlier
     work, asked = run.workload, run.questions
-    speed = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
+    speed: dict[str, Any] = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
     used = memory_model.UTILISATION
     if execution is not None:
         setup = replace(setup, recompute=not execution.kept_activations)
@@ -397,7 +482,8 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
         used *= memory_model.FP8_SPEEDUP if run.fp8 else 1.0
     micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
     flops = memory_model.training_flops(setup, work.tokens, work.squares)
-    training = memory_model.seconds(flops, (3 if setup.recompute else 2) * micro_batches, setup, used=used, **speed)
+    passes = (3 if setup.recompute else 2) * micro_batches
+    training = memory_model.seconds(flops, passes, setup, used=used, transfers=2 * micro_batches, **speed)
     for held in filter(None, (run.validation, run.reference)):  # passes of the training path, with its micro-batches
         forward = held.count * memory_model.evaluation_flops(setup, held.tokens, held.target_tokens)
         passes = held.count * ceil(held.tokens / min(run.micro_batch, max(work.largest_step, held.longest)))

@@ -64,9 +64,16 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         fp8=settings.train.compute == "fp8",
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
+        places=_places(settings),
+        processes=1 if settings.run.processes == "auto" else settings.run.processes * settings.run.nodes,
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
         beside=_beside(settings, seen, workload),
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
+        tiles=settings.train.last_method == "sft"
+        and settings.lora.dropout == 0
+        and setup is not None
+        and setup.architecture.fused,
+        offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
     )
     if settings.train.is_one_stage:
         return run
@@ -119,6 +126,16 @@ def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -
         bytes_beside=options.bytes_beside,
         merged_rows=2 * architecture.vocabulary if options.added_tokens else 0,
     ), basis
+
+
+def _places(settings: Settings) -> tuple[str, ...]:
+    """Where the base may lie; see `stages.load`."""
+    if settings.model.placement != "auto":
+        return (settings.model.placement,)
+    if settings.model.quantization == "none" or settings.model.keep_dequantized is True:
+        return memory_model.PLACES[:1]
+    several = settings.run.processes not in {"auto", 1}
+    return tuple(place for place in memory_model.PLACES if place != "sharded" or several)
 
 
 def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | None, Basis]:

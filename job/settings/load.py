@@ -89,6 +89,7 @@ def load_settings(
         *_processes(settings, environ),
         *_places(settings, request.platform),
         *_revisions(settings, request),
+        *_placement(settings),
         *_tasks(settings),
         *_prompts(settings),
         *_safety(settings),
@@ -379,6 +380,18 @@ def _other_repository(name: str, subject: str, request: Request) -> str | None:
         f"is for the {environment_name(subject)} of {written_for.source}, but {used.source} names another; "
         f"give {environment_name(name)} there too, or empty there for the newest revision"
     )
+
+
+def _placement(settings: Settings) -> Iterator[Fault]:
+    model, where = settings.model, "model.placement"
+    if model.placement in {"auto", "gpu"}:
+        return
+    if model.quantization == "none":
+        yield where, f"is {model.placement}, which is for 4-bit weights, and JOB_MODEL__QUANTIZATION is none; take gpu"
+    if model.keep_dequantized is True:
+        yield where, f"is {model.placement}, and JOB_MODEL__KEEP_DEQUANTIZED keeps the base on the GPU; drop one"
+    if model.placement == "sharded" and (settings.run.processes, settings.run.nodes) == (1, 1):
+        yield where, "is sharded, which takes several processes, and JOB_RUN__PROCESSES is 1; take gpu or host"
 
 
 def _tasks(settings: Settings) -> Iterator[Fault]:

@@ -173,6 +173,10 @@ class Model(Group):
     keep_dequantized: ExecutionOnly[FlagOrAuto] = "auto"
     """Dequantize the frozen weights once and keep them: faster, same results; `auto`: if they fit into memory. With
     JOB_TRAIN__COMPUTE=fp8 their copies in that format are kept."""
+    placement: ExecutionOnly[Literal["auto", "gpu", "sharded", "host"]] = "auto"
+    """Where the 4-bit weights lie: `gpu`, all on each process's GPU; `sharded`, a share on each, and every decoder
+    layer is gathered while the layer before it computes; `host`, in main memory, from where the layers are copied to
+    the GPU in the same way. `auto`: the first of these that fits. The results are the same, bit for bit."""
 
 
 class Lora(Group):
@@ -399,7 +403,12 @@ class Train(Group):
     scale for each row, on GPUs from compute capability 8.9 (Ada, Hopper) on. The adapter's own products, validation and
     both evaluations stay in JOB_MODEL__DTYPE."""
     gradient_checkpointing: ExecutionOnly[FlagOrAuto] = "auto"
-    """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory."""
+    """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory. Those
+    of rows of more than 16,384 tokens are always recomputed, where fused layers compute."""
+    offload_activations: ExecutionOnly[FlagOrAuto] = "auto"
+    """Rows of more than 16,384 tokens: what the layers keep for the backward pass lies in pinned main memory instead of
+    the GPU's, and comes back a layer ahead; `auto`: if it does not fit on the GPU. The results are the same, bit for
+    bit."""
     gpu_memory_gb: ExecutionOnly[Maybe[Positive]] = None
     """GPU memory that the job may use, in GB; empty: all. Less memory means fewer tokens in one forward pass."""
     log_every_steps: ExecutionOnly[Count] = 1

@@ -49,6 +49,7 @@ from job.export.scoring import ExportedModel, HowToScore, gpu_bytes, load_export
 from job.model.adapter_files import load_adapter
 from job.model.files import build_empty, read_config
 from job.model.fused.precise_forward import why_not_precise
+from job.model.placed_weights import taking_part
 from job.records import (
     Artifact,
     DerivedExport,
@@ -331,7 +332,9 @@ def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
             made[name] = _told(_Files.of(folder))
         return {"only": merges.only, "made": made}
 
-    told = attempt.processes.share_on_machine("exported", make)
+    with taking_part(loaded.model):  # the base's weights may be sharded over all processes
+        written = make() if attempt.processes.place.local_rank == 0 else {}
+    told = attempt.processes.share_on_machine("exported", lambda: written)
     found = {name: _heard(one) for name, one in told["made"].items()}
     _agree(attempt, MERGED, [files.hashes for files in found.values()])
     return found, told["only"]

@@ -18,6 +18,7 @@ from job.distributed.processes import Processes
 from job.model.informed_init import init_eva, init_loftq
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
+from job.model.placed_weights import taking_part
 from job.records import Artifact, Example, FirstValues
 from job.runs.attempt import Attempt, published_once
 from job.runs.layout import FIRST_TENSORS, FIRST_VALUES
@@ -79,7 +80,9 @@ def _put(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps
         "first values that are known", lambda: published_once(attempt, FIRST_VALUES, FirstValues, NAME)
     )
     if not record:
-        record = processes.share("first values", lambda: _publish(attempt, init, sources, model, steps))
+        with taking_part(model):
+            found = _publish(attempt, init, sources, model, steps) if processes.leads else ""
+        record = processes.share("first values", lambda: found)
     artifact = Artifact(**json.loads(record))
     path = processes.share_on_machine("first values on this machine", lambda: str(attempt.fetch(artifact)))
     tensors = load_file(path)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from job import log
+from job.common.formatting import size
 from job.common.malloc import keep_freed_memory
+from job.common.resources import available_bytes
 from job.data.batch_plan import Steps
 from job.data.examples import lengths_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
-from job.model.adapter_options import make_options
+from job.model.adapter_options import AdapterOptions, make_options
+from job.model.architecture import read_config as read_architecture
 from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
+from job.model.files import read_config
 from job.model.lora import add_adapter
 from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
+from job.model.placed_weights import taking_part
 from job.model.published_names import find_published_names
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
@@ -27,7 +33,11 @@ from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.training.config import total_steps
 from job.training.lm_head_loss import losses_of
-from job.training.prepare import limit_memory, prepare, require_fp8, token_budget
+from job.training.memory_model import PLACES, Setup, packed_bytes
+from job.training.prepare import limit_memory, place_base, prepare, require_fp8, token_budget
+
+MAIN_MEMORY_SHARE = 0.8
+"""Of the main memory that is available, what the base's weights may fill; the rest is for the job itself. Assumed."""
 
 
 def load(
@@ -58,6 +68,9 @@ def load(
     steps = total_steps(len(sources.examples), train.global_batch_size, train.epochs, train.max_steps)
     added = settings.model.add_tokens or ()
     options = make_options(dict(lora), steps, added)
+    own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
+    budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
+    place, why = _place(settings, sources, processes, device=device, budget=budget, options=options)
     base = load_base(
         sources.folder,
         quantization=settings.model.quantization,
@@ -69,25 +82,29 @@ def load(
         targets=lora.target_modules,
         rank=lora.rank,
         options=options,
+        place=place,
+        group=processes,
     )
     if device.type == "cpu":
         keep_freed_memory()  # only after loading, whose temporary memory returns to the system
-    if sources.cache_entry is None or sources.quantized:
-        kept_base = cached_base(sources.cache_entry)
-    else:
-        kept_base = save(base, sources.folder, sources.cache_entry)
+    with taking_part(base):
+        if sources.cache_entry is None or sources.quantized:
+            kept_base = cached_base(sources.cache_entry)
+        else:
+            kept_base = save(base, sources.folder, sources.cache_entry)
     if added:
         grow_embeddings(base, len(sources.tokenizer))
-    model = add_adapter(
-        base,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        seed=settings.run.seed if lora.seed is None else lora.seed,
-        options=options,
-        token_ids=sources.tokenizer.convert_tokens_to_ids(list(added)),
-    )
+    with taking_part(base):  # the adapter may begin with a part of its weights
+        model = add_adapter(
+            base,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            seed=settings.run.seed if lora.seed is None else lora.seed,
+            options=options,
+            token_ids=sources.tokenizer.convert_tokens_to_ids(list(added)),
+        )
     names = find_published_names(model, sources.folder, quantized=sources.quantized)
     if sources.start is not None:
         load_start(model, sources.start, names)
@@ -106,8 +123,6 @@ def load(
     if begin is not None:
         seed = settings.run.seed if settings.data.seed is None else settings.data.seed
         begin(model, Steps(sources.examples, seed, train.global_batch_size, steps))
-    own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
-    budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
     plan = prepare(
         model,
         lengths_of(sources.examples),
@@ -121,10 +136,15 @@ def load(
         processes=processes.place.local_world_size,
         random=train.neftune_noise_alpha > 0,
         slow=options.not_fused,
+        offload=train.offload_activations,
+        method=train.last_method,
+        longest_at=sources.record.dataset.longest_at,
+        validation=lengths_of(sources.validation),
         compute=train.compute,
     )
     if settings.train.last_method != "sft" and plan.recorded:
         plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.last_method}")
+    plan = replace(plan, reason="; ".join(filter(None, (plan.reason, why))))
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
     return Loaded(model, record, budget, plan, kept_base, packing, names)
@@ -137,16 +157,83 @@ def _packing(
     if decided is not None:
         use(model.get_base_model(), NAME if decided.packed else PLAIN)
         return decided
-    found = choose_packing(
-        model,
-        sources.examples,
-        max_length=settings.train.max_length,
-        losses=losses_of(model),
-    )
+    with taking_part(model):
+        found = choose_packing(
+            model,
+            sources.examples,
+            max_length=settings.train.max_length,
+            losses=losses_of(model),
+        )
     if found.packed and not all(processes.gather("packing", found.packed)):
         found = Packing(packed=False, reason="another process of the run finds that packed sequences come out wrong")
         use(model.get_base_model(), PLAIN)
     return found
+
+
+def _place(
+    settings: Settings, sources: Sources, processes: Processes, *, device: Any, budget: int, options: AdapterOptions
+) -> tuple[str, str]:
+    """Where the base's 4-bit weights lie, the same in all processes, and why if not on the device; see `PLACES`.
+
+    Raises:
+        SettingsError: JOB_MODEL__PLACEMENT cannot be.
+    """
+    asked, world, setup = settings.model.placement, processes.place, _setup(settings, sources.folder, options)
+    if asked == "sharded" and world.world_size == 1:
+        what = "is sharded, and the run has one process; start several, each with its GPU, or take gpu or host"
+        raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
+    need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
+    free = int(MAIN_MEMORY_SHARE * available_bytes())
+    short = f"the base's 4-bit weights take {size(need, ' ')} of main memory, and {size(free, ' ')} are safe to fill"
+    if asked == "host" and need > free:
+        what = f"is host, and {short}; take gpu, or a machine with more memory"
+        raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
+    if asked != "auto":
+        return asked, "" if asked == "gpu" else f"JOB_MODEL__PLACEMENT is {asked}"
+    place, why = "gpu", ""
+    if device.type == "cuda" and setup is not None and settings.model.keep_dequantized is not True:
+        setup = replace(setup, processes=world.world_size)
+        # Over a network between machines, gathering every layer would take longer than copying it from main memory.
+        several = world.world_size > 1 and world.world_size == world.local_world_size
+        possible = {"gpu": True, "sharded": several, "host": need <= free}
+        place, why = place_base(
+            setup,
+            lengths_of(sources.examples),
+            global_batch_size=settings.train.global_batch_size,
+            budget=budget,
+            scoring_tokens=settings.eval.batch_tokens,
+            gigabytes=settings.train.gpu_memory_gb,
+            places=[place for place in PLACES if possible[place]],
+            tiles=setup.architecture.fused
+            and settings.train.last_method == "sft"
+            and settings.lora.dropout == 0
+            and options.not_fused is None,
+            offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
+        )
+    place, why = max(processes.gather("place of the base", [place, why]), key=lambda found: PLACES.index(found[0]))
+    return place, why
+
+
+def _setup(settings: Settings, folder: Path, options: AdapterOptions) -> Setup | None:
+    """The memory formulas' input before the base is loaded; None where they do not cover it, or it is not quantized."""
+    if settings.model.quantization == "none":
+        return None
+    try:
+        architecture = read_architecture(read_config(folder).to_dict())
+    except ValueError:
+        return None
+    named = settings.lora.target_modules
+    targets = architecture.groups[named] if isinstance(named, str) else named
+    return Setup(
+        architecture=architecture,
+        rank=settings.lora.rank if options.adalora is None else options.adalora.init_r,
+        targets=tuple(name for name in targets if name in architecture.linear),
+        quantization=settings.model.quantization,
+        double_quantization=settings.model.double_quantization,
+        value_bytes=4 if settings.model.dtype == "fp32" else 2,
+        optimizer=settings.train.optimizer,
+        recompute=True,
+    )
 
 
 def _same_kind(processes: Processes, device: str) -> None:

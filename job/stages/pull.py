@@ -60,7 +60,13 @@ from job.storage.hub import MAX_SMALL_BYTES, download_model, import_client
 from job.storage.location import is_remote
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, size
 
-CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
+CODE = (
+    "job.model.base",
+    "job.model.files",
+    "job.model.placed_weights",
+    "job.model.quantized_cache.cache",
+    "job.model.quantized_cache.layout",
+)
 """Modules whose code decides the bits of a quantized base."""
 _SETTING_OF = {
     "data": "JOB_DATA__SOURCE",

@@ -1,4 +1,4 @@
-"""Chooses the execution plan on a GPU: the token budget, and what is kept in memory instead of recomputed.
+"""Chooses the execution plan on a GPU: the token budget, where the base lies, and what is kept instead of recomputed.
 
 Whether something is kept or recomputed does not change the result's bits; the token budget of a micro-batch does. So
 the budget depends only on the GPU's total memory, which is the same on every machine of this kind, and the other
@@ -7,10 +7,21 @@ choices depend on the free memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from job.records import ExecutionPlan
-from job.training.memory_model import CONTEXT_BYTES, MARGIN, Setup, activation_bytes
+from job.training.memory_model import (
+    CONTEXT_BYTES,
+    FP32,
+    MARGIN,
+    Setup,
+    activation_bytes,
+    long_row_bytes,
+    long_row_host_bytes,
+    training_memory,
+    usable_bytes,
+)
 
 GIB = 1 << 30
 AMPERE, VOLTA = (8, 0), (7, 0)
@@ -72,30 +83,35 @@ def choose_plan(
     Activations, the base's dequantized weights, both or neither are kept. If only one fits, activations are preferred:
     on an H100 keeping only them gave 13,960 target tokens/s, the base alone 10,714, both 15,067, neither 9,861.
 
+    Of a base that is not on the GPU (`choose_place`) nothing is kept dequantized, and no CUDA graph is recorded: it
+    would hold none of the copies by which the layers' weights come.
+
     Args:
         setup: What is trained.
-        free_bytes: Of the GPU, with the quantized model in it.
+        free_bytes: Of the GPU, with the quantized model in it, as far as `setup.base_held` has it there.
         sequence_tokens: Of the longest packed sequence that a step will have.
-        keep_base: Whether to keep the dequantized base; None to choose.
+        keep_base: Whether to keep the dequantized base; None to choose. True only where `setup.base_held` is `gpu`.
         keep_activations: Whether to keep activations; None to choose.
         recorded: Whether the decoder is fused throughout, so that its kernels can be recorded. Else transformers' own
             code runs between the fused layers, and keeps more activations.
         not_recorded: Why they cannot be recorded, although it is.
         fp8: Whether training computes in FP8: what is kept of the base are its two copies in that format.
     """
+    on_gpu = setup.base_held == "gpu"
+    known, recorded, rest = recorded, recorded and on_gpu, _REST_BYTES if on_gpu else _beside(setup)
     # Two bytes a weight either way: once in bf16, or twice in FP8 (`model/fused/fp8.py`).
     base = 2 * setup.architecture.linear_parameters if setup.quantization != "none" or fp8 else 0
     again = activation_bytes(setup, sequence_tokens)
     tried = []
     for kept_base, kept in ((True, True), (False, True), (True, False), (False, False)):
-        if keep_base not in {None, kept_base} or keep_activations not in {None, kept}:
+        if keep_base not in {None, kept_base} or keep_activations not in {None, kept} or (kept_base and not on_gpu):
             continue
         activations = again
-        if kept and recorded:
+        if kept and known:
             activations = kept_activation_bytes(setup, sequence_tokens)
         elif kept:
             activations = activation_bytes(replace(setup, recompute=False), sequence_tokens)
-        need = int((1 + MARGIN) * (activations + base * kept_base) + _REST_BYTES + CONTEXT_BYTES)
+        need = int((1 + MARGIN) * (activations + base * kept_base) + rest + CONTEXT_BYTES)
         tried.append((kept_base, kept, need))
         if need <= free_bytes:
             break
@@ -103,6 +119,106 @@ def choose_plan(
     why = f"needs {need / GIB:.1f} of {free_bytes / GIB:.1f} GiB that are free"
     forced = "" if keep_base is None and keep_activations is None else "; partly as set"
     graphs = f"; no CUDA graphs: {not_recorded}" if recorded and not_recorded else ""
+    where = {"sharded": "; the base is sharded over the processes", "host": "; the base is in main memory"}
     kept_base &= setup.quantization != "none" or fp8
     recorded &= not_recorded is None
-    return ExecutionPlan(kept_base=kept_base, kept_activations=kept, recorded=recorded, reason=why + forced + graphs)
+    return ExecutionPlan(
+        kept_base=kept_base,
+        kept_activations=kept,
+        recorded=recorded,
+        reason=why + forced + graphs + where.get(setup.base_held, ""),
+        base_held=setup.base_held,
+    )
+
+
+HOST_SHARE = 0.6
+"""Share of the available main memory that activations of long rows may fill; pinned memory cannot be swapped out."""
+
+
+def choose_long_rows(
+    plan: ExecutionPlan,
+    setup: Setup,
+    *,
+    tokens: int,
+    free_bytes: int,
+    host_bytes: int,
+    offload: bool | None,
+    copies: int,
+    tile: int,
+) -> ExecutionPlan:
+    """The plan with the fastest way that fits to compute rows of up to `tokens` tokens layer by layer.
+
+    Attention's output is kept rather than computed again, and what waits lies on the GPU rather than in main memory.
+    The first saves a third of attention's time at most, the second nothing where the copies keep up.
+
+    Args:
+        plan: For the other rows.
+        setup: What is trained.
+        tokens: Of the longest micro-batch with such a row.
+        free_bytes: Of the GPU, with all that the plan keeps for other rows in it.
+        host_bytes: Of main memory that is available to this process.
+        offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
+        copies: As in `long_row_bytes`.
+        tile: Tokens of a tile.
+    """
+    tried = []
+    for offloaded, kept_attention in ((False, True), (True, True), (False, False), (True, False)):
+        if offload not in {None, offloaded}:
+            continue
+        need = long_row_need(setup, tokens, offloaded=offloaded, kept_attention=kept_attention, copies=copies)
+        host = offloaded * long_row_host_bytes(setup, tokens, kept_attention=kept_attention)
+        tried.append((offloaded, kept_attention, need, host))
+        if need <= free_bytes and host <= HOST_SHARE * host_bytes:
+            break
+    offloaded, kept_attention, need, host = tried[-1]
+    why = f"rows of up to {tokens:,} tokens need {need / GIB:.1f} of {free_bytes / GIB:.1f} GiB"
+    if offloaded:
+        why += f", and {host / GIB:.1f} of {host_bytes / GIB:.1f} GiB of main memory"
+    return replace(
+        plan,
+        offloaded=offloaded,
+        kept_attention=kept_attention,
+        tile_tokens=tile,
+        may_offload=offload is not False,
+        reason=f"{plan.reason}; {why}",
+    )
+
+
+def long_row_need(setup: Setup, tokens: int, *, offloaded: bool, kept_attention: bool, copies: int) -> int:
+    """Bytes that a long row needs beside the base and the adapter, with the formula's error and the context."""
+    activations = long_row_bytes(setup, tokens, offloaded=offloaded, kept_attention=kept_attention, copies=copies)
+    return int((1 + MARGIN) * activations) + _beside(setup) + CONTEXT_BYTES
+
+
+def held_bytes(setup: Setup, plan: ExecutionPlan, tokens: int) -> int:
+    """Bytes that a plan holds between micro-batches: the dequantized base, and the memory of CUDA graphs.
+
+    Args:
+        setup: What is trained.
+        plan: As `choose_plan` made it.
+        tokens: Of the longest padded sequence.
+    """
+    base = 2 * setup.architecture.linear_parameters * plan.kept_base
+    if not plan.recorded:
+        return base
+    activations = kept_activation_bytes if plan.kept_activations else activation_bytes
+    return base + int((1 + MARGIN) * activations(setup, tokens))
+
+
+def choose_place(setup: Setup, *, memory_bytes: int, places: Sequence[str], needs: Callable[[Setup], int]) -> str:
+    """Where the base's quantized weights lie: the first place with which all fits on the GPU, or else the last.
+
+    Args:
+        setup: What is trained.
+        memory_bytes: Of the GPU, or the part of it that may be used, with nothing in it yet.
+        places: Of `memory_model.PLACES`, the fastest first.
+        needs: Bytes on the GPU that all of a run needs at its peak with the base held as a setup says.
+    """
+    usable = usable_bytes(memory_bytes)
+    return next((place for place in places if needs(replace(setup, base_held=place)) <= usable), places[-1])
+
+
+def _beside(setup: Setup) -> int:
+    """Bytes of training beside the weights, the adapter's fp32 values and the activations: all but CUDA graphs."""
+    memory = training_memory(setup, 0)
+    return memory.total - memory.weights - memory.activations - FP32 * setup.adapter

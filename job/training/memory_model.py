@@ -19,6 +19,24 @@ FP32 = 4
 HEAD_ROWS, HEAD_COLUMNS = 4096, 32768
 """Size of the tiles (tokens, vocabulary entries) in which the logits are computed; they are never kept."""
 
+LONG_ROW = 16384
+"""A row of more tokens is computed by `training.long_rows`. No micro-batch is longer without one, unless it is set."""
+TILE_TOKENS = 8192
+"""Tokens of a tile of such a row (`fused.tiled_layer`): enough for products that use a whole GPU."""
+TOKEN_BYTES = 24
+"""Of a token's id, label and position."""
+ATTENTION_COPIES = 132
+"""Heads' fp32 gradients in attention's backward pass of a long row: about one for each of a GPU's processors, an H100's
+here."""
+
+PLACES = ("gpu", "sharded", "host")
+"""Where the quantized weights of the decoder's layers may lie, the fastest first; see `model.placed_weights`."""
+LAYERS_AT_ONCE = {"sharded": 3, "host": 2}
+"""How many layers are on the GPU as a whole where not all of them are: the one that computes, the one that comes next,
+and, gathered only to take part, one that another process needs."""
+
+LINK_BANDWIDTH = 20e9
+"""Bytes a second between a GPU and main memory or another GPU. Assumed: PCIe 4.0 with 16 lanes."""
 CONTEXT_BYTES = 600 << 20
 """Of the driver and the libraries' workspaces on the GPU. Assumed."""
 ORIGINAL_SHARE = 0.9
@@ -64,6 +82,10 @@ class Setup:
     """`AdapterOptions.bytes_beside`."""
     merged_rows: int = 0
     """Rows of embedding and output layer that PEFT copies in every pass, to put those of new tokens in place."""
+    base_held: str = "gpu"
+    """One of `PLACES`."""
+    processes: int = 1
+    """That hold a share each where `base_held` is `sharded`."""
 
     @property
     def adapter(self) -> int:
@@ -90,10 +112,11 @@ class Memory:
 
 
 def weight_bytes(setup: Setup) -> int:
-    """Bytes of the frozen base.
+    """Bytes of the frozen base on the GPU.
 
     NF4 holds half a byte a weight, and a constant for each 64 weights: of four bytes, or with double quantization of
     one, and another four for each 256 of these. Embedding, output layer and norms are held in the compute dtype.
+    Where the layers' weights are sharded or in host memory, a few whole layers are on the GPU at any time.
 
     Source: Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3; bitsandbytes' block sizes.
     """
@@ -101,9 +124,24 @@ def weight_bytes(setup: Setup) -> int:
     plain = (a.parameters - a.linear_parameters) * setup.value_bytes
     if setup.quantization == "none":
         return plain + a.linear_parameters * setup.value_bytes
-    blocks = -(-a.linear_parameters // NF4_BLOCK)
+    return plain + _held_bytes(setup)
+
+
+def packed_bytes(setup: Setup) -> int:
+    """Bytes of all layers' NF4 weights with their constants, wherever they lie."""
+    blocks = -(-setup.architecture.linear_parameters // NF4_BLOCK)
     constants = blocks + 4 * -(-blocks // DOUBLE_BLOCK) if setup.double_quantization else 4 * blocks
-    return plain + a.linear_parameters // 2 + constants
+    return setup.architecture.linear_parameters // 2 + constants
+
+
+def _held_bytes(setup: Setup) -> int:
+    """Those of them that are on the GPU."""
+    whole = packed_bytes(setup)
+    if setup.base_held == "gpu":
+        return whole
+    passing = LAYERS_AT_ONCE[setup.base_held] * whole // setup.architecture.layers
+    own = -(-whole // setup.processes) if setup.base_held == "sharded" else 0
+    return min(whole, own + passing)
 
 
 def kept_bytes(setup: Setup) -> int:
@@ -145,11 +183,65 @@ def activation_bytes(setup: Setup, tokens: int) -> int:
     return a.layers * layer + max(backward, loss)
 
 
-def training_memory(setup: Setup, tokens: int) -> Memory:
+def least_activation_bytes(setup: Setup, tokens: int) -> int:
+    """A lower bound of the bytes of activations of a row that goes through the model as a whole, by any layers.
+
+    The input of each layer, and what the fused layers keep of one layer: the stream before both halves, the outputs of
+    both norms, queries and attention's output; gate, up and their product.
+    """
+    a = setup.architecture
+    return setup.value_bytes * tokens * (a.layers * a.hidden + 6 * a.hidden + 3 * a.intermediate)
+
+
+def long_row_bytes(setup: Setup, tokens: int, *, offloaded: bool, kept_attention: bool, copies: int) -> int:
+    """Bytes of activations on the GPU at the peak of a row that is computed layer by layer (`training.long_rows`).
+
+    The input of each layer, and attention's output where it is kept, wait on the GPU or in host memory; of those in
+    host memory two layers' are on the GPU. Beside them is the layer that is computed again. Its backward pass is at its
+    peak in attention, with the output of the first norm, queries, keys, values and the output, the gradients of all of
+    these and of the stream, and the kernel's fp32 sums; or in the feed-forward half, with one tile of it.
+
+    Args:
+        setup: What is trained.
+        tokens: Of the micro-batch.
+        offloaded: Whether what waits lies in host memory.
+        kept_attention: Whether attention's output is kept.
+        copies: Heads' fp32 gradients of the queries that the kernel holds (`fused.long_attention`).
+    """
+    a, size = setup.architecture, setup.value_bytes
+    keys, output = a.kv_heads * a.head_size, a.queries * size + FP32 * a.heads
+    waiting = a.hidden * size + kept_attention * output
+    kept = (2 if offloaded else a.layers) * waiting
+    again = 0 if kept_attention else output
+    attention = size * (2 * a.hidden + 3 * a.queries + 4 * keys) + again + FP32 * copies * a.head_size
+    feed_forward = size * (3 * a.hidden + a.queries + 2 * keys) + again
+    tile = size * (7 * a.intermediate + 6 * a.hidden) * min(tokens, TILE_TOKENS)
+    positions = 3 * size * a.head_size + TOKEN_BYTES
+    loss = min(tokens, HEAD_ROWS) * min(a.vocabulary, HEAD_COLUMNS) * size + FP32 * a.hidden * min(tokens, TILE_TOKENS)
+    return (kept + positions) * tokens + max(attention * tokens, feed_forward * tokens + tile, loss)
+
+
+def long_row_host_bytes(setup: Setup, tokens: int, *, kept_attention: bool) -> int:
+    """Bytes of host memory for what waits for the backward pass of such a row, where it is offloaded."""
+    a, size = setup.architecture, setup.value_bytes
+    return a.layers * tokens * (a.hidden * size + kept_attention * (a.queries * size + FP32 * a.heads))
+
+
+def training_memory(setup: Setup, tokens: int, *, tiles: bool = False, offload: bool | None = None) -> Memory:
     """Bytes at the peak of training with micro-batches of so many tokens.
 
     The adapter is in fp32, and autocast keeps a copy of it in the compute dtype; gradients are in fp32.
+
+    Args:
+        setup: What is trained.
+        tokens: Of the largest micro-batch.
+        tiles: Whether a row of more than `LONG_ROW` tokens is computed layer by layer, in the way that takes the least.
+        offload: Of such a row, `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
     """
+    activations = activation_bytes(setup, tokens)
+    if tiles and tokens > LONG_ROW:
+        offloaded = offload is not False
+        activations = long_row_bytes(setup, tokens, offloaded=offloaded, kept_attention=False, copies=ATTENTION_COPIES)
     copy = setup.value_bytes if setup.value_bytes < FP32 else 0
     return Memory(
         weights=weight_bytes(setup),
@@ -157,8 +249,7 @@ def training_memory(setup: Setup, tokens: int) -> Memory:
         gradients=FP32 * setup.adapter,
         optimizer=OPTIMIZERS[setup.optimizer].state_bytes(setup.adapter),
         # The copies, and as large a gradient of each.
-        activations=activation_bytes(setup, tokens)
-        + 2 * setup.merged_rows * setup.architecture.hidden * setup.value_bytes,
+        activations=activations + 2 * setup.merged_rows * setup.architecture.hidden * setup.value_bytes,
     )
 
 
@@ -220,9 +311,16 @@ def evaluation_flops(setup: Setup, tokens: int, reads: int) -> int:
 
 
 def seconds(
-    flops: int, passes: int, setup: Setup, *, rate: float, bandwidth: float, used: float = UTILISATION
+    flops: int,
+    passes: int,
+    setup: Setup,
+    *,
+    rate: float,
+    bandwidth: float,
+    used: float = UTILISATION,
+    transfers: int | None = None,
 ) -> float:
-    """Seconds on a GPU: the larger of the time for the operations and the time for reading the weights.
+    """Seconds on a GPU: the largest of the times for the operations, for reading the weights, and for fetching them.
 
     Args:
         flops: Operations in all.
@@ -231,9 +329,12 @@ def seconds(
         rate: Operations a second, by the data sheet.
         bandwidth: Bytes of memory a second, by the data sheet.
         used: The share of `rate` that is reached, such as `UTILISATION`.
+        transfers: How often all weights come to the GPU, where they do not lie there; None for `passes`.
 
     Source: Williams et al. 2009, Roofline. Quantized weights are read, written out dequantized, and read again.
     """
     a, size = setup.architecture, setup.value_bytes
     traffic = a.linear_parameters * (size if setup.quantization == "none" else 0.5 + 2 * size)
-    return max(flops / (rate * used), passes * traffic / bandwidth)
+    missing = packed_bytes(setup) * {"gpu": 0.0, "sharded": 1 - 1 / setup.processes, "host": 1.0}[setup.base_held]
+    fetching = (passes if transfers is None else transfers) * missing / LINK_BANDWIDTH
+    return max(flops / (rate * used), passes * traffic / bandwidth, fetching)

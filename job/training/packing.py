@@ -26,7 +26,10 @@ SMALLEST_INCREMENT = 256
 GRID = 128
 """Lengths that are chosen for a whole run are multiples of at least this many tokens, as the tiles of products are."""
 SEGMENTS = 8
-"""The number of segments of a padded sequence is rounded up to a multiple of this."""
+"""The number of segments of a padded sequence is rounded up to a multiple of this, or to `FEW_SEGMENTS`."""
+FEW_SEGMENTS = (2, 4)
+"""Of a sequence with one to three examples. The attention kernel's backward pass uses the fewer of a GPU's processors
+the more segments there are, empty ones included; see `model.fused.long_attention`."""
 
 
 def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
@@ -91,7 +94,8 @@ def length_increment(tokens: int) -> int:
 
 def padded_segments(examples: int) -> int:
     """The number of segments of a padded sequence of so many examples, at least: they and the padding, rounded up."""
-    return -(-(examples + 1) // SEGMENTS) * SEGMENTS
+    segments = examples + 1
+    return next((few for few in FEW_SEGMENTS if segments <= few), -(-segments // SEGMENTS) * SEGMENTS)
 
 
 @dataclass(frozen=True)
@@ -168,12 +172,13 @@ def recording_tokens(layers: int, parameters: int) -> int:
     return int(RECORDING_TOKENS * layers / _MISTRAL_7B[0] * faster)
 
 
-def longest_segment(examples: Sequence[Example], budget: int) -> int:
+def longest_segment(examples: Sequence[Example], budget: int, most: int | None = None) -> int:
     """Upper bound of the tokens of a segment of a padded sequence, including the segment of padding.
 
-    Valid for sequences of at most `budget` tokens, or of one example, without `Shapes`.
+    Valid for sequences of at most `budget` tokens, or of one example, without `Shapes`; of examples of at most `most`
+    tokens.
     """
-    longest = max(lengths_of(examples))
+    longest = max(length if most is None else min(length, most) for length in lengths_of(examples))
     return max(longest, length_increment(max(longest, budget)))
 
 
@@ -193,9 +198,18 @@ def padded_sequence(
     shapes: Shapes = Shapes(),
 ) -> PaddedSequence:
     """Lays examples end to end in one sequence and pads it to one of the shapes."""
+    return _sequence(examples, device, *shapes.of(sum(lengths_of(examples)), len(examples)))
+
+
+def unpadded_sequence(examples: Sequence[Example], device: torch.device) -> PaddedSequence:
+    """The same without padding; `ends` has no empty segments."""
+    return _sequence(examples, device, sum(lengths_of(examples)), len(examples))
+
+
+def _sequence(examples: Sequence[Example], device: torch.device, length: int, slots: int) -> PaddedSequence:
+    """The examples in one sequence of this length, whose `ends` have so many slots for segments."""
     ends = [0, *accumulate(len(example.input_ids) for example in examples)]
     used = ends[-1]
-    length, slots = shapes.of(used, len(examples))
     tokens = np.zeros((3, length), dtype=np.int64)
     ids, labels, positions = tokens  # views: writing to them writes to `tokens`
     labels[:] = IGNORED

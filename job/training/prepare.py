@@ -7,8 +7,9 @@ manifest give the reason. On a CPU, PEFT's layers are always used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
@@ -20,10 +21,32 @@ from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
+from job.model.placed_weights import place_of
 from job.records import FP8, FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.execution_plan import AMPERE, FP8_CAPABILITY, VOLTA, choose_budget, choose_plan, why_not_recorded
-from job.training.memory_model import Setup, activation_bytes
+from job.training.execution_plan import (
+    AMPERE,
+    FP8_CAPABILITY,
+    VOLTA,
+    choose_budget,
+    choose_long_rows,
+    choose_place,
+    choose_plan,
+    held_bytes,
+    long_row_need,
+    why_not_recorded,
+)
+from job.training.memory_model import (
+    CONTEXT_BYTES,
+    LONG_ROW,
+    TILE_TOKENS,
+    Setup,
+    activation_bytes,
+    evaluation_bytes,
+    training_memory,
+    usable_bytes,
+)
+from job.training.refusal import refuse_rows
 
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
@@ -43,6 +66,46 @@ def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float |
     return micro_batch_tokens or choose_budget(_gpu_memory(gigabytes)[0])
 
 
+def place_base(
+    setup: Setup,
+    lengths: Sequence[int],
+    *,
+    global_batch_size: int,
+    budget: int,
+    scoring_tokens: int,
+    gigabytes: float | None,
+    places: Sequence[str],
+    tiles: bool = False,
+    offload: bool | None = None,
+) -> tuple[str, str]:
+    """Where the base's 4-bit weights are to lie on this machine, before they are loaded; and why if not on the GPU.
+
+    Args:
+        setup: What will be trained.
+        lengths: Tokens of each example.
+        global_batch_size: Examples of a step.
+        budget: The token budget of a micro-batch.
+        scoring_tokens: Tokens that are scored at once.
+        gigabytes: How much of the GPU may be used; None for all.
+        places: Of `PLACES`, the fastest first.
+        tiles: As in `training_memory`.
+        offload: As in `training_memory`.
+    """
+    tokens = _longest_sequence(lengths, global_batch_size, budget)
+    tiles &= max(lengths) > LONG_ROW
+
+    def needs(there: Setup) -> int:
+        scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
+        return max(training_memory(there, tokens, tiles=tiles, offload=offload).total, scoring)
+
+    memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now
+    place = choose_place(setup, memory_bytes=memory, places=places, needs=needs)
+    if place == "gpu":
+        return place, ""
+    need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
+    return place, f"with it on the GPU {need} are needed, and {usable} are safe to fill"
+
+
 def prepare(
     model: Any,
     lengths: Sequence[int],
@@ -57,6 +120,10 @@ def prepare(
     processes: int = 1,
     random: bool = False,
     slow: str | None = None,
+    offload: bool | Literal["auto"] = "auto",
+    method: str = "sft",
+    longest_at: str = "",
+    validation: Sequence[int] = (),
     compute: Literal["dtype", "fp8"] = "dtype",
 ) -> ExecutionPlan:
     """Chooses how this machine trains the model, and makes the model ready for it.
@@ -74,38 +141,63 @@ def prepare(
         processes: How many train on this machine.
         random: Whether the embeddings get noise (NEFTune), which a CUDA graph would repeat unchanged.
         slow: Why PEFT's own layers have to compute this adapter; None if they need not.
+        offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`.
+        method: Rows of preferences go through the model as a whole, however long they are.
+        longest_at: Where the longest row stands, for messages.
+        validation: Tokens of each row that is validated on.
         compute: `JOB_TRAIN__COMPUTE`.
 
     Raises:
-        SettingsError: Training cannot compute in FP8 as the settings ask: PEFT's own layers are needed, or a layer's
-            size does not fit the GPU's products.
+        SettingsError: The longest row cannot fit into the memory of this machine. Training cannot compute in FP8 as
+            the settings ask: PEFT's own layers are needed, or a layer's size does not fit the GPU's products.
     """
-    setup = setup_of(model, quantization, optimizer)
+    setup, held = setup_of(model, quantization, optimizer), place_of(model)
+    setup = setup and replace(setup, base_held=held)
+    allowed = None if offload == "auto" else offload
     slow = why_not_fused(model) or slow
     dtype = dtype_name(model)
     if compute == FP8 and slow is None and dtype != "bfloat16":
         raise SettingsError([Problem(_COMPUTE, f"is fp8, which is beside bf16; the compute dtype is {dtype}")])
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
-    if slow is None and setup is not None:
+    lengths = [*lengths, *sorted(validation, reverse=True)[:1]]
+    rows = None if slow is not None else _rows(model, lengths, budget, global_batch_size, method)
+    may_fit = partial(
+        _refuse,
+        model,
+        setup,
+        max(lengths),
+        rows=rows,
+        gigabytes=gigabytes,
+        offload=allowed,
+        processes=processes,
+        where=longest_at,
+    )
+    if rows is not None and setup is not None:
         plan = _fuse(
             model,
             setup,
-            sequence_tokens=_longest_sequence(lengths, global_batch_size, budget),
+            rows=rows,
             keep_base=None if keep_base == "auto" else keep_base,
             keep_activations=None if recompute == "auto" else not recompute,
             gigabytes=gigabytes,
+            offload=allowed,
+            host_bytes=available_bytes() // processes,
             fp8=compute == FP8,
+            may_fit=may_fit,
         )
         if plan is not None:
             if random and plan.recorded:
                 why = "no CUDA graphs: JOB_TRAIN__NEFTUNE_NOISE_ALPHA draws new noise in every step"
                 plan = replace(plan, recorded=False, reason=f"{plan.reason}; {why}")
             log.get_logger().info("execution plan", micro_batch_tokens=budget, **asdict(plan))
+            _note_unused(plan, lengths, offload=offload)
             return plan
         slow = "PEFT's layers of this adapter are of a kind that has no fused one"
     if compute == FP8:
         raise SettingsError([Problem(_COMPUTE, f"is fp8, which only the job's fused layers compute: {slow}")])
+    may_fit()
+    _note_unused(None, lengths, offload=offload)
     kept, memory = _keeps_activations(model, setup, max(budget, *lengths), processes, recompute=recompute)
     plan = ExecutionPlan(
         kept_base=False,
@@ -113,6 +205,7 @@ def prepare(
         recorded=False,
         reason="; ".join(filter(None, (slow, memory))),
         forward=PEFT,
+        base_held=held,
     )
     if model.device.type == "cuda":
         log.get_logger().warning(
@@ -220,37 +313,92 @@ def _is_uneven(adapter: Any) -> bool:
     return any(getattr(adapter, name, None) for name in options)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What of the rows decides about memory: tokens of the longest padded sequence, and of the longest long row.
+
+    `long` is None where no row is computed layer by layer, `padded` is 0 where all are.
+    """
+
+    padded: int
+    long: int | None
+
+
+def _note_unused(plan: ExecutionPlan | None, lengths: Sequence[int], *, offload: bool | Literal["auto"]) -> None:
+    """Warns that activations are not offloaded although the setting says so."""
+    if offload is not True or (plan is not None and plan.tile_tokens is not None):
+        return
+    why = "rows are not computed layer by layer on this machine, or by this model or method"
+    if (longest := max(lengths)) <= LONG_ROW:
+        why = f"the longest row has {longest:,} tokens, and only those of more than {LONG_ROW:,} are"
+    log.get_logger().warning("JOB_TRAIN__OFFLOAD_ACTIVATIONS has no effect", why=why)
+
+
+def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: int, method: str) -> _Rows:
+    from job.model.fused import lora_forward
+    from job.training.long_rows import why_not_here
+
+    longest = max(lengths)
+    if longest > LONG_ROW and method == "sft" and lora_forward.knows(model.get_base_model()):
+        if (why := why_not_here(model)) is None:
+            short = [length for length in lengths if length <= LONG_ROW]
+            padded = _longest_sequence(short, global_batch_size, budget) if short else 0
+            return _Rows(padded, max(longest, budget))
+        log.get_logger().warning("long rows are not computed in tiles, which takes more memory and time", why=why)
+    return _Rows(_longest_sequence(lengths, global_batch_size, budget), None)
+
+
 def _fuse(
     model: Any,
     setup: Setup,
     *,
-    sequence_tokens: int,
+    rows: _Rows,
     keep_base: bool | None,
     keep_activations: bool | None,
     gigabytes: float | None,
+    offload: bool | None,
+    host_bytes: int,
     fp8: bool,
+    may_fit: Callable[[], None],
 ) -> ExecutionPlan | None:
     """Replaces the layers' forward by fused ones, as far as free memory allows; None if no layer can be replaced."""
     import torch
 
     from job.model.fused import lora_forward
     from job.model.fused.fp8 import MULTIPLE
+    from job.model.fused.long_attention import attention_copies
 
     if fp8 and (odd := _not_multiples(setup, MULTIPLE)):
         what = f"is fp8, whose products need sizes that are multiples of {MULTIPLE}; this model has {odd}; remove it"
         raise SettingsError([Problem(_COMPUTE, what)])
+    may_fit()
     _, free = _gpu_memory(gigabytes)
+    copies, reserved = attention_copies(setup.architecture, model.device), 0
+    if rows.long is not None:
+        reserved = long_row_need(setup, rows.long, offloaded=offload is not False, kept_attention=False, copies=copies)
     capability = _capability()
     plan = choose_plan(
         setup,
-        free_bytes=free,
-        sequence_tokens=sequence_tokens,
-        keep_base=keep_base,
+        free_bytes=max(0, free - reserved),
+        sequence_tokens=rows.padded,
+        # For long rows alone it saves nothing; but of FP8's copies there are two, made with a pass over all values.
+        keep_base=False if keep_base is None and rows.padded == 0 and not fp8 else keep_base,
         keep_activations=keep_activations,
         recorded=lora_forward.knows(model.get_base_model()),
         not_recorded=why_not_recorded(setup, capability),
         fp8=fp8,
     )
+    if rows.long is not None:
+        plan = choose_long_rows(
+            replace(plan, recorded=plan.recorded and rows.padded > 0),
+            setup,
+            tokens=rows.long,
+            free_bytes=free - held_bytes(setup, plan, rows.padded),
+            host_bytes=host_bytes,
+            offload=offload,
+            copies=copies,
+            tile=TILE_TOKENS,
+        )
     kernels, name = fast_kernels(model.device, dtype_name(model))
     try:
         made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels, fp8=fp8)
@@ -289,6 +437,36 @@ def _not_multiples(setup: Setup, factor: int) -> str:
         f"{name} of {inputs} x {outputs}"
         for name, (inputs, outputs) in sizes.items()
         if inputs % factor or outputs % factor
+    )
+
+
+def _refuse(
+    model: Any,
+    setup: Setup | None,
+    longest: int,
+    *,
+    rows: _Rows | None,
+    gigabytes: float | None,
+    offload: bool | None,
+    processes: int,
+    where: str,
+) -> None:
+    """Refuses rows that certainly do not fit: on the GPU, or on a CPU in the machine's memory."""
+    from job.model.fused.long_attention import attention_copies
+
+    if setup is None:
+        return
+    host = available_bytes() // processes
+    on_gpu = model.device.type == "cuda"
+    in_tiles = rows is not None and rows.long is not None
+    refuse_rows(
+        setup,
+        longest,
+        free_bytes=_gpu_memory(gigabytes)[1] if on_gpu else host,
+        host_bytes=host if on_gpu else None,
+        offload=offload,
+        copies=attention_copies(setup.architecture, model.device) if in_tiles else None,
+        where=where,
     )
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from job.common.out_of_memory import out_of_memory
+from job.common.out_of_memory import out_of_memory, too_small
 from job.data.batch_plan import Steps, by_weight, weighted_targets
 from job.data.examples import lengths_of
 from job.distributed.processes import Processes
-from job.errors import JobError, TrainingFailed
+from job.errors import JobError
 from job.log import get_logger
 from job.model.architecture import read_config
 from job.model.base import recompute_activations
@@ -30,11 +30,14 @@ from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import forget_dequantized
 from job.model.fused.lora_forward import decoder_of
 from job.model.packed_attention import Layout, Segment, is_packed
+from job.model.placed_weights import taking_part
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import Logits, logits_of, padded_loss
+from job.training.long_rows import LongRows, has_long_row
+from job.training.memory_model import LONG_ROW
 from job.training.objectives import Totals, totals_of
 from job.training.packing import (
     RECORDING_TOKENS,
@@ -115,8 +118,11 @@ class OptimizerStep:
         self._loss_scale: torch.Tensor | None = None
         self.metrics: dict[str, float] = {}
         """Metrics of the last step of preferences, by TRL's names."""
-        self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens)
+        self._padded_at_most = None if plan.tile_tokens is None else LONG_ROW
+        """Tokens of the longest example in a padded sequence; None where no limit is known."""
+        self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most)
         self._graphs: CudaGraphs | None = None
+        self._long_rows = LongRows(model, self._head_loss, self._check)
         self._recording_tokens = _recording_tokens(model)
         self._shapes: dict[int, Shapes] = {}
 
@@ -150,13 +156,16 @@ class OptimizerStep:
         while True:
             sums = None
             try:
-                sums = compute()
+                with taking_part(self._model):
+                    sums = compute()
+            except JobError as error:  # another process has ended while weights were gathered
+                raise StepAbandoned from error
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
                 longest = max(lengths_of(self._steps.examples))
                 if self.budget <= longest // 2 and not self.plan.droppable:
-                    raise TrainingFailed(_too_small(longest, error)) from error
+                    raise too_small("training", longest, error) from error
             try:
                 if not self._processes.agree(repeat=sums is None) and sums is not None:
                     self._processes.add_up(sums)
@@ -166,12 +175,12 @@ class OptimizerStep:
                     self.budget //= 2
             except JobError as error:
                 raise StepAbandoned from error
-            gc.collect()  # the caught error's frames keep tensors alive in reference cycles
-            torch.cuda.empty_cache()
+            free_caches()
 
     def release(self) -> None:
-        """Frees the CUDA graphs and their memory; they are recorded again when they are needed."""
+        """Frees the CUDA graphs and their memory, and host memory; they are made again when they are needed."""
         self._graphs = None
+        self._long_rows.release()
 
     def _own_gradient(self, number: int, known: _Known | None = None) -> torch.Tensor:
         """This process's part of a step: the gradient, left in the flat parameters, and what is to be summed.
@@ -239,21 +248,27 @@ class OptimizerStep:
             return torch.stack(parts).sum()
         if not self.plan.padded:
             return self._packed_gradient(packed_inputs(examples, device), targets)
-        sequence = padded_sequence(examples, device, self.shapes())
         # A tensor, not a number: a CUDA graph would always use the number with which it was recorded.
         weight = torch.full((), 1 / targets, device=device)  # filled there: a copy would wait for the GPU
         if self._loss_scale is not None:
             weight = weight * self._loss_scale
-        if not self.plan.recorded:
-            loss = self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
-        else:
-            graphs = self._recorded(device)
-            loss = graphs(sequence.tokens, sequence.ends, weight)
-            if not graphs.possible:
-                self.plan = self.plan.give_up("recorded")
-                self.release()
+        loss = self._padded_micro_batch(examples, weight)
         # The factor is a power of two, so multiplying and dividing by it change no bit.
         return loss if self._loss_scale is None else loss / self._loss_scale
+
+    def _padded_micro_batch(self, examples: Sequence[Example], weight: torch.Tensor) -> torch.Tensor:
+        """The same with `weight`, () float32, by which the summed loss is multiplied; for a padded plan."""
+        if self._in_tiles(examples):
+            return self._long_rows.gradient(examples, weight, self.plan)
+        sequence = padded_sequence(examples, weight.device, self.shapes())
+        if not self.plan.recorded:
+            return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
+        graphs = self._recorded(weight.device)
+        loss = graphs(sequence.tokens, sequence.ends, weight)
+        if not graphs.possible:
+            self.plan = self.plan.give_up("recorded")
+            self.release()
+        return loss
 
     def _scaler_factor(self, device: torch.device) -> torch.Tensor | None:
         """What fp16's loss scaling multiplies losses by in this step, () float32; None without it.
@@ -282,6 +297,26 @@ class OptimizerStep:
         loss.backward()  # type: ignore[no-untyped-call] # adds to the flat gradient in place
         return loss.detach()
 
+    def _check(self) -> None:
+        """Within a long row.
+
+        Raises:
+            StepAbandoned: The job has to stop, and there is no time for as much as a whole step.
+        """
+        if self._hooks.stop() and not self._hooks.fits(1.0):
+            raise StepAbandoned
+
+    def _in_tiles(self, examples: Sequence[Example]) -> bool:
+        """Whether a micro-batch is computed by `long_rows`."""
+        return self.plan.tile_tokens is not None and has_long_row(examples)
+
+    def summed_loss(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The summed loss of a micro-batch, () float32, without a gradient; for a padded plan."""
+        if self._in_tiles(examples):
+            return self._long_rows.summed_loss(examples, self.plan)
+        sequence = padded_sequence(examples, self._parameters.gradient.device)
+        return self.padded_sum(sequence.tokens, sequence.ends, sequence.segments)
+
     def padded_sum(self, tokens: torch.Tensor, ends: torch.Tensor, segments: tuple[Segment, ...] = ()) -> torch.Tensor:
         """The summed loss of a padded sequence, () float32; arguments as for its gradient."""
         base = self._model.get_base_model()
@@ -297,12 +332,19 @@ class OptimizerStep:
         hidden = decoder_of(base)(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
         ).last_hidden_state[0]
-        return padded_loss(hidden, base.get_output_embeddings(), labels, self._smoothing, self._logits)
+        return self._head_loss(hidden, labels)
+
+    def _head_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The summed loss of hidden states behind the last norm; arguments as of `padded_loss`."""
+        head = self._model.get_base_model().get_output_embeddings()
+        return padded_loss(hidden, head, labels, self._smoothing, self._logits)
 
     def shapes(self) -> Shapes:
         """What this process's packed sequences are padded to, with the present token budget."""
         if self.budget not in self._shapes:
-            self._shapes[self.budget] = choose_shapes(self._steps.sequences(self.budget), self._recording_tokens)
+            self._shapes[self.budget] = choose_shapes(
+                self._steps.sequences(self.budget, self._padded_at_most), self._recording_tokens
+            )
         return self._shapes[self.budget]
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
@@ -333,17 +375,19 @@ class OptimizerStep:
         return True
 
 
+def free_caches() -> None:
+    """After memory has run out: frees what the failed work has left, and the memory that torch keeps for later."""
+    gc.collect()  # the caught error's frames keep tensors alive in reference cycles
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:  # the allocator of torch believes a failed recording to be in progress
+        if not out_of_memory(error):
+            raise
+
+
 def _recording_tokens(model: Any) -> int:
     try:
         of = read_config(model.get_base_model().config.to_dict())
     except ValueError:  # a model of another build, which is not padded
         return RECORDING_TOKENS
     return recording_tokens(of.layers, of.linear_parameters + of.head_parameters)
-
-
-def _too_small(longest: int, error: Exception) -> str:
-    first = (str(error).splitlines() or [""])[0][:200]
-    return (
-        f"memory ran out in training with one example at a time, the longest of {longest} tokens; lower "
-        f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or take a GPU with more memory ({first})"
-    )

@@ -50,7 +50,7 @@ from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import alone_loss, can_sum, logits_loss, summed_head
 from job.training.muon import FlatMuon
 from job.training.neftune import add_noise
-from job.training.packing import alone_inputs, packed_inputs, padded_sequence
+from job.training.packing import alone_inputs, packed_inputs
 from job.training.preference_gradient import PreferenceGradient, head_of, token_log_probs
 from job.training.step import OptimizerStep, StepAbandoned
 from job.training.trl_config import trl_config
@@ -325,8 +325,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             if not is_packed(self.model):
                 return torch.stack([self.packed_loss(alone_inputs(example, device), 1) for example in examples]).sum()
             if self.step.plan.padded:
-                sequence = padded_sequence(examples, device)
-                return self.step.padded_sum(sequence.tokens, sequence.ends, sequence.segments)
+                return self.step.summed_loss(examples)
             return self.packed_loss(packed_inputs(examples, device), 1)
 
     def stopped_early(self) -> bool:

@@ -14,24 +14,24 @@ repeats it.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from job.common.out_of_memory import out_of_memory
+from job.common.out_of_memory import out_of_memory, too_small
 from job.data.batch_plan import by_weight, micro_batches, shares, weighted_targets
 from job.data.examples import lengths_of, target_counts_of
 from job.distributed.processes import Processes
-from job.errors import JobError, TrainingFailed
+from job.errors import JobError
 from job.log import get_logger
+from job.model.placed_weights import taking_part
 from job.records import Example
 from job.training.config import Hooks
 from job.training.objectives import totals_of
 from job.training.preference_gradient import PreferenceGradient
-from job.training.step import OptimizerStep, StepAbandoned
+from job.training.step import OptimizerStep, StepAbandoned, free_caches
 
 SummedLoss = Callable[[Sequence[Example]], torch.Tensor]
 """The summed negative log-likelihood of the examples' target tokens, () float32."""
@@ -127,13 +127,15 @@ class Validation:
         while True:
             found = None
             try:
-                found = self._micro_batches(mine, compute, numbers)
+                with taking_part(self._model):
+                    found = self._micro_batches(mine, compute, numbers)
+            except JobError as error:  # another process has ended while weights were gathered
+                raise StepAbandoned from error
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
                 if self.budget <= max(lengths) // 2 and not self._step.plan.droppable:
-                    what = "memory ran out in a validation with one row at a time; take a GPU with more memory"
-                    raise TrainingFailed(what) from error
+                    raise too_small("a validation", max(lengths), error) from error
             try:
                 repeat = self._processes.agree(repeat=found is None)
                 if self._processes.stopping:
@@ -145,8 +147,7 @@ class Validation:
                     get_logger().warning("the GPU's memory ran out in a validation", micro_batch_tokens=self.budget)
             except JobError as error:
                 raise StepAbandoned from error
-            gc.collect()  # the caught error's frames keep tensors alive in reference cycles
-            torch.cuda.empty_cache()
+            free_caches()
 
     def _micro_batches(
         self, examples: Sequence[Example], compute: Callable[[Sequence[Example]], torch.Tensor], numbers: int

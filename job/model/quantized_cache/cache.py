@@ -25,6 +25,7 @@ from job.common.resources import check_disk, required_bytes
 from job.errors import JobError, Preempted, Replaced
 from job.model.base import load_tokenizer
 from job.model.files import SOURCE_CONFIG
+from job.model.placed_weights import save_quantized
 from job.model.quantized_cache.layout import (
     INDEX,
     MERGES,
@@ -126,7 +127,7 @@ def save(model: Any, source: Path, entry: CacheEntry) -> CachedBase:
     try:
         check_disk(entry.folder, required_bytes([model.get_memory_footprint()]))
         with new_folder(entry.folder) as folder:
-            model.save_pretrained(folder, max_shard_size=SHARD)
+            save_quantized(model, folder, shard=SHARD)
             for path in sorted({path for kind in (*SMALL_FILES, MERGES) for path in source.glob(kind)}):
                 if path.is_file() and not (folder / path.name).exists() and not path.name.endswith(".index.json"):
                     shutil.copyfile(path, folder / path.name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from job.cli import main as cli
-from job.errors import AccessDenied, JobError, Preempted, Problem, SettingsError, Stalled
+from job.errors import AccessDenied, JobError, Preempted, Problem, SettingsError, Stalled, TrainingFailed
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,20 @@ def test_a_failure_that_another_machine_may_not_have_names_the_machine(
         monkeypatch.setenv("KUBERNETES_NODE_NAME", node)
         assert cli.main(["config"]) == (error.exit_code if isinstance(error, JobError) else 1)
         assert log.read_text() == expected
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: out of memory")])
+def test_memory_that_runs_out_is_no_bug(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Wherever it happens: exit code 70, which is not retried, and the settings to lower."""
+
+    def fail(_words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(cli._FUNCTIONS, "config", fail)
+    assert cli.main(["config"]) == TrainingFailed.exit_code
+    said = capsys.readouterr().err
+    assert "JOB_TRAIN__MAX_LENGTH" in said
+    assert "a bug" not in said
 
 
 def test_a_stall_names_its_code_and_the_machine(tmp_path: Path) -> None:

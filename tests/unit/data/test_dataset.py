@@ -58,6 +58,7 @@ def test_the_record_says_what_was_read(tmp_path: Path) -> None:
     assert (record.source, record.revision, record.split) == ("s3://bucket/x.jsonl", None, None)
     assert (record.format, record.rows, record.skipped) == ("prompt_completion", 2, {})
     assert (record.tokens, record.target_tokens, record.longest) == (11, 7, 6)
+    assert record.longest_at == "s3://bucket/x.jsonl:2"
 
 
 @per_example

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from job.model.architecture import Architecture
 from job.planning import forecast
 from job.planning.forecast import (
     DOWNLOAD_RATE,
@@ -311,3 +312,51 @@ def test_a_first_stage_takes_time() -> None:
     assert shown["optimizer steps, first stage"] == WORK.steps
     longer = replace(both, first_stage=replace(RUN, workload=replace(WORK, longest=10**6, largest_step=10**6)))
     assert not forecast_gpu(gpu, longer, REFERENCE).fits
+
+
+LLAMA_70B = replace(REFERENCE, architecture=Architecture(8192, 28672, 80, 64, 8, 128, 32000))
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "processes", "held"),
+    [(80, 1, "gpu"), (30, 2, "sharded"), (30, 1, "host"), (24, 1, "host"), (24, 8, "sharded")],
+)
+def test_a_model_larger_than_a_gpu_lies_elsewhere(gigabytes: int, processes: int, held: str) -> None:
+    """Llama-70B's shape: on the GPU where it fits, else sharded over several, else in main memory; the note says so."""
+    gpu = replace(BY_NAME["H100"], memory_bytes=gigabytes * 10**9)
+    places = tuple(place for place in memory_model.PLACES if place != "sharded" or processes > 1)
+    run = replace(RUN, setup=LLAMA_70B, places=places, processes=processes, fused=True, budget=1024)
+    found = forecast_gpu(gpu, run, LLAMA_70B)
+    assert (found.fits, found.base_held) == (True, held)
+    assert ("main memory" in found.note, "sharded" in found.note) == (held == "host", held != "gpu")
+    assert not forecast_gpu(gpu, replace(run, places=("gpu",)), LLAMA_70B).fits or held == "gpu"
+
+
+def test_weights_that_come_over_a_link_take_their_time() -> None:
+    """Hours grow by the bytes of all layers, twice a micro-batch, where the link is what is slow."""
+    gpu = replace(BY_NAME["H200"], flops=1e18, bandwidth=1e15)
+    run = replace(RUN, setup=LLAMA_70B, fused=True)
+    here, there = (forecast_gpu(gpu, replace(run, places=(place,)), LLAMA_70B).hours for place in ("gpu", "host"))
+    assert here is not None
+    assert there is not None
+    once = memory_model.packed_bytes(LLAMA_70B) / memory_model.LINK_BANDWIDTH
+    assert 3600 * (there - here) > 2 * WORK.steps * once
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tokens", "offloaded"), [("L4", 78_500, True), ("A100 80GB", 343_000, True), ("H200", 64_000, False)]
+)
+def test_a_long_row_fits_in_tiles(gpu: str, tokens: int, *, offloaded: bool) -> None:
+    """With its activations in main memory, which the plan says with how much; as a whole it would not fit on most."""
+    row = Workload(1, 1, tokens, tokens - 1, tokens**2, tokens, tokens)
+    run = replace(RUN, workload=row, fused=True, tiles=True)
+    plan = forecast_gpu(BY_NAME[gpu], run, REFERENCE)
+    assert plan.fits
+    assert ("activations of the longest row lie in main memory" in plan.note) == offloaded
+    host = {figure.name: figure.value for figure in estimates(run)}["main memory: activations"]
+    assert host == memory_model.long_row_host_bytes(REFERENCE, tokens, kept_attention=False)
+    assert forecast_gpu(BY_NAME[gpu], replace(run, tiles=False), REFERENCE).fits == (not offloaded)
+    if offloaded:
+        kept_there = forecast_gpu(BY_NAME[gpu], replace(run, offload=False), REFERENCE)
+        assert not kept_there.fits
+        assert "main memory" not in kept_there.note

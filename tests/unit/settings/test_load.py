@@ -1388,3 +1388,17 @@ class TestValidation:
         """A revision without a hub id is refused."""
         found = problems([], {"JOB_DATA__VALIDATION_REVISION": "c0ffee", "JOB_DATA__VALIDATION": "0.1"})
         assert list(found) == ["JOB_DATA__VALIDATION_REVISION (environment)"]
+
+
+@pytest.mark.parametrize(
+    ("with_it", "said"),
+    [
+        ({"JOB_MODEL__QUANTIZATION": "none"}, "JOB_MODEL__QUANTIZATION is none"),
+        ({"JOB_MODEL__KEEP_DEQUANTIZED": "true"}, "JOB_MODEL__KEEP_DEQUANTIZED keeps the base on the GPU"),
+        ({"JOB_RUN__PROCESSES": "1"}, "JOB_RUN__PROCESSES is 1"),
+    ],
+)
+def test_a_placement_that_cannot_be(with_it: dict[str, str], said: str) -> None:
+    """What JOB_MODEL__PLACEMENT cannot be combined with is refused before anything is read."""
+    with pytest.raises(SettingsError, match=said):
+        load_settings(environ={"JOB_MODEL__PLACEMENT": "sharded", **with_it})

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from job.errors import SettingsError
 from job.model.architecture import Architecture
 from job.records import PEFT, ExecutionPlan
-from job.training.execution_plan import BUDGETS, GIB, choose_budget, choose_plan, kept_activation_bytes
-from job.training.memory_model import Setup
+from job.training.execution_plan import (
+    BUDGETS,
+    GIB,
+    choose_budget,
+    choose_long_rows,
+    choose_place,
+    choose_plan,
+    kept_activation_bytes,
+)
+from job.training.memory_model import PLACES, Setup, long_row_bytes, training_memory
+from job.training.refusal import refuse_rows
 
 MISTRAL_7B = Architecture(4096, 14336, 32, 32, 8, 128, 32000)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -132,3 +143,116 @@ def test_peft_has_nothing_to_give_up() -> None:
 def test_a_record_of_an_older_version_was_fused() -> None:
     """It has no `forward`, and was only written where fused layers computed."""
     assert ExecutionPlan(kept_base=True, kept_activations=True, recorded=True, reason="needs 9 of 12 GiB").fused
+
+
+def chosen_for_a_row(
+    free_gib: float, tokens: int, host_gib: float = 1000, *, offload: bool | None = None
+) -> ExecutionPlan:
+    """What is chosen for a long row."""
+    return choose_long_rows(
+        chosen(free_gib, 0, keep_base=False, keep_activations=False),
+        SETUP,
+        tokens=tokens,
+        free_bytes=int(free_gib * GIB),
+        host_bytes=int(host_gib * GIB),
+        offload=offload,
+        copies=132,
+        tile=8192,
+    )
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "tokens", "host_gib", "expected"),
+    [
+        (130, 64_000, 100, (False, True)),
+        (40, 64_000, 100, (True, True)),
+        (40, 64_000, 40, (False, False)),
+        (18, 78_500, 60, (True, False)),
+        (70, 343_000, 150, (True, False)),
+        (70, 343_000, 400, (True, True)),
+    ],
+)
+def test_where_the_activations_of_a_long_row_wait(
+    free_gib: float, tokens: int, host_gib: float, expected: tuple[bool, bool]
+) -> None:
+    """Attention's output is kept where it can be, on the GPU before main memory; at last the inputs alone, there."""
+    found = chosen_for_a_row(free_gib, tokens, host_gib)
+    assert (found.offloaded, found.kept_attention) == expected
+    assert found.tile_tokens == 8192
+    assert f"rows of up to {tokens:,} tokens need" in found.reason
+
+
+def test_offloading_is_taken_up_first() -> None:
+    """When memory runs out: it costs the least time. Not where it is forbidden, and not twice."""
+    plan = replace(chosen_for_a_row(130, 64_000), kept_base=True, forward="fused all, triton")
+    assert plan.droppable[:2] == ("on_gpu", "kept_base")
+    assert plan.give_up("on_gpu").offloaded
+    assert "on_gpu" not in plan.give_up("on_gpu").droppable
+    assert plan.droppable[-1] == "kept_attention"
+    assert "on_gpu" not in chosen_for_a_row(130, 64_000, offload=False).droppable
+
+
+def refused(free_gib: float, tokens: int, host_gib: float = 1000, **how: object) -> str:
+    """What is said of a row; empty if it is not refused."""
+    options = {"offload": None, "copies": 132, **how}
+    try:
+        refuse_rows(SETUP, tokens, free_bytes=int(free_gib * GIB), host_bytes=int(host_gib * GIB), **options)
+    except SettingsError as error:
+        return str(error)
+    return ""
+
+
+def test_only_what_is_certain_is_refused() -> None:
+    """What is planned to fit is not refused; of what is refused, the number of tokens that fit fits."""
+    assert not refused(70, 343_000)
+    assert not refused(70, 200_000)
+    text = refused(70, 1_000_000)
+    assert text.startswith("JOB_TRAIN__MAX_LENGTH: the longest row has 1,000,000 tokens")
+    fits = int(text.split("about ")[1].split(" tokens")[0].replace(",", ""))
+    assert not refused(70, fits)
+    assert refused(70, fits + 1)
+    assert "main memory" not in text
+    assert "the machine's memory" in refused(70, 343_000, host_gib=50)
+    assert "JOB_TRAIN__OFFLOAD_ACTIVATIONS=auto" in refused(70, 343_000, offload=False)
+    assert "JOB_TRAIN__OFFLOAD_ACTIVATIONS=auto" in refused(120, 200_000, host_gib=10, offload=True)
+    whole = refused(70, 343_000, copies=None)
+    assert "OFFLOAD" not in whole
+    assert whole
+
+
+@given(
+    one=st.integers(1, 500_000), other=st.integers(1, 500_000), offloaded=st.booleans(), kept_attention=st.booleans()
+)
+def test_a_longer_row_takes_more(*, one: int, other: int, offloaded: bool, kept_attention: bool) -> None:
+    """Which the search for what fits relies on; offloading takes less of the GPU's memory, keeping attention more."""
+    how = {"offloaded": offloaded, "kept_attention": kept_attention, "copies": 132}
+    less, more = (long_row_bytes(SETUP, tokens, **how) for tokens in sorted((one, other)))
+    assert less <= more
+    assert long_row_bytes(SETUP, one, **how | {"offloaded": True}) <= long_row_bytes(SETUP, one, **how)
+
+
+def test_the_first_place_in_which_all_fits() -> None:
+    """By memory the base goes from the GPU to all GPUs together and to main memory; the last is taken at any rate."""
+
+    def place(gib: float, *places: str, processes: int = 2) -> str:
+        setup = replace(SETUP, processes=processes)
+
+        def needs(there: Setup) -> int:
+            return training_memory(there, 4096).total
+
+        return choose_place(setup, memory_bytes=int(gib * GIB), places=places or PLACES, needs=needs)
+
+    assert [place(gib) for gib in (24, 8, 7, 1)] == ["gpu", "gpu", "sharded", "host"]
+    assert place(7, processes=1) == "host"  # a share of one is all of it
+    assert place(6, "gpu") == place(24, "gpu") == "gpu"
+
+
+@pytest.mark.parametrize("place", ["sharded", "host"])
+def test_a_base_elsewhere_is_neither_kept_nor_recorded(place: str) -> None:
+    """Whatever the memory: its addresses hold other layers from time to time. The reason says where it is."""
+    setup = replace(SETUP, base_held=place, processes=2)
+    how: dict[str, Any] = {"sequence_tokens": 4096, "keep_base": None, "recorded": True}
+    found = choose_plan(setup, free_bytes=200 * GIB, keep_activations=None, **how)
+    assert (found.base_held, found.kept_base, found.kept_activations, found.recorded) == (place, False, True, False)
+    assert {"sharded": "sharded over", "host": "in main memory"}[place] in found.reason
+    assert not choose_plan(setup, free_bytes=4 * GIB, keep_activations=None, **how).kept_activations

@@ -253,3 +253,42 @@ def test_a_set_budget_holds() -> None:
     """On any machine."""
     assert token_budget(torch.device("cpu"), None, None) == CPU_MICRO_BATCH_TOKENS
     assert token_budget(torch.device("cpu"), 77, None) == token_budget(torch.device("cuda"), 77, None) == 77
+
+
+def long_rows(base_folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, host: int = 1 << 40, **how: Any) -> Any:
+    """The plan for rows of 30,000 tokens among short ones, with so much free memory."""
+    monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
+    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (free, free))
+    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(prepare_module, "available_bytes", lambda: host)
+    return prepare(make_model(base_folder), [10, 30_000], **SETTINGS | {"keep_base": "auto"} | how)
+
+
+def test_long_rows_are_computed_in_tiles(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a row is long, and the loss is over tokens; the short rows are recorded all the same."""
+    found = long_rows(base_folder, monkeypatch, 80 << 30)
+    assert (found.tile_tokens, found.offloaded, found.kept_attention, found.recorded) == (8192, False, True, True)
+    assert "rows of up to 30,000 tokens need" in found.reason
+    assert long_rows(base_folder, monkeypatch, 80 << 30, method="dpo").tile_tokens is None
+    held_out = prepare(make_model(base_folder), [10, 20], **SETTINGS, validation=[30_000, 10])
+    assert held_out.tile_tokens == 8192
+
+
+def test_offloading_without_a_long_row_is_a_warning(base_folder: Path) -> None:
+    """The setting is for long rows on fused layers: where it does nothing, it is said why."""
+    with capture_logs() as lines:
+        prepare(make_model(base_folder), [10, 20], **SETTINGS, offload=True)
+    (line,) = [line for line in lines if line["log_level"] == "warning"]
+    assert line["event"] == "JOB_TRAIN__OFFLOAD_ACTIVATIONS has no effect"
+    assert "20 tokens" in line["why"]
+
+
+def test_a_row_that_cannot_fit_is_refused(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before training, with the figures, the row's place and the settings; as an error of the settings."""
+    how = {"host": 20 << 20, "longest_at": "rows.jsonl:17"}
+    with pytest.raises(SettingsError) as caught:
+        long_rows(base_folder, monkeypatch, 80 << 30, **how)
+    text = str(caught.value)
+    assert text.startswith("JOB_TRAIN__MAX_LENGTH: the longest row, rows.jsonl:17, has 30,000 tokens")
+    assert "20.0 MiB are free; about 1,0" in text
+    assert "JOB_DATA__ON_LONG_ROW" in text

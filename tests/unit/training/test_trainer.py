@@ -889,7 +889,7 @@ def test_memory_that_is_too_small_for_one_example_ends_the_job(
     """When halving cannot help any more, the job ends with 70 and says what to lower, instead of trying forever."""
     model = make_model(base_folder)
     sizes = run_out_of_memory(model, lambda _: True)
-    with pytest.raises(TrainingFailed, match=r"one example at a time.*JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK"):
+    with pytest.raises(TrainingFailed, match=r"one row at a time.*JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK"):
         run(model, tokenizer, EXAMPLES, RECIPE, tmp_path)
     assert len(sizes) < 30
 

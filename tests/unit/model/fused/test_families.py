@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,9 +23,11 @@ from job.model.packed_attention import NAME, register, use
 from job.model.packing_check import choose_packing
 from job.records import Question
 from job.training.lm_head_loss import logits_of, padded_loss
+from job.training.long_rows import LongRows, why_not_here
 from job.training.packing import padded_sequence
 from tests.families.models import tiny_config
 from tests.helpers import fill_adapter, make_examples
+from tests.unit.training.recipes import PLAN
 
 CPU = torch.device("cpu")
 MODELS = sorted(FAMILIES.keys() | IMAGES_TOO.keys())
@@ -123,6 +126,27 @@ def test_losses_and_gradients_are_those_of_the_models_own_code(family: str) -> N
     for one, other in zip(ours, theirs, strict=True):
         assert other.norm() > 0
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_long_rows_are_those_of_the_whole(family: str) -> None:
+    """Layer by layer and in tiles, loss and gradients are those of one pass through autograd; but Gemma 2's caps."""
+    model = fused(family)
+    if family == "gemma2":
+        assert "no attention kernel" in (why_not_here(model) or "")
+        return
+    assert why_not_here(model) is None
+    expected = padded_sum(model)
+    whole = gradients(model, expected)
+    for parameter in trainable(model).values():
+        parameter.grad = torch.zeros_like(parameter)
+    base = model.get_base_model()
+    rows = LongRows(model, lambda h, labels: padded_loss(h, base.get_output_embeddings(), labels, 0.0, logits_of(base)))
+    plan = replace(PLAN, tile_tokens=7, kept_attention=True)
+    assert rows.gradient(EXAMPLES, torch.tensor(1.0), plan).item() == pytest.approx(expected.item(), rel=1e-5)
+    for one, other in zip(trainable(model).values(), whole, strict=True):
+        assert one.grad is not None
+        assert (one.grad - other).norm() <= 1e-5 * other.norm()
 
 
 @pytest.mark.parametrize("family", MODELS)

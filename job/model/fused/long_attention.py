@@ -1,0 +1,232 @@
+"""Causal attention of a long row: the deterministic flash kernel on all of a GPU's processors, its output kept or not.
+
+Torch's flash kernel is deterministic in its backward pass because every thread block that adds to the gradient of the
+queries has a sum of its own: for b segments and h heads it launches ceil(processors / (b h)) blocks for each segment
+and head, and as many fp32 copies of that gradient. Two things follow for a row that is alone in its micro-batch:
+
+- Empty segments count in b, but have no work. With eight, as in a padded sequence, 32 blocks of an H100's 132
+  processors compute a row with 32 heads, and the rest wait. So the row is the only segment here.
+- One block runs on a processor at a time. If the number of blocks is a little more than that of processors, the last
+  ones run alone: one segment and 32 heads are 160 blocks, hence two rounds. A few heads at a time fill each round:
+  four heads are 33 * 4 = 132 blocks. `heads_at_once` finds the number.
+
+The order of the sums, and with it the bits, depends on the number of processors, of heads and of segments: on nothing
+that changes from attempt to attempt on one kind of GPU.
+
+Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), and its code in torch (`flash_bwd_launch_template.h`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from job.model.architecture import Architecture
+    from job.model.packed_attention import Layout
+
+Output = tuple[torch.Tensor, torch.Tensor]
+"""Attention's output, (tokens, heads, head size), and the logarithm of each softmax's sum, (heads, tokens) float32."""
+
+
+class Kernel(Protocol):
+    """How attention is computed. Tensors are (tokens, heads, head size), those of keys and values with fewer heads."""
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Output:
+        """The output; no gradient is recorded."""
+        ...
+
+    def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The gradients of queries, keys and values; `saved` are these, the output, and the sums' logarithms."""
+        ...
+
+
+WIDEST_HEAD = 256
+"""The kernels take no wider heads."""
+
+
+def has_kernel(device: torch.device, head_size: int) -> bool:
+    """Whether there is a kernel for this device: on a GPU, flash's is built for Ampere (8.0) and newer."""
+    known = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return known and head_size <= WIDEST_HEAD
+
+
+class RowAttention:
+    """Attention in one layer, for `Layout.attend`: called once in the forward pass and once in the backward pass.
+
+    Attributes:
+        output: What the kernel computed, or what is to be used in its place: set before a call, it is not computed
+            again. The kernel is deterministic, so the bits are the same.
+    """
+
+    def __init__(self, layout: Layout, output: Output | None = None) -> None:
+        self._layout = layout
+        self.output = output
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+    ) -> torch.Tensor:
+        """Arguments as of `packed_attention`, (1, heads, tokens, head size) -> (1, tokens, heads, head size)."""
+        tensors = [x[0].transpose(0, 1) for x in (query, key, value)]
+        how = (FlashKernel if query.is_cuda else CpuKernel)(self._layout, scaling, window)
+        out, sums = _Attention.apply(*tensors, how, self.output)  # type: ignore[no-untyped-call]
+        self.output = out.detach(), sums
+        return out[None]  # type: ignore[no-any-return]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd calls it so
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Kernel, known: Output | None
+    ) -> Output:
+        out, sums = how.forward(query, key, value) if known is None else known
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.how = how
+        ctx.mark_non_differentiable(sums)
+        return out, sums
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _sums: torch.Tensor) -> Any:
+        return *ctx.how.backward(gradient, *ctx.saved_tensors), None, None
+
+
+@dataclass(frozen=True)
+class FlashKernel:
+    """Torch's flash kernel for segments of any length."""
+
+    layout: Layout
+    scaling: float | None
+    window: int | None
+
+    def _options(self) -> dict[str, Any]:
+        left = -1 if self.window is None else self.window - 1  # keys before the query's own
+        return {"scale": self.scaling, "window_size_left": left, "window_size_right": 0}
+
+    def _lengths(self, offsets: torch.Tensor) -> tuple[Any, ...]:
+        longest = self.layout.longest_query
+        return offsets, offsets, longest, longest, 0.0, self.window is None  # no dropout; causal
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Output:
+        """All heads at once: the forward pass has a block for every 128 queries, more than enough."""
+        how = {"return_debug_mask": False, **self._options()}
+        found = torch.ops.aten._flash_attention_forward(  # noqa: SLF001 - what torch's varlen_attn calls
+            query, key, value, *self._lengths(self.layout.queries), **how
+        )
+        return found[0], found[1]
+
+    def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Some heads at a time, each group with the heads of its keys and values."""
+        query, key, value, out, sums = saved
+        heads, shared_by = query.shape[1], query.shape[1] // key.shape[1]
+        segments = len(self.layout.queries) - 1
+        group, empty = heads_at_once(heads, shared_by, segments, processors(query.device))
+        offsets = torch.cat([self.layout.queries, self.layout.queries[-1:].expand(empty)])
+        # Random numbers are drawn for dropout only.
+        unused = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
+        gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+        for first in range(0, heads, group):
+            own = slice(first, first + group)
+            shared = slice(first // shared_by, (first + group) // shared_by)
+            places = own, shared, shared
+            found = torch.ops.aten._flash_attention_backward(  # noqa: SLF001 - as above
+                gradient[:, own],
+                *(x[:, place] for x, place in zip((query, key, value), places, strict=True)),
+                out[:, own],
+                sums[own],
+                *self._lengths(offsets),
+                *unused,
+                **self._options(),
+            )
+            for whole, place, part in zip(gradients, places, found, strict=True):
+                whole[:, place] = part
+        return gradients
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; on a CPU those of an H100, for the figures of a forecast."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def heads_at_once(heads: int, shared_by: int, segments: int, count: int) -> tuple[int, int]:
+    """(heads of a call, empty segments to add) with which the backward kernel keeps the most processors busy.
+
+    Args:
+        heads: Of the queries.
+        shared_by: How many of them share a head of keys and values; a call has all of these.
+        segments: Of the sequence; one of them has nearly all the work.
+        count: Multiprocessors of the GPU.
+    """
+
+    def busy(choice: tuple[int, int]) -> tuple[float, int, int]:
+        group, empty = choice
+        splits = -(-count // (group * (segments + empty)))
+        blocks = group * splits
+        rounds = -(-blocks // count)
+        # With equal use, the fewest copies of the gradient; then the fewest calls.
+        return blocks / (rounds * count), -blocks, group
+
+    groups = [group for group in range(shared_by, heads + 1, shared_by) if heads % group == 0]
+    return max(((group, empty) for group in groups for empty in range(4)), key=busy)
+
+
+def attention_copies(architecture: Architecture, device: torch.device) -> int:
+    """How many heads' fp32 gradients of the queries the kernel holds at once for a row that is the only segment."""
+    count, heads = processors(device), architecture.heads
+    group, empty = heads_at_once(heads, heads // architecture.kv_heads, 1, count)
+    return group * -(-count // (group * (1 + empty)))
+
+
+@dataclass(frozen=True)
+class CpuKernel:
+    """The same by torch's kernel for CPUs, segment by segment."""
+
+    layout: Layout
+    scaling: float | None
+    window: int | None
+
+    def _blocks(self, *tensors: torch.Tensor) -> list[tuple[slice, dict[str, Any], list[torch.Tensor]]]:
+        """For each segment its place, the kernel's options, and its part of the tensors, (1, heads, tokens, size)."""
+        found = []
+        for block in self.layout.blocks(self.window):
+            own = slice(block.start, block.end)
+            mask = block.mask
+            if mask is not None:  # the kernel takes what is added to the scores
+                mask = torch.zeros(mask.shape, dtype=tensors[0].dtype).masked_fill(~mask, float("-inf"))
+            how = {"attn_mask": mask, "scale": self.scaling}
+            found.append((own, how, [x[own].transpose(0, 1)[None] for x in tensors]))
+        return found
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Output:
+        """As `Kernel.forward`."""
+        shared_by = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(shared_by, dim=1) for x in (key, value))
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+        for own, how, parts in self._blocks(query, key, value):
+            part, part_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - as sdpa does
+                *parts, 0.0, how["attn_mask"] is None, **how
+            )
+            out[own], sums[:, own] = part[0].transpose(0, 1), part_sums.reshape(query.shape[1], -1)
+        return out, sums
+
+    def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As `Kernel.backward`."""
+        query, key, value, out, sums = saved
+        heads, shared_by = query.shape[1], query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(shared_by, dim=1) for x in (key, value))
+        gradients = [torch.empty_like(query) for _ in range(3)]
+        for own, how, (g, q, k, v, o) in self._blocks(gradient, query, key, value, out):
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # noqa: SLF001 - as above
+                g, q, k, v, o, sums[None, :, own].contiguous(), 0.0, how["attn_mask"] is None, **how
+            )
+            for whole, part in zip(gradients, found, strict=True):
+                whole[own] = part[0].transpose(0, 1)
+        grouped = [x.view(x.shape[0], heads // shared_by, shared_by, -1).sum(2) for x in gradients[1:]]
+        return gradients[0], *grouped

@@ -1,0 +1,204 @@
+"""The gradient of a micro-batch with a long row: layer by layer, with little on the GPU at a time.
+
+A row of more than `LONG_ROW` tokens does not go through the model and autograd as a whole:
+
+- Of the forward pass only the input of each layer is kept, and attention's output where there is memory for it.
+  They lie on the GPU or in host memory (`activation_store`); which of these changes no bit.
+- The loss and the final norm are computed in tiles over the sequence, forward and backward together, so the gradient of
+  the last hidden states is never there in fp32 as a whole.
+- Then each layer is computed again from its input, the last one first, and its gradient follows at once: the
+  feed-forward half in tiles (`model.fused.tiled_layer`). Attention is not computed again where its output was kept.
+
+The sequence is not padded and no CUDA graph is recorded: to launch kernels one by one costs nothing beside a row of
+this length, and empty segments would slow attention down (`model.fused.long_attention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from job.data.examples import lengths_of
+from job.model.fused.long_attention import Output, RowAttention, has_kernel
+from job.model.fused.lora_forward import decoder_of
+from job.model.fused.tiled_layer import backward_layer, forward_layer, is_known
+from job.model.lora import trainable
+from job.model.packed_attention import build_layout
+from job.records import Example, ExecutionPlan
+from job.training.activation_store import ActivationStore, HostBuffers, release
+from job.training.memory_model import LONG_ROW, TILE_TOKENS
+from job.training.packing import PaddedSequence, unpadded_sequence
+
+
+def has_long_row(examples: Sequence[Example]) -> bool:
+    """Whether a micro-batch is one of those that are computed here."""
+    return max(lengths_of(examples)) > LONG_ROW
+
+
+HeadLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(hidden states behind the last norm (tokens, hidden), labels (tokens,)) -> the summed loss, () float32."""
+
+
+def why_not_here(model: Any) -> str | None:
+    """Why this model's long rows go through autograd as a whole; None if they are computed layer by layer."""
+    base = model.get_base_model()
+    layers = decoder_of(base).layers
+    if not all(map(is_known, layers)):
+        return f"layers of {type(base).__name__} cannot be taken apart"
+    caps = getattr(layers[0].self_attn, "attn_logit_softcapping", None) is not None
+    if caps or not has_kernel(model.device, layers[0].self_attn.head_dim):
+        return "there is no attention kernel for them"
+    if model.peft_config["default"].lora_dropout:
+        return "dropout would repeat its masks from tile to tile (JOB_LORA__DROPOUT)"
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    if any(id(p) not in inside for p in trainable(model).values()):
+        return "weights outside of the decoder's layers are trained"
+    return None
+
+
+@dataclass
+class LongRows:
+    """Computes micro-batches with a long row.
+
+    Attributes:
+        model: A PEFT model over a fused base, for which `why_not_here` has no reason.
+        loss: Of a part of the tokens.
+        check: Called between layers: a row may take minutes. May raise an exception.
+        host: Buffers in host memory, kept from step to step.
+    """
+
+    model: Any
+    loss: HeadLoss
+    check: Callable[[], None] = lambda: None
+    host: HostBuffers = field(default_factory=dict)
+
+    def gradient(self, examples: Sequence[Example], weight: torch.Tensor, plan: ExecutionPlan) -> torch.Tensor:
+        """Adds the gradient of the examples' summed loss times `weight`; returns that, () float32 without history."""
+        device = self.model.device
+        sequence = unpadded_sequence(examples, device)
+        with ActivationStore(device, self.host if plan.offloaded else None) as store:
+            walk = _Walk(self.model, self.loss, sequence, store, plan, check=self.check)
+            return walk.backward(walk.forward(), weight)
+
+    def summed_loss(self, examples: Sequence[Example], plan: ExecutionPlan) -> torch.Tensor:
+        """The summed loss of the same without a gradient, () float32."""
+        sequence = unpadded_sequence(examples, self.model.device)
+        walk = _Walk(self.model, self.loss, sequence, None, plan)
+        return walk.summed_loss(walk.forward())
+
+    def release(self) -> None:
+        """Gives host memory back."""
+        release(self.host, self.model.device)
+
+
+class _Walk:
+    """One micro-batch on its way through the decoder and back."""
+
+    def __init__(
+        self,
+        model: Any,
+        loss: HeadLoss,
+        sequence: PaddedSequence,
+        store: ActivationStore | None,
+        plan: ExecutionPlan,
+        *,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._decoder = decoder_of(model.get_base_model())
+        self._layers = list(self._decoder.layers)
+        self._loss, self._sequence, self._store, self._check = loss, sequence, store, check
+        self._keep_attention, self._tile = plan.kept_attention, plan.tile_tokens or TILE_TOKENS
+        self._layout = build_layout(sequence.segments, model.device)
+        self._arguments: list[Mapping[str, Any]] = []
+        """What the decoder hands to each layer beside the stream."""
+
+    def forward(self) -> torch.Tensor:
+        """(1, tokens, hidden): what the last layer gives. The decoder's own code calls the layers."""
+        ids, _, positions = self._sequence.tokens.unbind()
+        found: list[torch.Tensor] = []
+
+        def one(layer: Any, x: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            self._check()
+            self._arguments.append(arguments)
+            attention = RowAttention(self._layout)
+            y = forward_layer(layer, x, arguments, attend=attention, tile=self._tile)
+            if self._store is not None:
+                self._store.put((x, *attention.output) if self._keep_attention and attention.output else (x,))
+                self._store.settle(waiting=1)
+            found[:] = [y]
+            return y
+
+        with torch.no_grad(), _in_place_of_forward(self._layers, one):
+            self._decoder(input_ids=ids[None], position_ids=positions[None], layout=self._layout, use_cache=False)
+        if self._store is not None:
+            self._store.settle()
+        return found[0]
+
+    def summed_loss(self, last: torch.Tensor) -> torch.Tensor:
+        """The loss of what the last layer gives, () float32, without a gradient."""
+        with torch.no_grad():
+            return torch.stack([self._loss_of(last[:, tile], tile) for tile in self._tiles(last)]).sum()
+
+    def backward(self, last: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Adds the gradient of the weighted loss to that of the adapter; `last` is overwritten. Returns the loss."""
+        assert self._store is not None  # noqa: S101 - for the type
+        loss = torch.zeros((), device=last.device)
+        for tile in self._tiles(last):
+            part = last[:, tile].detach().requires_grad_()
+            with torch.enable_grad():
+                own = self._loss_of(part, tile) * weight
+            own.backward()  # type: ignore[no-untyped-call]
+            assert part.grad is not None  # noqa: S101 - for the type
+            last[:, tile] = part.grad  # the hidden states of this tile are not needed any more
+            loss += own.detach()
+        gradient: torch.Tensor | None = last
+        del last
+
+        def one(layer: Any, x: torch.Tensor, *, gradient: torch.Tensor, known: Output | None, first: bool) -> Any:
+            arguments = self._arguments.pop()
+            attention = RowAttention(self._layout, known)
+            return backward_layer(
+                layer, x, gradient, arguments, attend=attention, tile=self._tile, needs_input=not first
+            )
+
+        with torch.no_grad(), _in_place_of_forward(self._layers, one):
+            for index in reversed(range(len(self._layers))):
+                self._check()
+                x, *rest = self._store.take()
+                known = (rest[0], rest[1]) if rest else None
+                # Through the module's call, not around it: hooks bring its weights where they do not lie on the GPU.
+                gradient = self._layers[index](x, gradient=gradient, known=known, first=index == 0)
+                del x, rest, known
+        return loss
+
+    def _loss_of(self, hidden: torch.Tensor, tile: slice) -> torch.Tensor:
+        return self._loss(self._decoder.norm(hidden)[0], self._sequence.tokens[1, tile])
+
+    def _tiles(self, x: torch.Tensor) -> list[slice]:
+        return [slice(start, start + self._tile) for start in range(0, x.shape[1], self._tile)]
+
+
+@contextmanager
+def _in_place_of_forward(layers: Sequence[Any], call: Callable[..., Any]) -> Iterator[None]:
+    """Within it, a layer that is called computes `call(layer, ...)`, without recomputation by transformers."""
+    before = [(vars(layer).get("forward"), layer.gradient_checkpointing) for layer in layers]
+    for layer in layers:
+        layer.forward = _bound(call, layer)
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer, (forward, recomputed) in zip(layers, before, strict=True):
+            layer.gradient_checkpointing = recomputed
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def _bound(call: Callable[..., Any], layer: Any) -> Callable[..., Any]:
+    return lambda *inputs, **named: call(layer, *inputs, **named)

@@ -1,0 +1,569 @@
+"""Long rows on one GPU: `python tests/bench/long_rows.py [--tiny] [--layers N] [SECTION ...]`, a JSON line a finding.
+
+A random model of Mistral-7B's shape in NF4, without a sliding window; all but the first token are learned. Sections:
+
+- attention: kernels forward and backward, and whether they repeat bit by bit;
+- exact: one gradient computed in several ways: what differs, and what is the same to the bit;
+- row64k: a row of 64,000 tokens as before (padded, in a CUDA graph, through autograd as a whole) and as now;
+- cap24: a row of 78,500 tokens in 24 GB, by a limit on the allocator;
+- cap80: a row of 343,000 tokens in 80 GB.
+
+`--layers N` computes N of the 32 layers in row64k, cap24 and cap80, with the weights of all in memory: what waits in
+host memory apart, the peak on the GPU is that of the whole. Without it they compute all layers in the way that is meant
+for them, and the ways that are compared with a few. `seconds_of_all_layers` is in proportion, the loss included.
+--tiny rehearses all of it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import shapes  # lies beside this script
+import torch
+
+from job.common.resources import available_bytes
+from job.data.batch_plan import Steps
+from job.distributed.processes import ALONE
+from job.model import packed_attention
+from job.model.base import make_deterministic, recompute_activations
+from job.model.fused.frozen_weights import fuse_layers
+from job.model.fused.long_attention import CpuKernel, FlashKernel, heads_at_once, processors
+from job.model.lora import add_adapter, trainable
+from job.model.packed_attention import Layout, Segment, build_layout
+from job.records import Example, ExecutionPlan
+from job.training import activation_store, packing
+from job.training.config import Hooks, Recipe
+from job.training.flat_parameters import FlatParameters
+from job.training.memory_model import TILE_TOKENS, long_row_bytes, long_row_host_bytes
+from job.training.prepare import fast_kernels, setup_of
+from job.training.step import OptimizerStep
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+GIB = 1 << 30
+FEW = packing.FEW_SEGMENTS
+NOW = ExecutionPlan(
+    kept_base=False,
+    kept_activations=False,
+    recorded=False,
+    reason="a benchmark",
+    forward="fused all, triton",
+    tile_tokens=TILE_TOKENS if ON_GPU else 64,
+)
+BEFORE = replace(NOW, tile_tokens=None, recorded=ON_GPU)
+FLEX_BELOW = 20_000
+"""Flex attention is compiled anew for each length, which takes most of a minute."""
+SOME_LAYERS = 4
+"""Layers in which the ways are compared: with all 32 a row of 64,000 tokens took three quarters of a minute before."""
+
+
+@dataclass
+class Bench:
+    """What the sections share."""
+
+    tiny: bool
+    layers: int | None
+    model: Any = None
+    all_layers: list[Any] = field(default_factory=list)
+    examples: dict[int, Example] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The model's sizes."""
+        return shapes.TINY if self.tiny else shapes.MISTRAL_7B
+
+    def size(self, tokens: int) -> int:
+        """Tokens of a row, or far fewer in a rehearsal, but still a long row."""
+        return packing_long() + tokens // 1000 if self.tiny else tokens
+
+
+def packing_long() -> int:
+    """Above so many tokens a row is a long one."""
+    from job.training import long_rows
+
+    return long_rows.LONG_ROW
+
+
+def say(what: str, **figures: Any) -> None:
+    """One finding."""
+    print(
+        json.dumps({"what": what, **{k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}}),
+        flush=True,
+    )
+
+
+@contextmanager
+def caught(what: str) -> Iterator[None]:
+    """A finding that fails is a finding too; the next one has its turn."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever a kernel raises
+        say("failed", where=what, error=f"{type(error).__name__}: {str(error)[:300]}")
+        traceback.print_exc(limit=-6)
+    clean()
+
+
+def clean() -> None:
+    """Gives memory back, and forgets the peak."""
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def sync() -> None:
+    """Waits for the GPU."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def peak() -> float | None:
+    """GiB that torch had allocated at most since the last `clean`."""
+    return torch.cuda.max_memory_allocated() / GIB if ON_GPU else None
+
+
+def reserved() -> float | None:
+    """The same of what it had reserved: what a limit on the allocator counts."""
+    return torch.cuda.max_memory_reserved() / GIB if ON_GPU else None
+
+
+# Attention.
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(tokens, heads, head size) each -> the same, with history."""
+
+
+def attention(bench: Bench) -> None:
+    """Kernels on one causal sequence, with the heads of the model."""
+    heads, kv = bench.shape["num_attention_heads"], bench.shape["num_key_value_heads"]
+    width = bench.shape["hidden_size"] // heads
+    for tokens in (64, 256) if bench.tiny else (16_000, 64_000):
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if ON_GPU else torch.float32
+        inputs = [torch.randn(tokens, h, width, dtype=dtype, device=DEVICE) for h in (heads, kv, kv)]
+        gradient = torch.randn(tokens, heads, width, dtype=dtype, device=DEVICE)
+        reference: list[torch.Tensor] = []
+        if ON_GPU:
+            say("heads at once", tokens=tokens, found=heads_at_once(heads, heads // kv, 1, processors(DEVICE)))
+        for name, deterministic, kernel in kernels(tokens, tiny=bench.tiny):
+            with caught(f"attention {name} {tokens}"):
+                torch.use_deterministic_algorithms(mode=deterministic)
+                found = measured(kernel(), inputs, gradient)
+                results, figures = found
+                if not reference:
+                    reference = results
+                differs = [
+                    float((a.float() - b.float()).norm() / b.float().norm())
+                    for a, b in zip(results, reference, strict=True)
+                ]
+                flop = 2 * tokens**2 * heads * width
+                rates = {
+                    "forward_tflops": flop / figures["forward_ms"] / 1e9,
+                    "backward_tflops": 2.5 * flop / figures["backward_ms"] / 1e9,
+                }
+                say(
+                    "attention",
+                    kernel=name,
+                    tokens=tokens,
+                    deterministic_mode=deterministic,
+                    **figures,
+                    **rates,
+                    differs=max(differs),
+                )
+                del results, found
+    torch.use_deterministic_algorithms(mode=True)
+
+
+def measured(
+    forward: Forward, inputs: Sequence[torch.Tensor], gradient: torch.Tensor
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Output and gradients; milliseconds of both passes, the best of three; whether they are the same every time."""
+    times, first, repeats = [], [], True
+    for turn in range(4):  # the first one compiles and allocates
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        sync()
+        began = time.perf_counter()
+        out = forward(*leaves)
+        sync()
+        between = time.perf_counter()
+        gradients = torch.autograd.grad(out, leaves, gradient)
+        sync()
+        found = [out.detach(), *gradients]
+        if turn:
+            times.append((between - began, time.perf_counter() - between))
+            repeats &= same(first, found)
+        else:
+            first = found
+        del out, gradients, leaves, found
+    ahead, back = (1000 * min(column) for column in zip(*times, strict=True))
+    return first, {"forward_ms": ahead, "backward_ms": back, "repeats": repeats, "peak_gib": peak()}
+
+
+def same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    """Whether all bits are."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def kernels(tokens: int, *, tiny: bool) -> Iterator[tuple[str, bool, Callable[[], Forward]]]:
+    """(name, torch's deterministic mode, what makes it)."""
+    layout = build_layout([Segment(0, tokens)], DEVICE)
+    if not ON_GPU:
+        yield "CPU", True, lambda: by_kernel(CpuKernel(layout, None, None))
+        return
+    yield "flash, some heads at a time (ours)", True, lambda: by_kernel(FlashKernel(layout, None, None))
+    for segments in (8, 2, 1):
+        yield f"flash, {segments} segments", True, lambda segments=segments: by_varlen(layout, segments)
+    yield "flash, 1 segment", False, lambda: by_varlen(layout, 1)
+    yield "cuDNN", False, by_cudnn
+    yield "cuDNN, by its operation", True, by_cudnn_alone
+    yield "flash-attn 3", True, by_flash_3
+    if not tiny and tokens < FLEX_BELOW:
+        yield "flex", True, lambda: by_flex(tokens)
+
+
+def by_kernel(kernel: Any) -> Forward:
+    """Ours."""
+    from job.model.fused.long_attention import _Attention
+
+    return lambda q, k, v: _Attention.apply(q, k, v, kernel, None)[0]
+
+
+def by_varlen(layout: Layout, segments: int) -> Forward:
+    """Torch's, with empty segments behind the one."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.cat([layout.queries, layout.queries[-1:].expand(segments - 1)])
+    longest, more = layout.longest_query, packed_attention._grouped_heads()
+    return lambda q, k, v: varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), **more)
+
+
+def by_cudnn() -> Forward:
+    """That of cuDNN by way of sdpa, which refuses it in deterministic mode."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            found = scaled_dot_product_attention(*expanded(q, k, v), is_causal=True)
+        return found[0].transpose(0, 1)
+
+    return forward
+
+
+def by_cudnn_alone() -> Forward:
+    """The same without what sdpa asks before it."""
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        how = {"attn_bias": None, "compute_log_sumexp": True, "is_causal": True}
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(*expanded(q, k, v), **how)
+        return found[0][0].transpose(0, 1)
+
+    return forward
+
+
+def expanded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """(1, heads, tokens, head size) each, keys and values as often as queries."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return [x.transpose(0, 1)[None] for x in (q, k, v)]
+
+
+def by_flash_3() -> Forward:
+    """The package of flash-attention 3, where it is installed."""
+    from flash_attn_interface import flash_attn_func
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        found = flash_attn_func(q[None], k[None], v[None], causal=True, deterministic=True)
+        return (found[0] if isinstance(found, tuple) else found)[0]
+
+    return forward
+
+
+def by_flex(tokens: int) -> Forward:
+    """Torch's compiled attention."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda _b, _h, q, k: q >= k, None, None, tokens, tokens, device=DEVICE)
+    compiled = torch.compile(flex_attention)
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return forward
+
+
+# Steps.
+
+
+def build(bench: Bench) -> None:
+    """The model, once."""
+    if bench.model is not None:
+        return
+    began = time.perf_counter()
+    base = shapes.random_base(bench.shape, DEVICE, packed_attention.NAME)
+    base.config.sliding_window = None
+    model = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0)
+    with torch.no_grad():  # a fresh adapter is zero on one side, which hides errors
+        for parameter in trainable(model).values():
+            parameter.normal_(std=0.01)
+    found, name = fast_kernels(DEVICE, "bfloat16")
+    assert fuse_layers(model, keep_dequantized=False, kernels=found) == "all"
+    bench.model, bench.all_layers = model.train(), list(base.model.layers)
+    clean()
+    say(
+        "build",
+        seconds=time.perf_counter() - began,
+        kernels=name,
+        held_gib=torch.cuda.memory_allocated() / GIB if ON_GPU else None,
+    )
+
+
+def example(bench: Bench, tokens: int) -> Example:
+    """A row of random tokens."""
+    if tokens not in bench.examples:
+        draw = torch.Generator().manual_seed(tokens)
+        ids = torch.randint(3, bench.shape["vocab_size"], (tokens,), generator=draw).tolist()
+        bench.examples[tokens] = Example(tuple(ids), (False, *(True,) * (tokens - 1)))
+    return bench.examples[tokens]
+
+
+def step_of(
+    bench: Bench, tokens: int, plan: ExecutionPlan, layers: int | None
+) -> tuple[OptimizerStep, FlatParameters, int]:
+    """One step on one row, with so many layers; all layers' weights stay in memory."""
+    base, count = bench.model.get_base_model(), layers or len(bench.all_layers)
+    count = min(count, len(bench.all_layers))
+    base.model.layers = torch.nn.ModuleList(bench.all_layers[:count])
+    recompute_activations(bench.model, on=True, random=False)
+    packing.FEW_SEGMENTS = FEW if plan.tile_tokens else ()
+    recipe = Recipe(
+        seed=0,
+        total_steps=4,
+        learning_rate=1e-4,
+        scheduler="linear",
+        warmup_steps=0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        global_batch_size=1,
+        micro_batch_tokens=16_384,
+        optimizer="adamw_torch",
+        save_every_steps=100,
+    )
+    parameters = FlatParameters(trainable(bench.model).values(), 256)
+    step = OptimizerStep(
+        bench.model,
+        Steps([example(bench, tokens)], 0, 1, 4),
+        parameters,
+        recipe=recipe,
+        plan=plan,
+        hooks=Hooks(lambda _: None, lambda *_: None, lambda: False),
+        processes=ALONE,
+        packed_gradient=lambda *_: torch.zeros(()),
+    )
+    return step, parameters, count
+
+
+@contextmanager
+def pinning() -> Iterator[list[float]]:
+    """Collects the seconds that pinning host memory takes, once for each layer in the first step."""
+    seconds: list[float] = []
+    pinned = activation_store.pinned
+
+    def timed(size: int, device: torch.device) -> torch.Tensor:
+        began = time.perf_counter()
+        memory = pinned(size, device)
+        seconds.append(time.perf_counter() - began)
+        return memory
+
+    activation_store.pinned = timed
+    try:
+        yield seconds
+    finally:
+        activation_store.pinned = pinned
+
+
+def run(
+    bench: Bench,
+    what: str,
+    tokens: int,
+    plan: ExecutionPlan,
+    *,
+    layers: int | None = None,
+    twice: bool = False,
+    **more: Any,
+) -> torch.Tensor:
+    """One optimizer step of one row, timed; with `twice` a second one, whose launches and buffers are there already."""
+    clean()
+    step, parameters, count = step_of(bench, tokens, plan, layers)
+    # A rate of 0: its moments are there, and the next run finds the same adapter.
+    optimizer = torch.optim.AdamW([parameters.whole], lr=0.0, weight_decay=0.0)
+    gradient = torch.empty(0)
+    try:
+        for turn in range(2 if twice else 1):
+            sync()
+            began = time.perf_counter()
+            with pinning() as pins:
+                loss = step(turn)
+            if turn == 0:
+                gradient = parameters.gradient.clone()
+            optimizer.step()
+            sync()
+            seconds = time.perf_counter() - began
+            whole = len(bench.all_layers)
+            say(
+                what,
+                tokens=tokens,
+                layers=count,
+                of_layers=whole,
+                turn=turn,
+                seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                seconds_of_all_layers=seconds * whole / count,
+                tokens_per_second_of_all_layers=tokens / seconds * count / whole,
+                peak_gib=peak(),
+                reserved_gib=reserved(),
+                loss=float(loss),
+                offloaded=step.plan.offloaded,
+                kept_attention=step.plan.kept_attention,
+                tile_tokens=step.plan.tile_tokens,
+                recorded=step.plan.recorded,
+                pinning_seconds=sum(pins),
+                **more,
+            )
+    finally:
+        step.release()
+        packing.FEW_SEGMENTS = FEW
+    return gradient
+
+
+def exact(bench: Bench) -> None:
+    """A row of 20,000 tokens through 2 layers: the gradient as before, and in each of the new ways, twice."""
+    build(bench)
+    tokens = bench.size(20_000)
+    before = run(bench, "exact: as before", tokens, replace(BEFORE, recorded=False), layers=2)
+    found = []
+    for offloaded in (False, True):
+        for kept in (False, True):
+            plan = replace(NOW, offloaded=offloaded, kept_attention=kept)
+            found += [run(bench, "exact: in tiles", tokens, plan, layers=2) for _ in range(2)]
+    say(
+        "exact",
+        same_bits=all(torch.equal(found[0], one) for one in found),
+        ways=len(found),
+        differs_from_before=float((found[0] - before).norm() / before.norm()),
+    )
+
+
+def row64k(bench: Bench) -> None:
+    """64,000 tokens: as before and as now."""
+    build(bench)
+    tokens, some = bench.size(64_000), bench.layers or SOME_LAYERS
+    kept = replace(NOW, kept_attention=True)
+    with caught("as now"):
+        run(bench, "row64k: attention kept on the GPU", tokens, kept, layers=bench.layers)
+    for name, plan in (
+        ("row64k: as before", BEFORE),
+        ("row64k: attention kept on the GPU", kept),
+        ("row64k: attention computed again", NOW),
+        ("row64k: attention kept, offloaded", replace(kept, offloaded=True)),
+    ):
+        with caught(name):
+            run(bench, name, tokens, plan, layers=some, twice=plan.offloaded)
+
+
+def capped(bench: Bench, what: str, tokens: int, gigabytes: float, plan: ExecutionPlan) -> None:
+    """A row on a card of so many GB, played by a limit on the allocator; the context of CUDA comes on top."""
+    build(bench)
+    clean()
+    tokens = bench.size(tokens)
+    setup = setup_of(bench.model, "nf4", "adamw_8bit")
+    if setup is not None and ON_GPU:
+        heads, kv = setup.architecture.heads, setup.architecture.kv_heads
+        count = processors(DEVICE)
+        group, empty = heads_at_once(heads, heads // kv, 1, count)
+        copies = group * -(-count // (group * (1 + empty)))
+        by_formula = long_row_bytes(setup, tokens, offloaded=True, kept_attention=plan.kept_attention, copies=copies)
+        host = long_row_host_bytes(setup, tokens, kept_attention=plan.kept_attention)
+        say(
+            f"{what}: by formula",
+            activations_gib=by_formula / GIB,
+            host_gib_of_all_layers=host / GIB,
+            host_gib_free=available_bytes() / GIB,
+        )
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
+    try:
+        run(bench, what, tokens, plan, layers=bench.layers, cap_gb=gigabytes)
+    finally:
+        if ON_GPU:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def cap24(bench: Bench) -> None:
+    """78,500 tokens in 24 GB."""
+    capped(bench, "cap24", 78_500, 24, replace(NOW, offloaded=True))
+
+
+def cap80(bench: Bench) -> None:
+    """343,000 tokens in 80 GB; attention is computed again, since its outputs would fill main memory."""
+    capped(bench, "cap80", 343_000, 80, replace(NOW, offloaded=True))
+
+
+SECTIONS = {f.__name__: f for f in (attention, exact, row64k, cap24, cap80)}
+
+
+def main() -> int:
+    """Runs the sections that were named, or all but cap80."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--seconds", type=float, default=540, help="no section begins later than this")
+    given = parser.parse_args()
+    began = time.monotonic()
+    if ON_GPU:
+        make_deterministic()
+    elif given.tiny:
+        from job.training import long_rows, memory_model, step
+
+        for module in (long_rows, memory_model, step):
+            module.LONG_ROW = 200
+    gpu = torch.cuda.get_device_name(0) if ON_GPU else None
+    say(
+        "machine",
+        gpu=gpu,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        host_gib_free=available_bytes() / GIB,
+    )
+    bench = Bench(given.tiny, given.layers)
+    for name in given.sections or [name for name in SECTIONS if name != "cap80"]:
+        if time.monotonic() - began > given.seconds:
+            say("skipped", section=name)
+            continue
+        start = time.monotonic()
+        with caught(name):
+            SECTIONS[name](bench)
+        say("section", name=name, seconds=time.monotonic() - start)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""Where a run's base is loaded: as set, or where it fits, the same in all processes; else an error in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from job.common.formatting import size
+from job.distributed.processes import Alone
+from job.distributed.ranks import Place
+from job.errors import SettingsError
+from job.model.adapter_options import PLAIN
+from job.stages import load
+from job.training import prepare
+from tests.unit.stages.test_first_values import settings_of, sources_of
+
+GPU: Any = SimpleNamespace(type="cuda")
+
+
+class Two(Alone):
+    """One of two processes on a machine; the other one found the place `other`."""
+
+    place = Place(0, 2, 0, 2)
+
+    def __init__(self, other: str) -> None:
+        self.other = other
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """Both."""
+        return [value, [self.other, "the other's reason"]]
+
+
+def place(folder: Path, device: Any = GPU, processes: Any = None, **changes: str) -> tuple[str, str]:
+    """Where the base goes, and why."""
+    settings = settings_of(folder, **changes)
+    how: dict[str, Any] = {"device": device, "budget": 4096, "options": PLAIN}
+    return load._place(settings, sources_of(settings, folder), processes or Alone(), **how)
+
+
+def with_gpu_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """So many bytes of the GPU are free."""
+    monkeypatch.setattr(prepare, "free_gpu_bytes", lambda _: free)
+
+
+def test_what_is_set_is_done(base_folder: Path) -> None:
+    """Whatever the memory; on a CPU the base is where it computes unless something else is set."""
+    assert place(base_folder, JOB_MODEL__PLACEMENT="gpu") == ("gpu", "")
+    assert place(base_folder, JOB_MODEL__PLACEMENT="host") == ("host", "JOB_MODEL__PLACEMENT is host")
+    assert place(base_folder, processes=Two("sharded"), JOB_MODEL__PLACEMENT="sharded")[0] == "sharded"
+    assert place(base_folder, SimpleNamespace(type="cpu")) == ("gpu", "")
+
+
+def test_it_goes_where_it_fits(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason has the figures; of different places the slower one is taken by all processes."""
+    with_gpu_memory(monkeypatch, 1 << 30)
+    assert place(base_folder) == ("gpu", "")
+    assert place(base_folder, processes=Two("host")) == ("host", "the other's reason")
+    with_gpu_memory(monkeypatch, 0)
+    found, why = place(base_folder)
+    assert found == "host"
+    assert size(0, " ") in why
+    assert place(base_folder, JOB_MODEL__KEEP_DEQUANTIZED="true") == ("gpu", "")
+    monkeypatch.setattr(load, "available_bytes", lambda: 1000)
+    assert place(base_folder)[0] == "gpu"
+    assert place(base_folder, processes=Two("gpu"))[0] == "sharded"
+
+
+def test_what_cannot_be_is_refused(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the base is loaded, naming the setting."""
+    with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is sharded, and the run has one process"):
+        place(base_folder, JOB_MODEL__PLACEMENT="sharded")
+    monkeypatch.setattr(load, "available_bytes", lambda: 1000)
+    with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is host, and .* of main memory"):
+        place(base_folder, JOB_MODEL__PLACEMENT="host")
+
+
+def test_the_plan_says_where_it_is(base_folder: Path) -> None:
+    """In the record of the run, with the reason."""
+    settings = settings_of(base_folder, JOB_MODEL__PLACEMENT="host")
+    plan = load.load(settings, sources_of(settings, base_folder)).plan
+    assert plan.base_held == "host"
+    assert plan.reason.endswith("JOB_MODEL__PLACEMENT is host")
