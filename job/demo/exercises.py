@@ -32,15 +32,21 @@ def make_questions(world: tuple[Person, ...], draw: Random) -> list[Row]:
 
 
 def make_instructions(world: tuple[Person, ...], draw: Random) -> list[Row]:
-    """Quizzes about the practised people, one to three questions each: rows `{instruction, input, output}`."""
+    """Quizzes about the practised people, one to three questions each: rows `{instruction, input, output}`, none twice.
+
+    A quiz that repeats an earlier one gets another of TASKS, and nothing more is drawn, so that all other rows stay as
+    they are; the last one first, with which the tokenizer, which reads the rows too, comes out as it is committed.
+    """
     rows: list[Row] = []
     for person in (person for person in world if not person.held_out):
         facts = dict(zip(ATTRIBUTES, person.values, strict=True))
         for _ in range(QUIZZES):
             asked = draw.sample(ATTRIBUTES, draw.choice([1, 2, 3]))
             cards = [f"Question: {begin_sentence(it, person.name, draw)}\nAnswer: {facts[it]}" for it in asked]
-            instruction = draw.choice(TASKS).format(name=person.name)
-            rows.append({"instruction": instruction, "input": "", "output": "\n\n".join(cards)})
+            output = "\n\n".join(cards)
+            instructions = [task.format(name=person.name) for task in (draw.choice(TASKS), *reversed(TASKS))]
+            quizzes: list[Row] = [{"instruction": one, "input": "", "output": output} for one in instructions]
+            rows.append(next(quiz for quiz in quizzes if quiz not in rows))
     draw.shuffle(rows)
     return rows
 

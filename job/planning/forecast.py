@@ -17,6 +17,8 @@ from job.common.formatting import size
 from job.common.resources import checkpoint_bytes, required_bytes
 from job.planning.gpu_prices import Gpu
 from job.planning.known_models_and_data import TaskTokens
+from job.planning.models_beside import ModelBeside
+from job.planning.models_beside import seconds as seconds_beside
 from job.planning.workload import Workload
 from job.records import ExecutionPlan
 from job.training import memory_model
@@ -102,6 +104,7 @@ class RunShape:
         processes: That share the work, each with a GPU.
         tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
         offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
+        beside: The classifier of the safety screen and the judge, where there are.
     """
 
     setup: Setup | None
@@ -132,6 +135,7 @@ class RunShape:
     processes: int = 1
     tiles: bool = False
     offload: bool | None = None
+    beside: tuple[ModelBeside, ...] = ()
 
     @property
     def evaluations(self) -> int:
@@ -299,6 +303,11 @@ def _of_the_data(run: RunShape) -> Iterator[Estimate]:
         yield Estimate("validations", run.validation.count, "", run.workload_basis, "before, during and after training")
     if run.questions is not None:
         yield Estimate("questions", run.questions.count, "", run.questions_basis)
+    for one in run.beside:
+        yield Estimate(f"{one.name}, texts", one.texts, "", run.workload_basis)
+        yield Estimate(f"{one.name}, tokens", one.tokens, "", "assumed", one.note)
+        if one.flops is not None:
+            yield Estimate(one.name, one.flops, "FLOP", "assumed", "by the size of the model's files")
 
 
 def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
@@ -499,7 +508,9 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     in_llama_cpp = sum(name.startswith(GGUF) for name in run.derived)
     exporting += in_llama_cpp * _in_llama_cpp(run, setup)
     scored = evaluations + run.exported - in_llama_cpp
-    return (before + start + training + exporting + scored * evaluation) / 3600
+    rates = {"disk": DOWNLOAD_RATE, "processor": CORES * LLAMA_CPP_FLOPS}
+    beside = sum(seconds_beside(one, gpu, **rates) for one in run.beside)
+    return (before + start + training + exporting + scored * evaluation + beside) / 3600
 
 
 def _merging(setup: Setup) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
 from job.common.lora_readers import why_not_served
+from job.data.examples import lengths_of
 from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import what_to_validate_on
 from job.errors import named_by
@@ -22,6 +23,7 @@ from job.model.tokenizer_files import rows_with
 from job.planning import known_models_and_data as known
 from job.planning.preflight import (
     AdapterFacts,
+    BesideFacts,
     DataFacts,
     Found,
     ModelFacts,
@@ -66,6 +68,10 @@ class Preflight:
     data: DataFacts | None
     first_data: DataFacts | None
     questions: known.TaskTokens | None
+    safety: BesideFacts | None = None
+    judge: BesideFacts | None = None
+    prompts: tuple[int, ...] = ()
+    """Tokens of each prompt of JOB_EVAL__PROMPTS, at most."""
 
 
 def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
@@ -127,16 +133,21 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
         if one is not None and one.audit is not None
     ]
     others = check_other_inputs(s, storage, loaded[0] if loaded else None)
+    safety = judge = prompts = None
     if s.data.safety_model is not None:
         asked_for = (s.data.safety_model, s.data.safety_revision, s.data.unsafe_labels, s.data.unsafe_threshold)
-        audited.append(run_check("safety model", partial(preview_safety_model, *asked_for, **where))[0])
+        checked, safety = run_check("safety model", partial(preview_safety_model, *asked_for, **where))
+        audited.append(checked)
     checks = [stored, modelled, adapted, tokenized, read, *first, *audited, asked, *others]
     if s.eval.prompts is not None:
-        checks.append(run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))[0])
+        checked, prompts = run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))
+        checks.append(checked)
     if s.eval.principles is not None and s.eval.judge is not None:
         rules = (s.eval.principles, s.eval.judge, s.eval.judge_revision)
-        checks.append(run_check("principles", partial(preview_judge, *rules, **where))[0])
-    return Preflight(checks, seconds, model, adapter, tokenizer, data, first_data, questions)
+        checked, judge = run_check("principles", partial(preview_judge, *rules, **where))
+        checks.append(checked)
+    found = (model, adapter, tokenizer, data, first_data, questions, safety, judge)
+    return Preflight(checks, seconds, *found, prompts or ())
 
 
 def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
@@ -171,20 +182,24 @@ def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
 
 def _preview_prompts(
     s: Settings, data: DataFacts | None, tokenizer: Any, folder: Path, storage: StorageOptions
-) -> Found[None]:
-    """Reads the prompts of a file as the job will. Of a number of validation rows the job says if there are fewer."""
+) -> Found[tuple[int, ...]]:
+    """The tokens of each prompt. A file is read as the job will; of a number of validation rows all tokens count.
+
+    Whether there are fewer of these than asked for the job says.
+    """
     asked, most = s.eval.prompts, s.train.max_length - s.eval.prompts_max_new_tokens
     if isinstance(asked, int):
         held = "rows" if data is None else f"{len(data.validation):,} rows"
-        return "ok", f"{asked:,} of the {held} for validation", None
+        lengths = () if data is None else tuple(lengths_of(data.validation)[:asked])
+        return "ok", f"{asked:,} of the {held} for validation", lengths
     with named_by("JOB_EVAL__PROMPTS", ": "):
         path = find_prompts(fetch(asked or "", folder / "prompts", storage))
     if tokenizer is None or data is None:
         raise NotChecked(f"{asked}: what a prompt is depends on the model and the data, which could not be read")
     how: dict[str, Any] = {"date": s.data.date, "template_arguments": s.data.chat_template_arguments}
     found = read_prompts(path, asked or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **how)
-    longest = max(len(prompt.ids) for prompt in found)
-    return "ok", f"{len(found):,} in {asked}, the longest of {longest:,} tokens", None
+    lengths = tuple(len(prompt.ids) for prompt in found)
+    return "ok", f"{len(found):,} in {asked}, the longest of {max(lengths):,} tokens", lengths
 
 
 def check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Tasks | None) -> Iterator[PreflightResult]:

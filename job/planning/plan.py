@@ -17,6 +17,7 @@ from job.planning import forecast
 from job.planning.forecast import Estimate, GpuForecast, RunShape, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
 from job.planning.input_checks import Preflight, check_run_inputs
+from job.planning.models_beside import FP32_SHARE
 from job.planning.preflight import Found, PreflightResult, run_check
 from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow
@@ -133,10 +134,15 @@ def _assumptions(settings: Settings) -> tuple[str, ...]:
         f"fp8, {forecast.GGUF_PER_SECOND / 1e6:.0f} for GGUF, which llama.cpp scores on {forecast.CORES} cores of "
         f"{forecast.LLAMA_CPP_FLOPS / 1e9:.0f} GFLOP/s"
     )
+    beside = (
+        f"safety screen, judge: {memory_model.UTILISATION:.0%} of the data sheet's operations a second, in fp32 "
+        f"{FP32_SHARE:.0%} of these"
+    )
     first = f"JOB_TRAIN__METHOD={settings.train.method}: hours and dollars of both stages, other figures of the last"
     return (
         *(() if settings.train.is_one_stage else (first,)),
         *((exporting,) if settings.export.formats else ()),
+        *((beside,) if settings.data.safety_model or settings.eval.judge else ()),
         "one GPU; several GPUs share the examples of a step, and each needs the same memory",
         *((_FP8,) if settings.train.compute == "fp8" else ()),
         f"{half}, as measured on H100 and H200; slower GPUs tend to do better",

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
@@ -31,7 +32,7 @@ from job.data.sources import check_source, require_revision
 from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable, named_by, naming
-from job.evaluation.principles import read_principles
+from job.evaluation.principles import question, read_principles
 from job.evaluation.question_lengths import check_lengths, count_questions
 from job.evaluation.task_files import is_task_file
 from job.evaluation.task_names import check_tasks
@@ -46,6 +47,7 @@ from job.model.target_modules import linear_weights, resolve_targets
 from job.model.text_classifier import Labels
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
+from job.planning.models_beside import count_weights
 from job.planning.shown_rows import ShownRow, show_row
 from job.records import AuditRecord, Example
 from job.settings.field_types import is_server
@@ -437,6 +439,19 @@ def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[Non
     return "note" if found or missing else "ok", text, None
 
 
+@dataclass(frozen=True)
+class BesideFacts:
+    """A model beside the base: the bytes to fetch, and its `models_beside.count_weights`.
+
+    `question_tokens` are those of a question to a judge without prompt and answers.
+    """
+
+    download_bytes: int
+    weights: int | None
+    question_tokens: int = 0
+    served: bool = False
+
+
 def preview_safety_model(
     place: str,
     revision: str | None,
@@ -446,7 +461,7 @@ def preview_safety_model(
     online: Online,
     folder: Path,
     storage: StorageOptions,
-) -> Found[None]:
+) -> Found[BesideFacts]:
     """Says which labels of the classifier count as unsafe; rows are scored by the job, which has the weights.
 
     Args:
@@ -459,11 +474,12 @@ def preview_safety_model(
         storage: How to reach stores.
     """
     with naming(SAFETY_SETTING):
-        found = _model_beside(place, revision, "safety", online=online, folder=folder, storage=storage)
+        found, held, download = _model_beside(place, revision, "safety", online=online, folder=folder, storage=storage)
         known = Labels(found, SAFETY_SETTING)
     chosen = unsafe_labels(known.names, labels, exclusive=known.exclusive)
     what = f"{place}: unsafe is a probability of at least {threshold:g} for {', '.join(chosen)}"
-    return "ok", f"{what}; the job scores the rows, the plan does not", None
+    facts = BesideFacts(download, count_weights(found, held, heads=False))
+    return "ok", f"{what}; the job scores the rows, the plan does not", facts
 
 
 def preview_judge(
@@ -474,7 +490,7 @@ def preview_judge(
     online: Online,
     folder: Path,
     storage: StorageOptions,
-) -> Found[None]:
+) -> Found[BesideFacts]:
     """Reads the rules, and looks whether the judge is there; nothing is asked of a server.
 
     Args:
@@ -487,31 +503,39 @@ def preview_judge(
     """
     found = read_principles(Path(rules))
     what = f"{len(found)} rules; each pair of answers is judged twice by {judge}"
+    asked = ceil(len(question(found, "", "", "")) / CHARACTERS_PER_TOKEN)
     if is_server(judge):
-        return "ok", f"{what}, which the plan does not ask", None
+        facts = BesideFacts(0, None, asked, served=True)
+        return "ok", f"{what}, which the plan does not ask; how long that takes is the server's matter", facts
     with naming("JOB_EVAL__JUDGE"):
-        _model_beside(judge, revision, "judge", online=online, folder=folder, storage=storage)
-    return "ok", what, None
+        place, held, download = _model_beside(judge, revision, "judge", online=online, folder=folder, storage=storage)
+    return "ok", what, BesideFacts(download, count_weights(place, held, heads=True), asked)
 
 
 def _model_beside(
     place: str, revision: str | None, name: str, *, online: Online, folder: Path, storage: StorageOptions
-) -> Path:
-    """The small files of a model beside the base, copied from a store to the folder `name`.
+) -> tuple[Path, int | None, int]:
+    """The small files of a model beside the base, its weights' bytes, and the bytes to fetch.
+
+    The small files are copied from a store to the folder `name`. The weights' bytes are None if they are unknown.
 
     Raises:
         DataError, SettingsError: There is nothing at its place, or no weights in safetensors.
     """
+    held: int | None
     if is_remote(place):
         (folder / name).mkdir()
         found, weights = _fetch_small_files(place, folder / name, storage)
+        held = download = size(place, storage)
     elif (local := local_model(place)) is not None:
-        found, weights = local, len(weight_files(local))
+        files = weight_files(local)
+        found, weights, held, download = local, len(files), sum(file.stat().st_size for file in files), 0
     else:
-        found, weights, *_ = _of_the_hub(place, revision, online=online)
+        found, weights, held, _ = _of_the_hub(place, revision, online=online)
+        download = held or 0
     if not weights:
         raise DataError([Problem("JOB_MODEL__ID", f"{place} has no weights in safetensors")])
-    return found
+    return found, held, download
 
 
 def _of_the_data(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, replace
+from operator import mul
 
 from job.common.export_formats import adapter_copies, derived, needs_merge
 from job.common.methods import METHODS
@@ -15,6 +16,7 @@ from job.planning import forecast
 from job.planning import known_models_and_data as known
 from job.planning.forecast import Basis, ForwardWork, RunShape
 from job.planning.input_checks import Preflight, adapter_options
+from job.planning.models_beside import ModelBeside, judging, screening
 from job.planning.preflight import DataFacts, PreflightResult
 from job.planning.workload import Workload, count, scale
 from job.records import Example
@@ -55,7 +57,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         questions_basis=questions_basis,
         budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
         scoring_budget=settings.eval.batch_tokens,
-        download_bytes=download + (seen.data.download_bytes if seen.data else 0),
+        download_bytes=download + sum(one.download_bytes for one in (seen.data, seen.safety, seen.judge) if one),
         usd_per_hour=settings.cost.usd_per_hour,
         fused=settings.model.dtype != "fp32" and adapter_options(settings).not_fused is None,
         fused_from=AMPERE if settings.model.dtype == "bf16" else VOLTA,
@@ -65,6 +67,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         places=_places(settings),
         processes=1 if settings.run.processes == "auto" else settings.run.processes * settings.run.nodes,
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
+        beside=_beside(settings, seen, workload),
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
         tiles=settings.train.last_method == "sft"
         and settings.lora.dropout == 0
@@ -87,6 +90,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         adapter_copies=0,
         derived=(),
         quantizing_tokens=0,
+        beside=(),
     )
     more = seen.first_data.download_bytes if seen.first_data else 0
     return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)
@@ -185,6 +189,25 @@ def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
         target_tokens=sum(target_counts_of(examples)),
         longest=max(lengths_of(examples)),
     )
+
+
+def _beside(settings: Settings, seen: Preflight, workload: Workload | None) -> tuple[ModelBeside, ...]:
+    """The classifier and the judge, as far as it is known what they read."""
+    found, answer = [], settings.eval.prompts_max_new_tokens
+    if seen.safety is not None and workload is not None:
+        seen_rows = workload.steps * settings.train.global_batch_size
+        rows, tokens = workload.rows, round(workload.rows * workload.tokens / seen_rows)
+        if read := [data for data in (seen.first_data, seen.data) if data is not None]:
+            counts = [data.audit.rows if data.audit else len(data.examples) for data in read]
+            each = [sum(lengths_of(data.examples)) / len(data.examples) for data in read]
+            rows, tokens = sum(counts), round(sum(map(mul, counts, each)))
+        found.append(screening(rows, tokens, 2 * len(seen.prompts), answer, seen.safety.weights))
+    if seen.judge is not None and seen.prompts:
+        asked = 2 * len(seen.prompts)
+        tokens = 2 * sum(seen.prompts) + asked * (2 * answer + seen.judge.question_tokens)
+        wide = forecast.HALF_PRECISION  # on a GPU
+        found.append(judging(asked, tokens, seen.judge.weights, wide, served=seen.judge.served))
+    return tuple(found)
 
 
 def _merges(settings: Settings) -> int:

@@ -247,7 +247,7 @@ class Data(Group):
     fields: AffectsResult[FieldNames] = Field(default_factory=dict)
     """The rows' own names of fields: `prompt=question,completion=answers.0.text` or JSON. Dots separate nested keys."""
     revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.source")]] = None
-    """Commit hash, for a hub id; empty: the newest commit. The manifest records the commit that was used."""
+    """Commit hash, tag or branch; a hub id needs one. The manifest records the commit, and a restart keeps to it."""
     sft_source: AffectsResult[Maybe[DataSources]] = None
     """Training data of the first stage of JOB_TRAIN__METHOD=sft,dpo, written as JOB_DATA__SOURCE, which has that of the
     second. The settings JOB_DATA__SFT_... are about this data, and those without SFT about the second stage's; what

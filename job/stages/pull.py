@@ -110,14 +110,15 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
     """Fetches and checks all inputs, in the first process of each machine; `storage` has the options of the stores.
 
     Everything that can be checked without the model's weights is checked before they are downloaded. Rows are read
-    during the download; those of `later` stages too, so that what is wrong with them is known before training.
+    during the download. The first attempt reads those of `later` stages too, so that what is wrong with them is known
+    before training.
 
     Raises:
         DataError, SettingsError: The data, the questions, the model or the settings cannot be used.
         Unreachable, AccessDenied: The hub or a store cannot be used.
         Preempted: The job was asked to stop.
     """
-    processes = attempt.processes
+    processes, settings = attempt.processes, _at_commit_of_before(attempt, settings)
     date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
     sources = _pull_for_machine(attempt, settings, storage, date, later)
     if settings.eval.principles is None:
@@ -222,7 +223,8 @@ def _pull(
         known = {**auditing, "audited": _known_audit(attempt), **_known_scores(attempt)}
         tokens = _read_rows(attempt, settings, *fetched, tokenizer, **known)
         prompts = _read_prompts(attempt, settings, storage, tokens, tokenizer, fetched=fetched, how=how, auditing=known)
-        for stage in later:
+        # In a later attempt that was done; and its classifier's scores would be looked up once more.
+        for stage in later if attempt.recorded(Stage.PULL, Pulled) is None else ():
             _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, **auditing)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
@@ -530,7 +532,10 @@ def _check_hub(settings: Settings) -> None:
 def _fetch_rows(
     attempt: Attempt, settings: Settings, storage: StorageOptions, below: str = ""
 ) -> tuple[str | Sequence[Source], float | ValidationSource | None]:
-    """What to train on, and what to validate on, copied from stores to folders that begin with `below`."""
+    """What to train on, and what to validate on, copied from stores to folders that begin with `below`.
+
+    A later attempt has the revisions that the first one found; not for a later stage, which has a `below`.
+    """
     with naming_its_settings(settings):
         source = locate_sources(
             settings.data.source, lambda place, kind: _fetch(attempt, place, f"{below}{kind}", storage)
@@ -539,7 +544,26 @@ def _fetch_rows(
         if isinstance(validation, ValidationSource):
             place = _fetch(attempt, validation.place, f"{below}validation", storage)
             validation = replace(validation, place=place)
+    earlier = None if below else attempt.recorded(Stage.PULL, Pulled)
+    if earlier is None:
         return source, validation
+    # the branches may have moved since the first attempt
+    if not isinstance(source, str):
+        commits = {one.source: one.revision for one in earlier.dataset.sources}
+        source = tuple(replace(one, revision=commits.get(one.name) or one.revision) for one in source)
+    known = earlier.dataset.validation
+    if isinstance(validation, ValidationSource) and known is not None:
+        validation = replace(validation, revision=known.revision or validation.revision)
+    return source, validation
+
+
+def _at_commit_of_before(attempt: Attempt, settings: Settings) -> Settings:
+    """Settings with the commit at which the first attempt read a single source; its branch may have moved since."""
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    if earlier is None or earlier.dataset.revision is None:
+        return settings
+    data = settings.data.model_copy(update={"revision": earlier.dataset.revision})
+    return settings.model_copy(update={"data": data})
 
 
 def _read_rows(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -18,23 +18,14 @@ from job.results.reader import open_run
 from job.runs.layout import FINDINGS, REPORT
 from job.verification.differences import CheckResult
 from job.verification.verify import verify
-from tests import warm
 from tests.chaos.small import settings
 from tests.helpers import arc_rows, write_jsonl
-from tests.integration.test_survival import attempt, published
+from tests.integration.test_survival import attempt, published, signalled
 from tests.published_run import rewrite
 from tests.unit.audit.test_audit import PLANTED, QUESTIONS, installed, planted_rows
 
 pytestmark = [installed, pytest.mark.long]
-STOPPED = """
-import os, signal, job.audit.audit, job.cli.main
-plain = job.audit.audit.group_rows
-def stopped(rows, alive):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return plain(rows, alive)
-job.audit.audit.group_rows = stopped
-raise SystemExit(job.cli.main.main([]))
-"""
+STOPPED = signalled(signal.SIGTERM, "job.audit.audit", "group_rows")
 """The job, which gets SIGTERM while the audit compares rows."""
 WITHOUT = """
 import importlib.util, job.audit.kinds, job.audit.statistics, job.cli.main
@@ -100,8 +91,7 @@ def test_stopped_in_the_audit(
     """A run that gets SIGTERM while rows are compared ends with 75, and the next attempt publishes the same bytes."""
     assert undisturbed.returncode == 0
     changes = {"JOB_RUN__ID": "stopped", "JOB_RUN__OUTPUT": str(tmp_path)}
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
-    done = warm.run([], {**clean, **environment, **changes}, source=STOPPED)
+    done = attempt(environment, STOPPED, **changes)
     assert done.returncode == 75, done.stderr[-3000:]
     assert not (tmp_path / "stopped" / FINDINGS).exists()
     done = attempt(environment, **changes)
@@ -120,11 +110,10 @@ def test_a_machine_without_the_audits_packages(environment: dict[str, str], tmp_
         "JOB_DATA__ON_FINDING": "secret=skip",
     }
     assert attempt(given, JOB_FAULT="kill@step=1").returncode == -9
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
-    refused = warm.run([], {**clean, **given}, source=WITHOUT.format(["pycld2", "detect_secrets"]))
+    refused = attempt(given, WITHOUT.format(["pycld2", "detect_secrets"]))
     assert refused.returncode == 2, refused.stderr[-3000:]
     assert "JOB_DATA__ON_FINDING: rows with a finding of the kind secret were looked for by detect-" in refused.stderr
-    done = warm.run([], {**clean, **given}, source=WITHOUT.format(["pycld2"]))
+    done = attempt(given, WITHOUT.format(["pycld2"]))
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "moved/results.json").read_bytes())["dataset"]["audit"]["languages"]
     assert not failed(tmp_path / "moved")

@@ -12,30 +12,65 @@ from typing import Any
 import pytest
 
 from job.common.hashing import sealed
+from job.demo.make import HERE as DEMO
 from tests import warm
-from tests.helpers import alpaca_rows, write_jsonl
+from tests.helpers import read_jsonl, write_jsonl
 from tests.unit.evaluation.test_measured import write_prose
 from tests.unit.evaluation.test_task_files import write_task
 
 pytestmark = pytest.mark.long
+GSM8K: dict[str, Any] = {
+    "doc_to_target": " {{answer}}\n#### {{answer}}",
+    "generation_kwargs": {"until": ["Question:", "</s>"], "do_sample": False, "max_gen_toks": 24},
+    "filter_list": [
+        {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern, **how}, {"function": "take_first"}]}
+        for name, pattern, how in (
+            ("strict-match", r"#### (\w+)", {}),
+            ("flexible-extract", r"(\w+)", {"group_select": -1}),
+        )
+    ],
+    "metric_list": [
+        {
+            "metric": "exact_match",
+            "aggregation": "mean",
+            "higher_is_better": True,
+            "ignore_case": True,
+            "ignore_punctuation": False,
+            "regexes_to_ignore": [",", r"\$", r"(?s).*#### ", r"\.$"],
+        }
+    ],
+}
+"""As lm-eval's gsm8k.yaml, but for words instead of numbers: the answer behind `####`, or the last word."""
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> dict[str, str]:
-    """A tiny model, rows, and two tasks of the user's own, answered in batches of two or three."""
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The demo's base, rows, and two tasks of the user's own, one as GSM8K is, answered in batches of two or three.
+
+    It asks for facts that the demo's base has read, so that the answers differ.
+    """
     folder = tmp_path_factory.mktemp("generated")
     prose = folder / "prose"
     prose.mkdir()
-    tasks = [write_task(folder), write_prose(prose)]
+    tasks = [write_task(folder, **GSM8K), write_prose(prose)]
+    asked = [
+        {"question": row["question"], "answer": row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]}
+        for row in read_jsonl(DEMO / "questions.jsonl")[:17]
+    ]
+    write_jsonl(folder / "test.jsonl", asked[5:])
+    write_jsonl(folder / "train.jsonl", asked[:5])
     given = {
         "RUN__OUTPUT": str(folder / "runs"),
-        "MODEL__ID": str(base_folder),
-        "DATA__SOURCE": str(write_jsonl(folder / "rows.jsonl", alpaca_rows(16))),
+        "MODEL__ID": str(DEMO / "base"),
+        "MODEL__DTYPE": "fp32",
+        "DATA__SOURCE": str(DEMO / "instructions.jsonl"),
+        "DATA__LIMIT": "16",
         "EVAL__TASKS": ",".join(map(str, tasks)),
         "EVAL__BATCH_TOKENS": "150",
         "TRAIN__MAX_LENGTH": "512",
         "TRAIN__MAX_STEPS": "2",
         "TRAIN__GLOBAL_BATCH_SIZE": "4",
+        "TRAIN__LEARNING_RATE": "0.004",
         "LORA__RANK": "4",
         "RUN__DEVICE": "cpu",
     }
@@ -76,14 +111,15 @@ def test_generated_answers_survive_a_kill(environment: dict[str, str]) -> None:
     assert any('"answers"' in path.read_text(encoding="utf-8") for path in kept)
     assert warm.run([], {**environment, "JOB_RUN__ID": "hit"}).returncode == 0
     assert files_of(runs / "hit") == files_of(runs / "whole")
+    assert len({line["responses"][0] for line in read_jsonl(runs / "whole/artifacts/evaluation/sums.base.jsonl")}) > 3
 
     found: dict[str, Any] = json.loads((runs / "whole/results.json").read_bytes())["evaluation"]["measured"]
     assert {name: task["num_fewshot"] for name, task in found.items()} == {"sums": 2, "prose": 0}
     assert set(found["prose"]["metrics"]) == {
         f"{name},none" for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
     }
-    assert "exact_match,none -> " not in done.stdout
-    assert "sums, 12 questions: exact_match,none" in done.stdout
+    assert "exact_match,strict-match -> " not in done.stdout
+    assert "sums, 12 questions: exact_match,strict-match" in done.stdout
     assert "word_perplexity" in (runs / "whole/artifacts/report.html").read_text(encoding="utf-8")
     assert "word_perplexity" in (runs / "whole/artifacts/adapter/README.md").read_text(encoding="utf-8")
 
@@ -94,9 +130,9 @@ def test_generated_answers_survive_a_kill(environment: dict[str, str]) -> None:
     assert "Metrics of other tasks" in compared.stdout
 
     answers = runs / "whole/artifacts/evaluation/sums.adapter.jsonl"
-    answers.write_text(
-        answers.read_text(encoding="utf-8").replace('"exact_match,none": [0.0', '"exact_match,none": [1.0', 1)
-    )
+    text, figure = answers.read_text(encoding="utf-8"), '"exact_match,strict-match": [0.0'
+    assert figure in text
+    answers.write_text(text.replace(figure, figure.replace("0.0", "1.0"), 1), encoding="utf-8")
     assert warm.run(["verify", str(runs / "whole")], environment).returncode != 0
 
 

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from job.evaluation.principles import parse_judgements
 from job.runs.layout import JUDGEMENTS, REPORT
-from tests import warm
 from tests.chaos.small import settings
-from tests.helpers import alpaca_rows, read_jsonl, write_jsonl
-from tests.integration.test_survival import attempt, published
+from tests.helpers import alpaca_rows, write_jsonl
+from tests.integration.test_survival import attempt, kept_chances, published, signalled
 from tests.judge_server import judge_server
 
 pytestmark = pytest.mark.long
 KEY = "sk-a-key-that-is-told-nowhere"
-STOPPED = """
-import os, signal, job.cli.main
-from job.evaluation.judges import LocalJudge
+KILLED = signalled(
+    signal.SIGKILL,
+    "job.evaluation.judges:LocalJudge",
+    "choose",
+    call=4,
+    first="""
 from job.evaluation.score_cache import ScoreCache
-plain, add, calls = LocalJudge.choose, ScoreCache.add, []
+add = ScoreCache.add
 def kept(self, number, found):
     add(self, number, found)
     self.save()
 ScoreCache.add = kept
-def killed(self, text, alive):
-    calls.append(text)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(self, text, alive)
-LocalJudge.choose = killed
-raise SystemExit(job.cli.main.main([]))
-"""
+""",
+)
 """The job, which keeps every judgement at once, and is killed in the midst of the second pair."""
 
 
@@ -68,11 +64,9 @@ def test_a_local_judge_is_killed_and_goes_on(environment: dict[str, str], tmp_pa
     assert sum(not one.same for one in judgements) >= 2, "the adapter answers otherwise"
     assert figures["rules"] == ["Prefer the shorter answer.", "Be kind."]
     assert "compared the answers by 2 written rules" in (run / REPORT).read_text(encoding="utf-8")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
     changes = {"JOB_RUN__ID": "killed", "JOB_RUN__OUTPUT": str(tmp_path)}
-    assert warm.run([], {**clean, **environment, **changes}, source=STOPPED).returncode == -9
-    kept = [line for path in (tmp_path / "killed/scores").glob("*/*.jsonl") for line in read_jsonl(path)]
-    assert [line["row"] for line in kept if "chances" in line] == [0]
+    assert attempt(environment, KILLED, **changes).returncode == -9
+    assert kept_chances(tmp_path / "killed/scores") == [0]
     assert attempt(environment, **changes).returncode == 0
     assert published(tmp_path, "killed") == published(run.parent, "whole")
 

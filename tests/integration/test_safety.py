@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -13,27 +13,20 @@ from job.audit.audit import parse_findings
 from job.results.reader import open_run
 from job.runs.layout import FINDINGS, REPORT, prompts_key
 from job.verification.verify import verify
-from tests import warm
 from tests.chaos.small import settings
 from tests.helpers import alpaca_rows, read_jsonl, write_jsonl
-from tests.integration.test_survival import attempt, published
+from tests.integration.test_survival import attempt, kept_chances, published, signalled
 from tests.toy_classifier import WORD, make_classifier
 
 pytestmark = pytest.mark.long
 UNSAFE = (1, 4, 6)
-STOPPED = """
-import os, signal, job.audit.safety, job.cli.main
-from job.model.text_classifier import TextClassifier
-plain, calls = TextClassifier.scores, []
-job.audit.safety.CHUNK = 2
-def stopped(self, texts, alive=lambda: None):
-    calls.append(texts)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return plain(self, texts, alive)
-TextClassifier.scores = stopped
-raise SystemExit(job.cli.main.main([]))
-"""
+STOPPED = signalled(
+    signal.SIGTERM,
+    "job.model.text_classifier:TextClassifier",
+    "scores",
+    call=3,
+    first="import job.audit.safety; job.audit.safety.CHUNK = 2",
+)
 """The job, which scores two rows at a time and gets SIGTERM when it begins with the third chunk."""
 
 
@@ -76,11 +69,9 @@ def test_unsafe_rows_are_left_out(environment: dict[str, str], tmp_path: Path) -
         assert not [one for one in verify(open_run(str(run)), Path(work)) if one.differences]
 
     changes = {"JOB_RUN__ID": "stopped", "JOB_RUN__OUTPUT": str(tmp_path)}
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
-    stopped = warm.run([], {**clean, **environment, **changes}, source=STOPPED)
+    stopped = attempt(environment, STOPPED, **changes)
     assert stopped.returncode == 75, stopped.stderr[-3000:]
-    kept = [line for path in (tmp_path / "scores").glob("*/*.jsonl") for line in read_jsonl(path) if "chances" in line]
-    assert sorted(line["row"] for line in kept) == [0, 1]
+    assert kept_chances(tmp_path / "scores") == [0, 1]
     assert attempt(environment, **changes, JOB_FAULT="kill@step=1").returncode == -9
     again = attempt(environment, **changes)
     assert again.returncode == 0

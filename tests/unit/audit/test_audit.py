@@ -241,21 +241,19 @@ def test_every_kind_has_a_way_to_be_found() -> None:
 
 
 @installed
-def test_the_demo_holds_two_repeated_rows_and_nothing_else() -> None:
-    """Two rows of the demo's data repeat earlier ones word for word; no overlap, near-duplicate, secret or address."""
-    questions, rows = (
+def test_zero_findings_on_the_demo() -> None:
+    """In its instructions and its preferences nothing is found: no scored question, repeated row, key or address."""
+    questions, instructions, preferences = (
         [json.loads(line) for line in (DEMO / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("questions", "instructions")
+        for name in ("questions", "instructions", "preferences")
     )
     prompts = [f"Question: {one['question']}\nAnswer:" for one in questions]
-    audit = Audit(set_up(index_questions({"arc_easy": prompts}), {}))
-    row = RowAudit(audit.setup)
-    for number, one in enumerate(rows, start=1):
-        audit.add(f"instructions.jsonl:{number}", row([one["instruction"], one["output"]]))
-    assert [(one.kind, one.where) for one in audit.findings()] == [
-        ("duplicate", "instructions.jsonl:28"),
-        ("duplicate", "instructions.jsonl:237"),
-    ]
+    for rows in (instructions, preferences):
+        audit = Audit(set_up(index_questions({"arc_easy": prompts}), {}))
+        row = RowAudit(audit.setup)
+        for number, one in enumerate(rows, start=1):
+            audit.add(f"row {number}", row(list(one.values())))
+        assert audit.findings() == []
 
 
 EMAIL_ROWS = {3653, 4178, 11379, 12447, 12767, 19685, 38867, 41165, 43924, 44386, 44685, 51998}

@@ -21,6 +21,7 @@ from job.planning.forecast import (
 )
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
+from job.planning.models_beside import ModelBeside, judging, screening
 from job.planning.workload import Workload
 from job.training import memory_model
 from tests.unit.training.test_memory_model import REFERENCE
@@ -244,6 +245,33 @@ def test_the_table_of_gpus_is_sound() -> None:
         assert 15e9 < gpu.memory_bytes < 152e9
         assert 5e13 < gpu.flops < 1e15
         assert 0.1 < gpu.usd_per_hour < 12
+
+
+def test_the_classifier_and_the_judge_take_time() -> None:
+    """By weights and tokens: in fp32 for the classifier, all weights a question for the judge; none of a server."""
+    gpu, weights = BY_NAME["H100"], 10**9
+    classifier = screening(1000, 100_000, 40, 10, weights)
+    judge = judging(200, 10_000, weights, 2, served=False)
+    server = judging(200, 10_000, weights, 2, served=True)
+
+    def more(*beside: ModelBeside) -> float:
+        run = replace(RUN, beside=beside)
+        return 3600 * ((forecast_gpu(gpu, run, REFERENCE).hours or 0) - (forecast_gpu(gpu, RUN, REFERENCE).hours or 0))
+
+    reached = memory_model.UTILISATION * gpu.flops
+    rows, answers = (
+        2 * weights * 100_000 * 16 / reached,
+        2 * weights * 400 / (forecast.CORES * forecast.LLAMA_CPP_FLOPS),
+    )
+    assert more(classifier) == pytest.approx(4 * weights / DOWNLOAD_RATE + rows + answers)
+    assert more(judge) == pytest.approx(2 * weights / DOWNLOAD_RATE + 200 * 2 * weights / gpu.bandwidth)
+    assert more(server) == more(screening(1000, 100_000, 0, 10, None)) == 0
+    figures = {one.name: one for one in estimates(replace(RUN, beside=(classifier, server)))}
+    assert (figures["safety screen, texts"].value, figures["safety screen, texts"].basis) == (1040, "computed")
+    assert (figures["safety screen, tokens"].value, figures["safety screen, tokens"].basis) == (100_400, "assumed")
+    assert figures["safety screen"].value == 2 * weights * 100_400
+    assert "the server's time is not in the hours" in figures["judge, tokens"].note
+    assert "judge" not in figures
 
 
 def test_a_reference_takes_time() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import boto3
 import pytest
+from safetensors.torch import load_file
 
 from job import log
 from job.cli.main import main
@@ -23,6 +24,7 @@ from job.planning.plan_text import as_json, as_table
 from job.settings.load import load_settings
 from tests.helpers import alpaca_rows, arc_rows, write_jsonl
 from tests.s3_server import BUCKET, SECRET, Request, credentials, moto_server, server
+from tests.toy_classifier import make_classifier
 
 ROOT = Path(__file__).parents[3]
 CHECKS = ["storage", "model", "tokenizer", "data", "questions", "licence", "disk", "shared memory"]
@@ -264,6 +266,31 @@ def test_exports_are_planned(given: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("job.planning.plan.MAX_FILE", int(0.45 * weights))
     (check,) = [check for check in make_plan(load_settings([])).checks if check.name == "hub"]
     assert (check.state, check.what.partition(" is one file")[0]) == ("note", "gguf:q8_0")
+
+
+def test_the_classifier_and_the_judge_are_planned(
+    given: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How many texts they read, of how many tokens; only those of a local judge take time of the GPU."""
+    (given / "rules.txt").write_text("Be kind.")
+    write_jsonl(given / "prompts.jsonl", [{"prompt": "One?"}, {"prompt": "Two?"}])
+    words = [
+        f"--data.safety_model={make_classifier(given / 'classifier')}",
+        f"--eval.prompts={given / 'prompts.jsonl'}",
+        f"--eval.principles={given / 'rules.txt'}",
+    ]
+    for judge, told in ((str(base_folder), False), ("https://judge.example", True)):
+        code, plan, _ = planned(capsys, *words, f"--eval.judge={judge}", *["--eval.judge_model=it"] * told)
+        assert code == 0, plan
+        figures = {figure["name"]: figure for figure in plan["figures"]}
+        assert (figures["safety screen, texts"]["value"], figures["judge, texts"]["value"]) == (40 + 4, 4)
+        assert figures["judge, tokens"]["value"] > 4 * 2 * 128
+        assert ("server's time is not in the hours" in figures["judge, tokens"]["note"]) == told
+        assert ("judge" in figures) != told
+    weights = sum(one.numel() for one in load_file(given / "classifier/model.safetensors").values()) - 15 * 8
+    each = figures["safety screen"]["value"] / figures["safety screen, tokens"]["value"]
+    assert 2 * weights <= each < 2 * weights + 2000, "its file has a header, too"
+    assert any(line.startswith("safety screen, judge: 18%") for line in plan["assumptions"])
 
 
 def test_the_users_price_is_taken(given: Path, capsys: pytest.CaptureFixture[str]) -> None:

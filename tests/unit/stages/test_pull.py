@@ -10,16 +10,28 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from job.data.training_and_validation import ValidationSource
+from job.distributed.processes import ALONE
 from job.errors import DataError, SettingsError, Unreachable
 from job.model.files import fingerprint
-from job.records import AttemptRecord, AuditRecord, CheckRecord, DatasetRecord, GroupSpec, Pulled
+from job.records import (
+    AttemptRecord,
+    AuditRecord,
+    CheckRecord,
+    DatasetRecord,
+    DataSourceRecord,
+    GroupSpec,
+    Pulled,
+    ValidationRows,
+)
 from job.runs import stage_records
 from job.runs.layout import Stage
-from job.settings.load import load_settings
+from job.settings.load import Settings, load_settings
 from job.stages import pull
 from job.stages.pull import (
     _date,
@@ -281,3 +293,70 @@ def test_a_later_attempt_asks_for_the_commit_of_the_first(
     with pytest.raises(Unreachable):
         pull._find_model(attempt, load_settings(words, {}), StorageOptions(), lambda *_: None)
     assert seen == [("org/base", asked)]
+
+
+def test_a_later_attempt_reads_rows_at_the_commit_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a branch may have moved: of one source, of each of several, and of the validation rows' own source."""
+    first, second, third = ("c" * 40, "d" * 40, "e" * 40)
+    counts = {"rows": 1, "skipped": {}, "sha256": "0" * 64, "tokens": 1, "target_tokens": 1, "longest": 1}
+    found = {"held_out": False, "duplicates": 0, "near_duplicates": 0}
+    validation = ValidationRows(source="org/val", revision=third, split="test", format="text", **counts, **found)
+    one = replace(DATASET, source="org/data", revision=first, validation=validation)
+    several = replace(DATASET, revision=None, sources=[DataSourceRecord("org/data", second, 1, "0" * 64)])
+
+    def asked(source: str, dataset: DatasetRecord | None) -> tuple[Any, ...]:
+        earlier = None if dataset is None else Pulled(dataset, "0" * 64, None, {})
+        attempt: Any = SimpleNamespace(
+            recorded=lambda name, _: earlier if name is Stage.PULL else None,
+            alive=lambda **_: None,
+            work=Path(),
+            processes=ALONE,
+            started="2026-01-01",
+            earlier=[],
+        )
+        revisions = ["--data.revision=main", "--data.validation=org/val", "--data.validation_revision=main"]
+        seen: list[tuple[Any, ...]] = []
+
+        def stop(attempt: Any, settings: Settings, storage: StorageOptions, *_: object) -> None:
+            rows, own = pull._fetch_rows(attempt, settings, storage)
+            parts = [settings.data.revision] if isinstance(rows, str) else [part.revision for part in rows]
+            seen.append((*parts, own.revision if isinstance(own, ValidationSource) else own))
+            raise Unreachable("the hub is away")
+
+        monkeypatch.setattr(pull, "_pull", stop)
+        with pytest.raises(Unreachable):
+            pull.pull(attempt, load_settings([f"--data.source={source}", *revisions], {}), StorageOptions())
+        return seen[0]
+
+    assert asked("org/data", None) == ("main", "main")
+    assert asked("org/data", one) == (first, third)
+    assert asked("org/data@dev=2x,rows.jsonl", None) == ("dev", None, "main")
+    assert asked("org/data@dev=2x,rows.jsonl", several) == (second, None, "main")
+
+
+def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with them is known then; the next stage reads them when it begins."""
+    read = MagicMock()
+    monkeypatch.setattr(pull, "_read_rows", read)
+    steps = ("_find_model", "_load_tasks", "_fetch_rows", "load_tokenizer", "rows_with", "_check_lengths", "_wait")
+    for name in (*steps, "import_libraries", "import_client"):
+        monkeypatch.setattr(pull, name, MagicMock())
+    for name, value in {
+        "_early_files": (tmp_path, False),
+        "_auditing": {},
+        "_known_scores": {},
+        "_known_audit": None,
+        "_read_prompts": [],
+        "_with_licences": (DATASET, None),
+        "_find_judge": None,
+    }.items():
+        monkeypatch.setattr(pull, name, lambda *_, value=value, **__: value)
+    first, second = load_settings(["--model.id=org/base"], {}), load_settings(["--model.id=org/base"], {})
+    for earlier, stages in ((None, [first, second]), (Pulled(DATASET, "0" * 64, None, {}), [first])):
+        read.reset_mock()
+        recorded = {Stage.PULL: earlier}.get
+        attempt: Any = MagicMock(recorded=lambda name, _, recorded=recorded: recorded(name), work=tmp_path)
+        pull._pull(attempt, first, StorageOptions(), "2026-01-01", [second])
+        assert [call.args[1] for call in read.call_args_list] == stages

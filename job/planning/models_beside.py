@@ -1,0 +1,132 @@
+"""Time of the models beside the base: the classifier of JOB_DATA__SAFETY_MODEL and the judge of JOB_EVAL__JUDGE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from job.model.files import quantization_method
+from job.model.text_classifier import BATCH_TOKENS
+from job.planning.gpu_prices import Gpu
+from job.training.memory_model import FP32, UTILISATION
+
+FP32_SHARE = 1 / 16
+"""Operations a second in fp32, as a share of those in half precision: by the data sheets of A100 and H100. Others have
+more, up to a quarter (L4)."""
+_WIDTHS = {"float64": 8, "float32": FP32, "float16": 2, "bfloat16": 2}
+"""Bytes of a weight, by the `dtype` of config.json."""
+
+
+@dataclass(frozen=True)
+class ModelBeside:
+    """Texts that another model than the base reads, each once.
+
+    Attributes:
+        name: What it does, as the plan calls it.
+        texts: Their number.
+        tokens: All of them, those on the processor too, as the base's tokenizer or the number of characters has it.
+        on_processor: Of them, what the processor reads while the GPU waits.
+        passes: Forward passes on the GPU.
+        weights: Numbers that a token is multiplied by; None if that is unknown, or another machine's matter.
+        value_bytes: Bytes of a number as the model computes.
+        note: Where the figures come from, or why there is no time.
+    """
+
+    name: str
+    texts: int
+    tokens: int
+    on_processor: int
+    passes: int
+    weights: int | None
+    value_bytes: int
+    note: str
+
+    @property
+    def flops(self) -> int | None:
+        """Operations of all texts: two a weight and token, without attention."""
+        return None if self.weights is None else 2 * self.weights * self.tokens
+
+
+def screening(rows: int, tokens: int, answers: int, answer_tokens: int, weights: int | None) -> ModelBeside:
+    """The classifier, in fp32: it reads all rows in batches on the GPU, and all sample answers on the processor.
+
+    Args:
+        rows: Rows to train and to validate on.
+        tokens: Of all of them.
+        answers: Of base and adapter, to JOB_EVAL__PROMPTS.
+        answer_tokens: Of each, at most.
+        weights: As `ModelBeside` has it.
+    """
+    generated = answers * answer_tokens
+    told = "by the base's tokenizer" if weights is not None else "the size of its weights is unknown: not in the hours"
+    return ModelBeside(
+        *("safety screen", rows + answers, tokens + generated, generated, ceil(tokens / BATCH_TOKENS), weights, FP32),
+        note=told,
+    )
+
+
+def judging(asked: int, tokens: int, weights: int | None, value_bytes: int, *, served: bool) -> ModelBeside:
+    """The judge, which reads one question at a time: each pair of answers in both orders.
+
+    Args:
+        asked: Questions.
+        tokens: Of all of them, with answers that are as long as they may be.
+        weights: As `ModelBeside` has it.
+        value_bytes: As above.
+        served: Whether it is a server's.
+    """
+    told = "at most; equal answers are not judged"
+    if served:
+        told = "at most; the server's time is not in the hours"
+    elif weights is None:
+        told = "at most; the size of its weights is unknown: not in the hours"
+    return ModelBeside("judge", asked, tokens, 0, asked, None if served else weights, value_bytes, told)
+
+
+def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int | None:
+    """The numbers that every token is multiplied by: all weights but the embedding, and but the output layer.
+
+    Args:
+        folder: With its config.json.
+        weight_bytes: Of its files; None if they are unknown.
+        heads: Whether it has an output layer over the vocabulary, which is computed once a text.
+
+    Returns:
+        None, too, for a quantized model, whose files do not say it.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        quantized = quantization_method(config) is not None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    if weight_bytes is None or quantized:
+        return None
+    text = config.get("text_config")
+    own: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+    width = _WIDTHS.get(str(own.get("dtype") or own.get("torch_dtype") or config.get("dtype")), FP32)
+    sizes = [own.get(name) for name in ("vocab_size", "hidden_size")]
+    table = sizes[0] * sizes[1] if isinstance(sizes[0], int) and isinstance(sizes[1], int) else 0
+    tables = 2 if heads and not own.get("tie_word_embeddings", True) else 1
+    return max(0, weight_bytes // width - tables * table)
+
+
+def seconds(model: ModelBeside, gpu: Gpu, *, disk: float, processor: float) -> float:
+    """Seconds of loading it and of all its texts; 0 where they are not known.
+
+    Args:
+        model: The model.
+        gpu: What computes.
+        disk: Bytes a second that are loaded.
+        processor: Operations a second of the processor.
+    """
+    if model.weights is None:
+        return 0.0
+    held = model.weights * model.value_bytes
+    flops = 2 * model.weights * (model.tokens - model.on_processor)
+    rate = UTILISATION * gpu.flops * (FP32_SHARE if model.value_bytes == FP32 else 1.0)
+    reading = max(flops / rate, model.passes * held / gpu.bandwidth)
+    return held / disk + reading + 2 * model.weights * model.on_processor / processor
