@@ -14,6 +14,7 @@ from job import log
 from job.evaluation.scorer import Scores, ScoreSequences, finite, score_sequences
 from job.evaluation.scoring import Forward, plan_sequences, score_sequence
 from job.model.lora import adapter_off
+from job.model.placed_weights import taking_part
 from job.records import Evaluated, Question, ScoringPrecision
 from job.runs.attempt import Attempt
 from job.settings.schema import Eval
@@ -32,7 +33,8 @@ def choose_precision(
 
     `gigabytes` is JOB_TRAIN__GPU_MEMORY_GB.
     """
-    why = why_as_trained(wanted, loaded) or _too_large(sources, loaded, wanted.batch_tokens, gigabytes)
+    with taking_part(loaded.model):
+        why = why_as_trained(wanted, loaded) or _too_large(sources, loaded, wanted.batch_tokens, gigabytes)
     if why := next(filter(None, attempt.processes.gather("scoring precision", why)), ""):
         log.get_logger().info("questions are scored in the dtype of training", dtype=loaded.record.dtype, why=why)
         return ScoringPrecision(loaded.record.dtype, loaded.record.dtype, why)

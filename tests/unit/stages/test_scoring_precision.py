@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from job.distributed.processes import ALONE
 from job.errors import Preempted
 from job.model.base import describe_model
 from job.model.packed_attention import NAME, use
@@ -52,10 +53,10 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loaded_base(
-    world: Path, dtype: torch.dtype = torch.bfloat16, quantization: str = "nf4", factor: float = 1.0
+    world: Path, dtype: torch.dtype = torch.bfloat16, quantization: str = "nf4", factor: float = 1.0, **how: Any
 ) -> Loaded:
     """As an attempt has it in memory; `factor` makes what a layer computes so many times larger."""
-    model = make_model(world / "base", quantization=quantization, dtype=dtype)
+    model = make_model(world / "base", quantization=quantization, dtype=dtype, **how)
     if factor > 1:
         with torch.no_grad():
             model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.mul_(factor)
@@ -139,6 +140,18 @@ def test_numbers_too_large_for_fp16(
     run(world, tmp_path / "exact", **large, dtype=torch.float32)
     rescued, exact = (likelihoods(tmp_path / name, ("base",)) for name in ("rescued", "exact"))
     assert torch.allclose(rescued, exact, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_sharded_base_is_tried(world: Path, tmp_path: Path) -> None:
+    """Its layers are gathered for that, by all processes together."""
+    store = LocalStore(tmp_path)
+    loaded = loaded_base(world, place="sharded", group=ALONE)
+    sources: Any = replace(example_sources(world), examples=make_examples(2))  # type: ignore[arg-type]
+    with open_attempt(
+        store, {}, faults=arm((), store), cache=str(tmp_path), stop=Stop(), report_progress=lambda: None
+    ) as attempt:
+        assert scoring_precision.choose_precision(attempt, Eval(), sources, loaded, None) == PRECISE
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
