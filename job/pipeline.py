@@ -27,7 +27,7 @@ from job.preemption.stop_flag import Stop
 from job.push.push import Target, check_targets, push_run, targets
 from job.records import Evaluated, Exported, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
 from job.results import manifest
-from job.results.baseline import check_prompts
+from job.results.baseline import check_prompts, warn_of_other_dtype
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.results.delivery import deliver
 from job.runs.attempt import Attempt, open_attempt
@@ -65,6 +65,7 @@ _SETTING_OF = {
     "judge_sha256": "JOB_EVAL__PRINCIPLES",
 }
 """Field of `Pulled` -> the setting that names what it is about."""
+_SCORED_OTHERWISE = "it was scored in another precision than the base"
 
 
 def run(
@@ -353,6 +354,7 @@ def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loade
     )
     if sources.baseline is not None:
         check_prompts(sources.baseline, base.scores)
+        warn_of_other_dtype(sources.baseline, base.precision.dtype if base.precision else loaded.record.dtype)
     return base
 
 
@@ -376,7 +378,7 @@ def _evaluate_adapter(
         lambda adapter: (
             other_generation(adapter, base.generation)
             or other_answers_judged(adapter, base)
-            or ("it was scored in another precision than the base" if adapter.precision != base.precision else "")
+            or (_SCORED_OTHERWISE if adapter.precision != base.precision else "")
         ),
     )
 
@@ -399,6 +401,7 @@ def _export(
         Stage.EXPORT,
         Exported,
         lambda: export(attempt, settings, sources, loaded, trained, precision=precision),
+        lambda exported: _SCORED_OTHERWISE if exported.precision != precision else "",
     )
 
 

@@ -867,6 +867,8 @@ class Exported:
 
     exports: list[ExportRecord]
     artifacts: list[Artifact]
+    precision: ScoringPrecision | None = None
+    """That of the base and the adapter, which the scores are compared with; None in records of older versions."""
 
 
 @dataclass(frozen=True)

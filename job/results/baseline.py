@@ -9,8 +9,9 @@ from typing import Any
 
 from job.errors import DataError, Problem, SettingsError, VerificationError
 from job.evaluation import comparison
+from job.log import get_logger
 from job.records import TaskScores
-from job.results.reader import TaskSamples, open_run, read_published, read_samples
+from job.results.reader import TaskSamples, open_run, read_published, read_samples, scored_in
 from job.storage.open import StorageOptions
 
 SETTING = "JOB_GATE__BASELINE"
@@ -18,12 +19,21 @@ SETTING = "JOB_GATE__BASELINE"
 
 @dataclass(frozen=True)
 class Baseline:
-    """An earlier run's adapter: the run's id, its results as the user named them, their hash, and samples by task."""
+    """An earlier run's adapter.
+
+    Attributes:
+        run: The run's id.
+        results: Its results as the user named them.
+        sha256: Their hash.
+        tasks: Its samples by task.
+        dtype: What they were scored in.
+    """
 
     run: str
     results: str
     sha256: str
     tasks: Mapping[str, TaskSamples]
+    dtype: str
 
     def compared(self, judged: Mapping[str, TaskScores]) -> dict[str, Any]:
         """The manifest's record of the baseline, and of how what the gate judges, by task, compares with it."""
@@ -44,7 +54,7 @@ def read_baseline(where: str, storage: StorageOptions) -> Baseline:
     """
     with _named():
         run = read_published(open_run(where, storage))
-        return Baseline(run.id, where, run.sha256, read_samples(run))
+        return Baseline(run.id, where, run.sha256, read_samples(run), scored_in(run.results)["dtype"])
 
 
 def check_run(where: str) -> None:
@@ -99,6 +109,13 @@ def check_prompts(baseline: Baseline, base: Mapping[str, TaskScores]) -> None:
     """
     other = [task for task, scores in base.items() if scores.task_hash != baseline.tasks[task].scores.task_hash]
     _refuse([f"{task}: run {baseline.run} was asked the same questions in other words" for task in other])
+
+
+def warn_of_other_dtype(baseline: Baseline, dtype: str) -> None:
+    """Says so if this run is scored in another dtype than the baseline: the gate's difference then includes theirs."""
+    if baseline.dtype != dtype:
+        what = "the baseline was scored in another dtype, so what the gate compares includes the difference of the two"
+        get_logger().warning(what, setting=SETTING, baseline=baseline.dtype, run=dtype)
 
 
 def _first_difference(before: Sequence[tuple[str, str]], now: Sequence[tuple[str, str]]) -> str:

@@ -59,7 +59,7 @@ def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
         "differs": {
             "settings": _settings(one["settings"], two["settings"]),
             **{group: _differing(_flat(one[group]), _flat(two[group])) for group in GROUPS},
-            "scoring": _differing(*({"dtype": scored_in(results)} for results in (one, two))),
+            "scoring": _differing(scored_in(one), scored_in(two)),
         },
         "training": _both(_training(one), _training(two)),
         "cost": {

@@ -101,10 +101,12 @@ def _too_large(value: Any, where: str = "") -> str | None:
     return next((place for place in found if place is not None), None)
 
 
-def scored_in(results: Mapping[str, Any]) -> str:
-    """The dtype in which base and adapter were scored; in older versions that of training."""
+def scored_in(results: Mapping[str, Any]) -> dict[str, str]:
+    """`dtype` and `sums` in which base and adapter were scored (see `ScoringPrecision`); of older versions training's."""
     precision = results["evaluation"].get("precision")
-    return str(results["model"]["dtype"] if precision is None else precision["dtype"])
+    if precision is None:
+        return dict.fromkeys(("dtype", "sums"), results["model"]["dtype"])
+    return {name: precision[name] for name in ("dtype", "sums")}
 
 
 def read_published(store: ObjectStore) -> PublishedRun:

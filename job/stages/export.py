@@ -238,7 +238,8 @@ def export(
     if not attempt.processes.leads:
         return None
     made = [one for one in found if one is not None]
-    return Exported([one.record for one in made], [artifact for one in made for artifact in one.artifacts])
+    artifacts = [artifact for one in made for artifact in one.artifacts]
+    return Exported([one.record for one in made], artifacts, precision)
 
 
 def _whole_models(own: _Export, merged: Mapping[str, _Files], only: str) -> Iterator[_Made | None]:

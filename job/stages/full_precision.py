@@ -74,7 +74,7 @@ def _evaluate_original(
     if settings.eval.full_precision == "off" or loaded.record.quantization == "none":
         return None
     known = attempt.recorded(FULL_PRECISION, Evaluated) if attempt.processes.leads else None
-    if known is not None and (_of_other_dtype(known, precision) or attempt.damaged(known.artifacts)):
+    if known is not None and (_scored_otherwise(known, precision) or attempt.damaged(known.artifacts)):
         known = None
     if attempt.processes.share("original base of before", lambda: known is not None):
         log.get_logger().info("the original base was evaluated by an earlier attempt")
@@ -95,15 +95,19 @@ def _evaluate_original(
         )
     if scored is None:
         return None
-    done = Evaluated({}, scored.artifacts, full_precision=FullPrecision(precision.dtype, scored.scores))
+    original = FullPrecision(precision.dtype, scored.scores)
+    done = Evaluated({}, scored.artifacts, full_precision=original, precision=precision)
     attempt.keep(FULL_PRECISION, json.dumps(asdict(done)))
     return done
 
 
-def _of_other_dtype(known: Evaluated, precision: ScoringPrecision) -> bool:
+def _scored_otherwise(known: Evaluated, precision: ScoringPrecision) -> bool:
     """Whether an earlier attempt, on a machine of another kind, scored it otherwise than the base will be."""
     found = known.full_precision
-    return found is not None and bool(found.scores) and found.dtype != precision.dtype
+    if found is None or not found.scores:
+        return False
+    sums = found.dtype if known.precision is None else known.precision.sums  # None by older versions, as trained
+    return (found.dtype, sums) != (precision.dtype, precision.sums)
 
 
 def _folder(attempt: Attempt, settings: Settings, sources: Sources) -> Path:

@@ -63,9 +63,13 @@ def _on_gpu(model: Any) -> bool:
 
 def other_precision(base: Evaluated, wanted: Eval, loaded: Loaded) -> str:
     """Why a base that was scored cannot be compared with what will be scored here, in words; empty if it can."""
-    if not is_precise(base.precision) or not (why := why_as_trained(wanted, loaded)):
+    was, here = base.precision, loaded.record.dtype
+    if was is None:  # in records of older versions, which do not tell
         return ""
-    return f"the base was scored in fp16, which cannot be done here for the adapter: {why}"
+    if not is_precise(was):  # an earlier attempt may have been on a machine of another kind
+        return "" if was.dtype == here else f"the base was scored in {was.dtype}, and the adapter would be in {here} here"
+    why = why_as_trained(wanted, loaded)
+    return f"the base was scored in fp16, which cannot be done here for the adapter: {why}" if why else ""
 
 
 def _too_large(sources: Sources, loaded: Loaded, batch_tokens: int, gigabytes: float | None) -> str:

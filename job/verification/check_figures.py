@@ -55,7 +55,7 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
         differences += _full_precision(results, copies, by_task)
         if (near := results["evaluation"].get("near_ties")) is not None:  # older versions did not look for them
-            found_near = compare_near_ties(scored["base"], scored["adapter"], scored_in(results), bound)
+            found_near = compare_near_ties(scored["base"], scored["adapter"], scored_in(results)["dtype"], bound)
             differences += find_differences(f"{RESULTS} evaluation.near_ties", near, found_near)
     questions = sum(len(records) for records in by_task["adapter"].values())
     measured = results["evaluation"].get("measured", {})

@@ -87,7 +87,7 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             tasks = compare_tasks(base.scores, adapter.scores, overlap=overlap)
             original = full_precision_record(base, adapter.scores)
             bound = (results["evaluation"].get("near_ties") or {}).get("bound")
-            near = compare_near_ties(base.scores, adapter.scores, scored_in(results), bound)
+            near = compare_near_ties(base.scores, adapter.scores, scored_in(results)["dtype"], bound)
         except (JobError, ValueError) as error:
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:

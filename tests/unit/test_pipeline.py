@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from job.common.hashing import sealed
 from job.distributed.processes import ALONE
 from job.distributed.ranks import Place
 from job.preemption.stop_flag import Stop
-from job.records import AttemptRecord
+from job.records import AttemptRecord, Exported, ScoringPrecision
 from job.runs.layout import attempt_key
 from job.runs.lease import take
 from job.settings.load import Settings, load_settings
@@ -73,6 +75,30 @@ def demo(folder: Path) -> Settings:
     environ = {"JOB_PRESET": "demo", "JOB_RUN__OUTPUT": str(folder), "JOB_RUN__DEVICE": "cpu", "JOB_RUN__ID": "a-run"}
     environ |= {"JOB_METRICS__PORT": "9464", "JOB_METRICS__POD_ANNOTATION": "true"}
     return load_settings([], environ | {"JOB_NOTIFY__WEBHOOK": "https://hooks.example/x"})
+
+
+@pytest.mark.parametrize("was", [None, ScoringPrecision("bf16", "bf16", "")])
+def test_exports_are_scored_again_where_base_and_adapter_were(
+    monkeypatch: pytest.MonkeyPatch, was: ScoringPrecision | None
+) -> None:
+    """In another precision than an earlier attempt did: differences from them would include that of the two."""
+    objections = []
+
+    class Recorded:
+        """An attempt whose run has a record of its exports."""
+
+        @staticmethod
+        def stage(_stage: Any, _kind: Any, _work: Any, objection: Callable[[Exported], str]) -> Exported:
+            found = Exported([], [], was)
+            objections.append(objection(found))
+            return found
+
+    monkeypatch.setitem(sys.modules, "job.stages.export", SimpleNamespace(export=None))
+    settings = load_settings(["--export.formats=merged"], {"JOB_PRESET": "demo"})
+    given: Any = (Recorded(), settings, None, None, None)
+    for now in (was, ScoringPrecision("fp16", "fp32", "")):
+        pipeline._export(*given, precision=now)
+    assert objections == ["", "it was scored in another precision than the base"]
 
 
 class Second:

@@ -12,7 +12,7 @@ import pytest
 
 from job.errors import DataError, SettingsError
 from job.records import Artifact, Evaluated
-from job.results.baseline import Baseline, check_prompts, check_questions, read_baseline
+from job.results.baseline import Baseline, check_prompts, check_questions, read_baseline, warn_of_other_dtype
 from job.results.reader import open_run
 from job.runs.layout import answers_key
 from job.storage.local import LocalStore
@@ -73,6 +73,14 @@ def test_a_damaged_run_is_no_baseline(earlier: Path, damage: str) -> None:
     name = "results" if damage in {"manifest", "unfinished"} else "quiz"
     with pytest.raises(DataError, match=rf"JOB_GATE__BASELINE: .*{name}"):
         read_baseline(str(earlier), StorageOptions())
+
+
+def test_a_baseline_scored_in_another_dtype_is_told(baseline: Baseline, capsys: pytest.CaptureFixture[str]) -> None:
+    """The gate would count the difference of the two as one of the adapters."""
+    warn_of_other_dtype(baseline, "fp32")
+    assert capsys.readouterr().out == ""
+    warn_of_other_dtype(baseline, "fp16")
+    assert "scored in another dtype" in capsys.readouterr().out
 
 
 def test_the_same_questions_pass(baseline: Baseline) -> None:

@@ -18,12 +18,12 @@ from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
-from job.records import Evaluated, Packing, ScoringPrecision
+from job.records import Evaluated, FullPrecision, Packing, ScoringPrecision
 from job.runs.attempt import open_attempt
 from job.runs.fault_injection import arm
 from job.settings.load import load_settings
 from job.settings.schema import Eval
-from job.stages import scoring_precision
+from job.stages import full_precision, scoring_precision
 from job.stages.full_precision import evaluate_bases
 from job.stages.handoff import Loaded
 from job.storage.local import LocalStore
@@ -174,3 +174,15 @@ def test_a_base_that_was_scored_in_fp16_is_scored_again_where_the_adapter_cannot
     assert scoring_precision.other_precision(base, wanted, replace(loaded, **given)).endswith(why)
     for other in (None, ScoringPrecision("bf16", "bf16", "")):
         assert scoring_precision.other_precision(replace(base, precision=other), wanted, loaded) == ""
+
+
+def test_what_a_machine_of_another_kind_scored_is_scored_again(world: Path) -> None:
+    """The base by a CPU in fp32, and the original one on a GPU that has no bf16, all in fp16."""
+    other = ScoringPrecision("fp32", "fp32", "fp16 is slow on a CPU")
+    why = scoring_precision.other_precision(Evaluated({}, [], precision=other), Eval(), loaded_base(world))
+    assert why == "the base was scored in fp32, and the adapter would be in bf16 here"
+    scores: Any = {"arc_easy": None}
+    for before in (None, ScoringPrecision("fp16", "fp16", "")):
+        known = Evaluated({}, [], full_precision=FullPrecision("fp16", scores), precision=before)
+        assert full_precision._scored_otherwise(known, PRECISE)
+        assert not full_precision._scored_otherwise(known, ScoringPrecision("fp16", "fp16", "another reason"))
