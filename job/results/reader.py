@@ -102,7 +102,7 @@ def _too_large(value: Any, where: str = "") -> str | None:
 
 
 def scored_in(results: Mapping[str, Any]) -> dict[str, str]:
-    """`dtype` and `sums` in which base and adapter were scored (see `ScoringPrecision`); of older versions training's."""
+    """`dtype` and `sums` of the scores of base and adapter (see `ScoringPrecision`); in older versions training's."""
     precision = results["evaluation"].get("precision")
     if precision is None:
         return dict.fromkeys(("dtype", "sums"), results["model"]["dtype"])

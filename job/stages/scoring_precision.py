@@ -67,7 +67,8 @@ def other_precision(base: Evaluated, wanted: Eval, loaded: Loaded) -> str:
     if was is None:  # in records of older versions, which do not tell
         return ""
     if not is_precise(was):  # an earlier attempt may have been on a machine of another kind
-        return "" if was.dtype == here else f"the base was scored in {was.dtype}, and the adapter would be in {here} here"
+        why = f"the base was scored in {was.dtype}, and the adapter would be in {here} here"
+        return "" if was.dtype == here else why
     why = why_as_trained(wanted, loaded)
     return f"the base was scored in fp16, which cannot be done here for the adapter: {why}" if why else ""
 

@@ -136,7 +136,8 @@ def test_exports_of_two_runs_are_paired_by_question(tmp_path: Path) -> None:
     assert paired["verdict"] == "improved"
     assert found["differs"]["scoring"] == {"dtype": {"a": "fp32", "b": "fp16"}}
     other = publish_run(tmp_path / "c", {"quiz": pairs(60)})
-    forge(other, lambda results: results["evaluation"].update(precision={"dtype": "fp16", "sums": "fp16", "reason": ""}))
+    half = dict.fromkeys(("dtype", "sums"), "fp16")
+    forge(other, lambda results: results["evaluation"].update(precision={**half, "reason": ""}))
     assert compare(read(two), read(other))["differs"]["scoring"] == {"sums": {"a": "fp32", "b": "fp16"}}
     assert re.search(rf"merged, quiz, B less A +\+{100 * expected.delta:.2f} \(", "\n".join(as_text(found)))
     (two / "artifacts/evaluation/quiz.merged-dequantized.jsonl").write_bytes(b"{}\n")
