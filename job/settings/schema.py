@@ -149,7 +149,8 @@ class Model(Group):
     id: AffectsResult[Annotated[Location, SageMakerChannel("model")]] = "mistralai/Mistral-7B-v0.1"
     """Hub id, URI (`s3://`, `gs://`, `az://`) or path."""
     revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("model.id")]] = None
-    """Commit hash, for a hub id; empty: the newest commit. The manifest records the commit that was used."""
+    """Commit hash, tag or branch, for a hub id; empty: the newest commit. The manifest records the commit, and a
+    restart keeps to it."""
     name: AffectsResult[Maybe[PublicName]] = None
     """Public name of the base model, such as its hub id, to be written into the adapter's files if JOB_MODEL__ID is a
     path or URI. Default: the hub id, else the last part of JOB_MODEL__ID. Nothing is downloaded by this name.

@@ -432,9 +432,9 @@ def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOpt
     source, data = _fetch(attempt, place, "safety", storage), settings.data
     earlier = attempt.recorded(Stage.PULL, Pulled)
     audit = None if earlier is None else earlier.dataset.audit
-    if data.safety_revision is None and audit is not None and audit.safety is not None:
-        # the hub may have a newer commit since the first attempt
-        data = data.model_copy(update={"safety_revision": audit.safety.revision})
+    if audit is not None and audit.safety is not None:
+        # the hub may have a newer commit since the first attempt, a branch or tag too
+        data = data.model_copy(update={"safety_revision": audit.safety.revision or data.safety_revision})
     found: SafetyModel = _wait(attempt, in_thread(lambda: find_safety_model(data, source, place), "safety model"))
     if earlier is not None and earlier.safety_sha256 != found.record.sha256:  # before it scores anything
         what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
@@ -448,7 +448,7 @@ def _find_judge(attempt: Attempt, settings: Settings, storage: StorageOptions) -
     if place is None or settings.eval.principles is None or not attempt.processes.leads:
         return None
     earlier = attempt.recorded(Stage.PULL, Pulled)
-    revision = settings.eval.judge_revision or (None if earlier is None else earlier.judge_revision)
+    revision = (None if earlier is None else earlier.judge_revision) or settings.eval.judge_revision
     source = place if is_server(place) else _fetch(attempt, place, "judge", storage)
     found: FoundJudge = _wait(attempt, in_thread(lambda: find_judge(settings.eval, source, revision), "judge"))
     if attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated) is None:
@@ -728,8 +728,8 @@ def _find_model(
             source = fetch(source, attempt.work / "model", storage)
         folder, revision = download_model(source, None)
     else:
-        # the hub may have a newer commit since the first attempt
-        wanted = settings.model.revision or (None if earlier is None else earlier.model_revision)
+        # the hub may have a newer commit since the first attempt, a branch or tag too
+        wanted = (None if earlier is None else earlier.model_revision) or settings.model.revision
         folder, revision = download_model(source, wanted, before_weights)
     tokenizer_files(folder)  # fails now rather than when the adapter is published
     sha256 = fingerprint(folder)

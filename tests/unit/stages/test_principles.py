@@ -183,7 +183,7 @@ def test_rows_of_prompts_are_audited_like_those_trained_on(tmp_path: Path, monke
 
 
 def test_a_run_keeps_the_classifier_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no commit is given, later attempts ask for that of the first."""
+    """Later attempts ask for the commit of the first, also where a branch is given."""
     revisions: list[str | None] = []
     safety = SafetyRecord("org/x", "abc", "0" * 64, ["bad"], 0.5)
 
@@ -193,11 +193,11 @@ def test_a_run_keeps_the_classifier_it_began_with(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(pull, "find_safety_model", find)
     pulled = SimpleNamespace(dataset=SimpleNamespace(audit=SimpleNamespace(safety=safety)), safety_sha256="0" * 64)
-    own = load_settings(["--preset=demo", "--data.safety_model=org/x"], {})
+    own = load_settings(["--preset=demo", "--data.safety_model=org/x", "--data.safety_revision=main"], {})
     for known in (None, pulled):
         attempt: Any = SimpleNamespace(alive=lambda **_: None, work=tmp_path, recorded=lambda *_, found=known: found)
         pull._find_safety_model(attempt, own, StorageOptions())
-    assert revisions == [None, "abc"]
+    assert revisions == ["main", "abc"]
 
 
 def test_all_machines_name_the_run_by_the_same_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,8 @@ def test_all_machines_name_the_run_by_the_same_judge(tmp_path: Path, monkeypatch
     monkeypatch.setattr(pull, "_pull", lambda *_: (sources, tmp_path))
     shared = {"date of the run": "2026-01-31", "judge": ["0" * 64, "abc"]}
     place = SimpleNamespace(local_world_size=1, local_rank=0, rank=1)
-    attempt: Any = SimpleNamespace(processes=SimpleNamespace(place=place, share=lambda what, _: shared[what]))
+    processes = SimpleNamespace(place=place, share=lambda what, _: shared[what])
+    attempt: Any = SimpleNamespace(processes=processes, recorded=lambda *_: None)
     found = pull.pull(attempt, settings(tmp_path, "org/judge"), StorageOptions()).record
     assert (found.judge_sha256, found.judge_revision) == ("0" * 64, "abc")
     assert stage_records.identity(found) != stage_records.identity(record)
