@@ -134,7 +134,7 @@ def _places(settings: Settings) -> tuple[str, ...]:
         return (settings.model.placement,)
     if settings.model.quantization == "none" or settings.model.keep_dequantized is True:
         return memory_model.PLACES[:1]
-    several = settings.run.processes not in {"auto", 1}
+    several = settings.run.processes not in {"auto", 1} and settings.run.nodes == 1
     return tuple(place for place in memory_model.PLACES if place != "sharded" or several)
 
 

@@ -641,14 +641,15 @@ def _compute(settings: Settings) -> Iterator[Fault]:
     if settings.model.dtype not in {"auto", "bf16"}:
         yield name, f"is fp8, which goes with bf16; JOB_MODEL__DTYPE is {settings.model.dtype}: set bf16 or auto"
     slower = {
-        "LORA__DROPOUT": lora.dropout,
         "LORA__KIND": lora.kind != "lora",
         "LORA__USE_DORA": lora.use_dora,
         "LORA__MODULES_TO_SAVE": lora.modules_to_save,
         "MODEL__ADD_TOKENS": settings.model.add_tokens,
     }
     if needed := [f"JOB_{setting}" for setting, given in slower.items() if given]:
-        yield name, f"is fp8, which only the job's fused layers compute; {' and '.join(needed)} need PEFT's own"
+        yield name, f"is fp8, which only the job's fused layers compute; not with {' and '.join(needed)}; drop it"
+    if lora.dropout:
+        yield name, "is fp8, and how well that trains with JOB_LORA__DROPOUT has not been measured; drop one of the two"
     if any(METHODS[method].reference for method in settings.train.method.split(",")):
         why = "its rounding would count as a difference from the reference"
         yield name, f"is fp8, which is not for JOB_TRAIN__METHOD={settings.train.method}: {why}; drop one of the two"

@@ -985,8 +985,8 @@ class TestMethods:
         [
             (["--run.device=cpu"], "JOB_RUN__DEVICE=cpu"),
             (["--model.dtype=fp16"], "JOB_MODEL__DTYPE"),
-            (["--lora.dropout=0.1", "--lora.use_dora=true"], "JOB_LORA__DROPOUT and JOB_LORA__USE_DORA"),
-            (["--lora.kind=adalora"], "JOB_LORA__KIND"),
+            (["--lora.dropout=0.1"], "JOB_LORA__DROPOUT has not been measured"),
+            (["--lora.kind=adalora", "--lora.use_dora=true"], "not with JOB_LORA__KIND and JOB_LORA__USE_DORA"),
             (["--lora.modules_to_save=lm_head"], "JOB_LORA__MODULES_TO_SAVE"),
             (["--model.add_tokens=<x>"], "JOB_MODEL__ADD_TOKENS"),
             (["--train.method=dpo"], "JOB_TRAIN__METHOD=dpo"),
