@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -85,16 +86,7 @@ def _misfit(where: str, name: str, error: Exception) -> Problem:
 
 def find_misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
     """Rows of which the task cannot make a question with one right choice or more."""
-    docs = list(task.eval_docs)
-    # a task may filter rows, and then a question's number is all that is known of its place
-    locations = (
-        [row.where for row in rows]
-        if len(docs) == len(rows)
-        else [f"{source}:question {n + 1}" for n in range(len(docs))]
-    )
-    for where, doc in zip(locations, docs, strict=True):
-        # The data set fills fields that a row lacks with null, which a template would render as "None".
-        given = {field: value for field, value in doc.items() if value is not None}
+    for where, given in _located(list(task.eval_docs), rows, f"{source}:question"):
         if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
             try:
                 fits = task.doc_to_text(given) != "" or task.OUTPUT_TYPE == "loglikelihood_rolling"
@@ -122,6 +114,42 @@ def find_misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Proble
                 yield Problem(where, f"{what} for {task.task_name}")
             elif not _labelled(given.get("choices")):
                 yield Problem(where, "has choices.label that does not name each of choices.text once")
+
+
+def find_example_misfits(task: Any, examples: Sequence[Row], source: str) -> Iterator[Problem]:
+    """Examples that the task's prompts cannot have, or that are questions too.
+
+    lm-eval would show these in their own prompts, with the answer: it expects examples of another split.
+    """
+    asked, few = {_identity(task, given) for _, given in _located(list(task.eval_docs), (), "")}, task.fewshot_cfg
+    for where, given in _located(list(task.fewshot_docs()), examples, f"{source}:example"):
+        try:
+            task.doc_to_text(given, few.doc_to_text)
+            task.doc_to_target(given, few.doc_to_target)
+            is_asked = _identity(task, given) in asked
+        except Exception as error:  # noqa: BLE001 - as above
+            yield _misfit(where, task.task_name, error)
+        else:
+            if is_asked:
+                what = f"is a question of {task.task_name}, too, whose prompt would show its answer; remove one of them"
+                yield Problem(where, what)
+
+
+def _located(docs: Sequence[Any], rows: Sequence[Row], kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place of each document, and its fields that are given.
+
+    A task may filter rows, and then a document's number is all that is known of its place. The data set fills fields
+    that a row lacks with null, which a template would render as "None".
+    """
+    for number, doc in enumerate(docs):
+        where = rows[number].where if len(docs) == len(rows) else f"{kind} {number + 1}"
+        yield where, {field: value for field, value in doc.items() if value is not None}
+
+
+def _identity(task: Any, given: dict[str, Any]) -> str:
+    """What is asked, with its choices: the same of two rows that differ only in what is not asked, such as an id."""
+    choices = task.doc_to_choice(given) if task.OUTPUT_TYPE == MULTIPLE_CHOICE else None
+    return json.dumps([task.doc_to_text(given), choices], default=str)
 
 
 def _labelled(choices: Any) -> bool:

@@ -21,7 +21,14 @@ from job.errors import DataError, Problem, SettingsError
 from job.evaluation.groups import CHOICE_METRICS, read_groups
 from job.evaluation.measured import how_to_generate, metrics_of
 from job.evaluation.policy import CHOICES, Policy, check_policy, named
-from job.evaluation.question_files import as_dataset, find_misfits, in_their_groups, read_questions, task_with_rows
+from job.evaluation.question_files import (
+    as_dataset,
+    find_example_misfits,
+    find_misfits,
+    in_their_groups,
+    read_questions,
+    task_with_rows,
+)
 from job.evaluation.task_files import GroupFile, TaskFile, own_tasks
 from job.evaluation.task_names import (
     KINDS,
@@ -169,7 +176,10 @@ def load_tasks(
         Problem(sources[name], "holds one question; a comparison needs two") for name in rows if not rows[name][1:]
     ]:
         raise DataError(few)
-    if misfits := [problem for name in rows for problem in find_misfits(tasks[name], rows[name], sources[name])]:
+    misfits = [problem for name in rows for problem in find_misfits(tasks[name], rows[name], sources[name])]
+    for name in () if misfits else shown:
+        misfits += find_example_misfits(tasks[name], shown[name], sources[name + EXAMPLES])
+    if misfits:
         raise DataError(misfits)
     users = [*(one for one in own if isinstance(one, TaskFile)), *member_files(own)]
     places = dict(sources) | {task.name: task.source for task in users}

@@ -286,6 +286,12 @@ def test_examples_come_from_a_file_of_their_own(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "e.jsonl", rows(0, 5))
     with pytest.raises(SettingsError, match="there are 5; one more"):
         load_tasks(["gsm8k"], files, {name: path.name for name, path in files.items()})
+    write_jsonl(tmp_path / "e.jsonl", [*rows(100, 6), {"question": "?"}, *rows(3, 1)])
+    with pytest.raises(DataError, match="undefined") as raised:
+        load_tasks(["gsm8k"], files, {name: path.name for name, path in files.items()})
+    places, whys = zip(*((problem.where, problem.what) for problem in raised.value.problems), strict=True)
+    assert places == ("e.jsonl:7", "e.jsonl:8")
+    assert "is a question of gsm8k, too" in whys[1]
     alone = {"gsm8k:examples": files["gsm8k:examples"]}
     for check in (lambda: load_tasks(["gsm8k"], alone, {}), lambda: check_tasks(["gsm8k"], alone)):
         with pytest.raises(SettingsError, match="JOB_EVAL__DATA: gives examples of gsm8k, and no questions"):
