@@ -26,7 +26,7 @@ from job.data.formats import Line, LineDecoder, Lines, Row, RowError
 from job.data.notes import Notes
 from job.data.preferences import SIDES, EncodedAnswers, is_conversation, with_partners
 from job.data.remarks import RemarkCounts
-from job.data.row_encoder import PLAIN, Bundle, Outcome, Reading, longest_of
+from job.data.row_encoder import PLAIN, Bundle, Outcome, Reading
 from job.data.schema_of_rows import other_schema, peek, settle_schema
 from job.data.schemas import FIELDS, Schema
 from job.data.sources import open_source, watched
@@ -366,12 +366,12 @@ def _take_share(
         if outcome.faults and findings is not None:
             findings.add(list(outcome.faults))
         before = found.rows
-        found.note_longest(longest_of(outcome))
         for item in outcome.examples:
             good += 1
             if share == 1 or int(good * share) > int((good - 1) * share):
                 canonical = item.canonical()
                 found.add(item, canonical)
+                found.note_longest((len(item.parts()[1]), outcome.where))
                 if own is not None:
                     own.update(canonical)
         found.audited(outcome.where, outcome.audited, found.rows - before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ def test_the_record_says_what_was_read(tmp_path: Path) -> None:
     assert (record.format, record.rows, record.skipped) == ("prompt_completion", 2, {})
     assert (record.tokens, record.target_tokens, record.longest) == (11, 7, 6)
     assert record.longest_at == "s3://bucket/x.jsonl:2"
+    lines(path, {"text": "the longest"}, {"text": "ab"})  # of which half the rows is the second one
+    _, record = load((Source(str(path), "x.jsonl", times=Fraction(1, 2)),))
+    assert (record.rows, record.longest_at) == (1, "x.jsonl:2")
 
 
 @per_example
