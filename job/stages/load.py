@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from job import log
-from job.common.formatting import size
 from job.common.malloc import keep_freed_memory
-from job.common.resources import available_bytes
 from job.data.batch_plan import Steps
 from job.data.examples import lengths_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
-from job.model.adapter_options import AdapterOptions, make_options
-from job.model.architecture import read_config as read_architecture
+from job.model.adapter_options import make_options
 from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
-from job.model.files import read_config
 from job.model.lora import add_adapter
 from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
@@ -31,13 +26,10 @@ from job.model.whole_modules import grow_embeddings
 from job.records import Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
+from job.stages.place_of_the_base import decide_place
 from job.training.config import total_steps
 from job.training.lm_head_loss import losses_of
-from job.training.memory_model import PLACES, Setup, packed_bytes
-from job.training.prepare import limit_memory, place_base, prepare, require_fp8, token_budget
-
-MAIN_MEMORY_SHARE = 0.8
-"""Of the main memory that is available, what the base's weights may fill; the rest is for the job itself. Assumed."""
+from job.training.prepare import limit_memory, prepare, require_fp8, token_budget
 
 
 def load(
@@ -70,7 +62,7 @@ def load(
     options = make_options(dict(lora), steps, added)
     own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
     budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
-    place, why = _place(settings, sources, processes, device=device, budget=budget, options=options)
+    place, why = decide_place(settings, sources, processes, device=device, budget=budget, options=options)
     base = load_base(
         sources.folder,
         quantization=settings.model.quantization,
@@ -168,72 +160,6 @@ def _packing(
         found = Packing(packed=False, reason="another process of the run finds that packed sequences come out wrong")
         use(model.get_base_model(), PLAIN)
     return found
-
-
-def _place(
-    settings: Settings, sources: Sources, processes: Processes, *, device: Any, budget: int, options: AdapterOptions
-) -> tuple[str, str]:
-    """Where the base's 4-bit weights lie, the same in all processes, and why if not on the device; see `PLACES`.
-
-    Raises:
-        SettingsError: JOB_MODEL__PLACEMENT cannot be.
-    """
-    asked, world, setup = settings.model.placement, processes.place, _setup(settings, sources.folder, options)
-    if asked == "sharded" and world.world_size == 1:
-        what = "is sharded, and the run has one process; start several, each with its GPU, or take gpu or host"
-        raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
-    need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
-    free = int(MAIN_MEMORY_SHARE * available_bytes())
-    short = f"the base's 4-bit weights take {size(need, ' ')} of main memory, and {size(free, ' ')} are safe to fill"
-    if asked == "host" and need > free:
-        what = f"is host, and {short}; take gpu, or a machine with more memory"
-        raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
-    if asked != "auto":
-        return asked, "" if asked == "gpu" else f"JOB_MODEL__PLACEMENT is {asked}"
-    place, why = "gpu", ""
-    if device.type == "cuda" and setup is not None and settings.model.keep_dequantized is not True:
-        setup = replace(setup, processes=world.world_size)
-        # Over a network between machines, gathering every layer would take longer than copying it from main memory.
-        several = world.world_size > 1 and world.world_size == world.local_world_size
-        possible = {"gpu": True, "sharded": several, "host": need <= free}
-        place, why = place_base(
-            setup,
-            lengths_of(sources.examples),
-            global_batch_size=settings.train.global_batch_size,
-            budget=budget,
-            scoring_tokens=settings.eval.batch_tokens,
-            gigabytes=settings.train.gpu_memory_gb,
-            places=[place for place in PLACES if possible[place]],
-            tiles=setup.architecture.fused
-            and settings.train.last_method == "sft"
-            and settings.lora.dropout == 0
-            and options.not_fused is None,
-            offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
-        )
-    place, why = max(processes.gather("place of the base", [place, why]), key=lambda found: PLACES.index(found[0]))
-    return place, why
-
-
-def _setup(settings: Settings, folder: Path, options: AdapterOptions) -> Setup | None:
-    """The memory formulas' input before the base is loaded; None where they do not cover it, or it is not quantized."""
-    if settings.model.quantization == "none":
-        return None
-    try:
-        architecture = read_architecture(read_config(folder).to_dict())
-    except ValueError:
-        return None
-    named = settings.lora.target_modules
-    targets = architecture.groups[named] if isinstance(named, str) else named
-    return Setup(
-        architecture=architecture,
-        rank=settings.lora.rank if options.adalora is None else options.adalora.init_r,
-        targets=tuple(name for name in targets if name in architecture.linear),
-        quantization=settings.model.quantization,
-        double_quantization=settings.model.double_quantization,
-        value_bytes=4 if settings.model.dtype == "fp32" else 2,
-        optimizer=settings.train.optimizer,
-        recompute=True,
-    )
 
 
 def _same_kind(processes: Processes, device: str) -> None:

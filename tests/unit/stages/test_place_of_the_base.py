@@ -13,7 +13,7 @@ from job.distributed.processes import Alone
 from job.distributed.ranks import Place
 from job.errors import SettingsError
 from job.model.adapter_options import PLAIN
-from job.stages import load
+from job.stages import load, place_of_the_base
 from job.training import prepare
 from tests.unit.stages.test_first_values import settings_of, sources_of
 
@@ -37,7 +37,7 @@ def place(folder: Path, device: Any = GPU, processes: Any = None, **changes: str
     """Where the base goes, and why."""
     settings = settings_of(folder, **changes)
     how: dict[str, Any] = {"device": device, "budget": 4096, "options": PLAIN}
-    return load._place(settings, sources_of(settings, folder), processes or Alone(), **how)
+    return place_of_the_base.decide_place(settings, sources_of(settings, folder), processes or Alone(), **how)
 
 
 def with_gpu_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -63,7 +63,7 @@ def test_it_goes_where_it_fits(base_folder: Path, monkeypatch: pytest.MonkeyPatc
     assert found == "host"
     assert size(0, " ") in why
     assert place(base_folder, JOB_MODEL__KEEP_DEQUANTIZED="true") == ("gpu", "")
-    monkeypatch.setattr(load, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(place_of_the_base, "available_bytes", lambda: 1000)
     assert place(base_folder)[0] == "gpu"
     assert place(base_folder, processes=Two("gpu"))[0] == "sharded"
 
@@ -72,7 +72,7 @@ def test_what_cannot_be_is_refused(base_folder: Path, monkeypatch: pytest.Monkey
     """Before the base is loaded, naming the setting."""
     with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is sharded, and the run has one process"):
         place(base_folder, JOB_MODEL__PLACEMENT="sharded")
-    monkeypatch.setattr(load, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(place_of_the_base, "available_bytes", lambda: 1000)
     with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is host, and .* of main memory"):
         place(base_folder, JOB_MODEL__PLACEMENT="host")
 

@@ -1,0 +1,89 @@
+"""Where the base's 4-bit weights will lie: as set, or the fastest place where they fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from job.common.formatting import size
+from job.common.resources import available_bytes
+from job.data.examples import lengths_of
+from job.distributed.processes import Processes
+from job.errors import Problem, SettingsError
+from job.model.adapter_options import AdapterOptions
+from job.model.architecture import read_config as read_architecture
+from job.model.files import read_config
+from job.settings.load import Settings
+from job.stages.handoff import Sources
+from job.training.memory_model import PLACES, Setup, packed_bytes
+from job.training.prepare import place_base
+
+MAIN_MEMORY_SHARE = 0.8
+"""Of the main memory that is available, what the base's weights may fill; the rest is for the job itself. Assumed."""
+
+
+def decide_place(
+    settings: Settings, sources: Sources, processes: Processes, *, device: Any, budget: int, options: AdapterOptions
+) -> tuple[str, str]:
+    """Where the base's 4-bit weights lie, the same in all processes, and why if not on the device; see `PLACES`.
+
+    Raises:
+        SettingsError: JOB_MODEL__PLACEMENT cannot be.
+    """
+    asked, world, setup = settings.model.placement, processes.place, _setup(settings, sources.folder, options)
+    if asked == "sharded" and world.world_size == 1:
+        what = "is sharded, and the run has one process; start several, each with its GPU, or take gpu or host"
+        raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
+    need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
+    free = int(MAIN_MEMORY_SHARE * available_bytes())
+    short = f"the base's 4-bit weights take {size(need, ' ')} of main memory, and {size(free, ' ')} are safe to fill"
+    if asked == "host" and need > free:
+        what = f"is host, and {short}; take gpu, or a machine with more memory"
+        raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
+    if asked != "auto":
+        return asked, "" if asked == "gpu" else f"JOB_MODEL__PLACEMENT is {asked}"
+    place, why = "gpu", ""
+    if device.type == "cuda" and setup is not None and settings.model.keep_dequantized is not True:
+        setup = replace(setup, processes=world.world_size)
+        # Over a network between machines, gathering every layer would take longer than copying it from main memory.
+        several = world.world_size > 1 and world.world_size == world.local_world_size
+        possible = {"gpu": True, "sharded": several, "host": need <= free}
+        place, why = place_base(
+            setup,
+            lengths_of(sources.examples),
+            global_batch_size=settings.train.global_batch_size,
+            budget=budget,
+            scoring_tokens=settings.eval.batch_tokens,
+            gigabytes=settings.train.gpu_memory_gb,
+            places=[place for place in PLACES if possible[place]],
+            tiles=setup.architecture.fused
+            and settings.train.last_method == "sft"
+            and settings.lora.dropout == 0
+            and options.not_fused is None,
+            offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
+        )
+    place, why = max(processes.gather("place of the base", [place, why]), key=lambda found: PLACES.index(found[0]))
+    return place, why
+
+
+def _setup(settings: Settings, folder: Path, options: AdapterOptions) -> Setup | None:
+    """The memory formulas' input before the base is loaded; None where they do not cover it, or it is not quantized."""
+    if settings.model.quantization == "none":
+        return None
+    try:
+        architecture = read_architecture(read_config(folder).to_dict())
+    except ValueError:
+        return None
+    named = settings.lora.target_modules
+    targets = architecture.groups[named] if isinstance(named, str) else named
+    return Setup(
+        architecture=architecture,
+        rank=settings.lora.rank if options.adalora is None else options.adalora.init_r,
+        targets=tuple(name for name in targets if name in architecture.linear),
+        quantization=settings.model.quantization,
+        double_quantization=settings.model.double_quantization,
+        value_bytes=4 if settings.model.dtype == "fp32" else 2,
+        optimizer=settings.train.optimizer,
+        recompute=True,
+    )
