@@ -115,7 +115,7 @@ def warn_of_other_dtype(baseline: Baseline, dtype: str) -> None:
     """Says so if this run is scored in another dtype than the baseline: the gate's difference then includes theirs."""
     if baseline.dtype != dtype:
         what = "the baseline was scored in another dtype, so what the gate compares includes the difference of the two"
-        get_logger().warning(what, setting=SETTING, baseline=baseline.dtype, run=dtype)
+        get_logger().warning(what, setting=SETTING, baseline=baseline.dtype, dtype=dtype)
 
 
 def _first_difference(before: Sequence[tuple[str, str]], now: Sequence[tuple[str, str]]) -> str:
