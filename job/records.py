@@ -837,8 +837,9 @@ class QuantizationRecord:
 class ExportRecord:
     """One exported format: which of its candidates is published, why that one, and the scores of all.
 
-    `dtype` is that of most of the published weights, `scored_in` that in which they were scored: the same, but on a GPU
-    that does not compute in it.
+    `dtype` is that of most of the published weights, `scored_in` that of the factors of most products when they were
+    scored: that of `ScoringPrecision` where the job multiplies. Where the layers of another library do, it is `dtype`,
+    but on a GPU that does not compute in it.
     """
 
     format: str

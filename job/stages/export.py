@@ -48,7 +48,7 @@ from job.export.quantizable import CannotMake, quantizable
 from job.export.scoring import ExportedModel, HowToScore, gpu_bytes, load_exported
 from job.model.adapter_files import load_adapter
 from job.model.files import build_empty, read_config
-from job.model.fused.precise_forward import why_not_precise
+from job.model.fused.precise_forward import has_foreign_layers, why_not_precise
 from job.model.placed_weights import taking_part
 from job.records import (
     Artifact,
@@ -428,7 +428,8 @@ def _score(
         if why := why_not_precise(exported.model):
             log.get_logger().warning("an exported format is not scored in fp16 as the base was", export=name, why=why)
         else:
-            scored_in = own.precision.dtype
+            if not has_foreign_layers(exported.model):  # which multiply in the dtype of the model
+                scored_in = own.precision.dtype
             scoring = scoring_in(own.precision, lambda: exported.model, own.settings.train.gpu_memory_gb)
             facts |= precision_facts(own.precision, own.how.device)
     # `exported` hashes all files: the same key is the same model.

@@ -72,6 +72,11 @@ def why_not_precise(model: Any) -> str:
     return ""
 
 
+def has_foreign_layers(model: Any) -> bool:
+    """Whether linear layers of another library compute by themselves in this pass, in the dtype of the model."""
+    return any(_is_linear(module) and _is_foreign(module) for module in _base(model).model.modules())
+
+
 def _rotates_in_part(config: Any) -> bool:
     rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     return bool(rope.get("partial_rotary_factor", 1) != 1)
@@ -237,11 +242,16 @@ def _linear_layer(
 
     A layer that another library quantized computes by itself, in `own`, the dtype that the model was loaded in.
     """
-    plain = type(layer) is torch.nn.Linear and "forward" not in layer.__dict__ and layer.weight.dtype in _FLOATS
-    if not plain and getattr(layer.weight, "quant_state", None) is None:
+    if _is_foreign(layer):
         return partial(_by_itself, layer.forward, own)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     return partial(_product, _weight(layer, dtype, keep=keep), bias)
+
+
+def _is_foreign(layer: Any) -> bool:
+    """Whether it is a linear layer that another library quantized."""
+    plain = type(layer) is torch.nn.Linear and "forward" not in layer.__dict__ and layer.weight.dtype in _FLOATS
+    return not plain and getattr(layer.weight, "quant_state", None) is None
 
 
 def _product(weight: Weight, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

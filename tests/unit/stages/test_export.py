@@ -145,9 +145,8 @@ def test_exports_are_scored_in_the_precision_of_the_base(
         given = (world.settings(*words), world.sources(), world.loaded(), world.trained(attempt.store))
         found = export(attempt, *given, precision=precision)
     assert found is not None
-    assert {one.format: one.scored_in for one in found.exports} == dict.fromkeys(
-        ("adapter:bf16", "merged", "fp8"), "fp16"
-    )
+    scored_in = {"adapter:bf16": "fp16", "merged": "fp16", "fp8": "bf16"}
+    assert {one.format: one.scored_in for one in found.exports} == scored_in
     assert found.exports[1].dtype == "bf16"
     for name in ("merged", "fp8"):
         file = f"artifacts/evaluation/arc_easy.{name}-{candidate}.jsonl"
