@@ -291,7 +291,8 @@ def _with_licences(
     """
     earlier, dataset = attempt.recorded(Stage.PULL, Pulled), _with_audit_of_before(attempt, dataset)
     if earlier is not None:
-        return replace(dataset, licences=earlier.dataset.licences), earlier.model_licence
+        known = earlier.dataset  # what an earlier version did not record, the manifest must not have either
+        return replace(dataset, licences=known.licences, longest_at=known.longest_at), earlier.model_licence
     found = {
         one.place: find_licence(one.place, one.revision or settings.data.revision, "dataset")
         for one in parse_sources(settings.data.source)

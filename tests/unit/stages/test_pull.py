@@ -39,6 +39,7 @@ from job.stages.pull import (
     _groups,
     _vocabulary,
     _with_audit_of_before,
+    _with_licences,
     fetch_original,
     publish_findings,
 )
@@ -158,6 +159,14 @@ def test_a_run_of_an_earlier_version_goes_on_without_groups_in_its_record() -> N
         assert _groups(attempt, tasks) == expected
     assert stage_records.fingerprint({}, before) != stage_records.fingerprint({}, now)
     assert "groups" not in stage_records.identity(before)
+
+
+def test_the_manifest_has_no_place_that_the_first_attempt_did_not_record() -> None:
+    """A run that an earlier version began verifies: its manifest agrees with the record of the pull."""
+    rows = DatasetRecord("x.jsonl", None, None, "alpaca", 8, {}, "00", 9, 8, 7)
+    attempt: Any = SimpleNamespace(recorded=lambda *_: Pulled(rows, "11", None, {}))
+    found, _ = _with_licences(attempt, load_settings([], {}), replace(rows, longest_at="x.jsonl:3"), None)
+    assert found == rows
 
 
 def audited(by: str, languages: dict[str, int], sha256: str) -> DatasetRecord:
