@@ -135,10 +135,10 @@ class Sender:
         self._send()
 
     def _send(self) -> None:
-        content = self._read()
-        if content is None or (content == self._sent and not self._report.repeats):
-            return
         try:
+            content = self._read()
+            if content is None or (content == self._sent and not self._report.repeats):
+                return
             self._request(content)
         except HTTPError as error:
             why = f"the server answered {error.code}"
@@ -155,8 +155,11 @@ class Sender:
             log.get_logger().warning(what, exporter=self._report.exporter, why=why)
 
     def _request(self, content: dict[str, Any]) -> None:
+        token = Path(self._destination.token).read_text(encoding="ascii").strip()
+        if not token.isprintable():  # http.client would quote the whole header in its error
+            raise ValueError(f"{self._destination.token} has several lines or control characters")
         headers = {
-            "Authorization": f"Bearer {Path(self._destination.token).read_text(encoding='ascii').strip()}",
+            "Authorization": f"Bearer {token}",
             "Content-Type": self._report.content_type,
             "User-Agent": f"qlora-job/{__version__}",
         }
