@@ -12,13 +12,13 @@ from itertools import chain, islice
 from pathlib import Path
 
 from job.errors import Problem, SettingsError
-from job.storage.base import HIDDEN
+from job.storage.base import HIDDEN, LOCK
 from job.storage.location import is_remote
 
 _TEMPORARY = ("qlora-job-", ".new-")
 """Folders of this user alone, made by `tempfile`; those of another one are in nobody's way."""
-_LOOKED_AT = 20_000
-"""Entries below a folder; what lies there is of a few users, each with many files."""
+_MAX_FOLDERS = 20_000
+"""Below each place; what lies there is of a few users, each with many folders."""
 
 
 def check_permissions(output: str, run: str) -> None:
@@ -41,15 +41,17 @@ def check_permissions(output: str, run: str) -> None:
 
 def _closed(root: Path) -> Iterator[Path]:
     """What this user cannot use: folders that it cannot write to, files that it cannot read, locks it cannot take."""
-    for folder, inner, files in islice(os.walk(root), _LOOKED_AT):
+    for folder, inner, files in islice(os.walk(root), _MAX_FOLDERS):
         here = Path(folder)
         inner[:] = [name for name in inner if not name.startswith(_TEMPORARY)]
         if not _may(here, os.R_OK | os.W_OK | os.X_OK):
             yield here
         for name in files:
             file = here / name
-            needed = os.R_OK | (os.W_OK if here.name == HIDDEN else 0)
-            if not file.is_symlink() and not _may(file, needed):
+            hidden = here.name == HIDDEN
+            if hidden and not name.startswith(LOCK):  # staged by a process that was killed: nobody opens it again
+                continue
+            if not file.is_symlink() and not _may(file, os.R_OK | (os.W_OK if hidden else 0)):
                 yield file
 
 
