@@ -34,12 +34,12 @@ def check_permissions(output: str, run: str) -> None:
     if is_remote(output):
         return
     shared = Path(output).expanduser()
-    found = chain(_closed(Path(run).expanduser()), _closed(shared / HIDDEN), _closed(shared / "scores"))
+    found = chain(_unusable(Path(run).expanduser()), _unusable(shared / HIDDEN), _unusable(shared / "scores"))
     if (first := next(found, None)) is not None:
         raise SettingsError([Problem("JOB_RUN__OUTPUT", _remedy(first))])
 
 
-def _closed(root: Path) -> Iterator[Path]:
+def _unusable(root: Path) -> Iterator[Path]:
     """What this user cannot use: folders that it cannot write to, files that it cannot read, locks it cannot take."""
     for folder, inner, files in islice(os.walk(root), _MAX_FOLDERS):
         here = Path(folder)
@@ -61,10 +61,10 @@ def _may(path: Path, mode: int) -> bool:
 
 
 def _remedy(path: Path) -> str:
-    return f"{path} cannot be used by this user (user {os.geteuid()}, group {os.getegid()}); {own_or_hand_over(path)}"
+    return f"{path} cannot be used by this user (user {os.geteuid()}, group {os.getegid()}); {how_to_get_access(path)}"
 
 
-def own_or_hand_over(path: Path) -> str:
+def how_to_get_access(path: Path) -> str:
     """What to do about a file or folder of another user, and whose it is."""
     try:
         owner = path.stat()
