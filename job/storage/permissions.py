@@ -34,14 +34,20 @@ def check_permissions(output: str, run: str) -> None:
     if is_remote(output):
         return
     shared = Path(output).expanduser()
-    found = chain(_unusable(Path(run).expanduser()), _unusable(shared / HIDDEN), _unusable(shared / "scores"))
+    found = chain(
+        _unusable(Path(run).expanduser()), _unusable(shared / HIDDEN), _unusable(shared / "scores", folders=1)
+    )
     if (first := next(found, None)) is not None:
         raise SettingsError([Problem("JOB_RUN__OUTPUT", _remedy(first))])
 
 
-def _unusable(root: Path) -> Iterator[Path]:
-    """What this user cannot use: folders that it cannot write to, files that it cannot read, locks it cannot take."""
-    for folder, inner, files in islice(os.walk(root), _MAX_FOLDERS):
+def _unusable(root: Path, *, folders: int = _MAX_FOLDERS) -> Iterator[Path]:
+    """What this user cannot use: folders that it cannot write to, files that it cannot read, locks it cannot take.
+
+    Looks into so many folders, from `root` on. Of the shared scores into that one: below it each base, machine and
+    version of the code has a folder, and this run may need none of those that are there.
+    """
+    for folder, inner, files in islice(os.walk(root), folders):
         here = Path(folder)
         inner[:] = [name for name in inner if not name.startswith(_TEMPORARY)]
         if not _may(here, os.R_OK | os.W_OK | os.X_OK):
