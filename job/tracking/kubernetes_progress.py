@@ -21,10 +21,11 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
+from urllib.request import HTTPSHandler, Request, build_opener
 
 from job import __version__, log
 from job.records import RunFigures
+from job.tracking.no_redirects import NoRedirects
 
 ANNOTATION = "qlora-job/progress"
 SECONDS = 15.0
@@ -98,13 +99,6 @@ TRAIN_JOB = Report("train-job", "POST", "application/json", _trainer_status, rep
 POD_ANNOTATION = Report("pod-annotation", "PATCH", "application/merge-patch+json", _annotation, repeats=False)
 
 
-class _NoRedirects(HTTPRedirectHandler):
-    """The token is for this server alone."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Refuses; `HTTPError` is raised."""
-
-
 class Sender:
     """Sends a report every `SECONDS` seconds, and the last one at the end.
 
@@ -167,4 +161,4 @@ class Sender:
         request = Request(  # noqa: S310 - the constructor refuses what is not https
             self._destination.url, json.dumps(content).encode(), headers, method=self._report.method
         )
-        build_opener(_NoRedirects, HTTPSHandler(context=trust)).open(request, timeout=_REQUEST_SECONDS).close()
+        build_opener(NoRedirects, HTTPSHandler(context=trust)).open(request, timeout=_REQUEST_SECONDS).close()

@@ -84,7 +84,7 @@ def test_what_a_killed_command_left_is_in_nobodys_way(volume: Path) -> None:
 
 @as_root
 def test_what_runs_share(volume: Path) -> None:
-    """A new run is told, too, if it could not add to the scores that all runs share; it may need none of those there."""
+    """A new run is told, too, if it could not add to the scores that all runs share; it may need none of them."""
     assert as_user(65532, 0, lambda: LocalStore(volume).write("scores/a/b.jsonl", b"1"), umask=0o022) == ""
     found = as_user(OTHER, 0, lambda: check_permissions(str(volume), str(volume / "new")))
     assert re.search(rf"JOB_RUN__OUTPUT: {volume}/\S+ cannot be used by this user .* --user 65532:0", found)
