@@ -72,7 +72,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         tiles=settings.train.last_method == "sft"
         and settings.lora.dropout == 0
         and setup is not None
-        and setup.architecture.fused,
+        and setup.architecture.in_tiles,
         offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
     )
     if settings.train.is_one_stage:

@@ -92,7 +92,7 @@ def place_base(
         offload: As in `training_memory`.
     """
     tokens = _longest_sequence(lengths, global_batch_size, budget)
-    tiles &= max(lengths) > LONG_ROW
+    tiles = tiles and max(lengths) > LONG_ROW and _capability() >= AMPERE
 
     def needs(there: Setup) -> int:
         scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
