@@ -160,13 +160,14 @@ def prepare(
         raise SettingsError([Problem(_COMPUTE, f"is fp8, which is beside bf16; the compute dtype is {dtype}")])
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
+    longest_trained = max(lengths)
     lengths = [*lengths, *sorted(validation, reverse=True)[:1]]
     rows = None if slow is not None else _rows(model, lengths, budget, global_batch_size, method)
     may_fit = partial(
         _refuse,
         model,
         setup,
-        max(lengths),
+        longest_trained,  # a validation has no backward pass: what this formula counts is not certain to be needed
         rows=rows,
         gigabytes=gigabytes,
         offload=allowed,
