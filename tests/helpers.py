@@ -113,16 +113,15 @@ def make_model(
     rank: int = 16,
     options: AdapterOptions = PLAIN,
     dtype: Any = None,
-    **changes: Any,
 ) -> Any:
     """The tiny base, in fp32 by default, with an adapter on all linear layers, loaded by the job's own means.
 
-    New tokens have the ids from `VOCABULARY` on. `changes` are as for `load_plain`.
+    New tokens have the ids from `VOCABULARY` on.
     """
     from job.model.lora import add_adapter
     from job.model.whole_modules import grow_embeddings
 
-    base = load_plain(folder, quantization=quantization, **({} if dtype is None else {"dtype": dtype}), **changes)
+    base = load_plain(folder, quantization=quantization, **({} if dtype is None else {"dtype": dtype}))
     new = range(VOCABULARY, VOCABULARY + len(options.added_tokens))
     grow_embeddings(base, new.stop)
     how: dict[str, Any] = {"rank": rank, "alpha": 16, "dropout": dropout, "target_modules": LINEAR, "seed": 1}

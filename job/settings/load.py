@@ -648,8 +648,6 @@ def _compute(settings: Settings) -> Iterator[Fault]:
     }
     if needed := [f"JOB_{setting}" for setting, given in slower.items() if given]:
         yield name, f"is fp8, which only the job's fused layers compute; not with {' and '.join(needed)}; drop it"
-    if lora.dropout:
-        yield name, "is fp8, and how well that trains with JOB_LORA__DROPOUT has not been measured; drop one of the two"
     if any(METHODS[method].reference for method in settings.train.method.split(",")):
         why = "its rounding would count as a difference from the reference"
         yield name, f"is fp8, which is not for JOB_TRAIN__METHOD={settings.train.method}: {why}; drop one of the two"

@@ -33,7 +33,7 @@ def choose_precision(
 
     `gigabytes` is JOB_TRAIN__GPU_MEMORY_GB.
     """
-    with taking_part(loaded.model):
+    with taking_part(loaded.model):  # the base's weights may be sharded over all processes
         why = why_as_trained(wanted, loaded) or _too_large(sources, loaded, wanted.batch_tokens, gigabytes)
     if why := next(filter(None, attempt.processes.gather("scoring precision", why)), ""):
         log.get_logger().info("questions are scored in the dtype of training", dtype=loaded.record.dtype, why=why)

@@ -985,8 +985,11 @@ class TestMethods:
         [
             (["--run.device=cpu"], "JOB_RUN__DEVICE=cpu"),
             (["--model.dtype=fp16"], "JOB_MODEL__DTYPE"),
-            (["--lora.dropout=0.1"], "JOB_LORA__DROPOUT has not been measured"),
-            (["--lora.kind=adalora", "--lora.use_dora=true"], "not with JOB_LORA__KIND and JOB_LORA__USE_DORA"),
+            (
+                ["--lora.use_dora=true", "--model.add_tokens=<x>"],
+                "not with JOB_LORA__USE_DORA and JOB_MODEL__ADD_TOKENS",
+            ),
+            (["--lora.kind=adalora"], "JOB_LORA__KIND"),
             (["--lora.modules_to_save=lm_head"], "JOB_LORA__MODULES_TO_SAVE"),
             (["--model.add_tokens=<x>"], "JOB_MODEL__ADD_TOKENS"),
             (["--train.method=dpo"], "JOB_TRAIN__METHOD=dpo"),
@@ -995,7 +998,7 @@ class TestMethods:
     def test_what_is_not_computed_in_fp8(self, given: list[str], named: str) -> None:
         """What needs a CPU, another dtype, PEFT's own layers or a reference is refused before anything is loaded."""
         assert named in problems(["--train.compute=fp8", *given])["JOB_TRAIN__COMPUTE (command line)"]
-        assert load_settings(["--train.compute=fp8"], {}).train.compute == "fp8"
+        assert load_settings(["--train.compute=fp8", "--lora.dropout=0.1"], {}).train.compute == "fp8"
 
     def test_rows_that_the_method_cannot_learn_from(self) -> None:
         """A format by name is checked before any file is read."""
