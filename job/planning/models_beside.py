@@ -23,15 +23,15 @@ _WIDTHS = {"float64": 8, "float32": FP32, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class ModelBeside:
-    """Texts that another model than the base reads, each once.
+    """The texts that a model other than the base reads, each once.
 
     Attributes:
         name: What it does, as the plan calls it.
         texts: Their number.
-        tokens: All of them, those on the processor too, as the base's tokenizer or the number of characters has it.
-        on_processor: Of them, what the processor reads while the GPU waits.
+        tokens: Of all texts, those for the CPU included; counted by the base's tokenizer or estimated from characters.
+        on_processor: How many of them the CPU computes, while the GPU is idle.
         passes: Forward passes on the GPU.
-        weights: Numbers that a token is multiplied by; None if that is unknown, or another machine's matter.
+        weights: Weights that every token is multiplied by; None if unknown, or if another machine computes.
         value_bytes: Bytes of a number as the model computes.
         note: Where the figures come from, or why there is no time.
     """
@@ -52,7 +52,7 @@ class ModelBeside:
 
 
 def screening(rows: int, tokens: int, answers: int, answer_tokens: int, weights: int | None) -> ModelBeside:
-    """The classifier, in fp32: it reads all rows in batches on the GPU, and all sample answers on the processor.
+    """The classifier, in fp32: it computes all rows in batches on the GPU, and all sample answers on the CPU.
 
     Args:
         rows: Rows to train and to validate on.
@@ -88,7 +88,7 @@ def judging(asked: int, tokens: int, weights: int | None, value_bytes: int, *, s
 
 
 def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int | None:
-    """The numbers that every token is multiplied by: all weights but the embedding, and but the output layer.
+    """Number of weights that every token is multiplied by: all but those of the embedding and the output layer.
 
     Args:
         folder: With its config.json.
@@ -96,7 +96,7 @@ def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int
         heads: Whether it has an output layer over the vocabulary, which is computed once a text.
 
     Returns:
-        None, too, for a quantized model, whose files do not say it.
+        None if it is unknown, as for a quantized model, whose files do not tell.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -14,11 +14,11 @@ from job.storage.obstore_errors import FAILURES, Missing, is_refused, is_transie
 
 
 class OtherContent(Exception):
-    """An object is not what an answer before said: it was changed, or the answer arrived damaged."""
+    """An object differs from what an earlier answer said of it: it was changed, or the answer arrived damaged."""
 
 
 def ask(function: Callable[..., Any], *given: Any, retries: int, **options: Any) -> Any:
-    """Sends a request that may be repeated; it is, also where obstore gives up, such as when an answer was cut.
+    """Sends a request and repeats it on failures, also on those that obstore does not repeat, such as cut answers.
 
     Raises:
         Missing: In place of obstore's FileNotFoundError.
@@ -45,9 +45,10 @@ def count_tries(tries: int, error: BaseException, retries: int) -> int:
 
 
 def ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """Calls obstore, which keeps the interpreter from running signal handlers while it waits: not in the main thread.
+    """Calls obstore in another thread than the main one.
 
-    A signal to stop would be noticed minutes late by a main thread that waits for a store that does not answer.
+    While obstore waits, Python runs no signal handlers in the thread that called it. If that were the main thread, a
+    signal to stop would be noticed minutes late when a store does not answer.
 
     Raises:
         Missing: In place of obstore's FileNotFoundError.

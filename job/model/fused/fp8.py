@@ -48,7 +48,7 @@ of moving the sums to fp32 registers every 128 products."""
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A matrix of which each row is `values` times its scale."""
+    """A matrix whose rows are `values`, each multiplied by its own scale."""
 
     values: torch.Tensor
     """(rows, columns) float8_e4m3fn."""
@@ -61,7 +61,7 @@ Quantize = Callable[[Sequence[torch.Tensor]], Rows]
 
 
 def quantize(parts: Sequence[torch.Tensor]) -> Rows:
-    """`Quantize` by torch's operations: runs anywhere, and is what the Triton kernel is tested against, bit by bit."""
+    """`Quantize` in torch's operations, for any device; the Triton kernel is tested to give the same bits."""
     whole = torch.cat([part.float() for part in parts], 1)
     largest = whole.abs().amax(1, keepdim=True).clamp(min=SMALLEST)
     # A tensor: torch divides by a number of Python's by multiplying with its reciprocal on a GPU, which rounds twice.
@@ -141,7 +141,7 @@ class FrozenProducts:
 
 
 def why_not_here(device: torch.device) -> str | None:
-    """Why torch cannot compute such a product on this GPU; None if it can. Only a launch shows it."""
+    """Why torch cannot compute such a product on this GPU; None if it can. Tries one, since no query tells."""
     size = 8 * MULTIPLE
     try:
         rows = quantize([torch.ones(size, size, dtype=torch.bfloat16, device=device)])
