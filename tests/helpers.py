@@ -94,6 +94,17 @@ def load_plain(folder: Path, **changes: Any) -> Any:
     return load_base(folder, **how | {"device": torch.device("cpu"), "max_length": 512} | changes)
 
 
+def without_repacking(model: Any) -> Any:
+    """A model of transformers that computes in fp32 on every CPU.
+
+    With AVX512-BF16, bitsandbytes would repack 4-bit weights in evaluation mode and multiply in bf16 (decision 5).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def make_model(
     folder: Path,
     *,

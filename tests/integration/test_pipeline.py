@@ -19,7 +19,7 @@ import pytest
 from job.errors import TrainingFailed
 from job.results.manifest import verdict_in_words
 from tests import warm
-from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
+from tests.helpers import alpaca_rows, arc_rows, read_jsonl, without_repacking, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["pull", "evaluate-base", "train", "evaluate-adapter"]
@@ -319,7 +319,8 @@ def test_the_adapter_loads_plainly_and_answers_alike(inputs: Inputs, whole: Ende
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    base = AutoModelForCausalLM.from_pretrained(inputs.base, quantization_config=four_bit, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(inputs.base, quantization_config=four_bit, dtype=torch.float32)
+    base = without_repacking(plain)
     folder = whole.run / "artifacts/adapter"
     model = PeftModel.from_pretrained(base, folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

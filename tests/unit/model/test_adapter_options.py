@@ -19,7 +19,7 @@ from job.model.lora import adapter_off, add_adapter, count_parameters, trainable
 from job.model.packed_attention import use
 from job.model.target_modules import resolve_targets
 from job.settings.schema import Lora
-from tests.helpers import LINEAR
+from tests.helpers import LINEAR, without_repacking
 
 ADALORA = AdaLora(init_r=12, target_r=8, tinit=1, tfinal=1, delta_t=1, orth_reg_weight=0.5, total_step=6)
 OPTIONS: dict[str, AdapterOptions] = {
@@ -88,7 +88,7 @@ def plain_base(folder: Path, quantization: str) -> Any:
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     how = {"quantization_config": nf4} if quantization == "nf4" else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+    return without_repacking(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how))
 
 
 # PEFT warns of every AdaLoRA adapter, whose rank pattern is of another kind than LoRA's.

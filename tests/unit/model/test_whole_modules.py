@@ -20,7 +20,15 @@ from job.model.packing_check import choose_packing
 from job.model.tokenizer_files import copy_tokenizer
 from job.model.whole_modules import grow_embeddings
 from job.training.lm_head_loss import losses_of
-from tests.helpers import LINEAR, VOCABULARY, fill_adapter, make_examples, make_model, with_new_tokens
+from tests.helpers import (
+    LINEAR,
+    VOCABULARY,
+    fill_adapter,
+    make_examples,
+    make_model,
+    with_new_tokens,
+    without_repacking,
+)
 
 TOKENS = ("<ask>", "<tell>")
 WHOLE = ("embed_tokens", "lm_head")
@@ -75,7 +83,7 @@ def test_peft_loads_what_was_trained(
     save_adapter(model, tmp_path, base="the-base", revision=None)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     how = {"quantization_config": nf4} if quantization == "nf4" else {}
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+    plain = without_repacking(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how))
     if options.added_tokens:
         plain.resize_token_embeddings(VOCABULARY + len(TOKENS), mean_resizing=False)
     loaded = PeftModel.from_pretrained(plain, tmp_path)

@@ -54,7 +54,7 @@ class World:
         record = describe_model(model, name="base", revision=None, sha256="0" * 64)
         if quantization == "none":
             record = replace(record, quantization="none")
-        plan: Any = SimpleNamespace(forward="modules")
+        plan: Any = SimpleNamespace(scoring_forward="modules")
         packing = Packing(packed=True, reason="")
         return Loaded(model, record, 512, plan, CachedBase(), packing, PublishedNames(""))
 
