@@ -87,7 +87,7 @@ def _read_into(database: sqlite3.Connection, uri: str, pages: Iterator[Page]) ->
 def _count_repeated(uri: str, repeated: int, *, new: bool) -> int:
     repeated += not new
     if repeated == _MAX_REPEATED_PAGES:
-        raise Unreachable(f"{uri}: cannot list: the server answers with the same page for ever")
+        raise Unreachable(f"{uri}: cannot list: the server repeats the same page")
     return repeated
 
 

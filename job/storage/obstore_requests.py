@@ -23,7 +23,7 @@ def ask(function: Callable[..., Any], *given: Any, retries: int, **options: Any)
     Raises:
         Missing: In place of obstore's FileNotFoundError.
         PreconditionError: A condition does not hold.
-        SettingsError: The cloud's own variables make no sense.
+        SettingsError: The cloud's own variables are not valid.
     """
     tries = 0
     while True:
@@ -52,7 +52,7 @@ def ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
 
     Raises:
         Missing: In place of obstore's FileNotFoundError.
-        SettingsError: The cloud's own variables make no sense.
+        SettingsError: The cloud's own variables are not valid.
     """
     try:
         if threading.current_thread() is not threading.main_thread():
@@ -65,10 +65,10 @@ def ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
     except FileNotFoundError as error:
         raise Missing(str(error)) from None
     except BaseException as error:
-        # That of a Rust library for what it could not make sense of, which has no importable class.
+        # obstore panics on values that it cannot parse; the class of this exception cannot be imported.
         if type(error).__name__ != "PanicException":
             raise
-        what = "make no sense to obstore; correct GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT, and the credentials"
+        what = "are not valid; correct GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT, and the credentials"
         raise SettingsError([Problem("the cloud's own variables", what)]) from None
 
 

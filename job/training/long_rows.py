@@ -48,12 +48,12 @@ def why_not_here(model: Any) -> str | None:
     base = model.get_base_model()
     layers = decoder_of(base).layers
     if not all(map(is_known, layers)):
-        return f"layers of {type(base).__name__} cannot be taken apart"
+        return f"the decoder layers of {type(base).__name__} are not known"
     caps = getattr(layers[0].self_attn, "attn_logit_softcapping", None) is not None
     if caps or not has_kernel(model.device, layers[0].self_attn.head_dim):
-        return "there is no attention kernel for them"
+        return "there is no attention kernel for this model and device"
     if model.peft_config["default"].lora_dropout:
-        return "dropout would repeat its masks from tile to tile (JOB_LORA__DROPOUT)"
+        return "dropout would repeat its masks in every tile (JOB_LORA__DROPOUT)"
     inside = {id(p) for layer in layers for p in layer.parameters()}
     if any(id(p) not in inside for p in trainable(model).values()):
         return "weights outside of the decoder's layers are trained"

@@ -68,7 +68,7 @@ def why_not_precise(model: Any) -> str:
         return "the output layer is trained"
     projections = [module for name, module in base.model.named_modules() if name.endswith("_proj")]
     if not all(_has_adapter(module) or _is_linear(module) for module in projections):
-        return "linear layers are of a library that is not known"
+        return "linear layers are of an unknown library"
     return ""
 
 
