@@ -60,7 +60,7 @@ def _on_gpu(model: Any) -> bool:
 
 
 def other_precision(base: Evaluated, wanted: Eval, loaded: Loaded) -> str:
-    """Why the stored scores of the base cannot be compared with scores made here, in words; empty if they can."""
+    """Why a base that was scored cannot be compared with what will be scored here, in words; empty if it can."""
     if not is_precise(base.precision) or not (why := why_as_trained(wanted, loaded)):
         return ""
     return f"the base was scored in fp16, which cannot be done here for the adapter: {why}"

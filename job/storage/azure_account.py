@@ -1,4 +1,4 @@
-"""Translates Azure's connection string into the variables that obstore reads."""
+"""A storage account as Azure's connection string names it, in the variables that obstore reads."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 
 def azure_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The values in AZURE_STORAGE_CONNECTION_STRING, by the name of obstore's variable.
+    """What AZURE_STORAGE_CONNECTION_STRING says, by variable.
 
-    Empty if the variable is not set, or if AZURE_STORAGE_ACCOUNT_NAME is set, which has precedence. Empty also if the
-    string names no account; obstore then reports the missing account when it opens a store in Azure.
+    Empty where there is none, or where AZURE_STORAGE_ACCOUNT_NAME names an account beside it, which is then the one.
+    What is no connection string names no account; obstore says so if a store of Azure is opened.
     """
     text = environ.get("AZURE_STORAGE_CONNECTION_STRING", "")
     if not text or environ.get("AZURE_STORAGE_ACCOUNT_NAME"):

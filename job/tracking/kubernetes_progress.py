@@ -99,7 +99,7 @@ POD_ANNOTATION = Report("pod-annotation", "PATCH", "application/merge-patch+json
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """Follows no redirect, which would send the token to another server."""
+    """The token is for this server alone."""
 
     def redirect_request(self, *_: Any) -> None:
         """Refuses; `HTTPError` is raised."""
@@ -118,7 +118,7 @@ class Sender:
         if not destination.url:
             raise ValueError("the pod is not known: the component progress sets KUBERNETES_POD_NAME and _NAMESPACE")
         if not destination.url.startswith("https://"):
-            raise ValueError("its address is not https://, so the token would be sent unencrypted")
+            raise ValueError("its address is not https://, and the token would be sent in the open")
         self._destination, self._report, self._read = destination, report, read
         self._over, self._sent, self._warned = Event(), dict[str, Any](), False
         self._thread = Thread(target=copy_context().run, args=(self._loop,), name=report.exporter, daemon=True)

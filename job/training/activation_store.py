@@ -18,9 +18,9 @@ HostBuffers = dict[int, torch.Tensor]
 
 
 def pinned(size: int, device: torch.device) -> torch.Tensor:
-    """Allocates host memory: (size,) uint8, pinned if the device is a GPU.
+    """So many bytes of host memory, (size,) uint8, pinned if the device is a GPU.
 
-    Not by torch's allocator for pinned memory, which rounds the size up to a power of two.
+    Not by torch's allocator, which rounds the size up to a power of two: nearly twice as much in the worst case.
 
     Raises:
         RuntimeError: The machine has too little memory, or does not allow that much to be pinned; it says "out of

@@ -220,7 +220,7 @@ def test_a_server_that_fails_costs_a_warning(files: Path, tmp_path: Path, what: 
         "gone": "refused",
         "another authority": "SSLError",
         "no token": "FileNotFoundError",
-        "plain http": "unencrypted",
+        "plain http": "in the open",
         "no pod": "KUBERNETES_POD_NAME",
     }
     assert why[what] in line["why"]
