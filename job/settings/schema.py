@@ -227,7 +227,7 @@ class Lora(Group):
     tfinal: AffectsResult[Whole] = 0
     """AdaLoRA's last optimizer steps, in which no rank is taken away any more."""
     delta_t: AffectsResult[Count] = 1
-    """AdaLoRA takes ranks away every so many steps."""
+    """AdaLoRA removes ranks once in this number of optimizer steps."""
     orth_reg_weight: AffectsResult[NotNegative] = 0.5
     """Weight of AdaLoRA's penalty on matrices that are not orthogonal; the loss in the metrics is without it."""
 
