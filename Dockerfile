@@ -61,8 +61,10 @@ RUN set -e; if [ -d /opt/torch/site-packages/triton ]; then \
       rm -r /opt/job/triton; stand_in driver.c; compile; \
       readelf -d /opt/job/triton/*/cuda_utils*.so >needed; grep 'NEEDED.*libcuda' needed; \
     fi
-# What no run opens: bitsandbytes' libraries for other CUDA versions and GPUs, static libraries, tests of packages.
+# What no run opens: bitsandbytes' libraries for other CUDA versions and GPUs, static libraries, tests of packages. Where
+# bitsandbytes has none for torch's version, such as 12.9, it takes another of the same major version: those are kept.
 RUN cuda=$(sed 's/ .*//; s/[.]//' /opt/job/cuda) \
+ && { [ -e "$(echo /opt/venv/lib/python3*/site-packages/bitsandbytes)/libbitsandbytes_cuda$cuda.so" ] || cuda="${cuda%?}?"; } \
  && find /opt/venv/lib -name 'libbitsandbytes_*.so' \
       ! -name libbitsandbytes_cpu.so ! -name "libbitsandbytes_cuda$cuda.so" -delete \
  && for package in networkx numpy pandas pyarrow scipy sklearn sympy; do \

@@ -265,7 +265,6 @@ def _attempt(
         processes=processes,
         idle=idle or IdleLimit(settings.run.max_idle_attempts),
         stall_seconds=settings.train.stall_seconds,
-        nodes=settings.run.nodes,
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     watched = exporters(settings) if processes.leads else {}
@@ -279,6 +278,8 @@ def _attempt(
         live.figures = attempt.figures
         silent = attempt.earlier[-1] if attempt.earlier and attempt.earlier[-1].outcome in SILENT else None
         notifier.started({"attempt": attempt.number, "store": store.uri}, silent)
+        if settings.run.nodes > 1:
+            attempt.pause_after_idle()
         with current_platform().machine_checks():
             choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
         if processes.leads:

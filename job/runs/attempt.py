@@ -63,12 +63,11 @@ T = TypeVar("T")
 
 OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", Stalled: "stalled", JobError: "failed"}
 
-
 NOTE_SHARE = 0.01
 """Share of an attempt's time that notes in the run log may take; what happened since the last one is lost by a kill."""
-_PAUSE_TICK = 0.2
 NOTE_SECONDS = (0.2, 5.0)
 """Bounds of the time between two notes."""
+_STOP_CHECK_SECONDS = 0.2
 
 
 def now() -> str:
@@ -114,6 +113,8 @@ class Attempt:
     """Fingerprint of the run, which its records and checkpoints carry; None until something was pulled."""
     stall_seconds: float | None = None
     """Of the watchdog: after so long without progress the attempt ends."""
+    idle_before: int = 0
+    """Attempts before this one, in a row, without progress; 0 in all processes but the first."""
     settled: bool = False
     """Whether the run's settings are kept: before that, an attempt with a mistake in them is one at this run, too."""
     _stage: tuple[str, float] | None = None
@@ -137,6 +138,26 @@ class Attempt:
         self.stop.check()
         self.processes.check()
         self._note_if_due()
+
+    def pause_after_idle(self) -> None:
+        """Waits if attempts before this one made no progress, in process 0; the other processes wait for it.
+
+        Several machines are started again by JobSet, which does not wait between two attempts: without this, they would
+        follow each other as fast as pods can start.
+
+        Raises:
+            Preempted: The job has to end.
+        """
+        self.processes.share("pause", self._pause)
+
+    def _pause(self) -> None:
+        if seconds := idle_pause(self.idle_before):
+            what = "the attempts before made no progress: waiting before this one begins"
+            log.get_logger().info(what, seconds=seconds)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.alive()
+            time.sleep(min(_STOP_CHECK_SECONDS, left))
 
     def alive_in_thread(self) -> None:
         """Like `alive`, for another thread than the stage's: it writes nothing into the run log."""
@@ -406,7 +427,6 @@ def open_attempt(
     usd_per_hour: float | None = None,
     idle: IdleLimit | None = None,
     stall_seconds: float | None = None,
-    nodes: int = 1,
 ) -> Iterator[Attempt]:
     """Takes the run's lease and begins its next attempt; writes the attempt's end into the run log.
 
@@ -422,8 +442,6 @@ def open_attempt(
         usd_per_hour: Price of this machine; None where it is not known.
         idle: Decides, from the attempts before, with which error a stopped attempt ends; None for no limit.
         stall_seconds: Of the watchdog, for `qlora-job status`; None where it is not known.
-        nodes: Number of machines. Several are started again by JobSet, which does not wait between two attempts: after
-            some without progress this one does, so that they do not follow each other as fast as pods can start.
 
     Raises:
         NoProgress: The attempt was stopped, as were too many before it, and none of them got any further.
@@ -452,15 +470,14 @@ def open_attempt(
             usd_per_hour,
             settings,
             stall_seconds=stall_seconds,
+            idle_before=idle_attempts(logged),
         )
         if idle is not None and processes.leads:  # its exit code takes precedence over those of the others
             furthest = max((one.reached for one in logged), default=(0, 0))
-            idle.before, idle.progressed = idle_attempts(logged), lambda: attempt.reached() > furthest
+            idle.before, idle.progressed = attempt.idle_before, lambda: attempt.reached() > furthest
             idle.record_stall = lambda message: _note_failure(attempt, Stalled(message), idle)
         attempt.note("running")
         try:
-            if nodes > 1:
-                processes.share("pause", lambda: _pause(attempt, idle_pause(idle_attempts(logged))))
             yield attempt
         except Replaced:
             raise  # the run log belongs to the attempt that took over
@@ -469,20 +486,6 @@ def open_attempt(
                 raise ended from error
             raise
         attempt.note("complete")
-
-
-def _pause(attempt: Attempt, seconds: float) -> None:
-    """Waits, and ends at once if the job has to end.
-
-    Raises:
-        Preempted: It has to.
-    """
-    if seconds:
-        log.get_logger().info("the attempts before made no progress: waiting before this one begins", seconds=seconds)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        attempt.alive()
-        time.sleep(min(_PAUSE_TICK, max(0.0, until - time.monotonic())))
 
 
 def _note_failure(attempt: Attempt, error: BaseException, idle: IdleLimit | None) -> BaseException:

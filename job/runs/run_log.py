@@ -98,10 +98,12 @@ class IdleLimit:
 
 def idle_pause(idle: int) -> float:
     """Seconds to wait before an attempt that follows so many without progress, in a row."""
-    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (idle - 1)) if idle > 0 else 0.0
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(idle - 1, _DOUBLINGS)) if idle > 0 else 0.0
 
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 60.0
+# Beyond the longest pause; without a limit of idle attempts the power would overflow one day.
+_DOUBLINGS = 10
 _BEFORE_STEPS = 1 << 40
 """More rows than a reference is computed for."""
 

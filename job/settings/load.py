@@ -31,7 +31,7 @@ from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Lora, Settings
 from job.settings.sources import SECRETS_DIR, Request, nested, same, setting_at
 from job.storage.location import is_remote
-from job.storage.permissions import own_or_hand_over
+from job.storage.permissions import how_to_get_access
 
 __all__ = [
     "Settings",
@@ -358,7 +358,7 @@ def _why_not_writable(path: Path, fix: str | None = None) -> str | None:
             return f"cannot be a folder: {place} is a file; give another path"
         if not os.access(place, os.W_OK | os.X_OK):
             what = "cannot be written: {} is not writable for this user; {}"
-            return what.format(place, fix or f"mount it writable, give another path, or {own_or_hand_over(place)}")
+            return what.format(place, fix or f"mount it writable, give another path, or {how_to_get_access(place)}")
         return None
     return "cannot be written: no folder above it exists; give another path"
 

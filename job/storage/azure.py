@@ -25,7 +25,7 @@ from job.storage.obstore_errors import FAILURES
 from job.storage.obstore_store import ObstoreStore
 
 # Version of Azure's protocol, of the one request that obstore does not send.
-_API = "2023-11-03"
+_API_VERSION = "2023-11-03"
 
 
 class AzureStore(ObstoreStore):
@@ -71,7 +71,7 @@ class AzureStore(ObstoreStore):
         Raises:
             Conflict: The object has another tag, or is gone.
         """
-        request = Request(address, method="DELETE", headers={"If-Match": tag, "x-ms-version": _API})  # noqa: S310
+        request = Request(address, method="DELETE", headers={"If-Match": tag, "x-ms-version": _API_VERSION})  # noqa: S310
         for _ in attempts():
             try:
                 with urlopen(request, timeout=self._options.timeout_seconds):  # noqa: S310 - obstore made the address

@@ -68,6 +68,7 @@ MAX_CONNECT_SECONDS = 20.0
 PAUSES = (0.1, 0.3, 1.0, 3.0)
 # Where a local store keeps temporary files and its lock; no key may lead there, in no store.
 HIDDEN = ".store"
+LOCK = "lock"
 # Bytes of UTF-8: S3's limit for a whole key and the usual limit of file systems for one name.
 _MAX_KEY, _MAX_PART = 1024, 255
 PROBE = ".probe-"

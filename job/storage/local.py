@@ -23,6 +23,7 @@ from uuid import uuid4
 from job.errors import AccessDenied, Unreachable
 from job.storage.base import (
     HIDDEN,
+    LOCK,
     MAX_READ_BYTES,
     Conflict,
     ObjectInfo,
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from job.storage.location import Location, StorageOptions
 
 _POLL_SECONDS = 0.005
-_LOCK = "lock"
 # A lock is held for a few renames and flushes. A holder that is only slow, and loses it, tries again.
 _STUCK_SECONDS = 10.0
 _LOSSES = 5
@@ -294,7 +294,7 @@ class LocalStore:
             if seen != holder:
                 holder, since = seen, now
             elif now - since > _STUCK_SECONDS:
-                (hidden / f"{_LOCK}-{_lock_number(path) + 1}").touch()
+                (hidden / f"{LOCK}-{_lock_number(path) + 1}").touch()
             if now > deadline:
                 raise Unreachable(f"{path} was held by another process for {self._timeout:g} s")
             time.sleep(_POLL_SECONDS)
@@ -311,17 +311,17 @@ def _try_lock(file: IO[bytes]) -> bool:
 
 
 def _lock_number(path: Path) -> int:
-    number = path.name.removeprefix(_LOCK).removeprefix("-")
+    number = path.name.removeprefix(LOCK).removeprefix("-")
     return int(number) if number.isdecimal() else 0
 
 
 def _newest_lock(hidden: Path) -> Path:
-    return max(hidden.glob(f"{_LOCK}*"), key=_lock_number, default=hidden / _LOCK)
+    return max(hidden.glob(f"{LOCK}*"), key=_lock_number, default=hidden / LOCK)
 
 
 def _take_over_locks(hidden: Path, own: Path) -> None:
     """Removes the older locks, and the files that their holders had staged."""
-    for path in hidden.glob(f"{_LOCK}*"):
+    for path in hidden.glob(f"{LOCK}*"):
         if _lock_number(path) < _lock_number(own):
             with suppress(FileNotFoundError):
                 staged = Path(path.read_text(encoding="utf-8", errors="replace")).name

@@ -44,6 +44,7 @@ def _as_they_come(client: Any, uri: str, start: str, retries: int) -> Iterator[t
             for page in _pages(client, start, after=last):
                 end = max(key for key, _ in page)
                 repeated = _count_repeated(uri, repeated, new=end > last)
+                tries = 0 if end > last else tries
                 if page != before:
                     yield from (entry for entry in page if entry[0].startswith(start))
                 last, before = max(last, end), page

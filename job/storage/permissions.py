@@ -12,13 +12,13 @@ from itertools import chain, islice
 from pathlib import Path
 
 from job.errors import Problem, SettingsError
-from job.storage.base import HIDDEN
+from job.storage.base import HIDDEN, LOCK
 from job.storage.location import is_remote
 
 _TEMPORARY = ("qlora-job-", ".new-")
 """Folders of this user alone, made by `tempfile`; those of another one are in nobody's way."""
-_LOOKED_AT = 20_000
-"""Entries below a folder; what lies there is of a few users, each with many files."""
+_MAX_FOLDERS = 20_000
+"""Below each place; what lies there is of a few users, each with many folders."""
 
 
 def check_permissions(output: str, run: str) -> None:
@@ -34,22 +34,30 @@ def check_permissions(output: str, run: str) -> None:
     if is_remote(output):
         return
     shared = Path(output).expanduser()
-    found = chain(_closed(Path(run).expanduser()), _closed(shared / HIDDEN), _closed(shared / "scores"))
+    found = chain(
+        _unusable(Path(run).expanduser()), _unusable(shared / HIDDEN), _unusable(shared / "scores", folders=1)
+    )
     if (first := next(found, None)) is not None:
         raise SettingsError([Problem("JOB_RUN__OUTPUT", _remedy(first))])
 
 
-def _closed(root: Path) -> Iterator[Path]:
-    """What this user cannot use: folders that it cannot write to, files that it cannot read, locks it cannot take."""
-    for folder, inner, files in islice(os.walk(root), _LOOKED_AT):
+def _unusable(root: Path, *, folders: int = _MAX_FOLDERS) -> Iterator[Path]:
+    """What this user cannot use: folders that it cannot write to, files that it cannot read, locks it cannot take.
+
+    Looks into so many folders, from `root` on. Of the shared scores into that one: below it each base, machine and
+    version of the code has a folder, and this run may need none of those that are there.
+    """
+    for folder, inner, files in islice(os.walk(root), folders):
         here = Path(folder)
         inner[:] = [name for name in inner if not name.startswith(_TEMPORARY)]
         if not _may(here, os.R_OK | os.W_OK | os.X_OK):
             yield here
         for name in files:
             file = here / name
-            needed = os.R_OK | (os.W_OK if here.name == HIDDEN else 0)
-            if not file.is_symlink() and not _may(file, needed):
+            hidden = here.name == HIDDEN
+            if hidden and not name.startswith(LOCK):  # staged by a process that was killed: nobody opens it again
+                continue
+            if not file.is_symlink() and not _may(file, os.R_OK | (os.W_OK if hidden else 0)):
                 yield file
 
 
@@ -59,10 +67,10 @@ def _may(path: Path, mode: int) -> bool:
 
 
 def _remedy(path: Path) -> str:
-    return f"{path} cannot be used by this user (user {os.geteuid()}, group {os.getegid()}); {own_or_hand_over(path)}"
+    return f"{path} cannot be used by this user (user {os.geteuid()}, group {os.getegid()}); {how_to_get_access(path)}"
 
 
-def own_or_hand_over(path: Path) -> str:
+def how_to_get_access(path: Path) -> str:
     """What to do about a file or folder of another user, and whose it is."""
     try:
         owner = path.stat()

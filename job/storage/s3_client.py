@@ -22,7 +22,7 @@ from job.storage.base import MAX_CONNECT_SECONDS
 from job.storage.location import StorageOptions
 from job.storage.s3_errors import FAILURES, no_credentials, translate
 
-_CONNECTIONS = 32
+_MAX_CONNECTIONS = 32
 
 
 def connect(options: StorageOptions) -> Any:
@@ -41,7 +41,7 @@ def connect(options: StorageOptions) -> Any:
         retries={"mode": "standard", "total_max_attempts": options.retries},
         connect_timeout=min(timeout_seconds, MAX_CONNECT_SECONDS),
         read_timeout=timeout_seconds,
-        max_pool_connections=_CONNECTIONS,
+        max_pool_connections=_MAX_CONNECTIONS,
         tcp_keepalive=True,
         request_checksum_calculation=checksums,
         response_checksum_validation=checksums,

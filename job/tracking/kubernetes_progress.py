@@ -21,10 +21,11 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
+from urllib.request import HTTPSHandler, Request, build_opener
 
 from job import __version__, log
 from job.records import RunFigures
+from job.tracking.no_redirects import NoRedirects
 
 ANNOTATION = "qlora-job/progress"
 SECONDS = 15.0
@@ -98,13 +99,6 @@ TRAIN_JOB = Report("train-job", "POST", "application/json", _trainer_status, rep
 POD_ANNOTATION = Report("pod-annotation", "PATCH", "application/merge-patch+json", _annotation, repeats=False)
 
 
-class _NoRedirects(HTTPRedirectHandler):
-    """The token is for this server alone."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Refuses; `HTTPError` is raised."""
-
-
 class Sender:
     """Sends a report every `SECONDS` seconds, and the last one at the end.
 
@@ -135,10 +129,10 @@ class Sender:
         self._send()
 
     def _send(self) -> None:
-        content = self._read()
-        if content is None or (content == self._sent and not self._report.repeats):
-            return
         try:
+            content = self._read()
+            if content is None or (content == self._sent and not self._report.repeats):
+                return
             self._request(content)
         except HTTPError as error:
             why = f"the server answered {error.code}"
@@ -155,8 +149,11 @@ class Sender:
             log.get_logger().warning(what, exporter=self._report.exporter, why=why)
 
     def _request(self, content: dict[str, Any]) -> None:
+        token = Path(self._destination.token).read_text(encoding="ascii").strip()
+        if not token.isprintable():  # http.client would quote the whole header in its error
+            raise ValueError(f"{self._destination.token} has several lines or control characters")
         headers = {
-            "Authorization": f"Bearer {Path(self._destination.token).read_text(encoding='ascii').strip()}",
+            "Authorization": f"Bearer {token}",
             "Content-Type": self._report.content_type,
             "User-Agent": f"qlora-job/{__version__}",
         }
@@ -164,4 +161,4 @@ class Sender:
         request = Request(  # noqa: S310 - the constructor refuses what is not https
             self._destination.url, json.dumps(content).encode(), headers, method=self._report.method
         )
-        build_opener(_NoRedirects, HTTPSHandler(context=trust)).open(request, timeout=_REQUEST_SECONDS).close()
+        build_opener(NoRedirects, HTTPSHandler(context=trust)).open(request, timeout=_REQUEST_SECONDS).close()

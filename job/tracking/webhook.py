@@ -19,12 +19,13 @@ from threading import Thread
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import Request, build_opener
 from uuid import uuid4
 
 from job import __version__, log
 from job.errors import JobError, Preempted, Replaced, Stalled
 from job.records import AttemptRecord
+from job.tracking.no_redirects import NoRedirects
 
 END_SECONDS = 3.0
 """How long the end of a run waits for its last event to be taken."""
@@ -33,13 +34,6 @@ SILENT = {"killed": None, "stalled": Stalled.exit_code}
 _REQUEST_SECONDS = 10.0
 _TYPE = "qlora-job.attempt"
 _LONGEST_WHY = 500
-
-
-class _NoRedirects(HTTPRedirectHandler):
-    """A redirected POST would become a GET of an address that the user did not name."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Refuses; `HTTPError` is raised."""
 
 
 def event(kind: str, run: str, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +129,7 @@ def _post(url: str, content: Mapping[str, Any]) -> None:
     headers = {"Content-Type": "application/cloudevents+json; charset=utf-8", "User-Agent": f"qlora-job/{__version__}"}
     request = Request(url, json.dumps(content).encode(), headers, method="POST")  # noqa: S310 - settings allow https alone
     try:
-        build_opener(_NoRedirects).open(request, timeout=_REQUEST_SECONDS).close()
+        build_opener(NoRedirects).open(request, timeout=_REQUEST_SECONDS).close()
     except HTTPError as error:
         why = f"it answered {error.code}"
     except URLError as error:

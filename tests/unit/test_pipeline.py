@@ -14,8 +14,10 @@ from job import pipeline
 from job.common.hashing import sealed
 from job.distributed.processes import ALONE
 from job.distributed.ranks import Place
+from job.errors import Preempted
 from job.preemption.stop_flag import Stop
 from job.records import AttemptRecord
+from job.runs.attempt import Attempt
 from job.runs.layout import attempt_key
 from job.runs.lease import take
 from job.settings.load import Settings, load_settings
@@ -68,11 +70,11 @@ class Others:
         yield LiveMetrics(run)
 
 
-def demo(folder: Path) -> Settings:
+def demo(folder: Path, **more: str) -> Settings:
     """Settings of a run with a webhook, metrics, and a report to its pod."""
     environ = {"JOB_PRESET": "demo", "JOB_RUN__OUTPUT": str(folder), "JOB_RUN__DEVICE": "cpu", "JOB_RUN__ID": "a-run"}
     environ |= {"JOB_METRICS__PORT": "9464", "JOB_METRICS__POD_ANNOTATION": "true"}
-    return load_settings([], environ | {"JOB_NOTIFY__WEBHOOK": "https://hooks.example/x"})
+    return load_settings([], environ | {"JOB_NOTIFY__WEBHOOK": "https://hooks.example/x"} | more)
 
 
 class Second:
@@ -118,3 +120,21 @@ def test_the_next_attempt_tells_that_the_last_one_was_killed(
     told = [one for one in others.events if one["type"] == f"qlora-job.attempt.{kind}"]
     assert [one["data"]["attempt"] for one in told] == ([] if kind is None else [1])
     assert [one["data"]["attempt"] for one in others.events if one["type"].endswith(".started")] == [2]
+
+
+def test_the_webhook_is_told_before_an_attempt_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped while it waits, after others without progress, the attempt has told its start, and tells its end."""
+    others = Others(monkeypatch)
+    monkeypatch.setattr(pipeline, "notifying", webhook.notifying)
+
+    def stopped(_attempt: Attempt) -> None:
+        raise Preempted("stopped by SIGTERM")
+
+    monkeypatch.setattr(Attempt, "pause_after_idle", stopped)
+    settings = demo(tmp_path, JOB_RUN__NODES="2", JOB_RUN__NODE_RANK="0", JOB_RUN__RENDEZVOUS="localhost:29400")
+    with (
+        pytest.raises(Preempted),
+        pipeline._attempt(settings, Stop(), lambda: None, (), ALONE, idle=None, last=True),
+    ):
+        pytest.fail("did not wait")
+    assert [one["type"].rpartition(".")[2] for one in others.events] == ["started", "preempted"]

@@ -28,7 +28,7 @@ from job.runs.attempt import Attempt, missing, open_attempt
 from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
 from job.runs.lease import fenced, take
-from job.runs.run_log import IdleLimit, close_run_log, parse_record, read_run_log
+from job.runs.run_log import IdleLimit, close_run_log, idle_pause, parse_record, read_run_log
 from job.runs.run_settings import keep_settings
 from job.storage.base import CHANGES, MAX_READ_BYTES, write_in_turn
 from job.storage.local import LocalStore
@@ -647,7 +647,7 @@ def test_attempts_of_several_machines_that_get_nowhere_wait(
 ) -> None:
     """JobSet starts the next attempt at once: it waits longer after each idle one, and ends at once when stopped."""
     waited: list[float] = []
-    monkeypatch.setattr("job.runs.attempt._pause", lambda _attempt, seconds: waited.append(seconds))
+    monkeypatch.setattr("job.runs.attempt.idle_pause", lambda idle: waited.append(idle_pause(idle)) or 0.0)
     opening = partial(
         open_attempt,
         store,
@@ -657,15 +657,17 @@ def test_attempts_of_several_machines_that_get_nowhere_wait(
         report_progress=lambda: None,
         faults=arm((), store),
     )
-    for nodes in (2, 2, 2, 2, 2, 1):
-        with suppress(Preempted), opening(nodes=nodes) as attempt:
+    for _ in range(5):
+        with suppress(Preempted), opening() as attempt:
+            attempt.pause_after_idle()
             pull_only(attempt)
             raise Preempted("stopped")
     assert waited == [0.0, 10.0, 20.0, 40.0, 60.0]
+    assert idle_pause(5000) == 60.0
     monkeypatch.undo()
-    with pytest.raises(Preempted), opening(nodes=2, stop=stopped_soon()) as attempt:
-        pytest.fail("waited to the end")
-    assert parse_record(store.read(attempt_key(7)).data).outcome == "preempted"  # type: ignore[union-attr]
+    with pytest.raises(Preempted), opening(stop=stopped_soon()) as attempt:
+        attempt.pause_after_idle()
+    assert parse_record(store.read(attempt_key(6)).data).outcome == "preempted"  # type: ignore[union-attr]
 
 
 def stopped_soon() -> Stop:

@@ -137,6 +137,9 @@ def test_connection_strings() -> None:
     }
     for environ in ({}, {"AZURE_STORAGE_ACCOUNT_NAME": "b"}):
         assert azure_variables({**environ, CONNECTION: text if environ else "nonsense"}) == {}
+    private = {"AZURE_STORAGE_ENDPOINT": "https://a.privatelink.example", "AZURE_STORAGE_ACCOUNT_KEY": "QkJC"}
+    assert azure_variables({**private, CONNECTION: text}) == {"AZURE_STORAGE_ACCOUNT_NAME": "a"}
+    assert azure_variables({CONNECTION: "accountname=a;ACCOUNTKEY=QUFB==;"})["AZURE_STORAGE_ACCOUNT_KEY"] == "QUFB=="
 
 
 def test_other_files_of_google_are_named(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -485,6 +486,26 @@ def test_a_broken_listing_goes_on_where_it_was() -> None:
             bucket._store(f"run/{number:04}", b"x", {})
         assert [info.key for info in opened("gs", retries=2).list()] == [f"{number:04}" for number in range(1200)]
     assert failures
+
+
+def test_a_long_listing_outlasts_failures_between_which_it_goes_on() -> None:
+    """Tries are counted from the last page that came: each thousand of a long listing may fail once."""
+    failed: set[str] = set()
+
+    def before(request: Request) -> bool:
+        found = re.search(r"continuation-token=.*?(\d)499\b", request.path)
+        if found and found[1] not in failed:
+            failed.add(found[1])
+            request.answer(200, b"<ListBucketResult><Con")
+            return True
+        return False
+
+    with gcs_server(before) as bucket:
+        for number in range(3500):
+            bucket._store(f"run/{number:04}", b"x", {})
+        found = [info.key for info in opened("gs", retries=2).list()]
+    assert found == [f"{number:04}" for number in range(3500)]
+    assert len(failed) == 3
 
 
 def test_a_server_that_does_not_sort_is_found_out() -> None:

@@ -72,8 +72,24 @@ def test_what_this_user_wrote_is_no_problem(tmp_path: Path) -> None:
 
 
 @as_root
+def test_what_a_killed_command_left_is_in_nobodys_way(volume: Path) -> None:
+    """Such as of a command outside the image, with another umask: a staged file is not written to again."""
+    place = volume / "a-run"
+    assert as_user(65532, 0, lambda: LocalStore(place).write("stages/a.json", b"1")) == ""
+    assert as_user(65532, 0, (place / ".store/0123.part.sagemaker-ignore").touch, umask=0o077) == ""
+    assert as_user(OTHER, 0, lambda: check_permissions(str(volume), str(place))) == ""
+    assert as_user(65532, 0, (place / ".store/lock-1").touch, umask=0o022) == ""
+    assert "lock-1 cannot be used" in as_user(OTHER, 0, lambda: check_permissions(str(volume), str(place)))
+
+
+@as_root
 def test_what_runs_share(volume: Path) -> None:
-    """A new run is told, too, if it could not write the scores that all runs of the folder share."""
+    """A new run is told, too, if it could not add to the scores that all runs share; it may need none of them."""
     assert as_user(65532, 0, lambda: LocalStore(volume).write("scores/a/b.jsonl", b"1"), umask=0o022) == ""
     found = as_user(OTHER, 0, lambda: check_permissions(str(volume), str(volume / "new")))
     assert re.search(rf"JOB_RUN__OUTPUT: {volume}/\S+ cannot be used by this user .* --user 65532:0", found)
+    for folder in (volume / ".store", volume / "scores"):
+        folder.chmod(0o777)
+    for lock in (volume / ".store").glob("lock*"):
+        lock.chmod(0o666)
+    assert as_user(OTHER, 0, lambda: check_permissions(str(volume), str(volume / "new"))) == ""

@@ -192,7 +192,9 @@ def test_it_is_told_while_the_run_goes_on(files: Path, monkeypatch: pytest.Monke
     assert cluster.patches == 1
 
 
-@pytest.mark.parametrize("what", ["refused", "gone", "another authority", "no token", "plain http", "no pod"])
+@pytest.mark.parametrize(
+    "what", ["refused", "gone", "another authority", "no token", "two lines", "plain http", "no pod"]
+)
 def test_a_server_that_fails_costs_a_warning(files: Path, tmp_path: Path, what: str) -> None:
     """And nothing is sent to a server whose certificate is not the cluster's, or without TLS."""
     cluster = Cluster()
@@ -204,6 +206,8 @@ def test_a_server_that_fails_costs_a_warning(files: Path, tmp_path: Path, what: 
             (tmp_path / "ca.crt").write_text("", encoding="ascii")
         if what == "no token":
             (tmp_path / "token").unlink()
+        if what == "two lines":
+            (tmp_path / "token").write_text("a-token\na-token", encoding="ascii")
         address = {"gone": "https://127.0.0.1:1", "plain http": url.replace("https", "http"), "no pod": ""}.get(
             what, url
         )
@@ -220,11 +224,23 @@ def test_a_server_that_fails_costs_a_warning(files: Path, tmp_path: Path, what: 
         "gone": "refused",
         "another authority": "SSLError",
         "no token": "FileNotFoundError",
+        "two lines": "several lines",
         "plain http": "in the open",
         "no pod": "KUBERNETES_POD_NAME",
     }
     assert why[what] in line["why"]
     assert "a-token" not in repr(line)
+    assert cluster.statuses == []
+
+
+def test_figures_that_cannot_be_told_cost_a_warning(files: Path) -> None:
+    """Such as an endless time: the next figures are told again."""
+    endless = replace(FIGURES, training=TrainingProgress(7, 96, 1.25, 1234.5, float("inf")))
+    cluster, lines = reported(endless, files)
+    assert {line["exporter"]: line["why"].partition(":")[0] for line in lines} == {
+        "train-job": "OverflowError",
+        "pod-annotation": "OverflowError",
+    }
     assert cluster.statuses == []
 
 
