@@ -33,6 +33,7 @@ _ENDING = ".jsonl"
 CODE = (
     "job.common.device_copies",
     "job.common.out_of_memory",
+    "job.common.pinned_memory",
     "job.evaluation.generation",
     "job.evaluation.resumable",
     "job.evaluation.scoring",

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job.model.families import FAMILIES, fused_family, of_text, why_not_recorded
+from job.model.families import FAMILIES, caps_scores, fused_family, of_text, why_not_recorded
+
+WIDEST_HEAD = 256
+"""Heads that are wider have no attention kernel for long rows (`model/fused/long_attention.py`)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Architecture:
         query_norm: Whether queries and keys have an RMS norm too.
         joined: Whether queries, keys and values are one linear layer, and gate and up another.
         not_recorded: Why the decoder cannot be recorded as a CUDA graph although it is fused; None if it can.
+        caps_scores: Whether attention's scores are capped.
     """
 
     hidden: int
@@ -44,6 +48,12 @@ class Architecture:
     query_norm: bool = False
     joined: bool = False
     not_recorded: str | None = None
+    caps_scores: bool = False
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether long rows are computed layer by layer (`training/long_rows.py`), where nothing else is against it."""
+        return self.fused and not self.caps_scores and self.head_size <= WIDEST_HEAD
 
     @property
     def queries(self) -> int:
@@ -146,4 +156,5 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         query_norm=family.query_norm is not None,
         joined=family.joined,
         not_recorded=why_not_recorded(config),
+        caps_scores=caps_scores(config),
     )

@@ -124,6 +124,17 @@ def fused_family(config: Mapping[str, Any]) -> Family | None:
     return family if activation in {family.activation, family.activation_alias} else None
 
 
+def caps_scores(config: Mapping[str, Any]) -> bool:
+    """Whether attention's scores are capped in the decoder of a config.json.
+
+    Args:
+        config: Its fields by name.
+    """
+    config = of_text(config)
+    family = fused_family(config)
+    return family is not None and family.caps_scores and config.get("attn_logit_softcapping", 50.0) is not None
+
+
 def why_not_recorded(config: Mapping[str, Any]) -> str | None:
     """Why the decoder of a config.json cannot be recorded as a CUDA graph although it is fused; None if it can.
 
@@ -131,8 +142,7 @@ def why_not_recorded(config: Mapping[str, Any]) -> str | None:
         config: Its fields by name.
     """
     config = of_text(config)
-    family = fused_family(config)
-    if family is not None and family.caps_scores and config.get("attn_logit_softcapping", 50.0) is not None:
+    if caps_scores(config):
         return "torch's kernel for packed attention has no soft cap: attention goes segment by segment"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):

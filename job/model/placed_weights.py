@@ -34,6 +34,7 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from job.common.out_of_memory import out_of_memory
+from job.common.pinned_memory import pin, unpin
 from job.errors import Problem, SettingsError
 from job.log import get_logger
 
@@ -84,16 +85,16 @@ class _Host:
     """All layers in main memory, pinned where there is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._layers: list[torch.Tensor] = []
-        self._pinned: list[int] = []
+        self._pinned: list[torch.Tensor] = []
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def keep(self, layer: torch.Tensor) -> int:
-        # Registered, not allocated as pinned: torch rounds pinned allocations up to a power of two.
         kept = torch.empty(layer.shape, dtype=layer.dtype, device="cpu")
         if self._stream is not None:  # before it is filled: that is faster, too
-            if int(_driver().cudaHostRegister(kept.data_ptr(), kept.numel(), 0)) == 0:
-                self._pinned.append(kept.data_ptr())
+            if pin(kept, self._device):
+                self._pinned.append(kept)
             elif not self._layers:
                 get_logger().warning("main memory cannot be pinned (ulimit -l): layers come to the GPU slowly")
         self._layers.append(kept.copy_(layer))
@@ -117,10 +118,7 @@ class _Host:
         """No other process needs anything of this one."""
 
     def release(self) -> None:
-        if self._pinned:
-            torch.cuda.synchronize()
-        for address in self._pinned:
-            _driver().cudaHostUnregister(address)
+        unpin(self._pinned, self._device)
         self._layers, self._pinned = [], []
 
 
@@ -175,10 +173,6 @@ class _Shares:
             else:
                 self._aside_filled = wait
         return bool(numbers), filled
-
-
-def _driver() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _nothing() -> None:

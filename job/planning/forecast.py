@@ -103,6 +103,7 @@ class RunShape:
         places: Where the base's 4-bit weights may lie, the fastest first; see `memory_model.PLACES`.
         processes: That share the work, each with a GPU.
         tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
+        recorded: Whether the method's GPU kernels can be recorded as CUDA graphs, where fused layers compute.
         offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
         auxiliary: The classifier of the safety screen and the judge, if the run has them.
     """
@@ -134,6 +135,7 @@ class RunShape:
     places: tuple[str, ...] = ("gpu",)
     processes: int = 1
     tiles: bool = False
+    recorded: bool = True
     offload: bool | None = None
     auxiliary: tuple[AuxiliaryModel, ...] = ()
 
@@ -316,7 +318,10 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
     if run.first_stage is not None and run.budget_by_gpu:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
-    run = replace(run, tiles=run.tiles and gpu.capability >= AMPERE and _is_fused(gpu, run, setup))
+    possible = gpu.capability >= AMPERE and _is_fused(gpu, run, setup)
+    run = replace(run, tiles=run.tiles and possible)
+    if run.first_stage is not None:
+        run = replace(run, first_stage=replace(run.first_stage, tiles=run.first_stage.tiles and possible))
     needs, usable = partial(_need, run), memory_model.usable_bytes(gpu.memory_bytes)
     setup = replace(setup, processes=run.processes)
     place = choose_place(setup, memory_bytes=gpu.memory_bytes, places=run.places, needs=needs)
@@ -362,7 +367,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
 def _need(run: RunShape, setup: Setup) -> int:
     """Bytes on the GPU at the peak of the run."""
     stages = [run] if run.first_stage is None else [run.first_stage, run]
-    need = max(_scoring(run, setup), *(_training_memory(run, setup, one.micro_batch).total for one in stages))
+    need = max(_scoring(run, setup), *(_training_memory(one, setup, one.micro_batch).total for one in stages))
     if run.merges:  # it is scored unquantized, in place of the quantized base
         need = max(need, _scoring(run, replace(setup, quantization="none")))
     return need
@@ -478,7 +483,7 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     if execution is not None:
         setup = replace(setup, recompute=not execution.kept_activations)
         # Measured with CUDA graphs; without them it is assumed to be no faster than PEFT's layers.
-        used = memory_model.FUSED_UTILISATION if execution.recorded else memory_model.UTILISATION
+        used = memory_model.FUSED_UTILISATION if execution.recorded and run.recorded else memory_model.UTILISATION
         used *= memory_model.FP8_SPEEDUP if run.fp8 else 1.0
     micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
     flops = memory_model.training_flops(setup, work.tokens, work.squares)

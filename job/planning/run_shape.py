@@ -69,10 +69,8 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
         auxiliary=_auxiliary(settings, seen, workload),
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
-        tiles=settings.train.last_method == "sft"
-        and settings.lora.dropout == 0
-        and setup is not None
-        and setup.architecture.fused,
+        tiles=_tiles(settings, setup),
+        recorded=_recorded(settings),
         offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
     )
     if settings.train.is_one_stage:
@@ -91,9 +89,22 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         derived=(),
         quantizing_tokens=0,
         auxiliary=(),
+        tiles=_tiles(first, setup),
+        recorded=_recorded(first),
     )
     more = seen.first_data.download_bytes if seen.first_data else 0
     return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)
+
+
+def _tiles(settings: Settings, setup: Setup | None) -> bool:
+    """Whether long rows are computed layer by layer, where the GPU can; see `training.prepare`."""
+    of_tokens = settings.train.last_method == "sft" and settings.lora.dropout == 0
+    return of_tokens and setup is not None and setup.architecture.in_tiles
+
+
+def _recorded(settings: Settings) -> bool:
+    """Whether method and noise allow CUDA graphs; see `stages.load`."""
+    return settings.train.last_method == "sft" and settings.train.neftune_noise_alpha == 0
 
 
 def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -> tuple[Setup | None, Basis]:

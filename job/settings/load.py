@@ -641,7 +641,6 @@ def _compute(settings: Settings) -> Iterator[Fault]:
     if settings.model.dtype not in {"auto", "bf16"}:
         yield name, f"is fp8, which goes with bf16; JOB_MODEL__DTYPE is {settings.model.dtype}: set bf16 or auto"
     slower = {
-        "LORA__DROPOUT": lora.dropout,
         "LORA__KIND": lora.kind != "lora",
         "LORA__USE_DORA": lora.use_dora,
         "LORA__MODULES_TO_SAVE": lora.modules_to_save,

@@ -204,7 +204,7 @@ def _place(
             scoring_tokens=settings.eval.batch_tokens,
             gigabytes=settings.train.gpu_memory_gb,
             places=[place for place in PLACES if possible[place]],
-            tiles=setup.architecture.fused
+            tiles=setup.architecture.in_tiles
             and settings.train.last_method == "sft"
             and settings.lora.dropout == 0
             and options.not_fused is None,

@@ -32,7 +32,10 @@ def choose_precision(
 
     `gigabytes` is JOB_TRAIN__GPU_MEMORY_GB.
     """
-    why = why_as_trained(wanted, loaded) or _too_large(sources, loaded, wanted.batch_tokens, gigabytes)
+    from job.model.placed_weights import taking_part
+
+    with taking_part(loaded.model):  # the base's weights may be sharded over all processes
+        why = why_as_trained(wanted, loaded) or _too_large(sources, loaded, wanted.batch_tokens, gigabytes)
     if why := next(filter(None, attempt.processes.gather("scoring precision", why)), ""):
         log.get_logger().info("questions are scored in the dtype of training", dtype=loaded.record.dtype, why=why)
         return ScoringPrecision(loaded.record.dtype, loaded.record.dtype, why)

@@ -13,6 +13,8 @@ from typing import Any, Self
 
 import torch
 
+from job.common.pinned_memory import pin, unpin
+
 HostBuffers = dict[int, torch.Tensor]
 """Pinned memory by place in the store, (bytes,) uint8. Kept from step to step: to pin memory takes a while."""
 
@@ -20,17 +22,12 @@ HostBuffers = dict[int, torch.Tensor]
 def pinned(size: int, device: torch.device) -> torch.Tensor:
     """So many bytes of host memory, (size,) uint8, pinned if the device is a GPU.
 
-    Not by torch's allocator, which rounds the size up to a power of two: nearly twice as much in the worst case.
-
     Raises:
         RuntimeError: The machine has too little memory, or does not allow that much to be pinned; it says "out of
             memory", so the step is repeated with less.
     """
     memory = torch.empty(size, dtype=torch.uint8)
-    if device.type != "cuda" or size == 0:
-        return memory
-    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if int(cudart.cudaHostRegister(memory.data_ptr(), size, 0)) != 0:
+    if device.type == "cuda" and size and not pin(memory, device):
         what = f"the machine is out of memory that can be pinned (ulimit -l): {size:,} bytes of activations"
         raise RuntimeError(f"{what}; JOB_TRAIN__OFFLOAD_ACTIVATIONS=false leaves them on the GPU")
     return memory
@@ -39,9 +36,7 @@ def pinned(size: int, device: torch.device) -> torch.Tensor:
 def release(buffers: HostBuffers, device: torch.device) -> None:
     """Gives pinned memory back."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # no copy is in progress
-        for memory in buffers.values():
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+        unpin([memory for memory in buffers.values() if len(memory)], device)
     buffers.clear()
 
 

@@ -170,7 +170,7 @@ class _Walk:
                 self._check()
                 x, *rest = self._store.take()
                 known = (rest[0], rest[1]) if rest else None
-                # Through the module's call, not around it: hooks bring its weights where they do not lie on the GPU.
+                # By the module's call, as the decoder does it: hooks on a layer run in both passes.
                 gradient = self._layers[index](x, gradient=gradient, known=known, first=index == 0)
                 del x, rest, known
         return loss

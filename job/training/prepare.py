@@ -92,7 +92,7 @@ def place_base(
         offload: As in `training_memory`.
     """
     tokens = _longest_sequence(lengths, global_batch_size, budget)
-    tiles &= max(lengths) > LONG_ROW
+    tiles = tiles and max(lengths) > LONG_ROW and _capability() >= AMPERE
 
     def needs(there: Setup) -> int:
         scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
@@ -160,13 +160,14 @@ def prepare(
         raise SettingsError([Problem(_COMPUTE, f"is fp8, which is beside bf16; the compute dtype is {dtype}")])
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
+    longest_trained = max(lengths)
     lengths = [*lengths, *sorted(validation, reverse=True)[:1]]
     rows = None if slow is not None else _rows(model, lengths, budget, global_batch_size, method)
     may_fit = partial(
         _refuse,
         model,
         setup,
-        max(lengths),
+        longest_trained,  # a validation has no backward pass: what this formula counts is not certain to be needed
         rows=rows,
         gigabytes=gigabytes,
         offload=allowed,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -196,14 +197,16 @@ class OptimizerStep:
         found = torch.zeros(1 + metrics, device=self._parameters.gradient.device)
         items = weighted_targets(self._steps.of(number))
         self._loss_scale = self._scaler_factor(found.device)
-        for index, group in enumerate(self._groups(number)):
-            reseed(self._model, seed, index)
+        sequences = count()
+        for group in self._groups(number):
             # Added at once: what a CUDA graph returns is overwritten by its next launch.
             if known is None or self._preference is None:
                 # Rows of another weight go through the model by themselves: the weight is part of the divisor.
                 for part, weight in by_weight(group):
+                    reseed(self._model, seed, next(sequences))
                     found += self._micro_batch(part, items if weight == 1 else items / weight)
             else:
+                reseed(self._model, seed, next(sequences))
                 found += self._preference(group, known.totals, known.kl)
         # One tensor, so that the processes sum in one all-reduce.
         return found if self._processes.place.world_size == 1 else torch.cat([self._parameters.gradient, found])

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from job.model.architecture import WIDEST_HEAD, Architecture
+
 if TYPE_CHECKING:
-    from job.model.architecture import Architecture
     from job.model.packed_attention import Layout
 
 Output = tuple[torch.Tensor, torch.Tensor]
@@ -42,10 +43,6 @@ class Kernel(Protocol):
     def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The gradients of queries, keys and values; `saved` are these, the output, and the sums' logarithms."""
         ...
-
-
-WIDEST_HEAD = 256
-"""The kernels take no wider heads."""
 
 
 def has_kernel(device: torch.device, head_size: int) -> bool:

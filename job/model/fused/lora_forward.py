@@ -314,7 +314,9 @@ def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels:
     copies += [layer.b for layer in layers]
     trained = [layer.trained_a for layer in layers] + [layer.trained_b for layer in layers]
     scaled = [layer for layer in layers if layer.scale != 1]
-    decoder_of(base).register_forward_pre_hook(partial(_refresh, copies, trained, scaled))
+    if (earlier := base.__dict__.get("refresh_hook")) is not None:
+        earlier.remove()  # of a first try for which memory was too small
+    base.refresh_hook = decoder_of(base).register_forward_pre_hook(partial(_refresh, copies, trained, scaled))
     return family is not None
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.model.architecture import Architecture
-from job.planning import forecast
+from job.planning import forecast, run_shape
 from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
 from job.planning.forecast import (
     DOWNLOAD_RATE,
@@ -23,6 +23,8 @@ from job.planning.forecast import (
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
 from job.planning.workload import Workload
+from job.settings.load import load_settings
+from job.settings.training_stages import split_stages
 from job.training import memory_model
 from tests.unit.training.test_memory_model import REFERENCE
 
@@ -312,6 +314,23 @@ def test_a_first_stage_takes_time() -> None:
     assert shown["optimizer steps, first stage"] == WORK.steps
     longer = replace(both, first_stage=replace(RUN, workload=replace(WORK, longest=10**6, largest_step=10**6)))
     assert not forecast_gpu(gpu, longer, REFERENCE).fits
+
+
+def test_each_stage_is_planned_as_it_is_trained() -> None:
+    """Of sft,dpo the first has tiles and CUDA graphs, and the second neither: the first stage's long row fits."""
+    words = ["--data.sft_source=a.jsonl", "--data.source=b.jsonl", "--train.method=sft,dpo"]
+    settings, both = load_settings([], {}), load_settings(words, {})
+    assert [run_shape._recorded(one) for one in (settings, both, split_stages(both)[0])] == [True, False, True]
+    assert [run_shape._tiles(one, REFERENCE) for one in (settings, both, split_stages(both)[0])] == [True, False, True]
+    row = Workload(1, 1, 78_500, 78_499, 78_500**2, 78_500, 78_500)
+    for tiles in (True, False):
+        before = replace(RUN, workload=row, fused=True, tiles=tiles)
+        assert forecast_gpu(BY_NAME["L4"], replace(RUN, fused=True, first_stage=before), REFERENCE).fits == tiles
+    recorded, not_recorded = (
+        forecast_gpu(BY_NAME["H200"], replace(RUN, fused=True, recorded=recorded), REFERENCE).hours or 0
+        for recorded in (True, False)
+    )
+    assert 0 < recorded < not_recorded
 
 
 LLAMA_70B = replace(REFERENCE, architecture=Architecture(8192, 28672, 80, 64, 8, 128, 32000))

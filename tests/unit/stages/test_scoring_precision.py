@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from job.distributed.processes import ALONE
 from job.errors import Preempted
 from job.model.base import describe_model
+from job.model.lora import add_adapter
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
@@ -25,9 +27,19 @@ from job.settings.schema import Eval
 from job.stages import scoring_precision
 from job.stages.full_precision import evaluate_bases
 from job.stages.handoff import Loaded
+from job.stages.scoring_precision import choose_precision
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
-from tests.helpers import arc_rows, make_base, make_examples, make_model, read_jsonl, write_jsonl
+from tests.helpers import (
+    LINEAR,
+    arc_rows,
+    load_plain,
+    make_base,
+    make_examples,
+    make_model,
+    read_jsonl,
+    write_jsonl,
+)
 from tests.unit.stages.example_sources import example_sources
 from tests.wrapped_store import WrappedStore
 
@@ -63,6 +75,18 @@ def loaded_base(
     record = describe_model(model, name="base", revision=None, sha256="0" * 64)
     plan: Any = SimpleNamespace(scoring_forward="modules")
     return Loaded(model, record, 512, plan, CachedBase(), Packing(packed=True, reason=""), PublishedNames(""))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_sharded_base_is_tried_too(world: Path) -> None:
+    """With all processes, which have its weights together."""
+    base = load_plain(world / "base", quantization="nf4", dtype=torch.bfloat16, place="sharded", group=ALONE)
+    how: dict[str, Any] = {"rank": 16, "alpha": 16, "dropout": 0.0, "target_modules": LINEAR, "seed": 1}
+    loaded = replace(loaded_base(world), model=add_adapter(base, **how))
+    attempt: Any = SimpleNamespace(processes=ALONE)
+    wanted = load_settings([f"--model.id={world / 'base'}", "--eval.batch_tokens=512"], {}).eval
+    sources = replace(example_sources(world), examples=make_examples(6))  # type: ignore[arg-type]
+    assert choose_precision(attempt, wanted, sources, loaded, None) == PRECISE
 
 
 def run(
@@ -135,7 +159,8 @@ def test_numbers_too_large_for_fp16(
     assert weights == ScoringPrecision("bf16", "bf16", "weights of the base are too large for fp16")
     monkeypatch.setattr(scoring_precision, "_too_large", lambda *_: "")
     assert run(world, tmp_path / "rescued", **large).precision == PRECISE
-    assert "scored in fp32" in capsys.readouterr().out
+    logged = capsys.readouterr()
+    assert "scored in fp32" in logged.out + logged.err  # where the log goes depends on the tests before
     run(world, tmp_path / "exact", **large, dtype=torch.float32)
     rescued, exact = (likelihoods(tmp_path / name, ("base",)) for name in ("rescued", "exact"))
     assert torch.allclose(rescued, exact, rtol=1e-4)

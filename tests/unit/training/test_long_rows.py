@@ -12,19 +12,23 @@ import pytest
 import torch
 from torch.nn import functional
 
+from job.distributed.processes import ALONE
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.fused.long_attention import CpuKernel, FlashKernel, heads_at_once
-from job.model.lora import trainable
+from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
+from job.model.placed_weights import taking_part
 from job.records import Example, ExecutionPlan
 from job.training import long_rows, step
 from job.training.activation_store import ActivationStore
 from job.training.lm_head_loss import padded_loss
 from job.training.long_rows import LongRows, why_not_here
 from job.training.packing import packed_inputs
-from tests.helpers import fill_adapter, make_examples, make_model
+from tests.helpers import LINEAR, deepened, fill_adapter, load_plain, make_examples, make_model
+from tests.unit.model.test_placed_weights import team
 from tests.unit.training import recipes
+from tests.unit.training.test_step import make_step
 from tests.unit.training.test_trainer import adapter_hash, run
 
 CPU = torch.device("cpu")
@@ -90,6 +94,55 @@ def test_where_activations_wait_changes_no_bit(base_folder: Path, dtype: torch.d
     ]
     assert all(torch.equal(found[0][0], loss) for loss, _ in found)
     assert all(torch.equal(a, b) for _, other in found for a, b in zip(found[0][1], other, strict=True))
+
+
+@pytest.mark.parametrize("place", ["host", "sharded"])
+def test_in_fp8_with_weights_that_come_layer_by_layer(base_folder: Path, tmp_path: Path, place: str) -> None:
+    """The bits are those of weights that are kept in FP8 on the device."""
+    folder, found = deepened(base_folder, tmp_path / "base", 3), []
+    for where in ("gpu", place):
+        base = load_plain(folder, quantization="nf4", dtype=torch.bfloat16, place=where, group=ALONE)
+        how: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": LINEAR, "seed": 1}
+        model = fill_adapter(add_adapter(base, **how)).train()
+        assert fuse_layers(model, keep_dequantized=where == "gpu", kernels=TORCH, fp8=True) == "all"
+        with taking_part(model):
+            found.append(computed(model, EXAMPLES[-1:], replace(PLAN, offloaded=where != "gpu")))
+    (loss, gradients), (other_loss, others) = found
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
+    assert all(gradient.norm() > 0 for gradient in gradients)
+
+
+def test_one_of_two_processes_has_a_long_row(base_folder: Path, tmp_path: Path) -> None:
+    """Of sharded weights, the other one with a short row gives its share until both are done."""
+    folder, row, short = deepened(base_folder, tmp_path / "base", 3), EXAMPLES[-1:], EXAMPLES[:1]
+
+    def work(model: Any, rank: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        assert fuse_layers(model, keep_dequantized=False, kernels=TORCH) == "all"
+        return computed(model.train(), short if rank else row, PLAN)
+
+    expected = []
+    for rank in (0, 1):
+        with team(folder, 1) as alone:
+            expected += alone(lambda model, _, rank=rank: work(model, rank))  # type: ignore[misc]
+    with team(folder, 2) as together:
+        found = together(work)
+    for (loss, gradients), (own_loss, own) in zip(found, expected, strict=True):
+        assert torch.equal(loss, own_loss)
+        assert all(torch.equal(one, other) for one, other in zip(gradients, own, strict=True))
+
+
+def test_loss_scaling_is_in_the_gradient_and_not_in_the_loss(base_folder: Path) -> None:
+    """As fp16 needs it, in a step with long rows; in fp32 no bit is lost."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    (plain, plain_gradient), (loss, gradient) = (
+        (float(step(0)), parameters.gradient.clone())
+        for step, parameters in (
+            make_step(fused(base_folder), 64, examples=EXAMPLES * 2, plan=PLAN, scaler=one) for one in (None, scaler)
+        )
+    )
+    assert loss == plain
+    assert torch.equal(gradient, 1024 * plain_gradient)
 
 
 def test_kept_attention_is_not_computed_again(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

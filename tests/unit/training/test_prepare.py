@@ -18,8 +18,10 @@ from job.model.packed_attention import NAME
 from job.records import PEFT, ExecutionPlan
 from job.training import prepare as prepare_module
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.prepare import fast_kernels, prepare, require_fp8, token_budget, why_not_fused
+from job.training.memory_model import training_memory
+from job.training.prepare import fast_kernels, place_base, prepare, require_fp8, token_budget, why_not_fused
 from tests.helpers import make_model
+from tests.unit.training.test_execution_plan import SETUP
 
 SETTINGS: dict[str, Any] = {
     "global_batch_size": 2,
@@ -274,6 +276,19 @@ def test_long_rows_are_computed_in_tiles(base_folder: Path, monkeypatch: pytest.
     assert held_out.tile_tokens == 8192
 
 
+@pytest.mark.parametrize(("capability", "place"), [((8, 0), "gpu"), ((7, 0), "host")])
+def test_a_gpu_without_a_kernel_for_long_rows_needs_the_memory_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], place: str
+) -> None:
+    """So the base goes elsewhere before it is loaded, as `plan` says."""
+    memory = 2 * training_memory(SETUP, 40_000, tiles=True).total
+    assert memory < training_memory(SETUP, 40_000).total
+    monkeypatch.setattr(prepare_module, "free_gpu_bytes", lambda _: memory)
+    monkeypatch.setattr(prepare_module, "_capability", lambda: capability)
+    how = {"global_batch_size": 2, "budget": 1024, "scoring_tokens": 1024, "gigabytes": None}
+    assert place_base(SETUP, [40_000], places=("gpu", "host"), tiles=True, **how)[0] == place  # type: ignore[arg-type]
+
+
 def test_offloading_without_a_long_row_is_a_warning(base_folder: Path) -> None:
     """The setting is for long rows on fused layers: where it does nothing, it is said why."""
     with capture_logs() as lines:
@@ -292,3 +307,6 @@ def test_a_row_that_cannot_fit_is_refused(base_folder: Path, monkeypatch: pytest
     assert text.startswith("JOB_TRAIN__MAX_LENGTH: the longest row, rows.jsonl:17, has 30,000 tokens")
     assert "20.0 MiB are free; about 1,0" in text
     assert "JOB_DATA__ON_LONG_ROW" in text
+    held_out = {**SETTINGS, "longest_at": "rows.jsonl:17", "validation": [30_000]}
+    monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: "a CPU")
+    assert prepare(make_model(base_folder), [10, 20], **held_out).forward == PEFT  # a validation takes less

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from job.distributed.processes import ALONE
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import trainable
-from job.records import ExecutionPlan
+from job.records import Example, ExecutionPlan
+from job.training import step as step_module
 from job.training.config import Hooks
 from job.training.flat_parameters import FlatParameters
 from job.training.packing import IGNORED
@@ -39,6 +40,7 @@ def make_step(
     model: Any,
     budget: int,
     *,
+    examples: Sequence[Example] = EXAMPLES,
     plan: ExecutionPlan = PLAN,
     scaler: Any = None,
     fail: Callable[[], None] = lambda: None,
@@ -58,7 +60,7 @@ def make_step(
     parameters = FlatParameters(trainable(model).values(), 256)
     step = OptimizerStep(
         model,
-        Steps(EXAMPLES, RECIPE.seed, RECIPE.global_batch_size, RECIPE.total_steps),
+        Steps(examples, RECIPE.seed, RECIPE.global_batch_size, RECIPE.total_steps),
         parameters,
         recipe=replace(RECIPE, micro_batch_tokens=budget),
         plan=plan,
@@ -106,6 +108,17 @@ def test_a_full_memory_halves_the_budget_and_repeats_the_step(model: Any) -> Non
     assert float(shaken(0)) == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(parameters.gradient, gradient, rtol=1e-4, atol=1e-7)
     assert (calm.budget, shaken.budget) == (100, 50)
+
+
+def test_rows_of_another_weight_have_other_masks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go through the model by themselves: a mask of dropout that both had would be drawn once for two."""
+    drawn: list[int] = []
+    monkeypatch.setattr(step_module, "reseed", lambda _model, _seed, number: drawn.append(number))
+    passes: list[None] = []
+    examples = [replace(one, weight=1 + number % 2) for number, one in enumerate(EXAMPLES)]
+    step, _ = make_step(model, 10_000, examples=examples, fail=lambda: passes.append(None))
+    step(0)
+    assert drawn == list(range(len(passes))) == [0, 1]
 
 
 def test_an_error_that_is_not_of_memory_gets_out(model: Any) -> None:

@@ -239,6 +239,7 @@ def test_sizes_are_those_of_the_model(family: str) -> None:
         text = sum(p.numel() for p in decoder_of(base).parameters()) - adapter
     assert found.parameters == pytest.approx(text, rel=0.01)  # norms of heads, biases
     assert found.fused
+    assert found.in_tiles == (why_not_here(model) is None)  # what `plan` says of long rows is what a run does
 
 
 def test_longrope_is_the_same_in_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:

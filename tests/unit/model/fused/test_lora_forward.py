@@ -18,6 +18,7 @@ from job.model.base import load_base, recompute_activations
 from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH, Kernels
+from job.model.fused.lora_forward import decoder_of
 from job.model.lora import adapter_off, add_adapter, trainable
 from job.records import Question
 from job.training.packing import packed_inputs
@@ -149,6 +150,18 @@ def test_trained_weights_are_seen_at_once(base_folder: Path) -> None:
     fill_adapter(other, scale=0.1)
     fuse_layers(other, keep_dequantized=False, kernels=TORCH)
     assert score_sequence(model.eval(), QUESTIONS) == score_sequence(other.eval(), QUESTIONS)
+
+
+def test_a_second_try_takes_the_place_of_the_first(base_folder: Path) -> None:
+    """A model that is fused again, since memory was too small to keep its weights, refreshes one copy of them."""
+    model = lean(base_folder)
+    expected = learn(model)
+    model.zero_grad()
+    assert fuse_layers(model, keep_dequantized=False, kernels=TORCH) == "all"
+    assert len(decoder_of(model.get_base_model())._forward_pre_hooks) == 1
+    loss, gradients = learn(model)
+    assert loss == expected[0]
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected[1], strict=True))
 
 
 def test_the_adapter_can_be_switched_off(base_folder: Path) -> None:
