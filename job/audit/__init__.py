@@ -1,1 +1,1 @@
-"""What the data held: overlap with the scored questions, duplicates, secrets and personal data, by place and kind."""
+"""The audit of the training data: overlap with the scored questions, duplicates, secrets, personal data."""

@@ -67,11 +67,11 @@ class Command:
 
 
 def _format(*choices: str) -> Argument:
-    return Argument("--format", "how to print it (default: the first)", choices=choices)
+    return Argument("--format", "output format (default: the first)", choices=choices)
 
 
 _KEY = Argument("--key", "public key of the signer (PEM): a run without its signature does not verify", metavar="FILE")
-_SHOW = Argument("--show", "print so many rows as they are trained on, what is learned marked", metavar="N")
+_SHOW = Argument("--show", "print the first N rows as tokenized, the tokens that the loss counts marked", metavar="N")
 _CONFIG = Argument("--config", "YAML or TOML file of settings; also as JOB_CONFIG in the environment", metavar="FILE")
 _RUN = Command("run the job; the default command", (_CONFIG,))
 
@@ -88,7 +88,7 @@ COMMANDS = {
             Argument("RUN", "a run, finished or not: its folder or its results.json, path or URI"),
             Argument(
                 "--stalled-after",
-                "a running attempt without a sign of life for so long is stalled (default: as its watchdog has it)",
+                "an attempt that is silent for longer is stalled (default: the run's JOB_TRAIN__STALL_SECONDS)",
                 metavar="SECONDS",
             ),
             _format("table", "json"),
@@ -180,10 +180,10 @@ COMMANDS = {
                 "The last two come with pip install 'qlora-job[export]', vllm from an environment of its own on PATH",
                 metavar="KIND",
             ),
-            Argument("--model", "its name of the model (default: the last that it lists)", metavar="NAME"),
+            Argument("--model", "name of the model on the server (default: the last that it lists)", metavar="NAME"),
             Argument("--questions", "how many to ask (default: 50)", metavar="N"),
             _KEY,
-            Argument("--record", "also keep what was found in the run's folder, for report and verify"),
+            Argument("--record", "also store the result in the run's folder, for report and verify"),
             _format("table", "json"),
         ),
         settings="reading",

@@ -1,7 +1,7 @@
-"""Copies between the host and a GPU that wait for nothing the GPU is still computing.
+"""Copies between the host and a GPU that do not wait for the work that the GPU has still to do.
 
-A plain copy waits until the GPU has done all that was launched before it. Meanwhile the host launches nothing, and
-after it the GPU waits for the host. From and to pinned memory a copy is launched like a kernel.
+A copy from or to pageable memory blocks the host until the GPU has done all that was launched before. Meanwhile the
+host launches nothing, so afterwards the GPU is idle. From and to pinned memory a copy is launched like a kernel.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on a device; itself where the device is the host."""
+    """Copies a tensor of the host to a device; returns the tensor itself if the device is the CPU."""
     if device.type != "cuda":
         return tensor.to(device)
-    # torch reuses the pinned memory no sooner than the copy is done.
+    # The pinned tensor may be freed at once: torch does not reuse its memory before the copy is done.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -25,7 +25,7 @@ def to_host(*tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
     """Launches the copies of tensors to the host.
 
     Returns:
-        What waits for the copies, and for nothing that is launched later, and gives them.
+        A function that waits for these copies only, not for what is launched later, and returns them.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Imports libraries without packages that they would use, and that the job needs later or never.
+"""Imports a library faster, by hiding optional packages that it would import too.
 
-Where such a package is present, libraries import it at the top of a module: TRL imports wandb, transformers' losses for
-images import scipy, and both take as long as TRL itself.
+Libraries import an optional package at the top of a module if it is installed: TRL imports wandb, transformers' losses
+for images import scipy. Each takes as long as TRL itself, and the job needs them later or never.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def without(*packages: str) -> Iterator[None]:
-    """Within it, an import finds none of these packages, as if they were not installed; later ones do.
+    """Hides packages from imports inside the `with` block, as if they were not installed.
 
-    By `None` in `sys.modules`, which Python documents for this. A package that is imported already stays visible. A
-    package that needs a hidden one has to be named too. For all threads: none may need the packages meanwhile.
+    A package that is imported already stays visible. Name also the packages that need a hidden one. This holds for all
+    threads, so no other thread may import the packages meanwhile. The means is `None` in `sys.modules`, as Python's
+    reference describes it.
     """
     hidden = [name for name in packages if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The families of decoders that `model/fused` computes throughout, each by what it has otherwise than Llama.
+"""The families whose whole decoder `model/fused` computes, each described by how it differs from Llama.
 
 A family of `FAMILIES` trains on a GPU with all operations of its decoder fused: `fused all` in the execution plan. All
 are built alike: RMS norms, attention with rotary positions, and a gated feed-forward layer. `Family` has a field for
@@ -30,7 +30,7 @@ SILU, GELU_TANH = "silu", "gelu_pytorch_tanh"
 
 @dataclass(frozen=True)
 class Family:
-    """What a decoder has otherwise than Llama's, whose entry is `Family()`."""
+    """How a decoder differs from Llama's, whose entry is `Family()`."""
 
     activation: str = SILU
     """Of the gate of the feed-forward layer. A config.json with another one is not fused."""

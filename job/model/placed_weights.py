@@ -7,16 +7,16 @@ The bytes of a layer are those that bitsandbytes made: packed weights, and the c
 copied, so a layer computes the same bits wherever they came from. The tensors of a weight are views into its layer's
 slot, at addresses that never change; what changes is which layer's bytes are there.
 
-Nobody can use a weight without the constants of its quantization state, and reading these first brings the layer's
-bytes into the slot (`_placed_state`). So it does not matter who computes: bitsandbytes' layers, those of `fused`,
+Every use of a weight reads the constants of its quantization state, and reading these first copies the layer's bytes
+into the slot (`_placed_state`). So it does not matter what computes: bitsandbytes' layers, those of `fused`,
 PEFT's initializations, a merge; forward, recomputed, backward, in any order. After a layer the next one in the same
 direction is fetched while the layer computes: its slot is that of the layer before, which is done. A GPU orders this by
 streams: a copy begins after what was launched before it, and what is launched after it waits.
 
 Sharded, all processes have to take part in every gather. They compute different numbers of sequences, and may run out
 of memory in the middle of one. So they work in rounds, within `taking_part`: in each round every process says which
-layer it needs, or none, and each layer that any of them needs is gathered by all. A process that has finished, however
-far it came, goes on with rounds without a need until no process has one.
+layer it needs, or none, and each layer that any of them needs is gathered by all. A process that has finished or
+failed takes part in further rounds, without asking for a layer, until no process asks for one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Wait = Callable[[], None]
 
 
 class Group(Protocol):
-    """Of `distributed.Processes`, what sharding uses."""
+    """The part of `distributed.Processes` that sharding uses."""
 
     place: Any
 
@@ -63,7 +63,7 @@ class Group(Protocol):
 
 
 class _Source(Protocol):
-    """Where layers come from."""
+    """Where layers are kept while they are not in a slot."""
 
     def keep(self, layer: torch.Tensor) -> int:
         """Takes the next layer, (bytes,) uint8 on the device; returns the bytes of a slot that it is fetched into."""
@@ -238,10 +238,9 @@ class PlacedWeights:
 
 @contextmanager
 def taking_part(model: Any) -> Iterator[None]:
-    """Within it, a model may compute; all processes of the run enter it together, and leave it together.
+    """A sharded model may compute only inside this `with` block, which all processes enter and leave together.
 
-    How much each of them computes makes no difference, nor whether its memory runs out. Does nothing for a model whose
-    weights are not sharded.
+    Each may compute a different amount in it, or run out of memory. No effect on a model whose weights are not sharded.
 
     Raises:
         JobError: Another process has ended.
@@ -279,7 +278,7 @@ def place_of(model: Any) -> str:
 
 
 def layer_of(weight: Any) -> Callable[[], None] | None:
-    """What brings a placed weight's layer to the device; None for a weight that is there anyway."""
+    """A function that copies a placed weight's layer to the device; None for a weight that always lies there."""
     found: Callable[[], None] | None = getattr(getattr(weight, "quant_state", None), "bring", None)
     return found
 
@@ -328,7 +327,7 @@ class Placing:
             SettingsError: It has no layers of 4-bit weights.
         """
         if not self._placed or any(len(layer.modules) < layer.expected for layer in self._layers.values()):
-            what = "asks for another place than the GPU, and the base has no decoder layers of 4-bit weights; take gpu"
+            what = "must be gpu: the base has no decoder layers of 4-bit weights"
             raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
         placed = PlacedWeights(self._source, self._device, [size for _, _, size in self._placed])
         for number, (modules, pieces, _) in enumerate(self._placed):
@@ -386,7 +385,7 @@ class _Piece:
 
 
 def _parts(weight: Any) -> list[torch.Tensor]:
-    """The tensors of a 4-bit weight whose size grows with it: packed values, constants, constants of the constants."""
+    """The tensors of a 4-bit weight whose size depends on its shape: packed values, and the constants of two levels."""
     state = weight.quant_state
     return [weight.data, state.absmax, *([state.state2.absmax] if state.nested else [])]
 
@@ -451,7 +450,7 @@ def _placed_kind(kind: Any) -> Any:
 
 @contextmanager
 def placing(place: str, device: torch.device, group: Group | None) -> Iterator[Placing]:
-    """While it is open, a model is loaded whose quantized layers go to their place one by one; then call `finish`.
+    """A context for loading a model: each quantized layer is moved to its place once loaded. Call `finish` afterwards.
 
     Args:
         place: `host` or `sharded`.

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from job.common.export_formats import GGUF, MERGED, find_format, weights_bytes
 from job.common.formatting import size
 from job.common.resources import checkpoint_bytes, required_bytes
+from job.planning.auxiliary_models import AuxiliaryModel
+from job.planning.auxiliary_models import seconds as auxiliary_seconds
 from job.planning.gpu_prices import Gpu
 from job.planning.known_models_and_data import TaskTokens
-from job.planning.models_beside import ModelBeside
-from job.planning.models_beside import seconds as seconds_beside
 from job.planning.workload import Workload
 from job.records import ExecutionPlan
 from job.training import memory_model
@@ -105,7 +105,7 @@ class RunShape:
         tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
         recorded: Whether the method's GPU kernels can be recorded as CUDA graphs, where fused layers compute.
         offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
-        beside: The classifier of the safety screen and the judge, where there are.
+        auxiliary: The classifier of the safety screen and the judge, if the run has them.
     """
 
     setup: Setup | None
@@ -137,7 +137,7 @@ class RunShape:
     tiles: bool = False
     recorded: bool = True
     offload: bool | None = None
-    beside: tuple[ModelBeside, ...] = ()
+    auxiliary: tuple[AuxiliaryModel, ...] = ()
 
     @property
     def evaluations(self) -> int:
@@ -305,7 +305,7 @@ def _of_the_data(run: RunShape) -> Iterator[Estimate]:
         yield Estimate("validations", run.validation.count, "", run.workload_basis, "before, during and after training")
     if run.questions is not None:
         yield Estimate("questions", run.questions.count, "", run.questions_basis)
-    for one in run.beside:
+    for one in run.auxiliary:
         yield Estimate(f"{one.name}, texts", one.texts, "", run.workload_basis)
         yield Estimate(f"{one.name}, tokens", one.tokens, "", "assumed", one.note)
         if one.flops is not None:
@@ -514,8 +514,8 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     exporting += in_llama_cpp * _in_llama_cpp(run, setup)
     scored = evaluations + run.exported - in_llama_cpp
     rates = {"disk": DOWNLOAD_RATE, "processor": CORES * LLAMA_CPP_FLOPS}
-    beside = sum(seconds_beside(one, gpu, **rates) for one in run.beside)
-    return (before + start + training + exporting + scored * evaluation + beside) / 3600
+    auxiliary = sum(auxiliary_seconds(one, gpu, **rates) for one in run.auxiliary)
+    return (before + start + training + exporting + scored * evaluation + auxiliary) / 3600
 
 
 def _merging(setup: Setup) -> float:

@@ -23,7 +23,7 @@ from job.model.tokenizer_files import rows_with
 from job.planning import known_models_and_data as known
 from job.planning.preflight import (
     AdapterFacts,
-    BesideFacts,
+    AuxiliaryFacts,
     DataFacts,
     Found,
     ModelFacts,
@@ -68,8 +68,8 @@ class Preflight:
     data: DataFacts | None
     first_data: DataFacts | None
     questions: known.TaskTokens | None
-    safety: BesideFacts | None = None
-    judge: BesideFacts | None = None
+    safety: AuxiliaryFacts | None = None
+    judge: AuxiliaryFacts | None = None
     prompts: tuple[int, ...] = ()
     """Tokens of each prompt of JOB_EVAL__PROMPTS, at most."""
 

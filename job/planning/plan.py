@@ -14,10 +14,10 @@ from job.common.source_list import parse_sources
 from job.data.licences import LICENCES, find_licence
 from job.errors import JobError, combine
 from job.planning import forecast
+from job.planning.auxiliary_models import FP32_SHARE
 from job.planning.forecast import Estimate, GpuForecast, RunShape, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
 from job.planning.input_checks import Preflight, check_run_inputs
-from job.planning.models_beside import FP32_SHARE
 from job.planning.preflight import Found, PreflightResult, run_check
 from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow

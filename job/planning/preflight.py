@@ -45,9 +45,9 @@ from job.model.files import weight_files
 from job.model.lora import count_parameters
 from job.model.target_modules import linear_weights, resolve_targets
 from job.model.text_classifier import Labels
+from job.planning.auxiliary_models import count_weights
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
-from job.planning.models_beside import count_weights
 from job.planning.shown_rows import ShownRow, show_row
 from job.records import AuditRecord, Example
 from job.settings.field_types import is_server
@@ -440,8 +440,8 @@ def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[Non
 
 
 @dataclass(frozen=True)
-class BesideFacts:
-    """A model beside the base: the bytes to fetch, and its `models_beside.count_weights`.
+class AuxiliaryFacts:
+    """An auxiliary model: the bytes to fetch, and its `auxiliary_models.count_weights`.
 
     `question_tokens` are those of a question to a judge without prompt and answers.
     """
@@ -461,7 +461,7 @@ def preview_safety_model(
     online: Online,
     folder: Path,
     storage: StorageOptions,
-) -> Found[BesideFacts]:
+) -> Found[AuxiliaryFacts]:
     """Says which labels of the classifier count as unsafe; rows are scored by the job, which has the weights.
 
     Args:
@@ -474,11 +474,13 @@ def preview_safety_model(
         storage: How to reach stores.
     """
     with naming(SAFETY_SETTING):
-        found, held, download = _model_beside(place, revision, "safety", online=online, folder=folder, storage=storage)
+        found, held, download = _auxiliary_model(
+            place, revision, "safety", online=online, folder=folder, storage=storage
+        )
         known = Labels(found, SAFETY_SETTING)
     chosen = unsafe_labels(known.names, labels, exclusive=known.exclusive)
     what = f"{place}: unsafe is a probability of at least {threshold:g} for {', '.join(chosen)}"
-    facts = BesideFacts(download, count_weights(found, held, heads=False))
+    facts = AuxiliaryFacts(download, count_weights(found, held, heads=False))
     return "ok", f"{what}; the job scores the rows, the plan does not", facts
 
 
@@ -490,7 +492,7 @@ def preview_judge(
     online: Online,
     folder: Path,
     storage: StorageOptions,
-) -> Found[BesideFacts]:
+) -> Found[AuxiliaryFacts]:
     """Reads the rules, and looks whether the judge is there; nothing is asked of a server.
 
     Args:
@@ -505,17 +507,19 @@ def preview_judge(
     what = f"{len(found)} rules; each pair of answers is judged twice by {judge}"
     asked = ceil(len(question(found, "", "", "")) / CHARACTERS_PER_TOKEN)
     if is_server(judge):
-        facts = BesideFacts(0, None, asked, served=True)
+        facts = AuxiliaryFacts(0, None, asked, served=True)
         return "ok", f"{what}, which the plan does not ask; how long that takes is the server's matter", facts
     with naming("JOB_EVAL__JUDGE"):
-        place, held, download = _model_beside(judge, revision, "judge", online=online, folder=folder, storage=storage)
-    return "ok", what, BesideFacts(download, count_weights(place, held, heads=True), asked)
+        place, held, download = _auxiliary_model(
+            judge, revision, "judge", online=online, folder=folder, storage=storage
+        )
+    return "ok", what, AuxiliaryFacts(download, count_weights(place, held, heads=True), asked)
 
 
-def _model_beside(
+def _auxiliary_model(
     place: str, revision: str | None, name: str, *, online: Online, folder: Path, storage: StorageOptions
 ) -> tuple[Path, int | None, int]:
-    """The small files of a model beside the base, its weights' bytes, and the bytes to fetch.
+    """The small files of an auxiliary model, its weights' bytes, and the bytes to fetch.
 
     The small files are copied from a store to the folder `name`. The weights' bytes are None if they are unknown.
 

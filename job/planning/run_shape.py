@@ -14,9 +14,9 @@ from job.errors import Problem, SettingsError
 from job.model.adapter_options import PLAIN
 from job.planning import forecast
 from job.planning import known_models_and_data as known
+from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
 from job.planning.forecast import Basis, ForwardWork, RunShape
 from job.planning.input_checks import Preflight, adapter_options
-from job.planning.models_beside import ModelBeside, judging, screening
 from job.planning.preflight import DataFacts, PreflightResult
 from job.planning.workload import Workload, count, scale
 from job.records import Example
@@ -67,7 +67,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         places=_places(settings),
         processes=1 if settings.run.processes == "auto" else settings.run.processes * settings.run.nodes,
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
-        beside=_beside(settings, seen, workload),
+        auxiliary=_auxiliary(settings, seen, workload),
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
         tiles=_tiles(settings, setup),
         recorded=_recorded(settings),
@@ -88,7 +88,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         adapter_copies=0,
         derived=(),
         quantizing_tokens=0,
-        beside=(),
+        auxiliary=(),
         tiles=_tiles(first, setup),
         recorded=_recorded(first),
     )
@@ -202,7 +202,7 @@ def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
     )
 
 
-def _beside(settings: Settings, seen: Preflight, workload: Workload | None) -> tuple[ModelBeside, ...]:
+def _auxiliary(settings: Settings, seen: Preflight, workload: Workload | None) -> tuple[AuxiliaryModel, ...]:
     """The classifier and the judge, as far as it is known what they read."""
     found, answer = [], settings.eval.prompts_max_new_tokens
     if seen.safety is not None and workload is not None:

@@ -173,11 +173,11 @@ class Model(Group):
     """
     keep_dequantized: ExecutionOnly[FlagOrAuto] = "auto"
     """Dequantize the frozen weights once and keep them: faster, same results; `auto`: if they fit into memory. With
-    JOB_TRAIN__COMPUTE=fp8 their copies in that format are kept."""
+    JOB_TRAIN__COMPUTE=fp8 the weights in FP8 are kept."""
     placement: ExecutionOnly[Literal["auto", "gpu", "sharded", "host"]] = "auto"
-    """Where the 4-bit weights lie: `gpu`, all on each process's GPU; `sharded`, a share on each, and every decoder
-    layer is gathered while the layer before it computes; `host`, in main memory, from where the layers are copied to
-    the GPU in the same way. `auto`: the first of these that fits. The results are the same, bit for bit."""
+    """Where the base's 4-bit weights are kept: `gpu`, all on each process's GPU; `sharded`, a share on the GPU of each
+    process; `host`, in main memory. With the last two, each decoder layer is fetched to the GPU while the layer before
+    it computes. `auto`: the first of these that fits. The results are the same, bit for bit."""
 
 
 class Lora(Group):
@@ -228,7 +228,7 @@ class Lora(Group):
     tfinal: AffectsResult[Whole] = 0
     """AdaLoRA's last optimizer steps, in which no rank is taken away any more."""
     delta_t: AffectsResult[Count] = 1
-    """AdaLoRA takes ranks away every so many steps."""
+    """AdaLoRA removes ranks once in this number of optimizer steps."""
     orth_reg_weight: AffectsResult[NotNegative] = 0.5
     """Weight of AdaLoRA's penalty on matrices that are not orthogonal; the loss in the metrics is without it."""
 
@@ -400,16 +400,15 @@ class Train(Group):
     `{% generation %}` marks, or from TRL's training template for it, where there is one; with `assistant` and `last` a
     turn that does not end with a special token is an invalid row."""
     compute: AffectsResult[Literal["dtype", "fp8"]] = "dtype"
-    """Format of the products with the frozen weights in training: `dtype`, as JOB_MODEL__DTYPE says; `fp8`, e4m3 with a
-    scale for each row, on GPUs from compute capability 8.9 (Ada, Hopper) on. The adapter's own products, validation and
-    both evaluations stay in JOB_MODEL__DTYPE."""
+    """Format of the products with the frozen weights in training: `dtype`, that of JOB_MODEL__DTYPE; `fp8`, e4m3 with
+    one scale for each row, on GPUs from compute capability 8.9 on (Ada, Hopper). The adapter's own products, validation
+    and both evaluations stay in JOB_MODEL__DTYPE."""
     gradient_checkpointing: ExecutionOnly[FlagOrAuto] = "auto"
-    """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory. Those
-    of rows of more than 16,384 tokens are always recomputed, where fused layers compute."""
+    """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory. For
+    rows of more than 16,384 tokens the fused layers always recompute them."""
     offload_activations: ExecutionOnly[FlagOrAuto] = "auto"
-    """Rows of more than 16,384 tokens: what the layers keep for the backward pass lies in pinned main memory instead of
-    the GPU's, and comes back a layer ahead; `auto`: if it does not fit on the GPU. The results are the same, bit for
-    bit."""
+    """For rows of more than 16,384 tokens, keep activations in pinned main memory until the backward pass, instead of
+    on the GPU; `auto`: if they do not fit on the GPU. The results are the same, bit for bit."""
     gpu_memory_gb: ExecutionOnly[Maybe[Positive]] = None
     """GPU memory that the job may use, in GB; empty: all. Less memory means fewer tokens in one forward pass."""
     log_every_steps: ExecutionOnly[Count] = 1
@@ -456,7 +455,7 @@ class Eval(Group):
     """Number of questions of each task, at least 2; empty: all."""
     data: AffectsResult[Annotated[Locations, SageMakerChannel("evaluation")]] = Field(default_factory=dict)
     """Files with the questions of a task, instead of the hub: `task=path,task2=s3://...` or JSON. A row has the fields
-    that the task's own data set has. `task:examples=path` beside it has the examples of its prompts."""
+    that the task's own data set has. `task:examples=path` beside it gives the examples for the task's prompts."""
     num_fewshot: AffectsResult[Maybe[Annotated[Whole, Field(le=100)]]] = None
     """Examples in the prompt of every question; empty: as many as each task says. They are drawn from the task's own
     examples, or those of JOB_EVAL__DATA, with lm-eval's default seed."""
@@ -467,9 +466,9 @@ class Eval(Group):
     """Whether a base that is quantized for training is first scored with its original weights, in 16 bits (fp32 on a
     CPU), so that the results show what quantization cost. `auto`: if memory allows it beside the quantized base."""
     precision: AffectsResult[Literal["auto", "model"]] = "auto"
-    """How questions are scored where the model computes in bf16. `auto`: on a GPU, with products of fp16 factors and
-    everything that adds up in fp32, which is several times nearer to fp32, if the fused layers know the model and
-    its numbers fit. `model`: as it is trained. Answers are generated as it is trained."""
+    """Precision in which questions are scored if the model computes in bf16. `auto`: on a GPU, products in fp16 and
+    sums in fp32, which is several times closer to fp32, if the fused layers compute the model and no number of it is
+    too large for fp16; else as `model`. `model`: the dtype of training, in which answers are always generated."""
     batch_tokens: ExecutionOnly[Count] = 8192
     """Maximum number of tokens scored in one forward pass."""
     prompts: AffectsResult[Maybe[Prompts]] = None
@@ -600,8 +599,8 @@ class Metrics(Group):
     port: ExecutionOnly[Maybe[Annotated[Count, Field(le=65535)]]] = None
     """Port of a Prometheus endpoint with step, loss, speed, time left and stage; empty: none."""
     pod_annotation: ExecutionOnly[Flag] = False
-    """On Kubernetes, keep an annotation of the pod (`qlora-job/progress`) that says how far the run is; the component
-    `progress` gives the pod what is needed for it."""
+    """On Kubernetes, keep the progress of the run in an annotation of the pod (`qlora-job/progress`). It needs the
+    permission and the token that infra/kubernetes/components/progress gives."""
 
 
 class Notify(Group):

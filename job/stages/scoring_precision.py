@@ -1,7 +1,7 @@
-"""In what precision questions are scored: one choice for the base, the adapter, the original base and the exports.
+"""The precision in which questions are scored: the same for base, adapter, original base and exports.
 
-Differences between them would otherwise include that of the precisions. It is made before the base is scored, and kept
-in the record of its evaluation.
+Otherwise the differences between them would include those of the precisions. It is chosen before the base is scored,
+and kept in the record of its evaluation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KEPT_SHARE = 0.5
 def choose_precision(
     attempt: Attempt, wanted: Eval, sources: Sources, loaded: Loaded, gigabytes: float | None
 ) -> ScoringPrecision:
-    """The same in all processes. The base is tried on rows of the training data: do its numbers fit in fp16?
+    """Chooses the precision, the same in all processes. Tries on rows of the training data whether fp16 overflows.
 
     `gigabytes` is JOB_TRAIN__GPU_MEMORY_GB.
     """
@@ -114,12 +114,12 @@ def scoring_in(
 
 
 def is_precise(precision: ScoringPrecision | None) -> bool:
-    """Whether questions are scored otherwise than the model is trained."""
+    """Whether questions are scored in another precision than the model is trained in."""
     return precision is not None and precision.dtype != precision.sums
 
 
 def precision_facts(precision: ScoringPrecision | None, device: Any) -> dict[str, Any]:
-    """What it adds to the conditions of a score (`score_cache.score_conditions`): nothing if it is that of training."""
+    """What `score_cache.score_conditions` has for this precision; empty if it is that of training."""
     if precision is None or not is_precise(precision):
         return {}
     return {"scored_in": [precision.dtype, precision.sums, fast_kernels(device, "float16")[1]]}

@@ -88,7 +88,7 @@ def _read_into(database: sqlite3.Connection, uri: str, pages: Iterator[Page]) ->
 def _count_repeated(uri: str, repeated: int, *, new: bool) -> int:
     repeated += not new
     if repeated == _MAX_REPEATED_PAGES:
-        raise Unreachable(f"{uri}: cannot list: the server answers with the same page for ever")
+        raise Unreachable(f"{uri}: cannot list: the server repeats the same page")
     return repeated
 
 
@@ -110,8 +110,8 @@ def _pages(client: Any, start: str, *, after: str) -> Iterator[Page]:
 def is_beyond(key: str, folder: str, name: str) -> bool:
     """Whether no key that begins with `folder/name` can follow `key` in a listing of `folder`.
 
-    Said only if it is true in each order that servers may have: by whole keys or folder by folder, and by UTF-8 (as
-    Python compares) or UTF-16.
+    True only if this holds for every order that servers use: by whole keys or folder by folder, compared as UTF-8 (as
+    Python does) or UTF-16.
     """
     found = key.removeprefix(f"{folder}/" if folder else "").partition("/")[0]
     later = found > name and found.encode("utf-16-be") > name.encode("utf-16-be")

@@ -14,16 +14,16 @@ from job.storage.obstore_errors import FAILURES, Missing, is_refused, is_transie
 
 
 class OtherContent(Exception):
-    """An object is not what an answer before said: it was changed, or the answer arrived damaged."""
+    """An object differs from what an earlier answer said of it: it was changed, or the answer arrived damaged."""
 
 
 def ask(function: Callable[..., Any], *given: Any, retries: int, **options: Any) -> Any:
-    """Sends a request that may be repeated; it is, also where obstore gives up, such as when an answer was cut.
+    """Sends a request and repeats it on failures, also on those that obstore does not repeat, such as cut answers.
 
     Raises:
         Missing: In place of obstore's FileNotFoundError.
         PreconditionError: A condition does not hold.
-        SettingsError: The cloud's own variables make no sense.
+        SettingsError: The cloud's own variables are not valid.
     """
     tries = 0
     while True:
@@ -45,13 +45,14 @@ def count_tries(tries: int, error: BaseException, retries: int) -> int:
 
 
 def ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """Calls obstore, which keeps the interpreter from running signal handlers while it waits: not in the main thread.
+    """Calls obstore in another thread than the main one.
 
-    A signal to stop would be noticed minutes late by a main thread that waits for a store that does not answer.
+    While obstore waits, Python runs no signal handlers in the thread that called it. If that were the main thread, a
+    signal to stop would be noticed minutes late when a store does not answer.
 
     Raises:
         Missing: In place of obstore's FileNotFoundError.
-        SettingsError: The cloud's own variables make no sense.
+        SettingsError: The cloud's own variables are not valid.
     """
     try:
         if threading.current_thread() is not threading.main_thread():
@@ -64,10 +65,10 @@ def ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
     except FileNotFoundError as error:
         raise Missing(str(error)) from None
     except BaseException as error:
-        # That of a Rust library for what it could not make sense of, which has no importable class.
+        # obstore panics on values that it cannot parse; the class of this exception cannot be imported.
         if type(error).__name__ != "PanicException":
             raise
-        what = "make no sense to obstore; correct GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT, and the credentials"
+        what = "are not valid; correct GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT, and the credentials"
         raise SettingsError([Problem("the cloud's own variables", what)]) from None
 
 

@@ -86,7 +86,7 @@ class ObstoreStore:
         """The store below a prefix; sends nothing.
 
         Raises:
-            SettingsError: The cloud's own variables make no sense.
+            SettingsError: The cloud's own variables are not valid.
             AccessDenied: Credentials cannot be read.
         """
         return cls(location, options)

@@ -1,7 +1,7 @@
-"""Whether this user can read and write what an earlier user of the same volume left, before anything begins.
+"""Checks at the start whether this user can read and replace the files that an earlier user left on the same volume.
 
-A run that was begun under one user id and goes on under another would fail at the first file that it has to replace,
-after a download or hours of training. The image writes with umask 002, so user ids of one group can take turns.
+Otherwise a run that was begun under another user id would fail at the first file that it has to replace, after a
+download or hours of training. The image writes with umask 002, so users of one group can continue each other's runs.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ class S3Store:
             if not page["IsTruncated"]:
                 return
             if page["NextContinuationToken"] == rest.get("ContinuationToken"):
-                raise Unreachable(f"{self.uri}/{prefix}: cannot list: the server answers with the same page for ever")
+                raise Unreachable(f"{self.uri}/{prefix}: cannot list: the server repeats the same page")
             rest = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _page(self, start: str, **options: Any) -> Any:

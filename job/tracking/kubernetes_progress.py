@@ -1,8 +1,8 @@
-"""Tells a Kubernetes cluster how far a run is, for `kubectl get`: a TrainJob's status, or an annotation of the pod.
+"""Reports the progress of a run to Kubernetes, for `kubectl get`: in a TrainJob's status, or as a pod annotation.
 
-The TrainJob's by Kubeflow Trainer's own server, as of Trainer 2.2 with its feature gate TrainJobStatus: its controller
-gives the pods the server's address, a certificate and a token (docs/proposals/2779-trainjob-progress in
-github.com/kubeflow/trainer). The annotation by the API server, with a token that the component `progress` mounts.
+The TrainJob's status goes to the server of Kubeflow Trainer (2.2 and newer, with the feature gate TrainJobStatus),
+whose controller gives the pods its address, a certificate and a token (docs/proposals/2779-trainjob-progress in
+github.com/kubeflow/trainer). The annotation goes to the API server, with a token that the component `progress` mounts.
 
 A server that fails or hangs costs the run a warning. Tokens and certificates are read for each request: both are
 renewed while a pod runs.
@@ -44,7 +44,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class Report:
-    """What is told, and how.
+    """One kind of report: how it is sent, and what it contains.
 
     Attributes:
         exporter: Its name in log lines.
@@ -145,7 +145,7 @@ class Sender:
             return
         if not self._warned:  # of several failures in a row the first
             self._warned = True
-            what = "the cluster is not told how far the run is; the run goes on, and tries again"
+            what = "progress cannot be reported to the cluster; the run goes on and tries again"
             log.get_logger().warning(what, exporter=self._report.exporter, why=why)
 
     def _request(self, content: dict[str, Any]) -> None:

@@ -42,12 +42,12 @@ def release(buffers: HostBuffers, device: torch.device) -> None:
 
 @cache
 def _copy_stream(device: torch.device) -> Any:
-    """One for all stores, so that a copy that an error has left behind is done before the next one begins."""
+    """One stream for all stores: a copy that is in progress after an error is done before the next one begins."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class ActivationStore:
-    """Groups of tensors, put away in order and taken back in the reverse order. Used as a context.
+    """A stack of groups of tensors, kept on the device or copied to the host. Used in a `with` statement.
 
     Args:
         device: Where they are computed.
@@ -76,7 +76,7 @@ class ActivationStore:
         self._coming = None
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Puts a group away. The caller must not change the tensors, and must call `settle` before it frees them."""
+        """Stores a group. The caller must not change the tensors, and must call `settle` before it frees them."""
         if self._host is None:
             self._kept.append(tensors)
             return
@@ -94,7 +94,7 @@ class ActivationStore:
         self._kept.append(copies)
 
     def settle(self, waiting: int = 0) -> None:
-        """Frees all groups that are being copied out, but the last `waiting` of them.
+        """Frees the device's tensors of all groups that are being copied to the host, but the last `waiting` of them.
 
         What runs later on the current stream waits for the copies on the GPU, without the host: freed memory that it
         writes to is no longer read.
@@ -104,7 +104,7 @@ class ActivationStore:
             torch.cuda.current_stream(self._device).wait_event(done)
 
     def take(self) -> Sequence[torch.Tensor]:
-        """The last group, on the device; the one before it is on its way from now on."""
+        """Removes the last group and returns it, on the device; starts to copy the one before it back."""
         place = len(self._kept) - 1
         if self._host is None:
             return self._kept.pop()

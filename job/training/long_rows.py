@@ -1,16 +1,16 @@
-"""The gradient of a micro-batch with a long row: layer by layer, with little on the GPU at a time.
+"""The gradient of a micro-batch with a long row, computed layer by layer to need less GPU memory.
 
 A row of more than `LONG_ROW` tokens does not go through the model and autograd as a whole:
 
-- Of the forward pass only the input of each layer is kept, and attention's output where there is memory for it.
-  They lie on the GPU or in host memory (`activation_store`); which of these changes no bit.
-- The loss and the final norm are computed in tiles over the sequence, forward and backward together, so the gradient of
-  the last hidden states is never there in fp32 as a whole.
+- The forward pass keeps only the input of each layer, and attention's output if there is memory for it, on the GPU or
+  in host memory (`activation_store`). The bits are the same.
+- The loss and the final norm are computed in tiles over the sequence, forward and backward together, so the fp32
+  gradient of the last hidden states exists for one tile at a time.
 - Then each layer is computed again from its input, the last one first, and its gradient follows at once: the
   feed-forward half in tiles (`model.fused.tiled_layer`). Attention is not computed again where its output was kept.
 
-The sequence is not padded and no CUDA graph is recorded: to launch kernels one by one costs nothing beside a row of
-this length, and empty segments would slow attention down (`model.fused.long_attention`).
+The sequence is not padded and no CUDA graph is recorded: launching kernels one by one takes no noticeable time for a
+row of this length, and empty segments would slow attention down (`model.fused.long_attention`).
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ HeadLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def why_not_here(model: Any) -> str | None:
-    """Why this model's long rows go through autograd as a whole; None if they are computed layer by layer."""
+    """Why this model's long rows cannot be computed layer by layer; None if they can."""
     base = model.get_base_model()
     layers = decoder_of(base).layers
     if not all(map(is_known, layers)):
-        return f"layers of {type(base).__name__} cannot be taken apart"
+        return f"the decoder layers of {type(base).__name__} are not known"
     caps = getattr(layers[0].self_attn, "attn_logit_softcapping", None) is not None
     if caps or not has_kernel(model.device, layers[0].self_attn.head_dim):
-        return "there is no attention kernel for them"
+        return "there is no attention kernel for this model and device"
     if model.peft_config["default"].lora_dropout:
-        return "dropout would repeat its masks from tile to tile (JOB_LORA__DROPOUT)"
+        return "dropout would repeat its masks in every tile (JOB_LORA__DROPOUT)"
     inside = {id(p) for layer in layers for p in layer.parameters()}
     if any(id(p) not in inside for p in trainable(model).values()):
         return "weights outside of the decoder's layers are trained"
@@ -85,7 +85,7 @@ class LongRows:
             return walk.backward(walk.forward(), weight)
 
     def summed_loss(self, examples: Sequence[Example], plan: ExecutionPlan) -> torch.Tensor:
-        """The summed loss of the same without a gradient, () float32."""
+        """The summed loss of the examples, () float32, without a gradient."""
         sequence = unpadded_sequence(examples, self.model.device)
         walk = _Walk(self.model, self.loss, sequence, None, plan)
         return walk.summed_loss(walk.forward())
@@ -96,7 +96,7 @@ class LongRows:
 
 
 class _Walk:
-    """One micro-batch on its way through the decoder and back."""
+    """The forward and the backward pass of one micro-batch."""
 
     def __init__(
         self,

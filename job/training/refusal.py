@@ -1,7 +1,7 @@
-"""Refuses rows that certainly do not fit into memory, before training begins.
+"""Refuses rows that cannot fit into memory, before training begins.
 
-Only what is certain: the smallest way to compute the longest row, less the formula's error, takes more than there is.
-What is doubtful is tried, and ends as `TrainingFailed` if memory runs out all the same.
+The longest row is refused if the way to compute it that needs least memory, less the error of the formula, needs more
+than is free. A row that may fit is tried, and training ends with `TrainingFailed` if memory runs out.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def refuse_rows(
         free_bytes: Of the device, with the model in it.
         host_bytes: Of main memory that is available to this process; None where the device is the CPU.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
-        copies: As in `long_row_bytes`; None where rows go through the model as a whole, however long they are.
-        where: Where the row stands; empty if that is not known.
+        copies: As in `long_row_bytes`; None where `training.long_rows` does not compute long rows.
+        where: File and line of the row; empty if they are not known.
 
     Raises:
-        SettingsError: It cannot.
+        SettingsError: It cannot fit.
     """
 
     def on_device(tokens: int) -> int:
@@ -75,7 +75,7 @@ def refuse_rows(
 
 
 def _least(setup: Setup, tokens: int, *, offload: bool | None, copies: int | None) -> int:
-    """Bytes on the device of the smallest way that is allowed, less the formula's error."""
+    """The least bytes on the device that the settings allow, less the error of the formula."""
     if copies is None:
         return int((1 - MARGIN) * least_activation_bytes(setup, tokens))
     need = long_row_bytes(setup, tokens, offloaded=offload is not False, kept_attention=False, copies=copies)

@@ -1,4 +1,4 @@
-"""Dropout of the adapter. Its masks are a function of numbers, and need neither memory nor a generator's state.
+"""Dropout of the adapter. A mask is computed from seed, micro-batch, layer and position: no generator has a state.
 
 PEFT drops entries of a layer's input before the adapter: h = d(x) A', where d(x) is x / (1 - p) with probability 1 - p,
 else 0. Which entries are dropped here is Philox of a counter (row, column, number of the layer, micro-batch) and a key,
@@ -26,7 +26,7 @@ def new_state(device: torch.device) -> torch.Tensor:
 
 
 def reseed(model: Any, seed: int, micro_batch: int) -> None:
-    """Has a fused model's adapter draw the masks of one micro-batch from now on; nothing where it has no dropout.
+    """Sets which masks a fused model's adapter draws from now on: those of one micro-batch. No effect without dropout.
 
     Args:
         model: A PEFT model.
@@ -41,7 +41,7 @@ def reseed(model: Any, seed: int, micro_batch: int) -> None:
 
 
 def bound(rate: float) -> int:
-    """Random numbers of 32 bits below it are dropped."""
+    """The threshold for a dropout rate: an entry is dropped if its random number, of 32 bits, is below it."""
     return min(_LOW, round(rate * 2**32))
 
 

@@ -1,16 +1,17 @@
 """FP8 products with the frozen weights, in training: twice the operations a second of bf16, on GPUs that have them.
 
-Each operand is a matrix in e4m3 (one sign bit, 4 of exponent, 3 of mantissa) whose rows have a scale each, so that the
-largest number of a row is e4m3's largest. A row lies along the dimension that a product sums over: only then can the
-scales be applied to the sums afterwards. With x of (tokens, inputs), a frozen weight W of (outputs, inputs) and g of
-(tokens, outputs):
+Each operand is a matrix in e4m3 (one sign bit, 4 of exponent, 3 of mantissa) whose rows have one scale each, so that
+the largest number of a row becomes the largest of e4m3. A row lies along the dimension that a product sums over: only
+then can the scales be applied to the sums afterwards. With x of (tokens, inputs), a frozen weight W of (outputs,
+inputs) and g of (tokens, outputs):
 
     y = x W'    rows are tokens of x, and outputs of W
     dx = g W    rows are tokens of g, and inputs of W'
 
 So the weights are held twice, once along each dimension: one byte each, together as much as once in bf16. Hopper's FP8
 products need both operands with the summed dimension contiguous, so the second copy would be needed with one common
-scale, too. Gradients are in e4m3 as well: with a scale a token they need mantissa more than e5m2's exponent.
+scale, too. Gradients are in e4m3 as well: with one scale for each token, e4m3's longer mantissa is worth more than
+e5m2's wider range.
 
 Layers with a common input have one gradient of it, dx = g1 W1 + g2 W2 + ...: here one product, whose rows are those of
 g1, g2, ... side by side, summed in fp32 throughout.
@@ -19,7 +20,7 @@ The adapter's own products stay in the compute dtype, and a model that is not in
 what is scored is the model as it is published, and base and adapter are scored alike.
 
 Sources: Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv:2209.05433), section 3, for the formats; the
-cuBLAS manual, "Outer Vector Scaling for FP8 Data Types", for a scale a row.
+cuBLAS manual, "Outer Vector Scaling for FP8 Data Types", for one scale for each row.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ of moving the sums to fp32 registers every 128 products."""
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A matrix of which each row is `values` times its scale."""
+    """A matrix whose rows are `values`, each multiplied by its own scale."""
 
     values: torch.Tensor
     """(rows, columns) float8_e4m3fn."""
@@ -61,7 +62,7 @@ Quantize = Callable[[Sequence[torch.Tensor]], Rows]
 
 
 def quantize(parts: Sequence[torch.Tensor]) -> Rows:
-    """`Quantize` by torch's operations: runs anywhere, and is what the Triton kernel is tested against, bit by bit."""
+    """`Quantize` in torch's operations, for any device; the Triton kernel is tested to give the same bits."""
     whole = torch.cat([part.float() for part in parts], 1)
     largest = whole.abs().amax(1, keepdim=True).clamp(min=SMALLEST)
     # A tensor: torch divides by a number of Python's by multiplying with its reciprocal on a GPU, which rounds twice.
@@ -141,11 +142,11 @@ class FrozenProducts:
 
 
 def why_not_here(device: torch.device) -> str | None:
-    """Why torch cannot compute such a product on this GPU; None if it can. Only a launch shows it."""
+    """Why torch cannot compute such a product on this GPU; None if it can. Tries one, since no query tells."""
     size = 8 * MULTIPLE
     try:
         rows = quantize([torch.ones(size, size, dtype=torch.bfloat16, device=device)])
         product(rows, rows, torch.bfloat16).sum().item()
     except RuntimeError as error:
-        return " ".join(f"torch's FP8 products with a scale a row do not run on this GPU: {error}".split())[:300]
+        return " ".join(f"torch's FP8 products with one scale a row do not run on this GPU: {error}".split())[:300]
     return None

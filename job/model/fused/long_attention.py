@@ -1,4 +1,4 @@
-"""Causal attention of a long row: the deterministic flash kernel on all of a GPU's processors, its output kept or not.
+"""Causal attention of a long row, by a deterministic flash kernel that keeps all of a GPU's processors busy.
 
 Torch's flash kernel is deterministic in its backward pass because every thread block that adds to the gradient of the
 queries has a sum of its own: for b segments and h heads it launches ceil(processors / (b h)) blocks for each segment
@@ -55,8 +55,8 @@ class RowAttention:
     """Attention in one layer, for `Layout.attend`: called once in the forward pass and once in the backward pass.
 
     Attributes:
-        output: What the kernel computed, or what is to be used in its place: set before a call, it is not computed
-            again. The kernel is deterministic, so the bits are the same.
+        output: The kernel's output. If it is set before a call, it is used and not computed again; the kernel is
+            deterministic, so the bits are the same.
     """
 
     def __init__(self, layout: Layout, output: Output | None = None) -> None:
@@ -144,7 +144,7 @@ class FlashKernel:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; on a CPU those of an H100, for the figures of a forecast."""
+    """Number of a GPU's multiprocessors; without a GPU that of an H100, for forecasts."""
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

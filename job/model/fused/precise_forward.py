@@ -1,4 +1,4 @@
-"""The forward pass that questions are scored with: nearer to fp32 than the one that trains, at about the same speed.
+"""The forward pass for scoring questions: closer to fp32 than that of training, at about the same speed.
 
 bf16 rounds to 8 bits, which moves log-likelihoods by more than what separates many choices. fp16 has 11 bits, and a
 GPU multiplies both at the same rate; but its largest number is 65,504. So what adds up over the layers is kept in
@@ -13,8 +13,8 @@ fp32, where it costs little, and only the factors of matrix products are rounded
     logits = norm(x) W_head'                        fp32
 
 The products are summed in fp32. NF4 weights are dequantized to fp16, not by way of bf16. Cosine and sine of the rotary
-positions are in fp32. If a number is too large for fp16, it becomes infinite, and the scores of its question not a
-number: then the same pass in fp32 is there to compute them (`job.evaluation.scorer`).
+positions are in fp32. A number that is too large for fp16 becomes infinite, and the scores of its question NaN; then
+`job.evaluation.scorer` computes them again by the same pass in fp32.
 
 The modules of the model stay as they are: their `forward` is replaced while the pass runs.
 """
@@ -68,7 +68,7 @@ def why_not_precise(model: Any) -> str:
         return "the output layer is trained"
     projections = [module for name, module in base.model.named_modules() if name.endswith("_proj")]
     if not all(_has_adapter(module) or _is_linear(module) for module in projections):
-        return "linear layers are of a library that is not known"
+        return "linear layers are of an unknown library"
     return ""
 
 
@@ -83,7 +83,7 @@ def _rotates_in_part(config: Any) -> bool:
 
 
 def fits_fp16(model: Any) -> bool:
-    """Whether all weights that are not quantized are in fp16's range."""
+    """Whether all weights that are not quantized are within the range of fp16."""
     largest = [p.detach().abs().amax() for p in _base(model).parameters() if p.dtype in {torch.bfloat16, torch.float32}]
     return not largest or float(torch.stack([one.float() for one in largest]).amax()) < LARGEST
 

@@ -1,12 +1,12 @@
 """A decoder layer of a long row: its feed-forward half in tiles over the sequence, forward and backward.
 
 The feed-forward half (norm, gate, up, SwiGLU, down, residual) works token by token, so it need not have all tokens at
-once: of 343,000 tokens its inner tensors would be three times 9 GiB at Mistral-7B's shape. In the backward pass each
-tile is computed again, and its part of the adapter's gradient is added to the whole in fp32, tile after tile. That
-order of sums is part of the result's bits: the tile is a constant, not a choice by free memory.
+once: with 343,000 tokens at Mistral-7B's shape, it would need three intermediate tensors of 9 GiB each. In the backward
+pass each tile is computed again, and its share of the adapter's gradient is added in fp32, tile after tile. The order
+of these sums affects the last bits, so the size of a tile is a constant and does not depend on free memory.
 
-The attention half is computed as a whole, but its norms, which may compute in fp32, are in tiles, too. What it keeps
-for its own backward pass exists for one layer at a time.
+The attention half is computed as a whole, but its norms, which may compute in fp32, in tiles. What it saves for its
+backward pass exists for one layer at a time.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from job.model.packed_attention import Attend
 
 @dataclass(frozen=True)
 class Halves:
-    """Names of a layer's norms: those that attention and the feed-forward layer read through, and those behind them."""
+    """Names of a decoder layer's norms: before and after attention, before and after the feed-forward layer."""
 
     before_attention: str | None = "input_layernorm"
     behind_attention: str | None = None
     before_feed_forward: str | None = "post_attention_layernorm"
     behind_feed_forward: str | None = None
     scaled: bool = False
-    """Whether both are multiplied by `residual_multiplier` before they are added to the stream."""
+    """Whether the output of each half is multiplied by `residual_multiplier` before the residual addition."""
 
 
 _FOUR_NORMS = Halves(
@@ -56,21 +56,21 @@ LAYERS = {
     "Qwen3DecoderLayer": Halves(),
     "SmolLM3DecoderLayer": Halves(),
 }
-"""By the name of their class, layers that add attention and feed-forward to the stream, and do nothing else."""
+"""By class name: layers that only add attention and feed-forward layer to the residual stream."""
 
 Tokenwise = Callable[[torch.Tensor], torch.Tensor]
 """(1, tokens, hidden) -> (1, tokens, hidden), each token by itself."""
 
 
 def is_known(layer: Any) -> bool:
-    """Whether a decoder layer is one of those that are taken apart here."""
+    """Whether this module can compute the halves of a decoder layer separately."""
     return type(layer).__name__ in LAYERS
 
 
 def forward_layer(
     layer: Any, x: torch.Tensor, arguments: Mapping[str, Any], *, attend: Attend | None, tile: int
 ) -> torch.Tensor:
-    """A layer without gradients.
+    """The output of a layer, without recording gradients.
 
     Args:
         layer: A decoder layer for which `is_known`.
@@ -124,7 +124,7 @@ def backward_layer(
 
 
 def backward_in_tiles(function: Tokenwise, x: torch.Tensor, gradient: torch.Tensor, tile: int) -> None:
-    """Replaces the gradient of a function's output by that of its input, tile by tile, with what it computes again.
+    """The backward pass of a function in tiles; each tile is computed again first.
 
     Args:
         function: Its parameters' gradients are added to their `.grad`, in the order of the tiles.
@@ -145,7 +145,7 @@ def backward_in_tiles(function: Tokenwise, x: torch.Tensor, gradient: torch.Tens
 class _InTiles(torch.autograd.Function):
     """A function that works token by token, in tiles forward and backward; its parameters get no gradient.
 
-    Of a norm in fp32, only a tile's values are there at a time, and only its input is kept.
+    A norm in fp32 then needs memory for one tile of fp32 values, and saves its input only.
     """
 
     @staticmethod

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from job.model.architecture import Architecture
 from job.planning import forecast, run_shape
+from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
 from job.planning.forecast import (
     DOWNLOAD_RATE,
     EVALUATIONS,
@@ -21,7 +22,6 @@ from job.planning.forecast import (
 )
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
-from job.planning.models_beside import ModelBeside, judging, screening
 from job.planning.workload import Workload
 from job.settings.load import load_settings
 from job.settings.training_stages import split_stages
@@ -256,8 +256,8 @@ def test_the_classifier_and_the_judge_take_time() -> None:
     judge = judging(200, 10_000, weights, 2, served=False)
     server = judging(200, 10_000, weights, 2, served=True)
 
-    def more(*beside: ModelBeside) -> float:
-        run = replace(RUN, beside=beside)
+    def more(*auxiliary: AuxiliaryModel) -> float:
+        run = replace(RUN, auxiliary=auxiliary)
         return 3600 * ((forecast_gpu(gpu, run, REFERENCE).hours or 0) - (forecast_gpu(gpu, RUN, REFERENCE).hours or 0))
 
     reached = memory_model.UTILISATION * gpu.flops
@@ -268,7 +268,7 @@ def test_the_classifier_and_the_judge_take_time() -> None:
     assert more(classifier) == pytest.approx(4 * weights / DOWNLOAD_RATE + rows + answers)
     assert more(judge) == pytest.approx(2 * weights / DOWNLOAD_RATE + 200 * 2 * weights / gpu.bandwidth)
     assert more(server) == more(screening(1000, 100_000, 0, 10, None)) == 0
-    figures = {one.name: one for one in estimates(replace(RUN, beside=(classifier, server)))}
+    figures = {one.name: one for one in estimates(replace(RUN, auxiliary=(classifier, server)))}
     assert (figures["safety screen, texts"].value, figures["safety screen, texts"].basis) == (1040, "computed")
     assert (figures["safety screen, tokens"].value, figures["safety screen, tokens"].basis) == (100_400, "assumed")
     assert figures["safety screen"].value == 2 * weights * 100_400

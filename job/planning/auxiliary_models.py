@@ -1,4 +1,4 @@
-"""Time of the models beside the base: the classifier of JOB_DATA__SAFETY_MODEL and the judge of JOB_EVAL__JUDGE."""
+"""Time of the auxiliary models: the classifier of JOB_DATA__SAFETY_MODEL and the judge of JOB_EVAL__JUDGE."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _WIDTHS = {"float64": 8, "float32": FP32, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class ModelBeside:
-    """Texts that another model than the base reads, each once.
+class AuxiliaryModel:
+    """The texts that a model other than the base reads, each once.
 
     Attributes:
         name: What it does, as the plan calls it.
         texts: Their number.
-        tokens: All of them, those on the processor too, as the base's tokenizer or the number of characters has it.
-        on_processor: Of them, what the processor reads while the GPU waits.
+        tokens: Of all texts, those for the CPU included; counted by the base's tokenizer or estimated from characters.
+        on_processor: How many of them the CPU computes, while the GPU is idle.
         passes: Forward passes on the GPU.
-        weights: Numbers that a token is multiplied by; None if that is unknown, or another machine's matter.
+        weights: Weights that every token is multiplied by; None if unknown, or if another machine computes.
         value_bytes: Bytes of a number as the model computes.
         note: Where the figures come from, or why there is no time.
     """
@@ -51,31 +51,31 @@ class ModelBeside:
         return None if self.weights is None else 2 * self.weights * self.tokens
 
 
-def screening(rows: int, tokens: int, answers: int, answer_tokens: int, weights: int | None) -> ModelBeside:
-    """The classifier, in fp32: it reads all rows in batches on the GPU, and all sample answers on the processor.
+def screening(rows: int, tokens: int, answers: int, answer_tokens: int, weights: int | None) -> AuxiliaryModel:
+    """The classifier, in fp32: it computes all rows in batches on the GPU, and all sample answers on the CPU.
 
     Args:
         rows: Rows to train and to validate on.
         tokens: Of all of them.
         answers: Of base and adapter, to JOB_EVAL__PROMPTS.
         answer_tokens: Of each, at most.
-        weights: As `ModelBeside` has it.
+        weights: As `AuxiliaryModel` has it.
     """
     generated = answers * answer_tokens
     told = "by the base's tokenizer" if weights is not None else "the size of its weights is unknown: not in the hours"
-    return ModelBeside(
+    return AuxiliaryModel(
         *("safety screen", rows + answers, tokens + generated, generated, ceil(tokens / BATCH_TOKENS), weights, FP32),
         note=told,
     )
 
 
-def judging(asked: int, tokens: int, weights: int | None, value_bytes: int, *, served: bool) -> ModelBeside:
+def judging(asked: int, tokens: int, weights: int | None, value_bytes: int, *, served: bool) -> AuxiliaryModel:
     """The judge, which reads one question at a time: each pair of answers in both orders.
 
     Args:
         asked: Questions.
         tokens: Of all of them, with answers that are as long as they may be.
-        weights: As `ModelBeside` has it.
+        weights: As `AuxiliaryModel` has it.
         value_bytes: As above.
         served: Whether it is a server's.
     """
@@ -84,11 +84,11 @@ def judging(asked: int, tokens: int, weights: int | None, value_bytes: int, *, s
         told = "at most; the server's time is not in the hours"
     elif weights is None:
         told = "at most; the size of its weights is unknown: not in the hours"
-    return ModelBeside("judge", asked, tokens, 0, asked, None if served else weights, value_bytes, told)
+    return AuxiliaryModel("judge", asked, tokens, 0, asked, None if served else weights, value_bytes, told)
 
 
 def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int | None:
-    """The numbers that every token is multiplied by: all weights but the embedding, and but the output layer.
+    """Number of weights that every token is multiplied by: all but those of the embedding and the output layer.
 
     Args:
         folder: With its config.json.
@@ -96,7 +96,7 @@ def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int
         heads: Whether it has an output layer over the vocabulary, which is computed once a text.
 
     Returns:
-        None, too, for a quantized model, whose files do not say it.
+        None if it is unknown, as for a quantized model, whose files do not tell.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int
     return max(0, weight_bytes // width - tables * table)
 
 
-def seconds(model: ModelBeside, gpu: Gpu, *, disk: float, processor: float) -> float:
+def seconds(model: AuxiliaryModel, gpu: Gpu, *, disk: float, processor: float) -> float:
     """Seconds of loading it and of all its texts; 0 where they are not known.
 
     Args:
