@@ -93,7 +93,7 @@ def _check_certificates(place: str | None) -> None:
 def _unusable(error: ValueError, endpoint_url: str | None) -> Problem:
     """What makes no sense to the SDK; an address without its words, since it may hold a password."""
     if not str(error).startswith("Invalid endpoint"):
-        return Problem("AWS's own settings", f"make no sense: {error}")
+        return Problem("AWS's own settings", f"cannot be read: {error}")
     if endpoint_url is not None:
         return Problem("JOB_STORAGE__ENDPOINT_URL", "is not the address of an S3 endpoint")
     what = "or AWS_REGION is not the name of a region, such as eu-central-1, or AWS_ENDPOINT_URL is no address"

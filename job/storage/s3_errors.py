@@ -146,7 +146,7 @@ def no_credentials(error: OSError | ValueError, what: str) -> AccessDenied | Non
     if not frames & {"botocore.credentials", "botocore.tokens"}:
         return None
     if isinstance(error, ValueError):
-        return AccessDenied(f"{what}: the credentials make no sense: {_words(error)}")
+        return AccessDenied(f"{what}: the credentials cannot be read: {_words(error)}")
     return AccessDenied(
         f"{what}: the credentials come from {error.filename}, which cannot be read ({error.strerror}); mount it (a "
         "service account with a role), and let this user read it: securityContext.fsGroup of the pod"

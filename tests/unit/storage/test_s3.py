@@ -568,14 +568,14 @@ def test_a_token_file_that_cannot_be_read_is_a_denial(
 
 
 NONSENSE: dict[str, tuple[dict[str, str], type[JobError], str]] = {
-    "a token that is no text": (ROLES["IRSA"], AccessDenied, "make no sense"),
-    "a pod's token that is no text": (ROLES["Pod Identity"], AccessDenied, "make no sense"),
+    "a token that is no text": (ROLES["IRSA"], AccessDenied, "cannot be read"),
+    "a pod's token that is no text": (ROLES["Pod Identity"], AccessDenied, "cannot be read"),
     "a host that gives no credentials": (
         {"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://evil.example/"},
         AccessDenied,
         "Unsupported host",
     ),
-    "a process that prints no JSON": ({"AWS_CONFIG_FILE": "{process}"}, AccessDenied, "make no sense"),
+    "a process that prints no JSON": ({"AWS_CONFIG_FILE": "{process}"}, AccessDenied, "cannot be read"),
     "a region that is none": ({"AWS_REGION": "", "AWS_DEFAULT_REGION": ""}, SettingsError, "JOB_STORAGE__REGION"),
     "a style that is none": ({"AWS_CONFIG_FILE": "{style}", **CREDENTIALS_ONLY}, SettingsError, "addressing style"),
     "a number that is none": ({"AWS_METADATA_SERVICE_NUM_ATTEMPTS": "x"}, SettingsError, "AWS's own settings"),
