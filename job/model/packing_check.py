@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -175,12 +176,32 @@ def _reference(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Ten
         dtype = str(model.get_base_model().dtype).removeprefix("torch.")
         what = f"the base's logits are not finite in {dtype}: its weights are broken, or too large for that type"
         raise DataError([Problem("JOB_MODEL__ID", what)])
-    half = max(1, len(first) // 2)
-    to = _agreement(model.get_base_model())
-    if _worst([_token_error(_logits(model, first[:half]), logits[0][:half], to)]) > to.logits:
+    if _sees_ahead(model, first, logits[0], [*prefix, *one, *other]):
         what = f"{name} is no causal language model: what it says of a token depends on those behind it"
         raise SettingsError([Problem("JOB_MODEL__ID", what)])
     return logits
+
+
+def _sees_ahead(model: Any, ids: Sequence[int], logits: torch.Tensor, others: Sequence[int]) -> bool:
+    """Whether the logits of the first half of a sequence depend on the tokens of the second.
+
+    Without them the shapes are others, and so is the rounding, which large weights that cancel may multiply. So where
+    the half alone differs, other tokens stand in the second half: there only the tokens are others.
+
+    Args:
+        model: The base with its adapter.
+        ids: The sequence.
+        logits: (tokens, vocabulary) fp32, those of the sequence.
+        others: Tokens to put into the second half.
+    """
+    half, to = max(1, len(ids) // 2), _agreement(model.get_base_model())
+    if _worst([_token_error(_logits(model, ids[:half]), logits[:half], to)]) <= to.logits:
+        return False
+    tail = list(islice(cycle(others), len(ids) - half))
+    if tail == list(ids[half:]):
+        return True
+    changed = _logits(model, [*ids[:half], *tail])[:half]
+    return _worst([_token_error(changed, logits[:half], to)]) > to.logits
 
 
 def _parts(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int], list[int]]:
