@@ -164,7 +164,12 @@ def mirror(
     folder: Path, bucket: Path, *, older_than: float, draw: random.Random, ended: threading.Event | None = None
 ) -> None:
     """Copies what was changed before `older_than`, in no order, each file whole; deletes what is gone at once."""
-    here = {path.relative_to(folder): path for path in folder.rglob("*")}
+    # Not rglob, which fails where a file goes while it is looking.
+    here = {
+        path.relative_to(folder): path
+        for parent, folders, files in os.walk(folder)
+        for path in (Path(parent, name) for name in (*folders, *files))
+    }
     for path in list(bucket.rglob("*")):
         if path.is_file() and path.relative_to(bucket) not in here:
             path.unlink()
