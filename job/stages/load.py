@@ -62,7 +62,17 @@ def load(
     options = make_options(dict(lora), steps, added)
     own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
     budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
-    place, why = decide_place(settings, sources, processes, device=device, budget=budget, options=options)
+    place, why = decide_place(
+        settings.model,
+        train,
+        lora,
+        sources,
+        processes,
+        device=device,
+        budget=budget,
+        scoring_tokens=settings.eval.batch_tokens,
+        options=options,
+    )
     base = load_base(
         sources.folder,
         quantization=settings.model.quantization,

@@ -14,7 +14,7 @@ from job.errors import Problem, SettingsError
 from job.model.adapter_options import AdapterOptions
 from job.model.architecture import read_config as read_architecture
 from job.model.files import read_config
-from job.settings.load import Settings
+from job.settings.schema import Lora, Model, Train
 from job.stages.handoff import Sources
 from job.training.memory_model import PLACES, Setup, packed_bytes
 from job.training.prepare import place_base
@@ -24,14 +24,34 @@ MAIN_MEMORY_SHARE = 0.8
 
 
 def decide_place(
-    settings: Settings, sources: Sources, processes: Processes, *, device: Any, budget: int, options: AdapterOptions
+    model: Model,
+    train: Train,
+    lora: Lora,
+    sources: Sources,
+    processes: Processes,
+    *,
+    device: Any,
+    budget: int,
+    scoring_tokens: int,
+    options: AdapterOptions,
 ) -> tuple[str, str]:
     """Where the base's 4-bit weights lie, the same in all processes, and why if not on the device; see `PLACES`.
+
+    Args:
+        model: Settings of the base.
+        train: Settings of training.
+        lora: Settings of the adapter.
+        sources: The base's folder, and the examples.
+        processes: Those of the run.
+        device: That of this process.
+        budget: Tokens of a micro-batch.
+        scoring_tokens: Tokens that are scored in one forward pass.
+        options: Of the adapter.
 
     Raises:
         SettingsError: JOB_MODEL__PLACEMENT cannot be.
     """
-    asked, world, setup = settings.model.placement, processes.place, _setup(settings, sources.folder, options)
+    asked, world, setup = model.placement, processes.place, _setup(model, train, lora, sources.folder, options)
     if asked == "sharded" and world.world_size == 1:
         what = "is sharded, and the run has one process; start several, each with its GPU, or take gpu or host"
         raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
@@ -44,7 +64,7 @@ def decide_place(
     if asked != "auto":
         return asked, "" if asked == "gpu" else f"JOB_MODEL__PLACEMENT is {asked}"
     place, why = "gpu", ""
-    if device.type == "cuda" and setup is not None and settings.model.keep_dequantized is not True:
+    if device.type == "cuda" and setup is not None and model.keep_dequantized is not True:
         setup = replace(setup, processes=world.world_size)
         # Over a network between machines, gathering every layer would take longer than copying it from main memory.
         several = world.world_size > 1 and world.world_size == world.local_world_size
@@ -52,38 +72,38 @@ def decide_place(
         place, why = place_base(
             setup,
             lengths_of(sources.examples),
-            global_batch_size=settings.train.global_batch_size,
+            global_batch_size=train.global_batch_size,
             budget=budget,
-            scoring_tokens=settings.eval.batch_tokens,
-            gigabytes=settings.train.gpu_memory_gb,
+            scoring_tokens=scoring_tokens,
+            gigabytes=train.gpu_memory_gb,
             places=[place for place in PLACES if possible[place]],
             tiles=setup.architecture.in_tiles
-            and settings.train.last_method == "sft"
-            and settings.lora.dropout == 0
+            and train.last_method == "sft"
+            and lora.dropout == 0
             and options.not_fused is None,
-            offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
+            offload=None if (offload := train.offload_activations) == "auto" else offload,
         )
     place, why = max(processes.gather("place of the base", [place, why]), key=lambda found: PLACES.index(found[0]))
     return place, why
 
 
-def _setup(settings: Settings, folder: Path, options: AdapterOptions) -> Setup | None:
+def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: AdapterOptions) -> Setup | None:
     """The memory formulas' input before the base is loaded; None where they do not cover it, or it is not quantized."""
-    if settings.model.quantization == "none":
+    if model.quantization == "none":
         return None
     try:
         architecture = read_architecture(read_config(folder).to_dict())
     except ValueError:
         return None
-    named = settings.lora.target_modules
+    named = lora.target_modules
     targets = architecture.groups[named] if isinstance(named, str) else named
     return Setup(
         architecture=architecture,
-        rank=settings.lora.rank if options.adalora is None else options.adalora.init_r,
+        rank=lora.rank if options.adalora is None else options.adalora.init_r,
         targets=tuple(name for name in targets if name in architecture.linear),
-        quantization=settings.model.quantization,
-        double_quantization=settings.model.double_quantization,
-        value_bytes=4 if settings.model.dtype == "fp32" else 2,
-        optimizer=settings.train.optimizer,
+        quantization=model.quantization,
+        double_quantization=model.double_quantization,
+        value_bytes=4 if model.dtype == "fp32" else 2,
+        optimizer=train.optimizer,
         recompute=True,
     )

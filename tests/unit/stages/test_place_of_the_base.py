@@ -37,7 +37,9 @@ def place(folder: Path, device: Any = GPU, processes: Any = None, **changes: str
     """Where the base goes, and why."""
     settings = settings_of(folder, **changes)
     how: dict[str, Any] = {"device": device, "budget": 4096, "options": PLAIN}
-    return place_of_the_base.decide_place(settings, sources_of(settings, folder), processes or Alone(), **how)
+    groups = settings.model, settings.train, settings.lora
+    how["scoring_tokens"] = settings.eval.batch_tokens
+    return place_of_the_base.decide_place(*groups, sources_of(settings, folder), processes or Alone(), **how)
 
 
 def with_gpu_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
