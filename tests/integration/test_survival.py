@@ -176,18 +176,15 @@ def test_signals_in_the_last_stages(
         changes["JOB_RUN__OUTPUT"] = str(shutil.copytree(tmp_path / "begun", tmp_path / number.name))
         with warm.followed([], {**clean, **environment, **changes}) as (process, log):
             next(line for line in log if "stage begins" in line and f'"{stage}"' in line)
-            in_time = True
-            try:
-                os.kill(process.pid, number)
-            except ProcessLookupError:  # a fast machine had done the rest
-                in_time = False
-            time.sleep(0.3 if number == signal.SIGTSTP else 0)
-            with suppress(ProcessLookupError):  # QUIT has ended it
-                os.kill(process.pid, signal.SIGCONT)
+            for one in (number, signal.SIGCONT):
+                with suppress(ProcessLookupError):  # QUIT has ended it
+                    os.kill(process.pid, one)
+                time.sleep(0.3 if number == signal.SIGTSTP else 0)
             log.read()
             (code,) = process.wait(120)
-        expected = {signal.SIGQUIT: {-signal.SIGQUIT}, signal.SIGTSTP: {0}}.get(number, {75})
-        assert code in (expected | {0} if stage == "publish" or not in_time else expected), number
+        # 0 after QUIT: on a fast machine the rest was done before it came.
+        expected = {signal.SIGQUIT: {-signal.SIGQUIT, 0}, signal.SIGTSTP: {0}}.get(number, {75})
+        assert code in (expected | {0} if stage == "publish" else expected), number
         if code:
             assert attempt(environment, **changes).returncode == 0
         assert published(tmp_path / number.name, "late") == undisturbed, number
