@@ -8,6 +8,7 @@ from typing import Any
 
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import PLAIN, AdapterOptions, check_options, in_group
+from job.model.experts import expert_tensors
 from job.model.tensor_names import tensor_files
 from job.model.whole_modules import check_whole
 
@@ -125,12 +126,13 @@ def _is_linear(module: Any) -> bool:
 
 
 def linear_weights(model: Any) -> list[Any]:
-    """The weights that are quantized where a base is: those of all linear layers but the head."""
+    """The weights that are quantized where a base is: those of all linear layers but the head, and of experts."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    return [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    return [*linear, *(module.get_parameter(name) for _, module, name in expert_tensors(model))]
 
 
 def find_targets(model: Any) -> list[str]:

@@ -62,6 +62,7 @@ from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, siz
 
 CODE = (
     "job.model.base",
+    "job.model.experts",
     "job.model.files",
     "job.model.placed_weights",
     "job.model.quantized_cache.cache",

@@ -80,20 +80,30 @@ class _Frozen:
 
 def dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """The (outputs, inputs) weight of a 4-bit layer in `dtype`, as its products are computed with."""
+    return dequantized_weight(layer.weight, dtype)
+
+
+def dequantized_weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The same of a 4-bit weight, in its own shape: a layer's, or that of all experts of a layer."""
     from bitsandbytes.functional import dequantize_4bit
 
     # `.data`: a view without the parameter's subclass, whose every operation would go through Python.
-    values: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    values: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
     return values.to(dtype)
 
 
 def dequantizer(layer: Any, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
     """Gives the weight of a 4-bit layer in `dtype`, not rounded to the dtype of training in between."""
+    return weight_dequantizer(layer.weight, dtype)
+
+
+def weight_dequantizer(weight: Any, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """The same of a 4-bit weight, in its own shape."""
     from bitsandbytes.functional import dequantize_4bit
 
-    state = copy(layer.weight.quant_state)
+    state = copy(weight.quant_state)
     state.dtype = dtype  # that of the result
-    return partial(dequantize_4bit, layer.weight.data, state)
+    return partial(dequantize_4bit, weight.data, state)
 
 
 def forget_dequantized(model: Any) -> None:
