@@ -275,7 +275,7 @@ def load_base(
     if placed is not None:
         placed.finish(model)
     experts.finish(model)
-    use_frozen(model)
+    use_frozen(model, dtype)
     return model
 
 

@@ -27,6 +27,7 @@ FILES = "experts-{:05d}.safetensors"
 _MOST = 2**31
 """Numbers of a tensor that bitsandbytes' kernels can count."""
 _THREE = 3
+_NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def expert_tensors(model: Any) -> Iterator[tuple[str, Any, str]]:
@@ -38,14 +39,15 @@ def expert_tensors(model: Any) -> Iterator[tuple[str, Any, str]]:
     for path, module in model.named_modules():
         if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")):
             continue
-        for name in ("gate_up_proj", "up_proj", "down_proj"):
+        within = module.parametrizations if "parametrizations" in module._modules else ()  # noqa: SLF001
+        for name in [name for name in (*module._parameters, *within) if name in _NAMES]:  # noqa: SLF001
             held = packed(module, name)
             weight = module._parameters.get(name) if held is None else held  # noqa: SLF001 - not what is made of it
             if weight is not None and (held is not None or weight.ndim == _THREE):
                 yield path, module, name
 
 
-def packed(module: Any, name: str) -> Any | None:
+def packed(module: Any, name: str) -> Any:
     """The `Params4bit` of a parameter of experts; None if it is not quantized."""
     if "parametrizations" in module._modules and name in module.parametrizations:  # noqa: SLF001 - it may be a property
         weight = module.parametrizations[name].original
@@ -130,6 +132,32 @@ def finish(model: Any) -> None:
         # The state itself in place of its copy: where the base does not lie on the device, it brings the bytes there.
         module.parametrizations[name][0].quant_state = state
         assert packed(module, name) is weight, path  # noqa: S101 - a torch that copies it would lose the state
+
+
+@contextmanager
+def plain_shapes(model: Any) -> Iterator[None]:
+    """Shows the quantized experts of a model as plain parameters of their shape, for PEFT to add an adapter to them.
+
+    Of such that give dequantized values PEFT would nest the adapters of a module in another order, and so name their
+    tensors otherwise than it does for the unquantized base, which readers load them into.
+    """
+    import torch
+    from torch.nn.utils import parametrize
+
+    hidden = []
+    for _, module, name in _all_quantized(model):
+        weight, how = packed(module, name), module.parametrizations[name][0]
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        state = weight.quant_state
+        shape = torch.zeros(1, dtype=state.dtype, device=weight.device).expand(state.shape)
+        module._parameters[name] = torch.nn.Parameter(shape, requires_grad=False)  # noqa: SLF001 - it is no new one
+        hidden.append((module, name, weight, how))
+    try:
+        yield
+    finally:
+        for module, name, weight, how in hidden:
+            module._parameters[name] = weight  # noqa: SLF001
+            parametrize.register_parametrization(module, name, how, unsafe=True)
 
 
 def has_files(folder: Path) -> bool:

@@ -62,6 +62,12 @@ def check_adapter(model: Any, targets: Sequence[str], rank: int, options: Adapte
     check_targets(model, targets)
     if options == PLAIN:
         return
+    if options.experts:
+        from job.model.fused.experts import why_not_adapted
+
+        if why := why_not_adapted(model):
+            what = f"is on, and {type(model).__name__} {why}; remove it"
+            raise SettingsError([Problem("JOB_LORA__EXPERTS", what)])
     config = model.config.get_text_config(decoder=True)
     adapted = named_by(linear_layers(model), targets)
     if options.layers is not None:
@@ -75,6 +81,19 @@ def check_adapter(model: Any, targets: Sequence[str], rank: int, options: Adapte
     if options.init == "orthogonal" and any(_packed(model.get_submodule(name)) for name in adapted):
         what = "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none or take another"
         raise SettingsError([Problem("JOB_LORA__INIT", what)])
+
+
+def expert_targets(model: Any, layers: Sequence[int] | None = None) -> list[str]:
+    """What of a mixture's experts an adapter can be on, as PEFT's `target_parameters`.
+
+    Args:
+        model: May be one without weights.
+        layers: Numbers of the layers; None for all, and then short names, which PEFT looks for in each.
+    """
+    full = [f"{path}.{name}" for path, _, name in expert_tensors(model)]
+    if layers is not None:
+        return [name for name in full if _layer_of(name) in layers]
+    return sorted({".".join(name.split(".")[-3:]) for name in full})
 
 
 def _layer_of(name: str) -> int | None:

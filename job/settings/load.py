@@ -103,6 +103,7 @@ def load_settings(
         *_sources(settings),
         *_schedule(settings),
         *_adapter(settings),
+        *_experts(settings),
         *_method(settings),
         *_compute(settings),
     ]
@@ -567,6 +568,18 @@ def _adapter(settings: Settings) -> Iterator[Fault]:
         if settings.sources[f"lora.{name}"] != "default":
             yield f"lora.{name}", "has an effect with JOB_LORA__KIND=adalora only"
     yield from _init(settings)
+
+
+def _experts(settings: Settings) -> Iterator[Fault]:
+    """What cannot be had with adapters of experts: PEFT has none of it for them, and a merge has no place for them."""
+    if not settings.lora.experts:
+        return
+    plain = Lora()
+    for name in ("kind", "init", "use_dora", "dropout", "modules_to_save"):
+        if getattr(settings.lora, name) != getattr(plain, name):
+            yield f"lora.{name}", "is not for JOB_LORA__EXPERTS; drop one of the two"
+    if settings.export.formats:
+        yield "export.formats", "cannot be made with JOB_LORA__EXPERTS: adapters of experts are not merged; drop one"
 
 
 _NOT_WITH: dict[str, tuple[str, ...]] = {

@@ -30,15 +30,19 @@ def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None, 
         adapter were replaced; `nothing` where an adapter is of a kind that is left to PEFT, such as DoRA.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
-    from job.model.fused import lora_forward
+    from job.model.fused import experts, lora_forward
     from job.model.fused.fp8 import FrozenProducts
     from job.model.fused.kernels import TORCH
 
     base = model.get_base_model()
-    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    adapted = [m for m in model.modules() if isinstance(m, LoraLayer) and not isinstance(m, ParamWrapper)]
     if not all(lora_forward.fits(module) for module in adapted):
         return "nothing"
+    family = None if kernels is None else lora_forward.family_of(base)
+    gated = None if kernels is None or family is None else kernels.gated(family.activation)
+    experts.fuse_experts(model, base.dtype, keep=keep_dequantized, gated=gated)
     keep = keep_dequantized and not fp8
     weights = {module: _Frozen(module.get_base_layer(), base.dtype, keep=keep) for module in adapted}
     known = lora_forward.adapt(base, weights, base.dtype, kernels)
@@ -111,6 +115,11 @@ def forget_dequantized(model: Any) -> None:
 
     The bits stay: what was kept is what `dequantize_4bit` gives again, and in FP8 what is quantized from that again.
     """
+    from job.model.fused.experts import fused_experts
+
+    for fused in fused_experts(model):
+        for weight in fused.weights:
+            weight.forget()
     for inputs in _common_inputs(model):
         for layer in inputs.layers:
             layer.weight.forget()

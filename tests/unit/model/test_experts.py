@@ -8,16 +8,22 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import PeftModel
 
 from job.distributed.processes import ALONE
 from job.errors import SettingsError
 from job.export.merge import DEQUANTIZED, ORIGINAL, candidates
-from job.model.base import held, recompute_activations
+from job.model.adapter_files import load_adapter, save_adapter
+from job.model.adapter_options import AdapterOptions
+from job.model.base import held, inspect, recompute_activations
 from job.model.experts import expert_tensors, packed
-from job.model.lora import add_adapter, trainable
+from job.model.fused.frozen_weights import forget_dequantized, fuse_layers
+from job.model.fused.kernels import TORCH
+from job.model.lora import adapter_off, add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
 from job.model.packing_check import choose_packing
 from job.model.placed_weights import place_of, save_quantized, taking_part
+from job.model.published_names import find_published_names
 from job.training.lm_head_loss import losses_of
 from tests.families.models import make_model
 from tests.helpers import fill_adapter, load_plain, make_examples
@@ -82,16 +88,75 @@ def test_they_are_what_bitsandbytes_makes_of_them(bases: dict[str, Path], family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_they_compute_what_transformers_computes(bases: dict[str, Path], family: str) -> None:
     """By its plain loop over experts, with the dequantized values as ordinary weights; forward and backward."""
-    model, other = (with_adapter(load(bases[family])) for _ in range(2))
-    for _, module, name in list(expert_tensors(other)):
+    model, other = with_adapter(load(bases[family])), with_adapter(dequantized(load(bases[family])))
+    other.get_base_model().set_experts_implementation("eager")
+    for found, expected in zip(results(model), results(other), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def dequantized(base: Any) -> Any:
+    """The same with its experts' values as ordinary parameters, computed by transformers."""
+    for _, module, name in list(expert_tensors(base)):
         values = getattr(module, name).clone()
         torch.nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
         module.__dict__.pop("forward", None)
-    other.get_base_model().set_experts_implementation("eager")
-    assert not any(packed(module, name) is not None for _, module, name in expert_tensors(other))
-    for found, expected in zip(results(model), results(other), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not any(packed(module, name) is not None for _, module, name in expert_tensors(base))
+    return base
+
+
+def with_experts(base: Any, **options: Any) -> Any:
+    """With an adapter on attention and on the experts."""
+    how: dict[str, Any] = {"rank": 6, "alpha": 9, "dropout": 0.0, "target_modules": "attention", "seed": 1}
+    return fill_adapter(add_adapter(base, **how, options=AdapterOptions(experts=True, **options)))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("options", [{}, {"layers": (1, 2), "use_rslora": True}], ids=["all", "some layers"])
+def test_peft_loads_an_adapter_of_experts(
+    bases: dict[str, Path], tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    """Onto the plain base, every tensor in its place; and the job reads it back."""
+    model = with_experts(load(bases[family]), **options)
+    names = find_published_names(model, bases[family])
+    save_adapter(model, tmp_path, base=str(bases[family]), revision=None, names=names)
+    other = PeftModel.from_pretrained(load_plain(bases[family]), tmp_path)
+    theirs = {name: tensor for name, tensor in other.named_parameters() if "lora_" in name}
+    ours = trainable(model)
+    assert ours.keys() == theirs.keys()
+    assert sum("experts" in name for name in ours) == 4 * len(options.get("layers", range(4)))
+    assert_same(list(ours.values()), [theirs[name] for name in ours])
+    again = with_experts(load(bases[family]), **options)
+    for parameter in trainable(again).values():
+        parameter.data.zero_()
+    load_adapter(again, tmp_path, names)
+    assert_same(list(trainable(again).values()), list(ours.values()))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("way", ["added", "fused", "kept"])
+def test_adapters_of_experts_compute_what_peft_computes(bases: dict[str, Path], family: str, way: str) -> None:
+    """Logits and all gradients are those of PEFT's own modules around ordinary parameters; switched off, the base's."""
+    model, other = with_experts(load(bases[family])), with_experts(dequantized(load(bases[family])))
+    for module in other.modules():
+        module.__dict__.pop("forward", None)
+    if way != "added":
+        assert fuse_layers(model, keep_dequantized=way == "kept", kernels=TORCH) != "nothing"
+    expected = results(other)
+    assert sum(float(one.abs().max()) > 0 for one in expected) == len(expected)
+    for found, wanted in zip(found_first := results(model), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    with adapter_off(model), adapter_off(other), torch.no_grad():
+        torch.testing.assert_close(logits(model), logits(other), rtol=1e-4, atol=1e-6)
+    forget_dequantized(model)
+    assert_same(results(model), found_first)
+
+
+def test_experts_of_other_kinds_get_no_adapter(bases: dict[str, Path], base_folder: Path) -> None:
+    """Those with biases, and a model without any, are refused before weights are loaded."""
+    for folder, why in ((bases["gpt_oss"], "with biases"), (base_folder, "is no mixture")):
+        with pytest.raises(SettingsError, match=f"JOB_LORA__EXPERTS.*{why}"):
+            inspect(folder, max_length=64, targets="attention", options=AdapterOptions(experts=True))
 
 
 def test_no_dequantized_experts_are_kept_for_the_backward_pass(bases: dict[str, Path]) -> None:
