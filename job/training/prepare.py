@@ -309,7 +309,7 @@ def _is_uneven(adapter: Any) -> bool:
     """Whether an adapter's parameters do not follow from rank and targets alone."""
     options = (
         *("use_dora", "layers_to_transform", "rank_pattern", "init_r"),
-        *("modules_to_save", "trainable_token_indices"),
+        *("modules_to_save", "trainable_token_indices", "target_parameters"),
     )
     return any(getattr(adapter, name, None) for name in options)
 

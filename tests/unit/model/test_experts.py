@@ -15,6 +15,7 @@ from job.errors import SettingsError
 from job.export.merge import DEQUANTIZED, ORIGINAL, candidates
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import AdapterOptions
+from job.model.architecture import read_config
 from job.model.base import held, inspect, recompute_activations
 from job.model.experts import expert_tensors, packed
 from job.model.fused.frozen_weights import forget_dequantized, fuse_layers
@@ -25,6 +26,7 @@ from job.model.packing_check import choose_packing
 from job.model.placed_weights import place_of, save_quantized, taking_part
 from job.model.published_names import find_published_names
 from job.training.lm_head_loss import losses_of
+from job.training.memory_model import Setup, weight_bytes
 from tests.families.models import make_model
 from tests.helpers import fill_adapter, load_plain, make_examples
 
@@ -208,6 +210,33 @@ def test_packed_sequences_are_correct(bases: dict[str, Path], family: str) -> No
     """As for the unquantized ones."""
     model = with_adapter(load(bases[family]))
     assert choose_packing(model, make_examples(4), max_length=64, losses=losses_of(model)).packed
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_forecast_counts_their_bytes(bases: dict[str, Path], family: str) -> None:
+    """Weights of the base as it is held, and numbers of an adapter of experts."""
+    base = load(bases[family], dtype=torch.bfloat16)
+    held_bytes = 0
+    for parameter in base.parameters():
+        held_bytes += parameter.nbytes
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            held_bytes += state.absmax.nbytes + state.state2.absmax.nbytes
+    a = read_config(base.config.to_dict())
+    setup = Setup(
+        architecture=a,
+        rank=6,
+        targets=tuple(a.attention),
+        quantization="nf4",
+        double_quantization=True,
+        value_bytes=2,
+        optimizer="adamw",
+        recompute=True,
+    )
+    assert weight_bytes(setup) == pytest.approx(held_bytes, rel=0.02)
+    assert a.parameters == pytest.approx(base.num_parameters(), rel=0.01)  # norms of heads are not counted
+    numbers = sum(parameter.numel() for parameter in trainable(with_experts(base)).values())
+    assert setup.adapter + a.expert_adapter_parameters(6) == numbers
+    assert a.used_parameters < a.linear_parameters
 
 
 def test_a_merge_takes_the_original_experts(bases: dict[str, Path]) -> None:
