@@ -578,6 +578,8 @@ def _experts(settings: Settings) -> Iterator[Fault]:
     for name in ("kind", "init", "use_dora", "dropout", "modules_to_save"):
         if getattr(settings.lora, name) != getattr(plain, name):
             yield f"lora.{name}", "is not for JOB_LORA__EXPERTS; drop one of the two"
+    if settings.train.optimizer == "muon":
+        yield "train.optimizer", "is muon, which would take the adapters of all experts for one matrix; take another"
     if settings.export.formats:
         yield "export.formats", "cannot be made with JOB_LORA__EXPERTS: adapters of experts are not merged; drop one"
 
