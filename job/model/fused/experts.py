@@ -71,7 +71,7 @@ class _Adapter:
 class FusedExperts:
     """How the experts of a layer are computed."""
 
-    weights: Sequence[Weight]
+    weights: Sequence[FrozenExperts]
     """Of `_NAMES`."""
     gate: Callable[[torch.Tensor], torch.Tensor]
     """(rows, 2 * intermediate) -> (rows, intermediate)."""
