@@ -42,7 +42,8 @@ from job.settings.training_stages import folder_of, split_stages
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.publish import publish
-from job.stages.pull import publish_findings, pull
+from job.stages.pull import pull
+from job.stages.pull_audit import publish_findings
 from job.storage.open import ObjectStore, open_store, storage_options
 from job.storage.permissions import check_permissions
 from job.tracking import energy

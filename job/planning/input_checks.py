@@ -152,7 +152,7 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
 
 def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
     """The rows of a stage of training; `how` goes to `preview_data`."""
-    with naming_its_settings(s):
+    with naming_its_settings(s.part_of):
         return preview_data(
             s.data.source,
             max_length=s.train.max_length,

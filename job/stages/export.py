@@ -67,7 +67,7 @@ from job.runs.layout import ADAPTER, SCORES, UPLOADED, derived_export, export_fo
 from job.settings.load import Settings
 from job.stages.evaluate import forward_facts, load_published_adapter, score_model
 from job.stages.handoff import Loaded, Sources
-from job.stages.pull import fetch_original
+from job.stages.pull_model import fetch_original
 from job.stages.scoring_precision import is_precise, precision_facts, scoring_in
 from job.storage.hub import MAX_FILE
 from job.storage.open import storage_options
@@ -315,7 +315,7 @@ def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
         original = own.sources.original
         if original is None:
             storage = storage_options(own.settings.storage)
-            original = fetch_original(attempt, own.settings, storage, own.sources.record)
+            original = fetch_original(attempt, own.settings.model.id, storage, own.sources.record)
         merges = check_export(attempt, own.settings, original, loaded)
         plan = plan_merge(loaded.model, original)
         made = {}
