@@ -217,7 +217,7 @@ def load_base(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from job.model import packed_attention
-    from job.model.placed_weights import placing
+    from job.model.placed_loading import placing
 
     config, empty = inspect(folder, max_length=max_length, targets=targets, rank=rank, options=options)
     check_weights(folder, config, empty)

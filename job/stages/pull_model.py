@@ -30,6 +30,7 @@ from job.storage.open import ObjectStore, StorageOptions, fetch, open_store
 CODE = (
     "job.model.base",
     "job.model.files",
+    "job.model.placed_loading",
     "job.model.placed_weights",
     "job.model.quantized_cache.cache",
     "job.model.quantized_cache.layout",

@@ -106,7 +106,7 @@ def random_base(shape: dict[str, int], place: str, device: Any, processes: Any) 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from job.model import packed_attention
-    from job.model.placed_weights import placing
+    from job.model.placed_loading import placing
 
     packed_attention.register()
     how = {"attn_implementation": packed_attention.NAME, "use_cache": False, "max_position_embeddings": 4096}
