@@ -21,26 +21,19 @@ from job.model.adapter_options import MANY_STEPS, AdapterOptions, make_options
 from job.model.start_adapter import check_start, local_start
 from job.model.tokenizer_files import rows_with
 from job.planning import known_models_and_data as known
-from job.planning.preflight import (
+from job.planning.preflight import Found, NotChecked, PreflightResult, run_check
+from job.planning.preflight_data import DataFacts, preview_data, preview_questions, report_audit
+from job.planning.preflight_models import (
     AdapterFacts,
     AuxiliaryFacts,
-    DataFacts,
-    Found,
     ModelFacts,
-    NotChecked,
-    PreflightResult,
     find_tokenizer,
-    local_round_trip,
     preview_adapter,
-    preview_data,
     preview_judge,
     preview_model,
-    preview_questions,
     preview_safety_model,
-    report_audit,
-    round_trip,
-    run_check,
 )
+from job.planning.preflight_store import local_round_trip, round_trip
 from job.push.push import targets
 from job.results.baseline import read_baseline
 from job.results.signing import key_id, load_private_key, public_key

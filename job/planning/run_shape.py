@@ -17,7 +17,8 @@ from job.planning import known_models_and_data as known
 from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
 from job.planning.forecast import Basis, ForwardWork, RunShape
 from job.planning.input_checks import Preflight, adapter_options
-from job.planning.preflight import DataFacts, PreflightResult
+from job.planning.preflight import PreflightResult
+from job.planning.preflight_data import DataFacts
 from job.planning.workload import Workload, count, scale
 from job.records import Example
 from job.settings.load import Settings
