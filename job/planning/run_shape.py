@@ -141,7 +141,7 @@ def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -
 
 
 def _places(settings: Settings) -> tuple[str, ...]:
-    """Where the base may lie; see `stages.place_of_the_base`."""
+    """Where the base may lie; see `stages.placement`."""
     if settings.model.placement != "auto":
         return (settings.model.placement,)
     if settings.model.quantization == "none" or settings.model.keep_dequantized is True:

@@ -34,8 +34,9 @@ from job.stages.handoff import Loaded, Sources
 from job.stages.pull_model import fetch_original
 from job.stages.scoring_precision import choose_precision, precision_facts, scoring_in
 from job.storage.open import ObjectStore, storage_options
+from job.training.gpu_memory import free_gpu_bytes, give_back_memory
 from job.training.memory_model import ORIGINAL_SHARE, evaluation_bytes, weight_bytes
-from job.training.prepare import free_gpu_bytes, give_back_memory, setup_of
+from job.training.prepare import setup_of
 
 
 def evaluate_bases(

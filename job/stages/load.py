@@ -26,10 +26,12 @@ from job.model.whole_modules import grow_embeddings
 from job.records import Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
-from job.stages.place_of_the_base import decide_place
+from job.stages.placement import decide_place
 from job.training.config import total_steps
+from job.training.gpu_capability import require_fp8
+from job.training.gpu_memory import limit_memory
 from job.training.lm_head_loss import losses_of
-from job.training.prepare import limit_memory, prepare, require_fp8, token_budget
+from job.training.prepare import prepare, token_budget
 
 
 def load(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import fmean, pstdev
 
 from job.records import ExecutionPlan
 from job.training.memory_model import (
@@ -49,6 +50,16 @@ def why_not_recorded(setup: Setup, capability: tuple[int, int]) -> str | None:
 def choose_budget(total_bytes: int) -> int:
     """The token budget of a micro-batch, by the size of the GPU or of the part that the job may use."""
     return next(budget for least, budget in BUDGETS if total_bytes >= least)
+
+
+def longest_sequence(lengths: Sequence[int], global_batch_size: int, budget: int) -> int:
+    """Tokens of the longest packed sequence of any step, with a negligible probability of an underestimate.
+
+    The estimate is the mean of a step's tokens plus six standard deviations. If a step exceeds it and memory runs out,
+    the step is repeated with less memory (`step.py`).
+    """
+    tokens = global_batch_size * fmean(lengths) + 6 * global_batch_size**0.5 * pstdev(lengths)
+    return max(*lengths, min(budget, int(tokens)))
 
 
 def kept_activation_bytes(setup: Setup, tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,19 @@ from job.model.architecture import read_config as read_architecture
 from job.model.files import read_config
 from job.settings.schema import Lora, Model, Train
 from job.stages.handoff import Sources
-from job.training.memory_model import PLACES, Setup, packed_bytes
-from job.training.prepare import place_base
+from job.training.execution_plan import AMPERE, choose_place, longest_sequence
+from job.training.gpu_capability import compute_capability
+from job.training.gpu_memory import free_gpu_bytes
+from job.training.memory_model import (
+    CONTEXT_BYTES,
+    LONG_ROW,
+    PLACES,
+    Setup,
+    evaluation_bytes,
+    packed_bytes,
+    training_memory,
+    usable_bytes,
+)
 
 MAIN_MEMORY_SHARE = 0.8
 """Of the main memory that is available, what the base's weights may fill; the rest is for the job itself. Assumed."""
@@ -69,7 +81,7 @@ def decide_place(
         # Over a network between machines, gathering every layer would take longer than copying it from main memory.
         several = world.world_size > 1 and world.world_size == world.local_world_size
         possible = {"gpu": True, "sharded": several, "host": need <= free}
-        place, why = place_base(
+        place, why = _fastest_that_fits(
             setup,
             lengths_of(sources.examples),
             global_batch_size=train.global_batch_size,
@@ -85,6 +97,46 @@ def decide_place(
         )
     place, why = max(processes.gather("place of the base", [place, why]), key=lambda found: PLACES.index(found[0]))
     return place, why
+
+
+def _fastest_that_fits(
+    setup: Setup,
+    lengths: Sequence[int],
+    *,
+    global_batch_size: int,
+    budget: int,
+    scoring_tokens: int,
+    gigabytes: float | None,
+    places: Sequence[str],
+    tiles: bool = False,
+    offload: bool | None = None,
+) -> tuple[str, str]:
+    """Where the base's 4-bit weights are to lie on this machine, before they are loaded; and why if not on the GPU.
+
+    Args:
+        setup: What will be trained.
+        lengths: Tokens of each example.
+        global_batch_size: Examples of a step.
+        budget: The token budget of a micro-batch.
+        scoring_tokens: Tokens that are scored at once.
+        gigabytes: How much of the GPU may be used; None for all.
+        places: Of `PLACES`, the fastest first.
+        tiles: As in `training_memory`.
+        offload: As in `training_memory`.
+    """
+    tokens = longest_sequence(lengths, global_batch_size, budget)
+    tiles = tiles and max(lengths) > LONG_ROW and compute_capability() >= AMPERE
+
+    def needs(there: Setup) -> int:
+        scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
+        return max(training_memory(there, tokens, tiles=tiles, offload=offload).total, scoring)
+
+    memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now
+    place = choose_place(setup, memory_bytes=memory, places=places, needs=needs)
+    if place == "gpu":
+        return place, ""
+    need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
+    return place, f"with it on the GPU {need} are needed, and {usable} are safe to fill"
 
 
 def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: AdapterOptions) -> Setup | None:
