@@ -189,17 +189,17 @@ def _placed_kind(kind: Any) -> Any:
 
 
 @contextmanager
-def placing(place: str, device: torch.device, group: Group | None) -> Iterator[Placing]:
+def placing(placement: str, device: torch.device, group: Group | None) -> Iterator[Placing]:
     """A context for loading a model: each quantized layer is moved to its place once loaded. Call `finish` afterwards.
 
     Args:
-        place: `host` or `sharded`.
+        placement: `host` or `sharded`.
         device: Where the model computes.
         group: The processes of the run, all of which load the same model now.
     """
     from transformers import core_model_loading, modeling_utils
 
-    made = Placing(open_source(place, device, group), device)
+    made = Placing(open_source(placement, device, group), device)
     with ExitStack() as stack:
         # transformers loads with several threads, ahead of what is placed: weights would gather on the device.
         in_turn = partial(_without_threads, core_model_loading.spawn_materialize)

@@ -19,7 +19,7 @@ of memory in the middle of one. So they work in rounds, within `taking_part`: in
 layer it needs, or none, and each layer that any of them needs is gathered by all. A process that has finished or
 failed takes part in further rounds, without asking for a layer, until no process asks for one.
 
-To add a place: a class like `_Host`, its line in `open_source` and in `place_of`, and what `PLACES` in
+To add a placement: a class like `_Host`, its line in `open_source` and in `placement_of`, and what `PLACEMENTS` in
 `training.memory_model` says.
 """
 
@@ -176,17 +176,17 @@ def _nothing() -> None:
     """There is nothing to wait for."""
 
 
-def open_source(place: str, device: torch.device, group: Group | None) -> LayerSource:
+def open_source(placement: str, device: torch.device, group: Group | None) -> LayerSource:
     """Where the layers of a base that is being loaded will be kept, still empty.
 
     Args:
-        place: `host` or `sharded`.
+        placement: `host` or `sharded`.
         device: Where the model computes.
         group: The processes of the run; None for one alone.
     """
-    if place == "sharded" and group is None:
+    if placement == "sharded" and group is None:
         raise ValueError("a sharded base needs the processes that share it")
-    return _Host(device) if group is None or place == "host" else _Shares(group, device)
+    return _Host(device) if group is None or placement == "host" else _Shares(group, device)
 
 
 class PlacedWeights:
@@ -280,7 +280,7 @@ def release(model: Any) -> None:
         placed.release()
 
 
-def place_of(model: Any) -> str:
+def placement_of(model: Any) -> str:
     """Where the 4-bit weights of a model's layers lie: `gpu` for its device, `sharded` or `host`."""
     if (placed := getattr(model, PLACED, None)) is None:
         return "gpu"

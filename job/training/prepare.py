@@ -19,7 +19,7 @@ from job.errors import Problem, SettingsError
 from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.lora import trainable
-from job.model.placed_weights import place_of
+from job.model.placed_weights import placement_of
 from job.records import FP8, FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
 from job.training.execution_plan import (
@@ -102,8 +102,8 @@ def prepare(
         SettingsError: The longest row cannot fit into the memory of this machine. Training cannot compute in FP8 as
             the settings ask: PEFT's own layers are needed, or a layer's size does not fit the GPU's products.
     """
-    setup, held = setup_of(model, quantization, optimizer), place_of(model)
-    setup = setup and replace(setup, base_held=held)
+    setup, placement = setup_of(model, quantization, optimizer), placement_of(model)
+    setup = setup and replace(setup, placement=placement)
     allowed = None if offload == "auto" else offload
     slow = why_not_fused(model) or slow
     dtype = dtype_name(model)
@@ -157,7 +157,7 @@ def prepare(
         recorded=False,
         reason="; ".join(filter(None, (slow, memory))),
         forward=PEFT,
-        base_held=held,
+        base_held=placement,
     )
     if model.device.type == "cuda":
         log.get_logger().warning(

@@ -211,7 +211,7 @@ def load_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
     began = time.perf_counter()
     how: dict[str, Any] = {"quantization": "nf4", "double_quantization": True, "dtype": torch.bfloat16}
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    model = load_base(folder, **how, device=device, max_length=512, place=way.place, group=processes)
+    model = load_base(folder, **how, device=device, max_length=512, placement=way.place, group=processes)
     seconds, total = time.perf_counter() - began, hashlib.sha256()
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
     held = torch.cuda.memory_allocated() / 2**20 if on_gpu else None
@@ -337,15 +337,15 @@ def chosen_place(setup: Any, tokens: int, limit: int, processes: int) -> str:
     """Where the job would put the base, on so many bytes of GPU."""
     from dataclasses import replace
 
-    from job.training.execution_plan import choose_place
-    from job.training.memory_model import CONTEXT_BYTES, PLACES, evaluation_bytes, training_memory
+    from job.training.execution_plan import choose_placement
+    from job.training.memory_model import CONTEXT_BYTES, PLACEMENTS, evaluation_bytes, training_memory
 
     def needs(there: Any) -> int:
         return max(training_memory(there, tokens).total, evaluation_bytes(there, 8192, 4096))
 
-    places = [place for place in PLACES if place != "sharded" or processes > 1]
+    places = [place for place in PLACEMENTS if place != "sharded" or processes > 1]
     there = replace(setup, processes=processes)
-    return choose_place(there, memory_bytes=limit + CONTEXT_BYTES, places=places, needs=needs)
+    return choose_placement(there, memory_bytes=limit + CONTEXT_BYTES, placements=places, needs=needs)
 
 
 def bits(parameters: Any) -> str:

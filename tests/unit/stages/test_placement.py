@@ -41,7 +41,7 @@ def place(folder: Path, device: Any = GPU, processes: Any = None, **changes: str
     how: dict[str, Any] = {"device": device, "budget": 4096, "options": PLAIN}
     groups = settings.model, settings.train, settings.lora
     how["scoring_tokens"] = settings.eval.batch_tokens
-    return placement.decide_place(*groups, sources_of(settings, folder), processes or Alone(), **how)
+    return placement.decide_placement(*groups, sources_of(settings, folder), processes or Alone(), **how)
 
 
 def with_gpu_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -99,4 +99,4 @@ def test_a_gpu_without_a_kernel_for_long_rows_needs_the_memory_of_the_whole(
     monkeypatch.setattr(placement, "free_gpu_bytes", lambda _: memory)
     monkeypatch.setattr(placement, "compute_capability", lambda: capability)
     how = {"global_batch_size": 2, "budget": 1024, "scoring_tokens": 1024, "gigabytes": None}
-    assert _fastest_that_fits(SETUP, [40_000], places=("gpu", "host"), tiles=True, **how)[0] == place  # type: ignore[arg-type]
+    assert _fastest_that_fits(SETUP, [40_000], placements=("gpu", "host"), tiles=True, **how)[0] == place  # type: ignore[arg-type]
