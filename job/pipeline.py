@@ -36,8 +36,8 @@ from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
-from job.settings.affects_result import decisive_settings, default_settings, plain_values
-from job.settings.load import Settings, current_platform, environment, exporters, trackers
+from job.settings.affects_result import decisive_settings, default_settings
+from job.settings.load import Settings, current_platform, environment, exporters, plain_values, trackers
 from job.settings.training_stages import folder_of, split_stages
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
@@ -166,7 +166,7 @@ def _finished(
     processes: Processes, settings: Settings, delivery: Delivery | None, alive: Callable[[], None]
 ) -> dict[str, Any] | None:
     """`finished`, asked by process 0 for all, which have the same settings."""
-    agree_on_settings(processes, decisive_settings(settings))
+    agree_on_settings(processes, decisive_settings(plain_values(settings)))
     found: dict[str, Any] | None = processes.share("results of before", lambda: finished(settings, delivery, alive))
     return found
 
@@ -206,7 +206,7 @@ def finished(
     if (done := read_complete(store)) is None:
         check_permissions(settings.run.output, folder_of(settings))
         return None
-    compare_settings(store, decisive_settings(settings), default_settings())
+    compare_settings(store, decisive_settings(plain_values(settings)), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
     _hand_over(store, done, delivery, targets(settings.export), alive)
     return require_gate(done)
@@ -257,7 +257,7 @@ def _attempt(
     armed = arm(faults if processes.leads else (), store)
     opening = open_attempt(
         faulty(store, armed),
-        decisive_settings(settings),
+        decisive_settings(plain_values(settings)),
         defaults=default_settings(),
         cache=settings.storage.cache,
         usd_per_hour=settings.cost.usd_per_hour,

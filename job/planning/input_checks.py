@@ -37,8 +37,7 @@ from job.planning.preflight_store import local_round_trip, round_trip
 from job.push.push import targets
 from job.results.baseline import read_baseline
 from job.results.signing import key_id, load_private_key, public_key
-from job.settings.affects_result import plain_values
-from job.settings.load import Settings
+from job.settings.load import Settings, plain_values
 from job.settings.schema import Sign
 from job.settings.training_stages import naming_its_settings, split_stages
 from job.storage.hub import is_reachable
