@@ -317,9 +317,9 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     begin = partial(put_first_values, attempt, settings.lora.init, sources)
     loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
     if needs_merge(settings.export.formats) and sources.original is not None:
-        from job.stages.export import check_export
+        from job.stages.export_check import check_export
 
-        check_export(attempt, settings, sources.original, loaded)
+        check_export(attempt, settings.export, settings.gate.on, sources.original, loaded)
     if attempt.processes.leads:
         keep_settings(attempt.store, attempt.settings)
         publish_findings(attempt, sources)
