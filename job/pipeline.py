@@ -2,6 +2,14 @@
 
 `run` calls the stages of `job/stages` in this order; `job/stages/handoff.py` defines what one stage passes to the next.
 A stage that an earlier attempt finished is not repeated: `Attempt.stage` reads its record from the store.
+
+Where a run resumes within a stage:
+
+- pull: rows and the quantized base at the commits and keys of the first attempt (`stages.pull_rows`, `pull_model`);
+- evaluations: sequences that were scored (`evaluation.score_cache`);
+- training: the newest valid checkpoint (`_restore` in `stages.train`, `checkpoints.manager`), then the state in it
+  (`checkpoints.trainer_state`);
+- export: candidates are made again, and files that are in the store are not uploaded again (`stages.export`).
 """
 
 from __future__ import annotations

@@ -182,14 +182,14 @@ def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> 
             write_adapter_copy(published, folder, kind)
         except CannotMake as error:
             return {_NOT_MADE: str(error)}
-        return _told(_Files.of(folder))
+        return _as_json(_Files.of(folder))
 
     told = attempt.processes.share_on_machine(name, make)
     scored_in = own.precision.dtype if own.precision else short_name(own.how.compute_dtype)
     record = ExportRecord(name, _ON_BASE, "a copy of the adapter", kind, scored_in, {})
     if why := told.get(_NOT_MADE):  # the same on all machines: they have the same adapter
         return _not_made(own, replace(record, dtype="", scored_in=""), why)
-    files = _heard(told)
+    files = _from_json(told)
     _agree(attempt, name, [files.hashes])
     load_adapter(loaded.model, files.folder, loaded.names)
     # `adapter` hashes all files: the same key is the same adapter.
@@ -242,13 +242,13 @@ def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
                 added_tokens=own.settings.model.add_tokens,
                 alive=attempt.alive,
             )
-            made[name] = _told(_Files.of(folder))
+            made[name] = _as_json(_Files.of(folder))
         return {"only": merges.only, "made": made}
 
     with taking_part(loaded.model):  # the base's weights may be sharded over all processes
         written = make() if attempt.processes.place.local_rank == 0 else {}
     told = attempt.processes.share_on_machine("exported", lambda: written)
-    found = {name: _heard(one) for name, one in told["made"].items()}
+    found = {name: _from_json(one) for name, one in told["made"].items()}
     _agree(attempt, MERGED, [files.hashes for files in found.values()])
     return found, told["only"]
 
@@ -291,14 +291,14 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made |
                 raise Unreachable(f"{name} cannot be made, since the disk is full: {error}") from error
             return {_NOT_MADE: str(error)}
         shutil.rmtree(inputs.work, ignore_errors=True)
-        return {**_told(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}
+        return {**_as_json(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}
 
     told = attempt.processes.share_on_machine(name, make)
     failures = attempt.processes.gather(f"failures of {name}", told.get(_NOT_MADE, ""))
     record = ExportRecord(name, candidate, "made from the merged model that was chosen", "", "", {})
     if why := next(filter(None, failures), ""):
         return _not_made(own, record, why)
-    files = _heard(told)
+    files = _from_json(told)
     _agree(attempt, name, [files.hashes])
     scored = _score(own, name, candidate, files, load=found.load, cannot=found.cannot_score(own.how.device))
     if not attempt.processes.leads:
@@ -399,12 +399,12 @@ def _agree(attempt: Attempt, name: str, hashes: list[Mapping[str, str]]) -> None
         raise Unreachable(f"the machines of this run made different bytes of {name}; give all the same kind of GPU")
 
 
-def _told(files: _Files) -> dict[str, Any]:
+def _as_json(files: _Files) -> dict[str, Any]:
     """As JSON, for the other processes of the machine."""
     return {"folder": str(files.folder.absolute()), "hashes": dict(files.hashes)}
 
 
-def _heard(told: Mapping[str, Any]) -> _Files:
+def _from_json(told: Mapping[str, Any]) -> _Files:
     return _Files(Path(told["folder"]), told["hashes"])
 
 
