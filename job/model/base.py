@@ -188,7 +188,7 @@ def load_base(
     targets: Sequence[str] | str | None = None,
     rank: int = 1,
     options: AdapterOptions = PLAIN_LORA,
-    place: str = "gpu",
+    placement: str = "gpu",
     group: Group | None = None,
 ) -> Any:
     """Loads the frozen base, quantizing it while loading, with packed attention where its layers support it.
@@ -206,9 +206,9 @@ def load_base(
         targets: Layers that will get an adapter; checked to exist before weights are loaded.
         rank: Of the adapter, which is checked as well.
         options: Of the adapter.
-        place: Where the 4-bit weights of the decoder's layers lie: `gpu` for the device, `sharded` or `host`. Elsewhere
-            than on the device a layer goes there as soon as it is loaded.
-        group: The processes that load the same base now, where `place` is `sharded`.
+        placement: Where the 4-bit weights of the decoder's layers lie: `gpu` for the device, `sharded` or `host`. In
+            the last two a layer goes there as soon as it is loaded.
+        group: The processes that load the same base now, where `placement` is `sharded`.
 
     Raises:
         DataError: The folder holds no complete model.
@@ -218,7 +218,7 @@ def load_base(
 
     from job.model import experts, packed_attention
     from job.model.fused.experts import use_frozen
-    from job.model.placed_weights import layer_by_layer, placing
+    from job.model.placed_loading import layer_by_layer, placing
 
     config, empty = inspect(folder, max_length=max_length, targets=targets, rank=rank, options=options)
     check_weights(folder, config, empty)
@@ -240,7 +240,7 @@ def load_base(
             kept, fresh = experts.left_out, experts.quantizing
             stack.enter_context(kept(kinds, empty) if apart else fresh(kinds, double=double_quantization))
             stack.enter_context(layer_by_layer())
-        placed = None if place == "gpu" else stack.enter_context(placing(place, device, group, kinds))
+        placed = None if placement == "gpu" else stack.enter_context(placing(placement, device, group, kinds))
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,

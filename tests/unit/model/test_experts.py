@@ -23,7 +23,8 @@ from job.model.fused.kernels import TORCH
 from job.model.lora import adapter_off, add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
 from job.model.packing_check import choose_packing
-from job.model.placed_weights import place_of, save_quantized, taking_part
+from job.model.placed_loading import save_quantized
+from job.model.placed_weights import placement_of, taking_part
 from job.model.published_names import find_published_names
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import Setup, weight_bytes
@@ -186,13 +187,13 @@ def test_the_bits_do_not_depend_on_the_place_or_on_keeping(bases: dict[str, Path
     assert_same(results(model), expected)
     for place in ("gpu", "host", "sharded"):
         (tmp_path / place).mkdir()
-        base = load(bases[family], place=place, group=ALONE)
-        assert place_of(base) == place
+        base = load(bases[family], placement=place, group=ALONE)
+        assert placement_of(base) == place
         with taking_part(base):
             save_quantized(base, tmp_path / place, shard="100KB")
             assert_same(results(placed := with_adapter(base)), expected)
         assert held(placed) == said
-        again = load(tmp_path / place, place=place, group=ALONE, quantized=True)
+        again = load(tmp_path / place, placement=place, group=ALONE, quantized=True)
         with taking_part(again):
             assert_same(results(placed := with_adapter(again)), expected)
         assert held(placed) == said
