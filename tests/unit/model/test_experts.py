@@ -181,7 +181,7 @@ def test_no_dequantized_experts_are_kept_for_the_backward_pass(bases: dict[str, 
 def test_the_bits_do_not_depend_on_the_place_or_on_keeping(bases: dict[str, Path], tmp_path: Path, family: str) -> None:
     """In host memory, sharded, recomputed, from a kept base: the same results; and a kept base has the same files."""
     model = with_adapter(load(bases[family]))
-    expected, said = results(model), held(model)
+    expected, said, numbers = results(model), held(model), model.num_parameters()
     recompute_activations(model, on=True)
     model.train()
     assert_same(results(model), expected)
@@ -197,6 +197,7 @@ def test_the_bits_do_not_depend_on_the_place_or_on_keeping(bases: dict[str, Path
         with taking_part(again):
             assert_same(results(placed := with_adapter(again)), expected)
         assert held(placed) == said
+        assert placed.num_parameters() == numbers
     files = [{file.name: file.read_bytes() for file in (tmp_path / place).iterdir()} for place in ("gpu", "host")]
     assert files[0] == files[1]
 
