@@ -41,7 +41,7 @@ from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
-from job.model.start_adapter import check_start, find_start, hash_start
+from job.model.start_adapter import FoundStart, check_start, find_start, hash_start
 from job.model.tokenizer_files import rows_with, tokenizer_files
 from job.records import Artifact, DatasetRecord, Evaluated, FirstValues, GroupSpec, PromptRow, PromptsRecord, Pulled
 from job.results.baseline import check_questions, read_baseline
@@ -241,13 +241,14 @@ def _pull(
         model.sha256,
         model.revision,
         tasks.fingerprints(),
-        None if start is None else hash_start(start),
+        None if start is None else hash_start(start.folder),
         _prompts_record(settings, prompts),
         licence,
         _groups(attempt, tasks),
         None if safety is None else safety.record.sha256,
         _judge_sha256(attempt, judge),
         None if judge is None else judge.record.revision,
+        None if start is None else start.commit,
     )
     sources = Sources(
         record,
@@ -256,7 +257,7 @@ def _pull(
         tokenizer,
         tokens.examples,
         tokens.validation or (),
-        start,
+        None if start is None else start.folder,
         tasks,
         baseline,
         policy,
@@ -414,15 +415,17 @@ def _places(attempt: Attempt, settings: Settings, later: Sequence[Settings]) -> 
     return {settings.model.id, *data, *own, *prompts, *safety, *judge, *settings.eval.data.values()}
 
 
-def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
-    """The folder of the adapter that training starts from, checked as far as the base's weights are not needed."""
+def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> FoundStart | None:
+    """The adapter that training starts from, checked as far as the base's weights are not needed."""
     lora, start = settings.lora, start_of(settings, ADAPTER.rstrip("/"))
     if start is None:
         return None
     attempt.alive()
-    folder = find_start(start, attempt.work / "start", storage)
-    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
-    return folder
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    known = None if earlier is None else earlier.start_revision
+    found = find_start(start, attempt.work / "start", storage, known)
+    check_start(found.folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
+    return found
 
 
 def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -> SafetyModel | None:

@@ -28,7 +28,8 @@ from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment
 from job.records import Example, ExecutionPlan, Question, StepMetrics
-from job.training import packing, step
+from job.training import packing
+from job.training import step as step_module
 from job.training.config import Hooks, Recipe, Trained, step_seed, total_steps
 from job.training.packing import packed_inputs
 from job.training.trainer import train
@@ -558,7 +559,7 @@ def test_padded_shapes_are_those_of_the_checkpoint(
     _, (*_, state) = run(first, tokenizer, LONGER, RESUMED, tmp_path / "stopped", plan=THROUGHOUT, stop_after=3)
     before = read_how_computed(state)
     other = packing.Shapes(((4096, 64),))
-    monkeypatch.setattr(step, "choose_shapes", lambda *_: other)
+    monkeypatch.setattr(step_module, "choose_shapes", lambda *_: other)
     second = fused_model(base_folder)
     with capture_logs() as logs:
         _, saved = run(second, tokenizer, LONGER, RESUMED, tmp_path / "resumed", plan=THROUGHOUT, resume=state)
