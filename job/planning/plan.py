@@ -9,7 +9,7 @@ from pathlib import Path
 
 from job.common.export_formats import GGUF
 from job.common.formatting import size
-from job.common.resources import check_disk, checkpoint_bytes, required_bytes
+from job.common.resources import available_bytes, check_disk, checkpoint_bytes, required_bytes
 from job.common.source_list import parse_sources
 from job.data.licences import LICENCES, find_licence
 from job.distributed.launcher import count_processes
@@ -59,7 +59,8 @@ def make_plan(settings: Settings, show: int = 0) -> Plan:
     checks += alone
     run = shape_of_run(settings, seen, checks, processes)
     gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
-    checks += [_licence(settings, seen), _disk(settings, run), SHARED_MEMORY, *_large_files(settings, run)]
+    memory = [SHARED_MEMORY, *_main_memory(settings, run)]
+    checks += [_licence(settings, seen), _disk(settings, run), *memory, *_large_files(settings, run)]
     return Plan(
         title=f"{settings.model.id} on {settings.data.source}, to {settings.run.output.rstrip('/')}/{settings.run.id}",
         checks=tuple(checks),
@@ -124,6 +125,18 @@ def _disk(settings: Settings, run: RunShape) -> PreflightResult:
         return "ok", f"about {size(need, ' ')} are needed; {folder} has them on this machine", None
 
     return run_check("disk", work, unreachable="note")[0]
+
+
+def _main_memory(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:
+    """Whether this machine or its container has memory for a base that lies there; a run's machine needs as much."""
+    if settings.model.placement != "host" or run.setup is None:
+        return
+    need = run.processes_here * memory_model.packed_bytes(run.setup)
+    free = int(memory_model.MAIN_MEMORY_SHARE * available_bytes())
+    what = memory_model.copies_in_main_memory(run.setup, run.processes_here)
+    fits = need <= free
+    more = f"{size(free, ' ')} are safe to fill here{'' if fits else ', where a run would be refused'}"
+    yield PreflightResult("main memory", "ok" if fits else "note", f"{what}; {more}")
 
 
 def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:

@@ -69,6 +69,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
         places=_places(settings, processes),
         processes=processes * settings.run.nodes,
+        processes_here=processes,
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
         auxiliary=_auxiliary(settings, seen, workload),
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,

@@ -383,3 +383,15 @@ def test_a_sharded_base_is_forecast_for_the_processes_of_the_run(
     else:
         assert not wrong
         assert all(f"the base's 4-bit weights are sharded over the {counted} GPUs" in gpu.note for gpu in plan.gpus)
+
+
+def test_a_base_in_main_memory_is_counted_for_every_process(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the forecast of each GPU, and as a note where this machine or its container has less."""
+    monkeypatch.setattr(plan_module, "count_processes", lambda _: 4)
+    for free, state in ((1 << 50, "ok"), (1000, "note")):
+        monkeypatch.setattr(plan_module, "available_bytes", lambda free=free: free)
+        plan = make_plan(load_settings(["--model.placement=host"]))
+        (check,) = [found for found in plan.checks if found.name == "main memory"]
+        assert check.state == state
+        assert "for each of 4 processes" in check.what
+        assert all("for each of 4 processes" in gpu.note for gpu in plan.gpus)
