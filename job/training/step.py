@@ -177,6 +177,8 @@ class OptimizerStep:
                 # If a process ran out of memory and has no optimization left to drop, all of them halve the budget.
                 if self._processes.agree(repeat=sums is None and not self.free_memory()):
                     self.budget //= 2
+                    what = "out of GPU memory: micro-batches have half as many tokens from now on, which is slower"
+                    get_logger().warning(what, micro_batch_tokens=self.budget, change="JOB_TRAIN__MICRO_BATCH_TOKENS")
             except JobError as error:
                 raise StepAbandoned from error
             free_caches()
@@ -421,7 +423,8 @@ class OptimizerStep:
             forget_dequantized(self._model)
         elif name == "kept_activations":
             recompute_activations(self._model, on=True, random=not self.plan.padded)
-        get_logger().warning("out of GPU memory: an optimization that only saves time is switched off", what=name)
+        what = "out of GPU memory: an optimization that only saves time is switched off"
+        get_logger().warning(what, what=name, change="a smaller JOB_TRAIN__MICRO_BATCH_TOKENS leaves memory for it")
         return True
 
 

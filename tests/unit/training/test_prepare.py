@@ -200,6 +200,7 @@ def test_a_model_that_can_be_fused_is(base_folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
     monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
     monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(kernels, "triton", lambda: replace(kernels.TORCH, name="triton"))
     model = make_model(base_folder, quantization="nf4")
     with capture_logs() as lines:
         made = prepare(model, [10, 20], **SETTINGS | {"keep_base": keep})
@@ -229,6 +230,18 @@ def test_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch, *, 
     (line,) = lines
     assert line["log_level"] == "warning"
     assert "undefined symbol: cuModuleGetFunction" in line["why"]
+
+
+def test_triton_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what installs it: torch's own operations are slower."""
+
+    def missing() -> kernels.Kernels:
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(kernels, "triton", missing)
+    with capture_logs() as lines:
+        assert fast_kernels(torch.device("cpu"), "float16") == (kernels.TORCH, "torch")
+    assert [(line["log_level"], "pip install triton" in line["change"]) for line in lines] == [("warning", True)]
 
 
 def test_a_gpu_that_can_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
