@@ -17,7 +17,8 @@ from job.planning import known_models_and_data as known
 from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
 from job.planning.forecast import Basis, ForwardWork, RunShape
 from job.planning.input_checks import Preflight, adapter_options
-from job.planning.preflight import DataFacts, PreflightResult
+from job.planning.preflight import PreflightResult
+from job.planning.preflight_data import DataFacts
 from job.planning.workload import Workload, count, scale
 from job.records import Example
 from job.settings.load import Settings
@@ -67,7 +68,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         fp8=settings.train.compute == "fp8",
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
-        places=_places(settings, processes),
+        placements=_placements(settings, processes),
         processes=processes * settings.run.nodes,
         processes_here=processes,
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
@@ -143,14 +144,14 @@ def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -
     ), basis
 
 
-def _places(settings: Settings, processes: int) -> tuple[str, ...]:
-    """Where the base may lie with so many processes on a machine; see `stages.place_of_the_base`."""
+def _placements(settings: Settings, processes: int) -> tuple[str, ...]:
+    """Where the base may lie with so many processes on a machine; see `stages.placement`."""
     if settings.model.placement != "auto":
         return (settings.model.placement,)
     if settings.model.quantization == "none" or settings.model.keep_dequantized is True:
-        return memory_model.PLACES[:1]
+        return memory_model.PLACEMENTS[:1]
     several = processes > 1 and settings.run.nodes == 1
-    return tuple(place for place in memory_model.PLACES if place != "sharded" or several)
+    return tuple(one for one in memory_model.PLACEMENTS if one != "sharded" or several)
 
 
 def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | None, Basis]:
