@@ -112,7 +112,7 @@ def load(folder: Path, dropout: float, place: str = "gpu") -> Any:
         dtype=torch.bfloat16,
         device=DEVICE,
         max_length=2048,
-        place=place,
+        placement=place,
         group=ALONE,
     )
     return add_adapter(base, rank=16, alpha=16, dropout=dropout, target_modules=MODULES, seed=0)
