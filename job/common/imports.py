@@ -127,7 +127,8 @@ def compiler_put_off(environ: Mapping[str, str]) -> Iterator[None]:
             import_module(name)
     if type(module) is _Deferred:
         del module.__path__  # modules in the package expect that it has been imported: the next one imports it
-    compile_, torch.compile = torch.compile, _marked
+    compile_ = torch.compile
+    torch.compile = _marked  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -166,8 +167,8 @@ class _Deferred(ModuleType):
     def __getattr__(self, name: str) -> Any:
         with _LOADING:
             if type(self) is _Deferred:
-                self.__class__ = ModuleType
+                self.__class__ = ModuleType  # type: ignore[assignment]
                 spec = self.__spec__
-                self.__path__ = spec.submodule_search_locations  # type: ignore[union-attr]
+                self.__path__ = spec.submodule_search_locations  # type: ignore[union-attr, assignment]
                 spec.loader.exec_module(self)  # type: ignore[union-attr]
         return getattr(self, name)
