@@ -13,10 +13,10 @@ from job.common.imports import compiler_put_off, distributions_read_when_needed,
 from job.evaluation.task_names import import_tasks
 from job.settings.load import environment
 
-_NOT_NEEDED = ("boto3", "chardet", "scipy", "sklearn", "wandb")
-"""Optional to transformers, accelerate, PEFT, TRL and requests. accelerate imports boto3 for SageMaker's settings; what
-the model's thread meanwhile reads from S3 has been opened before, for its size. The job's own statistics import scipy
-when they are first computed, and wandb belongs to a process of its own; sklearn needs scipy."""
+_NOT_NEEDED = ("chardet", "scipy", "sklearn", "wandb")
+"""Optional to transformers, PEFT, TRL and requests. The job's own statistics import scipy when they are first computed,
+and wandb belongs to a process of its own; sklearn needs scipy. Nothing is here that another thread may import
+meanwhile, as boto3, which accelerate imports."""
 
 
 def import_libraries() -> None:

@@ -43,7 +43,7 @@ index = MinHashLSH(threshold=0.5, num_perm=16)
 print(json.dumps([left_out, own, *whole, twice, quad(lambda x: x, 0, 2)[0], index.b * index.r <= 16]))
 """
 LEFT_OUT = (
-    *("torch._dynamo.convert_frame", "torch._inductor", "networkx", "boto3", "chardet", "scipy.integrate"),
+    *("torch._dynamo.convert_frame", "torch._inductor", "networkx", "chardet", "scipy.integrate"),
     *("scipy.stats", "sklearn", "wandb", "matplotlib", "torchvision", "tensorboard", "onnx", "mlflow"),
 )
 
