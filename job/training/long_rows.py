@@ -16,7 +16,7 @@ row of this length, and empty segments would slow attention down (`model.fused.l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from job.model.fused.lora_forward import decoder_of
 from job.model.fused.tiled_layer import backward_layer, forward_layer, is_known
 from job.model.lora import trainable
 from job.model.packed_attention import build_layout
+from job.model.placed_weights import before_backward
 from job.records import Example, ExecutionPlan
 from job.training.activation_store import ActivationStore, HostBuffers, release
 from job.training.memory_model import LONG_ROW, TILE_TOKENS
@@ -108,7 +109,7 @@ class _Walk:
         *,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._decoder = decoder_of(model.get_base_model())
+        self._model, self._decoder = model, decoder_of(model.get_base_model())
         self._layers = list(self._decoder.layers)
         self._loss, self._sequence, self._store, self._check = loss, sequence, store, check
         self._keep_attention, self._tile = plan.kept_attention, plan.tile_tokens or TILE_TOKENS
@@ -132,7 +133,8 @@ class _Walk:
             found[:] = [y]
             return y
 
-        with torch.no_grad(), _in_place_of_forward(self._layers, one):
+        ahead = nullcontext() if self._store is None else before_backward(self._model)
+        with torch.no_grad(), ahead, _in_place_of_forward(self._layers, one):
             self._decoder(input_ids=ids[None], position_ids=positions[None], layout=self._layout, use_cache=False)
         if self._store is not None:
             self._store.settle()

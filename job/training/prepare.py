@@ -384,7 +384,7 @@ def _fuse(
         sequence_tokens=rows.padded,
         # For long rows alone it saves nothing; but of FP8's copies there are two, made with a pass over all values.
         keep_base=False if keep_base is None and rows.padded == 0 and not fp8 else keep_base,
-        keep_activations=keep_activations,
+        keep_activations=keep_activations if rows.padded else False,  # of long rows none are kept so
         recorded=lora_forward.knows(model.get_base_model()),
         not_recorded=why_not_recorded(setup, capability),
         fp8=fp8,

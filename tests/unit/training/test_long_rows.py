@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from job.distributed.processes import ALONE
+from job.model import placed_weights
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.fused.long_attention import CpuKernel, FlashKernel, heads_at_once
@@ -111,6 +112,21 @@ def test_in_fp8_with_weights_that_come_layer_by_layer(base_folder: Path, tmp_pat
     assert torch.equal(loss, other_loss)
     assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
     assert all(gradient.norm() > 0 for gradient in gradients)
+
+
+def test_no_layer_is_fetched_in_vain(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass finds the last two layers where the forward pass had them; a validation begins again."""
+    fetched: list[int] = []
+    fetch = placed_weights._Host.fetch
+    monkeypatch.setattr(placed_weights._Host, "fetch", lambda *x: fetched.append(x[1]) or fetch(*x))
+    base = load_plain(deepened(base_folder, tmp_path / "base", 4), quantization="nf4", place="host")
+    model = fill_adapter(add_adapter(base, rank=8, alpha=16, dropout=0.0, target_modules=LINEAR, seed=1)).train()
+    assert fuse_layers(model, keep_dequantized=False, kernels=TORCH) == "all"
+    fetched.clear()
+    computed(model, EXAMPLES[-1:], PLAN)
+    assert fetched == [0, 1, 2, 3, 1, 0]
+    rows_of(model).summed_loss(EXAMPLES[-1:], PLAN)
+    assert fetched == [0, 1, 2, 3, 1, 0, 2, 3, 0]
 
 
 def test_one_of_two_processes_has_a_long_row(base_folder: Path, tmp_path: Path) -> None:
