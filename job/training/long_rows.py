@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from job.data.examples import lengths_of
-from job.model.fused.long_attention import Output, RowAttention, has_kernel
+from job.model.fused.long_attention import CPU, FLASH, Output, RowAttention, has_kernel
 from job.model.fused.lora_forward import decoder_of
 from job.model.fused.tiled_layer import backward_layer, forward_layer, is_known
 from job.model.lora import trainable
@@ -113,6 +113,7 @@ class _Walk:
         self._layers = list(self._decoder.layers)
         self._loss, self._sequence, self._store, self._check = loss, sequence, store, check
         self._keep_attention, self._tile = plan.kept_attention, plan.tile_tokens or TILE_TOKENS
+        self._kernel = plan.attention or (FLASH if model.device.type == "cuda" else CPU)
         self._layout = build_layout(sequence.segments, model.device)
         self._arguments: list[Mapping[str, Any]] = []
         """What the decoder hands to each layer beside the stream."""
@@ -125,7 +126,7 @@ class _Walk:
         def one(layer: Any, x: torch.Tensor, **arguments: Any) -> torch.Tensor:
             self._check()
             self._arguments.append(arguments)
-            attention = RowAttention(self._layout)
+            attention = RowAttention(self._layout, self._kernel)
             y = forward_layer(layer, x, arguments, attend=attention, tile=self._tile)
             if self._store is not None:
                 self._store.put((x, *attention.output) if self._keep_attention and attention.output else (x,))
@@ -162,7 +163,7 @@ class _Walk:
 
         def one(layer: Any, x: torch.Tensor, *, gradient: torch.Tensor, known: Output | None, first: bool) -> Any:
             arguments = self._arguments.pop()
-            attention = RowAttention(self._layout, known)
+            attention = RowAttention(self._layout, self._kernel, known)
             return backward_layer(
                 layer, x, gradient, arguments, attend=attention, tile=self._tile, needs_input=not first
             )

@@ -42,6 +42,7 @@ from job.training.memory_model import (
     TILE_TOKENS,
     Setup,
     activation_bytes,
+    attention_copies,
     evaluation_bytes,
     training_memory,
     usable_bytes,
@@ -94,9 +95,11 @@ def place_base(
     tokens = _longest_sequence(lengths, global_batch_size, budget)
     tiles = tiles and max(lengths) > LONG_ROW and _capability() >= AMPERE
 
+    copies = attention_copies(setup.architecture, _capability()) if tiles else 0
+
     def needs(there: Setup) -> int:
         scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
-        return max(training_memory(there, tokens, tiles=tiles, offload=offload).total, scoring)
+        return max(training_memory(there, tokens, tiles=tiles, offload=offload, copies=copies).total, scoring)
 
     memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now
     place = choose_place(setup, memory_bytes=memory, places=places, needs=needs)
@@ -367,14 +370,15 @@ def _fuse(
 
     from job.model.fused import lora_forward
     from job.model.fused.fp8 import MULTIPLE
-    from job.model.fused.long_attention import attention_copies
+    from job.model.fused.long_attention import FLASH, copies_of
 
     if fp8 and (odd := _not_multiples(setup, MULTIPLE)):
         what = f"is fp8, whose products need sizes that are multiples of {MULTIPLE}; this model has {odd}; remove it"
         raise SettingsError([Problem(_COMPUTE, what)])
     may_fit()
     _, free = _gpu_memory(gigabytes)
-    copies, reserved = attention_copies(setup.architecture, model.device), 0
+    kernel = None if rows.long is None else _kernel_of_long_rows(model, setup)
+    copies, reserved = copies_of(setup.architecture, model.device, kernel or FLASH), 0
     if rows.long is not None:
         reserved = long_row_need(setup, rows.long, offloaded=offload is not False, kept_attention=False, copies=copies)
     capability = _capability()
@@ -399,6 +403,7 @@ def _fuse(
             offload=offload,
             copies=copies,
             tile=TILE_TOKENS,
+            attention=kernel,
         )
     kernels, name = fast_kernels(model.device, dtype_name(model))
     try:
@@ -410,6 +415,12 @@ def _fuse(
         return None
     forward = ", ".join((f"{FUSED} {made}", name, *([FP8] if fp8 else [])))
     return replace(plan, recorded=plan.recorded and made == "all", forward=forward)
+
+
+def _kernel_of_long_rows(model: Any, setup: Setup) -> str:
+    from job.model.fused.long_attention import choose_kernel
+
+    return choose_kernel(setup.architecture, model.get_base_model().dtype, model.device)
 
 
 def require_fp8(device: Any) -> None:
@@ -453,20 +464,22 @@ def _refuse(
     where: str,
 ) -> None:
     """Refuses rows that certainly do not fit: on the GPU, or on a CPU in the machine's memory."""
-    from job.model.fused.long_attention import attention_copies
+    from job.model.fused.long_attention import copies_of
 
     if setup is None:
         return
     host = available_bytes() // processes
     on_gpu = model.device.type == "cuda"
-    in_tiles = rows is not None and rows.long is not None
+    copies = None
+    if rows is not None and rows.long is not None:
+        copies = copies_of(setup.architecture, model.device, _kernel_of_long_rows(model, setup))
     refuse_rows(
         setup,
         longest,
         free_bytes=_gpu_memory(gigabytes)[1] if on_gpu else host,
         host_bytes=host if on_gpu else None,
         offload=offload,
-        copies=attention_copies(setup.architecture, model.device) if in_tiles else None,
+        copies=copies,
         where=where,
     )
 

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch.nn import functional
 
 from job.distributed.processes import ALONE
 from job.model import placed_weights
+from job.model.architecture import Architecture
+from job.model.fused import long_attention
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
-from job.model.fused.long_attention import CpuKernel, FlashKernel, heads_at_once
+from job.model.fused.long_attention import CpuKernel, FlashKernel, choose_kernel, heads_at_once
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
 from job.model.placed_weights import taking_part
@@ -25,6 +28,7 @@ from job.training import long_rows, step
 from job.training.activation_store import ActivationStore
 from job.training.lm_head_loss import padded_loss
 from job.training.long_rows import LongRows, why_not_here
+from job.training.memory_model import attention_copies
 from job.training.packing import packed_inputs
 from tests.helpers import LINEAR, deepened, fill_adapter, load_plain, make_examples, make_model
 from tests.unit.model.test_placed_weights import team
@@ -329,3 +333,59 @@ def test_attention_uses_the_processors(
 ) -> None:
     """Blocks of the backward kernel fill whole rounds: 33 times four heads are the 132 processors of an H100."""
     assert heads_at_once(heads, shared_by, segments, processors) == expected
+
+
+class _Off(CpuKernel):
+    def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value = super().backward(gradient, *saved)
+        return query, key, 1.1 * value
+
+
+class _Unsteady(CpuKernel):
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        out, sums = super().forward(*tensors)
+        return out + 1e-4 * torch.rand(()), sums
+
+
+class _Broken(CpuKernel):
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "why"),
+    [
+        (CpuKernel, None),
+        (_Off, "its results are 10.0% off flash's"),
+        (_Unsteady, "its bits differ from call to call"),
+        (_Broken, "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_a_kernel_is_tried_out(monkeypatch: pytest.MonkeyPatch, kernel: Any, why: str | None) -> None:
+    """Where it raises, is wrong or does not repeat, flash takes its place, and the log says why."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(long_attention, "FlashKernel", CpuKernel)
+    monkeypatch.setattr(long_attention, "TritonKernel", kernel)
+    sizes = Architecture(hidden=128, intermediate=256, layers=1, heads=2, kv_heads=1, head_size=64, vocabulary=8)
+    assert long_attention._why_not_triton(sizes, torch.float32, CPU) == why
+    monkeypatch.setattr(long_attention, "_why_not_triton", lambda *_: why)
+    choose_kernel.cache_clear()
+    with capture_logs() as lines:
+        found = [choose_kernel(sizes, torch.bfloat16, torch.device("cuda")) for _ in range(2)]
+    assert found == [("flash" if why else "cudnn and triton")] * 2
+    assert [line["why"] for line in lines] == ([why] if why else [])
+    choose_kernel.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "size"), [((8, 0), 128), ((10, 0), 128), ((9, 0), 96)])
+def test_only_what_was_measured_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], size: int
+) -> None:
+    """On other GPUs and with other heads it is flash; and the memory of flash is planned for."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    sizes = Architecture(hidden=4096, intermediate=8192, layers=1, heads=32, kv_heads=8, head_size=size, vocabulary=8)
+    choose_kernel.cache_clear()
+    assert choose_kernel(sizes, torch.bfloat16, torch.device("cuda")) == "flash"
+    assert attention_copies(sizes, capability) == 132
+    assert attention_copies(replace(sizes, head_size=128), (9, 0)) == 1
+    choose_kernel.cache_clear()

@@ -272,6 +272,7 @@ def test_long_rows_are_computed_in_tiles(base_folder: Path, monkeypatch: pytest.
     found = long_rows(base_folder, monkeypatch, 80 << 30)
     assert (found.tile_tokens, found.offloaded, found.kept_attention, found.recorded) == (8192, False, True, True)
     assert "rows of up to 30,000 tokens need" in found.reason
+    assert found.attention == "cpu"
     assert long_rows(base_folder, monkeypatch, 80 << 30, method="dpo").tile_tokens is None
     alone = long_rows(base_folder, monkeypatch, 80 << 30, lengths=[20_000, 30_000], recompute=False)
     # If memory runs out, giving up what long rows do not use would repeat a step for nothing.
