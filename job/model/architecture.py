@@ -10,8 +10,8 @@ from job.model.families import FAMILIES, caps_scores, fused_family, of_text, why
 
 WIDEST_HEAD = 256
 """Heads that are wider have no attention kernel for long rows (`model/fused/long_attention.py`)."""
-HOPPER, TRITON_HEADS = 9, (64, 128)
-"""The major compute capability and the sizes of heads for which the kernel with Triton is used."""
+HOPPER, TRITON_HEADS = 9, (128,)
+"""The major compute capability and the sizes of heads for which the kernel with Triton was measured."""
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def go(
     resume: Path | None = None,
     plan: ExecutionPlan | None = None,
 ) -> Any:
-    """Trains, by PEFT's own layers where no plan is given; returns what `train` returns, and folders of saved states."""
+    """Trains, without a plan by PEFT's own layers; returns what `train` returns, and the folders of saved states."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import models
     from transformers import PreTrainedTokenizerFast

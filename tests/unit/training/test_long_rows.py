@@ -366,7 +366,7 @@ def test_a_kernel_is_tried_out(monkeypatch: pytest.MonkeyPatch, kernel: Any, why
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(long_attention, "FlashKernel", CpuKernel)
     monkeypatch.setattr(long_attention, "TritonKernel", kernel)
-    sizes = Architecture(hidden=128, intermediate=256, layers=1, heads=2, kv_heads=1, head_size=64, vocabulary=8)
+    sizes = Architecture(hidden=128, intermediate=256, layers=1, heads=2, kv_heads=1, head_size=128, vocabulary=8)
     assert long_attention._why_not_triton(sizes, torch.float32, CPU) == why
     monkeypatch.setattr(long_attention, "_why_not_triton", lambda *_: why)
     choose_kernel.cache_clear()
@@ -377,7 +377,7 @@ def test_a_kernel_is_tried_out(monkeypatch: pytest.MonkeyPatch, kernel: Any, why
     choose_kernel.cache_clear()
 
 
-@pytest.mark.parametrize(("capability", "size"), [((8, 0), 128), ((10, 0), 128), ((9, 0), 96)])
+@pytest.mark.parametrize(("capability", "size"), [((8, 0), 128), ((10, 0), 128), ((9, 0), 64)])
 def test_only_what_was_measured_is_chosen(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], size: int
 ) -> None:
