@@ -106,7 +106,7 @@ def test_in_fp8_with_weights_that_come_layer_by_layer(base_folder: Path, tmp_pat
     """The bits are those of weights that are kept in FP8 on the device."""
     folder, found = deepened(base_folder, tmp_path / "base", 3), []
     for where in ("gpu", place):
-        base = load_plain(folder, quantization="nf4", dtype=torch.bfloat16, place=where, group=ALONE)
+        base = load_plain(folder, quantization="nf4", dtype=torch.bfloat16, placement=where, group=ALONE)
         how: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": LINEAR, "seed": 1}
         model = fill_adapter(add_adapter(base, **how)).train()
         assert fuse_layers(model, keep_dequantized=where == "gpu", kernels=TORCH, fp8=True) == "all"
@@ -123,7 +123,7 @@ def test_no_layer_is_fetched_in_vain(base_folder: Path, tmp_path: Path, monkeypa
     fetched: list[int] = []
     fetch = placed_weights._Host.fetch
     monkeypatch.setattr(placed_weights._Host, "fetch", lambda *x: fetched.append(x[1]) or fetch(*x))
-    base = load_plain(deepened(base_folder, tmp_path / "base", 4), quantization="nf4", place="host")
+    base = load_plain(deepened(base_folder, tmp_path / "base", 4), quantization="nf4", placement="host")
     model = fill_adapter(add_adapter(base, rank=8, alpha=16, dropout=0.0, target_modules=LINEAR, seed=1)).train()
     assert fuse_layers(model, keep_dequantized=False, kernels=TORCH) == "all"
     fetched.clear()
