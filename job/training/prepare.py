@@ -325,7 +325,9 @@ def _fuse(
 def _kernel_of_long_rows(model: Any, setup: Setup) -> str:
     from job.model.fused.long_attention import choose_kernel
 
-    return choose_kernel(setup.architecture, model.get_base_model().dtype, model.device)
+    base = model.get_base_model()
+    windowed = getattr(base.config.get_text_config(), "sliding_window", None) is not None
+    return choose_kernel(setup.architecture, base.dtype, model.device, windowed=windowed)
 
 
 def _not_multiples(setup: Setup, factor: int) -> str:

@@ -516,11 +516,13 @@ def capped(bench: Bench, what: str, tokens: int, gigabytes: float, plan: Executi
     tokens = bench.size(tokens)
     setup = setup_of(bench.model, "nf4", "adamw_8bit")
     if setup is not None and ON_GPU:
-        copies = copies_of(setup.architecture, DEVICE, choose_kernel(setup.architecture, torch.bfloat16, DEVICE))
+        kernel = choose_kernel(setup.architecture, torch.bfloat16, DEVICE, windowed=False)
+        copies = copies_of(setup.architecture, DEVICE, kernel)
         by_formula = long_row_bytes(setup, tokens, offloaded=True, kept_attention=plan.kept_attention, copies=copies)
         host = long_row_host_bytes(setup, tokens, kept_attention=plan.kept_attention)
         say(
             f"{what}: by formula",
+            kernel=kernel,
             activations_gib=by_formula / GIB,
             host_gib_of_all_layers=host / GIB,
             host_gib_free=available_bytes() / GIB,

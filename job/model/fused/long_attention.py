@@ -66,34 +66,35 @@ def has_kernel(device: torch.device, head_size: int) -> bool:
 
 
 @cache
-def choose_kernel(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> str:
+def choose_kernel(architecture: Architecture, dtype: torch.dtype, device: torch.device, *, windowed: bool) -> str:
     """The kernel of long rows on this machine, a key of `KERNELS`; tried out when it is first asked for.
 
     Args:
         architecture: Of the model.
         dtype: Of queries, keys and values.
         device: Where it has to run.
+        windowed: Whether some layers have a sliding window, for which the kernels are compiled once more.
     """
     if device.type == "cpu":
         return CPU
     capability = torch.cuda.get_device_capability(device)
     if not architecture.attends_by_triton(capability):
         return FLASH
-    if (why := _why_not_triton(architecture, dtype, device)) is not None:
+    if (why := _why_not_triton(architecture, dtype, device, windowed=windowed)) is not None:
         what = "attention of long rows is computed by torch's flash kernel, which takes longer and more memory"
         get_logger().warning(what, why=why)
         return FLASH
     return TRITON
 
 
-def _why_not_triton(a: Architecture, dtype: torch.dtype, device: torch.device) -> str | None:
-    """What is wrong with the kernel on a short row, with and without a window, beside flash's; None if nothing."""
+def _why_not_triton(a: Architecture, dtype: torch.dtype, device: torch.device, *, windowed: bool) -> str | None:
+    """What is wrong with the kernel on a short row, beside flash's; None if nothing."""
     draw = torch.Generator(device).manual_seed(0)
     shapes = [(_TRIED_TOKENS, heads, a.head_size) for heads in (a.heads, a.kv_heads, a.kv_heads, a.heads)]
     try:
         *tensors, gradient = (torch.randn(shape, generator=draw, device=device, dtype=dtype) for shape in shapes)
         layout = build_layout([Segment(0, _TRIED_TOKENS)], device)
-        for window in (None, _TRIED_TOKENS // 2):
+        for window in (None, _TRIED_TOKENS // 2)[: 1 + windowed]:
             expected, found, again = (
                 _both_passes(kernel(layout, None, window), tensors, gradient)
                 for kernel in (FlashKernel, TritonKernel, TritonKernel)

@@ -24,6 +24,7 @@ from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
 from job.model.placed_weights import taking_part
 from job.records import Example, ExecutionPlan
+from job.stages.train import software_of
 from job.training import long_rows, step
 from job.training.activation_store import ActivationStore
 from job.training.lm_head_loss import padded_loss
@@ -367,14 +368,20 @@ def test_a_kernel_is_tried_out(monkeypatch: pytest.MonkeyPatch, kernel: Any, why
     monkeypatch.setattr(long_attention, "FlashKernel", CpuKernel)
     monkeypatch.setattr(long_attention, "TritonKernel", kernel)
     sizes = Architecture(hidden=128, intermediate=256, layers=1, heads=2, kv_heads=1, head_size=128, vocabulary=8)
-    assert long_attention._why_not_triton(sizes, torch.float32, CPU) == why
-    monkeypatch.setattr(long_attention, "_why_not_triton", lambda *_: why)
+    assert long_attention._why_not_triton(sizes, torch.float32, CPU, windowed=True) == why
+    monkeypatch.setattr(long_attention, "_why_not_triton", lambda *_, **__: why)
     choose_kernel.cache_clear()
     with capture_logs() as lines:
-        found = [choose_kernel(sizes, torch.bfloat16, torch.device("cuda")) for _ in range(2)]
+        found = [choose_kernel(sizes, torch.bfloat16, torch.device("cuda"), windowed=False) for _ in range(2)]
     assert found == [("flash" if why else "cudnn and triton")] * 2
     assert [line["why"] for line in lines] == ([why] if why else [])
     choose_kernel.cache_clear()
+
+
+def test_a_checkpoint_names_the_kernel() -> None:
+    """Beside the versions, so that a run that is resumed with another one says so; without long rows it does not."""
+    plain, named = software_of(PLAN), software_of(replace(PLAN, attention="flash"))
+    assert named == plain | {"attention of long rows": "flash"}
 
 
 @pytest.mark.parametrize(("capability", "size"), [((8, 0), 128), ((10, 0), 128), ((9, 0), 64)])
@@ -385,7 +392,7 @@ def test_only_what_was_measured_is_chosen(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     sizes = Architecture(hidden=4096, intermediate=8192, layers=1, heads=32, kv_heads=8, head_size=size, vocabulary=8)
     choose_kernel.cache_clear()
-    assert choose_kernel(sizes, torch.bfloat16, torch.device("cuda")) == "flash"
+    assert choose_kernel(sizes, torch.bfloat16, torch.device("cuda"), windowed=False) == "flash"
     assert attention_copies(sizes, capability) == 132
     assert attention_copies(replace(sizes, head_size=128), (9, 0)) == 1
     choose_kernel.cache_clear()
