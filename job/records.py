@@ -176,7 +176,7 @@ class ModelRecord:
     parameters: int
     trainable_parameters: int
     quantized_parameters: int = 0
-    """How many of `parameters` are really held as `quantization` says; of a mixture's experts it may be few."""
+    """How many of `parameters` are really held as `quantization` says; a mixture's experts were none of them once."""
     adapted: list[str] = field(default_factory=list)
     """Names of the layers that got an adapter, as they were given or found."""
     added_tokens: list[str] = field(default_factory=list)

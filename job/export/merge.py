@@ -40,6 +40,7 @@ from job.export.whole_parameters import (
     with_vocabulary,
 )
 from job.model.base import DTYPES, dtype_by_name, is_quantized
+from job.model.experts import expert_tensors, packed
 from job.model.files import (
     MAX_CONFIG_BYTES,
     build_empty,
@@ -132,6 +133,10 @@ def candidates(model: Any, source: Path, asked: str) -> Candidates:
         raise _refused("is original, and the base is published quantized only; take dequantized", "merge_onto")
     if asked == DEQUANTIZED and not in_four_bits:
         raise _refused("is dequantized, and no weight of the base is quantized; take original", "merge_onto")
+    experts = any(packed(module, name) is not None for _, module, name in expert_tensors(base))
+    if asked == DEQUANTIZED and experts:
+        what = "is dequantized, and a mixture's experts are only written as the original base has them; take original"
+        raise _refused(what, "merge_onto")
     size = plan_merge(model, source).bytes
     if asked != BEST:
         return Candidates((asked,), size, f"JOB_EXPORT__MERGE_ONTO is {asked}")
@@ -139,6 +144,8 @@ def candidates(model: Any, source: Path, asked: str) -> Candidates:
         return Candidates((ORIGINAL,), size, "no weight of the base is quantized")
     if published_quantized:
         return Candidates((DEQUANTIZED,), size, "the base is published quantized only")
+    if experts:
+        return Candidates((ORIGINAL,), size, "a mixture's experts are only written as the original base has them")
     return Candidates((ORIGINAL, DEQUANTIZED), size)
 
 

@@ -49,6 +49,7 @@ class AdapterOptions:
     layers: Numbers of the decoder's layers that get an adapter, from 0; None for all.
     rank_pattern, alpha_pattern: Module name, or its end, or PEFT's regular expression -> the value there.
     adalora: For the kind `adalora`.
+    experts: Whether a mixture's experts get an adapter.
     modules_to_save: Names of modules, or their ends, that are trained and saved whole.
     added_tokens: New tokens, of which embedding and output layer get rows that are trained.
     """
@@ -61,6 +62,7 @@ class AdapterOptions:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, int] = field(default_factory=dict)
     adalora: AdaLora | None = None
+    experts: bool = False
     modules_to_save: tuple[str, ...] = ()
     added_tokens: tuple[str, ...] = ()
 
@@ -113,7 +115,7 @@ def make_options(
             total_step=total_steps,
             **{name: lora[name] for name in ("tinit", "tfinal", "delta_t", "orth_reg_weight")},
         )
-    taken = ("kind", "init", "use_rslora", "use_dora", "layers", "rank_pattern", "alpha_pattern")
+    taken = ("kind", "init", "use_rslora", "use_dora", "layers", "rank_pattern", "alpha_pattern", "experts")
     return AdapterOptions(
         **{name: lora[name] for name in taken},
         adalora=adalora,

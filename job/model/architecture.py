@@ -16,11 +16,11 @@ HOPPER, TRITON_HEADS = 9, (128,)
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder of `FAMILIES`: grouped attention, and a feed-forward layer of three matrices.
+    """A decoder of `FAMILIES`: grouped attention, and a feed-forward layer of three matrices, or a mixture of such.
 
     Attributes:
         hidden: Width of the residual stream.
-        intermediate: Width of the feed-forward layer.
+        intermediate: Width of the feed-forward layer; of a mixture, of those together that a token goes to.
         layers: Number of layers.
         heads: Heads of the queries.
         kv_heads: Heads of keys and values, shared by groups of queries.
@@ -34,6 +34,8 @@ class Architecture:
         joined: Whether queries, keys and values are one linear layer, and gate and up another.
         not_recorded: Why the decoder cannot be recorded as a CUDA graph although it is fused; None if it can.
         caps_scores: Whether attention's scores are capped.
+        experts: Of a mixture, how many feed-forward layers a layer has; 0 where it is none.
+        chosen: Of a mixture, to how many of them a token goes.
     """
 
     hidden: int
@@ -51,6 +53,8 @@ class Architecture:
     joined: bool = False
     not_recorded: str | None = None
     caps_scores: bool = False
+    experts: int = 0
+    chosen: int = 1
 
     @property
     def in_tiles(self) -> bool:
@@ -91,7 +95,9 @@ class Architecture:
 
     @property
     def feed_forward(self) -> dict[str, tuple[int, int]]:
-        """The same of one feed-forward layer."""
+        """The same of one feed-forward layer; nothing of a mixture, whose experts are no linear layers."""
+        if self.experts:
+            return {}
         first = {"gate_proj": self.intermediate, "up_proj": self.intermediate}
         if self.joined:
             first = {"gate_up_proj": sum(first.values())}
@@ -112,9 +118,36 @@ class Architecture:
         return {"auto": everything, "all-linear": everything, "attention": attention, "mlp": mlp}
 
     @property
+    def expert_parameters(self) -> int:
+        """Weights of the experts of one layer."""
+        return 3 * self.experts * self.hidden * self.expert_width
+
+    @property
+    def expert_width(self) -> int:
+        """Width of the feed-forward layer that an expert is."""
+        return self.intermediate // self.chosen
+
+    @property
+    def largest_matrix(self) -> int:
+        """Weights that are dequantized at once, where they are for each use: a matrix, or those of all experts."""
+        return self.hidden * (2 * self.experts * self.expert_width if self.experts else self.intermediate)
+
+    @property
+    def copies(self) -> int:
+        """Width of the copies of a token that go to a mixture's experts; 0 where it is none."""
+        return self.chosen * self.hidden if self.experts else 0
+
+    @property
     def linear_parameters(self) -> int:
-        """Weights of the linear layers, which are what is quantized; the output layer is not."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.linear.values())
+        """Weights of the linear layers and of experts, which are what is quantized; the output layer is not."""
+        linear = sum(inputs * outputs for inputs, outputs in self.linear.values())
+        return self.layers * (linear + self.expert_parameters)
+
+    @property
+    def used_parameters(self) -> int:
+        """Those of them that a token is multiplied by."""
+        idle = self.expert_parameters // self.experts * (self.experts - self.chosen) if self.experts else 0
+        return self.linear_parameters - self.layers * idle
 
     @property
     def head_parameters(self) -> int:
@@ -123,9 +156,10 @@ class Architecture:
 
     @property
     def parameters(self) -> int:
-        """All weights: linear layers, embedding, output layer and norms."""
+        """All weights: linear layers, experts and their routers, embedding, output layer and norms."""
         norms = (self.norms * self.layers + 1) * self.hidden
-        return self.linear_parameters + (1 if self.tied else 2) * self.head_parameters + norms
+        routers = self.layers * self.experts * self.hidden
+        return self.linear_parameters + (1 if self.tied else 2) * self.head_parameters + norms + routers
 
     def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
         """Weights of a LoRA adapter: two matrices a layer, from the input to the rank and on to the output.
@@ -133,6 +167,11 @@ class Architecture:
         Source: Hu et al. 2021, LoRA (arXiv:2106.09685), section 4.1.
         """
         return self.layers * sum(rank * sum(self.linear[name]) for name in targets)
+
+    def expert_adapter_parameters(self, rank: int) -> int:
+        """Weights of the adapters of all experts, of gate and up as one matrix, and of down."""
+        width = self.expert_width
+        return self.layers * self.experts * rank * (2 * self.hidden + 3 * width)
 
 
 def read_config(config: Mapping[str, Any]) -> Architecture:
@@ -152,12 +191,13 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
             raise ValueError(f"config.json has no number {name}")
         return value
 
+    of = family.experts
     heads = number("num_attention_heads")
     hidden = number("hidden_size")
     positions = config.get("max_position_embeddings")
     return Architecture(
         hidden=hidden,
-        intermediate=number("intermediate_size"),
+        intermediate=number("intermediate_size") if of is None else number(of.width) * number("num_experts_per_tok"),
         layers=number("num_hidden_layers"),
         heads=heads,
         kv_heads=number("num_key_value_heads") if config.get("num_key_value_heads") else heads,
@@ -171,4 +211,6 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         joined=family.joined,
         not_recorded=why_not_recorded(config),
         caps_scores=caps_scores(config),
+        experts=0 if of is None else number(next((name for name in of.count if config.get(name)), of.count[0])),
+        chosen=1 if of is None else number("num_experts_per_tok"),
     )

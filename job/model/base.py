@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -216,8 +216,9 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from job.model import packed_attention
-    from job.model.placed_loading import placing
+    from job.model import experts, packed_attention
+    from job.model.fused.experts import use_frozen
+    from job.model.placed_loading import layer_by_layer, placing
 
     config, empty = inspect(folder, max_length=max_length, targets=targets, rank=rank, options=options)
     check_weights(folder, config, empty)
@@ -231,7 +232,15 @@ def load_base(
             bnb_4bit_use_double_quant=double_quantization,
             bnb_4bit_compute_dtype=dtype,
         )
-    with readable(folder), nullcontext() if placement == "gpu" else placing(placement, device, group) as placed:
+    apart = quantized and experts.has_files(folder)
+    kinds = experts.kinds_of(empty) if how or apart else experts.Kinds()
+    with ExitStack() as stack:
+        stack.enter_context(readable(folder))
+        if kinds:
+            kept, fresh = experts.left_out, experts.quantizing
+            stack.enter_context(kept(kinds, empty) if apart else fresh(kinds, double=double_quantization))
+            stack.enter_context(layer_by_layer())
+        placed = None if placement == "gpu" else stack.enter_context(placing(placement, device, group, kinds))
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -243,13 +252,9 @@ def load_base(
             output_loading_info=True,
             **how,
         )
-    if missing := sorted(loading_info["missing_keys"]):  # transformers would silently initialize them at random
-        what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
-        raise DataError([Problem("JOB_MODEL__ID", what)])
-    layers = {name: module for name, module in model.named_modules() if _is_bitsandbytes(module)}
-    if plain := [name for name, layer in layers.items() if not is_quantized(layer.weight)]:
-        what = f"{folder} has a config.json that says its weights are quantized, and those of {plain[0]} are not"
-        raise DataError([Problem("JOB_MODEL__ID", what)])
+        if apart:
+            experts.load_experts(model, folder, device)
+    _check_loaded(folder, model, loading_info)
     model.config.use_cache = False
     _set_dtype(model, dtype)
     for module in model.modules():
@@ -269,7 +274,24 @@ def load_base(
     packed_attention.use(model, packed_attention.NAME)
     if placed is not None:
         placed.finish(model)
+    experts.finish(model)
+    use_frozen(model, dtype)
     return model
+
+
+def _check_loaded(folder: Path, model: Any, loading_info: dict[str, Any]) -> None:
+    """Refuses a model of which weights are missing, or not quantized as its config.json says.
+
+    Raises:
+        DataError: It is.
+    """
+    if missing := sorted(loading_info["missing_keys"]):  # transformers would silently initialize them at random
+        what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
+        raise DataError([Problem("JOB_MODEL__ID", what)])
+    layers = {name: module for name, module in model.named_modules() if _is_bitsandbytes(module)}
+    if plain := [name for name, layer in layers.items() if not is_quantized(layer.weight)]:
+        what = f"{folder} has a config.json that says its weights are quantized, and those of {plain[0]} are not"
+        raise DataError([Problem("JOB_MODEL__ID", what)])
 
 
 def inspect(
@@ -392,11 +414,10 @@ class Held:
 def held(model: Any) -> Held:
     """Inspects the loaded layers, since neither the settings nor config.json have to agree with them.
 
-    Experts of a mixture that share one tensor are not linear layers, and are not quantized.
+    Of a mixture the experts are among them, which are no linear layers.
     """
     found: Counter[tuple[str, bool]] = Counter()
-    # Each once: a layer with an adapter shows the weight of the layer within as its own.
-    for weight in {id(w): w for m in model.modules() if (w := getattr(m, "weight", None)) is not None}.values():
+    for weight in model.parameters():
         if (state := getattr(weight, "quant_state", None)) is not None:
             found[state.quant_type, state.nested] += state.shape.numel()
         elif type(weight).__name__ == "Int8Params":

@@ -10,7 +10,8 @@ from typing import Any
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import PLAIN, AdapterOptions
 from job.model.decomposed_init import decompose
-from job.model.target_modules import check_adapter, excluded, linear_layers, named_by, resolve_targets
+from job.model.experts import plain_shapes
+from job.model.target_modules import check_adapter, excluded, expert_targets, linear_layers, named_by, resolve_targets
 from job.model.whole_modules import grow_embeddings, names_for_peft, prepare_wrappers, token_rows
 
 
@@ -66,6 +67,8 @@ def add_adapter(
         "modules_to_save": names_for_peft(model, options.modules_to_save),
         "trainable_token_indices": token_rows(model, options.modules_to_save, token_ids),
     }
+    if options.experts:
+        how["target_parameters"] = expert_targets(model, options.layers)
     if options.adalora is not None:
         chosen = {"deltaT": options.adalora.delta_t, **asdict(options.adalora)}
         del chosen["delta_t"]
@@ -81,7 +84,8 @@ def add_adapter(
             **how,
         )
     try:
-        adapted = get_peft_model(model, config)
+        with plain_shapes(model):
+            adapted = get_peft_model(model, config)
     except ValueError as error:  # of layers that it knows it would break
         what = f"PEFT cannot adapt {', '.join(targets)}: {(str(error).splitlines() or [''])[0][:300]}"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)]) from error
@@ -90,6 +94,10 @@ def add_adapter(
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(torch.float32)
     prepare_wrappers(adapted)
+    if options.experts:
+        from job.model.fused.experts import fuse_experts
+
+        fuse_experts(adapted, model.dtype)
     if options.decomposed and model.device.type != "meta":
         decompose(adapted, options.init)
     return adapted

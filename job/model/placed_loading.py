@@ -20,25 +20,27 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from job.errors import Problem, SettingsError
+from job.model.experts import Kinds, save_experts, without_experts
 from job.model.placed_weights import ALIGNMENT, PLACED, Group, LayerSource, PlacedWeights, layer_of, open_source
 
 
 @dataclass
 class _Layer:
-    """The quantized modules of a layer as they are loaded: how many there will be, and those that are here."""
+    """The quantized weights of a layer as they are loaded: how many there will be, and those that are here."""
 
     expected: int
-    modules: list[Any]
+    weights: list[tuple[Any, str, Any]]
+    """(module, name of the parameter, the weight)."""
 
 
 class Placing:
     """Takes the quantized weights of layers off the device while a model is loaded; see `placing`."""
 
-    def __init__(self, source: LayerSource, device: torch.device) -> None:
-        self._source, self._device = source, device
+    def __init__(self, source: LayerSource, device: torch.device, experts: Kinds) -> None:
+        self._source, self._device, self._experts = source, device, experts
         self._parents: dict[Any, tuple[Any, str]] = {}
         self._layers: dict[Any, _Layer] = {}
-        self._placed: list[tuple[list[Any], list[list[_Piece]], int]] = []
+        self._placed: list[tuple[list[tuple[Any, str]], list[list[_Piece]], int]] = []
 
     def module_registered(self, parent: Any, name: str, module: Any) -> None:
         """For torch's hook: notes where a module is."""
@@ -47,18 +49,25 @@ class Placing:
 
     def parameter_registered(self, module: Any, name: str, weight: Any) -> None:
         """For torch's hook: places a layer when its last quantized weight is there."""
-        state = getattr(weight, "quant_state", None)
-        if name != "weight" or state is None or weight.device.type == "meta":
+        if getattr(weight, "quant_state", None) is None or weight.device.type == "meta":
             return
         if (layer := self._layer_of(module)) is None:
             return
         found = self._layers.get(layer)
         if found is None:
-            count = sum(type(one) is type(module) for one in layer.modules())
-            found = self._layers[layer] = _Layer(count, [])
-        found.modules.append((module, weight))
-        if len(found.modules) == found.expected:
-            self._place([weight for _, weight in found.modules], [module for module, _ in found.modules])
+            found = self._layers[layer] = _Layer(self._count(layer), [])
+        found.weights.append((module, name, weight))
+        if len(found.weights) == found.expected:
+            self._place([weight for *_, weight in found.weights], [(module, name) for module, name, _ in found.weights])
+
+    def _count(self, layer: Any) -> int:
+        """How many quantized weights a layer will have: its linear layers', and those of experts."""
+        modules = list(layer.modules())
+        linear = sum(type(module).__module__.startswith("bitsandbytes.") for module in modules)
+        own = (
+            (type(module).__name__, name) for module in modules for name, _ in module.named_parameters(recurse=False)
+        )
+        return linear + sum(kind in self._experts for kind in own)
 
     def finish(self, model: Any) -> None:
         """Gives the model its slots, once all weights are loaded.
@@ -66,19 +75,22 @@ class Placing:
         Raises:
             SettingsError: It has no layers of 4-bit weights.
         """
-        if not self._placed or any(len(layer.modules) < layer.expected for layer in self._layers.values()):
+        if not self._placed or any(len(layer.weights) < layer.expected for layer in self._layers.values()):
             what = "must be gpu: the base has no decoder layers of 4-bit weights"
             raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
         placed = PlacedWeights(self._source, self._device, [size for _, _, size in self._placed])
         for number, (modules, pieces, _) in enumerate(self._placed):
             slot = placed.slots[placed.slot(number)]
-            for module, (packed, *constants) in zip(modules, pieces, strict=True):
-                module.weight.data = packed.view(slot)
-                state = _placed_state(module.weight.quant_state, partial(placed.need, number))
+            for (module, name), (packed, *constants) in zip(modules, pieces, strict=True):
+                weight = getattr(module, name)
+                weight.data = packed.view(slot)
+                state = _placed_state(weight.quant_state, partial(placed.need, number))
                 state.constants = constants[0].view(slot)
                 if len(constants) > 1:
                     state.state2.absmax = constants[1].view(slot)
-                module.weight.quant_state = module.quant_state = state
+                weight.quant_state = state
+                if name == "weight":
+                    module.quant_state = state
         setattr(model, PLACED, placed)
 
     def _layer_of(self, module: Any) -> Any:
@@ -91,7 +103,7 @@ class Placing:
             module = parent
         return found
 
-    def _place(self, weights: Sequence[Any], modules: Sequence[Any]) -> None:
+    def _place(self, weights: Sequence[Any], modules: Sequence[tuple[Any, str]]) -> None:
         parts = [_parts(weight) for weight in weights]
         pieces, size = _laid_out(parts)
         layer = torch.zeros(size, dtype=torch.uint8, device=self._device)
@@ -189,23 +201,37 @@ def _placed_kind(kind: Any) -> Any:
 
 
 @contextmanager
-def placing(placement: str, device: torch.device, group: Group | None) -> Iterator[Placing]:
-    """A context for loading a model: each quantized layer is moved to its place once loaded. Call `finish` afterwards.
-
-    Args:
-        placement: `host` or `sharded`.
-        device: Where the model computes.
-        group: The processes of the run, all of which load the same model now.
-    """
+def layer_by_layer() -> Iterator[None]:
+    """A context for loading a model, in which no more is on the device than what is just loaded."""
     from transformers import core_model_loading, modeling_utils
 
-    made = Placing(open_source(placement, device, group), device)
     with ExitStack() as stack:
         # transformers loads with several threads, ahead of what is placed: weights would gather on the device.
         in_turn = partial(_without_threads, core_model_loading.spawn_materialize)
         stack.enter_context(_replaced(core_model_loading, "spawn_materialize", in_turn))
         # Before that, it allocates the memory of the whole model on the device at once, to be faster.
         stack.enter_context(_replaced(modeling_utils, "caching_allocator_warmup", lambda *_, **__: None))
+        yield
+
+
+@contextmanager
+def placing(
+    placement: str,
+    device: torch.device,
+    group: Group | None,
+    experts: Kinds = Kinds(),  # noqa: B008 - it cannot be changed
+) -> Iterator[Placing]:
+    """A context for loading a model: each quantized layer is moved to its place once loaded. Call `finish` afterwards.
+
+    Args:
+        placement: `host` or `sharded`.
+        device: Where the model computes.
+        group: The processes of the run, all of which load the same model now.
+        experts: Parameters beside linear layers' that will be quantized.
+    """
+    made = Placing(open_source(placement, device, group), device, experts)
+    with ExitStack() as stack:
+        stack.enter_context(layer_by_layer())
         for hook, register in (
             (made.module_registered, torch_module.register_module_module_registration_hook),
             (made.parameter_registered, torch_module.register_module_parameter_registration_hook),
@@ -226,12 +252,16 @@ def save_quantized(model: Any, folder: Path, *, shard: str) -> None:
         folder: Exists.
         shard: The largest size of a file, as transformers takes it.
     """
+    # transformers would cut them into single experts, which packed tensors cannot be; nor is the rest renamed then.
+    mixture = save_experts(model, folder)
+    how, state = {"max_shard_size": shard, "save_original_format": not mixture}, without_experts(model)
     if getattr(model, PLACED, None) is None:
-        model.save_pretrained(folder, max_shard_size=shard)
+        with _replaced(model, "state_dict", lambda *_, **__: dict(state)):
+            model.save_pretrained(folder, **how)
         return
     from transformers import modeling_utils
 
-    state, whole = model.state_dict(), modeling_utils.safe_save_file
+    whole = modeling_utils.safe_save_file
     bring = {
         name: found
         for path, module in model.named_modules()
@@ -252,7 +282,7 @@ def save_quantized(model: Any, folder: Path, *, shard: str) -> None:
         _replaced(model, "state_dict", lambda *_, **__: dict(names)),
         _replaced(modeling_utils, "safe_save_file", save_file),
     ):
-        model.save_pretrained(folder, max_shard_size=shard)
+        model.save_pretrained(folder, **how)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import PLAIN, AdapterOptions, check_options, in_group
+from job.model.experts import expert_tensors
 from job.model.tensor_names import tensor_files
 from job.model.whole_modules import check_whole
 
@@ -61,6 +62,12 @@ def check_adapter(model: Any, targets: Sequence[str], rank: int, options: Adapte
     check_targets(model, targets)
     if options == PLAIN:
         return
+    if options.experts:
+        from job.model.fused.experts import why_not_adapted
+
+        if why := why_not_adapted(model):
+            what = f"is on, and {type(model).__name__} {why}; remove it"
+            raise SettingsError([Problem("JOB_LORA__EXPERTS", what)])
     config = model.config.get_text_config(decoder=True)
     adapted = named_by(linear_layers(model), targets)
     if options.layers is not None:
@@ -74,6 +81,19 @@ def check_adapter(model: Any, targets: Sequence[str], rank: int, options: Adapte
     if options.init == "orthogonal" and any(_packed(model.get_submodule(name)) for name in adapted):
         what = "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none or take another"
         raise SettingsError([Problem("JOB_LORA__INIT", what)])
+
+
+def expert_targets(model: Any, layers: Sequence[int] | None = None) -> list[str]:
+    """What of a mixture's experts an adapter can be on, as PEFT's `target_parameters`.
+
+    Args:
+        model: May be one without weights.
+        layers: Numbers of the layers; None for all, and then short names, which PEFT looks for in each.
+    """
+    full = [f"{path}.{name}" for path, _, name in expert_tensors(model)]
+    if layers is not None:
+        return [name for name in full if _layer_of(name) in layers]
+    return sorted({".".join(name.split(".")[-3:]) for name in full})
 
 
 def _layer_of(name: str) -> int | None:
@@ -125,12 +145,13 @@ def _is_linear(module: Any) -> bool:
 
 
 def linear_weights(model: Any) -> list[Any]:
-    """The weights that are quantized where a base is: those of all linear layers but the head."""
+    """The weights that are quantized where a base is: those of all linear layers but the head, and of experts."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    return [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    return [*linear, *(module.get_parameter(name) for _, module, name in expert_tensors(model))]
 
 
 def find_targets(model: Any) -> list[str]:

@@ -131,7 +131,7 @@ def preview_adapter(
         what = f"{what}; on a GPU all of {config.model_type}'s decoder is fused, without CUDA graphs: {why}"
     if quantization == "none" or linear >= MOSTLY * all_:
         return "ok", what, facts
-    stays = "the rest, such as embeddings and experts that are one tensor, stays in 16 bit"
+    stays = "the rest, such as embeddings, stays in 16 bit"
     return "note", f"{what}; {linear:,} of {all_:,} weights can be held as {quantization}, {stays}", facts
 
 

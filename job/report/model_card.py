@@ -221,7 +221,10 @@ def _sources(dataset: Mapping[str, Any], *, short: bool) -> str:
 
 def _adapter_options(settings: Mapping[str, Any]) -> list[str]:
     """What of the adapter is not plain LoRA, by the names of the settings; older manifests have none of them."""
-    names = ("kind", "init", "use_rslora", "use_dora", "layers", "rank_pattern", "alpha_pattern", "modules_to_save")
+    names = (
+        *("kind", "init", "use_rslora", "use_dora", "layers", "rank_pattern", "alpha_pattern", "modules_to_save"),
+        "experts",
+    )
     plain = {"kind": "lora", "init": "default"}
     given = {name: settings.get(f"lora.{name}") for name in names}
     return [f"{name} {value}" for name, value in given.items() if value and value != plain.get(name)]

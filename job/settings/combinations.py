@@ -75,6 +75,7 @@ def impossible_values(settings: Settings, request: Request) -> Iterator[Fault]:
     yield from _sources(settings)
     yield from _schedule(settings)
     yield from _adapter(settings)
+    yield from _experts(settings)
     yield from _method(settings)
     yield from _compute(settings)
 
@@ -351,6 +352,20 @@ def _adapter(settings: Settings) -> Iterator[Fault]:
         if settings.sources[f"lora.{name}"] != "default":
             yield f"lora.{name}", "has an effect with JOB_LORA__KIND=adalora only"
     yield from _init(settings)
+
+
+def _experts(settings: Settings) -> Iterator[Fault]:
+    """What cannot be had with adapters of experts: PEFT has none of it for them, and a merge has no place for them."""
+    if not settings.lora.experts:
+        return
+    plain = Lora()
+    for name in ("kind", "init", "use_dora", "dropout", "modules_to_save"):
+        if getattr(settings.lora, name) != getattr(plain, name):
+            yield f"lora.{name}", "is not for JOB_LORA__EXPERTS; drop one of the two"
+    if settings.train.optimizer == "muon":
+        yield "train.optimizer", "is muon, which would take the adapters of all experts for one matrix; take another"
+    if settings.export.formats:
+        yield "export.formats", "cannot be made with JOB_LORA__EXPERTS: adapters of experts are not merged; drop one"
 
 
 def _init(settings: Settings) -> Iterator[Fault]:

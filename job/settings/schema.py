@@ -198,6 +198,9 @@ class Lora(Group):
     """Names of the linear layers that get an adapter, such as `q_proj,v_proj`. `auto` or `all-linear`: all linear
     layers but the output head; in models like Llama and Mistral the seven projections of each decoder layer.
     `attention`, `mlp`: those within modules of this kind."""
+    experts: AffectsResult[Flag] = False
+    """Of a mixture: whether its experts get an adapter as well, each of rank RANK (PEFT's `target_parameters`). Their
+    weights are most of a mixture, and so are their adapters of the adapter. The router is never trained."""
     layers: AffectsResult[Maybe[Layers]] = None
     """Numbers of the decoder's layers that get an adapter, from 0, such as `0-15,20`; empty for all."""
     rank_pattern: AffectsResult[Pattern] = Field(default_factory=dict)

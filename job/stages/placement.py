@@ -154,7 +154,7 @@ def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: Adapte
         return None
     named = lora.target_modules
     targets = architecture.groups[named] if isinstance(named, str) else named
-    return Setup(
+    setup = Setup(
         architecture=architecture,
         rank=lora.rank if options.adalora is None else options.adalora.init_r,
         targets=tuple(name for name in targets if name in architecture.linear),
@@ -164,3 +164,6 @@ def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: Adapte
         optimizer=train.optimizer,
         recompute=True,
     )
+    if not options.experts:
+        return setup
+    return replace(setup, counted=setup.adapter + architecture.expert_adapter_parameters(lora.rank))

@@ -29,6 +29,7 @@ from job.storage.open import ObjectStore, StorageOptions, fetch, open_store
 
 CODE = (
     "job.model.base",
+    "job.model.experts",
     "job.model.files",
     "job.model.placed_loading",
     "job.model.placed_weights",

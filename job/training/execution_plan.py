@@ -14,6 +14,7 @@ from statistics import fmean, pstdev
 from job.records import ExecutionPlan
 from job.training.memory_model import (
     CONTEXT_BYTES,
+    EXPERT_COPIES,
     FP32,
     MARGIN,
     Setup,
@@ -75,7 +76,10 @@ def kept_activation_bytes(setup: Setup, tokens: int) -> int:
     a = setup.architecture
     stream = (2 + a.norms) * a.hidden
     heads = 2 * a.queries + (a.queries + a.keys if a.query_norm else 0)
-    return setup.value_bytes * a.layers * (stream + heads + 3 * a.intermediate) * tokens
+    kept = setup.value_bytes * a.layers * (stream + heads + 3 * a.intermediate) * tokens
+    # Beside what is kept, a mixture's layer needs its experts' weights and copies of the tokens while it computes.
+    now = a.largest_matrix + EXPERT_COPIES * a.copies * tokens if a.experts else 0
+    return kept + setup.value_bytes * now
 
 
 def choose_plan(

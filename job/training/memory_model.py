@@ -36,6 +36,9 @@ LAYERS_AT_ONCE = {"sharded": 3, "host": 2}
 """How many layers are on the GPU as a whole where not all of them are: the one that computes, the one that comes next,
 and, gathered only to take part, one that another process needs."""
 
+EXPERT_COPIES = 5
+"""Tensors of the width of a token's copies for its experts (`fused/experts.py`) that there are at once: the copies,
+what the experts make of them in the compute dtype and in fp32, and its copy in the order of the tokens. Counted."""
 LINK_BANDWIDTH = 20e9
 """Bytes a second between a GPU and main memory or another GPU. Assumed: PCIe 4.0 with 16 lanes."""
 CONTEXT_BYTES = 600 << 20
@@ -188,8 +191,8 @@ def activation_bytes(setup: Setup, tokens: int) -> int:
     """
     a, size = setup.architecture, setup.value_bytes
     layer = kept_bytes(setup) * tokens
-    dequantized = a.hidden * a.intermediate * size if setup.quantization != "none" else 0
-    backward = size * (2 * a.intermediate + 2 * a.hidden) * tokens + dequantized
+    dequantized = a.largest_matrix * size if setup.quantization != "none" else 0
+    backward = size * (2 * a.intermediate + 2 * a.hidden + EXPERT_COPIES * a.copies) * tokens + dequantized
     tile = min(tokens, HEAD_ROWS) * min(a.vocabulary, HEAD_COLUMNS) * size
     loss = tokens * a.hidden * (size + FP32) + tile
     if setup.recompute:
@@ -229,7 +232,7 @@ def long_row_bytes(setup: Setup, tokens: int, *, offloaded: bool, kept_attention
     again = 0 if kept_attention else output
     attention = size * (2 * a.hidden + 3 * a.queries + 4 * keys) + again + FP32 * copies * a.head_size
     feed_forward = size * (3 * a.hidden + a.queries + 2 * keys) + again
-    tile = size * (7 * a.intermediate + 6 * a.hidden) * min(tokens, TILE_TOKENS)
+    tile = size * (7 * a.intermediate + 6 * a.hidden + EXPERT_COPIES * a.copies) * min(tokens, TILE_TOKENS)
     positions = 3 * size * a.head_size + TOKEN_BYTES
     loss = min(tokens, HEAD_ROWS) * min(a.vocabulary, HEAD_COLUMNS) * size + FP32 * a.hidden * min(tokens, TILE_TOKENS)
     return (kept + positions) * tokens + max(attention * tokens, feed_forward * tokens + tile, loss)
@@ -284,7 +287,7 @@ def evaluation_bytes(setup: Setup, tokens: int, reads: int) -> int:
     """
     a, size = setup.architecture, setup.value_bytes
     held = training_memory(setup, 0)
-    layer = size * (4 * a.intermediate + 4 * a.hidden) * tokens + a.hidden * a.intermediate * size
+    layer = size * (4 * a.intermediate + 4 * a.hidden + EXPERT_COPIES * a.copies) * tokens + a.largest_matrix * size
     logits = reads * a.vocabulary * (size + 2 * FP32)
     head = 0 if size == FP32 else 2 * a.vocabulary * a.hidden
     return held.total - held.activations + head + max(layer, logits + size * a.hidden * tokens)
@@ -322,7 +325,7 @@ def training_flops(setup: Setup, tokens: int, squares: int) -> int:
     4.1.
     """
     a, again = setup.architecture, 1 if setup.recompute else 0
-    linear = (4 + 2 * again) * a.linear_parameters + (6 + 2 * again) * setup.adapter + 6 * a.head_parameters
+    linear = (4 + 2 * again) * a.used_parameters + (6 + 2 * again) * setup.adapter + 6 * a.head_parameters
     attention = round((3.5 + again) * 2 * a.queries * a.layers * squares)
     return linear * tokens + attention
 
@@ -330,7 +333,7 @@ def training_flops(setup: Setup, tokens: int, squares: int) -> int:
 def evaluation_flops(setup: Setup, tokens: int, reads: int) -> int:
     """Operations of scoring so many tokens, at `reads` of which logits are formed: one forward pass, but attention."""
     a = setup.architecture
-    return 2 * (a.linear_parameters + setup.adapter) * tokens + 2 * a.head_parameters * reads
+    return 2 * (a.used_parameters + setup.adapter) * tokens + 2 * a.head_parameters * reads
 
 
 def seconds(

@@ -109,6 +109,8 @@ def prepare(
     dtype = dtype_name(model)
     if compute == FP8 and slow is None and dtype != "bfloat16":
         raise SettingsError([Problem(_COMPUTE, f"is fp8, which is beside bf16; the compute dtype is {dtype}")])
+    if compute == FP8 and setup is not None and setup.architecture.experts:
+        raise SettingsError([Problem(_COMPUTE, "is fp8, in which a mixture's experts are not computed; remove it")])
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
     longest_trained = max(lengths)
@@ -218,7 +220,7 @@ def _is_uneven(adapter: Any) -> bool:
     """Whether an adapter's parameters do not follow from rank and targets alone."""
     options = (
         *("use_dora", "layers_to_transform", "rank_pattern", "init_r"),
-        *("modules_to_save", "trainable_token_indices"),
+        *("modules_to_save", "trainable_token_indices", "target_parameters"),
     )
     return any(getattr(adapter, name, None) for name in options)
 

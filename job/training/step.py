@@ -440,4 +440,4 @@ def _recording_tokens(model: Any) -> int:
         of = read_config(model.get_base_model().config.to_dict())
     except ValueError:  # a model of another build, which is not padded
         return RECORDING_TOKENS
-    return recording_tokens(of.layers, of.linear_parameters + of.head_parameters)
+    return recording_tokens(of.layers, of.used_parameters + of.head_parameters)

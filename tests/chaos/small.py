@@ -195,6 +195,21 @@ def _lora(**given: str) -> Callable[[Path], dict[str, str]]:
     return lambda _folder: {f"JOB_LORA__{name}": value for name, value in given.items()}
 
 
+def _mixture(folder: Path) -> dict[str, str]:
+    """A mixture of experts in place of the base, with adapters of experts, which get no dropout."""
+    from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
+
+    plain = AutoConfig.from_pretrained(folder / "base")
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    tokens = ("pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings")
+    sizes = {name: getattr(plain, name) for name in (*names, *tokens)}
+    place = Path(shutil.copytree(folder / "base", folder / "mixture", dirs_exist_ok=True))
+    (place / "model.safetensors").unlink(missing_ok=True)
+    config = MixtralConfig(**sizes, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2)
+    MixtralForCausalLM(config).save_pretrained(place)
+    return {"JOB_MODEL__ID": str(place), "JOB_LORA__EXPERTS": "true", "JOB_LORA__DROPOUT": "0"}
+
+
 CONFIGURATIONS: Mapping[str, Callable[[Path], dict[str, str]]] = {
     "plain": lambda _folder: {},
     "early-stopping": validation,
@@ -220,6 +235,7 @@ CONFIGURATIONS: Mapping[str, Callable[[Path], dict[str, str]]] = {
     "chat-completion": _chat(UNMARKED, "completion"),
     "split-texts": _split_texts,
     "ipo-start": _from_an_adapter,
+    "mixture": _mixture,
     "adalora": _lora(KIND="adalora", TINIT="3", TFINAL="5", DELTA_T="2"),
 }
 """What a run adds to `settings`, by name. To have `make chaos` draw another option, add a line."""

@@ -10,7 +10,7 @@ import pytest
 from tests.chaos.small import CONFIGURATIONS, settings
 from tests.integration.test_survival import attempt, published
 
-WAYS = ("weights", "chat", "chat-unmarked", "split-texts", "ipo-start", "muon", "noise", "stable-decay")
+WAYS = ("weights", "chat", "chat-unmarked", "split-texts", "ipo-start", "muon", "noise", "stable-decay", "mixture")
 
 
 @pytest.fixture(scope="module")

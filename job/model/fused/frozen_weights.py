@@ -30,15 +30,19 @@ def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None, 
         adapter were replaced; `nothing` where an adapter is of a kind that is left to PEFT, such as DoRA.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
-    from job.model.fused import lora_forward
+    from job.model.fused import experts, lora_forward
     from job.model.fused.fp8 import FrozenProducts
     from job.model.fused.kernels import TORCH
 
     base = model.get_base_model()
-    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    adapted = [m for m in model.modules() if isinstance(m, LoraLayer) and not isinstance(m, ParamWrapper)]
     if not all(lora_forward.fits(module) for module in adapted):
         return "nothing"
+    family = None if kernels is None else lora_forward.family_of(base)
+    gated = None if kernels is None or family is None else kernels.gated(family.activation)
+    experts.fuse_experts(model, base.dtype, keep=keep_dequantized, gated=gated)
     keep = keep_dequantized and not fp8
     weights = {module: _Frozen(module.get_base_layer(), base.dtype, keep=keep) for module in adapted}
     known = lora_forward.adapt(base, weights, base.dtype, kernels)
@@ -80,20 +84,30 @@ class _Frozen:
 
 def dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """The (outputs, inputs) weight of a 4-bit layer in `dtype`, as its products are computed with."""
+    return dequantized_weight(layer.weight, dtype)
+
+
+def dequantized_weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The same of a 4-bit weight, in its own shape: a layer's, or that of all experts of a layer."""
     from bitsandbytes.functional import dequantize_4bit
 
     # `.data`: a view without the parameter's subclass, whose every operation would go through Python.
-    values: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    values: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
     return values.to(dtype)
 
 
 def dequantizer(layer: Any, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
     """Gives the weight of a 4-bit layer in `dtype`, not rounded to the dtype of training in between."""
+    return weight_dequantizer(layer.weight, dtype)
+
+
+def weight_dequantizer(weight: Any, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """The same of a 4-bit weight, in its own shape."""
     from bitsandbytes.functional import dequantize_4bit
 
-    state = copy(layer.weight.quant_state)
+    state = copy(weight.quant_state)
     state.dtype = dtype  # that of the result
-    return partial(dequantize_4bit, layer.weight.data, state)
+    return partial(dequantize_4bit, weight.data, state)
 
 
 def forget_dequantized(model: Any) -> None:
@@ -101,6 +115,11 @@ def forget_dequantized(model: Any) -> None:
 
     The bits stay: what was kept is what `dequantize_4bit` gives again, and in FP8 what is quantized from that again.
     """
+    from job.model.fused.experts import fused_experts
+
+    for fused in fused_experts(model):
+        for weight in fused.weights:
+            weight.forget()
     for inputs in _common_inputs(model):
         for layer in inputs.layers:
             layer.weight.forget()

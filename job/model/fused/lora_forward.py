@@ -243,6 +243,7 @@ def fits(module: Any) -> bool:
     names = module.active_adapters
     return (
         len(names) == 1
+        and not hasattr(module, "parameter_name")  # of experts: see `experts.py`
         and isinstance(module.lora_A, torch.nn.ModuleDict)  # AdaLoRA holds bare matrices
         and type(module.lora_dropout[names[0]]) in {torch.nn.Identity, torch.nn.Dropout}
         and not module.lora_variant

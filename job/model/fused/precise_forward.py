@@ -37,6 +37,7 @@ from job.model.fused.kernels import TORCH, Kernels, Turn
 from job.model.fused.lora_forward import CommonInput, Weight
 
 if TYPE_CHECKING:
+    from job.model.families import Family
     from job.model.packed_attention import Layout
 
 PreciseForward = Callable[[torch.Tensor, torch.Tensor, "Layout", torch.Tensor], torch.Tensor]
@@ -59,8 +60,7 @@ def why_not_precise(model: Any) -> str:
     base = _base(model)
     if (family := lora_forward.family_of(base)) is None:
         return f"the decoder of {base.config.model_type} is not one that the fused layers compute"
-    if family.some_rotate or _rotates_in_part(base.config):  # only rotated keys are compared with `LARGEST`
-        what = "layers without rotary positions" if family.some_rotate else "heads of which a part is rotated"
+    if what := _unlike(family, base.config):
         return f"the decoder of {base.config.model_type} has {what}"
     if not all(lora_forward.fits(module) for module in base.modules() if _has_adapter(module)):
         return "the adapter is of a kind that is left to PEFT"
@@ -70,6 +70,15 @@ def why_not_precise(model: Any) -> str:
     if not all(_has_adapter(module) or _is_linear(module) for module in projections):
         return "linear layers are of an unknown library"
     return ""
+
+
+def _unlike(family: Family, config: Any) -> str:
+    """What of a family this pass does not compute."""
+    if family.experts is not None:
+        return "experts, which the router chooses in the dtype of training"
+    if family.some_rotate:  # only rotated keys are compared with `LARGEST`
+        return "layers without rotary positions"
+    return "heads of which a part is rotated" if _rotates_in_part(config) else ""
 
 
 def has_foreign_layers(model: Any) -> bool:

@@ -45,6 +45,7 @@ LAYERS = {
     "GraniteDecoderLayer": Halves(scaled=True),
     "LlamaDecoderLayer": Halves(),
     "MistralDecoderLayer": Halves(),
+    "MixtralDecoderLayer": Halves(),
     "Olmo2DecoderLayer": Halves(
         before_attention=None,
         behind_attention="post_attention_layernorm",
@@ -54,6 +55,7 @@ LAYERS = {
     "Phi3DecoderLayer": Halves(),
     "Qwen2DecoderLayer": Halves(),
     "Qwen3DecoderLayer": Halves(),
+    "Qwen3MoeDecoderLayer": Halves(),
     "SmolLM3DecoderLayer": Halves(),
 }
 """By class name: layers that only add attention and feed-forward layer to the residual stream."""

@@ -568,6 +568,14 @@ class TestAdapters:
         )
         assert load_settings([], {"JOB_LORA__TARGET_MODULES": "mlp"}).lora.target_modules == "mlp"
 
+    def test_adapters_of_experts_are_plain(self) -> None:
+        """What PEFT does not have for them is refused, and so is what would need a merge."""
+        given = {"JOB_LORA__DROPOUT": "0.1", "JOB_LORA__USE_DORA": "1", "JOB_EXPORT__FORMATS": "merged"}
+        found = problems([], {"JOB_LORA__EXPERTS": "true"} | given)
+        assert set(found) == {f"{name} (environment)" for name in given}
+        assert load_settings([], {"JOB_LORA__EXPERTS": "true"}).lora.experts
+        assert not load_settings([], {}).lora.experts
+
     def test_what_cannot_be_together_is_said_at_once(self) -> None:
         """AdaLoRA has no other option; a decomposition no dropout, no magnitudes and no other scale."""
         options = {"JOB_LORA__USE_DORA": "1", "JOB_LORA__USE_RSLORA": "1"}

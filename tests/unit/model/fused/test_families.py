@@ -155,6 +155,8 @@ def test_scores_in_fp32_are_those_of_the_models_own_code(family: str) -> None:
     model, own = fused(family), tiny(family)
     if why := why_not_precise(model):
         assert why == {
+            "mixtral": "the decoder of mixtral has experts, which the router chooses in the dtype of training",
+            "qwen3_moe": "the decoder of qwen3_moe has experts, which the router chooses in the dtype of training",
             "phi3": "the decoder of phi3 has heads of which a part is rotated",
             "smollm3": "the decoder of smollm3 has layers without rotary positions",
         }.get(family)
@@ -271,5 +273,8 @@ def test_what_is_not_recorded_says_why() -> None:
     assert why_not_recorded({"model_type": "gemma2", "attn_logit_softcapping": None}) is None
     for rope in ({"rope_type": "dynamic"}, {"type": "dynamic"}, {"full_attention": {"rope_type": "dynamic"}}):
         assert "dynamic" in str(why_not_recorded({"model_type": "phi3", "rope_scaling": rope}))
-    for name in FAMILIES.keys() - {"gemma2"}:
+    for name in (name for name, family in FAMILIES.items() if family.experts):
+        assert "experts" in str(why_not_recorded({"model_type": name}))
+    assert fused_family({"model_type": "qwen3_moe", "mlp_only_layers": [0]}) is None
+    for name in (name for name, family in FAMILIES.items() if name != "gemma2" and not family.experts):
         assert why_not_recorded({"model_type": name, "rope_parameters": {"rope_type": "default"}}) is None
