@@ -139,7 +139,7 @@ def _attention_kernel(
     tl.store(to, found, mask=there[:, None] & (column < SIZE)[None, :])
 
 
-def attention(  # noqa: PLR0917 - as attention has it
+def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -253,7 +253,7 @@ class TritonOperations:
             BLOCK=_BLOCK,
         )
 
-    def attend(  # noqa: PLR0917 - as attention has it
+    def attend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
