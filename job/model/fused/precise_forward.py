@@ -190,18 +190,29 @@ def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool) -> Produc
                 b[row : row + layer.out_features, column : column + rank] = factor.b
                 column += rank
             row += layer.out_features
-    make = partial(_side_by_side, weights, b)
+    make = partial(_side_by_side, weights, b, sum(layer.out_features for layer in inner))
     if keep:
         kept = make()
         make = partial(_itself, kept)
     return Product(make, a, bias, inner[0].in_features, adapted[0] if adapted else None)
 
 
-def _side_by_side(weights: Sequence[Weight], b: torch.Tensor | None) -> torch.Tensor:
-    """(all outputs, inputs + wide)."""
-    made = [weight() for weight in weights]
-    whole = made[0] if len(made) == 1 else torch.cat(made)
-    return whole if b is None else torch.cat([whole, b], 1)
+def _side_by_side(weights: Sequence[Weight], b: torch.Tensor | None, outputs: int) -> torch.Tensor:
+    """(all outputs, inputs + wide); one weight at a time is dequantized beside it."""
+    if len(weights) == 1 and b is None:
+        return weights[0]()
+    part = weights[0]()
+    inputs = part.shape[1]
+    whole = part.new_empty(outputs, inputs + (0 if b is None else b.shape[1]))
+    row = 0
+    for number, weight in enumerate(weights):
+        if number:
+            part = weight()
+        whole[row : row + len(part), :inputs] = part
+        row += len(part)
+    if b is not None:
+        whole[:, inputs:] = b
+    return whole
 
 
 def _itself(kept: torch.Tensor) -> torch.Tensor:

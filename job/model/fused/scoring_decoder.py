@@ -134,16 +134,20 @@ class Product:
 
 def is_like_llama(family: Family, base: Any) -> bool:
     """Whether this module computes the decoder of a causal language model."""
-    layers = base.model.layers
+    if (
+        (family.norms, family.norm, family.query_norm, family.activation) != (2, "weight", None, SILU)
+        or family.joined
+        or family.some_rotate
+        or family.caps_scores
+        or family.caps_logits
+        or family.divides_logits  # Granite, which multiplies what is added to the stream, too
+    ):
+        return False
+    norms = [getattr(layer, name, None) for layer in base.model.layers for name in _NORMS]
     return (
-        (family.norms, family.norm, family.query_norm) == (2, "weight", None)
-        and not (family.joined or family.some_rotate or family.caps_scores or family.caps_logits)
-        and not family.divides_logits
-        and family.activation == SILU
-        # neither what multiplies the stream, nor norms that are trained whole, nor hooks of others
-        and all({name for name, _ in layer.named_children()} == _PARTS for layer in layers)
-        and all(type(getattr(layer, name)).__name__.endswith("RMSNorm") for layer in layers for name in _NORMS)
-        and type(base.model.norm).__name__.endswith("RMSNorm")
+        all({name for name, _ in layer.named_children()} == _PARTS for layer in base.model.layers)
+        # not those that are trained whole, in a module of PEFT's
+        and all(type(norm).__name__.endswith("RMSNorm") for norm in [*norms, base.model.norm])
     )
 
 
