@@ -89,20 +89,26 @@ class Layout:
     """The segments of one packed sequence, and what the variable-length kernel needs of them, on its device."""
 
     segments: tuple[Segment, ...]
-    seen: tuple[tuple[range, ...], ...]
-    """For each segment the tokens that it sees before its own, in the order of their positions."""
     queries: torch.Tensor
     """(segments + 1,) int32: where each segment's queries start, and their number."""
     keys: torch.Tensor
     """(segments + 1,) int32: the same for the keys."""
-    copied_keys: int
-    """How many keys the segments see in all; 0 where none has a prefix, so that nothing is copied."""
     longest_query: int
     longest_key: int
     """No segment has more."""
     attend: Attend | None = None
     """Computes plain causal attention in place of the kernels below, where it is given."""
     _blocks: dict[int | None, list[Block]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def seen(self) -> tuple[tuple[range, ...], ...]:
+        """For each segment the tokens that it sees before its own, in the order of their positions."""
+        return _seen(self.segments)
+
+    @cached_property
+    def copied_keys(self) -> int:
+        """How many keys the segments see in all; 0 where none has a prefix, so that nothing is copied."""
+        return sum(_keys(self.segments, self.seen)) if any(self.seen) else 0
 
     @cached_property
     def key_index(self) -> torch.Tensor | None:
@@ -176,22 +182,29 @@ class Layout:
             yield Block(first, last, index, torch.from_numpy(sees).to(device))
 
 
+def _seen(segments: Sequence[Segment]) -> tuple[tuple[range, ...], ...]:
+    by_start: dict[int, tuple[range, ...]] = {}
+    for s in segments:
+        prefix = range(s.prefix_start, s.prefix_end)
+        by_start[s.start] = (*by_start[s.prefix_start], prefix) if prefix else ()
+    return tuple(by_start.values())
+
+
+def _keys(segments: Sequence[Segment], seen: Sequence[Sequence[range]]) -> list[int]:
+    """How many keys the last query of each segment sees."""
+    return [sum(map(len, before)) + s.end - s.start for before, s in zip(seen, segments, strict=True)]
+
+
 def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
     """Lays out the segments of one packed sequence; they must cover it without gaps, in order.
 
     Raises:
         KeyError: A prefix does not begin where a segment begins.
     """
-    by_start: dict[int, tuple[range, ...]] = {}
-    for s in segments:
-        prefix = range(s.prefix_start, s.prefix_end)
-        by_start[s.start] = (*by_start[s.prefix_start], prefix) if prefix else ()
-    seen = tuple(by_start.values())
-    keys = [sum(map(len, before)) + s.end - s.start for before, s in zip(seen, segments, strict=True)]
+    keys = _keys(segments, _seen(segments))
     query_offsets = to_device(torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32), device)
     key_offsets = to_device(torch.tensor([0, *keys]).cumsum(0).to(torch.int32), device)
-    longest_query, copied = max(s.end - s.start for s in segments), sum(keys) if any(seen) else 0
-    return Layout(tuple(segments), seen, query_offsets, key_offsets, copied, longest_query, max(keys))
+    return Layout(tuple(segments), query_offsets, key_offsets, max(s.end - s.start for s in segments), max(keys))
 
 
 @dataclass(frozen=True)
