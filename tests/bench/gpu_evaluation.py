@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from weakref import WeakKeyDictionary
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -183,18 +184,17 @@ def breakdown(model: Any, asked: Sequence[Question], way: Forward, name: str) ->
         list(score_sequences(model, list(ordered), parts, way))
         sync()
     kinds: dict[str, float] = dict.fromkeys([*KINDS, "others"], 0.0)
-    others: dict[str, float] = {}
+    kernels: dict[str, tuple[float, int]] = {}
     count = 0
     for event in seen.key_averages():
         spent = (event.self_device_time_total if ON_GPU else event.self_cpu_time_total) / 1000 / len(parts)
         kind = next((kind for kind, names in KINDS.items() if any(n in event.key.lower() for n in names)), "others")
         kinds[kind] += spent
         count += event.count
-        if kind == "others":
-            others[event.key[:60]] = round(spent, 3)
+        kernels[event.key[:70]] = round(spent, 3), event.count // len(parts)
     milliseconds = 1000 * wall / len(parts)
     tokens = sum(tokens_of(ordered[part.start : part.stop]) for part in parts.values()) / len(parts)
-    most = dict(sorted(others.items(), key=lambda item: -item[1])[:6])
+    most = dict(sorted(kernels.items(), key=lambda item: -item[1][0])[:14])
     say(
         "a sequence",
         name=name,
@@ -203,26 +203,46 @@ def breakdown(model: Any, asked: Sequence[Question], way: Forward, name: str) ->
         **kinds,
         idle=milliseconds - sum(kinds.values()),
         kernels=count / len(parts),
-        most_of_others=most,
+        milliseconds_and_launches=most,
     )
 
 
-def attention_is_right() -> None:
-    """The kernel for trees beside torch's in fp32, at the model's head size."""
+def attention(asked: Sequence[Question]) -> None:
+    """The kernel for trees beside torch's in fp32, and microseconds a layer by its sizes and by torch's flash kernel."""
     from job.evaluation.scoring import _pack
-    from job.model.fused.triton_scoring import TritonOperations
+    from job.model.fused import triton_scoring
     from job.model.packed_attention import build_layout
 
-    asked = [Question(q.context, q.choices) for q in shapes.questions(50, 60)]
-    layout = build_layout(_pack(sorted(asked, key=lambda q: q.context)).segments, DEVICE)
+    ordered = sorted(asked, key=lambda question: question.context)
+    (part, *_) = plan_sequences(ordered, BUDGET)
+    layout = build_layout(_pack(ordered[part.start : part.stop]).segments, DEVICE)
     made = torch.randn(len(layout.depths), 48, 128, device=DEVICE).half()
     parts = made.split_with_sizes([32, 8, 8], 1)
+    found = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    by_torch = scoring_decoder.TorchOperations().attend
     for window in (None, 30):
-        exact = torch.empty_like(parts[0], dtype=FP32, memory_format=torch.contiguous_format)
-        found = torch.empty_like(exact, dtype=FP16)
-        scoring_decoder.TorchOperations().attend(*(x.float() for x in parts), layout, 128**-0.5, window, exact)
-        TritonOperations().attend(*parts, layout, 128**-0.5, window, found)
+        exact = torch.empty_like(found, dtype=FP32)
+        by_torch(*(x.float() for x in parts), layout, 128**-0.5, window, exact)
+        triton_scoring.TritonOperations().attend(*parts, layout, 128**-0.5, window, found)
         say("attention beside fp32", window=window, largest_error=float((found - exact).abs().max()))
+
+    def microseconds(attend: Callable[..., None]) -> float:
+        for turn in range(22):
+            if turn == 2:
+                sync()
+                began = time.perf_counter()
+            attend(*parts, layout, 128**-0.5, None, found)
+        sync()
+        return (time.perf_counter() - began) / 20 * 1e6
+
+    times = {"torch's flash kernel": microseconds(by_torch)}
+    for rows, keys in ((64, 64), (32, 64), (64, 32), (128, 64)):
+        with (
+            caught(f"attention {rows} {keys}"),
+            mock.patch.multiple(triton_scoring, _ROWS=rows, _KEYS=keys, _KNOWN=WeakKeyDictionary()),
+        ):
+            times[f"{rows} queries, {keys} keys"] = microseconds(triton_scoring.attention)
+    say("attention", tokens=len(layout.depths), segments=len(layout.segments), microseconds_a_layer=times)
 
 
 def scoring(model: Any, asked: dict[str, list[Question]], *, tiny: bool) -> dict[str, Answers]:
@@ -266,7 +286,7 @@ def scoring(model: Any, asked: dict[str, list[Question]], *, tiny: bool) -> dict
         del before, exact
     if name == "triton":
         with caught("attention"):
-            attention_is_right()
+            attention(asked["0 examples"])
     with caught("breakdown"):
         breakdown(model, asked["0 examples"], now, "now, with the adapter")
     for what, given in asked.items():
