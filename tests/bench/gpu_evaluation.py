@@ -208,7 +208,7 @@ def breakdown(model: Any, asked: Sequence[Question], way: Forward, name: str) ->
 
 
 def attention(asked: Sequence[Question]) -> None:
-    """The kernel for trees beside torch's in fp32, and microseconds a layer by its sizes and by torch's flash kernel."""
+    """The kernel for trees beside torch's in fp32, and microseconds a layer by its sizes and by torch's flash one."""
     from job.evaluation.scoring import _pack
     from job.model.fused import triton_scoring
     from job.model.packed_attention import build_layout
