@@ -256,7 +256,7 @@ def scoring(model: Any, asked: dict[str, list[Question]], *, tiny: bool) -> dict
     lengths = shapes.questions(shape["vocab_size"], 30 if tiny else None)
 
     def speed(what: str, given: Sequence[Question], way: Forward, budget: int = BUDGET, times: int = 2) -> Answers:
-        ours(model, given[:200], way)
+        _, first = ours(model, given[:200], way)
         answers, seconds = best_of(times, lambda: ours(model, given, way, budget))
         per_question = tokens_to_compute(given, budget) / len(given)
         say(
@@ -265,6 +265,7 @@ def scoring(model: Any, asked: dict[str, list[Question]], *, tiny: bool) -> dict
             budget=budget,
             questions=len(given),
             questions_per_second=len(given) / seconds,
+            seconds_of_the_first_200=first,
             tokens_per_question=per_question,
             of_products_rate=len(given) / seconds * per_question * flops / 1e12 / rate,
             peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,

@@ -75,7 +75,7 @@ def _turn_kernel(
     tl.store(x + first + HALF, other.to(x.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # it is another number for each sequence
 def _attention_kernel(
     query,
     key,
