@@ -221,6 +221,6 @@ class Decoder:
         owner = {"layer": attention, "model": config, None: None}[self.window]
         window = getattr(owner, "sliding_window", None)
         room = layer.out.room(room.shape[0], found)
-        out = room[:, : layer.out.inputs].unflatten(1, (heads, size))
+        out = room[:, : layer.out.inputs].view(room.shape[0], heads, size)
         self.operations.attend(query, key, value, layout, attention.scaling, window, out)
         return room
