@@ -236,12 +236,12 @@ def attention(asked: Sequence[Question]) -> None:
         return (time.perf_counter() - began) / 20 * 1e6
 
     times = {"torch's flash kernel": microseconds(by_torch)}
-    for rows, keys in ((64, 64), (32, 64), (64, 32), (128, 64)):
+    for rows, keys, stages in ((64, 32, 2), (64, 64, 2), (64, 64, 3), (32, 32, 2), (128, 64, 2)):
         with (
-            caught(f"attention {rows} {keys}"),
-            mock.patch.multiple(triton_scoring, _ROWS=rows, _KEYS=keys, _KNOWN=WeakKeyDictionary()),
+            caught(f"attention {rows} {keys} {stages}"),
+            mock.patch.multiple(triton_scoring, _ROWS=rows, _KEYS=keys, _STAGES=stages, _KNOWN=WeakKeyDictionary()),
         ):
-            times[f"{rows} queries, {keys} keys"] = microseconds(triton_scoring.attention)
+            times[f"{rows} queries, {keys} keys, {stages} stages"] = microseconds(triton_scoring.attention)
     say("attention", tokens=len(layout.depths), segments=len(layout.segments), microseconds_a_layer=times)
 
 
