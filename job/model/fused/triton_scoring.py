@@ -26,8 +26,8 @@ _BLOCK = 1024
 _ROWS = 64
 """Queries of a program of attention."""
 _KEYS = 32
-"""Keys that it reads at a time; of wide heads half as many. With `_STAGES` of them in shared memory, beside the queries,
-they fit into the 64 KiB of a T4."""
+"""Keys that it reads at a time; of wide heads half as many. With `_STAGES` of them in shared memory, beside the
+queries, they fit into the 64 KiB of a T4."""
 _STAGES = 2
 _WIDE_HEAD = 128
 
