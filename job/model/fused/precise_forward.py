@@ -154,18 +154,18 @@ def _decoder(base: Any, family: Family, dtype: torch.dtype, kernels: Kernels, *,
     layers = []
     for module in base.model.layers:
         attention, mlp = module.self_attn, module.mlp
-        parts = [
-            [attention.q_proj, attention.k_proj, attention.v_proj],
-            [attention.o_proj],
-            [mlp.gate_proj, mlp.up_proj],
-            [mlp.down_proj],
-        ]
-        layers.append(Layer(module, *(_joined(part, dtype, keep=keep) for part in parts)))
+        heads = _joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, keep=keep)
+        gate_up = _joined([mlp.gate_proj, mlp.up_proj], dtype, keep=keep, apart=True)
+        out, down = (_joined([layer], dtype, keep=keep) for layer in (attention.o_proj, mlp.down_proj))
+        layers.append(Layer(module, heads, out, gate_up, down))
     return Decoder(base, layers, _output_layer(base.lm_head, dtype), operations, dtype, family.window)
 
 
-def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool) -> Product:
-    """Layers with a common input as one product, whether all of them have an adapter, some or none."""
+def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool, apart: bool = False) -> Product:
+    """Layers with a common input, whether all of them have an adapter, some or none.
+
+    With `apart` their weights are no common matrix, which would be large where it is dequantized for each use.
+    """
     adapted = [module for module in modules if _has_adapter(module)]
     inner = [module.get_base_layer() if _has_adapter(module) else module for module in modules]
     weights = [_weight(layer, dtype, keep=False) for layer in inner]
@@ -190,11 +190,16 @@ def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool) -> Produc
                 b[row : row + layer.out_features, column : column + rank] = factor.b
                 column += rank
             row += layer.out_features
-    make = partial(_side_by_side, weights, b, sum(layer.out_features for layer in inner))
+    outputs = [layer.out_features for layer in inner]
+    whole = [(weights, b, sum(outputs))]
+    if apart:
+        parts_of_b = [None] * len(inner) if b is None else b.split(outputs)
+        whole = [([weight], part, rows) for weight, part, rows in zip(weights, parts_of_b, outputs, strict=True)]
+    makes: list[Weight] = [partial(_side_by_side, *one) for one in whole]
     if keep:
-        kept = make()
-        make = partial(_itself, kept)
-    return Product(make, a, bias, inner[0].in_features, adapted[0] if adapted else None)
+        makes = [partial(_itself, make()) for make in makes]
+    sizes = [rows for _, _, rows in whole]
+    return Product(makes, sizes, a, bias, inner[0].in_features, adapted[0] if adapted else None)
 
 
 def _side_by_side(weights: Sequence[Weight], b: torch.Tensor | None, outputs: int) -> torch.Tensor:

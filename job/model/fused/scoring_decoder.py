@@ -5,9 +5,10 @@ computes y = x W' + s (x A') B'. With h = x A', that is one product of wider mat
 
     y = [x | h] [W | s B]'        (tokens, inputs + rank) (inputs + rank, outputs)
 
-so that the adapter costs no pass over y. Layers with a common input are one product, whose W and B lie one below the
-other, and whose h are side by side. What makes an x (a norm, attention, the activation) writes it into the left columns
-of a wider matrix, and the product with A' writes h into the others, so that nothing is copied. All is summed in fp32.
+so that the adapter costs no pass over y. Layers with a common input share x and h: queries, keys and values are one
+product, whose W and B lie one below the other. What makes an x (a norm, attention, the activation) writes it into the
+left columns of a wider matrix, and the product with A' writes h into the others, so that nothing is copied. All is
+summed in fp32.
 
 What adds to the residual stream is added by the norm that comes next. In the last layer, everything behind attention is
 computed for the tokens alone whose logits are read.
@@ -106,10 +107,12 @@ class TorchOperations:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """The linear layers with a common input, as one product."""
+    """The linear layers with a common input, as one product or several into one matrix."""
 
-    weight: Callable[[], torch.Tensor]
-    """Gives (all outputs, inputs + wide): W and s B."""
+    weights: Sequence[Callable[[], torch.Tensor]]
+    """Each gives (its outputs, inputs + wide): W and s B."""
+    outputs: Sequence[int]
+    """Of each weight."""
     a: torch.Tensor | None
     """(wide, inputs), all A's; None without an adapter."""
     bias: torch.Tensor | None
@@ -125,11 +128,21 @@ class Product:
 
     def __call__(self, room: torch.Tensor) -> torch.Tensor:
         """(tokens, all outputs)."""
-        x, weight = room[:, : self.inputs], self.weight()
-        if self.a is None or self.switch.disable_adapters:
-            return functional.linear(x, weight[:, : self.inputs], self.bias)
-        torch.mm(x, self.a.T, out=room[:, self.inputs :])
-        return functional.linear(room, weight, self.bias)
+        x = room[:, : self.inputs]
+        if self.a is not None and not self.switch.disable_adapters:
+            torch.mm(x, self.a.T, out=room[:, self.inputs :])
+            x = room
+        if len(self.weights) == 1:
+            return functional.linear(x, self.weights[0]()[:, : x.shape[1]], self.bias)
+        y = x.new_empty(x.shape[0], sum(self.outputs))
+        biases = [None] * len(self.outputs) if self.bias is None else self.bias.split_with_sizes(self.outputs)
+        for weight, bias, part in zip(self.weights, biases, y.split_with_sizes(self.outputs, 1), strict=True):
+            factor = weight()[:, : x.shape[1]].T
+            if bias is None:
+                torch.mm(x, factor, out=part)
+            else:
+                torch.addmm(bias, x, factor, out=part)
+        return y
 
 
 def is_like_llama(family: Family, base: Any) -> bool:
