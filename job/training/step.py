@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
 import torch
 
+from job.checkpoints.trainer_state import HowComputed
 from job.common.out_of_memory import out_of_memory, too_small
 from job.data.batch_plan import Steps, by_weight, weighted_targets
 from job.data.examples import lengths_of
@@ -51,6 +52,7 @@ from job.training.packing import (
     packed_inputs,
     padded_sequence,
     recording_tokens,
+    shapes_of_before,
 )
 from job.training.preference_gradient import PreferenceGradient
 
@@ -125,7 +127,8 @@ class OptimizerStep:
         self._graphs: CudaGraphs | None = None
         self._long_rows = LongRows(model, self._head_loss, self._check)
         self._recording_tokens = _recording_tokens(model)
-        self._shapes: dict[int, Shapes] = {}
+        self._shapes: dict[tuple[int, int], Shapes] = {}
+        """By token budget and process."""
 
     def __call__(self, number: int) -> torch.Tensor:
         """Leaves the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
@@ -174,6 +177,8 @@ class OptimizerStep:
                 # If a process ran out of memory and has no optimization left to drop, all of them halve the budget.
                 if self._processes.agree(repeat=sums is None and not self.free_memory()):
                     self.budget //= 2
+                    what = "out of GPU memory: micro-batches have half as many tokens from now on, which is slower"
+                    get_logger().warning(what, micro_batch_tokens=self.budget, change="JOB_TRAIN__MICRO_BATCH_TOKENS")
             except JobError as error:
                 raise StepAbandoned from error
             free_caches()
@@ -342,13 +347,57 @@ class OptimizerStep:
         head = self._model.get_base_model().get_output_embeddings()
         return padded_loss(hidden, head, labels, self._smoothing, self._logits)
 
-    def shapes(self) -> Shapes:
-        """What this process's packed sequences are padded to, with the present token budget."""
-        if self.budget not in self._shapes:
-            self._shapes[self.budget] = choose_shapes(
-                self._steps.sequences(self.budget, self._padded_at_most), self._recording_tokens
-            )
-        return self._shapes[self.budget]
+    def shapes(self, rank: int | None = None) -> Shapes:
+        """What a process's packed sequences are padded to, with the present token budget.
+
+        Args:
+            rank: Of the process; None for this one.
+        """
+        key = self.budget, self._steps.rank if rank is None else rank
+        if key not in self._shapes:
+            self._shapes[key] = choose_shapes(self._sequences(key[1]), self._recording_tokens)
+        return self._shapes[key]
+
+    def _sequences(self, rank: int) -> list[tuple[int, int]]:
+        """Tokens and examples of a process's packed sequences with the present token budget."""
+        return replace(self._steps, rank=rank).sequences(self.budget, self._padded_at_most)
+
+    def how_computed(self) -> HowComputed:
+        """What a checkpoint records of how its gradients were computed."""
+        padded = None
+        if self.plan.padded:
+            padded = [list(self.shapes(rank).shapes) for rank in range(self._steps.world_size)]
+        return HowComputed(self.plan.forward, self.plan.tile_tokens, padded)
+
+    def resume_as(self, before: HowComputed | None) -> None:
+        """Pads as the attempt did that wrote a checkpoint, and warns of what this one computes otherwise.
+
+        To be called once the token budget is the checkpoint's. Other shapes change the last bits of a gradient.
+
+        Args:
+            before: As the checkpoint has it; None in checkpoints of older versions, which do not record it.
+        """
+        if before is None:
+            if self.plan.padded:
+                what = "checkpoint of an older version does not say what its packed sequences were padded to"
+                effect = "the last bits of the result may differ from those of a run without an interruption"
+                get_logger().warning(f"{what}: this version's shapes are used", effect=effect)
+            return
+        changed = {}
+        for name in ("forward", "tile_tokens"):
+            was, now = getattr(before, name), getattr(self.plan, name)
+            if was != now:
+                changed[name] = f"{was} before, {now} now"
+        if self.plan.padded and before.padded is not None:
+            if len(before.padded) == self._steps.world_size:
+                # Process 0 writes the next checkpoint, so it needs those of the others.
+                for rank in range(self._steps.world_size) if self._processes.leads else [self._steps.rank]:
+                    found = shapes_of_before(before.padded[rank], self._sequences(rank))
+                    self._shapes[self.budget, rank] = found
+            else:
+                changed["padded_shapes"] = f"of {len(before.padded)} processes before, {self._steps.world_size} now"
+        if changed:
+            get_logger().warning("checkpoint was computed otherwise: the last bits of the result change", **changed)
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
         """The CUDA graphs. If there are none yet, that of the longest shape of this process is recorded first.
@@ -374,7 +423,8 @@ class OptimizerStep:
             forget_dequantized(self._model)
         elif name == "kept_activations":
             recompute_activations(self._model, on=True, random=not self.plan.padded)
-        get_logger().warning("out of GPU memory: an optimization that only saves time is switched off", what=name)
+        what = "out of GPU memory: an optimization that only saves time is switched off"
+        get_logger().warning(what, what=name, change="a smaller JOB_TRAIN__MICRO_BATCH_TOKENS leaves memory for it")
         return True
 
 

@@ -246,6 +246,23 @@ def test_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch, *, 
     assert "undefined symbol: cuModuleGetFunction" in line["why"]
 
 
+def test_triton_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, with what installs it: torch's own operations are slower. A CPU needs none."""
+
+    def missing() -> kernels.Kernels:
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(kernels, "triton", missing)
+    fast_kernels.cache_clear()
+    try:
+        with capture_logs() as lines:
+            for device in ("cuda", "cuda", "cpu"):
+                assert fast_kernels(torch.device(device), "float16") == (kernels.TORCH, "torch")
+    finally:
+        fast_kernels.cache_clear()
+    assert [(line["log_level"], "pip install triton" in line["change"]) for line in lines] == [("warning", True)]
+
+
 def test_a_gpu_that_can_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 on an Ampere is what the fused layers are for; older ones have fp16."""
     with_capability(monkeypatch, (8, 0))
