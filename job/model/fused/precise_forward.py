@@ -193,7 +193,7 @@ def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool, apart: bo
     outputs = [layer.out_features for layer in inner]
     whole = [(weights, b, sum(outputs))]
     if apart:
-        parts_of_b = [None] * len(inner) if b is None else b.split(outputs)
+        parts_of_b = [None] * len(inner) if b is None else b.split_with_sizes(outputs)
         whole = [([weight], part, rows) for weight, part, rows in zip(weights, parts_of_b, outputs, strict=True)]
     makes: list[Weight] = [partial(_side_by_side, *one) for one in whole]
     if keep:
