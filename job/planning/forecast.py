@@ -31,7 +31,7 @@ from job.training.execution_plan import (
     choose_plan,
     why_not_recorded,
 )
-from job.training.memory_model import ATTENTION_COPIES, LONG_ROW, TILE_TOKENS, Setup
+from job.training.memory_model import LONG_ROW, TILE_TOKENS, Setup
 
 Basis = Literal["computed", "measured", "assumed"]
 
@@ -104,6 +104,7 @@ class RunShape:
         processes: That share the work, each with a GPU.
         processes_here: Those of one machine.
         tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
+        attention_copies: As `copies` of `memory_model.long_row_bytes`: of flash attention until a GPU is chosen.
         recorded: Whether the method's GPU kernels can be recorded as CUDA graphs, where fused layers compute.
         offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
         auxiliary: The classifier of the safety screen and the judge, if the run has them.
@@ -137,6 +138,7 @@ class RunShape:
     processes: int = 1
     processes_here: int = 1
     tiles: bool = False
+    attention_copies: int = memory_model.ATTENTION_COPIES
     recorded: bool = True
     offload: bool | None = None
     auxiliary: tuple[AuxiliaryModel, ...] = ()
@@ -321,10 +323,12 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
     if run.first_stage is not None and run.budget_by_gpu:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
+    run = replace(run, attention_copies=memory_model.attention_copies(setup.architecture, gpu.capability))
     possible = gpu.capability >= AMPERE and _is_fused(gpu, run, setup)
     run = replace(run, tiles=run.tiles and possible)
     if run.first_stage is not None:
-        run = replace(run, first_stage=replace(run.first_stage, tiles=run.first_stage.tiles and possible))
+        first = replace(run.first_stage, tiles=run.first_stage.tiles and possible)
+        run = replace(run, first_stage=replace(first, attention_copies=run.attention_copies))
     needs, usable = partial(_need, run), memory_model.usable_bytes(gpu.memory_bytes)
     setup = replace(setup, processes=run.processes)
     placement = choose_placement(setup, memory_bytes=gpu.memory_bytes, placements=run.placements, needs=needs)
@@ -383,7 +387,8 @@ def _in_tiles(run: RunShape, tokens: int) -> bool:
 
 
 def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
-    return memory_model.training_memory(setup, tokens, tiles=_in_tiles(run, tokens), offload=run.offload)
+    how: dict[str, Any] = {"offload": run.offload, "copies": run.attention_copies}
+    return memory_model.training_memory(setup, tokens, tiles=_in_tiles(run, tokens), **how)
 
 
 MOST_GPUS = 8
@@ -445,7 +450,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
         free_bytes=free,
         sequence_tokens=0 if long else run.micro_batch,
         keep_base=False if long and run.keep_base is None else run.keep_base,
-        keep_activations=False if long and run.keep_activations is None else run.keep_activations,
+        keep_activations=False if long else run.keep_activations,
         recorded=setup.architecture.fused,
         not_recorded=why_not_recorded(setup, gpu.capability),
         fp8=run.fp8,
@@ -460,7 +465,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
         free_bytes=free,
         host_bytes=_UNKNOWN_HOST,
         offload=run.offload,
-        copies=ATTENTION_COPIES,
+        copies=run.attention_copies,
         tile=TILE_TOKENS,
     )
 

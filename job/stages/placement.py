@@ -26,6 +26,7 @@ from job.training.memory_model import (
     MAIN_MEMORY_SHARE,
     PLACEMENTS,
     Setup,
+    attention_copies,
     copies_in_main_memory,
     evaluation_bytes,
     packed_bytes,
@@ -129,10 +130,11 @@ def _fastest_that_fits(
     """
     tokens = longest_sequence(lengths, global_batch_size, budget)
     tiles = tiles and max(lengths) > LONG_ROW and compute_capability() >= AMPERE
+    copies = attention_copies(setup.architecture, compute_capability()) if tiles else 0
 
     def needs(there: Setup) -> int:
         scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
-        return max(training_memory(there, tokens, tiles=tiles, offload=offload).total, scoring)
+        return max(training_memory(there, tokens, tiles=tiles, offload=offload, copies=copies).total, scoring)
 
     memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now
     placement = choose_placement(setup, memory_bytes=memory, placements=placements, needs=needs)
