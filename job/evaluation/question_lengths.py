@@ -8,8 +8,11 @@ from typing import Any
 
 from job.errors import DataError, Problem
 from job.evaluation.measured import how_to_generate
+from job.evaluation.scorer import BATCH_TOKENS
+from job.evaluation.scoring import reads_of, tokens_to_compute
 from job.evaluation.task_names import MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, compiled_once, question_id, restart_examples, text_parts
+from job.records import Question
 
 MAX_CHOICES = 1_000
 """Of one question."""
@@ -28,26 +31,24 @@ def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[in
     Raises:
         DataError: The tokenizer makes no tokens of a question or a choice.
     """
-    total = tokens = reads = 0
+    tokens = reads = others = 0
+    asked: list[Question] = []
     for task in tasks.loaded["tasks"].values():
         restart_examples(task)
         for doc in islice(task.eval_docs, limit):
-            if task.OUTPUT_TYPE != MULTIPLE_CHOICE or task.config.num_fewshot:
+            if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
                 context, answer = _sizes(task, doc, tokenizer)
-                total, tokens, reads = total + 1, tokens + context + answer, reads + answer
+                others, tokens, reads = others + 1, tokens + context + answer, reads + answer
                 continue
-            choices = [
-                len(tokenizer.encode(f" {choice}", add_special_tokens=False)) for choice in task.doc_to_choice(doc)
-            ]
-            context = len(tokenizer.encode(str(task.doc_to_text(doc))))
-            if not context or 0 in choices:
-                raise DataError(
-                    [Problem(f"question {question_id(doc, total)}", "the tokenizer makes no tokens of a part of it")]
-                )
-            total += 1
-            tokens += context + sum(choices) - len(choices)
-            reads += sum(choices)
-    return total, tokens, reads
+            prompt = _prompt(task, doc) if task.config.num_fewshot else str(task.doc_to_text(doc))
+            choices = (tokenizer.encode(f" {choice}", add_special_tokens=False) for choice in task.doc_to_choice(doc))
+            question = Question(tuple(tokenizer.encode(prompt)), tuple(map(tuple, choices)))
+            if not question.context or not all(question.choices):
+                what = "the tokenizer makes no tokens of a part of it"
+                raise DataError([Problem(f"question {question_id(doc, len(asked) + others)}", what)])
+            asked.append(question)
+    tokens += tokens_to_compute(asked, BATCH_TOKENS)
+    return len(asked) + others, tokens, reads + sum(map(reads_of, asked))
 
 
 @compiled_once()

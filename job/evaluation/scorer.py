@@ -34,7 +34,7 @@ from typing import Any
 from job.errors import TrainingFailed
 from job.evaluation.resumable import complete
 from job.evaluation.score_cache import ScoreCache
-from job.evaluation.scoring import Forward, begin_scoring, plan_sequences, score_sequence
+from job.evaluation.scoring import Forward, alike_together, begin_scoring, plan_sequences, score_sequence
 from job.log import get_logger
 from job.records import ChoiceScore, Question
 
@@ -69,11 +69,14 @@ def score_questions(
     Raises:
         TrainingFailed: A score is not finite.
     """
-    sequences = plan_sequences(questions, batch_tokens)
-    known = {} if cache is None else cache.load(questions, sequences)
+    order = alike_together(questions)
+    ordered = [questions[number] for number in order]
+    sequences = plan_sequences(ordered, batch_tokens)
+    known = {} if cache is None else cache.load(ordered, sequences)
     missing = {number: sequence for number, sequence in enumerate(sequences) if number not in known}
-    complete(known, (score or score_sequences)(model, questions, missing), cache, on_progress)
-    return [scores for number in range(len(sequences)) for scores in known[number]]
+    complete(known, (score or score_sequences)(model, ordered, missing), cache, on_progress)
+    found = dict(zip(order, (scores for number in range(len(sequences)) for scores in known[number]), strict=True))
+    return [found[number] for number in range(len(questions))]
 
 
 def score_sequences(

@@ -1,13 +1,15 @@
-"""Log-likelihoods of multiple-choice answers: many questions packed into one sequence, each context computed once.
+"""Log-likelihoods of multiple-choice answers: many questions in one sequence, each common beginning computed once.
 
-    one question, packed:   c c c c c | a a | b b b          c context, a and b the choices without their last token
-    what a token of b sees: x x x x x   . .   x x x          the context and its own choice, never another choice
-    positions:              0 1 2 3 4   5 6   5 6 7          every choice continues the context
+    two questions, packed:  p p | c c c | a | b b | d d d d | e    p their common beginning, c and d how they go on
+    what e sees:            x x   . . .   .   . .   x x x x   x    what it continues, and itself
+    positions:              0 1   2 3 4   5   5 6   2 3 4 5   6    those it would have alone
 
-Scored alone, a question with k choices computes its context k times. Here the choices share it: causal attention never
-looks ahead, so a context's keys and values do not depend on which choice follows. The log-likelihoods are therefore
-those of scoring each choice alone, up to rounding, for a fraction of the tokens. Packing several questions into one
-sequence, without padding between them, uses the hardware better; no question attends to another.
+a and b are choices of the first question, e is one of the second, each without its last token, from which nothing is
+predicted. Scored alone, a question with k choices computes its context k times, and questions that begin with the same
+examples compute these once for each choice. Causal attention never looks ahead, so keys and values of a token do not
+depend on what follows: whatever begins alike is computed once, as a tree (`prefix_tree`). The log-likelihoods are those
+of scoring each choice alone, up to rounding, for a fraction of the tokens. There is no padding, and no question attends
+to another beyond what both begin with.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from job.evaluation.prefix_tree import Node, insert, places, walk
 from job.records import ChoiceScore, Question
 
 if TYPE_CHECKING:
@@ -25,30 +29,51 @@ if TYPE_CHECKING:
     from job.model.packed_attention import Layout, Segment
 
 
-def tokens_of(question: Question) -> int:
-    """Tokens of a question in a packed sequence: its context once, and each choice without its last token.
-
-    Nothing is predicted from a choice's last token, so the model need not read it.
-    """
-    return len(question.context) + sum(len(choice) - 1 for choice in question.choices)
-
-
 def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
     """Divides the questions, in order, into sequences of at most `budget` tokens; a longer question gets its own.
 
     It depends only on its arguments, so a restarted evaluation packs the same sequences and gets the same bits.
     """
     sequences: list[range] = []
-    start, used = 0, 0
+    start, used, tree = 0, 0, Node()
     for index, question in enumerate(questions):
-        size = tokens_of(question)
-        if index > start and used + size > budget:
+        used += _add(tree, question)
+        if index > start and used > budget:
             sequences.append(range(start, index))
-            start, used = index, 0
-        used += size
+            start, tree = index, Node()
+            used = _add(tree, question)
     if start < len(questions):
         sequences.append(range(start, len(questions)))
     return sequences
+
+
+def tokens_of(questions: Sequence[Question]) -> int:
+    """Tokens of the packed sequence of these questions."""
+    tree = Node()
+    return sum(_add(tree, question) for question in questions)
+
+
+def reads_of(question: Question) -> int:
+    """Positions whose logits are computed for a question: the context's last, and those in its choices."""
+    tree = Node()
+    return 1 + sum(insert(tree, choice[:-1]) for choice in question.choices)
+
+
+def alike_together(questions: Sequence[Question]) -> list[int]:
+    """The numbers of the questions in the order to pack them in: those that begin alike one after the other."""
+    return sorted(range(len(questions)), key=lambda number: questions[number].context)
+
+
+def tokens_to_compute(questions: Sequence[Question], budget: int) -> int:
+    """Tokens of all sequences that `plan_sequences` makes of the questions in that order."""
+    ordered = [questions[number] for number in alike_together(questions)]
+    return sum(tokens_of(ordered[part.start : part.stop]) for part in plan_sequences(ordered, budget))
+
+
+def _add(tree: Node, question: Question) -> int:
+    """Adds what the model has to read for a question; returns how many tokens are new."""
+    new = insert(tree, question.context)
+    return new + sum(insert(tree, question.context + choice[:-1]) for choice in question.choices)
 
 
 Forward = Callable[["torch.Tensor", "torch.Tensor", "Layout", "torch.Tensor"], "torch.Tensor"]
@@ -149,9 +174,9 @@ class _Packed:
 
     Attributes:
         ids: Token ids, (tokens).
-        positions: Positions for the rotary embedding, (tokens): those each choice would have if it were alone.
-        segments: Which tokens see which: contexts see themselves, choices their context and themselves.
-        reads: Positions in the sequence whose logits are computed, (reads).
+        positions: Positions for the rotary embedding, (tokens): those each token would have if its choice were alone.
+        segments: Which tokens see which: the nodes of the tree.
+        reads: Positions in the sequence whose logits are computed, each once, (reads).
         targets: Token ids of all choices, one choice after the other, (choice tokens).
         predicted_by: For each of `targets` the index in `reads` of the position that predicts it, (choice tokens).
     """
@@ -167,25 +192,34 @@ class _Packed:
 def _pack(questions: Sequence[Question]) -> _Packed:
     from job.model.packed_attention import Segment
 
-    packed = _Packed()
-    ids, reads = packed.ids, packed.reads
+    tree = Node()
     for question in questions:
-        start, length = len(ids), len(question.context)
-        ids.extend(question.context)
-        packed.positions.extend(range(length))
-        packed.segments.append(Segment(start, start + length))
-        last = len(reads)  # the context's last token predicts the first token of every choice: read once for all
-        reads.append(start + length - 1)
+        _add(tree, question)
+    packed = _Packed()
+    for node, parent, depth in walk(tree):
+        node.start = len(packed.ids)
+        packed.ids.extend(node.tokens)
+        packed.positions.extend(range(depth, depth + len(node.tokens)))
+        packed.segments.append(Segment(node.start, len(packed.ids), parent.start, parent.start + len(parent.tokens)))
+    index: dict[int, int] = {}  # choices that begin alike are predicted by the same positions
+    for question in questions:
         for choice in question.choices:
-            begin = len(ids)
-            ids.extend(choice[:-1])
-            packed.positions.extend(range(length, length + len(choice) - 1))
-            if len(choice) > 1:  # a choice of one token adds no tokens, and an empty segment is none
-                packed.segments.append(Segment(begin, len(ids), start, start + length))
-            packed.predicted_by.extend([last, *range(len(reads), len(reads) + len(ids) - begin)])
-            reads.extend(range(begin, len(ids)))
+            path = places(tree, question.context + choice[:-1])
+            read = list(chain.from_iterable(_last(path, len(choice))))
             packed.targets.extend(choice)
+            packed.predicted_by.extend(index.setdefault(place, len(index)) for place in read)
+    packed.reads.extend(index)
     return packed
+
+
+def _last(path: list[range], count: int) -> list[range]:
+    """The last so many places of a path."""
+    found: list[range] = []
+    while count > 0:
+        part = path.pop()
+        found.insert(0, part[max(0, len(part) - count) :])
+        count -= len(part)
+    return found
 
 
 def _by_question(

@@ -1,7 +1,8 @@
 """Attention over a packed sequence: many sequences laid end to end, without padding, none of which attends to another.
 
-A packed sequence is described by its segments. The queries of a segment see an optional prefix elsewhere in
-it (a question that several choices share) and, causally, the segment itself. Training uses segments without a prefix.
+A packed sequence is described by its segments. The queries of a segment see, causally, the segment itself, and before
+it an optional prefix: another segment (a question that several choices share), with what that one sees (examples that
+several questions share). Training uses segments without a prefix.
 
 Further arguments of a layer (a sliding window, a soft cap, attention sinks) are computed, or refused with `Unpackable`;
 none is ignored. Whether a whole model is computed correctly is tested by `packing_check`.
@@ -9,14 +10,15 @@ none is ignored. Whether a whole model is computed correctly is tested by `packi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from inspect import signature
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -26,6 +28,12 @@ NAME = "flat"
 """Name of this attention in transformers. A model with it is called with a `layout` and no mask."""
 CHECKED = "flat-checked"
 """The same, but each layer is also handed the mask that transformers would make for it; see `AskedMask`."""
+_BLOCK = 64
+"""Tokens whose attention is computed together where segments have prefixes. Each costs as much as the one among them
+that sees the most, so there should not be many; each call takes time, so there should not be few."""
+_MOST_KEYS = 16
+"""How many times the keys of a sequence may be copied for the variable-length kernel, to lie behind each other for each
+segment; where prefixes are so long and shared by so many that it would be more, blocks run one by one."""
 WIDEST_HEAD = 256
 """The variable-length kernel takes no wider heads, and those of queries and values alike."""
 
@@ -46,29 +54,34 @@ class Unpackable(TypeError):
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens `start:end` of a packed sequence; they also attend to `prefix_start:prefix_end` before them."""
+    """Tokens `start:end` of a packed sequence.
+
+    They also attend to `prefix_start:prefix_end` before them, the beginning of another segment, and to all that this
+    one attends to.
+    """
 
     start: int
     end: int
     prefix_start: int = 0
     prefix_end: int = 0
 
-    @property
-    def keys(self) -> int:
-        """How many tokens the last query of the segment sees."""
-        return self.prefix_end - self.prefix_start + self.end - self.start
-
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Tokens `start:end` of a packed sequence that see none but each other: a segment, and those behind it that see it.
+    """Queries `start:end` of a packed sequence, and the keys that at least one of them sees.
 
-    `mask`, (tokens, tokens) bool, says which key each query sees; None where each sees all up to itself.
+    `keys`, (keys,) int64, says which tokens these are; None where they are the queries' own. `mask`, (queries, keys)
+    bool, says which key each query sees; None where each sees all up to itself.
     """
 
     start: int
     end: int
+    keys: torch.Tensor | None
     mask: torch.Tensor | None
+
+    def keys_of(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, heads, tokens, head size) -> (1, heads, keys, head size)."""
+        return x[:, :, self.start : self.end] if self.keys is None else x.index_select(2, self.keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +93,6 @@ class Layout:
     """(segments + 1,) int32: where each segment's queries start, and their number."""
     keys: torch.Tensor
     """(segments + 1,) int32: the same for the keys."""
-    key_index: torch.Tensor | None
-    """(keys,) int64: which token of the sequence each key is; None where the keys are the sequence itself."""
     longest_query: int
     longest_key: int
     """No segment has more."""
@@ -89,53 +100,111 @@ class Layout:
     """Computes plain causal attention in place of the kernels below, where it is given."""
     _blocks: dict[int | None, list[Block]] = field(default_factory=dict, repr=False)
 
+    @cached_property
+    def seen(self) -> tuple[tuple[range, ...], ...]:
+        """For each segment the tokens that it sees before its own, in the order of their positions."""
+        return _seen(self.segments)
+
+    @cached_property
+    def copied_keys(self) -> int:
+        """How many keys the segments see in all; 0 where none has a prefix, so that nothing is copied."""
+        return sum(_keys(self.segments, self.seen)) if any(self.seen) else 0
+
+    @cached_property
+    def key_index(self) -> torch.Tensor | None:
+        """(keys,) int64: which token of the sequence each key is; None where the keys are the sequence itself."""
+        if not any(self.seen):
+            return None
+        own = zip(self.seen, self.segments, strict=True)
+        ranges = [torch.arange(r.start, r.stop) for seen, s in own for r in (*seen, range(s.start, s.end))]
+        return to_device(torch.cat(ranges), self.queries.device)
+
+    @cached_property
+    def last_seen_by(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """(tokens,): the end of the tokens that see each token.
+
+        Those that see token j are j itself and all up to this end: the segments are in the order in which a tree of
+        prefixes is walked, a segment before all that see it, and these before any other.
+
+        Raises:
+            ValueError: They are not in this order.
+        """
+        ends = np.zeros(self.segments[-1].end, np.int32)
+        for seen, segment in zip(self.seen, self.segments, strict=True):
+            for part in seen:
+                if (ends[part.start : part.stop] != segment.start).any():
+                    raise ValueError("a segment sees one that is not the last before it without a prefix")
+                ends[part.start : part.stop] = segment.end
+            ends[segment.start : segment.end] = segment.end
+        return ends
+
+    @cached_property
+    def depths(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """(tokens,): how many tokens each sees beside itself."""
+        sizes = [sum(map(len, seen)) for seen in self.seen]
+        parts = zip(sizes, self.segments, strict=True)
+        return np.concatenate([np.arange(size, size + s.end - s.start, dtype=np.int32) for size, s in parts])
+
+    def seen_before(self, token: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The tokens that this one sees before itself; what tokens behind it see is among them, or behind it, too."""
+        return np.flatnonzero(self.last_seen_by[:token] > token)
+
     def blocks(self, window: int | None = None) -> list[Block]:
         """The sequence cut into blocks, each query seeing its last `window` keys; made for the first layer that asks.
 
         Raises:
-            ValueError: A segment's prefix does not lie in its block.
+            ValueError: As `last_seen_by`.
         """
         if window not in self._blocks:
-            starts = [i for i, s in enumerate(self.segments) if s.prefix_end == s.prefix_start]
-            self._blocks[window] = [
-                _block(self.segments[first:end], window, self.queries.device)
-                for first, end in pairwise([*starts, len(self.segments)])
-            ]
+            starts = [i for i, seen in enumerate(self.seen) if not seen]
+            trees = (self.segments[first:end] for first, end in pairwise([*starts, len(self.segments)]))
+            self._blocks[window] = [block for tree in trees for block in self._blocks_of(tree, window)]
         return self._blocks[window]
 
+    def _blocks_of(self, tree: Sequence[Segment], window: int | None) -> Iterator[Block]:
+        """The first segment, and the others, which see it."""
+        start, end = tree[0].start, tree[-1].end
+        alone = len(tree) == 1
+        if alone and (window is None or window >= end - start):
+            yield Block(start, end, None, None)
+            return
+        step = end - start if alone else _BLOCK
+        for first in range(start, end, step):
+            last = min(first + step, end)
+            before = self.seen_before(first)
+            keys = np.concatenate([before, np.arange(first, last)])
+            query = np.arange(first, last)[:, None]
+            sees = (keys <= query) & (query < self.last_seen_by[keys])
+            if window is not None:
+                sees &= self.depths[keys] > self.depths[first:last, None] - window
+            device = self.queries.device
+            index = torch.from_numpy(keys).to(device) if len(before) else None
+            yield Block(first, last, index, torch.from_numpy(sees).to(device))
 
-def _block(segments: Sequence[Segment], window: int | None, device: torch.device) -> Block:
-    """The first segment, and the others, which see it or a part of it."""
-    start, end = segments[0].start, segments[-1].end
-    if len(segments) == 1 and (window is None or window >= end - start):
-        return Block(start, end, None)
-    mask = torch.zeros(end - start, end - start, dtype=torch.bool)
+
+def _seen(segments: Sequence[Segment]) -> tuple[tuple[range, ...], ...]:
+    by_start: dict[int, tuple[range, ...]] = {}
     for s in segments:
-        if s.prefix_end > s.prefix_start and not start <= s.prefix_start <= s.prefix_end <= segments[0].end:
-            raise ValueError("a segment sees one that is not the last before it without a prefix")
-        # Distances are counted in the tokens that the segment sees: its prefix, then itself.
-        queries = torch.arange(s.prefix_end - s.prefix_start, s.keys)[:, None]
-        keys = torch.arange(s.keys)
-        sees = keys <= queries
-        if window is not None:
-            sees &= keys > queries - window
-        rows = slice(s.start - start, s.end - start)
-        prefix = s.prefix_end - s.prefix_start
-        mask[rows, s.prefix_start - start : s.prefix_end - start] = sees[:, :prefix]
-        mask[rows, rows] = sees[:, prefix:]
-    return Block(start, end, mask.to(device))
+        prefix = range(s.prefix_start, s.prefix_end)
+        by_start[s.start] = (*by_start[s.prefix_start], prefix) if prefix else ()
+    return tuple(by_start.values())
+
+
+def _keys(segments: Sequence[Segment], seen: Sequence[Sequence[range]]) -> list[int]:
+    """How many keys the last query of each segment sees."""
+    return [sum(map(len, before)) + s.end - s.start for before, s in zip(seen, segments, strict=True)]
 
 
 def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
-    """Lays out the segments of one packed sequence; they must cover it without gaps, in order."""
-    queries = to_device(torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32), device)
-    keys = to_device(torch.tensor([0, *(s.keys for s in segments)]).cumsum(0).to(torch.int32), device)
-    index = None
-    if any(s.prefix_end > s.prefix_start for s in segments):
-        ranges = [torch.arange(a, b) for s in segments for a, b in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
-        index = to_device(torch.cat(ranges), device)
-    longest_query, longest_key = max(s.end - s.start for s in segments), max(s.keys for s in segments)
-    return Layout(tuple(segments), queries, keys, index, longest_query, longest_key)
+    """Lays out the segments of one packed sequence; they must cover it without gaps, in order.
+
+    Raises:
+        KeyError: A prefix does not begin where a segment begins.
+    """
+    keys = _keys(segments, _seen(segments))
+    query_offsets = to_device(torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32), device)
+    key_offsets = to_device(torch.tensor([0, *keys]).cumsum(0).to(torch.int32), device)
+    return Layout(tuple(segments), query_offsets, key_offsets, max(s.end - s.start for s in segments), max(keys))
 
 
 @dataclass(frozen=True)
@@ -209,7 +278,8 @@ def packed_attention(  # the signature is transformers'
         return _explicit(query, key, value, layout, scaling, window, softcap, s_aux), None
     if layout.attend is not None:
         return layout.attend(query, key, value, scaling, window), None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _fits_kernel(query, value):
+    is_half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    if is_half and _fits_kernel(query, value) and layout.copied_keys <= _MOST_KEYS * query.shape[2]:
         return _varlen_kernel(query, key, value, layout, scaling, window), None
     return _block_by_block(query, key, value, layout, scaling, window), None
 
@@ -242,8 +312,7 @@ def _block_by_block(  # noqa: PLR0917 - as attention has it
     """One call for each block. Serves CPUs and older GPUs, and is the reference for the kernel."""
     outputs = []
     for block in layout.blocks(window):
-        own = slice(block.start, block.end)
-        q, k, v = (x[:, :, own] for x in (query, key, value))
+        q, k, v = query[:, :, block.start : block.end], block.keys_of(key), block.keys_of(value)
         mask = block.mask
         outputs.append(
             scaled_dot_product_attention(
@@ -271,8 +340,7 @@ def _explicit(  # noqa: PLR0917 - as attention has it
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
     for block in layout.blocks(window):
-        own = slice(block.start, block.end)
-        q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
+        q, k, v = query[:, :, block.start : block.end], block.keys_of(key), block.keys_of(value)
         k, v = (x.repeat_interleave(shared_by, dim=1) for x in (k, v))
         scores = q @ k.transpose(2, 3) * scaling
         if softcap is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from typing import Any
+from zlib import crc32
 
 _ID = 0
 
@@ -36,8 +37,9 @@ class CharacterTokenizer:
         return _Batch([self._encode(text) for text in texts])
 
     def encode(self, text: str, **_: Any) -> list[int]:
-        """Ids of one text; every token has the same id."""
-        return self._encode(text).ids
+        """Ids of one text, each a number made of the token's characters: texts that begin alike have the same first."""
+        edges = self._encode(text).offsets
+        return [crc32(text[start:end].encode(errors="surrogatepass")) for start, end in edges]
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **_: Any) -> str:
         """The messages one after the other, each with its role."""

@@ -282,12 +282,15 @@ def evaluation_bytes(setup: Setup, tokens: int, reads: int) -> int:
     """Bytes at the peak of scoring a packed sequence of so many tokens, at `reads` of which logits are formed.
 
     Nothing is kept from layer to layer. The feed-forward layer has four tensors of its width at once; the logits are
-    there in the compute dtype, in fp32, and once more as their logarithms. In half precision the output layer has a
-    copy in fp16 (`fused/precise_forward.py`). After training, gradients and moments may still be there.
+    there in the compute dtype, in fp32, and once more as their logarithms. A weight that is
+    dequantized for each use is there once more, with the adapter's columns beside it. In half precision the output
+    layer has a copy in fp16 (`fused/precise_forward.py`). After training, gradients and moments may still be there.
     """
     a, size = setup.architecture, setup.value_bytes
     held = training_memory(setup, 0)
-    layer = size * (4 * a.intermediate + 4 * a.hidden + EXPERT_COPIES * a.copies) * tokens + a.largest_matrix * size
+    # Scoring copies a weight that is dequantized for its use beside the adapter's factor.
+    copies = 2 * a.largest_matrix
+    layer = size * ((4 * a.intermediate + 4 * a.hidden + EXPERT_COPIES * a.copies) * tokens + copies)
     logits = reads * a.vocabulary * (size + 2 * FP32)
     head = 0 if size == FP32 else 2 * a.vocabulary * a.hidden
     return held.total - held.activations + head + max(layer, logits + size * a.hidden * tokens)

@@ -336,7 +336,7 @@ class OptimizerStep:
             length_increment(ids.shape[0]),
             *(segment.end - segment.start for segment in segments),
         )
-        layout = Layout(segments, ends, ends, None, longest, longest)
+        layout = Layout(segments, ends, ends, longest, longest)
         hidden = decoder_of(base)(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
         ).last_hidden_state[0]

@@ -788,7 +788,7 @@ def score(bench: Bench) -> None:
             likelihoods = [[choice.log_likelihood for choice in q] for q in scores]
             (bench.out / "scores.json").write_text(json.dumps(likelihoods))
             flat = [one for q in likelihoods for one in q]
-            tokens = sum(map(tokens_of, asked))
+            tokens = sum(tokens_of(asked[row.start : row.stop]) for row in rows.values())
             bench.say(
                 "score",
                 variant=name,

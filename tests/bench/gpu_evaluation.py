@@ -1,97 +1,380 @@
-"""Evaluation on a GPU: the job's scorer against lm-eval's own HFLM, at Mistral-7B's shape in NF4.
+"""Evaluation on a GPU: the job's scorer against lm-eval's own HFLM, at Mistral-7B's shape in NF4 with random weights.
 
-`python tests/bench/gpu_evaluation.py --alpaca FILE --arc FILE [--tiny]`: both answer the same ARC-Easy questions by
-lm-eval's task with the same random weights in bf16. Random weights win by next to nothing, so how far the two sides'
-log-likelihoods are apart says more than how many predictions differ.
+`python tests/bench/gpu_evaluation.py --alpaca FILE --arc FILE --train FILE [--tiny]` prints JSON lines. Both sides
+score the same token ids: ARC-Easy's questions as lm-eval's task asks them, by a tokenizer of 32,000 tokens trained on
+Alpaca's rows (Mistral's own is not at hand), without examples, after the same five (`sampler: first_n`), and after
+five drawn for each question. Ours is timed from the questions to the scores, laid out and read back. `lengths` has
+random tokens in questions as long as in Mistral's own tokenizer, which have nothing in common: what was measured before
+questions shared their beginnings.
+
+Random weights win by next to nothing, so predictions of two passes are compared beside fp32, with the margins.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import gzip
 import json
-import logging
 import os
+import random
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
+from weakref import WeakKeyDictionary
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from job.model.lora import add_adapter
-from job.settings.schema import Eval
-from job.training.prepare import prepare
+from job.evaluation.scorer import score_questions, score_sequences
+from job.evaluation.scoring import Forward, plan_sequences, tokens_of, tokens_to_compute
+from job.model.fused import precise_forward, scoring_decoder
+from job.model.lora import adapter_off, add_adapter
+from job.records import Question
+from job.training.prepare import fast_kernels
 from tests.bench import shapes
-from tests.bench.cpu_evaluation import TASK, by_hflm, by_ours, differing
+from tests.bench.cpu_evaluation import Answers, margin
 from tests.gpu.job import make_tokenizer
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+FP16, FP32 = torch.float16, torch.float32
+SHOTS, BUDGET = 5, 8192
+BEGAN = time.monotonic()
+KINDS = {
+    "attention": ("_attention_kernel", "flash", "fmha"),
+    "norms": ("_add_norm", "_scoring_norm", "rms_norm", "layer_norm"),
+    "gates": ("_swiglu", "_gated", "silu"),
+    "positions": ("_turn",),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "sm90", "cublas", "splitk"),
+    "copies and gathers": ("index", "copy", "cat", "memcpy", "memset", "gather", "fill"),
+    "softmax": ("softmax", "argmax", "reduce"),
+}
+"""By name in the profiler, lower case; the first that fits counts."""
 
 
-def ours(shape: dict[str, int]) -> Any:
-    """The model with its adapter, made ready as the job does it."""
-    model = add_adapter(
-        shapes.random_base(shape, DEVICE, "flat"), rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0
+def say(what: str, **facts: Any) -> None:
+    """One JSON line."""
+    shown = {key: round(value, 5) if isinstance(value, float) else value for key, value in facts.items()}
+    print(json.dumps({"what": what, **shown, "at_second": round(time.monotonic() - BEGAN, 1)}), flush=True)
+
+
+@contextmanager
+def caught(what: str) -> Iterator[None]:
+    """A part that fails does not take the others with it."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the next parts are worth having
+        say("error", where=what, error=f"{type(error).__name__}: {error}"[:1500])
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, packed or not."""
+    data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return [json.loads(row) for row in data.splitlines()]
+
+
+def questions(arc: Path, train: Path, tokenizer: Any, limit: int | None) -> dict[str, list[Question]]:
+    """As lm-eval's `arc_easy` asks them; examples are drawn from the training rows."""
+    chance, few = random.Random(0), lines(train)
+
+    def text(row: dict[str, Any]) -> str:
+        return f"Question: {row['question']}\nAnswer:"
+
+    def example(row: dict[str, Any]) -> str:
+        answer = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
+        return f"{text(row)} {answer}\n\n"
+
+    def asked(examples: Callable[[], Iterable[dict[str, Any]]], most: int | None = None) -> list[Question]:
+        made = []
+        for row in lines(arc)[:limit][:most]:
+            context = "".join(map(example, examples())) + text(row)
+            ids = tokenizer.encode(context)
+            whole = [tokenizer.encode(f"{context} {choice}") for choice in row["choices"]["text"]]
+            made.append(Question(tuple(ids), tuple(tuple(one[len(ids) :]) for one in whole)))
+        return made
+
+    return {
+        "0 examples": asked(list),
+        "5 examples, the same": asked(lambda: few[:SHOTS], 1200),
+        "5 examples, drawn": asked(lambda: chance.sample(few, SHOTS), 300),
+    }
+
+
+def sync() -> None:
+    """Waits for the GPU."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def ours(model: Any, asked: Sequence[Question], way: Forward, budget: int = BUDGET) -> tuple[Answers, float]:
+    """Log-likelihoods by question, and seconds."""
+
+    def score(model: Any, given: list[Question], sequences: Any) -> Any:
+        return score_sequences(model, given, sequences, way)
+
+    sync()
+    began = time.perf_counter()
+    found = score_questions(model, list(asked), budget, score=score)
+    seconds = time.perf_counter() - began
+    return [[choice.log_likelihood for choice in choices] for choices in found], seconds
+
+
+def best_of(times: int, measured: Callable[[], tuple[Answers, float]]) -> tuple[Answers, float]:
+    """The answers, and the least seconds."""
+    found = [measured() for _ in range(times)]
+    return found[0][0], min(seconds for _, seconds in found)
+
+
+def compared(answers: Answers, exact: Answers) -> dict[str, Any]:
+    """How many predictions differ, by what margin in `exact`, and how far the log-likelihoods are apart."""
+    flips = [margin(e) for a, e in zip(answers, exact, strict=True) if a.index(max(a)) != e.index(max(e))]
+    apart = [abs(a - b) for x, y in zip(answers, exact, strict=True) for a, b in zip(x, y, strict=True)]
+    return {
+        "predictions": len(exact),
+        "differ": len(flips),
+        "largest_margin_that_differs": max(flips, default=0.0),
+        "furthest_apart": max(apart),
+        "apart_on_average": sum(apart) / len(apart),
+    }
+
+
+def rates(shape: dict[str, int]) -> float:
+    """TFLOP/s of the products themselves, with the adapter's columns beside a weight and without; returns the best."""
+    hidden, wide = shape["hidden_size"], shape["intermediate_size"]
+    sizes = {"gate_up": (2 * wide, hidden), "down": (hidden, wide), "qkv": (hidden * 3 // 2, hidden)}
+    found = {}
+    for name, (outputs, inputs) in sizes.items():
+        for more in (0, scoring_decoder.WIDE):
+            a, b = (torch.randn(rows, inputs + more, device=DEVICE).half() for rows in (BUDGET, outputs))
+            seconds = []
+            for _ in range(3):
+                sync()
+                began = time.perf_counter()
+                for _ in range(10 if ON_GPU else 1):
+                    a @ b.T
+                sync()
+                seconds.append((time.perf_counter() - began) / (10 if ON_GPU else 1))
+            found[f"{name} +{more}"] = 2e-12 * BUDGET * outputs * inputs / min(seconds)
+    say("TFLOP/s of products", tokens=BUDGET, **found)
+    return max(found.values())
+
+
+def breakdown(model: Any, asked: Sequence[Question], way: Forward, name: str) -> None:
+    """Milliseconds of a sequence by kind of kernel, and what the GPU waited, over the first three sequences."""
+    from torch.profiler import ProfilerActivity, profile
+
+    ordered = sorted(asked, key=lambda question: question.context)
+    parts = dict(enumerate(plan_sequences(ordered, BUDGET)[:3]))
+    list(score_sequences(model, list(ordered), parts, way))
+    sync()
+    began = time.perf_counter()
+    list(score_sequences(model, list(ordered), parts, way))
+    wall = time.perf_counter() - began
+    with profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]) as seen:
+        list(score_sequences(model, list(ordered), parts, way))
+        sync()
+    kinds: dict[str, float] = dict.fromkeys([*KINDS, "others"], 0.0)
+    kernels: dict[str, tuple[float, int]] = {}
+    count = 0
+    for event in seen.key_averages():
+        spent = (event.self_device_time_total if ON_GPU else event.self_cpu_time_total) / 1000 / len(parts)
+        kind = next((kind for kind, names in KINDS.items() if any(n in event.key.lower() for n in names)), "others")
+        kinds[kind] += spent
+        count += event.count
+        kernels[event.key[:70]] = round(spent, 3), event.count // len(parts)
+    milliseconds = 1000 * wall / len(parts)
+    tokens = sum(tokens_of(ordered[part.start : part.stop]) for part in parts.values()) / len(parts)
+    most = dict(sorted(kernels.items(), key=lambda item: -item[1][0])[:14])
+    say(
+        "a sequence",
+        name=name,
+        tokens=tokens,
+        milliseconds=milliseconds,
+        **kinds,
+        idle=milliseconds - sum(kinds.values()),
+        kernels=count / len(parts),
+        milliseconds_and_launches=most,
     )
-    lengths = shapes.LENGTHS["alpaca"]
-    prepare(
-        model,
-        lengths,
-        global_batch_size=32,
-        quantization="nf4",
-        optimizer="adamw_8bit",
-        budget=16384,
-        keep_base="auto",
-        recompute="auto",
-        gigabytes=None,
-    )
-    return model.eval()
+
+
+def attention(asked: Sequence[Question]) -> None:
+    """The kernel for trees beside torch's in fp32, and microseconds a layer by its sizes and by torch's flash one."""
+    from job.evaluation.scoring import _pack
+    from job.model.fused import triton_scoring
+    from job.model.packed_attention import build_layout
+
+    ordered = sorted(asked, key=lambda question: question.context)
+    (part, *_) = plan_sequences(ordered, BUDGET)
+    layout = build_layout(_pack(ordered[part.start : part.stop]).segments, DEVICE)
+    made = torch.randn(len(layout.depths), 48, 128, device=DEVICE).half()
+    parts = made.split_with_sizes([32, 8, 8], 1)
+    found = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    by_torch = scoring_decoder.TorchOperations().attend
+    for window in (None, 30):
+        exact = torch.empty_like(found, dtype=FP32)
+        by_torch(*(x.float() for x in parts), layout, 128**-0.5, window, exact)
+        triton_scoring.TritonOperations().attend(*parts, layout, 128**-0.5, window, found)
+        say("attention beside fp32", window=window, largest_error=float((found - exact).abs().max()))
+
+    def microseconds(attend: Callable[..., None]) -> float:
+        for turn in range(22):
+            if turn == 2:
+                sync()
+                began = time.perf_counter()
+            attend(*parts, layout, 128**-0.5, None, found)
+        sync()
+        return (time.perf_counter() - began) / 20 * 1e6
+
+    times = {"torch's flash kernel": microseconds(by_torch)}
+    for rows, keys, stages in ((64, 32, 2), (64, 64, 2), (64, 64, 3), (32, 32, 2), (128, 64, 2)):
+        with (
+            caught(f"attention {rows} {keys} {stages}"),
+            mock.patch.multiple(triton_scoring, _ROWS=rows, _KEYS=keys, _STAGES=stages, _KNOWN=WeakKeyDictionary()),
+        ):
+            times[f"{rows} queries, {keys} keys, {stages} stages"] = microseconds(triton_scoring.attention)
+    say("attention", tokens=len(layout.depths), segments=len(layout.segments), microseconds_a_layer=times)
+
+
+def scoring(model: Any, asked: dict[str, list[Question]], *, tiny: bool) -> dict[str, Answers]:
+    """Speeds of ours; returns the answers without an adapter, as HFLM has none."""
+    kernels, name = fast_kernels(DEVICE, "float16")
+    say("kernels", name=name)
+    flops = 2 * (sum(p.numel() for p in model.parameters()) if tiny else 6_979_321_856)  # the layers' weights
+    shape = shapes.TINY if tiny else shapes.MISTRAL_7B
+    rate = rates(shape)
+    now = precise_forward.precise_forward(model, FP16, kernels, keep=True)
+    lengths = shapes.questions(shape["vocab_size"], 30 if tiny else None)
+
+    def speed(what: str, given: Sequence[Question], way: Forward, budget: int = BUDGET, times: int = 2) -> Answers:
+        _, first = ours(model, given[:200], way)
+        answers, seconds = best_of(times, lambda: ours(model, given, way, budget))
+        per_question = tokens_to_compute(given, budget) / len(given)
+        say(
+            "ours",
+            questions_of=what,
+            budget=budget,
+            questions=len(given),
+            questions_per_second=len(given) / seconds,
+            seconds_of_the_first_200=first,
+            tokens_per_question=per_question,
+            of_products_rate=len(given) / seconds * per_question * flops / 1e12 / rate,
+            peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
+        )
+        return answers
+
+    with caught("lengths"):
+        mine = speed("Mistral's lengths, nothing in common", lengths, now, times=1)
+        some, few = lengths[:850], lengths[:100]
+        with mock.patch.object(precise_forward, "is_like_llama", return_value=False):
+            before = precise_forward.precise_forward(model, FP16, kernels, keep=True)
+        theirs = speed("Mistral's lengths, by the modules' own forward, as before", some, before, times=1)
+        say("now beside before", **compared(mine[: len(some)], theirs))
+        exact = precise_forward.precise_forward(model, FP32, kernels, keep=False)
+        right, _ = ours(model, few, exact)
+        say("now beside fp32", **compared(mine[: len(few)], right))
+        say("before beside fp32", **compared(theirs[: len(few)], right))
+        breakdown(model, lengths, before, "as before, with the adapter")
+        del before, exact
+    if name == "triton":
+        with caught("attention"):
+            attention(asked["0 examples"])
+    with caught("breakdown"):
+        breakdown(model, asked["0 examples"], now, "now, with the adapter")
+    for what, given in asked.items():
+        with caught(what):
+            speed(f"ARC-Easy, {what}, with the adapter", given, now, times=2 if what == "0 examples" else 1)
+    found: dict[str, Answers] = {}
+    with adapter_off(model):
+        with caught("breakdown, base"):
+            breakdown(model, asked["0 examples"], now, "now, the base")
+            breakdown(model, asked["5 examples, the same"], now, "now, the base, after the same 5 examples")
+        for what, given in asked.items():
+            with caught(f"{what}, base"):
+                found[what] = speed(f"ARC-Easy, {what}, the base", given, now, times=1)
+        with caught("budget"):
+            speed("ARC-Easy, 0 examples, the base", asked["0 examples"], now, 16384, times=1)
+    again, _ = ours(model, asked["0 examples"][:300], now)
+    repeated, _ = ours(model, asked["0 examples"][:300], now)
+    say("repeated", same_bits=again == repeated)
+    return found
+
+
+def by_hflm(asked: dict[str, list[Question]], mine: dict[str, Answers], *, tiny: bool) -> None:
+    """HFLM on the first questions of each kind, at the best of its batch sizes."""
+    from lm_eval.models.huggingface import HFLM
+
+    base = shapes.random_base(shapes.TINY if tiny else shapes.MISTRAL_7B, DEVICE, "sdpa")
+    for what, count, sizes in (
+        ("0 examples", 600, (32, 64, 128)),
+        ("5 examples, the same", 60, (16, 64)),
+        ("5 examples, drawn", 60, (16,)),
+    ):
+        given = asked[what][: 20 if tiny else count]
+        requests = [(("", ""), list(q.context), list(choice)) for q in given for choice in q.choices]
+        for size in sizes:
+            with caught(f"HFLM {size}"):
+                lm = HFLM(
+                    pretrained=base, tokenizer=shapes.tokenizer(), batch_size=size, max_length=2048, device=str(DEVICE)
+                )
+                lm._loglikelihood_tokens(requests[:64], disable_tqdm=True)
+                sync()
+                began = time.perf_counter()
+                flat = [answer[0] for answer in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+                seconds = time.perf_counter() - began
+                theirs = [[flat.pop(0) for _ in q.choices] for q in given]
+                beside = compared(mine[what][: len(given)], theirs) if what in mine else {}
+                say(
+                    "HFLM",
+                    questions_of=what,
+                    batch=size,
+                    questions=len(given),
+                    questions_per_second=len(given) / seconds,
+                    **beside,
+                )
 
 
 def main() -> None:
     """Measures and prints JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--alpaca", type=Path, required=True)
     parser.add_argument("--arc", type=Path, required=True)
-    parser.add_argument("--questions", type=int, default=1000)
-    parser.add_argument("--batch-sizes", nargs="+", default=["auto", "64"], help="of HFLM")
+    parser.add_argument("--train", type=Path, required=True, help="rows that examples are taken from")
     parser.add_argument("--tiny", action="store_true")
-    asked = parser.parse_args()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from job.evaluation.tasks import load_tasks
-
-    shape = shapes.TINY if asked.tiny else shapes.MISTRAL_7B
-    texts = [" ".join(json.loads(row).values()) for row in asked.alpaca.read_text(encoding="utf-8").splitlines()]
-    tasks = load_tasks([TASK], {TASK: asked.arc}, {TASK: asked.arc.name})
+    args = parser.parse_args()
+    shape = shapes.TINY if args.tiny else shapes.MISTRAL_7B
+    if ON_GPU:
+        torch.use_deterministic_algorithms(mode=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        say("machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
+    rows = lines(args.alpaca)[: 500 if args.tiny else 20_000]
     with tempfile.TemporaryDirectory() as name:
-        tokenizer = make_tokenizer(Path(name), texts, shape["vocab_size"])
-        model = ours(shape)
-        by_ours(tasks, model, tokenizer, 100, None)
-        answers, seconds = by_ours(tasks, model, tokenizer, asked.questions, None)
-        speed = len(answers) / seconds
-        say = {"questions": len(answers), "batch_tokens": Eval().batch_tokens}
-        print(json.dumps({"side": "ours", "seconds": seconds, "questions_per_second": speed, **say}), flush=True)
-        del model
-        gc.collect()
-        plain = shapes.random_base(shape, DEVICE, "sdpa")
-        by_hflm(tasks, plain, tokenizer, 20, "4", device=str(DEVICE))
-        for size in asked.batch_sizes:
-            theirs, seconds = by_hflm(tasks, plain, tokenizer, asked.questions, size, device=str(DEVICE))
-            figures = {
-                "seconds": seconds,
-                "questions_per_second": len(theirs) / seconds,
-                "ratio": speed * seconds / len(theirs),
-                "predictions_that_differ": len(differing(answers, theirs)),
-                "furthest_apart": max(
-                    abs(a - b) for x, y in zip(answers, theirs, strict=True) for a, b in zip(x, y, strict=True)
-                ),
-            }
-            print(json.dumps({"side": f"HFLM, batch {size}", **figures}), flush=True)
+        tokenizer = make_tokenizer(Path(name), [" ".join(row.values()) for row in rows], shape["vocab_size"])
+    asked = questions(args.arc, args.train, tokenizer, 30 if args.tiny else None)
+    say("questions", seconds=time.monotonic() - BEGAN, first=len(asked["0 examples"]))
+    base = shapes.random_base(shape, DEVICE, "flat")
+    model = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0)
+    for parameter in (one for one in model.parameters() if one.requires_grad):
+        parameter.data.normal_(0, 0.01)  # a fresh adapter is zero on one side
+    model.eval()
+    say("model")
+    mine = scoring(model, asked, tiny=args.tiny)
+    del model, base
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+    with caught("HFLM"):
+        by_hflm(asked, mine, tiny=args.tiny)
 
 
 if __name__ == "__main__":

@@ -395,7 +395,7 @@ def speed(folder: Path) -> None:
     for row in rows:
         score_sequence(model, questions[row.start : row.stop])
     seconds = time.monotonic() - began
-    tokens = sum(map(tokens_of, questions))
+    tokens = sum(tokens_of(questions[row.start : row.stop]) for row in rows)
     say("score", questions_per_second=len(questions) / seconds, tokens_per_second=tokens / seconds)
 
 

@@ -16,12 +16,13 @@ The products are summed in fp32. NF4 weights are dequantized to fp16, not by way
 positions are in fp32. A number that is too large for fp16 becomes infinite, and the scores of its question NaN; then
 `job.evaluation.scorer` computes them again by the same pass in fp32.
 
-The modules of the model stay as they are: their `forward` is replaced while the pass runs.
+Decoders like Llama's are computed by `scoring_decoder`. In others the modules of the model stay as they are, and their
+`forward` is replaced while the pass runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,7 @@ from job.model.fused import lora_forward
 from job.model.fused.frozen_weights import dequantizer
 from job.model.fused.kernels import TORCH, Kernels, Turn
 from job.model.fused.lora_forward import CommonInput, Weight
+from job.model.fused.scoring_decoder import WIDE, Decoder, Layer, Operations, Product, TorchOperations, is_like_llama
 
 if TYPE_CHECKING:
     from job.model.families import Family
@@ -124,6 +126,9 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
     base, precise = _base(model), _precise_kernels(kernels, dtype)
     family = lora_forward.family_of(base)
     assert family is not None  # noqa: S101 - see `why_not_precise`
+    if is_like_llama(family, base) and not has_foreign_layers(model):
+        decoder = _decoder(base, family, dtype, kernels, keep=keep)
+        return partial(_with_sums_in_fp32, decoder)
     patches: dict[Any, dict[str, Any]] = {
         base.get_input_embeddings(): {"forward": partial(_in_fp32, base.get_input_embeddings().forward)},
         base.lm_head: {"forward": _output_layer(base.lm_head, dtype)},
@@ -144,6 +149,92 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
         elif _is_linear(module) and module not in inside:
             patches[module] = {"forward": _linear_layer(module, base.dtype, dtype, keep=keep)}
     return partial(_logits, model, patches)
+
+
+def _decoder(base: Any, family: Family, dtype: torch.dtype, kernels: Kernels, *, keep: bool) -> Decoder:
+    """All of the pass for decoders like Llama's."""
+    largest = LARGEST if dtype is torch.float16 else None
+    operations: Operations = TorchOperations(largest)
+    if kernels.name == "triton":
+        from job.model.fused.triton_scoring import TritonOperations
+
+        operations = TritonOperations(largest)
+    layers = []
+    for module in base.model.layers:
+        attention, mlp = module.self_attn, module.mlp
+        heads = _joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, keep=keep)
+        gate_up = _joined([mlp.gate_proj, mlp.up_proj], dtype, keep=keep, apart=True)
+        out, down = (_joined([layer], dtype, keep=keep) for layer in (attention.o_proj, mlp.down_proj))
+        layers.append(Layer(module, heads, out, gate_up, down))
+    return Decoder(base, layers, _output_layer(base.lm_head, dtype), operations, dtype, family.window)
+
+
+def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool, apart: bool = False) -> Product:
+    """Layers with a common input, whether all of them have an adapter, some or none.
+
+    With `apart` their weights are no common matrix, which would be large where it is dequantized for each use.
+    """
+    adapted = [module for module in modules if _has_adapter(module)]
+    inner = [module.get_base_layer() if _has_adapter(module) else module for module in modules]
+    weights = [_weight(layer, dtype, keep=False) for layer in inner]
+    biases = [layer.bias for layer in inner]
+    bias = None
+    if any(one is not None for one in biases):
+        parts = zip(biases, inner, strict=True)
+        device = inner[0].weight.device
+        bias = torch.cat([torch.zeros(o.out_features, device=device) if b is None else b.detach() for b, o in parts])
+        bias = bias.to(dtype)
+    a = b = None
+    if adapted:
+        common = _common_input(adapted, dtype, weights=dict(zip(modules, weights, strict=True)))
+        wide = -(-sum(common.ranks) // WIDE) * WIDE
+        a = functional.pad(common.a, (0, 0, 0, wide - common.a.shape[0]))
+        b = common.a.new_zeros(sum(layer.out_features for layer in inner), wide)
+        factors = dict(zip(adapted, common.layers, strict=True))
+        row = column = 0
+        for module, layer in zip(modules, inner, strict=True):
+            if (factor := factors.get(module)) is not None:
+                rank = factor.b.shape[1]
+                b[row : row + layer.out_features, column : column + rank] = factor.b
+                column += rank
+            row += layer.out_features
+    outputs = [layer.out_features for layer in inner]
+    whole = [(weights, b, sum(outputs))]
+    if apart:
+        parts_of_b = [None] * len(inner) if b is None else b.split_with_sizes(outputs)
+        whole = [([weight], part, rows) for weight, part, rows in zip(weights, parts_of_b, outputs, strict=True)]
+    makes: list[Weight] = [partial(_side_by_side, *one) for one in whole]
+    if keep:
+        makes = [partial(_itself, make()) for make in makes]
+    sizes = [rows for _, _, rows in whole]
+    return Product(makes, sizes, a, bias, inner[0].in_features, adapted[0] if adapted else None)
+
+
+def _side_by_side(weights: Sequence[Weight], b: torch.Tensor | None, outputs: int) -> torch.Tensor:
+    """(all outputs, inputs + wide); one weight at a time is dequantized beside it."""
+    if len(weights) == 1 and b is None:
+        return weights[0]()
+    part = weights[0]()
+    inputs = part.shape[1]
+    whole = part.new_empty(outputs, inputs + (0 if b is None else b.shape[1]))
+    row = 0
+    for number, weight in enumerate(weights):
+        if number:
+            part = weight()
+        whole[row : row + len(part), :inputs] = part
+        row += len(part)
+    if b is not None:
+        whole[:, inputs:] = b
+    return whole
+
+
+def _itself(kept: torch.Tensor) -> torch.Tensor:
+    return kept
+
+
+def _with_sums_in_fp32(forward: PreciseForward, *given: Any) -> torch.Tensor:
+    with _sums_in_fp32():
+        return forward(*given)
 
 
 def _base(model: Any) -> Any:
@@ -219,9 +310,12 @@ def _weight(layer: Any, dtype: torch.dtype, *, keep: bool) -> Weight:
     return lambda: kept
 
 
-def _common_input(modules: list[Any], dtype: torch.dtype, *, keep: bool) -> CommonInput:
+def _common_input(
+    modules: Sequence[Any], dtype: torch.dtype, *, keep: bool = False, weights: Mapping[Any, Weight] | None = None
+) -> CommonInput:
     """As a run's own, with copies of the adapter in `dtype`, which are made once and not before each pass."""
-    weights = {module: _weight(module.get_base_layer(), dtype, keep=keep) for module in modules}
+    if weights is None:
+        weights = {module: _weight(module.get_base_layer(), dtype, keep=keep) for module in modules}
     common = CommonInput(modules, weights, dtype)
     common.layers = [
         replace(

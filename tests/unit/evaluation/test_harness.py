@@ -16,10 +16,11 @@ from job.evaluation import harness
 from job.evaluation.harness import evaluate
 from job.evaluation.question_lengths import count_questions
 from job.evaluation.samples import Sample, write_samples
-from job.evaluation.scoring import plan_sequences, score_sequence
+from job.evaluation.scorer import score_questions
+from job.evaluation.scoring import plan_sequences, score_sequence, tokens_to_compute
 from job.evaluation.statistics import standard_error
 from job.evaluation.task_names import check_tasks
-from job.evaluation.tasks import load_tasks
+from job.evaluation.tasks import load_tasks, restart_examples
 from job.records import ChoiceScore, Question, TaskScores
 from tests.helpers import ARC_EASY, arc_rows, make_model, read_jsonl, write_jsonl
 from tests.unit.evaluation.example_tasks import local_tasks, whole_index
@@ -138,6 +139,51 @@ def test_long_questions_are_cut_as_lm_eval_cuts_them(base_folder: Path, tokenize
     ours = run(base_folder, tokenizer, cut_to=most, arc_easy=file)
     assert_equal(ours, by_lm_eval(base_folder, tokenizer, max_length=most, arc_easy=file))
     assert ours != run(base_folder, tokenizer, arc_easy=file)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_questions_after_examples_are_scored_as_lm_eval_scores_them(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, *, same: bool
+) -> None:
+    """By HFLM in fp32; the same examples for all questions are computed once, and those drawn for each are not."""
+    from lm_eval import evaluate as evaluate_by_lm_eval
+    from lm_eval.api.samplers import FirstNSampler
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    examples = [{**row, "question": f"Of another file: {row['question']}"} for row in arc_rows(9)]
+    files = {
+        "arc_easy": write_jsonl(tmp_path / "q.jsonl", arc_rows(10)),
+        "arc_easy:examples": write_jsonl(tmp_path / "e.jsonl", examples),
+    }
+    tasks = load_tasks(["arc_easy"], files, {name: path.name for name, path in files.items()}, 3)
+    (task,) = tasks.loaded["tasks"].values()
+    if same:  # as a task with `sampler: first_n` has it
+        task.sampler.__class__ = FirstNSampler
+    tokens: list[int] = []
+
+    def score(questions: list[Question]) -> list[list[ChoiceScore]]:
+        tokens.extend((tokens_to_compute(questions, 4096), sum(map(tokens_alone, questions))))
+        return score_questions(model(base_folder), questions, 4096)
+
+    _, samples = evaluate(tasks, tokenizer, score, limit=None)["arc_easy"]
+    plain = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, attn_implementation="sdpa")
+    restart_examples(task)
+    lm = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=8, device="cpu")
+    theirs = evaluate_by_lm_eval(lm=lm, task_dict=tasks.loaded, bootstrap_iters=0)["samples"]["arc_easy"]
+    assert len(samples) == len(theirs) == 10
+    for mine, other in zip(samples, sorted(theirs, key=lambda sample: sample["doc_id"]), strict=True):
+        likelihoods = [answer[0] for answer in other["filtered_resps"]]
+        assert mine.log_likelihoods == pytest.approx(likelihoods, abs=2e-4)
+        assert mine.prediction == likelihoods.index(max(likelihoods))
+        assert mine.prompt_hash == other["prompt_hash"]
+    computed, alone = tokens
+    assert computed < alone / 4 if same else computed > alone / 2
+
+
+def tokens_alone(question: Question) -> int:
+    """Of a question's context once, and its choices without their last tokens."""
+    return len(question.context) + sum(len(choice) - 1 for choice in question.choices)
 
 
 @pytest.mark.skipif(not ARC_EASY.exists(), reason=f"the real ARC-Easy is not at {ARC_EASY}")

@@ -23,7 +23,7 @@ from job.stages import pull_model
 from job.storage.local import LocalStore
 from tests.helpers import fill_adapter, make_model
 
-QUESTIONS = [Question((0, 5, 6), ((7,), (8, 9))), Question((0, 4, 9, 3), ((7, 8), (10, 11, 12), (3,)))]
+QUESTIONS = [Question((0, 4, 6), ((7,), (8, 9))), Question((0, 5, 9, 3), ((7, 8), (10, 11, 12), (3,)))]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,23 @@ def test_a_model_and_two_questions_are_enough(model: Any) -> None:
     scores = score_questions(model, QUESTIONS)
     assert [len(choices) for choices in scores] == [2, 3]
     assert all(-100 < choice.log_likelihood < 0 for choices in scores for choice in choices)
+
+
+def test_questions_that_begin_alike_are_packed_together(model: Any) -> None:
+    """Whatever order they are asked in: what they begin with is computed once, and the scores keep the order."""
+    examples = [tuple(range(start, start + 20)) for start in (50, 100)]
+    asked = [Question((0, *examples[n % 2], 5 + n), ((7,), (8, 9 + n))) for n in range(6)]
+    packed: list[list[Question]] = []
+
+    def score(model: Any, questions: list[Question], sequences: Mapping[int, range]) -> Iterator[tuple[int, Scores]]:
+        packed.extend(questions[part.start : part.stop] for part in sequences.values())
+        yield from score_sequences(model, questions, sequences)
+
+    found = score_questions(model, asked, 21 + 3 * 2, score=score)
+    assert packed == [asked[::2], asked[1::2]]
+    for question, scores in zip(asked, found, strict=True):
+        alone = [choice.log_likelihood for choice in score_sequence(model, [question])[0]]
+        assert [choice.log_likelihood for choice in scores] == pytest.approx(alone, abs=1e-4)
 
 
 def test_the_example_in_the_docstring_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
+from job.evaluation.scoring import _pack, plan_sequences, score_sequence, tokens_of
+from job.model.packed_attention import build_layout
 from job.records import ChoiceScore, Question
 from tests.helpers import fill_adapter, make_model
 
@@ -102,7 +103,7 @@ def test_rows_keep_the_order_and_the_budget(questions: list[Question], budget: i
     rows = plan_sequences(questions, budget)
     assert [index for row in rows for index in row] == list(range(len(questions)))
     for row in rows:
-        assert len(row) == 1 or sum(tokens_of(questions[index]) for index in row) <= budget
+        assert len(row) == 1 or tokens_of(questions[row.start : row.stop]) <= budget
 
 
 @given(QUESTIONS, st.integers(1, 400))
@@ -110,16 +111,40 @@ def test_rows_are_filled(questions: list[Question], budget: int) -> None:
     """No row ends where its next question would still have fitted."""
     rows = plan_sequences(questions, budget)
     for row, following in pairwise(rows):
-        assert sum(tokens_of(questions[index]) for index in [*row, following.start]) > budget
+        assert tokens_of(questions[row.start : following.start + 1]) > budget
 
 
-def test_a_question_costs_its_context_once(base_folder: Path) -> None:
-    """The row is as long as `tokens_of` says: the context once, and no choice's last token."""
-    sizes: list[int] = []
+def test_what_begins_alike_costs_once(base_folder: Path) -> None:
+    """Contexts, choices and whole questions: each beginning once, no choice's last token, and each logit once."""
+    sizes: list[tuple[int, int]] = []
     subject = fill_adapter(make_model(base_folder)).eval()
     subject.register_forward_pre_hook(
-        lambda _module, _args, inputs: sizes.append(inputs["input_ids"].shape[1]), with_kwargs=True
+        lambda _module, _args, inputs: sizes.append((inputs["input_ids"].shape[1], len(inputs["logits_to_keep"]))),
+        with_kwargs=True,
     )
-    questions = [Question((0, 5, 6), ((7,), (8, 9), (10, 11, 12))), Question((0, 4), ((7, 8),))]
-    score_sequence(subject, questions)
-    assert sizes == [sum(map(tokens_of, questions))] == [3 + 0 + 1 + 2 + 2 + 1]
+    first = Question((0, 5, 6), ((7,), (8, 9), (8, 11, 12)))  # 0 5 6, 8, 11
+    second = Question((0, 5, 4), ((7, 8),))  # 4, 7
+    third = Question((0, 5, 6, 8), ((3,), (2, 7)))  # the beginning of a choice of the first; 2
+    score_sequence(subject, [first, second, first, third])
+    assert sizes == [(tokens_of([first, second, first, third]), 6)] == [(5 + 2 + 1, 6)]
+
+
+@given(QUESTIONS)
+def test_the_packed_sequence_holds_every_path(questions: list[Question]) -> None:
+    """Each token sees what would come before it alone, in the same order and at the same positions."""
+    if not questions:
+        return
+    packed = _pack(questions)
+    layout = build_layout(packed.segments, torch.device("cpu"))
+    assert len(packed.ids) == tokens_of(questions)
+    at = 0
+    for question in questions:
+        for choice in question.choices:
+            for before, target in enumerate(choice):
+                place = packed.reads[packed.predicted_by[at]]
+                seen = [*layout.seen_before(place), place]
+                assert tuple(packed.ids[token] for token in seen) == question.context + choice[:before]
+                assert [packed.positions[token] for token in seen] == list(range(len(seen)))
+                assert packed.targets[at] == target
+                at += 1
+    assert len(set(packed.reads)) == len(packed.reads)

@@ -24,7 +24,20 @@ CPU = torch.device("cpu")
 ALONE = [Segment(0, 5), Segment(5, 6), Segment(6, 17)]
 # A question of 7 tokens and three choices, one of them a single token, then a question whose choices take none.
 SHARED = [Segment(0, 7), Segment(7, 10, 0, 7), Segment(10, 11, 0, 7), Segment(11, 16, 0, 7), Segment(16, 20)]
-MADE = pytest.mark.parametrize("segments", [ALONE, SHARED], ids=["alone", "shared prefix"])
+# Examples, after them two questions, each with choices of which some begin alike, and a question without examples.
+NESTED = [
+    *(
+        Segment(0, 40),
+        Segment(40, 80, 0, 40),
+        Segment(80, 84, 40, 80),
+        Segment(84, 85, 80, 84),
+        Segment(85, 90, 80, 84),
+    ),
+    *(Segment(90, 97, 40, 80), Segment(97, 102, 0, 40), Segment(102, 104, 97, 102), Segment(104, 109)),
+]
+MADE = pytest.mark.parametrize(
+    "segments", [ALONE, SHARED, NESTED], ids=["alone", "shared prefix", "prefixes with prefixes"]
+)
 HEADS = pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
 
 
@@ -42,6 +55,14 @@ def attend(
     return packed_attention(torch.nn.Module(), query, key, value, None, layout=layout, scaling=scaling)[0]
 
 
+def seen_before(segments: Sequence[Segment], s: Segment) -> list[int]:
+    """The tokens that a segment sees before its own."""
+    if s.prefix_end == s.prefix_start:
+        return []
+    (parent,) = (other for other in segments if other.start == s.prefix_start)
+    return [*seen_before(segments, parent), *range(s.prefix_start, s.prefix_end)]
+
+
 def eager(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Sequence[Segment], scaling: float
 ) -> torch.Tensor:
@@ -50,7 +71,7 @@ def eager(
     sees = torch.zeros(tokens, tokens, dtype=torch.bool)
     for s in segments:
         for token in range(s.start, s.end):
-            sees[token, s.prefix_start : s.prefix_end] = True
+            sees[token, seen_before(segments, s)] = True
             sees[token, s.start : token + 1] = True
     shared_by = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
@@ -128,9 +149,11 @@ def test_tokens_see_nothing_behind_them() -> None:
 
 
 def test_the_plain_way_refuses_what_it_would_get_wrong() -> None:
-    """A prefix must lie in the group of its segment: one further back is no silent mistake."""
+    """A prefix must lie in the group of its segment, and begin with a segment: another is no silent mistake."""
     with pytest.raises(ValueError, match="not the last before it"):
         build_layout([Segment(0, 5), Segment(5, 9), Segment(9, 10, 0, 5)], CPU).blocks()
+    with pytest.raises(KeyError):
+        build_layout([Segment(0, 5), Segment(5, 9, 1, 5)], CPU)
 
 
 @MADE
@@ -151,6 +174,18 @@ def test_the_layout_tells_the_kernel_the_same(segments: list[Segment]) -> None:
         sees = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
         parts.append((q @ k.transpose(2, 3) / 8**0.5).masked_fill(~sees, float("-inf")).softmax(-1) @ v)
     torch.testing.assert_close(torch.cat(parts, 2).transpose(1, 2), attend(query, key, value, layout))
+
+
+def test_keys_are_not_copied_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a long beginning is shared by so many that its copies would fill the memory, blocks run one by one."""
+    monkeypatch.setattr("job.model.packed_attention._varlen_kernel", lambda *_: "kernel")
+    monkeypatch.setattr("job.model.packed_attention._block_by_block", lambda *_: "plain")
+    monkeypatch.setattr("job.model.packed_attention._fits_kernel", lambda *_: True)
+    for shared_by, way in ((10, "kernel"), (90, "plain")):
+        segments = [Segment(0, 20), *(Segment(n, n + 1, 0, 20) for n in range(20, 20 + shared_by))]
+        query = SimpleNamespace(is_cuda=True, dtype=torch.float16, shape=(1, 4, segments[-1].end, 64))
+        layout = build_layout(segments, CPU)
+        assert packed_attention(torch.nn.Module(), query, query, query, None, layout=layout)[0] == way  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("capability", "fast"), [((6, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)])
@@ -202,8 +237,8 @@ def textbook(
     key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
     parts = []
     for s in segments:
-        seen = [*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)]
-        first = s.prefix_end - s.prefix_start
+        before = seen_before(segments, s)
+        seen, first = [*before, *range(s.start, s.end)], len(before)
         scores = query[:, :, s.start : s.end] @ key[:, :, seen].transpose(2, 3) / query.shape[-1] ** 0.5
         if softcap is not None:
             scores = softcap * (scores / softcap).tanh()

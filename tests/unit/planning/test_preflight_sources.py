@@ -161,7 +161,8 @@ def test_questions_are_counted(tmp_path: Path, tokenizer: Any) -> None:
 def test_counted_tokens_are_those_that_are_scored(tmp_path: Path, tokenizer: Any) -> None:
     """What a plan counts is what the job's flat rows hold, question for question, up to how pieces meet."""
     from job.evaluation.harness import evaluate
-    from job.evaluation.scoring import tokens_of
+    from job.evaluation.scorer import BATCH_TOKENS
+    from job.evaluation.scoring import reads_of, tokens_to_compute
     from job.evaluation.tasks import load_tasks
     from job.records import ChoiceScore, Question
 
@@ -176,8 +177,8 @@ def test_counted_tokens_are_those_that_are_scored(tmp_path: Path, tokenizer: Any
         return [[ChoiceScore(-1.0, greedy=False) for _ in question.choices] for question in questions]
 
     evaluate(load_tasks(["arc_easy"], {"arc_easy": tmp_path / "questions.jsonl"}, data), tokenizer, score, limit=None)
-    assert found.tokens == pytest.approx(sum(map(tokens_of, asked)), rel=0.02)
-    assert found.reads == pytest.approx(sum(len(choice) for q in asked for choice in q.choices), rel=0.02)
+    assert found.tokens == pytest.approx(tokens_to_compute(asked, BATCH_TOKENS), rel=0.02)
+    assert found.reads == pytest.approx(sum(map(reads_of, asked)), rel=0.02)
 
 
 def test_without_a_model_there_is_no_tokenizer() -> None:

@@ -45,7 +45,7 @@ class World:
 
     def settings(self, *words: str) -> Settings:
         """Of a run that scores a few questions at a time."""
-        return load_settings([f"--model.id={self.folder / 'base'}", "--eval.batch_tokens=512", *words], {})
+        return load_settings([f"--model.id={self.folder / 'base'}", "--eval.batch_tokens=200", *words], {})
 
     def loaded(self, quantization: str = "nf4") -> Loaded:
         """The base as it is trained on, as an attempt has it in memory."""

@@ -108,7 +108,7 @@ def padded_sum(model: Any, smoothing: float = 0.0) -> torch.Tensor:
     base, sequence = model.get_base_model(), padded_sequence(EXAMPLES, CPU)
     decoder = decoder_of(base)
     ids, labels, positions = sequence.tokens
-    layout = Layout(sequence.segments, sequence.ends, sequence.ends, None, len(ids), len(ids))
+    layout = Layout(sequence.segments, sequence.ends, sequence.ends, len(ids), len(ids))
     hidden = decoder(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
     return padded_loss(hidden.last_hidden_state[0], base.get_output_embeddings(), labels, smoothing, logits_of(base))
 
