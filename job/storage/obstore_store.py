@@ -134,11 +134,12 @@ class ObstoreStore:
                 retry_config={
                     "max_retries": retries - 1,
                     "retry_timeout": timedelta(seconds=seconds * patience * _PIECE_TIMEOUTS * retries),
-                    # Google takes one change of an object a second: the default of eight tries has to outlast that.
+                    # A pause is drawn between the first one and `base` times the one before. The default of eight tries
+                    # has to outlast some seconds of throttling; Google takes one change of an object a second.
                     "backoff": {
                         "init_backoff": timedelta(seconds=base.PAUSES[1]),
                         "max_backoff": timedelta(seconds=15),
-                        "base": 2,
+                        "base": 3,
                     },
                 },
             )
