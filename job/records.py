@@ -210,7 +210,9 @@ class ExecutionPlan:
     kept_attention: Attention's output is kept of a long row, instead of computed again in the backward pass.
 
     So does `tile_tokens` affect the last bits: of long rows the feed-forward layers and the loss are computed in tiles
-    of so many tokens (`training.long_rows`). None where no row is that long, or the model cannot be computed so.
+    of so many tokens (`training.long_rows`). None where no row is that long, or the model cannot be computed so. And so
+    does `attention`, the kernel of long rows, a key of `long_attention.KERNELS`; None there and in older records, where
+    it was `flash`.
     """
 
     kept_base: bool
@@ -227,6 +229,7 @@ class ExecutionPlan:
     offloaded: bool = False
     kept_attention: bool = False
     tile_tokens: int | None = None
+    attention: str | None = None
     may_offload: bool = True
     """Whether activations may be offloaded when memory runs out (`JOB_TRAIN__OFFLOAD_ACTIVATIONS` is not false)."""
 
@@ -729,6 +732,8 @@ class Pulled:
     """Of the rules of JOB_EVAL__PRINCIPLES and the files of JOB_EVAL__JUDGE; None without, and in older records."""
     judge_revision: str | None = None
     """The commit of a judge on the hub."""
+    start_revision: str | None = None
+    """The commit of an adapter on the hub that training starts from."""
 
 
 @dataclass(frozen=True)

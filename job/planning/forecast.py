@@ -31,7 +31,7 @@ from job.training.execution_plan import (
     choose_plan,
     why_not_recorded,
 )
-from job.training.memory_model import ATTENTION_COPIES, LONG_ROW, TILE_TOKENS, Setup
+from job.training.memory_model import LONG_ROW, TILE_TOKENS, Setup
 
 Basis = Literal["computed", "measured", "assumed"]
 
@@ -102,7 +102,9 @@ class RunShape:
         full_precision: Whether the base with its original weights is scored too, where it fits.
         placements: Where the base's 4-bit weights may lie, the fastest first; see `memory_model.PLACEMENTS`.
         processes: That share the work, each with a GPU.
+        processes_here: Those of one machine.
         tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
+        attention_copies: As `copies` of `memory_model.long_row_bytes`: of flash attention until a GPU is chosen.
         recorded: Whether the method's GPU kernels can be recorded as CUDA graphs, where fused layers compute.
         offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
         auxiliary: The classifier of the safety screen and the judge, if the run has them.
@@ -134,7 +136,9 @@ class RunShape:
     full_precision: bool = False
     placements: tuple[str, ...] = ("gpu",)
     processes: int = 1
+    processes_here: int = 1
     tiles: bool = False
+    attention_copies: int = memory_model.ATTENTION_COPIES
     recorded: bool = True
     offload: bool | None = None
     auxiliary: tuple[AuxiliaryModel, ...] = ()
@@ -319,10 +323,12 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
     if run.first_stage is not None and run.budget_by_gpu:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
+    run = replace(run, attention_copies=memory_model.attention_copies(setup.architecture, gpu.capability))
     possible = gpu.capability >= AMPERE and _is_fused(gpu, run, setup)
     run = replace(run, tiles=run.tiles and possible)
     if run.first_stage is not None:
-        run = replace(run, first_stage=replace(run.first_stage, tiles=run.first_stage.tiles and possible))
+        first = replace(run.first_stage, tiles=run.first_stage.tiles and possible)
+        run = replace(run, first_stage=replace(first, attention_copies=run.attention_copies))
     needs, usable = partial(_need, run), memory_model.usable_bytes(gpu.memory_bytes)
     setup = replace(setup, processes=run.processes)
     placement = choose_placement(setup, memory_bytes=gpu.memory_bytes, placements=run.placements, needs=needs)
@@ -345,7 +351,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         what = f"activations of the longest row lie in main memory, at least {size(least, ' ')}"
         note = "; ".join(filter(None, (note, what)))
     if fits and placement != "gpu":
-        note = "; ".join(filter(None, (note, _where(setup, usable, needs))))
+        note = "; ".join(filter(None, (note, _where(setup, usable, needs, run.processes_here))))
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     hours = _hours(gpu, run, setup, execution) if fits else None
     kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
@@ -381,21 +387,22 @@ def _in_tiles(run: RunShape, tokens: int) -> bool:
 
 
 def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
-    return memory_model.training_memory(setup, tokens, tiles=_in_tiles(run, tokens), offload=run.offload)
+    how: dict[str, Any] = {"offload": run.offload, "copies": run.attention_copies}
+    return memory_model.training_memory(setup, tokens, tiles=_in_tiles(run, tokens), **how)
 
 
 MOST_GPUS = 8
 """Of one machine."""
 
 
-def _where(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> str:
+def _where(setup: Setup, usable: int, needs: Callable[[Setup], int], processes: int) -> str:
     """What is said of a base that is not on the GPU as a whole; and how many GPUs would hold it."""
     if setup.placement == "sharded":
         return f"the base's 4-bit weights are sharded over the {setup.processes} GPUs"
     sharded = (replace(setup, placement="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
     enough = next((one.processes for one in sharded if needs(one) <= usable), None)
     more = "" if enough is None else f"; {enough} of these GPUs hold them sharded, which is faster"
-    return f"the base's 4-bit weights lie in main memory, {size(memory_model.packed_bytes(setup), ' ')}{more}"
+    return f"{memory_model.copies_in_main_memory(setup, processes)}{more}"
 
 
 def _budget(run: RunShape, setup: Setup, usable: int) -> int:
@@ -443,7 +450,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
         free_bytes=free,
         sequence_tokens=0 if long else run.micro_batch,
         keep_base=False if long and run.keep_base is None else run.keep_base,
-        keep_activations=False if long and run.keep_activations is None else run.keep_activations,
+        keep_activations=False if long else run.keep_activations,
         recorded=setup.architecture.fused,
         not_recorded=why_not_recorded(setup, gpu.capability),
         fp8=run.fp8,
@@ -458,7 +465,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
         free_bytes=free,
         host_bytes=_UNKNOWN_HOST,
         offload=run.offload,
-        copies=ATTENTION_COPIES,
+        copies=run.attention_copies,
         tile=TILE_TOKENS,
     )
 

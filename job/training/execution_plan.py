@@ -156,6 +156,7 @@ def choose_long_rows(
     offload: bool | None,
     copies: int,
     tile: int,
+    attention: str | None = None,
 ) -> ExecutionPlan:
     """The plan with the fastest way that fits to compute rows of up to `tokens` tokens layer by layer.
 
@@ -171,6 +172,7 @@ def choose_long_rows(
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
         copies: As in `long_row_bytes`.
         tile: Tokens of a tile.
+        attention: The kernel, whose `copies` these are; None in a forecast.
     """
     tried = []
     for offloaded, kept_attention in ((False, True), (True, True), (False, False), (True, False)):
@@ -190,6 +192,7 @@ def choose_long_rows(
         offloaded=offloaded,
         kept_attention=kept_attention,
         tile_tokens=tile,
+        attention=attention,
         may_offload=offload is not False,
         reason=f"{plan.reason}; {why}",
     )

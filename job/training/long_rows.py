@@ -16,18 +16,19 @@ row of this length, and empty segments would slow attention down (`model.fused.l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from job.data.examples import lengths_of
-from job.model.fused.long_attention import Output, RowAttention, has_kernel
+from job.model.fused.long_attention import CPU, FLASH, Output, RowAttention, has_kernel
 from job.model.fused.lora_forward import decoder_of
 from job.model.fused.tiled_layer import backward_layer, forward_layer, is_known
 from job.model.lora import trainable
 from job.model.packed_attention import build_layout
+from job.model.placed_weights import before_backward
 from job.records import Example, ExecutionPlan
 from job.training.activation_store import ActivationStore, HostBuffers, release
 from job.training.memory_model import LONG_ROW, TILE_TOKENS
@@ -108,10 +109,11 @@ class _Walk:
         *,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._decoder = decoder_of(model.get_base_model())
+        self._model, self._decoder = model, decoder_of(model.get_base_model())
         self._layers = list(self._decoder.layers)
         self._loss, self._sequence, self._store, self._check = loss, sequence, store, check
         self._keep_attention, self._tile = plan.kept_attention, plan.tile_tokens or TILE_TOKENS
+        self._kernel = plan.attention or (FLASH if model.device.type == "cuda" else CPU)
         self._layout = build_layout(sequence.segments, model.device)
         self._arguments: list[Mapping[str, Any]] = []
         """What the decoder hands to each layer beside the stream."""
@@ -124,7 +126,7 @@ class _Walk:
         def one(layer: Any, x: torch.Tensor, **arguments: Any) -> torch.Tensor:
             self._check()
             self._arguments.append(arguments)
-            attention = RowAttention(self._layout)
+            attention = RowAttention(self._layout, self._kernel)
             y = forward_layer(layer, x, arguments, attend=attention, tile=self._tile)
             if self._store is not None:
                 self._store.put((x, *attention.output) if self._keep_attention and attention.output else (x,))
@@ -132,7 +134,8 @@ class _Walk:
             found[:] = [y]
             return y
 
-        with torch.no_grad(), _in_place_of_forward(self._layers, one):
+        ahead = nullcontext() if self._store is None else before_backward(self._model)
+        with torch.no_grad(), ahead, _in_place_of_forward(self._layers, one):
             self._decoder(input_ids=ids[None], position_ids=positions[None], layout=self._layout, use_cache=False)
         if self._store is not None:
             self._store.settle()
@@ -160,7 +163,7 @@ class _Walk:
 
         def one(layer: Any, x: torch.Tensor, *, gradient: torch.Tensor, known: Output | None, first: bool) -> Any:
             arguments = self._arguments.pop()
-            attention = RowAttention(self._layout, known)
+            attention = RowAttention(self._layout, self._kernel, known)
             return backward_layer(
                 layer, x, gradient, arguments, attend=attention, tile=self._tile, needs_input=not first
             )

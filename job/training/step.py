@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from job.checkpoints.trainer_state import HowComputed
 from job.common.out_of_memory import out_of_memory, too_small
 from job.data.batch_plan import Steps, by_weight, weighted_targets
 from job.data.examples import lengths_of
@@ -51,6 +52,7 @@ from job.training.packing import (
     packed_inputs,
     padded_sequence,
     recording_tokens,
+    shapes_of_before,
 )
 from job.training.preference_gradient import PreferenceGradient
 
@@ -126,6 +128,7 @@ class OptimizerStep:
         self._long_rows = LongRows(model, self._head_loss, self._check)
         self._recording_tokens = _recording_tokens(model)
         self._shapes: dict[int, Shapes] = {}
+        """By token budget."""
 
     def __call__(self, number: int) -> torch.Tensor:
         """Leaves the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
@@ -174,6 +177,8 @@ class OptimizerStep:
                 # If a process ran out of memory and has no optimization left to drop, all of them halve the budget.
                 if self._processes.agree(repeat=sums is None and not self.free_memory()):
                     self.budget //= 2
+                    what = "out of GPU memory: micro-batches have half as many tokens from now on, which is slower"
+                    get_logger().warning(what, micro_batch_tokens=self.budget, change="JOB_TRAIN__MICRO_BATCH_TOKENS")
             except JobError as error:
                 raise StepAbandoned from error
             free_caches()
@@ -343,24 +348,65 @@ class OptimizerStep:
         return padded_loss(hidden, head, labels, self._smoothing, self._logits)
 
     def shapes(self) -> Shapes:
-        """What this process's packed sequences are padded to, with the present token budget."""
+        """What packed sequences are padded to, in every process, with the present token budget.
+
+        Chosen for all processes together, since the slowest of them decides how long a step takes.
+        """
         if self.budget not in self._shapes:
-            self._shapes[self.budget] = choose_shapes(
-                self._steps.sequences(self.budget, self._padded_at_most), self._recording_tokens
-            )
+            cost = self._recording_tokens * self._steps.world_size  # all processes wait for a recording
+            self._shapes[self.budget] = choose_shapes(self._sequences(), cost)
         return self._shapes[self.budget]
 
-    def _recorded(self, device: torch.device) -> CudaGraphs:
-        """The CUDA graphs. If there are none yet, that of the longest shape of this process is recorded first.
+    def _sequences(self) -> list[tuple[int, int]]:
+        """Tokens and examples of the packed sequences of all processes with the present token budget."""
+        return self._steps.sequences(self.budget, self._padded_at_most)
 
-        All graphs share one memory pool, so the memory of the largest graph serves the smaller ones, too.
+    def how_computed(self) -> HowComputed:
+        """What a checkpoint records of how its gradients were computed."""
+        padded = list(self.shapes().shapes) if self.plan.padded else None
+        return HowComputed(self.plan.forward, self.plan.tile_tokens, self._steps.world_size, padded)
+
+    def resume_as(self, before: HowComputed | None) -> None:
+        """Pads as the attempt did that wrote a checkpoint, and warns of what this one computes otherwise.
+
+        To be called once the token budget is the checkpoint's. Other shapes change the last bits of a gradient.
+
+        Args:
+            before: As the checkpoint has it; None in checkpoints of older versions, which do not record it.
+        """
+        if before is None:
+            if self.plan.padded:
+                what = "checkpoint of an older version does not say what its packed sequences were padded to"
+                effect = "the last bits of the result may differ from those of a run without an interruption"
+                get_logger().warning(f"{what}: this version's shapes are used", effect=effect)
+            return
+        changed = {}
+        for name in ("forward", "tile_tokens"):
+            was, now = getattr(before, name), getattr(self.plan, name)
+            if was != now:
+                changed[name] = f"{was} before, {now} now"
+        if self.plan.padded and before.padded is not None:
+            if before.processes == self._steps.world_size:
+                self._shapes[self.budget] = shapes_of_before(before.padded, self._sequences())
+            else:
+                changed["padded_shapes"] = f"of {before.processes} processes before, {self._steps.world_size} now"
+        if changed:
+            get_logger().warning("checkpoint was computed otherwise: the last bits of the result change", **changed)
+
+    def _recorded(self, device: torch.device) -> CudaGraphs:
+        """The CUDA graphs. If there are none yet, that of the longest shape is recorded first.
+
+        All graphs share one memory pool, so the memory of the largest graph serves the smaller ones, too. With several
+        processes all are recorded at once: later, each time one process recorded, the others would wait for it.
         """
         if self._graphs is None:
             first = padded_sequence([Example((0,), (False,))], device)
             weight = torch.tensor(0.0, device=device)
             self._graphs = CudaGraphs(self._padded_gradient, (first.tokens, first.ends, weight))
-            largest = blank_sequence(self.shapes().shapes[-1], device)
-            self._graphs.prepare(largest.tokens, largest.ends, weight)
+            shapes = self.shapes().shapes[::-1]
+            for shape in shapes if self._steps.world_size > 1 else shapes[:1]:
+                blank = blank_sequence(shape, device)
+                self._graphs.prepare(blank.tokens, blank.ends, weight)
         return self._graphs
 
     def free_memory(self) -> bool:
@@ -374,7 +420,8 @@ class OptimizerStep:
             forget_dequantized(self._model)
         elif name == "kept_activations":
             recompute_activations(self._model, on=True, random=not self.plan.padded)
-        get_logger().warning("out of GPU memory: an optimization that only saves time is switched off", what=name)
+        what = "out of GPU memory: an optimization that only saves time is switched off"
+        get_logger().warning(what, what=name, change="a smaller JOB_TRAIN__MICRO_BATCH_TOKENS leaves memory for it")
         return True
 
 

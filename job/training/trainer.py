@@ -29,6 +29,7 @@ from trl import SFTTrainer
 
 from job.checkpoints.trainer_state import (
     TrainerFiles,
+    read_how_computed,
     read_trainer_state,
     read_validations,
     write_trainer_state,
@@ -388,7 +389,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         if self.leads:
             path = self.folder / f"step-{self.state.global_step:08d}"
             began = time.monotonic()
-            write_trainer_state(path, self.trainer_files(), self.history)
+            write_trainer_state(path, self.trainer_files(), self.history, self.step.how_computed())
             if self.recipe.validate_every_steps is not None:
                 newest = progress(self.validations).best_step == self.state.global_step
                 write_validations(path, self.validations, None if newest else self.best)
@@ -409,6 +410,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.history = read_trainer_state(Path(checkpoint), self.trainer_files())
             self.saved_step = self.state.global_step
             self.step.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.step.budget)
+            self.step.resume_as(read_how_computed(Path(checkpoint)))
             if self.recipe.validate_every_steps is not None:
                 self.restore_validations(Path(checkpoint))
 

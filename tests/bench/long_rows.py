@@ -43,7 +43,17 @@ from job.distributed.processes import ALONE
 from job.model import packed_attention
 from job.model.base import make_deterministic, recompute_activations
 from job.model.fused.frozen_weights import fuse_layers
-from job.model.fused.long_attention import CpuKernel, FlashKernel, heads_at_once, processors
+from job.model.fused.long_attention import (
+    FLASH,
+    TRITON,
+    CpuKernel,
+    FlashKernel,
+    TritonKernel,
+    choose_kernel,
+    copies_of,
+    heads_at_once,
+    processors,
+)
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Layout, Segment, build_layout
 from job.records import Example, ExecutionPlan
@@ -60,6 +70,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 GIB = 1 << 30
 FEW = packing.FEW_SEGMENTS
 NOW = ExecutionPlan(
+    attention=TRITON if ON_GPU else None,
     kept_base=False,
     kept_activations=False,
     recorded=False,
@@ -99,6 +110,22 @@ def packing_long() -> int:
     from job.training import long_rows
 
     return long_rows.LONG_ROW
+
+
+@contextmanager
+def few_tokens_are_long(tiny: bool) -> Iterator[None]:  # noqa: FBT001 - a rehearsal or not
+    """Within it a row of some hundred tokens is a long one, for a rehearsal on a CPU; else nothing changes."""
+    from job.training import long_rows, memory_model, step
+
+    before = memory_model.LONG_ROW
+    modules: tuple[Any, ...] = (long_rows, memory_model, step)
+    try:
+        for module in modules if tiny else ():
+            module.LONG_ROW = 200
+        yield
+    finally:
+        for module in modules:
+            module.LONG_ROW = before
 
 
 def say(what: str, **figures: Any) -> None:
@@ -228,6 +255,13 @@ def kernels(tokens: int, *, tiny: bool) -> Iterator[tuple[str, bool, Callable[[]
     if not ON_GPU:
         yield "CPU", True, lambda: by_kernel(CpuKernel(layout, None, None))
         return
+    yield "cuDNN and Triton (ours)", True, lambda: by_kernel(TritonKernel(layout, None, None))
+    yield "cuDNN and Triton (ours), window of 4,096", True, lambda: by_kernel(TritonKernel(layout, None, 4096))
+    yield (
+        "flash, some heads at a time (ours), window of 4,096",
+        True,
+        lambda: by_kernel(FlashKernel(layout, None, 4096)),
+    )
     yield "flash, some heads at a time (ours)", True, lambda: by_kernel(FlashKernel(layout, None, None))
     for segments in (8, 2, 1):
         yield f"flash, {segments} segments", True, lambda segments=segments: by_varlen(layout, segments)
@@ -441,6 +475,7 @@ def run(
                 peak_gib=peak(),
                 reserved_gib=reserved(),
                 loss=float(loss),
+                attention=step.plan.attention,
                 offloaded=step.plan.offloaded,
                 kept_attention=step.plan.kept_attention,
                 tile_tokens=step.plan.tile_tokens,
@@ -478,9 +513,10 @@ def row64k(bench: Bench) -> None:
     tokens, some = bench.size(64_000), bench.layers or SOME_LAYERS
     kept = replace(NOW, kept_attention=True)
     with caught("as now"):
-        run(bench, "row64k: attention kept on the GPU", tokens, kept, layers=bench.layers)
+        run(bench, "row64k: attention kept on the GPU", tokens, kept, layers=bench.layers, twice=True)
     for name, plan in (
         ("row64k: as before", BEFORE),
+        ("row64k: flash, attention kept on the GPU", replace(kept, attention=FLASH if ON_GPU else None)),
         ("row64k: attention kept on the GPU", kept),
         ("row64k: attention computed again", NOW),
         ("row64k: attention kept, offloaded", replace(kept, offloaded=True)),
@@ -496,14 +532,13 @@ def capped(bench: Bench, what: str, tokens: int, gigabytes: float, plan: Executi
     tokens = bench.size(tokens)
     setup = setup_of(bench.model, "nf4", "adamw_8bit")
     if setup is not None and ON_GPU:
-        heads, kv = setup.architecture.heads, setup.architecture.kv_heads
-        count = processors(DEVICE)
-        group, empty = heads_at_once(heads, heads // kv, 1, count)
-        copies = group * -(-count // (group * (1 + empty)))
+        kernel = choose_kernel(setup.architecture, torch.bfloat16, DEVICE, windowed=False)
+        copies = copies_of(setup.architecture, DEVICE, kernel)
         by_formula = long_row_bytes(setup, tokens, offloaded=True, kept_attention=plan.kept_attention, copies=copies)
         host = long_row_host_bytes(setup, tokens, kept_attention=plan.kept_attention)
         say(
             f"{what}: by formula",
+            kernel=kernel,
             activations_gib=by_formula / GIB,
             host_gib_of_all_layers=host / GIB,
             host_gib_free=available_bytes() / GIB,
@@ -541,11 +576,6 @@ def main() -> int:
     began = time.monotonic()
     if ON_GPU:
         make_deterministic()
-    elif given.tiny:
-        from job.training import long_rows, memory_model, step
-
-        for module in (long_rows, memory_model, step):
-            module.LONG_ROW = 200
     gpu = torch.cuda.get_device_name(0) if ON_GPU else None
     say(
         "machine",
@@ -555,6 +585,13 @@ def main() -> int:
         host_gib_free=available_bytes() / GIB,
     )
     bench = Bench(given.tiny, given.layers)
+    with few_tokens_are_long(given.tiny and not ON_GPU):
+        run_sections(bench, given, began)
+    return 0
+
+
+def run_sections(bench: Bench, given: argparse.Namespace, began: float) -> None:
+    """Those that were named, or all but cap80; `began` is the monotonic time from which `--seconds` counts."""
     for name in given.sections or [name for name in SECTIONS if name != "cap80"]:
         if time.monotonic() - began > given.seconds:
             say("skipped", section=name)
@@ -563,7 +600,6 @@ def main() -> int:
         with caught(name):
             SECTIONS[name](bench)
         say("section", name=name, seconds=time.monotonic() - start)
-    return 0
 
 
 if __name__ == "__main__":
