@@ -25,7 +25,7 @@ from job.settings.markers import RevisionOf, find_markers
 from job.settings.schema import Lora, Settings
 from job.settings.sources import Request, same
 from job.storage.location import is_remote
-from job.storage.permissions import how_to_get_access
+from job.storage.permissions import how_to_get_access, is_read_only
 
 Fault = tuple[str, str]
 """Dotted name of a setting, and why its value is impossible beside those of others."""
@@ -142,7 +142,8 @@ def _why_not_writable(path: Path, fix: str | None = None) -> str | None:
             return f"cannot be a folder: {place} is a file; give another path"
         if not os.access(place, os.W_OK | os.X_OK):
             what = "cannot be written: {} is not writable for this user; {}"
-            return what.format(place, fix or f"mount it writable, give another path, or {how_to_get_access(place)}")
+            advice = how_to_get_access(place)
+            return what.format(place, fix or (advice if is_read_only(place) else f"give another path, or {advice}"))
         return None
     return "cannot be written: no folder above it exists; give another path"
 

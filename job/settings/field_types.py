@@ -44,7 +44,7 @@ _IN_WORDS: Mapping[tuple[str, object], str] = {
     ),
 }
 """pydantic's kind of an error, and where it matters the limit of its field -> the message."""
-_ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
+_ARCHIVES = {"GLACIER", "DEEP_ARCHIVE", "Archive"}  # of S3, and of Azure; Google's ARCHIVE can be read at once
 
 T = TypeVar("T")
 

@@ -9,6 +9,8 @@ from. obstore reads no AZURE_STORAGE_CONNECTION_STRING: the command line takes i
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from datetime import timedelta
 from http import HTTPStatus
 from http.client import HTTPException
@@ -20,12 +22,14 @@ import obstore
 from obstore.store import AzureStore as AzureClient
 
 from job.errors import Unreachable
-from job.storage.base import attempts, conflict
-from job.storage.obstore_errors import FAILURES
+from job.storage import base
+from job.storage.base import Conflict, conflict
+from job.storage.obstore_errors import FAILURES, REFUSED
 from job.storage.obstore_store import ObstoreStore
 
 # Version of Azure's protocol, of the one request that obstore does not send.
 _API_VERSION = "2023-11-03"
+_HAS_SNAPSHOTS = "while the blob has snapshots"
 
 
 class AzureStore(ObstoreStore):
@@ -51,12 +55,20 @@ class AzureStore(ObstoreStore):
         A shared access signature, or an identity that may not sign, cannot make such an address. Then the version is
         checked right before the object is deleted.
         """
-        signed = self._signed(key)
-        if signed is None or not self._delete_if_match(signed, tag, key):
+        if not self._delete_signed(key, {"If-Match": tag}):
             found = self._describe(key)
             if found is not None and found[1] != tag:
                 raise conflict(f"{self.uri}/{key}")
             self._delete(self._client, key)
+
+    def _delete(self, client: Any, key: str) -> None:
+        try:
+            super()._delete(client, key)
+        except FAILURES as error:
+            # obstore's request does not name the snapshots of the blob, which have to go with it.
+            with suppress(Conflict):  # gone meanwhile
+                if _HAS_SNAPSHOTS not in str(error) or not self._delete_signed(key, {}):
+                    raise
 
     def _signed(self, key: str) -> str | None:
         seconds = timedelta(seconds=max(60.0, 2 * self._options.timeout_seconds))
@@ -65,23 +77,30 @@ class AzureStore(ObstoreStore):
         except FAILURES:
             return None
 
-    def _delete_if_match(self, address: str, tag: str, key: str) -> bool:
-        """Whether the service took the signature.
+    def _delete_signed(self, key: str, condition: dict[str, str]) -> bool:
+        """Deletes a blob and its snapshots; whether there is a signed address, and the service took it.
 
         Raises:
-            Conflict: The object has another tag, or is gone.
+            Conflict: The condition does not hold, or the blob is gone.
         """
-        request = Request(address, method="DELETE", headers={"If-Match": tag, "x-ms-version": _API_VERSION})  # noqa: S310
-        for _ in attempts():
+        if (address := self._signed(key)) is None:
+            return False
+        headers = {"x-ms-version": _API_VERSION, "x-ms-delete-snapshots": "include", **condition}
+        request = Request(address, method="DELETE", headers=headers)  # noqa: S310
+        for attempt in range(self._options.retries):
+            time.sleep(min(base.PAUSES[0] * 2**attempt, base.PAUSES[-1]) if attempt else 0)
             try:
                 with urlopen(request, timeout=self._options.timeout_seconds):  # noqa: S310 - obstore made the address
                     return True
             except HTTPError as error:
                 with error:
-                    if error.code in {HTTPStatus.PRECONDITION_FAILED, HTTPStatus.NOT_FOUND}:
+                    refused = error.code == HTTPStatus.PRECONDITION_FAILED
+                    refused &= error.headers.get("x-ms-error-code", "") in REFUSED
+                    if refused or error.code == HTTPStatus.NOT_FOUND:
                         raise conflict(f"{self.uri}/{key}") from None
                     if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code != HTTPStatus.TOO_MANY_REQUESTS:
                         return False
-            except (OSError, HTTPException):
-                pass
-        raise Unreachable(f"{self.uri}/{key}: cannot delete: the store does not answer")
+                    why = f"HTTP {error.code}"
+            except (OSError, HTTPException) as error:
+                why = type(error).__name__
+        raise Unreachable(f"{self.uri}/{key}: cannot delete: the store does not answer ({why})")

@@ -24,14 +24,52 @@ from job.storage.base import NotSupported
 
 ABSENT = {"NoSuchKey", "BlobNotFound", "ResourceNotFound"}
 """Error codes with which the stores themselves say that there is no such object."""
-# Error codes and words of a retention policy or a legal hold. Azure's come with the status of a conflict.
-_HELD_CODES = {
-    "BlobImmutableDueToLegalHold",
-    "BlobImmutableDueToPolicy",
-    "ObjectUnderActiveHold",
-    "RetentionPolicyNotMet",
+REFUSED = {
+    "",
+    "BlobAlreadyExists",
+    "ConditionNotMet",
+    "PathAlreadyExists",
+    "PreconditionFailed",
+    "TargetConditionNotMet",
 }
-_HELD_WORDS = "is immutable due to"
+"""Error codes with which the stores say that a condition does not hold, or none. Other conflicts have other codes."""
+_HELD = (
+    "a retention policy or a legal hold keeps the object, and the job replaces some of its own: take another bucket or "
+    "container, or exempt this prefix"
+)
+_ROLE = 'give the identity the role "Storage Blob Data Contributor", or the signature the permissions rwdl'
+_LEASED = "another program holds a lease on the blob; break it (az storage blob lease break)"
+_CREDENTIALS = (
+    "set GOOGLE_APPLICATION_CREDENTIALS (gs://) or AZURE_STORAGE_ACCOUNT_KEY (az://), or give the machine or pod an "
+    "identity of the cloud"
+)
+# Error code -> what to do. Access is denied, though some of Azure's answers have the status of a conflict.
+_DENIED_CODES = {
+    "AccessDenied": "give the identity roles/storage.objectUser on the bucket",
+    "AuthorizationFailure": "correct the key or signature, or let the account's network rules allow this machine",
+    "AuthorizationPermissionMismatch": _ROLE,
+    "BlobArchived": "rehydrate the blob (az storage blob set-tier), and let no lifecycle rule or "
+    "JOB_STORAGE__STORAGE_CLASS archive a run's files",
+    "BlobImmutableDueToLegalHold": _HELD,
+    "BlobImmutableDueToPolicy": _HELD,
+    "KeyBasedAuthenticationNotPermitted": "use an identity in place of AZURE_STORAGE_ACCOUNT_KEY",
+    "LeaseIdMissing": _LEASED,
+    "ObjectUnderActiveHold": _HELD,
+    "PublicAccessNotPermitted": _CREDENTIALS,
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "RetentionPolicyNotMet": _HELD,
+}
+# The same by words, for the answers in a batch, which have no code, and for codes that mean several things.
+_DENIED_WORDS = {
+    "is immutable due to": _HELD,
+    "currently a lease on the blob": _LEASED,
+    "not authorized to perform this operation using this permission": _ROLE,
+    "while the blob has snapshots": "delete its snapshots",
+    "date header": "set this machine's clock",
+    "in the specified time frame": "give a new AZURE_STORAGE_SAS_TOKEN",
+    "MAC signature": "correct AZURE_STORAGE_ACCOUNT_KEY",
+    "Invalid JWT": "set this machine's clock, or replace the key of the service account",
+}
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
 # Client errors by their status, but transient.
 _TRANSIENT_CODES = {
@@ -53,6 +91,7 @@ _TRANSIENT = {
     HTTPStatus.TOO_MANY_REQUESTS,
     HTTPStatus.NOT_FOUND,
 }
+_BUSY = {"408", "429"}
 # What obstore says when it cannot get credentials, or cannot use those that it has.
 _NO_CREDENTIALS = re.compile(
     r"credential|\b(token request|token file|Access Key|SAS|private key|service account|authority|PEM)\b", re.IGNORECASE
@@ -69,6 +108,13 @@ _WRONG = {
         "GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT", "is not an http:// or https:// address; correct or remove it"
     ),
 }
+_NO_CONNECTION = {
+    re.compile(r'ConnectError\(\s*"dns error"'): "the server's name cannot be resolved; correct the address, or the "
+    "name of the storage account",
+    re.compile(r"InvalidCertificate\(\s*(\w+)"): "the server's certificate is not trusted ({}); name the file with its "
+    "authority's in SSL_CERT_FILE",
+    re.compile(r"kind: ConnectionRefused"): "the server refuses the connection; correct the address",
+}
 _METADATA = re.compile(r"//(169\.254\.169\.254|metadata\.google\.internal)[:/]")
 _REQUEST = re.compile(r"Error performing [A-Z]+ ")
 _REPEATED = re.compile(r"after (\d+) retries")
@@ -79,7 +125,11 @@ _STATUS = re.compile(r"status code: (\d{3})")
 # Azure's objects are deleted by a batch, whose answers are told in other words.
 _BATCH_STATUS = re.compile(r"Bulk delete request failed for key .*\(code: (\d{3})\)\s*$", re.DOTALL)
 _CODE = re.compile(r"<Code>(\w+)</Code>")
-_MESSAGE = re.compile(r"<Message>(.*?)</Message>", re.DOTALL)
+# What the stores say in detail, such as whose permission is missing, and in general.
+_MESSAGES = "AuthenticationErrorDetail|Details", "Message"
+_DETAILS = [re.compile(rf"<({names})>(.*?)</\1>", re.DOTALL) for names in _MESSAGES]
+# Of a request, in Azure's words about a wrong account key.
+_MAC = re.compile(r"'[A-Za-z0-9+/]{40,}=*'")
 _PASSWORD, _QUERY = re.compile(r"(?<=://)[^\s/@]*@"), re.compile(r"(?<=[^\s])\?\S*")
 _MAX_WORDS = 300
 
@@ -98,15 +148,15 @@ def code(error: BaseException) -> str:
     return found[1] if found else ""
 
 
-def is_held(error: BaseException) -> bool:
-    """Whether a retention policy or a legal hold forbids to replace or delete an object."""
-    return code(error) in _HELD_CODES or _HELD_WORDS in _first(error)
-
-
 def is_refused(error: BaseException) -> bool:
-    """Whether a condition does not hold; the stores have other conflicts: a hold, a container that is being deleted."""
-    refused = isinstance(error, (AlreadyExistsError, PreconditionError))
-    return refused and not is_held(error) and code(error) not in _TRANSIENT_CODES
+    """Whether a condition does not hold."""
+    return isinstance(error, (AlreadyExistsError, PreconditionError)) and code(error) in REFUSED
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the store answered that the request is wrong, absent or denied, for which it has a reason."""
+    found = _STATUS.search(_first(error))
+    return isinstance(error, Missing) or (found is not None and found[1].startswith("4") and found[1] not in _BUSY)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -138,19 +188,26 @@ def _translate(error: BaseException, what: str, status: int) -> JobError:
         return Unreachable(words)
     if (wrong := _wrong(error, status)) is not None:
         return SettingsError([Problem(what, wrong)])
-    return Unreachable(words)
+    return Unreachable(f"{words}{_no_connection(error)}")
+
+
+def _no_connection(error: BaseException) -> str:
+    """Why there is no connection, which obstore says in its internals alone, and what to do; empty for other errors."""
+    found = next(filter(None, (pattern.search(str(error)) for pattern in _NO_CONNECTION)), None)
+    return f"; {_NO_CONNECTION[found.re].format(*found.groups())}" if found else ""
 
 
 def _denied(error: BaseException, status: int) -> str | None:
     """What to do about it where access is denied; None where it is not."""
-    if _is_about_credentials(error, status):
-        variables = "GOOGLE_APPLICATION_CREDENTIALS (gs://) or AZURE_STORAGE_ACCOUNT_KEY (az://)"
-        return f"; set {variables}, or give the machine or pod an identity of the cloud"
-    if is_held(error):
-        held = "; a retention policy or a legal hold keeps the object, and the job replaces some of its own"
-        return f"{held}: take another bucket or container, or exempt this prefix"
+    said = _OBJECT.sub("", _first(error))
+    about_credentials = _is_about_credentials(error, status)
     denied = isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in _DENIED
-    return "" if denied else None
+    remedy = _DENIED_CODES.get(code(error))
+    if remedy is None and (status or denied):
+        remedy = next((fix for words, fix in _DENIED_WORDS.items() if words in said), None)
+    if remedy is None and about_credentials:
+        remedy = _CREDENTIALS
+    return f"; {remedy}" if remedy else "" if denied else None
 
 
 def _wrong(error: BaseException, status: int) -> str | None:
@@ -188,6 +245,6 @@ def _words(error: BaseException) -> str:
     """
     said, status = _first(error), _STATUS.search(_first(error))
     if (name := code(error)) and status:
-        message = _MESSAGE.search(said)
-        said = f"{name} (HTTP {status[1]}): {unescape(message[1]) if message else ''}"
-    return _QUERY.sub("", _PASSWORD.sub("", " ".join(said.split())))[:_MAX_WORDS].rstrip(": ")
+        message = next(filter(None, (detail.search(said) for detail in _DETAILS)), None)
+        said = f"{name} (HTTP {status[1]}): {_MAC.sub('...', unescape(message[2])) if message else ''}"
+    return _QUERY.sub("", _PASSWORD.sub("", " ".join(said.split())))[:_MAX_WORDS].rstrip(":. ")

@@ -48,7 +48,7 @@ from job.storage.base import (
     probe,
 )
 from job.storage.location import Location, StorageOptions
-from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_refused, repetitions, translate
+from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_refusal, is_refused, repetitions, translate
 from job.storage.obstore_listing import entries
 from job.storage.obstore_requests import OtherContent, ask, ask_once, count_tries, read_body
 
@@ -134,10 +134,12 @@ class ObstoreStore:
                 retry_config={
                     "max_retries": retries - 1,
                     "retry_timeout": timedelta(seconds=seconds * patience * _PIECE_TIMEOUTS * retries),
+                    # A pause is drawn between the first one and `base` times the one before. The default of eight tries
+                    # has to outlast some seconds of throttling; Google takes one change of an object a second.
                     "backoff": {
-                        "init_backoff": timedelta(seconds=base.PAUSES[0]),
+                        "init_backoff": timedelta(seconds=base.PAUSES[1]),
                         "max_backoff": timedelta(seconds=15),
-                        "base": 2,
+                        "base": 3,
                     },
                 },
             )
@@ -468,7 +470,9 @@ class ObstoreStore:
         for _ in attempts(2):
             try:
                 meta = self._ask(obstore.head, self._client, self._root + key)
-            except Missing:
+            except FAILURES as error:
+                if not is_refusal(error):
+                    raise
                 found = self._get(key)
                 if found is None:
                     return None

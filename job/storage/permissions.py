@@ -66,12 +66,22 @@ def _may(path: Path, mode: int) -> bool:
     return os.access(path, mode, effective_ids=True) or not os.path.lexists(path)
 
 
+def is_read_only(path: Path) -> bool:
+    """Whether nobody can write there, whatever the owner and the mode are."""
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
+
+
 def _remedy(path: Path) -> str:
     return f"{path} cannot be used by this user (user {os.geteuid()}, group {os.getegid()}); {how_to_get_access(path)}"
 
 
 def how_to_get_access(path: Path) -> str:
-    """What to do about a file or folder of another user, and whose it is."""
+    """What to do about a file or folder that this user cannot change, and whose it is."""
+    if is_read_only(path):
+        return "its volume is mounted read-only: mount it writable, or give another path"
     try:
         owner = path.stat()
     except OSError:

@@ -24,6 +24,7 @@ FAILURES = (
     S3DownloadFailedError,
     S3ValidationError,
     ConnectionError,
+    RecursionError,
     TimeoutError,
 )
 # The body of an answer broke off, stalled, or arrived damaged: worth asking again.
@@ -86,6 +87,16 @@ _TRANSIENT_CODES = {
     "ThrottlingException",
     "XAmzContentSHA256Mismatch",
 }
+_REGION = "set JOB_STORAGE__REGION to the region of the bucket"
+# Error code -> what to do about it.
+_REMEDIES = {
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "InvalidObjectState": "restore the object, and let no lifecycle rule or JOB_STORAGE__STORAGE_CLASS archive a run's "
+    "files",
+    "PermanentRedirect": f"{_REGION}, and remove or correct JOB_STORAGE__ENDPOINT_URL",
+    "RequestTimeTooSkewed": "set this machine's clock",
+}
 _MAX_WORDS = 300
 
 
@@ -127,6 +138,10 @@ def translate(error: BaseException, what: str) -> JobError:
 
 def _unsent(error: BaseException, what: str) -> JobError | None:
     """The job's error for a request that no client can send; None for all others."""
+    # The SDK asks where the bucket is when it is sent elsewhere, and asks about that question again.
+    if "maximum recursion depth" in str(error):
+        fix = "set JOB_STORAGE__ENDPOINT_URL to that address, such as https:// in place of http://"
+        return SettingsError([Problem(what, f"the server sends every request to another address; {fix}")])
     if not isinstance(error, HTTPClientError):
         return None
     if "Invalid header value" in str(error):  # without its words, which hold it
@@ -156,6 +171,7 @@ def no_credentials(error: OSError | ValueError, what: str) -> AccessDenied | Non
 def _translate_answer(error: ClientError, what: str) -> JobError:
     code, status = code_and_status(error)
     words = f"{code} (HTTP {status}): {_words(error.response.get('Error', {}).get('Message', ''))}"
+    words += f"; {_REMEDIES[code]}" if code in _REMEDIES else ""
     transient = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
     if code in _TRANSIENT_CODES or status in transient:
         return Unreachable(f"{what}: {words}")
@@ -172,4 +188,4 @@ def _translate_answer(error: ClientError, what: str) -> JobError:
 
 def _words(said: Any) -> str:
     """The error's message on one line, cut off: some servers answer with a whole page."""
-    return " ".join(str(said).split())[:_MAX_WORDS]
+    return " ".join(str(said).split())[:_MAX_WORDS].rstrip(".")

@@ -61,8 +61,8 @@ def race(environment: dict[str, str], run: str, folder: Path, delay: float) -> t
 
     Returns:
         Their exit codes; the published facts; and whether all that was published is of one lineage: the attempt that
-        wrote the manifest holds the lease, and no checkpoint is of anybody who is not in the ledger. An attempt that
-        was replaced before it did anything is in no book.
+        wrote the manifest holds the lease, or its successor does, which found the run complete; and no checkpoint is of
+        anybody who is not in the ledger. An attempt that was replaced before it did anything is in no book.
     """
     children, logs = [], [folder / f"{run}-{number}.log" for number in range(2)]
     for number, log in enumerate(logs):
@@ -76,7 +76,10 @@ def race(environment: dict[str, str], run: str, folder: Path, delay: float) -> t
     results = read_results(environment, run)
     numbers = [attempt["number"] for attempt in results["run"]["attempts"]]
     epoch, markers = clouds.in_fork(lambda: _epochs(environment, run))
-    whole = numbers[-1] == epoch and markers <= set(numbers)
+    last = {numbers[-1], numbers[-1] + 1} if codes == [0, 0] else {numbers[-1]}
+    whole = epoch in last and markers <= set(numbers)
+    if not whole:
+        print(f"{run}: {codes}, lease {epoch}, checkpoints of {markers}, attempts {numbers}", flush=True)
     return codes, facts_of(results), whole
 
 

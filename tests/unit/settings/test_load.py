@@ -538,7 +538,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("run.nodes", ["0", "x"]),
     ("run.node_rank", ["-1", "x"]),
     ("run.rendezvous", ["host", ":29400", "host:", "host:0", "host:65536", "http://host:1", "a b:1", "host:1:2"]),
-    ("storage.storage_class", ["GLACIER", "DEEP_ARCHIVE"]),
+    ("storage.storage_class", ["GLACIER", "DEEP_ARCHIVE", "Archive"]),
     ("storage.timeout_seconds", ["0"]),
     ("storage.retries", ["-1", "0", "1000"]),
     ("storage.cache", ["s3://bucket/cache", "~/cache"]),

@@ -8,14 +8,19 @@ import signal
 import threading
 import time
 import tracemalloc
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import obstore
 import pytest
+from obstore.exceptions import GenericError
+from obstore.store import AzureStore as AzureClient
 
 import job.storage.base
 import job.storage.obstore_listing
@@ -24,6 +29,7 @@ from job.common.hashing import hash_file
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
 from job.records import Artifact
 from job.storage.base import Conflict, NotSupported
+from job.storage.obstore_errors import translate
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store
 from job.storage.verified_download import altered
 from tests.azurite import KEY, azurite, settings
@@ -591,17 +597,130 @@ def test_a_version_is_deleted_without_a_signed_address(monkeypatch: pytest.Monke
         assert store.read("a") is None
 
 
+DENIALS = {
+    "hold": ("gs", 403, "RetentionPolicyNotMet", "", "a retention policy or a legal hold"),
+    "policy": ("az", 409, "BlobImmutableDueToPolicy", "", "a retention policy or a legal hold"),
+    "lease": ("az", 412, "LeaseIdMissing", "", "az storage blob lease break"),
+    "archive": ("az", 409, "BlobArchived", "", "rehydrate the blob"),
+    "anonymous": ("az", 409, "PublicAccessNotPermitted", "", "AZURE_STORAGE_ACCOUNT_KEY"),
+    "firewall": ("az", 403, "AuthorizationFailure", "", "network rules"),
+    "role": ("az", 403, "AuthorizationPermissionMismatch", "", "Storage Blob Data Contributor"),
+    "clock": (
+        "az",
+        403,
+        "AuthenticationFailed",
+        "Request date header too old: 'Sun'",
+        "date header .* machine's clock",
+    ),
+    "expired": (
+        "az",
+        403,
+        "AuthenticationFailed",
+        "Signature not valid in the specified time frame: Start [1]",
+        "new AZURE_STORAGE_SAS_TOKEN",
+    ),
+    "key": (
+        "az",
+        403,
+        "AuthenticationFailed",
+        f"The MAC signature found in the HTTP request '{'A' * 43}=' is not the same",
+        r"request \.\.\. is not the same; correct AZURE_STORAGE_ACCOUNT_KEY",
+    ),
+    "permission": (
+        "gs",
+        403,
+        "AccessDenied",
+        "a@b.c does not have storage.objects.delete access",
+        "delete access; give",
+    ),
+}
+
+
+@pytest.mark.parametrize("denial", DENIALS)
+def test_what_is_denied_says_what_to_do(tmp_path: Path, denial: str) -> None:
+    """Whatever the status, such answers are no race that was lost: each verb names reason and remedy, HEAD's too."""
+    scheme, status, name, detail, expected = DENIALS[denial]
+    element = "Details" if scheme == "gs" else "AuthenticationErrorDetail"
+    details = f"<{element}>{detail}</{element}>" if detail else ""
+    body = f"<Error><Code>{name}</Code><Message>denied.\nTime:1</Message>{details}</Error>".encode()
+    with answering(scheme, lambda request: request.answer(status, body, x_ms_error_code=name)):
+        store = opened(scheme, retries=3)
+        conditional = {
+            "create": lambda: store.write("a", b"x", if_absent=True),
+            "replace": lambda: store.write("a", b"x", if_tag="1"),
+            "remove": lambda: store.delete("a", if_tag="1"),
+        }
+        for verb, attempt in {**verbs(store, tmp_path), **conditional}.items():
+            with pytest.raises(AccessDenied) as caught:
+                attempt()
+            assert re.search(expected, str(caught.value)), (verb, str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["AccountBeingCreated", "BlobBeingRehydrated"])
+def test_other_conflicts_are_no_lost_races(tmp_path: Path, name: str) -> None:
+    """What Azure answers with the status of a conflict, but will pass, is tried again, and is then an error."""
+    with answering("az", lambda request: request.refuse(409, name)):
+        for verb, attempt in verbs(opened("az"), tmp_path).items():
+            with pytest.raises(Unreachable, match=name):
+                attempt()
+            assert verb
+
+
+def test_google_takes_one_change_of_an_object_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that is faster, as the holder of a lease may be, goes on when the second is over: no error."""
+    monkeypatch.setattr(job.storage.base, "PAUSES", (0.01, 0.03, 0.1, 0.3))
+    seconds, last, refused = 0.2, [0.0], [0]  # a tenth of the pauses, and two seconds in place of one
+
+    def before(request: Request) -> bool:
+        if request.command != "PUT":
+            return False
+        if time.monotonic() - last[0] < seconds:
+            refused[0] += 1
+            request.refuse(429, "SlowDown")
+            return True
+        last[0] = time.monotonic()
+        return False
+
+    with gcs_server(before):
+        store = opened("gs", retries=8)
+        tag = store.write("lease", b"0", if_absent=True)
+        for number in range(1, 4):
+            tag = store.write("lease", f"{number}".encode(), if_tag=tag)
+    assert refused[0] > 0
+
+
 @pytest.mark.parametrize(
-    ("scheme", "status", "name"), [("gs", 403, "RetentionPolicyNotMet"), ("az", 409, "BlobImmutableDueToPolicy")]
+    ("internals", "words"),
+    [
+        ('ConnectError(\n  "dns error",', "name cannot be resolved"),
+        ("InvalidCertificate(\n  UnknownIssuer,", r"not trusted \(UnknownIssuer\); .* SSL_CERT_FILE"),
+        ("Os {\n  kind: ConnectionRefused,", "refuses the connection"),
+    ],
 )
-@pytest.mark.parametrize("condition", [{}, {"if_absent": True}, {"if_tag": "1"}])
-def test_a_hold_is_no_conflict(scheme: str, status: int, name: str, condition: dict[str, Any]) -> None:
-    """What a retention policy or a legal hold forbids is denied, with words, and no race that was lost."""
-    with (
-        answering(scheme, lambda request: request.refuse(status, name)),
-        pytest.raises(AccessDenied, match="a retention policy or a legal hold"),
-    ):
-        opened(scheme, retries=3).write("a", b"x", **condition)
+def test_why_there_is_no_connection(internals: str, words: str) -> None:
+    """The client says it in its internals alone, of which no more is repeated."""
+    error = GenericError(
+        f"Generic GCS error: HTTP error: error sending request\n\nDebug source:\nGeneric {{ {internals}"
+    )
+    found = translate(error, "gs://bucket")
+    assert type(found) is Unreachable
+    assert re.search(words, str(found))
+    assert "Generic {" not in str(found)
+
+
+def test_snapshots_go_with_their_blob(tmp_path: Path) -> None:
+    """A blob of which somebody made a snapshot is deleted all the same, with a condition or without."""
+    with azurite(tmp_path):
+        client = AzureClient(BUCKET, client_options={"allow_http": True})
+        store = opened("az")
+        for condition in (True, False):
+            tag = store.write("a", b"1")
+            address = obstore.sign(client, "PUT", "run/a", timedelta(minutes=5))
+            headers = {"x-ms-version": "2021-08-06", "Content-Length": "0"}
+            snapshot = urllib.request.Request(f"{address}&comp=snapshot", method="PUT", headers=headers)
+            urllib.request.urlopen(snapshot, timeout=10).close()
+            store.delete("a", **({"if_tag": tag} if condition else {}))
+            assert store.read("a") is None
 
 
 @pytest.mark.parametrize(

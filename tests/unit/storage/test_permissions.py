@@ -7,11 +7,12 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from job.storage.local import LocalStore
-from job.storage.permissions import check_permissions
+from job.storage.permissions import check_permissions, how_to_get_access
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become two users")
 OTHER = 65533
@@ -93,3 +94,13 @@ def test_what_runs_share(volume: Path) -> None:
     for lock in (volume / ".store").glob("lock*"):
         lock.chmod(0o666)
     assert as_user(OTHER, 0, lambda: check_permissions(str(volume), str(volume / "new"))) == ""
+
+
+def test_nobody_can_write_to_a_volume_that_is_mounted_read_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There another owner or mode would not help, so neither is advised."""
+    assert "chown" in how_to_get_access(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    assert "mounted read-only: mount it writable" in how_to_get_access(tmp_path)
+    assert "chown" not in how_to_get_access(tmp_path)

@@ -119,6 +119,21 @@ def test_errors_are_translated(
     assert not (tmp_path / "copy").exists()
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "expected", "words"),
+    [
+        (301, "PermanentRedirect", SettingsError, r"another address; set JOB_STORAGE__ENDPOINT_URL .* https://"),
+        (400, "AuthorizationHeaderMalformed", SettingsError, "JOB_STORAGE__REGION"),
+        (403, "InvalidObjectState", AccessDenied, "restore the object"),
+        (403, "RequestTimeTooSkewed", Unreachable, "this machine's clock"),
+    ],
+)
+def test_errors_say_what_to_do(status: int, code: str, expected: type[JobError], words: str) -> None:
+    """A redirect that leads nowhere, another region, an archive and a wrong clock are told with their remedy."""
+    with server(lambda request: request.refuse(status, code)) as url, pytest.raises(expected, match=words):
+        opened(url).read("a")
+
+
 def test_a_404_without_words_is_asked_again(tmp_path: Path) -> None:
     """Where the body of a 404 got lost on the way, the next answer says whether the object is absent."""
     answers: list[str] = []
