@@ -96,6 +96,18 @@ def available_bytes(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
     return max(0, free)
 
 
+def total_bytes(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+    """Bytes of memory that this process may use in all: those of the machine, or the least limit of its cgroups."""
+    import psutil
+
+    most = int(psutil.virtual_memory().total)
+    for group in _groups(groups, own):
+        for limit, _ in _FILES:
+            with suppress(OSError, ValueError):  # the file is missing, or holds "max"
+                most = min(most, int((group / limit).read_text()))
+    return most
+
+
 def usable_cpus(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
     """How many processors this process may keep busy: by its affinity, and by the quotas of all its cgroups."""
     count = len(os.sched_getaffinity(0))

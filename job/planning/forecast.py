@@ -32,6 +32,14 @@ from job.training.execution_plan import (
     why_not_recorded,
 )
 from job.training.memory_model import ATTENTION_COPIES, LONG_ROW, TILE_TOKENS, Setup
+from job.training.sequence_parallel import (
+    MOST_GPUS,
+    enough_gpus,
+    least_memory,
+    row_host_bytes,
+    row_memory,
+    why_not_divided,
+)
 
 Basis = Literal["computed", "measured", "assumed"]
 
@@ -105,6 +113,7 @@ class RunShape:
         tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
         recorded: Whether the method's GPU kernels can be recorded as CUDA graphs, where fused layers compute.
         offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
+        divide: Whether a long row that does not fit on one GPU is divided over those of the run.
         auxiliary: The classifier of the safety screen and the judge, if the run has them.
     """
 
@@ -137,6 +146,7 @@ class RunShape:
     tiles: bool = False
     recorded: bool = True
     offload: bool | None = None
+    divide: bool = False
     auxiliary: tuple[AuxiliaryModel, ...] = ()
 
     @property
@@ -207,6 +217,8 @@ class GpuForecast:
     usd: float | None
     machine: str
     base_held: str = "gpu"
+    divided_over: int = 1
+    """Over how many GPUs the longest row is divided."""
 
 
 def estimates(run: RunShape) -> Iterator[Estimate]:
@@ -236,7 +248,7 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         times = {2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
         note = "one of them by the unquantized base, where it fits" if run.full_precision else ""
         yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis), note)
-    held = _training_memory(run, setup, run.micro_batch)
+    held = _training_memory(replace(run, divide=False), setup, run.micro_batch)
     bits = "NF4, " if setup.quantization == "nf4" else ""
     yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
     yield Estimate("memory: adapter", held.adapter, "bytes", basis, "fp32, and autocast's copy")
@@ -250,6 +262,10 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
             host = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
             yield Estimate("main memory: activations", host, "bytes", both, "where they do not fit on the GPU")
     yield Estimate("memory: activations", held.activations, "bytes", both, tokens)
+    if (over := _divides_over(run, setup)) > 1 and _in_tiles(run, run.micro_batch):
+        shared = row_memory(setup, run.micro_batch, over, offload=run.offload).activations
+        note = f"of each of {over} GPUs, if the row does not fit on one"
+        yield Estimate("memory: activations, divided", shared, "bytes", both, note)
     yield Estimate(
         "peak in training",
         held.total,
@@ -339,8 +355,13 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         takes, free = size(_original_bytes(run, setup), " "), size(max(0, _free_for_original(gpu, setup)), " ")
         left_out = f"the unquantized base is not scored: it takes {takes}, and {free} are safe to fill"
         note = "; ".join(filter(None, (note, left_out)))
+    over = _divided_over(run, setup, usable) if fits else 1
+    if over > 1:
+        note = "; ".join(filter(None, (note, f"the longest row is divided over the {over} GPUs")))
+    elif not fits and (enough := _enough_gpus(run, setup, usable)) is not None:
+        note += f"; {enough} of these GPUs compute the longest row together (JOB_RUN__PROCESSES={enough})"
     if fits and execution is not None and execution.offloaded:
-        least = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
+        least = row_host_bytes(setup, run.micro_batch, over, kept_attention=False)
         what = f"activations of the longest row lie in main memory, at least {size(least, ' ')}"
         note = "; ".join(filter(None, (note, what)))
     if fits and place != "gpu":
@@ -361,6 +382,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         usd=None if hours is None else hours * price,
         machine=gpu.machine if run.usd_per_hour is None else "your price",
         base_held=place,
+        divided_over=over,
     )
 
 
@@ -379,12 +401,35 @@ def _in_tiles(run: RunShape, tokens: int) -> bool:
     return run.tiles and long and tokens > LONG_ROW
 
 
+def _divides_over(run: RunShape, setup: Setup) -> int:
+    """How many GPUs may compute a long row together."""
+    if not run.divide or why_not_divided(setup.architecture, run.processes) is not None:
+        return 1
+    return run.processes
+
+
+def _divided_over(run: RunShape, setup: Setup, usable: int) -> int:
+    """How many GPUs compute the longest row together, of `usable` bytes each: 1 where it fits on one."""
+    over = _divides_over(run, setup)
+    if over == 1 or not _in_tiles(run, run.micro_batch):
+        return 1
+    return 1 if row_memory(setup, run.micro_batch, offload=run.offload).total <= usable else over
+
+
+def _enough_gpus(run: RunShape, setup: Setup, usable: int) -> int | None:
+    """How many GPUs would be enough to divide the longest row over; None where that is not what is lacking."""
+    if not run.divide or not _in_tiles(run, run.micro_batch):
+        return None
+    return enough_gpus(
+        setup,
+        lambda count: _need(replace(run, processes=count), replace(setup, processes=count)) <= usable,
+    )
+
+
 def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
-    return memory_model.training_memory(setup, tokens, tiles=_in_tiles(run, tokens), offload=run.offload)
-
-
-MOST_GPUS = 8
-"""Of one machine."""
+    if _in_tiles(run, tokens):
+        return least_memory(setup, tokens, _divides_over(run, setup), offload=run.offload)
+    return memory_model.training_memory(setup, tokens)
 
 
 def _where(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> str:
@@ -449,11 +494,13 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
     )
     if not long:
         return plan
+    over = _divided_over(run, setup, memory_model.usable_bytes(gpu.memory_bytes))
     # How much main memory the machine has is not known here.
     return choose_long_rows(
         plan,
         setup,
-        tokens=run.micro_batch,
+        tokens=run.micro_batch if over == 1 else 0,
+        divided=(run.micro_batch, over) if over > 1 else None,
         free_bytes=free,
         host_bytes=_UNKNOWN_HOST,
         offload=run.offload,

@@ -18,6 +18,7 @@ from job.settings.schema import Lora, Model, Train
 from job.stages.handoff import Sources
 from job.training.memory_model import PLACES, Setup, packed_bytes
 from job.training.prepare import place_base
+from job.training.sequence_parallel import why_not_divided
 
 MAIN_MEMORY_SHARE = 0.8
 """Of the main memory that is available, what the base's weights may fill; the rest is for the job itself. Assumed."""
@@ -82,9 +83,17 @@ def decide_place(
             and lora.dropout == 0
             and options.not_fused is None,
             offload=None if (offload := train.offload_activations) == "auto" else offload,
+            divide_over=divides_over(setup, train),
         )
     place, why = max(processes.gather("place of the base", [place, why]), key=lambda found: PLACES.index(found[0]))
     return place, why
+
+
+def divides_over(setup: Setup, train: Train) -> int:
+    """How many processes may compute a long row together, of those of the setup; see `training.sequence_parallel`."""
+    if train.sequence_parallel == "off" or train.neftune_noise_alpha > 0:
+        return 1
+    return 1 if why_not_divided(setup.architecture, setup.processes) else setup.processes
 
 
 def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: AdapterOptions) -> Setup | None:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from job import log
 from job.common.formatting import size
-from job.common.resources import available_bytes
+from job.common.resources import available_bytes, total_bytes
+from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
@@ -27,6 +28,7 @@ from job.training.config import CPU_MICRO_BATCH_TOKENS
 from job.training.execution_plan import (
     AMPERE,
     FP8_CAPABILITY,
+    HOST_SHARE,
     VOLTA,
     choose_budget,
     choose_long_rows,
@@ -47,6 +49,7 @@ from job.training.memory_model import (
     usable_bytes,
 )
 from job.training.refusal import refuse_rows
+from job.training.sequence_parallel import least_memory, tokens_alone, why_not_divided
 
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
@@ -77,6 +80,7 @@ def place_base(
     places: Sequence[str],
     tiles: bool = False,
     offload: bool | None = None,
+    divide_over: int = 1,
 ) -> tuple[str, str]:
     """Where the base's 4-bit weights are to lie on this machine, before they are loaded; and why if not on the GPU.
 
@@ -90,13 +94,16 @@ def place_base(
         places: Of `PLACES`, the fastest first.
         tiles: As in `training_memory`.
         offload: As in `training_memory`.
+        divide_over: How many processes may compute a long row together.
     """
     tokens = _longest_sequence(lengths, global_batch_size, budget)
     tiles = tiles and max(lengths) > LONG_ROW and _capability() >= AMPERE
 
     def needs(there: Setup) -> int:
         scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
-        return max(training_memory(there, tokens, tiles=tiles, offload=offload).total, scoring)
+        if tiles and tokens > LONG_ROW:
+            return max(least_memory(there, tokens, divide_over, offload=offload).total, scoring)
+        return max(training_memory(there, tokens).total, scoring)
 
     memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now
     place = choose_place(setup, memory_bytes=memory, places=places, needs=needs)
@@ -125,6 +132,8 @@ def prepare(
     longest_at: str = "",
     validation: Sequence[int] = (),
     compute: Literal["dtype", "fp8"] = "dtype",
+    sequence_parallel: Literal["auto", "off"] = "off",
+    group: Processes = ALONE,
 ) -> ExecutionPlan:
     """Chooses how this machine trains the model, and makes the model ready for it.
 
@@ -146,13 +155,15 @@ def prepare(
         longest_at: Where the longest row stands, for messages.
         validation: Tokens of each row that is validated on.
         compute: `JOB_TRAIN__COMPUTE`.
+        sequence_parallel: `JOB_TRAIN__SEQUENCE_PARALLEL`.
+        group: All processes of the run, which agree on what rows they compute together.
 
     Raises:
         SettingsError: The longest row cannot fit into the memory of this machine. Training cannot compute in FP8 as
             the settings ask: PEFT's own layers are needed, or a layer's size does not fit the GPU's products.
     """
     setup, held = setup_of(model, quantization, optimizer), place_of(model)
-    setup = setup and replace(setup, base_held=held)
+    setup = setup and replace(setup, base_held=held, processes=group.place.world_size)
     allowed = None if offload == "auto" else offload
     slow = why_not_fused(model) or slow
     dtype = dtype_name(model)
@@ -163,6 +174,13 @@ def prepare(
     longest_trained = max(lengths)
     lengths = [*lengths, *sorted(validation, reverse=True)[:1]]
     rows = None if slow is not None else _rows(model, lengths, budget, global_batch_size, method)
+    never = "JOB_TRAIN__NEFTUNE_NOISE_ALPHA draws noise that depends on the length of the whole row" if random else ""
+    above = None
+    if sequence_parallel == "auto" and method == "sft" and group.place.world_size > 1 and max(lengths) > LONG_ROW:
+        own = _tokens_alone(setup, rows, max(lengths), group, gigabytes=gigabytes, offload=allowed, never=never)
+        above = _agreed(group, own)
+    if rows is not None and above is not None:
+        rows = _divided(rows, lengths, budget, above, group.place.world_size)
     may_fit = partial(
         _refuse,
         model,
@@ -173,6 +191,9 @@ def prepare(
         offload=allowed,
         processes=processes,
         where=longest_at,
+        divided_over=group.place.world_size if above is not None and longest_trained > above else 1,
+        world_size=group.place.world_size,
+        never=never,
     )
     if rows is not None and setup is not None:
         plan = _fuse(
@@ -318,11 +339,16 @@ def _is_uneven(adapter: Any) -> bool:
 class _Rows:
     """What of the rows decides about memory: tokens of the longest padded sequence, and of the longest long row.
 
-    `long` is None where no row is computed layer by layer, `padded` is 0 where all are.
+    `long` is None where no row is computed layer by layer, `padded` is 0 where all are. Where rows of more than `above`
+    tokens are divided over `processes`, `divided` has the tokens of the longest of these, 0 if there is none, and
+    `long` those of the longest other one, 0 likewise.
     """
 
     padded: int
     long: int | None
+    divided: int = 0
+    above: int | None = None
+    processes: int = 1
 
 
 def _note_unused(plan: ExecutionPlan | None, lengths: Sequence[int], *, offload: bool | Literal["auto"]) -> None:
@@ -347,6 +373,51 @@ def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: in
             return _Rows(padded, max(longest, budget))
         log.get_logger().warning("long rows are not computed in tiles, which takes more memory and time", why=why)
     return _Rows(_longest_sequence(lengths, global_batch_size, budget), None)
+
+
+def _tokens_alone(
+    setup: Setup | None,
+    rows: _Rows | None,
+    longest: int,
+    group: Processes,
+    *,
+    gigabytes: float | None,
+    offload: bool | None,
+    never: str,
+) -> int:
+    """Tokens of the longest row that this process can compute alone; 0 if it cannot compute a row with others."""
+    if setup is None or rows is None or rows.long is None:
+        return 0
+    found = tokens_alone(
+        setup,
+        longest,
+        memory_bytes=_gpu_memory(gigabytes)[0],
+        host_bytes=int(HOST_SHARE * total_bytes() / group.place.local_world_size),
+        offload=offload,
+    )
+    why = never or why_not_divided(setup.architecture, group.place.world_size)
+    if why and found < longest:
+        log.get_logger().warning("long rows are not divided over the processes, which would take less memory", why=why)
+    return 0 if why else found
+
+
+def _agreed(group: Processes, own: int) -> int | None:
+    """Above how many tokens rows are divided, the same in all processes; None if one of them cannot take part."""
+    found = group.gather("tokens of a row that one process computes", own)
+    return min(found) if all(found) else None
+
+
+def _divided(rows: _Rows, lengths: Sequence[int], budget: int, above: int, processes: int) -> _Rows:
+    """Where rows of more than `above` tokens are divided."""
+    alone = [length for length in lengths if LONG_ROW < length <= above]
+    longest = max(lengths)
+    return replace(
+        rows,
+        long=max(*alone, budget) if alone else 0,
+        divided=longest if longest > above else 0,
+        above=above,
+        processes=processes,
+    )
 
 
 def _fuse(
@@ -376,7 +447,12 @@ def _fuse(
     _, free = _gpu_memory(gigabytes)
     copies, reserved = attention_copies(setup.architecture, model.device), 0
     if rows.long is not None:
-        reserved = long_row_need(setup, rows.long, offloaded=offload is not False, kept_attention=False, copies=copies)
+        how = {"offloaded": offload is not False, "kept_attention": False, "copies": copies}
+        reserved = max(
+            long_row_need(setup, tokens, over, **how)  # type: ignore[arg-type]
+            for tokens, over in ((rows.long, 1), (rows.divided, rows.processes))
+            if tokens
+        )
     capability = _capability()
     plan = choose_plan(
         setup,
@@ -399,7 +475,9 @@ def _fuse(
             offload=offload,
             copies=copies,
             tile=TILE_TOKENS,
+            divided=(rows.divided, rows.processes) if rows.divided else None,
         )
+        plan = replace(plan, sequence_parallel=rows.processes, divided_above=rows.above)
     kernels, name = fast_kernels(model.device, dtype_name(model))
     try:
         made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels, fp8=fp8)
@@ -451,6 +529,9 @@ def _refuse(
     offload: bool | None,
     processes: int,
     where: str,
+    divided_over: int,
+    world_size: int,
+    never: str,
 ) -> None:
     """Refuses rows that certainly do not fit: on the GPU, or on a CPU in the machine's memory."""
     from job.model.fused.long_attention import attention_copies
@@ -468,6 +549,9 @@ def _refuse(
         offload=offload,
         copies=attention_copies(setup.architecture, model.device) if in_tiles else None,
         where=where,
+        processes=divided_over,
+        may_divide=1 if why_not_divided(setup.architecture, world_size) else world_size,
+        never=never,
     )
 
 

@@ -18,6 +18,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ from job.training.preference_gradient import PreferenceGradient, head_of, token_
 from job.training.step import OptimizerStep, StepAbandoned
 from job.training.trl_config import trl_config
 from job.training.validation import Validation
+
+DIVIDED_ABOVE = "divided_above_tokens"
+"""Name of `OptimizerStep.divided_above` in a step's measurements."""
 
 
 def train(
@@ -125,8 +129,9 @@ def train(
     validations = tuple(trainer.validations)
     if complete := trainer.is_complete():
         trainer.use_kept_adapter()
+    plan = replace(trainer.step.plan, divided_above=trainer.step.divided_above)
     return Trained(
-        tuple(trainer.history), trainer.step.budget, complete=complete, plan=trainer.step.plan, validations=validations
+        tuple(trainer.history), trainer.step.budget, complete=complete, plan=plan, validations=validations
     )
 
 
@@ -380,6 +385,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 "tokens_per_second": targets / seconds,
                 "memory_bytes": memory_in_use(),
                 "micro_batch_tokens": self.step.budget,
+                **({} if (above := self.step.divided_above) is None else {DIVIDED_ABOVE: above}),
             },
             preference=dict(self.step.metrics),
         )
@@ -409,6 +415,8 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.history = read_trainer_state(Path(checkpoint), self.trainer_files())
             self.saved_step = self.state.global_step
             self.step.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.step.budget)
+            if self.step.divided_above is not None:
+                self.step.divide_above(int(self.history[-1].measured.get(DIVIDED_ABOVE) or self.step.divided_above))
             if self.recipe.validate_every_steps is not None:
                 self.restore_validations(Path(checkpoint))
 
