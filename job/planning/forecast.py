@@ -254,18 +254,7 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     yield Estimate("memory: adapter", held.adapter, "bytes", basis, "fp32, and autocast's copy")
     yield Estimate("memory: gradients", held.gradients, "bytes", basis, "fp32")
     yield Estimate("memory: optimizer", held.optimizer, "bytes", basis, setup.optimizer)
-    how = "recomputed" if setup.recompute else "kept"
-    tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
-    if _in_tiles(run, run.micro_batch):
-        tokens = f"a row of {run.micro_batch:,} tokens, in tiles"
-        if run.offload is not False:
-            host = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
-            yield Estimate("main memory: activations", host, "bytes", both, "where they do not fit on the GPU")
-    yield Estimate("memory: activations", held.activations, "bytes", both, tokens)
-    if (over := _divides_over(run, setup)) > 1 and _in_tiles(run, run.micro_batch):
-        shared = row_memory(setup, run.micro_batch, over, offload=run.offload).activations
-        note = f"of each of {over} GPUs, if the row does not fit on one"
-        yield Estimate("memory: activations, divided", shared, "bytes", both, note)
+    yield from _of_the_activations(run, setup, held.activations, both)
     yield Estimate(
         "peak in training",
         held.total,
@@ -283,6 +272,21 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     yield from _of_exports(run, setup, basis)
     disk = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
     yield Estimate("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
+
+
+def _of_the_activations(run: RunShape, setup: Setup, activations: int, both: Basis) -> Iterator[Estimate]:
+    how = "recomputed" if setup.recompute else "kept"
+    tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
+    if _in_tiles(run, run.micro_batch):
+        tokens = f"a row of {run.micro_batch:,} tokens, in tiles"
+        if run.offload is not False:
+            host = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
+            yield Estimate("main memory: activations", host, "bytes", both, "where they do not fit on the GPU")
+    yield Estimate("memory: activations", activations, "bytes", both, tokens)
+    if (over := _divides_over(run, setup)) > 1 and _in_tiles(run, run.micro_batch):
+        shared = row_memory(setup, run.micro_batch, over, offload=run.offload).activations
+        note = f"of each of {over} GPUs, if the row does not fit on one"
+        yield Estimate("memory: activations, divided", shared, "bytes", both, note)
 
 
 def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
@@ -356,10 +360,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         left_out = f"the unquantized base is not scored: it takes {takes}, and {free} are safe to fill"
         note = "; ".join(filter(None, (note, left_out)))
     over = _divided_over(run, setup, usable) if fits else 1
-    if over > 1:
-        note = "; ".join(filter(None, (note, f"the longest row is divided over the {over} GPUs")))
-    elif not fits and (enough := _enough_gpus(run, setup, usable)) is not None:
-        note += f"; {enough} of these GPUs compute the longest row together (JOB_RUN__PROCESSES={enough})"
+    note = "; ".join(filter(None, (note, _of_division(run, setup, usable, over, fits=fits))))
     if fits and execution is not None and execution.offloaded:
         least = row_host_bytes(setup, run.micro_batch, over, kept_attention=False)
         what = f"activations of the longest row lie in main memory, at least {size(least, ' ')}"
@@ -416,14 +417,21 @@ def _divided_over(run: RunShape, setup: Setup, usable: int) -> int:
     return 1 if row_memory(setup, run.micro_batch, offload=run.offload).total <= usable else over
 
 
-def _enough_gpus(run: RunShape, setup: Setup, usable: int) -> int | None:
-    """How many GPUs would be enough to divide the longest row over; None where that is not what is lacking."""
-    if not run.divide or not _in_tiles(run, run.micro_batch):
-        return None
-    return enough_gpus(
-        setup,
-        lambda count: _need(replace(run, processes=count), replace(setup, processes=count)) <= usable,
-    )
+def _of_division(run: RunShape, setup: Setup, usable: int, over: int, *, fits: bool) -> str:
+    """What is said of a row that is divided over so many GPUs, or could be; empty if it need not be."""
+    if over > 1:
+        return f"the longest row is divided over the {over} GPUs"
+    if fits or not run.divide or not _in_tiles(run, run.micro_batch):
+        return ""
+
+    def need(count: int) -> int:
+        first = run.first_stage and replace(run.first_stage, processes=count)
+        return _need(replace(run, processes=count, first_stage=first), replace(setup, processes=count))
+
+    enough = enough_gpus(setup, lambda count: need(count) <= usable)
+    if enough is None:
+        return ""
+    return f"{enough} of these GPUs compute the longest row together (JOB_RUN__PROCESSES={enough})"
 
 
 def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:

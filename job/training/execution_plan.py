@@ -167,8 +167,10 @@ def choose_long_rows(
     for offloaded, kept_attention in ((False, True), (True, True), (False, False), (True, False)):
         if offload not in {None, offloaded}:
             continue
-        how = {"offloaded": offloaded, "kept_attention": kept_attention, "copies": copies}
-        need = max(long_row_need(setup, *row, **how) for row in rows)
+        need = max(
+            long_row_need(setup, *row, offloaded=offloaded, kept_attention=kept_attention, copies=copies)
+            for row in rows
+        )
         host = offloaded * max(row_host_bytes(setup, *row, kept_attention=kept_attention) for row in rows)
         tried.append((offloaded, kept_attention, need, host))
         if need <= free_bytes and host <= HOST_SHARE * host_bytes:
@@ -203,8 +205,7 @@ def long_row_need(
         kept_attention: As in `long_row_bytes`.
         copies: As in `long_row_bytes`.
     """
-    how = {"offloaded": offloaded, "kept_attention": kept_attention, "copies": copies}
-    activations = row_bytes(setup, tokens, processes, **how)
+    activations = row_bytes(setup, tokens, processes, offloaded=offloaded, kept_attention=kept_attention, copies=copies)
     return int((1 + MARGIN) * activations) + _beside(setup) + CONTEXT_BYTES
 
 

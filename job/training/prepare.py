@@ -48,7 +48,7 @@ from job.training.memory_model import (
     training_memory,
     usable_bytes,
 )
-from job.training.refusal import refuse_rows
+from job.training.refusal import Sharing, refuse_rows
 from job.training.sequence_parallel import least_memory, tokens_alone, why_not_divided
 
 _LONGEST_REASON = 300
@@ -191,9 +191,7 @@ def prepare(
         offload=allowed,
         processes=processes,
         where=longest_at,
-        divided_over=group.place.world_size if above is not None and longest_trained > above else 1,
-        world_size=group.place.world_size,
-        never=never,
+        sharing=_sharing(setup, longest_trained, above, group.place.world_size, never),
     )
     if rows is not None and setup is not None:
         plan = _fuse(
@@ -420,6 +418,17 @@ def _divided(rows: _Rows, lengths: Sequence[int], budget: int, above: int, proce
     )
 
 
+def _sharing(setup: Setup | None, longest: int, above: int | None, world_size: int, never: str) -> Sharing:
+    """How many processes compute the longest row together, and could."""
+    if setup is None:
+        return Sharing()
+    return Sharing(
+        processes=world_size if above is not None and longest > above else 1,
+        may_divide=1 if why_not_divided(setup.architecture, world_size) else world_size,
+        never=never,
+    )
+
+
 def _fuse(
     model: Any,
     setup: Setup,
@@ -447,9 +456,8 @@ def _fuse(
     _, free = _gpu_memory(gigabytes)
     copies, reserved = attention_copies(setup.architecture, model.device), 0
     if rows.long is not None:
-        how = {"offloaded": offload is not False, "kept_attention": False, "copies": copies}
         reserved = max(
-            long_row_need(setup, tokens, over, **how)  # type: ignore[arg-type]
+            long_row_need(setup, tokens, over, offloaded=offload is not False, kept_attention=False, copies=copies)
             for tokens, over in ((rows.long, 1), (rows.divided, rows.processes))
             if tokens
         )
@@ -529,9 +537,7 @@ def _refuse(
     offload: bool | None,
     processes: int,
     where: str,
-    divided_over: int,
-    world_size: int,
-    never: str,
+    sharing: Sharing,
 ) -> None:
     """Refuses rows that certainly do not fit: on the GPU, or on a CPU in the machine's memory."""
     from job.model.fused.long_attention import attention_copies
@@ -549,9 +555,7 @@ def _refuse(
         offload=offload,
         copies=attention_copies(setup.architecture, model.device) if in_tiles else None,
         where=where,
-        processes=divided_over,
-        may_divide=1 if why_not_divided(setup.architecture, world_size) else world_size,
-        never=never,
+        sharing=sharing,
     )
 
 

@@ -7,6 +7,8 @@ than is free. A row that may fit is tried, and training ends with `TrainingFaile
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from job.common.formatting import size
 from job.errors import Problem, SettingsError
@@ -21,6 +23,37 @@ from job.training.sequence_parallel import enough_gpus, row_bytes, row_host_byte
 _ADVICE = "lower it (JOB_DATA__ON_LONG_ROW says what becomes of longer rows)"
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """Whether several processes compute the longest row together (`training.sequence_parallel`).
+
+    Attributes:
+        processes: How many do.
+        may_divide: How many could, if JOB_TRAIN__SEQUENCE_PARALLEL allowed it.
+        never: Why no number of processes could; empty where one could.
+    """
+
+    processes: int = 1
+    may_divide: int = 1
+    never: str = ""
+
+    def advice(self, setup: Setup, fits: Callable[[int], bool]) -> str:
+        """How more GPUs would help, to follow the other advice; empty if they would not.
+
+        Args:
+            setup: What is trained.
+            fits: Whether the row would fit if it were divided over so many processes.
+        """
+        enough = enough_gpus(setup, lambda count: count > self.processes and fits(count))
+        if enough is None:
+            return ""
+        if self.never:
+            return f"; several GPUs cannot compute it together: {self.never}"
+        if self.may_divide > self.processes and fits(self.may_divide):
+            return f", or set JOB_TRAIN__SEQUENCE_PARALLEL=auto: the {self.may_divide} GPUs then compute it together"
+        return f", or take {enough} such GPUs, which compute it together"
+
+
 def refuse_rows(
     setup: Setup,
     longest: int,
@@ -30,9 +63,7 @@ def refuse_rows(
     offload: bool | None,
     copies: int | None,
     where: str = "",
-    processes: int = 1,
-    may_divide: int = 1,
-    never: str = "",
+    sharing: Sharing = Sharing(),
 ) -> None:
     """Does nothing if the longest row may fit.
 
@@ -44,50 +75,39 @@ def refuse_rows(
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
         copies: As in `long_row_bytes`; None where `training.long_rows` does not compute long rows.
         where: File and line of the row; empty if they are not known.
-        processes: How many compute the row together.
-        may_divide: How many could, if JOB_TRAIN__SEQUENCE_PARALLEL allowed it.
-        never: Why no number of processes could; empty if it could be that more GPUs help.
+        sharing: Whether several processes compute it together.
 
     Raises:
         SettingsError: It cannot fit.
     """
 
     def on_device(tokens: int) -> int:
-        return _least(setup, tokens, processes, offload=offload, copies=copies)
+        return _least(setup, tokens, sharing.processes, offload=offload, copies=copies)
 
     def in_main_memory(tokens: int) -> int:
-        return row_host_bytes(setup, tokens, processes, kept_attention=False)
+        return row_host_bytes(setup, tokens, sharing.processes, kept_attention=False)
 
-    def more_gpus(offload: bool | None) -> str:
-        """Whether a number of GPUs helps, and which."""
+    def more_gpus(*, offload: bool | None) -> str:
         if copies is None or host_bytes is None:
             return ""
-
-        def fits(count: int) -> bool:
-            return count > processes and _least(setup, longest, count, offload=offload, copies=copies) <= free_bytes
-
-        if never:
-            return f"; several GPUs cannot compute it together: {never}" if enough_gpus(setup, fits) else ""
-        if may_divide > processes and fits(may_divide):
-            return f", or set JOB_TRAIN__SEQUENCE_PARALLEL=auto: the {may_divide} GPUs then compute it together"
-        enough = enough_gpus(setup, fits)
-        return "" if enough is None else f", or take {enough} such GPUs, which compute it together"
+        needs = partial(_least, setup, longest, offload=offload, copies=copies)
+        return sharing.advice(setup, lambda count: needs(count) <= free_bytes)
 
     row = f"the longest row{f', {where},' if where else ''} has {longest:,} tokens"
-    row += f" and is divided over {processes} GPUs" if processes > 1 else ""
+    row += f" and is divided over {sharing.processes} GPUs" if sharing.processes > 1 else ""
     device = "the GPU's memory" if host_bytes is not None else "the machine's memory"
     if (need := on_device(longest)) > free_bytes:
         fix = _ADVICE
         if (
             offload is False
             and copies is not None
-            and _least(setup, longest, processes, offload=None, copies=copies) <= free_bytes
+            and _least(setup, longest, sharing.processes, offload=None, copies=copies) <= free_bytes
         ):
             fix += ", set JOB_TRAIN__OFFLOAD_ACTIVATIONS=auto"
-        _refuse(row, need, free_bytes, device, on_device, longest, fix, more_gpus(offload))
+        _refuse(row, need, free_bytes, device, on_device, longest, fix, more_gpus(offload=offload))
     if copies is None or host_bytes is None or offload is False:
         return
-    kept = _least(setup, longest, processes, offload=False, copies=copies)
+    kept = _least(setup, longest, sharing.processes, offload=False, copies=copies)
     if (offload or kept > free_bytes) and (need := in_main_memory(longest)) > host_bytes:
         fix = _ADVICE
         if kept <= free_bytes:
@@ -100,8 +120,7 @@ def _least(setup: Setup, tokens: int, processes: int, *, offload: bool | None, c
     """The least bytes on the device that the settings allow, less the error of the formula."""
     if copies is None:
         return int((1 - MARGIN) * least_activation_bytes(setup, tokens))
-    how = {"offloaded": offload is not False, "kept_attention": False, "copies": copies}
-    need = row_bytes(setup, tokens, processes, **how)  # type: ignore[arg-type]
+    need = row_bytes(setup, tokens, processes, offloaded=offload is not False, kept_attention=False, copies=copies)
     return int((1 - MARGIN) * need)
 
 

@@ -57,9 +57,7 @@ def divided_row_bytes(
     own = -(-tokens // processes)
     keys = a.keys * max(1, processes // a.kv_heads)
     exchanged = setup.value_bytes * (2 * a.queries + 2 * keys) * own
-    alone = long_row_bytes(
-        setup, own, offloaded=offloaded, kept_attention=kept_attention, copies=copies * processes
-    )
+    alone = long_row_bytes(setup, own, offloaded=offloaded, kept_attention=kept_attention, copies=copies * processes)
     return alone + exchanged
 
 
@@ -67,10 +65,11 @@ def row_bytes(
     setup: Setup, tokens: int, processes: int = 1, *, offloaded: bool, kept_attention: bool, copies: int
 ) -> int:
     """The same of a row that so many processes compute: one, or all."""
-    how = {"offloaded": offloaded, "kept_attention": kept_attention, "copies": copies}
     if processes == 1:
-        return long_row_bytes(setup, tokens, **how)  # type: ignore[arg-type]
-    return divided_row_bytes(setup, tokens, processes, **how)  # type: ignore[arg-type]
+        return long_row_bytes(setup, tokens, offloaded=offloaded, kept_attention=kept_attention, copies=copies)
+    return divided_row_bytes(
+        setup, tokens, processes, offloaded=offloaded, kept_attention=kept_attention, copies=copies
+    )
 
 
 def row_host_bytes(setup: Setup, tokens: int, processes: int = 1, *, kept_attention: bool) -> int:

@@ -130,9 +130,7 @@ def train(
     if complete := trainer.is_complete():
         trainer.use_kept_adapter()
     plan = replace(trainer.step.plan, divided_above=trainer.step.divided_above)
-    return Trained(
-        tuple(trainer.history), trainer.step.budget, complete=complete, plan=plan, validations=validations
-    )
+    return Trained(tuple(trainer.history), trainer.step.budget, complete=complete, plan=plan, validations=validations)
 
 
 class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]

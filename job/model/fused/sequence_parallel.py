@@ -4,14 +4,14 @@ Process r of N has tokens r/N to (r + 1)/N of the row in everything that works t
 tokens, but works head by head. So before it each process sends every other one the queries, keys and values that belong
 to that one's heads, and after it the outputs come back the same way:
 
-    (own tokens, all heads)  --all to all-->  (all tokens, own heads)  attention  --all to all-->  (own tokens, all heads)
+    (own tokens, all heads)  ->  (all tokens, own heads)  attention  (all tokens, own heads)  ->  (own tokens, all heads)
 
-The gradients go the same ways backwards. Numbers are only moved, so what differs from a row that one process computes is
-the order in which gradients are added up: over each process's tokens, then over the processes.
+The gradients go the same ways backwards. Numbers are only moved, so what differs from a row that one process computes
+is the order in which gradients are added up: over each process's tokens, then over the processes.
 
 Each process has whole heads of keys and values with the queries that share them. Where there are fewer of these heads
-than processes, each process has a part of the queries of one, and a copy of it; its gradients are summed in fp32, in the
-order of the ranks. Neither tokens nor heads of keys and values need be a multiple of the processes.
+than processes, each process has a part of the queries of one, and a copy of it; its gradients are summed in fp32, in
+the order of the ranks. Neither tokens nor heads of keys and values need be a multiple of the processes.
 
 Source: Jacobs et al. 2023, DeepSpeed Ulysses (arXiv:2309.14509), section 3.
 """
@@ -164,7 +164,8 @@ class SequenceParallelAttention:
         heads = share_heads(query.shape[1], key.shape[1], self._team.size)
         how = self._team, self._tokens, heads
         found = _ToHeads.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), *how)  # type: ignore[no-untyped-call]
-        out = self._attention(*(x.transpose(0, 1)[None] for x in found), scaling, window)
+        query, key, value = (x.transpose(0, 1)[None] for x in found)
+        out = self._attention(query, key, value, scaling, window)
         return _ToTokens.apply(out[0], *how)[None]  # type: ignore[no-any-return, no-untyped-call]
 
 
