@@ -2,6 +2,14 @@
 
 `run` calls the stages of `job/stages` in this order; `job/stages/handoff.py` defines what one stage passes to the next.
 A stage that an earlier attempt finished is not repeated: `Attempt.stage` reads its record from the store.
+
+Where a run resumes within a stage:
+
+- pull: rows and the quantized base at the commits and keys of the first attempt (`stages.pull_rows`, `pull_model`);
+- evaluations: sequences that were scored (`evaluation.score_cache`);
+- training: the newest valid checkpoint (`_restore` in `stages.train`, `checkpoints.manager`), then the state in it
+  (`checkpoints.trainer_state`);
+- export: candidates are made again, and files that are in the store are not uploaded again (`stages.export`).
 """
 
 from __future__ import annotations
@@ -36,13 +44,14 @@ from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
-from job.settings.affects_result import decisive_settings, default_settings, plain_values
-from job.settings.load import Settings, current_platform, environment, exporters, trackers
+from job.settings.affects_result import decisive_settings, default_settings
+from job.settings.load import Settings, current_platform, environment, exporters, plain_values, trackers
 from job.settings.training_stages import folder_of, split_stages
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.publish import publish
-from job.stages.pull import publish_findings, pull
+from job.stages.pull import pull
+from job.stages.pull_audit import publish_findings
 from job.storage.open import ObjectStore, open_store, storage_options
 from job.storage.permissions import check_permissions
 from job.tracking import energy
@@ -165,7 +174,7 @@ def _finished(
     processes: Processes, settings: Settings, delivery: Delivery | None, alive: Callable[[], None]
 ) -> dict[str, Any] | None:
     """`finished`, asked by process 0 for all, which have the same settings."""
-    agree_on_settings(processes, decisive_settings(settings))
+    agree_on_settings(processes, decisive_settings(plain_values(settings)))
     found: dict[str, Any] | None = processes.share("results of before", lambda: finished(settings, delivery, alive))
     return found
 
@@ -205,7 +214,7 @@ def finished(
     if (done := read_complete(store)) is None:
         check_permissions(settings.run.output, folder_of(settings))
         return None
-    compare_settings(store, decisive_settings(settings), default_settings())
+    compare_settings(store, decisive_settings(plain_values(settings)), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
     _hand_over(store, done, delivery, targets(settings.export), alive)
     return require_gate(done)
@@ -256,7 +265,7 @@ def _attempt(
     armed = arm(faults if processes.leads else (), store)
     opening = open_attempt(
         faulty(store, armed),
-        decisive_settings(settings),
+        decisive_settings(plain_values(settings)),
         defaults=default_settings(),
         cache=settings.storage.cache,
         usd_per_hour=settings.cost.usd_per_hour,
@@ -316,9 +325,9 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     begin = partial(put_first_values, attempt, settings.lora.init, sources)
     loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
     if needs_merge(settings.export.formats) and sources.original is not None:
-        from job.stages.export import check_export
+        from job.stages.export_check import check_export
 
-        check_export(attempt, settings, sources.original, loaded)
+        check_export(attempt, settings.export, settings.gate.on, sources.original, loaded)
     if attempt.processes.leads:
         keep_settings(attempt.store, attempt.settings)
         publish_findings(attempt, sources)

@@ -225,7 +225,7 @@ class ExecutionPlan:
     packed: bool = True
     """Whether examples went through the model end to end in one sequence; else each alone, which `reason` explains."""
     base_held: str = "gpu"
-    """A key of `memory_model.PLACES`."""
+    """The placement, one of `memory_model.PLACEMENTS`; the name is that of older records."""
     offloaded: bool = False
     kept_attention: bool = False
     tile_tokens: int | None = None

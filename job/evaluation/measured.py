@@ -12,6 +12,10 @@ Each question has a value and a weight for each metric, and the figure is a func
 Where every value is 0 or 1, the comparison is that of accuracies (`statistics.compare`). Else it is a ratio of sums, by
 `paired_ratio`. Metrics with another aggregation (bleu, f1) are no function of such sums, and are left out, with a
 warning.
+
+To add an aggregation that is one: lm-eval's name of it in `AGGREGATIONS`, its figure in `aggregate`, its difference in
+`_comparison`, and the name in `job/results.schema.json`. A metric with a known aggregation needs nothing here: a task
+file names it.
 """
 
 from __future__ import annotations

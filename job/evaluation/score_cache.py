@@ -52,6 +52,7 @@ CODE = (
     "job.model.fused.triton_kernels",
     "job.model.lora",
     "job.model.packed_attention",
+    "job.model.placed_loading",
     "job.model.placed_weights",
     "job.model.published_names",
     "job.model.target_modules",

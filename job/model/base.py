@@ -188,7 +188,7 @@ def load_base(
     targets: Sequence[str] | str | None = None,
     rank: int = 1,
     options: AdapterOptions = PLAIN_LORA,
-    place: str = "gpu",
+    placement: str = "gpu",
     group: Group | None = None,
 ) -> Any:
     """Loads the frozen base, quantizing it while loading, with packed attention where its layers support it.
@@ -206,9 +206,9 @@ def load_base(
         targets: Layers that will get an adapter; checked to exist before weights are loaded.
         rank: Of the adapter, which is checked as well.
         options: Of the adapter.
-        place: Where the 4-bit weights of the decoder's layers lie: `gpu` for the device, `sharded` or `host`. Elsewhere
-            than on the device a layer goes there as soon as it is loaded.
-        group: The processes that load the same base now, where `place` is `sharded`.
+        placement: Where the 4-bit weights of the decoder's layers lie: `gpu` for the device, `sharded` or `host`. In
+            the last two a layer goes there as soon as it is loaded.
+        group: The processes that load the same base now, where `placement` is `sharded`.
 
     Raises:
         DataError: The folder holds no complete model.
@@ -217,7 +217,7 @@ def load_base(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from job.model import packed_attention
-    from job.model.placed_weights import placing
+    from job.model.placed_loading import placing
 
     config, empty = inspect(folder, max_length=max_length, targets=targets, rank=rank, options=options)
     check_weights(folder, config, empty)
@@ -231,7 +231,7 @@ def load_base(
             bnb_4bit_use_double_quant=double_quantization,
             bnb_4bit_compute_dtype=dtype,
         )
-    with readable(folder), nullcontext() if place == "gpu" else placing(place, device, group) as placed:
+    with readable(folder), nullcontext() if placement == "gpu" else placing(placement, device, group) as placed:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,

@@ -27,7 +27,7 @@ from job.training.execution_plan import (
     FP8_CAPABILITY,
     choose_budget,
     choose_long_rows,
-    choose_place,
+    choose_placement,
     choose_plan,
     why_not_recorded,
 )
@@ -108,7 +108,7 @@ class RunShape:
         reference: The log-probabilities of the reference, as dpo and kto need them; None likewise.
         first_stage: What is trained before, as in JOB_TRAIN__METHOD=sft,dpo; its download is in this one's.
         full_precision: Whether the base with its original weights is scored too, where it fits.
-        places: Where the base's 4-bit weights may lie, the fastest first; see `memory_model.PLACES`.
+        placements: Where the base's 4-bit weights may lie, the fastest first; see `memory_model.PLACEMENTS`.
         processes: That share the work, each with a GPU.
         tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
         recorded: Whether the method's GPU kernels can be recorded as CUDA graphs, where fused layers compute.
@@ -141,7 +141,7 @@ class RunShape:
     adapter_copies: int = 0
     quantizing_tokens: int = 0
     full_precision: bool = False
-    places: tuple[str, ...] = ("gpu",)
+    placements: tuple[str, ...] = ("gpu",)
     processes: int = 1
     tiles: bool = False
     recorded: bool = True
@@ -202,7 +202,8 @@ class GpuForecast:
 
     `budget_recomputing` and `budget_keeping` are the largest micro-batches that fit, in tokens, with activations
     recomputed and kept; 0 where not even the longest example fits. `keeps` names what the job would keep in memory
-    instead of recomputing it (base, activations); `hours` are computed for that. `base_held` is where the base lies.
+    instead of recomputing it (base, activations); `hours` are computed for that. `base_held` is the base's
+    placement.
     """
 
     name: str
@@ -344,8 +345,8 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         run = replace(run, first_stage=replace(run.first_stage, tiles=run.first_stage.tiles and possible))
     needs, usable = partial(_need, run), memory_model.usable_bytes(gpu.memory_bytes)
     setup = replace(setup, processes=run.processes)
-    place = choose_place(setup, memory_bytes=gpu.memory_bytes, places=run.places, needs=needs)
-    setup = replace(setup, base_held=place)
+    placement = choose_placement(setup, memory_bytes=gpu.memory_bytes, placements=run.placements, needs=needs)
+    setup = replace(setup, placement=placement)
     execution = _execution(gpu, run, setup)
     need = needs(setup)
     fits, note = need <= usable, ""
@@ -365,7 +366,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         least = row_host_bytes(setup, run.micro_batch, over, kept_attention=False)
         what = f"activations of the longest row lie in main memory, at least {size(least, ' ')}"
         note = "; ".join(filter(None, (note, what)))
-    if fits and place != "gpu":
+    if fits and placement != "gpu":
         note = "; ".join(filter(None, (note, _where(setup, usable, needs))))
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     hours = _hours(gpu, run, setup, execution) if fits else None
@@ -382,7 +383,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         usd_per_hour=price,
         usd=None if hours is None else hours * price,
         machine=gpu.machine if run.usd_per_hour is None else "your price",
-        base_held=place,
+        base_held=placement,
         divided_over=over,
     )
 
@@ -442,9 +443,9 @@ def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.M
 
 def _where(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> str:
     """What is said of a base that is not on the GPU as a whole; and how many GPUs would hold it."""
-    if setup.base_held == "sharded":
+    if setup.placement == "sharded":
         return f"the base's 4-bit weights are sharded over the {setup.processes} GPUs"
-    sharded = (replace(setup, base_held="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
+    sharded = (replace(setup, placement="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
     enough = next((one.processes for one in sharded if needs(one) <= usable), None)
     more = "" if enough is None else f"; {enough} of these GPUs hold them sharded, which is faster"
     return f"the base's 4-bit weights lie in main memory, {size(memory_model.packed_bytes(setup), ' ')}{more}"

@@ -21,31 +21,23 @@ from job.model.adapter_options import MANY_STEPS, AdapterOptions, make_options
 from job.model.start_adapter import check_start, local_start
 from job.model.tokenizer_files import rows_with
 from job.planning import known_models_and_data as known
-from job.planning.preflight import (
+from job.planning.preflight import Found, NotChecked, PreflightResult, run_check
+from job.planning.preflight_data import DataFacts, preview_data, preview_questions, report_audit
+from job.planning.preflight_models import (
     AdapterFacts,
     AuxiliaryFacts,
-    DataFacts,
-    Found,
     ModelFacts,
-    NotChecked,
-    PreflightResult,
     find_tokenizer,
-    local_round_trip,
     preview_adapter,
-    preview_data,
     preview_judge,
     preview_model,
-    preview_questions,
     preview_safety_model,
-    report_audit,
-    round_trip,
-    run_check,
 )
+from job.planning.preflight_store import local_round_trip, round_trip
 from job.push.push import targets
 from job.results.baseline import read_baseline
 from job.results.signing import key_id, load_private_key, public_key
-from job.settings.affects_result import plain_values
-from job.settings.load import Settings
+from job.settings.load import Settings, plain_values
 from job.settings.schema import Sign
 from job.settings.training_stages import naming_its_settings, split_stages
 from job.storage.hub import is_reachable
@@ -152,7 +144,7 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
 
 def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
     """The rows of a stage of training; `how` goes to `preview_data`."""
-    with naming_its_settings(s):
+    with naming_its_settings(s.part_of):
         return preview_data(
             s.data.source,
             max_length=s.train.max_length,

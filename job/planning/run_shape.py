@@ -17,7 +17,8 @@ from job.planning import known_models_and_data as known
 from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
 from job.planning.forecast import Basis, ForwardWork, RunShape
 from job.planning.input_checks import Preflight, adapter_options
-from job.planning.preflight import DataFacts, PreflightResult
+from job.planning.preflight import PreflightResult
+from job.planning.preflight_data import DataFacts
 from job.planning.workload import Workload, count, scale
 from job.records import Example
 from job.settings.load import Settings
@@ -64,7 +65,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         fp8=settings.train.compute == "fp8",
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
-        places=_places(settings),
+        placements=_placements(settings),
         processes=1 if settings.run.processes == "auto" else settings.run.processes * settings.run.nodes,
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
         auxiliary=_auxiliary(settings, seen, workload),
@@ -140,14 +141,14 @@ def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -
     ), basis
 
 
-def _places(settings: Settings) -> tuple[str, ...]:
-    """Where the base may lie; see `stages.place_of_the_base`."""
+def _placements(settings: Settings) -> tuple[str, ...]:
+    """Where the base may lie; see `stages.placement`."""
     if settings.model.placement != "auto":
         return (settings.model.placement,)
     if settings.model.quantization == "none" or settings.model.keep_dequantized is True:
-        return memory_model.PLACES[:1]
+        return memory_model.PLACEMENTS[:1]
     several = settings.run.processes not in {"auto", 1} and settings.run.nodes == 1
-    return tuple(place for place in memory_model.PLACES if place != "sharded" or several)
+    return tuple(one for one in memory_model.PLACEMENTS if one != "sharded" or several)
 
 
 def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | None, Basis]:

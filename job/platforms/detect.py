@@ -1,4 +1,8 @@
-"""Detects where the job runs (plain Docker, a Kubernetes pod, a SageMaker training job), and the paths there."""
+"""Detects where the job runs (plain Docker, a Kubernetes pod, a SageMaker training job), and the paths there.
+
+To add a platform: its name in `Platform.name`, and in `detect` the variable that only it sets, with what it gives the
+job.
+"""
 
 from __future__ import annotations
 

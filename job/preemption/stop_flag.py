@@ -1,4 +1,14 @@
-"""The stop flag: signals and spot notices set it, with a deadline; stages check it where they can stop safely."""
+"""The stop flag: signals and spot notices set it, with a deadline; stages check it where they can stop safely.
+
+What happens on SIGTERM:
+
+1. The handler of `stop_on_signals` sets the flag, and the deadline by JOB_RUN__GRACE_SECONDS.
+2. In training, `training.step` looks at it between two micro-batches and `StopOnFlag` of `training.trainer` after a
+   step. `decide` says what still fits before the deadline: the rest of the step and a checkpoint, a checkpoint of the
+   step before, or neither. `stages.train` waits for the upload as long as the deadline allows.
+3. All other stages call `Attempt.alive`, which raises `Preempted`; what they have computed in part is cached.
+4. `cli.main` turns `Preempted` into exit code 75. The next attempt of the run resumes, see `pipeline`.
+"""
 
 from __future__ import annotations
 

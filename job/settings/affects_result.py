@@ -5,9 +5,10 @@ Each field in `schema` says which of the two it is (`AffectsResult`, `ExecutionO
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from job.settings.load import Settings, describe
+from job.settings.load import Settings, plain_values
 from job.settings.markers import ResultEffect, find_markers
 
 _EFFECTS = find_markers(Settings, ResultEffect)
@@ -18,16 +19,11 @@ def affects_result(name: str) -> bool:
     return _EFFECTS[name].affects_result
 
 
-def plain_values(settings: Settings) -> dict[str, Any]:
-    """Dotted name -> JSON-able value of every setting."""
-    return {name: value for name, value, _ in describe(settings)}
-
-
-def decisive_settings(settings: Settings) -> dict[str, Any]:
-    """Dotted name -> JSON-able value of the settings that decide the result."""
-    return {name: value for name, value in plain_values(settings).items() if affects_result(name)}
+def decisive_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the `plain_values` of all settings those that decide the result."""
+    return {name: value for name, value in values.items() if affects_result(name)}
 
 
 def default_settings() -> dict[str, Any]:
     """The same with the defaults, without a preset: what a run had before a setting was added."""
-    return decisive_settings(Settings())
+    return decisive_settings(plain_values(Settings()))

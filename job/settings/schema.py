@@ -9,8 +9,9 @@ How to add a setting:
 
    `AffectsResult[...]`: the setting affects the result, so an attempt that resumes a run must have the same value.
    `ExecutionOnly[...]`: it decides how the run is carried out only. `markers` has what else a field may say.
-2. Use it: a stage receives the group, `settings.train.warmup_steps`.
-3. Test what it does, in the tests of the package that uses it; and add values it refuses to `BAD_VALUES` in
+2. If it makes no sense beside another setting, say so in `combinations`.
+3. Use it: a stage receives the group, `settings.train.warmup_steps`.
+4. Test what it does, in the tests of the package that uses it; and add values it refuses to `BAD_VALUES` in
    tests/unit/settings/test_load.py.
 
 Nothing else has a list of settings. The variable JOB_TRAIN__WARMUP_STEPS, the option --train.warmup_steps, the

@@ -64,12 +64,16 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
 
 
 @contextmanager
-def naming_its_settings(settings: Settings) -> Iterator[None]:
-    """Within it, errors about a first stage's data name the settings that it comes from: `JOB_DATA__SFT_SOURCE`."""
+def naming_its_settings(part_of: str | None) -> Iterator[None]:
+    """Within it, errors about a first stage's data name the settings that it comes from: `JOB_DATA__SFT_SOURCE`.
+
+    Args:
+        part_of: The run that the stage is the first one of, as `Settings.part_of` has it; None for a run of its own.
+    """
     try:
         yield
     except (DataError, SettingsError) as error:
-        if settings.part_of is None:
+        if part_of is None:
             raise
         problems = [Problem(_renamed(one.where), _renamed(one.what)) for one in error.problems]
         raise type(error)(problems, error.total, _renamed(error.advice)) from None

@@ -22,32 +22,26 @@ from typing import Any
 
 from job import log
 from job.common.export_formats import (
-    GGUF,
     MERGED,
     adapter_copies,
     derived,
     find_format,
     needs_merge,
     split_name,
-    weights_bytes,
 )
-from job.common.formatting import size
 from job.common.hashing import hash_files, seal
-from job.common.resources import available_bytes, check_disk, required_bytes
 from job.common.validation import adapter_of
 from job.data.calibration import calibration_examples
-from job.errors import Problem, SettingsError, Unreachable
+from job.errors import Unreachable
 from job.evaluation.comparison import choose_candidate
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scoring import score_sequence
 from job.export.adapter_copy import write_adapter_copy
-from job.export.checkpoint import SHARD
 from job.export.formats import DerivedInputs, derived_format
-from job.export.merge import Candidates, candidates, plan_merge, release, short_name, write_merged
-from job.export.quantizable import CannotMake, quantizable
-from job.export.scoring import ExportedModel, HowToScore, gpu_bytes, load_exported
+from job.export.merge import plan_merge, release, short_name, write_merged
+from job.export.quantizable import CannotMake
+from job.export.scoring import ExportedModel, HowToScore, load_exported
 from job.model.adapter_files import load_adapter
-from job.model.files import build_empty, read_config
 from job.model.fused.precise_forward import has_foreign_layers, why_not_precise
 from job.model.placed_weights import taking_part
 from job.records import (
@@ -66,10 +60,10 @@ from job.runs.attempt import Attempt
 from job.runs.layout import ADAPTER, SCORES, UPLOADED, derived_export, export_folder, export_side
 from job.settings.load import Settings
 from job.stages.evaluate import forward_facts, load_published_adapter, score_model
+from job.stages.export_check import check_export
 from job.stages.handoff import Loaded, Sources
-from job.stages.pull import fetch_original
+from job.stages.pull_model import fetch_original
 from job.stages.scoring_precision import is_precise, precision_facts, scoring_in
-from job.storage.hub import MAX_FILE
 from job.storage.open import storage_options
 
 _OF_QUANTIZED, _NOT_MADE = "quantization", "not made"
@@ -121,88 +115,6 @@ class _Export:
     sources: Sources
     how: HowToScore
     precision: ScoringPrecision | None
-
-
-def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: Loaded) -> Candidates:
-    """Refuses before training what cannot be exported after it; returns the merges that will be made.
-
-    Args:
-        attempt: On its disk the candidates are written.
-        settings: Name the formats.
-        original: Folder of the base's own files.
-        loaded: The model, with any adapter.
-
-    Raises:
-        SettingsError: The base or the adapter cannot be exported as asked for, or the gate judges a format that this
-            machine cannot score.
-        DataError: The base's files cannot be read.
-        Unreachable: The disk or the memory is too small.
-    """
-    names = derived(settings.export.formats)
-    merges = candidates(loaded.model, original, settings.export.merge_onto)
-    problems, sizes = [], dict[str, int]()
-    if names:
-        empty = build_empty(original, read_config(original))
-        sizes = {name: _bytes(name, empty, merges.bytes_each) for name in names}
-        for name in names:
-            found, kind = derived_format(name)
-            if why := found.check(empty, kind):
-                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}"))
-            why = found.cannot_score(loaded.model.device)
-            if why and settings.gate.on == name:
-                problems.append(Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; let it judge another"))
-        by_check = {derived_format(name)[0].check_files: name for name in names}  # once for all types of a format
-        for of_files, name in by_check.items():
-            if why := of_files(original, attempt.alive):
-                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out"))
-    if problems:
-        raise SettingsError(problems)
-    for name in names if settings.export.hub else ():
-        if name.startswith(GGUF) and sizes[name] > MAX_FILE:
-            log.get_logger().warning(
-                "the hub may refuse so large a file", export=name, bytes=sizes[name], most=MAX_FILE
-            )
-    check_disk(attempt.work, required_bytes([len(merges.names) * merges.bytes_each, *sizes.values()]))
-    _check_memory(loaded.model, merges.bytes_each, sizes)
-    return merges
-
-
-def _bytes(name: str, empty: Any, merged_bytes: int) -> int:
-    """Estimated bytes of a format that is made from the merged model, from an empty model of its architecture."""
-    every = sum(parameter.numel() for parameter in empty.parameters())
-    linear = sum(empty.get_submodule(layer).weight.numel() for layer in quantizable(empty))
-    return weights_bytes(name, linear, every - linear, plain=round(merged_bytes / every))
-
-
-def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> None:
-    """Refuses what this machine's memory cannot hold once training is done and the model is given up.
-
-    Only what is certain: the weights themselves, without what is computed with them. `sizes` has the bytes of the
-    formats that are made from the merged model.
-
-    Raises:
-        Unreachable: It is too small. A retry may get a machine with more.
-    """
-    on_gpu = model.device.type == "cuda"
-    # what is held while one format is made or scored, and what for
-    needs = [(min(SHARD, merged_bytes), MERGED) if on_gpu else (merged_bytes, MERGED)]
-    for name, size_ in sizes.items():
-        if find_format(name).calibrated:
-            needs.append((merged_bytes, name))
-        elif split_name(name)[0] == GGUF:  # on the processor
-            needs.append((size_, name))
-    if on_gpu and (total := gpu_bytes(model.device)) < merged_bytes:
-        raise Unreachable(
-            f"the merged model takes {size(merged_bytes, ' ')} of the GPU's memory to be scored, which has "
-            f"{size(total, ' ')}; take a larger GPU, or leave JOB_EXPORT__FORMATS empty and merge on another machine"
-        )
-    held = 0 if on_gpu else sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    need, name = max(needs)
-    if (free := available_bytes() + held) < need:
-        raise Unreachable(
-            f"JOB_EXPORT__FORMATS: {name} takes {size(need, ' ')} of this machine's memory, and {size(free, ' ')} are "
-            "free; give the machine or the pod more, or leave it out"
-        )
 
 
 def export(
@@ -270,14 +182,14 @@ def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> 
             write_adapter_copy(published, folder, kind)
         except CannotMake as error:
             return {_NOT_MADE: str(error)}
-        return _told(_Files.of(folder))
+        return _as_json(_Files.of(folder))
 
     told = attempt.processes.share_on_machine(name, make)
     scored_in = own.precision.dtype if own.precision else short_name(own.how.compute_dtype)
     record = ExportRecord(name, _ON_BASE, "a copy of the adapter", kind, scored_in, {})
     if why := told.get(_NOT_MADE):  # the same on all machines: they have the same adapter
         return _not_made(own, replace(record, dtype="", scored_in=""), why)
-    files = _heard(told)
+    files = _from_json(told)
     _agree(attempt, name, [files.hashes])
     load_adapter(loaded.model, files.folder, loaded.names)
     # `adapter` hashes all files: the same key is the same adapter.
@@ -315,8 +227,8 @@ def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
         original = own.sources.original
         if original is None:
             storage = storage_options(own.settings.storage)
-            original = fetch_original(attempt, own.settings, storage, own.sources.record)
-        merges = check_export(attempt, own.settings, original, loaded)
+            original = fetch_original(attempt, own.settings.model.id, storage, own.sources.record)
+        merges = check_export(attempt, own.settings.export, own.settings.gate.on, original, loaded)
         plan = plan_merge(loaded.model, original)
         made = {}
         for name in merges.names:
@@ -330,13 +242,13 @@ def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
                 added_tokens=own.settings.model.add_tokens,
                 alive=attempt.alive,
             )
-            made[name] = _told(_Files.of(folder))
+            made[name] = _as_json(_Files.of(folder))
         return {"only": merges.only, "made": made}
 
     with taking_part(loaded.model):  # the base's weights may be sharded over all processes
         written = make() if attempt.processes.place.local_rank == 0 else {}
     told = attempt.processes.share_on_machine("exported", lambda: written)
-    found = {name: _heard(one) for name, one in told["made"].items()}
+    found = {name: _from_json(one) for name, one in told["made"].items()}
     _agree(attempt, MERGED, [files.hashes for files in found.values()])
     return found, told["only"]
 
@@ -379,14 +291,14 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made |
                 raise Unreachable(f"{name} cannot be made, since the disk is full: {error}") from error
             return {_NOT_MADE: str(error)}
         shutil.rmtree(inputs.work, ignore_errors=True)
-        return {**_told(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}
+        return {**_as_json(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}
 
     told = attempt.processes.share_on_machine(name, make)
     failures = attempt.processes.gather(f"failures of {name}", told.get(_NOT_MADE, ""))
     record = ExportRecord(name, candidate, "made from the merged model that was chosen", "", "", {})
     if why := next(filter(None, failures), ""):
         return _not_made(own, record, why)
-    files = _heard(told)
+    files = _from_json(told)
     _agree(attempt, name, [files.hashes])
     scored = _score(own, name, candidate, files, load=found.load, cannot=found.cannot_score(own.how.device))
     if not attempt.processes.leads:
@@ -487,12 +399,12 @@ def _agree(attempt: Attempt, name: str, hashes: list[Mapping[str, str]]) -> None
         raise Unreachable(f"the machines of this run made different bytes of {name}; give all the same kind of GPU")
 
 
-def _told(files: _Files) -> dict[str, Any]:
+def _as_json(files: _Files) -> dict[str, Any]:
     """As JSON, for the other processes of the machine."""
     return {"folder": str(files.folder.absolute()), "hashes": dict(files.hashes)}
 
 
-def _heard(told: Mapping[str, Any]) -> _Files:
+def _from_json(told: Mapping[str, Any]) -> _Files:
     return _Files(Path(told["folder"]), told["hashes"])
 
 

@@ -31,11 +31,12 @@ from job.runs.layout import FULL_PRECISION, ORIGINAL_SIDE, SCORES
 from job.settings.load import Settings
 from job.stages.evaluate import evaluate_base, score_model
 from job.stages.handoff import Loaded, Sources
-from job.stages.pull import fetch_original
+from job.stages.pull_model import fetch_original
 from job.stages.scoring_precision import choose_precision, precision_facts, scoring_in
 from job.storage.open import ObjectStore, storage_options
+from job.training.gpu_memory import free_gpu_bytes, give_back_memory
 from job.training.memory_model import ORIGINAL_SHARE, evaluation_bytes, weight_bytes
-from job.training.prepare import free_gpu_bytes, give_back_memory, setup_of
+from job.training.prepare import setup_of
 
 
 def evaluate_bases(
@@ -114,7 +115,7 @@ def _folder(attempt: Attempt, settings: Settings, sources: Sources) -> Path:
     """The base's own files. An attempt that began with the quantized base fetches them again."""
     if sources.original is not None:
         return sources.original
-    return fetch_original(attempt, settings, storage_options(settings.storage), sources.record)
+    return fetch_original(attempt, settings.model.id, storage_options(settings.storage), sources.record)
 
 
 def _why_not(attempt: Attempt, settings: Settings, loaded: Loaded, folder: Path) -> str:

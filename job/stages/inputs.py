@@ -78,7 +78,7 @@ def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: b
 def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tuple[str, Callable[[], object]]]:
     """(place, check) of the rows to train and to validate on."""
     for stage in (settings, *later):
-        data, check = stage.data, naming_its_settings(stage)(check_source)
+        data, check = stage.data, naming_its_settings(stage.part_of)(check_source)
         for one in parse_sources(data.source):
             yield one.place, partial(check, one.place, one.revision or data.revision, data.split)
         validation = what_to_validate_on(

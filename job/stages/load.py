@@ -26,10 +26,12 @@ from job.model.whole_modules import grow_embeddings
 from job.records import Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
-from job.stages.place_of_the_base import decide_place
+from job.stages.placement import decide_placement
 from job.training.config import total_steps
+from job.training.gpu_capability import require_fp8
+from job.training.gpu_memory import limit_memory
 from job.training.lm_head_loss import losses_of
-from job.training.prepare import limit_memory, prepare, require_fp8, token_budget
+from job.training.prepare import prepare, token_budget
 
 
 def load(
@@ -62,7 +64,7 @@ def load(
     options = make_options(dict(lora), steps, added)
     own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
     budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
-    place, why = decide_place(
+    placement, why = decide_placement(
         settings.model,
         train,
         lora,
@@ -84,7 +86,7 @@ def load(
         targets=lora.target_modules,
         rank=lora.rank,
         options=options,
-        place=place,
+        placement=placement,
         group=processes,
     )
     if device.type == "cpu":

@@ -19,7 +19,8 @@ from job.records import Evaluated, Question, ScoringPrecision
 from job.runs.attempt import Attempt
 from job.settings.schema import Eval
 from job.stages.handoff import Loaded, Sources
-from job.training.prepare import fast_kernels, free_gpu_bytes
+from job.training.gpu_capability import fast_kernels
+from job.training.gpu_memory import free_gpu_bytes
 
 _PROBED_EXAMPLES = 64
 _KEPT_SHARE = 0.5

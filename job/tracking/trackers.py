@@ -2,6 +2,9 @@
 
 Each tracker has a process of its own (`tracker_process`), which gets lines of JSON from a bounded queue. One that
 fails, hangs or is too slow costs the run a warning and some figures, never an error; at the end, a few seconds.
+
+To add one: a class and its entry in `TRACKERS` of `tracker_process`, and the variables that ask for it in `trackers` of
+`job/settings/load.py`.
 """
 
 from __future__ import annotations

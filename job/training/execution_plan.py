@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import fmean, pstdev
 
 from job.records import ExecutionPlan
 from job.training.memory_model import (
@@ -50,6 +51,16 @@ def choose_budget(total_bytes: int) -> int:
     return next(budget for least, budget in BUDGETS if total_bytes >= least)
 
 
+def longest_sequence(lengths: Sequence[int], global_batch_size: int, budget: int) -> int:
+    """Tokens of the longest packed sequence of any step, with a negligible probability of an underestimate.
+
+    The estimate is the mean of a step's tokens plus six standard deviations. If a step exceeds it and memory runs out,
+    the step is repeated with less memory (`step.py`).
+    """
+    tokens = global_batch_size * fmean(lengths) + 6 * global_batch_size**0.5 * pstdev(lengths)
+    return max(*lengths, min(budget, int(tokens)))
+
+
 def kept_activation_bytes(setup: Setup, tokens: int) -> int:
     """Bytes that all layers keep of a sequence of so many tokens for the backward pass, with fused layers.
 
@@ -82,21 +93,21 @@ def choose_plan(
     Activations, the base's dequantized weights, both or neither are kept. If only one fits, activations are preferred:
     on an H100 keeping only them gave 13,960 target tokens/s, the base alone 10,714, both 15,067, neither 9,861.
 
-    Of a base that is not on the GPU (`choose_place`) nothing is kept dequantized, and no CUDA graph is recorded: it
+    Of a base that is not on the GPU (`choose_placement`) nothing is kept dequantized, and no CUDA graph is recorded: it
     would hold none of the copies by which the layers' weights come.
 
     Args:
         setup: What is trained.
-        free_bytes: Of the GPU, with the quantized model in it, as far as `setup.base_held` has it there.
+        free_bytes: Of the GPU, with the quantized model in it, as far as `setup.placement` has it there.
         sequence_tokens: Of the longest packed sequence that a step will have.
-        keep_base: Whether to keep the dequantized base; None to choose. True only where `setup.base_held` is `gpu`.
+        keep_base: Whether to keep the dequantized base; None to choose. True only where `setup.placement` is `gpu`.
         keep_activations: Whether to keep activations; None to choose.
         recorded: Whether the decoder is fused throughout, so that its kernels can be recorded. Else transformers' own
             code runs between the fused layers, and keeps more activations.
         not_recorded: Why they cannot be recorded, although it is.
         fp8: Whether training computes in FP8: what is kept of the base are its two copies in that format.
     """
-    on_gpu = setup.base_held == "gpu"
+    on_gpu = setup.placement == "gpu"
     known, recorded, rest = recorded, recorded and on_gpu, _REST_BYTES if on_gpu else _beside(setup)
     # Two bytes a weight either way: once in bf16, or twice in FP8 (`model/fused/fp8.py`).
     base = 2 * setup.architecture.linear_parameters if setup.quantization != "none" or fp8 else 0
@@ -125,8 +136,8 @@ def choose_plan(
         kept_base=kept_base,
         kept_activations=kept,
         recorded=recorded,
-        reason=why + forced + graphs + where.get(setup.base_held, ""),
-        base_held=setup.base_held,
+        reason=why + forced + graphs + where.get(setup.placement, ""),
+        base_held=setup.placement,
     )
 
 
@@ -224,17 +235,19 @@ def held_bytes(setup: Setup, plan: ExecutionPlan, tokens: int) -> int:
     return base + int((1 + MARGIN) * activations(setup, tokens))
 
 
-def choose_place(setup: Setup, *, memory_bytes: int, places: Sequence[str], needs: Callable[[Setup], int]) -> str:
-    """Where the base's quantized weights lie: the first place with which all fits on the GPU, or else the last.
+def choose_placement(
+    setup: Setup, *, memory_bytes: int, placements: Sequence[str], needs: Callable[[Setup], int]
+) -> str:
+    """Where the base's quantized weights lie: the first placement with which all fits on the GPU, or else the last.
 
     Args:
         setup: What is trained.
         memory_bytes: Of the GPU, or the part of it that may be used, with nothing in it yet.
-        places: Of `memory_model.PLACES`, the fastest first.
+        placements: Of `memory_model.PLACEMENTS`, the fastest first.
         needs: Bytes on the GPU that all of a run needs at its peak with the base held as a setup says.
     """
     usable = usable_bytes(memory_bytes)
-    return next((place for place in places if needs(replace(setup, base_held=place)) <= usable), places[-1])
+    return next((one for one in placements if needs(replace(setup, placement=one)) <= usable), placements[-1])
 
 
 def _beside(setup: Setup) -> int:

@@ -29,7 +29,7 @@ ATTENTION_COPIES = 132
 """Heads' fp32 gradients in attention's backward pass of a long row: about one for each of a GPU's processors, an H100's
 here."""
 
-PLACES = ("gpu", "sharded", "host")
+PLACEMENTS = ("gpu", "sharded", "host")
 """Where the quantized weights of the decoder's layers may lie, the fastest first; see `model.placed_weights`."""
 LAYERS_AT_ONCE = {"sharded": 3, "host": 2}
 """How many layers are on the GPU as a whole where not all of them are: the one that computes, the one that comes next,
@@ -82,10 +82,10 @@ class Setup:
     """`AdapterOptions.bytes_beside`."""
     merged_rows: int = 0
     """Rows of embedding and output layer that PEFT copies in every pass, to put those of new tokens in place."""
-    base_held: str = "gpu"
-    """One of `PLACES`."""
+    placement: str = "gpu"
+    """One of `PLACEMENTS`."""
     processes: int = 1
-    """That hold a share each where `base_held` is `sharded`."""
+    """That hold a share each where `placement` is `sharded`."""
 
     @property
     def adapter(self) -> int:
@@ -137,10 +137,10 @@ def packed_bytes(setup: Setup) -> int:
 def _held_bytes(setup: Setup) -> int:
     """Those of them that are on the GPU."""
     whole = packed_bytes(setup)
-    if setup.base_held == "gpu":
+    if setup.placement == "gpu":
         return whole
-    passing = LAYERS_AT_ONCE[setup.base_held] * whole // setup.architecture.layers
-    own = -(-whole // setup.processes) if setup.base_held == "sharded" else 0
+    passing = LAYERS_AT_ONCE[setup.placement] * whole // setup.architecture.layers
+    own = -(-whole // setup.processes) if setup.placement == "sharded" else 0
     return min(whole, own + passing)
 
 
@@ -336,6 +336,6 @@ def seconds(
     """
     a, size = setup.architecture, setup.value_bytes
     traffic = a.linear_parameters * (size if setup.quantization == "none" else 0.5 + 2 * size)
-    missing = packed_bytes(setup) * {"gpu": 0.0, "sharded": 1 - 1 / setup.processes, "host": 1.0}[setup.base_held]
+    missing = packed_bytes(setup) * {"gpu": 0.0, "sharded": 1 - 1 / setup.processes, "host": 1.0}[setup.placement]
     fetching = (passes if transfers is None else transfers) * missing / LINK_BANDWIDTH
     return max(flops / (rate * used), passes * traffic / bandwidth, fetching)

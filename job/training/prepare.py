@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from job import log
@@ -21,38 +20,30 @@ from job.errors import Problem, SettingsError
 from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.lora import trainable
-from job.model.packed_attention import is_packed
-from job.model.placed_weights import place_of
+from job.model.placed_weights import placement_of
 from job.records import FP8, FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
 from job.training.execution_plan import (
-    AMPERE,
-    FP8_CAPABILITY,
     HOST_SHARE,
-    VOLTA,
     choose_budget,
     choose_long_rows,
-    choose_place,
     choose_plan,
     held_bytes,
     long_row_need,
+    longest_sequence,
     why_not_recorded,
 )
+from job.training.gpu_capability import compute_capability, dtype_name, fast_kernels, why_not_fused
+from job.training.gpu_memory import gpu_memory
 from job.training.memory_model import (
-    CONTEXT_BYTES,
     LONG_ROW,
     TILE_TOKENS,
     Setup,
     activation_bytes,
-    evaluation_bytes,
-    training_memory,
-    usable_bytes,
 )
 from job.training.refusal import Sharing, refuse_rows
-from job.training.sequence_parallel import least_memory, tokens_alone, why_not_divided
+from job.training.sequence_parallel import tokens_alone, why_not_divided
 
-_LONGEST_REASON = 300
-"""Characters of an error's text in the log."""
 _COMPUTE = "JOB_TRAIN__COMPUTE"
 
 
@@ -66,51 +57,7 @@ def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float |
     """
     if device.type != "cuda":
         return micro_batch_tokens or CPU_MICRO_BATCH_TOKENS
-    return micro_batch_tokens or choose_budget(_gpu_memory(gigabytes)[0])
-
-
-def place_base(
-    setup: Setup,
-    lengths: Sequence[int],
-    *,
-    global_batch_size: int,
-    budget: int,
-    scoring_tokens: int,
-    gigabytes: float | None,
-    places: Sequence[str],
-    tiles: bool = False,
-    offload: bool | None = None,
-    divide_over: int = 1,
-) -> tuple[str, str]:
-    """Where the base's 4-bit weights are to lie on this machine, before they are loaded; and why if not on the GPU.
-
-    Args:
-        setup: What will be trained.
-        lengths: Tokens of each example.
-        global_batch_size: Examples of a step.
-        budget: The token budget of a micro-batch.
-        scoring_tokens: Tokens that are scored at once.
-        gigabytes: How much of the GPU may be used; None for all.
-        places: Of `PLACES`, the fastest first.
-        tiles: As in `training_memory`.
-        offload: As in `training_memory`.
-        divide_over: How many processes may compute a long row together.
-    """
-    tokens = _longest_sequence(lengths, global_batch_size, budget)
-    tiles = tiles and max(lengths) > LONG_ROW and _capability() >= AMPERE
-
-    def needs(there: Setup) -> int:
-        scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
-        if tiles and tokens > LONG_ROW:
-            return max(least_memory(there, tokens, divide_over, offload=offload).total, scoring)
-        return max(training_memory(there, tokens).total, scoring)
-
-    memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now
-    place = choose_place(setup, memory_bytes=memory, places=places, needs=needs)
-    if place == "gpu":
-        return place, ""
-    need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
-    return place, f"with it on the GPU {need} are needed, and {usable} are safe to fill"
+    return micro_batch_tokens or choose_budget(gpu_memory(gigabytes)[0])
 
 
 def prepare(
@@ -162,8 +109,8 @@ def prepare(
         SettingsError: The longest row cannot fit into the memory of this machine. Training cannot compute in FP8 as
             the settings ask: PEFT's own layers are needed, or a layer's size does not fit the GPU's products.
     """
-    setup, held = setup_of(model, quantization, optimizer), place_of(model)
-    setup = setup and replace(setup, base_held=held, processes=group.place.world_size)
+    setup, placement = setup_of(model, quantization, optimizer), placement_of(model)
+    setup = setup and replace(setup, placement=placement, processes=group.place.world_size)
     allowed = None if offload == "auto" else offload
     slow = why_not_fused(model) or slow
     dtype = dtype_name(model)
@@ -225,7 +172,7 @@ def prepare(
         recorded=False,
         reason="; ".join(filter(None, (slow, memory))),
         forward=PEFT,
-        base_held=held,
+        base_held=placement,
     )
     if model.device.type == "cuda":
         log.get_logger().warning(
@@ -236,48 +183,6 @@ def prepare(
     else:
         log.get_logger().info("execution plan", micro_batch_tokens=budget, **asdict(plan))
     return plan
-
-
-def why_not_fused(model: Any) -> str | None:
-    """Why this model on this machine has to be trained by PEFT's own layers; None if the fused ones can be used."""
-    device, dtype = model.device.type, dtype_name(model)
-    lowest = {"bfloat16": AMPERE, "float16": VOLTA}
-    if not is_packed(model.get_base_model()):
-        return "examples go through the model one at a time"
-    if device != "cuda":
-        return "a CPU trains by PEFT's own layers"
-    if dtype not in lowest:
-        return f"the compute dtype is {dtype}; fused layers need bf16 or fp16 (JOB_MODEL__DTYPE)"
-    if (capability := _capability()) < lowest[dtype]:
-        numbers = "the GPU's compute capability is {}.{}; fused layers need {}.{}".format(*capability, *lowest[dtype])
-        return f"{numbers} in {'bf16' if dtype == 'bfloat16' else 'fp16'}"
-    return None
-
-
-def dtype_name(model: Any) -> str:
-    """The compute dtype of the base of a PEFT model, by its name in torch."""
-    return str(model.get_base_model().dtype).removeprefix("torch.")
-
-
-def free_gpu_bytes(gigabytes: float | None) -> int:
-    """Bytes of the GPU that this process may still allocate; `gigabytes` is the limit of `limit_memory`."""
-    return _gpu_memory(gigabytes)[1]
-
-
-def give_back_memory() -> None:
-    """Frees the GPU memory that torch has reserved and does not use."""
-    import torch
-
-    torch.cuda.empty_cache()
-
-
-def limit_memory(gigabytes: float | None) -> None:
-    """Limits the GPU memory that torch may allocate in this process, in units of 1e9 bytes; None for no limit."""
-    import torch
-
-    if gigabytes is not None:
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
 
 
 SHARE = 0.3
@@ -367,10 +272,10 @@ def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: in
     if longest > LONG_ROW and method == "sft" and lora_forward.knows(model.get_base_model()):
         if (why := why_not_here(model)) is None:
             short = [length for length in lengths if length <= LONG_ROW]
-            padded = _longest_sequence(short, global_batch_size, budget) if short else 0
+            padded = longest_sequence(short, global_batch_size, budget) if short else 0
             return _Rows(padded, max(longest, budget))
         log.get_logger().warning("long rows are not computed in tiles, which takes more memory and time", why=why)
-    return _Rows(_longest_sequence(lengths, global_batch_size, budget), None)
+    return _Rows(longest_sequence(lengths, global_batch_size, budget), None)
 
 
 def _tokens_alone(
@@ -389,7 +294,7 @@ def _tokens_alone(
     found = tokens_alone(
         setup,
         longest,
-        memory_bytes=_gpu_memory(gigabytes)[0],
+        memory_bytes=gpu_memory(gigabytes)[0],
         host_bytes=int(HOST_SHARE * total_bytes() / group.place.local_world_size),
         offload=offload,
     )
@@ -453,7 +358,7 @@ def _fuse(
         what = f"is fp8, whose products need sizes that are multiples of {MULTIPLE}; this model has {odd}; remove it"
         raise SettingsError([Problem(_COMPUTE, what)])
     may_fit()
-    _, free = _gpu_memory(gigabytes)
+    _, free = gpu_memory(gigabytes)
     copies, reserved = attention_copies(setup.architecture, model.device), 0
     if rows.long is not None:
         reserved = max(
@@ -461,7 +366,6 @@ def _fuse(
             for tokens, over in ((rows.long, 1), (rows.divided, rows.processes))
             if tokens
         )
-    capability = _capability()
     plan = choose_plan(
         setup,
         free_bytes=max(0, free - reserved),
@@ -470,7 +374,7 @@ def _fuse(
         keep_base=False if keep_base is None and rows.padded == 0 and not fp8 else keep_base,
         keep_activations=keep_activations,
         recorded=lora_forward.knows(model.get_base_model()),
-        not_recorded=why_not_recorded(setup, capability),
+        not_recorded=why_not_recorded(setup, compute_capability()),
         fp8=fp8,
     )
     if rows.long is not None:
@@ -496,25 +400,6 @@ def _fuse(
         return None
     forward = ", ".join((f"{FUSED} {made}", name, *([FP8] if fp8 else [])))
     return replace(plan, recorded=plan.recorded and made == "all", forward=forward)
-
-
-def require_fp8(device: Any) -> None:
-    """Refuses a machine that cannot train in FP8.
-
-    Raises:
-        SettingsError: There is no GPU, or it or torch has no such products.
-    """
-    from job.model.fused import fp8
-
-    if device.type != "cuda":
-        why: str | None = "there is no GPU"
-    elif (capability := _capability()) < FP8_CAPABILITY:
-        least = "{}.{}".format(*FP8_CAPABILITY)
-        why = "the GPU's compute capability is {}.{}, less than {} (Ada, Hopper)".format(*capability, least)
-    else:
-        why = fp8.why_not_here(device)
-    if why is not None:
-        raise SettingsError([Problem(_COMPUTE, f"is fp8, and {why}; remove it, or take another GPU")])
 
 
 def _not_multiples(setup: Setup, factor: int) -> str:
@@ -550,23 +435,13 @@ def _refuse(
     refuse_rows(
         setup,
         longest,
-        free_bytes=_gpu_memory(gigabytes)[1] if on_gpu else host,
+        free_bytes=gpu_memory(gigabytes)[1] if on_gpu else host,
         host_bytes=host if on_gpu else None,
         offload=offload,
         copies=attention_copies(setup.architecture, model.device) if in_tiles else None,
         where=where,
         sharing=sharing,
     )
-
-
-def _longest_sequence(lengths: Sequence[int], global_batch_size: int, budget: int) -> int:
-    """Tokens of the longest packed sequence of any step, with a negligible probability of an underestimate.
-
-    The estimate is the mean of a step's tokens plus six standard deviations. If a step exceeds it and memory runs out,
-    the step is repeated with less memory (`step.py`).
-    """
-    tokens = global_batch_size * fmean(lengths) + 6 * global_batch_size**0.5 * pstdev(lengths)
-    return max(*lengths, min(budget, int(tokens)))
 
 
 def _keeps_activations(
@@ -580,48 +455,3 @@ def _keeps_activations(
     need = processes * activation_bytes(replace(setup, recompute=False), tokens)
     kept = keeps_activations(setup, tokens, processes)
     return kept, f"activations take {size(need, ' ')} if kept: {'kept' if kept else 'computed again'}"
-
-
-def _gpu_memory(gigabytes: float | None) -> tuple[int, int]:
-    """Bytes of the GPU, and of these the free ones; `gigabytes` is the limit of `limit_memory`."""
-    import torch
-
-    free, total = torch.cuda.mem_get_info()
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # what torch has reserved but not allocated
-    if gigabytes is None:
-        return total, free
-    limit = min(total, int(gigabytes * 1e9))
-    return limit, min(free, limit - torch.cuda.memory_allocated())
-
-
-def _capability() -> tuple[int, int]:
-    """Of this process's GPU."""
-    import torch
-
-    return torch.cuda.get_device_capability()
-
-
-def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
-    """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's.
-
-    Args:
-        device: Where they have to run.
-        dtype: The compute dtype by its name in torch; older GPUs have no `bfloat16`.
-    """
-    import torch
-
-    from job.model.fused import kernels
-
-    try:
-        fast = kernels.triton()
-    except ImportError:
-        return kernels.TORCH, "torch"
-    try:
-        # Only a launch shows whether Triton can use the driver: it compiles and loads a C library then.
-        probe = torch.ones(8, dtype=getattr(torch, dtype), device=device)
-        fast.swiglu(probe, probe).sum().item()
-    except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler or the loader raises
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
-        log.get_logger().warning("Triton cannot run here; torch's own operations take its place", why=why)
-        return kernels.TORCH, "torch"
-    return fast, "triton"

@@ -1,4 +1,7 @@
-"""The options that TRL's trainer gets: those that have an effect in this project's training, and no others."""
+"""The options that TRL's trainer gets: those that have an effect in this project's training, and no others.
+
+To add one: its value in `trl_config`, and in `OPTIONS` what it has an effect on.
+"""
 
 from __future__ import annotations
 

@@ -44,6 +44,7 @@ def start(chosen: argparse.Namespace) -> int:
     """Starts the processes and waits for them; the first code that is not 0."""
     port, folder = free_port(), tempfile.mkdtemp()
     shared = [*(["--tiny"] if chosen.tiny else []), "--steps", str(chosen.steps), "--processes", str(chosen.processes)]
+    shared += ["--batches", *map(str, chosen.batches)]
     command = [sys.executable, __file__, *shared, "--port", str(port), "--out", folder]
     members = [
         subprocess.Popen([*command, "--rank", str(rank)], env={**os.environ, "CUDA_VISIBLE_DEVICES": str(rank)})
@@ -78,8 +79,7 @@ def measure(chosen: argparse.Namespace, began: float) -> None:
                 say(what, since=time.monotonic() - began, **figures)
 
         tell("ready", processes=count, device=torch.cuda.get_device_name() if gpu.ON_GPU else "CPU")
-        batches = (32, 128) if not chosen.tiny else (8,)
-        for batch in batches:
+        for batch in chosen.batches if not chosen.tiny else (8,):
             found = [
                 gpu.fit(bench, model, variant, total_steps=chosen.steps, batch=batch, processes=those)
                 for those in (ALONE, processes)
@@ -153,6 +153,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128], help="examples of a step")
     parser.add_argument("--processes", type=int, default=0, help="default: as many as there are GPUs")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)

@@ -50,8 +50,9 @@ from job.records import Example, ExecutionPlan
 from job.training import activation_store, packing
 from job.training.config import Hooks, Recipe
 from job.training.flat_parameters import FlatParameters
+from job.training.gpu_capability import fast_kernels
 from job.training.memory_model import TILE_TOKENS, long_row_bytes, long_row_host_bytes
-from job.training.prepare import fast_kernels, setup_of
+from job.training.prepare import setup_of
 from job.training.step import OptimizerStep
 
 ON_GPU = torch.cuda.is_available()

@@ -38,6 +38,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink's multicast, which GPUs that are lent singly do not have
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from job.training.gpu_memory import limit_memory
+
 SMALL = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 7}
 SMALL |= {"num_attention_heads": 16, "num_key_value_heads": 4}
 LLAMA_70B = {"vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
@@ -106,7 +108,7 @@ def random_base(shape: dict[str, int], place: str, device: Any, processes: Any) 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from job.model import packed_attention
-    from job.model.placed_weights import placing
+    from job.model.placed_loading import placing
 
     packed_attention.register()
     how = {"attn_implementation": packed_attention.NAME, "use_cache": False, "max_position_embeddings": 4096}
@@ -209,7 +211,7 @@ def load_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
     began = time.perf_counter()
     how: dict[str, Any] = {"quantization": "nf4", "double_quantization": True, "dtype": torch.bfloat16}
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    model = load_base(folder, **how, device=device, max_length=512, place=way.place, group=processes)
+    model = load_base(folder, **how, device=device, max_length=512, placement=way.place, group=processes)
     seconds, total = time.perf_counter() - began, hashlib.sha256()
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
     held = torch.cuda.memory_allocated() / 2**20 if on_gpu else None
@@ -230,7 +232,7 @@ def train_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
     from job.model.placed_weights import release, taking_part
     from job.training.config import Hooks, Recipe
     from job.training.memory_model import packed_bytes
-    from job.training.prepare import limit_memory, prepare, setup_of
+    from job.training.prepare import prepare, setup_of
     from job.training.trainer import train
 
     on_gpu = torch.cuda.is_available()
@@ -335,15 +337,15 @@ def chosen_place(setup: Any, tokens: int, limit: int, processes: int) -> str:
     """Where the job would put the base, on so many bytes of GPU."""
     from dataclasses import replace
 
-    from job.training.execution_plan import choose_place
-    from job.training.memory_model import CONTEXT_BYTES, PLACES, evaluation_bytes, training_memory
+    from job.training.execution_plan import choose_placement
+    from job.training.memory_model import CONTEXT_BYTES, PLACEMENTS, evaluation_bytes, training_memory
 
     def needs(there: Any) -> int:
         return max(training_memory(there, tokens).total, evaluation_bytes(there, 8192, 4096))
 
-    places = [place for place in PLACES if place != "sharded" or processes > 1]
+    places = [place for place in PLACEMENTS if place != "sharded" or processes > 1]
     there = replace(setup, processes=processes)
-    return choose_place(there, memory_bytes=limit + CONTEXT_BYTES, places=places, needs=needs)
+    return choose_placement(there, memory_bytes=limit + CONTEXT_BYTES, placements=places, needs=needs)
 
 
 def bits(parameters: Any) -> str:

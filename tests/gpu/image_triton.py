@@ -31,7 +31,7 @@ def child(device: str) -> None:
 
     from job import log
     from job.model.fused.kernels import TORCH
-    from job.training.prepare import fast_kernels
+    from job.training.gpu_capability import fast_kernels
 
     log.configure("json", "info")
     compilers = [name for name in ("cc", "gcc", "clang") if shutil.which(name)] + [

@@ -222,9 +222,9 @@ def test_a_restart_needs_the_model_no_more(
 
 
 SLOW = """
-import time, job.stages.pull, job.cli.main
-plain = job.stages.pull.download_model
-job.stages.pull.download_model = lambda *given: (time.sleep(60), plain(*given))[1]
+import time, job.stages.pull_model, job.cli.main
+plain = job.stages.pull_model.download_model
+job.stages.pull_model.download_model = lambda *given: (time.sleep(60), plain(*given))[1]
 raise SystemExit(job.cli.main.main([]))
 """
 

@@ -4,7 +4,7 @@ Process r of N has tokens r/N to (r + 1)/N of the row in everything that works t
 tokens, but works head by head. So before it each process sends every other one the queries, keys and values that belong
 to that one's heads, and after it the outputs come back the same way:
 
-    (own tokens, all heads)  ->  (all tokens, own heads)  attention  (all tokens, own heads)  ->  (own tokens, all heads)
+    (own tokens, all heads) -> (all tokens, own heads), attention, (all tokens, own heads) -> (own tokens, all heads)
 
 The gradients go the same ways backwards. Numbers are only moved, so what differs from a row that one process computes
 is the order in which gradients are added up: over each process's tokens, then over the processes.

@@ -25,7 +25,7 @@ from job.common.resources import check_disk, required_bytes
 from job.errors import JobError, Preempted, Replaced
 from job.model.base import load_tokenizer
 from job.model.files import SOURCE_CONFIG
-from job.model.placed_weights import save_quantized
+from job.model.placed_loading import save_quantized
 from job.model.quantized_cache.layout import (
     INDEX,
     MERGES,

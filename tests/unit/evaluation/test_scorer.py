@@ -19,7 +19,7 @@ from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_questions, score_sequences
 from job.evaluation.scoring import begin_scoring, score_sequence
 from job.records import Question
-from job.stages import pull
+from job.stages import pull_model
 from job.storage.local import LocalStore
 from tests.helpers import fill_adapter, make_model
 
@@ -238,7 +238,7 @@ def test_the_key_of_a_quantized_base_covers_all_code_that_decides_its_bits() -> 
         "job.model.tokenizer_files",
         "job.model.whole_modules",
     }  # they work on the loaded base, and change no weight of it
-    assert list(pull.CODE) == sorted(
+    assert list(pull_model.CODE) == sorted(
         module for module in found if not module.startswith(("job.storage.", "job.common."))
     )
 

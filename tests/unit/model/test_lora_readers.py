@@ -16,8 +16,7 @@ from job.common.lora_readers import MAX_RANK, published_rank, why_not_served
 from job.model.adapter_files import save_adapter
 from job.model.adapter_options import AdapterOptions
 from job.report.model_card import public_base
-from job.settings.affects_result import plain_values
-from job.settings.load import load_settings
+from job.settings.load import load_settings, plain_values
 from tests.unit.model.test_adapter_options import OPTIONS, make
 
 TENSOR = re.compile(r"base_model\.model\.[\w.]+\.lora_[AB]\.weight")

@@ -22,7 +22,8 @@ from job.model.fused.frozen_weights import dequantized, dequantizer, fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
-from job.model.placed_weights import Group, place_of, save_quantized, taking_part
+from job.model.placed_loading import save_quantized
+from job.model.placed_weights import Group, placement_of, taking_part
 from tests.helpers import LINEAR, deepened, fill_adapter, load_plain
 
 LAYERS = 5
@@ -36,7 +37,7 @@ def folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, place: str = "gpu", group: Group = ALONE, **changes: Any) -> Any:
     """The base in NF4, there."""
-    return load_plain(folder, **{"quantization": "nf4", "place": place, "group": group} | changes)
+    return load_plain(folder, **{"quantization": "nf4", "placement": place, "group": group} | changes)
 
 
 def adapted(base: Any, init: str = "default", **options: Any) -> Any:
@@ -83,7 +84,7 @@ def test_the_bits_do_not_depend_on_the_place(folder: Path, place: str, way: str)
         if way == "recomputed":
             recompute_activations(model, on=True)
             model.train()
-        assert place_of(model) == where
+        assert placement_of(model) == where
         with taking_part(model), torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16"):
             lengths = (24,) if way == "fused" else (24, 9)  # the fused layers compute one sequence at a time
             found.append((trained(model, *lengths), held(model), model.get_base_model().num_parameters()))

@@ -344,12 +344,12 @@ LLAMA_70B = replace(REFERENCE, architecture=Architecture(8192, 28672, 80, 64, 8,
 def test_a_model_larger_than_a_gpu_lies_elsewhere(gigabytes: int, processes: int, held: str) -> None:
     """Llama-70B's shape: on the GPU where it fits, else sharded over several, else in main memory; the note says so."""
     gpu = replace(BY_NAME["H100"], memory_bytes=gigabytes * 10**9)
-    places = tuple(place for place in memory_model.PLACES if place != "sharded" or processes > 1)
-    run = replace(RUN, setup=LLAMA_70B, places=places, processes=processes, fused=True, budget=1024)
+    places = tuple(place for place in memory_model.PLACEMENTS if place != "sharded" or processes > 1)
+    run = replace(RUN, setup=LLAMA_70B, placements=places, processes=processes, fused=True, budget=1024)
     found = forecast_gpu(gpu, run, LLAMA_70B)
     assert (found.fits, found.base_held) == (True, held)
     assert ("main memory" in found.note, "sharded" in found.note) == (held == "host", held != "gpu")
-    assert not forecast_gpu(gpu, replace(run, places=("gpu",)), LLAMA_70B).fits or held == "gpu"
+    assert not forecast_gpu(gpu, replace(run, placements=("gpu",)), LLAMA_70B).fits or held == "gpu"
 
 
 @pytest.mark.parametrize(("processes", "over"), [(1, 1), (2, 2), (3, 3), (12, 1)])
@@ -381,7 +381,7 @@ def test_weights_that_come_over_a_link_take_their_time() -> None:
     """Hours grow by the bytes of all layers, twice a micro-batch, where the link is what is slow."""
     gpu = replace(BY_NAME["H200"], flops=1e18, bandwidth=1e15)
     run = replace(RUN, setup=LLAMA_70B, fused=True)
-    here, there = (forecast_gpu(gpu, replace(run, places=(place,)), LLAMA_70B).hours for place in ("gpu", "host"))
+    here, there = (forecast_gpu(gpu, replace(run, placements=(place,)), LLAMA_70B).hours for place in ("gpu", "host"))
     assert here is not None
     assert there is not None
     once = memory_model.packed_bytes(LLAMA_70B) / memory_model.LINK_BANDWIDTH

@@ -21,7 +21,7 @@ from job.cli.main import main
 from job.errors import AccessDenied, DataError, SettingsError, Unreachable
 from job.planning.plan import Plan, PreflightResult, make_plan
 from job.planning.plan_text import as_json, as_table
-from job.planning.run_shape import _places
+from job.planning.run_shape import _placements
 from job.settings.load import load_settings
 from tests.helpers import alpaca_rows, arc_rows, write_jsonl
 from tests.s3_server import BUCKET, SECRET, Request, credentials, moto_server, server
@@ -362,5 +362,5 @@ def test_an_unknown_format_is_a_settings_error(given: Path, capsys: pytest.Captu
 def test_a_base_is_sharded_within_a_machine_only() -> None:
     """As the run chooses by itself: over a network, layers come slower than from main memory."""
     nodes = ["--run.nodes=2", "--run.rendezvous=there:29500", "--run.id=one"]
-    assert _places(load_settings(["--run.processes=2"], {})) == ("gpu", "sharded", "host")
-    assert _places(load_settings(["--run.processes=2", *nodes], {})) == ("gpu", "host")
+    assert _placements(load_settings(["--run.processes=2"], {})) == ("gpu", "sharded", "host")
+    assert _placements(load_settings(["--run.processes=2", *nodes], {})) == ("gpu", "host")

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from job.errors import AccessDenied, DataError, JobError, Preempted, SettingsError, Unreachable
-from job.planning import preflight
-from job.planning.preflight import NotChecked, local_round_trip, round_trip, run_check
+from job.planning import preflight_models
+from job.planning.preflight import NotChecked, PreflightResult, run_check
+from job.planning.preflight_models import preview_judge, preview_safety_model
+from job.planning.preflight_store import local_round_trip, round_trip
 from job.storage.local import LocalStore
 from job.storage.open import StorageOptions
 from tests.toy_classifier import make_classifier
@@ -42,7 +44,7 @@ def test_a_check_catches_what_it_ends_with(error: Exception, state: str) -> None
     assert (found.error is error) is (state == "wrong")
     found, _ = run_check("it", raising(error), unreachable="wrong")
     assert (found.error is error) is isinstance(error, JobError)
-    assert run_check("it", lambda: ("note", "fine", 3)) == (preflight.PreflightResult("it", "note", "fine"), 3)
+    assert run_check("it", lambda: ("note", "fine", 3)) == (PreflightResult("it", "note", "fine"), 3)
 
 
 def test_a_bug_in_a_check_is_a_bug() -> None:
@@ -105,13 +107,13 @@ def test_a_safety_model_is_looked_at_without_its_weights(tmp_path: Path) -> None
     """The plan names the labels that count as unsafe; a hub that cannot be reached leaves it unchecked."""
     folder = make_classifier(tmp_path / "classifier")
     how: dict[str, Any] = {"online": lambda: False, "folder": tmp_path, "storage": StorageOptions()}
-    state, what, _ = preflight.preview_safety_model(str(folder), None, None, 0.5, **how)
+    state, what, _ = preview_safety_model(str(folder), None, None, 0.5, **how)
     assert state == "ok"
     assert f"{folder}: unsafe is a probability of at least 0.5 for unsafe;" in what
     with pytest.raises(NotChecked):
-        preflight.preview_safety_model("org/kettles", None, None, 0.5, **how)
+        preview_safety_model("org/kettles", None, None, 0.5, **how)
     with pytest.raises(SettingsError, match="JOB_DATA__UNSAFE_LABELS"):
-        preflight.preview_safety_model(str(folder), None, ["rude"], 0.5, **how)
+        preview_safety_model(str(folder), None, ["rude"], 0.5, **how)
 
 
 def test_a_judge_without_weights_is_refused(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_a_judge_without_weights_is_refused(tmp_path: Path) -> None:
     how: dict[str, Any] = {"online": lambda: False, "folder": tmp_path, "storage": StorageOptions()}
 
     def preview(place: str) -> str:
-        return preflight.preview_judge(str(tmp_path / "rules.txt"), place, None, **how)[0]
+        return preview_judge(str(tmp_path / "rules.txt"), place, None, **how)[0]
 
     assert preview("https://judge.example") == "ok"
     assert preview(str(make_classifier(tmp_path / "there"))) == "ok"
@@ -128,6 +130,6 @@ def test_a_judge_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="JOB_EVAL__JUDGE"):
         preview(str(tmp_path / "empty"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "open_store", lambda *_: LocalStore(tmp_path / "empty"))
+        patch.setattr(preflight_models, "open_store", lambda *_: LocalStore(tmp_path / "empty"))
         with pytest.raises(SettingsError, match=r"JOB_EVAL__JUDGE.*nothing"):
             preview("s3://b/j")

@@ -13,16 +13,10 @@ import pytest
 from job.audit.rows import set_up
 from job.data.examples import lengths_of
 from job.errors import DataError, JobError, SettingsError
-from job.planning import preflight
-from job.planning.preflight import (
-    ModelFacts,
-    NotChecked,
-    find_tokenizer,
-    preview_data,
-    preview_model,
-    preview_questions,
-    report_audit,
-)
+from job.planning import preflight_data, preflight_models
+from job.planning.preflight import NotChecked
+from job.planning.preflight_data import preview_data, preview_questions, report_audit
+from job.planning.preflight_models import ModelFacts, find_tokenizer, preview_adapter, preview_model
 from tests.families.models import tiny_config
 from tests.helpers import READING, alpaca_rows, arc_rows, write_jsonl
 
@@ -53,7 +47,7 @@ def test_what_is_not_as_fast_as_can_be_is_said(tmp_path: Path, family: str, says
     """Of families without fused decoders, and of those that cannot be recorded."""
     tiny_config(family).save_pretrained(tmp_path)
     model = ModelFacts(tmp_path, None, None)
-    _, what, _ = preflight.preview_adapter(model, None, quantization="none", max_length=64)
+    _, what, _ = preview_adapter(model, None, quantization="none", max_length=64)
     assert (says in what) if says else ("on a GPU" not in what)
 
 
@@ -129,7 +123,7 @@ def test_data_is_read_as_the_job_will(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_data_that_is_too_large_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan is quick; what it did not look at, it says."""
-    monkeypatch.setattr(preflight, "peek_dataset", lambda *_: (10**12, "mit"))
+    monkeypatch.setattr(preflight_data, "peek_dataset", lambda *_: (10**12, "mit"))
     how = READING | HERE | {"tokenizer": None, "max_length": 9, "folder": tmp_path}
     online = {"revision": "main", "online": lambda: True}
     with pytest.raises(NotChecked, match=r"931\.3 GiB, too much"):
@@ -142,11 +136,11 @@ def test_data_that_is_too_large_is_not_fetched(tmp_path: Path, monkeypatch: pyte
 
 def test_a_hub_model_may_be_in_the_cache(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the hub its configuration is taken from the cache; without that, nothing was checked."""
-    monkeypatch.setattr(preflight, "cached_model", lambda *_: base_folder)
+    monkeypatch.setattr(preflight_models, "cached_model", lambda *_: base_folder)
     state, what, model = preview_model("some/model", None, 512, folder=tmp_path, **HERE)
     assert (state, model.folder, model.download_bytes) == ("ok", base_folder, None)
     assert "the hub cannot be reached" in what
-    monkeypatch.setattr(preflight, "cached_model", lambda *_: None)
+    monkeypatch.setattr(preflight_models, "cached_model", lambda *_: None)
     with pytest.raises(NotChecked, match="not in the cache"):
         preview_model("some/model", None, 512, folder=tmp_path, **HERE)
 

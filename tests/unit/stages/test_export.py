@@ -20,6 +20,7 @@ from job.data.calibration import hash_rows
 from job.errors import DataError, Preempted, SettingsError, Unreachable
 from job.export import fp8
 from job.export.formats import DERIVED, DerivedInputs
+from job.export.merge import Candidates
 from job.export.quantizable import CannotMake
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.base import describe_model
@@ -31,7 +32,8 @@ from job.records import PEFT, Example, ExecutionPlan, Exported, Packing, Quantiz
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import arm
 from job.settings.load import Settings, load_settings
-from job.stages.export import check_export, export
+from job.stages.export import export
+from job.stages.export_check import check_export
 from job.stages.handoff import Loaded, Sources
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
@@ -41,6 +43,11 @@ from tests.unit.stages.example_sources import example_sources
 from tests.wrapped_store import WrappedStore
 
 FOLDER = "artifacts/export/merged/"
+
+
+def check(attempt: Attempt, settings: Settings, original: Path, loaded: Loaded) -> Candidates:
+    """`check_export` by the settings of a run."""
+    return check_export(attempt, settings.export, settings.gate.on, original, loaded)
 
 
 @dataclass(frozen=True)
@@ -219,19 +226,19 @@ def test_what_cannot_be_exported_is_refused_before_training(
     """An impossible merge, and a disk or a memory that is too small, are known when the model is loaded."""
     loaded, base = world.loaded(), world.folder / "base"
     with attempt_at(tmp_path / "run") as attempt:
-        found = check_export(attempt, world.settings(), base, loaded)
+        found = check(attempt, world.settings(), base, loaded)
         assert found.names == ("original", "dequantized")
         assert found.bytes_each == pytest.approx((base / "model.safetensors").stat().st_size, rel=0.02)
         with monkeypatch.context() as little:
-            little.setattr("job.stages.export.available_bytes", lambda: -(1 << 40))
+            little.setattr("job.stages.export_check.available_bytes", lambda: -(1 << 40))
             with pytest.raises(Unreachable, match=r"JOB_EXPORT__FORMATS: merged takes .* of this machine's memory"):
-                check_export(attempt, world.settings(), base, loaded)
+                check(attempt, world.settings(), base, loaded)
         monkeypatch.setattr("job.common.resources.MARGIN_BYTES", 1 << 60)
         with pytest.raises(Unreachable, match="of disk are free"):
-            check_export(attempt, world.settings(), base, loaded)
+            check(attempt, world.settings(), base, loaded)
         loaded.model.peft_config["default"].bias = "all"
         with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: the adapter has biases of its own"):
-            check_export(attempt, world.settings(), base, loaded)
+            check(attempt, world.settings(), base, loaded)
 
 
 def artifacts_below(found: Exported, folder: str) -> list[str]:
@@ -355,10 +362,10 @@ def test_what_cannot_be_scored_is_published_as_such(
     with attempt_at(tmp_path / "other") as attempt:
         gated = world.settings("--export.formats=fp8", "--gate.on=fp8", "--gate.min_delta=0")
         with pytest.raises(SettingsError, match="JOB_GATE__ON: fp8 cannot be scored here: no reader is installed"):
-            check_export(attempt, gated, world.folder / "base", world.loaded())
+            check(attempt, gated, world.folder / "base", world.loaded())
         monkeypatch.setitem(DERIVED, "fp8", replace(cannot, check=lambda _empty, _kind: "unknown family"))  # type: ignore[misc]
         with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: fp8 cannot be made: unknown family"):
-            check_export(attempt, world.settings("--export.formats=fp8"), world.folder / "base", world.loaded())
+            check(attempt, world.settings("--export.formats=fp8"), world.folder / "base", world.loaded())
 
 
 GGUF = ("--export.formats=gguf:q8_0", "--export.merge_onto=original")

@@ -19,10 +19,11 @@ from job.records import Artifact, Evaluated, JudgeRecord, PromptAnswer, Pulled, 
 from job.runs import stage_records
 from job.runs.layout import prompts_key
 from job.settings.load import Settings, load_settings
-from job.stages import principles, pull
+from job.stages import principles, pull, pull_prompts
 from job.stages.evaluate import other_answers_judged
 from job.stages.handoff import Sources
 from job.stages.principles import FoundJudge, check_judge, check_local, judge_answers, judge_sha256
+from job.stages.pull_prompts import find_prompt_rows
 from job.stages.safety import SafetyModel
 from job.storage.local import LocalStore
 from job.storage.open import StorageOptions
@@ -171,14 +172,14 @@ def test_a_run_keeps_the_judge_it_began_with(tmp_path: Path, monkeypatch: pytest
 def test_rows_of_prompts_are_audited_like_those_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where rows were left out, those that are read again for their prompts get the same audit; else none."""
     given: list[dict[str, Any]] = []
-    monkeypatch.setattr(pull, "_prompts_of_rows", lambda *_, **how: given.append(how) or [])
+    monkeypatch.setattr(pull_prompts, "_prompts_of_rows", lambda *_, how, **__: given.append(how) or [])
     own, how, auditing = settings(tmp_path, "org/judge"), {"date": "today"}, {"date": "today", "audit": "setup"}
     for audit in (None, SimpleNamespace(left_out=0), SimpleNamespace(left_out=2)):
         tokens: Any = SimpleNamespace(record=SimpleNamespace(audit=audit))
         attempt: Any = None
-        pull._read_prompts(
-            attempt, own, StorageOptions(), tokens, None, fetched=("x", None), how=how, auditing=auditing
-        )
+        reading: dict[str, Any] = {"tokenizer": None, "fetched": ("x", None), "how": how, "auditing": auditing}
+        rows = pull._row_settings(own)
+        find_prompt_rows(attempt, own.eval, rows, StorageOptions(), tokens=tokens, **reading)
     assert given == [how, how, auditing]
 
 

@@ -32,17 +32,11 @@ from job.records import (
 from job.runs import stage_records
 from job.runs.layout import Stage
 from job.settings.load import Settings, load_settings
-from job.stages import pull
-from job.stages.pull import (
-    _date,
-    _fetch_small_files,
-    _groups,
-    _vocabulary,
-    _with_audit_of_before,
-    _with_licences,
-    fetch_original,
-    publish_findings,
-)
+from job.stages import pull, pull_model
+from job.stages.pull import _base_settings, _date, _groups, _row_settings, _with_licences
+from job.stages.pull_audit import publish_findings, with_audit_of_before
+from job.stages.pull_model import _fetch_small_files, fetch_original, find_base, vocabulary_of
+from job.stages.pull_rows import fetch_rows
 from job.storage.local import LocalStore
 from job.storage.open import StorageOptions, open_store
 from tests import warm
@@ -194,9 +188,9 @@ def test_a_machine_without_the_audits_tools(found: DatasetRecord, expected: Data
     attempt: Any = SimpleNamespace(recorded=lambda *_: before)
     if isinstance(expected, str):
         with pytest.raises(SettingsError, match=expected):
-            _with_audit_of_before(attempt, found)
+            with_audit_of_before(attempt, found)
     else:
-        assert _with_audit_of_before(attempt, found) == expected
+        assert with_audit_of_before(attempt, found) == expected
 
 
 def test_findings_that_are_gone_are_not_replaced_by_others(tmp_path: Path) -> None:
@@ -226,7 +220,7 @@ def test_findings_that_are_gone_are_not_replaced_by_others(tmp_path: Path) -> No
 def test_the_size_of_the_embedding_is_in_the_configuration(tmp_path: Path, config: str, rows: int | None) -> None:
     """It is the text part's; where the configuration does not say, loading the model will."""
     (tmp_path / "config.json").write_text(config)
-    assert _vocabulary(tmp_path) == rows
+    assert vocabulary_of(tmp_path) == rows
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +240,7 @@ def test_of_a_model_in_a_bucket_small_files_come_first(
     bucket: StorageOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Configuration and tokenizer, no weights, no folders, nothing large; None where nothing lies."""
-    monkeypatch.setattr(pull, "MAX_SMALL_BYTES", SMALL_BYTES)
+    monkeypatch.setattr(pull_model, "MAX_SMALL_BYTES", SMALL_BYTES)
     folder = _fetch_small_files(f"s3://{BUCKET}/base", tmp_path / "small", bucket)
     assert folder is not None
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -274,14 +268,14 @@ def test_a_model_in_a_bucket_is_refused_before_its_weights_are_fetched(bucket: S
 def test_a_later_attempt_fetches_the_original_model_from_its_bucket(bucket: StorageOptions, tmp_path: Path) -> None:
     """It lies where the settings say, and has to be what the run began with."""
     attempt: Any = SimpleNamespace(alive=lambda: None, work=tmp_path / "work")
-    settings: Any = SimpleNamespace(model=SimpleNamespace(id=f"s3://{BUCKET}/base"))
+    place = f"s3://{BUCKET}/base"
     shutil.copytree(DEMO, tmp_path / "base")
     (tmp_path / "base/model.safetensors").write_bytes(b"no weights")
     record = Pulled(DATASET, fingerprint(tmp_path / "base"), None, {})
-    folder = fetch_original(attempt, settings, bucket, record)
+    folder = fetch_original(attempt, place, bucket, record)
     assert fingerprint(folder) == record.model_sha256
     with pytest.raises(DataError, match=r"JOB_MODEL__ID: .* is not what this run began with"):
-        fetch_original(attempt, settings, bucket, replace(record, model_sha256="0" * 64))
+        fetch_original(attempt, place, bucket, replace(record, model_sha256="0" * 64))
 
 
 @pytest.mark.parametrize("given", [None, "main"])
@@ -296,9 +290,9 @@ def test_a_later_attempt_asks_for_the_commit_of_the_first(monkeypatch: pytest.Mo
         seen.append((place, revision))
         raise Unreachable("the hub is away")
 
-    monkeypatch.setattr(pull, "download_model", download)
+    monkeypatch.setattr(pull_model, "download_model", download)
     with pytest.raises(Unreachable):
-        pull._find_model(attempt, load_settings(words, {}), StorageOptions(), lambda *_: None)
+        find_base(attempt, _base_settings(load_settings(words, {})), StorageOptions(), lambda *_: None)
     assert seen == [("org/base", "c" * 40)]
 
 
@@ -325,7 +319,7 @@ def test_a_later_attempt_reads_rows_at_the_commit_of_the_first(monkeypatch: pyte
         seen: list[tuple[Any, ...]] = []
 
         def stop(attempt: Any, settings: Settings, storage: StorageOptions, *_: object) -> None:
-            rows, own = pull._fetch_rows(attempt, settings, storage)
+            rows, own = fetch_rows(attempt, _row_settings(settings), storage)
             parts = [settings.data.revision] if isinstance(rows, str) else [part.revision for part in rows]
             seen.append((*parts, own.revision if isinstance(own, ValidationSource) else own))
             raise Unreachable("the hub is away")
@@ -346,16 +340,16 @@ def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
 ) -> None:
     """What is wrong with them is known then; the next stage reads them when it begins."""
     read = MagicMock()
-    monkeypatch.setattr(pull, "_read_rows", read)
-    steps = ("_find_model", "_load_tasks", "_fetch_rows", "load_tokenizer", "rows_with", "_check_lengths", "_wait")
+    monkeypatch.setattr(pull, "read_rows", read)
+    steps = ("find_base", "_load_tasks", "fetch_rows", "load_tokenizer", "rows_with", "_check_lengths", "_wait")
     for name in (*steps, "import_libraries", "import_client"):
         monkeypatch.setattr(pull, name, MagicMock())
     for name, value in {
         "_early_files": (tmp_path, False),
         "_auditing": {},
-        "_known_scores": {},
-        "_known_audit": None,
-        "_read_prompts": [],
+        "known_scores": {},
+        "known_audit": None,
+        "find_prompt_rows": [],
         "_with_licences": (DATASET, None),
         "_find_judge": None,
     }.items():
@@ -366,4 +360,4 @@ def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
         recorded = {Stage.PULL: earlier}.get
         attempt: Any = MagicMock(recorded=lambda name, _, recorded=recorded: recorded(name), work=tmp_path)
         pull._pull(attempt, first, StorageOptions(), "2026-01-01", [second])
-        assert [call.args[1] for call in read.call_args_list] == stages
+        assert [call.args[1] for call in read.call_args_list] == [_row_settings(stage) for stage in stages]

@@ -81,7 +81,7 @@ def loaded_base(
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_sharded_base_is_tried_too(world: Path) -> None:
     """With all processes, which have its weights together."""
-    base = load_plain(world / "base", quantization="nf4", dtype=torch.bfloat16, place="sharded", group=ALONE)
+    base = load_plain(world / "base", quantization="nf4", dtype=torch.bfloat16, placement="sharded", group=ALONE)
     how: dict[str, Any] = {"rank": 16, "alpha": 16, "dropout": 0.0, "target_modules": LINEAR, "seed": 1}
     loaded = replace(loaded_base(world), model=add_adapter(base, **how))
     attempt: Any = SimpleNamespace(processes=ALONE)

@@ -18,7 +18,7 @@ import pytest
 import job.storage.base
 import job.storage.s3
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
-from job.planning.preflight import round_trip
+from job.planning.preflight_store import round_trip
 from job.storage.base import MAX_READ_BYTES, Stored
 from job.storage.open import Conflict, NotSupported, ObjectStore, StorageOptions, TooLarge, open_store
 from job.storage.s3_client import connect

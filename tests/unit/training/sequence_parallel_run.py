@@ -26,7 +26,7 @@ class Run:
         rank: Of this process.
         count: How many there are.
         port: At which they meet.
-        place: Of the base's weights.
+        placement: Of the base's weights.
         resume: The checkpoint's folder; empty for none.
         killed_after: The step after which this process kills itself; 0 for none.
         stopped_in: The step of this start in whose first divided row it finds that it has no time left.
@@ -38,7 +38,7 @@ class Run:
     rank: int
     count: int
     port: int
-    place: str = "gpu"
+    placement: str = "gpu"
     resume: str = ""
     killed_after: int = 0
     stopped_in: int = 0
@@ -93,7 +93,7 @@ def train(run: Run) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with join(place, "run", **joining) as processes:
-        model = fused(Path(run.base), place=run.place, group=processes)
+        model = fused(Path(run.base), placement=run.placement, group=processes)
         trained = trainer.train(
             model,
             AutoTokenizer.from_pretrained(run.base),

@@ -17,11 +17,11 @@ from job.training.execution_plan import (
     GIB,
     choose_budget,
     choose_long_rows,
-    choose_place,
+    choose_placement,
     choose_plan,
     kept_activation_bytes,
 )
-from job.training.memory_model import LONG_ROW, PLACES, Setup, long_row_bytes, training_memory, usable_bytes
+from job.training.memory_model import LONG_ROW, PLACEMENTS, Setup, long_row_bytes, training_memory, usable_bytes
 from job.training.refusal import Sharing, refuse_rows
 from job.training.sequence_parallel import least_memory, row_host_bytes, row_memory, tokens_alone
 
@@ -300,7 +300,7 @@ def test_the_first_place_in_which_all_fits() -> None:
         def needs(there: Setup) -> int:
             return training_memory(there, 4096).total
 
-        return choose_place(setup, memory_bytes=int(gib * GIB), places=places or PLACES, needs=needs)
+        return choose_placement(setup, memory_bytes=int(gib * GIB), placements=places or PLACEMENTS, needs=needs)
 
     assert [place(gib) for gib in (24, 8, 7, 1)] == ["gpu", "gpu", "sharded", "host"]
     assert place(7, processes=1) == "host"  # a share of one is all of it
@@ -310,7 +310,7 @@ def test_the_first_place_in_which_all_fits() -> None:
 @pytest.mark.parametrize("place", ["sharded", "host"])
 def test_a_base_elsewhere_is_neither_kept_nor_recorded(place: str) -> None:
     """Whatever the memory: its addresses hold other layers from time to time. The reason says where it is."""
-    setup = replace(SETUP, base_held=place, processes=2)
+    setup = replace(SETUP, placement=place, processes=2)
     how: dict[str, Any] = {"sequence_tokens": 4096, "keep_base": None, "recorded": True}
     found = choose_plan(setup, free_bytes=200 * GIB, keep_activations=None, **how)
     assert (found.base_held, found.kept_base, found.kept_activations, found.recorded) == (place, False, True, False)

@@ -101,7 +101,7 @@ def test_in_fp8_with_weights_that_come_layer_by_layer(base_folder: Path, tmp_pat
     """The bits are those of weights that are kept in FP8 on the device."""
     folder, found = deepened(base_folder, tmp_path / "base", 3), []
     for where in ("gpu", place):
-        base = load_plain(folder, quantization="nf4", dtype=torch.bfloat16, place=where, group=ALONE)
+        base = load_plain(folder, quantization="nf4", dtype=torch.bfloat16, placement=where, group=ALONE)
         how: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": LINEAR, "seed": 1}
         model = fill_adapter(add_adapter(base, **how)).train()
         assert fuse_layers(model, keep_dequantized=where == "gpu", kernels=TORCH, fp8=True) == "all"

@@ -17,12 +17,12 @@ from job.model.adapter_options import AdapterOptions
 from job.model.fused import kernels
 from job.model.packed_attention import NAME
 from job.records import PEFT, ExecutionPlan
+from job.training import gpu_capability
 from job.training import prepare as prepare_module
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.memory_model import training_memory
-from job.training.prepare import fast_kernels, place_base, prepare, require_fp8, token_budget, why_not_fused
+from job.training.gpu_capability import fast_kernels, require_fp8, why_not_fused
+from job.training.prepare import prepare, token_budget
 from tests.helpers import make_model
-from tests.unit.training.test_execution_plan import SETUP
 
 SETTINGS: dict[str, Any] = {
     "global_batch_size": 2,
@@ -33,6 +33,12 @@ SETTINGS: dict[str, Any] = {
     "recompute": False,
     "gigabytes": 16,
 }
+
+
+def with_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """This machine has a GPU of that compute capability."""
+    for module in (gpu_capability, prepare_module):
+        monkeypatch.setattr(module, "compute_capability", lambda: capability)
 
 
 def test_a_cpu_trains_by_pefts_own_layers(base_folder: Path) -> None:
@@ -97,7 +103,7 @@ def test_a_gpu_that_trains_slowly_says_why(
     monkeypatch: pytest.MonkeyPatch, model: Any, capability: tuple[int, int], reason: str
 ) -> None:
     """What moves training off the fused layers is a warning with its reason, and in the manifest's record."""
-    monkeypatch.setattr(prepare_module, "_capability", lambda: capability)
+    with_capability(monkeypatch, capability)
     with capture_logs() as lines:
         plan = prepare(model, [10, 20], **SETTINGS | {"recompute": "auto"})
     assert plan == ExecutionPlan(kept_base=False, kept_activations=False, recorded=False, reason=reason, forward=PEFT)
@@ -109,7 +115,7 @@ def test_a_gpu_that_trains_slowly_says_why(
 
 def test_an_adapter_that_is_left_to_peft_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """DoRA and AdaLoRA take PEFT's layers on a GPU that could do better: a warning, with the setting's name."""
-    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    with_capability(monkeypatch, (9, 0))
     slow = AdapterOptions(use_dora=True).not_fused
     with capture_logs() as lines:
         plan = prepare(on_a_gpu(), [10, 20], **SETTINGS | {"recompute": "auto"}, slow=slow)
@@ -121,8 +127,8 @@ def test_an_adapter_that_is_left_to_peft_says_why(monkeypatch: pytest.MonkeyPatc
 def test_noise_is_not_recorded(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph would add the same noise in every step: the fused layers compute, launched one by one."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
-    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_capability(monkeypatch, (9, 0))
     made = prepare(make_model(base_folder), [10, 20], **SETTINGS, random=True)
     assert made.forward.startswith("fused all, ")
     assert not made.recorded
@@ -132,8 +138,8 @@ def test_noise_is_not_recorded(base_folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_training_in_fp8_is_in_the_plan(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name is the end of `forward`, which scores do not have; what is kept may be given up as without it."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
-    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_capability(monkeypatch, (9, 0))
     made = prepare(
         make_model(base_folder, dtype=torch.bfloat16), [10, 20], **SETTINGS | {"quantization": "none"}, compute="fp8"
     )
@@ -157,7 +163,7 @@ def test_fp8_is_refused_where_peft_computes(
     monkeypatch: pytest.MonkeyPatch, model: Any, capability: tuple[int, int], reason: str
 ) -> None:
     """What is slower without FP8 is an error with it: the setting affects the result."""
-    monkeypatch.setattr(prepare_module, "_capability", lambda: capability)
+    with_capability(monkeypatch, capability)
     with pytest.raises(SettingsError, match=reason) as caught:
         prepare(model, [10, 20], **SETTINGS, compute="fp8")
     assert [problem.where for problem in caught.value.problems] == ["JOB_TRAIN__COMPUTE"]
@@ -167,7 +173,7 @@ def test_sizes_that_a_gpu_cannot_multiply_in_fp8(monkeypatch: pytest.MonkeyPatch
     """Each layer whose sizes are no multiples of 16 is named, before anything is quantized."""
     sizes = {"hidden_size": 40, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 5}
     model = on_a_gpu(sizes={**sizes, "vocab_size": 400})
-    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    with_capability(monkeypatch, (9, 0))
     with pytest.raises(SettingsError, match="multiples of 16; this model has q_proj of 40 x 40"):
         prepare(model, [10, 20], **SETTINGS, compute="fp8")
 
@@ -180,7 +186,7 @@ def test_a_machine_without_fp8(
     monkeypatch: pytest.MonkeyPatch, device: str, capability: tuple[int, int], reason: str
 ) -> None:
     """It is refused before the model is loaded."""
-    monkeypatch.setattr(prepare_module, "_capability", lambda: capability)
+    with_capability(monkeypatch, capability)
     with pytest.raises(SettingsError, match=reason):
         require_fp8(torch.device(device))
 
@@ -188,8 +194,8 @@ def test_a_machine_without_fp8(
 def test_layers_that_cannot_be_fused_are_said_too(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When it only turns out on the way that there is nothing to fuse, PEFT's layers remain, with that reason."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
-    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_capability(monkeypatch, (9, 0))
     made = prepare(make_model(base_folder, options=AdapterOptions(use_dora=True)), [10, 20], **SETTINGS)
     assert made.forward == PEFT
     assert "no fused one" in made.reason
@@ -199,8 +205,8 @@ def test_layers_that_cannot_be_fused_are_said_too(base_folder: Path, monkeypatch
 def test_a_model_that_can_be_fused_is(base_folder: Path, monkeypatch: pytest.MonkeyPatch, *, keep: bool) -> None:
     """Its plan names what was fused and whose kernels; what was set holds; it is no warning."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
-    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_capability(monkeypatch, (9, 0))
     model = make_model(base_folder, quantization="nf4")
     with capture_logs() as lines:
         made = prepare(model, [10, 20], **SETTINGS | {"keep_base": keep})
@@ -212,17 +218,26 @@ def test_a_model_that_can_be_fused_is(base_folder: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("works", [True, False])
 def test_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch, *, works: bool) -> None:
-    """One launch decides: a library that cannot be loaded costs a warning and some speed, not the run."""
+    """One launch decides, however often it is asked: a library that cannot be loaded costs a warning and some speed."""
+    launched = 0
 
     def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        nonlocal launched
+        launched += 1
         if not works:
             raise ImportError("cuda_utils.so: undefined symbol: cuModuleGetFunction")
         return gate * up
 
     fast = replace(kernels.TORCH, name="triton", swiglu=swiglu)
     monkeypatch.setattr(kernels, "triton", lambda: fast)
-    with capture_logs() as lines:
-        found, name = fast_kernels(torch.device("cpu"), "float16")
+    fast_kernels.cache_clear()
+    try:
+        with capture_logs() as lines:
+            found, name = fast_kernels(torch.device("cpu"), "float16")
+            assert fast_kernels(torch.device("cpu"), "float16") == (found, name)
+    finally:
+        fast_kernels.cache_clear()
+    assert launched == 1
     if works:
         assert (found, name, lines) == (fast, "triton", [])
         return
@@ -234,17 +249,17 @@ def test_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch, *, 
 
 def test_a_gpu_that_can_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 on an Ampere is what the fused layers are for; older ones have fp16."""
-    monkeypatch.setattr(prepare_module, "_capability", lambda: (8, 0))
+    with_capability(monkeypatch, (8, 0))
     assert why_not_fused(on_a_gpu()) is None
-    monkeypatch.setattr(prepare_module, "_capability", lambda: (7, 0))
+    with_capability(monkeypatch, (7, 0))
     assert why_not_fused(on_a_gpu(torch.float16)) is None
 
 
 def test_what_cannot_be_recorded_is_fused_all_the_same(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the attention kernel for segments a CUDA graph would need, on a Turing, and it is said."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (16 << 30, 15 << 30))
-    monkeypatch.setattr(prepare_module, "_capability", lambda: (7, 5))
+    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (16 << 30, 15 << 30))
+    with_capability(monkeypatch, (7, 5))
     made = prepare(make_model(base_folder), [10, 20], **SETTINGS)
     assert made.forward.startswith("fused all, ")
     assert made.padded
@@ -261,8 +276,8 @@ def test_a_set_budget_holds() -> None:
 def long_rows(base_folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, host: int = 1 << 40, **how: Any) -> Any:
     """The plan for rows of 30,000 tokens among short ones, with so much free memory."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (free, free))
-    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (free, free))
+    with_capability(monkeypatch, (9, 0))
     monkeypatch.setattr(prepare_module, "available_bytes", lambda: host)
     return prepare(make_model(base_folder), [10, 30_000], **SETTINGS | {"keep_base": "auto"} | how)
 
@@ -324,28 +339,12 @@ def test_which_rows_are_divided_does_not_depend_on_free_memory(
             group = Two(200_000)
             how = {"group": group, "sequence_parallel": "auto"}
             patch.setattr(prepare_module, "why_not_fused", lambda _: None)
-            patch.setattr(prepare_module, "_gpu_memory", lambda _, free=free: (4 << 30, free))
-            patch.setattr(prepare_module, "_capability", lambda: (9, 0))
+            patch.setattr(prepare_module, "gpu_memory", lambda _, free=free: (4 << 30, free))
+            with_capability(patch, (9, 0))
             prepare(make_model(base_folder), [10, 200_000], **SETTINGS | {"keep_base": "auto"} | how)
             found += group.asked
     assert found[0] == found[1]
     assert 16_384 < found[0] < 200_000
-
-
-@pytest.mark.parametrize(("capability", "place"), [((8, 0), "gpu"), ((7, 0), "host")])
-def test_a_gpu_without_a_kernel_for_long_rows_needs_the_memory_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], place: str
-) -> None:
-    """So the base goes elsewhere before it is loaded, as `plan` says."""
-    memory = 2 * training_memory(SETUP, 40_000, tiles=True).total
-    assert memory < training_memory(SETUP, 40_000).total
-    monkeypatch.setattr(prepare_module, "free_gpu_bytes", lambda _: memory)
-    monkeypatch.setattr(prepare_module, "_capability", lambda: capability)
-    how: dict[str, Any] = {"global_batch_size": 2, "budget": 1024, "scoring_tokens": 1024, "gigabytes": None}
-    assert place_base(SETUP, [40_000], places=("gpu", "host"), tiles=True, **how)[0] == place
-    if place == "gpu":  # where a row is divided, the base may stay
-        found = [place_base(SETUP, [120_000], places=("gpu", "host"), tiles=True, divide_over=n, **how) for n in (1, 4)]
-        assert [one[0] for one in found] == ["host", "gpu"]
 
 
 def test_offloading_without_a_long_row_is_a_warning(base_folder: Path) -> None:

@@ -168,7 +168,7 @@ def test_memory_that_runs_out_in_one_process(
     found = []
     for fails in (False, True):
         failures[:] = [1] * fails
-        made = by_several(2, work, lambda group: fused(folder, place=place, group=group))
+        made = by_several(2, work, lambda group: fused(folder, placement=place, group=group))
         assert [one[2] for one in made] == [fails] * 2
         found += made
     assert not failures
@@ -238,7 +238,7 @@ def test_all_leave_together(base_folder: Path) -> None:
             return type(error).__name__
         return "none"
 
-    found = by_several(2, work, lambda group: fused(base_folder, place="sharded", group=group))
+    found = by_several(2, work, lambda group: fused(base_folder, placement="sharded", group=group))
     assert found == ["OtherOutOfMemory", "OutOfMemoryError"]
 
 

@@ -1,7 +1,8 @@
-"""Where the base's 4-bit weights will lie: as set, or the fastest place where they fit."""
+"""Where the base's 4-bit weights will lie: as set, or the fastest placement that fits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,26 @@ from job.model.architecture import read_config as read_architecture
 from job.model.files import read_config
 from job.settings.schema import Lora, Model, Train
 from job.stages.handoff import Sources
-from job.training.memory_model import PLACES, Setup, packed_bytes
-from job.training.prepare import place_base
-from job.training.sequence_parallel import why_not_divided
+from job.training.execution_plan import AMPERE, choose_placement, longest_sequence
+from job.training.gpu_capability import compute_capability
+from job.training.gpu_memory import free_gpu_bytes
+from job.training.memory_model import (
+    CONTEXT_BYTES,
+    LONG_ROW,
+    PLACEMENTS,
+    Setup,
+    evaluation_bytes,
+    packed_bytes,
+    training_memory,
+    usable_bytes,
+)
+from job.training.sequence_parallel import least_memory, why_not_divided
 
 MAIN_MEMORY_SHARE = 0.8
 """Of the main memory that is available, what the base's weights may fill; the rest is for the job itself. Assumed."""
 
 
-def decide_place(
+def decide_placement(
     model: Model,
     train: Train,
     lora: Lora,
@@ -36,7 +48,7 @@ def decide_place(
     scoring_tokens: int,
     options: AdapterOptions,
 ) -> tuple[str, str]:
-    """Where the base's 4-bit weights lie, the same in all processes, and why if not on the device; see `PLACES`.
+    """Where the base's 4-bit weights lie, the same in all processes, and why if not on the device; see `PLACEMENTS`.
 
     Args:
         model: Settings of the base.
@@ -64,20 +76,20 @@ def decide_place(
         raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
     if asked != "auto":
         return asked, "" if asked == "gpu" else f"JOB_MODEL__PLACEMENT is {asked}"
-    place, why = "gpu", ""
+    placement, why = "gpu", ""
     if device.type == "cuda" and setup is not None and model.keep_dequantized is not True:
         setup = replace(setup, processes=world.world_size)
         # Over a network between machines, gathering every layer would take longer than copying it from main memory.
         several = world.world_size > 1 and world.world_size == world.local_world_size
         possible = {"gpu": True, "sharded": several, "host": need <= free}
-        place, why = place_base(
+        placement, why = _fastest_that_fits(
             setup,
             lengths_of(sources.examples),
             global_batch_size=train.global_batch_size,
             budget=budget,
             scoring_tokens=scoring_tokens,
             gigabytes=train.gpu_memory_gb,
-            places=[place for place in PLACES if possible[place]],
+            placements=[one for one in PLACEMENTS if possible[one]],
             tiles=setup.architecture.in_tiles
             and train.last_method == "sft"
             and lora.dropout == 0
@@ -85,8 +97,52 @@ def decide_place(
             offload=None if (offload := train.offload_activations) == "auto" else offload,
             divide_over=divides_over(setup, train),
         )
-    place, why = max(processes.gather("place of the base", [place, why]), key=lambda found: PLACES.index(found[0]))
-    return place, why
+    placement, why = max(processes.gather("placement", [placement, why]), key=lambda found: PLACEMENTS.index(found[0]))
+    return placement, why
+
+
+def _fastest_that_fits(
+    setup: Setup,
+    lengths: Sequence[int],
+    *,
+    global_batch_size: int,
+    budget: int,
+    scoring_tokens: int,
+    gigabytes: float | None,
+    placements: Sequence[str],
+    tiles: bool = False,
+    offload: bool | None = None,
+    divide_over: int = 1,
+) -> tuple[str, str]:
+    """Where the base's 4-bit weights are to lie on this machine, before they are loaded; and why if not on the GPU.
+
+    Args:
+        setup: What will be trained.
+        lengths: Tokens of each example.
+        global_batch_size: Examples of a step.
+        budget: The token budget of a micro-batch.
+        scoring_tokens: Tokens that are scored at once.
+        gigabytes: How much of the GPU may be used; None for all.
+        placements: Of `PLACEMENTS`, the fastest first.
+        tiles: As in `training_memory`.
+        offload: As in `training_memory`.
+        divide_over: How many processes may compute a long row together.
+    """
+    tokens = longest_sequence(lengths, global_batch_size, budget)
+    tiles = tiles and max(lengths) > LONG_ROW and compute_capability() >= AMPERE
+
+    def needs(there: Setup) -> int:
+        scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
+        if tiles and tokens > LONG_ROW:
+            return max(least_memory(there, tokens, divide_over, offload=offload).total, scoring)
+        return max(training_memory(there, tokens).total, scoring)
+
+    memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now
+    placement = choose_placement(setup, memory_bytes=memory, placements=placements, needs=needs)
+    if placement == "gpu":
+        return placement, ""
+    need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
+    return placement, f"with it on the GPU {need} are needed, and {usable} are safe to fill"
 
 
 def divides_over(setup: Setup, train: Train) -> int:

@@ -13,9 +13,11 @@ from job.distributed.processes import Alone
 from job.distributed.ranks import Place
 from job.errors import SettingsError
 from job.model.adapter_options import PLAIN
-from job.stages import load, place_of_the_base
-from job.training import prepare
+from job.stages import load, placement
+from job.stages.placement import _fastest_that_fits
+from job.training.memory_model import training_memory
 from tests.unit.stages.test_first_values import settings_of, sources_of
+from tests.unit.training.test_execution_plan import SETUP
 
 GPU: Any = SimpleNamespace(type="cuda")
 
@@ -39,12 +41,12 @@ def place(folder: Path, device: Any = GPU, processes: Any = None, **changes: str
     how: dict[str, Any] = {"device": device, "budget": 4096, "options": PLAIN}
     groups = settings.model, settings.train, settings.lora
     how["scoring_tokens"] = settings.eval.batch_tokens
-    return place_of_the_base.decide_place(*groups, sources_of(settings, folder), processes or Alone(), **how)
+    return placement.decide_placement(*groups, sources_of(settings, folder), processes or Alone(), **how)
 
 
 def with_gpu_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     """So many bytes of the GPU are free."""
-    monkeypatch.setattr(prepare, "free_gpu_bytes", lambda _: free)
+    monkeypatch.setattr(placement, "free_gpu_bytes", lambda _: free)
 
 
 def test_what_is_set_is_done(base_folder: Path) -> None:
@@ -65,7 +67,7 @@ def test_it_goes_where_it_fits(base_folder: Path, monkeypatch: pytest.MonkeyPatc
     assert found == "host"
     assert size(0, " ") in why
     assert place(base_folder, JOB_MODEL__KEEP_DEQUANTIZED="true") == ("gpu", "")
-    monkeypatch.setattr(place_of_the_base, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(placement, "available_bytes", lambda: 1000)
     assert place(base_folder)[0] == "gpu"
     assert place(base_folder, processes=Two("gpu"))[0] == "sharded"
 
@@ -74,7 +76,7 @@ def test_what_cannot_be_is_refused(base_folder: Path, monkeypatch: pytest.Monkey
     """Before the base is loaded, naming the setting."""
     with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is sharded, and the run has one process"):
         place(base_folder, JOB_MODEL__PLACEMENT="sharded")
-    monkeypatch.setattr(place_of_the_base, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(placement, "available_bytes", lambda: 1000)
     with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is host, and .* of main memory"):
         place(base_folder, JOB_MODEL__PLACEMENT="host")
 
@@ -85,3 +87,20 @@ def test_the_plan_says_where_it_is(base_folder: Path) -> None:
     plan = load.load(settings, sources_of(settings, base_folder)).plan
     assert plan.base_held == "host"
     assert plan.reason.endswith("JOB_MODEL__PLACEMENT is host")
+
+
+@pytest.mark.parametrize(("capability", "place"), [((8, 0), "gpu"), ((7, 0), "host")])
+def test_a_gpu_without_a_kernel_for_long_rows_needs_the_memory_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], place: str
+) -> None:
+    """So the base goes elsewhere before it is loaded, as `plan` says."""
+    memory = 2 * training_memory(SETUP, 40_000, tiles=True).total
+    assert memory < training_memory(SETUP, 40_000).total
+    monkeypatch.setattr(placement, "free_gpu_bytes", lambda _: memory)
+    monkeypatch.setattr(placement, "compute_capability", lambda: capability)
+    how = {"global_batch_size": 2, "budget": 1024, "scoring_tokens": 1024, "gigabytes": None}
+    where: dict[str, Any] = {"placements": ("gpu", "host"), "tiles": True, **how}
+    assert _fastest_that_fits(SETUP, [40_000], **where)[0] == place
+    if place == "gpu":  # where a row is divided, the base may stay
+        found = [_fastest_that_fits(SETUP, [120_000], divide_over=over, **where)[0] for over in (1, 4)]
+        assert found == ["host", "gpu"]

@@ -1,0 +1,224 @@
+"""The checks of `plan` of the rows to train on, with their audit, and of the questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from job.common import formatting
+from job.common.findings import statistics
+from job.common.resources import usable_cpus
+from job.common.source_list import locate_sources, parse_sources
+from job.data.examples import lengths_of
+from job.data.hub_dataset import is_hub_id
+from job.data.preferences import EncodedAnswers
+from job.data.sources import check_source, require_revision
+from job.data.tokenization import Encoded
+from job.data.training_and_validation import ValidationSource, load_rows
+from job.errors import named_by
+from job.evaluation.question_lengths import check_lengths, count_questions
+from job.evaluation.task_files import is_task_file
+from job.evaluation.task_names import check_tasks
+from job.evaluation.tasks import Tasks, check_choices, load_tasks
+from job.planning.character_tokenizer import CharacterTokenizer
+from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
+from job.planning.preflight import HUB_UNREACHABLE, Found, NotChecked, Online
+from job.planning.shown_rows import ShownRow, show_row
+from job.records import AuditRecord, Example
+from job.storage.hub import peek_dataset
+from job.storage.open import StorageOptions, fetch, is_remote, size
+
+NO_LIMIT = 1 << 31
+"""Maximum length of an example while tokens are only estimated: none."""
+MAX_BYTES = 256 << 20
+"""Larger data sets are not downloaded for a plan."""
+_PLACES = 2
+_ACTIONS = {"record": "", "skip": ", left out", "error": ""}
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The examples as they would be trained on. `estimated`: token counts are estimated from characters.
+
+    `validation` are the rows that would be validated on.
+    """
+
+    examples: Sequence[Example]
+    estimated: bool
+    download_bytes: int
+    licence: str | None
+    validation: Sequence[Example] = ()
+    shown: Sequence[ShownRow] = ()
+    schema: str = ""
+    audit: AuditRecord | None = None
+    long_rows: Mapping[str, int] = field(default_factory=dict)
+
+
+def preview_data(
+    source: str,
+    *,
+    tokenizer: Any | None,
+    max_length: int,
+    online: Online,
+    folder: Path,
+    storage: StorageOptions,
+    revision: str | None,
+    show: int = 0,
+    validation: float | ValidationSource | None = None,
+    **reading: Any,
+) -> Found[DataFacts]:
+    """Reads and checks the rows as the job will; without a tokenizer, token counts are estimated.
+
+    Args:
+        source: JOB_DATA__SOURCE.
+        tokenizer: The model's; None if it could not be read.
+        max_length: Longest example allowed, in tokens.
+        online: Whether the hub can be reached.
+        folder: Folder for copies from a store.
+        storage: How to reach stores.
+        revision: For a hub id.
+        show: How many rows to show, the first ones; none without a tokenizer.
+        validation: What to validate on.
+        reading: Further arguments of `load_rows`.
+    """
+    split = reading["split"]
+    found = [
+        _of_the_data(one.place, one.revision or revision, storage, split=split, online=online)
+        for one in parse_sources(source)
+    ]
+    download = sum(size for size, _ in found)
+    licence = "; ".join(sorted({licence for _, licence in found if licence})) or None
+    if download > MAX_BYTES:
+        raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
+    shown: list[ShownRow] = []
+
+    def keep(item: Encoded | EncodedAnswers) -> None:
+        if tokenizer is not None and len(shown) < show:
+            shown.append(show_row(item, tokenizer))
+
+    if isinstance(validation, ValidationSource):
+        where = (validation.name, validation.revision, storage, "JOB_DATA__VALIDATION")
+        more, _ = _of_the_data(*where, split=validation.split, online=online)
+        if more > MAX_BYTES:
+            raise NotChecked(f"{validation.name} has {formatting.size(more, ' ')}, too much to fetch for a plan")
+        download += more
+        with named_by("JOB_DATA__VALIDATION", ": "):
+            validation = replace(validation, place=fetch(validation.place, folder / "validation", storage))
+    with named_by("JOB_DATA__SOURCE", ": "):
+        place = locate_sources(source, lambda place, kind: fetch(place, folder / kind, storage))
+    examples, held_out, record = load_rows(
+        place,
+        validation,
+        revision=revision,
+        max_length=NO_LIMIT if tokenizer is None else max_length,
+        tokenizer=tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN),
+        name=source,
+        on_example=keep,
+        processes=usable_cpus(),
+        **reading,
+    )
+    what = f"{record.rows:,} rows in the schema {record.format}"
+    if record.validation is not None:
+        what += f", {record.validation.rows:,} for validation"
+    if record.skipped:
+        what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
+    facts = DataFacts(
+        examples,
+        tokenizer is None,
+        download,
+        licence,
+        held_out or (),
+        shown,
+        record.format,
+        # Estimated lengths are no statistics.
+        record.audit if tokenizer is not None or record.audit is None else replace(record.audit, lengths={}),
+        record.long_rows,
+    )
+    if tokenizer is not None:
+        return "ok", what, facts
+    long = sum(length > max_length for length in lengths_of(examples))
+    return "note", f"{what}; tokens are estimated{f', so {long} rows may be too long' if long else ''}", facts
+
+
+def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[None]:
+    """What the audit found in the rows, by kind, what it could not check, and what kind of text they are."""
+    found = [
+        f"{check.rows:,} {kind} ({', '.join(check.places[:_PLACES])}{', ...' * (check.rows > _PLACES)})"
+        f"{_ACTIONS[check.action]}"
+        for kind, check in record.checks.items()
+        if check.rows
+    ]
+    missing = [f"{kind} not checked: {check.not_checked}" for kind, check in record.checks.items() if check.not_checked]
+    if record.too_short:
+        missing.append(f"{record.too_short:,} questions of one or two words were not looked for")
+    what = "; ".join([*(found or ["nothing found"]), *missing])
+    text = " ".join([f"{record.rows:,} rows: {what}.", *statistics(asdict(record), long_rows)])
+    return "note" if found or missing else "ok", text, None
+
+
+def _of_the_data(
+    source: str,
+    revision: str | None,
+    storage: StorageOptions,
+    setting: str = "JOB_DATA__SOURCE",
+    *,
+    split: str,
+    online: Online,
+) -> tuple[int, str | None]:
+    """(bytes to download, 0 for a local file; the licence on the hub's card, if there is one)."""
+    if is_remote(source):
+        return size(source, storage), None
+    check_source(source, revision, split, setting)
+    if not is_hub_id(source):
+        return 0, None
+    if not online():
+        raise NotChecked(f"{source}: {HUB_UNREACHABLE}")
+    return peek_dataset(source, require_revision(revision))
+
+
+def preview_questions(
+    names: Sequence[str],
+    data: Mapping[str, str],
+    num_fewshot: int | None = None,
+    *,
+    needed_by: Sequence[str] = (),
+    tokenizer: Any | None,
+    limit: int | None,
+    online: Online,
+    folder: Path,
+    storage: StorageOptions,
+    max_length: int = NO_LIMIT,
+    cut: bool = False,
+    on_tasks: Callable[[Tasks], None] | None = None,
+) -> Found[TaskTokens]:
+    """Loads the tasks as the job will, if all their questions can be fetched.
+
+    Args:
+        names: Tasks.
+        data: The user's own files of questions, by task.
+        needed_by: Settings that need a multiple-choice task.
+        num_fewshot: Examples in every prompt; None for as many as each task says.
+        tokenizer: The model's; None if it could not be read.
+        limit: Number of questions of each task; None for all.
+        online: Whether the hub can be reached.
+        folder: Folder for copies from a store.
+        storage: How to reach stores.
+        max_length: The most tokens of a question with one of its choices.
+        cut: Whether the beginning of longer ones is cut off.
+        on_tasks: Called with the tasks, as soon as they are loaded.
+    """
+    check_tasks(names, data)
+    if (missing := [name for name in names if name not in data and not is_task_file(name)]) and not online():
+        raise NotChecked(f"{', '.join(missing)}: {HUB_UNREACHABLE}")
+    with named_by("JOB_EVAL__DATA", ": "):
+        files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
+    tasks = load_tasks(names, files, data, num_fewshot)
+    check_choices(tasks, needed_by)
+    if on_tasks is not None:
+        on_tasks(tasks)
+    if tokenizer is not None:
+        check_lengths(tasks, tokenizer, limit=limit, max_length=max_length, cut=cut, vocabulary=None)
+    facts = TaskTokens(*count_questions(tasks, tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN), limit))
+    return "ok", f"{facts.count:,} questions in {', '.join(names)}", facts

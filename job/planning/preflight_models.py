@@ -1,0 +1,283 @@
+"""The checks of `plan` of the base, its tokenizer and adapter, the safety classifier and the judge, without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from job.audit.safety import SETTING as SAFETY_SETTING
+from job.audit.safety import unsafe_labels
+from job.errors import DataError, Problem, SettingsError, naming
+from job.evaluation.principles import question, read_principles
+from job.model.adapter_options import PLAIN, AdapterOptions, described
+from job.model.architecture import Architecture, read_config
+from job.model.base import inspect, load_tokenizer
+from job.model.families import fused_family, why_not_recorded
+from job.model.files import weight_files
+from job.model.lora import count_parameters
+from job.model.target_modules import linear_weights, resolve_targets
+from job.model.text_classifier import Labels
+from job.planning.auxiliary_models import count_weights
+from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN
+from job.planning.preflight import HUB_UNREACHABLE, Found, NotChecked, Online
+from job.settings.field_types import is_server
+from job.storage.hub import cached_model, local_model, peek_model
+from job.storage.open import StorageOptions, is_remote, open_store, size
+
+MOSTLY = 0.5
+"""If less than this share of the weights would be quantized, the plan says so; in most models it is more."""
+MAX_SMALL_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model without its weights: the folder of its small files, its architecture, and the bytes to download.
+
+    `download_bytes` is None if the sizes of its files are unknown.
+    """
+
+    folder: Path
+    architecture: Architecture | None
+    download_bytes: int | None
+
+
+def preview_model(
+    source: str,
+    revision: str | None,
+    max_length: int,
+    *,
+    online: Online,
+    folder: Path,
+    storage: StorageOptions,
+) -> Found[ModelFacts]:
+    """Fetches a model's configuration and tokenizer, and checks that it has weights in safetensors.
+
+    Args:
+        source: Hub id, URI or path.
+        revision: For a hub id.
+        max_length: Longest example in tokens; it has to fit the model's window.
+        online: Whether the hub can be reached.
+        folder: Folder for copies from a store.
+        storage: How to reach stores.
+    """
+    download: int | None
+    if is_remote(source):
+        place, weights = _fetch_small_files(source, folder, storage)
+        where, download = f"{source} can be read", size(source, storage)
+    elif (local := local_model(source)) is not None:
+        place, weights, download = local, sum(1 for _ in local.glob("*.safetensors")), 0
+        where = f"{source} is here"
+    else:
+        place, weights, download, where = _of_the_hub(source, revision, online=online)
+    if not weights:
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} has no weights in safetensors")])
+    try:
+        architecture = read_config(_config(place, source))
+    except ValueError as error:
+        return "note", f"{where}; no figures: {error}", ModelFacts(place, None, download)
+    if architecture.window is not None and architecture.window < max_length:
+        what = f"{max_length} is more than the model's window of {architecture.window} tokens; lower it"
+        raise SettingsError([Problem("JOB_TRAIN__MAX_LENGTH", what)])
+    return "ok", where, ModelFacts(place, architecture, download)
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """Names of the layers that get an adapter, as they were found, and the number of its parameters."""
+
+    targets: tuple[str, ...]
+    parameters: int
+
+
+def preview_adapter(
+    model: ModelFacts | None,
+    targets: Sequence[str] | str | None,
+    *,
+    quantization: str,
+    max_length: int,
+    rank: int = 1,
+    options: AdapterOptions = PLAIN,
+) -> Found[AdapterFacts]:
+    """Builds the model without weights, as a run does first, to find what LoRA adapts and what would be quantized.
+
+    Args:
+        model: As `preview_model` found it.
+        targets: `JOB_LORA__TARGET_MODULES`; None for those that are found.
+        rank: `JOB_LORA__RANK`.
+        options: What else the adapter is to be.
+        quantization: `nf4` or `none`.
+        max_length: Longest example in tokens.
+    """
+    if model is None:
+        raise NotChecked("the model's files cannot be had")
+    config, empty = inspect(model.folder, max_length=max_length, targets=targets, rank=rank, options=options)
+    found = tuple(sorted(resolve_targets(empty, targets)))
+    names = ", ".join(found)
+    linear, all_ = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))
+    facts = AdapterFacts(found, count_parameters(empty, rank=rank, target_modules=found, options=options))
+    what = f"LoRA on {names}"
+    if options != PLAIN:
+        said = ", ".join(f"{name}={value}" for name, value in described(options).items() if name != "adalora")
+        what = f"{what}; {said}; {facts.parameters:,} parameters"
+    if options.not_fused:
+        what = f"{what}; on a GPU at less than half the speed, by PEFT's own layers: {options.not_fused}"
+    elif fused_family(known := config.to_dict()) is None:
+        what = f"{what}; on a GPU only these layers are fused, not the whole decoder of {config.model_type}"
+    elif why := why_not_recorded(known):
+        what = f"{what}; on a GPU all of {config.model_type}'s decoder is fused, without CUDA graphs: {why}"
+    if quantization == "none" or linear >= MOSTLY * all_:
+        return "ok", what, facts
+    stays = "the rest, such as embeddings and experts that are one tensor, stays in 16 bit"
+    return "note", f"{what}; {linear:,} of {all_:,} weights can be held as {quantization}, {stays}", facts
+
+
+def find_tokenizer(model: ModelFacts | None, added_tokens: Sequence[str] | None = None) -> Found[Any]:
+    """The tokenizer beside the model, with new tokens."""
+    if model is None:
+        raise NotChecked("the model's files cannot be had; tokens are estimated from characters where there is text")
+    tokenizer = load_tokenizer(model.folder, added_tokens)
+    return "ok", f"{len(tokenizer):,} tokens", tokenizer
+
+
+@dataclass(frozen=True)
+class AuxiliaryFacts:
+    """An auxiliary model: the bytes to fetch, and its `auxiliary_models.count_weights`.
+
+    `question_tokens` are those of a question to a judge without prompt and answers.
+    """
+
+    download_bytes: int
+    weights: int | None
+    question_tokens: int = 0
+    served: bool = False
+
+
+def preview_safety_model(
+    place: str,
+    revision: str | None,
+    labels: Sequence[str] | None,
+    threshold: float,
+    *,
+    online: Online,
+    folder: Path,
+    storage: StorageOptions,
+) -> Found[AuxiliaryFacts]:
+    """Says which labels of the classifier count as unsafe; rows are scored by the job, which has the weights.
+
+    Args:
+        place: JOB_DATA__SAFETY_MODEL.
+        revision: JOB_DATA__SAFETY_REVISION.
+        labels: JOB_DATA__UNSAFE_LABELS.
+        threshold: JOB_DATA__UNSAFE_THRESHOLD.
+        online: Whether the hub can be reached.
+        folder: Folder for copies from a store.
+        storage: How to reach stores.
+    """
+    with naming(SAFETY_SETTING):
+        found, held, download = _auxiliary_model(
+            place, revision, "safety", online=online, folder=folder, storage=storage
+        )
+        known = Labels(found, SAFETY_SETTING)
+    chosen = unsafe_labels(known.names, labels, exclusive=known.exclusive)
+    what = f"{place}: unsafe is a probability of at least {threshold:g} for {', '.join(chosen)}"
+    facts = AuxiliaryFacts(download, count_weights(found, held, heads=False))
+    return "ok", f"{what}; the job scores the rows, the plan does not", facts
+
+
+def preview_judge(
+    rules: str,
+    judge: str,
+    revision: str | None,
+    *,
+    online: Online,
+    folder: Path,
+    storage: StorageOptions,
+) -> Found[AuxiliaryFacts]:
+    """Reads the rules, and looks whether the judge is there; nothing is asked of a server.
+
+    Args:
+        rules: JOB_EVAL__PRINCIPLES.
+        judge: JOB_EVAL__JUDGE.
+        revision: JOB_EVAL__JUDGE_REVISION.
+        online: Whether the hub can be reached.
+        folder: Folder for copies from a store.
+        storage: How to reach stores.
+    """
+    found = read_principles(Path(rules))
+    what = f"{len(found)} rules; each pair of answers is judged twice by {judge}"
+    asked = ceil(len(question(found, "", "", "")) / CHARACTERS_PER_TOKEN)
+    if is_server(judge):
+        facts = AuxiliaryFacts(0, None, asked, served=True)
+        return "ok", f"{what}, which the plan does not ask; how long that takes is the server's matter", facts
+    with naming("JOB_EVAL__JUDGE"):
+        place, held, download = _auxiliary_model(
+            judge, revision, "judge", online=online, folder=folder, storage=storage
+        )
+    return "ok", what, AuxiliaryFacts(download, count_weights(place, held, heads=True), asked)
+
+
+def _auxiliary_model(
+    place: str, revision: str | None, name: str, *, online: Online, folder: Path, storage: StorageOptions
+) -> tuple[Path, int | None, int]:
+    """The small files of an auxiliary model, its weights' bytes, and the bytes to fetch.
+
+    The small files are copied from a store to the folder `name`. The weights' bytes are None if they are unknown.
+
+    Raises:
+        DataError, SettingsError: There is nothing at its place, or no weights in safetensors.
+    """
+    held: int | None
+    if is_remote(place):
+        (folder / name).mkdir()
+        found, weights = _fetch_small_files(place, folder / name, storage)
+        held = download = size(place, storage)
+    elif (local := local_model(place)) is not None:
+        files = weight_files(local)
+        found, weights, held, download = local, len(files), sum(file.stat().st_size for file in files), 0
+    else:
+        found, weights, held, _ = _of_the_hub(place, revision, online=online)
+        download = held or 0
+    if not weights:
+        raise DataError([Problem("JOB_MODEL__ID", f"{place} has no weights in safetensors")])
+    return found, held, download
+
+
+def _config(place: Path, source: str) -> dict[str, Any]:
+    """The model's config.json."""
+    try:
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} has no config.json that can be read: {error}")]) from error
+    if not isinstance(config, dict):
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} has a config.json that holds no object")])
+    return config
+
+
+def _of_the_hub(source: str, revision: str | None, *, online: Online) -> tuple[Path, int, int | None, str]:
+    """(folder, number of weight files, bytes to fetch, where it was found, as a sentence)."""
+    if online():
+        place, files = peek_model(source, revision)
+        weights = sum(name.endswith(".safetensors") for name in files)
+        return place, weights, sum(files.values()), f"{source} can be fetched from the hub"
+    cached = cached_model(source, revision)
+    if cached is None or not (cached / "config.json").exists():
+        raise NotChecked(f"{source} is not in the cache, and {HUB_UNREACHABLE}")
+    return cached, 1, None, f"{source} is in the cache; for its weights {HUB_UNREACHABLE}"
+
+
+def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tuple[Path, int]:
+    """Copies everything but the weights; returns the folder and the number of weight files."""
+    store = open_store(source, storage)
+    found = list(store.list())
+    if not found:
+        raise SettingsError([Problem("JOB_MODEL__ID", f"there is nothing at {source}; correct the URI")])
+    target = folder / "model"
+    target.mkdir()
+    for info in found:
+        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
+            store.download(info.key, target / info.key)
+    return target, sum(info.key.endswith(".safetensors") for info in found)

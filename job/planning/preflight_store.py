@@ -1,0 +1,86 @@
+"""The check of `plan` that a store takes what the job will write, by requests like those of the job."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+from job.errors import Unreachable
+from job.planning.preflight import Found
+from job.storage.base import disk_errors
+from job.storage.local import LocalStore
+from job.storage.open import ObjectStore
+
+FILE_BYTES = (8 << 20) + 1
+"""Size of the file that `plan` uploads to a store: enough for a multipart upload, as checkpoints have."""
+
+
+def round_trip(store: ObjectStore, name: str) -> Found[float]:
+    """Tests a store with the requests that the job will make, on objects of its own; returns the seconds it took.
+
+    A small object is written and read, files of 0 and of `FILE_BYTES` bytes are uploaded and downloaded, all are listed
+    and deleted, and conditional writes are tried.
+
+    Args:
+        store: The store.
+        name: The store's name in the result's sentence.
+
+    Raises:
+        AccessDenied: A kind of request is not allowed.
+        Unreachable: The store does not answer, or returns something else than was written.
+    """
+    key, content = f".plan-{uuid4().hex}", uuid4().bytes
+    files = {f"{key}-{size}": size for size in (0, FILE_BYTES)}
+    began = time.monotonic()
+    try:
+        store.write(key, content)
+        stored = store.read(key)
+        whole = [_file_round_trip(store, one, size) for one, size in files.items()]
+        listed = [info.key for info in store.list(key)]
+    finally:
+        for one in (key, *files):
+            store.delete(one)
+    right = stored is not None and stored.data == content and all(whole) and listed == sorted([key, *files])
+    if not right or store.read(key) is not None:
+        raise Unreachable(f"{name}: objects that were written could not be read, listed and deleted unchanged")
+    conditional = store.conditional_writes()
+    seconds = time.monotonic() - began
+    what = f"{name}: wrote, read, listed and deleted"
+    if conditional:
+        return "ok", f"{what}; conditional writes are honoured", seconds
+    return (
+        "note",
+        f"{what}; no conditional writes, so two attempts that start at the same time may both run for a while",
+        seconds,
+    )
+
+
+def _file_round_trip(store: ObjectStore, key: str, size: int) -> bool:
+    """Whether an uploaded file of random bytes is downloaded unchanged."""
+    with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder, disk_errors(f"cannot write to {folder}"):
+        there, back = Path(folder, "there"), Path(folder, "back")
+        there.write_bytes(os.urandom(size))
+        store.upload(there, key)
+        try:
+            store.download(key, back, max_bytes=size)
+        except FileNotFoundError:
+            return False
+        return there.read_bytes() == back.read_bytes()
+
+
+def local_round_trip(output: Path, name: str) -> Found[float]:
+    """`round_trip` in a temporary folder below a local output; it and the parents it created are removed again."""
+    root = output / f".plan-{uuid4().hex}"
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    try:
+        return round_trip(LocalStore(root), name)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+        with suppress(OSError):
+            for folder in made[1:]:
+                folder.rmdir()  # fails unless it is empty: another process may use it by now

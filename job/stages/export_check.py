@@ -1,0 +1,113 @@
+"""Checks, before training and again before the merge, that a run can be exported as its settings ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from job import log
+from job.common.export_formats import (
+    GGUF,
+    MERGED,
+    derived,
+    find_format,
+    split_name,
+    weights_bytes,
+)
+from job.common.formatting import size
+from job.common.resources import available_bytes, check_disk, required_bytes
+from job.errors import Problem, SettingsError, Unreachable
+from job.export.checkpoint import SHARD
+from job.export.formats import derived_format
+from job.export.merge import Candidates, candidates
+from job.export.quantizable import quantizable
+from job.export.scoring import gpu_bytes
+from job.model.files import build_empty, read_config
+from job.runs.attempt import Attempt
+from job.settings.schema import Export
+from job.stages.handoff import Loaded
+from job.storage.hub import MAX_FILE
+
+
+def check_export(attempt: Attempt, options: Export, judged: str, original: Path, loaded: Loaded) -> Candidates:
+    """Refuses before training what cannot be exported after it; returns the merges that will be made.
+
+    Args:
+        attempt: On its disk the candidates are written.
+        options: Name the formats.
+        judged: `JOB_GATE__ON`, the format that the gate judges, or `adapter`.
+        original: Folder of the base's own files.
+        loaded: The model, with any adapter.
+
+    Raises:
+        SettingsError: The base or the adapter cannot be exported as asked for, or the gate judges a format that this
+            machine cannot score.
+        DataError: The base's files cannot be read.
+        Unreachable: The disk or the memory is too small.
+    """
+    names = derived(options.formats)
+    merges = candidates(loaded.model, original, options.merge_onto)
+    problems, sizes = [], dict[str, int]()
+    if names:
+        empty = build_empty(original, read_config(original))
+        sizes = {name: _bytes(name, empty, merges.bytes_each) for name in names}
+        for name in names:
+            found, kind = derived_format(name)
+            if why := found.check(empty, kind):
+                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}"))
+            why = found.cannot_score(loaded.model.device)
+            if why and judged == name:
+                problems.append(Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; let it judge another"))
+        by_check = {derived_format(name)[0].check_files: name for name in names}  # once for all types of a format
+        for of_files, name in by_check.items():
+            if why := of_files(original, attempt.alive):
+                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out"))
+    if problems:
+        raise SettingsError(problems)
+    for name in names if options.hub else ():
+        if name.startswith(GGUF) and sizes[name] > MAX_FILE:
+            log.get_logger().warning(
+                "the hub may refuse so large a file", export=name, bytes=sizes[name], most=MAX_FILE
+            )
+    check_disk(attempt.work, required_bytes([len(merges.names) * merges.bytes_each, *sizes.values()]))
+    _check_memory(loaded.model, merges.bytes_each, sizes)
+    return merges
+
+
+def _bytes(name: str, empty: Any, merged_bytes: int) -> int:
+    """Estimated bytes of a format that is made from the merged model, from an empty model of its architecture."""
+    every = sum(parameter.numel() for parameter in empty.parameters())
+    linear = sum(empty.get_submodule(layer).weight.numel() for layer in quantizable(empty))
+    return weights_bytes(name, linear, every - linear, plain=round(merged_bytes / every))
+
+
+def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> None:
+    """Refuses what this machine's memory cannot hold once training is done and the model is given up.
+
+    Only what is certain: the weights themselves, without what is computed with them. `sizes` has the bytes of the
+    formats that are made from the merged model.
+
+    Raises:
+        Unreachable: It is too small. A retry may get a machine with more.
+    """
+    on_gpu = model.device.type == "cuda"
+    # what is held while one format is made or scored, and what for
+    needs = [(min(SHARD, merged_bytes), MERGED) if on_gpu else (merged_bytes, MERGED)]
+    for name, size_ in sizes.items():
+        if find_format(name).calibrated:
+            needs.append((merged_bytes, name))
+        elif split_name(name)[0] == GGUF:  # on the processor
+            needs.append((size_, name))
+    if on_gpu and (total := gpu_bytes(model.device)) < merged_bytes:
+        raise Unreachable(
+            f"the merged model takes {size(merged_bytes, ' ')} of the GPU's memory to be scored, which has "
+            f"{size(total, ' ')}; take a larger GPU, or leave JOB_EXPORT__FORMATS empty and merge on another machine"
+        )
+    held = 0 if on_gpu else sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    need, name = max(needs)
+    if (free := available_bytes() + held) < need:
+        raise Unreachable(
+            f"JOB_EXPORT__FORMATS: {name} takes {size(need, ' ')} of this machine's memory, and {size(free, ' ')} are "
+            "free; give the machine or the pod more, or leave it out"
+        )

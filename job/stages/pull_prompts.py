@@ -1,0 +1,111 @@
+"""The prompts of JOB_EVAL__PROMPTS: a file of them, or the first validation rows without their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from job import log
+from job.common.methods import SFT
+from job.common.source_list import Source
+from job.data.prompts import find_prompts, prompts_sha256, read_prompts, validation_prompts
+from job.data.token_cache import Tokens
+from job.data.training_and_validation import ValidationSource
+from job.errors import DataError, Problem
+from job.records import PromptRow, PromptsRecord
+from job.runs.attempt import Attempt
+from job.settings.schema import Eval
+from job.stages.fetch_input import fetch_input
+from job.stages.pull_rows import RowSettings, read_rows
+from job.storage.open import StorageOptions
+
+
+def find_prompt_rows(
+    attempt: Attempt,
+    options: Eval,
+    rows: RowSettings,
+    storage: StorageOptions,
+    *,
+    tokens: Tokens,
+    tokenizer: Any,
+    fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
+    how: Mapping[str, Any],
+    auditing: Mapping[str, Any],
+) -> list[PromptRow]:
+    """The prompts of JOB_EVAL__PROMPTS; none where it is empty. `fetched` and `tokens` are of the training data.
+
+    `how` goes to `read_prompts`, `auditing` to `load_tokens` where audited training data is read once more.
+
+    Raises:
+        DataError: They cannot be read, or there are none.
+    """
+    place = options.prompts
+    if place is None:
+        return []
+    if isinstance(place, int):
+        # Rows that are read again are the same only if the audit leaves out the same ones.
+        left_out = tokens.record.audit is not None and tokens.record.audit.left_out
+        again = auditing if left_out else how
+        return _prompts_of_rows(attempt, options, rows, fetched, tokens=tokens, tokenizer=tokenizer, how=again)
+    return read_prompts(
+        find_prompts(fetch_input(attempt, place, "prompts", storage)),
+        place,
+        tokenizer=tokenizer,
+        schema=tokens.record.format,
+        most_tokens=_longest_prompt(options, rows),
+        template_arguments=rows.data.chat_template_arguments,
+        **how,
+    )
+
+
+def _prompts_of_rows(
+    attempt: Attempt,
+    options: Eval,
+    rows: RowSettings,
+    fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
+    *,
+    tokens: Tokens,
+    tokenizer: Any,
+    how: Mapping[str, Any],
+) -> list[PromptRow]:
+    """The prompts of the first JOB_EVAL__PROMPTS validation rows; `fetched` and `tokens` are of all rows.
+
+    Raises:
+        DataError: The rows have no prompts.
+    """
+    asked, held = int(options.prompts or 0), tokens.validation or ()
+    if rows.train.rows_loss_on == "all" and rows.train.last_method == SFT:
+        # Where all tokens are targets, they do not say where the prompt ends: the same rows, read for that.
+        train = rows.train.model_copy(update={"loss_on": "completion"})
+        again = read_rows(attempt, replace(rows, train=train), *fetched, tokenizer, **how)
+        if [again.record.rows, len(again.validation or ())] != [tokens.record.rows, len(held)]:
+            what = "some rows cannot be split into prompt and completion; give a file of prompts instead of a number"
+            raise DataError([Problem("JOB_EVAL__PROMPTS", what)])
+        held = again.validation or ()
+    most = _longest_prompt(options, rows)
+    found = list(validation_prompts(held, asked, tokenizer, most))
+    if not found:
+        what = f"no validation row of the schema {tokens.record.format} has a prompt of at most {most:,} tokens"
+        raise DataError([Problem("JOB_EVAL__PROMPTS", f"{what}; give a file of prompts instead of a number")])
+    if len(found) < asked:
+        log.get_logger().warning("there are fewer prompts than JOB_EVAL__PROMPTS", prompts=len(found), asked=asked)
+    return found
+
+
+def _longest_prompt(options: Eval, rows: RowSettings) -> int:
+    """In tokens, so that an answer has room behind it."""
+    return rows.train.max_length - options.prompts_max_new_tokens
+
+
+def prompts_record(options: Eval, prompts: Sequence[PromptRow]) -> PromptsRecord | None:
+    """What the record of the pull says about the prompts; None where there are none."""
+    if not prompts:
+        return None
+    asked = options.prompts
+    return PromptsRecord(
+        source=asked if isinstance(asked, str) else "validation rows",
+        count=len(prompts),
+        max_new_tokens=options.prompts_max_new_tokens,
+        sha256=prompts_sha256([(prompt.text, prompt.reference) for prompt in prompts]),
+    )

@@ -1,0 +1,138 @@
+"""The rows to train and to validate on: copied from stores, looked up on the hub, and read as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from job.common.resources import usable_cpus
+from job.common.source_list import Source, locate_sources, parse_sources
+from job.data.hub_dataset import check_hub_dataset
+from job.data.token_cache import Tokens, load_tokens
+from job.data.training_and_validation import ValidationSource, what_to_validate_on
+from job.records import Pulled
+from job.runs.attempt import Attempt
+from job.runs.layout import Stage
+from job.settings.schema import Data, Train
+from job.settings.training_stages import naming_its_settings
+from job.stages.fetch_input import fetch_input
+from job.storage.location import is_remote
+from job.storage.open import StorageOptions
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """The settings that decide which rows a training stage reads, and how they become tokens.
+
+    Attributes:
+        data: The training data.
+        train: The longest row, and what the loss counts.
+        seed: That of the order of the rows.
+        cache: `JOB_STORAGE__CACHE`, where tokens are kept for later starts; None to keep none.
+        part_of: The run that this one is the first stage of; see `naming_its_settings`.
+    """
+
+    data: Data
+    train: Train
+    seed: int
+    cache: str | None
+    part_of: str | None
+
+
+def validation_of(data: Data) -> float | ValidationSource | None:
+    """What to validate on: a share or a number of the rows, or a source of its own; None for nothing."""
+    return what_to_validate_on(
+        data.validation,
+        source=data.source,
+        source_revision=data.revision,
+        validation_revision=data.validation_revision,
+        validation_split=data.validation_split,
+    )
+
+
+def check_hub(rows: RowSettings) -> None:
+    """Asks the hub whether the data sets that it has are there, before weights are downloaded.
+
+    Raises:
+        DataError, SettingsError: One is not.
+        Unreachable, AccessDenied: The hub cannot be used.
+    """
+    with naming_its_settings(rows.part_of):
+        for source in parse_sources(rows.data.source):
+            check_hub_dataset(source.place, source.revision or rows.data.revision)
+    validation = validation_of(rows.data)
+    if isinstance(validation, ValidationSource) and not is_remote(validation.name):
+        check_hub_dataset(validation.name, validation.revision)
+
+
+def fetch_rows(
+    attempt: Attempt, rows: RowSettings, storage: StorageOptions, below: str = ""
+) -> tuple[str | Sequence[Source], float | ValidationSource | None]:
+    """What to train on, and what to validate on, copied from stores to folders that begin with `below`.
+
+    A later attempt has the revisions that the first one found; not for a later stage, which has a `below`.
+
+    Raises:
+        DataError, SettingsError, Unreachable, AccessDenied, Preempted: As `fetch_input`.
+    """
+    with naming_its_settings(rows.part_of):
+        source = locate_sources(
+            rows.data.source, lambda place, kind: fetch_input(attempt, place, f"{below}{kind}", storage)
+        )
+        validation = validation_of(rows.data)
+        if isinstance(validation, ValidationSource):
+            place = fetch_input(attempt, validation.place, f"{below}validation", storage)
+            validation = replace(validation, place=place)
+    earlier = None if below else attempt.recorded(Stage.PULL, Pulled)
+    if earlier is None:
+        return source, validation
+    # the branches may have moved since the first attempt
+    if not isinstance(source, str):
+        commits = {one.source: one.revision for one in earlier.dataset.sources}
+        source = tuple(replace(one, revision=commits.get(one.name) or one.revision) for one in source)
+    known = earlier.dataset.validation
+    if isinstance(validation, ValidationSource) and known is not None:
+        validation = replace(validation, revision=known.revision or validation.revision)
+    return source, validation
+
+
+def read_rows(
+    attempt: Attempt,
+    rows: RowSettings,
+    source: str | Sequence[Source],
+    validation: float | ValidationSource | None,
+    tokenizer: Any,
+    **how: Any,
+) -> Tokens:
+    """The tokens for training and for validation; `source` and `validation` as `fetch_rows` returns them.
+
+    Raises:
+        DataError, SettingsError, Unreachable, AccessDenied, Preempted: As `load_tokens`, which gets `how`.
+    """
+    data, train, cache = rows.data, rows.train, rows.cache
+    with naming_its_settings(rows.part_of):
+        return load_tokens(
+            source,
+            validation,
+            root=attempt.work if cache is None else Path(cache),
+            keep=cache is not None,
+            processes=usable_cpus(),
+            name=data.source,
+            revision=data.revision,
+            split=data.split,
+            limit=data.limit,
+            schema=None if data.format == "auto" else data.format,
+            on_bad_row=data.on_bad_row,
+            loss_on=train.rows_loss_on,
+            max_length=train.max_length,
+            tokenizer=tokenizer,
+            method=train.last_method,
+            template_arguments=data.chat_template_arguments,
+            field_names=data.fields,
+            on_long_row=data.on_long_row,
+            row_weights=data.row_weights,
+            seed=rows.seed,
+            **how,
+        )
