@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE
@@ -141,6 +142,25 @@ def test_the_gradient_is_that_of_one_process(
     for one in (again, *(turn for other in others for turn in other)):
         assert torch.equal(one[0], first[0])
         assert torch.equal(one[1], first[1])
+
+
+def test_uneven_heads(base_folder: Path, tmp_path: Path) -> None:
+    """Four heads of queries and of keys in three processes: one has two of each."""
+    shutil.copytree(base_folder, folder := tmp_path / "base")
+    torch.manual_seed(0)
+    config = MistralConfig.from_pretrained(base_folder, num_key_value_heads=4)
+    MistralForCausalLM(config).save_pretrained(folder)
+    row = EXAMPLES[-1:]
+    alone, parameters = a_step(fused(folder), examples=row)
+    loss = alone(0)
+
+    def work(model: Any, group: Threads) -> tuple[torch.Tensor, torch.Tensor]:
+        made, own = a_step(model, group, DIVIDED, row)
+        return made(0), own.gradient
+
+    for found in by_several(3, work, lambda _: fused(folder)):
+        torch.testing.assert_close(found[0], loss)
+        assert_close(found[1], parameters.gradient)
 
 
 @pytest.mark.parametrize("place", ["gpu", "sharded"])
