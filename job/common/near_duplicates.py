@@ -15,6 +15,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
+from job.common.imports import later
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -64,7 +66,8 @@ def row_hash(texts: Sequence[str]) -> bytes:
 
 @cache
 def _hasher() -> Any:
-    from datasketch import MinHash
+    with later("scipy.integrate", "quad"):  # for datasketch's indexes, which nothing here uses: half a second
+        from datasketch import MinHash
 
     return MinHash(VALUES, SEED, hashfunc=int, scheme="affine32")
 

@@ -91,6 +91,11 @@ def _are_known(names: frozenset[str]) -> bool:
     return known == names
 
 
+def import_tasks() -> None:
+    """Imports lm-eval's tasks, which import datasets: half a second."""
+    import lm_eval.tasks  # noqa: F401
+
+
 @cache
 def open_index(names: tuple[str, ...]) -> Any:
     """lm-eval's index of tasks, made from the folders with files of these names only, if that finds all of them.

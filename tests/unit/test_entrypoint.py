@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -253,6 +255,21 @@ class TestWithGpu:
     """What nvidia-smi says is logged once, and compared with what the image was built for."""
 
     H100 = "9.0, NVIDIA H100 80GB HBM3, 81559 MiB, 580.65.06"
+
+    def test_the_files_of_imports_are_read_ahead(self, start: Start, tmp_path: Path) -> None:
+        """While nvidia-smi answers and Python starts, the files that the image lists are read, those that exist."""
+        gpus(tmp_path, "13.0", self.H100)
+        os.mkfifo(pipe := tmp_path / "-a module\n")
+        (tmp_path / "opt/read-ahead").write_text(f"{tmp_path}/missing\0{pipe}")
+        done = start("run")
+        assert (done.code, done.started) == (0, "run")
+        assert len(done.events) == 1
+        for _ in range(200):
+            with suppress(OSError):  # nobody reads it yet
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+                return
+            time.sleep(0.05)
+        pytest.fail("nobody reads it")
 
     @pytest.mark.parametrize("banner", [BANNER, NEW_BANNER])
     def test_the_facts_are_logged(self, start: Start, tmp_path: Path, banner: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from job.common.imports import without
+from job.common.imports import MAX_READ_AHEAD, distributions_read_when_needed, imported_files, later, without
 
 
 def test_a_package_is_hidden_within_and_found_afterwards() -> None:
@@ -34,3 +36,42 @@ def test_an_error_within_hides_nothing_for_good() -> None:
     with pytest.raises(ZeroDivisionError), without("colorsys"):
         raise ZeroDivisionError
     assert find_spec("colorsys") is not None
+
+
+def test_a_function_of_a_later_module_works() -> None:
+    """A library that takes it from the module does not import the module before it calls the function."""
+    sys.modules.pop("colorsys", None)
+    with later("colorsys", "rgb_to_hsv"):
+        code = compile("from colorsys import rgb_to_hsv", "library", "exec")
+        exec(code, library := dict[str, Any]())
+        with pytest.raises(ImportError):
+            exec(compile("from colorsys import hsv_to_rgb", "library", "exec"))
+    assert "colorsys" not in sys.modules
+    assert library["rgb_to_hsv"](1.0, 0.0, 0.0) == (0.0, 1.0, 1.0)
+    with later("colorsys"):
+        assert import_module("colorsys").hsv_to_rgb(0.0, 1.0, 1.0) == (1.0, 0.0, 0.0)
+
+
+def test_distributions_are_read_when_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that only keeps the answer reads nothing; one that uses it gets what it would have got, read once."""
+    reads = []
+    known = {"yaml": ["PyYAML"]}
+    monkeypatch.setattr(metadata, "packages_distributions", own := lambda: reads.append(1) or known)
+    with distributions_read_when_needed():
+        kept = metadata.packages_distributions()
+    assert metadata.packages_distributions is own
+    assert not reads
+    assert (kept["yaml"], kept.get("vllm"), dict(kept)) == (["PyYAML"], None, known)
+    assert reads == [1]
+    with pytest.raises(KeyError):
+        kept["vllm"]
+
+
+def test_the_files_of_imports_are_named() -> None:
+    """Compiled modules and native libraries that this process has, and no large ones."""
+    import pydantic_core
+
+    files = imported_files()
+    assert pydantic_core._pydantic_core.__file__ in files
+    assert any(f"{Path(pytest.__file__).stem}" in Path(file).name and file.endswith(".pyc") for file in files)
+    assert max(Path(file).stat().st_size for file in files) <= MAX_READ_AHEAD
