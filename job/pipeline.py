@@ -322,8 +322,11 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
 
     garbage_collection.enable()  # it was off for faster imports, and nearly all are done
     attempt.identify(sources.record)
+    attempt.loading = True
+    attempt.note("running")  # nothing is noted while loading: if the kernel kills it for its memory, this is the record
     begin = partial(put_first_values, attempt, settings.lora.init, sources)
     loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
+    attempt.loading = False
     if needs_merge(settings.export.formats) and sources.original is not None:
         from job.stages.export_check import check_export
 

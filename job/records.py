@@ -733,6 +733,8 @@ class Pulled:
     """Of the rules of JOB_EVAL__PRINCIPLES and the files of JOB_EVAL__JUDGE; None without, and in older records."""
     judge_revision: str | None = None
     """The commit of a judge on the hub."""
+    start_revision: str | None = None
+    """The commit of an adapter on the hub that training starts from."""
 
 
 @dataclass(frozen=True)

@@ -247,8 +247,11 @@ def restore(
             skipped.append(Skipped(step, str(error)))
             get_logger().warning("checkpoint is incomplete or damaged, trying an older one", step=step, why=str(error))
             continue
-        if changed := sorted(k for k in software if marker.software.get(k) != software[k]):
-            get_logger().warning("checkpoint is of other software versions", changed=changed)
+        before = marker.software
+        if changed := sorted(k for k in software if before.get(k) != software[k]):
+            versions = [f"{k} {before.get(k, 'unknown')} before, {software[k]} now" for k in changed]
+            what = "checkpoint is of other software versions: the last bits of the result may change"
+            get_logger().warning(what, changed=versions)
         if marker.world_size != world_size:
             what = "checkpoint is of another number of processes: the same examples a step, not the same bits"
             get_logger().warning(what, processes=world_size, before=marker.world_size)

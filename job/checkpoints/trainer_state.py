@@ -30,13 +30,32 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class HowComputed:
+    """What decides the last bits of a gradient beside recipe, software and hardware.
+
+    `forward` and `tile_tokens` are those of `records.ExecutionPlan`. `padded` has, by process, the shapes (length,
+    segments) that packed sequences are padded to with the token budget of the newest step; None where none is padded.
+    """
+
+    forward: str
+    tile_tokens: int | None
+    padded: list[list[tuple[int, int]]] | None
+    divided_above: int | None = None
+    """Of how many tokens a row was the longest that one process computed; None where none was divided."""
+
+
+@dataclass(frozen=True)
 class _Progress:
-    """What `progress.json` holds; `optimizer` is what `split_optimizer_state` leaves beside the tensors."""
+    """What `progress.json` holds; `optimizer` is what `split_optimizer_state` leaves beside the tensors.
+
+    `computed` is None in checkpoints of older versions.
+    """
 
     step: int
     optimizer: _PlainOptimizer
     scheduler: dict[str, Any]
     scaler: dict[str, Any] | None
+    computed: HowComputed | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,9 @@ class TrainerFiles:
     """A key of `OPTIMIZERS`; None where any of them may have written the checkpoint."""
 
 
-def write_trainer_state(folder: Path, files: TrainerFiles, history: Sequence[StepMetrics]) -> None:
+def write_trainer_state(
+    folder: Path, files: TrainerFiles, history: Sequence[StepMetrics], computed: HowComputed | None = None
+) -> None:
     """Writes a checkpoint of the trainer's live objects into a new folder."""
     from safetensors.torch import save_file
 
@@ -76,6 +97,7 @@ def write_trainer_state(folder: Path, files: TrainerFiles, history: Sequence[Ste
         "optimizer": plain,
         "scheduler": {key: value for key, value in files.scheduler.state_dict().items() if key != "lr_lambdas"},
         "scaler": files.scaler.state_dict() if files.scaler is not None else None,
+        "computed": None if computed is None else asdict(computed),
     }
     (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
     if is_adalora(files.model):
@@ -117,6 +139,11 @@ def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     if files.scaler is not None and progress["scaler"] is not None:
         files.scaler.load_state_dict(progress["scaler"])
     return read_metrics(folder / METRICS)
+
+
+def read_how_computed(folder: Path) -> HowComputed | None:
+    """How the gradients of a checkpoint were computed; None if an older version wrote it."""
+    return _parse_as(_Progress, folder / PROGRESS).computed
 
 
 def write_validations(

@@ -106,6 +106,14 @@ def load_tokens(
     if key is not None and (found := _find(folder)) is not None:
         log.get_logger().info("the tokens are known from an earlier start", folder=str(folder), rows=found.record.rows)
         return found
+    if not keep:
+        change = "JOB_STORAGE__CACHE, a folder that outlives the attempt: a later start finds the tokens there"
+        log.get_logger().info("rows are tokenized at every start", change=change)
+    elif key is None:
+        log.get_logger().info("rows are tokenized at every start: their tokenizer cannot be named by a hash")
+    else:
+        what = "no kept tokens of exactly these rows, settings and versions: rows are tokenized"
+        log.get_logger().info(what, folder=str(folder.parent))
     notes = Notes()
     with disk_errors(f"cannot write {folder}"), new_folder(folder) as new:
         _, held, record = load_rows(

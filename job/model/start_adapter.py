@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,22 @@ _INITS = {True, None, "gaussian", "orthogonal"}
 """Values of `init_lora_weights` that leave the base as it is; others, such as `pissa`, belong to a changed base."""
 
 
-def find_start(place: str, folder: Path, storage: StorageOptions) -> Path:
-    """The folder of an adapter's files, downloaded where it is not local.
+@dataclass(frozen=True)
+class FoundStart:
+    """The folder of an adapter's files, and their commit if they are of the hub."""
+
+    folder: Path
+    commit: str | None
+
+
+def find_start(place: str, folder: Path, storage: StorageOptions, commit: str | None = None) -> FoundStart:
+    """The adapter's files, downloaded where they are not local.
 
     Args:
         place: A path, the URI of a folder in a store, or a hub id, with `@` and a revision behind it or without.
         folder: Where to put what is downloaded from a store.
         storage: Options of the store.
+        commit: Of the hub, found by the first attempt of a run: a branch, or none, may be at another by now.
 
     Raises:
         DataError: There is no adapter in safetensors.
@@ -45,14 +55,17 @@ def find_start(place: str, folder: Path, storage: StorageOptions) -> Path:
     if is_remote(place):
         found = Path(fetch(place.rstrip("/") + "/", folder, storage))
     elif (local := local_start(place)) is not None:
-        return local
+        return FoundStart(local, None)
     else:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
 
         name, _, revision = place.partition("@")
         with hub_errors(f"adapter {place}"):
-            found = Path(snapshot_download(name, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS]))
-    return _with_adapter(found, place)
+            wanted = commit or revision or None
+            commit = str(HfApi().resolve_revision(name, repo_type="model", revision=wanted).resolved)
+            found = Path(snapshot_download(name, revision=commit, allow_patterns=[CONFIG, WEIGHTS]))
+        return FoundStart(_with_adapter(found, place), commit)
+    return FoundStart(_with_adapter(found, place), None)
 
 
 def local_start(place: str) -> Path | None:

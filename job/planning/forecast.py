@@ -110,6 +110,7 @@ class RunShape:
         full_precision: Whether the base with its original weights is scored too, where it fits.
         placements: Where the base's 4-bit weights may lie, the fastest first; see `memory_model.PLACEMENTS`.
         processes: That share the work, each with a GPU.
+        processes_here: Those of one machine.
         tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
         recorded: Whether the method's GPU kernels can be recorded as CUDA graphs, where fused layers compute.
         offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
@@ -143,6 +144,7 @@ class RunShape:
     full_precision: bool = False
     placements: tuple[str, ...] = ("gpu",)
     processes: int = 1
+    processes_here: int = 1
     tiles: bool = False
     recorded: bool = True
     offload: bool | None = None
@@ -367,7 +369,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         what = f"activations of the longest row lie in main memory, at least {size(least, ' ')}"
         note = "; ".join(filter(None, (note, what)))
     if fits and placement != "gpu":
-        note = "; ".join(filter(None, (note, _where(setup, usable, needs))))
+        note = "; ".join(filter(None, (note, _where(setup, usable, needs, run.processes_here))))
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     hours = _hours(gpu, run, setup, execution) if fits else None
     kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
@@ -441,14 +443,14 @@ def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.M
     return memory_model.training_memory(setup, tokens)
 
 
-def _where(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> str:
+def _where(setup: Setup, usable: int, needs: Callable[[Setup], int], processes: int) -> str:
     """What is said of a base that is not on the GPU as a whole; and how many GPUs would hold it."""
     if setup.placement == "sharded":
         return f"the base's 4-bit weights are sharded over the {setup.processes} GPUs"
     sharded = (replace(setup, placement="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
     enough = next((one.processes for one in sharded if needs(one) <= usable), None)
     more = "" if enough is None else f"; {enough} of these GPUs hold them sharded, which is faster"
-    return f"the base's 4-bit weights lie in main memory, {size(memory_model.packed_bytes(setup), ' ')}{more}"
+    return f"{memory_model.copies_in_main_memory(setup, processes)}{more}"
 
 
 def _budget(run: RunShape, setup: Setup, usable: int) -> int:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from job.common.export_formats import GGUF
 from job.common.formatting import size
-from job.common.resources import check_disk, checkpoint_bytes, required_bytes
+from job.common.resources import available_bytes, check_disk, checkpoint_bytes, required_bytes
 from job.common.source_list import parse_sources
 from job.data.licences import LICENCES, find_licence
-from job.errors import JobError, combine
+from job.distributed.launcher import count_processes
+from job.errors import JobError, Problem, SettingsError, combine
 from job.planning import forecast
 from job.planning.auxiliary_models import FP32_SHARE
 from job.planning.forecast import Estimate, GpuForecast, RunShape, estimates, forecast_gpu
@@ -52,14 +53,19 @@ def make_plan(settings: Settings, show: int = 0) -> Plan:
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-") as folder:
         seen = check_run_inputs(settings, Path(folder), show)
     checks = [*seen.checks]
-    run = shape_of_run(settings, seen, checks)
+    # As a run on this machine would count them; a plan for another machine names the number.
+    processes = count_processes("auto") if settings.run.processes == "auto" else settings.run.processes
+    alone = [*_sharded_alone(settings, processes)]
+    checks += alone
+    run = shape_of_run(settings, seen, checks, processes)
     gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
-    checks += [_licence(settings, seen), _disk(settings, run), SHARED_MEMORY, *_large_files(settings, run)]
+    memory = [SHARED_MEMORY, *_main_memory(settings, run)]
+    checks += [_licence(settings, seen), _disk(settings, run), *memory, *_large_files(settings, run)]
     return Plan(
         title=f"{settings.model.id} on {settings.data.source}, to {settings.run.output.rstrip('/')}/{settings.run.id}",
         checks=tuple(checks),
         figures=(*_measured(seen), *estimates(run)),
-        gpus=() if run.setup is None else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
+        gpus=() if run.setup is None or alone else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
         largest_step=run.workload.largest_step if run.workload else None,
         assumptions=_assumptions(settings),
         shown=tuple(row for data in (seen.first_data, seen.data) if data for row in data.shown),
@@ -98,6 +104,16 @@ def _licence(settings: Settings, seen: Preflight) -> PreflightResult:
     )
 
 
+def _sharded_alone(settings: Settings, processes: int) -> Iterator[PreflightResult]:
+    """What is wrong where the base is to be sharded over a single process, which `auto` may come to."""
+    if settings.model.placement != "sharded" or processes * settings.run.nodes > 1:
+        return
+    what = "is sharded, and JOB_RUN__PROCESSES=auto is one process for each GPU: fewer than two are visible here"
+    fix = "set JOB_RUN__PROCESSES to the number of GPUs of the machine that will run it, or take gpu or host"
+    error = SettingsError([Problem("JOB_MODEL__PLACEMENT", f"{what}; {fix}")])
+    yield PreflightResult("placement", "wrong", str(error), error)
+
+
 def _disk(settings: Settings, run: RunShape) -> PreflightResult:
     """Whether this machine's disk has enough space; the machine with the GPU needs as much."""
     folder = Path(settings.storage.cache or tempfile.gettempdir())
@@ -109,6 +125,18 @@ def _disk(settings: Settings, run: RunShape) -> PreflightResult:
         return "ok", f"about {size(need, ' ')} are needed; {folder} has them on this machine", None
 
     return run_check("disk", work, unreachable="note")[0]
+
+
+def _main_memory(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:
+    """Whether this machine or its container has memory for a base that lies there; a run's machine needs as much."""
+    if settings.model.placement != "host" or run.setup is None:
+        return
+    need = run.processes_here * memory_model.packed_bytes(run.setup)
+    free = int(memory_model.MAIN_MEMORY_SHARE * available_bytes())
+    what = memory_model.copies_in_main_memory(run.setup, run.processes_here)
+    fits = need <= free
+    more = f"{size(free, ' ')} are safe to fill here{'' if fits else ', where a run would be refused'}"
+    yield PreflightResult("main memory", "ok" if fits else "note", f"{what}; {more}")
 
 
 def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:

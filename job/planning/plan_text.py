@@ -88,7 +88,7 @@ def as_table(plan: Plan) -> str:
     if plan.gpus:
         parts.append(_gpus(plan))
     else:
-        parts.append("No figures for GPUs: the model is unknown.")
+        parts.append("No figures for GPUs: the model, or the number of GPUs that share it, is unknown.")
     parts.append("\n".join(["assumed:", *_folded([("", text) for text in plan.assumptions])]))
     if plan.shown:
         terminal = sys.stdout is not None and sys.stdout.isatty()

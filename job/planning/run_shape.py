@@ -35,8 +35,11 @@ SMALL_GPU_TOKENS = 4096
 """Token budget for which memory is forecast if none is set: what the job uses on GPUs of 11 to 40 GiB."""
 
 
-def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -> RunShape:
-    """What is known about the run: from the checks, or from the tables of known sizes if they read nothing."""
+def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResult], processes: int = 1) -> RunShape:
+    """What is known about the run: from the checks, or from the tables of known sizes if they read nothing.
+
+    `processes` is their number on one machine.
+    """
     setup, model_basis = _setup(settings, seen, checks)
     workload, data_basis = _workload(settings, seen.data)
     questions, questions_basis = _questions(settings, seen)
@@ -65,8 +68,9 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         fp8=settings.train.compute == "fp8",
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
-        placements=_placements(settings),
-        processes=1 if settings.run.processes == "auto" else settings.run.processes * settings.run.nodes,
+        placements=_placements(settings, processes),
+        processes=processes * settings.run.nodes,
+        processes_here=processes,
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
         auxiliary=_auxiliary(settings, seen, workload),
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
@@ -141,13 +145,13 @@ def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -
     ), basis
 
 
-def _placements(settings: Settings) -> tuple[str, ...]:
-    """Where the base may lie; see `stages.placement`."""
+def _placements(settings: Settings, processes: int) -> tuple[str, ...]:
+    """Where the base may lie with so many processes on a machine; see `stages.placement`."""
     if settings.model.placement != "auto":
         return (settings.model.placement,)
     if settings.model.quantization == "none" or settings.model.keep_dequantized is True:
         return memory_model.PLACEMENTS[:1]
-    several = settings.run.processes not in {"auto", 1} and settings.run.nodes == 1
+    several = processes > 1 and settings.run.nodes == 1
     return tuple(one for one in memory_model.PLACEMENTS if one != "sharded" or several)
 
 

@@ -178,6 +178,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         principles=wording.principles(results),
         audit_statistics=wording.audit_statistics(results["dataset"]),
         policy_rules=wording.policy_rules(results["gate"]),
+        baseline_dtype=wording.other_dtype_of_baseline(results),
         pushed=after.pushed,
         served=[(check, wording.about_served(check)) for check in after.served],
         accuracies=accuracies,

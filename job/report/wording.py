@@ -15,6 +15,7 @@ from job.evaluation.policy import of_metric
 from job.evaluation.principles import verdict_words
 from job.evaluation.statistics import wilson_interval
 from job.records import FP8, NEAR, ServeCheck
+from job.results.reader import scored_in
 
 _SAYS = {
     "improved": "Better than its {base} at {tasks}.",
@@ -95,6 +96,19 @@ def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _base(results: Mapping[str, Any], plain: str = "base") -> str:
     """What the base that was trained on is called: `plain` where it is not quantized."""
     return plain if results["model"]["quantization"] == "none" else "quantized base"
+
+
+def other_dtype_of_baseline(results: Mapping[str, Any]) -> str:
+    """A sentence where the gate's baseline was scored in another dtype than this run; else empty.
+
+    Manifests of older versions do not say what the baseline was scored in.
+    """
+    baseline, own = results["gate"]["baseline"], scored_in(results)["dtype"]
+    before = own if baseline is None else baseline.get("dtype", own)
+    if before == own:
+        return ""
+    what = f"Run {baseline['run']} was scored in {before}, this one in {own}"
+    return f"{what}: the comparison includes the difference of the two."
 
 
 def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[str]:

@@ -38,7 +38,13 @@ class Baseline:
     def compared(self, judged: Mapping[str, TaskScores]) -> dict[str, Any]:
         """The manifest's record of the baseline, and of how what the gate judges, by task, compares with it."""
         tasks = comparison.compare_tasks({task: self.tasks[task].scores for task in judged}, judged)
-        return {"run": self.run, "results": self.results, "sha256": self.sha256, "tasks": tasks}
+        return {
+            "run": self.run,
+            "results": self.results,
+            "sha256": self.sha256,
+            "dtype": self.dtype,
+            "tasks": tasks,
+        }
 
 
 def read_baseline(where: str, storage: StorageOptions) -> Baseline:

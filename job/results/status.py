@@ -22,6 +22,7 @@ from job.errors import Problem, SettingsError, exit_codes
 from job.records import Artifact, TrainingProgress
 from job.runs import lease
 from job.runs.attempt import missing
+from job.runs.killed_for_memory import FIX, why_killed
 from job.runs.layout import (
     ARTIFACTS,
     FIRST_STAGE,
@@ -62,7 +63,8 @@ class AttemptEnd:
         outcome: `preempted`, `stalled`, `failed`, `crashed` (a bug), `complete`, or `killed`: it wrote no end.
         exit_code: Of its process; null if it was killed, completed the run, or is of a version that did not record it.
         meaning: What the exit code means.
-        why: The error's text, without secrets; null where there is none.
+        why: The error's text, without secrets; of a killed attempt what points to full main memory; null where there
+            is neither.
         finished: When, RFC 3339 in UTC; null if it was killed.
     """
 
@@ -98,6 +100,7 @@ class RunStatus:
         last_sign_of_life: When the newest attempt wrote its record last, RFC 3339 in UTC.
         silent_seconds: Seconds since then, by this machine's clock.
         last_end: How the newest attempt that ended did so.
+        likely: Of a `stalled` run, what points to full main memory as the cause; null where nothing does.
         checkpoints: Steps of the checkpoints with a valid commit marker, newest first. Their files are not read.
         gate: Of a finished run, whether its quality gate is met; null without a gate.
         problems: Records that are damaged; the exit code is then 4.
@@ -119,6 +122,7 @@ class RunStatus:
     last_sign_of_life: str | None = None
     silent_seconds: float | None = None
     last_end: AttemptEnd | None = None
+    likely: str | None = None
     checkpoints: tuple[int, ...] = ()
     gate: bool | None = None
     problems: tuple[Problem, ...] = field(default_factory=tuple)
@@ -187,6 +191,7 @@ def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> Run
         last_sign_of_life=sign,
         silent_seconds=silent,
         last_end=last_end,
+        likely=None if current is None or state != "stalled" else why_killed(current),
         checkpoints=checkpoints,
         gate=_gate(results),
         problems=tuple(problems),
@@ -336,9 +341,17 @@ def _last_end(logged: Mapping[int, LoggedAttempt], newest: int) -> AttemptEnd | 
         code = _exit_code(one)
         meaning = exit_codes().get(code, (None, None))[0] if code is not None else None
         why = None if one.noted is None else one.noted.why
-        outcome = "killed" if outcome == "running" else outcome
+        if outcome in {"running", "killed"}:
+            outcome, why = "killed", _why_killed(logged, number)
         return AttemptEnd(number, outcome, code, meaning, why, one.record.finished)
     return None
+
+
+def _why_killed(logged: Mapping[int, LoggedAttempt], number: int) -> str | None:
+    """What the next attempt found out, which could compare the kernel's counts; else what the record itself says."""
+    after = logged.get(number + 1)
+    told = None if after is None or after.noted is None else after.noted.before
+    return told or why_killed(logged[number])
 
 
 def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | None:
@@ -439,6 +452,8 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
         "stages done": ", ".join(status.stages_done),
         "checkpoints": _if(status.attempt, lambda _: _saved(status.checkpoints)),
         f"attempt {end.attempt if end else 0} ended": _if(end, _end),
+        "likely cause": status.likely,
+        "what to change": FIX if status.likely or (end and end.outcome == "killed" and end.why) else None,
     }
     yield from ((name, text) for name, text in texts.items() if text)
     yield from (("damaged", str(problem)) for problem in status.problems)
@@ -473,6 +488,7 @@ def _step(status: RunStatus) -> str:
 
 def _end(end: AttemptEnd) -> str:
     if end.outcome == "killed":
-        return "killed without notice, or replaced by a later attempt: it recorded no end"
+        words = "killed without notice, or replaced by a later attempt: it recorded no end"
+        return words if end.why is None else f"{words}; {end.why}"
     code = "" if end.exit_code is None else f" with code {end.exit_code} ({end.meaning})"
     return f"{end.outcome}{code}" + ("" if end.why is None else f": {end.why}")

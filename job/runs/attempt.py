@@ -10,7 +10,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 
 from job import log
 from job.common.hashing import hash_file, sealed
+from job.common.resources import main_memory
 from job.common.validation import adapter_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, JobError, NoProgress, Preempted, Replaced, Stalled
@@ -39,6 +40,7 @@ from job.records import (
 )
 from job.runs import stage_records
 from job.runs.fault_injection import Faults
+from job.runs.killed_for_memory import FIX, why_killed
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
 from job.runs.lease import fenced, take
 from job.runs.run_log import (
@@ -46,6 +48,7 @@ from job.runs.run_log import (
     NOTED,
     QUESTIONS,
     IdleLimit,
+    LoggedAttempt,
     Noted,
     how_far,
     idle_attempts,
@@ -115,6 +118,10 @@ class Attempt:
     """Of the watchdog: after so long without progress the attempt ends."""
     idle_before: int = 0
     """Attempts before this one, in a row, without progress; 0 in all processes but the first."""
+    killed_before: str | None = None
+    """Why the attempt before this one was likely killed, if it recorded no end."""
+    loading: bool = False
+    """Whether the model is being loaded."""
     settled: bool = False
     """Whether the run's settings are kept: before that, an attempt with a mistake in them is one at this run, too."""
     _stage: tuple[str, float] | None = None
@@ -378,7 +385,17 @@ class Attempt:
             code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
             words = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
             why = " ".join(log.without_secrets(words).split())[:LONGEST_WHY]
-        return Noted(now(), stage, self.training, code, why, self.stall_seconds)
+        return Noted(
+            at=now(),
+            stage=stage,
+            training=self.training,
+            exit_code=code,
+            why=why,
+            stall_seconds=self.stall_seconds,
+            memory=main_memory(),
+            before=self.killed_before,
+            loading=self.loading,
+        )
 
     def _note_if_due(self) -> None:
         if time.monotonic() > self._next_note:
@@ -471,6 +488,7 @@ def open_attempt(
             settings,
             stall_seconds=stall_seconds,
             idle_before=idle_attempts(logged),
+            killed_before=_why_killed(logged),
         )
         if idle is not None and processes.leads:  # its exit code takes precedence over those of the others
             furthest = max((one.reached for one in logged), default=(0, 0))
@@ -486,6 +504,16 @@ def open_attempt(
                 raise ended from error
             raise
         attempt.note("complete")
+
+
+def _why_killed(logged: Sequence[LoggedAttempt]) -> str | None:
+    """Why the newest of earlier attempts was likely killed for want of main memory, which is logged with the fix."""
+    if not logged or logged[-1].record.outcome != "killed":
+        return None
+    if (why := why_killed(logged[-1], main_memory())) is not None:
+        what = "the attempt before this one was killed without notice"
+        log.get_logger().warning(what, attempt_before=logged[-1].record.number, why=why, fix=FIX)
+    return why
 
 
 def _note_failure(attempt: Attempt, error: BaseException, idle: IdleLimit | None) -> BaseException:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from job.common.hashing import sealed, unsealed
+from job.common.resources import MainMemory
 from job.common.validation import adapter_of, first_error
 from job.log import get_logger
 from job.records import AttemptRecord, TrainingProgress
@@ -38,6 +39,9 @@ class Noted:
         exit_code: With which it ended; None while it runs, or if it completed the run.
         why: The error it ended with, in at most `LONGEST_WHY` characters and without secrets.
         stall_seconds: Of the attempt's watchdog; None in records of earlier versions.
+        memory: The main memory where process 0 runs; None in records of earlier versions.
+        loading: Whether the model was being loaded.
+        before: Why the attempt before this one was likely killed; None where it was not, or nothing is known.
     """
 
     at: str
@@ -46,6 +50,9 @@ class Noted:
     exit_code: int | None = None
     why: str | None = None
     stall_seconds: float | None = None
+    memory: MainMemory | None = None
+    before: str | None = None
+    loading: bool = False
 
 
 LONGEST_WHY = 500

@@ -23,7 +23,7 @@ from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
 from job.model.start_adapter import load_start
 from job.model.whole_modules import grow_embeddings
-from job.records import Packing
+from job.records import ExecutionPlan, Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.stages.placement import decide_placement
@@ -32,6 +32,7 @@ from job.training.gpu_capability import require_fp8
 from job.training.gpu_memory import limit_memory
 from job.training.lm_head_loss import losses_of
 from job.training.prepare import prepare, token_budget
+from job.training.slower import slower_ways
 
 
 def load(
@@ -153,7 +154,23 @@ def load(
     plan = replace(plan, reason="; ".join(filter(None, (plan.reason, why))))
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
+    _tell_slower_ways(plan, settings, on_gpu=device.type == "cuda")
     return Loaded(model, record, budget, plan, kept_base, packing, names)
+
+
+def _tell_slower_ways(plan: ExecutionPlan, settings: Settings, *, on_gpu: bool) -> None:
+    """Logs a line for each thing that makes training slower than it could be, with what would change it."""
+    train = settings.train
+    for one in slower_ways(
+        plan,
+        on_gpu=on_gpu,
+        quantized=settings.model.quantization != "none",
+        keep_base=settings.model.keep_dequantized,
+        recompute=train.gradient_checkpointing,
+        method=train.last_method,
+        noise=train.neftune_noise_alpha > 0,
+    ):
+        log.get_logger().info(f"slower than it could be: {one.what}", change=one.change)
 
 
 def _packing(

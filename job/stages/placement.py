@@ -23,17 +23,16 @@ from job.training.gpu_memory import free_gpu_bytes
 from job.training.memory_model import (
     CONTEXT_BYTES,
     LONG_ROW,
+    MAIN_MEMORY_SHARE,
     PLACEMENTS,
     Setup,
+    copies_in_main_memory,
     evaluation_bytes,
     packed_bytes,
     training_memory,
     usable_bytes,
 )
 from job.training.sequence_parallel import least_memory, why_not_divided
-
-MAIN_MEMORY_SHARE = 0.8
-"""Of the main memory that is available, what the base's weights may fill; the rest is for the job itself. Assumed."""
 
 
 def decide_placement(
@@ -69,11 +68,15 @@ def decide_placement(
         what = "is sharded, and the run has one process; start several, each with its GPU, or take gpu or host"
         raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
     need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
-    free = int(MAIN_MEMORY_SHARE * available_bytes())
-    short = f"the base's 4-bit weights take {size(need, ' ')} of main memory, and {size(free, ' ')} are safe to fill"
-    if asked == "host" and need > free:
-        what = f"is host, and {short}; take gpu, or a machine with more memory"
-        raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
+    # Once for the machine: a process that measured later would find what another has begun to load.
+    available = processes.share_on_machine("available main memory", available_bytes)
+    free = int(MAIN_MEMORY_SHARE * available)
+    if setup is not None and asked == "host" and need > free:
+        copies = copies_in_main_memory(setup, world.local_world_size)
+        left = f"of {size(available, ' ')} that this machine or its container has left"
+        short = f"{left}, {size(free, ' ')} are safe to fill"
+        fix = "take gpu, fewer processes (JOB_RUN__PROCESSES), or a machine or container with more memory"
+        raise SettingsError([Problem("JOB_MODEL__PLACEMENT", f"is host, and {copies}; {short}; {fix}")])
     if asked != "auto":
         return asked, "" if asked == "gpu" else f"JOB_MODEL__PLACEMENT is {asked}"
     placement, why = "gpu", ""

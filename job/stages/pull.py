@@ -28,7 +28,7 @@ from job.evaluation.task_names import MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, check_choices, check_gate, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import inspect, load_tokenizer
-from job.model.start_adapter import check_start, find_start, hash_start
+from job.model.start_adapter import FoundStart, check_start, find_start, hash_start
 from job.model.tokenizer_files import rows_with
 from job.records import DatasetRecord, Evaluated, GroupSpec, Pulled
 from job.results.baseline import check_questions, read_baseline
@@ -210,13 +210,14 @@ def _pull(
         model.sha256,
         model.revision,
         tasks.fingerprints(),
-        None if start is None else hash_start(start),
+        None if start is None else hash_start(start.folder),
         prompts_record(settings.eval, prompts),
         licence,
         _groups(attempt, tasks),
         None if safety is None else safety.record.sha256,
         _judge_sha256(attempt, judge),
         None if judge is None else judge.record.revision,
+        None if start is None else start.commit,
     )
     sources = Sources(
         record,
@@ -225,7 +226,7 @@ def _pull(
         tokenizer,
         tokens.examples,
         tokens.validation or (),
-        start,
+        None if start is None else start.folder,
         tasks,
         baseline,
         policy,
@@ -308,15 +309,17 @@ def _places(attempt: Attempt, settings: Settings, later: Sequence[Settings]) -> 
     return {settings.model.id, *data, *own, *prompts, *safety, *judge, *settings.eval.data.values()}
 
 
-def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
-    """The folder of the adapter that training starts from, checked as far as the base's weights are not needed."""
+def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> FoundStart | None:
+    """The adapter that training starts from, checked as far as the base's weights are not needed."""
     lora, start = settings.lora, start_of(settings, ADAPTER.rstrip("/"))
     if start is None:
         return None
     attempt.alive()
-    folder = find_start(start, attempt.work / "start", storage)
-    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
-    return folder
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    known = None if earlier is None else earlier.start_revision
+    found = find_start(start, attempt.work / "start", storage, known)
+    check_start(found.folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
+    return found
 
 
 def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -> SafetyModel | None:

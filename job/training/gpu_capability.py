@@ -83,6 +83,9 @@ def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
     try:
         fast = kernels.triton()
     except ImportError:
+        if device.type == "cuda":
+            what = "Triton is not installed, and torch's own operations take its place, which is slower"
+            log.get_logger().warning(what, change="pip install triton, which torch for GPUs brings with it on Linux")
         return kernels.TORCH, "torch"
     try:
         # Only a launch shows whether Triton can use the driver: it compiles and loads a C library then.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from job.common.formatting import size
 from job.common.optimizers import OPTIMIZERS
 from job.model.architecture import Architecture
 
@@ -132,6 +133,19 @@ def packed_bytes(setup: Setup) -> int:
     blocks = -(-setup.architecture.linear_parameters // NF4_BLOCK)
     constants = blocks + 4 * -(-blocks // DOUBLE_BLOCK) if setup.double_quantization else 4 * blocks
     return setup.architecture.linear_parameters // 2 + constants
+
+
+MAIN_MEMORY_SHARE = 0.8
+"""Of the main memory that is available, what the base's weights may fill; the rest is for the job itself. Assumed."""
+
+
+def copies_in_main_memory(setup: Setup, processes: int) -> str:
+    """What `host` takes of a machine's main memory, in words: each of its processes has a copy of the weights."""
+    one = size(packed_bytes(setup), " ")
+    if processes == 1:
+        return f"the base's 4-bit weights take {one} of main memory"
+    whole = size(processes * packed_bytes(setup), " ")
+    return f"the base's 4-bit weights take {whole} of main memory, {one} for each of {processes} processes"
 
 
 def _held_bytes(setup: Setup) -> int:

@@ -147,7 +147,17 @@ def choose_shapes(sequences: Sequence[tuple[int, int]], recording_tokens: int) -
         start = last[end]
         shapes.append((lengths[end - 1], max(segments[length] for length in lengths[start:end])))
         end = start
-    chosen = Shapes(tuple(reversed(shapes)))
+    return shapes_of_before(shapes, sequences)
+
+
+def shapes_of_before(shapes: Sequence[tuple[int, int]], sequences: Sequence[tuple[int, int]]) -> Shapes:
+    """The shapes that an earlier attempt chose, perhaps by another version of `choose_shapes`.
+
+    Args:
+        shapes: (length, segments), in any order.
+        sequences: As for `choose_shapes`.
+    """
+    chosen = Shapes(tuple(sorted(shapes)))
     return replace(chosen, longest_padding=max((chosen.of(*one)[0] - one[0] for one in sequences), default=0))
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from job import log
 from job.common.formatting import size
-from job.common.resources import available_bytes, total_bytes
+from job.common.resources import available_bytes, main_memory
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.architecture import read_config
@@ -295,7 +295,7 @@ def _tokens_alone(
         setup,
         longest,
         memory_bytes=gpu_memory(gigabytes)[0],
-        host_bytes=int(HOST_SHARE * total_bytes() / group.place.local_world_size),
+        host_bytes=int(HOST_SHARE * main_memory().total_bytes / group.place.local_world_size),
         offload=offload,
     )
     why = never or why_not_divided(setup.architecture, group.place.world_size)

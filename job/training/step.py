@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from job.checkpoints.trainer_state import HowComputed
 from job.common.out_of_memory import out_of_memory, too_small
 from job.data.batch_plan import Steps, by_weight, weighted_targets
 from job.data.examples import lengths_of
@@ -53,6 +54,7 @@ from job.training.packing import (
     packed_inputs,
     padded_sequence,
     recording_tokens,
+    shapes_of_before,
 )
 from job.training.preference_gradient import PreferenceGradient
 
@@ -129,7 +131,8 @@ class OptimizerStep:
         """The processes, while they compute a row together."""
         self._long_rows = LongRows(model, self._head_loss, self._check)
         self._recording_tokens = _recording_tokens(model)
-        self._shapes: dict[int, Shapes] = {}
+        self._shapes: dict[tuple[int, int], Shapes] = {}
+        """By token budget and process."""
         self.divide_above(plan.divided_above)
 
     @property
@@ -194,6 +197,9 @@ class OptimizerStep:
                         get_logger().warning("out of GPU memory: all long rows are divided over the processes")
                     else:
                         self.budget //= 2
+                        what = "out of GPU memory: micro-batches have half as many tokens from now on, which is slower"
+                        how = {"micro_batch_tokens": self.budget, "change": "JOB_TRAIN__MICRO_BATCH_TOKENS"}
+                        get_logger().warning(what, **how)
             except JobError as error:
                 raise StepAbandoned from error
             free_caches()
@@ -390,13 +396,63 @@ class OptimizerStep:
         head = self._model.get_base_model().get_output_embeddings()
         return padded_loss(hidden, head, labels, self._smoothing, self._logits)
 
-    def shapes(self) -> Shapes:
-        """What this process's packed sequences are padded to, with the present token budget."""
-        if self.budget not in self._shapes:
-            self._shapes[self.budget] = choose_shapes(
-                self._steps.sequences(self.budget, self._padded_at_most), self._recording_tokens
-            )
-        return self._shapes[self.budget]
+    def shapes(self, rank: int | None = None) -> Shapes:
+        """What a process's packed sequences are padded to, with the present token budget.
+
+        Args:
+            rank: Of the process; None for this one.
+        """
+        key = self.budget, self._steps.rank if rank is None else rank
+        if key not in self._shapes:
+            self._shapes[key] = choose_shapes(self._sequences(key[1]), self._recording_tokens)
+        return self._shapes[key]
+
+    def _sequences(self, rank: int) -> list[tuple[int, int]]:
+        """Tokens and examples of a process's packed sequences with the present token budget."""
+        return replace(self._steps, rank=rank).sequences(self.budget, self._padded_at_most)
+
+    def how_computed(self) -> HowComputed:
+        """What a checkpoint records of how its gradients were computed."""
+        padded = None
+        if self.plan.padded:
+            padded = [list(self.shapes(rank).shapes) for rank in range(self._steps.world_size)]
+        return HowComputed(self.plan.forward, self.plan.tile_tokens, padded, self.divided_above)
+
+    def resume_as(self, before: HowComputed | None) -> None:
+        """Pads and divides rows as the attempt did that wrote a checkpoint; warns of what this one computes otherwise.
+
+        To be called once the token budget is the checkpoint's. Other shapes change the last bits of a gradient.
+
+        Args:
+            before: As the checkpoint has it; None in checkpoints of older versions, which do not record it.
+        """
+        if before is None:
+            if self.plan.padded:
+                what = "checkpoint of an older version does not say what its packed sequences were padded to"
+                effect = "the last bits of the result may differ from those of a run without an interruption"
+                get_logger().warning(f"{what}: this version's shapes are used", effect=effect)
+            return
+        changed = {}
+        if None not in {self.divided_above, before.divided_above}:
+            self.divide_above(before.divided_above)
+        for name, now in (
+            ("forward", self.plan.forward),
+            ("tile_tokens", self.plan.tile_tokens),
+            ("divided_above", self.divided_above),
+        ):
+            was = getattr(before, name)
+            if was != now:
+                changed[name] = f"{was} before, {now} now"
+        if self.plan.padded and before.padded is not None:
+            if len(before.padded) == self._steps.world_size:
+                # Process 0 writes the next checkpoint, so it needs those of the others.
+                for rank in range(self._steps.world_size) if self._processes.leads else [self._steps.rank]:
+                    found = shapes_of_before(before.padded[rank], self._sequences(rank))
+                    self._shapes[self.budget, rank] = found
+            else:
+                changed["padded_shapes"] = f"of {len(before.padded)} processes before, {self._steps.world_size} now"
+        if changed:
+            get_logger().warning("checkpoint was computed otherwise: the last bits of the result change", **changed)
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
         """The CUDA graphs. If there are none yet, that of the longest shape of this process is recorded first.
@@ -422,7 +478,8 @@ class OptimizerStep:
             forget_dequantized(self._model)
         elif name == "kept_activations":
             recompute_activations(self._model, on=True, random=not self.plan.padded)
-        get_logger().warning("out of GPU memory: an optimization that only saves time is switched off", what=name)
+        what = "out of GPU memory: an optimization that only saves time is switched off"
+        get_logger().warning(what, what=name, change="a smaller JOB_TRAIN__MICRO_BATCH_TOKENS leaves memory for it")
         return True
 
 

@@ -30,6 +30,7 @@ from trl import SFTTrainer
 
 from job.checkpoints.trainer_state import (
     TrainerFiles,
+    read_how_computed,
     read_trainer_state,
     read_validations,
     write_trainer_state,
@@ -56,9 +57,6 @@ from job.training.preference_gradient import PreferenceGradient, head_of, token_
 from job.training.step import OptimizerStep, StepAbandoned
 from job.training.trl_config import trl_config
 from job.training.validation import Validation
-
-DIVIDED_ABOVE = "divided_above_tokens"
-"""Name of `OptimizerStep.divided_above` in a step's measurements."""
 
 
 def train(
@@ -383,7 +381,6 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 "tokens_per_second": targets / seconds,
                 "memory_bytes": memory_in_use(),
                 "micro_batch_tokens": self.step.budget,
-                **({} if (above := self.step.divided_above) is None else {DIVIDED_ABOVE: above}),
             },
             preference=dict(self.step.metrics),
         )
@@ -392,7 +389,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         if self.leads:
             path = self.folder / f"step-{self.state.global_step:08d}"
             began = time.monotonic()
-            write_trainer_state(path, self.trainer_files(), self.history)
+            write_trainer_state(path, self.trainer_files(), self.history, self.step.how_computed())
             if self.recipe.validate_every_steps is not None:
                 newest = progress(self.validations).best_step == self.state.global_step
                 write_validations(path, self.validations, None if newest else self.best)
@@ -413,8 +410,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.history = read_trainer_state(Path(checkpoint), self.trainer_files())
             self.saved_step = self.state.global_step
             self.step.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.step.budget)
-            if self.step.divided_above is not None:
-                self.step.divide_above(int(self.history[-1].measured.get(DIVIDED_ABOVE) or self.step.divided_above))
+            self.step.resume_as(read_how_computed(Path(checkpoint)))
             if self.recipe.validate_every_steps is not None:
                 self.restore_validations(Path(checkpoint))
 

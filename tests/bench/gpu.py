@@ -33,6 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import gpu_table  # these lie beside this script
+import long_rows
 import shapes
 import torch
 
@@ -42,6 +43,7 @@ from job.distributed.processes import ALONE, Processes
 from job.evaluation.scorer import score_sequences
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model import packed_attention
+from job.model.base import recompute_activations
 from job.model.fused import kernels
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import Kernels
@@ -73,6 +75,8 @@ class Bench:
     findings: list[dict[str, Any]]
     rate: float = 0.0
     model: Any = None
+    quick: bool = False
+    """Whether each side is measured only in its fastest ways, for the table."""
 
     @property
     def shape(self) -> dict[str, int]:
@@ -761,13 +765,14 @@ def score(bench: Bench) -> None:
     asked = shapes.questions(bench.shape["vocab_size"], 30 if bench.tiny else None)
     model = adapted(bench)
     found: dict[str, list[float]] = {}
-    for name, variant, budget, ahead in (
+    ways = [
         ("as it was", TODAY, 8192, False),
         ("per use", replace(BEST, keep=False), 8192, True),
         ("kept", BEST, 8192, False),
         ("kept", BEST, 8192, True),
         ("kept", BEST, 16384, True),
-    ):
+    ]
+    for name, variant, budget, ahead in ways[-2:] if bench.quick else ways:
         with bench.caught(f"score {name}"):
             prepare(model, variant)
             model.eval()
@@ -804,13 +809,13 @@ def hflm(bench: Bench) -> None:
     from lm_eval.models.huggingface import HFLM
 
     put_away(bench)
-    asked = shapes.questions(bench.shape["vocab_size"], 30 if bench.tiny else 800)
+    asked = shapes.questions(bench.shape["vocab_size"], 30 if bench.tiny else 400 if bench.quick else 800)
     base = shapes.random_base(bench.shape, DEVICE, "sdpa")
     requests = [(("", ""), list(q.context), list(choice)) for q in asked for choice in q.choices]
     ours: Sequence[Sequence[float]] = []
     if (bench.out / "scores.json").exists():
         ours = json.loads((bench.out / "scores.json").read_text())[: len(asked)]
-    for size in ("auto", 64, 32):
+    for size in ("auto", 64) if bench.quick else ("auto", 64, 32):
         with bench.caught(f"HFLM {size}"):
             model = HFLM(
                 pretrained=base, tokenizer=shapes.tokenizer(), batch_size=size, max_length=2048, device=str(DEVICE)
@@ -894,27 +899,59 @@ def recordings(bench: Bench) -> None:
 def buyers(bench: Bench) -> None:
     """What the table needs beside `score`: training on Alpaca's lengths and on full rows of 4,096 tokens.
 
-    Budget: 60 s on an H200, of which the model takes 20.
+    Budget: 45 s on an H200.
     """
     model = adapted(bench)
     length = 4096 if not bench.tiny else 256
     tokens = tuple(3 + n % 900 for n in range(length))
     full = [Example(tokens, (False, *[True] * (length - 1)))] * 64
-    for name, data, batch in (("alpaca", bench.data, None), ("4096", full, 8)):
+    for name, data, batch, steps in (("alpaca", bench.data, None, 14), ("4096", full, 8, 7)):
         with bench.caught(f"buyers {name}"):
             prepare(model, BEST)
-            bench.say("buyers", rows=name, **fit(bench, model, BEST, data=data, total_steps=14, batch=batch))
+            bench.say("buyers", rows=name, **fit(bench, model, BEST, data=data, total_steps=steps, batch=batch))
+    unmake(model)
+
+
+def long_row(bench: Bench) -> None:
+    """The gradient of a row of 64,000 tokens, layer by layer, as in `long_rows.py`. Budget: 35 s on an H200."""
+    model = adapted(bench)
+    prepare(model, BEST)
+    model.train()
+    with long_rows.few_tokens_are_long(bench.tiny):
+        row = long_rows.Bench(bench.tiny, None, model, list(model.get_base_model().model.layers))
+        tokens = row.size(64_000)
+        step, _, _ = long_rows.step_of(row, tokens, replace(long_rows.NOW, kept_attention=True), None)
+        try:
+            sync()
+            began = time.perf_counter()
+            loss = float(step(0))
+            seconds = time.perf_counter() - began
+            bench.say(
+                "long row",
+                tokens=tokens,
+                seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
+                loss=loss,
+            )
+        finally:
+            step.release()
+            packing.FEW_SEGMENTS = long_rows.FEW
+            recompute_activations(model, on=False)
+            for p in trainable(model).values():  # what was trained before stays as it was
+                p.grad = None
     unmake(model)
 
 
 def restart(bench: Bench) -> None:
     """Seconds from a kill to the next step: the demo on this machine, killed at a step and started again.
 
-    Its model is small, so this is the job's own start: imports, checks, hashes, the checkpoint. Budget: 60 s.
+    Its model is small, so this is the job's own start: imports, checks, hashes, the checkpoint. Budget: 40 s.
     """
     with tempfile.TemporaryDirectory() as folder:
         environ = {k: v for k, v in os.environ.items() if not k.startswith("JOB_")} | {
             "JOB_PRESET": "demo",
+            "JOB_MODEL__DTYPE": "auto",  # the preset's fp32 would be trained by PEFT's layers on a GPU
             "JOB_RUN__ID": "restart",
             "JOB_RUN__OUTPUT": folder,
             "JOB_RUN__SPOT_NOTICES": "off",
@@ -946,6 +983,9 @@ def restart(bench: Bench) -> None:
                 data_seconds=moments.get("data is ready pull"),
                 loaded_seconds=moments.get("model is loaded"),
             )
+            if done.returncode != (-9 if attempt == "killed" else 0):
+                bench.say("failed", where=f"restart, {attempt}", error=done.stderr[-500:])
+                return
 
 
 def start(bench: Bench) -> None:
@@ -991,18 +1031,25 @@ print(json.dumps({"laps": laps, "cpu_seconds": time.process_time()}))
 
 
 def unsloth(bench: Bench) -> None:
-    """Unsloth by its own script, where UNSLOTH names an interpreter that has it."""
-    if not (interpreter := os.environ.get("UNSLOTH")):
-        bench.say("no Unsloth", why="UNSLOTH names no interpreter that has it")
+    """Unsloth by its own script, where UNSLOTH names an interpreter that has it, or a folder of its packages."""
+    if not (given := os.environ.get("UNSLOTH")):
+        bench.say("no Unsloth", why="UNSLOTH names neither an interpreter that has it nor a folder of its packages")
         return
-    script = Path(__file__).with_name("unsloth_peer.py")
-    command = [interpreter, str(script), "--out", str(bench.out), *(["--tiny"] if bench.tiny else [])]
+    script, packages = Path(__file__).with_name("unsloth_peer.py"), Path(given).is_dir()
+    command = [sys.executable if packages else given, str(script), "--out", str(bench.out)]
+    command += ["--tiny"] if bench.tiny else []
+    command += ["--steps", "4", "--ways", *UNSLOTHS_FASTEST] if bench.quick else []
     put_away(bench)
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
-    for line in found.splitlines():
+    # Its own versions of packages, and none of the job's.
+    environ = os.environ | {"PYTHONPATH": given} if packages else dict(os.environ)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
         if line.startswith("{"):
             entry = json.loads(line)
-            bench.say(entry.pop("what"), **entry)
+            what = entry.pop("what")
+            bench.say("Unsloth's machine" if what == "machine" else what, **entry)
+    if done.returncode:
+        bench.say("failed", where="unsloth", error=done.stderr[-500:])
 
 
 def table(bench: Bench) -> None:
@@ -1014,11 +1061,13 @@ SECTIONS = {
     f.__name__: f
     for f in (
         *(machine, pieces, parts, exact, variants, profile, recordings, score, capped, plain, hflm),
-        *(padding, start, restart, buyers, unsloth, table),
+        *(padding, start, restart, buyers, long_row, unsloth, table),
     )
 }
-BUYERS = ("machine", "buyers", "score", "restart", "plain", "hflm", "unsloth", "table")
-"""The sections of `make bench-gpu`, whose last prints the table."""
+BUYERS = ("machine", "buyers", "score", "long_row", "plain", "hflm", "restart", "unsloth", "table")
+"""The sections of `make bench-gpu`, whose last prints the table: within five minutes on an H200, by their budgets."""
+UNSLOTHS_FASTEST = ("packed", "padding-free, one pass, activations kept")
+"""Of its ways, by tests/bench/results/2026-11-24-h100-unsloth.jsonl."""
 
 
 def main() -> int:
@@ -1035,9 +1084,9 @@ def main() -> int:
     began = time.monotonic()
     kept = given.out / "gpu.json"
     findings = json.loads(kept.read_text()) if given.add and kept.exists() else []
-    bench = Bench(given.tiny, given.out, given.steps, findings)
+    bench = Bench(given.tiny, given.out, given.steps, findings, quick=given.buyers)
     for name in given.sections or (BUYERS if given.buyers else SECTIONS):
-        if time.monotonic() - began > given.seconds:
+        if time.monotonic() - began > given.seconds and name != "table":
             bench.say("skipped", section=name)
             continue
         start = time.monotonic()

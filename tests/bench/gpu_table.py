@@ -10,6 +10,8 @@ from job.planning.gpu_prices import GPUS, Gpu
 
 Finding = Mapping[str, Any]
 MISSING = "-"
+NEMO, NEMO_TRANSFORMERS = "nemo_automodel 0.7.0", "5.18.0"
+"""Its newest release when this was written, and what its metadata requires."""
 
 
 def lines(findings: Sequence[Finding]) -> list[str]:
@@ -21,8 +23,8 @@ def lines(findings: Sequence[Finding]) -> list[str]:
     alpaca, full = (_last(findings, "buyers", rows=rows) for rows in ("alpaca", "4096"))
     scores, hflm = _best(findings, "score", "questions_per_second"), _best(findings, "HFLM", "questions_per_second")
     plain, unsloth = _last(findings, "plain TRL"), _best(findings, "unsloth", "tokens_per_second")
-    # A row of 64,000 tokens comes from the script of long rows, which may not have run.
-    long = _last(findings, "long row", tokens=64000)
+    long = _last(findings, "long row")
+    length = 64_000 if long is None else long["tokens"]
     speed = None if alpaca is None else alpaca["steady_tokens_per_second"]
     rows = [
         (
@@ -40,7 +42,7 @@ def lines(findings: Sequence[Finding]) -> list[str]:
             MISSING,
         ),
         ("training, rows of 4,096", "tokens/s", _get(full, "steady_tokens_per_second"), MISSING, MISSING),
-        ("training, a row of 64,000", "tokens/s", _get(long, "tokens_per_second"), MISSING, MISSING),
+        (f"training, a row of {length:,}", "tokens/s", _get(long, "tokens_per_second"), MISSING, MISSING),
         (
             "memory, Alpaca's lengths",
             "GiB",
@@ -71,7 +73,19 @@ def lines(findings: Sequence[Finding]) -> list[str]:
         ),
     ]
     head = ("Mistral-7B's shape, NF4, rank 16", "unit", "this job", "plain TRL", "Unsloth")
-    return [f"{name}: {price}", *tables.plain(head, rows)]
+    return [f"{name}: {price}", *tables.plain(head, rows), nemo(None if machine is None else machine["transformers"])]
+
+
+def nemo(transformers: str | None) -> str:
+    """Why NeMo AutoModel has no column.
+
+    Args:
+        transformers: The version that is installed; None if it is not known.
+    """
+    here = f"and this machine has {transformers or 'another'}"
+    if transformers == NEMO_TRANSFORMERS:
+        here = "which this machine has, but there is no script for it here"
+    return f"NeMo AutoModel is not measured: {NEMO} requires transformers {NEMO_TRANSFORMERS} exactly, {here}"
 
 
 def gpu_of(name: str) -> Gpu | None:

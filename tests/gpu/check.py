@@ -1,17 +1,20 @@
 """What only a GPU can show, as a script: `python tests/gpu/check.py` prints one JSON line a finding.
 
-The variable-length kernel against the plain reference, a killed and resumed run against a whole one, and the speed and
-memory of training and scoring on a random model of Mistral-7B's shape. Token lengths may be given as a JSON list in the
-file that GPU_LENGTHS names.
+The variable-length kernel against the plain reference; a killed and resumed run against a whole one; FP8 with any
+number of tokens, with dropout in CUDA graphs, and with a base that is not on the GPU; speed and memory of training and
+scoring on a random model of Mistral-7B's shape. Token lengths may be given as a JSON list in the file that GPU_LENGTHS
+names. `python tests/gpu/check.py --tiny fp8` rehearses the part on a CPU.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, in which job.py lies
+
+from job.data.batch_plan import Steps
+from job.distributed.processes import ALONE
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model.base import load_base, make_deterministic
+from job.model.fused import fp8, kernels
+from job.model.fused.frozen_weights import fuse_layers
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, _block_by_block, _varlen_kernel, build_layout
 from job.planning.known_models_and_data import ARCHITECTURES
@@ -31,7 +40,8 @@ from job.training.config import Hooks, Recipe
 from job.training.memory_model import Setup, training_memory
 from job.training.trainer import train
 
-DEVICE = torch.device("cuda")
+TINY = "--tiny" in sys.argv
+DEVICE = torch.device("cpu" if TINY else "cuda")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -84,7 +94,7 @@ def shape(folder: Path, **sizes: int) -> Path:
     config = MistralConfig(**sizes, num_key_value_heads=sizes["num_attention_heads"] // 4, sliding_window=4096)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with DEVICE:
         model = MistralForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="4GB")
@@ -93,7 +103,7 @@ def shape(folder: Path, **sizes: int) -> Path:
     return folder
 
 
-def load(folder: Path, dropout: float) -> Any:
+def load(folder: Path, dropout: float, place: str = "gpu") -> Any:
     """Loaded as the job loads it."""
     base = load_base(
         folder,
@@ -102,6 +112,8 @@ def load(folder: Path, dropout: float) -> Any:
         dtype=torch.bfloat16,
         device=DEVICE,
         max_length=2048,
+        placement=place,
+        group=ALONE,
     )
     return add_adapter(base, rank=16, alpha=16, dropout=dropout, target_modules=MODULES, seed=0)
 
@@ -132,8 +144,9 @@ def go(
     recompute: bool,
     stop_after: int = 0,
     resume: Path | None = None,
+    plan: ExecutionPlan | None = None,
 ) -> Any:
-    """Trains by PEFT's own layers; returns what train returns, and the folder of the last saved state."""
+    """Trains, by PEFT's own layers unless a plan is given; returns what train returns, and the saved states."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import models
     from transformers import PreTrainedTokenizerFast
@@ -151,7 +164,7 @@ def go(
         lambda path, _step: saved.append(path),
         lambda: stop_after > 0 and len(seen) >= stop_after,
     )
-    plan = ExecutionPlan(
+    plan = plan or ExecutionPlan(
         kept_base=False, kept_activations=not recompute, recorded=False, reason="a check", forward=PEFT
     )
     trained = train(model, tokenizer, data, recipe=how, plan=plan, hooks=hooks, folder=folder, resume=resume)
@@ -179,6 +192,80 @@ def exactness(folder: Path) -> None:
         bits.append([p.detach().clone() for p in trainable(model).values()])
     for name, other in (("twice", bits[1]), ("resumed", bits[2])):
         say("exactness", run=name, identical=all(torch.equal(a, b) for a, b in zip(bits[0], other, strict=True)))
+
+
+def fp8_tokens() -> None:
+    """Products of any number of tokens have the numbers that a CPU computes, up to the order of the sums; repeated."""
+    quantize = kernels.TORCH.quantize if TINY else kernels.triton().quantize
+    torch.manual_seed(0)
+    weight = torch.randn(256, 512, device=DEVICE, dtype=torch.bfloat16) / 512**0.5
+    bias = torch.randn(256, device=DEVICE, dtype=torch.bfloat16)
+    rows = quantize([weight])
+    for tokens in (1, 2, 7, 15, 16, 17, 100, 129, 1000, 4095):
+        x = quantize([torch.randn(tokens, 512, device=DEVICE, dtype=torch.bfloat16)])
+        found, again = (fp8.product(x, rows, torch.bfloat16, bias) for _ in range(2))
+        expected = fp8.product(*(fp8.Rows(one.values.cpu(), one.scale.cpu()) for one in (x, rows)), torch.float32)
+        error = (found.cpu().float() - expected - bias.cpu().float()).norm() / expected.norm()
+        same = torch.equal(found, again)
+        say("fp8 tokens", tokens=tokens, error=error.item(), identical=same, right=same and error.item() < 0.01)
+
+
+def fp8_ways(folder: Path) -> None:
+    """Runs in FP8 with dropout end with one adapter, however they are carried out; so do those on unpadded sequences.
+
+    Recorded as CUDA graphs, launched one by one, resumed; with the base in main memory, and sharded over one process.
+    """
+    sides = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+    if TINY:
+        sides |= {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    small = shape(folder / "fp8", vocab_size=1000, **sides)
+    data = examples(8 if TINY else 100, 1000)
+    kit, name = (kernels.TORCH, "torch") if TINY else (kernels.triton(), "triton")
+    fast = ExecutionPlan(
+        kept_base=True,
+        kept_activations=True,
+        recorded=not TINY,
+        reason="a check",
+        forward=f"fused all, {name}, fp8",
+    )
+    plain = replace(fast, recorded=False)
+    each_use = replace(plain, kept_base=False)
+    #            plan, place, recomputed, stops after these steps
+    ways: dict[str, tuple[ExecutionPlan, str, list[int]]] = {
+        "recorded": (fast, "gpu", [0]),
+        "one by one": (plain, "gpu", [0]),
+        "resumed": (fast, "gpu", [3, 0]),
+        "recomputed": (replace(each_use, kept_activations=False), "gpu", [0]),
+        "host": (each_use, "host", [0]),
+        "sharded": (each_use, "sharded", [0]),
+        "unpadded": (replace(plain, forward=f"fused layers, {name}, fp8"), "gpu", [0]),
+        "unpadded, resumed": (replace(plain, forward=f"fused layers, {name}, fp8"), "gpu", [3, 0]),
+    }
+    bits: dict[str, list[torch.Tensor]] = {}
+    for way, (plan, place, stops) in ways.items():
+        resume, began, trained = None, time.monotonic(), None
+        for stop in stops:
+            model = load(small, dropout=0.1, place=place)
+            fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kit, fp8=True)
+            how = recipe(6, 1024)
+            where = folder / way
+            trained, saved = go(model, data, how, where, recompute=False, stop_after=stop, resume=resume, plan=plan)
+            resume = saved[-1]
+        bits[way] = [p.detach().cpu().clone() for p in trainable(model).values()]
+        other = bits["unpadded" if way.startswith("unpadded") else "recorded"]
+        same = all(torch.equal(a, b) for a, b in zip(bits[way], other, strict=True))
+        ended, losses = trained.plan, [round(m.loss, 4) for m in trained.history]
+        right = same and ended.recorded == plan.recorded and all(map(math.isfinite, losses))
+        say("fp8", way=way, right=right, losses=losses, recorded=ended.recorded, seconds=time.monotonic() - began)
+    lengths = [tokens for tokens, _ in Steps(data, 0, 32, 6).sequences(1024)]
+    odd = sum(tokens % fp8.MULTIPLE > 0 for tokens in lengths)
+    say("fp8 sequences", sequences=len(lengths), no_multiple_of_16=odd, right=odd > 0)
+
+
+def fp8_part(folder: Path) -> None:
+    """FP8 as it is used on a GPU."""
+    fp8_tokens()
+    fp8_ways(folder)
 
 
 def speed(folder: Path) -> None:
@@ -251,10 +338,12 @@ def energy() -> None:
 def main() -> int:
     """Runs the parts that were named, or all."""
     make_deterministic()
-    say("machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda)
-    parts = {"kernel": lambda _: kernel(), "exactness": exactness, "speed": speed, "energy": lambda _: energy()}
+    gpu = "none" if TINY else torch.cuda.get_device_name()
+    say("machine", gpu=gpu, torch=torch.__version__, cuda=torch.version.cuda)
+    parts = {"kernel": lambda _: kernel(), "exactness": exactness, "fp8": fp8_part, "speed": speed}
+    parts["energy"] = lambda _: energy()
     with tempfile.TemporaryDirectory() as folder:
-        for name in sys.argv[1:] or parts:
+        for name in [word for word in sys.argv[1:] if word != "--tiny"] or parts:
             parts[name](Path(folder))
     return 0
 

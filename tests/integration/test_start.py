@@ -39,6 +39,13 @@ class Place:
         for name in (CONFIG, WEIGHTS):
             store.upload(adapter / name, name)
 
+    def commit(self, adapter: Path) -> None:
+        """The newest commit of the hub's repository; a bucket has none."""
+        if self._commits is not None:
+            before = dict(self._commits)
+            self._commits.clear()
+            self._commits.update({OTHER: adapter, **before})
+
 
 @dataclass(frozen=True)
 class Start:
@@ -57,6 +64,10 @@ class Start:
     def put(self, number: int) -> None:
         """Has the place serve one of the two adapters."""
         self.place.put(self.adapters[number])
+
+    def move(self) -> None:
+        """Has the hub's branch go on to the second adapter; the commit of the first one stays."""
+        self.place.commit(self.adapters[1])
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +98,19 @@ def start(request: pytest.FixtureRequest, adapters: tuple[Path, Path], tmp_path:
         yield Start(environment, adapters, Place("", commits))
 
 
-@pytest.mark.parametrize("start", [pytest.param("bucket", marks=pytest.mark.long), "hub"], indirect=True)
+@pytest.mark.parametrize("start", ["hub"], indirect=True)
+def test_a_branch_that_moved_does_not_change_the_start(start: Start, tmp_path: Path) -> None:
+    """A killed run on the hub's newest commit goes on with the commit that its first attempt found."""
+    run = {"JOB_RUN__ID": "moved"}
+    assert attempt(start.environment, **run, JOB_FAULT="kill@step=2").returncode == -9
+    start.move()
+    assert attempt(start.environment, **run).returncode == 0
+    training = json.loads((tmp_path / "out/moved/results.json").read_bytes())["training"]
+    assert training["start_sha256"] == hash_start(start.adapters[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("start", ["bucket"], indirect=True)
 def test_another_adapter_at_the_same_place_is_refused(start: Start, tmp_path: Path) -> None:
     """Other numbers than those that a killed attempt began with: exit 65 with the setting, and nothing is published."""
     run = {"JOB_RUN__ID": "moved"}
@@ -104,11 +127,15 @@ def test_another_adapter_at_the_same_place_is_refused(start: Start, tmp_path: Pa
 def test_a_killed_run_ends_as_an_undisturbed_one(start: Start, tmp_path: Path) -> None:
     """Killed before the first checkpoint, behind it and in the last evaluation: the same artifacts to the bit.
 
+    On the hub the branch has a newer adapter by the second attempt, which goes on with the commit of the first.
+
     They are also those of a run that starts from the same adapter in a folder.
     """
     assert attempt(start.environment, JOB_RUN__ID="whole").returncode == 0
     killed = {"JOB_RUN__ID": "killed", "JOB_FAULT": "kill@step=1,kill@step=2,kill@stage=evaluate-adapter"}
-    assert [attempt(start.environment, **killed).returncode for _ in range(4)] == [-9, -9, -9, 0]
+    assert attempt(start.environment, **killed).returncode == -9
+    start.move()
+    assert [attempt(start.environment, **killed).returncode for _ in range(3)] == [-9, -9, 0]
     local = {"JOB_RUN__ID": "local", "JOB_LORA__START": str(shutil.copytree(start.adapters[0], tmp_path / "start"))}
     assert attempt(start.environment, **local).returncode == 0
     training = json.loads((tmp_path / "out/killed/results.json").read_bytes())["training"]

@@ -142,11 +142,16 @@ class FrozenProducts:
 
 
 def why_not_here(device: torch.device) -> str | None:
-    """Why torch cannot compute such a product on this GPU; None if it can. Tries one, since no query tells."""
+    """Why torch cannot compute such a product on this GPU; None if it can. Tries some, since no query tells.
+
+    Sequences have any number of tokens: a packed one that is not padded, the last tile of a long row.
+    """
     size = 8 * MULTIPLE
     try:
-        rows = quantize([torch.ones(size, size, dtype=torch.bfloat16, device=device)])
-        product(rows, rows, torch.bfloat16).sum().item()
+        weight = quantize([torch.ones(size, size, dtype=torch.bfloat16, device=device)])
+        for tokens in (size, MULTIPLE + 1, 1):
+            rows = quantize([torch.ones(tokens, size, dtype=torch.bfloat16, device=device)])
+            product(rows, weight, torch.bfloat16).sum().item()
     except RuntimeError as error:
         return " ".join(f"torch's FP8 products with one scale a row do not run on this GPU: {error}".split())[:300]
     return None

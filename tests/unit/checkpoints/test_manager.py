@@ -350,7 +350,7 @@ def test_other_software_is_said(two: LocalStore, tmp_path: Path) -> None:
     with capture_logs() as logs:
         found = restore(two, tmp_path / "restored", {"torch": "3.0", "trl": "1"})
     assert found.step == 20
-    assert [line["changed"] for line in logs] == [["torch", "trl"]]
+    assert [line["changed"] for line in logs] == [["torch 2.13.0 before, 3.0 now", "trl unknown before, 1 now"]]
 
 
 @pytest.mark.parametrize("error", [AccessDenied("403"), Unreachable("timeout")])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
-from job.common.hashing import seal, sealed, unsealed
+from job.common import hashing
+from job.common.hashing import hash_files, seal, sealed, unsealed
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -63,3 +66,20 @@ def test_what_json_cannot_hold_is_not_sealed() -> None:
     """NaN would be written as something that is no JSON."""
     with pytest.raises(ValueError, match="JSON compliant"):
         sealed({"loss": float("nan")})
+
+
+def test_a_slow_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for files that were read, with the rate and what to change; not where they were hashed before."""
+    (tmp_path / "weights").write_bytes(bytes(1000))
+    monkeypatch.setattr(hashing, "_MEASURED_BYTES", 1000)
+    monkeypatch.setattr(hashing, "_SLOW_BYTES_PER_SECOND", 1e15)
+    with capture_logs() as logs:
+        assert hash_files([tmp_path / "weights"]) == hash_files([tmp_path / "weights"])
+    (line,) = logs
+    assert line["event"] == "files are read slowly"
+    assert "JOB_STORAGE__CACHE" in line["change"]
+    monkeypatch.setattr(hashing, "_SLOW_BYTES_PER_SECOND", 0.0)
+    (tmp_path / "others").write_bytes(bytes(2000))
+    with capture_logs() as logs:
+        hash_files([tmp_path / "others"])
+    assert not logs

@@ -217,3 +217,17 @@ tokens(Path({str(path)!r}))
         assert not [name for name in folders(path) if not name.startswith(".new-")]
     assert list(tokens(path).examples) == expected
     shutil.rmtree(tmp_path / "tokens")
+
+
+def test_what_is_tokenized_anew_is_said(tmp_path: Path) -> None:
+    """Where nothing is kept, with the setting; where other rows are kept; and nothing where these are."""
+    path = lines(tmp_path / "x.jsonl", *alpaca_rows(4))
+    with structlog.testing.capture_logs() as logs:
+        load_tokens(str(path), None, root=tmp_path, keep=False, **options())
+        tokens(path)
+        tokens(path)
+    said = [(log["event"], "JOB_STORAGE__CACHE" in log.get("change", "")) for log in logs if "tokeniz" in log["event"]]
+    assert said == [
+        ("rows are tokenized at every start", True),
+        ("no kept tokens of exactly these rows, settings and versions: rows are tokenized", False),
+    ]

@@ -71,7 +71,7 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("place", ["host", "sharded"])
-@pytest.mark.parametrize("way", ["peft", "recomputed", "fused", "bf16"])
+@pytest.mark.parametrize("way", ["peft", "recomputed", "fused", "fp8", "bf16"])
 def test_the_bits_do_not_depend_on_the_place(folder: Path, place: str, way: str) -> None:
     """Forward and backward, several at once, by PEFT's layers and the fused ones; what is recorded is the same too."""
     found = []
@@ -79,14 +79,15 @@ def test_the_bits_do_not_depend_on_the_place(folder: Path, place: str, way: str)
         changes = {"double_quantization": False, "dtype": torch.bfloat16} if way == "bf16" else {}
         base = load(folder, where, **changes)
         model = fill_adapter(adapted(base))
-        if way == "fused":
-            assert fuse_layers(model, keep_dequantized=False, kernels=TORCH) == "all"
+        if way in {"fused", "fp8"}:
+            assert fuse_layers(model, keep_dequantized=False, kernels=TORCH, fp8=way == "fp8") == "all"
+            model.train(way == "fp8")  # without it nothing is computed in FP8
         if way == "recomputed":
             recompute_activations(model, on=True)
             model.train()
         assert placement_of(model) == where
         with taking_part(model), torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16"):
-            lengths = (24,) if way == "fused" else (24, 9)  # the fused layers compute one sequence at a time
+            lengths = (24,) if way in {"fused", "fp8"} else (24, 9)  # the fused layers compute one sequence at a time
             found.append((trained(model, *lengths), held(model), model.get_base_model().num_parameters()))
     assert_same(found[1][0], found[0][0])
     assert found[1][1:] == found[0][1:]

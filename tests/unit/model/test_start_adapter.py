@@ -36,7 +36,7 @@ def saved(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_adapter_is_loaded_bit_by_bit(saved: Path, base_folder: Path) -> None:
     """What the job published is found by its path, fits, and is in the model afterwards."""
-    folder = find_start(str(saved), Path("unused"), StorageOptions())
+    folder = find_start(str(saved), Path("unused"), StorageOptions()).folder
     check_start(folder, rank=16, alpha=16)
     model = make_model(base_folder)
     load_start(model, folder, NAMES)
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_without_the_base(case: str, saved: Path, t
     folder = Path(shutil.copytree(saved, tmp_path / "adapter"))
     change(folder)
     with pytest.raises(kind, match=why):
-        check_start(find_start(str(folder), Path("unused"), StorageOptions()), rank=16, alpha=16)
+        check_start(find_start(str(folder), Path("unused"), StorageOptions()).folder, rank=16, alpha=16)
 
 
 def test_modules_and_tokens_have_to_be_the_same(base_folder: Path, tmp_path: Path) -> None:
@@ -151,8 +151,10 @@ from job.model.start_adapter import find_start, hash_start
 from job.storage.open import StorageOptions
 
 for place in json.loads(sys.argv[1]):
+    place, _, known = place.partition(" of commit ")
     try:
-        print(json.dumps(hash_start(find_start(place, Path("unused"), StorageOptions()))))
+        found = find_start(place, Path("unused"), StorageOptions(), known or None)
+        print(json.dumps([hash_start(found.folder), found.commit]))
     except JobError as error:
         print(json.dumps([type(error).__name__, str(error)]))
 """
@@ -189,15 +191,20 @@ def hub_of(commits: Mapping[str, Path]) -> type[Hub]:
 
 
 def test_an_adapter_of_the_hub_is_of_the_revision_that_is_named(saved: Path, tmp_path: Path) -> None:
-    """Behind `@` is a commit or a branch; without one it is the newest; a revision that is not there is named."""
+    """Behind `@` is a commit or a branch; without one it is the newest; a revision that is not there is named.
+
+    The commit of an earlier attempt goes before all of them: the branch may have moved.
+    """
     older = Path(shutil.copytree(saved, tmp_path / "older"))
     config(lora_alpha=32)(older)
     (saved / "README.md").write_text("card")
 
     places = ["some/adapter", f"some/adapter@{OTHER}", "some/adapter@main", "some/adapter@nothing", "some/missing"]
+    places += [f"some/adapter@main of commit {OTHER}", f"some/adapter of commit {OTHER}"]
     with serving(hub_of({COMMIT: saved, OTHER: older})) as endpoint:
         found = ask(endpoint, tmp_path / "home", *places, client=CLIENT)
-    assert found[:3] == [hash_start(saved), hash_start(older), hash_start(saved)]
+    new, old = [hash_start(saved), COMMIT], [hash_start(older), OTHER]
+    assert (found[:3], found[5:]) == ([new, old, new], [old, old])
     assert found[3][0] == "DataError"
     assert "some/adapter@nothing" in str(found[3][1])
     assert found[4][0] == "AccessDenied"
@@ -213,7 +220,7 @@ def test_an_adapter_in_a_store(saved: Path, tmp_path: Path) -> None:
         for name in (CONFIG, WEIGHTS):
             store.upload(saved / name, name)
         found = find_start(f"s3://{BUCKET}/runs/first/artifacts/adapter", tmp_path / "there", options)
-        assert hash_start(found) == hash_start(saved)
+        assert hash_start(found.folder) == hash_start(saved)
         with pytest.raises(JobError, match=f"s3://{BUCKET}/runs/nothing"):
             find_start(f"s3://{BUCKET}/runs/nothing", tmp_path / "nothing", options)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from job import log
 from job.cli.main import main
 from job.errors import AccessDenied, DataError, SettingsError, Unreachable
+from job.planning import plan as plan_module
 from job.planning.plan import Plan, PreflightResult, make_plan
 from job.planning.plan_text import as_json, as_table
 from job.planning.run_shape import _placements
@@ -362,5 +363,35 @@ def test_an_unknown_format_is_a_settings_error(given: Path, capsys: pytest.Captu
 def test_a_base_is_sharded_within_a_machine_only() -> None:
     """As the run chooses by itself: over a network, layers come slower than from main memory."""
     nodes = ["--run.nodes=2", "--run.rendezvous=there:29500", "--run.id=one"]
-    assert _placements(load_settings(["--run.processes=2"], {})) == ("gpu", "sharded", "host")
-    assert _placements(load_settings(["--run.processes=2", *nodes], {})) == ("gpu", "host")
+    assert _placements(load_settings([], {}), 2) == ("gpu", "sharded", "host")
+    assert _placements(load_settings([], {}), 1) == ("gpu", "host")
+    assert _placements(load_settings(nodes, {}), 2) == ("gpu", "host")
+
+
+@pytest.mark.parametrize(("visible", "counted"), [(4, 4), (1, None)])
+def test_a_sharded_base_is_forecast_for_the_processes_of_the_run(
+    given: Path, monkeypatch: pytest.MonkeyPatch, visible: int, counted: int | None
+) -> None:
+    """With `auto` those that a run here would have; one process alone is refused, with the setting that gives more."""
+    monkeypatch.setattr(plan_module, "count_processes", lambda _: visible)
+    plan = make_plan(load_settings(["--model.placement=sharded"]))
+    wrong = [found.what for found in plan.checks if found.name == "placement"]
+    if counted is None:
+        assert "set JOB_RUN__PROCESSES to the number of GPUs" in wrong[0]
+        assert isinstance(plan.error, SettingsError)
+        assert not plan.gpus
+    else:
+        assert not wrong
+        assert all(f"the base's 4-bit weights are sharded over the {counted} GPUs" in gpu.note for gpu in plan.gpus)
+
+
+def test_a_base_in_main_memory_is_counted_for_every_process(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the forecast of each GPU, and as a note where this machine or its container has less."""
+    monkeypatch.setattr(plan_module, "count_processes", lambda _: 4)
+    for free, state in ((1 << 50, "ok"), (1000, "note")):
+        monkeypatch.setattr(plan_module, "available_bytes", lambda free=free: free)
+        plan = make_plan(load_settings(["--model.placement=host"]))
+        (check,) = [found for found in plan.checks if found.name == "main memory"]
+        assert check.state == state
+        assert "for each of 4 processes" in check.what
+        assert all("for each of 4 processes" in gpu.note for gpu in plan.gpus)

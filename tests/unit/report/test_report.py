@@ -15,6 +15,7 @@ from job.common import formatting
 from job.records import Artifact, GroupSpec
 from job.report import report
 from job.report.model_card import render_model_card
+from job.results.reader import scored_in
 from job.runs.layout import REPORT
 from tests.example_run import HASH, answers, evidence, publish, results
 from tests.published_run import pairs, publish_run
@@ -242,6 +243,10 @@ def test_a_gate_is_told(found: report.ReportData) -> None:
     assert "Quality gate on acc: not passed. piqa: acc may have lost 0.0700" in text
     passed = results(found, gate=judged())
     assert "Quality gate on acc: passed." in report.render_report(passed, found).decode()
+    # of an older run, which does not say what its baseline was scored in, and of one scored otherwise
+    for dtype, told in (({}, False), ({"dtype": scored_in(passed)["dtype"]}, False), ({"dtype": "fp8"}, True)):
+        passed["gate"]["baseline"] = {"run": "one", "results": "one", "sha256": "0" * 64, "tasks": {}, **dtype}
+        assert ("Run one was scored in fp8" in report.render_report(passed, found).decode()) == told
 
 
 def test_policy_and_audit_are_told(found: report.ReportData) -> None:

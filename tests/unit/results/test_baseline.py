@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -145,6 +146,7 @@ def failed(run: Path, work: Path) -> dict[str, str]:
 def test_a_gated_run_carries_its_evidence(gated: Path, earlier: Path, tmp_path: Path) -> None:
     """It verifies without the earlier run, whose answers lie beside its own."""
     shutil.rmtree(earlier)
+    assert json.loads((gated / "results.json").read_bytes())["gate"]["baseline"]["dtype"] == "fp32"
     assert failed(gated, tmp_path / "work") == {}
     forge(gated, lambda results: results["gate"].update(passed=True, reasons=[]))
     assert failed(gated, tmp_path / "work2") == {"gate": "results.json gate.passed: claimed true, found false"}

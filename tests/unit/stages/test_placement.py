@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from job.common.formatting import size
+from job.common.resources import available_bytes
 from job.distributed.processes import Alone
 from job.distributed.ranks import Place
 from job.errors import SettingsError
 from job.model.adapter_options import PLAIN
 from job.stages import load, placement
 from job.stages.placement import _fastest_that_fits
-from job.training.memory_model import training_memory
+from job.training.memory_model import MAIN_MEMORY_SHARE, packed_bytes, training_memory
 from tests.unit.stages.test_first_values import settings_of, sources_of
 from tests.unit.training.test_execution_plan import SETUP
 
@@ -79,6 +80,23 @@ def test_what_cannot_be_is_refused(base_folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(placement, "available_bytes", lambda: 1000)
     with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is host, and .* of main memory"):
         place(base_folder, JOB_MODEL__PLACEMENT="host")
+
+
+def test_every_process_needs_a_copy_in_the_containers_memory(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit by cgroup version 2 that one copy fits into and two do not: refused with the figures, and not killed."""
+    settings = settings_of(base_folder)
+    setup = placement._setup(settings.model, settings.train, settings.lora, base_folder, PLAIN)
+    assert setup is not None
+    copy = packed_bytes(setup)
+    (tmp_path / "memory.max").write_text(f"{int(1.9 * copy / MAIN_MEMORY_SHARE) + (1 << 20)}\n")
+    (tmp_path / "memory.current").write_text(f"{1 << 20}\n")
+    monkeypatch.setattr(placement, "available_bytes", lambda: available_bytes(tmp_path, tmp_path / "own"))
+    assert place(base_folder, JOB_MODEL__PLACEMENT="host")[0] == "host"
+    refused = rf"{size(2 * copy, ' ')} of main memory, {size(copy, ' ')} for each of 2 processes; of .* container"
+    with pytest.raises(SettingsError, match=refused):
+        place(base_folder, processes=Two("host"), JOB_MODEL__PLACEMENT="host")
 
 
 def test_the_plan_says_where_it_is(base_folder: Path) -> None:

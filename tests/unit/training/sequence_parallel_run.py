@@ -82,7 +82,7 @@ def train(run: Run) -> None:
     validations: list[float] = []
 
     def note(**more: Any) -> None:
-        steps = [{**asdict(one), "measured": one.measured.get(trainer.DIVIDED_ABOVE)} for one in done]
+        steps = [{**asdict(one), "measured": None} for one in done]
         if run.rank == 0:
             (folder / "found.json").write_text(json.dumps({"steps": steps, "validations": validations, **more}))
 

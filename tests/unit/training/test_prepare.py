@@ -11,6 +11,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from job.common.resources import MainMemory
 from job.distributed.ranks import Place
 from job.errors import SettingsError
 from job.model.adapter_options import AdapterOptions
@@ -247,6 +248,23 @@ def test_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch, *, 
     assert "undefined symbol: cuModuleGetFunction" in line["why"]
 
 
+def test_triton_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, with what installs it: torch's own operations are slower. A CPU needs none."""
+
+    def missing() -> kernels.Kernels:
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(kernels, "triton", missing)
+    fast_kernels.cache_clear()
+    try:
+        with capture_logs() as lines:
+            for device in ("cuda", "cuda", "cpu"):
+                assert fast_kernels(torch.device(device), "float16") == (kernels.TORCH, "torch")
+    finally:
+        fast_kernels.cache_clear()
+    assert [(line["log_level"], "pip install triton" in line["change"]) for line in lines] == [("warning", True)]
+
+
 def test_a_gpu_that_can_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 on an Ampere is what the fused layers are for; older ones have fp16."""
     with_capability(monkeypatch, (8, 0))
@@ -308,7 +326,7 @@ class Two:
 
 def test_rows_that_do_not_fit_are_divided(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above what the smaller GPU computes alone; none where one of the processes or the settings do not allow it."""
-    monkeypatch.setattr(prepare_module, "total_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(prepare_module, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
 
     def plan(other: int = 20_000, **how: Any) -> tuple[ExecutionPlan, list[int]]:
         group = Two(other)
@@ -332,7 +350,7 @@ def test_which_rows_are_divided_does_not_depend_on_free_memory(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resumed run may find less of it."""
-    monkeypatch.setattr(prepare_module, "total_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(prepare_module, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
     found = []
     for free in (3 << 30, 2 << 30):
         with monkeypatch.context() as patch:

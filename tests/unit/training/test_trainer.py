@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 
-from job.checkpoints.trainer_state import validate_trainer_state
+from job.checkpoints.trainer_state import HowComputed, read_how_computed, validate_trainer_state
 from job.common.optimizers import OPTIMIZERS
 from job.data import batch_plan
 from job.distributed.processes import Alone
@@ -28,6 +29,7 @@ from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment
 from job.records import Example, ExecutionPlan, Question, StepMetrics
 from job.training import packing
+from job.training import step as step_module
 from job.training.config import Hooks, Recipe, Trained, step_seed, total_steps
 from job.training.packing import packed_inputs
 from job.training.trainer import train
@@ -542,6 +544,39 @@ def test_a_fused_run_on_padded_sequences_resumes_exactly(
     resumed, _ = run(second, tokenizer, LONGER, recipe, tmp_path / "resumed", plan=THROUGHOUT, resume=state)
     assert adapter_hash(second) == adapter_hash(whole) != adapter_hash(first)
     assert facts(resumed) == facts(uninterrupted)
+
+
+def test_padded_shapes_are_those_of_the_checkpoint(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that would pad to other shapes resumes with those of the checkpoint, bit for bit, and records them.
+
+    Of a checkpoint without them, and of one that was computed by other layers, the log says what differs.
+    """
+    whole = fused_model(base_folder)
+    run(whole, tokenizer, LONGER, RESUMED, tmp_path / "whole", plan=THROUGHOUT)
+    first = fused_model(base_folder)
+    _, (*_, state) = run(first, tokenizer, LONGER, RESUMED, tmp_path / "stopped", plan=THROUGHOUT, stop_after=3)
+    before = read_how_computed(state)
+    other = packing.Shapes(((4096, 64),))
+    monkeypatch.setattr(step_module, "choose_shapes", lambda *_: other)
+    second = fused_model(base_folder)
+    with capture_logs() as logs:
+        _, saved = run(second, tokenizer, LONGER, RESUMED, tmp_path / "resumed", plan=THROUGHOUT, resume=state)
+    assert adapter_hash(second) == adapter_hash(whole)
+    assert before is not None
+    assert read_how_computed(saved[-1]) == before != HowComputed("fused all, torch", None, [[(4096, 64)]])
+    assert not [line for line in logs if line["log_level"] == "warning"]
+
+    progress = json.loads((state / "progress.json").read_text())
+    said = {"tile": {**progress["computed"], "tile_tokens": 8192}, "old": None}
+    for name, computed in said.items():
+        (state / "progress.json").write_text(json.dumps(progress | {"computed": computed}))
+        with capture_logs() as logs:
+            run(fused_model(base_folder), tokenizer, LONGER, RESUMED, tmp_path / name, plan=THROUGHOUT, resume=state)
+        (line,) = [line for line in logs if line["log_level"] == "warning"]
+        assert line.get("tile_tokens") == ("8192 before, None now" if name == "tile" else None)
+        assert ("does not say what its packed sequences were padded to" in line["event"]) == (name == "old")
 
 
 def test_a_killed_run_goes_on_from_any_state(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:

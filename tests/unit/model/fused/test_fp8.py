@@ -182,3 +182,18 @@ def test_scores_have_no_fp8_in_them(base_folder: Path) -> None:
     assert score_sequence(with_fp8, QUESTIONS) == score_sequence(without, QUESTIONS)
     with adapter_off(with_fp8), adapter_off(without):
         assert score_sequence(with_fp8, QUESTIONS) == score_sequence(without, QUESTIONS)
+
+
+@pytest.mark.parametrize("refused", [1, 17, 128])
+def test_any_number_of_tokens_is_tried_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
+    """A GPU or a library that wants another number of tokens is found out at once."""
+    product = fp8.product
+
+    def picky(left: Rows, *given: Any) -> torch.Tensor:
+        if left.values.shape[0] == refused:
+            raise RuntimeError("the number of rows is not supported")
+        return product(left, *given)
+
+    assert fp8.why_not_here(torch.device("cpu")) is None
+    monkeypatch.setattr(fp8, "product", picky)
+    assert "the number of rows is not supported" in str(fp8.why_not_here(torch.device("cpu")))

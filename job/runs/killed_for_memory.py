@@ -1,0 +1,48 @@
+"""Why an attempt was killed without notice: whether it was for want of main memory, as far as its records tell.
+
+A process that the kernel kills for that (exit code 137, in Kubernetes `OOMKilled`) writes nothing. So every record of
+an attempt has the main memory that was left, and how many processes of its control group the kernel had killed; the
+next attempt compares. A container that is started again has a new control group, in which no kill is counted.
+"""
+
+from __future__ import annotations
+
+from job.common.formatting import count, size
+from job.common.resources import MainMemory
+from job.runs.run_log import LoggedAttempt
+
+LITTLE_SHARE = 0.05
+"""Of the main memory: an attempt that had less left, and then was killed, was likely killed for that."""
+FIX = (
+    "give the machine or the container more main memory (in Kubernetes resources.limits.memory), or let the job take "
+    "less: fewer processes (JOB_RUN__PROCESSES), JOB_MODEL__PLACEMENT=gpu or sharded, "
+    "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false, JOB_EVAL__FULL_PRECISION=off, on a CPU a smaller "
+    "JOB_TRAIN__MICRO_BATCH_TOKENS"
+)
+"""What to change, with the settings that decide how much main memory the job takes."""
+
+
+def why_killed(before: LoggedAttempt, now: MainMemory | None = None) -> str | None:
+    """Why an attempt that recorded no end was killed, in words; None where nothing points to memory.
+
+    Args:
+        before: The attempt's last record.
+        now: Of the process that asks, if it may run where the attempt did.
+    """
+    noted = before.noted
+    if noted is None or noted.memory is None:
+        return None  # of an earlier version
+    was = noted.memory
+    kills = 0
+    if now is not None and now.group == was.group:
+        kills = (now.oom_kills or 0) - (was.oom_kills or 0)
+    if kills > 0:
+        what = "since its last record the kernel has killed a process of this container or service because main memory"
+        return f"{what} was full ({count(kills, 'time')} by oom_kill in memory.events)"
+    if was.available_bytes < LITTLE_SHARE * was.total_bytes:
+        left = f"{size(was.available_bytes, ' ')} of {size(was.total_bytes, ' ')} of main memory"
+        return f"at its last record it had {left} left, so it was likely killed because that was full"
+    if noted.loading:
+        what = "it was killed while the model was loaded, which takes much main memory"
+        return f"{what}: if its exit code was 137, or its pod says OOMKilled, that was full"
+    return None

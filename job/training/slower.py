@@ -1,0 +1,72 @@
+"""What makes training on this machine slower than it could be, each with the setting that would change it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from job.records import PEFT, ExecutionPlan
+
+
+@dataclass(frozen=True)
+class Slower:
+    """Something that costs time and changes no result; `change` says what would do without it."""
+
+    what: str
+    change: str
+
+
+_MEMORY = "a GPU with more memory, or a smaller JOB_TRAIN__MICRO_BATCH_TOKENS"
+
+
+def slower_ways(
+    plan: ExecutionPlan,
+    *,
+    on_gpu: bool,
+    quantized: bool,
+    keep_base: bool | Literal["auto"],
+    recompute: bool | Literal["auto"],
+    method: str,
+    noise: bool,
+) -> Iterator[Slower]:
+    """What a plan does without. PEFT's layers on a GPU are not among it: `training.prepare` warns of them.
+
+    Args:
+        plan: The execution plan.
+        on_gpu: Whether a GPU computes.
+        quantized: Whether the base is.
+        keep_base: `JOB_MODEL__KEEP_DEQUANTIZED`.
+        recompute: `JOB_TRAIN__GRADIENT_CHECKPOINTING`.
+        method: The last one of `JOB_TRAIN__METHOD`.
+        noise: Whether `JOB_TRAIN__NEFTUNE_NOISE_ALPHA` is set.
+    """
+    fused = plan.forward != PEFT
+    elsewhere = plan.base_held != "gpu"
+    if elsewhere:
+        link = "main memory" if plan.base_held == "host" else "the other GPUs"
+        change = "JOB_MODEL__PLACEMENT=gpu, where the GPU has the memory for it"
+        yield Slower(f"the base's layers are fetched from {link} in every pass", change)
+    if fused and (quantized or plan.fp8) and not plan.kept_base and not elsewhere:
+        change = "JOB_MODEL__KEEP_DEQUANTIZED=auto" if keep_base is False else _MEMORY
+        made = "quantized to FP8" if plan.fp8 else "dequantized"
+        yield Slower(f"the base's weights are {made} for each use", change)
+    if not plan.kept_activations:
+        memory = _MEMORY if on_gpu else "a machine with more memory, or a smaller JOB_TRAIN__MICRO_BATCH_TOKENS"
+        change = "JOB_TRAIN__GRADIENT_CHECKPOINTING=auto" if recompute is True else memory
+        yield Slower("activations are computed again in the backward pass", change)
+    if plan.offloaded:
+        change = "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false, where the GPU has the memory for them"
+        yield Slower("activations of long rows go to main memory and back", change)
+    if on_gpu and fused and not plan.recorded:
+        if noise:
+            change = "JOB_TRAIN__NEFTUNE_NOISE_ALPHA=0, which trains without noise"
+        elif method != "sft":
+            change = f"none: JOB_TRAIN__METHOD={method} has none"
+        elif elsewhere:
+            change = "JOB_MODEL__PLACEMENT=gpu, where the GPU has the memory for it"
+        elif not plan.padded:
+            change = "another JOB_MODEL__ID: this model's decoder is not fused as a whole"
+        else:
+            change = "none that a setting could make; the reason of the execution plan says why"
+        yield Slower("kernels are launched one by one, without CUDA graphs", change)
