@@ -210,9 +210,10 @@ class ExecutionPlan:
     kept_attention: Attention's output is kept of a long row, instead of computed again in the backward pass.
 
     So does `tile_tokens` affect the last bits: of long rows the feed-forward layers and the loss are computed in tiles
-    of so many tokens (`training.long_rows`). None where no row is that long, or the model cannot be computed so. And
-    `sequence_parallel` and `divided_above`: a long row of more than `divided_above` tokens was computed by so many
-    processes together (`training.sequence_parallel`). 1 and None where no row would have been.
+    of so many tokens (`training.long_rows`). None where no row is that long, or the model cannot be computed so. And so
+    does `attention`, the kernel of long rows, a key of `long_attention.KERNELS`; None there and in older records, where
+    it was `flash`. And `sequence_parallel` and `divided_above`: a long row of more than `divided_above` tokens was
+    computed by so many processes together (`training.sequence_parallel`). 1 and None where no row would have been.
     """
 
     kept_base: bool
@@ -229,6 +230,7 @@ class ExecutionPlan:
     offloaded: bool = False
     kept_attention: bool = False
     tile_tokens: int | None = None
+    attention: str | None = None
     may_offload: bool = True
     """Whether activations may be offloaded when memory runs out (`JOB_TRAIN__OFFLOAD_ACTIVATIONS` is not false)."""
     sequence_parallel: int = 1

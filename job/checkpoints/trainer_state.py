@@ -33,13 +33,14 @@ T = TypeVar("T")
 class HowComputed:
     """What decides the last bits of a gradient beside recipe, software and hardware.
 
-    `forward` and `tile_tokens` are those of `records.ExecutionPlan`. `padded` has, by process, the shapes (length,
-    segments) that packed sequences are padded to with the token budget of the newest step; None where none is padded.
+    `forward` and `tile_tokens` are those of `records.ExecutionPlan`. `padded` has the shapes (length, segments) that
+    packed sequences are padded to with the token budget of the newest step; None where none is padded.
     """
 
     forward: str
     tile_tokens: int | None
-    padded: list[list[tuple[int, int]]] | None
+    processes: int
+    padded: list[tuple[int, int]] | None
     divided_above: int | None = None
     """Of how many tokens a row was the longest that one process computed; None where none was divided."""
 

@@ -129,7 +129,7 @@ class Steps:
         return [[share[i] for i in group] for group in micro_batches([len(e.input_ids) for e in share], budget)]
 
     def sequences(self, budget: int, longest: int | None = None) -> list[tuple[int, int]]:
-        """Tokens and number of examples of every packed sequence that this process has in any step.
+        """Tokens and number of examples of every packed sequence that any process has in any step.
 
         A sequence is a micro-batch, or of a micro-batch the examples of one weight; see `by_weight`. Those with an
         example of more than `longest` tokens are left out.
@@ -140,17 +140,17 @@ class Steps:
         for step in range(self.total):
             rows = batch(self.seed, len(lengths), self.global_batch_size, step)
             rows = tuple(rows[i] for i in without_divided([lengths[row] for row in rows], self.divided_above)[1])
-            share = shares([lengths[row] for row in rows], self.world_size)[self.rank]
-            mine = [rows[i] for i in share]
-            for group in micro_batches([lengths[row] for row in mine], budget):
-                parts: dict[float, list[int]] = {}
-                for i in group:
-                    parts.setdefault(weights[mine[i]] if weighted else 1.0, []).append(lengths[mine[i]])
-                found += [
-                    (sum(part), len(part))
-                    for weight, part in parts.items()
-                    if weight and (longest is None or max(part) <= longest)
-                ]
+            for share in shares([lengths[row] for row in rows], self.world_size):
+                mine = [rows[i] for i in share]
+                for group in micro_batches([lengths[row] for row in mine], budget):
+                    parts: dict[float, list[int]] = {}
+                    for i in group:
+                        parts.setdefault(weights[mine[i]] if weighted else 1.0, []).append(lengths[mine[i]])
+                    found += [
+                        (sum(part), len(part))
+                        for weight, part in parts.items()
+                        if weight and (longest is None or max(part) <= longest)
+                    ]
         return found
 
     def epoch(self, step: int) -> float:

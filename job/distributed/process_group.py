@@ -138,7 +138,8 @@ class ProcessGroup:
         """See `Processes`."""
         from torch.distributed import ReduceOp
 
-        self._reduce(tensor, ReduceOp.SUM)
+        # On a GPU the optimizer's kernels are launched after the wait, so the GPU is idle for what is slept too long.
+        self._reduce(tensor, ReduceOp.SUM, longest=_SHORT_PAUSE_SECONDS if tensor.is_cuda else _MAX_PAUSE_SUM)
 
     def exchange(self, number: int) -> list[int]:
         """See `Processes`."""
@@ -231,17 +232,18 @@ class ProcessGroup:
             self._until(lambda: self._store.check([key]), _MAX_PAUSE_VALUE, stoppable=True)
             return self._get(key)
 
-    def _reduce(self, tensor: Any, operation: Any) -> None:
+    def _reduce(self, tensor: Any, operation: Any, longest: float = _MAX_PAUSE_SUM) -> None:
         import torch.distributed as dist
 
-        self._finish(lambda: dist.all_reduce(tensor, operation, async_op=True))
+        start = lambda: dist.all_reduce(tensor, operation, async_op=True)  # noqa: E731
+        self._finish(start, min(_PAUSE_SECONDS, longest), longest)
 
-    def _finish(self, start: Callable[[], Any], pause: float = _PAUSE_SECONDS) -> None:
-        """Waits for a collective operation of torch's."""
+    def _finish(self, start: Callable[[], Any], pause: float = _PAUSE_SECONDS, longest: float = _MAX_PAUSE_SUM) -> None:
+        """Waits for a collective operation of torch's, in pauses that double up to the longest."""
         with self._all_there():
             work = start()
             # Not stoppable: the other processes are in the same operation, and it is how they learn of the stop.
-            self._until(work.is_completed, _MAX_PAUSE_SUM, stoppable=False, pause=pause)
+            self._until(work.is_completed, longest, stoppable=False, pause=pause)
             work.wait()
 
     @contextmanager

@@ -10,6 +10,8 @@ from job.model.families import FAMILIES, caps_scores, fused_family, of_text, why
 
 WIDEST_HEAD = 256
 """Heads that are wider have no attention kernel for long rows (`model/fused/long_attention.py`)."""
+HOPPER, TRITON_HEADS = 9, (128,)
+"""The major compute capability and the sizes of heads for which the kernel with Triton was measured."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,18 @@ class Architecture:
     def in_tiles(self) -> bool:
         """Whether long rows are computed layer by layer (`training/long_rows.py`), where nothing else is against it."""
         return self.fused and not self.caps_scores and self.head_size <= WIDEST_HEAD
+
+    def attends_by_triton(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU of this compute capability computes attention's backward pass of long rows with Triton.
+
+        Elsewhere it was not measured; see `fused.long_attention` and decision 25.
+        """
+        return capability[0] == HOPPER and self.head_size in TRITON_HEADS
+
+    @property
+    def triton_copies(self) -> int:
+        """How many heads' fp32 gradients take as much as what that keeps instead: a number for each head and token."""
+        return -(-self.heads // self.head_size)
 
     @property
     def queries(self) -> int:

@@ -214,6 +214,8 @@ class PlacedWeights:
         self._holds: list[int | None] = [None] * len(self.slots)
         self._filling: list[Wait] = [_nothing] * len(self.slots)
         self._current: int | None = None
+        self.turns_back = False
+        """Whether a backward pass follows the present forward pass, although that records no gradient."""
 
     def slot(self, number: int) -> int:
         """The one that a layer's bytes are in when it is needed."""
@@ -250,7 +252,8 @@ class PlacedWeights:
             return number - 1 if number else None
         if number + 1 < self._count:
             return number + 1
-        return None if torch.is_grad_enabled() else 0  # where a backward pass follows, it begins with this one
+        # Where a backward pass follows, it begins with this one.
+        return None if self.turns_back or torch.is_grad_enabled() else 0
 
     def release(self) -> None:
         """Frees the memory of all layers."""
@@ -324,6 +327,20 @@ def computing_together(model: Any, group: Group) -> Iterator[Callable[[], None]]
         if shares is None and not missing and out_of_memory(error):
             group.exchange(_NONE)
         raise
+
+
+@contextmanager
+def before_backward(model: Any) -> Iterator[None]:
+    """For a forward pass without gradients that a backward pass follows, layer by layer: which is fetched next."""
+    placed = getattr(model, PLACED, None)
+    if placed is None:
+        yield
+        return
+    placed.turns_back = True
+    try:
+        yield
+    finally:
+        placed.turns_back = False
 
 
 def release(model: Any) -> None:

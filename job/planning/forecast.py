@@ -31,7 +31,7 @@ from job.training.execution_plan import (
     choose_plan,
     why_not_recorded,
 )
-from job.training.memory_model import ATTENTION_COPIES, LONG_ROW, TILE_TOKENS, Setup
+from job.training.memory_model import LONG_ROW, TILE_TOKENS, Setup
 from job.training.sequence_parallel import (
     MOST_GPUS,
     enough_gpus,
@@ -112,6 +112,7 @@ class RunShape:
         processes: That share the work, each with a GPU.
         processes_here: Those of one machine.
         tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
+        attention_copies: As `copies` of `memory_model.long_row_bytes`: of flash attention until a GPU is chosen.
         recorded: Whether the method's GPU kernels can be recorded as CUDA graphs, where fused layers compute.
         offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
         divide: Whether a long row that does not fit on one GPU is divided over those of the run.
@@ -146,6 +147,7 @@ class RunShape:
     processes: int = 1
     processes_here: int = 1
     tiles: bool = False
+    attention_copies: int = memory_model.ATTENTION_COPIES
     recorded: bool = True
     offload: bool | None = None
     divide: bool = False
@@ -287,7 +289,7 @@ def _of_the_activations(run: RunShape, setup: Setup, activations: int, both: Bas
             yield Estimate("main memory: activations", host, "bytes", both, "where they do not fit on the GPU")
     yield Estimate("memory: activations", activations, "bytes", both, tokens)
     if (over := _divides_over(run, setup)) > 1 and _in_tiles(run, run.micro_batch):
-        shared = row_memory(setup, run.micro_batch, over, offload=run.offload).activations
+        shared = row_memory(setup, run.micro_batch, over, offload=run.offload, copies=run.attention_copies).activations
         note = f"of each of {over} GPUs, if the row does not fit on one"
         yield Estimate("memory: activations, divided", shared, "bytes", both, note)
 
@@ -341,10 +343,12 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
     if run.first_stage is not None and run.budget_by_gpu:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
+    run = replace(run, attention_copies=memory_model.attention_copies(setup.architecture, gpu.capability))
     possible = gpu.capability >= AMPERE and _is_fused(gpu, run, setup)
     run = replace(run, tiles=run.tiles and possible)
     if run.first_stage is not None:
-        run = replace(run, first_stage=replace(run.first_stage, tiles=run.first_stage.tiles and possible))
+        first = replace(run.first_stage, tiles=run.first_stage.tiles and possible)
+        run = replace(run, first_stage=replace(first, attention_copies=run.attention_copies))
     needs, usable = partial(_need, run), memory_model.usable_bytes(gpu.memory_bytes)
     setup = replace(setup, processes=run.processes)
     placement = choose_placement(setup, memory_bytes=gpu.memory_bytes, placements=run.placements, needs=needs)
@@ -417,7 +421,8 @@ def _divided_over(run: RunShape, setup: Setup, usable: int) -> int:
     over = _divides_over(run, setup)
     if over == 1 or not _in_tiles(run, run.micro_batch):
         return 1
-    return 1 if row_memory(setup, run.micro_batch, offload=run.offload).total <= usable else over
+    alone = row_memory(setup, run.micro_batch, offload=run.offload, copies=run.attention_copies)
+    return 1 if alone.total <= usable else over
 
 
 def _of_division(run: RunShape, setup: Setup, usable: int, over: int, *, fits: bool) -> str:
@@ -439,7 +444,8 @@ def _of_division(run: RunShape, setup: Setup, usable: int, over: int, *, fits: b
 
 def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
     if _in_tiles(run, tokens):
-        return least_memory(setup, tokens, _divides_over(run, setup), offload=run.offload)
+        how: dict[str, Any] = {"offload": run.offload, "copies": run.attention_copies}
+        return least_memory(setup, tokens, _divides_over(run, setup), **how)
     return memory_model.training_memory(setup, tokens)
 
 
@@ -498,7 +504,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
         free_bytes=free,
         sequence_tokens=0 if long else run.micro_batch,
         keep_base=False if long and run.keep_base is None else run.keep_base,
-        keep_activations=False if long and run.keep_activations is None else run.keep_activations,
+        keep_activations=False if long else run.keep_activations,
         recorded=setup.architecture.fused,
         not_recorded=why_not_recorded(setup, gpu.capability),
         fp8=run.fp8,
@@ -515,7 +521,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
         free_bytes=free,
         host_bytes=_UNKNOWN_HOST,
         offload=run.offload,
-        copies=ATTENTION_COPIES,
+        copies=run.attention_copies,
         tile=TILE_TOKENS,
     )
 

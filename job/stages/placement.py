@@ -26,6 +26,7 @@ from job.training.memory_model import (
     MAIN_MEMORY_SHARE,
     PLACEMENTS,
     Setup,
+    attention_copies,
     copies_in_main_memory,
     evaluation_bytes,
     packed_bytes,
@@ -133,11 +134,12 @@ def _fastest_that_fits(
     """
     tokens = longest_sequence(lengths, global_batch_size, budget)
     tiles = tiles and max(lengths) > LONG_ROW and compute_capability() >= AMPERE
+    copies = attention_copies(setup.architecture, compute_capability()) if tiles else 0
 
     def needs(there: Setup) -> int:
         scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
         if tiles and tokens > LONG_ROW:
-            return max(least_memory(there, tokens, divide_over, offload=offload).total, scoring)
+            return max(least_memory(there, tokens, divide_over, offload=offload, copies=copies).total, scoring)
         return max(training_memory(there, tokens).total, scoring)
 
     memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now

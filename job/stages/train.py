@@ -30,6 +30,7 @@ from job.preemption.stop_flag import Stopwatch, decide
 from job.records import (
     AdapterRecord,
     Artifact,
+    ExecutionPlan,
     StepMetrics,
     Trained,
     TrainingProgress,
@@ -65,7 +66,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     if METHODS[settings.train.last_method].reference:
         shared = open_store(settings.run.output, storage_options(settings.storage))
         examples, validation, reference = with_reference(attempt, settings.run.id, sources, loaded, shared)
-    restored = _restore(attempt)
+    restored = _restore(attempt, software_of(loaded.plan))
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
     check_disk(attempt.work, required_bytes([], checkpoint_bytes(_size(model), recipe.optimizer)))
@@ -80,7 +81,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
                 attempt.store,
                 epoch=attempt.number,
                 world_size=processes.place.world_size,
-                software=host.software(),
+                software=software_of(loaded.plan),
                 run=attempt.run,
                 keep=settings.checkpoint.keep,
                 settle_seconds=settings.checkpoint.settle_seconds,
@@ -154,14 +155,19 @@ def _stopped(attempt: Attempt, restored: manager.Restored, total_steps: int) -> 
     return Preempted(f"{why}; step {kept} of {total_steps} is saved")
 
 
-def _restore(attempt: Attempt) -> manager.Restored:
+def software_of(plan: ExecutionPlan) -> dict[str, str]:
+    """What the bits of a checkpoint depend on: versions, and the kernel of long rows, which the machine decides."""
+    return host.software() | ({} if plan.attention is None else {"attention of long rows": plan.attention})
+
+
+def _restore(attempt: Attempt, software: dict[str, str]) -> manager.Restored:
     """Downloads and verifies the newest valid checkpoint, once on each machine; all must find the same one."""
     processes = attempt.processes
 
     def restore() -> str:
         size, folder = processes.place.world_size, attempt.work / "restored"
         found = manager.restore(
-            attempt.store, folder, host.software(), validate_trainer_state, world_size=size, run=attempt.run
+            attempt.store, folder, software, validate_trainer_state, world_size=size, run=attempt.run
         )
         return adapter_of(manager.Restored).dump_json(found).decode()
 

@@ -156,6 +156,7 @@ def choose_long_rows(
     copies: int,
     tile: int,
     divided: tuple[int, int] | None = None,
+    attention: str | None = None,
 ) -> ExecutionPlan:
     """The plan with the fastest way that fits to compute rows of up to `tokens` tokens layer by layer.
 
@@ -172,6 +173,7 @@ def choose_long_rows(
         copies: As in `long_row_bytes`.
         tile: Tokens of a tile.
         divided: Tokens of the longest row that is divided, and over how many processes.
+        attention: The kernel, whose `copies` these are; None in a forecast.
     """
     tried = []
     rows = [row for row in ((tokens, 1), divided) if row is not None and row[0]]
@@ -198,6 +200,7 @@ def choose_long_rows(
         offloaded=offloaded,
         kept_attention=kept_attention,
         tile_tokens=tile,
+        attention=attention,
         may_offload=offload is not False,
         reason=f"{plan.reason}; {why}",
     )

@@ -19,19 +19,20 @@ of the tokens, and they exchange them around attention (`model.fused.sequence_pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from job.data.examples import lengths_of
-from job.model.fused.long_attention import Output, RowAttention, has_kernel
+from job.model.fused.long_attention import CPU, FLASH, Output, RowAttention, has_kernel
 from job.model.fused.lora_forward import decoder_of
 from job.model.fused.sequence_parallel import SequenceParallelAttention, Team, parts
 from job.model.fused.tiled_layer import backward_layer, forward_layer, is_known
 from job.model.lora import trainable
 from job.model.packed_attention import build_layout
+from job.model.placed_weights import before_backward
 from job.records import Example, ExecutionPlan
 from job.training.activation_store import ActivationStore, HostBuffers, release
 from job.training.memory_model import LONG_ROW, TILE_TOKENS
@@ -118,11 +119,12 @@ class _Walk:
         check: Callable[[], None] = lambda: None,
         team: Team | None = None,
     ) -> None:
-        self._decoder = decoder_of(model.get_base_model())
+        self._model, self._decoder = model, decoder_of(model.get_base_model())
         self._layers = list(self._decoder.layers)
         self._loss, self._store, self._check, self._team = loss, store, check, team
         self._sequence = sequence if team is None else _own_part(sequence, team)
         self._keep_attention, self._tile = plan.kept_attention, plan.tile_tokens or TILE_TOKENS
+        self._kernel = plan.attention or (FLASH if model.device.type == "cuda" else CPU)
         self._layout = build_layout(sequence.segments, model.device)
         self._row_tokens = sequence.tokens.shape[1]
         self._arguments: list[Mapping[str, Any]] = []
@@ -144,7 +146,8 @@ class _Walk:
             found[:] = [y]
             return y
 
-        with torch.no_grad(), _in_place_of_forward(self._layers, one):
+        ahead = nullcontext() if self._store is None else before_backward(self._model)
+        with torch.no_grad(), ahead, _in_place_of_forward(self._layers, one):
             self._decoder(input_ids=ids[None], position_ids=positions[None], layout=self._layout, use_cache=False)
         if self._store is not None:
             self._store.settle()
@@ -189,7 +192,7 @@ class _Walk:
 
     def _attention(self, known: Output | None = None) -> RowAttention | SequenceParallelAttention:
         """Of all tokens of the row in one layer, with its output if that is known."""
-        alone = RowAttention(self._layout, known)
+        alone = RowAttention(self._layout, self._kernel, known)
         return alone if self._team is None else SequenceParallelAttention(alone, self._team, self._row_tokens)
 
     def _loss_of(self, hidden: torch.Tensor, tile: slice) -> torch.Tensor:

@@ -27,8 +27,8 @@ TILE_TOKENS = 8192
 TOKEN_BYTES = 24
 """Of a token's id, label and position."""
 ATTENTION_COPIES = 132
-"""Heads' fp32 gradients in attention's backward pass of a long row: about one for each of a GPU's processors, an H100's
-here."""
+"""Heads' fp32 gradients in the backward pass of flash attention of a long row: about one for each of a GPU's
+processors, an H100's here."""
 
 PLACEMENTS = ("gpu", "sharded", "host")
 """Where the quantized weights of the decoder's layers may lie, the fastest first; see `model.placed_weights`."""
@@ -241,7 +241,14 @@ def long_row_host_bytes(setup: Setup, tokens: int, *, kept_attention: bool) -> i
     return a.layers * tokens * (a.hidden * size + kept_attention * (a.queries * size + FP32 * a.heads))
 
 
-def training_memory(setup: Setup, tokens: int, *, tiles: bool = False, offload: bool | None = None) -> Memory:
+def attention_copies(architecture: Architecture, capability: tuple[int, int]) -> int:
+    """`copies` of `long_row_bytes`, by the compute capability of a GPU that need not be at hand."""
+    return architecture.triton_copies if architecture.attends_by_triton(capability) else ATTENTION_COPIES
+
+
+def training_memory(
+    setup: Setup, tokens: int, *, tiles: bool = False, offload: bool | None = None, copies: int = ATTENTION_COPIES
+) -> Memory:
     """Bytes at the peak of training with micro-batches of so many tokens.
 
     The adapter is in fp32, and autocast keeps a copy of it in the compute dtype; gradients are in fp32.
@@ -251,11 +258,12 @@ def training_memory(setup: Setup, tokens: int, *, tiles: bool = False, offload: 
         tokens: Of the largest micro-batch.
         tiles: Whether a row of more than `LONG_ROW` tokens is computed layer by layer, in the way that takes the least.
         offload: Of such a row, `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
+        copies: Of such a row, as in `long_row_bytes`.
     """
     activations = activation_bytes(setup, tokens)
     if tiles and tokens > LONG_ROW:
         offloaded = offload is not False
-        activations = long_row_bytes(setup, tokens, offloaded=offloaded, kept_attention=False, copies=ATTENTION_COPIES)
+        activations = long_row_bytes(setup, tokens, offloaded=offloaded, kept_attention=False, copies=copies)
     copy = setup.value_bytes if setup.value_bytes < FP32 else 0
     return Memory(
         weights=weight_bytes(setup),

@@ -124,7 +124,7 @@ def prepare(
     never = "JOB_TRAIN__NEFTUNE_NOISE_ALPHA draws noise that depends on the length of the whole row" if random else ""
     above = None
     if sequence_parallel == "auto" and method == "sft" and group.place.world_size > 1 and max(lengths) > LONG_ROW:
-        own = _tokens_alone(setup, rows, max(lengths), group, gigabytes=gigabytes, offload=allowed, never=never)
+        own = _tokens_alone(model, setup, rows, max(lengths), group, gigabytes=gigabytes, offload=allowed, never=never)
         above = _agreed(group, own)
     if rows is not None and above is not None:
         rows = _divided(rows, lengths, budget, above, group.place.world_size)
@@ -279,6 +279,7 @@ def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: in
 
 
 def _tokens_alone(
+    model: Any,
     setup: Setup | None,
     rows: _Rows | None,
     longest: int,
@@ -291,12 +292,15 @@ def _tokens_alone(
     """Tokens of the longest row that this process can compute alone; 0 if it cannot compute a row with others."""
     if setup is None or rows is None or rows.long is None:
         return 0
+    from job.model.fused.long_attention import copies_of
+
     found = tokens_alone(
         setup,
         longest,
         memory_bytes=gpu_memory(gigabytes)[0],
         host_bytes=int(HOST_SHARE * main_memory().total_bytes / group.place.local_world_size),
         offload=offload,
+        copies=copies_of(setup.architecture, model.device, _kernel_of_long_rows(model, setup)),
     )
     why = never or why_not_divided(setup.architecture, group.place.world_size)
     if why and found < longest:
@@ -352,14 +356,15 @@ def _fuse(
 
     from job.model.fused import lora_forward
     from job.model.fused.fp8 import MULTIPLE
-    from job.model.fused.long_attention import attention_copies
+    from job.model.fused.long_attention import FLASH, copies_of
 
     if fp8 and (odd := _not_multiples(setup, MULTIPLE)):
         what = f"is fp8, whose products need sizes that are multiples of {MULTIPLE}; this model has {odd}; remove it"
         raise SettingsError([Problem(_COMPUTE, what)])
     may_fit()
     _, free = gpu_memory(gigabytes)
-    copies, reserved = attention_copies(setup.architecture, model.device), 0
+    kernel = None if rows.long is None else _kernel_of_long_rows(model, setup)
+    copies, reserved = copies_of(setup.architecture, model.device, kernel or FLASH), 0
     if rows.long is not None:
         reserved = max(
             long_row_need(setup, tokens, over, offloaded=offload is not False, kept_attention=False, copies=copies)
@@ -372,7 +377,7 @@ def _fuse(
         sequence_tokens=rows.padded,
         # For long rows alone it saves nothing; but of FP8's copies there are two, made with a pass over all values.
         keep_base=False if keep_base is None and rows.padded == 0 and not fp8 else keep_base,
-        keep_activations=keep_activations,
+        keep_activations=keep_activations if rows.padded else False,  # of long rows none are kept so
         recorded=lora_forward.knows(model.get_base_model()),
         not_recorded=why_not_recorded(setup, compute_capability()),
         fp8=fp8,
@@ -388,6 +393,7 @@ def _fuse(
             copies=copies,
             tile=TILE_TOKENS,
             divided=(rows.divided, rows.processes) if rows.divided else None,
+            attention=kernel,
         )
         plan = replace(plan, sequence_parallel=rows.processes, divided_above=rows.above)
     kernels, name = fast_kernels(model.device, dtype_name(model))
@@ -400,6 +406,14 @@ def _fuse(
         return None
     forward = ", ".join((f"{FUSED} {made}", name, *([FP8] if fp8 else [])))
     return replace(plan, recorded=plan.recorded and made == "all", forward=forward)
+
+
+def _kernel_of_long_rows(model: Any, setup: Setup) -> str:
+    from job.model.fused.long_attention import choose_kernel
+
+    base = model.get_base_model()
+    windowed = getattr(base.config.get_text_config(), "sliding_window", None) is not None
+    return choose_kernel(setup.architecture, base.dtype, model.device, windowed=windowed)
 
 
 def _not_multiples(setup: Setup, factor: int) -> str:
@@ -425,20 +439,22 @@ def _refuse(
     sharing: Sharing,
 ) -> None:
     """Refuses rows that certainly do not fit: on the GPU, or on a CPU in the machine's memory."""
-    from job.model.fused.long_attention import attention_copies
+    from job.model.fused.long_attention import copies_of
 
     if setup is None:
         return
     host = available_bytes() // processes
     on_gpu = model.device.type == "cuda"
-    in_tiles = rows is not None and rows.long is not None
+    copies = None
+    if rows is not None and rows.long is not None:
+        copies = copies_of(setup.architecture, model.device, _kernel_of_long_rows(model, setup))
     refuse_rows(
         setup,
         longest,
         free_bytes=gpu_memory(gigabytes)[1] if on_gpu else host,
         host_bytes=host if on_gpu else None,
         offload=offload,
-        copies=attention_copies(setup.architecture, model.device) if in_tiles else None,
+        copies=copies,
         where=where,
         sharing=sharing,
     )

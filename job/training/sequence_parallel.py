@@ -77,26 +77,43 @@ def row_host_bytes(setup: Setup, tokens: int, processes: int = 1, *, kept_attent
     return long_row_host_bytes(setup, -(-tokens // processes), kept_attention=kept_attention)
 
 
-def row_memory(setup: Setup, tokens: int, processes: int = 1, *, offload: bool | None = None) -> Memory:
+def row_memory(
+    setup: Setup,
+    tokens: int,
+    processes: int = 1,
+    *,
+    offload: bool | None = None,
+    copies: int = ATTENTION_COPIES,
+) -> Memory:
     """As `training_memory` of a row that is computed layer by layer, in the way that takes the least of the GPU."""
     tokens = max(tokens, LONG_ROW + 1)
-    alone = training_memory(setup, tokens, tiles=True, offload=offload)
+    alone = training_memory(setup, tokens, tiles=True, offload=offload, copies=copies)
     if processes == 1:
         return alone
     one, shared = (
-        row_bytes(setup, tokens, n, offloaded=offload is not False, kept_attention=False, copies=ATTENTION_COPIES)
+        row_bytes(setup, tokens, n, offloaded=offload is not False, kept_attention=False, copies=copies)
         for n in (1, processes)
     )
     return replace(alone, activations=alone.activations - one + shared)
 
 
-def least_memory(setup: Setup, tokens: int, processes: int, *, offload: bool | None = None) -> Memory:
+def least_memory(
+    setup: Setup, tokens: int, processes: int, *, offload: bool | None = None, copies: int = ATTENTION_COPIES
+) -> Memory:
     """The less of a row that one process computes, and of the same that all compute; `processes` is 1 if none is."""
-    ways = [row_memory(setup, tokens, n, offload=offload) for n in {1, processes}]
+    ways = [row_memory(setup, tokens, n, offload=offload, copies=copies) for n in {1, processes}]
     return min(ways, key=lambda memory: memory.total)
 
 
-def tokens_alone(setup: Setup, most: int, *, memory_bytes: int, host_bytes: int, offload: bool | None) -> int:
+def tokens_alone(
+    setup: Setup,
+    most: int,
+    *,
+    memory_bytes: int,
+    host_bytes: int,
+    offload: bool | None,
+    copies: int = ATTENTION_COPIES,
+) -> int:
     """Tokens of the longest row, of up to `most`, that one process computes; those of more are divided.
 
     Args:
@@ -105,11 +122,12 @@ def tokens_alone(setup: Setup, most: int, *, memory_bytes: int, host_bytes: int,
         memory_bytes: Of the GPU, or the part of it that may be used, with nothing in it.
         host_bytes: Of main memory that activations may fill in each process, when nothing is in it.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
+        copies: As in `long_row_bytes`.
     """
 
     def lacks(tokens: int) -> int:
         fits = {
-            offloaded: row_memory(setup, tokens, offload=offloaded).total <= usable_bytes(memory_bytes)
+            offloaded: row_memory(setup, tokens, offload=offloaded, copies=copies).total <= usable_bytes(memory_bytes)
             for offloaded in (False, True)
             if offload in {None, offloaded}
         }

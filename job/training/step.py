@@ -131,8 +131,8 @@ class OptimizerStep:
         """The processes, while they compute a row together."""
         self._long_rows = LongRows(model, self._head_loss, self._check)
         self._recording_tokens = _recording_tokens(model)
-        self._shapes: dict[tuple[int, int], Shapes] = {}
-        """By token budget and process."""
+        self._shapes: dict[int, Shapes] = {}
+        """By token budget."""
         self.divide_above(plan.divided_above)
 
     @property
@@ -396,27 +396,24 @@ class OptimizerStep:
         head = self._model.get_base_model().get_output_embeddings()
         return padded_loss(hidden, head, labels, self._smoothing, self._logits)
 
-    def shapes(self, rank: int | None = None) -> Shapes:
-        """What a process's packed sequences are padded to, with the present token budget.
+    def shapes(self) -> Shapes:
+        """What packed sequences are padded to, in every process, with the present token budget.
 
-        Args:
-            rank: Of the process; None for this one.
+        Chosen for all processes together, since the slowest of them decides how long a step takes.
         """
-        key = self.budget, self._steps.rank if rank is None else rank
-        if key not in self._shapes:
-            self._shapes[key] = choose_shapes(self._sequences(key[1]), self._recording_tokens)
-        return self._shapes[key]
+        if self.budget not in self._shapes:
+            cost = self._recording_tokens * self._steps.world_size  # all processes wait for a recording
+            self._shapes[self.budget] = choose_shapes(self._sequences(), cost)
+        return self._shapes[self.budget]
 
-    def _sequences(self, rank: int) -> list[tuple[int, int]]:
-        """Tokens and examples of a process's packed sequences with the present token budget."""
-        return replace(self._steps, rank=rank).sequences(self.budget, self._padded_at_most)
+    def _sequences(self) -> list[tuple[int, int]]:
+        """Tokens and examples of the packed sequences of all processes with the present token budget."""
+        return self._steps.sequences(self.budget, self._padded_at_most)
 
     def how_computed(self) -> HowComputed:
         """What a checkpoint records of how its gradients were computed."""
-        padded = None
-        if self.plan.padded:
-            padded = [list(self.shapes(rank).shapes) for rank in range(self._steps.world_size)]
-        return HowComputed(self.plan.forward, self.plan.tile_tokens, padded, self.divided_above)
+        padded = list(self.shapes().shapes) if self.plan.padded else None
+        return HowComputed(self.plan.forward, self.plan.tile_tokens, self._steps.world_size, padded, self.divided_above)
 
     def resume_as(self, before: HowComputed | None) -> None:
         """Pads and divides rows as the attempt did that wrote a checkpoint; warns of what this one computes otherwise.
@@ -444,27 +441,27 @@ class OptimizerStep:
             if was != now:
                 changed[name] = f"{was} before, {now} now"
         if self.plan.padded and before.padded is not None:
-            if len(before.padded) == self._steps.world_size:
-                # Process 0 writes the next checkpoint, so it needs those of the others.
-                for rank in range(self._steps.world_size) if self._processes.leads else [self._steps.rank]:
-                    found = shapes_of_before(before.padded[rank], self._sequences(rank))
-                    self._shapes[self.budget, rank] = found
+            if before.processes == self._steps.world_size:
+                self._shapes[self.budget] = shapes_of_before(before.padded, self._sequences())
             else:
-                changed["padded_shapes"] = f"of {len(before.padded)} processes before, {self._steps.world_size} now"
+                changed["padded_shapes"] = f"of {before.processes} processes before, {self._steps.world_size} now"
         if changed:
             get_logger().warning("checkpoint was computed otherwise: the last bits of the result change", **changed)
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
-        """The CUDA graphs. If there are none yet, that of the longest shape of this process is recorded first.
+        """The CUDA graphs. If there are none yet, that of the longest shape is recorded first.
 
-        All graphs share one memory pool, so the memory of the largest graph serves the smaller ones, too.
+        All graphs share one memory pool, so the memory of the largest graph serves the smaller ones, too. With several
+        processes all are recorded at once: later, each time one process recorded, the others would wait for it.
         """
         if self._graphs is None:
             first = padded_sequence([Example((0,), (False,))], device)
             weight = torch.tensor(0.0, device=device)
             self._graphs = CudaGraphs(self._padded_gradient, (first.tokens, first.ends, weight))
-            largest = blank_sequence(self.shapes().shapes[-1], device)
-            self._graphs.prepare(largest.tokens, largest.ends, weight)
+            shapes = self.shapes().shapes[::-1]
+            for shape in shapes if self._steps.world_size > 1 else shapes[:1]:
+                blank = blank_sequence(shape, device)
+                self._graphs.prepare(blank.tokens, blank.ends, weight)
         return self._graphs
 
     def free_memory(self) -> bool:

@@ -859,7 +859,7 @@ def padding(bench: Bench) -> None:
         sequences = plan.sequences(16384)
         tokens = sum(n for n, _ in sequences)
         for name, choose in (("every length", every_length), ("chosen", packing.choose_shapes)):
-            found = choose(sequences, price)
+            found = choose(sequences, price * processes)
             wasted = sum(found.of(*one)[0] - one[0] for one in sequences)
             bench.say(
                 "padding",

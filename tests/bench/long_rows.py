@@ -43,7 +43,17 @@ from job.distributed.processes import ALONE
 from job.model import packed_attention
 from job.model.base import make_deterministic, recompute_activations
 from job.model.fused.frozen_weights import fuse_layers
-from job.model.fused.long_attention import CpuKernel, FlashKernel, heads_at_once, processors
+from job.model.fused.long_attention import (
+    FLASH,
+    TRITON,
+    CpuKernel,
+    FlashKernel,
+    TritonKernel,
+    choose_kernel,
+    copies_of,
+    heads_at_once,
+    processors,
+)
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Layout, Segment, build_layout
 from job.records import Example, ExecutionPlan
@@ -60,6 +70,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 GIB = 1 << 30
 FEW = packing.FEW_SEGMENTS
 NOW = ExecutionPlan(
+    attention=TRITON if ON_GPU else None,
     kept_base=False,
     kept_activations=False,
     recorded=False,
@@ -244,6 +255,13 @@ def kernels(tokens: int, *, tiny: bool) -> Iterator[tuple[str, bool, Callable[[]
     if not ON_GPU:
         yield "CPU", True, lambda: by_kernel(CpuKernel(layout, None, None))
         return
+    yield "cuDNN and Triton (ours)", True, lambda: by_kernel(TritonKernel(layout, None, None))
+    yield "cuDNN and Triton (ours), window of 4,096", True, lambda: by_kernel(TritonKernel(layout, None, 4096))
+    yield (
+        "flash, some heads at a time (ours), window of 4,096",
+        True,
+        lambda: by_kernel(FlashKernel(layout, None, 4096)),
+    )
     yield "flash, some heads at a time (ours)", True, lambda: by_kernel(FlashKernel(layout, None, None))
     for segments in (8, 2, 1):
         yield f"flash, {segments} segments", True, lambda segments=segments: by_varlen(layout, segments)
@@ -457,6 +475,7 @@ def run(
                 peak_gib=peak(),
                 reserved_gib=reserved(),
                 loss=float(loss),
+                attention=step.plan.attention,
                 offloaded=step.plan.offloaded,
                 kept_attention=step.plan.kept_attention,
                 tile_tokens=step.plan.tile_tokens,
@@ -494,9 +513,10 @@ def row64k(bench: Bench) -> None:
     tokens, some = bench.size(64_000), bench.layers or SOME_LAYERS
     kept = replace(NOW, kept_attention=True)
     with caught("as now"):
-        run(bench, "row64k: attention kept on the GPU", tokens, kept, layers=bench.layers)
+        run(bench, "row64k: attention kept on the GPU", tokens, kept, layers=bench.layers, twice=True)
     for name, plan in (
         ("row64k: as before", BEFORE),
+        ("row64k: flash, attention kept on the GPU", replace(kept, attention=FLASH if ON_GPU else None)),
         ("row64k: attention kept on the GPU", kept),
         ("row64k: attention computed again", NOW),
         ("row64k: attention kept, offloaded", replace(kept, offloaded=True)),
@@ -512,14 +532,13 @@ def capped(bench: Bench, what: str, tokens: int, gigabytes: float, plan: Executi
     tokens = bench.size(tokens)
     setup = setup_of(bench.model, "nf4", "adamw_8bit")
     if setup is not None and ON_GPU:
-        heads, kv = setup.architecture.heads, setup.architecture.kv_heads
-        count = processors(DEVICE)
-        group, empty = heads_at_once(heads, heads // kv, 1, count)
-        copies = group * -(-count // (group * (1 + empty)))
+        kernel = choose_kernel(setup.architecture, torch.bfloat16, DEVICE, windowed=False)
+        copies = copies_of(setup.architecture, DEVICE, kernel)
         by_formula = long_row_bytes(setup, tokens, offloaded=True, kept_attention=plan.kept_attention, copies=copies)
         host = long_row_host_bytes(setup, tokens, kept_attention=plan.kept_attention)
         say(
             f"{what}: by formula",
+            kernel=kernel,
             activations_gib=by_formula / GIB,
             host_gib_of_all_layers=host / GIB,
             host_gib_free=available_bytes() / GIB,

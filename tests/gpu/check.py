@@ -1,9 +1,9 @@
 """What only a GPU can show, as a script: `python tests/gpu/check.py` prints one JSON line a finding.
 
-The variable-length kernel against the plain reference; a killed and resumed run against a whole one; FP8 with any
-number of tokens, with dropout in CUDA graphs, and with a base that is not on the GPU; speed and memory of training and
-scoring on a random model of Mistral-7B's shape. Token lengths may be given as a JSON list in the file that GPU_LENGTHS
-names. `python tests/gpu/check.py --tiny fp8` rehearses the part on a CPU.
+The variable-length kernel and those of long rows against a plain reference; killed and resumed runs against whole ones,
+with long rows too; FP8 with any number of tokens, with dropout in CUDA graphs, and with a base that is not on the GPU;
+speed and memory of training and scoring on a random model of Mistral-7B's shape. Token lengths may be given as a JSON
+list in the file that GPU_LENGTHS names. `python tests/gpu/check.py --tiny fp8` rehearses the part on a CPU.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model.base import load_base, make_deterministic
 from job.model.fused import fp8, kernels
 from job.model.fused.frozen_weights import fuse_layers
+from job.model.fused.long_attention import FLASH, KERNELS, TRITON
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, _block_by_block, _varlen_kernel, build_layout
 from job.planning.known_models_and_data import ARCHITECTURES
@@ -38,10 +39,13 @@ from job.records import PEFT, Example, ExecutionPlan, Question
 from job.tracking.energy import open_meter, visible_gpus
 from job.training.config import Hooks, Recipe
 from job.training.memory_model import Setup, training_memory
+from job.training.prepare import prepare
 from job.training.trainer import train
 
 TINY = "--tiny" in sys.argv
 DEVICE = torch.device("cpu" if TINY else "cuda")
+LONG = (20_001, 17_000)
+"""Tokens of long rows."""
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -73,6 +77,34 @@ def kernel() -> None:
         (_varlen_kernel(*again, layout, None, None).float() * weight).sum().backward()
         same = all(torch.equal(a.grad, b.grad) for a, b in zip(half, again, strict=True))
         say("kernel gradient twice", layout=name, identical=same)
+
+
+def long_kernel() -> None:
+    """The kernels of long rows beside fp32: errors, relative, of the output and of the three gradients; repeated."""
+    for tokens, size, segments, window in (
+        (4000, 128, [(0, 4000)], None),
+        (4000, 64, [(0, 4000)], None),
+        (4001, 128, [(0, 4001)], 1000),
+        (4000, 128, [(0, 1), (1, 1500), (1500, 4000)], None),
+    ):
+        torch.manual_seed(0)
+        layout = build_layout([Segment(*one) for one in segments], DEVICE)
+        draw = [torch.randn(heads, tokens, size, device=DEVICE).bfloat16() for heads in (8, 2, 2, 8)]
+        *tensors, gradient = (x.transpose(0, 1) for x in draw)
+        exact = [x.float().transpose(0, 1)[None].requires_grad_() for x in tensors]
+        reference = _block_by_block(*exact, layout, None, window)
+        wanted = torch.autograd.grad(reference, exact, gradient.float()[None])
+        wanted = [reference[0], *(x[0].transpose(0, 1) for x in wanted)]
+        for name in (FLASH, TRITON):
+            kernel = KERNELS[name](layout, None, window)
+            both = []
+            for _ in range(2):
+                out, sums = kernel.forward(*tensors)
+                both.append([out, *kernel.backward(gradient, *tensors, out, sums)])
+            errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(both[0], wanted, strict=True)]
+            same = all(map(torch.equal, *both))
+            about = {"tokens": tokens, "head_size": size, "segments": len(segments), "window": window}
+            say("kernel of long rows", kernel=name, **about, errors=errors, identical=same)
 
 
 def examples(count: int, vocabulary: int) -> list[Example]:
@@ -192,6 +224,49 @@ def exactness(folder: Path) -> None:
         bits.append([p.detach().clone() for p in trainable(model).values()])
     for name, other in (("twice", bits[1]), ("resumed", bits[2])):
         say("exactness", run=name, identical=all(torch.equal(a, b) for a, b in zip(bits[0], other, strict=True)))
+
+
+def long_rows(folder: Path) -> None:
+    """The same with rows of more than 16,384 tokens, prepared as the job does it; with other places when resumed."""
+    small = shape(
+        folder / "long",
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    data = examples(6, 1000)
+    for i, length in enumerate(LONG):
+        draw = torch.Generator().manual_seed(100 + i)
+        ids = torch.randint(3, 1000, (length,), generator=draw).tolist()
+        data.append(Example(tuple(ids), (False, *[True] * (length - 1))))
+    how, bits, seen = replace(recipe(6, 1024), global_batch_size=4, save_every_steps=1), [], set()
+    for name, stops in (("whole", [0]), ("again", [0]), ("resumed", [3, 0])):
+        resume = None
+        for stop in stops:
+            model = load(small, dropout=0.0)
+            plan = prepare(
+                model,
+                [len(one.input_ids) for one in data],
+                global_batch_size=how.global_batch_size,
+                quantization="nf4",
+                optimizer=how.optimizer,
+                budget=how.micro_batch_tokens,
+                keep_base="auto",
+                recompute="auto",
+                gigabytes=None,
+                offload=resume is not None,
+            )
+            seen.add((plan.forward, plan.attention, plan.offloaded))
+            _, saved = go(
+                model, data, how, folder / f"long-{name}", recompute=True, stop_after=stop, resume=resume, plan=plan
+            )
+            resume = saved[-1]
+        bits.append([p.detach().clone() for p in trainable(model).values()])
+    say("long rows", plans=sorted(map(str, seen)))
+    for name, other in (("twice", bits[1]), ("resumed", bits[2])):
+        say("long rows", run=name, identical=all(torch.equal(a, b) for a, b in zip(bits[0], other, strict=True)))
 
 
 def fp8_tokens() -> None:
@@ -340,8 +415,15 @@ def main() -> int:
     make_deterministic()
     gpu = "none" if TINY else torch.cuda.get_device_name()
     say("machine", gpu=gpu, torch=torch.__version__, cuda=torch.version.cuda)
-    parts = {"kernel": lambda _: kernel(), "exactness": exactness, "fp8": fp8_part, "speed": speed}
-    parts["energy"] = lambda _: energy()
+    parts = {
+        "kernel": lambda _: kernel(),
+        "long_kernel": lambda _: long_kernel(),
+        "exactness": exactness,
+        "long_rows": long_rows,
+        "fp8": fp8_part,
+        "speed": speed,
+        "energy": lambda _: energy(),
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name in [word for word in sys.argv[1:] if word != "--tiny"] or parts:
             parts[name](Path(folder))

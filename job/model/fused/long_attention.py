@@ -1,4 +1,8 @@
-"""Causal attention of a long row, by a deterministic flash kernel that keeps all of a GPU's processors busy.
+"""Causal attention of a long row, by the fastest kernel that is deterministic on this machine.
+
+On a Hopper GPU that is cuDNN's forward pass with a backward pass of our own, `attention_gradient`: cuDNN's adds up the
+gradient of the queries in no fixed order. Elsewhere it is torch's flash kernel, used so that it keeps all of a GPU's
+processors busy.
 
 Torch's flash kernel is deterministic in its backward pass because every thread block that adds to the gradient of the
 queries has a sum of its own: for b segments and h heads it launches ceil(processors / (b h)) blocks for each segment
@@ -18,16 +22,16 @@ Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), and its code in torch (`f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
+from job.log import get_logger
 from job.model.architecture import WIDEST_HEAD, Architecture
-
-if TYPE_CHECKING:
-    from job.model.packed_attention import Layout
+from job.model.packed_attention import Layout, Segment, build_layout
 
 Output = tuple[torch.Tensor, torch.Tensor]
 """Attention's output, (tokens, heads, head size), and the logarithm of each softmax's sum, (heads, tokens) float32."""
@@ -45,10 +49,70 @@ class Kernel(Protocol):
         ...
 
 
+CPU, FLASH, TRITON = "cpu", "flash", "cudnn and triton"
+"""Names of kernels, in the manifest too."""
+_TRIED_TOKENS = 300
+"""Of the row on which it is tried out: several blocks of both kernels, the last one not full."""
+_TOLERANCE = 0.02
+"""Of the relative difference from flash's results; both round to 8 bits."""
+_LONGEST_REASON = 300
+"""Characters of an error's text in the log."""
+
+
 def has_kernel(device: torch.device, head_size: int) -> bool:
     """Whether there is a kernel for this device: on a GPU, flash's is built for Ampere (8.0) and newer."""
     known = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
     return known and head_size <= WIDEST_HEAD
+
+
+@cache
+def choose_kernel(architecture: Architecture, dtype: torch.dtype, device: torch.device, *, windowed: bool) -> str:
+    """The kernel of long rows on this machine, a key of `KERNELS`; tried out when it is first asked for.
+
+    Args:
+        architecture: Of the model.
+        dtype: Of queries, keys and values.
+        device: Where it has to run.
+        windowed: Whether some layers have a sliding window, for which the kernels are compiled once more.
+    """
+    if device.type == "cpu":
+        return CPU
+    capability = torch.cuda.get_device_capability(device)
+    if not architecture.attends_by_triton(capability):
+        return FLASH
+    if (why := _why_not_triton(architecture, dtype, device, windowed=windowed)) is not None:
+        what = "attention of long rows is computed by torch's flash kernel, which takes longer and more memory"
+        get_logger().warning(what, why=why)
+        return FLASH
+    return TRITON
+
+
+def _why_not_triton(a: Architecture, dtype: torch.dtype, device: torch.device, *, windowed: bool) -> str | None:
+    """What is wrong with the kernel on a short row, beside flash's; None if nothing."""
+    draw = torch.Generator(device).manual_seed(0)
+    shapes = [(_TRIED_TOKENS, heads, a.head_size) for heads in (a.heads, a.kv_heads, a.kv_heads, a.heads)]
+    try:
+        *tensors, gradient = (torch.randn(shape, generator=draw, device=device, dtype=dtype) for shape in shapes)
+        layout = build_layout([Segment(0, _TRIED_TOKENS)], device)
+        for window in (None, _TRIED_TOKENS // 2)[: 1 + windowed]:
+            expected, found, again = (
+                _both_passes(kernel(layout, None, window), tensors, gradient)
+                for kernel in (FlashKernel, TritonKernel, TritonKernel)
+            )
+            if not all(map(torch.equal, found, again)):
+                return "its bits differ from call to call"
+            for one, other in zip(found, expected, strict=True):
+                # Not above it, rather than below: so that NaN is an error.
+                if not (error := float((one.float() - other.float()).norm() / other.float().norm())) <= _TOLERANCE:
+                    return f"its results are {error:.1%} off flash's"
+    except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler, cuDNN or the loader raises
+        return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+    return None
+
+
+def _both_passes(kernel: Kernel, tensors: Sequence[torch.Tensor], gradient: torch.Tensor) -> list[torch.Tensor]:
+    output = kernel.forward(*tensors)
+    return [*output, *kernel.backward(gradient, *tensors, *output)]
 
 
 class RowAttention:
@@ -59,8 +123,8 @@ class RowAttention:
             deterministic, so the bits are the same.
     """
 
-    def __init__(self, layout: Layout, output: Output | None = None) -> None:
-        self._layout = layout
+    def __init__(self, layout: Layout, kernel: str, output: Output | None = None) -> None:
+        self._layout, self._kernel = layout, KERNELS[kernel]
         self.output = output
 
     def __call__(
@@ -68,7 +132,7 @@ class RowAttention:
     ) -> torch.Tensor:
         """Arguments as of `packed_attention`, (1, heads, tokens, head size) -> (1, tokens, heads, head size)."""
         tensors = [x[0].transpose(0, 1) for x in (query, key, value)]
-        how = (FlashKernel if query.is_cuda else CpuKernel)(self._layout, scaling, window)
+        how = self._kernel(self._layout, scaling, window)
         out, sums = _Attention.apply(*tensors, how, self.output)  # type: ignore[no-untyped-call]
         self.output = out.detach(), sums
         return out[None]  # type: ignore[no-any-return]
@@ -142,6 +206,40 @@ class FlashKernel:
         return gradients
 
 
+@dataclass(frozen=True)
+class TritonKernel:
+    """cuDNN's forward pass, and `attention_gradient`.
+
+    What the backward pass needs of the forward pass does not depend on whose it is. Torch's operation of cuDNN knows no
+    window and no segments: there it is flash's.
+    """
+
+    layout: Layout
+    scaling: float | None
+    window: int | None
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Output:
+        """As `Kernel.forward`."""
+        if len(self.layout.segments) > 1 or self.window is not None:
+            return FlashKernel(self.layout, self.scaling, self.window).forward(query, key, value)
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001 - as sdpa does
+            *(x.transpose(0, 1)[None] for x in (query, key, value)),
+            attn_bias=None,
+            compute_log_sumexp=True,
+            is_causal=True,
+            scale=self.scaling,
+        )
+        return found[0][0].transpose(0, 1).contiguous(), found[1].reshape(query.shape[1], query.shape[0])
+
+    def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As `Kernel.backward`."""
+        from job.model.fused.attention_gradient import attention_gradient  # Triton is not there without a GPU
+
+        scale = saved[0].shape[2] ** -0.5 if self.scaling is None else self.scaling
+        segments = [(segment.start, segment.end) for segment in self.layout.segments]
+        return attention_gradient(gradient, *saved, segments=segments, scale=scale, window=self.window)
+
+
 @cache
 def processors(device: torch.device) -> int:
     """Number of a GPU's multiprocessors; without a GPU that of an H100, for forecasts."""
@@ -173,8 +271,10 @@ def heads_at_once(heads: int, shared_by: int, segments: int, count: int) -> tupl
     return max(((group, empty) for group in groups for empty in range(4)), key=busy)
 
 
-def attention_copies(architecture: Architecture, device: torch.device) -> int:
+def copies_of(architecture: Architecture, device: torch.device, kernel: str) -> int:
     """How many heads' fp32 gradients of the queries the kernel holds at once for a row that is the only segment."""
+    if kernel == TRITON:
+        return architecture.triton_copies
     count, heads = processors(device), architecture.heads
     group, empty = heads_at_once(heads, heads // architecture.kv_heads, 1, count)
     return group * -(-count // (group * (1 + empty)))
@@ -227,3 +327,7 @@ class CpuKernel:
                 whole[own] = part[0].transpose(0, 1)
         grouped = [x.view(x.shape[0], heads // shared_by, shared_by, -1).sum(2) for x in gradients[1:]]
         return gradients[0], *grouped
+
+
+KERNELS = {CPU: CpuKernel, FLASH: FlashKernel, TRITON: TritonKernel}
+"""By the name in `ExecutionPlan.attention`."""

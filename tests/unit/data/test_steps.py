@@ -38,7 +38,8 @@ def test_the_sequences_of_a_run_are_those_that_come(lengths: list[int], size: in
     weighted = [replace(e, weight=(0.0, 1.0, 2.5)[n % 3]) for n, e in enumerate(plan.examples)]
     for examples in (plan.examples, weighted):
         plan = replace(plan, examples=examples)
-        groups = [group for step in range(plan.total) for group in plan.micro_batches(step, budget)]
+        processes = [replace(plan, rank=rank) for rank in range(world)]
+        groups = [group for own in processes for step in range(plan.total) for group in own.micro_batches(step, budget)]
         found = [(tokens_of(part), len(part)) for group in groups for part, _ in by_weight(group)]
         assert sorted(plan.sequences(budget)) == sorted(found)
 

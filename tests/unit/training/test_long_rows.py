@@ -10,20 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch.nn import functional
 
 from job.distributed.processes import ALONE
+from job.model import placed_weights
+from job.model.architecture import Architecture
+from job.model.fused import long_attention
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
-from job.model.fused.long_attention import CpuKernel, FlashKernel, heads_at_once
+from job.model.fused.long_attention import CpuKernel, FlashKernel, choose_kernel, heads_at_once
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
 from job.model.placed_weights import taking_part
 from job.records import Example, ExecutionPlan
+from job.stages.train import software_of
 from job.training import long_rows, step
 from job.training.activation_store import ActivationStore
 from job.training.lm_head_loss import padded_loss
 from job.training.long_rows import LongRows, why_not_here
+from job.training.memory_model import attention_copies
 from job.training.packing import packed_inputs
 from tests.helpers import LINEAR, deepened, fill_adapter, load_plain, make_examples, make_model
 from tests.unit.model.test_placed_weights import team
@@ -111,6 +117,21 @@ def test_in_fp8_with_weights_that_come_layer_by_layer(base_folder: Path, tmp_pat
     assert torch.equal(loss, other_loss)
     assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
     assert all(gradient.norm() > 0 for gradient in gradients)
+
+
+def test_no_layer_is_fetched_in_vain(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass finds the last two layers where the forward pass had them; a validation begins again."""
+    fetched: list[int] = []
+    fetch = placed_weights._Host.fetch
+    monkeypatch.setattr(placed_weights._Host, "fetch", lambda *x: fetched.append(x[1]) or fetch(*x))
+    base = load_plain(deepened(base_folder, tmp_path / "base", 4), quantization="nf4", placement="host")
+    model = fill_adapter(add_adapter(base, rank=8, alpha=16, dropout=0.0, target_modules=LINEAR, seed=1)).train()
+    assert fuse_layers(model, keep_dequantized=False, kernels=TORCH) == "all"
+    fetched.clear()
+    computed(model, EXAMPLES[-1:], PLAN)
+    assert fetched == [0, 1, 2, 3, 1, 0]
+    rows_of(model).summed_loss(EXAMPLES[-1:], PLAN)
+    assert fetched == [0, 1, 2, 3, 1, 0, 2, 3, 0]
 
 
 def test_one_of_two_processes_has_a_long_row(base_folder: Path, tmp_path: Path) -> None:
@@ -313,3 +334,65 @@ def test_attention_uses_the_processors(
 ) -> None:
     """Blocks of the backward kernel fill whole rounds: 33 times four heads are the 132 processors of an H100."""
     assert heads_at_once(heads, shared_by, segments, processors) == expected
+
+
+class _Off(CpuKernel):
+    def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value = super().backward(gradient, *saved)
+        return query, key, 1.1 * value
+
+
+class _Unsteady(CpuKernel):
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        out, sums = super().forward(*tensors)
+        return out + 1e-4 * torch.rand(()), sums
+
+
+class _Broken(CpuKernel):
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "why"),
+    [
+        (CpuKernel, None),
+        (_Off, "its results are 10.0% off flash's"),
+        (_Unsteady, "its bits differ from call to call"),
+        (_Broken, "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_a_kernel_is_tried_out(monkeypatch: pytest.MonkeyPatch, kernel: Any, why: str | None) -> None:
+    """Where it raises, is wrong or does not repeat, flash takes its place, and the log says why."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(long_attention, "FlashKernel", CpuKernel)
+    monkeypatch.setattr(long_attention, "TritonKernel", kernel)
+    sizes = Architecture(hidden=128, intermediate=256, layers=1, heads=2, kv_heads=1, head_size=128, vocabulary=8)
+    assert long_attention._why_not_triton(sizes, torch.float32, CPU, windowed=True) == why
+    monkeypatch.setattr(long_attention, "_why_not_triton", lambda *_, **__: why)
+    choose_kernel.cache_clear()
+    with capture_logs() as lines:
+        found = [choose_kernel(sizes, torch.bfloat16, torch.device("cuda"), windowed=False) for _ in range(2)]
+    assert found == [("flash" if why else "cudnn and triton")] * 2
+    assert [line["why"] for line in lines] == ([why] if why else [])
+    choose_kernel.cache_clear()
+
+
+def test_a_checkpoint_names_the_kernel() -> None:
+    """Beside the versions, so that a run that is resumed with another one says so; without long rows it does not."""
+    plain, named = software_of(PLAN), software_of(replace(PLAN, attention="flash"))
+    assert named == plain | {"attention of long rows": "flash"}
+
+
+@pytest.mark.parametrize(("capability", "size"), [((8, 0), 128), ((10, 0), 128), ((9, 0), 64)])
+def test_only_what_was_measured_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], size: int
+) -> None:
+    """On other GPUs and with other heads it is flash; and the memory of flash is planned for."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    sizes = Architecture(hidden=4096, intermediate=8192, layers=1, heads=32, kv_heads=8, head_size=size, vocabulary=8)
+    choose_kernel.cache_clear()
+    assert choose_kernel(sizes, torch.bfloat16, torch.device("cuda"), windowed=False) == "flash"
+    assert attention_copies(sizes, capability) == 132
+    assert attention_copies(replace(sizes, head_size=128), (9, 0)) == 1
+    choose_kernel.cache_clear()

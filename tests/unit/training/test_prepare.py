@@ -297,7 +297,8 @@ def long_rows(base_folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, hos
     monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (free, free))
     with_capability(monkeypatch, (9, 0))
     monkeypatch.setattr(prepare_module, "available_bytes", lambda: host)
-    return prepare(make_model(base_folder), [10, 30_000], **SETTINGS | {"keep_base": "auto"} | how)
+    lengths = how.pop("lengths", [10, 30_000])
+    return prepare(make_model(base_folder), lengths, **SETTINGS | {"keep_base": "auto"} | how)
 
 
 def test_long_rows_are_computed_in_tiles(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +306,11 @@ def test_long_rows_are_computed_in_tiles(base_folder: Path, monkeypatch: pytest.
     found = long_rows(base_folder, monkeypatch, 80 << 30)
     assert (found.tile_tokens, found.offloaded, found.kept_attention, found.recorded) == (8192, False, True, True)
     assert "rows of up to 30,000 tokens need" in found.reason
+    assert found.attention == "cpu"
     assert long_rows(base_folder, monkeypatch, 80 << 30, method="dpo").tile_tokens is None
+    alone = long_rows(base_folder, monkeypatch, 80 << 30, lengths=[20_000, 30_000], recompute=False)
+    # If memory runs out, giving up what long rows do not use would repeat a step for nothing.
+    assert alone.droppable == ("on_gpu", "kept_attention")
     held_out = prepare(make_model(base_folder), [10, 20], **SETTINGS, validation=[30_000, 10])
     assert held_out.tile_tokens == 8192
 

@@ -565,7 +565,7 @@ def test_padded_shapes_are_those_of_the_checkpoint(
         _, saved = run(second, tokenizer, LONGER, RESUMED, tmp_path / "resumed", plan=THROUGHOUT, resume=state)
     assert adapter_hash(second) == adapter_hash(whole)
     assert before is not None
-    assert read_how_computed(saved[-1]) == before != HowComputed("fused all, torch", None, [[(4096, 64)]])
+    assert read_how_computed(saved[-1]) == before != HowComputed("fused all, torch", None, 1, [(4096, 64)])
     assert not [line for line in logs if line["log_level"] == "warning"]
 
     progress = json.loads((state / "progress.json").read_text())
