@@ -212,7 +212,8 @@ class ExecutionPlan:
     So does `tile_tokens` affect the last bits: of long rows the feed-forward layers and the loss are computed in tiles
     of so many tokens (`training.long_rows`). None where no row is that long, or the model cannot be computed so. And so
     does `attention`, the kernel of long rows, a key of `long_attention.KERNELS`; None there and in older records, where
-    it was `flash`.
+    it was `flash`. And `sequence_parallel` and `divided_above`: a long row of more than `divided_above` tokens was
+    computed by so many processes together (`training.sequence_parallel`). 1 and None where no row would have been.
     """
 
     kept_base: bool
@@ -232,6 +233,8 @@ class ExecutionPlan:
     attention: str | None = None
     may_offload: bool = True
     """Whether activations may be offloaded when memory runs out (`JOB_TRAIN__OFFLOAD_ACTIVATIONS` is not false)."""
+    sequence_parallel: int = 1
+    divided_above: int | None = None
 
     @property
     def fused(self) -> bool:

@@ -41,6 +41,8 @@ class HowComputed:
     tile_tokens: int | None
     processes: int
     padded: list[tuple[int, int]] | None
+    divided_above: int | None = None
+    """Of how many tokens a row was the longest that one process computed; None where none was divided."""
 
 
 @dataclass(frozen=True)

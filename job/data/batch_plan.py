@@ -55,6 +55,12 @@ def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
     return [sorted(share) for share in dealt]
 
 
+def without_divided(lengths: Sequence[int], above: int | None) -> tuple[list[int], list[int]]:
+    """Positions of what all processes compute together, which is of more than `above` tokens, and of all else."""
+    longest = [i for i, length in enumerate(lengths) if above is not None and length > above]
+    return longest, [i for i, length in enumerate(lengths) if above is None or length <= above]
+
+
 def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Packs examples into micro-batches of at most `budget` tokens by first-fit decreasing.
 
@@ -89,6 +95,7 @@ class Steps:
         total: Steps in all epochs.
         rank: This process.
         world_size: How many there are.
+        divided_above: Examples of more tokens than this are computed by all processes together; None for none.
     """
 
     examples: Sequence[Example]
@@ -97,17 +104,24 @@ class Steps:
     total: int
     rank: int = 0
     world_size: int = 1
+    divided_above: int | None = None
 
     def of(self, step: int) -> list[Example]:
         """The examples of a step (from 0), over all processes."""
         rows = batch(self.seed, len(self.examples), self.global_batch_size, step)
         return [self.examples[row] for row in rows]
 
-    def share(self, step: int) -> list[Example]:
-        """This process's share of these examples."""
+    def divided(self, step: int) -> list[Example]:
+        """Those of them that all processes compute together, in the order in which they do so."""
         examples = self.of(step)
-        mine = shares(lengths_of(examples), self.world_size)[self.rank]
-        return [examples[i] for i in mine]
+        return [examples[i] for i in without_divided(lengths_of(examples), self.divided_above)[0]]
+
+    def share(self, step: int) -> list[Example]:
+        """This process's share of the others."""
+        examples = self.of(step)
+        others = [examples[i] for i in without_divided(lengths_of(examples), self.divided_above)[1]]
+        mine = shares(lengths_of(others), self.world_size)[self.rank]
+        return [others[i] for i in mine]
 
     def micro_batches(self, step: int, budget: int) -> list[list[Example]]:
         """This process's share of a step, cut by a budget of tokens."""
@@ -125,6 +139,7 @@ class Steps:
         found = []
         for step in range(self.total):
             rows = batch(self.seed, len(lengths), self.global_batch_size, step)
+            rows = tuple(rows[i] for i in without_divided([lengths[row] for row in rows], self.divided_above)[1])
             for share in shares([lengths[row] for row in rows], self.world_size):
                 mine = [rows[i] for i in share]
                 for group in micro_batches([lengths[row] for row in mine], budget):

@@ -160,6 +160,20 @@ class ProcessGroup:
         # Only when it is needed: until then the layer before computes.
         return lambda: self._finish(lambda: work, _SHORT_PAUSE_SECONDS)
 
+    def all_to_all(self, received: Any, sent: Any, received_sizes: list[int], sent_sizes: list[int]) -> None:
+        """See `Processes`. Waits until a GPU has sent and received, so that the end of another process is noticed."""
+        import torch
+        import torch.distributed as dist
+
+        if not sent.is_cuda:  # gloo does not take every dtype
+            size = sent.element_size()
+            received, sent = (x.view(torch.uint8) for x in (received, sent))
+            received_sizes, sent_sizes = ([size * n for n in sizes] for sizes in (received_sizes, sent_sizes))
+        self._finish(
+            lambda: dist.all_to_all_single(received, sent, received_sizes, sent_sizes, async_op=True),
+            _SHORT_PAUSE_SECONDS,
+        )
+
     def end(self, error: BaseException) -> None:
         """Publishes to the other processes the error that this one fails with."""
         code = error.exit_code if isinstance(error, JobError) else JobError.exit_code

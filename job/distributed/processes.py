@@ -61,6 +61,16 @@ class Processes(Protocol):
             Waits until they are there: on a GPU what is launched afterwards waits.
         """
 
+    def all_to_all(self, received: Any, sent: Any, received_sizes: list[int], sent_sizes: list[int]) -> None:
+        """Sends each process its part of a tensor, and fills another one with the parts that all processes send here.
+
+        Args:
+            received: Contiguous, of one dimension: the parts that come, in the order of the ranks.
+            sent: The same of the parts that go.
+            received_sizes: Numbers in each part that comes.
+            sent_sizes: Numbers in each part that goes.
+        """
+
 
 class Alone:
     """`Processes` for a single process."""
@@ -104,6 +114,10 @@ class Alone:
         """Copies it."""
         whole.copy_(own)
         return lambda: None
+
+    def all_to_all(self, received: Any, sent: Any, received_sizes: list[int], sent_sizes: list[int]) -> None:  # noqa: ARG002 - as in Processes
+        """Copies it."""
+        received.copy_(sent)
 
 
 ALONE: Processes = Alone()

@@ -40,6 +40,8 @@ ALIGNMENT = 256
 they load by the address."""
 _NONE = -1
 """In place of the number of a layer: no need."""
+_MEETING = -2
+"""The same of a process that waits until all others have come as far."""
 PLACED = "placed_weights"
 """Attribute of the base, which holds its `PlacedWeights`."""
 
@@ -57,6 +59,13 @@ class Group(Protocol):
 
     def gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> Wait:
         """Starts to fill `whole` with every process's `own`."""
+
+
+class OtherOutOfMemory(RuntimeError):
+    """Memory ran out in another process, with which this one computes something together."""
+
+    def __init__(self) -> None:
+        super().__init__("another process, which computes a part of the same row, is out of memory")
 
 
 class LayerSource(Protocol):
@@ -148,18 +157,24 @@ class _Shares:
         return self._round(number, slot)[1]
 
     def serve(self) -> None:
-        while self._round(_NONE, None)[0]:
+        while self._round(_NONE, None)[0] != {_NONE}:
             pass
+
+    def meet(self) -> None:
+        """See `meet`."""
+        while (numbers := self._round(_MEETING, None)[0]) != {_MEETING}:
+            if _NONE in numbers:  # it serves, since its memory ran out
+                raise OtherOutOfMemory
 
     def release(self) -> None:
         self._aside_filled()
         self._own, self._aside = [], None
 
-    def _round(self, needed: int, slot: torch.Tensor | None) -> tuple[bool, Wait]:
-        """Gathers what any process needs; returns whether one needs anything, and how to wait for this one's layer."""
+    def _round(self, needed: int, slot: torch.Tensor | None) -> tuple[set[int], Wait]:
+        """Gathers what any process needs; returns what all say, and how to wait for this one's layer."""
         filled: Wait = _nothing
-        numbers = sorted(set(self._group.exchange(needed)) - {_NONE})
-        for number in numbers:
+        numbers = set(self._group.exchange(needed))
+        for number in sorted(numbers - {_NONE, _MEETING}):
             own = self._own[number]
             into = slot if number == needed else self._aside
             if into is self._aside:
@@ -169,7 +184,7 @@ class _Shares:
                 filled = wait
             else:
                 self._aside_filled = wait
-        return bool(numbers), filled
+        return numbers, filled
 
 
 def _nothing() -> None:
@@ -275,6 +290,43 @@ def taking_part(model: Any) -> Iterator[None]:
             shares.serve()
     finally:
         shares.opened -= 1
+
+
+@contextmanager
+def computing_together(model: Any, group: Group) -> Iterator[Callable[[], None]]:
+    """For what all processes compute together, so that each `meet`s the others equally often in it.
+
+    Yields `meet`, which waits until all have come as far, and is to be called before a process waits for tensors of
+    others: from then on none is missing because its memory has run out. At the end all meet once more.
+
+    Args:
+        model: With weights of any place. Within `taking_part`.
+        group: The processes.
+
+    Raises:
+        OtherOutOfMemory: Memory ran out in another process. It counts as an error of this one's memory.
+        JobError: Another process has ended.
+    """
+    placed = getattr(model, PLACED, None)
+    shares = placed.source if placed is not None and isinstance(placed.source, _Shares) else None
+    missing = False
+
+    def meet() -> None:
+        nonlocal missing
+        if shares is not None:
+            shares.meet()  # layers are gathered meanwhile for those that are not there yet
+        elif _NONE in group.exchange(_MEETING):
+            missing = True
+            raise OtherOutOfMemory
+
+    try:
+        yield meet
+        meet()
+    except RuntimeError as error:
+        # `taking_part` says so to the others where weights are sharded. Here it is said in place of the next meeting.
+        if shares is None and not missing and out_of_memory(error):
+            group.exchange(_NONE)
+        raise
 
 
 @contextmanager

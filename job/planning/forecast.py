@@ -32,6 +32,14 @@ from job.training.execution_plan import (
     why_not_recorded,
 )
 from job.training.memory_model import LONG_ROW, TILE_TOKENS, Setup
+from job.training.sequence_parallel import (
+    MOST_GPUS,
+    enough_gpus,
+    least_memory,
+    row_host_bytes,
+    row_memory,
+    why_not_divided,
+)
 
 Basis = Literal["computed", "measured", "assumed"]
 
@@ -107,6 +115,7 @@ class RunShape:
         attention_copies: As `copies` of `memory_model.long_row_bytes`: of flash attention until a GPU is chosen.
         recorded: Whether the method's GPU kernels can be recorded as CUDA graphs, where fused layers compute.
         offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
+        divide: Whether a long row that does not fit on one GPU is divided over those of the run.
         auxiliary: The classifier of the safety screen and the judge, if the run has them.
     """
 
@@ -141,6 +150,7 @@ class RunShape:
     attention_copies: int = memory_model.ATTENTION_COPIES
     recorded: bool = True
     offload: bool | None = None
+    divide: bool = False
     auxiliary: tuple[AuxiliaryModel, ...] = ()
 
     @property
@@ -212,6 +222,8 @@ class GpuForecast:
     usd: float | None
     machine: str
     base_held: str = "gpu"
+    divided_over: int = 1
+    """Over how many GPUs the longest row is divided."""
 
 
 def estimates(run: RunShape) -> Iterator[Estimate]:
@@ -241,20 +253,13 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         times = {2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
         note = "one of them by the unquantized base, where it fits" if run.full_precision else ""
         yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis), note)
-    held = _training_memory(run, setup, run.micro_batch)
+    held = _training_memory(replace(run, divide=False), setup, run.micro_batch)
     bits = "NF4, " if setup.quantization == "nf4" else ""
     yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
     yield Estimate("memory: adapter", held.adapter, "bytes", basis, "fp32, and autocast's copy")
     yield Estimate("memory: gradients", held.gradients, "bytes", basis, "fp32")
     yield Estimate("memory: optimizer", held.optimizer, "bytes", basis, setup.optimizer)
-    how = "recomputed" if setup.recompute else "kept"
-    tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
-    if _in_tiles(run, run.micro_batch):
-        tokens = f"a row of {run.micro_batch:,} tokens, in tiles"
-        if run.offload is not False:
-            host = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
-            yield Estimate("main memory: activations", host, "bytes", both, "where they do not fit on the GPU")
-    yield Estimate("memory: activations", held.activations, "bytes", both, tokens)
+    yield from _of_the_activations(run, setup, held.activations, both)
     yield Estimate(
         "peak in training",
         held.total,
@@ -272,6 +277,21 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     yield from _of_exports(run, setup, basis)
     disk = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
     yield Estimate("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
+
+
+def _of_the_activations(run: RunShape, setup: Setup, activations: int, both: Basis) -> Iterator[Estimate]:
+    how = "recomputed" if setup.recompute else "kept"
+    tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
+    if _in_tiles(run, run.micro_batch):
+        tokens = f"a row of {run.micro_batch:,} tokens, in tiles"
+        if run.offload is not False:
+            host = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
+            yield Estimate("main memory: activations", host, "bytes", both, "where they do not fit on the GPU")
+    yield Estimate("memory: activations", activations, "bytes", both, tokens)
+    if (over := _divides_over(run, setup)) > 1 and _in_tiles(run, run.micro_batch):
+        shared = row_memory(setup, run.micro_batch, over, offload=run.offload, copies=run.attention_copies).activations
+        note = f"of each of {over} GPUs, if the row does not fit on one"
+        yield Estimate("memory: activations, divided", shared, "bytes", both, note)
 
 
 def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
@@ -346,8 +366,10 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         takes, free = size(_original_bytes(run, setup), " "), size(max(0, _free_for_original(gpu, setup)), " ")
         left_out = f"the unquantized base is not scored: it takes {takes}, and {free} are safe to fill"
         note = "; ".join(filter(None, (note, left_out)))
+    over = _divided_over(run, setup, usable) if fits else 1
+    note = "; ".join(filter(None, (note, _of_division(run, setup, usable, over, fits=fits))))
     if fits and execution is not None and execution.offloaded:
-        least = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
+        least = row_host_bytes(setup, run.micro_batch, over, kept_attention=False)
         what = f"activations of the longest row lie in main memory, at least {size(least, ' ')}"
         note = "; ".join(filter(None, (note, what)))
     if fits and placement != "gpu":
@@ -368,6 +390,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         usd=None if hours is None else hours * price,
         machine=gpu.machine if run.usd_per_hour is None else "your price",
         base_held=placement,
+        divided_over=over,
     )
 
 
@@ -386,13 +409,44 @@ def _in_tiles(run: RunShape, tokens: int) -> bool:
     return run.tiles and long and tokens > LONG_ROW
 
 
+def _divides_over(run: RunShape, setup: Setup) -> int:
+    """How many GPUs may compute a long row together."""
+    if not run.divide or why_not_divided(setup.architecture, run.processes) is not None:
+        return 1
+    return run.processes
+
+
+def _divided_over(run: RunShape, setup: Setup, usable: int) -> int:
+    """How many GPUs compute the longest row together, of `usable` bytes each: 1 where it fits on one."""
+    over = _divides_over(run, setup)
+    if over == 1 or not _in_tiles(run, run.micro_batch):
+        return 1
+    alone = row_memory(setup, run.micro_batch, offload=run.offload, copies=run.attention_copies)
+    return 1 if alone.total <= usable else over
+
+
+def _of_division(run: RunShape, setup: Setup, usable: int, over: int, *, fits: bool) -> str:
+    """What is said of a row that is divided over so many GPUs, or could be; empty if it need not be."""
+    if over > 1:
+        return f"the longest row is divided over the {over} GPUs"
+    if fits or not run.divide or not _in_tiles(run, run.micro_batch):
+        return ""
+
+    def need(count: int) -> int:
+        first = run.first_stage and replace(run.first_stage, processes=count)
+        return _need(replace(run, processes=count, first_stage=first), replace(setup, processes=count))
+
+    enough = enough_gpus(setup, lambda count: need(count) <= usable)
+    if enough is None:
+        return ""
+    return f"{enough} of these GPUs compute the longest row together (JOB_RUN__PROCESSES={enough})"
+
+
 def _training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
-    how: dict[str, Any] = {"offload": run.offload, "copies": run.attention_copies}
-    return memory_model.training_memory(setup, tokens, tiles=_in_tiles(run, tokens), **how)
-
-
-MOST_GPUS = 8
-"""Of one machine."""
+    if _in_tiles(run, tokens):
+        how: dict[str, Any] = {"offload": run.offload, "copies": run.attention_copies}
+        return least_memory(setup, tokens, _divides_over(run, setup), **how)
+    return memory_model.training_memory(setup, tokens)
 
 
 def _where(setup: Setup, usable: int, needs: Callable[[Setup], int], processes: int) -> str:
@@ -457,11 +511,13 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
     )
     if not long:
         return plan
+    over = _divided_over(run, setup, memory_model.usable_bytes(gpu.memory_bytes))
     # How much main memory the machine has is not known here.
     return choose_long_rows(
         plan,
         setup,
-        tokens=run.micro_batch,
+        tokens=run.micro_batch if over == 1 else 0,
+        divided=(run.micro_batch, over) if over > 1 else None,
         free_bytes=free,
         host_bytes=_UNKNOWN_HOST,
         offload=run.offload,

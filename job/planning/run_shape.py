@@ -77,6 +77,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         tiles=_tiles(settings, setup),
         recorded=_recorded(settings),
         offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
+        divide=settings.train.sequence_parallel == "auto" and settings.train.neftune_noise_alpha == 0,
     )
     if settings.train.is_one_stage:
         return run

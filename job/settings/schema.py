@@ -413,6 +413,11 @@ class Train(Group):
     offload_activations: ExecutionOnly[FlagOrAuto] = "auto"
     """For rows of more than 16,384 tokens, keep activations in pinned main memory until the backward pass, instead of
     on the GPU; `auto`: if they do not fit on the GPU. The results are the same, bit for bit."""
+    sequence_parallel: ExecutionOnly[Literal["auto", "off"]] = "auto"
+    """Rows of more than 16,384 tokens in a run of several GPUs. `auto`: one that does not fit on a GPU is computed by
+    all of them together, each a part of its tokens (Ulysses' sequence parallelism), where the fused layers compute
+    long rows; `off`: each row is computed by one GPU. Which rows are divided follows from the size of the GPU's memory
+    and the machine's, and affects the result by rounding alone."""
     gpu_memory_gb: ExecutionOnly[Maybe[Positive]] = None
     """GPU memory that the job may use, in GB; empty: all. Less memory means fewer tokens in one forward pass."""
     log_every_steps: ExecutionOnly[Count] = 1

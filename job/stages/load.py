@@ -146,6 +146,8 @@ def load(
         longest_at=sources.record.dataset.longest_at,
         validation=lengths_of(sources.validation),
         compute=train.compute,
+        sequence_parallel=train.sequence_parallel,
+        group=processes,
     )
     if settings.train.last_method != "sft" and plan.recorded:
         plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.last_method}")

@@ -33,6 +33,7 @@ from job.training.memory_model import (
     training_memory,
     usable_bytes,
 )
+from job.training.sequence_parallel import least_memory, why_not_divided
 
 
 def decide_placement(
@@ -98,6 +99,7 @@ def decide_placement(
             and lora.dropout == 0
             and options.not_fused is None,
             offload=None if (offload := train.offload_activations) == "auto" else offload,
+            divide_over=divides_over(setup, train),
         )
     placement, why = max(processes.gather("placement", [placement, why]), key=lambda found: PLACEMENTS.index(found[0]))
     return placement, why
@@ -114,6 +116,7 @@ def _fastest_that_fits(
     placements: Sequence[str],
     tiles: bool = False,
     offload: bool | None = None,
+    divide_over: int = 1,
 ) -> tuple[str, str]:
     """Where the base's 4-bit weights are to lie on this machine, before they are loaded; and why if not on the GPU.
 
@@ -127,6 +130,7 @@ def _fastest_that_fits(
         placements: Of `PLACEMENTS`, the fastest first.
         tiles: As in `training_memory`.
         offload: As in `training_memory`.
+        divide_over: How many processes may compute a long row together.
     """
     tokens = longest_sequence(lengths, global_batch_size, budget)
     tiles = tiles and max(lengths) > LONG_ROW and compute_capability() >= AMPERE
@@ -134,7 +138,9 @@ def _fastest_that_fits(
 
     def needs(there: Setup) -> int:
         scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
-        return max(training_memory(there, tokens, tiles=tiles, offload=offload, copies=copies).total, scoring)
+        if tiles and tokens > LONG_ROW:
+            return max(least_memory(there, tokens, divide_over, offload=offload, copies=copies).total, scoring)
+        return max(training_memory(there, tokens).total, scoring)
 
     memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now
     placement = choose_placement(setup, memory_bytes=memory, placements=placements, needs=needs)
@@ -142,6 +148,13 @@ def _fastest_that_fits(
         return placement, ""
     need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
     return placement, f"with it on the GPU {need} are needed, and {usable} are safe to fill"
+
+
+def divides_over(setup: Setup, train: Train) -> int:
+    """How many processes may compute a long row together, of those of the setup; see `training.sequence_parallel`."""
+    if train.sequence_parallel == "off" or train.neftune_noise_alpha > 0:
+        return 1
+    return 1 if why_not_divided(setup.architecture, setup.processes) else setup.processes
 
 
 def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: AdapterOptions) -> Setup | None:

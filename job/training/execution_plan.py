@@ -19,11 +19,10 @@ from job.training.memory_model import (
     MARGIN,
     Setup,
     activation_bytes,
-    long_row_bytes,
-    long_row_host_bytes,
     training_memory,
     usable_bytes,
 )
+from job.training.sequence_parallel import row_bytes, row_host_bytes
 
 GIB = 1 << 30
 AMPERE, VOLTA = (8, 0), (7, 0)
@@ -160,6 +159,7 @@ def choose_long_rows(
     offload: bool | None,
     copies: int,
     tile: int,
+    divided: tuple[int, int] | None = None,
     attention: str | None = None,
 ) -> ExecutionPlan:
     """The plan with the fastest way that fits to compute rows of up to `tokens` tokens layer by layer.
@@ -170,25 +170,33 @@ def choose_long_rows(
     Args:
         plan: For the other rows.
         setup: What is trained.
-        tokens: Of the longest micro-batch with such a row.
+        tokens: Of the longest micro-batch with such a row that one process computes; 0 where there is none.
         free_bytes: Of the GPU, with all that the plan keeps for other rows in it.
         host_bytes: Of main memory that is available to this process.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
         copies: As in `long_row_bytes`.
         tile: Tokens of a tile.
+        divided: Tokens of the longest row that is divided, and over how many processes.
         attention: The kernel, whose `copies` these are; None in a forecast.
     """
     tried = []
+    rows = [row for row in ((tokens, 1), divided) if row is not None and row[0]]
     for offloaded, kept_attention in ((False, True), (True, True), (False, False), (True, False)):
         if offload not in {None, offloaded}:
             continue
-        need = long_row_need(setup, tokens, offloaded=offloaded, kept_attention=kept_attention, copies=copies)
-        host = offloaded * long_row_host_bytes(setup, tokens, kept_attention=kept_attention)
+        need = max(
+            long_row_need(setup, *row, offloaded=offloaded, kept_attention=kept_attention, copies=copies)
+            for row in rows
+        )
+        host = offloaded * max(row_host_bytes(setup, *row, kept_attention=kept_attention) for row in rows)
         tried.append((offloaded, kept_attention, need, host))
         if need <= free_bytes and host <= HOST_SHARE * host_bytes:
             break
     offloaded, kept_attention, need, host = tried[-1]
-    why = f"rows of up to {tokens:,} tokens need {need / GIB:.1f} of {free_bytes / GIB:.1f} GiB"
+    longest = max(rows)[0]
+    why = f"rows of up to {longest:,} tokens need {need / GIB:.1f} of {free_bytes / GIB:.1f} GiB"
+    if divided is not None:
+        why = f"{why} on each of {divided[1]} GPUs, over which the longest are divided"
     if offloaded:
         why += f", and {host / GIB:.1f} of {host_bytes / GIB:.1f} GiB of main memory"
     return replace(
@@ -202,9 +210,20 @@ def choose_long_rows(
     )
 
 
-def long_row_need(setup: Setup, tokens: int, *, offloaded: bool, kept_attention: bool, copies: int) -> int:
-    """Bytes that a long row needs beside the base and the adapter, with the formula's error and the context."""
-    activations = long_row_bytes(setup, tokens, offloaded=offloaded, kept_attention=kept_attention, copies=copies)
+def long_row_need(
+    setup: Setup, tokens: int, processes: int = 1, *, offloaded: bool, kept_attention: bool, copies: int
+) -> int:
+    """Bytes that a long row needs beside the base and the adapter, with the formula's error and the context.
+
+    Args:
+        setup: What is trained.
+        tokens: Of the row.
+        processes: How many compute it together.
+        offloaded: As in `long_row_bytes`.
+        kept_attention: As in `long_row_bytes`.
+        copies: As in `long_row_bytes`.
+    """
+    activations = row_bytes(setup, tokens, processes, offloaded=offloaded, kept_attention=kept_attention, copies=copies)
     return int((1 + MARGIN) * activations) + _beside(setup) + CONTEXT_BYTES
 
 

@@ -11,13 +11,16 @@ A row of more than `LONG_ROW` tokens does not go through the model and autograd 
 
 The sequence is not padded and no CUDA graph is recorded: launching kernels one by one takes no noticeable time for a
 row of this length, and empty segments would slow attention down (`model.fused.long_attention`).
+
+A row may be divided over several processes, which compute it at the same time: each of them does the above with a part
+of the tokens, and they exchange them around attention (`model.fused.sequence_parallel`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ import torch
 from job.data.examples import lengths_of
 from job.model.fused.long_attention import CPU, FLASH, Output, RowAttention, has_kernel
 from job.model.fused.lora_forward import decoder_of
+from job.model.fused.sequence_parallel import SequenceParallelAttention, Team, parts
 from job.model.fused.tiled_layer import backward_layer, forward_layer, is_known
 from job.model.lora import trainable
 from job.model.packed_attention import build_layout
@@ -77,18 +81,23 @@ class LongRows:
     check: Callable[[], None] = lambda: None
     host: HostBuffers = field(default_factory=dict)
 
-    def gradient(self, examples: Sequence[Example], weight: torch.Tensor, plan: ExecutionPlan) -> torch.Tensor:
-        """Adds the gradient of the examples' summed loss times `weight`; returns that, () float32 without history."""
+    def gradient(
+        self, examples: Sequence[Example], weight: torch.Tensor, plan: ExecutionPlan, team: Team | None = None
+    ) -> torch.Tensor:
+        """Adds the gradient of the examples' summed loss times `weight`; returns that, () float32 without history.
+
+        With a team, it is what this process has of both: the sum over all processes is the whole.
+        """
         device = self.model.device
         sequence = unpadded_sequence(examples, device)
         with ActivationStore(device, self.host if plan.offloaded else None) as store:
-            walk = _Walk(self.model, self.loss, sequence, store, plan, check=self.check)
+            walk = _Walk(self.model, self.loss, sequence, store, plan, check=self.check, team=team)
             return walk.backward(walk.forward(), weight)
 
-    def summed_loss(self, examples: Sequence[Example], plan: ExecutionPlan) -> torch.Tensor:
-        """The summed loss of the examples, () float32, without a gradient."""
+    def summed_loss(self, examples: Sequence[Example], plan: ExecutionPlan, team: Team | None = None) -> torch.Tensor:
+        """The summed loss of the examples, () float32, without a gradient; with a team, this process's part of it."""
         sequence = unpadded_sequence(examples, self.model.device)
-        walk = _Walk(self.model, self.loss, sequence, None, plan)
+        walk = _Walk(self.model, self.loss, sequence, None, plan, team=team)
         return walk.summed_loss(walk.forward())
 
     def release(self) -> None:
@@ -97,7 +106,7 @@ class LongRows:
 
 
 class _Walk:
-    """The forward and the backward pass of one micro-batch."""
+    """The forward and the backward pass of one micro-batch; with a team, of this process's part of its tokens."""
 
     def __init__(
         self,
@@ -108,13 +117,16 @@ class _Walk:
         plan: ExecutionPlan,
         *,
         check: Callable[[], None] = lambda: None,
+        team: Team | None = None,
     ) -> None:
         self._model, self._decoder = model, decoder_of(model.get_base_model())
         self._layers = list(self._decoder.layers)
-        self._loss, self._sequence, self._store, self._check = loss, sequence, store, check
+        self._loss, self._store, self._check, self._team = loss, store, check, team
+        self._sequence = sequence if team is None else _own_part(sequence, team)
         self._keep_attention, self._tile = plan.kept_attention, plan.tile_tokens or TILE_TOKENS
         self._kernel = plan.attention or (FLASH if model.device.type == "cuda" else CPU)
         self._layout = build_layout(sequence.segments, model.device)
+        self._row_tokens = sequence.tokens.shape[1]
         self._arguments: list[Mapping[str, Any]] = []
         """What the decoder hands to each layer beside the stream."""
 
@@ -126,7 +138,7 @@ class _Walk:
         def one(layer: Any, x: torch.Tensor, **arguments: Any) -> torch.Tensor:
             self._check()
             self._arguments.append(arguments)
-            attention = RowAttention(self._layout, self._kernel)
+            attention = self._attention()
             y = forward_layer(layer, x, arguments, attend=attention, tile=self._tile)
             if self._store is not None:
                 self._store.put((x, *attention.output) if self._keep_attention and attention.output else (x,))
@@ -163,7 +175,7 @@ class _Walk:
 
         def one(layer: Any, x: torch.Tensor, *, gradient: torch.Tensor, known: Output | None, first: bool) -> Any:
             arguments = self._arguments.pop()
-            attention = RowAttention(self._layout, self._kernel, known)
+            attention = self._attention(known)
             return backward_layer(
                 layer, x, gradient, arguments, attend=attention, tile=self._tile, needs_input=not first
             )
@@ -178,11 +190,25 @@ class _Walk:
                 del x, rest, known
         return loss
 
+    def _attention(self, known: Output | None = None) -> RowAttention | SequenceParallelAttention:
+        """Of all tokens of the row in one layer, with its output if that is known."""
+        alone = RowAttention(self._layout, self._kernel, known)
+        return alone if self._team is None else SequenceParallelAttention(alone, self._team, self._row_tokens)
+
     def _loss_of(self, hidden: torch.Tensor, tile: slice) -> torch.Tensor:
         return self._loss(self._decoder.norm(hidden)[0], self._sequence.tokens[1, tile])
 
     def _tiles(self, x: torch.Tensor) -> list[slice]:
         return [slice(start, start + self._tile) for start in range(0, x.shape[1], self._tile)]
+
+
+def _own_part(sequence: PaddedSequence, team: Team) -> PaddedSequence:
+    """The sequence with this process's tokens alone: `tokens` is (3, own tokens); `ends` and `segments` stay.
+
+    Labels are shifted already: a token has what it is to predict, also where that token is another process's.
+    """
+    own = parts(sequence.tokens.shape[1], team.size)[team.rank]
+    return replace(sequence, tokens=sequence.tokens[:, own])
 
 
 @contextmanager

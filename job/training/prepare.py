@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from job import log
 from job.common.formatting import size
-from job.common.resources import available_bytes
+from job.common.resources import available_bytes, main_memory
+from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
@@ -23,6 +24,7 @@ from job.model.placed_weights import placement_of
 from job.records import FP8, FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
 from job.training.execution_plan import (
+    HOST_SHARE,
     choose_budget,
     choose_long_rows,
     choose_plan,
@@ -39,7 +41,8 @@ from job.training.memory_model import (
     Setup,
     activation_bytes,
 )
-from job.training.refusal import refuse_rows
+from job.training.refusal import Sharing, refuse_rows
+from job.training.sequence_parallel import tokens_alone, why_not_divided
 
 _COMPUTE = "JOB_TRAIN__COMPUTE"
 
@@ -76,6 +79,8 @@ def prepare(
     longest_at: str = "",
     validation: Sequence[int] = (),
     compute: Literal["dtype", "fp8"] = "dtype",
+    sequence_parallel: Literal["auto", "off"] = "off",
+    group: Processes = ALONE,
 ) -> ExecutionPlan:
     """Chooses how this machine trains the model, and makes the model ready for it.
 
@@ -97,13 +102,15 @@ def prepare(
         longest_at: Where the longest row stands, for messages.
         validation: Tokens of each row that is validated on.
         compute: `JOB_TRAIN__COMPUTE`.
+        sequence_parallel: `JOB_TRAIN__SEQUENCE_PARALLEL`.
+        group: All processes of the run, which agree on what rows they compute together.
 
     Raises:
         SettingsError: The longest row cannot fit into the memory of this machine. Training cannot compute in FP8 as
             the settings ask: PEFT's own layers are needed, or a layer's size does not fit the GPU's products.
     """
     setup, placement = setup_of(model, quantization, optimizer), placement_of(model)
-    setup = setup and replace(setup, placement=placement)
+    setup = setup and replace(setup, placement=placement, processes=group.place.world_size)
     allowed = None if offload == "auto" else offload
     slow = why_not_fused(model) or slow
     dtype = dtype_name(model)
@@ -116,6 +123,13 @@ def prepare(
     longest_trained = max(lengths)
     lengths = [*lengths, *sorted(validation, reverse=True)[:1]]
     rows = None if slow is not None else _rows(model, lengths, budget, global_batch_size, method)
+    never = "JOB_TRAIN__NEFTUNE_NOISE_ALPHA draws noise that depends on the length of the whole row" if random else ""
+    above = None
+    if sequence_parallel == "auto" and method == "sft" and group.place.world_size > 1 and max(lengths) > LONG_ROW:
+        own = _tokens_alone(model, setup, rows, max(lengths), group, gigabytes=gigabytes, offload=allowed, never=never)
+        above = _agreed(group, own)
+    if rows is not None and above is not None:
+        rows = _divided(rows, lengths, budget, above, group.place.world_size)
     may_fit = partial(
         _refuse,
         model,
@@ -126,6 +140,7 @@ def prepare(
         offload=allowed,
         processes=processes,
         where=longest_at,
+        sharing=_sharing(setup, longest_trained, above, group.place.world_size, never),
     )
     if rows is not None and setup is not None:
         plan = _fuse(
@@ -229,11 +244,16 @@ def _is_uneven(adapter: Any) -> bool:
 class _Rows:
     """What of the rows decides about memory: tokens of the longest padded sequence, and of the longest long row.
 
-    `long` is None where no row is computed layer by layer, `padded` is 0 where all are.
+    `long` is None where no row is computed layer by layer, `padded` is 0 where all are. Where rows of more than `above`
+    tokens are divided over `processes`, `divided` has the tokens of the longest of these, 0 if there is none, and
+    `long` those of the longest other one, 0 likewise.
     """
 
     padded: int
     long: int | None
+    divided: int = 0
+    above: int | None = None
+    processes: int = 1
 
 
 def _note_unused(plan: ExecutionPlan | None, lengths: Sequence[int], *, offload: bool | Literal["auto"]) -> None:
@@ -258,6 +278,66 @@ def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: in
             return _Rows(padded, max(longest, budget))
         log.get_logger().warning("long rows are not computed in tiles, which takes more memory and time", why=why)
     return _Rows(longest_sequence(lengths, global_batch_size, budget), None)
+
+
+def _tokens_alone(
+    model: Any,
+    setup: Setup | None,
+    rows: _Rows | None,
+    longest: int,
+    group: Processes,
+    *,
+    gigabytes: float | None,
+    offload: bool | None,
+    never: str,
+) -> int:
+    """Tokens of the longest row that this process can compute alone; 0 if it cannot compute a row with others."""
+    if setup is None or rows is None or rows.long is None:
+        return 0
+    from job.model.fused.long_attention import copies_of
+
+    found = tokens_alone(
+        setup,
+        longest,
+        memory_bytes=gpu_memory(gigabytes)[0],
+        host_bytes=int(HOST_SHARE * main_memory().total_bytes / group.place.local_world_size),
+        offload=offload,
+        copies=copies_of(setup.architecture, model.device, _kernel_of_long_rows(model, setup)),
+    )
+    why = never or why_not_divided(setup.architecture, group.place.world_size)
+    if why and found < longest:
+        log.get_logger().warning("long rows are not divided over the processes, which would take less memory", why=why)
+    return 0 if why else found
+
+
+def _agreed(group: Processes, own: int) -> int | None:
+    """Above how many tokens rows are divided, the same in all processes; None if one of them cannot take part."""
+    found = group.gather("tokens of a row that one process computes", own)
+    return min(found) if all(found) else None
+
+
+def _divided(rows: _Rows, lengths: Sequence[int], budget: int, above: int, processes: int) -> _Rows:
+    """Where rows of more than `above` tokens are divided."""
+    alone = [length for length in lengths if LONG_ROW < length <= above]
+    longest = max(lengths)
+    return replace(
+        rows,
+        long=max(*alone, budget) if alone else 0,
+        divided=longest if longest > above else 0,
+        above=above,
+        processes=processes,
+    )
+
+
+def _sharing(setup: Setup | None, longest: int, above: int | None, world_size: int, never: str) -> Sharing:
+    """How many processes compute the longest row together, and could."""
+    if setup is None:
+        return Sharing()
+    return Sharing(
+        processes=world_size if above is not None and longest > above else 1,
+        may_divide=1 if why_not_divided(setup.architecture, world_size) else world_size,
+        never=never,
+    )
 
 
 def _fuse(
@@ -288,7 +368,11 @@ def _fuse(
     kernel = None if rows.long is None else _kernel_of_long_rows(model, setup)
     copies, reserved = copies_of(setup.architecture, model.device, kernel or FLASH), 0
     if rows.long is not None:
-        reserved = long_row_need(setup, rows.long, offloaded=offload is not False, kept_attention=False, copies=copies)
+        reserved = max(
+            long_row_need(setup, tokens, over, offloaded=offload is not False, kept_attention=False, copies=copies)
+            for tokens, over in ((rows.long, 1), (rows.divided, rows.processes))
+            if tokens
+        )
     plan = choose_plan(
         setup,
         free_bytes=max(0, free - reserved),
@@ -310,8 +394,10 @@ def _fuse(
             offload=offload,
             copies=copies,
             tile=TILE_TOKENS,
+            divided=(rows.divided, rows.processes) if rows.divided else None,
             attention=kernel,
         )
+        plan = replace(plan, sequence_parallel=rows.processes, divided_above=rows.above)
     kernels, name = fast_kernels(model.device, dtype_name(model))
     try:
         made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels, fp8=fp8)
@@ -352,6 +438,7 @@ def _refuse(
     offload: bool | None,
     processes: int,
     where: str,
+    sharing: Sharing,
 ) -> None:
     """Refuses rows that certainly do not fit: on the GPU, or on a CPU in the machine's memory."""
     from job.model.fused.long_attention import copies_of
@@ -371,6 +458,7 @@ def _refuse(
         offload=offload,
         copies=copies,
         where=where,
+        sharing=sharing,
     )
 
 

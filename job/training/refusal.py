@@ -7,6 +7,8 @@ than is free. A row that may fit is tried, and training ends with `TrainingFaile
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from job.common.formatting import size
 from job.errors import Problem, SettingsError
@@ -15,11 +17,41 @@ from job.training.memory_model import (
     Setup,
     largest_budget,
     least_activation_bytes,
-    long_row_bytes,
-    long_row_host_bytes,
 )
+from job.training.sequence_parallel import enough_gpus, row_bytes, row_host_bytes
 
 _ADVICE = "lower it (JOB_DATA__ON_LONG_ROW says what becomes of longer rows)"
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Whether several processes compute the longest row together (`training.sequence_parallel`).
+
+    Attributes:
+        processes: How many do.
+        may_divide: How many could, if JOB_TRAIN__SEQUENCE_PARALLEL allowed it.
+        never: Why no number of processes could; empty where one could.
+    """
+
+    processes: int = 1
+    may_divide: int = 1
+    never: str = ""
+
+    def advice(self, setup: Setup, fits: Callable[[int], bool]) -> str:
+        """How more GPUs would help, to follow the other advice; empty if they would not.
+
+        Args:
+            setup: What is trained.
+            fits: Whether the row would fit if it were divided over so many processes.
+        """
+        enough = enough_gpus(setup, lambda count: count > self.processes and fits(count))
+        if enough is None:
+            return ""
+        if self.never:
+            return f"; several GPUs cannot compute it together: {self.never}"
+        if self.may_divide > self.processes and fits(self.may_divide):
+            return f", or set JOB_TRAIN__SEQUENCE_PARALLEL=auto: the {self.may_divide} GPUs then compute it together"
+        return f", or take {enough} such GPUs, which compute it together"
 
 
 def refuse_rows(
@@ -31,6 +63,7 @@ def refuse_rows(
     offload: bool | None,
     copies: int | None,
     where: str = "",
+    sharing: Sharing = Sharing(),
 ) -> None:
     """Does nothing if the longest row may fit.
 
@@ -42,52 +75,61 @@ def refuse_rows(
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
         copies: As in `long_row_bytes`; None where `training.long_rows` does not compute long rows.
         where: File and line of the row; empty if they are not known.
+        sharing: Whether several processes compute it together.
 
     Raises:
         SettingsError: It cannot fit.
     """
 
     def on_device(tokens: int) -> int:
-        return _least(setup, tokens, offload=offload, copies=copies)
+        return _least(setup, tokens, sharing.processes, offload=offload, copies=copies)
 
     def in_main_memory(tokens: int) -> int:
-        return long_row_host_bytes(setup, tokens, kept_attention=False)
+        return row_host_bytes(setup, tokens, sharing.processes, kept_attention=False)
+
+    def more_gpus(*, offload: bool | None) -> str:
+        if copies is None or host_bytes is None:
+            return ""
+        needs = partial(_least, setup, longest, offload=offload, copies=copies)
+        return sharing.advice(setup, lambda count: needs(count) <= free_bytes)
 
     row = f"the longest row{f', {where},' if where else ''} has {longest:,} tokens"
+    row += f" and is divided over {sharing.processes} GPUs" if sharing.processes > 1 else ""
     device = "the GPU's memory" if host_bytes is not None else "the machine's memory"
     if (need := on_device(longest)) > free_bytes:
         fix = _ADVICE
         if (
             offload is False
             and copies is not None
-            and _least(setup, longest, offload=None, copies=copies) <= free_bytes
+            and _least(setup, longest, sharing.processes, offload=None, copies=copies) <= free_bytes
         ):
             fix += ", set JOB_TRAIN__OFFLOAD_ACTIVATIONS=auto"
-        _refuse(row, need, free_bytes, device, on_device, longest, fix)
+        _refuse(row, need, free_bytes, device, on_device, longest, fix, more_gpus(offload=offload))
     if copies is None or host_bytes is None or offload is False:
         return
-    alone = _least(setup, longest, offload=False, copies=copies)
-    if (offload or alone > free_bytes) and (need := in_main_memory(longest)) > host_bytes:
+    kept = _least(setup, longest, sharing.processes, offload=False, copies=copies)
+    if (offload or kept > free_bytes) and (need := in_main_memory(longest)) > host_bytes:
         fix = _ADVICE
-        if alone <= free_bytes:
+        if kept <= free_bytes:
             fix += ", set JOB_TRAIN__OFFLOAD_ACTIVATIONS=auto"
-        _refuse(row, need, host_bytes, "the machine's memory", in_main_memory, longest, fix)
+        # Processes of one machine share its memory: more GPUs help if they hold all of it themselves.
+        _refuse(row, need, host_bytes, "the machine's memory", in_main_memory, longest, fix, more_gpus(offload=False))
 
 
-def _least(setup: Setup, tokens: int, *, offload: bool | None, copies: int | None) -> int:
+def _least(setup: Setup, tokens: int, processes: int, *, offload: bool | None, copies: int | None) -> int:
     """The least bytes on the device that the settings allow, less the error of the formula."""
     if copies is None:
         return int((1 - MARGIN) * least_activation_bytes(setup, tokens))
-    need = long_row_bytes(setup, tokens, offloaded=offload is not False, kept_attention=False, copies=copies)
+    need = row_bytes(setup, tokens, processes, offloaded=offload is not False, kept_attention=False, copies=copies)
     return int((1 - MARGIN) * need)
 
 
 def _refuse(  # noqa: PLR0917 - all of it is in the message
-    row: str, need: int, free: int, memory: str, needs: Callable[[int], int], longest: int, fix: str
+    row: str, need: int, free: int, memory: str, needs: Callable[[int], int], longest: int, fix: str, more: str
 ) -> None:
     fits = largest_budget(needs, free, longest)
     what = (
-        f"{row}, which take at least {size(need, ' ')} of {memory} for activations, and {size(free, ' ')} are free; "
-        f"about {fits:,} tokens fit: {fix}, or take a machine with more"
+        f"{row}; these take at least {size(need, ' ')} of {memory} for activations, and {size(free, ' ')} are free; "
+        f"about {fits:,} tokens fit: {fix}, or take a machine with more{more}"
     )
     raise SettingsError([Problem("JOB_TRAIN__MAX_LENGTH", what)])

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -31,8 +32,9 @@ from job.model.base import recompute_activations
 from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import forget_dequantized
 from job.model.fused.lora_forward import decoder_of
+from job.model.fused.sequence_parallel import Team
 from job.model.packed_attention import Layout, Segment, is_packed
-from job.model.placed_weights import taking_part
+from job.model.placed_weights import computing_together, taking_part
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
@@ -125,10 +127,23 @@ class OptimizerStep:
         """Tokens of the longest example in a padded sequence; None where no limit is known."""
         self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most)
         self._graphs: CudaGraphs | None = None
+        self._team: Team | None = None
+        """The processes, while they compute a row together."""
         self._long_rows = LongRows(model, self._head_loss, self._check)
         self._recording_tokens = _recording_tokens(model)
         self._shapes: dict[int, Shapes] = {}
         """By token budget."""
+        self.divide_above(plan.divided_above)
+
+    @property
+    def divided_above(self) -> int | None:
+        """All processes compute a row of more tokens together; None where none is."""
+        return self._steps.divided_above
+
+    def divide_above(self, tokens: int | None) -> None:
+        """Changes that. Less when memory runs out; a resumed run continues with what it had."""
+        self._steps = replace(self._steps, divided_above=tokens)
+        self._shapes.clear()
 
     def __call__(self, number: int) -> torch.Tensor:
         """Leaves the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
@@ -168,20 +183,33 @@ class OptimizerStep:
                 if not out_of_memory(error):
                     raise
                 longest = max(lengths_of(self._steps.examples))
-                if self.budget <= longest // 2 and not self.plan.droppable:
+                if self.budget <= longest // 2 and not self.plan.droppable and not self._may_divide:
                     raise too_small("training", longest, error) from error
             try:
                 if not self._processes.agree(repeat=sums is None) and sums is not None:
                     self._processes.add_up(sums)
                     return sums
-                # If a process ran out of memory and has no optimization left to drop, all of them halve the budget.
+                # If a process ran out of memory and has no optimization left to drop, all of them halve the budget,
+                # once all long rows are divided.
                 if self._processes.agree(repeat=sums is None and not self.free_memory()):
-                    self.budget //= 2
-                    what = "out of GPU memory: micro-batches have half as many tokens from now on, which is slower"
-                    get_logger().warning(what, micro_batch_tokens=self.budget, change="JOB_TRAIN__MICRO_BATCH_TOKENS")
+                    if self._may_divide:
+                        self.divide_above(LONG_ROW)
+                        get_logger().warning("out of GPU memory: all long rows are divided over the processes")
+                    else:
+                        self.budget //= 2
+                        what = "out of GPU memory: micro-batches have half as many tokens from now on, which is slower"
+                        how = {"micro_batch_tokens": self.budget, "change": "JOB_TRAIN__MICRO_BATCH_TOKENS"}
+                        get_logger().warning(what, **how)
             except JobError as error:
                 raise StepAbandoned from error
             free_caches()
+
+    @property
+    def _may_divide(self) -> bool:
+        """Whether there are long rows that one process computes and all could."""
+        if self.divided_above is None or self.divided_above <= LONG_ROW:
+            return False
+        return any(LONG_ROW < length <= self.divided_above for length in lengths_of(self._steps.examples))
 
     def release(self) -> None:
         """Frees the CUDA graphs and their memory, and host memory; they are made again when they are needed."""
@@ -203,6 +231,10 @@ class OptimizerStep:
         items = weighted_targets(self._steps.of(number))
         self._loss_scale = self._scaler_factor(found.device)
         sequences = count()
+        if divided := [example for example in self._steps.divided(number) if example.weight]:
+            with self.together():
+                for example in divided:
+                    found += self._micro_batch([example], items if example.weight == 1 else items / example.weight)
         for group in self._groups(number):
             # Added at once: what a CUDA graph returns is overwritten by its next launch.
             if known is None or self._preference is None:
@@ -215,6 +247,23 @@ class OptimizerStep:
                 found += self._preference(group, known.totals, known.kl)
         # One tensor, so that the processes sum in one all-reduce.
         return found if self._processes.place.world_size == 1 else torch.cat([self._parameters.gradient, found])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within it, all processes compute the same long rows, each a part of every one's tokens.
+
+        Used within `taking_part`.
+
+        Raises:
+            JobError: Another process has ended.
+            OtherOutOfMemory: Memory ran out in another process, and not in this one.
+        """
+        with computing_together(self._model, self._processes) as meet:
+            self._team = Team(self._processes, meet)
+            try:
+                yield
+            finally:
+                self._team = None
 
     def _own_kl(self, number: int, totals: Totals) -> torch.Tensor:
         """This process's part of KTO's estimate of the divergence, (1,) float32."""
@@ -267,7 +316,7 @@ class OptimizerStep:
     def _padded_micro_batch(self, examples: Sequence[Example], weight: torch.Tensor) -> torch.Tensor:
         """The same with `weight`, () float32, by which the summed loss is multiplied; for a padded plan."""
         if self._in_tiles(examples):
-            return self._long_rows.gradient(examples, weight, self.plan)
+            return self._long_rows.gradient(examples, weight, self.plan, self._team)
         sequence = padded_sequence(examples, weight.device, self.shapes())
         if not self.plan.recorded:
             return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
@@ -321,7 +370,7 @@ class OptimizerStep:
     def summed_loss(self, examples: Sequence[Example]) -> torch.Tensor:
         """The summed loss of a micro-batch, () float32, without a gradient; for a padded plan."""
         if self._in_tiles(examples):
-            return self._long_rows.summed_loss(examples, self.plan)
+            return self._long_rows.summed_loss(examples, self.plan, self._team)
         sequence = padded_sequence(examples, self._parameters.gradient.device)
         return self.padded_sum(sequence.tokens, sequence.ends, sequence.segments)
 
@@ -364,10 +413,10 @@ class OptimizerStep:
     def how_computed(self) -> HowComputed:
         """What a checkpoint records of how its gradients were computed."""
         padded = list(self.shapes().shapes) if self.plan.padded else None
-        return HowComputed(self.plan.forward, self.plan.tile_tokens, self._steps.world_size, padded)
+        return HowComputed(self.plan.forward, self.plan.tile_tokens, self._steps.world_size, padded, self.divided_above)
 
     def resume_as(self, before: HowComputed | None) -> None:
-        """Pads as the attempt did that wrote a checkpoint, and warns of what this one computes otherwise.
+        """Pads and divides rows as the attempt did that wrote a checkpoint; warns of what this one computes otherwise.
 
         To be called once the token budget is the checkpoint's. Other shapes change the last bits of a gradient.
 
@@ -381,8 +430,14 @@ class OptimizerStep:
                 get_logger().warning(f"{what}: this version's shapes are used", effect=effect)
             return
         changed = {}
-        for name in ("forward", "tile_tokens"):
-            was, now = getattr(before, name), getattr(self.plan, name)
+        if None not in {self.divided_above, before.divided_above}:
+            self.divide_above(before.divided_above)
+        for name, now in (
+            ("forward", self.plan.forward),
+            ("tile_tokens", self.plan.tile_tokens),
+            ("divided_above", self.divided_above),
+        ):
+            was = getattr(before, name)
             if was != now:
                 changed[name] = f"{was} before, {now} now"
         if self.plan.padded and before.padded is not None:

@@ -18,6 +18,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,8 @@ def train(
     validations = tuple(trainer.validations)
     if complete := trainer.is_complete():
         trainer.use_kept_adapter()
-    return Trained(
-        tuple(trainer.history), trainer.step.budget, complete=complete, plan=trainer.step.plan, validations=validations
-    )
+    plan = replace(trainer.step.plan, divided_above=trainer.step.divided_above)
+    return Trained(tuple(trainer.history), trainer.step.budget, complete=complete, plan=plan, validations=validations)
 
 
 class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from job.common.out_of_memory import out_of_memory, too_small
-from job.data.batch_plan import by_weight, micro_batches, shares, weighted_targets
+from job.data.batch_plan import by_weight, micro_batches, shares, weighted_targets, without_divided
 from job.data.examples import lengths_of, target_counts_of
 from job.distributed.processes import Processes
 from job.errors import JobError
@@ -123,12 +123,14 @@ class Validation:
         """This process's part of a block, (numbers,) float64; again with less memory if it ran out in any process."""
         place = self._processes.place
         lengths = lengths_of(block)
-        mine = [block[i] for i in shares(lengths, place.world_size)[place.rank]]
+        divided, others = without_divided(lengths, self._step.divided_above)
+        mine = [block[others[i]] for i in shares([lengths[i] for i in others], place.world_size)[place.rank]]
+        together = [block[i] for i in divided]
         while True:
             found = None
             try:
                 with taking_part(self._model):
-                    found = self._micro_batches(mine, compute, numbers)
+                    found = self._micro_batches(mine, compute, numbers, together)
             except JobError as error:  # another process has ended while weights were gathered
                 raise StepAbandoned from error
             except RuntimeError as error:
@@ -150,10 +152,18 @@ class Validation:
             free_caches()
 
     def _micro_batches(
-        self, examples: Sequence[Example], compute: Callable[[Sequence[Example]], torch.Tensor], numbers: int
+        self,
+        examples: Sequence[Example],
+        compute: Callable[[Sequence[Example]], torch.Tensor],
+        numbers: int,
+        together: Sequence[Example],
     ) -> torch.Tensor:
         alone = self._processes.place.world_size == 1
         sums = torch.zeros(numbers, dtype=torch.float64, device=self._model.device)
+        if together:
+            with self._step.together():
+                for example in together:
+                    sums += compute([example])
         for group in micro_batches([len(example.input_ids) for example in examples], self.budget):
             # Several processes stop together, after a block: one that left alone would be waited for.
             if alone and self._hooks.stop():

@@ -161,6 +161,22 @@ class Threads:
         whole.copy_(torch.cat(self._posted(own)))
         return lambda: None
 
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> None:
+        """Takes this one's part of what each of the others sends."""
+        parts = [part[self.place.rank] for part in self._posted(sent.split_with_sizes(sent_sizes))]
+        assert [part.numel() for part in parts] == received_sizes
+        received.copy_(torch.cat(parts))
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Sums in the order of the ranks."""
+        tensor.copy_(torch.stack(self._posted(tensor.clone())).sum(0))
+
+    def agree(self, *, repeat: bool) -> bool:
+        """Whether any repeats."""
+        return any(self._posted(repeat))
+
     def _posted(self, value: Any) -> list[Any]:
         self._board[self.place.rank] = value
         self._barrier.wait(timeout=20)

@@ -26,6 +26,7 @@ from job.planning.workload import Workload
 from job.settings.load import load_settings
 from job.settings.training_stages import split_stages
 from job.training import memory_model
+from job.training.sequence_parallel import row_memory
 from tests.unit.training.test_memory_model import REFERENCE
 
 WORK = Workload(94, 1500, 348_932, 345_932, 50_060_888, 503, 4543)
@@ -349,6 +350,31 @@ def test_a_model_larger_than_a_gpu_lies_elsewhere(gigabytes: int, processes: int
     assert (found.fits, found.base_held) == (True, held)
     assert ("main memory" in found.note, "sharded" in found.note) == (held == "host", held != "gpu")
     assert not forecast_gpu(gpu, replace(run, placements=("gpu",)), LLAMA_70B).fits or held == "gpu"
+
+
+@pytest.mark.parametrize(("processes", "over"), [(1, 1), (2, 2), (3, 3), (12, 1)])
+def test_a_row_that_does_not_fit_on_one_gpu(processes: int, over: int) -> None:
+    """It fits on several that divide it, and the note says so; on one it says how many would do. 12 share no heads."""
+    gpu = BY_NAME["A100 80GB"]
+    usable = memory_model.usable_bytes(gpu.memory_bytes)
+    alone = memory_model.largest_budget(lambda tokens: row_memory(REFERENCE, tokens).total, usable, 10**7)
+    tokens = alone + alone // 10
+    row = Workload(1, 1, tokens, tokens - 1, tokens**2, tokens, tokens)
+    run = replace(RUN, workload=row, fused=True, tiles=True, divide=True, processes=processes)
+    found = forecast_gpu(gpu, run, REFERENCE)
+    assert (found.fits, found.divided_over) == (over > 1, over)
+    if over > 1:
+        assert f"the longest row is divided over the {over} GPUs" in found.note
+        divided = {figure.name: figure for figure in estimates(run)}["memory: activations, divided"]
+        whole = {figure.name: figure for figure in estimates(run)}["memory: activations"]
+        assert divided.value < whole.value
+    else:
+        assert "2 of these GPUs compute the longest row together (JOB_RUN__PROCESSES=2)" in found.note
+    off = forecast_gpu(gpu, replace(run, divide=False), REFERENCE)
+    assert not off.fits
+    assert "together" not in off.note
+    short = replace(run, workload=replace(row, longest=alone, largest_step=alone))
+    assert forecast_gpu(gpu, short, REFERENCE).divided_over == 1
 
 
 def test_weights_that_come_over_a_link_take_their_time() -> None:

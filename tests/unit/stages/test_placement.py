@@ -117,4 +117,8 @@ def test_a_gpu_without_a_kernel_for_long_rows_needs_the_memory_of_the_whole(
     monkeypatch.setattr(placement, "free_gpu_bytes", lambda _: memory)
     monkeypatch.setattr(placement, "compute_capability", lambda: capability)
     how = {"global_batch_size": 2, "budget": 1024, "scoring_tokens": 1024, "gigabytes": None}
-    assert _fastest_that_fits(SETUP, [40_000], placements=("gpu", "host"), tiles=True, **how)[0] == place  # type: ignore[arg-type]
+    where: dict[str, Any] = {"placements": ("gpu", "host"), "tiles": True, **how}
+    assert _fastest_that_fits(SETUP, [40_000], **where)[0] == place
+    if place == "gpu":  # where a row is divided, the base may stay
+        found = [_fastest_that_fits(SETUP, [120_000], divide_over=over, **where)[0] for over in (1, 4)]
+        assert found == ["host", "gpu"]

@@ -21,8 +21,9 @@ from job.training.execution_plan import (
     choose_plan,
     kept_activation_bytes,
 )
-from job.training.memory_model import PLACEMENTS, Setup, long_row_bytes, training_memory
-from job.training.refusal import refuse_rows
+from job.training.memory_model import LONG_ROW, PLACEMENTS, Setup, long_row_bytes, training_memory, usable_bytes
+from job.training.refusal import Sharing, refuse_rows
+from job.training.sequence_parallel import least_memory, row_host_bytes, row_memory, tokens_alone
 
 MISTRAL_7B = Architecture(4096, 14336, 32, 32, 8, 128, 32000)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -218,6 +219,65 @@ def test_only_what_is_certain_is_refused() -> None:
     whole = refused(70, 343_000, copies=None)
     assert "OFFLOAD" not in whole
     assert whole
+
+
+def test_a_row_that_more_gpus_could_compute() -> None:
+    """The refusal says how many, or what keeps those that there are from it; one that is divided has its own limit."""
+    assert ", or take 2 such GPUs, which compute it together" in refused(40, 343_000)
+    assert "take 2" not in refused(40, 343_000, sharing=Sharing(processes=2))
+    assert not refused(40, 300_000, sharing=Sharing(processes=2))
+    assert "JOB_TRAIN__SEQUENCE_PARALLEL=auto: the 4 GPUs" in refused(40, 343_000, sharing=Sharing(may_divide=4))
+    assert "cannot compute it together: because" in refused(40, 343_000, sharing=Sharing(never="because"))
+    assert "GPUs" not in refused(40, 343_000, copies=None)
+    assert "GPUs" not in refused(1, 343_000)
+    text = refused(40, 900_000, sharing=Sharing(processes=2))
+    assert "has 900,000 tokens and is divided over 2 GPUs; these take at least" in text
+    fits = int(text.split("about ")[1].split(" tokens")[0].replace(",", ""))
+    assert not refused(40, fits, sharing=Sharing(processes=2))
+    assert refused(40, fits + 1, sharing=Sharing(processes=2))
+
+
+def test_the_way_of_rows_that_are_divided() -> None:
+    """The longest row of all counts, divided or not; the reason says over how many."""
+    how: dict[str, Any] = {
+        "free_bytes": 45 * GIB,
+        "host_bytes": 400 * GIB,
+        "offload": None,
+        "copies": 132,
+        "tile": 8192,
+    }
+    plan = chosen(45, 0, keep_base=False, keep_activations=False)
+    alone = choose_long_rows(plan, SETUP, tokens=200_000, **how)
+    divided = choose_long_rows(plan, SETUP, tokens=0, divided=(200_000, 4), **how)
+    both = choose_long_rows(plan, SETUP, tokens=100_000, divided=(200_000, 4), **how)
+    assert "over which the longest are divided" not in alone.reason
+    for one in (divided, both):
+        assert "on each of 4 GPUs, over which the longest are divided" in one.reason
+    needs = [one.reason.split("tokens need ")[1].split(" of ")[0] for one in (alone, divided, both)]
+    assert float(needs[1]) <= float(needs[2]) <= float(needs[0])
+
+
+@given(memory=st.integers(10, 200), host=st.integers(0, 300), offload=st.sampled_from([None, True, False]))
+def test_the_longest_row_of_one_process(*, memory: int, host: int, offload: bool | None) -> None:
+    """It is the longest that fits, by the memory there is in all; a divided one takes less of it."""
+    how: dict[str, Any] = {"memory_bytes": memory * GIB, "host_bytes": host * GIB, "offload": offload}
+    found = tokens_alone(SETUP, 400_000, **how)
+    assert LONG_ROW <= found <= 400_000
+    assert tokens_alone(SETUP, 50_000, **how) == min(found, 50_000)
+    usable = usable_bytes(memory * GIB)
+
+    def fits(tokens: int, *, offloaded: bool) -> bool:
+        if offload not in {None, offloaded}:
+            return False
+        in_host = row_host_bytes(SETUP, tokens, kept_attention=False) <= host * GIB
+        return row_memory(SETUP, tokens, offload=offloaded).total <= usable and (in_host or not offloaded)
+
+    longer = [fits(found + 1, offloaded=offloaded) for offloaded in (True, False)]
+    assert found == 400_000 or not any(longer)
+    assert found == LONG_ROW or any(fits(found, offloaded=offloaded) for offloaded in (True, False))
+    for over in (2, 8):
+        assert row_memory(SETUP, 100_000, over).total < row_memory(SETUP, 100_000).total
+        assert least_memory(SETUP, 100_000, over) == row_memory(SETUP, 100_000, over)
 
 
 @given(

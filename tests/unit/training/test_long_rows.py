@@ -205,9 +205,9 @@ def test_a_full_gpu_moves_activations_first(
     calls: list[ExecutionPlan] = []
     gradient = LongRows.gradient
 
-    def fails_once(self: LongRows, examples: Any, weight: torch.Tensor, plan: ExecutionPlan) -> torch.Tensor:
+    def fails_once(self: LongRows, examples: Any, weight: Any, plan: ExecutionPlan, team: Any) -> torch.Tensor:
         calls.append(plan)
-        found = gradient(self, examples, weight, plan)
+        found = gradient(self, examples, weight, plan, team)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return found

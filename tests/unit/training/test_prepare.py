@@ -11,6 +11,8 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from job.common.resources import MainMemory
+from job.distributed.ranks import Place
 from job.errors import SettingsError
 from job.model.adapter_options import AdapterOptions
 from job.model.fused import kernels
@@ -311,6 +313,61 @@ def test_long_rows_are_computed_in_tiles(base_folder: Path, monkeypatch: pytest.
     assert alone.droppable == ("on_gpu", "kept_attention")
     held_out = prepare(make_model(base_folder), [10, 20], **SETTINGS, validation=[30_000, 10])
     assert held_out.tile_tokens == 8192
+
+
+class Two:
+    """Two processes, of which the other one says that it computes so many tokens of a row alone."""
+
+    place = Place(0, 2, 0, 2)
+
+    def __init__(self, other: int) -> None:
+        self.other, self.asked = other, list[int]()
+
+    def gather(self, _what: str, own: int) -> list[int]:
+        """Both."""
+        self.asked.append(own)
+        return [own, self.other]
+
+
+def test_rows_that_do_not_fit_are_divided(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above what the smaller GPU computes alone; none where one of the processes or the settings do not allow it."""
+    monkeypatch.setattr(prepare_module, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
+
+    def plan(other: int = 20_000, **how: Any) -> tuple[ExecutionPlan, list[int]]:
+        group = Two(other)
+        found = long_rows(base_folder, monkeypatch, 80 << 30, group=group, sequence_parallel="auto", **how)
+        return found, group.asked
+
+    found, asked = plan()
+    assert (found.sequence_parallel, found.divided_above, asked) == (2, 20_000, [30_000])
+    assert "on each of 2 GPUs" in found.reason
+    assert plan(40_000)[0].divided_above == 30_000  # none is longer
+    assert (plan(0)[0].sequence_parallel, plan(0)[0].divided_above) == (1, None)
+    found, asked = plan(random=True)
+    assert (found.divided_above, asked) == (None, [0])
+    for how in ({"sequence_parallel": "off"}, {"method": "dpo"}):
+        group = Two(20_000)
+        made = long_rows(base_folder, monkeypatch, 80 << 30, group=group, **{"sequence_parallel": "auto"} | how)
+        assert (made.sequence_parallel, group.asked) == (1, [])
+
+
+def test_which_rows_are_divided_does_not_depend_on_free_memory(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run may find less of it."""
+    monkeypatch.setattr(prepare_module, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
+    found = []
+    for free in (3 << 30, 2 << 30):
+        with monkeypatch.context() as patch:
+            group = Two(200_000)
+            how = {"group": group, "sequence_parallel": "auto"}
+            patch.setattr(prepare_module, "why_not_fused", lambda _: None)
+            patch.setattr(prepare_module, "gpu_memory", lambda _, free=free: (4 << 30, free))
+            with_capability(patch, (9, 0))
+            prepare(make_model(base_folder), [10, 200_000], **SETTINGS | {"keep_base": "auto"} | how)
+            found += group.asked
+    assert found[0] == found[1]
+    assert 16_384 < found[0] < 200_000
 
 
 def test_offloading_without_a_long_row_is_a_warning(base_folder: Path) -> None:
