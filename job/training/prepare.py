@@ -114,10 +114,8 @@ def prepare(
     allowed = None if offload == "auto" else offload
     slow = why_not_fused(model) or slow
     dtype = dtype_name(model)
-    if compute == FP8 and slow is None and dtype != "bfloat16":
-        raise SettingsError([Problem(_COMPUTE, f"is fp8, which is beside bf16; the compute dtype is {dtype}")])
-    if compute == FP8 and setup is not None and setup.architecture.experts:
-        raise SettingsError([Problem(_COMPUTE, "is fp8, in which a mixture's experts are not computed; remove it")])
+    if compute == FP8:
+        _require_fp8_possible(setup, dtype if slow is None else None)
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
     longest_trained = max(lengths)
@@ -264,6 +262,14 @@ def _note_unused(plan: ExecutionPlan | None, lengths: Sequence[int], *, offload:
     if (longest := max(lengths)) <= LONG_ROW:
         why = f"the longest row has {longest:,} tokens, and only those of more than {LONG_ROW:,} are"
     log.get_logger().warning("JOB_TRAIN__OFFLOAD_ACTIVATIONS has no effect", why=why)
+
+
+def _require_fp8_possible(setup: Setup | None, dtype: str | None) -> None:
+    """Refuses what FP8 is not there for; `dtype` is the fused layers', None without them."""
+    if dtype not in {None, "bfloat16"}:
+        raise SettingsError([Problem(_COMPUTE, f"is fp8, which is beside bf16; the compute dtype is {dtype}")])
+    if setup is not None and setup.architecture.experts:
+        raise SettingsError([Problem(_COMPUTE, "is fp8, in which a mixture's experts are not computed; remove it")])
 
 
 def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: int, method: str) -> _Rows:
