@@ -34,7 +34,7 @@ from job.model.fused.frozen_weights import forget_dequantized
 from job.model.fused.lora_forward import decoder_of
 from job.model.fused.sequence_parallel import Team
 from job.model.packed_attention import Layout, Segment, is_packed
-from job.model.placed_weights import computing_together, taking_part
+from job.model.placed_weights import OtherOutOfMemory, computing_together, taking_part
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
@@ -51,6 +51,7 @@ from job.training.packing import (
     choose_shapes,
     length_increment,
     longest_segment,
+    longest_shape,
     packed_inputs,
     padded_sequence,
     recording_tokens,
@@ -141,7 +142,13 @@ class OptimizerStep:
         return self._steps.divided_above
 
     def divide_above(self, tokens: int | None) -> None:
-        """Changes that. Less when memory runs out; a resumed run continues with what it had."""
+        """Changes that. Less when memory runs out; a resumed run continues with what it had.
+
+        Only rows that are computed layer by layer can be divided: each process would compute all of another one, and
+        its gradient would count several times.
+        """
+        if tokens is not None:
+            tokens = max(tokens, LONG_ROW) if self.plan.padded and self.plan.tile_tokens is not None else None
         self._steps = replace(self._steps, divided_above=tokens)
         self._shapes.clear()
 
@@ -173,7 +180,7 @@ class OptimizerStep:
         With several processes the gradient that it left in the flat parameters is in front of it, in one all-reduce.
         """
         while True:
-            sums = None
+            sums, full = None, False
             try:
                 with taking_part(self._model):
                     sums = compute()
@@ -182,8 +189,9 @@ class OptimizerStep:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
+                full = not isinstance(error, OtherOutOfMemory)
                 longest = max(lengths_of(self._steps.examples))
-                if self.budget <= longest // 2 and not self.plan.droppable and not self._may_divide:
+                if full and self.budget <= longest // 2 and not self.plan.droppable and not self._may_divide:
                     raise too_small("training", longest, error) from error
             try:
                 if not self._processes.agree(repeat=sums is None) and sums is not None:
@@ -191,7 +199,7 @@ class OptimizerStep:
                     return sums
                 # If a process ran out of memory and has no optimization left to drop, all of them halve the budget,
                 # once all long rows are divided.
-                if self._processes.agree(repeat=sums is None and not self.free_memory()):
+                if self._processes.agree(repeat=full and not self.free_memory()):
                     if self._may_divide:
                         self.divide_above(LONG_ROW)
                         get_logger().warning("out of GPU memory: all long rows are divided over the processes")
@@ -441,10 +449,14 @@ class OptimizerStep:
             if was != now:
                 changed[name] = f"{was} before, {now} now"
         if self.plan.padded and before.padded is not None:
-            if before.processes == self._steps.world_size:
-                self._shapes[self.budget] = shapes_of_before(before.padded, self._sequences())
-            else:
+            sequences = self._sequences()
+            if before.processes != self._steps.world_size:
                 changed["padded_shapes"] = f"of {before.processes} processes before, {self._steps.world_size} now"
+            elif max(before.padded, default=(0, 0))[0] > longest_shape(sequences):
+                # Not those of such a run; it would take as much memory as they say.
+                changed["padded_shapes"] = f"{before.padded} before, which no row needs, this version's now"
+            else:
+                self._shapes[self.budget] = shapes_of_before(before.padded, sequences)
         if changed:
             get_logger().warning("checkpoint was computed otherwise: the last bits of the result change", **changed)
 
