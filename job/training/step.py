@@ -128,6 +128,8 @@ class OptimizerStep:
         """Tokens of the longest example in a padded sequence; None where no limit is known."""
         self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most)
         self._graphs: CudaGraphs | None = None
+        self._was_long = False
+        """Whether the last micro-batch was one of `long_rows`."""
         self._team: Team | None = None
         """The processes, while they compute a row together."""
         self._long_rows = LongRows(model, self._head_loss, self._check)
@@ -190,7 +192,7 @@ class OptimizerStep:
                 if not out_of_memory(error):
                     raise
                 full = not isinstance(error, OtherOutOfMemory)
-                longest = max(lengths_of(self._steps.examples))
+                longest = self.longest_undivided(lengths_of(self._steps.examples))
                 if full and self.budget <= longest // 2 and not self.plan.droppable and not self._may_divide:
                     raise too_small("training", longest, error) from error
             try:
@@ -211,6 +213,16 @@ class OptimizerStep:
             except JobError as error:
                 raise StepAbandoned from error
             free_caches()
+
+    def longest_undivided(self, lengths: Sequence[int]) -> int:
+        """Tokens of the longest of these rows that may have been the last micro-batch, alone: none can be smaller.
+
+        Of more than `LONG_ROW` only if it was computed layer by layer: otherwise fewer rows at a time take less memory,
+        however long others are.
+        """
+        if self._padded_at_most is None or self._was_long:
+            return max(lengths)
+        return max((length for length in lengths if length <= self._padded_at_most), default=max(lengths))
 
     @property
     def _may_divide(self) -> bool:
@@ -372,8 +384,9 @@ class OptimizerStep:
             raise StepAbandoned
 
     def _in_tiles(self, examples: Sequence[Example]) -> bool:
-        """Whether a micro-batch is computed by `long_rows`."""
-        return self.plan.tile_tokens is not None and has_long_row(examples)
+        """Whether a micro-batch, which is about to be computed, is one of `long_rows`."""
+        self._was_long = self.plan.tile_tokens is not None and has_long_row(examples)
+        return self._was_long
 
     def summed_loss(self, examples: Sequence[Example]) -> torch.Tensor:
         """The summed loss of a micro-batch, () float32, without a gradient; for a padded plan."""
@@ -449,10 +462,9 @@ class OptimizerStep:
             if was != now:
                 changed[name] = f"{was} before, {now} now"
         if self.plan.padded and before.padded is not None:
-            sequences = self._sequences()
             if before.processes != self._steps.world_size:
                 changed["padded_shapes"] = f"of {before.processes} processes before, {self._steps.world_size} now"
-            elif max(before.padded, default=(0, 0))[0] > longest_shape(sequences):
+            elif max(before.padded, default=(0, 0))[0] > longest_shape(sequences := self._sequences()):
                 # Not those of such a run; it would take as much memory as they say.
                 changed["padded_shapes"] = f"{before.padded} before, which no row needs, this version's now"
             else:

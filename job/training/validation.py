@@ -137,8 +137,9 @@ class Validation:
                 if not out_of_memory(error):
                     raise
                 full = not isinstance(error, OtherOutOfMemory)
-                if full and self.budget <= max(lengths) // 2 and not self._step.plan.droppable:
-                    raise too_small("a validation", max(lengths), error) from error
+                longest = self._step.longest_undivided(lengths)
+                if full and self.budget <= longest // 2 and not self._step.plan.droppable:
+                    raise too_small("a validation", longest, error) from error
             try:
                 repeat = self._processes.agree(repeat=found is None)
                 if self._processes.stopping:

@@ -20,6 +20,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE
+from job.errors import TrainingFailed
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.fused.long_attention import CpuKernel
@@ -203,6 +204,39 @@ def test_memory_that_runs_out_in_one_process(
     for one in found:
         assert torch.equal(one[0], found[0][0])
         assert torch.equal(one[1], found[0][1])
+
+
+@pytest.mark.parametrize("in_row", [False, True])
+def test_short_rows_are_taken_apart_beside_a_long_one(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, *, in_row: bool
+) -> None:
+    """If memory runs out in a micro-batch of short rows, fewer at a time take less, however long another row is.
+
+    If it runs out in a row that is alone, nothing helps.
+    """
+    examples = [*make_examples(4, shortest=18, longest=20), EXAMPLES[-1]]
+    whole, parameters = a_step(fused(base_folder), examples=examples)
+    whole(0)
+    plan = replace(PLAN, may_offload=False, kept_activations=False)
+    made, own = a_step(fused(base_folder), plan=plan, examples=examples)
+    assert not made.plan.droppable
+    made.budget = 45
+    name, owner = ("gradient", long_rows.LongRows) if in_row else ("_padded_gradient", OptimizerStep)
+    compute = getattr(owner, name)
+
+    def full(*args: Any, **how: Any) -> Any:
+        if made.budget > 22:
+            run_out()
+        return compute(*args, **how)
+
+    monkeypatch.setattr(owner, name, full)
+    if in_row:
+        with pytest.raises(TrainingFailed, match="91 tokens"):
+            made(0)
+        return
+    made(0)
+    assert made.budget == 22
+    assert_close(own.gradient, parameters.gradient)
 
 
 def test_rows_that_do_not_fit_are_divided_after_all(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
