@@ -91,7 +91,7 @@ class OptimizerStep:
         parameters: The adapter. The gradient is left in `parameters.gradient`.
         recipe: Only the seed, the initial token budget and label smoothing are used.
         plan: The initial execution plan.
-        hooks: Only `stop` and `fits` are used.
+        hooks: Only `stop`, `fits` and `on_progress` are used.
         processes: The processes that share the step.
         packed_gradient: Used if the plan is not `padded`.
         preference: Used in its place for a step of preferences, whose loss is a mean over examples and not over tokens.
@@ -132,7 +132,7 @@ class OptimizerStep:
         """Whether the last micro-batch was one of `long_rows`."""
         self._team: Team | None = None
         """The processes, while they compute a row together."""
-        self._long_rows = LongRows(model, self._head_loss, self._check)
+        self._long_rows = LongRows(model, self._head_loss, self._check, hooks.on_progress)
         self._recording_tokens = _recording_tokens(model)
         self._shapes: dict[int, Shapes] = {}
         """By token budget."""
@@ -375,11 +375,12 @@ class OptimizerStep:
         return loss.detach()
 
     def _check(self) -> None:
-        """Within a long row.
+        """Between the layers of a long row, which may take many minutes: the watchdog hears of each.
 
         Raises:
             StepAbandoned: The job has to stop, and there is no time for as much as a whole step.
         """
+        self._hooks.on_progress()
         if self._hooks.stop() and not self._hooks.fits(1.0):
             raise StepAbandoned
 

@@ -49,6 +49,7 @@ EXAMPLES = [
     *(make_examples(1, shortest=length, longest=length, prompt=0.2)[0] for length in (57, 75, 91)),
 ]
 """Short rows; one that is long and computed by one process; two that are divided."""
+HOOKS = Hooks(lambda _: None, lambda *_: None, lambda: False)
 VALIDATION = make_examples(3, shortest=30, longest=90)
 RECIPE = replace(recipes.RECIPE, total_steps=2, global_batch_size=9, micro_batch_tokens=64)
 
@@ -75,6 +76,7 @@ def a_step(
     processes: Any = ALONE,
     plan: Any = PLAN,
     examples: Sequence[Example] = EXAMPLES,
+    hooks: Hooks = HOOKS,
 ) -> tuple[OptimizerStep, FlatParameters]:
     """A step of all examples in one process of several."""
     parameters = FlatParameters(trainable(model).values(), 256)
@@ -85,7 +87,7 @@ def a_step(
         parameters,
         recipe=RECIPE,
         plan=plan,
-        hooks=Hooks(lambda _: None, lambda *_: None, lambda: False),
+        hooks=hooks,
         processes=processes,
         packed_gradient=lambda *_: torch.zeros(()),
     )
@@ -204,6 +206,20 @@ def test_memory_that_runs_out_in_one_process(
     for one in found:
         assert torch.equal(one[0], found[0][0])
         assert torch.equal(one[1], found[0][1])
+
+
+def test_the_watchdog_hears_of_each_layer(base_folder: Path) -> None:
+    """Of a long row, in both passes and in a validation: rows of 300,000 tokens take minutes each."""
+    heard = list[int]()
+    hooks = Hooks(lambda _: None, lambda *_: None, lambda: False, on_progress=lambda: heard.append(1))
+    model = fused(base_folder)
+    made, _ = a_step(model, examples=EXAMPLES[-1:], hooks=hooks)
+    made(0)
+    layers = len(model.get_base_model().model.layers)
+    assert len(heard) == 2 * layers
+    with torch.no_grad():
+        made.summed_loss(EXAMPLES[-1:])
+    assert len(heard) == 3 * layers
 
 
 @pytest.mark.parametrize("in_row", [False, True])
