@@ -70,7 +70,7 @@ class _Distributions(Mapping[str, list[str]]):
 
 
 def imported_files() -> list[str]:
-    """The files that imports of this process have read: compiled modules in that order, then native libraries by name."""
+    """The files that imports of this process have read: compiled modules in this order, native libraries by name."""
     specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
     of_modules = (place for spec in specs if spec is not None for place in (spec.cached, spec.origin))
     lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
