@@ -155,7 +155,7 @@ class TestSignals:
 
 
     def test_what_waits_too_long_ends_before_it_is_killed(self) -> None:
-        """A store that throttles may keep a process for longer than its grace: code 75, not 137. An unasked one stays."""
+        """A store that throttles may keep it for longer than its grace: code 75. Nothing ends without a signal."""
         program = (
             "import os, signal, sys, time\n"
             "from job.preemption.stop_flag import stop_on_signals\n"
