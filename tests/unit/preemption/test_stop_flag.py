@@ -153,7 +153,6 @@ class TestSignals:
             assert process.wait(10) == 75
         assert time.monotonic() - began < 5
 
-
     def test_what_waits_too_long_ends_before_it_is_killed(self) -> None:
         """A store that throttles may keep it for longer than its grace: code 75. Nothing ends without a signal."""
         program = (
