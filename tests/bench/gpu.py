@@ -1,6 +1,7 @@
 """Ours beside the peers' on one GPU, in one run: `python tests/bench/gpu.py [--tiny] [SECTION ...]`.
 
-A random model of Mistral-7B's shape in NF4, Alpaca's and ARC-Easy's real lengths (`lengths.json`). Every section prints
+A random model of Mistral-7B's shape in NF4, Alpaca's and ARC-Easy's real lengths (`lengths.json`), or ARC-Easy's own
+questions, which have beginnings in common, from the files that --arc and --alpaca name. Every section prints
 a line a finding and adds it to `gpu.json` in --out ($OUT); one that fails says so and the next begins. --tiny rehearses
 all of it on a CPU.
 """
@@ -782,6 +783,7 @@ def score_texts(bench: Bench, asked: Sequence[Question]) -> None:
     """The job's evaluation of real questions, with the adapter: in fp16, what they have in common computed once."""
     model = adapted(bench)
     unmake(model)
+    deterministic(on=True, fill=False)
     model.eval()
     way = precise_forward.precise_forward(model, torch.float16, fast_kernels(DEVICE, "float16")[0], keep=True)
     gpu_evaluation.ours(model, asked[:200], way)
