@@ -981,6 +981,7 @@ def long_row(bench: Bench) -> None:
             seconds = time.perf_counter() - began
             bench.say(
                 "long row",
+                full_attention=model.config.sliding_window is None,
                 tokens=tokens,
                 seconds=seconds,
                 tokens_per_second=tokens / seconds,

@@ -24,7 +24,7 @@ def lines(findings: Sequence[Finding]) -> list[str]:
     scores, hflm = (_best(_of_text(findings, what), what, "questions_per_second") for what in ("score", "HFLM"))
     asked = "questions" if scores is not None and scores.get("text") else "lengths"
     plain, unsloth = _last(findings, "plain TRL"), _best(findings, "unsloth", "tokens_per_second")
-    long = _last(findings, "long row")
+    long = _last(findings, "long row", full_attention=True)
     length = 64_000 if long is None else long["tokens"]
     speed = None if alpaca is None else alpaca["steady_tokens_per_second"]
     rows = [
