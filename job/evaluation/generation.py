@@ -330,8 +330,7 @@ def _cache_tokens(model: Any) -> int:
     On a GPU alone: a CPU gains nothing by it. By all of the GPU's memory, not by what is free: a restart would find
     another number there. And for decoders that the job knows, of which it knows the size of a token's keys and values.
     """
-    from transformers.cache_utils import DynamicLayer
-
+    from job.evaluation.key_value_cache import can_be_reserved
     from job.model.fused.lora_forward import attention_with_cache
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -340,12 +339,12 @@ def _cache_tokens(model: Any) -> int:
     import torch
 
     config = base.config.get_text_config(decoder=True)
-    layers = _new_cache(model).layers
-    if not all(type(layer) is DynamicLayer for layer in layers):
-        return 0  # a sliding window's keys and values cannot be padded afterwards
+    cache = _new_cache(model)
+    if not can_be_reserved(cache):
+        return 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * len(layers) * heads * width * base.dtype.itemsize
+    token = 2 * len(cache.layers) * heads * width * base.dtype.itemsize
     allowed = torch.cuda.get_per_process_memory_fraction(base.device)
     memory = torch.cuda.get_device_properties(base.device).total_memory * allowed
     return int(memory * _CACHE_SHARE / token)
@@ -367,26 +366,22 @@ def _read_prompts(
         of 0 and 1 with padding in front; and the cache.
     """
     import torch
+    from torch.nn.functional import pad
+
+    from job.evaluation.key_value_cache import can_be_reserved, reserve
 
     longest = max(len(row.prompt) for row in rows)
-    most = max(1, pass_tokens // longest)
+    reserving = can_be_reserved(_new_cache(model))
+    most = max(1, pass_tokens // longest) if reserving else len(rows)
     parts = [rows[start : start + most] for start in range(0, len(rows), most)]
     read = []
     for part in parts:
         alive()
         read.append(_read_together(model, part))
-    if len(read) == 1:
-        return read[0]
     logits, masks, caches = zip(*read, strict=True)
-    whole = caches[0]
-    # Layer by layer, each freed where it was: the keys and values of one layer alone are in memory twice.
-    for layers in zip(*(cache.layers for cache in caches), strict=True):
-        if layers[0].is_initialized:
-            layers[0].keys = torch.cat([_padded(layer.keys, -2, longest) for layer in layers])
-            layers[0].values = torch.cat([_padded(layer.values, -2, longest) for layer in layers])
-            for layer in layers[1:]:
-                layer.reset()
-    return torch.cat(logits), torch.cat([_padded(mask, -1, longest) for mask in masks]), whole
+    cache = reserve(caches, longest) if reserving else caches[0]
+    mask = torch.cat([pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
+    return torch.cat(logits), mask, cache
 
 
 def _read_together(model: Any, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -422,13 +417,6 @@ def _pass(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Te
         logits_to_keep=1,
     ).logits[:, -1]
     return logits
-
-
-def _padded(x: torch.Tensor, at: int, length: int) -> torch.Tensor:
-    """With zeros in front, so that the dimension `at`, -1 or -2, has that length."""
-    from torch.nn.functional import pad
-
-    return pad(x, (0, 0) * (-1 - at) + (length - x.shape[at], 0))
 
 
 def _answer_together(

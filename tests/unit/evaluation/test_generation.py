@@ -117,12 +117,13 @@ def test_a_model_that_cannot_be_packed_answers_one_prompt_at_a_time(
 def test_a_batch_read_in_several_passes_says_the_same(
     base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, *, fused: bool
 ) -> None:
-    """As on a GPU: the prompts are read in groups, then all get their tokens together."""
+    """As on a GPU: the prompts are read in groups, then all get their tokens together, in a cache that grows."""
     own = fill_adapter(make_model(base_folder)).eval() if fused else model(base_folder)
     expected = [by_the_book(own, tokenizer, prompt) for prompt in PROMPTS]
     if fused:
         assert fuse_layers(own, keep_dequantized=False, kernels=TORCH) == "all"
     monkeypatch.setattr("job.evaluation.generation._cache_tokens", lambda _: 10_000)
+    monkeypatch.setattr("job.evaluation.key_value_cache.RESERVED_TOKENS", 3)
     passes: list[tuple[int, ...]] = []
 
     def see(_module: Any, _args: Any, given: dict[str, Any]) -> None:
