@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from job.export.merge import DEQUANTIZED, ORIGINAL, candidates
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import AdapterOptions
 from job.model.architecture import read_config
-from job.model.base import held, inspect, recompute_activations
+from job.model.base import describe_model, held, inspect, recompute_activations
 from job.model.experts import expert_tensors, packed
 from job.model.fused.frozen_weights import forget_dequantized, fuse_layers
 from job.model.fused.kernels import TORCH
@@ -28,6 +28,7 @@ from job.model.placed_loading import save_quantized
 from job.model.placed_weights import placement_of, taking_part
 from job.model.published_names import find_published_names
 from job.training.lm_head_loss import losses_of
+from job.results.compute import PETA, compute_spent
 from job.training.memory_model import Setup, training_flops, weight_bytes
 from job.training.prepare import setup_of
 from tests.families.models import make_model
@@ -262,6 +263,28 @@ def test_a_token_costs_the_adapters_of_its_experts_alone() -> None:
         assert experts == count * 128 * 16 * (2048 + 1536 + 768 + 2048)
         more = training_flops(replace(plain, expert_adapter=experts), 100, 0) - training_flops(plain, 100, 0)
         assert more == 6 * experts * 8 // 128 * 100
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_manifest_says_how_many_parameters_are_idle(bases: dict[str, Path], quantization: str) -> None:
+    """2 of 4 experts are used for a token, of the base and of its adapter, and operations are counted by it."""
+    how: dict[str, Any] = {"name": "x", "revision": None, "sha256": "0"}
+    model = with_experts(load(bases["qwen3_moe"], quantization=quantization))
+    found = describe_model(model, **how)
+    a = read_config(model.config.to_dict())
+    assert found.idle_parameters == a.linear_parameters - a.used_parameters > 0
+    assert found.idle_trainable_parameters == a.expert_adapter_parameters(6) // 2
+    results = {
+        "model": asdict(found),
+        "dataset": {"tokens": 10, "rows": 1},
+        "training": {"examples": 1},
+        "settings": {},
+    }
+    used = found.parameters - found.idle_parameters
+    trained = found.trainable_parameters - found.idle_trainable_parameters
+    assert compute_spent(results)["training_pflop"] == 10 * (4 * used + 6 * trained) / PETA
+    gpt_oss = describe_model(with_adapter(load(bases["gpt_oss"])), **how)
+    assert (gpt_oss.idle_parameters > 0, gpt_oss.idle_trainable_parameters) == (True, 0)
 
 
 def test_a_merge_takes_the_original_experts(bases: dict[str, Path]) -> None:
