@@ -27,8 +27,8 @@ from job.model.packing_check import choose_packing
 from job.model.placed_loading import save_quantized
 from job.model.placed_weights import placement_of, taking_part
 from job.model.published_names import find_published_names
-from job.training.lm_head_loss import losses_of
 from job.results.compute import PETA, compute_spent
+from job.training.lm_head_loss import losses_of
 from job.training.memory_model import Setup, training_flops, weight_bytes
 from job.training.prepare import setup_of
 from tests.families.models import make_model
