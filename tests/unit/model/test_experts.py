@@ -27,6 +27,7 @@ from job.model.packing_check import choose_packing
 from job.model.placed_loading import save_quantized
 from job.model.placed_weights import placement_of, taking_part
 from job.model.published_names import find_published_names
+from job.model.target_modules import resolve_targets
 from job.results.compute import PETA, compute_spent
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import Setup, training_flops, weight_bytes
@@ -297,3 +298,12 @@ def test_a_merge_takes_the_original_experts(bases: dict[str, Path]) -> None:
         candidates(model, bases["mixtral"], DEQUANTIZED)
     with pytest.raises(SettingsError, match=r"adapter is on experts, too \(JOB_LORA__EXPERTS\)"):
         candidates(with_experts(load(bases["mixtral"])), bases["mixtral"], ORIGINAL)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_mixture_has_no_linear_feed_forward_layers(bases: dict[str, Path], family: str) -> None:
+    """The layers of attention are not taken for such because their class has the family's name, with `Moe` in it."""
+    with pytest.raises(SettingsError, match=r"no linear layers in modules of the kind mlp.*JOB_LORA__EXPERTS=true"):
+        inspect(bases[family], max_length=64, targets="mlp")
+    _, empty = inspect(bases[family], max_length=64, targets="attention")
+    assert resolve_targets(empty, "attention") == ["k_proj", "o_proj", "q_proj", "v_proj"]
