@@ -225,7 +225,7 @@ def setup_of(model: Any, quantization: str, optimizer: str) -> Setup | None:
         optimizer=optimizer,
         recompute=True,
         counted=sum(p.numel() for p in trainable(model).values()) if _is_uneven(adapter) else None,
-        expert_adapter=adapter_of_experts(model),
+        expert_adapter=adapter_of_experts(model) if getattr(adapter, "target_parameters", None) else 0,
         dora=getattr(adapter, "use_dora", False),
         merged_rows=2 * architecture.vocabulary if adapter.trainable_token_indices else 0,
     )
