@@ -232,6 +232,8 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     if run.setup is None:
         return
     setup, basis = run.setup, run.setup_basis
+    if len(run.placements) == 1 and run.placements[0] != "gpu":
+        setup = replace(setup, placement=run.placements[0], processes=run.processes)
     both = _weaker(run.setup_basis, run.workload_basis)
     yield Estimate("base parameters", setup.architecture.parameters, "", basis)
     yield Estimate("adapter parameters", setup.adapter, "", basis)
@@ -255,7 +257,9 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis), note)
     held = _training_memory(replace(run, divide=False), setup, run.micro_batch)
     bits = "NF4, " if setup.quantization == "nf4" else ""
-    yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
+    elsewhere = {"sharded": f"; layers sharded over {run.processes} GPUs", "host": "; layers in main memory"}
+    where = elsewhere.get(setup.placement, "")
+    yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are{where}")
     yield Estimate("memory: adapter", held.adapter, "bytes", basis, "fp32, and autocast's copy")
     yield Estimate("memory: gradients", held.gradients, "bytes", basis, "fp32")
     yield Estimate("memory: optimizer", held.optimizer, "bytes", basis, setup.optimizer)
@@ -359,7 +363,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     if run.fp8 and gpu.capability < FP8_CAPABILITY:
         fits, note = False, "has no FP8 products: JOB_TRAIN__COMPUTE=fp8 is refused there"
     elif not fits:
-        note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill"
+        note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill{_instead(setup, usable, needs)}"
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
     if fits and run.full_precision and not _scores_original(gpu, run, setup):
@@ -453,10 +457,28 @@ def _where(setup: Setup, usable: int, needs: Callable[[Setup], int], processes: 
     """What is said of a base that is not on the GPU as a whole; and how many GPUs would hold it."""
     if setup.placement == "sharded":
         return f"the base's 4-bit weights are sharded over the {setup.processes} GPUs"
-    sharded = (replace(setup, placement="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
-    enough = next((one.processes for one in sharded if needs(one) <= usable), None)
-    more = "" if enough is None else f"; {enough} of these GPUs hold them sharded, which is faster"
+    more = ""
+    if needs(replace(setup, placement="gpu")) <= usable:
+        more = "; they fit on this GPU too, which is faster (JOB_MODEL__PLACEMENT=gpu)"
+    elif (enough := _enough_sharded(setup, usable, needs)) is not None:
+        more = f"; {enough} of these GPUs hold them sharded, which is faster"
     return f"{memory_model.copies_in_main_memory(setup, processes)}{more}"
+
+
+def _enough_sharded(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> int | None:
+    """How many GPUs of `usable` bytes are enough for a sharded base; None where `MOST_GPUS` are too few."""
+    sharded = (replace(setup, placement="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
+    return next((one.processes for one in sharded if needs(one) <= usable), None)
+
+
+def _instead(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> str:
+    """What is said of a base that is sharded over too few GPUs: how many are enough, and whether main memory is."""
+    if setup.placement != "sharded":
+        return ""
+    enough = _enough_sharded(setup, usable, needs)
+    more = "" if enough is None else f"; {enough} of these GPUs are enough (JOB_RUN__PROCESSES={enough})"
+    host = needs(replace(setup, placement="host")) <= usable
+    return f"{more}{'; JOB_MODEL__PLACEMENT=host fits' if host else ''}"
 
 
 def _budget(run: RunShape, setup: Setup, usable: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -350,6 +351,35 @@ def test_a_model_larger_than_a_gpu_lies_elsewhere(gigabytes: int, processes: int
     assert (found.fits, found.base_held) == (True, held)
     assert ("main memory" in found.note, "sharded" in found.note) == (held == "host", held != "gpu")
     assert not forecast_gpu(gpu, replace(run, placements=("gpu",)), LLAMA_70B).fits or held == "gpu"
+
+
+def test_another_placement_is_named_where_it_is_better() -> None:
+    """Sharded over too few GPUs: how many are enough, and that main memory is. In main memory without need: the GPU."""
+    run = replace(RUN, setup=LLAMA_70B, processes=2, fused=True, budget=1024)
+    small, large = BY_NAME["L4"], BY_NAME["H200"]
+    sharded = forecast_gpu(small, replace(run, placements=("sharded",)), LLAMA_70B)
+    assert not sharded.fits
+    (enough,) = re.findall(r"JOB_RUN__PROCESSES=(\d+)", sharded.note)
+    assert forecast_gpu(small, replace(run, placements=("sharded",), processes=int(enough)), LLAMA_70B).fits
+    assert "JOB_MODEL__PLACEMENT=host fits" in sharded.note
+    host = forecast_gpu(large, replace(run, placements=("host",)), LLAMA_70B)
+    assert "JOB_MODEL__PLACEMENT=gpu" in host.note
+    assert "sharded" not in host.note
+
+
+def test_the_memory_of_a_base_whose_placement_is_set() -> None:
+    """The figure of the base is what a GPU holds there, and its note says where the rest lies."""
+    run = replace(RUN, setup=LLAMA_70B, processes=2)
+    on_gpu, sharded, host = (
+        {figure.name: figure for figure in estimates(replace(run, placements=(place,)))}["memory: base"]
+        for place in memory_model.PLACEMENTS
+    )
+    assert on_gpu.value > sharded.value > host.value
+    assert [("sharded over 2" in one.note, "main memory" in one.note) for one in (on_gpu, sharded, host)] == [
+        (False, False),
+        (True, False),
+        (False, True),
+    ]
 
 
 @pytest.mark.parametrize(("processes", "over"), [(1, 1), (2, 2), (3, 3), (12, 1)])
