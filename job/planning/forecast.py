@@ -349,6 +349,8 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
     run = replace(run, attention_copies=memory_model.attention_copies(setup.architecture, gpu.capability))
     possible = gpu.capability >= AMPERE and _is_fused(gpu, run, setup)
+    long = run.tiles and run.workload is not None and run.workload.longest > LONG_ROW
+    no_tiles = long and gpu.capability < AMPERE
     run = replace(run, tiles=run.tiles and possible)
     if run.first_stage is not None:
         first = replace(run.first_stage, tiles=run.first_stage.tiles and possible)
@@ -364,6 +366,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         fits, note = False, "has no FP8 products: JOB_TRAIN__COMPUTE=fp8 is refused there"
     elif not fits:
         note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill{_instead(setup, usable, needs)}"
+        note += "; only GPUs from Ampere on compute rows of this length in tiles" if no_tiles else ""
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
     if fits and run.full_precision and not _scores_original(gpu, run, setup):
@@ -380,6 +383,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         note = "; ".join(filter(None, (note, _where(setup, usable, needs, run.processes_here))))
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     hours = _hours(gpu, run, setup, execution) if fits else None
+    note = "; ".join(filter(None, (note, _of_reading(gpu, run, setup, hours))))
     kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
     return GpuForecast(
         name=gpu.name,
@@ -500,6 +504,19 @@ def _original_bytes(run: RunShape, setup: Setup) -> int:
     return memory_model.evaluation_bytes(original, tokens, tokens // 2)
 
 
+def _reading_original(setup: Setup) -> float:
+    """Seconds in which its files are read from the disk."""
+    return HALF_PRECISION * setup.architecture.parameters / DOWNLOAD_RATE
+
+
+def _of_reading(gpu: Gpu, run: RunShape, setup: Setup, hours: float | None) -> str:
+    """What is said where reading the unquantized base takes more than half of all hours; else empty."""
+    reading = _reading_original(setup) / 3600
+    if hours is None or reading < hours / 2 or run.first_stage is not None or not _scores_original(gpu, run, setup):
+        return ""
+    return f"{reading:.2f} of the hours are for reading the unquantized base (JOB_EVAL__FULL_PRECISION=off: not scored)"
+
+
 def _beside_original(setup: Setup) -> int:
     """Bytes that are held while it is scored: the quantized base and the adapter."""
     return memory_model.weight_bytes(setup) + memory_model.FP32 * setup.adapter
@@ -587,7 +604,7 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     evaluations = EVALUATIONS if run.first_stage is None else EVALUATIONS - 1
     if run.first_stage is None and _scores_original(gpu, run, setup):
         evaluations += 1
-        start += HALF_PRECISION * setup.architecture.parameters / DOWNLOAD_RATE  # its files are read from the disk
+        start += _reading_original(setup)
     # Written by the processor, read again to be scored, and uploaded if it is published.
     published = run.export_bytes - max(0, run.merges - 1) * run.format_bytes(MERGED)
     exporting = (2 * run.export_bytes + published) / DOWNLOAD_RATE + run.merges * _merging(setup)

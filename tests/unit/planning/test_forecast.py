@@ -367,6 +367,17 @@ def test_another_placement_is_named_where_it_is_better() -> None:
     assert "sharded" not in host.note
 
 
+def test_hours_that_go_into_reading_the_unquantized_base() -> None:
+    """They are named where they are most of a short run, and not where it is not read."""
+    gpu = replace(BY_NAME["H200"], flops=1e18, bandwidth=1e15)
+    read = forecast_gpu(gpu, replace(RUN, full_precision=True, fused=True, download_bytes=0), REFERENCE)
+    left_out = forecast_gpu(gpu, replace(RUN, full_precision=False, fused=True, download_bytes=0), REFERENCE)
+    assert read.hours is not None
+    assert left_out.hours is not None
+    assert f"{read.hours - left_out.hours:.2f} of the hours are for reading" in read.note
+    assert not left_out.note
+
+
 def test_the_memory_of_a_base_whose_placement_is_set() -> None:
     """The figure of the base is what a GPU holds there, and its note says where the rest lies."""
     run = replace(RUN, setup=LLAMA_70B, processes=2)
@@ -428,6 +439,10 @@ def test_a_long_row_fits_in_tiles(gpu: str, tokens: int, *, offloaded: bool) -> 
     plan = forecast_gpu(BY_NAME[gpu], run, REFERENCE)
     assert plan.fits
     assert ("activations of the longest row lie in main memory" in plan.note) == offloaded
+    assert (
+        "only GPUs from Ampere on compute rows of this length in tiles"
+        in forecast_gpu(BY_NAME["T4"], run, REFERENCE).note
+    )
     host = {figure.name: figure.value for figure in estimates(run)}["main memory: activations"]
     assert host == memory_model.long_row_host_bytes(REFERENCE, tokens, kept_attention=False)
     assert forecast_gpu(BY_NAME[gpu], replace(run, tiles=False), REFERENCE).fits == (not offloaded)
