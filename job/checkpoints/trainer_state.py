@@ -7,6 +7,7 @@ formats keep floats exactly, so a resumed run computes the same numbers.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,11 @@ VALIDATIONS, BEST = "validation.jsonl", "best.safetensors"
 OPTIONAL = frozenset({VALIDATIONS, BEST})
 """In checkpoints of runs that validate: the validations so far; and the adapter of the best of them where that is kept
 and is not the checkpoint's own."""
+
+_MOST_TOKENS, _MOST_PROCESSES = 1 << 24, 1_000_000
+"""What a checkpoint may say at most of a row's or a sequence's tokens, and of processes."""
+_EMPTY_SEGMENTS = 64
+"""A padded sequence has at most so many segments more than tokens; generous, since versions round up otherwise."""
 
 T = TypeVar("T")
 
@@ -186,6 +192,8 @@ def validate_trainer_state(folder: Path, step: int) -> None:
     if (folder / ADALORA).exists():
         _tensor_names(folder / ADALORA)
     progress = _parse_as(_Progress, folder / PROGRESS)
+    if progress.computed is not None:
+        _check_computed(progress.computed)
     optimizer_state.check_places(_tensor_names(folder / OPTIMIZER), asdict(progress.optimizer))
     _parse_as(dict[str, Any], folder / TRAINER)
     _parse_as(list[StepMetrics], folder / METRICS)
@@ -199,6 +207,40 @@ def validate_trainer_state(folder: Path, step: int) -> None:
         raise ValueError(f"it is of step {progress.step}")
     if [metrics.step for metrics in history] != list(range(1, step + 1)):
         raise ValueError(f"its metrics are not those of the steps 1 to {step}")
+    _check_budget(history, METRICS)
+
+
+def _check_computed(computed: HowComputed) -> None:
+    """Checks the numbers that a resumed run computes with.
+
+    Raises:
+        ValueError: One of them cannot be.
+    """
+    numbers = {
+        "processes": (computed.processes, _MOST_PROCESSES),
+        "tile_tokens": (computed.tile_tokens, _MOST_TOKENS),
+        "divided_above": (computed.divided_above, _MOST_TOKENS),
+    }
+    for name, (number, most) in numbers.items():
+        if number is not None and not 1 <= number <= most:
+            raise ValueError(f"{PROGRESS} has {name} {number}, which is not from 1 to {most}")
+    shapes = computed.padded or []
+    lengths = [length for length, _ in shapes]
+    if lengths != sorted(set(lengths)) or not all(
+        0 < length <= _MOST_TOKENS and 0 < segments <= length + _EMPTY_SEGMENTS for length, segments in shapes
+    ):
+        raise ValueError(f"{PROGRESS} has shapes of padded sequences that cannot be: {shapes[:3]}")
+
+
+def _check_budget(metrics: Sequence[StepMetrics] | Sequence[ValidationMetrics], name: str) -> None:
+    """Checks the token budget that a resumed run continues with: the newest one.
+
+    Raises:
+        ValueError: It is missing, or cannot be.
+    """
+    found = metrics[-1].measured.get("micro_batch_tokens", 0) if metrics else None
+    if found is not None and not 1 <= found < math.inf:
+        raise ValueError(f"{name} has no micro_batch_tokens of at least 1 in its last line")
 
 
 def _check_validations(folder: Path, step: int) -> None:
@@ -208,9 +250,11 @@ def _check_validations(folder: Path, step: int) -> None:
         ValueError: What is wrong.
     """
     if (folder / VALIDATIONS).exists():
-        steps = [metrics.step for metrics in _parse_as(list[ValidationMetrics], folder / VALIDATIONS)]
+        found = _parse_as(list[ValidationMetrics], folder / VALIDATIONS)
+        steps = [metrics.step for metrics in found]
         if not steps or steps != sorted(set(steps)) or not 0 <= steps[0] <= steps[-1] <= step:
             raise ValueError(f"its validations are not those of rising steps up to {step}")
+        _check_budget(found, VALIDATIONS)
     if (folder / BEST).exists() and _shapes(folder / BEST) != _shapes(folder / ADAPTER):
         raise ValueError(f"{BEST} is not of the same adapter as {ADAPTER}")
 

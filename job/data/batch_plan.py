@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from heapq import heapreplace
 
 from job.data.examples import lengths_of, weights_of
 from job.records import Example
@@ -47,11 +48,11 @@ def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
         Positions into `lengths` by process, each exactly once, in order. With few examples some processes get none.
     """
     dealt: list[list[int]] = [[] for _ in range(processes)]
-    tokens = [0] * processes
+    tokens = [(0, process) for process in range(processes)]  # a heap
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        least = min(range(processes), key=lambda process: (tokens[process], process))
-        dealt[least].append(index)
-        tokens[least] += lengths[index]
+        least, process = tokens[0]
+        dealt[process].append(index)
+        heapreplace(tokens, (least + lengths[index], process))
     return [sorted(share) for share in dealt]
 
 

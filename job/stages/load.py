@@ -31,6 +31,7 @@ from job.training.config import total_steps
 from job.training.gpu_capability import require_fp8
 from job.training.gpu_memory import limit_memory
 from job.training.lm_head_loss import losses_of
+from job.training.memory_model import LONG_ROW
 from job.training.prepare import prepare, token_budget
 from job.training.slower import slower_ways
 
@@ -154,11 +155,12 @@ def load(
     plan = replace(plan, reason="; ".join(filter(None, (plan.reason, why))))
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
-    _tell_slower_ways(plan, settings, on_gpu=device.type == "cuda")
+    only_long = min(lengths_of(sources.examples)) > LONG_ROW
+    _tell_slower_ways(plan, settings, on_gpu=device.type == "cuda", only_long=only_long)
     return Loaded(model, record, budget, plan, kept_base, packing, names)
 
 
-def _tell_slower_ways(plan: ExecutionPlan, settings: Settings, *, on_gpu: bool) -> None:
+def _tell_slower_ways(plan: ExecutionPlan, settings: Settings, *, on_gpu: bool, only_long: bool) -> None:
     """Logs a line for each thing that makes training slower than it could be, with what would change it."""
     train = settings.train
     for one in slower_ways(
@@ -169,6 +171,7 @@ def _tell_slower_ways(plan: ExecutionPlan, settings: Settings, *, on_gpu: bool) 
         recompute=train.gradient_checkpointing,
         method=train.last_method,
         noise=train.neftune_noise_alpha > 0,
+        only_long=only_long,
     ):
         log.get_logger().info(f"slower than it could be: {one.what}", change=one.change)
 

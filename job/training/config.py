@@ -69,7 +69,8 @@ class Hooks:
     `on_metrics` gets the metrics of each step, `on_save` the folder of a written checkpoint and its step. `stop` says
     whether the job has to stop; if so, `fits` says whether there is time to compute the given share of a step and to
     save after it. `on_write` gets the seconds that it took to write a checkpoint to the local disk. `on_validation`
-    gets each validation that is made, and `on_progress` is called a few times in the course of one.
+    gets each validation that is made, and `on_progress` is called a few times in the course of one, and with each layer
+    of a long row.
     """
 
     on_metrics: Callable[[StepMetrics], None]

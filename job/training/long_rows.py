@@ -74,12 +74,14 @@ class LongRows:
         model: A PEFT model over a fused base, for which `why_not_here` has no reason.
         loss: Of a part of the tokens.
         check: Called between layers: a row may take minutes. May raise an exception.
+        progress: The same where there is no gradient, and nothing is raised.
         host: Buffers in host memory, kept from step to step.
     """
 
     model: Any
     loss: HeadLoss
     check: Callable[[], None] = lambda: None
+    progress: Callable[[], None] = lambda: None
     host: HostBuffers = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ class LongRows:
     def summed_loss(self, examples: Sequence[Example], plan: ExecutionPlan, team: Team | None = None) -> torch.Tensor:
         """The summed loss of the examples, () float32, without a gradient; with a team, this process's part of it."""
         sequence = unpadded_sequence(examples, self.model.device)
-        walk = _Walk(self.model, self.loss, sequence, None, plan, team=team)
+        walk = _Walk(self.model, self.loss, sequence, None, plan, check=self.progress, team=team)
         return walk.summed_loss(walk.forward())
 
     def release(self) -> None:

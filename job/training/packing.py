@@ -161,6 +161,11 @@ def shapes_of_before(shapes: Sequence[tuple[int, int]], sequences: Sequence[tupl
     return replace(chosen, longest_padding=max((chosen.of(*one)[0] - one[0] for one in sequences), default=0))
 
 
+def longest_shape(sequences: Sequence[tuple[int, int]]) -> int:
+    """More tokens than any version pads a run's sequences to; for what a checkpoint says."""
+    return 2 * max((tokens for tokens, _ in sequences), default=0) + SMALLEST_INCREMENT
+
+
 RECORDING_TOKENS = 6_800
 """Tokens that Mistral-7B's shape trains on in the time of a recording: 0.4 s at 16,992 tokens/s, on an H200."""
 _MISTRAL_7B = 32, 7_110_393_856

@@ -123,10 +123,13 @@ def prepare(
     lengths = [*lengths, *sorted(validation, reverse=True)[:1]]
     rows = None if slow is not None else _rows(model, lengths, budget, global_batch_size, method)
     never = "JOB_TRAIN__NEFTUNE_NOISE_ALPHA draws noise that depends on the length of the whole row" if random else ""
+    several = method == "sft" and group.place.world_size > 1
+    divides = several and sequence_parallel == "auto"
+    kernel = _agreed_kernel(model, setup, rows, max(lengths), group, divides=divides)
     above = None
-    if sequence_parallel == "auto" and method == "sft" and group.place.world_size > 1 and max(lengths) > LONG_ROW:
-        own = _tokens_alone(model, setup, rows, max(lengths), group, gigabytes=gigabytes, offload=allowed, never=never)
-        above = _agreed(group, own)
+    if several and max(lengths) > LONG_ROW:  # all ask, since another machine's setting may be another
+        how: dict[str, Any] = {"gigabytes": gigabytes, "offload": allowed, "never": never, "kernel": kernel}
+        above = _agreed(group, _tokens_alone(model, setup, max(lengths), group, **how) if divides else 0)
     if rows is not None and above is not None:
         rows = _divided(rows, lengths, budget, above, group.place.world_size)
     may_fit = partial(
@@ -134,11 +137,11 @@ def prepare(
         model,
         setup,
         longest_trained,  # a validation has no backward pass: what this formula counts is not certain to be needed
-        rows=rows,
         gigabytes=gigabytes,
         offload=allowed,
         processes=processes,
         where=longest_at,
+        kernel=kernel,
         sharing=_sharing(setup, longest_trained, above, group.place.world_size, never),
     )
     if rows is not None and setup is not None:
@@ -153,6 +156,7 @@ def prepare(
             host_bytes=available_bytes() // processes,
             fp8=compute == FP8,
             may_fit=may_fit,
+            kernel=kernel,
         )
         if plan is not None:
             if random and plan.recorded:
@@ -291,16 +295,16 @@ def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: in
 def _tokens_alone(
     model: Any,
     setup: Setup | None,
-    rows: _Rows | None,
     longest: int,
     group: Processes,
     *,
     gigabytes: float | None,
     offload: bool | None,
     never: str,
+    kernel: str | None,
 ) -> int:
     """Tokens of the longest row that this process can compute alone; 0 if it cannot compute a row with others."""
-    if setup is None or rows is None or rows.long is None:
+    if setup is None or kernel is None:
         return 0
     from job.model.fused.long_attention import copies_of
 
@@ -310,7 +314,7 @@ def _tokens_alone(
         memory_bytes=gpu_memory(gigabytes)[0],
         host_bytes=int(HOST_SHARE * main_memory().total_bytes / group.place.local_world_size),
         offload=offload,
-        copies=copies_of(setup.architecture, model.device, _kernel_of_long_rows(model, setup)),
+        copies=copies_of(setup.architecture, model.device, kernel),
     )
     why = never or why_not_divided(setup.architecture, group.place.world_size)
     if why and found < longest:
@@ -360,6 +364,7 @@ def _fuse(
     host_bytes: int,
     fp8: bool,
     may_fit: Callable[[], None],
+    kernel: str | None,
 ) -> ExecutionPlan | None:
     """Replaces the layers' forward by fused ones, as far as free memory allows; None if no layer can be replaced."""
     import torch
@@ -373,7 +378,6 @@ def _fuse(
         raise SettingsError([Problem(_COMPUTE, what)])
     may_fit()
     _, free = gpu_memory(gigabytes)
-    kernel = None if rows.long is None else _kernel_of_long_rows(model, setup)
     copies, reserved = copies_of(setup.architecture, model.device, kernel or FLASH), 0
     if rows.long is not None:
         reserved = max(
@@ -418,12 +422,34 @@ def _fuse(
     return replace(plan, recorded=plan.recorded and made == "all", forward=forward)
 
 
-def _kernel_of_long_rows(model: Any, setup: Setup) -> str:
-    from job.model.fused.long_attention import choose_kernel
+def _agreed_kernel(
+    model: Any, setup: Setup | None, rows: _Rows | None, longest: int, group: Processes, *, divides: bool
+) -> str | None:
+    """The kernel of long rows, the same in all processes, since it affects the last bits; None without such rows."""
+    if longest <= LONG_ROW:
+        return None
+    from job.model.fused.long_attention import choose_kernel, slowest
 
-    base = model.get_base_model()
-    windowed = getattr(base.config.get_text_config(), "sliding_window", None) is not None
-    return choose_kernel(setup.architecture, base.dtype, model.device, windowed=windowed)
+    if setup is None or rows is None or rows.long is None:
+        own = None
+    else:
+        base = model.get_base_model()
+        own = choose_kernel(
+            setup.architecture,
+            base.dtype,
+            model.device,
+            windowed=getattr(base.config.get_text_config(), "sliding_window", None) is not None,
+            processes=group.place.world_size if divides else 1,
+        )
+    if group.place.world_size == 1:
+        return own
+    found = group.gather("kernel of long rows", own)
+    if own is None or None in found:
+        return own
+    if (agreed := slowest(found)) != own:
+        what = "attention of long rows is computed by a slower kernel, since another process cannot use the faster one"
+        log.get_logger().warning(what, kernel=agreed, faster=own)
+    return agreed
 
 
 def _not_multiples(setup: Setup, factor: int) -> str:
@@ -441,11 +467,11 @@ def _refuse(
     setup: Setup | None,
     longest: int,
     *,
-    rows: _Rows | None,
     gigabytes: float | None,
     offload: bool | None,
     processes: int,
     where: str,
+    kernel: str | None,
     sharing: Sharing,
 ) -> None:
     """Refuses rows that certainly do not fit: on the GPU, or on a CPU in the machine's memory."""
@@ -455,9 +481,7 @@ def _refuse(
         return
     host = available_bytes() // processes
     on_gpu = model.device.type == "cuda"
-    copies = None
-    if rows is not None and rows.long is not None:
-        copies = copies_of(setup.architecture, model.device, _kernel_of_long_rows(model, setup))
+    copies = None if kernel is None else copies_of(setup.architecture, model.device, kernel)
     refuse_rows(
         setup,
         longest,

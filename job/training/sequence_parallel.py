@@ -39,10 +39,10 @@ def why_not_divided(architecture: Architecture, processes: int) -> str | None:
     heads, kv_heads = architecture.heads, architecture.kv_heads
     if processes <= kv_heads or (processes % kv_heads == 0 and heads % processes == 0):
         return None
-    return (
-        f"{heads} heads with {kv_heads} heads of keys and values cannot be shared by {processes} processes: take at "
-        f"most {kv_heads}, or a multiple of {kv_heads} that divides {heads}"
-    )
+    fix = f"at most {kv_heads}, or a multiple of {kv_heads} that divides {heads}"
+    if kv_heads == 1:
+        fix = f"a number that divides {heads}"
+    return f"{heads} heads with {kv_heads} of keys and values cannot be shared by {processes} processes: take {fix}"
 
 
 def divided_row_bytes(

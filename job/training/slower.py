@@ -29,6 +29,7 @@ def slower_ways(
     recompute: bool | Literal["auto"],
     method: str,
     noise: bool,
+    only_long: bool = False,
 ) -> Iterator[Slower]:
     """What a plan does without. PEFT's layers on a GPU are not among it: `training.prepare` warns of them.
 
@@ -40,33 +41,37 @@ def slower_ways(
         recompute: `JOB_TRAIN__GRADIENT_CHECKPOINTING`.
         method: The last one of `JOB_TRAIN__METHOD`.
         noise: Whether `JOB_TRAIN__NEFTUNE_NOISE_ALPHA` is set.
+        only_long: Whether every row is longer than `LONG_ROW`. Computed layer by layer, such rows would gain nothing
+            from CUDA graphs, kept activations or a dequantized base; from one in FP8 they would.
     """
     fused = plan.forward != PEFT
+    in_layers = only_long and plan.tile_tokens is not None
     elsewhere = plan.base_held != "gpu"
     if elsewhere:
         link = "main memory" if plan.base_held == "host" else "the other GPUs"
         change = "JOB_MODEL__PLACEMENT=gpu, where the GPU has the memory for it"
         yield Slower(f"the base's layers are fetched from {link} in every pass", change)
-    if fused and (quantized or plan.fp8) and not plan.kept_base and not elsewhere:
+    made_anew = plan.fp8 or (quantized and not in_layers)
+    if fused and made_anew and not plan.kept_base and not elsewhere:
         change = "JOB_MODEL__KEEP_DEQUANTIZED=auto" if keep_base is False else _MEMORY
         made = "quantized to FP8" if plan.fp8 else "dequantized"
         yield Slower(f"the base's weights are {made} for each use", change)
-    if not plan.kept_activations:
+    if not plan.kept_activations and not in_layers:
         memory = _MEMORY if on_gpu else "a machine with more memory, or a smaller JOB_TRAIN__MICRO_BATCH_TOKENS"
         change = "JOB_TRAIN__GRADIENT_CHECKPOINTING=auto" if recompute is True else memory
         yield Slower("activations are computed again in the backward pass", change)
     if plan.offloaded:
         change = "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false, where the GPU has the memory for them"
         yield Slower("activations of long rows go to main memory and back", change)
-    if on_gpu and fused and not plan.recorded:
+    if on_gpu and fused and not plan.recorded and not in_layers:
         if noise:
             change = "JOB_TRAIN__NEFTUNE_NOISE_ALPHA=0, which trains without noise"
         elif method != "sft":
-            change = f"none: JOB_TRAIN__METHOD={method} has none"
+            change = f"nothing: with JOB_TRAIN__METHOD={method} it is always so"
         elif elsewhere:
             change = "JOB_MODEL__PLACEMENT=gpu, where the GPU has the memory for it"
         elif not plan.padded:
             change = "another JOB_MODEL__ID: this model's decoder is not fused as a whole"
         else:
-            change = "none that a setting could make; the reason of the execution plan says why"
+            change = "no setting; the reason in the execution plan says why"
         yield Slower("kernels are launched one by one, without CUDA graphs", change)

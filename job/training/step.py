@@ -34,7 +34,7 @@ from job.model.fused.frozen_weights import forget_dequantized
 from job.model.fused.lora_forward import decoder_of
 from job.model.fused.sequence_parallel import Team
 from job.model.packed_attention import Layout, Segment, is_packed
-from job.model.placed_weights import computing_together, taking_part
+from job.model.placed_weights import OtherOutOfMemory, computing_together, taking_part
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
@@ -51,6 +51,7 @@ from job.training.packing import (
     choose_shapes,
     length_increment,
     longest_segment,
+    longest_shape,
     packed_inputs,
     padded_sequence,
     recording_tokens,
@@ -90,7 +91,7 @@ class OptimizerStep:
         parameters: The adapter. The gradient is left in `parameters.gradient`.
         recipe: Only the seed, the initial token budget and label smoothing are used.
         plan: The initial execution plan.
-        hooks: Only `stop` and `fits` are used.
+        hooks: Only `stop`, `fits` and `on_progress` are used.
         processes: The processes that share the step.
         packed_gradient: Used if the plan is not `padded`.
         preference: Used in its place for a step of preferences, whose loss is a mean over examples and not over tokens.
@@ -127,9 +128,11 @@ class OptimizerStep:
         """Tokens of the longest example in a padded sequence; None where no limit is known."""
         self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most)
         self._graphs: CudaGraphs | None = None
+        self._was_long = False
+        """Whether the last micro-batch was one of `long_rows`."""
         self._team: Team | None = None
         """The processes, while they compute a row together."""
-        self._long_rows = LongRows(model, self._head_loss, self._check)
+        self._long_rows = LongRows(model, self._head_loss, self._check, hooks.on_progress)
         self._recording_tokens = _recording_tokens(model)
         self._shapes: dict[int, Shapes] = {}
         """By token budget."""
@@ -141,7 +144,13 @@ class OptimizerStep:
         return self._steps.divided_above
 
     def divide_above(self, tokens: int | None) -> None:
-        """Changes that. Less when memory runs out; a resumed run continues with what it had."""
+        """Changes that. Less when memory runs out; a resumed run continues with what it had.
+
+        Only rows that are computed layer by layer can be divided: each process would compute all of another one, and
+        its gradient would count several times.
+        """
+        if tokens is not None:
+            tokens = max(tokens, LONG_ROW) if self.plan.padded and self.plan.tile_tokens is not None else None
         self._steps = replace(self._steps, divided_above=tokens)
         self._shapes.clear()
 
@@ -173,7 +182,7 @@ class OptimizerStep:
         With several processes the gradient that it left in the flat parameters is in front of it, in one all-reduce.
         """
         while True:
-            sums = None
+            sums, full = None, False
             try:
                 with taking_part(self._model):
                     sums = compute()
@@ -182,8 +191,9 @@ class OptimizerStep:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                longest = max(lengths_of(self._steps.examples))
-                if self.budget <= longest // 2 and not self.plan.droppable and not self._may_divide:
+                full = not isinstance(error, OtherOutOfMemory)
+                longest = self.longest_undivided(lengths_of(self._steps.examples))
+                if full and self.budget <= longest // 2 and not self.plan.droppable and not self._may_divide:
                     raise too_small("training", longest, error) from error
             try:
                 if not self._processes.agree(repeat=sums is None) and sums is not None:
@@ -191,7 +201,7 @@ class OptimizerStep:
                     return sums
                 # If a process ran out of memory and has no optimization left to drop, all of them halve the budget,
                 # once all long rows are divided.
-                if self._processes.agree(repeat=sums is None and not self.free_memory()):
+                if self._processes.agree(repeat=full and not self.free_memory()):
                     if self._may_divide:
                         self.divide_above(LONG_ROW)
                         get_logger().warning("out of GPU memory: all long rows are divided over the processes")
@@ -203,6 +213,16 @@ class OptimizerStep:
             except JobError as error:
                 raise StepAbandoned from error
             free_caches()
+
+    def longest_undivided(self, lengths: Sequence[int]) -> int:
+        """Tokens of the longest of these rows that may have been the last micro-batch, alone: none can be smaller.
+
+        Of more than `LONG_ROW` only if it was computed layer by layer: otherwise fewer rows at a time take less memory,
+        however long others are.
+        """
+        if self._padded_at_most is None or self._was_long:
+            return max(lengths)
+        return max((length for length in lengths if length <= self._padded_at_most), default=max(lengths))
 
     @property
     def _may_divide(self) -> bool:
@@ -357,17 +377,19 @@ class OptimizerStep:
         return loss.detach()
 
     def _check(self) -> None:
-        """Within a long row.
+        """Between the layers of a long row, which may take many minutes: the watchdog hears of each.
 
         Raises:
             StepAbandoned: The job has to stop, and there is no time for as much as a whole step.
         """
+        self._hooks.on_progress()
         if self._hooks.stop() and not self._hooks.fits(1.0):
             raise StepAbandoned
 
     def _in_tiles(self, examples: Sequence[Example]) -> bool:
-        """Whether a micro-batch is computed by `long_rows`."""
-        return self.plan.tile_tokens is not None and has_long_row(examples)
+        """Whether a micro-batch, which is about to be computed, is one of `long_rows`."""
+        self._was_long = self.plan.tile_tokens is not None and has_long_row(examples)
+        return self._was_long
 
     def summed_loss(self, examples: Sequence[Example]) -> torch.Tensor:
         """The summed loss of a micro-batch, () float32, without a gradient; for a padded plan."""
@@ -443,10 +465,13 @@ class OptimizerStep:
             if was != now:
                 changed[name] = f"{was} before, {now} now"
         if self.plan.padded and before.padded is not None:
-            if before.processes == self._steps.world_size:
-                self._shapes[self.budget] = shapes_of_before(before.padded, self._sequences())
-            else:
+            if before.processes != self._steps.world_size:
                 changed["padded_shapes"] = f"of {before.processes} processes before, {self._steps.world_size} now"
+            elif max(before.padded, default=(0, 0))[0] > longest_shape(sequences := self._sequences()):
+                # Not those of such a run; it would take as much memory as they say.
+                changed["padded_shapes"] = f"{before.padded} before, which no row needs, this version's now"
+            else:
+                self._shapes[self.budget] = shapes_of_before(before.padded, sequences)
         if changed:
             get_logger().warning("checkpoint was computed otherwise: the last bits of the result change", **changed)
 

@@ -26,7 +26,7 @@ from job.data.examples import lengths_of, target_counts_of
 from job.distributed.processes import Processes
 from job.errors import JobError
 from job.log import get_logger
-from job.model.placed_weights import taking_part
+from job.model.placed_weights import OtherOutOfMemory, taking_part
 from job.records import Example
 from job.training.config import Hooks
 from job.training.objectives import totals_of
@@ -127,7 +127,7 @@ class Validation:
         mine = [block[others[i]] for i in shares([lengths[i] for i in others], place.world_size)[place.rank]]
         together = [block[i] for i in divided]
         while True:
-            found = None
+            found, full = None, False
             try:
                 with taking_part(self._model):
                     found = self._micro_batches(mine, compute, numbers, together)
@@ -136,15 +136,17 @@ class Validation:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                if self.budget <= max(lengths) // 2 and not self._step.plan.droppable:
-                    raise too_small("a validation", max(lengths), error) from error
+                full = not isinstance(error, OtherOutOfMemory)
+                longest = self._step.longest_undivided(lengths)
+                if full and self.budget <= longest // 2 and not self._step.plan.droppable:
+                    raise too_small("a validation", longest, error) from error
             try:
                 repeat = self._processes.agree(repeat=found is None)
                 if self._processes.stopping:
                     raise StepAbandoned
                 if not repeat and found is not None:
                     return found
-                if self._processes.agree(repeat=found is None and not self._step.free_memory()):
+                if self._processes.agree(repeat=full and not self._step.free_memory()):
                     self.budget //= 2
                     get_logger().warning("the GPU's memory ran out in a validation", micro_batch_tokens=self.budget)
             except JobError as error:

@@ -220,7 +220,12 @@ def attention_gradient(
         window: How many keys a query sees, its own included; None for all up to its own.
         by_key: Tiles of the kernel for keys and values.
         by_query: Tiles of the kernel for queries.
+
+    Raises:
+        ValueError: The keys of `by_key` are no multiple of its queries: some queries would be counted twice.
     """
+    if by_key.keys % by_key.queries:
+        raise ValueError(f"the keys of a block, {by_key.keys}, have to be a multiple of its queries, {by_key.queries}")
     # Here and not once: the allocator is the calling thread's, and autograd has threads of its own.
     triton.set_allocator(allocator(query.device))
     tokens, heads, size = query.shape

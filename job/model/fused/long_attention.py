@@ -31,6 +31,7 @@ import torch
 
 from job.log import get_logger
 from job.model.architecture import WIDEST_HEAD, Architecture
+from job.model.fused.sequence_parallel import share_heads
 from job.model.packed_attention import Layout, Segment, build_layout
 
 Output = tuple[torch.Tensor, torch.Tensor]
@@ -51,10 +52,13 @@ class Kernel(Protocol):
 
 CPU, FLASH, TRITON = "cpu", "flash", "cudnn and triton"
 """Names of kernels, in the manifest too."""
-_TRIED_TOKENS = 300
-"""Of the row on which it is tried out: several blocks of both kernels, the last one not full."""
+_TRIED_TOKENS = 1_100
+"""Of the row on which it is tried out: with half of it as the window, too, the loops of both kernels take more steps
+than they copy ahead, and the last block is not full."""
 _TOLERANCE = 0.02
 """Of the relative difference from flash's results; both round to 8 bits."""
+_BLOCK_TOKENS, _BLOCK_TOLERANCE = 64, 0.1
+"""The same for each block of tokens alone: gradients of the last keys are so small that the whole would not show it."""
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
 
@@ -66,7 +70,9 @@ def has_kernel(device: torch.device, head_size: int) -> bool:
 
 
 @cache
-def choose_kernel(architecture: Architecture, dtype: torch.dtype, device: torch.device, *, windowed: bool) -> str:
+def choose_kernel(
+    architecture: Architecture, dtype: torch.dtype, device: torch.device, *, windowed: bool, processes: int = 1
+) -> str:
     """The kernel of long rows on this machine, a key of `KERNELS`; tried out when it is first asked for.
 
     Args:
@@ -74,39 +80,68 @@ def choose_kernel(architecture: Architecture, dtype: torch.dtype, device: torch.
         dtype: Of queries, keys and values.
         device: Where it has to run.
         windowed: Whether some layers have a sliding window, for which the kernels are compiled once more.
+        processes: How many may divide a row. Where each has fewer queries for a head of keys, the kernels are compiled
+            once more.
     """
     if device.type == "cpu":
         return CPU
     capability = torch.cuda.get_device_capability(device)
     if not architecture.attends_by_triton(capability):
         return FLASH
-    if (why := _why_not_triton(architecture, dtype, device, windowed=windowed)) is not None:
+    if (why := _why_not_triton(architecture, dtype, device, windowed=windowed, processes=processes)) is not None:
         what = "attention of long rows is computed by torch's flash kernel, which takes longer and more memory"
         get_logger().warning(what, why=why)
         return FLASH
     return TRITON
 
 
-def _why_not_triton(a: Architecture, dtype: torch.dtype, device: torch.device, *, windowed: bool) -> str | None:
+def _why_not_triton(
+    a: Architecture, dtype: torch.dtype, device: torch.device, *, windowed: bool, processes: int = 1
+) -> str | None:
     """What is wrong with the kernel on a short row, beside flash's; None if nothing."""
     draw = torch.Generator(device).manual_seed(0)
-    shapes = [(_TRIED_TOKENS, heads, a.head_size) for heads in (a.heads, a.kv_heads, a.kv_heads, a.heads)]
     try:
-        *tensors, gradient = (torch.randn(shape, generator=draw, device=device, dtype=dtype) for shape in shapes)
-        layout = build_layout([Segment(0, _TRIED_TOKENS)], device)
-        for window in (None, _TRIED_TOKENS // 2)[: 1 + windowed]:
-            expected, found, again = (
-                _both_passes(kernel(layout, None, window), tensors, gradient)
-                for kernel in (FlashKernel, TritonKernel, TritonKernel)
-            )
-            if not all(map(torch.equal, found, again)):
-                return "its bits differ from call to call"
-            for one, other in zip(found, expected, strict=True):
-                # Not above it, rather than below: so that NaN is an error.
-                if not (error := float((one.float() - other.float()).norm() / other.float().norm())) <= _TOLERANCE:
-                    return f"its results are {error:.1%} off flash's"
+        for heads, kv_heads in _heads_of_calls(a, processes):
+            shapes = [(_TRIED_TOKENS, number, a.head_size) for number in (heads, kv_heads, kv_heads, heads)]
+            *tensors, gradient = (torch.randn(shape, generator=draw, device=device, dtype=dtype) for shape in shapes)
+            layout = build_layout([Segment(0, _TRIED_TOKENS)], device)
+            for window in (None, _TRIED_TOKENS // 2)[: 1 + windowed]:
+                expected, found, again = (
+                    _both_passes(kernel(layout, None, window), tensors, gradient)
+                    for kernel in (FlashKernel, TritonKernel, TritonKernel)
+                )
+                if not all(map(torch.equal, found, again)):
+                    return "its bits differ from call to call"
+                if (why := _difference(found, expected)) is not None:
+                    return why
     except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler, cuDNN or the loader raises
         return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+    return None
+
+
+def _heads_of_calls(a: Architecture, processes: int) -> list[tuple[int, int]]:
+    """(heads, heads of keys and values) of the calls for which the kernels are compiled: one for each quotient."""
+    calls = [(a.heads, a.kv_heads)]
+    if processes > a.kv_heads:
+        try:
+            calls.append(share_heads(a.heads, a.kv_heads, processes).number(0))
+        except ValueError:  # then no row is divided
+            return calls
+    return calls if calls[-1][0] // calls[-1][1] != a.heads // a.kv_heads else calls[:1]
+
+
+def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
+    """How far the results of both passes are from those of flash, if that is too far; None if it is not."""
+    for one, other in zip(found, expected, strict=True):
+        # The second of them, the softmaxes' sums, is (heads, tokens) and becomes (tokens, heads) like all others.
+        ours, flash = (x.float().T if x is sums else x.float() for x, sums in ((one, found[1]), (other, expected[1])))
+        # Not above it, rather than below: so that NaN is an error.
+        if not (error := float((ours - flash).norm() / flash.norm())) <= _TOLERANCE:
+            return f"its results are {error:.1%} off flash's"
+        blocks = [slice(start, start + _BLOCK_TOKENS) for start in range(0, len(ours), _BLOCK_TOKENS)]
+        # NaN is found above already.
+        if (error := max(float((ours[b] - flash[b]).norm() / flash[b].norm()) for b in blocks)) > _BLOCK_TOLERANCE:
+            return f"its results are {error:.1%} off flash's in a block of {_BLOCK_TOKENS} tokens"
     return None
 
 
@@ -330,4 +365,9 @@ class CpuKernel:
 
 
 KERNELS = {CPU: CpuKernel, FLASH: FlashKernel, TRITON: TritonKernel}
-"""By the name in `ExecutionPlan.attention`."""
+"""By the name in `ExecutionPlan.attention`; of two that one machine has, the slower one first."""
+
+
+def slowest(names: Sequence[str]) -> str:
+    """The one of these kernels that all processes can use which have chosen them."""
+    return min(names, key=list(KERNELS).index)

@@ -327,6 +327,55 @@ def test_files_must_agree(written: Path, name: str, change: Callable[[Any], Any]
         validate_trainer_state(written, 3)
 
 
+COMPUTED = {"forward": "peft", "tile_tokens": 8192, "processes": 2, "padded": [[512, 8], [640, 16]], "divided_above": 9}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"padded": None, "tile_tokens": None, "divided_above": None}, None),
+        ({"padded": []}, None),
+        ({"padded": [[10**12, 8]]}, "shapes"),
+        ({"padded": [[512, 10**12]]}, "shapes"),
+        ({"padded": [[512, 8], [-640, 16]]}, "shapes"),
+        ({"padded": [[512, 0]]}, "shapes"),
+        ({"padded": [[512, 8]] * 2}, "shapes"),
+        ({"padded": [[512]]}, "cannot be read"),
+        ({"padded": [512, 8]}, "cannot be read"),
+        ({"padded": {"512": 8}}, "cannot be read"),
+        ({"padded": [["long", 8]]}, "cannot be read"),
+        ({"padded": [[512.5, 8]]}, "cannot be read"),
+        ({"divided_above": -1}, "divided_above"),
+        ({"divided_above": [9]}, "cannot be read"),
+        ({"divided_above": 10**30}, "divided_above"),
+        ({"tile_tokens": 0}, "tile_tokens"),
+        ({"processes": 0}, "processes"),
+        ({"processes": None}, "cannot be read"),
+        ({"forward": None}, "cannot be read"),
+    ],
+)
+def test_what_decides_the_last_bits_is_checked(written: Path, change: dict[str, Any], fault: str | None) -> None:
+    """A resumed run allocates and divides by these numbers: one that cannot be is damage, found without a model."""
+    edit(written / trainer_state.PROGRESS, lambda progress: progress.update(computed=COMPUTED | change))
+    if fault is None:
+        validate_trainer_state(written, 3)
+        return
+    with pytest.raises(ValueError, match=fault) as caught:
+        validate_trainer_state(written, 3)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("budget", [0, -512, math.inf, math.nan, "absent"])
+def test_the_budget_is_checked(written: Path, budget: Any) -> None:
+    """The token budget of the last step, with which a resumed run goes on."""
+    history = read_metrics(written / trainer_state.METRICS)
+    measured = {"micro_batch_tokens": budget} if budget != "absent" else {}
+    write_metrics(written / trainer_state.METRICS, [*history[:-1], replace(history[-1], measured=measured)])
+    with pytest.raises(ValueError, match="micro_batch_tokens"):
+        validate_trainer_state(written, 3)
+
+
 @pytest.mark.parametrize("steps", [[1, 2], [1, 2, 3, 4], [1, 1, 3], [2, 1, 3], []])
 def test_metrics_are_those_of_every_step(written: Path, steps: list[int]) -> None:
     """Metrics that lack a step, or have one twice, do not belong to the checkpoint."""

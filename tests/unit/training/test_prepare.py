@@ -15,7 +15,8 @@ from job.common.resources import MainMemory
 from job.distributed.ranks import Place
 from job.errors import SettingsError
 from job.model.adapter_options import AdapterOptions
-from job.model.fused import kernels
+from job.model.fused import kernels, long_attention
+from job.model.fused.long_attention import FLASH, TRITON
 from job.model.packed_attention import NAME
 from job.records import PEFT, ExecutionPlan
 from job.training import gpu_capability
@@ -316,15 +317,17 @@ def test_long_rows_are_computed_in_tiles(base_folder: Path, monkeypatch: pytest.
 
 
 class Two:
-    """Two processes, of which the other one says that it computes so many tokens of a row alone."""
+    """Two processes, of which the other one says that it computes so many tokens of a row alone, by the same kernel."""
 
     place = Place(0, 2, 0, 2)
 
-    def __init__(self, other: int) -> None:
-        self.other, self.asked = other, list[int]()
+    def __init__(self, other: int, kernel: str | None = None) -> None:
+        self.other, self.kernel, self.asked = other, kernel, list[int]()
 
-    def gather(self, _what: str, own: int) -> list[int]:
+    def gather(self, what: str, own: Any) -> list[Any]:
         """Both."""
+        if what == "kernel of long rows":
+            return [own, self.kernel or own]
         self.asked.append(own)
         return [own, self.other]
 
@@ -345,10 +348,34 @@ def test_rows_that_do_not_fit_are_divided(base_folder: Path, monkeypatch: pytest
     assert (plan(0)[0].sequence_parallel, plan(0)[0].divided_above) == (1, None)
     found, asked = plan(random=True)
     assert (found.divided_above, asked) == (None, [0])
-    for how in ({"sequence_parallel": "off"}, {"method": "dpo"}):
-        group = Two(20_000)
+    for how, said in (({"sequence_parallel": "off"}, [0]), ({"method": "dpo"}, [])):
+        group = Two(20_000)  # which asks whatever this one's setting is, and would wait for its answer
         made = long_rows(base_folder, monkeypatch, 80 << 30, group=group, **{"sequence_parallel": "auto"} | how)
-        assert (made.sequence_parallel, group.asked) == (1, [])
+        assert (made.sequence_parallel, made.divided_above, group.asked) == (1, None, said)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "agreed"), [(FLASH, TRITON, FLASH), (TRITON, FLASH, FLASH), (TRITON, TRITON, TRITON)]
+)
+def test_all_processes_use_one_kernel(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, own: str, other: str, agreed: str
+) -> None:
+    """The kernel affects the last bits: one that failed its trial in one process is used in none, which each says."""
+    monkeypatch.setattr(prepare_module, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
+    asked = dict[str, Any]()
+
+    def choose(*_: Any, **how: Any) -> str:
+        asked.update(how)
+        return own
+
+    monkeypatch.setattr(long_attention, "choose_kernel", choose)
+    group = Two(30_000, kernel=other)
+    with capture_logs() as lines:
+        found = long_rows(base_folder, monkeypatch, 80 << 30, group=group, sequence_parallel="auto")
+    assert found.attention == agreed
+    assert asked["processes"] == 2
+    said = [line for line in lines if "another process cannot use" in line["event"]]
+    assert len(said) == (own != agreed)
 
 
 def test_which_rows_are_divided_does_not_depend_on_free_memory(

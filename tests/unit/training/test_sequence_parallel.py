@@ -8,10 +8,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, get_ident
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE
+from job.errors import TrainingFailed
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.fused.long_attention import CpuKernel
@@ -49,6 +49,7 @@ EXAMPLES = [
     *(make_examples(1, shortest=length, longest=length, prompt=0.2)[0] for length in (57, 75, 91)),
 ]
 """Short rows; one that is long and computed by one process; two that are divided."""
+HOOKS = Hooks(lambda _: None, lambda *_: None, lambda: False)
 VALIDATION = make_examples(3, shortest=30, longest=90)
 RECIPE = replace(recipes.RECIPE, total_steps=2, global_batch_size=9, micro_batch_tokens=64)
 
@@ -75,6 +76,7 @@ def a_step(
     processes: Any = ALONE,
     plan: Any = PLAN,
     examples: Sequence[Example] = EXAMPLES,
+    hooks: Hooks = HOOKS,
 ) -> tuple[OptimizerStep, FlatParameters]:
     """A step of all examples in one process of several."""
     parameters = FlatParameters(trainable(model).values(), 256)
@@ -85,7 +87,7 @@ def a_step(
         parameters,
         recipe=RECIPE,
         plan=plan,
-        hooks=Hooks(lambda _: None, lambda *_: None, lambda: False),
+        hooks=hooks,
         processes=processes,
         packed_gradient=lambda *_: torch.zeros(()),
     )
@@ -170,32 +172,87 @@ def test_memory_that_runs_out_in_one_process(
 ) -> None:
     """In the midst of a row that both compute, in its backward pass: both repeat the step, to the same bits.
 
+    Only the one gives something up; the other, which could not, neither ends the run nor halves the budget.
     Of sharded weights too, whose layers all processes gather, and where each has kept attention or not.
     """
     folder = deepened(base_folder, tmp_path / "base", 3)
-    backward, failures = CpuKernel.backward, list[int]()
+    backward, failing = CpuKernel.backward, set[int]()
 
     def full(self: CpuKernel, *tensors: torch.Tensor) -> Any:
-        if self.layout.longest_query > ABOVE:
-            with suppress(IndexError):  # only one of the two takes it
-                raise torch.OutOfMemoryError(f"CUDA out of memory {failures.pop()}")
+        if self.layout.longest_query > ABOVE and get_ident() in failing:
+            failing.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return backward(self, *tensors)
 
     def work(model: Any, group: Threads) -> tuple[Any, ...]:
-        made, parameters = a_step(model, group, replace(DIVIDED, kept_attention=group.place.rank == 0))
-        return made(0), parameters.gradient.clone(), made.plan.offloaded
+        first = group.place.rank == 0
+        if first and fails:
+            failing.add(get_ident())
+        # The other one has nothing to give up, not even its budget: a row has more than twice as many tokens.
+        kept = {"may_offload": first, "kept_attention": first, "kept_activations": False, "recorded": False}
+        made, parameters = a_step(model, group, replace(DIVIDED, divided_above=40, **kept))
+        assert bool(made.plan.droppable) == first
+        made.budget = 45
+        return made(0), parameters.gradient.clone(), made.plan.offloaded, made.budget
 
     monkeypatch.setattr(CpuKernel, "backward", full)
     found = []
     for fails in (False, True):
-        failures[:] = [1] * fails
         made = by_several(2, work, lambda group: fused(folder, placement=place, group=group))
-        assert [one[2] for one in made] == [fails] * 2
+        assert [one[2] for one in made] == [fails, False]
+        assert [one[3] for one in made] == [45, 45]
         found += made
-    assert not failures
+    assert not failing
     for one in found:
         assert torch.equal(one[0], found[0][0])
         assert torch.equal(one[1], found[0][1])
+
+
+def test_the_watchdog_hears_of_each_layer(base_folder: Path) -> None:
+    """Of a long row, in both passes and in a validation: rows of 300,000 tokens take minutes each."""
+    heard = list[int]()
+    hooks = Hooks(lambda _: None, lambda *_: None, lambda: False, on_progress=lambda: heard.append(1))
+    model = fused(base_folder)
+    made, _ = a_step(model, examples=EXAMPLES[-1:], hooks=hooks)
+    made(0)
+    layers = len(model.get_base_model().model.layers)
+    assert len(heard) == 2 * layers
+    with torch.no_grad():
+        made.summed_loss(EXAMPLES[-1:])
+    assert len(heard) == 3 * layers
+
+
+@pytest.mark.parametrize("in_row", [False, True])
+def test_short_rows_are_taken_apart_beside_a_long_one(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, *, in_row: bool
+) -> None:
+    """If memory runs out in a micro-batch of short rows, fewer at a time take less, however long another row is.
+
+    If it runs out in a row that is alone, nothing helps.
+    """
+    examples = [*make_examples(4, shortest=18, longest=20), EXAMPLES[-1]]
+    whole, parameters = a_step(fused(base_folder), examples=examples)
+    whole(0)
+    plan = replace(PLAN, may_offload=False, kept_activations=False)
+    made, own = a_step(fused(base_folder), plan=plan, examples=examples)
+    assert not made.plan.droppable
+    made.budget = 45
+    name, owner = ("gradient", long_rows.LongRows) if in_row else ("_padded_gradient", OptimizerStep)
+    compute = getattr(owner, name)
+
+    def full(*args: Any, **how: Any) -> Any:
+        if made.budget > 22:
+            run_out()
+        return compute(*args, **how)
+
+    monkeypatch.setattr(owner, name, full)
+    if in_row:
+        with pytest.raises(TrainingFailed, match="91 tokens"):
+            made(0)
+        return
+    made(0)
+    assert made.budget == 22
+    assert_close(own.gradient, parameters.gradient)
 
 
 def test_rows_that_do_not_fit_are_divided_after_all(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +295,37 @@ def test_a_resumed_run_divides_the_same_rows(base_folder: Path) -> None:
             made.resume_as(before)
         assert made.divided_above == expected
         assert any("divided_above" in line for line in lines) == warned
+
+
+@pytest.mark.parametrize(
+    ("plan", "before", "expected"),
+    [
+        (DIVIDED, 5, 40),
+        (replace(PLAN, tile_tokens=None), 50, None),
+        (replace(DIVIDED, forward="fused layers"), 50, None),
+    ],
+    ids=["short rows", "not in tiles", "not padded"],
+)
+def test_only_long_rows_are_divided(base_folder: Path, plan: Any, before: int, expected: int | None) -> None:
+    """Whatever a plan or a checkpoint says: of any other row each process would compute all, and count it again."""
+    model = fused(base_folder)
+    known = replace(a_step(model)[0].how_computed(), divided_above=before)
+    made, _ = a_step(model, plan=replace(plan, divided_above=before))
+    assert made.divided_above == expected
+    made.resume_as(known)
+    assert made.divided_above == expected
+
+
+def test_shapes_that_no_row_needs_are_not_used(base_folder: Path) -> None:
+    """A checkpoint that says so is not of these rows: padding to them might take all memory."""
+    made, _ = a_step(fused(base_folder))
+    own = made.how_computed()
+    with capture_logs() as lines:
+        made.resume_as(replace(own, padded=[(1 << 20, 8)]))
+    assert made.how_computed() == own
+    assert "which no row needs" in lines[0]["padded_shapes"]
+    made.resume_as(replace(own, padded=[(256, 16)]))
+    assert made.how_computed().padded == [(256, 16)]
 
 
 def test_a_meeting_fails_for_all() -> None:
@@ -313,6 +401,8 @@ def test_heads_that_cannot_be_shared(processes: int, *, possible: bool) -> None:
         assert "at most 8, or a multiple of 8 that divides 32" in why
         with pytest.raises(ValueError, match="cannot share"):
             share_heads(32, 8, processes)
+    why = why_not_divided(replace(REFERENCE.architecture, kv_heads=1), 3)
+    assert str(why).endswith("take a number that divides 32")
 
 
 PROGRAM = "import sys; from tests.unit.training.sequence_parallel_run import main; raise SystemExit(main(sys.argv[1:]))"

@@ -13,6 +13,8 @@ from job.training.slower import slower_ways
 FAST = ExecutionPlan(
     kept_base=True, kept_activations=True, recorded=True, reason="", forward="fused all, triton", base_held="gpu"
 )
+LONG = replace(FAST, kept_base=False, kept_activations=False, recorded=False, tile_tokens=8192)
+"""A plan for rows that are all computed layer by layer."""
 EACH_USE, AGAIN, GRAPHS = "dequantized for each use", "computed again", "without CUDA graphs"
 
 
@@ -49,6 +51,18 @@ EACH_USE, AGAIN, GRAPHS = "dequantized for each use", "computed again", "without
             {"long rows go to main memory": "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false"},
         ),
         (replace(FAST, kept_base=False, recorded=False, forward=PEFT), {"on_gpu": False}, {}),
+        (LONG, {"only_long": True}, {}),
+        (LONG, {}, {EACH_USE: "JOB_TRAIN__MICRO", AGAIN: "JOB_TRAIN__MICRO", GRAPHS: "no setting"}),
+        (
+            replace(LONG, tile_tokens=None),
+            {"only_long": True},
+            {EACH_USE: "JOB_TRAIN__MICRO", AGAIN: "JOB_TRAIN__MICRO", GRAPHS: "no setting"},
+        ),
+        (
+            replace(LONG, forward="fused all, triton, fp8"),
+            {"only_long": True},
+            {"quantized to FP8 for each use": "JOB_TRAIN__MICRO"},
+        ),
     ],
 )
 def test_each_way_is_said_once(plan: ExecutionPlan, how: dict[str, Any], said: dict[str, str]) -> None:

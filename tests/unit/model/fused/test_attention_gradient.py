@@ -50,6 +50,14 @@ def test_gradients_are_those_of_torch(ends: tuple[int, ...]) -> None:
             )
             for one, other in zip(found, expected, strict=True):
                 assert (one.cpu() - other).norm() <= close * other.norm()
+    with pytest.raises(ValueError, match="multiple of its queries"):
+        attention_gradient(
+            *(x.to(DEVICE) for x in (gradient, *saved)),
+            segments=segments,
+            scale=0.3,
+            window=None,
+            by_key=Tiles(32, 16, 1, 4),
+        )
 
 
 def test_what_triton_keeps_refers_to_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
