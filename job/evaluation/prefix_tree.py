@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 Ids = tuple[int, ...]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """Tokens without a branch between them.
 
@@ -30,20 +30,35 @@ class Node:
     start: int = 0
 
 
-def insert(root: Node, ids: Ids) -> int:
-    """Adds a path; returns how many of its tokens are new, which are always the last ones."""
-    node, at = root, 0
+def insert(node: Node, ids: Ids) -> tuple[int, Node]:
+    """Adds a path that continues a node, which may be the root.
+
+    Returns:
+        How many of its tokens are new, which are always the last ones, and the node that it ends with: its last token
+        is the node's last, also after further paths have been added.
+    """
+    at = 0
     while at < len(ids):
         child = node.children.get(ids[at])
         if child is None:
-            node.children[ids[at]] = Node(ids[at:])
-            return len(ids) - at
-        same = common_start(child.tokens, ids[at : at + len(child.tokens)])
-        if same < len(child.tokens):
-            rest = Node(child.tokens[same:], child.children)
-            child.tokens, child.children = child.tokens[:same], {rest.tokens[0]: rest}
-        node, at = child, at + same
-    return 0
+            node.children[ids[at]] = new = Node(ids[at:])
+            return len(ids) - at, new
+        size = len(child.tokens)
+        here = ids[at : at + size]
+        if here != child.tokens:
+            size = common_start(child.tokens, here)
+            child = _split(node, child, size)
+        node, at = child, at + size
+    return 0, node
+
+
+def _split(parent: Node, child: Node, size: int) -> Node:
+    """The first tokens of a child as a node of their own, which the child then continues."""
+    first = Node(child.tokens[:size])
+    child.tokens = child.tokens[size:]
+    first.children[child.tokens[0]] = child
+    parent.children[first.tokens[0]] = first
+    return first
 
 
 def common_start(one: Ids, other: Ids) -> int:
@@ -71,12 +86,11 @@ def walk(root: Node) -> Iterator[tuple[Node, Node, int]]:
         left += [(child, node, below) for child in reversed(node.children.values())]
 
 
-def places(root: Node, ids: Sequence[int]) -> list[range]:
-    """Where the tokens of a path that was added lie in the packed sequence, in order."""
-    found, node, at = [], root, 0
+def places(node: Node, ids: Sequence[int]) -> Iterator[int]:
+    """Where the tokens of a path that continues the node lie in the packed sequence, in order."""
+    at = 0
     while at < len(ids):
         node = node.children[ids[at]]
         here = min(len(node.tokens), len(ids) - at)
-        found.append(range(node.start, node.start + here))
+        yield from range(node.start, node.start + here)
         at += here
-    return found

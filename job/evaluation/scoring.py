@@ -14,10 +14,10 @@ to another beyond what both begin with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from job.evaluation.prefix_tree import Node, insert, places, walk
@@ -37,11 +37,11 @@ def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
     sequences: list[range] = []
     start, used, tree = 0, 0, Node()
     for index, question in enumerate(questions):
-        used += _add(tree, question)
+        used += _add(tree, question)[0]
         if index > start and used > budget:
             sequences.append(range(start, index))
             start, tree = index, Node()
-            used = _add(tree, question)
+            used, _ = _add(tree, question)
     if start < len(questions):
         sequences.append(range(start, len(questions)))
     return sequences
@@ -50,13 +50,13 @@ def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
 def tokens_of(questions: Sequence[Question]) -> int:
     """Tokens of the packed sequence of these questions."""
     tree = Node()
-    return sum(_add(tree, question) for question in questions)
+    return sum(_add(tree, question)[0] for question in questions)
 
 
 def reads_of(question: Question) -> int:
     """Positions whose logits are computed for a question: the context's last, and those in its choices."""
     tree = Node()
-    return 1 + sum(insert(tree, choice[:-1]) for choice in question.choices)
+    return 1 + sum(insert(tree, choice[:-1])[0] for choice in question.choices)
 
 
 def alike_together(questions: Sequence[Question]) -> list[int]:
@@ -70,10 +70,13 @@ def tokens_to_compute(questions: Sequence[Question], budget: int) -> int:
     return sum(tokens_of(ordered[part.start : part.stop]) for part in plan_sequences(ordered, budget))
 
 
-def _add(tree: Node, question: Question) -> int:
-    """Adds what the model has to read for a question; returns how many tokens are new."""
-    new = insert(tree, question.context)
-    return new + sum(insert(tree, question.context + choice[:-1]) for choice in question.choices)
+def _add(tree: Node, question: Question) -> tuple[int, Node]:
+    """Adds what the model has to read for a question; returns how many tokens are new, and where its context ends."""
+    new, end = insert(tree, question.context)
+    for choice in question.choices:
+        if len(choice) > 1:
+            new += insert(end, choice[:-1])[0]
+    return new, end
 
 
 Forward = Callable[["torch.Tensor", "torch.Tensor", "Layout", "torch.Tensor"], "torch.Tensor"]
@@ -193,8 +196,7 @@ def _pack(questions: Sequence[Question]) -> _Packed:
     from job.model.packed_attention import Segment
 
     tree = Node()
-    for question in questions:
-        _add(tree, question)
+    ends = [_add(tree, question)[1] for question in questions]
     packed = _Packed()
     for node, parent, depth in walk(tree):
         node.start = len(packed.ids)
@@ -202,35 +204,25 @@ def _pack(questions: Sequence[Question]) -> _Packed:
         packed.positions.extend(range(depth, depth + len(node.tokens)))
         packed.segments.append(Segment(node.start, len(packed.ids), parent.start, parent.start + len(parent.tokens)))
     index: dict[int, int] = {}  # choices that begin alike are predicted by the same positions
-    for question in questions:
+    for question, end in zip(questions, ends, strict=True):
+        last = end.start + len(end.tokens) - 1
         for choice in question.choices:
-            path = places(tree, question.context + choice[:-1])
-            read = list(chain.from_iterable(_last(path, len(choice))))
             packed.targets.extend(choice)
-            packed.predicted_by.extend(index.setdefault(place, len(index)) for place in read)
+            read = (last, *places(end, choice[:-1]))[: len(choice)]
+            packed.predicted_by.extend([index.setdefault(place, len(index)) for place in read])
     packed.reads.extend(index)
     return packed
-
-
-def _last(path: list[range], count: int) -> list[range]:
-    """The last so many places of a path."""
-    found: list[range] = []
-    while count > 0:
-        part = path.pop()
-        found.insert(0, part[max(0, len(part) - count) :])
-        count -= len(part)
-    return found
 
 
 def _by_question(
     questions: Sequence[Question], scores: torch.Tensor, greedy: torch.Tensor
 ) -> Iterator[list[ChoiceScore]]:
     """Sums token scores by choice, and groups choices by question; `scores` float64, `greedy` bool, (choice tokens)."""
-    at = 0
+    values, likeliest, at = scores.tolist(), greedy.tolist(), 0  # thousands of torch's operations would take longer
     for question in questions:
         result = []
         for choice in question.choices:
             span = slice(at, at + len(choice))
-            result.append(ChoiceScore(float(scores[span].sum()), bool(greedy[span].all())))
+            result.append(ChoiceScore(math.fsum(values[span]), all(likeliest[span])))
             at = span.stop
         yield result

@@ -129,13 +129,19 @@ class Layout:
         Raises:
             ValueError: They are not in this order.
         """
-        ends = np.zeros(self.segments[-1].end, np.int32)
-        for seen, segment in zip(self.seen, self.segments, strict=True):
-            for part in seen:
-                if (ends[part.start : part.stop] != segment.start).any():
-                    raise ValueError("a segment sees one that is not the last before it without a prefix")
-                ends[part.start : part.stop] = segment.end
-            ends[segment.start : segment.end] = segment.end
+        sizes = [s.end - s.start for s in self.segments]
+        own = np.repeat(np.array([s.end for s in self.segments], np.int32), sizes)
+        ends, last = own.copy(), {s.start: s.end for s in self.segments}
+        for s in reversed(self.segments):  # those that see a segment come behind it
+            if s.prefix_start < s.prefix_end:
+                part = ends[s.prefix_start : s.prefix_end]
+                np.maximum(part, last[s.start], out=part)
+                last[s.prefix_start] = max(last[s.prefix_start], last[s.start])
+        # Exactly if as many see a token as lie between it and the last that does, all in between are among them.
+        if int((ends - own).sum(dtype=np.int64)) != sum(
+            n * sum(map(len, s)) for n, s in zip(sizes, self.seen, strict=True)
+        ):
+            raise ValueError("a segment sees one that is not the last before it without a prefix")
         return ends
 
     @cached_property

@@ -1,11 +1,11 @@
 """Evaluation on a GPU: the job's scorer against lm-eval's own HFLM, at Mistral-7B's shape in NF4 with random weights.
 
-`python tests/bench/gpu_evaluation.py --alpaca FILE --arc FILE --train FILE [--tiny]` prints JSON lines. Both sides
-score the same token ids: ARC-Easy's questions as lm-eval's task asks them, by a tokenizer of 32,000 tokens trained on
-Alpaca's rows (Mistral's own is not at hand), without examples, after the same five (`sampler: first_n`), and after
-five drawn for each question. Ours is timed from the questions to the scores, laid out and read back. `lengths` has
-random tokens in questions as long as in Mistral's own tokenizer, which have nothing in common: what was measured before
-questions shared their beginnings.
+`python tests/bench/gpu_evaluation.py --alpaca FILE --arc FILE --train FILE [--tiny] [--short]` prints JSON lines.
+Both sides score the same token ids: ARC-Easy's questions as lm-eval's task asks them, by a tokenizer of 32,000 tokens
+trained on Alpaca's rows (Mistral's own is not at hand), without examples, after the same five (`sampler: first_n`),
+and after five drawn for each question. Ours is timed from the questions to the scores, laid out and read back.
+`lengths` has random tokens in questions as long as in Mistral's own tokenizer, which have nothing in common: what was
+measured before questions shared their beginnings.
 
 Random weights win by next to nothing, so predictions of two passes are compared beside fp32, with the margins.
 """
@@ -18,11 +18,13 @@ import gzip
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,7 +42,7 @@ from job.evaluation.scoring import Forward, plan_sequences, tokens_of, tokens_to
 from job.model.fused import precise_forward, scoring_decoder
 from job.model.lora import adapter_off, add_adapter
 from job.records import Question
-from job.training.prepare import fast_kernels
+from job.training.gpu_capability import fast_kernels
 from tests.bench import shapes
 from tests.bench.cpu_evaluation import Answers, margin
 from tests.gpu.job import make_tokenizer
@@ -148,24 +150,36 @@ def compared(answers: Answers, exact: Answers) -> dict[str, Any]:
     }
 
 
-def rates(shape: dict[str, int]) -> float:
-    """TFLOP/s of the products themselves, with the adapter's columns beside a weight and without; returns the best."""
+def rates(shape: dict[str, int], tokens: int = BUDGET) -> float:
+    """TFLOP/s of the products themselves, with the adapter's columns beside a weight and without; returns the best.
+
+    A GPU that has rested is faster for a second, so the products take turns, and the median of each counts.
+    """
     hidden, wide = shape["hidden_size"], shape["intermediate_size"]
-    sizes = {"gate_up": (2 * wide, hidden), "down": (hidden, wide), "qkv": (hidden * 3 // 2, hidden)}
-    found = {}
+    sizes = {
+        "gate_up": (2 * wide, hidden),
+        "gate, up": (wide, hidden),
+        "down": (hidden, wide),
+        "qkv": (hidden * 3 // 2, hidden),
+        "out": (hidden, hidden),
+    }
+    made, seconds = {}, {}
     for name, (outputs, inputs) in sizes.items():
         for more in (0, scoring_decoder.WIDE):
-            a, b = (torch.randn(rows, inputs + more, device=DEVICE).half() for rows in (BUDGET, outputs))
-            seconds = []
-            for _ in range(3):
-                sync()
-                began = time.perf_counter()
-                for _ in range(10 if ON_GPU else 1):
-                    a @ b.T
-                sync()
-                seconds.append((time.perf_counter() - began) / (10 if ON_GPU else 1))
-            found[f"{name} +{more}"] = 2e-12 * BUDGET * outputs * inputs / min(seconds)
-    say("TFLOP/s of products", tokens=BUDGET, **found)
+            a, b = (torch.randn(rows, inputs + more, device=DEVICE).half() for rows in (tokens, outputs))
+            into = torch.empty(tokens, outputs * (2 if name == "gate, up" else 1), device=DEVICE).half()[:, :outputs]
+            made[f"{name} +{more}"] = a, b, into, 2e-12 * tokens * outputs * inputs
+            seconds[f"{name} +{more}"] = list[float]()
+    for _ in range(7 if ON_GPU else 1):
+        for what, (a, b, into, _flops) in made.items():
+            sync()
+            began = time.perf_counter()
+            for _ in range(4):
+                torch.mm(a, b.T, out=into)
+            sync()
+            seconds[what].append((time.perf_counter() - began) / 4)
+    found = {what: flops / statistics.median(seconds[what]) for what, (*_, flops) in made.items()}
+    say("TFLOP/s of products", tokens=tokens, **found)
     return max(found.values())
 
 
@@ -192,6 +206,11 @@ def breakdown(model: Any, asked: Sequence[Question], way: Forward, name: str) ->
         kinds[kind] += spent
         count += event.count
         kernels[event.key[:70]] = round(spent, 3), event.count // len(parts)
+    spans = [e.time_range for e in seen.events() if str(e.device_type).endswith("CUDA")]
+    between = None  # what the GPU waits from its first kernel to its last, in a run that is profiled
+    if spans:
+        whole = max(one.end for one in spans) - min(one.start for one in spans)
+        between = (whole / 1000 - sum(kinds.values()) * len(parts)) / len(parts)
     milliseconds = 1000 * wall / len(parts)
     tokens = sum(tokens_of(ordered[part.start : part.stop]) for part in parts.values()) / len(parts)
     most = dict(sorted(kernels.items(), key=lambda item: -item[1][0])[:14])
@@ -202,6 +221,7 @@ def breakdown(model: Any, asked: Sequence[Question], way: Forward, name: str) ->
         milliseconds=milliseconds,
         **kinds,
         idle=milliseconds - sum(kinds.values()),
+        idle_between_kernels=between,
         kernels=count / len(parts),
         milliseconds_and_launches=most,
     )
@@ -245,6 +265,65 @@ def attention(asked: Sequence[Question]) -> None:
     say("attention", tokens=len(layout.depths), segments=len(layout.segments), microseconds_a_layer=times)
 
 
+def speed_of(  # noqa: PLR0917 - the first three are bound by who calls it
+    model: Any,
+    flops: float,
+    rate: float,
+    what: str,
+    given: Sequence[Question],
+    way: Forward,
+    budget: int = BUDGET,
+    times: int = 2,
+) -> Answers:
+    """Questions a second; `flops` of a token, `rate` in TFLOP/s of the products."""
+    _, first = ours(model, given[:200], way)
+    answers, seconds = best_of(times, lambda: ours(model, given, way, budget))
+    per_question = tokens_to_compute(given, budget) / len(given)
+    say(
+        "ours",
+        questions_of=what,
+        budget=budget,
+        questions=len(given),
+        questions_per_second=len(given) / seconds,
+        seconds_of_the_first_200=first,
+        tokens_per_question=per_question,
+        of_products_rate=len(given) / seconds * per_question * flops / 1e12 / rate,
+        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
+    )
+    return answers
+
+
+def shortly(model: Any, given: list[Question], shape: dict[str, int], flops: float) -> Answers:
+    """Speeds without examples alone, with gate and up as two products and as one; the answers of the base."""
+    kernels, name = fast_kernels(DEVICE, "float16")
+    say("kernels", name=name)
+    rate = rates(shape, 8162 if ON_GPU else BUDGET // 64)
+    now = precise_forward.precise_forward(model, FP16, kernels, keep=True)
+    speed = partial(speed_of, model, flops, rate)
+    adapter = speed("ARC-Easy, 0 examples, with the adapter", given, now)
+    with adapter_off(model):
+        base = speed("ARC-Easy, 0 examples, the base", given, now)
+    with caught("breakdown"):
+        breakdown(model, given, now, "with the adapter")
+        with adapter_off(model):
+            breakdown(model, given, now, "the base")
+    with caught("fp32"):
+        exact = precise_forward.precise_forward(model, FP32, kernels, keep=False)
+        right, _ = ours(model, given[:100], exact)
+        mine, _ = ours(model, given[:100], now)
+        say("with the adapter beside fp32", **compared(mine, right))
+        say("repeated", same_bits=ours(model, given[:100], now)[0] == mine)
+    with caught("one product"):
+        joined = precise_forward._joined
+        with mock.patch.object(precise_forward, "_joined", lambda *x, keep, apart=False: joined(*x, keep=keep)):
+            one = precise_forward.precise_forward(model, FP16, kernels, keep=True)
+        found = speed("gate and up as one product, with the adapter", given, one, times=1)
+        say("one product beside two", same_bits=found == adapter)
+        with adapter_off(model):
+            speed("gate and up as one product, the base", given, one, times=1)
+    return base
+
+
 def scoring(model: Any, asked: dict[str, list[Question]], *, tiny: bool) -> dict[str, Answers]:
     """Speeds of ours; returns the answers without an adapter, as HFLM has none."""
     kernels, name = fast_kernels(DEVICE, "float16")
@@ -255,23 +334,7 @@ def scoring(model: Any, asked: dict[str, list[Question]], *, tiny: bool) -> dict
     now = precise_forward.precise_forward(model, FP16, kernels, keep=True)
     lengths = shapes.questions(shape["vocab_size"], 30 if tiny else None)
 
-    def speed(what: str, given: Sequence[Question], way: Forward, budget: int = BUDGET, times: int = 2) -> Answers:
-        _, first = ours(model, given[:200], way)
-        answers, seconds = best_of(times, lambda: ours(model, given, way, budget))
-        per_question = tokens_to_compute(given, budget) / len(given)
-        say(
-            "ours",
-            questions_of=what,
-            budget=budget,
-            questions=len(given),
-            questions_per_second=len(given) / seconds,
-            seconds_of_the_first_200=first,
-            tokens_per_question=per_question,
-            of_products_rate=len(given) / seconds * per_question * flops / 1e12 / rate,
-            peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
-        )
-        return answers
-
+    speed = partial(speed_of, model, flops, rate)
     with caught("lengths"):
         mine = speed("Mistral's lengths, nothing in common", lengths, now, times=1)
         some, few = lengths[:850], lengths[:100]
@@ -309,16 +372,27 @@ def scoring(model: Any, asked: dict[str, list[Question]], *, tiny: bool) -> dict
     return found
 
 
-def by_hflm(asked: dict[str, list[Question]], mine: dict[str, Answers], *, tiny: bool) -> None:
+HFLM_SIZES = (
+    ("0 examples", 600, (32, 64, 128)),
+    ("5 examples, the same", 60, (16, 64)),
+    ("5 examples, drawn", 60, (16,)),
+)
+"""Which questions, how many, at which batch sizes."""
+
+
+def by_hflm(
+    base: Any,
+    asked: dict[str, list[Question]],
+    mine: dict[str, Answers],
+    kinds: Sequence[tuple[str, int, Sequence[int]]] = HFLM_SIZES,
+    *,
+    tiny: bool,
+    adapter: bool = False,
+) -> None:
     """HFLM on the first questions of each kind, at the best of its batch sizes."""
     from lm_eval.models.huggingface import HFLM
 
-    base = shapes.random_base(shapes.TINY if tiny else shapes.MISTRAL_7B, DEVICE, "sdpa")
-    for what, count, sizes in (
-        ("0 examples", 600, (32, 64, 128)),
-        ("5 examples, the same", 60, (16, 64)),
-        ("5 examples, drawn", 60, (16,)),
-    ):
+    for what, count, sizes in kinds:
         given = asked[what][: 20 if tiny else count]
         requests = [(("", ""), list(q.context), list(choice)) for q in given for choice in q.choices]
         for size in sizes:
@@ -336,6 +410,7 @@ def by_hflm(asked: dict[str, list[Question]], mine: dict[str, Answers], *, tiny:
                 say(
                     "HFLM",
                     questions_of=what,
+                    adapter=adapter,
                     batch=size,
                     questions=len(given),
                     questions_per_second=len(given) / seconds,
@@ -350,6 +425,8 @@ def main() -> None:
     parser.add_argument("--arc", type=Path, required=True)
     parser.add_argument("--train", type=Path, required=True, help="rows that examples are taken from")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--short", action="store_true", help="questions without examples alone, in 45 s")
+    parser.add_argument("--asked", type=Path, help="the questions' ids, written there or read: they take 10 s")
     args = parser.parse_args()
     shape = shapes.TINY if args.tiny else shapes.MISTRAL_7B
     if ON_GPU:
@@ -357,24 +434,44 @@ def main() -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cuda.matmul.allow_tf32 = False
         say("machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
-    rows = lines(args.alpaca)[: 500 if args.tiny else 20_000]
-    with tempfile.TemporaryDirectory() as name:
-        tokenizer = make_tokenizer(Path(name), [" ".join(row.values()) for row in rows], shape["vocab_size"])
-    asked = questions(args.arc, args.train, tokenizer, 30 if args.tiny else None)
+    if args.asked is not None and args.asked.exists():
+        pairs = json.loads(gzip.decompress(args.asked.read_bytes()))
+        asked = {k: [Question(tuple(c), tuple(map(tuple, given))) for c, given in v] for k, v in pairs.items()}
+    else:
+        rows = lines(args.alpaca)[: 500 if args.tiny else 20_000]
+        with tempfile.TemporaryDirectory() as name:
+            tokenizer = make_tokenizer(Path(name), [" ".join(row.values()) for row in rows], shape["vocab_size"])
+        asked = questions(args.arc, args.train, tokenizer, 30 if args.tiny else None)
+    if args.asked is not None and not args.asked.exists():
+        pairs = {kind: [(q.context, q.choices) for q in given] for kind, given in asked.items()}
+        args.asked.write_bytes(gzip.compress(json.dumps(pairs).encode()))
     say("questions", seconds=time.monotonic() - BEGAN, first=len(asked["0 examples"]))
     base = shapes.random_base(shape, DEVICE, "flat")
-    model = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0)
-    for parameter in (one for one in model.parameters() if one.requires_grad):
-        parameter.data.normal_(0, 0.01)  # a fresh adapter is zero on one side
-    model.eval()
+    model = with_adapter(base)
     say("model")
-    mine = scoring(model, asked, tiny=args.tiny)
+    if args.short:
+        flops = 2 * (sum(p.numel() for p in model.parameters()) if args.tiny else 6_979_321_856)
+        mine = {"0 examples": shortly(model, asked["0 examples"], shape, flops)}
+    else:
+        mine = scoring(model, asked, tiny=args.tiny)
     del model, base
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
     with caught("HFLM"):
-        by_hflm(asked, mine, tiny=args.tiny)
+        base = shapes.random_base(shape, DEVICE, "sdpa")
+        kinds = (("0 examples", 400, (128,)),) if args.short else HFLM_SIZES
+        by_hflm(base, asked, mine, kinds, tiny=args.tiny)
+        if args.short:
+            by_hflm(with_adapter(base), asked, {}, kinds, tiny=args.tiny, adapter=True)
+
+
+def with_adapter(base: Any) -> Any:
+    """With an adapter of PEFT's on all projections."""
+    model = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0)
+    for parameter in (one for one in model.parameters() if one.requires_grad):
+        parameter.data.normal_(0, 0.01)  # a fresh adapter is zero on one side
+    return model.eval()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,18 @@ from job.model.fused import lora_forward
 from job.model.fused.frozen_weights import dequantizer
 from job.model.fused.kernels import TORCH, Kernels, Turn
 from job.model.fused.lora_forward import CommonInput, Weight
-from job.model.fused.scoring_decoder import WIDE, Decoder, Layer, Operations, Product, TorchOperations, is_like_llama
+from job.model.fused.scoring_decoder import (
+    WIDE,
+    Attend,
+    Decoder,
+    Heads,
+    Layer,
+    Operations,
+    Product,
+    TorchOperations,
+    checked_attention,
+    is_like_llama,
+)
 
 if TYPE_CHECKING:
     from job.model.families import Family
@@ -123,12 +134,13 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
     Returns:
         What computes the logits of one packed sequence. It is valid until the adapter's weights change.
     """
-    base, precise = _base(model), _precise_kernels(kernels, dtype)
+    base = _base(model)
     family = lora_forward.family_of(base)
     assert family is not None  # noqa: S101 - see `why_not_precise`
     if is_like_llama(family, base) and not has_foreign_layers(model):
         decoder = _decoder(base, family, dtype, kernels, keep=keep)
         return partial(_with_sums_in_fp32, decoder)
+    precise = _precise_kernels(kernels, dtype)
     patches: dict[Any, dict[str, Any]] = {
         base.get_input_embeddings(): {"forward": partial(_in_fp32, base.get_input_embeddings().forward)},
         base.lm_head: {"forward": _output_layer(base.lm_head, dtype)},
@@ -166,7 +178,11 @@ def _decoder(base: Any, family: Family, dtype: torch.dtype, kernels: Kernels, *,
         gate_up = _joined([mlp.gate_proj, mlp.up_proj], dtype, keep=keep, apart=True)
         out, down = (_joined([layer], dtype, keep=keep) for layer in (attention.o_proj, mlp.down_proj))
         layers.append(Layer(module, heads, out, gate_up, down))
-    return Decoder(base, layers, _output_layer(base.lm_head, dtype), operations, dtype, family.window)
+    attend: Attend = operations.attend
+    if kernels.name == "triton" and dtype is torch.float16:
+        sizes = base.config.num_attention_heads, base.config.num_key_value_heads, layers[0].module.self_attn.head_dim
+        attend = checked_attention(operations, Heads(*sizes, windowed=family.window is not None), base.device)
+    return Decoder(base, layers, _output_layer(base.lm_head, dtype), operations, attend, dtype, family.window)
 
 
 def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool, apart: bool = False) -> Product:

@@ -18,14 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import functional
 
+from job.log import get_logger
 from job.model.families import SILU, Family
 from job.model.fused.kernels import TORCH
-from job.model.packed_attention import packed_attention
+from job.model.packed_attention import Segment, build_layout, packed_attention
 
 if TYPE_CHECKING:
     from job.model.packed_attention import Layout
@@ -34,8 +36,18 @@ WIDE = 64
 """The columns for h are a multiple of it, so that rows begin where a GPU reads fastest; the others are zeros."""
 
 
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, "Layout", float, "int | None", torch.Tensor],
+    None,
+]
+"""As `Operations.attend`."""
+
+
 class Operations(Protocol):
     """What is computed between the products; `out` is a view into a wider matrix."""
+
+    def __hash__(self) -> int:
+        """Equal ones compute the same."""
 
     def add_norm(
         self, x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, epsilon: float, out: torch.Tensor
@@ -103,6 +115,63 @@ class TorchOperations:
             torch.nn.Module(), q, k, v, None, layout=layout, scaling=scaling, sliding_window=window
         )
         out.copy_(found[0])
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of a model's attention."""
+
+    queries: int
+    keys: int
+    """And values: each is shared by a group of queries."""
+    size: int
+    windowed: bool
+    """Whether layers may have a window."""
+
+
+@cache  # a run scores with several adapters
+def checked_attention(operations: Operations, heads: Heads, device: torch.device) -> Attend:
+    """The operations' attention, or torch's if theirs cannot compute a model's heads in fp16 here, which is logged."""
+    if why := _why_not_attend(operations, heads, device):
+        what = "Triton's attention for scoring cannot be used here; torch's takes its place, which is slower"
+        get_logger().warning(what, why=why)
+        return TorchOperations().attend
+    return operations.attend
+
+
+def _why_not_attend(operations: Operations, heads: Heads, device: torch.device) -> str:
+    """Computes attention once, in a tree longer than what a program of a kernel computes, beside torch's in fp32."""
+    # Two texts, of which the first goes on in two ways, one of them in one more
+    segments = [
+        Segment(0, 100),
+        Segment(100, 150, 0, 100),
+        Segment(150, 160, 100, 150),
+        Segment(160, 200, 0, 100),
+        Segment(200, 230),
+    ]
+    layout = build_layout(segments, device)
+    shape = segments[-1].end, heads.queries + 2 * heads.keys, heads.size
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half().to(device)
+    query, key, value = made.split_with_sizes([heads.queries, heads.keys, heads.keys], 1)
+    exact = torch.empty(query.shape, device=device)
+    found = torch.empty(query.shape, dtype=made.dtype, device=device)
+    scaling = heads.size**-0.5
+    for window in (None, 40) if heads.windowed else (None,):
+        TorchOperations().attend(query.float(), key.float(), value.float(), layout, scaling, window, exact)
+        try:
+            operations.attend(query, key, value, layout, scaling, window, found)
+            error = float((found - exact).abs().max())
+        except Exception as problem:  # noqa: BLE001 - whatever Triton, its compiler or the driver raises
+            return " ".join(f"{type(problem).__name__}: {problem}".split())[:_LONGEST_REASON]
+        if not error < _LARGEST_ERROR:  # also if it is not a number
+            return f"a number is {error:.3g} away from what torch computes"
+    return ""
+
+
+_LONGEST_REASON = 300
+"""Characters of an error's text in the log."""
+_LARGEST_ERROR = 0.02
+"""Of attention in fp16 over values of a standard normal distribution. An H200's largest was 0.0013."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +258,8 @@ class Decoder:
     head: Callable[[torch.Tensor], torch.Tensor]
     """(reads, hidden) -> (reads, vocabulary) fp32."""
     operations: Operations
+    attend: Attend
+    """`Operations.attend`, of these operations or torch's."""
     dtype: torch.dtype
     """Of the factors."""
     window: str | None
@@ -235,5 +306,5 @@ class Decoder:
         window = getattr(owner, "sliding_window", None)
         room = layer.out.room(room.shape[0], found)
         out = room[:, : layer.out.inputs].view(room.shape[0], heads, size)
-        self.operations.attend(query, key, value, layout, attention.scaling, window, out)
+        self.attend(query, key, value, layout, attention.scaling, window, out)
         return room

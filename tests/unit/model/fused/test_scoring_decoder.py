@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from job.evaluation.scoring import _pack, score_sequence
 from job.model.fused.kernels import TORCH
@@ -79,6 +83,59 @@ def test_a_product_with_the_adapter_beside_it_is_peft_s(base_folder: Path, targe
                 assert (scores(model, forward) - scores(exact)).abs().max() < 1e-5
         else:
             assert (scores(model, forward) - scores(exact)).abs().max() < 1e-5
+
+
+class Raising(TorchOperations):
+    """A kernel that does not compile here."""
+
+    def attend(self, *_given: Any) -> None:
+        """Raises as Triton does."""
+        raise RuntimeError("out of resource: shared memory")
+
+
+class Wrong(TorchOperations):
+    """A kernel that is wrong by a little in one number of each head."""
+
+    def attend(self, query: Any, key: Any, value: Any, *others: Any) -> None:
+        """A twentieth too much."""
+        value = value.clone()
+        value[:, :, 0] += 0.05
+        super().attend(query, key, value, *others)
+
+
+class NotANumber(TorchOperations):
+    """A kernel that writes nothing useful."""
+
+    def attend(self, *given: Any) -> None:
+        """Fills the output."""
+        given[-1].fill_(float("nan"))
+
+
+@pytest.mark.parametrize("kernels", [Raising, Wrong, NotANumber, TorchOperations])
+def test_attention_that_fails_or_is_wrong_is_left_to_torch(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, kernels: type[TorchOperations]
+) -> None:
+    """It is tried once, said once, and the scores are torch's; one that is right is used, without a line."""
+    model = loaded(base_folder, torch.bfloat16)
+    triton_scoring = ModuleType("triton_scoring")
+
+    class Operations(kernels):  # type: ignore[misc,valid-type]
+        pass
+
+    vars(triton_scoring)["TritonOperations"] = Operations
+    monkeypatch.setitem(sys.modules, "job.model.fused.triton_scoring", triton_scoring)
+    expected = scores(model, precise_forward(model, torch.float16, TORCH, keep=False))
+    with capture_logs() as lines:
+        forward: Any = precise_forward(model, torch.float16, replace(TORCH, name="triton"), keep=False)
+    assert torch.equal(scores(model, forward), expected)
+    (decoder,) = forward.args
+    assert isinstance(decoder.operations, Operations)
+    if kernels is TorchOperations:
+        assert not lines
+        assert isinstance(decoder.attend.__self__, Operations)
+    else:
+        (line,) = lines
+        assert ("shared memory" if kernels is Raising else "away from") in line["why"]
 
 
 @TRITON
