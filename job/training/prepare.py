@@ -387,7 +387,7 @@ def _fuse(
         keep_base=False if keep_base is None and rows.padded == 0 and not fp8 else keep_base,
         keep_activations=keep_activations if rows.padded else False,  # of long rows none are kept so
         recorded=lora_forward.knows(model.get_base_model()),
-        not_recorded=why_not_recorded(setup, compute_capability()),
+        not_recorded=why_not_recorded(setup, compute_capability(), half=dtype_name(model)),
         fp8=fp8,
     )
     if rows.long is not None:
