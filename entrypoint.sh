@@ -46,7 +46,9 @@ done
 [ -z "$open" ] || say warning "Readable for every user of this machine: ${open%, }. Mode 0400 keeps a secret private"
 [[ ${1-run} == @(run|train|-*) && " $* " != *' '@(-h|--help|--version)' '* ]] || exec python -m job "$@" # no GPU needed
 
-[ ! -s "$here/read-ahead" ] || (xargs -0 -P 8 -n 64 cat -- <"$here/read-ahead" >/dev/null 2>&1 &) # what the job imports
+if [ -s "$here/read-ahead" ]; then # the files that the job imports, into the page cache while nvidia-smi answers
+  (xargs -0 -P 8 -n 64 cat -- <"$here/read-ahead" >/dev/null 2>&1 &)
+fi
 read -r built oldest <"$here/cuda" && ask # the CUDA that torch is built with, the least compute capability it serves
 if [ "$ended" = 124 ]; then problem='nvidia-smi does not answer' remedy='a GPU or its driver is broken: restart the machine'
 elif [ "$ended" != 0 ]; then
@@ -62,7 +64,8 @@ else
   elif older "${gpus%%,*}" "$oldest"; then
     problem="A GPU has compute capability ${gpus%%,*}, this image serves $oldest and up" remedy="take another, $rebuild"
   else # Triton's start-up file, compiled when the image was built: there is no compiler here
-    cache=${TRITON_CACHE_DIR:-$HOME/.triton/cache}; { mkdir -p "$cache" && cp -rn "$here/triton/." "$cache"; } 2>/dev/null || true
+    cache=${TRITON_CACHE_DIR:-$HOME/.triton/cache}
+    { mkdir -p "$cache" && cp -rn "$here/triton/." "$cache"; } 2>/dev/null || true
   fi
 fi
 if [ -n "$problem" ]; then # refused, unless the settings say that the job may run on a CPU

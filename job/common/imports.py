@@ -12,22 +12,12 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from threading import RLock
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 MAX_READ_AHEAD = 64 << 20
 """Bytes. Of larger files, which are CUDA's libraries, imports read a part only."""
-COMPILER = "torch._dynamo"
-_APART = (f"{COMPILER}.config", f"{COMPILER}._trace_wrapped_higher_order_op")
-"""Modules of the compiler that torch's checkpointing reads, and that transformers imports by name. They need nothing of
-the package around them."""
-_LOADING = RLock()
 
 
 @contextmanager
@@ -44,7 +34,8 @@ def without(*packages: str) -> Iterator[None]:
         yield
     finally:
         for name in hidden:
-            del sys.modules[name]
+            if sys.modules.get(name, name) is None:  # otherwise somebody has imported it all the same
+                del sys.modules[name]
 
 
 @contextmanager
@@ -78,97 +69,11 @@ class _Distributions(Mapping[str, list[str]]):
         return len(self._read())
 
 
-@contextmanager
-def later(module: str, *functions: str) -> Iterator[None]:
-    """Lets `from module import function` succeed inside the `with` block without importing the module.
-
-    What is imported so imports the module when it is called. Other names of the module cannot be imported inside the
-    block. A module that is imported already is left as it is.
-    """
-    if module in sys.modules:
-        yield
-        return
-    stand_in = ModuleType(module)
-    for name in functions:
-        setattr(stand_in, name, _calling(module, name))
-    sys.modules[module] = stand_in
-    try:
-        yield
-    finally:
-        del sys.modules[module]
-
-
-def _calling(module: str, name: str) -> Callable[..., Any]:
-    def call(*arguments: Any, **named: Any) -> Any:
-        return getattr(import_module(module), name)(*arguments, **named)
-
-    return call
-
-
-@contextmanager
-def compiler_put_off(environ: Mapping[str, str]) -> Iterator[None]:
-    """Puts off the import of torch's compiler until something needs more of it than to mark a function.
-
-    torch's optimizers, its checkpointing, transformers and bitsandbytes import the compiler's 600 modules only to mark
-    functions, as not to be compiled or as to be compiled. With TORCHDYNAMO_DISABLE it compiles nothing, so that every
-    mark is the function itself. Any other use of `torch._dynamo`, or of a module in it, imports all of it as usual;
-    `torch.compile` is torch's own again after the `with` block. Without that variable in `environ` nothing is put off.
-    """
-    if environ.get("TORCHDYNAMO_DISABLE") != "1" or COMPILER in sys.modules:
-        yield
-        return
-    import torch
-
-    module = module_from_spec(find_spec(COMPILER))  # type: ignore[arg-type]
-    module.__class__ = _Deferred
-    sys.modules[COMPILER] = torch._dynamo = module  # noqa: SLF001 - as an import would
-    for name in _APART:
-        with suppress(ImportError):
-            import_module(name)
-    if type(module) is _Deferred:
-        del module.__path__  # modules in the package expect that it has been imported: the next one imports it
-    compile_ = torch.compile
-    torch.compile = _marked  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compile_
-
-
-def _marked(fn: Any = None, *_: Any, **__: Any) -> Any:
-    """The function as it is; without one, a decorator that returns it."""
-    return (lambda function: function) if fn is None else fn
-
-
 def imported_files() -> list[str]:
-    """The files that the imports of this process have read, in that order: compiled modules, then native libraries."""
+    """The files that imports of this process have read: compiled modules in this order, native libraries by name."""
     specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
     of_modules = (place for spec in specs if spec is not None for place in (spec.cached, spec.origin))
     lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    mapped = (line.split(maxsplit=5)[5] for line in lines if line.count("/"))
+    mapped = sorted({line.split(maxsplit=5)[5] for line in lines if line.count("/")})
     places = dict.fromkeys(place for place in (*of_modules, *mapped) if place and not place.endswith(".py"))
     return [place for place in places if Path(place).is_file() and Path(place).stat().st_size <= MAX_READ_AHEAD]
-
-
-class _Compiled:
-    """Stands for the class of compiled modules: none is one."""
-
-
-class _Deferred(ModuleType):
-    """`torch._dynamo` before it is imported, with those of its functions that libraries call in every run."""
-
-    eval_frame = SimpleNamespace(OptimizedModule=_Compiled)
-    disable = allow_in_graph = assume_constant_result = staticmethod(_marked)
-
-    @staticmethod
-    def graph_break(*_: Any, **__: Any) -> None:
-        """Ends the part of a function that is compiled as a whole: of none, here."""
-
-    def __getattr__(self, name: str) -> Any:
-        with _LOADING:
-            if type(self) is _Deferred:
-                self.__class__ = ModuleType  # type: ignore[assignment]
-                spec = self.__spec__
-                self.__path__ = spec.submodule_search_locations  # type: ignore[union-attr, assignment]
-                spec.loader.exec_module(self)  # type: ignore[union-attr]
-        return getattr(self, name)

@@ -15,8 +15,6 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from job.common.imports import later
-
 if TYPE_CHECKING:
     import numpy as np
 
@@ -66,8 +64,7 @@ def row_hash(texts: Sequence[str]) -> bytes:
 
 @cache
 def _hasher() -> Any:
-    with later("scipy.integrate", "quad"):  # for datasketch's indexes, which nothing here uses: half a second
-        from datasketch import MinHash
+    from datasketch import MinHash
 
     return MinHash(VALUES, SEED, hashfunc=int, scheme="affine32")
 

@@ -7,7 +7,8 @@ What happens on SIGTERM:
    step. `decide` says what still fits before the deadline: the rest of the step and a checkpoint, a checkpoint of the
    step before, or neither. `stages.train` waits for the upload as long as the deadline allows.
 3. All other stages call `Attempt.alive`, which raises `Preempted`; what they have computed in part is cached.
-4. `cli.main` turns `Preempted` into exit code 75. The next attempt of the run resumes, see `pipeline`.
+4. `cli.main` turns `Preempted` into exit code 75. What still waits right before the deadline, as for a store, is ended
+   with it. The next attempt of the run resumes, see `pipeline`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event, Thread
 from types import FrameType
 from typing import Literal
 
+from job import log
 from job.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
@@ -38,6 +41,8 @@ Plan = Literal["finish_step", "save_now", "too_late"]
 SPARE_SHARE = 0.25
 SPARE_SECONDS = 2.0
 """Margin of `decide`: machines slow down while they are drained, and the run log is still to be written at the end."""
+LAST_SECONDS = 0.5
+"""So long before the kill a process that has not ended ends itself."""
 
 
 class Stop:
@@ -145,6 +150,9 @@ def signals_to_handle() -> list[signal.Signals]:
 def stop_on_signals(grace_seconds: float | None = None) -> Iterator[Stop]:
     """Within it each of `SIGNALS` sets the flag; a second request, by a later signal, ends the process at once.
 
+    Half a second before the kill the process ends itself, with the exit code of a preemption, whatever it waits for: a
+    store that throttles may keep it for minutes, and what is killed (137) looks like one that ran out of memory.
+
     Ending at once corrupts nothing, because what is published appears completely or not at all. Without a handler
     nothing would happen in a container: its first process ignores signals that it has no handler for. XCPU is never a
     second request, because the kernel repeats it every second of CPU time.
@@ -162,9 +170,22 @@ def stop_on_signals(grace_seconds: float | None = None) -> Iterator[Stop]:
         elif number != signal.SIGXCPU and times[-1] - times[0] > SAME_REQUEST_SECONDS:
             os._exit(Preempted.exit_code)
 
+    left = Event()
+
+    def end_in_time(grace: float) -> None:
+        margin = min(LAST_SECONDS, grace / 2)
+        while not left.wait(margin / 2):
+            if times and time.monotonic() - times[0] >= grace - margin:
+                what = "the process ends before it is killed: what it still waits for takes longer than there is time"
+                log.get_logger().warning(what, grace_seconds=grace)
+                os._exit(Preempted.exit_code)
+
     before = {number: signal.signal(number, handle) for number in signals_to_handle()}
+    if grace_seconds is not None:  # not from the handler, where starting a thread may deadlock
+        Thread(target=end_in_time, args=(grace_seconds,), name="grace", daemon=True).start()
     try:
         yield stop
     finally:
+        left.set()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -203,7 +203,7 @@ def _denied(error: BaseException, status: int) -> str | None:
     about_credentials = _is_about_credentials(error, status)
     denied = isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in _DENIED
     remedy = _DENIED_CODES.get(code(error))
-    if remedy is None and (status or denied):
+    if remedy is None and (0 < status < HTTPStatus.INTERNAL_SERVER_ERROR or denied):
         remedy = next((fix for words, fix in _DENIED_WORDS.items() if words in said), None)
     if remedy is None and about_credentials:
         remedy = _CREDENTIALS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from traceback import walk_tb
 from typing import Any
@@ -97,6 +98,7 @@ _REMEDIES = {
     "PermanentRedirect": f"{_REGION}, and remove or correct JOB_STORAGE__ENDPOINT_URL",
     "RequestTimeTooSkewed": "set this machine's clock",
 }
+_PASSWORD = re.compile(r"(?<=://)[^\s/@]*@")
 _MAX_WORDS = 300
 
 
@@ -181,11 +183,16 @@ def _translate_answer(error: ClientError, what: str) -> JobError:
         return SettingsError([Problem(what, "there is no such bucket; create it, or correct the URI")])
     if status in {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}:
         return NotSupported([Problem(what, f"the store does not know this request: {words}")])
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.NOT_FOUND:
+    # An error behind the status of success came after the beginning of a long answer; without a status there was none.
+    passing = status < HTTPStatus.MULTIPLE_CHOICES or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    if passing or status == HTTPStatus.NOT_FOUND:
         return Unreachable(f"{what}: {words}")
     return SettingsError([Problem(what, f"the store refuses the request: {words}")])
 
 
 def _words(said: Any) -> str:
-    """The error's message on one line, cut off: some servers answer with a whole page."""
-    return " ".join(str(said).split())[:_MAX_WORDS].rstrip(".")
+    """The error's message on one line, cut off: some servers answer with a whole page.
+
+    Without the user and password of an address, which the SDK's own variables may have.
+    """
+    return _PASSWORD.sub("", " ".join(str(said).split()))[:_MAX_WORDS].rstrip(".")

@@ -153,6 +153,30 @@ class TestSignals:
             assert process.wait(10) == 75
         assert time.monotonic() - began < 5
 
+    def test_what_waits_too_long_ends_before_it_is_killed(self) -> None:
+        """A store that throttles may keep it for longer than its grace: code 75. Nothing ends without a signal."""
+        program = (
+            "import os, signal, sys, time\n"
+            "from job.preemption.stop_flag import stop_on_signals\n"
+            "with stop_on_signals(0.4):\n"
+            "    time.sleep(0.8)\n"
+            "    os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    time.sleep(0.1)\n"
+            "    print('works', flush=True)\n"
+            "    time.sleep(60)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=20)
+        assert (done.returncode, done.stdout.splitlines()[0]) == (75, "works")
+        assert "ends before it is killed" in done.stdout + done.stderr
+
+    def test_what_has_ended_in_time_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After the block nothing ends the process any more."""
+        monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
+        with stop_on_signals(0.2):
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.4)
+        assert "grace" not in {thread.name for thread in threading.enumerate()}
+
 
 def _child(parent: int) -> int:
     with open(f"/proc/{parent}/task/{parent}/children", encoding="ascii") as children:  # noqa: PTH123

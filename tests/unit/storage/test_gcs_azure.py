@@ -666,6 +666,12 @@ def test_other_conflicts_are_no_lost_races(tmp_path: Path, name: str) -> None:
             assert verb
 
 
+def test_a_failure_of_the_server_is_no_denial() -> None:
+    """Whatever its text is about: asking again may help."""
+    said = "Server returned non-2xx status code: 503 Busy: <Message>there is currently a lease on the blob</Message>"
+    assert type(translate(GenericError(f"Error performing PUT http://host/a in 1s - {said}"), "az://b")) is Unreachable
+
+
 def test_google_takes_one_change_of_an_object_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that is faster, as the holder of a lease may be, goes on when the second is over: no error."""
     monkeypatch.setattr(job.storage.base, "PAUSES", (0.01, 0.03, 0.1, 0.3))

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from uuid import uuid4
 
 import pytest
+from botocore.exceptions import ClientError, ConnectTimeoutError, EndpointConnectionError
 
 import job.storage.base
 import job.storage.s3
@@ -22,6 +23,7 @@ from job.planning.preflight_store import round_trip
 from job.storage.base import MAX_READ_BYTES, Stored
 from job.storage.open import Conflict, NotSupported, ObjectStore, StorageOptions, TooLarge, open_store
 from job.storage.s3_client import connect
+from job.storage.s3_errors import translate
 from tests.s3_server import BUCKET, CREDENTIALS, SECRET, Request, credentials, moto_server, server
 
 MIB = 1 << 20
@@ -132,6 +134,21 @@ def test_errors_say_what_to_do(status: int, code: str, expected: type[JobError],
     """A redirect that leads nowhere, another region, an archive and a wrong clock are told with their remedy."""
     with server(lambda request: request.refuse(status, code)) as url, pytest.raises(expected, match=words):
         opened(url).read("a")
+
+
+def test_addresses_are_told_without_user_and_password() -> None:
+    """The SDK's own variables may name a server or a proxy with both, which its errors repeat."""
+    for kind in (EndpointConnectionError, ConnectTimeoutError):
+        said = str(translate(kind(endpoint_url=f"http://me:{SECRET}@host:9/bucket"), "s3://bucket"))
+        assert SECRET not in said
+        assert "http://host:9/bucket" in said
+
+
+@pytest.mark.parametrize("status", [0, 200])
+def test_an_error_within_an_answer_of_success_may_pass(status: int) -> None:
+    """S3 begins to answer a long request before it is done: what then fails is no fault of the settings."""
+    answer = {"Error": {"Code": "InternalError"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    assert type(translate(ClientError(answer, "CompleteMultipartUpload"), "s3://bucket")) is Unreachable
 
 
 def test_a_404_without_words_is_asked_again(tmp_path: Path) -> None:
