@@ -177,6 +177,11 @@ class ModelRecord:
     trainable_parameters: int
     quantized_parameters: int = 0
     """How many of `parameters` are really held as `quantization` says; a mixture's experts were none of them once."""
+    idle_parameters: int = 0
+    """Of a mixture, how many of `parameters` a token is not multiplied by: those of the experts it does not go to; 0
+    in records of older versions, and where config.json does not say to how many it goes."""
+    idle_trainable_parameters: int = 0
+    """The same of `trainable_parameters`."""
     adapted: list[str] = field(default_factory=list)
     """Names of the layers that got an adapter, as they were given or found."""
     added_tokens: list[str] = field(default_factory=list)

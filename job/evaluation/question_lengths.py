@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -31,24 +32,23 @@ def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[in
     Raises:
         DataError: The tokenizer makes no tokens of a question or a choice.
     """
-    tokens = reads = others = 0
+    count = tokens = reads = 0
     asked: list[Question] = []
     for task in tasks.loaded["tasks"].values():
         restart_examples(task)
         for doc in islice(task.eval_docs, limit):
             if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
-                context, answer = _sizes(task, doc, tokenizer)
-                others, tokens, reads = others + 1, tokens + context + answer, reads + answer
+                context, answer = _sizes(task, doc, tokenizer, _prompts(task, doc))
+                count, tokens, reads = count + 1, tokens + context + answer, reads + answer
                 continue
-            prompt = _prompt(task, doc) if task.config.num_fewshot else str(task.doc_to_text(doc))
-            choices = (tokenizer.encode(f" {choice}", add_special_tokens=False) for choice in task.doc_to_choice(doc))
-            question = Question(tuple(tokenizer.encode(prompt)), tuple(map(tuple, choices)))
-            if not question.context or not all(question.choices):
+            scored = _scored(task, doc, tokenizer)
+            if not all(question.context and all(question.choices) for question in scored):
                 what = "the tokenizer makes no tokens of a part of it"
-                raise DataError([Problem(f"question {question_id(doc, len(asked) + others)}", what)])
-            asked.append(question)
+                raise DataError([Problem(f"question {question_id(doc, count)}", what)])
+            count += 1
+            asked += scored
     tokens += tokens_to_compute(asked, BATCH_TOKENS)
-    return len(asked) + others, tokens, reads + sum(map(reads_of, asked))
+    return count, tokens, reads + sum(map(reads_of, asked))
 
 
 @compiled_once()
@@ -80,6 +80,8 @@ def check_lengths(
             what = None
             if task.OUTPUT_TYPE != MULTIPLE_CHOICE or task.config.num_fewshot:
                 what = _too_large(task, doc, size) or _does_not_fit(task, doc, tokenizer, max_length, known, cut=cut)
+                if task.OUTPUT_TYPE == MULTIPLE_CHOICE:
+                    what = what or _unknown_token(task, doc, tokenizer, known)
             elif size + extra > max_length or known < len(tokenizer):
                 what = _too_large(task, doc, size) or _too_long(task, doc, tokenizer, max_length, cut=cut)
                 what = what or _unknown_token(task, doc, tokenizer, known)
@@ -89,22 +91,40 @@ def check_lengths(
         raise DataError(problems)
 
 
-def _prompt(task: Any, doc: Any) -> str:
-    """What a question is asked with, its examples in front."""
+def _scored(task: Any, doc: Any, tokenizer: Any) -> list[Question]:
+    """What is scored of a question with choices: one for each of its contexts."""
+    contexts, endings = text_parts(task, doc)
+    if task.config.num_fewshot or task.config.description or task.config.gen_prefix:
+        contexts = _prompts(task, doc)  # elsewhere it would give the same, slower
+    choices = tuple(_ending(tokenizer, ending) for ending in endings)
+    return [Question(tuple(tokenizer.encode(context)), choices) for context in contexts]
+
+
+def _ending(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """The tokens of a choice, or of another text that is predicted behind a prompt."""
+    return tuple(tokenizer.encode(f" {text}", add_special_tokens=False))
+
+
+def _prompts(task: Any, doc: Any) -> list[str]:
+    """What a question is asked with, its examples in front: one text, or one for each choice (see `text_parts`).
+
+    Each call draws the next examples, so there must be one for each question, in order.
+    """
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        return str(task.doc_to_target(doc))
-    return str(task.fewshot_context(doc, num_fewshot=task.config.num_fewshot or 0))
+        return [str(task.doc_to_target(doc))]
+    found = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot or 0)
+    return [str(text) for text in found] if isinstance(found, list) else [str(found)]
 
 
-def _sizes(task: Any, doc: Any, tokenizer: Any) -> tuple[int, int]:
-    """Tokens of the prompt, and of all that is predicted after it."""
-    context = len(tokenizer.encode(_prompt(task, doc)))
+def _sizes(task: Any, doc: Any, tokenizer: Any, prompts: Sequence[str]) -> tuple[int, int]:
+    """Tokens of the longest prompt, and the most that are predicted after it."""
+    context = max(len(tokenizer.encode(prompt)) for prompt in prompts)
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return 0, context
     if task.OUTPUT_TYPE == "generate_until":
         return context, how_to_generate(task.task_name, task.config.generation_kwargs or {}).max_new_tokens
-    endings = task.doc_to_choice(doc) if task.OUTPUT_TYPE == MULTIPLE_CHOICE else [task.doc_to_target(doc)]
-    return context, sum(len(tokenizer.encode(f" {ending}", add_special_tokens=False)) for ending in endings)
+    endings = text_parts(task, doc)[1] if task.OUTPUT_TYPE == MULTIPLE_CHOICE else [str(task.doc_to_target(doc))]
+    return context, max(len(_ending(tokenizer, ending)) for ending in endings)
 
 
 def _does_not_fit(task: Any, doc: Any, tokenizer: Any, max_length: int, vocabulary: int, *, cut: bool) -> str | None:
@@ -112,16 +132,15 @@ def _does_not_fit(task: Any, doc: Any, tokenizer: Any, max_length: int, vocabula
 
     A text whose perplexity is measured may have any length: it is read in windows.
     """
-    ids = tokenizer.encode(prompt := _prompt(task, doc))
-    if not ids or not prompt:
+    prompts = _prompts(task, doc)
+    tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    if not all(tokens) or not all(prompts):
         return "is empty"
-    if (beyond := max(ids)) >= vocabulary:
+    if (beyond := max(map(max, tokens))) >= vocabulary:
         return f"has the token number {beyond}, and the model has embeddings of {vocabulary} tokens"
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return None
-    context, answer = _sizes(task, doc, tokenizer) if task.OUTPUT_TYPE != "generate_until" else (len(ids), 0)
-    if task.OUTPUT_TYPE == "generate_until":
-        answer = how_to_generate(task.task_name, task.config.generation_kwargs or {}).max_new_tokens
+    context, answer = _sizes(task, doc, tokenizer, prompts)
     if answer >= max_length:
         return f"may be answered with {answer} tokens, {max_length} are allowed with the prompt (JOB_TRAIN__MAX_LENGTH)"
     if context + answer <= max_length or cut:

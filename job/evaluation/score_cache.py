@@ -35,6 +35,7 @@ CODE = (
     "job.common.out_of_memory",
     "job.common.pinned_memory",
     "job.evaluation.generation",
+    "job.evaluation.key_value_cache",
     "job.evaluation.prefix_tree",
     "job.evaluation.resumable",
     "job.evaluation.scoring",

@@ -347,9 +347,14 @@ def _asked(task: Any, doc: Any) -> str:
 
 
 def text_parts(task: Any, doc: Any) -> tuple[list[str], list[str]]:
-    """The contexts of a question, and the continuations of each; some tasks have a context for each choice."""
-    choices, text = [str(choice) for choice in task.doc_to_choice(doc)], str(task.doc_to_text(doc))
-    return (choices, [text]) if task.multiple_input else ([text], choices)
+    """The contexts of a question without examples, and the continuations of each.
+
+    Some tasks have a context for each choice (Winogrande); their `doc_to_text` is the number of the right one.
+    """
+    choices = [str(choice) for choice in task.doc_to_choice(doc)]
+    if task.multiple_input:
+        return choices, [str(task.doc_to_target(doc))]
+    return [str(task.doc_to_text(doc))], choices
 
 
 def _unfit(name: str, task: Any) -> Problem | None:

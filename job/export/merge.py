@@ -365,6 +365,9 @@ def _unmergeable(model: Any, empty: Any, changed: Mapping[str, Any]) -> Iterator
     config = model.peft_config[_ADAPTER]
     if config.bias != "none" or getattr(config, "lora_bias", False):
         yield "the adapter has biases of its own, which are not merged"
+    if getattr(config, "target_parameters", None):
+        yield "the adapter is on experts, too (JOB_LORA__EXPERTS), which are not merged"
+        return
     shared = Counter(id(parameter) for _, parameter in empty.named_parameters(remove_duplicate=False))
     for name, module in changed.items():
         weight = module.weight

@@ -14,11 +14,12 @@ from typing import Any
 
 from job.errors import Problem, environment_name
 
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "attention": ("attention",),
-    "mlp": ("mlp", "feedforward", "expert", "moe"),
+GROUPS: Mapping[str, str] = {
+    "attention": "attention",
+    "mlp": "mlp|feedforward|expert|moe(block|layer)?$",
 }
-"""Groups of layers that `JOB_LORA__TARGET_MODULES` may name: parts of the class names of the modules that hold them."""
+"""Groups of layers that `JOB_LORA__TARGET_MODULES` may name: what is found in the class names of the modules that hold
+them, in lower case. `moe` at the end alone: Qwen3MoeAttention has the name of its family."""
 DECOMPOSITIONS = ("pissa", "olora")
 """Initializations that begin with a part of the base's weights, see `decomposed_init`."""
 
@@ -162,7 +163,7 @@ def pattern_matches(key: str, name: str) -> bool:
 
 def in_group(group: str, classes: Sequence[str]) -> bool:
     """Whether a layer belongs to one of `GROUPS`, by the class names of the modules around it, innermost first."""
-    return any(part in kind.lower() for kind in classes for part in GROUPS[group])
+    return any(re.search(GROUPS[group], kind.lower()) for kind in classes)
 
 
 def described(options: AdapterOptions) -> dict[str, Any]:

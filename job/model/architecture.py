@@ -168,10 +168,15 @@ class Architecture:
         """
         return self.layers * sum(rank * sum(self.linear[name]) for name in targets)
 
-    def expert_adapter_parameters(self, rank: int) -> int:
-        """Weights of the adapters of all experts, of gate and up as one matrix, and of down."""
-        width = self.expert_width
-        return self.layers * self.experts * rank * (2 * self.hidden + 3 * width)
+    def expert_adapter_parameters(self, rank: int, layers: Sequence[int] | None = None) -> int:
+        """Weights of the adapters of all experts, of gate and up as one matrix, and of down.
+
+        Args:
+            rank: Of each.
+            layers: Numbers of the layers whose experts have one; None for all.
+        """
+        count = self.layers if layers is None else len(layers)
+        return count * self.experts * rank * (2 * self.hidden + 3 * self.expert_width)
 
 
 def read_config(config: Mapping[str, Any]) -> Architecture:

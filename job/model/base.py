@@ -432,9 +432,13 @@ def describe_model(
     model: Any, *, name: str, revision: str | None, sha256: str, added_tokens: Sequence[str] = ()
 ) -> ModelRecord:
     """The manifest's record of a PEFT model. Parameters are counted as in the unquantized model."""
+    from job.model.experts import expert_parameters, idle_experts
+    from job.model.fused.experts import adapter_of_experts
+
     adapter = sum(parameter.numel() for parameter in trainable(model).values())
     base = model.get_base_model()
     as_held, config = held(base), model.peft_config["default"]
+    idle = idle_experts(base)
     return ModelRecord(
         id=name,
         revision=revision,
@@ -446,6 +450,8 @@ def describe_model(
         parameters=base.num_parameters() - adapter,
         trainable_parameters=adapter - frozen_parameters(model),
         quantized_parameters=as_held.weights,
+        idle_parameters=round(idle * expert_parameters(base)),
+        idle_trainable_parameters=round(idle * adapter_of_experts(model)),
         adapted=sorted({*config.target_modules, *(config.target_parameters or ())}),
         added_tokens=list(added_tokens),
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _MOST = 2**31
 """Numbers of a tensor that bitsandbytes' kernels can count."""
 _THREE = 3
 _NAMES = ("gate_up_proj", "up_proj", "down_proj")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+"""What config.json calls the number of experts that a token goes to."""
 
 
 def expert_tensors(model: Any) -> Iterator[tuple[str, Any, str]]:
@@ -60,6 +63,25 @@ def packed(module: Any, name: str) -> Any:
 def quantized_experts(model: Any) -> int:
     """How many weights of experts are held in 4 bits."""
     return sum(packed(module, name).quant_state.shape.numel() for _, module, name in _all_quantized(model))
+
+
+def expert_parameters(model: Any) -> int:
+    """Weights of all experts of a model, quantized or not."""
+    return sum(_shape(module, name).numel() for _, module, name in expert_tensors(model))
+
+
+def idle_experts(model: Any) -> Fraction:
+    """Which part of its experts a token does not go to; 0 where there are none, or config.json does not say it."""
+    config = model.config.get_text_config(decoder=True)
+    chosen = next((value for name in _CHOSEN if isinstance(value := getattr(config, name, None), int)), None)
+    count = next((_shape(module, name)[0] for _, module, name in expert_tensors(model)), None)
+    return Fraction(0) if chosen is None or count is None else Fraction(count - chosen, count)
+
+
+def _shape(module: Any, name: str) -> Any:
+    """(experts, outputs, inputs), or the other way: of the values, not of packed bytes."""
+    weight = packed(module, name)
+    return module._parameters[name].shape if weight is None else weight.quant_state.shape  # noqa: SLF001
 
 
 def kinds_of(empty: Any) -> Kinds:

@@ -25,6 +25,7 @@ To add a placement: a class like `_Host`, its line in `open_source` and in `plac
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -94,6 +95,8 @@ class _Host:
         self._device = device
         self._layers: list[torch.Tensor] = []
         self._pinned: list[torch.Tensor] = []
+        # Memory that is freed while it is pinned is given to others, and copies between it and the GPU then fail.
+        weakref.finalize(self, unpin, self._pinned, device).atexit = False
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def keep(self, layer: torch.Tensor) -> int:
@@ -125,7 +128,8 @@ class _Host:
 
     def release(self) -> None:
         unpin(self._pinned, self._device)
-        self._layers, self._pinned = [], []
+        self._pinned.clear()
+        self._layers.clear()
 
 
 class _Shares:

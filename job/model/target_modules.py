@@ -38,6 +38,8 @@ def resolve_targets(model: Any, targets: Sequence[str] | str | None) -> list[str
     if not found:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
         what = f"{type(model).__name__} has no linear layers in modules of the kind {targets}; name them, of {has}"
+        if any(True for _ in expert_tensors(model)):
+            what = f"{what}; its experts get adapters by JOB_LORA__EXPERTS=true"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
     return sorted(found)
 

@@ -141,6 +141,7 @@ def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -
         optimizer=settings.train.optimizer,
         recompute=settings.train.gradient_checkpointing is not False,
         counted=seen.adapter.parameters if seen.adapter and options != PLAIN else None,
+        expert_adapter=architecture.expert_adapter_parameters(rank, options.layers) if options.experts else 0,
         dora=options.use_dora,
         bytes_beside=options.bytes_beside,
         merged_rows=2 * architecture.vocabulary if options.added_tokens else 0,

@@ -32,7 +32,8 @@ def compute_spent(results: Mapping[str, Any], recorded: Mapping[str, Any] | None
             it up.
     """
     model, dataset, training = (results[name] for name in ("model", "dataset", "training"))
-    base, adapter = model["parameters"], model["trainable_parameters"]
+    base = model["parameters"] - model.get("idle_parameters", 0)  # which older manifests lack
+    adapter = model["trainable_parameters"] - model.get("idle_trainable_parameters", 0)
     tokens = dataset["tokens"] * training["examples"] / dataset["rows"]
     referenced = dataset["tokens"] if training.get("reference") else 0
     spent = (tokens * (4 * base + 6 * adapter) + referenced * 2 * base) / PETA

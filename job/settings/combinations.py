@@ -365,6 +365,8 @@ def _experts(settings: Settings) -> Iterator[Fault]:
             yield f"lora.{name}", "is not for JOB_LORA__EXPERTS; drop one of the two"
     if settings.train.optimizer == "muon":
         yield "train.optimizer", "is muon, which would take the adapters of all experts for one matrix; take another"
+    if settings.train.compute == "fp8":
+        yield "train.compute", "is fp8, in which a mixture's experts are not computed; drop it or JOB_LORA__EXPERTS"
     if settings.export.formats:
         yield "export.formats", "cannot be made with JOB_LORA__EXPERTS: adapters of experts are not merged; drop one"
 

@@ -124,8 +124,8 @@ class Run(Group):
     seed: AffectsResult[Whole] = 0
     """Seed of every random choice."""
     grace_seconds: ExecutionOnly[Seconds] = 30
-    """Seconds between SIGTERM and SIGKILL on this platform: the time that there is for a last checkpoint. What then still
-    waits, for a store say, is ended half a second before, with exit code 75."""
+    """Seconds between SIGTERM and SIGKILL on this platform: the time that there is for a last checkpoint. A process
+    that then still waits, for a store say, ends half a second before, with exit code 75."""
     max_idle_attempts: ExecutionOnly[Count] = 5
     """Limit of attempts in a row that are stopped before the run gets any further: the last one ends with exit code 71
     instead of 75, since a platform would retry 75 without limit."""

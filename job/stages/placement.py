@@ -168,7 +168,7 @@ def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: Adapte
         return None
     named = lora.target_modules
     targets = architecture.groups[named] if isinstance(named, str) else named
-    setup = Setup(
+    return Setup(
         architecture=architecture,
         rank=lora.rank if options.adalora is None else options.adalora.init_r,
         targets=tuple(name for name in targets if name in architecture.linear),
@@ -178,7 +178,5 @@ def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: Adapte
         optimizer=train.optimizer,
         recompute=True,
         plain_experts=architecture.experts > 0 and left_plain(folder),
+        expert_adapter=architecture.expert_adapter_parameters(lora.rank) if options.experts else 0,
     )
-    if not options.experts:
-        return setup
-    return replace(setup, counted=setup.adapter + architecture.expert_adapter_parameters(lora.rank))

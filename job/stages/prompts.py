@@ -118,5 +118,6 @@ def generate_answers(
             batch_tokens=batch_tokens,
             cache=cache,
             answer=parallel.answer,
+            processes=parallel.processes.place.world_size,
             on_progress=on_progress,
         )

@@ -7,7 +7,7 @@ of its input tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +39,13 @@ class CudaGraphs:
         work: As above. Returns one tensor.
         first: Inputs for a warm-up call without recording: libraries allocate their workspaces when first called,
             which is not allowed while recording.
+        leaves: Tensors whose gradients the work computes.
 
     What a call returns is valid until the next call, which overwrites it.
     """
 
-    def __init__(self, work: Work, first: tuple[torch.Tensor, ...]) -> None:
-        self._work = work
+    def __init__(self, work: Work, first: tuple[torch.Tensor, ...], leaves: Sequence[torch.nn.Parameter] = ()) -> None:
+        self._work, self._leaves = work, leaves
         # One stream and one pool for all graphs: they never run at once, so each may use the others' memory.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
@@ -79,6 +80,7 @@ class CudaGraphs:
             torch.OutOfMemoryError: There is no memory for it; recording stays possible once there is.
         """
         graph, kept = torch.cuda.CUDAGraph(), tuple(x.clone() for x in inputs)
+        forget_accumulators(self._leaves)
         try:
             # The outer context restores the current stream, which a failed recording does not.
             with (
@@ -92,6 +94,7 @@ class CudaGraphs:
         else:
             self._recordings[shapes] = _Recording(graph, kept, output)
             return
+        _end_allocations(self._pool)
         if full:  # a new error: the caught one would keep all tensors of the failed work alive
             raise torch.OutOfMemoryError(reason)
         self.possible = False
@@ -107,3 +110,26 @@ class CudaGraphs:
             output = self._work(*inputs)
         current.wait_stream(self._stream)
         return output
+
+
+def forget_accumulators(leaves: Sequence[torch.nn.Parameter]) -> None:
+    """Has autograd make new nodes for what adds to the leaves' gradients, on the stream of their next use.
+
+    As long as anything keeps an earlier graph, its nodes are used again, on the stream on which they were made: the
+    default one, on which nothing can be recorded. Torch makes new ones for a leaf whose dtype has changed. Neither the
+    leaf's memory nor its gradient's changes, and the earlier graph adds to the same gradient.
+    """
+    for leaf in leaves:
+        data = leaf.data
+        leaf.data = data.new_empty(0, dtype=torch.float32 if data.dtype is torch.float16 else torch.float16)
+        leaf.data = data
+
+
+def _end_allocations(pool: Any) -> None:
+    """After a failed recording: tells torch's allocator that it is over, or it could free none of its memory again."""
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)  # noqa: SLF001 - as `torch.cuda.use_mem_pool` does
+    except RuntimeError:  # torch has done it, and says that there is nothing to end
+        return
+    torch._C._cuda_releasePool(device, pool)  # noqa: SLF001 - a graph whose recording has failed does not

@@ -6,7 +6,7 @@ hundreds. Nothing changes for PEFT: its parameters keep their names, shapes and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -36,6 +36,11 @@ class FlatParameters:
             view.copy_(parameter.detach())
             # Aliases: an optimizer step on `whole` is one on each parameter, and loading an adapter fills `whole`.
             parameter.data = view
+
+    @property
+    def parameters(self) -> Sequence[torch.nn.Parameter]:
+        """Those whose values and gradients lie here."""
+        return self._parameters
 
     def freeze(self, index: int, trained: torch.Tensor) -> None:
         """Marks where a parameter is trained: `trained` is 1 there and 0 elsewhere, in the parameter's shape."""

@@ -18,6 +18,7 @@ of the tokens, and they exchange them around attention (`model.fused.sequence_pa
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -80,6 +81,10 @@ class LongRows:
     loss: HeadLoss
     check: Callable[[], None] = lambda: None
     host: HostBuffers = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Pinned memory must not be freed as it is, which is what happens to one that nobody has released.
+        weakref.finalize(self, release, self.host, self.model.device).atexit = False
 
     def gradient(
         self, examples: Sequence[Example], weight: torch.Tensor, plan: ExecutionPlan, team: Team | None = None

@@ -85,6 +85,8 @@ class Setup:
     recompute: bool
     counted: int | None = None
     """The adapter's parameters, where rank and targets alone do not say it."""
+    expert_adapter: int = 0
+    """How many of them are of a mixture's experts."""
     dora: bool = False
     bytes_beside: int = 0
     """`AdapterOptions.bytes_beside`."""
@@ -108,7 +110,13 @@ class Setup:
         """Number of the adapter's parameters."""
         if self.counted is not None:
             return self.counted
-        return self.architecture.adapter_parameters(self.rank, self.targets)
+        return self.architecture.adapter_parameters(self.rank, self.targets) + self.expert_adapter
+
+    @property
+    def used_adapter(self) -> int:
+        """Those of them that a token is multiplied by: not the adapters of experts to which it does not go."""
+        a = self.architecture
+        return self.adapter - self.expert_adapter * (a.experts - a.chosen) // max(1, a.experts)
 
 
 @dataclass(frozen=True)
@@ -343,7 +351,7 @@ def training_flops(setup: Setup, tokens: int, squares: int) -> int:
     4.1.
     """
     a, again = setup.architecture, 1 if setup.recompute else 0
-    linear = (4 + 2 * again) * a.used_parameters + (6 + 2 * again) * setup.adapter + 6 * a.head_parameters
+    linear = (4 + 2 * again) * a.used_parameters + (6 + 2 * again) * setup.used_adapter + 6 * a.head_parameters
     attention = round((3.5 + again) * 2 * a.queries * a.layers * squares)
     return linear * tokens + attention
 
@@ -351,7 +359,7 @@ def training_flops(setup: Setup, tokens: int, squares: int) -> int:
 def evaluation_flops(setup: Setup, tokens: int, reads: int) -> int:
     """Operations of scoring so many tokens, at `reads` of which logits are formed: one forward pass, but attention."""
     a = setup.architecture
-    return 2 * (a.used_parameters + setup.adapter) * tokens + 2 * a.head_parameters * reads
+    return 2 * (a.used_parameters + setup.used_adapter) * tokens + 2 * a.head_parameters * reads
 
 
 def seconds(

@@ -18,6 +18,8 @@ from job.common.resources import available_bytes, main_memory
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.architecture import read_config
+from job.model.experts import quantized_experts
+from job.model.fused.experts import adapter_of_experts
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.lora import trainable
 from job.model.placed_weights import placement_of
@@ -224,6 +226,8 @@ def setup_of(model: Any, quantization: str, optimizer: str) -> Setup | None:
         optimizer=optimizer,
         recompute=True,
         counted=sum(p.numel() for p in trainable(model).values()) if _is_uneven(adapter) else None,
+        plain_experts=quantization != "none" and architecture.experts > 0 and quantized_experts(base) == 0,
+        expert_adapter=adapter_of_experts(model) if getattr(adapter, "target_parameters", None) else 0,
         dora=getattr(adapter, "use_dora", False),
         merged_rows=2 * architecture.vocabulary if adapter.trainable_token_indices else 0,
     )

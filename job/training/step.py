@@ -325,6 +325,8 @@ class OptimizerStep:
         if not graphs.possible:
             self.plan = self.plan.give_up("recorded")
             self.release()
+            del graphs
+            free_caches()  # of what was recorded
         return loss
 
     def _scaler_factor(self, device: torch.device) -> torch.Tensor | None:
@@ -457,7 +459,8 @@ class OptimizerStep:
         if self._graphs is None:
             first = padded_sequence([Example((0,), (False,))], device)
             weight = torch.tensor(0.0, device=device)
-            self._graphs = CudaGraphs(self._padded_gradient, (first.tokens, first.ends, weight))
+            leaves = self._parameters.parameters
+            self._graphs = CudaGraphs(self._padded_gradient, (first.tokens, first.ends, weight), leaves)
             shapes = self.shapes().shapes[::-1]
             for shape in shapes if self._steps.world_size > 1 else shapes[:1]:
                 blank = blank_sequence(shape, device)

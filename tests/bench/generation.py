@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,33 @@ def by_hflm(tasks: Any, model: Any, tokenizer: Any, batch_size: str) -> tuple[li
     return [sample["resps"][0][0] for sample in sorted(samples, key=lambda sample: sample["doc_id"])], seconds
 
 
+def breakdown(model: Any, answer: Callable[[], Any]) -> dict[str, float]:
+    """Where the time goes of one more call: on a GPU, how long and with how many kernels and copies it is at work."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    passes: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: passes.append(given["input_ids"].shape[0]), with_kwargs=True
+    )
+    gpu = model.device.type == "cuda"
+    if gpu:
+        with profile(activities=[ProfilerActivity.CUDA]):  # the first profile initializes the profiler
+            torch.zeros(1, device=model.device)
+            torch.cuda.synchronize()
+    began = time.monotonic()
+    with profile(activities=[ProfilerActivity.CUDA]) if gpu else nullcontext() as profiled:
+        answer()
+        seconds = time.monotonic() - began
+    hook.remove()
+    found: dict[str, float] = {"seconds": seconds, "passes": len(passes), "rows_at_most": max(passes)}
+    if profiled is not None:
+        events = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+        found |= {"gpu_seconds": sum(event.self_device_time_total for event in events) / 1e6, "kernels": len(events)}
+    return found
+
+
 def load(folder: Path, dtype: str) -> tuple[Any, Any]:
     """The same weights twice: as the job loads a base, and as a plain script does."""
     import torch
@@ -148,6 +177,7 @@ def main() -> int:
     parser.add_argument("--batch-sizes", nargs="+", help="of HFLM; default: 1 8 32 64, on a GPU 16 48")
     parser.add_argument("--batch-tokens", type=int, help="ours; default: the job's")
     parser.add_argument("--rounds", type=int, default=2, help="times everything is measured; the best counts")
+    parser.add_argument("--breakdown", action="store_true", help="one more call of both sides with torch's profiler")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of both sides")
     args = parser.parse_args()
     where = conditions()
@@ -183,15 +213,29 @@ def main() -> int:
                 answers[size], seconds = by_hflm(tasks, plain, tokenizer, size)
                 best[size] = max(best.get(size, 0.0), tokens / seconds)
                 print(f"HFLM, batch {size}: {tokens / seconds:,.0f} tokens/s", flush=True)
-    ours, speed = answers.pop(OURS), best.pop(OURS)
-    fastest = max(best, key=lambda size: best[size])
+        ours, speed = answers.pop(OURS), best.pop(OURS)
+        fastest = max(best, key=lambda size: best[size])
+        parts: dict[str, Any] = {}
+        if args.breakdown:
+            parts = {
+                OURS: breakdown(mine, lambda: by_ours(tasks, mine, tokenizer, budget)),
+                f"HFLM, batch {fastest}": breakdown(plain, lambda: by_hflm(tasks, plain, tokenizer, fastest)),
+            }
+            print(json.dumps(parts), flush=True)
     differing = {size: sum(a != b for a, b in zip(ours, found, strict=True)) for size, found in answers.items()}
     most = max(differing.values())
     rows = [
         at_least("generation", speed, best[fastest], unit="tokens/s", against=f"HFLM, batch {fastest}", goal=1),
         Row("generation, answers that differ", str(most), "0 in fp32", most / len(ours), "equal", most == 0),
     ]
-    details = {"questions": len(ours), "tokens": tokens, "ours": speed, "hflm": best, "differing": differing}
+    details = {
+        "questions": len(ours),
+        "tokens": tokens,
+        "ours": speed,
+        "hflm": best,
+        "differing": differing,
+        "breakdown": parts,
+    }
     finish(rows, {**details, "device": str(mine.device), "dtype": args.dtype, "model": args.model}, where, args.json)
     return 0
 

@@ -1,6 +1,7 @@
 """Ours beside the peers' on one GPU, in one run: `python tests/bench/gpu.py [--tiny] [SECTION ...]`.
 
-A random model of Mistral-7B's shape in NF4, Alpaca's and ARC-Easy's real lengths (`lengths.json`). Every section prints
+A random model of Mistral-7B's shape in NF4, Alpaca's and ARC-Easy's real lengths (`lengths.json`), or ARC-Easy's own
+questions, which have beginnings in common, from the files that --arc and --alpaca name. Every section prints
 a line a finding and adds it to `gpu.json` in --out ($OUT); one that fails says so and the next begins. --tiny rehearses
 all of it on a CPU.
 """
@@ -32,7 +33,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import gpu_table  # these lie beside this script
+import gpu_evaluation  # these lie beside this script
+import gpu_table
 import long_rows
 import shapes
 import torch
@@ -44,18 +46,19 @@ from job.evaluation.scorer import score_sequences
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model import packed_attention
 from job.model.base import recompute_activations
-from job.model.fused import kernels
+from job.model.fused import kernels, precise_forward
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import Kernels
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
-from job.records import PEFT, Example, ExecutionPlan, StepMetrics
+from job.records import PEFT, Example, ExecutionPlan, Question, StepMetrics
 from job.training import packing
 from job.training import step as training_step
 from job.training.config import Hooks, Recipe
 from job.training.cuda_graphs import CudaGraphs
 from job.training.execution_plan import choose_budget
 from job.training.flat_parameters import FlatParameters
+from job.training.gpu_capability import fast_kernels
 from job.training.trainer import train
 
 ON_GPU = torch.cuda.is_available()
@@ -77,6 +80,10 @@ class Bench:
     model: Any = None
     quick: bool = False
     """Whether each side is measured only in its fastest ways, for the table."""
+    texts: tuple[Path, Path] | None = None
+    """Files of ARC-Easy's questions, and of Alpaca's rows, on whose words a tokenizer is trained."""
+    asked: list[Question] | None = None
+    """What `questions` has made."""
 
     @property
     def shape(self) -> dict[str, int]:
@@ -757,12 +764,51 @@ def plain(bench: Bench) -> None:
     )
 
 
+def questions(bench: Bench) -> list[Question]:
+    """ARC-Easy's as lm-eval asks them, where --arc gives them; else random tokens of their lengths."""
+    if bench.asked is not None:
+        return bench.asked
+    if bench.texts is None:
+        bench.asked = shapes.questions(bench.shape["vocab_size"], 30 if bench.tiny else None)
+        return bench.asked
+    arc, alpaca = bench.texts
+    with tempfile.TemporaryDirectory() as folder:
+        words = [" ".join(row.values()) for row in gpu_evaluation.lines(alpaca)[: 500 if bench.tiny else 20_000]]
+        tokenizer = gpu_evaluation.make_tokenizer(Path(folder), words, bench.shape["vocab_size"])
+        bench.asked = gpu_evaluation.questions(arc, arc, tokenizer, 30 if bench.tiny else None)["0 examples"]
+    return bench.asked
+
+
+def score_texts(bench: Bench, asked: Sequence[Question]) -> None:
+    """The job's evaluation of real questions, with the adapter: in fp16, what they have in common computed once."""
+    model = adapted(bench)
+    unmake(model)
+    deterministic(on=True, fill=False)
+    model.eval()
+    way = precise_forward.precise_forward(model, torch.float16, fast_kernels(DEVICE, "float16")[0], keep=True)
+    gpu_evaluation.ours(model, asked[:200], way)
+    answers, seconds = gpu_evaluation.ours(model, asked, way)
+    (bench.out / "scores.json").write_text(json.dumps(answers))
+    bench.say(
+        "score",
+        variant="fp16",
+        budget=gpu_evaluation.BUDGET,
+        text=True,
+        questions=len(asked),
+        questions_per_second=len(asked) / seconds,
+        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
+    )
+
+
 def score(bench: Bench) -> None:
     """Our evaluation: rows of many questions, each context once. `ahead`: the next row launched before one is read.
 
     Budget: 45 s on an H200, of which the model takes 20.
     """
-    asked = shapes.questions(bench.shape["vocab_size"], 30 if bench.tiny else None)
+    asked = questions(bench)
+    if bench.texts is not None:
+        score_texts(bench, asked)
+        return
     model = adapted(bench)
     found: dict[str, list[float]] = {}
     ways = [
@@ -809,13 +855,13 @@ def hflm(bench: Bench) -> None:
     from lm_eval.models.huggingface import HFLM
 
     put_away(bench)
-    asked = shapes.questions(bench.shape["vocab_size"], 30 if bench.tiny else 400 if bench.quick else 800)
+    asked = questions(bench)[: 400 if bench.quick else 800]
     base = shapes.random_base(bench.shape, DEVICE, "sdpa")
     requests = [(("", ""), list(q.context), list(choice)) for q in asked for choice in q.choices]
     ours: Sequence[Sequence[float]] = []
     if (bench.out / "scores.json").exists():
         ours = json.loads((bench.out / "scores.json").read_text())[: len(asked)]
-    for size in ("auto", 64) if bench.quick else ("auto", 64, 32):
+    for size in (64, 128) if bench.quick else ("auto", 32, 64, 128):
         with bench.caught(f"HFLM {size}"):
             model = HFLM(
                 pretrained=base, tokenizer=shapes.tokenizer(), batch_size=size, max_length=2048, device=str(DEVICE)
@@ -829,6 +875,7 @@ def hflm(bench: Bench) -> None:
             bench.say(
                 "HFLM",
                 batch_size=size,
+                text=bench.texts is not None,
                 questions=len(asked),
                 questions_per_second=len(asked) / seconds,
                 peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
@@ -913,14 +960,20 @@ def buyers(bench: Bench) -> None:
 
 
 def long_row(bench: Bench) -> None:
-    """The gradient of a row of 64,000 tokens, layer by layer, as in `long_rows.py`. Budget: 35 s on an H200."""
+    """The gradient of a row of 64,000 tokens, layer by layer, as in `long_rows.py`, after one of 17,000 tokens.
+
+    Budget: 35 s on an H200.
+    """
     model = adapted(bench)
     prepare(model, BEST)
     model.train()
     with long_rows.few_tokens_are_long(bench.tiny):
         row = long_rows.Bench(bench.tiny, None, model, list(model.get_base_model().model.layers))
+        plan = replace(long_rows.NOW, kept_attention=True)
+        long_rows.step_of(row, row.size(17_000), plan, None)[0](0)
+        clean()
         tokens = row.size(64_000)
-        step, _, _ = long_rows.step_of(row, tokens, replace(long_rows.NOW, kept_attention=True), None)
+        step, _, _ = long_rows.step_of(row, tokens, plan, None)
         try:
             sync()
             began = time.perf_counter()
@@ -928,6 +981,7 @@ def long_row(bench: Bench) -> None:
             seconds = time.perf_counter() - began
             bench.say(
                 "long row",
+                full_attention=model.config.sliding_window is None,
                 tokens=tokens,
                 seconds=seconds,
                 tokens_per_second=tokens / seconds,
@@ -1043,8 +1097,9 @@ def unsloth(bench: Bench) -> None:
     # Its own versions of packages, and none of the job's.
     environ = os.environ | {"PYTHONPATH": given} if packages else dict(os.environ)
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    (bench.out / "unsloth.log").write_text(f"{done.stdout}\n{done.stderr}")
     for line in done.stdout.splitlines():
-        if line.startswith("{"):
+        if line.startswith('{"what"'):  # the trainer's own log has braces too
             entry = json.loads(line)
             what = entry.pop("what")
             bench.say("Unsloth's machine" if what == "machine" else what, **entry)
@@ -1079,12 +1134,17 @@ def main() -> int:
     parser.add_argument("--add", action="store_true", help="to the findings that lie in --out")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=540, help="no section begins later than this")
+    parser.add_argument("--arc", type=Path, help="ARC-Easy's test questions, JSON lines; with --alpaca")
+    parser.add_argument("--alpaca", type=Path, help="Alpaca's rows, JSON lines")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", tempfile.gettempdir())))
     given = parser.parse_args()
     began = time.monotonic()
     kept = given.out / "gpu.json"
     findings = json.loads(kept.read_text()) if given.add and kept.exists() else []
-    bench = Bench(given.tiny, given.out, given.steps, findings, quick=given.buyers)
+    if (given.arc is None) != (given.alpaca is None):
+        parser.error("--arc and --alpaca are given together")
+    texts = None if given.arc is None else (given.arc, given.alpaca)
+    bench = Bench(given.tiny, given.out, given.steps, findings, quick=given.buyers, texts=texts)
     for name in given.sections or (BUYERS if given.buyers else SECTIONS):
         if time.monotonic() - began > given.seconds and name != "table":
             bench.say("skipped", section=name)

@@ -353,7 +353,6 @@ def build(bench: Bench) -> None:
         return
     began = time.perf_counter()
     base = shapes.random_base(bench.shape, DEVICE, packed_attention.NAME)
-    base.config.sliding_window = None
     model = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0)
     with torch.no_grad():  # a fresh adapter is zero on one side, which hides errors
         for parameter in trainable(model).values():
@@ -597,6 +596,9 @@ def run_sections(bench: Bench, given: argparse.Namespace, began: float) -> None:
             say("skipped", section=name)
             continue
         start = time.monotonic()
+        # What an error of the section before has kept is free by now. Its model too: this one begins in a clean memory.
+        bench.model, bench.all_layers = None, []
+        clean()
         with caught(name):
             SECTIONS[name](bench)
         say("section", name=name, seconds=time.monotonic() - start)

@@ -34,11 +34,12 @@ LENGTHS = json.loads(Path(__file__).with_name("lengths.json").read_text())
 def random_base(shape: dict[str, int], device: torch.device, attention: str) -> Any:
     """A random Mistral in bf16 whose layers are quantized as the job's are: NF4 with double quantization.
 
-    Made in place, without a file: what transformers would do while loading, at a fraction of the time.
+    Made in place, without a file: what transformers would do while loading, at a fraction of the time. Attention has no
+    window, as in Mistral-7B-v0.3.
     """
     from transformers import MistralConfig
 
-    config = MistralConfig(**shape, sliding_window=4096, attn_implementation=attention, use_cache=False)
+    config = MistralConfig(**shape, sliding_window=None, attn_implementation=attention, use_cache=False)
     return quantized(config, device)
 
 

@@ -52,7 +52,7 @@ def write_model(folder: Path, shape: dict[str, int]) -> None:
     """A random Mistral in bf16, with a tokenizer that knows the special tokens."""
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if ON_GPU else "cpu"):
-        model = MistralForCausalLM(MistralConfig(**shape, sliding_window=4096, torch_dtype="bfloat16"))
+        model = MistralForCausalLM(MistralConfig(**shape, sliding_window=None, torch_dtype="bfloat16"))
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="4GB")
     shapes.tokenizer().save_pretrained(folder)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, in whi
 from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
+from job.model import placed_weights
 from job.model.base import load_base, make_deterministic
 from job.model.fused import fp8, kernels
 from job.model.fused.frozen_weights import fuse_layers
@@ -242,6 +245,7 @@ def long_rows(folder: Path) -> None:
         ids = torch.randint(3, 1000, (length,), generator=draw).tolist()
         data.append(Example(tuple(ids), (False, *[True] * (length - 1))))
     how, bits, seen = replace(recipe(6, 1024), global_batch_size=4, save_every_steps=1), [], set()
+    recorded = []
     for name, stops in (("whole", [0]), ("again", [0]), ("resumed", [3, 0])):
         resume = None
         for stop in stops:
@@ -259,12 +263,15 @@ def long_rows(folder: Path) -> None:
                 offload=resume is not None,
             )
             seen.add((plan.forward, plan.attention, plan.offloaded))
-            _, saved = go(
+            trained, saved = go(
                 model, data, how, folder / f"long-{name}", recompute=True, stop_after=stop, resume=resume, plan=plan
             )
+            recorded.append((plan.recorded, trained.plan.recorded))
             resume = saved[-1]
         bits.append([p.detach().clone() for p in trainable(model).values()])
     say("long rows", plans=sorted(map(str, seen)))
+    # Rows of every step are mixed, so graphs are recorded after a long row, too.
+    say("long rows", recorded_before_and_after=recorded, right=all(begun and ended for begun, ended in recorded))
     for name, other in (("twice", bits[1]), ("resumed", bits[2])):
         say("long rows", run=name, identical=all(torch.equal(a, b) for a, b in zip(bits[0], other, strict=True)))
 
@@ -319,6 +326,7 @@ def fp8_ways(folder: Path) -> None:
     bits: dict[str, list[torch.Tensor]] = {}
     for way, (plan, place, stops) in ways.items():
         resume, began, trained = None, time.monotonic(), None
+        say("fp8 begins", way=way)
         for stop in stops:
             model = load(small, dropout=0.1, place=place)
             fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kit, fp8=True)
@@ -327,6 +335,7 @@ def fp8_ways(folder: Path) -> None:
             trained, saved = go(model, data, how, where, recompute=False, stop_after=stop, resume=resume, plan=plan)
             resume = saved[-1]
         bits[way] = [p.detach().cpu().clone() for p in trainable(model).values()]
+        placed_weights.release(model)
         other = bits["unpadded" if way.startswith("unpadded") else "recorded"]
         same = all(torch.equal(a, b) for a, b in zip(bits[way], other, strict=True))
         ended, losses = trained.plan, [round(m.loss, 4) for m in trained.history]
@@ -426,7 +435,17 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         for name in [word for word in sys.argv[1:] if word != "--tiny"] or parts:
-            parts[name](Path(folder))
+            try:
+                parts[name](Path(folder))
+            except RuntimeError as error:
+                # The line that raises an error of CUDA need not be the one that made it: once more, waiting each time.
+                if TINY or "CUDA_LAUNCH_BLOCKING" in os.environ:
+                    raise
+                traceback.print_exc()
+                say("failed", part=name, error=str(error)[:300])
+                environ = os.environ | {"CUDA_LAUNCH_BLOCKING": "1"}
+                subprocess.run([sys.executable, __file__, name], env=environ, check=False)
+                return 1
     return 0
 
 

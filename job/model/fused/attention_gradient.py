@@ -14,8 +14,9 @@ Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), algorithm 2, with its two
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -221,7 +222,7 @@ def attention_gradient(
         by_query: Tiles of the kernel for queries.
     """
     # Here and not once: the allocator is the calling thread's, and autograd has threads of its own.
-    triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=query.device))
+    triton.set_allocator(allocator(query.device))
     tokens, heads, size = query.shape
     tensors = [x if _is_aligned(x) else x.contiguous() for x in (query, key, value, gradient)]
     out = out if out.stride(2) == 1 else out.contiguous()
@@ -250,6 +251,16 @@ def attention_gradient(
             **_options(by_query),
         )
     return found[0], found[1], found[2]
+
+
+def allocator(device: torch.device) -> Callable[[int, int, Any], torch.Tensor]:
+    """Gives Triton the memory that a launch needs.
+
+    Triton keeps it until it is given another one. So it must refer to no tensor: one of a row would keep the row's
+    autograd graph, with the nodes that add to the adapter's gradient, and a CUDA graph that uses those again cannot be
+    recorded (`training.cuda_graphs`).
+    """
+    return lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=device)
 
 
 def _is_aligned(x: torch.Tensor) -> bool:

@@ -267,6 +267,13 @@ def fused_experts(model: Any) -> Iterator[FusedExperts]:
     return (found for module in model.modules() if (found := module.__dict__.get("fused_experts")) is not None)
 
 
+def adapter_of_experts(model: Any) -> int:
+    """How many numbers of a PEFT model's adapter are of experts."""
+    wrappers = {wrapper for chain in _wrappers(model) for wrapper in chain}
+    parts = (part for wrapper in wrappers for part in (wrapper.lora_A, wrapper.lora_B))
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+
 def _fused(
     module: Any,
     dtype: torch.dtype,

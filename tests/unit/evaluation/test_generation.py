@@ -113,6 +113,32 @@ def test_a_model_that_cannot_be_packed_answers_one_prompt_at_a_time(
     assert generate(own, tokenizer, PROMPTS, **how) == together
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_batch_read_in_several_passes_says_the_same(
+    base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, *, fused: bool
+) -> None:
+    """As on a GPU: the prompts are read in groups, then all get their tokens together, in a cache that grows."""
+    own = fill_adapter(make_model(base_folder)).eval() if fused else model(base_folder)
+    expected = [by_the_book(own, tokenizer, prompt) for prompt in PROMPTS]
+    if fused:
+        assert fuse_layers(own, keep_dequantized=False, kernels=TORCH) == "all"
+    monkeypatch.setattr("job.evaluation.generation._cache_tokens", lambda _: 10_000)
+    monkeypatch.setattr("job.evaluation.key_value_cache.RESERVED_TOKENS", 3)
+    passes: list[tuple[int, ...]] = []
+
+    def see(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        passes.append(tuple(given["input_ids"].shape))
+
+    hook = own.register_forward_pre_hook(see, with_kwargs=True)
+    found = generate(own, tokenizer, PROMPTS, max_new_tokens=NEW, batch_tokens=45)
+    hook.remove()
+    assert [answer.text for answer in found] == expected
+    reading = [shape for shape in passes if shape[1] > 1]
+    assert len(reading) > 1
+    assert sum(rows for rows, _ in reading) == len(PROMPTS)
+    assert passes[len(reading)] == (len(PROMPTS), 1)
+
+
 def test_processes_share_the_batches(base_folder: Path, tokenizer: Any) -> None:
     """Each of two answers its own half, and process 0 returns what one process alone would, also of what is drawn."""
     own = model(base_folder)
@@ -285,6 +311,17 @@ def test_batches_hold_every_prompt_once_within_the_budget(lengths: list[int], ne
             assert len(batch) * (longest + new) <= CACHE_BATCHES * budget
     order = [lengths[number] for batch in batches for number in batch]
     assert order == sorted(order, reverse=True)
+
+
+def test_larger_batches_stay_within_the_cache_and_leave_each_process_one() -> None:
+    """Of a GPU with memory for them; the usual ones where those are larger."""
+    lengths = [100] * 48
+    assert list(map(len, plan_batches(lengths, 100, 1000))) == [10, 10, 10, 10, 8]
+    assert list(map(len, plan_batches(lengths, 100, 1000, cache_tokens=10**6))) == [48]
+    assert list(map(len, plan_batches(lengths, 100, 1000, cache_tokens=6400))) == [32, 16]
+    assert list(map(len, plan_batches(lengths, 100, 1000, cache_tokens=100))) == [10, 10, 10, 10, 8]
+    assert list(map(len, plan_batches(lengths, 100, 1000, cache_tokens=10**6, processes=3))) == [16, 16, 16]
+    assert max(map(len, plan_batches([1] * 600, 100, 10, cache_tokens=10**6))) == 256
 
 
 def test_what_is_drawn_follows_the_softmax() -> None:

@@ -14,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.evaluation.scoring import _pack, plan_sequences, score_sequence, tokens_of
+from job.model.fused.kernels import TORCH
+from job.model.fused.precise_forward import precise_forward, why_not_precise
 from job.model.packed_attention import build_layout
 from job.records import ChoiceScore, Question
-from tests.helpers import fill_adapter, make_model
+from tests.families.models import make_model as make_family
+from tests.helpers import fill_adapter, load_plain, make_model
 
 TOKENS = st.lists(st.integers(3, 399), min_size=1, max_size=30).map(tuple)
 QUESTIONS = st.lists(st.builds(Question, TOKENS, st.lists(TOKENS, min_size=1, max_size=5).map(tuple)), max_size=30)
@@ -148,3 +151,39 @@ def test_the_packed_sequence_holds_every_path(questions: list[Question]) -> None
                 assert packed.targets[at] == target
                 at += 1
     assert len(set(packed.reads)) == len(packed.reads)
+
+
+def nested_questions(seed: int) -> list[Question]:
+    """Questions that begin with others, with their choices or in their middle; and choices that begin with others."""
+    chance = random.Random(seed)
+
+    def tokens(most: int) -> tuple[int, ...]:
+        return tuple(chance.randrange(3, 8) for _ in range(chance.randint(1, most)))
+
+    stem = (0, *tokens(70))
+    questions = [Question((0,), (tokens(3), stem[1:]))]
+    for _ in range(5):
+        before = chance.choice(questions)
+        context = chance.choice([before.context + chance.choice(before.choices), stem[: chance.randint(1, len(stem))]])
+        first = tokens(4)
+        questions.append(Question(context, (first, first + tokens(2), tokens(40), first)))
+    return [*questions, questions[-1]]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_questions_within_questions_score_as_they_do_alone(tmp_path: Path, family: str) -> None:
+    """By the model's code and by the pass written by hand; with windows that are smaller than a path, too."""
+    from transformers import AutoModelForCausalLM
+
+    make_family(family, tmp_path, **({"sliding_window": 8} if family == "mistral" else {}))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    base = load_plain(tmp_path)
+    assert why_not_precise(base) == ""
+    for seed in range(2):
+        questions = nested_questions(seed)
+        expected = [[alone(plain, q.context, choice) for choice in q.choices] for q in questions]
+        for forward in (None, precise_forward(base, torch.float32, TORCH, keep=False)):
+            for scores, wanted in zip(score_sequence(base, questions, forward), expected, strict=True):
+                likelihoods = [[choice.log_likelihood for choice in side] for side in (scores, wanted)]
+                assert likelihoods[0] == pytest.approx(likelihoods[1], abs=1e-4)
+                assert [choice.greedy for choice in scores] == [choice.greedy for choice in wanted]

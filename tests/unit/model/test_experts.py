@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from job.export.merge import DEQUANTIZED, ORIGINAL, candidates
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import AdapterOptions
 from job.model.architecture import read_config
-from job.model.base import held, inspect, recompute_activations
+from job.model.base import describe_model, held, inspect, recompute_activations
 from job.model.experts import expert_tensors, left_plain, packed, quantized_experts
 from job.model.fused.frozen_weights import forget_dequantized, fuse_layers
 from job.model.fused.kernels import TORCH
@@ -28,8 +28,11 @@ from job.model.packing_check import choose_packing
 from job.model.placed_loading import save_quantized
 from job.model.placed_weights import placement_of, taking_part
 from job.model.published_names import find_published_names
+from job.model.target_modules import resolve_targets
+from job.results.compute import PETA, compute_spent
 from job.training.lm_head_loss import losses_of
-from job.training.memory_model import Setup, weight_bytes
+from job.training.memory_model import Setup, training_flops, weight_bytes
+from job.training.prepare import setup_of
 from tests.families.models import make_model
 from tests.helpers import fill_adapter, load_plain, make_examples
 
@@ -226,7 +229,7 @@ def bytes_of(base: Any) -> int:
     return found
 
 
-def setup_of(base: Any) -> Setup:
+def with_attention(base: Any) -> Setup:
     """The formulas' input, with an adapter on attention."""
     a = read_config(base.config.to_dict())
     return Setup(
@@ -251,24 +254,71 @@ def test_a_base_published_quantized_keeps_its_experts(bases: dict[str, Path], tm
     assert not left_plain(bases["mixtral"])
     base = load(tmp_path, dtype=torch.bfloat16)
     assert quantized_experts(base) == 0
-    setup = replace(setup_of(base), plain_experts=True)
+    setup = replace(with_attention(base), plain_experts=True)
     assert weight_bytes(setup) == pytest.approx(bytes_of(base), rel=0.02)
     assert weight_bytes(replace(setup, plain_experts=False)) < 0.7 * weight_bytes(setup)
-    assert all(bool(one.isfinite().all()) for one in results(with_adapter(base)))
+    found = setup_of(model := with_adapter(base), "nf4", "adamw")
+    assert found is not None
+    assert found.plain_experts
+    assert all(bool(one.isfinite().all()) for one in results(model))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_the_forecast_counts_their_bytes(bases: dict[str, Path], family: str) -> None:
     """Weights of the base as it is held, and numbers of an adapter of experts."""
     base = load(bases[family], dtype=torch.bfloat16)
-    setup = setup_of(base)
+    setup = with_attention(base)
     a = setup.architecture
     assert quantized_experts(base) == a.layers * a.expert_parameters
     assert weight_bytes(setup) == pytest.approx(bytes_of(base), rel=0.02)
     assert a.parameters == pytest.approx(base.num_parameters(), rel=0.01)  # norms of heads are not counted
-    numbers = sum(parameter.numel() for parameter in trainable(with_experts(base)).values())
+    model = with_experts(base)
+    numbers = sum(parameter.numel() for parameter in trainable(model).values())
     assert setup.adapter + a.expert_adapter_parameters(6) == numbers
     assert a.used_parameters < a.linear_parameters
+    found = setup_of(model, "nf4", "adamw")
+    assert found is not None
+    assert not found.plain_experts
+    assert (found.adapter, found.expert_adapter) == (numbers, a.expert_adapter_parameters(6))
+
+
+def test_a_token_costs_the_adapters_of_its_experts_alone() -> None:
+    """Operations of Qwen3-30B-A3B: 8 of 128 experts are used, of the base and of the adapter."""
+    config = {"model_type": "qwen3_moe", "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936}
+    a = read_config(config | {"num_experts": 128, "num_experts_per_tok": 8})
+    assert a.parameters / 1e9 == pytest.approx(30.5, abs=0.05)  # as published, with 3.3 used for a token
+    used = a.used_parameters + 2 * a.head_parameters + 48 * 128 * 2048
+    assert used / 1e9 == pytest.approx(3.35, abs=0.05)
+    how: dict[str, Any] = {"rank": 16, "targets": tuple(a.attention), "quantization": "nf4", "optimizer": "adamw"}
+    plain = Setup(a, double_quantization=True, value_bytes=2, recompute=False, **how)
+    for layers, count in ((None, 48), ((3, 4), 2)):
+        experts = a.expert_adapter_parameters(16, layers)
+        assert experts == count * 128 * 16 * (2048 + 1536 + 768 + 2048)
+        more = training_flops(replace(plain, expert_adapter=experts), 100, 0) - training_flops(plain, 100, 0)
+        assert more == 6 * experts * 8 // 128 * 100
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_manifest_says_how_many_parameters_are_idle(bases: dict[str, Path], quantization: str) -> None:
+    """2 of 4 experts are used for a token, of the base and of its adapter, and operations are counted by it."""
+    how: dict[str, Any] = {"name": "x", "revision": None, "sha256": "0"}
+    model = with_experts(load(bases["qwen3_moe"], quantization=quantization))
+    found = describe_model(model, **how)
+    a = read_config(model.config.to_dict())
+    assert found.idle_parameters == a.linear_parameters - a.used_parameters > 0
+    assert found.idle_trainable_parameters == a.expert_adapter_parameters(6) // 2
+    results = {
+        "model": asdict(found),
+        "dataset": {"tokens": 10, "rows": 1},
+        "training": {"examples": 1},
+        "settings": {},
+    }
+    used = found.parameters - found.idle_parameters
+    trained = found.trainable_parameters - found.idle_trainable_parameters
+    assert compute_spent(results)["training_pflop"] == 10 * (4 * used + 6 * trained) / PETA
+    gpt_oss = describe_model(with_adapter(load(bases["gpt_oss"])), **how)
+    assert (gpt_oss.idle_parameters > 0, gpt_oss.idle_trainable_parameters) == (True, 0)
 
 
 def test_a_merge_takes_the_original_experts(bases: dict[str, Path]) -> None:
@@ -279,3 +329,14 @@ def test_a_merge_takes_the_original_experts(bases: dict[str, Path]) -> None:
     assert "experts" in found.only
     with pytest.raises(SettingsError, match=r"JOB_EXPORT__MERGE_ONTO.*experts"):
         candidates(model, bases["mixtral"], DEQUANTIZED)
+    with pytest.raises(SettingsError, match=r"adapter is on experts, too \(JOB_LORA__EXPERTS\)"):
+        candidates(with_experts(load(bases["mixtral"])), bases["mixtral"], ORIGINAL)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_mixture_has_no_linear_feed_forward_layers(bases: dict[str, Path], family: str) -> None:
+    """The layers of attention are not taken for such because their class has the family's name, with `Moe` in it."""
+    with pytest.raises(SettingsError, match=r"no linear layers in modules of the kind mlp.*JOB_LORA__EXPERTS=true"):
+        inspect(bases[family], max_length=64, targets="mlp")
+    _, empty = inspect(bases[family], max_length=64, targets="attention")
+    assert resolve_targets(empty, "attention") == ["k_proj", "o_proj", "q_proj", "v_proj"]

@@ -16,6 +16,7 @@ from job.distributed.processes import ALONE
 from job.distributed.ranks import Place
 from job.errors import SettingsError
 from job.export.merge import release
+from job.model import placed_weights
 from job.model.adapter_options import AdapterOptions
 from job.model.base import held, recompute_activations
 from job.model.fused.frozen_weights import dequantized, dequantizer, fuse_layers
@@ -257,3 +258,17 @@ def test_computing_outside_is_an_error(folder: Path) -> None:
     model = load(folder, "sharded")
     with pytest.raises(RuntimeError, match="outside of `taking_part`"):
         run(model)
+
+
+def test_pinned_memory_that_nobody_releases_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is freed: whoever got it next could not copy between it and the GPU."""
+    given_back: list[int] = []
+    monkeypatch.setattr(placed_weights, "unpin", lambda memories, _: given_back.extend(map(len, memories)))
+    for released in (False, True):
+        given_back.clear()
+        host = placed_weights._Host(torch.device("cpu"))
+        host._pinned.append(torch.zeros(3))
+        if released:
+            host.release()
+        del host
+        assert given_back == [3]

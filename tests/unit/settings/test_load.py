@@ -571,6 +571,7 @@ class TestAdapters:
     def test_adapters_of_experts_are_plain(self) -> None:
         """What PEFT does not have for them is refused, and so is what would need a merge."""
         given = {"JOB_LORA__DROPOUT": "0.1", "JOB_LORA__USE_DORA": "1", "JOB_EXPORT__FORMATS": "merged"}
+        given |= {"JOB_TRAIN__COMPUTE": "fp8"}
         found = problems([], {"JOB_LORA__EXPERTS": "true"} | given)
         assert set(found) == {f"{name} (environment)" for name in given}
         assert load_settings([], {"JOB_LORA__EXPERTS": "true"}).lora.experts

@@ -30,8 +30,14 @@ class Stream:
         """What torch's does."""
 
 
+@pytest.fixture
+def ended() -> list[tuple[Any, ...]]:
+    """What torch's allocator has been told about failed recordings."""
+    return []
+
+
 @pytest.fixture(autouse=True)
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+def recorded(monkeypatch: pytest.MonkeyPatch, ended: list[tuple[Any, ...]]) -> list[Graph]:
     """Stands in for torch's recorder; returns the recordings that were begun."""
     begun: list[Graph] = []
 
@@ -46,6 +52,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *x, name=name: ended.append((name, *x)), raising=False)
     return begun
 
 
@@ -75,8 +84,8 @@ def test_what_is_prepared_is_recorded_and_not_done(recorded: list[Graph]) -> Non
     assert [graph.replayed for graph in recorded] == [1]
 
 
-def test_what_cannot_be_recorded_is_done_all_the_same(recorded: list[Graph]) -> None:
-    """The first failure ends the attempts; every call then does its work itself."""
+def test_what_cannot_be_recorded_is_done_all_the_same(recorded: list[Graph], ended: list[tuple[Any, ...]]) -> None:
+    """The first failure ends the attempts; every call then does its work itself, and the memory can be freed."""
     calls: list[float] = []
 
     def work(x: torch.Tensor) -> torch.Tensor:
@@ -91,6 +100,33 @@ def test_what_cannot_be_recorded_is_done_all_the_same(recorded: list[Graph]) -> 
     assert calls == [0, -1, 1, 2, 3]
     assert not replayed.possible
     assert len(recorded) == 1
+    assert ended == [("_cuda_endAllocateToPool", 0, 0), ("_cuda_releasePool", 0, 0)]
+
+
+def test_a_graph_that_something_keeps_does_not_decide_the_stream() -> None:
+    """A recording's backward pass adds by new nodes; the gradients and what is trained stay where they are."""
+    leaf = torch.nn.Parameter(torch.ones(2))
+    leaf.grad = torch.zeros(2)
+    places = leaf.data_ptr(), leaf.grad.data_ptr()
+
+    def node(leaf: torch.nn.Parameter) -> Any:
+        return leaf.expand_as(leaf).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+    kept = (leaf * 2).sum()
+    node(leaf).metadata["made"] = "before"
+    found: list[Any] = []
+
+    def work(factor: torch.Tensor) -> torch.Tensor:
+        loss = (leaf * factor).sum()
+        found.append(dict(node(leaf).metadata))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    CudaGraphs(work, (torch.ones(2),), [leaf])(torch.ones(2))
+    assert found == [{"made": "before"}, {}]
+    kept.backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad.tolist() == [4, 4]
+    assert (leaf.data_ptr(), leaf.grad.data_ptr()) == places
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

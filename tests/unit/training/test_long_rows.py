@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -100,6 +101,32 @@ def test_where_activations_wait_changes_no_bit(base_folder: Path, dtype: torch.d
     ]
     assert all(torch.equal(found[0][0], loss) for loss, _ in found)
     assert all(torch.equal(a, b) for _, other in found for a, b in zip(found[0][1], other, strict=True))
+
+
+def test_no_autograd_graph_outlives_the_row(base_folder: Path) -> None:
+    """Wherever activations wait: a CUDA graph that is recorded next could not use the same nodes."""
+    model = fused(base_folder)
+
+    def nodes() -> list[Any]:
+        return [p.expand_as(p).grad_fn.next_functions[0][0] for p in trainable(model).values()]
+
+    def are_kept() -> bool:
+        for node in nodes():
+            node.metadata["made"] = "before"
+        del node
+        return any(node.metadata for node in nodes())
+
+    graph = next(iter(trainable(model).values())) * 2
+    assert are_kept()
+    del graph
+    gc.disable()  # nor may it wait to be collected
+    try:
+        for offloaded in (False, True):
+            for kept in (False, True):
+                computed(model, EXAMPLES[-1:], replace(PLAN, offloaded=offloaded, kept_attention=kept))
+                assert not are_kept()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("place", ["host", "sharded"])

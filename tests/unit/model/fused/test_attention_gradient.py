@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from job.model import fused
 from job.model.fused.long_attention import CpuKernel
 from job.model.packed_attention import Segment, build_layout
 
@@ -43,3 +50,34 @@ def test_gradients_are_those_of_torch(ends: tuple[int, ...]) -> None:
             )
             for one, other in zip(found, expected, strict=True):
                 assert (one.cpu() - other).norm() <= close * other.norm()
+
+
+def test_what_triton_keeps_refers_to_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator that Triton is given stays with it; a row's autograd graph is freed all the same."""
+
+    class Kernel:
+        def __getitem__(self, _grid: Any) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    kept: list[Any] = []
+    stub = SimpleNamespace(
+        jit=lambda *functions, **_: Kernel() if functions else lambda _: Kernel(),
+        cdiv=lambda number, by: -(-number // by),
+        set_allocator=kept.append,
+        language=SimpleNamespace(constexpr=float),
+    )
+    monkeypatch.setitem(sys.modules, "triton", stub)
+    attention_gradient = runpy.run_path(str(Path(fused.__file__).with_name("attention_gradient.py")))[
+        "attention_gradient"
+    ]
+    trained = torch.nn.Parameter(torch.ones(20, 2, 16))
+
+    def node() -> Any:
+        return trained.expand_as(trained).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+    query, x = trained * 2, torch.ones(20, 2, 16)
+    node().metadata["made"] = "by the row"
+    attention_gradient(x, query, x, x, x, torch.ones(2, 20), segments=[(0, 20)], scale=1.0, window=None)
+    del query
+    assert not node().metadata
+    assert kept[0](3, 1, None).shape == (3,)

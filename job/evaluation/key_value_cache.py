@@ -1,0 +1,84 @@
+"""Keys and values of a batch of answers, in memory that is allocated for many tokens at a time.
+
+transformers' `DynamicLayer` concatenates: each token copies the keys and values of all before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+RESERVED_TOKENS = 256
+"""Memory is allocated for so many tokens: an answer may be allowed thousands and end after some dozens."""
+
+
+class ReservedLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's keys and values, (rows, heads, tokens, width) each, with memory for the tokens to come.
+
+    Args:
+        read: Layers that have read the batch's prompts, some rows each, in order; they are empty afterwards.
+        longest: Tokens to which the prompts are padded, with zeros in front.
+    """
+
+    def __init__(self, read: Sequence[DynamicLayer], longest: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = read[0].dtype, read[0].device, True
+        self._reserved = [
+            _joined([layer.keys for layer in read], longest),
+            _joined([layer.values for layer in read], longest),
+        ]
+        for layer in read:
+            layer.keys = layer.values = None  # frees them, although the caller still holds the layers
+        self._show(longest)
+
+    def _show(self, tokens: int) -> None:
+        self.keys, self.values = (reserved[:, :, :tokens] for reserved in self._reserved)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """Appends (rows, heads, new tokens, width) each; returns all keys and all values."""
+        before = self.keys.shape[-2]
+        after = before + key_states.shape[-2]
+        if after > self._reserved[0].shape[2]:
+            self._reserved = [
+                pad(reserved, (0, 0, 0, max(RESERVED_TOKENS, after - before))) for reserved in self._reserved
+            ]
+        for reserved, states in zip(self._reserved, (key_states, value_states), strict=True):
+            reserved[:, :, before:after] = states
+        self._show(after)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows."""
+        tokens = self.keys.shape[-2]
+        self._reserved = [reserved[indices] for reserved in self._reserved]
+        self._show(tokens)
+
+
+def can_be_reserved(cache: DynamicCache) -> bool:
+    """Whether `reserve` works: a sliding window's layers, for instance, drop tokens and cannot be padded afterwards."""
+    return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def reserve(caches: Sequence[DynamicCache], longest: int) -> DynamicCache:
+    """One cache of all rows; arguments as for `ReservedLayer`."""
+    whole = caches[0]
+    # Layer by layer, each freed where it was: the keys and values of one layer alone are in memory twice.
+    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        if layers[0].is_initialized:  # not those that use the keys and values of another layer
+            whole.layers[number] = ReservedLayer(layers, longest)
+    return whole
+
+
+def _joined(parts: Sequence[torch.Tensor], longest: int) -> torch.Tensor:
+    """(rows of all parts, heads, longest + RESERVED_TOKENS, width); zeros in front, which no token attends to."""
+    rows, (_, heads, _, width) = sum(len(part) for part in parts), parts[0].shape
+    whole = parts[0].new_zeros(rows, heads, longest + RESERVED_TOKENS, width)
+    start = 0
+    for part in parts:
+        whole[start : start + len(part), :, longest - part.shape[-2] : longest] = part
+        start += len(part)
+    return whole
