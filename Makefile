@@ -5,13 +5,16 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: run run-dpo test test-long check format lock chaos standstill servers damage hostile families bench image image-test registry-test clean bench-gpu
+.PHONY: help run run-dpo test test-long check format lock chaos standstill servers damage hostile families bench image image-test registry-test clean bench-gpu
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
 
 run-dpo: $(STAMP)  ## the demo of learning preferences, by DPO: results in runs/<run id>/
 	JOB_PRESET=demo-dpo $(BIN)/python -m job
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
 
 test: $(STAMP)  ## the tests, three at a time: they wait for other processes a third of the time
 	$(BIN)/python -m pytest -n 3 -q -m "not long"

@@ -23,6 +23,7 @@ DECISIONS = sorted((ROOT / ".github/decisions").glob("0*.md"))
 PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *DECISIONS]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCKER = (ROOT / "infra/docker/README.md").read_text(encoding="utf-8")
+STORES = (ROOT / "infra/storage/README.md").read_text(encoding="utf-8")
 
 
 def test_exit_codes_in_the_readme() -> None:
@@ -55,9 +56,10 @@ def test_the_published_claim_in_the_readme() -> None:
 
 
 def test_settings_in_the_documents() -> None:
-    """Every `JOB_` name in a README, and in what lies beside Docker's, is a setting."""
+    """Every `JOB_` name in the READMEs of the project, Docker and the stores, and in Docker's files, is a setting."""
     known = {environment_name(name) for name in NAMES} | {"JOB_CONFIG", "JOB_SECRETS_DIR", "JOB_GROUP__NAME"}
-    texts = [README, DOCKER, *(path.read_text(encoding="utf-8") for path in (ROOT / "infra/docker").glob("*.yaml"))]
+    files = (ROOT / "infra/docker").glob("*.yaml")
+    texts = [README, DOCKER, STORES, *(path.read_text(encoding="utf-8") for path in files)]
     assert {name for text in texts for name in re.findall(r"JOB_[A-Z_]+[A-Z]", text)} <= known
 
 
@@ -120,6 +122,15 @@ def test_paths_in_the_documents(path: Path) -> None:
     missing = [name for name in named_paths(path.read_text(encoding="utf-8")) if not (ROOT / name).exists()]
     assert not missing
     assert path.name[:2] == "00" or named_paths(path.read_text(encoding="utf-8"))
+
+
+def test_links_within_the_readme() -> None:
+    """Every link to a section of the README leads to a heading."""
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(#([^)]+)\)", README)
+    assert links
+    assert set(links) <= anchors
 
 
 def test_where_to_change_what() -> None:

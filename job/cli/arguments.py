@@ -67,7 +67,7 @@ class Command:
 
 
 def _format(*choices: str) -> Argument:
-    return Argument("--format", "output format (default: the first)", choices=choices)
+    return Argument("--format", f"output format (default: {choices[0]})", choices=choices)
 
 
 _KEY = Argument("--key", "public key of the signer (PEM): a run without its signature does not verify", metavar="FILE")

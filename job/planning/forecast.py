@@ -234,6 +234,8 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     if run.setup is None:
         return
     setup, basis = run.setup, run.setup_basis
+    if len(run.placements) == 1 and run.placements[0] != "gpu":
+        setup = replace(setup, placement=run.placements[0], processes=run.processes)
     both = _weaker(run.setup_basis, run.workload_basis)
     yield Estimate("base parameters", setup.architecture.parameters, "", basis)
     yield Estimate("adapter parameters", setup.adapter, "", basis)
@@ -257,7 +259,9 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis), note)
     held = _training_memory(replace(run, divide=False), setup, run.micro_batch)
     bits = "NF4, " if setup.quantization == "nf4" else ""
-    yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
+    elsewhere = {"sharded": f"; layers sharded over {run.processes} GPUs", "host": "; layers in main memory"}
+    where = elsewhere.get(setup.placement, "")
+    yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are{where}")
     yield Estimate("memory: adapter", held.adapter, "bytes", basis, "fp32, and autocast's copy")
     yield Estimate("memory: gradients", held.gradients, "bytes", basis, "fp32")
     yield Estimate("memory: optimizer", held.optimizer, "bytes", basis, setup.optimizer)
@@ -347,6 +351,8 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
     run = replace(run, attention_copies=memory_model.attention_copies(setup.architecture, gpu.capability))
     possible = gpu.capability >= AMPERE and _is_fused(gpu, run, setup)
+    long = run.tiles and run.workload is not None and run.workload.longest > LONG_ROW
+    no_tiles = long and gpu.capability < AMPERE
     run = replace(run, tiles=run.tiles and possible)
     if run.first_stage is not None:
         first = replace(run.first_stage, tiles=run.first_stage.tiles and possible)
@@ -361,7 +367,8 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     if run.fp8 and gpu.capability < FP8_CAPABILITY:
         fits, note = False, "has no FP8 products: JOB_TRAIN__COMPUTE=fp8 is refused there"
     elif not fits:
-        note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill"
+        note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill{_instead(setup, usable, needs)}"
+        note += "; only GPUs from Ampere on compute rows of this length in tiles" if no_tiles else ""
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
     if fits and run.full_precision and not _scores_original(gpu, run, setup):
@@ -378,6 +385,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         note = "; ".join(filter(None, (note, _where(setup, usable, needs, run.processes_here))))
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     hours = _hours(gpu, run, setup, execution) if fits else None
+    note = "; ".join(filter(None, (note, _of_reading(gpu, run, setup, hours))))
     kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
     return GpuForecast(
         name=gpu.name,
@@ -455,10 +463,28 @@ def _where(setup: Setup, usable: int, needs: Callable[[Setup], int], processes: 
     """What is said of a base that is not on the GPU as a whole; and how many GPUs would hold it."""
     if setup.placement == "sharded":
         return f"the base's 4-bit weights are sharded over the {setup.processes} GPUs"
-    sharded = (replace(setup, placement="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
-    enough = next((one.processes for one in sharded if needs(one) <= usable), None)
-    more = "" if enough is None else f"; {enough} of these GPUs hold them sharded, which is faster"
+    more = ""
+    if needs(replace(setup, placement="gpu")) <= usable:
+        more = "; they fit on this GPU too, which is faster (JOB_MODEL__PLACEMENT=gpu)"
+    elif (enough := _enough_sharded(setup, usable, needs)) is not None:
+        more = f"; {enough} of these GPUs hold them sharded, which is faster"
     return f"{memory_model.copies_in_main_memory(setup, processes)}{more}"
+
+
+def _enough_sharded(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> int | None:
+    """How many GPUs of `usable` bytes are enough for a sharded base; None where `MOST_GPUS` are too few."""
+    sharded = (replace(setup, placement="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
+    return next((one.processes for one in sharded if needs(one) <= usable), None)
+
+
+def _instead(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> str:
+    """What is said of a base that is sharded over too few GPUs: how many are enough, and whether main memory is."""
+    if setup.placement != "sharded":
+        return ""
+    enough = _enough_sharded(setup, usable, needs)
+    more = "" if enough is None else f"; {enough} of these GPUs are enough (JOB_RUN__PROCESSES={enough})"
+    host = needs(replace(setup, placement="host")) <= usable
+    return f"{more}{'; JOB_MODEL__PLACEMENT=host fits' if host else ''}"
 
 
 def _budget(run: RunShape, setup: Setup, usable: int) -> int:
@@ -478,6 +504,19 @@ def _original_bytes(run: RunShape, setup: Setup) -> int:
     """Bytes of the base with its original weights and of scoring with it, as `stages.full_precision` counts them."""
     original, tokens = replace(setup, quantization="none"), run.scoring_budget
     return memory_model.evaluation_bytes(original, tokens, tokens // 2)
+
+
+def _reading_original(setup: Setup) -> float:
+    """Seconds in which its files are read from the disk."""
+    return HALF_PRECISION * setup.architecture.parameters / DOWNLOAD_RATE
+
+
+def _of_reading(gpu: Gpu, run: RunShape, setup: Setup, hours: float | None) -> str:
+    """What is said where reading the unquantized base takes more than half of all hours; else empty."""
+    reading = _reading_original(setup) / 3600
+    if hours is None or reading < hours / 2 or run.first_stage is not None or not _scores_original(gpu, run, setup):
+        return ""
+    return f"{reading:.2f} of the hours are for reading the unquantized base (JOB_EVAL__FULL_PRECISION=off: not scored)"
 
 
 def _beside_original(setup: Setup) -> int:
@@ -567,7 +606,7 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     evaluations = EVALUATIONS if run.first_stage is None else EVALUATIONS - 1
     if run.first_stage is None and _scores_original(gpu, run, setup):
         evaluations += 1
-        start += HALF_PRECISION * setup.architecture.parameters / DOWNLOAD_RATE  # its files are read from the disk
+        start += _reading_original(setup)
     # Written by the processor, read again to be scored, and uploaded if it is published.
     published = run.export_bytes - max(0, run.merges - 1) * run.format_bytes(MERGED)
     exporting = (2 * run.export_bytes + published) / DOWNLOAD_RATE + run.merges * _merging(setup)

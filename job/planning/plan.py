@@ -67,7 +67,7 @@ def make_plan(settings: Settings, show: int = 0) -> Plan:
         figures=(*_measured(seen), *estimates(run)),
         gpus=() if run.setup is None or alone else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
         largest_step=run.workload.largest_step if run.workload else None,
-        assumptions=_assumptions(settings),
+        assumptions=_assumptions(settings, processes),
         shown=tuple(row for data in (seen.first_data, seen.data) if data for row in data.shown),
     )
 
@@ -152,7 +152,7 @@ def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
 _FP8 = f"speed with JOB_TRAIN__COMPUTE=fp8: {memory_model.FP8_SPEEDUP:g} times that of bf16, as measured on an H200"
 
 
-def _assumptions(settings: Settings) -> tuple[str, ...]:
+def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
     """The assumptions behind all figures of basis `assumed`, one sentence each."""
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
     fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
@@ -171,7 +171,9 @@ def _assumptions(settings: Settings) -> tuple[str, ...]:
         *(() if settings.train.is_one_stage else (first,)),
         *((exporting,) if settings.export.formats else ()),
         *((beside,) if settings.data.safety_model or settings.eval.judge else ()),
-        "one GPU; several GPUs share the examples of a step, and each needs the same memory",
+        "one GPU; several GPUs share the examples of a step, and each needs the same memory"
+        if processes == 1
+        else f"memory of each of {processes} GPUs; hours and USD as if one GPU did all the work",
         *((_FP8,) if settings.train.compute == "fp8" else ()),
         f"{half}, as measured on H100 and H200; slower GPUs tend to do better",
         f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",

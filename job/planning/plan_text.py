@@ -138,6 +138,10 @@ def _gpus(plan: Plan) -> str:
     rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
     lines = aligned(rows, right=(1, 3, 4, 6, 7, 8))
     lines.append("budgets in tokens, computed; hours, which include all evaluations, and prices, assumed")
+    if any(gpu.fits and gpu.base_held != "gpu" for gpu in plan.gpus):
+        lines.append(
+            "yes, host: with the base's 4-bit weights in main memory; yes, sharded: divided over the run's GPUs"
+        )
     lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
     priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.usd is not None]
     if priced:
@@ -161,7 +165,7 @@ def _gpu(gpu: GpuForecast, largest_step: int | None) -> tuple[str, ...]:
     return (
         gpu.name,
         size(gpu.memory_bytes, " "),
-        "yes" if gpu.fits else "no",
+        "no" if not gpu.fits else "yes" if gpu.base_held == "gpu" else f"yes, {gpu.base_held}",
         budget(gpu.budget_recomputing),
         budget(gpu.budget_keeping),
         gpu.keeps or "-",

@@ -358,7 +358,8 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
     ]
     yield "What differs", both, differing
     for group in ("training", "cost"):
-        yield group.capitalize(), both, [_row(name, *pair.values()) for name, pair in compared[group].items()]
+        pairs = {name: (pair["a"], pair["b"]) for name, pair in compared[group].items()}
+        yield group.capitalize(), both, [_row(name, *pair) for name, pair in pairs.items() if pair != (None, None)]
 
 
 def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:

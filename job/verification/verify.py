@@ -201,6 +201,8 @@ def as_lines(checks: list[CheckResult]) -> list[str]:
         lines.append(f"{outcome:<8} {check.what:<{width}}  {check.extent}")
         lines += [f"  {difference}" for difference in check.differences]
         lines += [f"  note: {note}" for note in check.notes]
+    wrong = sum(bool(check.differences) for check in checks)
+    lines.append(f"{wrong} of {len(checks)} checks differ" if wrong else f"verified: all {len(checks)} checks hold")
     return [visible(line) for line in lines]
 
 

@@ -39,7 +39,9 @@ def test_a_run_that_verifies(runs: Path) -> None:
     """Exit 0, with a line a check on stdout and nothing in the log."""
     done = job("verify", str(runs / "a/results.json"))
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(line.startswith("holds ") for line in done.stdout.splitlines())
+    *each, last = done.stdout.splitlines()
+    assert all(line.startswith("holds ") for line in each)
+    assert last == f"verified: all {len(each)} checks hold"
     found = json.loads(job("verify", str(runs / "a"), "--format=json").stdout)
     assert found["verified"] is True
     assert found["results"] == str(runs / "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -352,6 +353,46 @@ def test_a_model_larger_than_a_gpu_lies_elsewhere(gigabytes: int, processes: int
     assert not forecast_gpu(gpu, replace(run, placements=("gpu",)), LLAMA_70B).fits or held == "gpu"
 
 
+def test_another_placement_is_named_where_it_is_better() -> None:
+    """Sharded over too few GPUs: how many are enough, and that main memory is. In main memory without need: the GPU."""
+    run = replace(RUN, setup=LLAMA_70B, processes=2, fused=True, budget=1024)
+    small, large = BY_NAME["L4"], BY_NAME["H200"]
+    sharded = forecast_gpu(small, replace(run, placements=("sharded",)), LLAMA_70B)
+    assert not sharded.fits
+    (enough,) = re.findall(r"JOB_RUN__PROCESSES=(\d+)", sharded.note)
+    assert forecast_gpu(small, replace(run, placements=("sharded",), processes=int(enough)), LLAMA_70B).fits
+    assert "JOB_MODEL__PLACEMENT=host fits" in sharded.note
+    host = forecast_gpu(large, replace(run, placements=("host",)), LLAMA_70B)
+    assert "JOB_MODEL__PLACEMENT=gpu" in host.note
+    assert "sharded" not in host.note
+
+
+def test_hours_that_go_into_reading_the_unquantized_base() -> None:
+    """They are named where they are most of a short run, and not where it is not read."""
+    gpu = replace(BY_NAME["H200"], flops=1e18, bandwidth=1e15)
+    read = forecast_gpu(gpu, replace(RUN, full_precision=True, fused=True, download_bytes=0), REFERENCE)
+    left_out = forecast_gpu(gpu, replace(RUN, full_precision=False, fused=True, download_bytes=0), REFERENCE)
+    assert read.hours is not None
+    assert left_out.hours is not None
+    assert f"{read.hours - left_out.hours:.2f} of the hours are for reading" in read.note
+    assert not left_out.note
+
+
+def test_the_memory_of_a_base_whose_placement_is_set() -> None:
+    """The figure of the base is what a GPU holds there, and its note says where the rest lies."""
+    run = replace(RUN, setup=LLAMA_70B, processes=2)
+    on_gpu, sharded, host = (
+        {figure.name: figure for figure in estimates(replace(run, placements=(place,)))}["memory: base"]
+        for place in memory_model.PLACEMENTS
+    )
+    assert on_gpu.value > sharded.value > host.value
+    assert [("sharded over 2" in one.note, "main memory" in one.note) for one in (on_gpu, sharded, host)] == [
+        (False, False),
+        (True, False),
+        (False, True),
+    ]
+
+
 @pytest.mark.parametrize(("processes", "over"), [(1, 1), (2, 2), (3, 3), (12, 1)])
 def test_a_row_that_does_not_fit_on_one_gpu(processes: int, over: int) -> None:
     """It fits on several that divide it, and the note says so; on one it says how many would do. 12 share no heads."""
@@ -398,6 +439,10 @@ def test_a_long_row_fits_in_tiles(gpu: str, tokens: int, *, offloaded: bool) -> 
     plan = forecast_gpu(BY_NAME[gpu], run, REFERENCE)
     assert plan.fits
     assert ("activations of the longest row lie in main memory" in plan.note) == offloaded
+    assert (
+        "only GPUs from Ampere on compute rows of this length in tiles"
+        in forecast_gpu(BY_NAME["T4"], run, REFERENCE).note
+    )
     host = {figure.name: figure.value for figure in estimates(run)}["main memory: activations"]
     assert host == memory_model.long_row_host_bytes(REFERENCE, tokens, kept_attention=False)
     assert forecast_gpu(BY_NAME[gpu], replace(run, tiles=False), REFERENCE).fits == (not offloaded)

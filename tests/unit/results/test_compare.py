@@ -158,6 +158,9 @@ def test_the_same_run_is_no_difference(runs: tuple[PublishedRun, PublishedRun]) 
     same = as_text(compare(runs[0], runs[0]))
     assert all(row.rstrip().endswith("no difference") for row in same if row.lstrip().startswith("quiz,"))
     assert same[-1] == "no difference: both runs have the same adapter"
+    found = compare(runs[0], runs[0])
+    assert {"a": None, "b": None} in found["cost"].values()  # left out of the table
+    assert not any(row.split()[1:] == ["-", "-"] for row in same)
     different = as_text(compare(*runs))
     assert [row.split()[-1] for row in different if row.lstrip().startswith("quiz, acc ")] == ["improved"]
     assert not any(line.startswith("no difference:") for line in different)

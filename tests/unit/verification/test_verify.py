@@ -496,10 +496,12 @@ def test_where_there_is_no_run(tmp_path: Path) -> None:
 
 
 def test_the_outcome_for_people_and_programs(run: Path, published: Path, tmp_path: Path) -> None:
-    """A line a check, with what differs below it; the same as JSON; and an error that names all of it."""
+    """A line a check, with what differs below it, and one of them all; the same as JSON; and an error that names it."""
     (tmp_path / "work").mkdir()
     checks = verify(open_run(str(published)), tmp_path / "work")
-    assert [line.split()[0] for line in as_lines(checks)] == ["holds"] * len(checks)
+    *each, last = as_lines(checks)
+    assert [line.split()[0] for line in each] == ["holds"] * len(checks)
+    assert last == f"verified: all {len(checks)} checks hold"
     assert as_json("x", checks)["verified"] is True
     require_verified(checks)
     forge(run, change("training/loss", 2.5))
@@ -508,6 +510,7 @@ def test_the_outcome_for_people_and_programs(run: Path, published: Path, tmp_pat
     assert found["verified"] is False
     assert [check["what"] for check in found["checks"] if not check["holds"]] == ["training", "stages"]
     assert any(line.startswith("  results.json training.loss: claimed 2.5, found ") for line in as_lines(checks))
+    assert as_lines(checks)[-1] == f"2 of {len(checks)} checks differ"
     with pytest.raises(VerificationError, match=r"results\.json training\.loss: claimed 2\.5, found ") as error:
         require_verified(checks)
     assert error.value.exit_code == 4
