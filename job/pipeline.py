@@ -318,7 +318,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
         DataError: Data, model or questions differ from those of the first attempt.
     """
     from job.stages.first_values import put_first_values
-    from job.stages.load import load  # slow import: after all checks that do not need it
+    from job.stages.load import check_experts, load  # slow import: after all checks that do not need it
 
     garbage_collection.enable()  # it was off for faster imports, and nearly all are done
     attempt.identify(sources.record)
@@ -327,6 +327,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     begin = partial(put_first_values, attempt, settings.lora.init, sources)
     loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
     attempt.loading = False
+    check_experts(attempt.recorded(BASE, type(loaded.kept_base)), loaded.kept_base)
     if needs_merge(settings.export.formats) and sources.original is not None:
         from job.stages.export_check import check_export
 

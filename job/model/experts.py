@@ -20,6 +20,7 @@ from typing import Any
 
 from job import log
 from job.errors import DataError, Problem
+from job.model.files import MAX_CONFIG_BYTES, read_json
 
 Kinds = frozenset[tuple[str, str]]
 """(name of the class of a module, name of the parameter)."""
@@ -57,6 +58,11 @@ def packed(module: Any, name: str) -> Any:
     else:
         weight = module._parameters.get(name)  # noqa: SLF001
     return weight if getattr(weight, "quant_state", None) is not None else None
+
+
+def quantized_experts(model: Any) -> int:
+    """How many weights of experts are held in 4 bits."""
+    return sum(packed(module, name).quant_state.shape.numel() for _, module, name in _all_quantized(model))
 
 
 def expert_parameters(model: Any) -> int:
@@ -185,6 +191,15 @@ def plain_shapes(model: Any) -> Iterator[None]:
 def has_files(folder: Path) -> bool:
     """Whether a kept base has its experts in files of their own."""
     return (folder / FILES.format(0)).is_file()
+
+
+def left_plain(folder: Path) -> bool:
+    """Whether a model's folder has weights that are quantized already, and its experts, if it has any, are not.
+
+    Programs that quantize by bitsandbytes publish such, as it has 4 bits for linear layers alone.
+    """
+    config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
+    return bool(config.get("quantization_config")) and not has_files(folder)
 
 
 def save_experts(model: Any, folder: Path) -> bool:

@@ -172,8 +172,6 @@ def why_not_recorded(config: Mapping[str, Any]) -> str | None:
         config: Its fields by name.
     """
     config = of_text(config)
-    if (family := fused_family(config)) is not None and family.experts is not None:
-        return "grouped products of experts were not recorded yet"
     if caps_scores(config):
         return "torch's kernel for packed attention has no soft cap: attention goes segment by segment"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -96,6 +96,7 @@ class RunShape:
         fused: Whether GPUs from `fused_from` on use the fused layers.
         fused_from: The lowest compute capability that does: in bf16 Ampere's; in fp16, which the job takes where a GPU
             has no bf16, Volta's.
+        fp16: Whether the compute dtype is set to fp16.
         fp8: Whether training computes the products with the frozen weights in FP8.
         budget_by_gpu: Whether `budget` is not set, so that the job chooses it by the GPU's memory.
         keep_base: Whether the dequantized base is kept in memory; None where the job chooses.
@@ -131,6 +132,7 @@ class RunShape:
     usd_per_hour: float | None
     fused: bool = False
     fused_from: tuple[int, int] = AMPERE
+    fp16: bool = False
     fp8: bool = False
     budget_by_gpu: bool = False
     keep_base: bool | None = None
@@ -545,7 +547,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
         keep_base=False if long and run.keep_base is None else run.keep_base,
         keep_activations=False if long else run.keep_activations,
         recorded=setup.architecture.fused,
-        not_recorded=why_not_recorded(setup, gpu.capability),
+        not_recorded=why_not_recorded(setup, gpu.capability, half="float16" if run.fp16 else "bfloat16"),
         fp8=run.fp8,
     )
     if not long:

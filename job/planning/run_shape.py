@@ -12,6 +12,7 @@ from job.data.batch_plan import steps_per_epoch
 from job.data.examples import lengths_of, target_counts_of
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import PLAIN
+from job.model.experts import left_plain
 from job.planning import forecast
 from job.planning import known_models_and_data as known
 from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
@@ -65,6 +66,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         usd_per_hour=settings.cost.usd_per_hour,
         fused=settings.model.dtype != "fp32" and adapter_options(settings).not_fused is None,
         fused_from=AMPERE if settings.model.dtype == "bf16" else VOLTA,
+        fp16=settings.model.dtype == "fp16",
         fp8=settings.train.compute == "fp8",
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
@@ -143,6 +145,7 @@ def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -
         dora=options.use_dora,
         bytes_beside=options.bytes_beside,
         merged_rows=2 * architecture.vocabulary if options.added_tokens else 0,
+        plain_experts=seen.model is not None and architecture.experts > 0 and left_plain(seen.model.folder),
     ), basis
 
 

@@ -14,13 +14,14 @@ from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import make_options
 from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
+from job.model.experts import quantized_experts
 from job.model.lora import add_adapter
 from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
 from job.model.placed_weights import taking_part
 from job.model.published_names import find_published_names
 from job.model.quantized_cache.cache import save
-from job.model.quantized_cache.layout import cached_base
+from job.model.quantized_cache.layout import CachedBase, cached_base
 from job.model.start_adapter import load_start
 from job.model.whole_modules import grow_embeddings
 from job.records import ExecutionPlan, Packing
@@ -98,6 +99,7 @@ def load(
             kept_base = cached_base(sources.cache_entry)
         else:
             kept_base = save(base, sources.folder, sources.cache_entry)
+    kept_base = replace(kept_base, quantized_experts=quantized_experts(base))
     if added:
         grow_embeddings(base, len(sources.tokenizer))
     with taking_part(base):  # the adapter may begin with a part of its weights
@@ -158,6 +160,20 @@ def load(
     only_long = min(lengths_of(sources.examples)) > LONG_ROW
     _tell_slower_ways(plan, settings, on_gpu=device.type == "cuda", only_long=only_long)
     return Loaded(model, record, budget, plan, kept_base, packing, names)
+
+
+def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
+    """Refuses to go on with a base whose experts are held otherwise than when the run began.
+
+    Raises:
+        SettingsError: They are.
+    """
+    if began is None or began.quantized_experts == loaded.quantized_experts:
+        return
+    before, now = ("in 4 bits" if one.quantized_experts else "in 16 bits" for one in (began, loaded))
+    what = f"is a mixture whose experts this version of the job holds {now}, and the version that began this run held"
+    what = f"{what} {before}; go on with that version, or give another JOB_RUN__ID for a new run"
+    raise SettingsError([Problem("JOB_MODEL__ID", what)])
 
 
 def _tell_slower_ways(plan: ExecutionPlan, settings: Settings, *, on_gpu: bool, only_long: bool) -> None:

@@ -14,6 +14,7 @@ from job.distributed.processes import Processes
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import AdapterOptions
 from job.model.architecture import read_config as read_architecture
+from job.model.experts import left_plain
 from job.model.files import read_config
 from job.settings.schema import Lora, Model, Train
 from job.stages.handoff import Sources
@@ -176,5 +177,6 @@ def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: Adapte
         value_bytes=4 if model.dtype == "fp32" else 2,
         optimizer=train.optimizer,
         recompute=True,
+        plain_experts=architecture.experts > 0 and left_plain(folder),
         expert_adapter=architecture.expert_adapter_parameters(lora.rank) if options.experts else 0,
     )

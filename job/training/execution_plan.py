@@ -15,6 +15,7 @@ from job.records import ExecutionPlan
 from job.training.memory_model import (
     CONTEXT_BYTES,
     EXPERT_COPIES,
+    EXPERT_WIDTHS,
     FP32,
     MARGIN,
     Setup,
@@ -29,21 +30,29 @@ AMPERE, VOLTA = (8, 0), (7, 0)
 """The lowest compute capabilities: with bf16 and the attention kernel for variable-length segments; with fast fp16."""
 BUDGETS = ((40 * GIB, 16384), (11 * GIB, 4096), (0, 1024))
 """(least bytes of the GPU, token budget of a micro-batch)."""
+GROUPED = (9, 10)
+"""The major compute capabilities (Hopper, Blackwell's data-centre GPUs) for which torch has a kernel of grouped
+products, in bf16. Elsewhere it takes one product for each group, and reads on the host how long each is.
+Source: torch 2.11, `aten/src/ATen/native/cuda/GroupedBlas.cpp`, `_grouped_mm_cuda`."""
 FP8_CAPABILITY = (8, 9)
 """The lowest compute capability of a GPU with FP8 products: Ada; then Hopper, Blackwell."""
 _REST_BYTES = 4 * GIB
 """What the formulas leave out: tiles of the loss, CUDA graphs, the adapter's copies. 4.1 GiB in the run named below."""
 
 
-def why_not_recorded(setup: Setup, capability: tuple[int, int]) -> str | None:
+def why_not_recorded(setup: Setup, capability: tuple[int, int], *, half: str = "bfloat16") -> str | None:
     """Why a decoder that is fused throughout cannot be recorded on a GPU; None if it can.
 
     Args:
         setup: Of it, the architecture.
         capability: The GPU's compute capability.
+        half: The compute dtype, by its name in torch.
     """
     if capability < AMPERE:
         return "attention goes segment by segment on a GPU of compute capability {}.{}".format(*capability)
+    if setup.architecture.experts and (half != "bfloat16" or capability[0] not in GROUPED):
+        what = "torch reads the sizes of a mixture's grouped products on the host"
+        return "{} in {} on a GPU of compute capability {}.{}".format(what, half, *capability)
     return setup.architecture.not_recorded
 
 
@@ -67,7 +76,8 @@ def kept_activation_bytes(setup: Setup, tokens: int) -> int:
 
     In the compute dtype, for each layer and token: the inputs of the norms, and the outputs of two of them, which the
     linear layers read (where norms come only behind these, they read the stream, which is counted as an input); the
-    queries and attention's output; queries and keys once more where they have norms; gate, up and their product.
+    queries and attention's output; queries and keys once more where they have norms; gate, up and their product, which
+    a mixture computes again.
 
     Source: counted in `model/fused`. On an H100, Mistral-7B's shape, 3,722 tokens a sequence on average: 15.0 GiB by
     this, and a peak of 36.2 GiB in all, of which 4.0 are NF4 weights and 13.0 kept ones.
@@ -75,10 +85,10 @@ def kept_activation_bytes(setup: Setup, tokens: int) -> int:
     a = setup.architecture
     stream = (2 + a.norms) * a.hidden
     heads = 2 * a.queries + (a.queries + a.keys if a.query_norm else 0)
-    kept = setup.value_bytes * a.layers * (stream + heads + 3 * a.intermediate) * tokens
+    kept = setup.value_bytes * a.layers * (stream + heads + (2 if a.experts else 3) * a.intermediate) * tokens
     # Beside what is kept, a mixture's layer needs its experts' weights and copies of the tokens while it computes.
-    now = a.largest_matrix + EXPERT_COPIES * a.copies * tokens if a.experts else 0
-    return kept + setup.value_bytes * now
+    now = a.largest_matrix + (EXPERT_COPIES * a.copies + EXPERT_WIDTHS * a.intermediate) * tokens
+    return kept + setup.value_bytes * now * bool(a.experts)
 
 
 def choose_plan(

@@ -36,9 +36,13 @@ LAYERS_AT_ONCE = {"sharded": 3, "host": 2}
 """How many layers are on the GPU as a whole where not all of them are: the one that computes, the one that comes next,
 and, gathered only to take part, one that another process needs."""
 
-EXPERT_COPIES = 5
-"""Tensors of the width of a token's copies for its experts (`fused/experts.py`) that there are at once: the copies,
-what the experts make of them in the compute dtype and in fp32, and its copy in the order of the tokens. Counted."""
+EXPERT_COPIES = 4
+"""Tensors of the width of a token's copies for its experts (`fused/experts.py`) that there are at once: two
+gradients of them and one in the order of the tokens; or what the experts make of them, that in the order of the tokens,
+and in fp32 its product with the router's weights. Counted, and of 2 to 4 chosen by two runs on an H200: with it and
+`EXPERT_WIDTHS` all activations are 2 % (Mixtral) and 11 % (Qwen3-30B-A3B) more than these took. No other tested it."""
+EXPERT_WIDTHS = 4
+"""The same of their intermediate width: the gate's output, its gradient, and those of gate and up."""
 LINK_BANDWIDTH = 20e9
 """Bytes a second between a GPU and main memory or another GPU. Assumed: PCIe 4.0 with 16 lanes."""
 CONTEXT_BYTES = 600 << 20
@@ -92,6 +96,14 @@ class Setup:
     """One of `PLACEMENTS`."""
     processes: int = 1
     """That hold a share each where `placement` is `sharded`."""
+    plain_experts: bool = False
+    """Whether a mixture's experts are not quantized, although its linear layers are (`experts.left_plain`)."""
+
+    @property
+    def quantized(self) -> int:
+        """Number of the weights that `quantization` is about."""
+        a = self.architecture
+        return a.linear_parameters - self.plain_experts * a.layers * a.expert_parameters
 
     @property
     def adapter(self) -> int:
@@ -133,17 +145,17 @@ def weight_bytes(setup: Setup) -> int:
     Source: Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3; bitsandbytes' block sizes.
     """
     a = setup.architecture
-    plain = (a.parameters - a.linear_parameters) * setup.value_bytes
+    plain = (a.parameters - setup.quantized) * setup.value_bytes
     if setup.quantization == "none":
-        return plain + a.linear_parameters * setup.value_bytes
+        return a.parameters * setup.value_bytes
     return plain + _held_bytes(setup)
 
 
 def packed_bytes(setup: Setup) -> int:
     """Bytes of all layers' NF4 weights with their constants, wherever they lie."""
-    blocks = -(-setup.architecture.linear_parameters // NF4_BLOCK)
+    blocks = -(-setup.quantized // NF4_BLOCK)
     constants = blocks + 4 * -(-blocks // DOUBLE_BLOCK) if setup.double_quantization else 4 * blocks
-    return setup.architecture.linear_parameters // 2 + constants
+    return setup.quantized // 2 + constants
 
 
 MAIN_MEMORY_SHARE = 0.8
@@ -184,7 +196,9 @@ def kept_bytes(setup: Setup) -> int:
     a = setup.architecture
     # DoRA scales the outputs of base and adapter, and needs both for the gradient of its magnitudes.
     outputs = 2 * sum(a.linear[name][1] for name in setup.targets if name in a.linear) if setup.dora else 0
-    wide = outputs + 2 * a.hidden + 5 * a.queries + 4 * a.intermediate + setup.rank * len(setup.targets)
+    # Of quantized experts only gate and up are kept (`fused/experts.py`).
+    halves = 2 if a.experts and setup.quantization != "none" and not setup.plain_experts else 4
+    wide = outputs + 2 * a.hidden + 5 * a.queries + halves * a.intermediate + setup.rank * len(setup.targets)
     normed = a.norms * a.hidden + (a.queries + a.keys if a.query_norm else 0)
     return FP32 * normed + setup.value_bytes * wide
 
@@ -200,7 +214,8 @@ def activation_bytes(setup: Setup, tokens: int) -> int:
     a, size = setup.architecture, setup.value_bytes
     layer = kept_bytes(setup) * tokens
     dequantized = a.largest_matrix * size if setup.quantization != "none" else 0
-    backward = size * (2 * a.intermediate + 2 * a.hidden + EXPERT_COPIES * a.copies) * tokens + dequantized
+    widths = EXPERT_WIDTHS if a.experts else 2
+    backward = size * (widths * a.intermediate + 2 * a.hidden + EXPERT_COPIES * a.copies) * tokens + dequantized
     tile = min(tokens, HEAD_ROWS) * min(a.vocabulary, HEAD_COLUMNS) * size
     loss = tokens * a.hidden * (size + FP32) + tile
     if setup.recompute:

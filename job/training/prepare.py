@@ -18,6 +18,7 @@ from job.common.resources import available_bytes, main_memory
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.architecture import read_config
+from job.model.experts import quantized_experts
 from job.model.fused.experts import adapter_of_experts
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.lora import trainable
@@ -229,6 +230,7 @@ def setup_of(model: Any, quantization: str, optimizer: str) -> Setup | None:
         optimizer=optimizer,
         recompute=True,
         counted=sum(p.numel() for p in trainable(model).values()) if _is_uneven(adapter) else None,
+        plain_experts=quantization != "none" and architecture.experts > 0 and quantized_experts(base) == 0,
         expert_adapter=adapter_of_experts(model) if getattr(adapter, "target_parameters", None) else 0,
         dora=getattr(adapter, "use_dora", False),
         merged_rows=2 * architecture.vocabulary if adapter.trainable_token_indices else 0,
@@ -393,7 +395,7 @@ def _fuse(
         keep_base=False if keep_base is None and rows.padded == 0 and not fp8 else keep_base,
         keep_activations=keep_activations if rows.padded else False,  # of long rows none are kept so
         recorded=lora_forward.knows(model.get_base_model()),
-        not_recorded=why_not_recorded(setup, compute_capability()),
+        not_recorded=why_not_recorded(setup, compute_capability(), half=dtype_name(model)),
         fp8=fp8,
     )
     if rows.long is not None:

@@ -1,10 +1,14 @@
-"""A mixture's experts, computed in several ways: `python tests/bench/mixtures.py [--tiny]`.
+"""A mixture's experts, computed in several ways: `python tests/bench/mixtures.py [--train] [--tiny]`.
 
 A few layers of Qwen3-30B-A3B's and of Mixtral-8x7B's width with random weights, attention in NF4 with an adapter, one
 packed sequence of Alpaca's lengths forward and backward through the decoder. A line of JSON for each way: tokens a
 second, GiB of the weights and at the peak, whether gradients are equal when it is repeated, and how far they are from
-those of transformers' plain loop. At the end, whether experts can be recorded as a CUDA graph. --tiny rehearses it on a
-CPU. About 60 s on an H200.
+those of transformers' plain loop, also with its routing. At the end, whether experts can be recorded as a CUDA graph.
+About 60 s on an H200.
+
+With --train whole runs of `train` instead, as the job plans them: twice, resumed, and without CUDA graphs; whether
+their bits are equal, and target tokens a second. At the end, of the fused layers, how far gradients are with and
+without the routing of PEFT's. About 30 s. --tiny rehearses it on a CPU.
 """
 
 from __future__ import annotations
@@ -15,9 +19,12 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +43,10 @@ from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import NAME, Segment, build_layout
+from job.records import ExecutionPlan
+from job.training.config import Hooks, Recipe
+from job.training.prepare import prepare
+from job.training.trainer import train
 
 BEGAN = time.monotonic()
 ON_GPU = torch.cuda.is_available()
@@ -43,7 +54,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOKENS = 16384
 LIMIT = 55.0
-"""Seconds after which no further way is begun."""
+"""Seconds after which no further way is begun; with --train half as many."""
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {  # Qwen3-30B-A3B
         "hidden_size": 2048,
@@ -67,6 +78,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 TINY = {
+    "num_experts": 16,
+    "num_hidden_layers": 2,
     "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -102,7 +115,7 @@ def held() -> float:
     return torch.cuda.memory_allocated() / 2**30 if ON_GPU else 0.0
 
 
-class Sequence:
+class Packed:
     """One packed sequence, and the gradient of what the decoder gives for it."""
 
     def __init__(self, tokens: int, hidden: int) -> None:
@@ -120,11 +133,11 @@ class Sequence:
         self.gradient = (torch.randn(1, at, hidden, generator=draw) / at).to(DEVICE, DTYPE)
 
 
-def base_of(family: str, *, tiny: bool) -> Any:
+def base_of(family: str, *, tiny: bool, vocabulary: int = 512) -> Any:
     """Random layers of the family: attention in NF4, experts in 16 bits."""
     from transformers import AutoConfig
 
-    shape = {**SHAPES[family], **(TINY if tiny else {}), "vocab_size": 512, "max_position_embeddings": 4096}
+    shape = {**SHAPES[family], **(TINY if tiny else {}), "vocab_size": vocabulary, "max_position_embeddings": 4096}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model(family, **shape, **tokens, use_cache=False, attn_implementation=NAME)
     return shapes.quantized(config, DEVICE, DTYPE)
@@ -150,7 +163,7 @@ def quantize(base: Any) -> None:
     experts.finish(base)
 
 
-def gradients(model: Any, sequence: Sequence, *, autocast: bool) -> list[torch.Tensor]:
+def gradients(model: Any, sequence: Packed, *, autocast: bool) -> list[torch.Tensor]:
     """Of the adapter, from one pass."""
     model.zero_grad(set_to_none=True)
     with torch.autocast(DEVICE.type, DTYPE, enabled=autocast and ON_GPU):
@@ -176,7 +189,7 @@ def apart(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 class Comparison:
     """The ways of one family."""
 
-    def __init__(self, family: str, sequence: Sequence, rounds: int) -> None:
+    def __init__(self, family: str, sequence: Packed, rounds: int) -> None:
         self.family, self.sequence, self.rounds = family, sequence, rounds
         self.expected: list[torch.Tensor] | None = None
 
@@ -219,7 +232,7 @@ class Comparison:
 def compare(family: str, *, tiny: bool) -> None:
     """All ways of a family, each model changed from one to the next."""
     base = base_of(family, tiny=tiny)
-    sequence = Sequence(400 if tiny else TOKENS, base.config.hidden_size)
+    sequence = Packed(400 if tiny else TOKENS, base.config.hidden_size)
     kind = Comparison(family, sequence, 1 if tiny else 4)
     say("shape", family=family, tokens=sequence.tokens, segments=len(sequence.layout.segments))
     model = adapted(base, of_experts=False)
@@ -252,7 +265,7 @@ def compare(family: str, *, tiny: bool) -> None:
     kind.way("NF4, kept, fused layers, adapters of experts too", model, autocast=False, same_adapter=False)
 
 
-def record(model: Any, family: str, sequence: Sequence) -> None:
+def record(model: Any, family: str, sequence: Packed) -> None:
     """Whether a layer's experts can be recorded forward and backward, and give the same bits then."""
     fused = next(fused_experts(model))
     hidden = sequence.gradient.shape[-1]
@@ -287,18 +300,159 @@ def record(model: Any, family: str, sequence: Sequence) -> None:
         say("recorded as a CUDA graph", family=family, possible=False, error=f"{type(error).__name__}: {error}"[:300])
 
 
+STEPS, SAVED = 8, 4
+BATCH = 64
+
+
+def plan_of(model: Any, lengths: list[int], batch: int) -> ExecutionPlan:
+    """As the job chooses it; in a rehearsal on a CPU, which would take PEFT's layers, the fused ones all the same."""
+    if ON_GPU:
+        how: dict[str, Any] = {"quantization": "nf4", "optimizer": "adamw_8bit", "budget": TOKENS, "gigabytes": None}
+        return prepare(model, lengths, global_batch_size=batch, keep_base="auto", recompute="auto", **how)
+    made = f"fused {fuse_layers(model, keep_dequantized=True, kernels=TORCH)}, torch"
+    return ExecutionPlan(kept_base=True, kept_activations=True, recorded=False, reason="a rehearsal", forward=made)
+
+
+def trained(family: str, *, tiny: bool, of_experts: bool) -> None:
+    """Whole runs over one model, whose adapter begins anew each time."""
+    vocabulary, batch = (512, 2) if tiny else (32000, BATCH)
+    base = base_of(family, tiny=tiny, vocabulary=vocabulary)
+    quantize(base)
+    model = adapted(base, of_experts=of_experts)
+    data = shapes.examples(vocabulary, STEPS * batch)
+    plan = plan_of(model, [len(one.input_ids) for one in data], batch)
+    say("plan", family=family, of_experts=of_experts, forward=plan.forward, recorded=plan.recorded, reason=plan.reason)
+    first = [parameter.detach().clone() for parameter in trainable(model).values()]
+    recipe = Recipe(
+        seed=3,
+        total_steps=STEPS,
+        learning_rate=1e-3,
+        scheduler="linear",
+        warmup_steps=0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        global_batch_size=batch,
+        micro_batch_tokens=TOKENS,
+        optimizer="adamw_8bit",
+        save_every_steps=SAVED,
+    )
+    found: dict[str, tuple[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for way in ("whole", "again", "resumed", "without CUDA graphs"):
+            if way.startswith("without") and not plan.recorded and ON_GPU:
+                break
+            with torch.no_grad():
+                for parameter, value in zip(trainable(model).values(), first, strict=True):
+                    parameter.copy_(torch.zeros_like(value) if way == "resumed" else value)
+            at: list[float] = []
+
+            def note(_: Any, at: list[float] = at) -> None:
+                wait()
+                at.append(time.perf_counter())
+
+            resume = Path(folder) / "whole" / f"step-{SAVED:08d}" if way == "resumed" else None
+            work = Path(folder) / way
+            result = train(
+                model,
+                shapes.tokenizer(),
+                data,
+                recipe=recipe,
+                plan=plan.give_up("recorded") if way.startswith("without") and plan.recorded else plan,
+                hooks=Hooks(note, lambda *_: None, lambda: False),
+                folder=work,
+                resume=resume,
+            )
+            losses = [step.loss for step in result.history]
+            bits = digest([parameter.detach() for parameter in trainable(model).values()]) + digest(
+                [torch.tensor(losses, dtype=torch.float64)]
+            )
+            seconds = sum(after - before for before, after in pairwise(at[-4:]))
+            tokens = sum(step.target_tokens for step in result.history[-3:])
+            found[way] = bits, losses
+            say(
+                way,
+                family=family,
+                of_experts=of_experts,
+                same_bits=bits == found["whole"][0],
+                tokens_per_second=tokens / seconds,
+                loss=losses[-1],
+                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else 0.0,
+            )
+
+
+@contextmanager
+def routing(model: Any, forced: Sequence[torch.Tensor] | None = None) -> Iterator[list[torch.Tensor]]:
+    """Collects the experts that each router chooses, or has it choose these."""
+    found: list[torch.Tensor] = []
+
+    def chosen(_module: Any, _inputs: Any, output: Any) -> Any:
+        logits, weights, ids = output
+        found.append(ids)
+        if forced is None:
+            return output
+        ids = forced[len(found) - 1]
+        p = logits.float().softmax(-1).gather(-1, ids)
+        return logits, (p / p.sum(-1, keepdim=True)).to(weights.dtype), ids
+
+    handles = [m.register_forward_hook(chosen) for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare_routing(family: str, *, tiny: bool) -> None:
+    """How far the fused layers' gradients are from PEFT's, where routers choose for themselves and as with PEFT's."""
+    base = base_of(family, tiny=tiny)
+    sequence = Packed(400 if tiny else TOKENS, base.config.hidden_size)
+    base.set_experts_implementation("eager")
+    model = adapted(base, of_experts=False)
+    quantize(base)
+    with routing(model) as theirs:
+        expected = [one.clone() for one in gradients(model, sequence, autocast=True)]
+    use_frozen(base, DTYPE)
+    fuse_layers(model, keep_dequantized=False, kernels=kernels())
+    with routing(model) as ours:
+        own = apart(gradients(model, sequence, autocast=False), expected)
+    with routing(model, theirs):
+        same = apart(gradients(model, sequence, autocast=False), expected)
+    others = [
+        float((one.sort().values != other.sort().values).any(-1).float().mean())
+        for one, other in zip(ours, theirs, strict=True)
+    ]
+    say(
+        "fused layers against PEFT's with transformers' loop",
+        family=family,
+        gradient_apart=own,
+        with_the_same_routing=same,
+        tokens_routed_otherwise=[float(f"{share:.3g}") for share in others],
+    )
+
+
 def main() -> None:
     """Compares the families."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true")
-    tiny = parser.parse_args().tiny
+    parser.add_argument("--train", action="store_true")
+    given = parser.parse_args()
+    tiny = given.tiny
     if ON_GPU:
         make_deterministic()
         say("device", name=torch.cuda.get_device_name(), torch=torch.__version__)
-    for family in SHAPES:
+    whole: list[tuple[Callable[..., None], dict[str, Any]]] = [
+        (trained, {"of_experts": False}),
+        (compare_routing, {}),
+        (trained, {"of_experts": True}),
+    ]
+    ways = whole if given.train else [(compare, dict[str, Any]())]
+    for (way, how), family in ((one, family) for one in ways for family in SHAPES):
+        if not tiny and time.monotonic() - BEGAN > LIMIT / (1 + given.train):
+            say("left out", family=family, way=way.__name__, **how)
+            continue
         try:
-            compare(family, tiny=tiny)
-        except Exception as error:  # noqa: BLE001 - the other family is measured all the same
+            way(family, tiny=tiny, **how)
+        except Exception as error:  # noqa: BLE001 - the others are measured all the same
             traceback.print_exc()
             say("failed", family=family, error=f"{type(error).__name__}: {error}"[:300])
         gc.collect()

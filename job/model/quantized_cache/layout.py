@@ -40,10 +40,12 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class CachedBase:
-    """Which base a run began with; both None if it is not cached."""
+    """Which base a run began with; the first two None if it is not cached."""
 
     key: str | None = None
     index_sha256: str | None = None
+    quantized_experts: int = 0
+    """Weights of a mixture's experts that are held in 4 bits; earlier versions had none, and did not record it."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from job.distributed.processes import ALONE
 from job.errors import SettingsError
@@ -18,7 +19,7 @@ from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import AdapterOptions
 from job.model.architecture import read_config
 from job.model.base import describe_model, held, inspect, recompute_activations
-from job.model.experts import expert_tensors, packed
+from job.model.experts import expert_tensors, left_plain, packed, quantized_experts
 from job.model.fused.frozen_weights import forget_dequantized, fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import adapter_off, add_adapter, trainable
@@ -218,17 +219,20 @@ def test_packed_sequences_are_correct(bases: dict[str, Path], family: str) -> No
     assert choose_packing(model, make_examples(4), max_length=64, losses=losses_of(model)).packed
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_the_forecast_counts_their_bytes(bases: dict[str, Path], family: str) -> None:
-    """Weights of the base as it is held, and numbers of an adapter of experts."""
-    base = load(bases[family], dtype=torch.bfloat16)
-    held_bytes = 0
+def bytes_of(base: Any) -> int:
+    """Of all weights, with the constants of those that are quantized."""
+    found = 0
     for parameter in base.parameters():
-        held_bytes += parameter.nbytes
+        found += parameter.nbytes
         if (state := getattr(parameter, "quant_state", None)) is not None:
-            held_bytes += state.absmax.nbytes + state.state2.absmax.nbytes
+            found += state.absmax.nbytes + state.state2.absmax.nbytes
+    return found
+
+
+def with_attention(base: Any) -> Setup:
+    """The formulas' input, with an adapter on attention."""
     a = read_config(base.config.to_dict())
-    setup = Setup(
+    return Setup(
         architecture=a,
         rank=6,
         targets=tuple(a.attention),
@@ -238,7 +242,35 @@ def test_the_forecast_counts_their_bytes(bases: dict[str, Path], family: str) ->
         optimizer="adamw",
         recompute=True,
     )
-    assert weight_bytes(setup) == pytest.approx(held_bytes, rel=0.02)
+
+
+def test_a_base_published_quantized_keeps_its_experts(bases: dict[str, Path], tmp_path: Path) -> None:
+    """As bitsandbytes has it, in 16 bits: it is trained, and the forecast counts them so."""
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=torch.bfloat16)
+    made = AutoModelForCausalLM.from_pretrained(bases["mixtral"], quantization_config=config, dtype=torch.bfloat16)
+    made.save_pretrained(tmp_path)
+    assert left_plain(tmp_path)
+    assert not left_plain(bases["mixtral"])
+    base = load(tmp_path, dtype=torch.bfloat16)
+    assert quantized_experts(base) == 0
+    setup = replace(with_attention(base), plain_experts=True)
+    assert weight_bytes(setup) == pytest.approx(bytes_of(base), rel=0.02)
+    assert weight_bytes(replace(setup, plain_experts=False)) < 0.7 * weight_bytes(setup)
+    found = setup_of(model := with_adapter(base), "nf4", "adamw")
+    assert found is not None
+    assert found.plain_experts
+    assert all(bool(one.isfinite().all()) for one in results(model))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_forecast_counts_their_bytes(bases: dict[str, Path], family: str) -> None:
+    """Weights of the base as it is held, and numbers of an adapter of experts."""
+    base = load(bases[family], dtype=torch.bfloat16)
+    setup = with_attention(base)
+    a = setup.architecture
+    assert quantized_experts(base) == a.layers * a.expert_parameters
+    assert weight_bytes(setup) == pytest.approx(bytes_of(base), rel=0.02)
     assert a.parameters == pytest.approx(base.num_parameters(), rel=0.01)  # norms of heads are not counted
     model = with_experts(base)
     numbers = sum(parameter.numel() for parameter in trainable(model).values())
@@ -246,6 +278,7 @@ def test_the_forecast_counts_their_bytes(bases: dict[str, Path], family: str) ->
     assert a.used_parameters < a.linear_parameters
     found = setup_of(model, "nf4", "adamw")
     assert found is not None
+    assert not found.plain_experts
     assert (found.adapter, found.expert_adapter) == (numbers, a.expert_adapter_parameters(6))
 
 

@@ -20,6 +20,7 @@ from job.training.execution_plan import (
     choose_placement,
     choose_plan,
     kept_activation_bytes,
+    why_not_recorded,
 )
 from job.training.memory_model import LONG_ROW, PLACEMENTS, Setup, long_row_bytes, training_memory, usable_bytes
 from job.training.refusal import Sharing, refuse_rows
@@ -305,6 +306,16 @@ def test_the_first_place_in_which_all_fits() -> None:
     assert [place(gib) for gib in (24, 8, 7, 1)] == ["gpu", "gpu", "sharded", "host"]
     assert place(7, processes=1) == "host"  # a share of one is all of it
     assert place(6, "gpu") == place(24, "gpu") == "gpu"
+
+
+def test_a_mixture_is_recorded_where_its_products_need_no_host() -> None:
+    """In bf16 on Hopper and Blackwell; torch has no kernel of grouped products elsewhere. Others are recorded."""
+    mixture = replace(SETUP, architecture=replace(MISTRAL_7B, experts=8, chosen=2))
+    assert why_not_recorded(mixture, (9, 0)) is None
+    assert why_not_recorded(mixture, (10, 0)) is None
+    for capability, half in (((8, 0), "bfloat16"), ((12, 0), "bfloat16"), ((9, 0), "float16")):
+        assert f"on the host in {half}" in str(why_not_recorded(mixture, capability, half=half))
+        assert why_not_recorded(SETUP, capability, half=half) is None
 
 
 @pytest.mark.parametrize("place", ["sharded", "host"])
