@@ -32,7 +32,7 @@ from job.model.base import recompute_activations
 from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import forget_dequantized
 from job.model.fused.lora_forward import decoder_of
-from job.model.fused.sequence_parallel import Team
+from job.model.fused.sequence_parallel import SequenceParallelGroup
 from job.model.packed_attention import Layout, Segment, is_packed
 from job.model.placed_weights import OtherOutOfMemory, computing_together, taking_part
 from job.records import Example, ExecutionPlan
@@ -130,7 +130,7 @@ class OptimizerStep:
         self._graphs: CudaGraphs | None = None
         self._was_long = False
         """Whether the last micro-batch was one of `long_rows`."""
-        self._team: Team | None = None
+        self._sp_group: SequenceParallelGroup | None = None
         """The processes, while they compute a row together."""
         self._long_rows = LongRows(model, self._head_loss, self._check, hooks.on_progress)
         self._recording_tokens = _recording_tokens(model)
@@ -278,12 +278,12 @@ class OptimizerStep:
             JobError: Another process has ended.
             OtherOutOfMemory: Memory ran out in another process, and not in this one.
         """
-        with computing_together(self._model, self._processes) as meet:
-            self._team = Team(self._processes, meet)
+        with computing_together(self._model, self._processes) as barrier:
+            self._sp_group = SequenceParallelGroup(self._processes, barrier)
             try:
                 yield
             finally:
-                self._team = None
+                self._sp_group = None
 
     def _own_kl(self, number: int, totals: Totals) -> torch.Tensor:
         """This process's part of KTO's estimate of the divergence, (1,) float32."""
@@ -336,7 +336,7 @@ class OptimizerStep:
     def _padded_micro_batch(self, examples: Sequence[Example], weight: torch.Tensor) -> torch.Tensor:
         """The same with `weight`, () float32, by which the summed loss is multiplied; for a padded plan."""
         if self._in_tiles(examples):
-            return self._long_rows.gradient(examples, weight, self.plan, self._team)
+            return self._long_rows.gradient(examples, weight, self.plan, self._sp_group)
         sequence = padded_sequence(examples, weight.device, self.shapes())
         if not self.plan.recorded:
             return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
@@ -394,7 +394,7 @@ class OptimizerStep:
     def summed_loss(self, examples: Sequence[Example]) -> torch.Tensor:
         """The summed loss of a micro-batch, () float32, without a gradient; for a padded plan."""
         if self._in_tiles(examples):
-            return self._long_rows.summed_loss(examples, self.plan, self._team)
+            return self._long_rows.summed_loss(examples, self.plan, self._sp_group)
         sequence = padded_sequence(examples, self._parameters.gradient.device)
         return self.padded_sum(sequence.tokens, sequence.ends, sequence.segments)
 

@@ -124,7 +124,7 @@ def _heads_of_calls(a: Architecture, processes: int) -> list[tuple[int, int]]:
     calls = [(a.heads, a.kv_heads)]
     if processes > a.kv_heads:
         try:
-            calls.append(share_heads(a.heads, a.kv_heads, processes).number(0))
+            calls.append(share_heads(a.heads, a.kv_heads, processes).counts(0))
         except ValueError:  # then no row is divided
             return calls
     return calls if calls[-1][0] // calls[-1][1] != a.heads // a.kv_heads else calls[:1]
