@@ -49,7 +49,7 @@ def decide_placement(
     scoring_tokens: int,
     options: AdapterOptions,
 ) -> tuple[str, str]:
-    """(placement of the base's 4-bit weights, a key of `PLACEMENTS`, the same in all processes; why, if not `gpu`).
+    """(placement of the base's 4-bit weights, one of `PLACEMENTS`, the same in all processes; why, if not `gpu`).
 
     Args:
         model: Settings of the base.
@@ -148,7 +148,7 @@ def _fastest_that_fits(
     if placement == "gpu":
         return placement, ""
     need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
-    return placement, f"on the GPU alone the run would need {need}, and {usable} are safe to fill"
+    return placement, f"with the base on the GPU the run would need {need}, and {usable} are safe to fill"
 
 
 def divides_over(setup: Setup, train: Train) -> int:
