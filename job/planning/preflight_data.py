@@ -51,7 +51,7 @@ class DataFacts:
         shown: The first rows, for the plan to print.
         schema: The rows' schema.
         audit: What the audit found; None without an audit.
-        long_rows: Counts of rows that were too long, by what became of them.
+        long_rows: As in `DatasetRecord`.
     """
 
     examples: Sequence[Example]
