@@ -275,7 +275,7 @@ def _note_unused(plan: ExecutionPlan | None, lengths: Sequence[int], *, offload:
         return
     why = "this machine, model or method does not compute long rows layer by layer"
     if (longest := max(lengths)) <= LONG_ROW:
-        why = f"only rows of more than {LONG_ROW:,} tokens are offloaded, and the longest has {longest:,}"
+        why = f"the longest row has {longest:,} tokens, and only rows of more than {LONG_ROW:,} are offloaded"
     log.get_logger().warning("JOB_TRAIN__OFFLOAD_ACTIVATIONS has no effect", why=why, change="remove it, or set auto")
 
 

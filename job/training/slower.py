@@ -78,5 +78,5 @@ def slower_ways(
         elif not plan.padded:
             change = "a JOB_MODEL__ID of a family whose whole decoder is fused (job/model/families.py)"
         else:
-            change = "none; the execution plan's reason says why"
+            change = "no setting; the execution plan's reason says why"
         yield Slower("kernels are launched one by one, without CUDA graphs", change)
