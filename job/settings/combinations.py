@@ -427,7 +427,7 @@ def _compute(settings: Settings) -> Iterator[Fault]:
     }
     if needed := [f"JOB_{setting}" for setting, given in slower.items() if given]:
         others = " and ".join(needed)
-        yield name, f"is fp8, which only the job's fused layers compute, and {others} needs PEFT's own; drop one"
+        yield name, f"is fp8, which only the job's fused layers compute, and not with {others}; drop one"
     if any(METHODS[method].reference for method in settings.train.method.split(",")):
         why = "its rounding would count as a difference from the reference"
         yield name, f"is fp8, which is not for JOB_TRAIN__METHOD={settings.train.method}: {why}; drop one of the two"
