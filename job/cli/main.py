@@ -17,7 +17,7 @@ from job.common import garbage_collection
 from job.common.out_of_memory import out_of_memory
 from job.common.resources import usable_cpus
 from job.distributed.ranks import VARIABLES, Place, find_machines, visible_gpu
-from job.errors import JobError, Problem, SettingsError, Stalled, TrainingFailed
+from job.errors import JobError, NoProgress, Preempted, Problem, SettingsError, Stalled, TrainingFailed
 from job.platforms.detect import Platform
 from job.platforms.sagemaker import lasts
 from job.settings.load import (
@@ -138,8 +138,12 @@ def _run(words: list[str]) -> int:
         _report_to_platform(platform, Stalled(message), message)
         idle.record_stall(message)  # last: the store may be what hangs
 
+    def on_deadline(message: str) -> int:
+        late = NoProgress(f"{message}; {idle.message}") if idle.reached else Preempted(message)
+        return _report(late, platform)
+
     with (
-        stop_on_signals(run.grace_seconds) as stop,
+        stop_on_signals(run.grace_seconds, on_deadline) as stop,
         watch_notices(stop, run.spot_notices if first else "off"),
         watch(stall, on_stall) as report_progress,
         join(
