@@ -206,7 +206,7 @@ def _ended_in_time(grace: float, numbers: Collection[int], report: Callable[[str
     What the thread reads is written by the interpreter's own handler, in C, when the signal arrives.
     """
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)  # noqa: FBT003 - the function has it so
+    os.set_blocking(writing, False)
     outside = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     run, arguments = copy_context().run, (_end_in_time, reading, grace, numbers, report)
     # Not started by the handler, where that may deadlock. With the context, whose fields are on the lines of the log.

@@ -164,7 +164,7 @@ class TestSignals:
         assert time.monotonic() - began < 5
 
     def test_what_waits_too_long_ends_before_it_is_killed(self) -> None:
-        """A store that throttles may keep it for longer than its grace: code 75. Nothing ends without its own signal."""
+        """A store that throttles may keep it for longer than its grace: code 75. Another's signal ends nothing."""
         program = (
             "import os, signal, time\n"
             "from job import log\n"
