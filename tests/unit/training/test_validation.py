@@ -314,7 +314,7 @@ class Part(Alone):
 
 def make_validation(model: Any, **given: Any) -> Validation:
     """A validation whose loss is the number of target tokens, in floating point."""
-    step = SimpleNamespace(budget=150, divided_above=None, plan=PLAN, free_memory=lambda: False)
+    step = SimpleNamespace(budget=150, divided_above=None, plan=PLAN, free_memory=lambda: False, longest_undivided=max)
     how: dict[str, Any] = {
         "block": 4,
         "step": step,
