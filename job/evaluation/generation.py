@@ -500,8 +500,8 @@ def _choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
     best, tokens = logits.max(-1)
     if sampling is not None:
         drawn = torch.tensor([[row.draws.next()] for row in rows], dtype=torch.float64, device=logits.device)
-        parts = zip(logits.split(_DRAWN_ROWS), drawn.split(_DRAWN_ROWS), strict=True)
-        tokens = torch.cat([_drawn(some, sampling, numbers) for some, numbers in parts])
+        parts = [slice(start, start + _DRAWN_ROWS) for start in range(0, len(rows), _DRAWN_ROWS)]
+        tokens = torch.cat([_drawn(logits[part], sampling, drawn[part]) for part in parts])
     found: list[int] = tokens.where(best.isfinite(), -1).tolist()  # the only synchronization with the GPU of a token
     if -1 in found:
         raise TrainingFailed(

@@ -45,6 +45,8 @@ SPARE_SECONDS = 2.0
 """Margin of `decide`: machines slow down while they are drained, and the run log is still to be written at the end."""
 LAST_SECONDS = 0.5
 """So long before the kill a process that has not ended ends itself."""
+_LONGEST_WAIT = 3600.0
+"""Seconds; `poll` takes no more than 24 days."""
 _LEFT = b"\0"
 """No signal's number."""
 
@@ -176,7 +178,7 @@ def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], 
     Args:
         grace_seconds: Time between the signal and the kill; None if unknown.
         report: Called with the reason when the process ends itself before the kill; returns the exit code. It runs in
-            a thread of its own and gets a part of `LAST_SECONDS`: what it writes to may be what the process waits for.
+            a thread of its own and gets most of `LAST_SECONDS`: what it writes to may be what the process waits for.
     """
     stop = Stop()
     times: list[float] = []
@@ -228,7 +230,9 @@ def _end_in_time(reading: int, grace: float, numbers: Collection[int], report: C
     poll = select.poll()
     poll.register(reading, select.POLLIN)
     end = math.inf
-    while poll.poll(None if end == math.inf else max(0.0, end - time.monotonic()) * 1000):
+    while (left := end - time.monotonic()) > 0:
+        if not poll.poll(1000 * min(left, _LONGEST_WAIT)):
+            continue
         if (received := os.read(reading, 1)) == _LEFT:
             os.close(reading)
             return
@@ -240,5 +244,5 @@ def _end_in_time(reading: int, grace: float, numbers: Collection[int], report: C
         target=copy_context().run, args=(lambda: codes.append(report(f"{what} (JOB_RUN__GRACE_SECONDS)")),), daemon=True
     )
     reporting.start()
-    reporting.join(margin / 2)
+    reporting.join(0.8 * margin)
     os._exit(codes[0] if codes else Preempted.exit_code)

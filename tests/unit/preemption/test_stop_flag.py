@@ -170,12 +170,13 @@ class TestSignals:
             "from job import log\n"
             "from job.preemption.stop_flag import stop_on_signals\n"
             "log.configure('json', 'info', run='one')\n"
-            "with stop_on_signals(0.4):\n"
+            "log.get_logger()\n"
+            "with stop_on_signals(1):\n"
             "    other = os.fork()\n"
             "    other or (time.sleep(5), os._exit(0))\n"
             "    time.sleep(0.1)\n"
             "    os.kill(other, signal.SIGTERM)\n"
-            "    time.sleep(0.4)\n"
+            "    time.sleep(0.6)\n"
             "    os.kill(other, signal.SIGKILL)\n"
             "    os.kill(os.getpid(), signal.SIGTERM)\n"
             "    time.sleep(0.1)\n"
@@ -196,11 +197,28 @@ class TestSignals:
             "from job.preemption.stop_flag import stop_on_signals\n"
             "from threading import Timer\n"
             "libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(256)\n"
-            f"with stop_on_signals(0.2, lambda message: {report}):\n"
+            f"with stop_on_signals(0.8, lambda message: {report}):\n"
             "    Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
             "    while True: libc.pthread_mutex_lock(lock)\n"
         )
         assert subprocess.run([sys.executable, "-c", program], check=False, timeout=20).returncode == code
+
+    def test_a_grace_of_days_is_watched_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Longer than the system waits at once, the most that the setting allows; the time is up when all of it is."""
+        monkeypatch.setattr(stop_flag, "_LONGEST_WAIT", 0.01)
+        ended: list[int] = []
+        monkeypatch.setattr(os, "_exit", ended.append)
+        with stop_on_signals(30 * 86400.0):
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.05)
+            assert "grace" in {thread.name for thread in threading.enumerate()}
+        assert ended == []
+        with stop_on_signals(0.3, lambda _: 9):
+            signal.raise_signal(signal.SIGTERM)
+            waited = time.monotonic()
+            while not ended and time.monotonic() < waited + 10:
+                time.sleep(0.01)
+        assert ended == [9]
 
     def test_what_has_ended_in_time_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """After the block nothing ends the process any more."""
