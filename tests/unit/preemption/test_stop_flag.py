@@ -186,19 +186,23 @@ class TestSignals:
         done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=20)
         assert (done.returncode, done.stdout.splitlines()) == (75, ["works"])
         (line,) = map(json.loads, done.stderr.splitlines())
-        assert "ends before it is killed" in line["event"]
+        assert "takes longer than there is time" in line["event"]
         assert line["run"] == "one"
 
-    @pytest.mark.parametrize(("report", "code"), [("71", 71), ("time.sleep(60)", 75), ("1 / 0", 75)])
-    def test_what_waits_in_a_librarys_code_ends_too(self, report: str, code: int) -> None:
-        """No handler is called then. Nor can a log or a folder keep it that nobody reads, or that hangs as well."""
+    @pytest.mark.parametrize(
+        ("grace", "report", "code"), [(0.8, "71", 71), (0.8, "time.sleep(60)", 75), (0.8, "1 / 0", 75), (60, "71", 71)]
+    )
+    def test_what_waits_in_a_librarys_code_ends_too(self, grace: float, report: str, code: int) -> None:
+        """No handler is called then, nor by a second signal. Nor can a log keep it that nobody reads, or that hangs."""
         program = (
             "import ctypes, os, signal, time\n"
-            "from job.preemption.stop_flag import stop_on_signals\n"
+            "from job.preemption import stop_flag\n"
             "from threading import Timer\n"
             "libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(256)\n"
-            f"with stop_on_signals(0.8, lambda message: {report}):\n"
+            "stop_flag.SAME_REQUEST_SECONDS = 0.1\n"
+            f"with stop_flag.stop_on_signals({grace}, lambda message: {report}):\n"
             "    Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+            f"    {grace > 1} and Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
             "    while True: libc.pthread_mutex_lock(lock)\n"
         )
         assert subprocess.run([sys.executable, "-c", program], check=False, timeout=20).returncode == code
