@@ -42,9 +42,12 @@ BATCH_TOKENS = 8192
 CACHE_BATCHES = 4
 """The cache of a batch holds at most so many times the tokens of one forward pass, prompts and answers together."""
 _CACHE_SHARE = 1 / 16
-"""Of a GPU's memory, which a larger cache may take there."""
+"""Of a GPU's memory, which a larger cache may take there, and the usual one twice: a token of a model whose heads all
+have keys and values of their own takes half a megabyte."""
 _MOST_ROWS = 256
-"""Of a batch that is larger because of that: sampling needs some numbers for each word of the vocabulary and row."""
+"""Of a batch that is larger because of that: its logits have a number for each word of the vocabulary and row."""
+_DRAWN_ROWS = 32
+"""Rows whose next tokens are drawn together: each word of the vocabulary takes about 50 bytes of a row meanwhile."""
 _SLACK_TOKENS = 4
 """The last bytes of a text are looked at with so many tokens more: the first of them may be a part of a character."""
 
@@ -111,7 +114,7 @@ def plan_batches(
         max_new_tokens: Of each answer.
         batch_tokens: Tokens of one forward pass, with padding; a longer prompt gets a batch of its own.
         cache_tokens: A batch that does not fit into one forward pass may have so many tokens, prompts and answers
-            together; 0 for no such batch.
+            together, and one that does fit twice as many; 0 for no such batch, and no other limit than the pass.
         processes: That share the batches: a larger batch leaves none of them without one.
 
     Returns:
@@ -123,7 +126,10 @@ def plan_batches(
     while order:
         longest = lengths[order[0]]
         rows = min(batch_tokens // longest, CACHE_BATCHES * batch_tokens // (longest + max_new_tokens))
-        rows = max(1, rows, min(cache_tokens // (longest + max_new_tokens), share))
+        if cache_tokens:
+            fits = cache_tokens // (longest + max_new_tokens)
+            rows = max(min(rows, 2 * fits), min(fits, share))
+        rows = max(1, rows)
         batches.append(order[:rows])
         order = order[rows:]
     return batches
@@ -166,7 +172,7 @@ def generate(
     how = HowToGenerate(max_new_tokens, tuple(stop), sampling, tuple(ends), batch_tokens)
     lengths = [len(prompt) for prompt in prompts]
     batches = plan_batches(
-        lengths, max_new_tokens, batch_tokens, cache_tokens=_cache_tokens(model), processes=processes
+        lengths, max_new_tokens, batch_tokens, cache_tokens=_cache_tokens(model, batch_tokens), processes=processes
     )
     known = {} if cache is None else cache.load_answers(prompts, batches, how)
     missing = {number: batch for number, batch in enumerate(batches) if number not in known}
@@ -324,17 +330,20 @@ def _own_attention(model: Any) -> Iterator[None]:
         use(base, before)
 
 
-def _cache_tokens(model: Any) -> int:
+def _cache_tokens(model: Any, batch_tokens: int) -> int:
     """How many tokens the cache of a batch may have that is read in several forward passes; 0 where none may be.
 
     On a GPU alone: a CPU gains nothing by it. By all of the GPU's memory, not by what is free: a restart would find
     another number there. And for decoders that the job knows, of which it knows the size of a token's keys and values.
+    Who lowers the tokens of a forward pass, since memory has run out, lowers the cache in proportion.
     """
     from job.evaluation.key_value_cache import can_be_reserved
     from job.model.fused.lora_forward import attention_with_cache
+    from job.model.packed_attention import is_packed
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if base.device.type != "cuda" or attention_with_cache(base) is None:
+    # What is not packed answers one prompt after the other: a larger batch would only be more to lose by a stop.
+    if base.device.type != "cuda" or attention_with_cache(base) is None or not is_packed(model):
         return 0
     import torch
 
@@ -347,7 +356,7 @@ def _cache_tokens(model: Any) -> int:
     token = 2 * len(cache.layers) * heads * width * base.dtype.itemsize
     allowed = torch.cuda.get_per_process_memory_fraction(base.device)
     memory = torch.cuda.get_device_properties(base.device).total_memory * allowed
-    return int(memory * _CACHE_SHARE / token)
+    return int(memory * _CACHE_SHARE * min(1.0, batch_tokens / BATCH_TOKENS) / token)
 
 
 def _new_cache(model: Any) -> Any:
@@ -357,9 +366,9 @@ def _new_cache(model: Any) -> Any:
 
 
 def _read_prompts(
-    model: Any, rows: Sequence[_Row], pass_tokens: int, alive: Callable[[], None]
+    model: Any, rows: Sequence[_Row], pass_tokens: int, most_new: int, alive: Callable[[], None]
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Forward passes over the prompts of a batch, each over as many as fit into it.
+    """Forward passes over the prompts of a batch, each over as many as fit into it; answers of `most_new` will follow.
 
     Returns:
         Logits of the next tokens, (rows, vocabulary); which tokens of the cache are a prompt's, (rows, longest prompt)
@@ -372,14 +381,14 @@ def _read_prompts(
 
     longest = max(len(row.prompt) for row in rows)
     reserving = can_be_reserved(_new_cache(model))
-    most = max(1, pass_tokens // longest) if reserving else len(rows)
-    parts = [rows[start : start + most] for start in range(0, len(rows), most)]
+    together = max(1, pass_tokens // longest) if reserving else len(rows)
+    parts = [rows[start : start + together] for start in range(0, len(rows), together)]
     read = []
     for part in parts:
         alive()
         read.append(_read_together(model, part))
     logits, masks, caches = zip(*read, strict=True)
-    cache = reserve(caches, longest) if reserving else caches[0]
+    cache = reserve(caches, longest, longest + most_new) if reserving else caches[0]
     mask = torch.cat([pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
     return torch.cat(logits), mask, cache
 
@@ -425,7 +434,7 @@ def _answer_together(
     """Answers all prompts of a batch: these are read, then each pass gives one token of each."""
     import torch
 
-    logits, mask, cache = _read_prompts(model, rows, pass_tokens, alive)
+    logits, mask, cache = _read_prompts(model, rows, pass_tokens, finish.most, alive)
     positions = mask.sum(-1, keepdim=True) - 1  # (rows, 1): of each row's last token
     going = list(rows)
     while True:
@@ -491,7 +500,8 @@ def _choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
     best, tokens = logits.max(-1)
     if sampling is not None:
         drawn = torch.tensor([[row.draws.next()] for row in rows], dtype=torch.float64, device=logits.device)
-        tokens = _drawn(logits, sampling, drawn)
+        parts = [slice(start, start + _DRAWN_ROWS) for start in range(0, len(rows), _DRAWN_ROWS)]
+        tokens = torch.cat([_drawn(logits[part], sampling, drawn[part]) for part in parts])
     found: list[int] = tokens.where(best.isfinite(), -1).tolist()  # the only synchronization with the GPU of a token
     if -1 in found:
         raise TrainingFailed(
