@@ -9,7 +9,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from job import __version__, log
 from job.cli.arguments import COMMANDS, command_help
@@ -17,7 +18,7 @@ from job.common import garbage_collection
 from job.common.out_of_memory import out_of_memory
 from job.common.resources import usable_cpus
 from job.distributed.ranks import VARIABLES, Place, find_machines, visible_gpu
-from job.errors import JobError, Problem, SettingsError, Stalled, TrainingFailed
+from job.errors import JobError, NoProgress, Preempted, Problem, SettingsError, Stalled, TrainingFailed
 from job.platforms.detect import Platform
 from job.platforms.sagemaker import lasts
 from job.settings.load import (
@@ -32,6 +33,9 @@ from job.settings.load import (
     secrets,
 )
 from job.storage.azure_account import azure_variables
+
+if TYPE_CHECKING:
+    from job.runs.run_log import IdleLimit
 
 
 def _usage() -> str:
@@ -139,7 +143,7 @@ def _run(words: list[str]) -> int:
         idle.record_stall(message)  # last: the store may be what hangs
 
     with (
-        stop_on_signals(run.grace_seconds) as stop,
+        stop_on_signals(run.grace_seconds, partial(_report_late, idle, platform)) as stop,
         watch_notices(stop, run.spot_notices if first else "off"),
         watch(stall, on_stall) as report_progress,
         join(
@@ -366,6 +370,12 @@ def _report(error: Exception, platform: Platform) -> int:
         logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)
     _report_to_platform(platform, error, text)
     return code
+
+
+def _report_late(idle: IdleLimit, platform: Platform, message: str) -> int:
+    """Reports that this process ends because its time is over; returns the exit code, by the attempts before."""
+    late = NoProgress(f"{message}; {idle.message}") if idle.reached else Preempted(message)
+    return _report(late, platform)
 
 
 def _report_to_platform(platform: Platform, error: Exception, text: str) -> None:

@@ -44,9 +44,12 @@ BATCH_TOKENS = 8192
 CACHE_BATCHES = 4
 """A batch of one prefill pass may have this many times `BATCH_TOKENS` in its cache, prompts and answers together."""
 _CACHE_SHARE = 1 / 16
-"""Share of a GPU's memory that the cache of a larger batch, read in several passes, may take."""
+"""Share of a GPU's memory that the cache of a larger batch, read in several passes, may take; a batch read in one pass
+may take twice as much. A token of a model without shared key/value heads takes half a megabyte."""
 _MOST_ROWS = 256
-"""The most prompts of such a larger batch: sampling needs memory for each row and entry of the vocabulary."""
+"""The most prompts of such a larger batch: its logits have a number for each row and entry of the vocabulary."""
+_DRAWN_ROWS = 32
+"""Rows that are sampled at once: meanwhile each entry of the vocabulary takes about 50 bytes for each of them."""
 _SLACK_TOKENS = 4
 """When the end of an answer is searched for a stop text, this many more tokens are decoded, since the first of them may
 be a part of a character."""
@@ -113,8 +116,9 @@ def plan_batches(
         lengths: Tokens of each prompt.
         max_new_tokens: The most tokens of an answer.
         batch_tokens: The most tokens of one forward pass, with padding; a longer prompt gets a batch of its own.
-        cache_tokens: The most tokens, prompts and answers together, of a batch that takes several passes to read; 0 if
-            every batch has to be read in one pass.
+        cache_tokens: The most tokens, prompts and answers together, of a batch that takes several passes to read; a
+            batch that takes one pass may have twice as many. 0 if every batch has to be read in one pass, without this
+            limit.
         processes: How many share the batches; larger batches are limited so that each process gets one.
 
     Returns:
@@ -126,7 +130,10 @@ def plan_batches(
     while order:
         longest = lengths[order[0]]
         rows = min(batch_tokens // longest, CACHE_BATCHES * batch_tokens // (longest + max_new_tokens))
-        rows = max(1, rows, min(cache_tokens // (longest + max_new_tokens), share))
+        if cache_tokens:
+            fits = cache_tokens // (longest + max_new_tokens)
+            rows = max(min(rows, 2 * fits), min(fits, share))
+        rows = max(1, rows)
         batches.append(order[:rows])
         order = order[rows:]
     return batches
@@ -169,7 +176,7 @@ def generate(
     how = HowToGenerate(max_new_tokens, tuple(stop), sampling, tuple(ends), batch_tokens)
     lengths = [len(prompt) for prompt in prompts]
     batches = plan_batches(
-        lengths, max_new_tokens, batch_tokens, cache_tokens=_cache_tokens(model), processes=processes
+        lengths, max_new_tokens, batch_tokens, cache_tokens=_cache_tokens(model, batch_tokens), processes=processes
     )
     known = {} if cache is None else cache.load_answers(prompts, batches, how)
     missing = {number: batch for number, batch in enumerate(batches) if number not in known}
@@ -327,18 +334,21 @@ def _own_attention(model: Any) -> Iterator[None]:
         use(base, before)
 
 
-def _cache_tokens(model: Any) -> int:
+def _cache_tokens(model: Any, batch_tokens: int) -> int:
     """The most tokens in the cache of a batch that is read in several forward passes; 0 if such batches are not used.
 
     They are used on a GPU only, since a CPU gains nothing by them, and for families with a fused decoder, of which the
     size of a token's keys and values is known. The number depends on the GPU's total memory, not on what is free, so
-    that a restart makes the same batches.
+    that a restart makes the same batches. Lowering the tokens of a forward pass, as after memory ran out, lowers it in
+    proportion.
     """
     from job.evaluation.key_value_cache import can_be_reserved
     from job.model.fused.lora_forward import attention_with_cache
+    from job.model.packed_attention import is_packed
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if base.device.type != "cuda" or attention_with_cache(base) is None:
+    # What is not packed answers one prompt after the other: a larger batch would only be more to lose by a stop.
+    if base.device.type != "cuda" or attention_with_cache(base) is None or not is_packed(model):
         return 0
     import torch
 
@@ -351,7 +361,7 @@ def _cache_tokens(model: Any) -> int:
     token = 2 * len(cache.layers) * heads * width * base.dtype.itemsize
     allowed = torch.cuda.get_per_process_memory_fraction(base.device)
     memory = torch.cuda.get_device_properties(base.device).total_memory * allowed
-    return int(memory * _CACHE_SHARE / token)
+    return int(memory * _CACHE_SHARE * min(1.0, batch_tokens / BATCH_TOKENS) / token)
 
 
 def _new_cache(model: Any) -> Any:
@@ -361,9 +371,11 @@ def _new_cache(model: Any) -> Any:
 
 
 def _read_prompts(
-    model: Any, rows: Sequence[_Row], pass_tokens: int, alive: Callable[[], None]
+    model: Any, rows: Sequence[_Row], pass_tokens: int, most_new: int, alive: Callable[[], None]
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Prefill: forward passes over the prompts of a batch, each over as many as `pass_tokens` allows.
+
+    The cache has room for answers of `most_new` tokens.
 
     Returns:
         The logits of the next tokens, (rows, vocabulary); the attention mask, (rows, longest prompt) int64, 0 for
@@ -376,14 +388,14 @@ def _read_prompts(
 
     longest = max(len(row.prompt) for row in rows)
     reserving = can_be_reserved(_new_cache(model))
-    most = max(1, pass_tokens // longest) if reserving else len(rows)
-    parts = [rows[start : start + most] for start in range(0, len(rows), most)]
+    together = max(1, pass_tokens // longest) if reserving else len(rows)
+    parts = [rows[start : start + together] for start in range(0, len(rows), together)]
     read = []
     for part in parts:
         alive()
         read.append(_read_together(model, part))
     logits, masks, caches = zip(*read, strict=True)
-    cache = reserve(caches, longest) if reserving else caches[0]
+    cache = reserve(caches, longest, longest + most_new) if reserving else caches[0]
     mask = torch.cat([pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
     return torch.cat(logits), mask, cache
 
@@ -430,7 +442,7 @@ def _answer_together(
     """Answers the prompts of a batch: prefill, then one token of every answer in each pass."""
     import torch
 
-    logits, mask, cache = _read_prompts(model, rows, pass_tokens, alive)
+    logits, mask, cache = _read_prompts(model, rows, pass_tokens, finish.most, alive)
     positions = mask.sum(-1, keepdim=True) - 1  # (rows, 1): of each row's last token
     going = list(rows)
     while True:
@@ -496,7 +508,8 @@ def _choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
     best, tokens = logits.max(-1)
     if sampling is not None:
         drawn = torch.tensor([[row.draws.next()] for row in rows], dtype=torch.float64, device=logits.device)
-        tokens = _drawn(logits, sampling, drawn)
+        parts = [slice(start, start + _DRAWN_ROWS) for start in range(0, len(rows), _DRAWN_ROWS)]
+        tokens = torch.cat([_drawn(logits[part], sampling, drawn[part]) for part in parts])
     found: list[int] = tokens.where(best.isfinite(), -1).tolist()  # the only synchronization with the GPU of a token
     if -1 in found:
         raise TrainingFailed(

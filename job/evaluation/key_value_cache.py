@@ -22,14 +22,17 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
     Args:
         read: The layer's caches of parts of the batch's prompts, in the order of the rows. They are emptied.
         longest: Tokens to which the prompts are padded, with zeros in front (left padding).
+        most: The most tokens of a row, prompt and answer together.
     """
 
-    def __init__(self, read: Sequence[DynamicLayer], longest: int) -> None:
+    def __init__(self, read: Sequence[DynamicLayer], longest: int, most: int) -> None:
         super().__init__()
+        self._most = most
+        tokens = min(longest + RESERVED_TOKENS, most)
         self.dtype, self.device, self.is_initialized = read[0].dtype, read[0].device, True
         self._reserved = [
-            _joined([layer.keys for layer in read], longest),
-            _joined([layer.values for layer in read], longest),
+            _joined([layer.keys for layer in read], longest, tokens),
+            _joined([layer.values for layer in read], longest, tokens),
         ]
         for layer in read:
             layer.keys = layer.values = None  # frees them, although the caller still holds the layers
@@ -43,9 +46,8 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
         before = self.keys.shape[-2]
         after = before + key_states.shape[-2]
         if after > self._reserved[0].shape[2]:
-            self._reserved = [
-                pad(reserved, (0, 0, 0, max(RESERVED_TOKENS, after - before))) for reserved in self._reserved
-            ]
+            more = max(after, min(before + RESERVED_TOKENS, self._most)) - before
+            self._reserved = [pad(reserved, (0, 0, 0, more)) for reserved in self._reserved]
         for reserved, states in zip(self._reserved, (key_states, value_states), strict=True):
             reserved[:, :, before:after] = states
         self._show(after)
@@ -63,25 +65,26 @@ def can_be_reserved(cache: DynamicCache) -> bool:
     return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def reserve(caches: Sequence[DynamicCache], longest: int) -> DynamicCache:
+def reserve(caches: Sequence[DynamicCache], longest: int, most: int) -> DynamicCache:
     """Joins the caches of parts of a batch to one of all rows, with reserved memory.
 
     Args:
         caches: Of the parts, in the order of the rows. They are emptied.
         longest: Tokens to which the prompts are padded.
+        most: The most tokens of a row, prompt and answer together.
     """
     whole = caches[0]
     # Layer by layer, freeing each part's, so that only one layer's keys and values are in memory twice.
     for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         if layers[0].is_initialized:  # layers that share the keys and values of another one stay empty
-            whole.layers[number] = ReservedLayer(layers, longest)
+            whole.layers[number] = ReservedLayer(layers, longest, most)
     return whole
 
 
-def _joined(parts: Sequence[torch.Tensor], longest: int) -> torch.Tensor:
-    """(rows of all parts, heads, longest + RESERVED_TOKENS, head size), each part padded in front with zeros."""
+def _joined(parts: Sequence[torch.Tensor], longest: int, tokens: int) -> torch.Tensor:
+    """(rows of all parts, heads, tokens, head size); prompts are padded in front with zeros to `longest` tokens."""
     rows, (_, heads, _, width) = sum(len(part) for part in parts), parts[0].shape
-    whole = parts[0].new_zeros(rows, heads, longest + RESERVED_TOKENS, width)
+    whole = parts[0].new_zeros(rows, heads, tokens, width)
     start = 0
     for part in parts:
         whole[start : start + len(part), :, longest - part.shape[-2] : longest] = part

@@ -5,7 +5,7 @@ What happens on SIGTERM:
 1. The handler of `stop_on_signals` sets the flag, and the deadline by JOB_RUN__GRACE_SECONDS.
 2. In training, `training.step` looks at it between two micro-batches and `StopOnFlag` of `training.trainer` after a
    step. `decide` says what still fits before the deadline: the rest of the step and a checkpoint, a checkpoint of the
-   step before, or neither. `stages.train` waits for the upload as long as the deadline allows.
+   step before, or neither. `stages.train` waits for the upload until shortly before the deadline.
 3. All other stages call `Attempt.alive`, which raises `Preempted`; what they have computed in part is cached.
 4. `cli.main` turns `Preempted` into exit code 75. What still waits right before the deadline, as for a store, is ended
    with it. The next attempt of the run resumes, see `pipeline`.
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
-from threading import Event, Thread
+from threading import Thread
 from types import FrameType
 from typing import Literal
 
@@ -43,6 +45,10 @@ SPARE_SECONDS = 2.0
 """Margin of `decide`: machines slow down while they are drained, and the run log is still to be written at the end."""
 LAST_SECONDS = 0.5
 """So long before the kill a process that has not ended ends itself."""
+_LONGEST_WAIT = 3600.0
+"""Seconds; `poll` takes no more than 24 days."""
+_LEFT = b"\0"
+"""No signal's number."""
 
 
 class Stop:
@@ -82,6 +88,13 @@ class Stop:
     def remaining(self) -> float:
         """Seconds until the deadline, never negative; infinity while there is none."""
         return max(0.0, self.deadline - time.monotonic())
+
+    def waiting_seconds(self) -> float:
+        """How long something may be waited for: until `SPARE_SECONDS` before the deadline, for the end to be recorded.
+
+        Never negative; infinity while there is no deadline.
+        """
+        return max(0.0, self.remaining() - SPARE_SECONDS)
 
     def check(self) -> None:
         """Ends the stage if the job has to end.
@@ -146,11 +159,16 @@ def signals_to_handle() -> list[signal.Signals]:
     return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+def _warn(message: str) -> int:
+    log.get_logger().warning(message)
+    return Preempted.exit_code
+
+
 @contextmanager
-def stop_on_signals(grace_seconds: float | None = None) -> Iterator[Stop]:
+def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], int] = _warn) -> Iterator[Stop]:
     """Within it each of `SIGNALS` sets the flag; a second request, by a later signal, ends the process at once.
 
-    Half a second before the kill the process ends itself, with the exit code of a preemption, whatever it waits for: a
+    `LAST_SECONDS` before the kill the process ends itself, with the exit code of a preemption, whatever it waits for: a
     store that throttles may keep it for minutes, and what is killed (137) looks like one that ran out of memory.
 
     Ending at once corrupts nothing, because what is published appears completely or not at all. Without a handler
@@ -159,6 +177,8 @@ def stop_on_signals(grace_seconds: float | None = None) -> Iterator[Stop]:
 
     Args:
         grace_seconds: Time between the signal and the kill; None if unknown.
+        report: Called with the reason when the process ends itself before the kill; returns the exit code. It runs in
+            a thread of its own and gets most of `LAST_SECONDS`: what it writes to may be what the process waits for.
     """
     stop = Stop()
     times: list[float] = []
@@ -170,22 +190,64 @@ def stop_on_signals(grace_seconds: float | None = None) -> Iterator[Stop]:
         elif number != signal.SIGXCPU and times[-1] - times[0] > SAME_REQUEST_SECONDS:
             os._exit(Preempted.exit_code)
 
-    left = Event()
+    numbers = signals_to_handle()
+    with nullcontext() if grace_seconds is None else _ended_in_time(grace_seconds, numbers, report):
+        before = {number: signal.signal(number, handle) for number in numbers}
+        try:
+            yield stop
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def end_in_time(grace: float) -> None:
-        margin = min(LAST_SECONDS, grace / 2)
-        while not left.wait(margin / 2):
-            if times and time.monotonic() - times[0] >= grace - margin:
-                what = "the process ends before it is killed: what it still waits for takes longer than there is time"
-                log.get_logger().warning(what, grace_seconds=grace)
-                os._exit(Preempted.exit_code)
 
-    before = {number: signal.signal(number, handle) for number in signals_to_handle()}
-    if grace_seconds is not None:  # not from the handler, where starting a thread may deadlock
-        Thread(target=end_in_time, args=(grace_seconds,), name="grace", daemon=True).start()
+@contextmanager
+def _ended_in_time(grace: float, numbers: Collection[int], report: Callable[[str], int]) -> Iterator[None]:
+    """Within it a thread ends the process before the kill that follows one of these signals.
+
+    Python calls a handler between two instructions of the main thread, so not while that waits in a library's code.
+    What the thread reads is written by the interpreter's own handler, in C, when the signal arrives.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    outside = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    run, arguments = copy_context().run, (_end_in_time, reading, grace, numbers, report)
+    # Not started by the handler, where that may deadlock. With the context, whose fields are on the lines of the log.
+    Thread(target=run, args=arguments, name="grace", daemon=True).start()
     try:
-        yield stop
+        yield
     finally:
-        left.set()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(outside)
+        os.write(writing, _LEFT)
+        os.close(writing)
+
+
+# Else a signal to a forked process would be taken for one to this process.
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
+def _end_in_time(reading: int, grace: float, numbers: Collection[int], report: Callable[[str], int]) -> None:
+    margin = min(LAST_SECONDS, grace / 2)
+    poll = select.poll()
+    poll.register(reading, select.POLLIN)
+    first, end = 0.0, math.inf
+    while (left := end - time.monotonic()) > 0:
+        if not poll.poll(1000 * min(left, _LONGEST_WAIT)):
+            continue
+        if (received := os.read(reading, 1)) == _LEFT:
+            os.close(reading)
+            return
+        now = time.monotonic()
+        if received[0] not in numbers:
+            continue
+        if end == math.inf:
+            first, end = now, now + grace - margin
+        elif received[0] != signal.SIGXCPU and now - first > SAME_REQUEST_SECONDS:
+            end = min(end, now + LAST_SECONDS)  # the handler ends the process sooner where it is called
+    what = "the process ends without what it still waits for, which takes longer than there is time"
+    codes: list[int] = []
+    reporting = Thread(
+        target=copy_context().run, args=(lambda: codes.append(report(f"{what} (JOB_RUN__GRACE_SECONDS)")),), daemon=True
+    )
+    reporting.start()
+    reporting.join(0.8 * margin)
+    os._exit(codes[0] if codes else Preempted.exit_code)

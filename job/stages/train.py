@@ -88,7 +88,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
                 verified=restored.step,
                 on_committed=partial(_committed, attempt),
             ),
-            patience=attempt.stop.remaining,
+            patience=attempt.stop.waiting_seconds,
         ) as publisher,
     ):
         watch = Stopwatch()
@@ -113,7 +113,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             validation=validation,
         )
         if not trained.complete:
-            publisher.finish(attempt.stop.remaining())
+            publisher.finish(attempt.stop.waiting_seconds())
             raise _stopped(attempt, restored, recipe.total_steps)
     if not processes.leads:
         return None

@@ -308,6 +308,9 @@ def evaluation_bytes(setup: Setup, tokens: int, reads: int) -> int:
     there in the compute dtype, in fp32, and once more as their logarithms. A weight that is
     dequantized for each use is there once more, with the adapter's columns beside it. In half precision the output
     layer has a copy in fp16 (`fused/precise_forward.py`). After training, gradients and moments may still be there.
+
+    Generated answers are not counted: which tasks have them is not known here. Instead of logits at many positions they
+    have a cache, on known decoders of an eighth of the GPU's memory at most (`evaluation/generation.py`).
     """
     a, size = setup.architecture, setup.value_bytes
     held = training_memory(setup, 0)

@@ -9,6 +9,7 @@ import pytest
 
 from job.cli import main as cli
 from job.errors import AccessDenied, JobError, Preempted, Problem, SettingsError, Stalled, TrainingFailed
+from job.runs.run_log import IdleLimit
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,12 @@ def test_a_stall_names_its_code_and_the_machine(tmp_path: Path) -> None:
     platform = cli.Platform("kubernetes", termination_log=tmp_path / "log", node="gpu-7")
     cli._report_to_platform(platform, Stalled("x"), "no progress for 9 s")
     assert (tmp_path / "log").read_text() == "Stalled (exit code 74): node gpu-7: no progress for 9 s"
+
+
+@pytest.mark.parametrize(("before", "end"), [(1, "Preempted (exit code 75)"), (2, "NoProgress (exit code 71)")])
+def test_an_end_before_the_kill_is_reported_as_any_other(tmp_path: Path, before: int, end: str) -> None:
+    """A process that waits too long is not retried without limit: attempts in a row without progress count."""
+    platform = cli.Platform("kubernetes", termination_log=tmp_path / "log")
+    idle = IdleLimit(3, before=before, progressed=lambda: False)
+    assert f"(exit code {cli._report_late(idle, platform, 'the time is over')})" in end
+    assert (tmp_path / "log").read_text().startswith(f"{end}: the time is over")

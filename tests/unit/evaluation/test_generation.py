@@ -7,7 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +18,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MistralConfig
+from transformers.cache_utils import DynamicLayer
 
 from job.distributed.processes import ALONE
 from job.errors import TrainingFailed
-from job.evaluation.generation import CACHE_BATCHES, HowToGenerate, Sampling, _drawn, generate, plan_batches
+from job.evaluation.generation import (
+    BATCH_TOKENS,
+    CACHE_BATCHES,
+    HowToGenerate,
+    Sampling,
+    _cache_tokens,
+    _choose,
+    _drawn,
+    _Draws,
+    _Row,
+    generate,
+    plan_batches,
+)
+from job.evaluation.key_value_cache import RESERVED_TOKENS, ReservedLayer
 from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache
@@ -122,7 +136,7 @@ def test_a_batch_read_in_several_passes_says_the_same(
     expected = [by_the_book(own, tokenizer, prompt) for prompt in PROMPTS]
     if fused:
         assert fuse_layers(own, keep_dequantized=False, kernels=TORCH) == "all"
-    monkeypatch.setattr("job.evaluation.generation._cache_tokens", lambda _: 10_000)
+    monkeypatch.setattr("job.evaluation.generation._cache_tokens", lambda *_: 10_000)
     monkeypatch.setattr("job.evaluation.key_value_cache.RESERVED_TOKENS", 3)
     passes: list[tuple[int, ...]] = []
 
@@ -137,6 +151,83 @@ def test_a_batch_read_in_several_passes_says_the_same(
     assert len(reading) > 1
     assert sum(rows for rows, _ in reading) == len(PROMPTS)
     assert passes[len(reading)] == (len(PROMPTS), 1)
+
+
+def test_a_batch_as_on_a_gpu_that_is_stopped_is_answered_again(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while prompts are read or tokens drawn, the restart keeps the batches before, and gives equal bytes."""
+    own = model(base_folder)
+    monkeypatch.setattr("job.evaluation.generation._cache_tokens", lambda *_: 150)
+    how: dict[str, Any] = {"max_new_tokens": NEW, "batch_tokens": 45, "sampling": Sampling(seed=3)}
+    batches = plan_batches([len(prompt) for prompt in PROMPTS], NEW, 45, cache_tokens=150)
+    assert len(batches) < len(plan_batches([len(prompt) for prompt in PROMPTS], NEW, 45))
+    expected = generate(own, tokenizer, PROMPTS, **how)
+    for name, alive in {"reading": 2, "drawing": 14}.items():
+        left = count(-alive)
+
+        def stopping(left: Any = left, **_: Any) -> None:
+            if next(left) >= 0:
+                raise Stopped
+
+        store = LocalStore(tmp_path / name)
+        parts: list[int] = []
+
+        def answer(*args: Any, alive: Any, parts: list[int] = parts) -> Any:
+            parts.append(len(args[3]))
+            return ParallelScoring(ALONE, alive).answer(*args)
+
+        for alive_here in (stopping, lambda **_: None):
+            how["cache"], how["answer"] = ScoreCache(store, "s", "one", {}), partial(answer, alive=alive_here)
+            if alive_here is stopping:
+                with pytest.raises(Stopped):
+                    generate(own, tokenizer, PROMPTS, **how)
+            else:
+                assert generate(own, tokenizer, PROMPTS, **how) == expected
+        assert parts == [len(batches), len(batches) - (name == "drawing")]
+
+
+def test_the_cache_is_not_larger_than_its_batch() -> None:
+    """No memory is allocated for tokens that an answer may not have; it grows by steps up to the most."""
+    read = [DynamicLayer(), DynamicLayer()]
+    for rows, layer in enumerate(read, start=1):
+        layer.update(torch.ones(rows, 1, 4 + rows, 2), torch.ones(rows, 1, 4 + rows, 2))
+    layer = ReservedLayer(read, 6, 6 + 3)
+    assert [reserved.shape for reserved in layer._reserved] == [(3, 1, 9, 2)] * 2
+    layer = ReservedLayer([layer], 6, 6 + RESERVED_TOKENS + 3)
+    for _ in range(RESERVED_TOKENS + 3):
+        keys, _ = layer.update(torch.ones(3, 1, 1, 2), torch.ones(3, 1, 1, 2))
+    assert keys.shape[2] == layer._reserved[0].shape[2] == 6 + RESERVED_TOKENS + 3
+    assert int(keys[0, 0, :, 0].sum()) == keys.shape[2] - 1, "zeros in front of the shorter prompt"
+
+
+def test_a_gpus_cache_shrinks_with_the_tokens_of_a_pass(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixteenth of all its memory at most; who lowers JOB_EVAL__BATCH_TOKENS, as the error says, needs less."""
+    own = make_model(base_folder)
+    base = own.get_base_model()
+    assert _cache_tokens(own, BATCH_TOKENS) == 0, "of a CPU"
+    monkeypatch.setattr(type(base), "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 0.5)
+    properties = SimpleNamespace(total_memory=1 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    config = base.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * base.dtype.itemsize
+    assert _cache_tokens(own, 2 * BATCH_TOKENS) == _cache_tokens(own, BATCH_TOKENS) == (1 << 25) // token
+    assert _cache_tokens(own, BATCH_TOKENS // 4) == (1 << 23) // token
+    use(base, PLAIN)
+    assert _cache_tokens(own, BATCH_TOKENS) == 0, "it answers one prompt after the other"
+
+
+def test_tokens_are_drawn_for_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens as for all rows together."""
+    logits = torch.randn(70, 50, generator=torch.Generator().manual_seed(0))
+
+    def chosen() -> list[int]:
+        return _choose(logits, [_Row((1,), _Draws(Sampling(seed=1), number)) for number in range(70)])
+
+    some = chosen()
+    monkeypatch.setattr("job.evaluation.generation._DRAWN_ROWS", 1000)
+    assert chosen() == some
 
 
 def test_processes_share_the_batches(base_folder: Path, tokenizer: Any) -> None:
@@ -319,7 +410,9 @@ def test_larger_batches_stay_within_the_cache_and_leave_each_process_one() -> No
     assert list(map(len, plan_batches(lengths, 100, 1000))) == [10, 10, 10, 10, 8]
     assert list(map(len, plan_batches(lengths, 100, 1000, cache_tokens=10**6))) == [48]
     assert list(map(len, plan_batches(lengths, 100, 1000, cache_tokens=6400))) == [32, 16]
-    assert list(map(len, plan_batches(lengths, 100, 1000, cache_tokens=100))) == [10, 10, 10, 10, 8]
+    assert list(map(len, plan_batches(lengths, 100, 1000, cache_tokens=1000))) == [10, 10, 10, 10, 8]
+    assert set(map(len, plan_batches(lengths, 100, 1000, cache_tokens=600))) == {6}, "of less memory than a pass fills"
+    assert set(map(len, plan_batches(lengths, 100, 1000, cache_tokens=100))) == {1}
     assert list(map(len, plan_batches(lengths, 100, 1000, cache_tokens=10**6, processes=3))) == [16, 16, 16]
     assert max(map(len, plan_batches([1] * 600, 100, 10, cache_tokens=10**6))) == 256
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -49,6 +50,15 @@ class TestStop:
         assert 29 < stop.remaining() <= 30
         with pytest.raises(Preempted, match="the test"):
             stop.check()
+
+    def test_waiting_leaves_time_for_the_end(self) -> None:
+        """Before the deadline, the end of the attempt is still to be recorded."""
+        stop = Stop()
+        assert stop.waiting_seconds() == math.inf
+        stop.request("the test", 30)
+        assert 27 < stop.waiting_seconds() <= 30 - SPARE_SECONDS
+        stop.request("the test", SPARE_SECONDS / 2)
+        assert stop.waiting_seconds() == 0
 
     @given(st.lists(st.none() | st.floats(-10, 1000), min_size=1, max_size=5))
     def test_the_first_reason_and_the_earliest_deadline_hold(self, deadlines: list[float | None]) -> None:
@@ -154,20 +164,65 @@ class TestSignals:
         assert time.monotonic() - began < 5
 
     def test_what_waits_too_long_ends_before_it_is_killed(self) -> None:
-        """A store that throttles may keep it for longer than its grace: code 75. Nothing ends without a signal."""
+        """A store that throttles may keep it for longer than its grace: code 75. Another's signal ends nothing."""
         program = (
-            "import os, signal, sys, time\n"
+            "import os, signal, time\n"
+            "from job import log\n"
             "from job.preemption.stop_flag import stop_on_signals\n"
-            "with stop_on_signals(0.4):\n"
-            "    time.sleep(0.8)\n"
+            "log.configure('json', 'info', run='one')\n"
+            "log.get_logger()\n"
+            "with stop_on_signals(1):\n"
+            "    other = os.fork()\n"
+            "    other or (time.sleep(5), os._exit(0))\n"
+            "    time.sleep(0.1)\n"
+            "    os.kill(other, signal.SIGTERM)\n"
+            "    time.sleep(0.6)\n"
+            "    os.kill(other, signal.SIGKILL)\n"
             "    os.kill(os.getpid(), signal.SIGTERM)\n"
             "    time.sleep(0.1)\n"
             "    print('works', flush=True)\n"
             "    time.sleep(60)\n"
         )
         done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=20)
-        assert (done.returncode, done.stdout.splitlines()[0]) == (75, "works")
-        assert "ends before it is killed" in done.stdout + done.stderr
+        assert (done.returncode, done.stdout.splitlines()) == (75, ["works"])
+        (line,) = map(json.loads, done.stderr.splitlines())
+        assert "takes longer than there is time" in line["event"]
+        assert line["run"] == "one"
+
+    @pytest.mark.parametrize(
+        ("grace", "report", "code"), [(0.8, "71", 71), (0.8, "time.sleep(60)", 75), (0.8, "1 / 0", 75), (60, "71", 71)]
+    )
+    def test_what_waits_in_a_librarys_code_ends_too(self, grace: float, report: str, code: int) -> None:
+        """No handler is called then, nor by a second signal. Nor can a log keep it that nobody reads, or that hangs."""
+        program = (
+            "import ctypes, os, signal, time\n"
+            "from job.preemption import stop_flag\n"
+            "from threading import Timer\n"
+            "libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(256)\n"
+            "stop_flag.SAME_REQUEST_SECONDS = 0.1\n"
+            f"with stop_flag.stop_on_signals({grace}, lambda message: {report}):\n"
+            "    Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+            f"    {grace > 1} and Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+            "    while True: libc.pthread_mutex_lock(lock)\n"
+        )
+        assert subprocess.run([sys.executable, "-c", program], check=False, timeout=20).returncode == code
+
+    def test_a_grace_of_days_is_watched_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Longer than the system waits at once, the most that the setting allows; the time is up when all of it is."""
+        monkeypatch.setattr(stop_flag, "_LONGEST_WAIT", 0.01)
+        ended: list[int] = []
+        monkeypatch.setattr(os, "_exit", ended.append)
+        with stop_on_signals(30 * 86400.0):
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.05)
+            assert "grace" in {thread.name for thread in threading.enumerate()}
+        assert ended == []
+        with stop_on_signals(0.3, lambda _: 9):
+            signal.raise_signal(signal.SIGTERM)
+            waited = time.monotonic()
+            while not ended and time.monotonic() < waited + 10:
+                time.sleep(0.01)
+        assert ended == [9]
 
     def test_what_has_ended_in_time_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """After the block nothing ends the process any more."""
