@@ -52,7 +52,7 @@ def why_not_recorded(setup: Setup, capability: tuple[int, int], *, half: str = "
     if capability < AMPERE:
         return "attention goes segment by segment on a GPU of compute capability {}.{}".format(*capability)
     if setup.architecture.experts and (half != "bfloat16" or capability[0] not in GROUPED):
-        what = "torch's grouped matmul of a mixture's experts waits for the GPU"
+        what = "torch reads the group sizes of a mixture's grouped matmul on the host"
         return "{} in {} on a GPU of compute capability {}.{}".format(what, half, *capability)
     return setup.architecture.not_recorded
 
