@@ -1,6 +1,6 @@
-"""Keys and values of a batch of answers, in memory that is allocated for many tokens at a time.
+"""A key/value cache for generation whose memory is allocated for many tokens at a time.
 
-transformers' `DynamicLayer` concatenates: each token copies the keys and values of all before it.
+transformers' `DynamicLayer` concatenates instead: with each token it copies the keys and values of all earlier ones.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 RESERVED_TOKENS = 256
-"""Memory is allocated for so many tokens: an answer may be allowed thousands and end after some dozens."""
+"""Memory is allocated for this many further tokens, not for the longest answer allowed: most end much earlier."""
 
 
 class ReservedLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values, (rows, heads, tokens, width) each, with memory for the tokens to come.
+    """One layer's keys and values, (rows, heads, tokens, head size) each, with reserved memory for more tokens.
 
     Args:
-        read: Layers that have read the batch's prompts, some rows each, in order; they are empty afterwards.
-        longest: Tokens to which the prompts are padded, with zeros in front.
-        most: Tokens that there will be at most, with those of the answers.
+        read: The layer's caches of parts of the batch's prompts, in the order of the rows. They are emptied.
+        longest: Tokens to which the prompts are padded, with zeros in front (left padding).
+        most: The most tokens of a row, prompt and answer together.
     """
 
     def __init__(self, read: Sequence[DynamicLayer], longest: int, most: int) -> None:
@@ -42,7 +42,7 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (reserved[:, :, :tokens] for reserved in self._reserved)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """Appends (rows, heads, new tokens, width) each; returns all keys and all values."""
+        """Appends keys and values, (rows, heads, new tokens, head size) each; returns all keys and all values."""
         before = self.keys.shape[-2]
         after = before + key_states.shape[-2]
         if after > self._reserved[0].shape[2]:
@@ -54,29 +54,35 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows."""
+        """Keeps only these rows; `indices` is (kept rows,) int64."""
         tokens = self.keys.shape[-2]
         self._reserved = [reserved[indices] for reserved in self._reserved]
         self._show(tokens)
 
 
 def can_be_reserved(cache: DynamicCache) -> bool:
-    """Whether `reserve` works: a sliding window's layers, for instance, drop tokens and cannot be padded afterwards."""
+    """Whether `reserve` takes this cache. Not, for instance, with sliding-window layers: these have dropped tokens."""
     return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def reserve(caches: Sequence[DynamicCache], longest: int, most: int) -> DynamicCache:
-    """One cache of all rows; arguments as for `ReservedLayer`."""
+    """Joins the caches of parts of a batch to one of all rows, with reserved memory.
+
+    Args:
+        caches: Of the parts, in the order of the rows. They are emptied.
+        longest: Tokens to which the prompts are padded.
+        most: The most tokens of a row, prompt and answer together.
+    """
     whole = caches[0]
-    # Layer by layer, each freed where it was: the keys and values of one layer alone are in memory twice.
+    # Layer by layer, freeing each part's, so that only one layer's keys and values are in memory twice.
     for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
-        if layers[0].is_initialized:  # not those that use the keys and values of another layer
+        if layers[0].is_initialized:  # layers that share the keys and values of another one stay empty
             whole.layers[number] = ReservedLayer(layers, longest, most)
     return whole
 
 
 def _joined(parts: Sequence[torch.Tensor], longest: int, tokens: int) -> torch.Tensor:
-    """(rows of all parts, heads, tokens, width), `longest` of them the prompts', padded with zeros in front."""
+    """(rows of all parts, heads, tokens, head size); prompts are padded in front with zeros to `longest` tokens."""
     rows, (_, heads, _, width) = sum(len(part) for part in parts), parts[0].shape
     whole = parts[0].new_zeros(rows, heads, tokens, width)
     start = 0

@@ -1,4 +1,4 @@
-"""A tree of token sequences in which each common beginning occurs once.
+"""A tree of token sequences (a radix tree) in which each common prefix occurs once.
 
 c c c c          contexts and choices of several questions, each a path from the root
 |     |
@@ -17,12 +17,12 @@ Ids = tuple[int, ...]
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """Tokens without a branch between them.
+    """A run of tokens without a branch in it.
 
     Attributes:
-        tokens: Empty in the root only.
-        children: What continues them, by first token, in the order in which it was added.
-        start: The first token's place in the packed sequence, once the tree is laid out.
+        tokens: Token ids; empty in the root only.
+        children: The nodes that continue this one, by their first token, in the order in which they were added.
+        start: Index of the first token in the packed sequence, set when the tree is laid out.
     """
 
     tokens: Ids = ()
@@ -31,11 +31,11 @@ class Node:
 
 
 def insert(node: Node, ids: Ids) -> tuple[int, Node]:
-    """Adds a path that continues a node, which may be the root.
+    """Adds a path below a node, which may be the root.
 
     Returns:
-        How many of its tokens are new, which are always the last ones, and the node that it ends with: its last token
-        is the node's last, also after further paths have been added.
+        (how many of the path's tokens are new, always its last ones; the node that the path ends with). The path's last
+        token is and remains the last token of that node, also after later insertions.
     """
     at = 0
     while at < len(ids):
@@ -53,7 +53,7 @@ def insert(node: Node, ids: Ids) -> tuple[int, Node]:
 
 
 def _split(parent: Node, child: Node, size: int) -> Node:
-    """The first tokens of a child as a node of their own, which the child then continues."""
+    """Splits a child after its first `size` tokens; returns the new node with these, whose only child it then is."""
     first = Node(child.tokens[:size])
     child.tokens = child.tokens[size:]
     first.children[child.tokens[0]] = child
@@ -62,7 +62,7 @@ def _split(parent: Node, child: Node, size: int) -> Node:
 
 
 def common_start(one: Ids, other: Ids) -> int:
-    """How many first tokens of both are the same."""
+    """The length of the longest common prefix."""
     least, most = 0, min(len(one), len(other))
     while least < most:  # comparing slices is much faster than comparing token by token
         middle = (least + most + 1) // 2
@@ -74,9 +74,9 @@ def common_start(one: Ids, other: Ids) -> int:
 
 
 def walk(root: Node) -> Iterator[tuple[Node, Node, int]]:
-    """Each node with its parent and the number of tokens before it on its path, a node before its children.
+    """Yields (node, parent, tokens before the node on its path) in depth-first preorder, without the root.
 
-    Between a node and the last of those below it there is no other one: `packed_attention.Layout` needs this order.
+    So all descendants of a node follow it without a gap, as `packed_attention.Layout` requires.
     """
     left = [(child, root, 0) for child in reversed(root.children.values())]
     while left:
@@ -87,7 +87,7 @@ def walk(root: Node) -> Iterator[tuple[Node, Node, int]]:
 
 
 def places(node: Node, ids: Sequence[int]) -> Iterator[int]:
-    """Where the tokens of a path that continues the node lie in the packed sequence, in order."""
+    """Yields the index in the packed sequence of each token of a path below the node, which the tree has to contain."""
     at = 0
     while at < len(ids):
         node = node.children[ids[at]]

@@ -1,15 +1,15 @@
-"""Log-likelihoods of multiple-choice answers: many questions in one sequence, each common beginning computed once.
+"""Log-likelihoods of multiple-choice answers: many questions in one sequence, each common prefix computed once.
 
-    two questions, packed:  p p | c c c | a | b b | d d d d | e    p their common beginning, c and d how they go on
-    what e sees:            x x   . . .   .   . .   x x x x   x    what it continues, and itself
-    positions:              0 1   2 3 4   5   5 6   2 3 4 5   6    those it would have alone
+    two questions, packed:  p p | c c c | a | b b | d d d d | e    p: common prefix; c, d: the rest of each context
+    what e attends to:      x x   . . .   .   . .   x x x x   x    its own context, and itself
+    positions:              0 1   2 3 4   5   5 6   2 3 4 5   6    as if each choice were alone in a sequence
 
-a and b are choices of the first question, e is one of the second, each without its last token, from which nothing is
-predicted. Scored alone, a question with k choices computes its context k times, and questions that begin with the same
-examples compute these once for each choice. Causal attention never looks ahead, so keys and values of a token do not
-depend on what follows: whatever begins alike is computed once, as a tree (`prefix_tree`). The log-likelihoods are those
-of scoring each choice alone, up to rounding, for a fraction of the tokens. There is no padding, and no question attends
-to another beyond what both begin with.
+a and b are choices of the first question, e is a choice of the second; each lacks its last token, since nothing is
+predicted from it. If each choice were scored in a sequence of its own, a question with k choices would compute its
+context k times, and few-shot examples would be computed once for each choice of each question. With causal attention
+the keys and values of a token do not depend on what follows. So every common prefix is computed once, and sequences
+become a tree (`prefix_tree`). Up to rounding, the log-likelihoods are those of scoring each choice alone, for a
+fraction of the tokens. There is no padding, and questions attend to each other only in their common prefix.
 """
 
 from __future__ import annotations
@@ -30,9 +30,14 @@ if TYPE_CHECKING:
 
 
 def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
-    """Divides the questions, in order, into sequences of at most `budget` tokens; a longer question gets its own.
+    """Divides the questions, in their order, into packed sequences; a pure function, so restarts repeat the bits.
 
-    It depends only on its arguments, so a restarted evaluation packs the same sequences and gets the same bits.
+    Args:
+        questions: Best in the order of `alike_together`, so that common prefixes share a sequence.
+        budget: The most tokens of a sequence, common prefixes counted once; a longer question gets its own.
+
+    Returns:
+        The index range of each sequence's questions.
     """
     sequences: list[range] = []
     start, used, tree = 0, 0, Node()
@@ -48,30 +53,30 @@ def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
 
 
 def tokens_of(questions: Sequence[Question]) -> int:
-    """Tokens of the packed sequence of these questions."""
+    """Tokens of one packed sequence of these questions, common prefixes counted once."""
     tree = Node()
     return sum(_add(tree, question)[0] for question in questions)
 
 
 def reads_of(question: Question) -> int:
-    """Positions whose logits are computed for a question: the context's last, and those in its choices."""
+    """How many positions' logits a question needs: the context's last one, and those within its choices."""
     tree = Node()
     return 1 + sum(insert(tree, choice[:-1])[0] for choice in question.choices)
 
 
 def alike_together(questions: Sequence[Question]) -> list[int]:
-    """The numbers of the questions in the order to pack them in: those that begin alike one after the other."""
+    """The indices of the questions in the order in which they are packed: sorted, so common prefixes are adjacent."""
     return sorted(range(len(questions)), key=lambda number: questions[number].context)
 
 
 def tokens_to_compute(questions: Sequence[Question], budget: int) -> int:
-    """Tokens of all sequences that `plan_sequences` makes of the questions in that order."""
+    """Tokens of all packed sequences of these questions in the order of `alike_together`; see `plan_sequences`."""
     ordered = [questions[number] for number in alike_together(questions)]
     return sum(tokens_of(ordered[part.start : part.stop]) for part in plan_sequences(ordered, budget))
 
 
 def _add(tree: Node, question: Question) -> tuple[int, Node]:
-    """Adds what the model has to read for a question; returns how many tokens are new, and where its context ends."""
+    """Adds a question's context and choices; returns (number of new tokens, the node that its context ends with)."""
     new, end = insert(tree, question.context)
     for choice in question.choices:
         if len(choice) > 1:
@@ -80,8 +85,8 @@ def _add(tree: Node, question: Question) -> tuple[int, Node]:
 
 
 Forward = Callable[["torch.Tensor", "torch.Tensor", "Layout", "torch.Tensor"], "torch.Tensor"]
-"""(1, tokens) token ids, (1, tokens) positions, the layout, (reads,) positions in the sequence -> (reads, vocabulary)
-logits."""
+"""(token ids (1, tokens) int64, positions (1, tokens) int64, layout, `_Packed.reads` (reads,) int64) -> logits
+(reads, vocabulary)."""
 
 
 def score_sequence(
@@ -92,7 +97,7 @@ def score_sequence(
     Args:
         model: A causal language model from `load_base`, in evaluation mode.
         questions: All of them go into one packed sequence.
-        forward: What computes the logits; None for the model's own code.
+        forward: Computes the logits; None for the model's own forward pass.
 
     Returns:
         For each question and choice, the log-likelihood (natural logarithm) and whether it is the greedy continuation.
@@ -103,10 +108,9 @@ def score_sequence(
 def begin_scoring(
     model: Any, questions: Sequence[Question], forward: Forward | None = None
 ) -> Callable[[], list[list[ChoiceScore]]]:
-    """Launches what `score_sequence` computes, and returns what waits for it and gives it.
+    """Launches `score_sequence`'s computation; returns a function that waits for it and returns its result.
 
-    On a GPU the host need not wait in between: it lays out and launches the next sequence meanwhile, so that the GPU
-    has always something to compute.
+    On a GPU the caller can lay out and launch the next sequence in between, so that the GPU is never idle.
     """
     import torch
 
@@ -132,8 +136,8 @@ def begin_scoring(
         read = given(packed.predicted_by)  # (choice tokens,): which logits predict each of them
         token = given(packed.targets)  # (choice tokens,)
         # fp32 before the softmax: bf16 has 8 bits of precision, so a log-probability near -10 would be rounded to
-        # multiples of 1/16, more than what often separates two choices. float64 after it: adding up the tokens of a
-        # choice then rounds nothing off, however long the choice is.
+        # multiples of 1/16, more than what often separates two choices. float64 after it, so that the sum over a
+        # choice's tokens adds no error, however long the choice is.
         log_probs = logits.float().log_softmax(-1)[read, token].double()
         greedy = logits.argmax(-1)[read] == token
         waited = to_host(log_probs, greedy)
@@ -143,10 +147,10 @@ def begin_scoring(
 def _own_forward(
     model: Any, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, reads: torch.Tensor
 ) -> torch.Tensor:
-    """A `Forward` by the model's own code, the logits in the model's dtype.
+    """A `Forward` by the model's own code, with logits in the model's dtype.
 
-    `logits_to_keep`: the output layer is computed at the positions that predict a choice's token only. Logits of all
-    tokens would be the largest tensor of the pass by far (tokens x vocabulary).
+    `logits_to_keep` computes the output layer only at the positions that predict a token of a choice. The logits of all
+    tokens, (tokens, vocabulary), would be by far the largest tensor of the pass.
     """
     found: torch.Tensor = model(
         input_ids=ids, position_ids=positions, layout=layout, logits_to_keep=reads, use_cache=False
@@ -178,7 +182,7 @@ class _Packed:
     Attributes:
         ids: Token ids, (tokens).
         positions: Positions for the rotary embedding, (tokens): those each token would have if its choice were alone.
-        segments: Which tokens see which: the nodes of the tree.
+        segments: The nodes of the tree, which say which tokens see which.
         reads: Positions in the sequence whose logits are computed, each once, (reads).
         targets: Token ids of all choices, one choice after the other, (choice tokens).
         predicted_by: For each of `targets` the index in `reads` of the position that predicts it, (choice tokens).
@@ -217,8 +221,8 @@ def _pack(questions: Sequence[Question]) -> _Packed:
 def _by_question(
     questions: Sequence[Question], scores: torch.Tensor, greedy: torch.Tensor
 ) -> Iterator[list[ChoiceScore]]:
-    """Sums token scores by choice, and groups choices by question; `scores` float64, `greedy` bool, (choice tokens)."""
-    values, likeliest, at = scores.tolist(), greedy.tolist(), 0  # thousands of torch's operations would take longer
+    """Sums token scores by choice, groups choices by question; `scores` float64, `greedy` bool, (choice tokens,)."""
+    values, likeliest, at = scores.tolist(), greedy.tolist(), 0  # lists: thousands of small torch operations are slower
     for question in questions:
         result = []
         for choice in question.choices:

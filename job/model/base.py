@@ -36,7 +36,7 @@ from job.records import ModelRecord
 if TYPE_CHECKING:
     import torch
 
-    from job.model.placed_weights import Group
+    from job.model.placed_weights import AllGather
 
 PLAIN = "eager"
 """transformers' attention without a fused kernel (softmax(QK')V), which all its models have: the reference for packed
@@ -189,7 +189,7 @@ def load_base(
     rank: int = 1,
     options: AdapterOptions = PLAIN_LORA,
     placement: str = "gpu",
-    group: Group | None = None,
+    group: AllGather | None = None,
 ) -> Any:
     """Loads the frozen base, quantizing it while loading, with packed attention where its layers support it.
 

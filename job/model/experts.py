@@ -1,10 +1,10 @@
-"""The experts of a mixture in 4 bits: quantized by bitsandbytes while they are loaded, and how they are kept.
+"""Quantizes a mixture's experts to 4 bits while they are loaded, and keeps them in files.
 
-transformers holds all experts of a layer in two parameters, (experts, outputs, inputs) each, which are no linear
-layers, so that its own loading leaves them in 16 bits: nine tenths of a mixture and more. Here each becomes a
-`Params4bit` when it is set, as a linear layer's weight does, and bitsandbytes' parametrization then gives the
-dequantized tensor to whatever reads it: transformers' code, PEFT's adapters, a merge. Training and scoring do not read
-it so, since autograd would keep 16 bits of every layer: `fused/experts.py` dequantizes for each use.
+transformers holds all experts of a layer in two parameters, (experts, outputs, inputs) each. Since these are not linear
+layers, its loading leaves them in 16 bits, although they are nine tenths or more of a mixture's weights. Here each such
+parameter becomes a `Params4bit` at the moment it is assigned to its module. bitsandbytes' parametrization then gives
+the dequantized tensor to any code that reads the attribute: transformers, PEFT, a merge. Training and scoring do not
+read it, since autograd would keep 16-bit weights of every layer: `fused/experts.py` dequantizes for each use.
 
 Source of the parametrization: bitsandbytes, `nn/parametrize.py`, made for such experts.
 """
@@ -23,22 +23,22 @@ from job.errors import DataError, Problem
 from job.model.files import MAX_CONFIG_BYTES, read_json
 
 Kinds = frozenset[tuple[str, str]]
-"""(name of the class of a module, name of the parameter)."""
+"""(class name of a module, name of one of its parameters)."""
 FILES = "experts-{:05d}.safetensors"
-"""Of a kept base: one for each such parameter, which transformers does not read."""
+"""Names of a kept base's files with experts, one for each parameter; transformers does not read them."""
 _MOST = 2**31
-"""Numbers of a tensor that bitsandbytes' kernels can count."""
+"""bitsandbytes' kernels index with 32 bits: a tensor with this many elements cannot be quantized."""
 _THREE = 3
 _NAMES = ("gate_up_proj", "up_proj", "down_proj")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-"""What config.json calls the number of experts that a token goes to."""
+"""Names in config.json of the number of experts that each token goes to (top-k), by family."""
 
 
 def expert_tensors(model: Any) -> Iterator[tuple[str, Any, str]]:
-    """(name of the module, module, name of the parameter) of tensors that hold a layer's experts; quantized or not.
+    """(module's name, module, parameter's name) of each tensor that holds the experts of a layer, quantized or not.
 
-    They are the three-dimensional parameters of the classes that transformers' experts interface computes, which gives
-    each module of them the attributes asked for here.
+    These are the three-dimensional parameters of modules that use transformers' experts interface, which are recognized
+    by the attributes that it sets: `is_transposed` and `has_gate`.
     """
     for path, module in model.named_modules():
         if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")):
@@ -46,13 +46,13 @@ def expert_tensors(model: Any) -> Iterator[tuple[str, Any, str]]:
         within = module.parametrizations if "parametrizations" in module._modules else ()  # noqa: SLF001
         for name in [name for name in (*module._parameters, *within) if name in _NAMES]:  # noqa: SLF001
             held = packed(module, name)
-            weight = module._parameters.get(name) if held is None else held  # noqa: SLF001 - not what is made of it
+            weight = module._parameters.get(name) if held is None else held  # noqa: SLF001 - `getattr` dequantizes
             if weight is not None and (held is not None or weight.ndim == _THREE):
                 yield path, module, name
 
 
 def packed(module: Any, name: str) -> Any:
-    """The `Params4bit` of a parameter of experts; None if it is not quantized."""
+    """The `Params4bit` behind a parameter of experts; None if that is not quantized."""
     if "parametrizations" in module._modules and name in module.parametrizations:  # noqa: SLF001 - it may be a property
         weight = module.parametrizations[name].original
     else:
@@ -61,7 +61,7 @@ def packed(module: Any, name: str) -> Any:
 
 
 def quantized_experts(model: Any) -> int:
-    """How many weights of experts are held in 4 bits."""
+    """How many weights of the model's experts are held in 4 bits."""
     return sum(packed(module, name).quant_state.shape.numel() for _, module, name in _all_quantized(model))
 
 
@@ -71,7 +71,7 @@ def expert_parameters(model: Any) -> int:
 
 
 def idle_experts(model: Any) -> Fraction:
-    """Which part of its experts a token does not go to; 0 where there are none, or config.json does not say it."""
+    """The share of a layer's experts that a token does not go to; 0 without experts, or if config.json lacks top-k."""
     config = model.config.get_text_config(decoder=True)
     chosen = next((value for name in _CHOSEN if isinstance(value := getattr(config, name, None), int)), None)
     count = next((_shape(module, name)[0] for _, module, name in expert_tensors(model)), None)
@@ -79,24 +79,34 @@ def idle_experts(model: Any) -> Fraction:
 
 
 def _shape(module: Any, name: str) -> Any:
-    """(experts, outputs, inputs), or the other way: of the values, not of packed bytes."""
+    """The shape of the unpacked weights, (experts, outputs, inputs), or (experts, inputs, outputs) if transposed."""
     weight = packed(module, name)
     return module._parameters[name].shape if weight is None else weight.quant_state.shape  # noqa: SLF001
 
 
 def kinds_of(empty: Any) -> Kinds:
-    """What `quantizing` looks for, by a model without weights; experts that are too many for it are left out."""
+    """The parameters that `quantizing` has to quantize; those with too many elements are left out, with a warning.
+
+    Args:
+        empty: The model without weights, on torch's meta device.
+    """
     found = {}
     for _, module, name in expert_tensors(empty):
         found[type(module).__name__, name] = module.get_parameter(name).numel()
     if large := sorted(kind for kind, numbers in found.items() if numbers >= _MOST):
-        log.get_logger().warning("experts stay in 16 bits: a layer has more numbers than can be quantized", of=large)
+        what = "experts stay in 16 bits, which takes more memory: bitsandbytes cannot quantize tensors this large"
+        log.get_logger().warning(what, parameters=large, limit=_MOST, change="none; no setting avoids it")
     return frozenset(found.keys() - set(large))
 
 
 @contextmanager
 def quantizing(kinds: Kinds, *, double: bool) -> Iterator[None]:
-    """Has the experts of a model that is loaded within become 4-bit values, each as soon as it is there."""
+    """Within it, loading a model quantizes its experts to NF4, each parameter as soon as it is assigned.
+
+    Args:
+        kinds: Which parameters.
+        double: Whether the quantization constants are quantized, too (`JOB_MODEL__DOUBLE_QUANTIZATION`).
+    """
     from torch.nn.modules import module as torch_module
 
     def registered(module: Any, name: str, weight: Any) -> Any | None:
@@ -112,22 +122,22 @@ def quantizing(kinds: Kinds, *, double: bool) -> Iterator[None]:
 
 
 def _quantized(weight: Any, *, double: bool) -> Any:
-    """A `Params4bit` on the weight's device, with the blocks that a linear layer's weight has."""
+    """A `Params4bit` on the weight's device, with bitsandbytes' block size of linear layers."""
     from bitsandbytes.nn import Params4bit
 
     how = {"compress_statistics": double, "quant_type": "nf4", "requires_grad": False}
     made = Params4bit(weight.data, **how).to(weight.device)
-    made._is_hf_initialized = True  # noqa: SLF001 - otherwise transformers draws first values for it
+    made._is_hf_initialized = True  # noqa: SLF001 - otherwise transformers initializes it at random
     return made
 
 
 @contextmanager
 def left_out(kinds: Kinds, empty: Any) -> Iterator[None]:
-    """Has the experts of a model that is loaded within be empty, so that transformers makes no memory for them.
+    """Within it, loading a model leaves its experts empty, so that transformers allocates no memory for them.
 
     Args:
-        kinds: Which.
-        empty: A model of the same class.
+        kinds: Which parameters.
+        empty: A model of the same class without weights.
     """
     import torch
     from torch.nn.modules import module as torch_module
@@ -138,7 +148,7 @@ def left_out(kinds: Kinds, empty: Any) -> Iterator[None]:
         return torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
 
     owner, handle = type(empty), torch_module.register_module_parameter_registration_hook(registered)
-    before = owner._keys_to_ignore_on_load_missing  # noqa: SLF001 - otherwise transformers warns of them
+    before = owner._keys_to_ignore_on_load_missing  # noqa: SLF001 - otherwise transformers warns of missing keys
     names = [re.escape(f"{path}.{name}") + "$" for path, _, name in expert_tensors(empty)]
     owner._keys_to_ignore_on_load_missing = [*(before or ()), *names]  # noqa: SLF001
     try:
@@ -149,7 +159,7 @@ def left_out(kinds: Kinds, empty: Any) -> Iterator[None]:
 
 
 def finish(model: Any) -> None:
-    """Has the quantized experts of a loaded model give their dequantized values to whoever reads them."""
+    """Makes the quantized experts of a loaded model return their dequantized values when they are read."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 
     for path, module, name in list(expert_tensors(model)):
@@ -157,17 +167,18 @@ def finish(model: Any) -> None:
             continue
         state = weight.quant_state
         replace_parameter_4bit_prequantized(module, name, state.as_dict(packed=True), weight.device)
-        # The state itself in place of its copy: where the base does not lie on the device, it brings the bytes there.
+        # The original state and not the copy that bitsandbytes made of it: in a base that is not on the GPU, reading
+        # this object fetches the layer (`placed_weights`).
         module.parametrizations[name][0].quant_state = state
-        assert packed(module, name) is weight, path  # noqa: S101 - a torch that copies it would lose the state
+        assert packed(module, name) is weight, path  # noqa: S101 - a torch version that copies it would lose the state
 
 
 @contextmanager
 def plain_shapes(model: Any) -> Iterator[None]:
-    """Shows the quantized experts of a model as plain parameters of their shape, for PEFT to add an adapter to them.
+    """Within it, a model's quantized experts are plain parameters of the same shape, so that PEFT can add adapters.
 
-    Of such that give dequantized values PEFT would nest the adapters of a module in another order, and so name their
-    tensors otherwise than it does for the unquantized base, which readers load them into.
+    With parametrized parameters PEFT would nest the adapters of a module in another order. Their tensors would then
+    have other names than for the unquantized base, into which other programs load them.
     """
     import torch
     from torch.nn.utils import parametrize
@@ -178,7 +189,7 @@ def plain_shapes(model: Any) -> Iterator[None]:
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         state = weight.quant_state
         shape = torch.zeros(1, dtype=state.dtype, device=weight.device).expand(state.shape)
-        module._parameters[name] = torch.nn.Parameter(shape, requires_grad=False)  # noqa: SLF001 - it is no new one
+        module._parameters[name] = torch.nn.Parameter(shape, requires_grad=False)  # noqa: SLF001 - replaces one, registers none
         hidden.append((module, name, weight, how))
     try:
         yield
@@ -189,21 +200,21 @@ def plain_shapes(model: Any) -> Iterator[None]:
 
 
 def has_files(folder: Path) -> bool:
-    """Whether a kept base has its experts in files of their own."""
+    """Whether a kept base has files of quantized experts."""
     return (folder / FILES.format(0)).is_file()
 
 
 def left_plain(folder: Path) -> bool:
-    """Whether a model's folder has weights that are quantized already, and its experts, if it has any, are not.
+    """Whether a folder has weights that are quantized already, but not its experts, if it has any.
 
-    Programs that quantize by bitsandbytes publish such, as it has 4 bits for linear layers alone.
+    Other programs publish mixtures in this form, since bitsandbytes itself quantizes linear layers only.
     """
     config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
     return bool(config.get("quantization_config")) and not has_files(folder)
 
 
 def save_experts(model: Any, folder: Path) -> bool:
-    """Writes each tensor of quantized experts into a file of its own, as bitsandbytes' `state_dict` has it.
+    """Writes each tensor of quantized experts to a file of its own, with the keys of bitsandbytes' `state_dict`.
 
     Returns:
         Whether there are any.
@@ -223,7 +234,7 @@ def save_experts(model: Any, folder: Path) -> bool:
 
 
 def without_experts(model: Any) -> dict[str, Any]:
-    """The model's `state_dict` without the tensors of `save_experts`."""
+    """The model's `state_dict` without the tensors that `save_experts` writes."""
     held = {f"{path}.{name}" for path, _, name in _all_quantized(model)}
     within = tuple(f"{name}." for name in held)
     return {
@@ -234,10 +245,15 @@ def without_experts(model: Any) -> dict[str, Any]:
 
 
 def load_experts(model: Any, folder: Path, device: Any) -> None:
-    """Puts the experts of a kept base into a model whose own are empty.
+    """Loads the experts of a kept base into a model that was loaded within `left_out`.
+
+    Args:
+        model: The model.
+        folder: The kept base.
+        device: Where the experts go.
 
     Raises:
-        DataError: Some are not there.
+        DataError: A file of experts is missing.
     """
     from bitsandbytes.nn import Params4bit
     from safetensors.torch import load_file
@@ -252,7 +268,7 @@ def load_experts(model: Any, folder: Path, device: Any) -> None:
         made._is_hf_initialized = True  # noqa: SLF001
         setattr(module, name, made)
     if wanted:
-        what = f"{folder} lacks the experts {', '.join(sorted(wanted)[:5])}"
+        what = f"{folder} lacks the experts {', '.join(sorted(wanted)[:5])}; fetch or quantize the model again"
         raise DataError([Problem("JOB_MODEL__ID", what)])
 
 
@@ -261,7 +277,7 @@ def _all_quantized(model: Any) -> list[tuple[str, Any, str]]:
 
 
 def _empty(model: Any) -> Iterator[tuple[str, Any, str]]:
-    """Those of `left_out`."""
+    """Like `expert_tensors`, the parameters that `left_out` has left empty."""
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
             if hasattr(module, "is_transposed") and hasattr(module, "has_gate") and weight.numel() == 0:

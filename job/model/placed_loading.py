@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_module
 
 from job.errors import Problem, SettingsError
 from job.model.experts import Kinds, save_experts, without_experts
-from job.model.placed_weights import ALIGNMENT, PLACED, Group, LayerSource, PlacedWeights, layer_of, open_source
+from job.model.placed_weights import ALIGNMENT, PLACED, AllGather, LayerSource, PlacedWeights, layer_of, open_source
 
 
 @dataclass
@@ -218,7 +218,7 @@ def layer_by_layer() -> Iterator[None]:
 def placing(
     placement: str,
     device: torch.device,
-    group: Group | None,
+    group: AllGather | None,
     experts: Kinds = Kinds(),  # noqa: B008 - it cannot be changed
 ) -> Iterator[Placing]:
     """A context for loading a model: each quantized layer is moved to its place once loaded. Call `finish` afterwards.

@@ -41,8 +41,8 @@ ALIGNMENT = 256
 they load by the address."""
 _NONE = -1
 """In place of the number of a layer: no need."""
-_MEETING = -2
-"""The same of a process that waits until all others have come as far."""
+_AT_BARRIER = -2
+"""In place of the number of a layer: this process waits in `barrier` for all others."""
 PLACED = "placed_weights"
 """Attribute of the base, which holds its `PlacedWeights`."""
 
@@ -50,20 +50,20 @@ Wait = Callable[[], None]
 """Makes what follows on the current stream wait until bytes are there."""
 
 
-class Group(Protocol):
+class AllGather(Protocol):
     """The part of `distributed.Processes` that sharding uses."""
 
     place: Any
 
     def exchange(self, number: int) -> list[int]:
-        """The numbers of all processes."""
+        """All-gather of one number: those of all processes, by rank."""
 
     def gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> Wait:
-        """Starts to fill `whole` with every process's `own`."""
+        """Starts an all-gather: fills `whole`, (processes * n,), with every process's `own`, (n,), in one dtype."""
 
 
 class OtherOutOfMemory(RuntimeError):
-    """Memory ran out in another process, with which this one computes something together."""
+    """GPU memory ran out in another process that computes a part of the same row."""
 
     def __init__(self) -> None:
         super().__init__("another process, which computes a part of the same row, is out of memory")
@@ -135,7 +135,7 @@ class _Host:
 class _Shares:
     """This process's share of every layer, on its device; the others have the rest."""
 
-    def __init__(self, group: Group, device: torch.device) -> None:
+    def __init__(self, group: AllGather, device: torch.device) -> None:
         self._group, self._device = group, device
         self._rank, self._count = group.place.rank, group.place.world_size
         self._own: list[torch.Tensor] = []
@@ -164,10 +164,14 @@ class _Shares:
         while self._round(_NONE, None)[0] != {_NONE}:
             pass
 
-    def meet(self) -> None:
-        """See `meet`."""
-        while (numbers := self._round(_MEETING, None)[0]) != {_MEETING}:
-            if _NONE in numbers:  # it serves, since its memory ran out
+    def barrier(self) -> None:
+        """Waits until all processes are here, and gathers layers for those that still need some; see its caller.
+
+        Raises:
+            OtherOutOfMemory: Another process ran out of memory, and only serves.
+        """
+        while (numbers := self._round(_AT_BARRIER, None)[0]) != {_AT_BARRIER}:
+            if _NONE in numbers:  # only a process whose memory ran out serves at this point
                 raise OtherOutOfMemory
 
     def release(self) -> None:
@@ -178,7 +182,7 @@ class _Shares:
         """Gathers what any process needs; returns what all say, and how to wait for this one's layer."""
         filled: Wait = _nothing
         numbers = set(self._group.exchange(needed))
-        for number in sorted(numbers - {_NONE, _MEETING}):
+        for number in sorted(numbers - {_NONE, _AT_BARRIER}):
             own = self._own[number]
             into = slot if number == needed else self._aside
             if into is self._aside:
@@ -195,7 +199,7 @@ def _nothing() -> None:
     """There is nothing to wait for."""
 
 
-def open_source(placement: str, device: torch.device, group: Group | None) -> LayerSource:
+def open_source(placement: str, device: torch.device, group: AllGather | None) -> LayerSource:
     """Where the layers of a base that is being loaded will be kept, still empty.
 
     Args:
@@ -297,14 +301,15 @@ def taking_part(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def computing_together(model: Any, group: Group) -> Iterator[Callable[[], None]]:
-    """For what all processes compute together, so that each `meet`s the others equally often in it.
+def computing_together(model: Any, group: AllGather) -> Iterator[Callable[[], None]]:
+    """For what all processes compute together: makes an out-of-memory error in one of them known to all.
 
-    Yields `meet`, which waits until all have come as far, and is to be called before a process waits for tensors of
-    others: from then on none is missing because its memory has run out. At the end all meet once more.
+    Yields `barrier`, which waits until all processes have called it as often as this one. To be called before every
+    exchange of tensors, when the memory for it is allocated: behind it no process is missing because its memory ran
+    out. It is called once more at the end.
 
     Args:
-        model: With weights of any place. Within `taking_part`.
+        model: The model; its weights may have any placement. Used within `taking_part`.
         group: The processes.
 
     Raises:
@@ -315,19 +320,20 @@ def computing_together(model: Any, group: Group) -> Iterator[Callable[[], None]]
     shares = placed.source if placed is not None and isinstance(placed.source, _Shares) else None
     missing = False
 
-    def meet() -> None:
+    def barrier() -> None:
         nonlocal missing
         if shares is not None:
-            shares.meet()  # layers are gathered meanwhile for those that are not there yet
-        elif _NONE in group.exchange(_MEETING):
+            shares.barrier()  # processes that are not there yet may still need layers of this one
+        elif _NONE in group.exchange(_AT_BARRIER):
             missing = True
             raise OtherOutOfMemory
 
     try:
-        yield meet
-        meet()
+        yield barrier
+        barrier()
     except RuntimeError as error:
-        # `taking_part` says so to the others where weights are sharded. Here it is said in place of the next meeting.
+        # With sharded weights `taking_part` tells the others. Otherwise they are told here, in place of this process's
+        # next barrier.
         if shares is None and not missing and out_of_memory(error):
             group.exchange(_NONE)
         raise
@@ -335,7 +341,10 @@ def computing_together(model: Any, group: Group) -> Iterator[Callable[[], None]]
 
 @contextmanager
 def before_backward(model: Any) -> Iterator[None]:
-    """For a forward pass without gradients that a backward pass follows, layer by layer: which is fetched next."""
+    """For a forward pass without gradients that a layer-by-layer backward pass follows.
+
+    The backward pass begins with the last layer, so the first one is not fetched behind it.
+    """
     placed = getattr(model, PLACED, None)
     if placed is None:
         yield

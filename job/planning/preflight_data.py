@@ -1,4 +1,4 @@
-"""The checks of `plan` of the rows to train on, with their audit, and of the questions."""
+"""Checks of `plan`: the rows to train on, with their audit, and the questions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from job.storage.hub import peek_dataset
 from job.storage.open import StorageOptions, fetch, is_remote, size
 
 NO_LIMIT = 1 << 31
-"""Maximum length of an example while tokens are only estimated: none."""
+"""Maximum length of an example, in tokens, in effect none: used while token counts are only estimated."""
 MAX_BYTES = 256 << 20
 """Larger data sets are not downloaded for a plan."""
 _PLACES = 2
@@ -40,9 +40,18 @@ _ACTIONS = {"record": "", "skip": ", left out", "error": ""}
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The examples as they would be trained on. `estimated`: token counts are estimated from characters.
+    """The rows as the job would use them.
 
-    `validation` are the rows that would be validated on.
+    Attributes:
+        examples: To train on.
+        estimated: Whether token counts are estimated from characters.
+        download_bytes: Bytes to fetch; 0 for local files.
+        licence: On the data sets' cards; None if there is none.
+        validation: To validate on.
+        shown: The first rows, for the plan to print.
+        schema: The rows' schema.
+        audit: What the audit found; None without an audit.
+        long_rows: As in `DatasetRecord`.
     """
 
     examples: Sequence[Example]
@@ -132,7 +141,7 @@ def preview_data(
         held_out or (),
         shown,
         record.format,
-        # Estimated lengths are no statistics.
+        # Without the lengths, which are only estimated.
         record.audit if tokenizer is not None or record.audit is None else replace(record.audit, lengths={}),
         record.long_rows,
     )
@@ -143,7 +152,7 @@ def preview_data(
 
 
 def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[None]:
-    """What the audit found in the rows, by kind, what it could not check, and what kind of text they are."""
+    """A sentence with the audit's findings by kind, what it could not check, and statistics of the rows."""
     found = [
         f"{check.rows:,} {kind} ({', '.join(check.places[:_PLACES])}{', ...' * (check.rows > _PLACES)})"
         f"{_ACTIONS[check.action]}"

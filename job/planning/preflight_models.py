@@ -1,4 +1,4 @@
-"""The checks of `plan` of the base, its tokenizer and adapter, the safety classifier and the judge, without weights."""
+"""Checks of `plan`, made without weights: the base, its tokenizer and adapter, the safety classifier and the judge."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ from job.storage.hub import cached_model, local_model, peek_model
 from job.storage.open import StorageOptions, is_remote, open_store, size
 
 MOSTLY = 0.5
-"""If less than this share of the weights would be quantized, the plan says so; in most models it is more."""
+"""The plan notes if less than this share of the weights would be quantized; in most models it is more."""
 MAX_SMALL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model without its weights: the folder of its small files, its architecture, and the bytes to download.
+    """A model without its weights.
 
-    `download_bytes` is None if the sizes of its files are unknown.
+    Attributes:
+        folder: Has its configuration and tokenizer.
+        architecture: None if the memory formulas do not cover it.
+        download_bytes: Bytes that the job has to fetch; None if the files' sizes are unknown.
     """
 
     folder: Path
@@ -87,7 +90,7 @@ def preview_model(
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """Names of the layers that get an adapter, as they were found, and the number of its parameters."""
+    """(names of the layers that get an adapter, parameters of the whole adapter)."""
 
     targets: tuple[str, ...]
     parameters: int
@@ -106,11 +109,11 @@ def preview_adapter(
 
     Args:
         model: As `preview_model` found it.
-        targets: `JOB_LORA__TARGET_MODULES`; None for those that are found.
-        rank: `JOB_LORA__RANK`.
-        options: What else the adapter is to be.
+        targets: `JOB_LORA__TARGET_MODULES`; None for the default of the architecture.
         quantization: `nf4` or `none`.
         max_length: Longest example in tokens.
+        rank: `JOB_LORA__RANK`.
+        options: The adapter's other options.
     """
     if model is None:
         raise NotChecked("the model's files cannot be had")
@@ -145,9 +148,13 @@ def find_tokenizer(model: ModelFacts | None, added_tokens: Sequence[str] | None 
 
 @dataclass(frozen=True)
 class AuxiliaryFacts:
-    """An auxiliary model: the bytes to fetch, and its `auxiliary_models.count_weights`.
+    """An auxiliary model: the safety classifier or the judge.
 
-    `question_tokens` are those of a question to a judge without prompt and answers.
+    Attributes:
+        download_bytes: Bytes to fetch.
+        weights: Its number of weights (`auxiliary_models.count_weights`); None if unknown.
+        question_tokens: Tokens of a question to a judge, without prompt and answers.
+        served: Whether it is a server, which the job only asks.
     """
 
     download_bytes: int
@@ -166,7 +173,7 @@ def preview_safety_model(
     folder: Path,
     storage: StorageOptions,
 ) -> Found[AuxiliaryFacts]:
-    """Says which labels of the classifier count as unsafe; rows are scored by the job, which has the weights.
+    """Finds which of the classifier's labels count as unsafe; rows are not scored, since that takes the weights.
 
     Args:
         place: JOB_DATA__SAFETY_MODEL.
@@ -197,7 +204,7 @@ def preview_judge(
     folder: Path,
     storage: StorageOptions,
 ) -> Found[AuxiliaryFacts]:
-    """Reads the rules, and looks whether the judge is there; nothing is asked of a server.
+    """Reads the rules, and checks that the judge's model is there; a server is not contacted.
 
     Args:
         rules: JOB_EVAL__PRINCIPLES.
@@ -223,9 +230,9 @@ def preview_judge(
 def _auxiliary_model(
     place: str, revision: str | None, name: str, *, online: Online, folder: Path, storage: StorageOptions
 ) -> tuple[Path, int | None, int]:
-    """The small files of an auxiliary model, its weights' bytes, and the bytes to fetch.
+    """(folder of an auxiliary model's small files, bytes of its weights, None if unknown, bytes to fetch).
 
-    The small files are copied from a store to the folder `name`. The weights' bytes are None if they are unknown.
+    Small files of a store are copied to the folder `name` below `folder`.
 
     Raises:
         DataError, SettingsError: There is nothing at its place, or no weights in safetensors.

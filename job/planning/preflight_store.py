@@ -1,4 +1,4 @@
-"""The check of `plan` that a store takes what the job will write, by requests like those of the job."""
+"""A check of `plan`: whether a store accepts what the job will write, tested by the kinds of requests the job makes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 
 FILE_BYTES = (8 << 20) + 1
-"""Size of the file that `plan` uploads to a store: enough for a multipart upload, as checkpoints have."""
+"""Bytes of the file that `plan` uploads to a store: large enough for a multipart upload, like a checkpoint."""
 
 
 def round_trip(store: ObjectStore, name: str) -> Found[float]:
-    """Tests a store with the requests that the job will make, on objects of its own; returns the seconds it took.
+    """Tests a store with the kinds of requests that the job makes; returns the seconds that they took.
 
     A small object is written and read, files of 0 and of `FILE_BYTES` bytes are uploaded and downloaded, all are listed
-    and deleted, and conditional writes are tried.
+    and deleted, and conditional writes are tested. All objects have names of their own.
 
     Args:
         store: The store.
-        name: The store's name in the result's sentence.
+        name: The store's name in messages.
 
     Raises:
         AccessDenied: A kind of request is not allowed.
-        Unreachable: The store does not answer, or returns something else than was written.
+        Unreachable: The store does not answer, or does not return what was written.
     """
     key, content = f".plan-{uuid4().hex}", uuid4().bytes
     files = {f"{key}-{size}": size for size in (0, FILE_BYTES)}
@@ -74,7 +74,7 @@ def _file_round_trip(store: ObjectStore, key: str, size: int) -> bool:
 
 
 def local_round_trip(output: Path, name: str) -> Found[float]:
-    """`round_trip` in a temporary folder below a local output; it and the parents it created are removed again."""
+    """`round_trip` in a temporary folder below a local output; all folders that it creates are removed afterwards."""
     root = output / f".plan-{uuid4().hex}"
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:

@@ -1,8 +1,8 @@
-"""Why an attempt was killed without notice: whether it was for want of main memory, as far as its records tell.
+"""Whether an attempt that ended without a record was killed because main memory ran out, as far as records tell.
 
-A process that the kernel kills for that (exit code 137, in Kubernetes `OOMKilled`) writes nothing. So every record of
-an attempt has the main memory that was left, and how many processes of its control group the kernel had killed; the
-next attempt compares. A container that is started again has a new control group, in which no kill is counted.
+A process that the kernel's out-of-memory killer ends (exit code 137, in Kubernetes `OOMKilled`) can write nothing. So
+every record of an attempt has the main memory that was left, and how many processes of its control group (cgroup) had
+been killed in this way; the next attempt compares. A restarted container has a new control group, whose count is 0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from job.common.resources import MainMemory
 from job.runs.run_log import LoggedAttempt
 
 LITTLE_SHARE = 0.05
-"""Of the main memory: an attempt that had less left, and then was killed, was likely killed for that."""
+"""An attempt that had less than this share of main memory left, and then was killed, was likely killed for it."""
 FIX = (
     "give the machine or the container more main memory (in Kubernetes resources.limits.memory), or let the job take "
     "less: fewer processes (JOB_RUN__PROCESSES), JOB_MODEL__PLACEMENT=gpu or sharded, "
@@ -23,15 +23,15 @@ FIX = (
 
 
 def why_killed(before: LoggedAttempt, now: MainMemory | None = None) -> str | None:
-    """Why an attempt that recorded no end was killed, in words; None where nothing points to memory.
+    """Why an attempt that recorded no end was killed, as a sentence; None if nothing points to main memory.
 
     Args:
         before: The attempt's last record.
-        now: Of the process that asks, if it may run where the attempt did.
+        now: Main memory as this process finds it, if it may run in the attempt's control group.
     """
     noted = before.noted
     if noted is None or noted.memory is None:
-        return None  # of an earlier version
+        return None  # an earlier version did not record it
     was = noted.memory
     kills = 0
     if now is not None and now.group == was.group:
@@ -41,8 +41,8 @@ def why_killed(before: LoggedAttempt, now: MainMemory | None = None) -> str | No
         return f"{what} was full ({count(kills, 'time')} by oom_kill in memory.events)"
     if was.available_bytes < LITTLE_SHARE * was.total_bytes:
         left = f"{size(was.available_bytes, ' ')} of {size(was.total_bytes, ' ')} of main memory"
-        return f"at its last record it had {left} left, so it was likely killed because that was full"
+        return f"at its last record it had {left} left, so it was likely killed because main memory was full"
     if noted.loading:
         what = "it was killed while the model was loaded, which takes much main memory"
-        return f"{what}: if its exit code was 137, or its pod says OOMKilled, that was full"
+        return f"{what}: if its exit code was 137, or its pod says OOMKilled, main memory was full"
     return None

@@ -1,7 +1,7 @@
-"""Which values of settings are impossible beside those of others, or on this machine.
+"""Checks for values of settings that contradict each other, or that this machine cannot provide.
 
-To add a check: a function that yields a `Fault` for each setting that has to change, with the fix in its words, and its
-line in `impossible_values`. What is wrong with one value alone, its type in `schema` says.
+To add a check: a function that yields a `Fault`, whose text names the fix, for each setting that has to change, and its
+line in `impossible_values`. Values that are wrong by themselves are found by the types in `schema`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from job.storage.location import is_remote
 from job.storage.permissions import how_to_get_access, is_read_only
 
 Fault = tuple[str, str]
-"""Dotted name of a setting, and why its value is impossible beside those of others."""
+"""(dotted name of a setting, why its value is impossible and how to fix it)."""
 _REVISIONS = find_markers(Settings, RevisionOf)
 _OWN_ADDRESS = {"gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
 _FOR_ROOT = "SageMaker mounts its folders for root; take the image that infra/sagemaker/Dockerfile makes of this one"
@@ -37,7 +37,7 @@ _NOT_WITH: dict[str, tuple[str, ...]] = {
     "eva": ("rank_pattern",),  # all layers have one rank with it
     "loftq": ("use_dora",),
 }
-"""Values of JOB_LORA__INIT -> what cannot be had with them."""
+"""Value of JOB_LORA__INIT -> options of `lora` that it excludes."""
 _ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
     "train.beta": ("dpo", "kto", "orpo"),
     "train.preference_loss": ("dpo",),
@@ -48,17 +48,17 @@ _ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
     "data.row_weights": ("sft",),
     "train.loss_on": ("sft",),
 }
-"""Settings of some methods only."""
+"""Setting -> the methods with which it has an effect."""
 _FOR_ANY_STAGE = ("train.loss_on",)
-"""Those that have an effect where the method of any stage is among theirs; the others count for the last stage."""
+"""Settings of `_ONLY_FOR` that have an effect in any training stage; the others have it in the last stage only."""
 
 
 def impossible_values(settings: Settings, request: Request) -> Iterator[Fault]:
-    """Every value that is impossible beside those of other settings, or on this machine.
+    """Yields every value that contradicts another setting, or that this machine cannot provide.
 
     Args:
-        settings: Made of values of which each is valid by itself.
-        request: What the sources gave, and the environment.
+        settings: All settings, each valid by itself.
+        request: The values by source, and the environment.
     """
     yield from _processes(settings, request.environ)
     yield from _places(settings, request.platform)
@@ -111,7 +111,7 @@ def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
 
 
 def _clouds(settings: Settings) -> Iterator[Fault]:
-    """Options of S3's stores in a run that has places in other clouds alone: they would do nothing, silently."""
+    """Options for s3:// in a run that uses other clouds only, where they would silently have no effect."""
     schemes = set(re.findall(r"\b(s3|gs|az)(?=://)", settings.model_dump_json()))
     own = " and ".join(f"{_OWN_ADDRESS[scheme]} for {scheme}://" for scheme in sorted(schemes - {"s3"}))
     for name in ("endpoint_url", "kms_key_id", "request_payer"):
@@ -121,7 +121,7 @@ def _clouds(settings: Settings) -> Iterator[Fault]:
 
 
 def undeliverable(platform: Platform) -> Iterator[Problem]:
-    """Folders for SageMaker that cannot be written: found now, not when the run is complete."""
+    """SageMaker's result folders that cannot be written: found before training, not when the run is complete."""
     for folder in () if platform.delivery is None else (platform.delivery.model, platform.delivery.data):
         if why := _why_not_writable(folder, _FOR_ROOT):
             yield Problem(str(folder), why)
@@ -149,7 +149,7 @@ def _why_not_writable(path: Path, fix: str | None = None) -> str | None:
 
 
 def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
-    """Problems with revisions: of a path or URI, or meant for another repository than the one that is used."""
+    """Revisions that are given for a path or URI, or for another repository than the one that is used."""
     values = settings.model_dump(mode="json")
     for name, marker in _REVISIONS.items():
         (group, key), (subject_group, subject) = name.split("."), marker.subject.split(".")
@@ -166,9 +166,9 @@ def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
 def _other_repository(name: str, subject: str, request: Request) -> str | None:
     """Why a revision that the user set does not belong to the repository that is used; None if it may.
 
-    The source that gives the revision, or one below it that the user wrote, names another repository than the
-    source that wins. To drop the revision would unpin the run silently, to keep it would ask for it in a repository
-    that it does not come from.
+    That is so if the source of settings that gives the revision, or a weaker one that the user wrote, names another
+    repository than the strongest source does. Dropping the revision would silently unpin the run; keeping it would ask
+    the wrong repository for it.
     """
     layers = [layer.given for layer in request.layers if layer.by_user]
     at = next((index for index, given in enumerate(layers) if name in given), len(layers))
@@ -198,7 +198,7 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
     # A preset's file for a task that is not asked is ignored; a user's own file must be used.
     source, tasks = settings.sources["eval.data"], settings.eval.tasks
     files = any(task.endswith((".yaml", ".yml")) for task in tasks)  # which may name tasks of a group
-    # Tasks of lm-eval's groups are named after the group: mmlu_anatomy. Whether one is of it, `check_tasks` knows.
+    # Names of a group's tasks begin with the group's (mmlu_anatomy); `check_tasks` checks that they are in the group.
     other = {name for name in settings.eval.data if not name.startswith(tuple(tasks))}
     if other and not files and not source.startswith("preset"):
         named = " (a channel's files are named after their tasks)" * source.startswith("sagemaker channel")
@@ -261,7 +261,7 @@ def _sources(settings: Settings) -> Iterator[Fault]:
 
 def _validation(settings: Settings) -> Iterator[Fault]:
     data, train = settings.data, settings.train
-    if settings.lora.kind == "adalora":  # its ranks are settled by the schedule, not at an earlier step
+    if settings.lora.kind == "adalora":  # its ranks are final only at the end of the schedule
         asked = {"train.stop_after": train.stop_after is not None, "train.keep": train.keep == "best"}
         for name in (name for name, given in asked.items() if given):
             yield name, "is not for JOB_LORA__KIND=adalora, whose ranks are settled at the end; remove it"
@@ -356,7 +356,7 @@ def _adapter(settings: Settings) -> Iterator[Fault]:
 
 
 def _experts(settings: Settings) -> Iterator[Fault]:
-    """What cannot be had with adapters of experts: PEFT has none of it for them, and a merge has no place for them."""
+    """What adapters of experts exclude: options that PEFT lacks for them, and merging, which leaves experts out."""
     if not settings.lora.experts:
         return
     plain = Lora()
@@ -383,7 +383,7 @@ def _init(settings: Settings) -> Iterator[Fault]:
 
 
 def _method(settings: Settings) -> Iterator[Fault]:
-    """What does not fit the method: rows of another kind, and settings that it would ignore."""
+    """What contradicts the training method: rows of another schema, and settings that it would ignore."""
     train, method = settings.train, METHODS[settings.train.last_method]
     if settings.data.format != "auto" and settings.data.format not in method.schemas:
         fitting = " or ".join(methods_for(settings.data.format))
@@ -411,14 +411,14 @@ def _method(settings: Settings) -> Iterator[Fault]:
 
 
 def _compute(settings: Settings) -> Iterator[Fault]:
-    """What cannot be trained in FP8 whatever the machine; what this machine cannot, `training.prepare` finds."""
+    """What excludes FP8 on any machine; `training.prepare` finds what excludes it on this one."""
     if settings.train.compute != "fp8":
         return
     name, lora = "train.compute", settings.lora
     if settings.run.device == "cpu":
         yield name, "is fp8, which a CPU does not compute; remove it, or JOB_RUN__DEVICE=cpu"
     if settings.model.dtype not in {"auto", "bf16"}:
-        yield name, f"is fp8, which goes with bf16; JOB_MODEL__DTYPE is {settings.model.dtype}: set bf16 or auto"
+        yield name, f"is fp8, which needs JOB_MODEL__DTYPE=bf16 or auto, and that is {settings.model.dtype}; change one"
     slower = {
         "LORA__KIND": lora.kind != "lora",
         "LORA__USE_DORA": lora.use_dora,
@@ -426,14 +426,15 @@ def _compute(settings: Settings) -> Iterator[Fault]:
         "MODEL__ADD_TOKENS": settings.model.add_tokens,
     }
     if needed := [f"JOB_{setting}" for setting, given in slower.items() if given]:
-        yield name, f"is fp8, which only the job's fused layers compute; not with {' and '.join(needed)}; drop it"
+        others = " and ".join(needed)
+        yield name, f"is fp8, which only the job's fused layers compute, and not with {others}; drop one"
     if any(METHODS[method].reference for method in settings.train.method.split(",")):
         why = "its rounding would count as a difference from the reference"
         yield name, f"is fp8, which is not for JOB_TRAIN__METHOD={settings.train.method}: {why}; drop one of the two"
 
 
 def _start(settings: Settings) -> Iterator[Fault]:
-    """Options of a new adapter, where training goes on from one: they would change what it computes."""
+    """Options of a new adapter that exclude continuing from an existing one: they would change what it computes."""
     lora = settings.lora
     why = (
         ""
@@ -445,5 +446,5 @@ def _start(settings: Settings) -> Iterator[Fault]:
     if lora.init not in {"default", "gaussian", "orthogonal"}:
         yield (
             "lora.init",
-            f"is {lora.init}, a beginning from the base, and training goes on from an adapter{why}; remove it",
+            f"is {lora.init}, which initializes a new adapter, and training continues from one{why}; remove it",
         )

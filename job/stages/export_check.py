@@ -34,8 +34,8 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
     """Refuses before training what cannot be exported after it; returns the merges that will be made.
 
     Args:
-        attempt: On its disk the candidates are written.
-        options: Name the formats.
+        attempt: Its work folder will hold the merged models.
+        options: Settings of the export: formats, and what to merge onto.
         judged: `JOB_GATE__ON`, the format that the gate judges, or `adapter`.
         original: Folder of the base's own files.
         loaded: The model, with any adapter.
@@ -68,7 +68,11 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
     for name in names if options.hub else ():
         if name.startswith(GGUF) and sizes[name] > MAX_FILE:
             log.get_logger().warning(
-                "the hub may refuse so large a file", export=name, bytes=sizes[name], most=MAX_FILE
+                "the hub may refuse so large a file",
+                export=name,
+                bytes=sizes[name],
+                most=MAX_FILE,
+                change="a smaller GGUF type in JOB_EXPORT__FORMATS",
             )
     check_disk(attempt.work, required_bytes([len(merges.names) * merges.bytes_each, *sizes.values()]))
     _check_memory(loaded.model, merges.bytes_each, sizes)
@@ -76,23 +80,25 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
 
 
 def _bytes(name: str, empty: Any, merged_bytes: int) -> int:
-    """Estimated bytes of a format that is made from the merged model, from an empty model of its architecture."""
+    """Estimated bytes of an export format; `empty` is the model without weights, `merged_bytes` those of the merged."""
     every = sum(parameter.numel() for parameter in empty.parameters())
     linear = sum(empty.get_submodule(layer).weight.numel() for layer in quantizable(empty))
     return weights_bytes(name, linear, every - linear, plain=round(merged_bytes / every))
 
 
 def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> None:
-    """Refuses what this machine's memory cannot hold once training is done and the model is given up.
+    """Refuses formats whose weights alone do not fit into memory after training, when the model is freed.
 
-    Only what is certain: the weights themselves, without what is computed with them. `sizes` has the bytes of the
-    formats that are made from the merged model.
+    Args:
+        model: The model that will be freed.
+        merged_bytes: Of the merged model.
+        sizes: Bytes of each format that is made from the merged model.
 
     Raises:
-        Unreachable: It is too small. A retry may get a machine with more.
+        Unreachable: The memory is too small. A retry may get a machine with more.
     """
     on_gpu = model.device.type == "cuda"
-    # what is held while one format is made or scored, and what for
+    # (bytes that are held at once while a format is made or scored, the format)
     needs = [(min(SHARD, merged_bytes), MERGED) if on_gpu else (merged_bytes, MERGED)]
     for name, size_ in sizes.items():
         if find_format(name).calibrated:

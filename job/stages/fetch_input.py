@@ -1,4 +1,4 @@
-"""Copies an input of the run from its store to this attempt's work folder; an error names the setting it is from."""
+"""Copies an input of the run from its store to this attempt's work folder; an error names the input's setting."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _SETTING_OF = {
     "safety": "JOB_DATA__SAFETY_MODEL",
     "judge": "JOB_EVAL__JUDGE",
 }
-"""Folder for what is fetched -> the setting that names it."""
+"""First part of an input's folder -> the setting that names the input."""
 LATER = "later/"
-"""Stands before the folder of what a later stage reads."""
+"""Prefix of the folders for the inputs of a later training stage."""
 
 
 def fetch_input(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
     """The path of an input on this machine; a path or a hub id stays as it is.
 
     Args:
-        attempt: Its watchdog is told that the job works; below its work folder the copy goes.
-        place: Where the input is, as its setting says.
-        kind: The folder of the copy; it begins with `LATER` or not, then with a key of `_SETTING_OF`.
+        attempt: Its work folder gets the copy; its watchdog is reset.
+        place: Path, URI or hub id of the input, as in its setting.
+        kind: The folder of the copy in the work folder: optionally `LATER`, then a key of `_SETTING_OF`.
         storage: How to reach stores.
 
     Raises:

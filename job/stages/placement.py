@@ -1,4 +1,4 @@
-"""Where the base's 4-bit weights will lie: as set, or the fastest placement that fits."""
+"""Chooses where the base's 4-bit weights lie, before they are loaded: as set, or the fastest placement that fits."""
 
 from __future__ import annotations
 
@@ -49,28 +49,28 @@ def decide_placement(
     scoring_tokens: int,
     options: AdapterOptions,
 ) -> tuple[str, str]:
-    """Where the base's 4-bit weights lie, the same in all processes, and why if not on the device; see `PLACEMENTS`.
+    """(placement of the base's 4-bit weights, one of `PLACEMENTS`, the same in all processes; why, if not `gpu`).
 
     Args:
         model: Settings of the base.
         train: Settings of training.
         lora: Settings of the adapter.
         sources: The base's folder, and the examples.
-        processes: Those of the run.
-        device: That of this process.
-        budget: Tokens of a micro-batch.
-        scoring_tokens: Tokens that are scored in one forward pass.
-        options: Of the adapter.
+        processes: All processes of the run.
+        device: This process's.
+        budget: The token budget of a micro-batch.
+        scoring_tokens: The most tokens of one forward pass that scores questions.
+        options: The adapter's.
 
     Raises:
-        SettingsError: JOB_MODEL__PLACEMENT cannot be.
+        SettingsError: JOB_MODEL__PLACEMENT is `sharded` with one process, or `host` with too little main memory.
     """
     asked, world, setup = model.placement, processes.place, _setup(model, train, lora, sources.folder, options)
     if asked == "sharded" and world.world_size == 1:
         what = "is sharded, and the run has one process; start several, each with its GPU, or take gpu or host"
         raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
     need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
-    # Once for the machine: a process that measured later would find what another has begun to load.
+    # Measured once for each machine: a process that measured later would count what another has already loaded.
     available = processes.share_on_machine("available main memory", available_bytes)
     free = int(MAIN_MEMORY_SHARE * available)
     if setup is not None and asked == "host" and need > free:
@@ -84,9 +84,9 @@ def decide_placement(
     placement, why = "gpu", ""
     if device.type == "cuda" and setup is not None and model.keep_dequantized is not True:
         setup = replace(setup, processes=world.world_size)
-        # Over a network between machines, gathering every layer would take longer than copying it from main memory.
-        several = world.world_size > 1 and world.world_size == world.local_world_size
-        possible = {"gpu": True, "sharded": several, "host": need <= free}
+        # Between machines, gathering a layer over the network would take longer than copying it from main memory.
+        one_machine = world.world_size > 1 and world.world_size == world.local_world_size
+        possible = {"gpu": True, "sharded": one_machine, "host": need <= free}
         placement, why = _fastest_that_fits(
             setup,
             lengths_of(sources.examples),
@@ -119,16 +119,16 @@ def _fastest_that_fits(
     offload: bool | None = None,
     divide_over: int = 1,
 ) -> tuple[str, str]:
-    """Where the base's 4-bit weights are to lie on this machine, before they are loaded; and why if not on the GPU.
+    """(the fastest placement with which training and scoring fit on this GPU; why, if not `gpu`).
 
     Args:
         setup: What will be trained.
         lengths: Tokens of each example.
         global_batch_size: Examples of a step.
         budget: The token budget of a micro-batch.
-        scoring_tokens: Tokens that are scored at once.
-        gigabytes: How much of the GPU may be used; None for all.
-        placements: Of `PLACEMENTS`, the fastest first.
+        scoring_tokens: The most tokens of one forward pass that scores questions.
+        gigabytes: How much of the GPU may be used, in units of 1e9 bytes; None for all.
+        placements: Those to choose from, of `PLACEMENTS`, the fastest first.
         tiles: As in `training_memory`.
         offload: As in `training_memory`.
         divide_over: How many processes may compute a long row together.
@@ -143,23 +143,26 @@ def _fastest_that_fits(
             return max(least_memory(there, tokens, divide_over, offload=offload, copies=copies).total, scoring)
         return max(training_memory(there, tokens).total, scoring)
 
-    memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # the driver's context is there by now
+    memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # `usable_bytes` subtracts the context, which exists by now
     placement = choose_placement(setup, memory_bytes=memory, placements=placements, needs=needs)
     if placement == "gpu":
         return placement, ""
     need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
-    return placement, f"with it on the GPU {need} are needed, and {usable} are safe to fill"
+    return placement, f"with the base on the GPU the run would need {need}, and {usable} are safe to fill"
 
 
 def divides_over(setup: Setup, train: Train) -> int:
-    """How many processes may compute a long row together, of those of the setup; see `training.sequence_parallel`."""
+    """How many processes may compute a long row together: all of the setup's, or 1 (`training.sequence_parallel`)."""
     if train.sequence_parallel == "off" or train.neftune_noise_alpha > 0:
         return 1
     return 1 if why_not_divided(setup.architecture, setup.processes) else setup.processes
 
 
 def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: AdapterOptions) -> Setup | None:
-    """The memory formulas' input before the base is loaded; None where they do not cover it, or it is not quantized."""
+    """The input of the memory formulas, before the base is loaded.
+
+    None if the base is not quantized, or the formulas do not cover its architecture.
+    """
     if model.quantization == "none":
         return None
     try:

@@ -1,7 +1,7 @@
 """The first stage: downloads and checks model, data and questions, before the model is loaded.
 
-On each machine the first process does this; the others read its results from the local disk. The parts are in
-`pull_model`, `pull_rows`, `pull_audit` and `pull_prompts`; they take the settings that they need, as records.
+On each machine the first process does this; the others read its results from the local disk. The steps are in
+`pull_model`, `pull_rows`, `pull_audit` and `pull_prompts`, each of which gets only the settings that it uses.
 """
 
 from __future__ import annotations
@@ -56,7 +56,15 @@ _CLEANUP_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the first process of a machine writes for the others: paths, and the record of the pull."""
+    """What the first process of a machine writes for the others: paths, and the record of the pull.
+
+    Attributes:
+        record: The record.
+        folder: Of the base's files.
+        quantized: Whether these are a quantized base of the cache.
+        tokens: Of the tokenized rows.
+        start: Of the adapter that training starts from; None without one.
+    """
 
     record: Pulled
     folder: str
@@ -66,11 +74,17 @@ class _Shared:
 
 
 def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: Sequence[Settings] = ()) -> Sources:
-    """Fetches and checks all inputs, in the first process of each machine; `storage` has the options of the stores.
+    """Fetches and checks all inputs, in the first process of each machine.
 
     Everything that can be checked without the model's weights is checked before they are downloaded. Rows are read
-    during the download. The first attempt reads those of `later` stages too, so that what is wrong with them is known
-    before training.
+    during the download. The first attempt also reads the rows of `later` training stages, so that errors in them are
+    found before training.
+
+    Args:
+        attempt: The attempt, whose work folder gets the inputs.
+        settings: Those of this training stage.
+        storage: How to reach stores.
+        later: The settings of the training stages after this one.
 
     Raises:
         DataError, SettingsError: The data, the questions, the model or the settings cannot be used.
@@ -90,7 +104,7 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
 def _pull_for_machine(
     attempt: Attempt, settings: Settings, storage: StorageOptions, date: str, later: Sequence[Settings]
 ) -> Sources:
-    """What this process uses: pulled by itself, or by the first process of its machine."""
+    """The inputs as this process uses them: pulled by itself, or by the first process of its machine."""
     processes = attempt.processes
     if processes.place.local_world_size == 1:
         return _pull(attempt, settings, storage, date, later)[0]
@@ -140,12 +154,12 @@ def _read_shared(shared: _Shared, added_tokens: Sequence[str] | None) -> Sources
 def _pull(
     attempt: Attempt, settings: Settings, storage: StorageOptions, date: str, later: Sequence[Settings]
 ) -> tuple[Sources, Path]:
-    """What is pulled, and the folder of its tokens."""
+    """(the inputs, the folder of the tokenized rows)."""
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     policy = None if gate.policy is None else read_policy(gate.policy)
     check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(attempt, settings, later)))
-    import_client()  # here: two threads that import the same at once may get half of a module
+    import_client()  # before the thread starts: two threads that import a module at once may see it half initialized
     early: Future[tuple[Path, bool]] = Future()
     checked: Future[None] = Future()
 
@@ -154,7 +168,7 @@ def _pull(
         if missing:
             checked.result()
 
-    # Downloading and hashing release the GIL, so that importing and reading rows run at the same time.
+    # In a thread: downloading and hashing release the GIL, so imports and the reading of rows go on meanwhile.
     coming = in_thread(lambda: find_base(attempt, _base_settings(settings), storage, before_weights), "model")
     try:
         import_libraries()
@@ -192,7 +206,7 @@ def _pull(
             how=how,
             auditing=known,
         )
-        # In a later attempt that was done; and its classifier's scores would be looked up once more.
+        # In the first attempt only: later ones need not check these rows, nor score them again.
         for stage in map(_row_settings, later) if attempt.recorded(Stage.PULL, Pulled) is None else ():
             read_rows(attempt, stage, *fetch_rows(attempt, stage, storage, LATER), tokenizer, **auditing)
         model: BaseFiles = _wait(attempt, coming)
@@ -246,7 +260,7 @@ def _base_settings(settings: Settings) -> BaseSettings:
 
 
 def _row_settings(settings: Settings) -> RowSettings:
-    """Those of one training stage."""
+    """The settings that decide about one training stage's rows."""
     data = settings.data
     seed = settings.run.seed if data.seed is None else data.seed
     return RowSettings(data, settings.train, seed, settings.storage.cache, settings.part_of)
@@ -274,9 +288,9 @@ def _check_lengths(settings: Settings, tasks: Tasks, tokenizer: Any, vocabulary:
 def _with_licences(
     attempt: Attempt, settings: Settings, dataset: DatasetRecord, revision: str | None
 ) -> tuple[DatasetRecord, str | None]:
-    """The record of the data with the run's audit and its sources' licences; and the model's licence at a revision.
+    """(the record of the data with the run's audit and its sources' licences; the model's licence at `revision`).
 
-    Licences are looked up by the first attempt; later ones take its record, so that they need no card.
+    The first attempt looks the licences up on the hub; later ones take them from its record.
     """
     earlier, dataset = attempt.recorded(Stage.PULL, Pulled), with_audit_of_before(attempt, dataset)
     if earlier is not None:
@@ -297,7 +311,7 @@ def _groups(attempt: Attempt, tasks: Tasks) -> dict[str, GroupSpec] | None:
 
 
 def _places(attempt: Attempt, settings: Settings, later: Sequence[Settings]) -> set[str]:
-    """Where the inputs are."""
+    """Paths, URIs and hub ids of all inputs whose size counts for the disk check."""
     texts = (settings.data.source, *(stage.data.source for stage in later))
     data = {source.place for text in texts for source in parse_sources(text)}
     validation = validation_of(settings.data)
@@ -341,7 +355,7 @@ def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOpt
 
 
 def _find_judge(attempt: Attempt, settings: Settings, storage: StorageOptions) -> FoundJudge | None:
-    """Who judges by JOB_EVAL__PRINCIPLES, in process 0, which asks; None without."""
+    """The judge of JOB_EVAL__PRINCIPLES; None without one, and in all processes but 0, which alone asks it."""
     place = settings.eval.judge
     if place is None or settings.eval.principles is None or not attempt.processes.leads:
         return None
@@ -355,7 +369,7 @@ def _find_judge(attempt: Attempt, settings: Settings, storage: StorageOptions) -
 
 
 def _judge_sha256(attempt: Attempt, judge: FoundJudge | None) -> str | None:
-    """None, too, if an earlier version, which did not record it, began the run."""
+    """The judge's hash for the record; None without a judge, or if the version that began the run did not record it."""
     earlier = attempt.recorded(Stage.PULL, Pulled)
     if judge is None or (earlier is not None and earlier.judge_sha256 is None):
         return None
@@ -372,7 +386,12 @@ def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions, p
 
 
 def _wait(attempt: Attempt, *futures: Future[Any]) -> Any:
-    """The result of the first future that is done; a request to stop ends the wait, even during a long download."""
+    """The result of the first future that is done.
+
+    Raises:
+        Preempted: The job was asked to stop, even during a long download.
+        Exception: What the future raised.
+    """
     while not (done := wait(futures, _POLL_SECONDS, FIRST_COMPLETED).done):
         attempt.alive(progress=False)
     return next(future for future in futures if future in done).result()
@@ -385,7 +404,9 @@ def _early_files(attempt: Attempt, early: Future[tuple[Path, bool]], coming: Fut
 
 
 def _check_before_weights(folder: Path, settings: Settings, rows: RowSettings) -> None:
-    """Refuses what is wrong without the weights: an unusable configuration, lengths, an impossible adapter, the data.
+    """Checks what does not need the weights: the model's configuration, the adapter's options, the longest example.
+
+    Also whether the data sets are on the hub.
 
     Raises:
         DataError, SettingsError: The same errors that loading the model, or reading the rows, would raise.

@@ -1,7 +1,4 @@
-"""The audit of the training rows as a stage has it: what it looks for, and what an earlier attempt has found already.
-
-The audit itself is in `job.audit`.
-"""
+"""Prepares the audit of the training rows (`job.audit`), and reuses what an earlier attempt's audit found."""
 
 from __future__ import annotations
 
@@ -39,12 +36,12 @@ def audit_arguments(
     """The arguments of `load_rows` that say what the audit looks for, and what scores the rows' texts.
 
     Args:
-        attempt: Its watchdog gets beats while rows are scored.
-        data: What to do with findings.
-        run: The store that keeps the scores, and the device that computes them.
+        attempt: Its watchdog is reset while rows are scored.
+        data: Settings that say what to do with findings.
+        run: Settings that name the store for the scores, and the device that computes them.
         storage: How to reach stores.
-        prompts: By task, those of the questions that will be scored: a row that contains one is a finding.
-        safety: The classifier of JOB_DATA__SAFETY_MODEL; None without.
+        prompts: By task, the prompts of the questions that will be scored: a row that contains one is a finding.
+        safety: The classifier of JOB_DATA__SAFETY_MODEL; None without one.
     """
     questions = index_questions(prompts)
     if safety is None:
@@ -55,10 +52,10 @@ def audit_arguments(
 
 
 def known_scores(attempt: Attempt) -> dict[str, Screen]:
-    """As `audit_arguments` has it, a `screen` by what an earlier attempt published; empty if there is nothing.
+    """The argument `screen` with the scores that an earlier attempt published; empty if it published none.
 
-    On another GPU the classifier may score a row on the other side of the threshold: the run keeps the rows that it
-    began with.
+    On another GPU the classifier's score of a row may fall on the other side of the threshold. With the published
+    scores the run keeps the rows that it began with.
     """
     earlier = attempt.recorded(Stage.PULL, Pulled)
     record = None if earlier is None else earlier.dataset.audit
@@ -67,15 +64,15 @@ def known_scores(attempt: Attempt) -> dict[str, Screen]:
     try:
         findings = read_findings(attempt.fetch(Artifact(FINDINGS, record.bytes, record.sha256)))
     except DataError:
-        return {}  # which `known_audit` logs
+        return {}  # `known_audit` logs the error
     scores = {one.row: one.score or 0.0 for one in findings if one.kind == UNSAFE}
     return {"screen": lambda texts: [scores.get(row, 0.0) for row in range(len(texts))]}
 
 
 def known_audit(attempt: Attempt) -> Audited | None:
-    """The result of the audit that an earlier attempt published; None if there is none, or rows were left out.
+    """The audit's result that an earlier attempt published; None if there is none, or if it left rows out.
 
-    Which examples these are is found out again, with the same result.
+    If rows were left out, the audit is repeated to find which; it finds the same.
     """
     earlier = attempt.recorded(Stage.PULL, Pulled)
     record = None if earlier is None else earlier.dataset.audit
@@ -84,20 +81,20 @@ def known_audit(attempt: Attempt) -> Audited | None:
     try:
         findings = attempt.fetch(Artifact(FINDINGS, record.bytes, record.sha256)).read_bytes()
     except DataError as error:
-        log.get_logger().warning("the audit of the rows is made again", why=str(error))
+        log.get_logger().warning("the published audit cannot be read, and the rows are audited again", why=str(error))
         return None
     log.get_logger().info("the audit of the rows is known from an earlier attempt")
     return Audited(record, findings, ())
 
 
 def with_audit_of_before(attempt: Attempt, dataset: DatasetRecord) -> DatasetRecord:
-    """The record of the data with the audit of the first attempt, if the same rows are left out on this machine.
+    """The record of the data with the first attempt's audit, if this attempt leaves out the same rows.
 
-    Where rows are left out, every attempt looks for them again, and it may do that with other tools than the first: a
-    package may be missing here. The run's audit stays what the first attempt found.
+    If rows are left out, every attempt has to audit them again, possibly with other tools than the first, as when a
+    package is missing here. The run's record keeps the audit of the first attempt.
 
     Raises:
-        SettingsError: Other rows are left out, and what looks for them is another.
+        SettingsError: Other tools than the first attempt's have left out other rows.
     """
     earlier = attempt.recorded(Stage.PULL, Pulled)
     before, now = None if earlier is None else earlier.dataset.audit, dataset.audit
@@ -111,20 +108,21 @@ def with_audit_of_before(attempt: Attempt, dataset: DatasetRecord) -> DatasetRec
     ]
     if identity(replace(earlier, dataset=dataset)) == identity(earlier):
         if other:
-            log.get_logger().warning("the audit's tools are others, which leave out the same rows", tools=other)
+            what = "the audit used other tools than when this run began, and leaves out the same rows; nothing to do"
+            log.get_logger().warning(what, tools=other)
         return replace(dataset, audit=before)
     if not other:
-        return dataset  # the data has changed, which is told for all of the record
+        return dataset  # the data itself has changed, which the comparison of the whole record reports
     what = f"{'; '.join(other)}: other rows would be trained on"
     advice = "install what the run began with, or start a new run"
     raise SettingsError([Problem("JOB_DATA__ON_FINDING", what)], advice=advice)
 
 
 def publish_findings(attempt: Attempt, sources: Sources) -> None:
-    """Publishes what the audit found, before the record of the pull that lists it; once, and again if it is gone.
+    """Publishes the audit's findings if the store does not have them; before the record of the pull, which lists them.
 
     Raises:
-        DataError: It is gone, and the audit on this machine, with other tools, found something else.
+        DataError: The findings are gone from the store, and this machine's audit, with other tools, found others.
     """
     record = sources.record.dataset.audit
     if record is None or sources.findings is None:

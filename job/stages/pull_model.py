@@ -1,6 +1,6 @@
-"""The base's files: a quantized base from the cache, or what the settings name, downloaded and identified.
+"""Finds the base's files: a quantized base in the cache, or the files that the settings name, downloaded and hashed.
 
-`fetch_original` is for later: the base's own files, for an attempt that began with the quantized base.
+An attempt that began with a quantized base and needs the unquantized one later fetches it by `fetch_original`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class BaseSettings:
     """The settings that decide which files of the base a run uses.
 
     Attributes:
-        model: Where it is, and how it is quantized and kept.
+        model: Where the base is, and how it is quantized and kept.
         init: `JOB_LORA__INIT`: some initial values of the adapter need the unquantized base.
         device: `JOB_RUN__DEVICE`.
         output: `JOB_RUN__OUTPUT`, whose store may keep the quantized base.
@@ -60,9 +60,15 @@ class BaseSettings:
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """The base's files, and what they are: `folder` has them, or those of a quantized base in the cache.
+    """The base's files on this machine.
 
-    `original` is the folder of the base's own files, where they are on this machine.
+    Attributes:
+        folder: The files to load: the base's own, or a quantized base of the cache.
+        revision: The commit on the hub; None for a path or URI.
+        sha256: Hash of the base's own files.
+        cache_entry: Where a quantized base is or will be kept; None if it is not kept.
+        quantized: Whether `folder` is a quantized base of the cache.
+        original: Folder of the base's own files; None if they are not on this machine.
     """
 
     folder: Path
@@ -76,11 +82,20 @@ class BaseFiles:
 def find_base(
     attempt: Attempt, base: BaseSettings, storage: StorageOptions, before_weights: Callable[[Path, bool], None]
 ) -> BaseFiles:
-    """The base's files: the quantized base in the cache, or what the settings name.
+    """Finds the quantized base in the cache, or downloads the files that the settings name.
 
     A later attempt uses the quantized base that the first one recorded, and does not contact the model's source.
-    Before weights are downloaded, `before_weights` is called with the folder of the small files (configuration and
-    tokenizer), and returns when they are checked.
+
+    Args:
+        attempt: Its work folder gets copies from a store.
+        base: The settings.
+        storage: How to reach stores.
+        before_weights: Called before weights are downloaded, with the folder of configuration and tokenizer, and
+            whether weights have to be downloaded; returns when these files are checked.
+
+    Raises:
+        DataError, SettingsError: There is no usable model at its place.
+        Unreachable, AccessDenied: The hub or a store cannot be used.
     """
     earlier, kept = attempt.recorded(Stage.PULL, Pulled), attempt.recorded(BASE, CachedBase)
     if (
@@ -103,14 +118,14 @@ def find_base(
             source = fetch(source, attempt.work / "model", storage)
         folder, revision = download_model(source, None)
     else:
-        # the hub may have a newer commit since the first attempt, a branch or tag too
+        # the commit of the first attempt: a branch or tag may have moved since
         wanted = (None if earlier is None else earlier.model_revision) or base.model.revision
         folder, revision = download_model(source, wanted, before_weights)
     tokenizer_files(folder)  # fails now rather than when the adapter is published
     sha256 = fingerprint(folder)
     locations = _cache_locations(attempt, base, storage)
     entry = None if locations is None else entry_for(_facts(base, sha256), *locations)
-    # Not in a later attempt: this entry may not be the one that the run began with.
+    # Only in the first attempt: later ones must use the entry that the run began with, which was looked up above.
     here = None if entry is None or earlier else find(replace(entry, store=None), attempt.alive_in_thread)
     return BaseFiles(here or folder, revision, sha256, entry, quantized=here is not None, original=folder)
 
@@ -164,7 +179,7 @@ def _cache_locations(
 
 
 def _facts(base: BaseSettings, sha256: str) -> dict[str, Any]:
-    """Everything that affects the bits of a quantized base: the key of its cache entry."""
+    """Everything that affects the bits of a quantized base; the key of its cache entry is made of it."""
     model, device, machine = base.model, choose_device(base.device), host.hardware()
     return {
         "model": sha256,
@@ -180,7 +195,7 @@ def _facts(base: BaseSettings, sha256: str) -> dict[str, Any]:
 
 
 def vocabulary_of(folder: Path) -> int | None:
-    """Rows of the model's embedding according to its configuration; None if it does not say."""
+    """`vocab_size` of the model's config.json, the rows of its embedding; None if it is not there."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config") or config

@@ -33,18 +33,27 @@ def find_prompt_rows(
     how: Mapping[str, Any],
     auditing: Mapping[str, Any],
 ) -> list[PromptRow]:
-    """The prompts of JOB_EVAL__PROMPTS; none where it is empty. `fetched` and `tokens` are of the training data.
+    """The prompts of JOB_EVAL__PROMPTS; an empty list if it is not set.
 
-    `how` goes to `read_prompts`, `auditing` to `load_tokens` where audited training data is read once more.
+    Args:
+        attempt: Its work folder gets a copy from a store.
+        options: Settings of evaluation.
+        rows: Settings of the training rows.
+        storage: How to reach stores.
+        tokens: The tokenized training and validation rows.
+        tokenizer: The model's.
+        fetched: The training and validation data, as `fetch_rows` returned them.
+        how: Further arguments of `read_prompts`, or of `read_rows`.
+        auditing: Further arguments of `read_rows`, in place of `how`, if the audit left rows out.
 
     Raises:
-        DataError: They cannot be read, or there are none.
+        DataError: The prompts cannot be read, or there are none.
     """
     place = options.prompts
     if place is None:
         return []
     if isinstance(place, int):
-        # Rows that are read again are the same only if the audit leaves out the same ones.
+        # Reading the rows again gives the same ones only if the audit leaves out the same.
         left_out = tokens.record.audit is not None and tokens.record.audit.left_out
         again = auditing if left_out else how
         return _prompts_of_rows(attempt, options, rows, fetched, tokens=tokens, tokenizer=tokenizer, how=again)
@@ -69,14 +78,15 @@ def _prompts_of_rows(
     tokenizer: Any,
     how: Mapping[str, Any],
 ) -> list[PromptRow]:
-    """The prompts of the first JOB_EVAL__PROMPTS validation rows; `fetched` and `tokens` are of all rows.
+    """The prompts of the first JOB_EVAL__PROMPTS validation rows; arguments as for `find_prompt_rows`.
 
     Raises:
         DataError: The rows have no prompts.
     """
     asked, held = int(options.prompts or 0), tokens.validation or ()
     if rows.train.rows_loss_on == "all" and rows.train.last_method == SFT:
-        # Where all tokens are targets, they do not say where the prompt ends: the same rows, read for that.
+        # If all tokens are targets, the targets do not show where the prompt ends. So the rows are read again with the
+        # completion's tokens as targets.
         train = rows.train.model_copy(update={"loss_on": "completion"})
         again = read_rows(attempt, replace(rows, train=train), *fetched, tokenizer, **how)
         if [again.record.rows, len(again.validation or ())] != [tokens.record.rows, len(held)]:
@@ -89,17 +99,18 @@ def _prompts_of_rows(
         what = f"no validation row of the schema {tokens.record.format} has a prompt of at most {most:,} tokens"
         raise DataError([Problem("JOB_EVAL__PROMPTS", f"{what}; give a file of prompts instead of a number")])
     if len(found) < asked:
-        log.get_logger().warning("there are fewer prompts than JOB_EVAL__PROMPTS", prompts=len(found), asked=asked)
+        what, change = "there are fewer prompts than JOB_EVAL__PROMPTS", "a larger JOB_DATA__VALIDATION has more"
+        log.get_logger().warning(what, prompts=len(found), asked=asked, change=change)
     return found
 
 
 def _longest_prompt(options: Eval, rows: RowSettings) -> int:
-    """In tokens, so that an answer has room behind it."""
+    """The most tokens of a prompt, so that the answer fits behind it."""
     return rows.train.max_length - options.prompts_max_new_tokens
 
 
 def prompts_record(options: Eval, prompts: Sequence[PromptRow]) -> PromptsRecord | None:
-    """What the record of the pull says about the prompts; None where there are none."""
+    """The part of the pull's record about the prompts; None if there are none."""
     if not prompts:
         return None
     asked = options.prompts

@@ -1,4 +1,4 @@
-"""The rows to train and to validate on: copied from stores, looked up on the hub, and read as tokens."""
+"""Fetches the rows to train and to validate on, and reads them as tokens."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class RowSettings:
     """The settings that decide which rows a training stage reads, and how they become tokens.
 
     Attributes:
-        data: The training data.
-        train: The longest row, and what the loss counts.
-        seed: That of the order of the rows.
-        cache: `JOB_STORAGE__CACHE`, where tokens are kept for later starts; None to keep none.
-        part_of: The run that this one is the first stage of; see `naming_its_settings`.
+        data: Settings of the data.
+        train: Settings of training: the longest row, and which tokens the loss counts.
+        seed: Seed of the order of the rows.
+        cache: `JOB_STORAGE__CACHE`, a folder where tokens are kept for later starts; None to keep none.
+        part_of: The run whose first training stage this is; None for other runs. See `naming_its_settings`.
     """
 
     data: Data
@@ -53,10 +53,10 @@ def validation_of(data: Data) -> float | ValidationSource | None:
 
 
 def check_hub(rows: RowSettings) -> None:
-    """Asks the hub whether the data sets that it has are there, before weights are downloaded.
+    """Checks that the data sets that are on the hub can be read; called before weights are downloaded.
 
     Raises:
-        DataError, SettingsError: One is not.
+        DataError, SettingsError: One is not there.
         Unreachable, AccessDenied: The hub cannot be used.
     """
     with naming_its_settings(rows.part_of):
@@ -70,9 +70,15 @@ def check_hub(rows: RowSettings) -> None:
 def fetch_rows(
     attempt: Attempt, rows: RowSettings, storage: StorageOptions, below: str = ""
 ) -> tuple[str | Sequence[Source], float | ValidationSource | None]:
-    """What to train on, and what to validate on, copied from stores to folders that begin with `below`.
+    """(what to train on, what to validate on), copied from stores to the work folder.
 
-    A later attempt has the revisions that the first one found; not for a later stage, which has a `below`.
+    A later attempt gets the revisions that the first one found, except for the rows of a later training stage.
+
+    Args:
+        attempt: Its work folder gets the copies.
+        rows: The settings.
+        storage: How to reach stores.
+        below: `LATER` for a later training stage: stands before the names of the copies' folders.
 
     Raises:
         DataError, SettingsError, Unreachable, AccessDenied, Preempted: As `fetch_input`.
@@ -106,10 +112,18 @@ def read_rows(
     tokenizer: Any,
     **how: Any,
 ) -> Tokens:
-    """The tokens for training and for validation; `source` and `validation` as `fetch_rows` returns them.
+    """The tokenized rows for training and for validation.
+
+    Args:
+        attempt: Its work folder gets the tokens if no cache keeps them.
+        rows: The settings.
+        source: As `fetch_rows` returns it.
+        validation: As `fetch_rows` returns it.
+        tokenizer: The model's.
+        how: Further arguments of `load_tokens`.
 
     Raises:
-        DataError, SettingsError, Unreachable, AccessDenied, Preempted: As `load_tokens`, which gets `how`.
+        DataError, SettingsError, Unreachable, AccessDenied, Preempted: As `load_tokens`.
     """
     data, train, cache = rows.data, rows.train, rows.cache
     with naming_its_settings(rows.part_of):

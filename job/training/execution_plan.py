@@ -27,66 +27,77 @@ from job.training.sequence_parallel import row_bytes, row_host_bytes
 
 GIB = 1 << 30
 AMPERE, VOLTA = (8, 0), (7, 0)
-"""The lowest compute capabilities: with bf16 and the attention kernel for variable-length segments; with fast fp16."""
+"""Lowest compute capabilities: `AMPERE` has bf16 and attention for segments of variable length, `VOLTA` fast fp16."""
 BUDGETS = ((40 * GIB, 16384), (11 * GIB, 4096), (0, 1024))
-"""(least bytes of the GPU, token budget of a micro-batch)."""
+"""(least bytes of GPU memory, token budget of a micro-batch), the largest first."""
 GROUPED = (9, 10)
-"""The major compute capabilities (Hopper, Blackwell's data-centre GPUs) for which torch has a kernel of grouped
-products, in bf16. Elsewhere it takes one product for each group, and reads on the host how long each is.
+"""Major compute capabilities (Hopper, Blackwell's data-centre GPUs) for which torch has a grouped matmul kernel, in
+bf16. Elsewhere it launches one matmul for each group, and the host waits for the GPU to read the groups' sizes.
 Source: torch 2.11, `aten/src/ATen/native/cuda/GroupedBlas.cpp`, `_grouped_mm_cuda`."""
 FP8_CAPABILITY = (8, 9)
-"""The lowest compute capability of a GPU with FP8 products: Ada; then Hopper, Blackwell."""
+"""The lowest compute capability with FP8 matrix products: Ada's."""
 _REST_BYTES = 4 * GIB
-"""What the formulas leave out: tiles of the loss, CUDA graphs, the adapter's copies. 4.1 GiB in the run named below."""
+"""What the formulas leave out: tiles of the loss, CUDA graphs, the adapter's copies. 4.1 GiB in the run that the
+docstring of `kept_activation_bytes` names."""
 
 
 def why_not_recorded(setup: Setup, capability: tuple[int, int], *, half: str = "bfloat16") -> str | None:
-    """Why a decoder that is fused throughout cannot be recorded on a GPU; None if it can.
+    """Why a wholly fused decoder cannot be recorded as CUDA graphs on this GPU; None if it can.
 
     Args:
-        setup: Of it, the architecture.
+        setup: What is trained; only the architecture is used.
         capability: The GPU's compute capability.
         half: The compute dtype, by its name in torch.
     """
     if capability < AMPERE:
         return "attention goes segment by segment on a GPU of compute capability {}.{}".format(*capability)
     if setup.architecture.experts and (half != "bfloat16" or capability[0] not in GROUPED):
-        what = "torch reads the sizes of a mixture's grouped products on the host"
+        what = "torch reads the group sizes of a mixture's grouped matmul on the host"
         return "{} in {} on a GPU of compute capability {}.{}".format(what, half, *capability)
     return setup.architecture.not_recorded
 
 
 def choose_budget(total_bytes: int) -> int:
-    """The token budget of a micro-batch, by the size of the GPU or of the part that the job may use."""
+    """The token budget of a micro-batch, by the GPU memory in bytes that the job may use."""
     return next(budget for least, budget in BUDGETS if total_bytes >= least)
 
 
 def longest_sequence(lengths: Sequence[int], global_batch_size: int, budget: int) -> int:
-    """Tokens of the longest packed sequence of any step, with a negligible probability of an underestimate.
+    """Estimated tokens of the longest packed sequence of any step; an underestimate is very unlikely.
 
     The estimate is the mean of a step's tokens plus six standard deviations. If a step exceeds it and memory runs out,
     the step is repeated with less memory (`step.py`).
+
+    Args:
+        lengths: Tokens of each example.
+        global_batch_size: Examples of a step.
+        budget: The token budget of a micro-batch.
     """
     tokens = global_batch_size * fmean(lengths) + 6 * global_batch_size**0.5 * pstdev(lengths)
     return max(*lengths, min(budget, int(tokens)))
 
 
 def kept_activation_bytes(setup: Setup, tokens: int) -> int:
-    """Bytes that all layers keep of a sequence of so many tokens for the backward pass, with fused layers.
+    """Bytes of activations that all layers keep for the backward pass of a sequence, with fused layers.
 
-    In the compute dtype, for each layer and token: the inputs of the norms, and the outputs of two of them, which the
-    linear layers read (where norms come only behind these, they read the stream, which is counted as an input); the
-    queries and attention's output; queries and keys once more where they have norms; gate, up and their product, which
-    a mixture computes again.
+    In the compute dtype, each layer keeps for each token: the input of every norm; the inputs of the linear layers
+    behind two norms (in families with norms only behind their linear layers, these read the residual stream, which is
+    counted among the norms' inputs); queries and attention's output; queries and keys a second time where they have
+    norms; gate, up and their product, which a mixture recomputes.
 
-    Source: counted in `model/fused`. On an H100, Mistral-7B's shape, 3,722 tokens a sequence on average: 15.0 GiB by
-    this, and a peak of 36.2 GiB in all, of which 4.0 are NF4 weights and 13.0 kept ones.
+    Source: counted in `model/fused`. On an H100 with Mistral-7B's shape and 3,722 tokens a sequence on average, the
+    formula gives 15.0 GiB; the measured peak was 36.2 GiB, of which 4.0 were NF4 weights and 13.0 dequantized ones.
+
+    Args:
+        setup: What is trained.
+        tokens: Of the sequence.
     """
     a = setup.architecture
     stream = (2 + a.norms) * a.hidden
     heads = 2 * a.queries + (a.queries + a.keys if a.query_norm else 0)
     kept = setup.value_bytes * a.layers * (stream + heads + (2 if a.experts else 3) * a.intermediate) * tokens
-    # Beside what is kept, a mixture's layer needs its experts' weights and copies of the tokens while it computes.
+    # While a mixture's layer computes, it also needs its experts' dequantized weights and a copy of each token for each
+    # of its experts.
     now = a.largest_matrix + (EXPERT_COPIES * a.copies + EXPERT_WIDTHS * a.intermediate) * tokens
     return kept + setup.value_bytes * now * bool(a.experts)
 
@@ -102,24 +113,24 @@ def choose_plan(
     not_recorded: str | None = None,
     fp8: bool = False,
 ) -> ExecutionPlan:
-    """The fastest plan that fits, where fused layers compute; `forward` is set by the caller, which fuses them.
+    """The fastest plan that fits with fused layers; the caller, which fuses them, sets `forward`.
 
     Activations, the base's dequantized weights, both or neither are kept. If only one fits, activations are preferred:
-    on an H100 keeping only them gave 13,960 target tokens/s, the base alone 10,714, both 15,067, neither 9,861.
+    on an H100 keeping activations gave 13,960 target tokens/s, keeping the base 10,714, both 15,067, neither 9,861.
 
-    Of a base that is not on the GPU (`choose_placement`) nothing is kept dequantized, and no CUDA graph is recorded: it
-    would hold none of the copies by which the layers' weights come.
+    If the base is not on the GPU (`choose_placement`), it is not kept dequantized, and no CUDA graph is recorded, since
+    a graph would not contain the copies that bring each layer's weights.
 
     Args:
         setup: What is trained.
-        free_bytes: Of the GPU, with the quantized model in it, as far as `setup.placement` has it there.
+        free_bytes: Free GPU memory after the quantized model was loaded to where `setup.placement` says.
         sequence_tokens: Of the longest packed sequence that a step will have.
         keep_base: Whether to keep the dequantized base; None to choose. True only where `setup.placement` is `gpu`.
         keep_activations: Whether to keep activations; None to choose.
-        recorded: Whether the decoder is fused throughout, so that its kernels can be recorded. Else transformers' own
-            code runs between the fused layers, and keeps more activations.
-        not_recorded: Why they cannot be recorded, although it is.
-        fp8: Whether training computes in FP8: what is kept of the base are its two copies in that format.
+        recorded: Whether the whole decoder is fused, so that its kernels can be recorded. Else transformers' own code
+            runs between the fused layers, and keeps more activations.
+        not_recorded: Why a wholly fused decoder cannot be recorded on this GPU; None if it can.
+        fp8: Whether training computes in FP8: then the kept base is two copies of the weights in FP8.
     """
     on_gpu = setup.placement == "gpu"
     known, recorded, rest = recorded, recorded and on_gpu, _REST_BYTES if on_gpu else _beside(setup)
@@ -172,22 +183,23 @@ def choose_long_rows(
     divided: tuple[int, int] | None = None,
     attention: str | None = None,
 ) -> ExecutionPlan:
-    """The plan with the fastest way that fits to compute rows of up to `tokens` tokens layer by layer.
+    """`plan`, with the fastest way that fits to compute long rows layer by layer.
 
-    Attention's output is kept rather than computed again, and what waits lies on the GPU rather than in main memory.
-    The first saves a third of attention's time at most, the second nothing where the copies keep up.
+    Tried in this order: layer inputs and attention's output on the GPU; both in main memory; only layer inputs, on the
+    GPU; only layer inputs, in main memory. Keeping attention's output saves up to a third of attention's time; keeping
+    everything on the GPU saves no time as long as the copies to main memory keep up.
 
     Args:
         plan: For the other rows.
         setup: What is trained.
         tokens: Of the longest micro-batch with such a row that one process computes; 0 where there is none.
-        free_bytes: Of the GPU, with all that the plan keeps for other rows in it.
-        host_bytes: Of main memory that is available to this process.
+        free_bytes: Free GPU memory beside everything that the plan keeps for other rows.
+        host_bytes: Main memory available to this process.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
         copies: As in `long_row_bytes`.
         tile: Tokens of a tile.
-        divided: Tokens of the longest row that is divided, and over how many processes.
-        attention: The kernel, whose `copies` these are; None in a forecast.
+        divided: (tokens of the longest divided row, processes that compute it together); None if no row is divided.
+        attention: The attention kernel, to which `copies` belongs; None in a forecast.
     """
     tried = []
     rows = [row for row in ((tokens, 1), divided) if row is not None and row[0]]
@@ -223,7 +235,7 @@ def choose_long_rows(
 def long_row_need(
     setup: Setup, tokens: int, processes: int = 1, *, offloaded: bool, kept_attention: bool, copies: int
 ) -> int:
-    """Bytes that a long row needs beside the base and the adapter, with the formula's error and the context.
+    """Bytes of GPU memory that a long row needs beside base and adapter, with the formula's error and CUDA's context.
 
     Args:
         setup: What is trained.
@@ -238,7 +250,7 @@ def long_row_need(
 
 
 def held_bytes(setup: Setup, plan: ExecutionPlan, tokens: int) -> int:
-    """Bytes that a plan holds between micro-batches: the dequantized base, and the memory of CUDA graphs.
+    """Bytes of GPU memory that a plan keeps between micro-batches: the dequantized base, and that of CUDA graphs.
 
     Args:
         setup: What is trained.
@@ -255,19 +267,19 @@ def held_bytes(setup: Setup, plan: ExecutionPlan, tokens: int) -> int:
 def choose_placement(
     setup: Setup, *, memory_bytes: int, placements: Sequence[str], needs: Callable[[Setup], int]
 ) -> str:
-    """Where the base's quantized weights lie: the first placement with which all fits on the GPU, or else the last.
+    """Where the base's quantized weights lie: the first placement with which the run fits on the GPU, or else the last.
 
     Args:
         setup: What is trained.
-        memory_bytes: Of the GPU, or the part of it that may be used, with nothing in it yet.
-        placements: Of `memory_model.PLACEMENTS`, the fastest first.
-        needs: Bytes on the GPU that all of a run needs at its peak with the base held as a setup says.
+        memory_bytes: Usable GPU memory before anything is loaded.
+        placements: Those to choose from, of `memory_model.PLACEMENTS`, the fastest first.
+        needs: The run's peak of GPU memory in bytes, with the base where the given setup's `placement` says.
     """
     usable = usable_bytes(memory_bytes)
     return next((one for one in placements if needs(replace(setup, placement=one)) <= usable), placements[-1])
 
 
 def _beside(setup: Setup) -> int:
-    """Bytes of training beside the weights, the adapter's fp32 values and the activations: all but CUDA graphs."""
+    """Bytes that training needs beside weights, the adapter's fp32 values and activations; CUDA graphs not counted."""
     memory = training_memory(setup, 0)
     return memory.total - memory.weights - memory.activations - FP32 * setup.adapter

@@ -26,12 +26,12 @@ def compute_capability() -> tuple[int, int]:
 
 
 def dtype_name(model: Any) -> str:
-    """The compute dtype of the base of a PEFT model, by its name in torch."""
+    """The compute dtype of a PEFT model's base, by its name in torch, such as `bfloat16`."""
     return str(model.get_base_model().dtype).removeprefix("torch.")
 
 
 def why_not_fused(model: Any) -> str | None:
-    """Why this model on this machine has to be trained by PEFT's own layers; None if the fused ones can be used."""
+    """Why PEFT's own layers have to train this model on this machine; None if the fused ones can be used."""
     device, dtype = model.device.type, dtype_name(model)
     lowest = {"bfloat16": AMPERE, "float16": VOLTA}
     if not is_packed(model.get_base_model()):
@@ -49,8 +49,11 @@ def why_not_fused(model: Any) -> str | None:
 def require_fp8(device: Any) -> None:
     """Refuses a machine that cannot train in FP8.
 
+    Args:
+        device: Where the model will be.
+
     Raises:
-        SettingsError: There is no GPU, or it or torch has no such products.
+        SettingsError: There is no GPU, or the GPU or torch cannot multiply FP8 matrices with a scale for each row.
     """
     from job.model.fused import fp8
 
@@ -62,19 +65,21 @@ def require_fp8(device: Any) -> None:
     else:
         why = fp8.why_not_here(device)
     if why is not None:
-        raise SettingsError([Problem("JOB_TRAIN__COMPUTE", f"is fp8, and {why}; remove it, or take another GPU")])
+        what = f"is fp8, which cannot be computed here: {why}; remove it, or take a GPU that has FP8"
+        raise SettingsError([Problem("JOB_TRAIN__COMPUTE", what)])
 
 
-@cache  # every kind of scoring asks, and a probe may compile C code
+@cache  # each kind of scoring calls it, and its test launch may compile C code
 def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
-    """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's.
+    """The kernels to use: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's.
 
     Args:
         device: Where they have to run.
         dtype: The compute dtype by its name in torch; older GPUs have no `bfloat16`.
 
     Returns:
-        The same answer for the life of the process, from one launch for each device and dtype.
+        The kernels (`fused.kernels.Kernels`) and their name, `triton` or `torch`. They are chosen by one test launch
+        for each device and dtype in the life of the process.
     """
     import torch
 
@@ -93,6 +98,8 @@ def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
         fast.swiglu(probe, probe).sum().item()
     except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler or the loader raises
         why = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
-        log.get_logger().warning("Triton cannot run here; torch's own operations take its place", why=why)
+        what = "Triton cannot run here, and torch's own operations take its place, which is slower"
+        change = "take the project's image, or install gcc and Python's headers (python3-dev), by which Triton compiles"
+        log.get_logger().warning(what, why=why, change=change)
         return kernels.TORCH, "torch"
     return fast, "triton"

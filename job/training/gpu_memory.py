@@ -1,10 +1,14 @@
-"""How much memory of its GPU a process has and may use."""
+"""How much GPU memory this process has, and how much of it the job may use."""
 
 from __future__ import annotations
 
 
 def free_gpu_bytes(gigabytes: float | None) -> int:
-    """Bytes of the GPU that this process may still allocate; `gigabytes` is the limit of `limit_memory`."""
+    """Bytes of GPU memory that this process may still allocate.
+
+    Args:
+        gigabytes: `JOB_TRAIN__GPU_MEMORY_GB`, in units of 1e9 bytes; None for no limit.
+    """
     return gpu_memory(gigabytes)[1]
 
 
@@ -16,7 +20,7 @@ def give_back_memory() -> None:
 
 
 def limit_memory(gigabytes: float | None) -> None:
-    """Limits the GPU memory that torch may allocate in this process, in units of 1e9 bytes; None for no limit."""
+    """Limits the GPU memory that torch may allocate in this process; `gigabytes` as in `free_gpu_bytes`."""
     import torch
 
     if gigabytes is not None:
@@ -25,7 +29,7 @@ def limit_memory(gigabytes: float | None) -> None:
 
 
 def gpu_memory(gigabytes: float | None) -> tuple[int, int]:
-    """Bytes of the GPU, and of these the free ones; `gigabytes` is the limit of `limit_memory`."""
+    """(total bytes, free bytes) of this process's GPU, within the limit; `gigabytes` as in `free_gpu_bytes`."""
     import torch
 
     free, total = torch.cuda.mem_get_info()

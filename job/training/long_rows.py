@@ -3,17 +3,18 @@
 A row of more than `LONG_ROW` tokens does not go through the model and autograd as a whole:
 
 - The forward pass keeps only the input of each layer, and attention's output if there is memory for it, on the GPU or
-  in host memory (`activation_store`). The bits are the same.
-- The loss and the final norm are computed in tiles over the sequence, forward and backward together, so the fp32
-  gradient of the last hidden states exists for one tile at a time.
-- Then each layer is computed again from its input, the last one first, and its gradient follows at once: the
-  feed-forward half in tiles (`model.fused.tiled_layer`). Attention is not computed again where its output was kept.
+  in host memory (`activation_store`). The bits are the same in either place.
+- The final norm and the loss are computed in tiles over the sequence, forward and backward of one tile before the next,
+  so the fp32 gradient of the last hidden states exists for one tile at a time.
+- Then the layers are taken from last to first: each is computed again from its input, and backpropagated through at
+  once, the feed-forward half in tiles (`model.fused.tiled_layer`). Attention is not computed again where its output was
+  kept.
 
 The sequence is not padded and no CUDA graph is recorded: launching kernels one by one takes no noticeable time for a
 row of this length, and empty segments would slow attention down (`model.fused.long_attention`).
 
-A row may be divided over several processes, which compute it at the same time: each of them does the above with a part
-of the tokens, and they exchange them around attention (`model.fused.sequence_parallel`).
+A row may be divided over several processes (sequence parallelism): each does the above with a part of the tokens, and
+they exchange queries, keys, values and outputs around attention (`model.fused.sequence_parallel`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from job.data.examples import lengths_of
 from job.model.fused.long_attention import CPU, FLASH, Output, RowAttention, has_kernel
 from job.model.fused.lora_forward import decoder_of
-from job.model.fused.sequence_parallel import SequenceParallelAttention, Team, parts
+from job.model.fused.sequence_parallel import SequenceParallelAttention, SequenceParallelGroup, parts
 from job.model.fused.tiled_layer import backward_layer, forward_layer, is_known
 from job.model.lora import trainable
 from job.model.packed_attention import build_layout
@@ -41,12 +42,12 @@ from job.training.packing import PaddedSequence, unpadded_sequence
 
 
 def has_long_row(examples: Sequence[Example]) -> bool:
-    """Whether a micro-batch is one of those that are computed here."""
+    """Whether a micro-batch contains a row of more than `LONG_ROW` tokens."""
     return max(lengths_of(examples)) > LONG_ROW
 
 
 HeadLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(hidden states behind the last norm (tokens, hidden), labels (tokens,)) -> the summed loss, () float32."""
+"""(hidden states behind the final norm (tokens, hidden), labels (tokens,) int64) -> the summed loss, () float32."""
 
 
 def why_not_here(model: Any) -> str | None:
@@ -72,10 +73,10 @@ class LongRows:
 
     Attributes:
         model: A PEFT model over a fused base, for which `why_not_here` has no reason.
-        loss: Of a part of the tokens.
-        check: Called between layers: a row may take minutes. May raise an exception.
-        progress: The same where there is no gradient, and nothing is raised.
-        host: Buffers in host memory, kept from step to step.
+        loss: Computes the summed loss of one tile of tokens.
+        check: Called before each layer in `gradient`, since a row may take minutes; may raise to end it.
+        progress: Called before each layer in `summed_loss`; must not raise.
+        host: Buffers in pinned host memory, kept from step to step.
     """
 
     model: Any
@@ -85,35 +86,55 @@ class LongRows:
     host: HostBuffers = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Pinned memory must not be freed as it is, which is what happens to one that nobody has released.
+        # Memory that is freed while it is pinned makes later copies fail; so it is released with this object, too.
         weakref.finalize(self, release, self.host, self.model.device).atexit = False
 
     def gradient(
-        self, examples: Sequence[Example], weight: torch.Tensor, plan: ExecutionPlan, team: Team | None = None
+        self,
+        examples: Sequence[Example],
+        weight: torch.Tensor,
+        plan: ExecutionPlan,
+        sp_group: SequenceParallelGroup | None = None,
     ) -> torch.Tensor:
-        """Adds the gradient of the examples' summed loss times `weight`; returns that, () float32 without history.
+        """Adds the gradient of `weight` times the examples' summed loss to the adapter's.
 
-        With a team, it is what this process has of both: the sum over all processes is the whole.
+        Args:
+            examples: The micro-batch.
+            weight: () float32.
+            plan: The execution plan.
+            sp_group: The processes that compute the row together; None for this one alone.
+
+        Returns:
+            The weighted loss, () float32, without history. With `sp_group`, loss and gradient are those of this
+            process's tokens, to be summed over the processes.
+
+        Raises:
+            OtherOutOfMemory: Memory ran out in another process of `sp_group`.
         """
         device = self.model.device
         sequence = unpadded_sequence(examples, device)
         with ActivationStore(device, self.host if plan.offloaded else None) as store:
-            walk = _Walk(self.model, self.loss, sequence, store, plan, check=self.check, team=team)
-            return walk.backward(walk.forward(), weight)
+            both = _LayerwisePass(self.model, self.loss, sequence, store, plan, check=self.check, sp_group=sp_group)
+            return both.backward(both.forward(), weight)
 
-    def summed_loss(self, examples: Sequence[Example], plan: ExecutionPlan, team: Team | None = None) -> torch.Tensor:
-        """The summed loss of the examples, () float32, without a gradient; with a team, this process's part of it."""
+    def summed_loss(
+        self, examples: Sequence[Example], plan: ExecutionPlan, sp_group: SequenceParallelGroup | None = None
+    ) -> torch.Tensor:
+        """The examples' summed loss, () float32, without a gradient; arguments and errors as for `gradient`.
+
+        With `sp_group` it is the loss of this process's tokens, to be summed over the processes.
+        """
         sequence = unpadded_sequence(examples, self.model.device)
-        walk = _Walk(self.model, self.loss, sequence, None, plan, check=self.progress, team=team)
-        return walk.summed_loss(walk.forward())
+        only = _LayerwisePass(self.model, self.loss, sequence, None, plan, check=self.progress, sp_group=sp_group)
+        return only.summed_loss(only.forward())
 
     def release(self) -> None:
-        """Gives host memory back."""
+        """Frees the buffers in host memory."""
         release(self.host, self.model.device)
 
 
-class _Walk:
-    """The forward and the backward pass of one micro-batch; with a team, of this process's part of its tokens."""
+class _LayerwisePass:
+    """The forward and the backward pass of one micro-batch; with `sp_group`, of this process's part of its tokens."""
 
     def __init__(
         self,
@@ -124,21 +145,21 @@ class _Walk:
         plan: ExecutionPlan,
         *,
         check: Callable[[], None] = lambda: None,
-        team: Team | None = None,
+        sp_group: SequenceParallelGroup | None = None,
     ) -> None:
         self._model, self._decoder = model, decoder_of(model.get_base_model())
         self._layers = list(self._decoder.layers)
-        self._loss, self._store, self._check, self._team = loss, store, check, team
-        self._sequence = sequence if team is None else _own_part(sequence, team)
+        self._loss, self._store, self._check, self._sp_group = loss, store, check, sp_group
+        self._sequence = sequence if sp_group is None else _own_part(sequence, sp_group)
         self._keep_attention, self._tile = plan.kept_attention, plan.tile_tokens or TILE_TOKENS
         self._kernel = plan.attention or (FLASH if model.device.type == "cuda" else CPU)
         self._layout = build_layout(sequence.segments, model.device)
         self._row_tokens = sequence.tokens.shape[1]
         self._arguments: list[Mapping[str, Any]] = []
-        """What the decoder hands to each layer beside the stream."""
+        """By layer, the arguments with which the decoder calls it beside the hidden states."""
 
     def forward(self) -> torch.Tensor:
-        """(1, tokens, hidden): what the last layer gives. The decoder's own code calls the layers."""
+        """The output of the last layer, (1, tokens, hidden); transformers' code of the decoder calls the layers."""
         ids, _, positions = self._sequence.tokens.unbind()
         found: list[torch.Tensor] = []
 
@@ -161,12 +182,15 @@ class _Walk:
         return found[0]
 
     def summed_loss(self, last: torch.Tensor) -> torch.Tensor:
-        """The loss of what the last layer gives, () float32, without a gradient."""
+        """The summed loss from the output of the last layer, () float32, without a gradient."""
         with torch.no_grad():
             return torch.stack([self._loss_of(last[:, tile], tile) for tile in self._tiles(last)]).sum()
 
     def backward(self, last: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Adds the gradient of the weighted loss to that of the adapter; `last` is overwritten. Returns the loss."""
+        """Adds the gradient of the weighted loss to the adapter's; returns that loss, () float32.
+
+        `last` is the output of the last layer, (1, tokens, hidden). It is overwritten with its own gradient.
+        """
         assert self._store is not None  # noqa: S101 - for the type
         loss = torch.zeros((), device=last.device)
         for tile in self._tiles(last):
@@ -175,7 +199,7 @@ class _Walk:
                 own = self._loss_of(part, tile) * weight
             own.backward()  # type: ignore[no-untyped-call]
             assert part.grad is not None  # noqa: S101 - for the type
-            last[:, tile] = part.grad  # the hidden states of this tile are not needed any more
+            last[:, tile] = part.grad  # in place of this tile's hidden states, which are not needed any more
             loss += own.detach()
         gradient: torch.Tensor | None = last
         del last
@@ -192,15 +216,15 @@ class _Walk:
                 self._check()
                 x, *rest = self._store.take()
                 known = (rest[0], rest[1]) if rest else None
-                # By the module's call, as the decoder does it: hooks on a layer run in both passes.
+                # Through the module's `__call__`, like the decoder's forward pass, so that hooks run in both passes.
                 gradient = self._layers[index](x, gradient=gradient, known=known, first=index == 0)
                 del x, rest, known
         return loss
 
     def _attention(self, known: Output | None = None) -> RowAttention | SequenceParallelAttention:
-        """Of all tokens of the row in one layer, with its output if that is known."""
+        """Attention of one layer over all tokens of the row; `known` is its output where the forward pass kept it."""
         alone = RowAttention(self._layout, self._kernel, known)
-        return alone if self._team is None else SequenceParallelAttention(alone, self._team, self._row_tokens)
+        return alone if self._sp_group is None else SequenceParallelAttention(alone, self._sp_group, self._row_tokens)
 
     def _loss_of(self, hidden: torch.Tensor, tile: slice) -> torch.Tensor:
         return self._loss(self._decoder.norm(hidden)[0], self._sequence.tokens[1, tile])
@@ -209,18 +233,18 @@ class _Walk:
         return [slice(start, start + self._tile) for start in range(0, x.shape[1], self._tile)]
 
 
-def _own_part(sequence: PaddedSequence, team: Team) -> PaddedSequence:
-    """The sequence with this process's tokens alone: `tokens` is (3, own tokens); `ends` and `segments` stay.
+def _own_part(sequence: PaddedSequence, sp_group: SequenceParallelGroup) -> PaddedSequence:
+    """The sequence with this process's tokens only: `tokens` is (3, own tokens); `ends` and `segments` are unchanged.
 
-    Labels are shifted already: a token has what it is to predict, also where that token is another process's.
+    Labels are already shifted, so the last token of a part has its label although the next token is elsewhere.
     """
-    own = parts(sequence.tokens.shape[1], team.size)[team.rank]
+    own = parts(sequence.tokens.shape[1], sp_group.size)[sp_group.rank]
     return replace(sequence, tokens=sequence.tokens[:, own])
 
 
 @contextmanager
 def _in_place_of_forward(layers: Sequence[Any], call: Callable[..., Any]) -> Iterator[None]:
-    """Within it, a layer that is called computes `call(layer, ...)`, without recomputation by transformers."""
+    """Within it, calling a layer computes `call(layer, ...)`, and transformers' gradient checkpointing is off."""
     before = [(vars(layer).get("forward"), layer.gradient_checkpointing) for layer in layers]
     for layer in layers:
         layer.forward = _bound(call, layer)

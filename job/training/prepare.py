@@ -55,7 +55,7 @@ def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float |
     Args:
         device: The model's.
         micro_batch_tokens: The setting; None to choose one.
-        gigabytes: How much of the GPU may be used; None for all.
+        gigabytes: How much of the GPU may be used, in units of 1e9 bytes; None for all.
     """
     if device.type != "cuda":
         return micro_batch_tokens or CPU_MICRO_BATCH_TOKENS
@@ -95,21 +95,24 @@ def prepare(
         budget: The token budget of a micro-batch.
         keep_base: `JOB_MODEL__KEEP_DEQUANTIZED`.
         recompute: `JOB_TRAIN__GRADIENT_CHECKPOINTING`.
-        gigabytes: How much of the GPU may be used; None for all.
+        gigabytes: How much of the GPU may be used, in units of 1e9 bytes; None for all.
         processes: How many train on this machine.
         random: Whether the embeddings get noise (NEFTune), which a CUDA graph would repeat unchanged.
         slow: Why PEFT's own layers have to compute this adapter; None if they need not.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`.
-        method: Rows of preferences go through the model as a whole, however long they are.
-        longest_at: Where the longest row stands, for messages.
+        method: A key of `METHODS`; only `sft` computes long rows layer by layer.
+        longest_at: File and line of the longest row, for messages; empty if they are not known.
         validation: Tokens of each row that is validated on.
         compute: `JOB_TRAIN__COMPUTE`.
         sequence_parallel: `JOB_TRAIN__SEQUENCE_PARALLEL`.
-        group: All processes of the run, which agree on what rows they compute together.
+        group: All processes of the run; they agree on which rows they compute together, and by which kernel.
+
+    Returns:
+        The plan, which the model now follows: its layers are fused as `forward` says.
 
     Raises:
-        SettingsError: The longest row cannot fit into the memory of this machine. Training cannot compute in FP8 as
-            the settings ask: PEFT's own layers are needed, or a layer's size does not fit the GPU's products.
+        SettingsError: The longest row cannot fit into memory. Or `compute` is fp8, and PEFT's own layers are needed,
+            or a layer's size is not a multiple that FP8 products require.
     """
     setup, placement = setup_of(model, quantization, optimizer), placement_of(model)
     setup = setup and replace(setup, placement=placement, processes=group.place.world_size)
@@ -137,7 +140,7 @@ def prepare(
         _refuse,
         model,
         setup,
-        longest_trained,  # a validation has no backward pass: what this formula counts is not certain to be needed
+        longest_trained,  # not of validation: it has no backward pass, whose memory the formula counts
         gigabytes=gigabytes,
         offload=allowed,
         processes=processes,
@@ -166,7 +169,7 @@ def prepare(
             log.get_logger().info("execution plan", micro_batch_tokens=budget, **asdict(plan))
             _note_unused(plan, lengths, offload=offload)
             return plan
-        slow = "PEFT's layers of this adapter are of a kind that has no fused one"
+        slow = "this adapter's PEFT layers are of a kind that the job does not fuse"
     if compute == FP8:
         raise SettingsError([Problem(_COMPUTE, f"is fp8, which only the job's fused layers compute: {slow}")])
     may_fit()
@@ -192,8 +195,8 @@ def prepare(
 
 
 SHARE = 0.3
-"""Share of the available memory that activations on a CPU may take according to the formula. The rest is for what the
-formula leaves out: dropout keeps half as much again, and gradients, optimizer states and other processes need some."""
+"""Share of the available memory that activations on a CPU may take by the formula, which leaves out dropout's masks
+(half as much again), gradients, optimizer states and other processes."""
 
 
 def keeps_activations(setup: Setup, tokens: int, processes: int) -> bool:
@@ -248,11 +251,15 @@ def _is_uneven(adapter: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What of the rows decides about memory: tokens of the longest padded sequence, and of the longest long row.
+    """The lengths that decide how much memory training needs, in tokens.
 
-    `long` is None where no row is computed layer by layer, `padded` is 0 where all are. Where rows of more than `above`
-    tokens are divided over `processes`, `divided` has the tokens of the longest of these, 0 if there is none, and
-    `long` those of the longest other one, 0 likewise.
+    Attributes:
+        padded: The longest padded sequence; 0 if every row is computed layer by layer.
+        long: The longest micro-batch with a long row that one process computes layer by layer; 0 if all long rows are
+            divided; None if no row is computed so.
+        divided: The longest row that is divided over the processes; 0 if none is.
+        above: Rows of more tokens than this are divided; None if no row may be.
+        processes: How many processes a row is divided over.
     """
 
     padded: int
@@ -266,16 +273,25 @@ def _note_unused(plan: ExecutionPlan | None, lengths: Sequence[int], *, offload:
     """Warns that activations are not offloaded although the setting says so."""
     if offload is not True or (plan is not None and plan.tile_tokens is not None):
         return
-    why = "rows are not computed layer by layer on this machine, or by this model or method"
+    why = "this machine, model or method does not compute long rows layer by layer"
     if (longest := max(lengths)) <= LONG_ROW:
-        why = f"the longest row has {longest:,} tokens, and only those of more than {LONG_ROW:,} are"
-    log.get_logger().warning("JOB_TRAIN__OFFLOAD_ACTIVATIONS has no effect", why=why)
+        why = f"the longest row has {longest:,} tokens, and only rows of more than {LONG_ROW:,} are offloaded"
+    log.get_logger().warning("JOB_TRAIN__OFFLOAD_ACTIVATIONS has no effect", why=why, change="remove it, or set auto")
 
 
 def _require_fp8_possible(setup: Setup | None, dtype: str | None) -> None:
-    """Refuses what FP8 is not there for; `dtype` is the fused layers', None without them."""
+    """Refuses what cannot be computed in FP8.
+
+    Args:
+        setup: What is trained; None if the architecture is not known.
+        dtype: The compute dtype by its name in torch; None where PEFT's own layers compute.
+
+    Raises:
+        SettingsError: The dtype is not bf16, or the model is a mixture of experts.
+    """
     if dtype not in {None, "bfloat16"}:
-        raise SettingsError([Problem(_COMPUTE, f"is fp8, which is beside bf16; the compute dtype is {dtype}")])
+        what = f"is fp8, which needs bf16 for all else, and the compute dtype is {dtype}; set JOB_MODEL__DTYPE=bf16"
+        raise SettingsError([Problem(_COMPUTE, what)])
     if setup is not None and setup.architecture.experts:
         raise SettingsError([Problem(_COMPUTE, "is fp8, in which a mixture's experts are not computed; remove it")])
 
@@ -290,7 +306,7 @@ def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: in
             short = [length for length in lengths if length <= LONG_ROW]
             padded = longest_sequence(short, global_batch_size, budget) if short else 0
             return _Rows(padded, max(longest, budget))
-        log.get_logger().warning("long rows are not computed in tiles, which takes more memory and time", why=why)
+        log.get_logger().warning("long rows are not computed layer by layer, which takes more memory and time", why=why)
     return _Rows(longest_sequence(lengths, global_batch_size, budget), None)
 
 
@@ -305,7 +321,7 @@ def _tokens_alone(
     never: str,
     kernel: str | None,
 ) -> int:
-    """Tokens of the longest row that this process can compute alone; 0 if it cannot compute a row with others."""
+    """Tokens of the longest row that this process can compute alone; 0 if it cannot take part in a divided row."""
     if setup is None or kernel is None:
         return 0
     from job.model.fused.long_attention import copies_of
@@ -325,13 +341,18 @@ def _tokens_alone(
 
 
 def _agreed(group: Processes, own: int) -> int | None:
-    """Above how many tokens rows are divided, the same in all processes; None if one of them cannot take part."""
+    """Rows of more tokens than this are divided, the same in all processes; None if one of them cannot take part.
+
+    Args:
+        group: All processes of the run.
+        own: What `_tokens_alone` returned in this one.
+    """
     found = group.gather("tokens of a row that one process computes", own)
     return min(found) if all(found) else None
 
 
 def _divided(rows: _Rows, lengths: Sequence[int], budget: int, above: int, processes: int) -> _Rows:
-    """Where rows of more than `above` tokens are divided."""
+    """`rows`, with those of more than `above` tokens divided over `processes`."""
     alone = [length for length in lengths if LONG_ROW < length <= above]
     longest = max(lengths)
     return replace(
@@ -344,7 +365,7 @@ def _divided(rows: _Rows, lengths: Sequence[int], budget: int, above: int, proce
 
 
 def _sharing(setup: Setup | None, longest: int, above: int | None, world_size: int, never: str) -> Sharing:
-    """How many processes compute the longest row together, and could."""
+    """How many processes compute the longest row together, and how many could."""
     if setup is None:
         return Sharing()
     return Sharing(
@@ -391,9 +412,9 @@ def _fuse(
         setup,
         free_bytes=max(0, free - reserved),
         sequence_tokens=rows.padded,
-        # For long rows alone it saves nothing; but of FP8's copies there are two, made with a pass over all values.
+        # With long rows only, dequantizing takes no noticeable share of the time; quantizing to FP8, twice, does.
         keep_base=False if keep_base is None and rows.padded == 0 and not fp8 else keep_base,
-        keep_activations=keep_activations if rows.padded else False,  # of long rows none are kept so
+        keep_activations=keep_activations if rows.padded else False,  # long rows are always recomputed layer by layer
         recorded=lora_forward.knows(model.get_base_model()),
         not_recorded=why_not_recorded(setup, compute_capability(), half=dtype_name(model)),
         fp8=fp8,
@@ -427,7 +448,10 @@ def _fuse(
 def _agreed_kernel(
     model: Any, setup: Setup | None, rows: _Rows | None, longest: int, group: Processes, *, divides: bool
 ) -> str | None:
-    """The kernel of long rows, the same in all processes, since it affects the last bits; None without such rows."""
+    """The attention kernel of long rows, the same in all processes, since it affects the last bits.
+
+    None if no row is computed layer by layer.
+    """
     if longest <= LONG_ROW:
         return None
     from job.model.fused.long_attention import choose_kernel, slowest
@@ -450,7 +474,8 @@ def _agreed_kernel(
         return own
     if (agreed := slowest(found)) != own:
         what = "attention of long rows is computed by a slower kernel, since another process cannot use the faster one"
-        log.get_logger().warning(what, kernel=agreed, faster=own)
+        change = "that process's log says why it cannot"
+        log.get_logger().warning(what, kernel=agreed, faster=own, change=change)
     return agreed
 
 
@@ -476,7 +501,11 @@ def _refuse(
     kernel: str | None,
     sharing: Sharing,
 ) -> None:
-    """Refuses rows that certainly do not fit: on the GPU, or on a CPU in the machine's memory."""
+    """Refuses rows that certainly do not fit into the GPU's memory, or on a CPU into the machine's.
+
+    Raises:
+        SettingsError: The longest row does not fit.
+    """
     from job.model.fused.long_attention import copies_of
 
     if setup is None:
@@ -499,11 +528,11 @@ def _refuse(
 def _keeps_activations(
     model: Any, setup: Setup | None, tokens: int, processes: int, *, recompute: bool | Literal["auto"]
 ) -> tuple[bool, str]:
-    """Whether PEFT's layers keep activations: the setting, else only on a CPU with enough memory; and the reason."""
+    """Whether PEFT's layers keep activations, and the reason: as set, or with `auto` on a CPU with enough memory."""
     if recompute != "auto":
         return not recompute, ""
     if model.device.type != "cpu" or setup is None:
         return False, ""
     need = processes * activation_bytes(replace(setup, recompute=False), tokens)
     kept = keeps_activations(setup, tokens, processes)
-    return kept, f"activations take {size(need, ' ')} if kept: {'kept' if kept else 'computed again'}"
+    return kept, f"activations would take {size(need, ' ')}: {'kept' if kept else 'recomputed in the backward pass'}"

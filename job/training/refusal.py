@@ -1,7 +1,8 @@
 """Refuses rows that cannot fit into memory, before training begins.
 
-The longest row is refused if the way to compute it that needs least memory, less the error of the formula, needs more
-than is free. A row that may fit is tried, and training ends with `TrainingFailed` if memory runs out.
+A row is refused only if it certainly does not fit: if the way to compute it that needs least memory takes more than is
+free, after the formula's error is subtracted. A row that may fit is tried, and training ends with `TrainingFailed` if
+memory runs out.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class Sharing:
     never: str = ""
 
     def advice(self, setup: Setup, fits: Callable[[int], bool]) -> str:
-        """How more GPUs would help, to follow the other advice; empty if they would not.
+        """How more GPUs would help, to be appended to the other advice; empty if they would not.
 
         Args:
             setup: What is trained.
-            fits: Whether the row would fit if it were divided over so many processes.
+            fits: Whether the row would fit if this number of processes divided it.
         """
         enough = enough_gpus(setup, lambda count: count > self.processes and fits(count))
         if enough is None:
@@ -65,20 +66,20 @@ def refuse_rows(
     where: str = "",
     sharing: Sharing = Sharing(),
 ) -> None:
-    """Does nothing if the longest row may fit.
+    """Refuses the longest row if it certainly does not fit.
 
     Args:
         setup: What is trained.
         longest: Tokens of the longest row.
-        free_bytes: Of the device, with the model in it.
-        host_bytes: Of main memory that is available to this process; None where the device is the CPU.
+        free_bytes: Free memory of the device, with the model loaded.
+        host_bytes: Main memory available to this process; None where the device is the CPU.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
         copies: As in `long_row_bytes`; None where `training.long_rows` does not compute long rows.
         where: File and line of the row; empty if they are not known.
         sharing: Whether several processes compute it together.
 
     Raises:
-        SettingsError: It cannot fit.
+        SettingsError: It does not fit.
     """
 
     def on_device(tokens: int) -> int:
@@ -112,7 +113,7 @@ def refuse_rows(
         fix = _ADVICE
         if kept <= free_bytes:
             fix += ", set JOB_TRAIN__OFFLOAD_ACTIVATIONS=auto"
-        # Processes of one machine share its memory: more GPUs help if they hold all of it themselves.
+        # The processes of a machine share its main memory, so more GPUs help only if the row fits on them without it.
         _refuse(row, need, host_bytes, "the machine's memory", in_main_memory, longest, fix, more_gpus(offload=False))
 
 

@@ -1,11 +1,10 @@
-"""Which long rows all processes of a run compute together, and in which memory. Pure functions of numbers, no torch.
+"""Which long rows all processes of a run compute together, and how much memory that takes. Pure functions, no torch.
 
-A long row (`training.long_rows`) that does not fit on one GPU is divided: each of N processes has the hidden states of
-1/N of its tokens, and around attention it exchanges them for 1/N of the heads of all tokens
-(`model.fused.sequence_parallel`).
+A long row (`training.long_rows`) that does not fit on one GPU is divided over N processes: each holds the hidden states
+of 1/N of its tokens, and computes attention for 1/N of the heads over all tokens (`model.fused.sequence_parallel`).
 
-Which rows are divided affects the last bits of a gradient. So it follows from the memory of the GPU and the machine in
-all, and not from what is free at the moment; and a resumed run keeps what its checkpoint says.
+Whether a row is divided affects the last bits of a gradient. So it depends on the total memory of GPU and machine, not
+on what is free at the moment, and a resumed run keeps the limit of its checkpoint.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from job.training.memory_model import (
 )
 
 MOST_GPUS = 8
-"""Up to which a number of GPUs is suggested: those of one machine."""
+"""The largest number of GPUs that a message suggests: those of one machine."""
 
 
 def why_not_divided(architecture: Architecture, processes: int) -> str | None:
-    """Why so many processes cannot share the heads of attention; None if they can.
+    """Why this number of processes cannot share the model's attention heads; None if it can.
 
-    Each needs whole heads of keys and values, or, where there are fewer of these than processes, an equal part of the
-    queries of one, which it gets a copy of.
+    Each process needs whole key/value heads. With more processes than key/value heads, several processes get a copy of
+    the same one, and equal parts of its query heads.
     """
     heads, kv_heads = architecture.heads, architecture.kv_heads
     if processes <= kv_heads or (processes % kv_heads == 0 and heads % processes == 0):
@@ -48,10 +47,11 @@ def why_not_divided(architecture: Architecture, processes: int) -> str | None:
 def divided_row_bytes(
     setup: Setup, tokens: int, processes: int, *, offloaded: bool, kept_attention: bool, copies: int
 ) -> int:
-    """Bytes of activations on each GPU at the peak of a row that is divided; arguments as of `long_row_bytes`.
+    """Bytes of activations on each GPU at the peak of a divided row of `tokens`; the rest as for `long_row_bytes`.
 
-    Each has what a row of its own tokens takes. But the kernel's fp32 gradients of the queries are of all tokens; and
-    attention's output is there once by tokens and once by heads, as are queries, keys and values while they are sent.
+    A GPU needs what a row of `tokens / processes` tokens would take, and two things more: the kernel's fp32 gradients
+    of the queries, which cover all tokens, and second copies of queries, keys, values and attention's output, since
+    each exists by tokens and by heads while it is exchanged.
     """
     a = setup.architecture
     own = -(-tokens // processes)
@@ -64,7 +64,7 @@ def divided_row_bytes(
 def row_bytes(
     setup: Setup, tokens: int, processes: int = 1, *, offloaded: bool, kept_attention: bool, copies: int
 ) -> int:
-    """The same of a row that so many processes compute: one, or all."""
+    """Bytes of activations on each GPU for a row that `processes` compute; arguments as for `divided_row_bytes`."""
     if processes == 1:
         return long_row_bytes(setup, tokens, offloaded=offloaded, kept_attention=kept_attention, copies=copies)
     return divided_row_bytes(
@@ -73,7 +73,7 @@ def row_bytes(
 
 
 def row_host_bytes(setup: Setup, tokens: int, processes: int = 1, *, kept_attention: bool) -> int:
-    """Bytes of main memory of each process for such a row, where its activations are offloaded."""
+    """Bytes of main memory that each process needs for such a row if its activations are offloaded."""
     return long_row_host_bytes(setup, -(-tokens // processes), kept_attention=kept_attention)
 
 
@@ -85,7 +85,15 @@ def row_memory(
     offload: bool | None = None,
     copies: int = ATTENTION_COPIES,
 ) -> Memory:
-    """As `training_memory` of a row that is computed layer by layer, in the way that takes the least of the GPU."""
+    """Memory of each GPU for a row that is computed layer by layer, in the way that takes least GPU memory.
+
+    Args:
+        setup: What is trained.
+        tokens: Of the row.
+        processes: How many compute it together.
+        offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
+        copies: As in `long_row_bytes`.
+    """
     tokens = max(tokens, LONG_ROW + 1)
     alone = training_memory(setup, tokens, tiles=True, offload=offload, copies=copies)
     if processes == 1:
@@ -100,7 +108,10 @@ def row_memory(
 def least_memory(
     setup: Setup, tokens: int, processes: int, *, offload: bool | None = None, copies: int = ATTENTION_COPIES
 ) -> Memory:
-    """The less of a row that one process computes, and of the same that all compute; `processes` is 1 if none is."""
+    """The smaller `row_memory` of two: one process computes the row, or all do.
+
+    Arguments as for `row_memory`, but `processes` is the number that may divide the row; 1 if none may.
+    """
     ways = [row_memory(setup, tokens, n, offload=offload, copies=copies) for n in {1, processes}]
     return min(ways, key=lambda memory: memory.total)
 
@@ -114,7 +125,7 @@ def tokens_alone(
     offload: bool | None,
     copies: int = ATTENTION_COPIES,
 ) -> int:
-    """Tokens of the longest row, of up to `most`, that one process computes; those of more are divided.
+    """Tokens of the longest row that one process can compute alone, at most `most`; longer rows are divided.
 
     Args:
         setup: What is trained.
@@ -138,11 +149,11 @@ def tokens_alone(
 
 
 def enough_gpus(setup: Setup, fits: Callable[[int], bool]) -> int | None:
-    """The least number of GPUs that could compute a row together; None where no number up to `MOST_GPUS` could.
+    """The least number of GPUs that could compute a row together; None if none from 2 to `MOST_GPUS` could.
 
     Args:
-        setup: Of it, the heads.
-        fits: Whether a row divided over so many processes fits into the memory of each.
+        setup: What is trained; only the numbers of its attention heads are used.
+        fits: Whether the row fits into each GPU's memory if it is divided over this many.
     """
     counts = (n for n in range(2, MOST_GPUS + 1) if why_not_divided(setup.architecture, n) is None)
     return next((n for n in counts if fits(n)), None)

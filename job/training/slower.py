@@ -11,7 +11,12 @@ from job.records import PEFT, ExecutionPlan
 
 @dataclass(frozen=True)
 class Slower:
-    """Something that costs time and changes no result; `change` says what would do without it."""
+    """Something that costs time and does not affect the result.
+
+    Attributes:
+        what: What costs time, for the log.
+        change: The setting or the hardware that would avoid it.
+    """
 
     what: str
     change: str
@@ -31,18 +36,18 @@ def slower_ways(
     noise: bool,
     only_long: bool = False,
 ) -> Iterator[Slower]:
-    """What a plan does without. PEFT's layers on a GPU are not among it: `training.prepare` warns of them.
+    """What makes this plan slower than the fastest one. `training.prepare` itself warns of PEFT's layers on a GPU.
 
     Args:
         plan: The execution plan.
         on_gpu: Whether a GPU computes.
-        quantized: Whether the base is.
+        quantized: Whether the base is quantized.
         keep_base: `JOB_MODEL__KEEP_DEQUANTIZED`.
         recompute: `JOB_TRAIN__GRADIENT_CHECKPOINTING`.
         method: The last one of `JOB_TRAIN__METHOD`.
         noise: Whether `JOB_TRAIN__NEFTUNE_NOISE_ALPHA` is set.
-        only_long: Whether every row is longer than `LONG_ROW`. Computed layer by layer, such rows would gain nothing
-            from CUDA graphs, kept activations or a dequantized base; from one in FP8 they would.
+        only_long: Whether every row is longer than `LONG_ROW`. Where these are computed layer by layer, CUDA graphs,
+            kept activations and a dequantized base would not make them faster; a kept base in FP8 would.
     """
     fused = plan.forward != PEFT
     in_layers = only_long and plan.tile_tokens is not None
@@ -51,15 +56,15 @@ def slower_ways(
         link = "main memory" if plan.base_held == "host" else "the other GPUs"
         change = "JOB_MODEL__PLACEMENT=gpu, where the GPU has the memory for it"
         yield Slower(f"the base's layers are fetched from {link} in every pass", change)
-    made_anew = plan.fp8 or (quantized and not in_layers)
-    if fused and made_anew and not plan.kept_base and not elsewhere:
+    converted = plan.fp8 or (quantized and not in_layers)
+    if fused and converted and not plan.kept_base and not elsewhere:
         change = "JOB_MODEL__KEEP_DEQUANTIZED=auto" if keep_base is False else _MEMORY
         made = "quantized to FP8" if plan.fp8 else "dequantized"
         yield Slower(f"the base's weights are {made} for each use", change)
     if not plan.kept_activations and not in_layers:
         memory = _MEMORY if on_gpu else "a machine with more memory, or a smaller JOB_TRAIN__MICRO_BATCH_TOKENS"
         change = "JOB_TRAIN__GRADIENT_CHECKPOINTING=auto" if recompute is True else memory
-        yield Slower("activations are computed again in the backward pass", change)
+        yield Slower("activations are recomputed in the backward pass", change)
     if plan.offloaded:
         change = "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false, where the GPU has the memory for them"
         yield Slower("activations of long rows go to main memory and back", change)
@@ -67,11 +72,11 @@ def slower_ways(
         if noise:
             change = "JOB_TRAIN__NEFTUNE_NOISE_ALPHA=0, which trains without noise"
         elif method != "sft":
-            change = f"nothing: with JOB_TRAIN__METHOD={method} it is always so"
+            change = f"none: JOB_TRAIN__METHOD={method} never uses CUDA graphs"
         elif elsewhere:
             change = "JOB_MODEL__PLACEMENT=gpu, where the GPU has the memory for it"
         elif not plan.padded:
-            change = "another JOB_MODEL__ID: this model's decoder is not fused as a whole"
+            change = "a JOB_MODEL__ID of a family whose whole decoder is fused (job/model/families.py)"
         else:
-            change = "no setting; the reason in the execution plan says why"
+            change = "no setting; the execution plan's reason says why"
         yield Slower("kernels are launched one by one, without CUDA graphs", change)

@@ -32,7 +32,7 @@ from job.model.base import recompute_activations
 from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import forget_dequantized
 from job.model.fused.lora_forward import decoder_of
-from job.model.fused.sequence_parallel import Team
+from job.model.fused.sequence_parallel import SequenceParallelGroup
 from job.model.packed_attention import Layout, Segment, is_packed
 from job.model.placed_weights import OtherOutOfMemory, computing_together, taking_part
 from job.records import Example, ExecutionPlan
@@ -68,8 +68,13 @@ whole step, by which the summed loss is divided; see `batch_plan.weighted_target
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What of a step of preferences all processes know before its gradient; `kl` is () float32."""
+class _StepTotals:
+    """What the loss of every example needs to know of a whole step of preferences.
+
+    Attributes:
+        totals: Counts over the step's examples.
+        kl: KTO's estimate of the divergence, () float32, the same in all processes; 0 for other methods.
+    """
 
     totals: Totals
     kl: torch.Tensor
@@ -94,7 +99,8 @@ class OptimizerStep:
         hooks: Only `stop`, `fits` and `on_progress` are used.
         processes: The processes that share the step.
         packed_gradient: Used if the plan is not `padded`.
-        preference: Used in its place for a step of preferences, whose loss is a mean over examples and not over tokens.
+        preference: Used in place of `packed_gradient` for preferences (DPO, KTO, ORPO), whose loss is a mean over
+            examples and not over tokens.
         scaler: torch's `GradScaler` in fp16; both functions above scale by it themselves.
     """
 
@@ -125,13 +131,13 @@ class OptimizerStep:
         self.metrics: dict[str, float] = {}
         """Metrics of the last step of preferences, by TRL's names."""
         self._padded_at_most = None if plan.tile_tokens is None else LONG_ROW
-        """Tokens of the longest example in a padded sequence; None where no limit is known."""
+        """Tokens of the longest example that goes into a padded sequence; None where any may."""
         self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most)
         self._graphs: CudaGraphs | None = None
         self._was_long = False
-        """Whether the last micro-batch was one of `long_rows`."""
-        self._team: Team | None = None
-        """The processes, while they compute a row together."""
+        """Whether the last micro-batch was computed layer by layer (`LongRows`)."""
+        self._sp_group: SequenceParallelGroup | None = None
+        """Set while all processes compute a row together."""
         self._long_rows = LongRows(model, self._head_loss, self._check, hooks.on_progress)
         self._recording_tokens = _recording_tokens(model)
         self._shapes: dict[int, Shapes] = {}
@@ -140,14 +146,14 @@ class OptimizerStep:
 
     @property
     def divided_above(self) -> int | None:
-        """All processes compute a row of more tokens together; None where none is."""
+        """All processes compute a row of more tokens than this together; None if no row is divided."""
         return self._steps.divided_above
 
     def divide_above(self, tokens: int | None) -> None:
-        """Changes that. Less when memory runs out; a resumed run continues with what it had.
+        """Sets `divided_above`; lowered when memory runs out, and set to the checkpoint's value on resume.
 
-        Only rows that are computed layer by layer can be divided: each process would compute all of another one, and
-        its gradient would count several times.
+        Has no effect unless the plan computes long rows layer by layer: otherwise each process would compute all of a
+        divided row, and its gradient would be counted once per process.
         """
         if tokens is not None:
             tokens = max(tokens, LONG_ROW) if self.plan.padded and self.plan.tile_tokens is not None else None
@@ -171,15 +177,19 @@ class OptimizerStep:
         if self._preference.estimates_kl:
             # Its own sum over the processes: the loss of every example depends on the divergence over the whole step.
             kl = self._summed(lambda: self._own_kl(number, totals))[0].clamp(min=0)
-        found = self._from_sum(self._summed(lambda: self._own_gradient(number, _Known(totals, kl))))
+        found = self._from_sum(self._summed(lambda: self._own_gradient(number, _StepTotals(totals, kl))))
         names = self._preference.names(totals)
         self.metrics = dict(zip(names, found[1:].tolist(), strict=True))
         return found[0]
 
     def _summed(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `compute` returns in each process, (numbers,) float32, summed; again with less memory where it ran out.
+        """The sum over all processes of what `compute` returns, (n,) float32; repeated with less memory if it ran out.
 
-        With several processes the gradient that it left in the flat parameters is in front of it, in one all-reduce.
+        With several processes `compute` puts the flat gradient in front, so that one all-reduce sums both.
+
+        Raises:
+            StepAbandoned: Another process has ended.
+            TrainingFailed: Memory ran out, and nothing is left to reduce.
         """
         while True:
             sums, full = None, False
@@ -204,7 +214,9 @@ class OptimizerStep:
                 if self._processes.agree(repeat=full and not self.free_memory()):
                     if self._may_divide:
                         self.divide_above(LONG_ROW)
-                        get_logger().warning("out of GPU memory: all long rows are divided over the processes")
+                        what = "out of GPU memory: all long rows are divided over the processes from now on"
+                        change = "GPUs with more memory, or a smaller JOB_TRAIN__MAX_LENGTH"
+                        get_logger().warning(what, longer_than=LONG_ROW, change=change)
                     else:
                         self.budget //= 2
                         what = "out of GPU memory: micro-batches have half as many tokens from now on, which is slower"
@@ -215,10 +227,13 @@ class OptimizerStep:
             free_caches()
 
     def longest_undivided(self, lengths: Sequence[int]) -> int:
-        """Tokens of the longest of these rows that may have been the last micro-batch, alone: none can be smaller.
+        """Tokens of the longest row that may have made up the micro-batch that ran out of memory.
 
-        Of more than `LONG_ROW` only if it was computed layer by layer: otherwise fewer rows at a time take less memory,
-        however long others are.
+        A smaller token budget cannot make a micro-batch smaller than one row. Rows of more than `LONG_ROW` tokens count
+        only if that micro-batch was computed layer by layer; otherwise it consisted of shorter rows.
+
+        Args:
+            lengths: Tokens of each row.
         """
         if self._padded_at_most is None or self._was_long:
             return max(lengths)
@@ -226,22 +241,26 @@ class OptimizerStep:
 
     @property
     def _may_divide(self) -> bool:
-        """Whether there are long rows that one process computes and all could."""
+        """Whether a long row is still computed by one process, which all processes could divide."""
         if self.divided_above is None or self.divided_above <= LONG_ROW:
             return False
         return any(LONG_ROW < length <= self.divided_above for length in lengths_of(self._steps.examples))
 
     def release(self) -> None:
-        """Frees the CUDA graphs and their memory, and host memory; they are made again when they are needed."""
+        """Frees CUDA graphs with their memory, and buffers in host memory; both are created anew when needed."""
         self._graphs = None
         self._long_rows.release()
 
-    def _own_gradient(self, number: int, known: _Known | None = None) -> torch.Tensor:
-        """This process's part of a step: the gradient, left in the flat parameters, and what is to be summed.
+    def _own_gradient(self, number: int, known: _StepTotals | None = None) -> torch.Tensor:
+        """Computes this process's part of a step; its gradient is also left in the flat parameters.
+
+        Args:
+            number: The step's, from 0.
+            known: For a step of preferences.
 
         Returns:
-            (numbers,) float32: the flat gradient where there are several processes, the loss, and the metrics of a step
-            of preferences.
+            (n,) float32, to be summed over the processes: with several processes the flat gradient; the loss; for a
+            step of preferences its metrics.
         """
         seed = step_seed(self._seed, number, self._processes.place.rank)
         torch.manual_seed(seed)
@@ -256,7 +275,7 @@ class OptimizerStep:
                 for example in divided:
                     found += self._micro_batch([example], items if example.weight == 1 else items / example.weight)
         for group in self._groups(number):
-            # Added at once: what a CUDA graph returns is overwritten by its next launch.
+            # Each loss is added before the next micro-batch: a CUDA graph's next launch overwrites what it returned.
             if known is None or self._preference is None:
                 # Rows of another weight go through the model by themselves: the weight is part of the divisor.
                 for part, weight in by_weight(group):
@@ -270,20 +289,20 @@ class OptimizerStep:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Within it, all processes compute the same long rows, each a part of every one's tokens.
+        """Within it, all processes compute the same long rows, each process a part of the tokens of every row.
 
-        Used within `taking_part`.
+        To be used within `taking_part`.
 
         Raises:
             JobError: Another process has ended.
-            OtherOutOfMemory: Memory ran out in another process, and not in this one.
+            OtherOutOfMemory: Memory ran out in another process.
         """
-        with computing_together(self._model, self._processes) as meet:
-            self._team = Team(self._processes, meet)
+        with computing_together(self._model, self._processes) as barrier:
+            self._sp_group = SequenceParallelGroup(self._processes, barrier)
             try:
                 yield
             finally:
-                self._team = None
+                self._sp_group = None
 
     def _own_kl(self, number: int, totals: Totals) -> torch.Tensor:
         """This process's part of KTO's estimate of the divergence, (1,) float32."""
@@ -309,7 +328,7 @@ class OptimizerStep:
             yield group
 
     def _from_sum(self, sums: torch.Tensor) -> torch.Tensor:
-        """Copies the summed gradient into the flat parameters, and returns the rest: the loss, and metrics."""
+        """Copies the summed gradient into the flat parameters; returns the rest of `sums`: the loss, then metrics."""
         if self._processes.place.world_size == 1:
             return sums
         size = self._parameters.gradient.shape[0]
@@ -326,7 +345,7 @@ class OptimizerStep:
         if not self.plan.padded:
             return self._packed_gradient(packed_inputs(examples, device), targets)
         # A tensor, not a number: a CUDA graph would always use the number with which it was recorded.
-        weight = torch.full((), 1 / targets, device=device)  # filled there: a copy would wait for the GPU
+        weight = torch.full((), 1 / targets, device=device)  # filled on the GPU: a copy from the host would wait for it
         if self._loss_scale is not None:
             weight = weight * self._loss_scale
         loss = self._padded_micro_batch(examples, weight)
@@ -334,9 +353,9 @@ class OptimizerStep:
         return loss if self._loss_scale is None else loss / self._loss_scale
 
     def _padded_micro_batch(self, examples: Sequence[Example], weight: torch.Tensor) -> torch.Tensor:
-        """The same with `weight`, () float32, by which the summed loss is multiplied; for a padded plan."""
+        """`_micro_batch` for a padded plan; `weight`, () float32, multiplies the summed loss."""
         if self._in_tiles(examples):
-            return self._long_rows.gradient(examples, weight, self.plan, self._team)
+            return self._long_rows.gradient(examples, weight, self.plan, self._sp_group)
         sequence = padded_sequence(examples, weight.device, self.shapes())
         if not self.plan.recorded:
             return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
@@ -346,7 +365,7 @@ class OptimizerStep:
             self.plan = self.plan.give_up("recorded")
             self.release()
             del graphs
-            free_caches()  # of what was recorded
+            free_caches()  # the memory of the graphs
         return loss
 
     def _scaler_factor(self, device: torch.device) -> torch.Tensor | None:
@@ -363,7 +382,7 @@ class OptimizerStep:
     def _padded_gradient(
         self, tokens: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor, segments: tuple[Segment, ...] = ()
     ) -> torch.Tensor:
-        """The same for a padded sequence. Fulfils the requirements of `CudaGraphs` on its `work`.
+        """Adds the gradient of a padded sequence; returns its weighted loss. `CudaGraphs` records this as its `work`.
 
         Args:
             tokens: (3, length) int64, `PaddedSequence.tokens`.
@@ -377,24 +396,24 @@ class OptimizerStep:
         return loss.detach()
 
     def _check(self) -> None:
-        """Between the layers of a long row, which may take many minutes: the watchdog hears of each.
+        """Called before each layer of a long row, which may take minutes: tells the watchdog, and looks for a stop.
 
         Raises:
-            StepAbandoned: The job has to stop, and there is no time for as much as a whole step.
+            StepAbandoned: The job has to stop, and the time left is too short for a whole step.
         """
         self._hooks.on_progress()
         if self._hooks.stop() and not self._hooks.fits(1.0):
             raise StepAbandoned
 
     def _in_tiles(self, examples: Sequence[Example]) -> bool:
-        """Whether a micro-batch, which is about to be computed, is one of `long_rows`."""
+        """Whether this micro-batch, the next to be computed, goes layer by layer; noted for `longest_undivided`."""
         self._was_long = self.plan.tile_tokens is not None and has_long_row(examples)
         return self._was_long
 
     def summed_loss(self, examples: Sequence[Example]) -> torch.Tensor:
         """The summed loss of a micro-batch, () float32, without a gradient; for a padded plan."""
         if self._in_tiles(examples):
-            return self._long_rows.summed_loss(examples, self.plan, self._team)
+            return self._long_rows.summed_loss(examples, self.plan, self._sp_group)
         sequence = padded_sequence(examples, self._parameters.gradient.device)
         return self.padded_sum(sequence.tokens, sequence.ends, sequence.segments)
 
@@ -416,22 +435,22 @@ class OptimizerStep:
         return self._head_loss(hidden, labels)
 
     def _head_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The summed loss of hidden states behind the last norm; arguments as of `padded_loss`."""
+        """The summed loss, () float32, of hidden states behind the final norm, (tokens, hidden); see `padded_loss`."""
         head = self._model.get_base_model().get_output_embeddings()
         return padded_loss(hidden, head, labels, self._smoothing, self._logits)
 
     def shapes(self) -> Shapes:
-        """What packed sequences are padded to, in every process, with the present token budget.
+        """The shapes to which packed sequences are padded with the present token budget, the same in all processes.
 
         Chosen for all processes together, since the slowest of them decides how long a step takes.
         """
         if self.budget not in self._shapes:
-            cost = self._recording_tokens * self._steps.world_size  # all processes wait for a recording
+            cost = self._recording_tokens * self._steps.world_size  # while one records a graph, all wait
             self._shapes[self.budget] = choose_shapes(self._sequences(), cost)
         return self._shapes[self.budget]
 
     def _sequences(self) -> list[tuple[int, int]]:
-        """Tokens and examples of the packed sequences of all processes with the present token budget."""
+        """(tokens, examples) of each packed sequence of all processes with the present token budget."""
         return self._steps.sequences(self.budget, self._padded_at_most)
 
     def how_computed(self) -> HowComputed:
@@ -440,12 +459,13 @@ class OptimizerStep:
         return HowComputed(self.plan.forward, self.plan.tile_tokens, self._steps.world_size, padded, self.divided_above)
 
     def resume_as(self, before: HowComputed | None) -> None:
-        """Pads and divides rows as the attempt did that wrote a checkpoint; warns of what this one computes otherwise.
+        """Takes over a checkpoint's padding and its limit for divided rows; warns where this attempt has to differ.
 
-        To be called once the token budget is the checkpoint's. Other shapes change the last bits of a gradient.
+        Other shapes change the last bits of a gradient. To be called after the token budget was set to the
+        checkpoint's.
 
         Args:
-            before: As the checkpoint has it; None in checkpoints of older versions, which do not record it.
+            before: What the checkpoint recorded; None in checkpoints of older versions, which did not record it.
         """
         if before is None:
             if self.plan.padded:
@@ -468,18 +488,19 @@ class OptimizerStep:
             if before.processes != self._steps.world_size:
                 changed["padded_shapes"] = f"of {before.processes} processes before, {self._steps.world_size} now"
             elif max(before.padded, default=(0, 0))[0] > longest_shape(sequences := self._sequences()):
-                # Not those of such a run; it would take as much memory as they say.
+                # Shapes that no row of this run needs; padding to them might take all memory.
                 changed["padded_shapes"] = f"{before.padded} before, which no row needs, this version's now"
             else:
                 self._shapes[self.budget] = shapes_of_before(before.padded, sequences)
         if changed:
-            get_logger().warning("checkpoint was computed otherwise: the last bits of the result change", **changed)
+            what = "checkpoint was computed in another way: the last bits of the result change"
+            get_logger().warning(what, **changed, change="resume on the same kind and number of GPUs to keep them")
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
-        """The CUDA graphs. If there are none yet, that of the longest shape is recorded first.
+        """The CUDA graphs. On the first call the graph of the longest shape is recorded.
 
         All graphs share one memory pool, so the memory of the largest graph serves the smaller ones, too. With several
-        processes all are recorded at once: later, each time one process recorded, the others would wait for it.
+        processes all shapes are recorded on the first call: later, the others would wait each time one records.
         """
         if self._graphs is None:
             first = padded_sequence([Example((0,), (False,))], device)
@@ -509,11 +530,11 @@ class OptimizerStep:
 
 
 def free_caches() -> None:
-    """After memory has run out: frees what the failed work has left, and the memory that torch keeps for later."""
+    """After memory has run out: frees the tensors of the failed work, and the memory that torch's allocator caches."""
     gc.collect()  # the caught error's frames keep tensors alive in reference cycles
     try:
         torch.cuda.empty_cache()
-    except RuntimeError as error:  # the allocator of torch believes a failed recording to be in progress
+    except RuntimeError as error:  # torch's allocator refuses while it believes a failed recording to be in progress
         if not out_of_memory(error):
             raise
 
@@ -521,6 +542,6 @@ def free_caches() -> None:
 def _recording_tokens(model: Any) -> int:
     try:
         of = read_config(model.get_base_model().config.to_dict())
-    except ValueError:  # a model of another build, which is not padded
+    except ValueError:  # an unknown architecture, whose sequences are not padded
         return RECORDING_TOKENS
     return recording_tokens(of.layers, of.used_parameters + of.head_parameters)

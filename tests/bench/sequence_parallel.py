@@ -172,7 +172,7 @@ def exchange(both: Both) -> None:
     """The exchanges alone."""
     import torch
 
-    from job.model.fused.sequence_parallel import Team, parts, share_heads, to_heads, to_tokens
+    from job.model.fused.sequence_parallel import SequenceParallelGroup, parts, share_heads, to_heads, to_tokens
 
     rows, place = both.rows, both.group.place
     heads, kv = both.bench.shape["num_attention_heads"], both.bench.shape["num_key_value_heads"]
@@ -181,16 +181,16 @@ def exchange(both: Both) -> None:
     own = parts(tokens, place.world_size)[place.rank]
     dtype = torch.bfloat16 if rows.ON_GPU else torch.float32
     query, key = (torch.randn(own.stop - own.start, n, size, dtype=dtype, device=rows.DEVICE) for n in (heads, kv))
-    team = Team(both.group, lambda: both.group.exchange(0))
+    sp_group = SequenceParallelGroup(both.group, lambda: both.group.exchange(0))
     times = []
     for _ in range(4):
         both.group.gather("begin", 0)
         rows.sync()
         began = time.perf_counter()
         sent = [[query[:, q], key[:, k], key[:, k]] for q, k in zip(shared.queries, shared.keys, strict=True)]
-        whole = to_heads(team, tokens, sent)
-        out = whole[:, : shared.number(place.rank)[0]].contiguous()
-        back = torch.cat(to_tokens(team, out, [q.stop - q.start for q in shared.queries]), 1)
+        whole = to_heads(sp_group, tokens, sent)
+        out = whole[:, : shared.counts(place.rank)[0]].contiguous()
+        back = torch.cat(to_tokens(sp_group, out, [q.stop - q.start for q in shared.queries]), 1)
         rows.sync()
         times.append(1000 * (time.perf_counter() - began))
         assert torch.equal(back, query)

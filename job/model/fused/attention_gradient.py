@@ -1,13 +1,13 @@
-"""Triton kernels for the backward pass of causal attention: deterministic, with no sum over thread blocks.
+"""Triton kernels for the backward pass of causal attention: deterministic, since no sum spans thread blocks.
 
-One kernel computes the gradients of keys and values, a block of keys at a time over the queries that see it; the other
-that of the queries, a block at a time over the keys that it sees. Each number is summed by one thread block in one
-order, so it does not matter which block runs first. The price is that the scores and their gradients are computed
-twice: 7 matrix products in place of 5. On an H200 that takes less time than to put the sums of one kernel in order, as
-flash does.
+One kernel computes the gradients of keys and values: a thread block takes a block of keys, and loops over the queries
+that see it. The other computes the gradient of the queries: a thread block takes a block of queries, and loops over the
+keys that it sees. So every number is summed by one thread block in one order, whichever block runs first. In return,
+scores and their gradients are computed twice: 7 matrix products instead of 5. On an H200 this is faster than a single
+kernel whose sums over thread blocks are put in order, as in deterministic FlashAttention.
 
-Blocks of queries, keys, values and gradients are read by tensor descriptors, on a Hopper GPU by its copy engine; behind
-the end of a segment they give zeros.
+Blocks of queries, keys, values and gradients are loaded through tensor descriptors (TMA on a Hopper GPU), which return
+zeros behind the end of a segment.
 
 Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), algorithm 2, with its two loops in kernels of their own.
 """
@@ -29,8 +29,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 def _dot_kernel(
     gradient, out, delta, tokens, g_token, g_head, o_token, o_head, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The product of each output with its gradient, (heads, tokens), which the softmax's gradient needs."""
-    head = tl.program_id(1).to(tl.int64)  # 64 heads of 300,000 tokens are more numbers than 31 bits count
+    """Computes delta, (heads, tokens): the sum over the head size of output * gradient, for the softmax's gradient."""
+    head = tl.program_id(1).to(tl.int64)  # 64 heads of 300,000 tokens have more elements than int32 can index
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, column = at < tokens, tl.arange(0, SIZE)
     row = at.to(tl.int64)[:, None]
@@ -44,11 +44,14 @@ def _add_queries(
     dk, dv, k, v, q, g, sums, delta, low, high, key, length, factor, window,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the queries low..high give to a block of keys and values; scores are transposed, (keys, queries)."""
+    """Adds what queries low..high contribute to the gradients of a block of keys and values.
+
+    Scores are transposed, (keys, queries). `MASKED` is for blocks in which some queries do not see some keys.
+    """
     for first in range(low, high, M):
         query = first + tl.arange(0, M)
         q_block = q.load([first, 0])
-        # An infinite sum makes the probabilities 0 behind the end.
+        # Behind the end of the segment an infinite log-sum-exp makes the probabilities 0.
         lse = tl.load(sums + query, mask=query < length, other=float("inf")) if MASKED else tl.load(sums + query)
         p = tl.math.exp2(tl.dot(k, tl.trans(q_block)) * factor - (lse * _LOG2E)[None])
         if MASKED:
@@ -70,7 +73,10 @@ def _keys_kernel(
     q_token, q_head, k_token, k_head, v_token, v_head, g_token, g_head, d_token, d_head, scale, window,
     SHARED: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values, summed over the heads that share them. The longest ones come first."""
+    """Gradients of a block of keys and values, summed over the query heads that share them.
+
+    Programs start with the first keys, which the most queries see, so that the short ones fill the end.
+    """
     program, blocks = tl.program_id(0), tl.cdiv(length, N)
     head, start = (program // blocks).to(tl.int64), program % blocks * N
     key, column = start + tl.arange(0, N), tl.arange(0, SIZE)
@@ -79,8 +85,8 @@ def _keys_kernel(
     v_block = tl.make_tensor_descriptor(v + head * v_head, [length, SIZE], [v_token, 1], [N, SIZE]).load([start, 0])
     to_k, to_v = tl.zeros([N, SIZE], tl.float32), tl.zeros([N, SIZE], tl.float32)
     factor = scale * _LOG2E
-    # Queries of the block itself see a part of it; then come those that see all of it, then those for which it leaves
-    # the window or the segment ends.
+    # Three ranges of queries: those at the block's own positions, which see a part of it; those that see all of it; and
+    # the last ones, for which a part of it is outside of the window, or whose block is cut by the end of the segment.
     whole = tl.minimum(start + N, length)
     end = length
     to_whole = length
@@ -115,7 +121,7 @@ def _add_keys(
     dq, q, d_o, lse, dot, k, v, low, high, query, factor, window,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the keys low..high give to a block of queries."""
+    """Adds what keys low..high contribute to the gradient of a block of queries; `MASKED` as in `_add_queries`."""
     for first in range(low, high, N):
         key = first + tl.arange(0, N)
         k_block = k.load([first, 0])
@@ -137,7 +143,10 @@ def _queries_kernel(
     q_token, q_head, k_token, k_head, v_token, v_head, g_token, g_head, d_token, d_head, scale, window,
     SHARED: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a block of queries. The longest ones come first."""
+    """Gradient of a block of queries.
+
+    Programs start with the last queries, which see the most keys, so that the short ones fill the end.
+    """
     program, blocks = tl.program_id(0), tl.cdiv(length, M)
     head, start = (program // blocks).to(tl.int64), (blocks - 1 - program % blocks) * M
     query, column = start + tl.arange(0, M), tl.arange(0, SIZE)
@@ -151,7 +160,8 @@ def _queries_kernel(
     v_own = tl.make_tensor_descriptor(v + shared * v_head, [length, SIZE], [v_token, 1], [N, SIZE])
     to_q = tl.zeros([M, SIZE], tl.float32)
     factor = scale * _LOG2E
-    # Keys that all of the block's queries see lie between those that only some see.
+    # Three ranges of keys: those of which the window hides some from some queries, those that all queries of the block
+    # see, and those at the block's own positions.
     high = start // N * N
     end = tl.minimum(start + M, length)
     if WINDOW:
@@ -177,7 +187,14 @@ def _queries_kernel(
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel divides its work: queries and keys of a step, steps that are copied ahead, and warps of a block."""
+    """How a kernel divides its work.
+
+    Attributes:
+        queries: Queries of one step.
+        keys: Keys of one step.
+        stages: Steps in flight at once (`num_stages`).
+        warps: Warps of a thread block.
+    """
 
     queries: int
     keys: int
@@ -186,8 +203,8 @@ class Tiles:
 
 
 BY_KEY, BY_QUERY = Tiles(64, 128, 3, 8), Tiles(128, 64, 4, 8)
-"""The fastest of seven each on an H200, with heads of 128. They affect the last bits. Of the first, the keys have to be
-a multiple of the queries."""
+"""The fastest of seven tried for each kernel on an H200, with a head size of 128. They affect the last bits. In
+`BY_KEY` the keys have to be a multiple of the queries."""
 _ALIGNED = 16
 """Bytes to which a descriptor's address and strides have to be aligned."""
 
@@ -206,27 +223,27 @@ def attention_gradient(
     by_key: Tiles = BY_KEY,
     by_query: Tiles = BY_QUERY,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of queries, keys and values, (tokens, heads, head size) each; the head size is a power of two.
+    """The gradients of queries, keys and values, each of the shape and dtype of its tensor.
 
     Args:
-        gradient: That of the output, (tokens, heads, head size).
-        query: (tokens, heads, head size).
-        key: (tokens, shared heads, head size).
-        value: (tokens, shared heads, head size).
-        out: The output, (tokens, heads, head size).
-        sums: The logarithm of each softmax's sum, (heads, tokens) float32.
-        segments: (start, end) of each; none sees another.
+        gradient: The output's gradient, (tokens, query heads, head size), in bf16 or fp16 like all but `sums`.
+        query: (tokens, query heads, head size); the head size is a power of two.
+        key: (tokens, key/value heads, head size).
+        value: (tokens, key/value heads, head size).
+        out: Attention's output, (tokens, query heads, head size).
+        sums: The log-sum-exp of the scores, (query heads, tokens) float32.
+        segments: (start, end) of each segment; none attends to another.
         scale: Factor of the scores.
         window: How many keys a query sees, its own included; None for all up to its own.
         by_key: Tiles of the kernel for keys and values.
         by_query: Tiles of the kernel for queries.
 
     Raises:
-        ValueError: The keys of `by_key` are no multiple of its queries: some queries would be counted twice.
+        ValueError: The keys of `by_key` are not a multiple of its queries, so that some queries would count twice.
     """
     if by_key.keys % by_key.queries:
         raise ValueError(f"the keys of a block, {by_key.keys}, have to be a multiple of its queries, {by_key.queries}")
-    # Here and not once: the allocator is the calling thread's, and autograd has threads of its own.
+    # At each call: Triton keeps the allocator for each thread, and autograd calls this from threads of its own.
     triton.set_allocator(allocator(query.device))
     tokens, heads, size = query.shape
     tensors = [x if _is_aligned(x) else x.contiguous() for x in (query, key, value, gradient)]
@@ -259,11 +276,11 @@ def attention_gradient(
 
 
 def allocator(device: torch.device) -> Callable[[int, int, Any], torch.Tensor]:
-    """Gives Triton the memory that a launch needs.
+    """A function with which Triton allocates the scratch memory of a launch.
 
-    Triton keeps it until it is given another one. So it must refer to no tensor: one of a row would keep the row's
-    autograd graph, with the nodes that add to the adapter's gradient, and a CUDA graph that uses those again cannot be
-    recorded (`training.cuda_graphs`).
+    Triton holds the function until it is given another one. So the function must not refer to a tensor: one of a row
+    would keep the row's autograd graph alive, with the nodes that accumulate the adapter's gradient, and no CUDA graph
+    can be recorded that uses these nodes again (`training.cuda_graphs`).
     """
     return lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=device)
 

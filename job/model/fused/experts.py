@@ -1,21 +1,23 @@
-"""A mixture's experts as products of groups of tokens, with frozen weights that are dequantized for each use.
+"""A mixture's experts as grouped matmuls, with frozen weights that are dequantized for each use.
 
-Each token x goes to a few of a layer's experts. Its copies are sorted by expert, so that one grouped product multiplies
-the tokens of each expert by its weights. With the router's weights p, and for each expert e
+The router sends each token x to a few of a layer's experts (top-k). The token is copied for each of them, and the
+copies are sorted by expert, so that one grouped matmul (`grouped_mm`) multiplies the tokens of each expert by its
+weights. With the router's weights p, and for each expert e
 
     z = G_e x        h = act(z)        y = sum over the token's experts of p_e D_e h
 
-where G and D are the frozen weights W, or with an adapter W + s B A of each expert. With g the gradient of y:
+where G (gate and up) and D (down) are the expert's frozen weights W, or W + s B A with an adapter of scale s. With g
+the gradient of y, and ' for the transpose:
 
     dp_e = (D_e' g) . h        dh = p_e D_e' g        dz = act'(z) dh        dx = sum of G_e' dz
 
-and those of an adapter are as in `lora_forward`, a product for each expert. Of the forward pass the tokens and z are
-kept; no weight is, so that no more than one layer's experts are ever in 16 bits. A token's copies are added in the
-order in which the router chose its experts, by a permutation and not at indices: without atomic operations, so that
-the bits repeat.
+The gradients of an adapter are those of `lora_forward`, for each expert. The forward pass keeps x and z for the
+backward pass, and no weights, so that the experts of only one layer are in 16 bits at a time. The outputs of a token's
+experts are summed in the order in which the router chose them: a permutation brings them side by side, where
+`index_add` would need atomic operations, whose order varies. So the bits repeat.
 
-Source of the layout of an adapter: PEFT's `ParamWrapper`, whose A is (experts * rank, inputs) and B (outputs,
-rank * experts), the experts innermost.
+Source of an adapter's layout: PEFT's `ParamWrapper`, whose A is (experts * rank, inputs), experts outermost, and whose
+B is (outputs, rank * experts), experts innermost.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from job.model.experts import expert_tensors, packed
 from job.model.fused.frozen_weights import dequantized_weight
 
 _ROWS = 8
-"""Ranks are filled up with zeros to a multiple of it: grouped products want rows of 16 bytes."""
+"""Ranks are padded with zeros to a multiple of this: grouped matmuls need rows of a multiple of 16 bytes."""
 _NAMES = ("gate_up_proj", "down_proj")
 
 Weight = Callable[[], torch.Tensor]
@@ -43,7 +45,14 @@ Weight = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class _Adapter:
-    """Of one of the two products. `a`, (experts * rank, inputs), and `b`, (outputs, rank * experts), are trained."""
+    """The adapter of one of `_NAMES`, for all experts of a layer.
+
+    Attributes:
+        a: (experts * rank, inputs), trained.
+        b: (outputs, rank * experts), trained.
+        scale: s.
+        experts: How many there are.
+    """
 
     a: Any
     b: Any
@@ -51,7 +60,7 @@ class _Adapter:
     experts: int
 
     def copies(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A, (experts, rank, inputs), and s B, (experts, outputs, rank), of a rank that products take."""
+        """(A, (experts, rank, inputs); s B, (experts, outputs, rank)) in `dtype`, the rank padded to `_ROWS`."""
         a, b = self.a.detach(), self.b.detach()
         a = a.view(self.experts, -1, a.shape[-1])
         b = self.scale * b.view(b.shape[0], -1, self.experts).permute(2, 0, 1)
@@ -60,7 +69,7 @@ class _Adapter:
         return a.to(dtype).contiguous(), b.to(dtype).contiguous()
 
     def gradients(self, da: torch.Tensor, db: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of A and s B, of copies, as those of `a` and `b`."""
+        """The fp32 gradients of `a` and `b`, from those of the two matrices that `copies` returns."""
         rank = self.a.shape[0] // self.experts
         da = da[:, :rank].float().reshape(self.a.shape)
         db = self.scale * db[..., :rank].float()
@@ -69,133 +78,147 @@ class _Adapter:
 
 @dataclass
 class FusedExperts:
-    """How the experts of a layer are computed."""
+    """Computes the experts of one layer."""
 
     weights: Sequence[FrozenExperts]
-    """Of `_NAMES`."""
+    """In the order of `_NAMES`."""
     gate: Callable[[torch.Tensor], torch.Tensor]
-    """(rows, 2 * intermediate) -> (rows, intermediate)."""
+    """The gated activation, (rows, 2 * intermediate) -> (rows, intermediate)."""
     count: int
+    """How many experts the layer has."""
     adapters: Sequence[_Adapter | None] = (None, None)
+    """In the order of `_NAMES`; None for a product without an adapter."""
     wrappers: Sequence[Any] = field(default=())
-    """PEFT's modules of the adapters."""
+    """PEFT's modules of the adapters, which say whether they are switched off."""
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As transformers' experts: (tokens, hidden), and for each token (tokens, count) its experts and their weights.
+        """The layer's output; called as transformers calls its experts.
+
+        Args:
+            x: (tokens, hidden).
+            chosen: The experts of each token, (tokens, experts per token) int64.
+            weights: The router's weights of these, of the same shape.
 
         Returns:
             (tokens, hidden) in the dtype of x.
         """
         ids, order = chosen.reshape(-1).sort(stable=True)
         experts = torch.arange(self.count, device=ids.device, dtype=ids.dtype)
-        groups = _Groups(order, order.argsort(), torch.searchsorted(ids, experts, right=True, out_int32=True))
+        routing = _Routing(order, order.argsort(), torch.searchsorted(ids, experts, right=True, out_int32=True))
         off = any(wrapper.disable_adapters for wrapper in self.wrappers)
         adapters = [None if off else adapter for adapter in self.adapters]
         trained = [one for adapter in adapters if adapter is not None for one in (adapter.a, adapter.b)]
-        found: torch.Tensor = _Experts.apply(x, weights, groups, self, adapters, *trained)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _Experts.apply(x, weights, routing, self, adapters, *trained)  # type: ignore[no-untyped-call]
         return found
 
 
 @dataclass(frozen=True)
-class _Groups:
-    """Copies of tokens sorted by expert."""
+class _Routing:
+    """How the copies of the tokens, one for each chosen expert, are sorted by expert; a row is a sorted copy."""
 
     order: torch.Tensor
-    """(rows,) int64: which copy each row is; copy c of token t is number t * count + c."""
+    """(rows,) int64: the copy in each row; the copy of token t for its c-th expert has number t * per_token + c."""
     inverse: torch.Tensor
-    """(rows,) int64: in which row each copy is."""
+    """(rows,) int64: the row of each copy."""
     offsets: torch.Tensor
-    """(experts,) int32: behind which row each expert's end."""
+    """(experts,) int32: where the rows of each expert end, exclusive."""
 
     def product(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """(rows, inputs), (experts, inputs, outputs) -> (rows, outputs)."""
+        """Each row times its expert's matrix: (rows, inputs), (experts, inputs, outputs) -> (rows, outputs)."""
         made: torch.Tensor = grouped_mm(rows, weight, offs=self.offsets)
         return made
 
     def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """(rows, m), (rows, n) -> (experts, m, n): the sum over an expert's rows, 0 where it has none."""
+        """(rows, m), (rows, n) -> (experts, m, n): outer products summed over an expert's rows; 0 without rows."""
         found: torch.Tensor = grouped_mm(left.T, right, offs=self.offsets)
         empty = self.offsets.diff(prepend=self.offsets.new_zeros(1)) == 0
-        return found.masked_fill_(empty[:, None, None], 0)  # a kernel need not have written there
+        return found.masked_fill_(empty[:, None, None], 0)  # the kernel may leave these uninitialized
 
 
 class _Experts(torch.autograd.Function):
-    """The formulas above, with gradients for x, p and adapters."""
+    """The module docstring's formulas, with gradients for x, p and the adapters."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - as autograd has it
         ctx: Any,
         x: torch.Tensor,
         p: torch.Tensor,
-        groups: _Groups,
+        routing: _Routing,
         how: FusedExperts,
         adapters: Sequence[_Adapter | None],
         *trained: torch.Tensor,
     ) -> torch.Tensor:
-        count = p.shape[-1]
-        z = _product(x[groups.order // count], how.weights[0], adapters[0], groups)
-        y = _product(how.gate(z), how.weights[1], adapters[1], groups)
+        per_token = p.shape[-1]
+        z = _product(x[routing.order // per_token], how.weights[0], adapters[0], routing)
+        y = _product(how.gate(z), how.weights[1], adapters[1], routing)
         ctx.save_for_backward(x, p, z, *trained)
-        ctx.groups, ctx.how, ctx.adapters = groups, how, adapters
-        return (y[groups.inverse].view(-1, count, y.shape[-1]) * p[..., None]).sum(1).to(x.dtype)
+        ctx.routing, ctx.how, ctx.adapters = routing, how, adapters
+        return (y[routing.inverse].view(-1, per_token, y.shape[-1]) * p[..., None]).sum(1).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        x, p, z, *_trained = ctx.saved_tensors  # asked for, so that autograd finds out if they were changed
-        groups, how, (first, second) = ctx.groups, ctx.how, ctx.adapters
-        count, order = p.shape[-1], groups.order
+        x, p, z, *_trained = ctx.saved_tensors  # reading these lets autograd detect that a parameter was changed
+        routing, how, (first, second) = ctx.routing, ctx.how, ctx.adapters
+        per_token, order = p.shape[-1], routing.order
         with torch.enable_grad():
             z.requires_grad_()
             h = how.gate(z)
         share = p.reshape(-1)[order].to(z.dtype)[:, None]
-        g = gradient.to(z.dtype)[order // count]
-        dh, low = _input_gradient(g, how.weights[1], second, groups)
+        g = gradient.to(z.dtype)[order // per_token]
+        dh, low = _input_gradient(g, how.weights[1], second, routing)
         found = []
         if second is not None:
-            found = _adapter_gradients(second, h.detach() * share, g, low, groups)
-        dp = (dh * h.detach()).sum(-1, dtype=torch.float32)[groups.inverse].view(p.shape).to(p.dtype)
+            found = _adapter_gradients(second, h.detach() * share, g, low, routing)
+        dp = (dh * h.detach()).sum(-1, dtype=torch.float32)[routing.inverse].view(p.shape).to(p.dtype)
         (dz,) = torch.autograd.grad(h, z, dh.mul_(share))
         z.requires_grad_(requires_grad=False)
-        dx, low = _input_gradient(dz, how.weights[0], first, groups)
+        dx, low = _input_gradient(dz, how.weights[0], first, routing)
         if first is not None:
-            found = [*_adapter_gradients(first, x[order // count], dz, low, groups), *found]
-        dx = dx[groups.inverse].view(-1, count, dx.shape[-1]).sum(1)
+            found = [*_adapter_gradients(first, x[order // per_token], dz, low, routing), *found]
+        dx = dx[routing.inverse].view(-1, per_token, dx.shape[-1]).sum(1)
         return dx.to(x.dtype), dp, None, None, None, *found
 
 
-def _product(x: torch.Tensor, weight: Weight, adapter: _Adapter | None, groups: _Groups) -> torch.Tensor:
-    y = groups.product(x, weight().transpose(1, 2))
+def _product(x: torch.Tensor, weight: Weight, adapter: _Adapter | None, routing: _Routing) -> torch.Tensor:
+    y = routing.product(x, weight().transpose(1, 2))
     if adapter is not None:
         a, b = adapter.copies(x.dtype)
-        y += groups.product(groups.product(x, a.transpose(1, 2)), b.transpose(1, 2))
+        y += routing.product(routing.product(x, a.transpose(1, 2)), b.transpose(1, 2))
     return y
 
 
 def _input_gradient(
-    g: torch.Tensor, weight: Weight, adapter: _Adapter | None, groups: _Groups
+    g: torch.Tensor, weight: Weight, adapter: _Adapter | None, routing: _Routing
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of (rows, outputs) gradients: (rows, inputs), and of an adapter s g B, (rows, rank)."""
-    dx = groups.product(g, weight())
+    """(the gradient of a product's input, (rows, inputs); s g B, (rows, rank), None without an adapter).
+
+    `g` is the gradient of its output, (rows, outputs).
+    """
+    dx = routing.product(g, weight())
     if adapter is None:
         return dx, None
     a, b = adapter.copies(g.dtype)
-    low = groups.product(g, b)
-    dx += groups.product(low, a)
+    low = routing.product(g, b)
+    dx += routing.product(low, a)
     return dx, low
 
 
 def _adapter_gradients(
-    adapter: _Adapter, x: torch.Tensor, g: torch.Tensor, low: torch.Tensor | None, groups: _Groups
+    adapter: _Adapter, x: torch.Tensor, g: torch.Tensor, low: torch.Tensor | None, routing: _Routing
 ) -> list[torch.Tensor]:
-    """Of A and B; a factor of a row may be in x or in g and `low`, since both gradients are products of the two."""
+    """The fp32 gradients of an adapter's A and B.
+
+    Both are products of x with g, or with `low` = s g B. So a factor of a row, such as the router's weight, may be
+    multiplied to x or to g and `low`.
+    """
     assert low is not None  # noqa: S101 - there is an adapter
     a, _ = adapter.copies(x.dtype)
-    db = groups.outer(g, groups.product(x, a.transpose(1, 2)))
-    return list(adapter.gradients(groups.outer(low, x), db))
+    db = routing.outer(g, routing.product(x, a.transpose(1, 2)))
+    return list(adapter.gradients(routing.outer(low, x), db))
 
 
 class FrozenExperts:
-    """Gives the weights of one of the products of a layer's experts, in `dtype`: kept, or dequantized for each use."""
+    """The frozen weights of one of `_NAMES` in `dtype`: dequantized for each use, or once if `keep`."""
 
     def __init__(self, module: Any, name: str, dtype: torch.dtype, *, keep: bool) -> None:
         self._module, self._name, self._dtype = module, name, dtype
@@ -217,26 +240,27 @@ class FrozenExperts:
 
 
 def fits(module: Any) -> bool:
-    """Whether the experts of a module are computed here: with a gate, and nothing that only some families have."""
+    """Whether the job computes a module's experts: they have a gate, and neither biases nor norms of their own."""
     own = module.has_bias or not module.has_gate or getattr(module, "has_post_expert_norm", False)
     return not own and {name for _, _, name in expert_tensors(module)} == set(_NAMES)
 
 
 def why_not_adapted(model: Any) -> str:
-    """Why experts of a model, which may be without weights, get no adapter here; empty if they do.
+    """Why a model's experts cannot get an adapter, as the end of a sentence; empty if they can.
 
-    PEFT's own modules would leave their part in 4-bit weights after each pass (0.21), so that it adds up.
+    Those that the job does not compute cannot: PEFT's own modules (0.21) add their part to 4-bit weights in each pass
+    without removing it, so that it accumulates. The model may be without weights.
     """
     modules = _modules(model)
     if not modules:
-        return "is no mixture of experts that are one tensor a layer"
+        return "has no experts that transformers holds in one tensor for each layer"
     if not all(fits(module) for module in modules):
-        return "has experts that the job does not compute: with biases, norms of their own or without a gate"
+        return "has experts that the job does not compute: with biases, with norms of their own, or without a gate"
     return ""
 
 
 def use_frozen(model: Any, dtype: torch.dtype) -> None:
-    """Has the quantized experts of a base be computed here, in `dtype`."""
+    """Makes the job compute a base's quantized experts, in `dtype`, without adapters; changes `forward` of modules."""
     for module in _modules(model):
         if fits(module) and packed(module, _NAMES[0]) is not None:
             module.forward = MethodType(partial(_forward, _fused(module, dtype)), module)
@@ -245,13 +269,13 @@ def use_frozen(model: Any, dtype: torch.dtype) -> None:
 def fuse_experts(
     model: Any, dtype: torch.dtype, *, keep: bool = False, gated: Callable[..., torch.Tensor] | None = None
 ) -> None:
-    """Has the experts of a PEFT model be computed here, with their adapters.
+    """Makes the job compute the experts of a PEFT model, with their adapters; changes `forward` of modules.
 
     Args:
-        model: PEFT's.
+        model: A PEFT model.
         dtype: The compute dtype.
         keep: Whether dequantized weights are kept.
-        gated: What multiplies the gate's activation by the other half; None for the family's own code.
+        gated: act(gate) * up, such as a SwiGLU kernel; None for the family's own code.
     """
     chains = {wrappers[-1].base_layer: wrappers for wrappers in _wrappers(model)}
     for module in filter(fits, _modules(model)):
@@ -263,12 +287,12 @@ def fuse_experts(
 
 
 def fused_experts(model: Any) -> Iterator[FusedExperts]:
-    """Those of `fuse_experts`."""
+    """The experts that `fuse_experts` has fused, layer by layer."""
     return (found for module in model.modules() if (found := module.__dict__.get("fused_experts")) is not None)
 
 
 def adapter_of_experts(model: Any) -> int:
-    """How many numbers of a PEFT model's adapter are of experts."""
+    """How many parameters of a PEFT model's adapter belong to experts."""
     wrappers = {wrapper for chain in _wrappers(model) for wrapper in chain}
     parts = (part for wrapper in wrappers for part in (wrapper.lora_A, wrapper.lora_B))
     return sum(parameter.numel() for part in parts for parameter in part.parameters())
@@ -306,12 +330,12 @@ def _modules(model: Any) -> list[Any]:
 
 
 def _is_wrapper(module: Any) -> bool:
-    """Whether it is PEFT's module around experts, for one of their parameters."""
+    """Whether this is a PEFT `ParamWrapper`: a module around experts that adapts one of their parameters."""
     return hasattr(module, "parameter_name") and hasattr(module, "lora_A")
 
 
 def _wrappers(model: Any) -> Iterator[tuple[Any, ...]]:
-    """Those around each module, the outermost first."""
+    """For each module with experts the nested PEFT wrappers around it, the outermost first."""
     inner: set[Any] = set()
     for module in model.modules():
         if _is_wrapper(module) and module not in inner:

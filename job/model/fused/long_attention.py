@@ -1,21 +1,21 @@
 """Causal attention of a long row, by the fastest kernel that is deterministic on this machine.
 
-On a Hopper GPU that is cuDNN's forward pass with a backward pass of our own, `attention_gradient`: cuDNN's adds up the
-gradient of the queries in no fixed order. Elsewhere it is torch's flash kernel, used so that it keeps all of a GPU's
-processors busy.
+On a Hopper GPU that is cuDNN's forward pass with a backward pass of this project (`attention_gradient`), since cuDNN's
+backward pass sums the gradient of the queries in no fixed order. Elsewhere it is torch's FlashAttention kernel in its
+deterministic mode, called so that it uses all of a GPU's streaming multiprocessors (SMs).
 
-Torch's flash kernel is deterministic in its backward pass because every thread block that adds to the gradient of the
-queries has a sum of its own: for b segments and h heads it launches ceil(processors / (b h)) blocks for each segment
-and head, and as many fp32 copies of that gradient. Two things follow for a row that is alone in its micro-batch:
+In that mode the flash kernel's backward pass gives every thread block that adds to the gradient of the queries an fp32
+copy of its own, and sums the copies in a fixed order. For b segments and h heads it launches ceil(SMs / (b h)) blocks
+for each segment and head, and as many copies. Two things follow for a row that is alone in its micro-batch:
 
-- Empty segments count in b, but have no work. With eight, as in a padded sequence, 32 blocks of an H100's 132
-  processors compute a row with 32 heads, and the rest wait. So the row is the only segment here.
-- One block runs on a processor at a time. If the number of blocks is a little more than that of processors, the last
-  ones run alone: one segment and 32 heads are 160 blocks, hence two rounds. A few heads at a time fill each round:
-  four heads are 33 * 4 = 132 blocks. `heads_at_once` finds the number.
+- Empty segments count in b, but have no work. With eight segments, as in a padded sequence, a row with 32 heads is
+  computed by 32 blocks, and 100 of an H100's 132 SMs are idle. So the row is the only segment here.
+- An SM runs one block at a time. If there are a few more blocks than SMs, most SMs are idle while the last ones run:
+  one segment with 32 heads is 160 blocks, hence two rounds. So heads are computed a few at a time: four heads are
+  33 * 4 = 132 blocks, one full round. `heads_at_once` finds the number.
 
-The order of the sums, and with it the bits, depends on the number of processors, of heads and of segments: on nothing
-that changes from attempt to attempt on one kind of GPU.
+The order of the sums, and with it the bits, depends on the numbers of SMs, heads and segments only, which do not change
+between attempts on one kind of GPU.
 
 Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), and its code in torch (`flash_bwd_launch_template.h`).
 """
@@ -35,30 +35,35 @@ from job.model.fused.sequence_parallel import share_heads
 from job.model.packed_attention import Layout, Segment, build_layout
 
 Output = tuple[torch.Tensor, torch.Tensor]
-"""Attention's output, (tokens, heads, head size), and the logarithm of each softmax's sum, (heads, tokens) float32."""
+"""Attention's output, (tokens, heads, head size), and the log-sum-exp of its scores, (heads, tokens) float32."""
 
 
 class Kernel(Protocol):
-    """How attention is computed. Tensors are (tokens, heads, head size), those of keys and values with fewer heads."""
+    """An attention kernel. Tensors are (tokens, heads, head size); keys and values may have fewer heads."""
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Output:
-        """The output; no gradient is recorded."""
+        """The output and the log-sum-exp; autograd records nothing."""
         ...
 
     def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The gradients of queries, keys and values; `saved` are these, the output, and the sums' logarithms."""
+        """The gradients of queries, keys and values.
+
+        Args:
+            gradient: The output's.
+            saved: Queries, keys, values, output, log-sum-exp.
+        """
         ...
 
 
 CPU, FLASH, TRITON = "cpu", "flash", "cudnn and triton"
-"""Names of kernels, in the manifest too."""
+"""Names of kernels, which also appear in the manifest."""
 _TRIED_TOKENS = 1_100
-"""Of the row on which it is tried out: with half of it as the window, too, the loops of both kernels take more steps
-than they copy ahead, and the last block is not full."""
+"""Tokens of the row on which the kernel is tested. Even with half of it as the window, the loops of both Triton kernels
+take more steps than they prefetch, and the last block is not full."""
 _TOLERANCE = 0.02
-"""Of the relative difference from flash's results; both round to 8 bits."""
+"""Largest relative difference from flash's results; both round to bf16's 8 bits."""
 _BLOCK_TOKENS, _BLOCK_TOLERANCE = 64, 0.1
-"""The same for each block of tokens alone: gradients of the last keys are so small that the whole would not show it."""
+"""The same for each block of tokens by itself: gradients of the last keys are too small to show in the whole."""
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
 
@@ -73,15 +78,15 @@ def has_kernel(device: torch.device, head_size: int) -> bool:
 def choose_kernel(
     architecture: Architecture, dtype: torch.dtype, device: torch.device, *, windowed: bool, processes: int = 1
 ) -> str:
-    """The kernel of long rows on this machine, a key of `KERNELS`; tried out when it is first asked for.
+    """The attention kernel for long rows on this machine, a key of `KERNELS`; tested on a short row at the first call.
 
     Args:
-        architecture: Of the model.
+        architecture: The model's.
         dtype: Of queries, keys and values.
         device: Where it has to run.
-        windowed: Whether some layers have a sliding window, for which the kernels are compiled once more.
-        processes: How many may divide a row. Where each has fewer queries for a head of keys, the kernels are compiled
-            once more.
+        windowed: Whether some layers have a sliding window, for which the kernels are compiled separately.
+        processes: How many may divide a row. If that leaves fewer query heads for each key/value head, the kernels are
+            compiled separately for it.
     """
     if device.type == "cpu":
         return CPU
@@ -90,7 +95,8 @@ def choose_kernel(
         return FLASH
     if (why := _why_not_triton(architecture, dtype, device, windowed=windowed, processes=processes)) is not None:
         what = "attention of long rows is computed by torch's flash kernel, which takes longer and more memory"
-        get_logger().warning(what, why=why)
+        change = "the versions of torch, cuDNN and Triton that this project's image has"
+        get_logger().warning(what, why=why, change=change)
         return FLASH
     return TRITON
 
@@ -98,7 +104,7 @@ def choose_kernel(
 def _why_not_triton(
     a: Architecture, dtype: torch.dtype, device: torch.device, *, windowed: bool, processes: int = 1
 ) -> str | None:
-    """What is wrong with the kernel on a short row, beside flash's; None if nothing."""
+    """Why the Triton kernel cannot be used: an error, or results on a short row unlike flash's; None if it can."""
     draw = torch.Generator(device).manual_seed(0)
     try:
         for heads, kv_heads in _heads_of_calls(a, processes):
@@ -120,26 +126,26 @@ def _why_not_triton(
 
 
 def _heads_of_calls(a: Architecture, processes: int) -> list[tuple[int, int]]:
-    """(heads, heads of keys and values) of the calls for which the kernels are compiled: one for each quotient."""
+    """(query heads, key/value heads) of the calls to test: one for each quotient that kernels are compiled for."""
     calls = [(a.heads, a.kv_heads)]
     if processes > a.kv_heads:
         try:
-            calls.append(share_heads(a.heads, a.kv_heads, processes).number(0))
-        except ValueError:  # then no row is divided
+            calls.append(share_heads(a.heads, a.kv_heads, processes).counts(0))
+        except ValueError:  # so many processes divide no row
             return calls
     return calls if calls[-1][0] // calls[-1][1] != a.heads // a.kv_heads else calls[:1]
 
 
 def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
-    """How far the results of both passes are from those of flash, if that is too far; None if it is not."""
+    """What is wrong with the results of `_both_passes`, compared with flash's; None if they are close enough."""
     for one, other in zip(found, expected, strict=True):
-        # The second of them, the softmaxes' sums, is (heads, tokens) and becomes (tokens, heads) like all others.
+        # The second result, the log-sum-exp, is (heads, tokens); transposed, all have tokens first.
         ours, flash = (x.float().T if x is sums else x.float() for x, sums in ((one, found[1]), (other, expected[1])))
-        # Not above it, rather than below: so that NaN is an error.
+        # `not <=` instead of `>`, so that NaN is an error.
         if not (error := float((ours - flash).norm() / flash.norm())) <= _TOLERANCE:
             return f"its results are {error:.1%} off flash's"
         blocks = [slice(start, start + _BLOCK_TOKENS) for start in range(0, len(ours), _BLOCK_TOKENS)]
-        # NaN is found above already.
+        # NaN was found above.
         if (error := max(float((ours[b] - flash[b]).norm() / flash[b].norm()) for b in blocks)) > _BLOCK_TOLERANCE:
             return f"its results are {error:.1%} off flash's in a block of {_BLOCK_TOKENS} tokens"
     return None
@@ -151,11 +157,11 @@ def _both_passes(kernel: Kernel, tensors: Sequence[torch.Tensor], gradient: torc
 
 
 class RowAttention:
-    """Attention in one layer, for `Layout.attend`: called once in the forward pass and once in the backward pass.
+    """Attention in one layer, used as `Layout.attend`: called in the forward pass, and again in the backward pass.
 
     Attributes:
-        output: The kernel's output. If it is set before a call, it is used and not computed again; the kernel is
-            deterministic, so the bits are the same.
+        output: The kernel's output, None before the first call. If it is given, a call uses it instead of computing it;
+            the kernel is deterministic, so the bits are the same.
     """
 
     def __init__(self, layout: Layout, kernel: str, output: Output | None = None) -> None:
@@ -165,7 +171,7 @@ class RowAttention:
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
     ) -> torch.Tensor:
-        """Arguments as of `packed_attention`, (1, heads, tokens, head size) -> (1, tokens, heads, head size)."""
+        """(1, heads, tokens, head size) each -> (1, tokens, heads, head size); arguments as for `packed_attention`."""
         tensors = [x[0].transpose(0, 1) for x in (query, key, value)]
         how = self._kernel(self._layout, scaling, window)
         out, sums = _Attention.apply(*tensors, how, self.output)  # type: ignore[no-untyped-call]
@@ -191,7 +197,7 @@ class _Attention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class FlashKernel:
-    """Torch's flash kernel for segments of any length."""
+    """Torch's FlashAttention kernel for segments of any length, in half precision on a GPU."""
 
     layout: Layout
     scaling: float | None
@@ -206,7 +212,7 @@ class FlashKernel:
         return offsets, offsets, longest, longest, 0.0, self.window is None  # no dropout; causal
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Output:
-        """All heads at once: the forward pass has a block for every 128 queries, more than enough."""
+        """As `Kernel.forward`, all heads at once: it launches a block for every 128 queries, enough for all SMs."""
         how = {"return_debug_mask": False, **self._options()}
         found = torch.ops.aten._flash_attention_forward(  # noqa: SLF001 - what torch's varlen_attn calls
             query, key, value, *self._lengths(self.layout.queries), **how
@@ -214,13 +220,13 @@ class FlashKernel:
         return found[0], found[1]
 
     def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Some heads at a time, each group with the heads of its keys and values."""
+        """As `Kernel.backward`, some heads at a time, together with the key/value heads that these share."""
         query, key, value, out, sums = saved
         heads, shared_by = query.shape[1], query.shape[1] // key.shape[1]
         segments = len(self.layout.queries) - 1
         group, empty = heads_at_once(heads, shared_by, segments, processors(query.device))
         offsets = torch.cat([self.layout.queries, self.layout.queries[-1:].expand(empty)])
-        # Random numbers are drawn for dropout only.
+        # The state of a random generator, which the kernel uses for dropout only.
         unused = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
         gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
         for first in range(0, heads, group):
@@ -243,10 +249,10 @@ class FlashKernel:
 
 @dataclass(frozen=True)
 class TritonKernel:
-    """cuDNN's forward pass, and `attention_gradient`.
+    """cuDNN's forward pass with `attention_gradient` as the backward pass, in half precision on a Hopper GPU.
 
-    What the backward pass needs of the forward pass does not depend on whose it is. Torch's operation of cuDNN knows no
-    window and no segments: there it is flash's.
+    Torch's binding of cuDNN has neither windows nor segments, so with these the forward pass is flash's. The backward
+    pass works with either, since both return the output and the log-sum-exp.
     """
 
     layout: Layout
@@ -268,7 +274,7 @@ class TritonKernel:
 
     def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """As `Kernel.backward`."""
-        from job.model.fused.attention_gradient import attention_gradient  # Triton is not there without a GPU
+        from job.model.fused.attention_gradient import attention_gradient  # Triton may not be installed without a GPU
 
         scale = saved[0].shape[2] ** -0.5 if self.scaling is None else self.scaling
         segments = [(segment.start, segment.end) for segment in self.layout.segments]
@@ -277,7 +283,7 @@ class TritonKernel:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Number of a GPU's multiprocessors; without a GPU that of an H100, for forecasts."""
+    """Number of a GPU's streaming multiprocessors; without a GPU an H100's, for forecasts."""
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -285,13 +291,13 @@ def processors(device: torch.device) -> int:
 
 @cache
 def heads_at_once(heads: int, shared_by: int, segments: int, count: int) -> tuple[int, int]:
-    """(heads of a call, empty segments to add) with which the backward kernel keeps the most processors busy.
+    """(query heads in one call, empty segments to add) with which flash's backward pass uses the most SMs.
 
     Args:
-        heads: Of the queries.
-        shared_by: How many of them share a head of keys and values; a call has all of these.
-        segments: Of the sequence; one of them has nearly all the work.
-        count: Multiprocessors of the GPU.
+        heads: Query heads.
+        shared_by: Query heads that share a key/value head; a call computes all of these together.
+        segments: Segments of the sequence, one of which has nearly all the work.
+        count: SMs of the GPU.
     """
 
     def busy(choice: tuple[int, int]) -> tuple[float, int, int]:
@@ -299,7 +305,7 @@ def heads_at_once(heads: int, shared_by: int, segments: int, count: int) -> tupl
         splits = -(-count // (group * (segments + empty)))
         blocks = group * splits
         rounds = -(-blocks // count)
-        # With equal use, the fewest copies of the gradient; then the fewest calls.
+        # Among equally busy choices the one with the fewest copies of the gradient, then that with the fewest calls.
         return blocks / (rounds * count), -blocks, group
 
     groups = [group for group in range(shared_by, heads + 1, shared_by) if heads % group == 0]
@@ -307,7 +313,7 @@ def heads_at_once(heads: int, shared_by: int, segments: int, count: int) -> tupl
 
 
 def copies_of(architecture: Architecture, device: torch.device, kernel: str) -> int:
-    """How many heads' fp32 gradients of the queries the kernel holds at once for a row that is the only segment."""
+    """How many fp32 gradients of the queries, of one head over all tokens each, the kernel holds at once for a row."""
     if kernel == TRITON:
         return architecture.triton_copies
     count, heads = processors(device), architecture.heads
@@ -317,19 +323,19 @@ def copies_of(architecture: Architecture, device: torch.device, kernel: str) -> 
 
 @dataclass(frozen=True)
 class CpuKernel:
-    """The same by torch's kernel for CPUs, segment by segment."""
+    """Torch's flash kernel for CPUs, called once for each segment."""
 
     layout: Layout
     scaling: float | None
     window: int | None
 
     def _blocks(self, *tensors: torch.Tensor) -> list[tuple[slice, dict[str, Any], list[torch.Tensor]]]:
-        """For each segment its place, the kernel's options, and its part of the tensors, (1, heads, tokens, size)."""
+        """(range of tokens, the kernel's options, the tensors as (1, heads, tokens, head size)) for each segment."""
         found = []
         for block in self.layout.blocks(self.window):
             own = slice(block.start, block.end)
             mask = block.mask
-            if mask is not None:  # the kernel takes what is added to the scores
+            if mask is not None:  # the kernel takes an additive mask
                 mask = torch.zeros(mask.shape, dtype=tensors[0].dtype).masked_fill(~mask, float("-inf"))
             how = {"attn_mask": mask, "scale": self.scaling}
             found.append((own, how, [x[own].transpose(0, 1)[None] for x in tensors]))
@@ -365,9 +371,9 @@ class CpuKernel:
 
 
 KERNELS = {CPU: CpuKernel, FLASH: FlashKernel, TRITON: TritonKernel}
-"""By the name in `ExecutionPlan.attention`; of two that one machine has, the slower one first."""
+"""By the name in `ExecutionPlan.attention`; of two that run on the same machine, the slower one first."""
 
 
 def slowest(names: Sequence[str]) -> str:
-    """The one of these kernels that all processes can use which have chosen them."""
+    """Of the kernels that the processes have chosen, the one that all of them can use."""
     return min(names, key=list(KERNELS).index)

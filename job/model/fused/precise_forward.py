@@ -40,7 +40,7 @@ from job.model.fused.scoring_decoder import (
     WIDE,
     Attend,
     Decoder,
-    Heads,
+    HeadSizes,
     Layer,
     Operations,
     Product,
@@ -56,12 +56,12 @@ if TYPE_CHECKING:
 PreciseForward = Callable[[torch.Tensor, torch.Tensor, "Layout", torch.Tensor], torch.Tensor]
 """As `job.evaluation.scoring.Forward`; the logits are fp32."""
 LARGEST = 6e4
-"""Queries and keys beyond it count as too large for fp16. Other infinite numbers become NaN by what is computed with
-them; an infinite key could make a score of attention -inf, and be left out in silence."""
+"""Queries and keys of a larger absolute value count as too large for fp16, and become NaN. Infinite numbers elsewhere
+turn into NaN by themselves; but an infinite key could give a score of -inf, which attention would silently ignore."""
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 _MISSING = object()
 _HEAD_ROWS = 32768
-"""Rows of the output layer that are converted at once, where its copy is not kept."""
+"""Rows of the output layer's weight that are converted to fp32 at once."""
 
 
 def why_not_precise(model: Any) -> str:
@@ -76,7 +76,7 @@ def why_not_precise(model: Any) -> str:
     if what := _unlike(family, base.config):
         return f"the decoder of {base.config.model_type} has {what}"
     if not all(lora_forward.fits(module) for module in base.modules() if _has_adapter(module)):
-        return "the adapter is of a kind that is left to PEFT"
+        return "the adapter is of a kind that only PEFT's own layers compute"
     if type(base.lm_head) is not torch.nn.Linear:
         return "the output layer is trained"
     projections = [module for name, module in base.model.named_modules() if name.endswith("_proj")]
@@ -86,16 +86,16 @@ def why_not_precise(model: Any) -> str:
 
 
 def _unlike(family: Family, config: Any) -> str:
-    """What of a family this pass does not compute."""
+    """What a family has that this pass does not compute, in words; empty if nothing."""
     if family.experts is not None:
         return "experts, which the router chooses in the dtype of training"
     if family.some_rotate:  # only rotated keys are compared with `LARGEST`
         return "layers without rotary positions"
-    return "heads of which a part is rotated" if _rotates_in_part(config) else ""
+    return "partial rotary positions" if _rotates_in_part(config) else ""
 
 
 def has_foreign_layers(model: Any) -> bool:
-    """Whether linear layers of another library compute by themselves in this pass, in the dtype of the model."""
+    """Whether some linear layers are another library's, whose own forward this pass calls in the model's dtype."""
     return any(_is_linear(module) and _is_foreign(module) for module in _base(model).model.modules())
 
 
@@ -105,13 +105,13 @@ def _rotates_in_part(config: Any) -> bool:
 
 
 def fits_fp16(model: Any) -> bool:
-    """Whether all weights that are not quantized are within the range of fp16."""
+    """Whether all weights that are not quantized have an absolute value below `LARGEST`."""
     largest = [p.detach().abs().amax() for p in _base(model).parameters() if p.dtype in {torch.bfloat16, torch.float32}]
     return not largest or float(torch.stack([one.float() for one in largest]).amax()) < LARGEST
 
 
 def copies_bytes(model: Any) -> int:
-    """Bytes of the fp16 copies of all weights of linear layers."""
+    """Bytes that fp16 copies of the weights of all linear layers take."""
     return sum(2 * one.in_features * one.out_features for one in _base(model).modules() if _is_linear(one))
 
 
@@ -122,17 +122,17 @@ def forwards(model: Any, kernels: Kernels, *, keep: bool) -> tuple[PreciseForwar
 
 
 def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: bool) -> PreciseForward:
-    """A pass with the weights and the adapter that the model has now.
+    """A forward pass with the model's present weights and adapter.
 
     Args:
         model: As for `why_not_precise`, in evaluation mode; its adapter may be switched off and on again.
-        dtype: Of the factors of matrix products, queries, keys and values: fp16, or fp32 to leave nothing rounded.
-        kernels: What SwiGLU, norms and rotary positions are computed by.
+        dtype: Of the factors of matrix products, and of queries, keys and values: fp16, or fp32 to round none of them.
+        kernels: The kernels for SwiGLU, norms and rotary positions.
         keep: Whether the weights are converted now and kept (`copies_bytes`), or converted for each use: the bits are
             the same.
 
     Returns:
-        What computes the logits of one packed sequence. It is valid until the adapter's weights change.
+        A function that computes the logits of one packed sequence; valid until the adapter's weights change.
     """
     base = _base(model)
     family = lora_forward.family_of(base)
@@ -164,7 +164,7 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
 
 
 def _decoder(base: Any, family: Family, dtype: torch.dtype, kernels: Kernels, *, keep: bool) -> Decoder:
-    """All of the pass for decoders like Llama's."""
+    """The whole pass, for decoders like Llama's; arguments as for `precise_forward`."""
     largest = LARGEST if dtype is torch.float16 else None
     operations: Operations = TorchOperations(largest)
     if kernels.name == "triton":
@@ -181,14 +181,14 @@ def _decoder(base: Any, family: Family, dtype: torch.dtype, kernels: Kernels, *,
     attend: Attend = operations.attend
     if kernels.name == "triton" and dtype is torch.float16:
         sizes = base.config.num_attention_heads, base.config.num_key_value_heads, layers[0].module.self_attn.head_dim
-        attend = checked_attention(operations, Heads(*sizes, windowed=family.window is not None), base.device)
+        attend = checked_attention(operations, HeadSizes(*sizes, windowed=family.window is not None), base.device)
     return Decoder(base, layers, _output_layer(base.lm_head, dtype), operations, attend, dtype, family.window)
 
 
 def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool, apart: bool = False) -> Product:
-    """Layers with a common input, whether all of them have an adapter, some or none.
+    """The product of linear layers with a common input, of which all, some or none have an adapter.
 
-    With `apart` their weights are no common matrix, which would be large where it is dequantized for each use.
+    With `apart` each keeps a weight matrix of its own: a common one would take much memory when it is dequantized.
     """
     adapted = [module for module in modules if _has_adapter(module)]
     inner = [module.get_base_layer() if _has_adapter(module) else module for module in modules]
@@ -227,7 +227,13 @@ def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool, apart: bo
 
 
 def _side_by_side(weights: Sequence[Weight], b: torch.Tensor | None, outputs: int) -> torch.Tensor:
-    """(all outputs, inputs + wide); one weight at a time is dequantized beside it."""
+    """[W | s B] of stacked layers, (all outputs, inputs + wide); only one of the weights is dequantized at a time.
+
+    Args:
+        weights: Each returns (its outputs, inputs).
+        b: s B, (all outputs, wide); None without an adapter.
+        outputs: All outputs.
+    """
     if len(weights) == 1 and b is None:
         return weights[0]()
     part = weights[0]()
@@ -259,12 +265,12 @@ def _base(model: Any) -> Any:
 
 
 def _has_adapter(module: Any) -> bool:
-    """Whether it is PEFT's layer around a linear one."""
+    """Whether a module is PEFT's layer around a linear one."""
     return hasattr(module, "lora_A")
 
 
 def _is_linear(module: Any) -> bool:
-    """Whether it is a linear layer: torch's, or one of a library that quantizes."""
+    """Whether a module is a linear layer, torch's or that of a library that quantizes, and not PEFT's."""
     return hasattr(module, "in_features") and hasattr(module, "weight") and not _has_adapter(module)
 
 
@@ -285,7 +291,7 @@ def _logits(  # noqa: PLR0917 - a `Forward` with what it needs
 
 @contextmanager
 def _patched(patches: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
-    """With other attributes of modules; in their `__dict__`, since torch's own setter is slow."""
+    """Within it, modules have other attributes; set in their `__dict__`, since torch's `__setattr__` is slow."""
     before = [(module, name, module.__dict__.get(name, _MISSING)) for module, new in patches.items() for name in new]
     for module, new in patches.items():
         module.__dict__.update(new)
@@ -301,7 +307,7 @@ def _patched(patches: Mapping[Any, Mapping[str, Any]]) -> Iterator[None]:
 
 @contextmanager
 def _sums_in_fp32() -> Iterator[None]:
-    """Has cuBLAS add partial sums of a product in fp32; by default it may round them to the dtype of the factors."""
+    """Makes cuBLAS add partial sums of a product in fp32; by default it may round them to the dtype of the factors."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_fp16_reduced_precision_reduction
     matmul.allow_fp16_reduced_precision_reduction = False
@@ -312,12 +318,12 @@ def _sums_in_fp32() -> Iterator[None]:
 
 
 def _in_fp32(forward: Callable[..., torch.Tensor], *given: Any, **named: Any) -> torch.Tensor:
-    """The embedding: its rows in fp32, and with them the residual stream and the angles of the rotary positions."""
+    """The embedding's rows in fp32, which makes the residual stream and the rotary angles fp32, too."""
     return forward(*given, **named).float()
 
 
 def _weight(layer: Any, dtype: torch.dtype, *, keep: bool) -> Weight:
-    """What gives the (outputs, inputs) weight of a linear layer in `dtype`."""
+    """A function that returns the weight of a linear layer, (outputs, inputs), in `dtype`."""
     is_4bit = getattr(layer.weight, "quant_state", None) is not None
     make: Weight = dequantizer(layer, dtype) if is_4bit else partial(layer.weight.detach().to, dtype)
     if not keep:
@@ -329,7 +335,7 @@ def _weight(layer: Any, dtype: torch.dtype, *, keep: bool) -> Weight:
 def _common_input(
     modules: Sequence[Any], dtype: torch.dtype, *, keep: bool = False, weights: Mapping[Any, Weight] | None = None
 ) -> CommonInput:
-    """As a run's own, with copies of the adapter in `dtype`, which are made once and not before each pass."""
+    """A `CommonInput` whose copies of the adapter in `dtype` are made once, not before each pass."""
     if weights is None:
         weights = {module: _weight(module.get_base_layer(), dtype, keep=keep) for module in modules}
     common = CommonInput(modules, weights, dtype)
@@ -345,12 +351,12 @@ def _common_input(
 
 
 def _rounded(common: CommonInput, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Layers with a common input, which is the residual stream itself where no norm comes first (OLMo 2)."""
+    """Layers with a common input, cast first: without a norm in front (OLMo 2), it is the fp32 residual stream."""
     return common(x.to(common.a.dtype))
 
 
 def _alone(common: CommonInput, x: torch.Tensor) -> torch.Tensor:
-    """A layer with an adapter whose input is its own."""
+    """A layer with an adapter that shares its input with no other."""
     return _rounded(common, x)[0]
 
 
@@ -368,7 +374,7 @@ def _linear_layer(
 
 
 def _is_foreign(layer: Any) -> bool:
-    """Whether it is a linear layer that another library quantized."""
+    """Whether a linear layer is one that another library than bitsandbytes quantized."""
     plain = type(layer) is torch.nn.Linear and "forward" not in layer.__dict__ and layer.weight.dtype in _FLOATS
     return not plain and getattr(layer.weight, "quant_state", None) is None
 

@@ -1,17 +1,17 @@
 """The decoder of `precise_forward` for families built like Llama, with fewer passes over memory.
 
-A layer with a frozen weight W of (outputs, inputs), an adapter A of (rank, inputs), B of (outputs, rank) and scale s
-computes y = x W' + s (x A') B'. With h = x A', that is one product of wider matrices:
+A linear layer with a frozen weight W, (outputs, inputs), and an adapter A, (rank, inputs), B, (outputs, rank), and
+scale s computes y = x W' + s (x A') B'. With h = x A', this is a single product of wider matrices:
 
     y = [x | h] [W | s B]'        (tokens, inputs + rank) (inputs + rank, outputs)
 
-so that the adapter costs no pass over y. Layers with a common input share x and h: queries, keys and values are one
-product, whose W and B lie one below the other. What makes an x (a norm, attention, the activation) writes it into the
-left columns of a wider matrix, and the product with A' writes h into the others, so that nothing is copied. All is
-summed in fp32.
+so the adapter needs no further pass over y. Layers with a common input share x and h: queries, keys and values are one
+product, with their W and B stacked along the outputs. Nothing is copied to form [x | h]: the operation that computes x
+(a norm, attention, the activation) writes it to the left columns of a buffer, and the product with A' writes h to the
+right ones. All products are summed in fp32.
 
-What adds to the residual stream is added by the norm that comes next. In the last layer, everything behind attention is
-computed for the tokens alone whose logits are read.
+The output of attention or of the feed-forward half is added to the residual stream by the kernel of the next norm. In
+the last layer, everything after attention is computed only for the tokens whose logits are read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from job.model.packed_attention import Layout
 
 WIDE = 64
-"""The columns for h are a multiple of it, so that rows begin where a GPU reads fastest; the others are zeros."""
+"""The number of columns for h is padded with zeros to a multiple of this, so that rows stay aligned in memory."""
 
 
 Attend = Callable[
@@ -44,21 +44,29 @@ Attend = Callable[
 
 
 class Operations(Protocol):
-    """What is computed between the products; `out` is a view into a wider matrix."""
+    """What is computed between the products. `out` may be a view of the left columns of a wider matrix."""
 
     def __hash__(self) -> int:
-        """Equal ones compute the same."""
+        """Operations that compute the same are equal, so that a check of them can be cached."""
 
     def add_norm(
         self, x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, epsilon: float, out: torch.Tensor
     ) -> None:
-        """Adds `update` to the residual stream x, (tokens, hidden) fp32, in place, and writes its norm to `out`."""
+        """Adds `update` to the residual stream x in place, and writes the RMS norm of the sum to `out`.
+
+        Args:
+            x: (tokens, hidden) fp32.
+            update: (tokens, hidden); None to add nothing.
+            weight: The norm's, (hidden,).
+            epsilon: The norm's.
+            out: (tokens, hidden).
+        """
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
         """Writes silu(gate) * up, all (tokens, intermediate)."""
 
     def turn(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
-        """Gives x, (tokens, heads, head size), its positions, in place; the others are (tokens, head size) fp32."""
+        """Applies rotary positions to x, (tokens, heads, head size), in place; angles are (tokens, head size) fp32."""
 
     def attend(  # noqa: PLR0917 - as attention has it
         self,
@@ -70,15 +78,25 @@ class Operations(Protocol):
         window: int | None,
         out: torch.Tensor,
     ) -> None:
-        """Writes attention's outputs; all (tokens, heads, head size)."""
+        """Writes attention's output to `out`.
+
+        Args:
+            query: (tokens, query heads, head size).
+            key: (tokens, key/value heads, head size).
+            value: As `key`.
+            layout: Which tokens see which.
+            scaling: Factor of the scores.
+            window: How many keys a query sees, its own included; None for all up to its own.
+            out: As `query`.
+        """
 
 
 @dataclass(frozen=True)
 class TorchOperations:
-    """By torch's own operations, for any device."""
+    """`Operations` by torch, for any device."""
 
     largest: float | None = None
-    """Queries and keys beyond it become NaN."""
+    """Queries and keys of a larger absolute value become NaN; None for no limit."""
 
     def add_norm(
         self, x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, epsilon: float, out: torch.Tensor
@@ -118,30 +136,42 @@ class TorchOperations:
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Sizes of a model's attention."""
+class HeadSizes:
+    """Sizes of a model's attention.
+
+    Attributes:
+        queries: Query heads.
+        keys: Key/value heads.
+        size: Head size.
+        windowed: Whether some layers have a sliding window.
+    """
 
     queries: int
     keys: int
-    """And values: each is shared by a group of queries."""
     size: int
     windowed: bool
-    """Whether layers may have a window."""
 
 
 @cache  # a run scores with several adapters
-def checked_attention(operations: Operations, heads: Heads, device: torch.device) -> Attend:
-    """The operations' attention, or torch's if theirs cannot compute a model's heads in fp16 here, which is logged."""
+def checked_attention(operations: Operations, heads: HeadSizes, device: torch.device) -> Attend:
+    """`operations.attend`, or torch's, with a warning, if the former fails a test on this device.
+
+    Args:
+        operations: Those whose attention is tested, in fp16.
+        heads: The model's.
+        device: Where it has to run.
+    """
     if why := _why_not_attend(operations, heads, device):
         what = "Triton's attention for scoring cannot be used here; torch's takes its place, which is slower"
-        get_logger().warning(what, why=why)
+        get_logger().warning(what, why=why, change="the versions of torch and Triton that this project's image has")
         return TorchOperations().attend
     return operations.attend
 
 
-def _why_not_attend(operations: Operations, heads: Heads, device: torch.device) -> str:
-    """Computes attention once, in a tree longer than what a program of a kernel computes, beside torch's in fp32."""
-    # Two texts, of which the first goes on in two ways, one of them in one more
+def _why_not_attend(operations: Operations, heads: HeadSizes, device: torch.device) -> str:
+    """Why attention fails its test, empty if it passes: a small tree of segments, compared with torch's in fp32."""
+    # More tokens than one program of the kernel computes. Two roots; the first has two children, one of which has a
+    # child of its own.
     segments = [
         Segment(0, 100),
         Segment(100, 150, 0, 100),
@@ -163,7 +193,7 @@ def _why_not_attend(operations: Operations, heads: Heads, device: torch.device) 
             error = float((found - exact).abs().max())
         except Exception as problem:  # noqa: BLE001 - whatever Triton, its compiler or the driver raises
             return " ".join(f"{type(problem).__name__}: {problem}".split())[:_LONGEST_REASON]
-        if not error < _LARGEST_ERROR:  # also if it is not a number
+        if not error < _LARGEST_ERROR:  # `not <`, so that NaN is an error
             return f"a number is {error:.3g} away from what torch computes"
     return ""
 
@@ -171,36 +201,40 @@ def _why_not_attend(operations: Operations, heads: Heads, device: torch.device) 
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
 _LARGEST_ERROR = 0.02
-"""Of attention in fp16 over values of a standard normal distribution. An H200's largest was 0.0013."""
+"""Largest absolute error of attention in fp16 on values of a standard normal distribution; 0.0013 on an H200."""
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """The linear layers with a common input, as one product or several into one matrix."""
+    """The linear layers with a common input, computed as one product, or as several that write to one output.
+
+    Attributes:
+        weights: Each returns [W | s B], (its outputs, inputs + wide); (its outputs, inputs) without an adapter.
+        outputs: Outputs of each of `weights`.
+        a: The layers' A, stacked and padded with zeros, (wide, inputs); None without an adapter.
+        bias: (all outputs,); None without.
+        inputs: Inputs of the layers.
+        switch: One of PEFT's layers, which says whether the adapter is switched off; None without an adapter.
+    """
 
     weights: Sequence[Callable[[], torch.Tensor]]
-    """Each gives (its outputs, inputs + wide): W and s B."""
     outputs: Sequence[int]
-    """Of each weight."""
     a: torch.Tensor | None
-    """(wide, inputs), all A's; None without an adapter."""
     bias: torch.Tensor | None
-    """(all outputs,)."""
     inputs: int
     switch: Any
-    """One of PEFT's layers, which says whether the adapter is switched off."""
 
-    def room(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
-        """(tokens, inputs + wide), to be filled in the left columns; the dtype is that of the factors."""
+    def buffer(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
+        """An uninitialized buffer for [x | h], (tokens, inputs + wide), with dtype and device of `like`."""
         wide = 0 if self.a is None else self.a.shape[0]
         return like.new_empty(tokens, self.inputs + wide)
 
-    def __call__(self, room: torch.Tensor) -> torch.Tensor:
-        """(tokens, all outputs)."""
-        x = room[:, : self.inputs]
+    def __call__(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The outputs, (tokens, all outputs), from a buffer whose left columns have x; overwrites the right columns."""
+        x = buffer[:, : self.inputs]
         if self.a is not None and not self.switch.disable_adapters:
-            torch.mm(x, self.a.T, out=room[:, self.inputs :])
-            x = room
+            torch.mm(x, self.a.T, out=buffer[:, self.inputs :])
+            x = buffer
         if len(self.weights) == 1:
             return functional.linear(x, self.weights[0]()[:, : x.shape[1]], self.bias)
         y = x.new_empty(x.shape[0], sum(self.outputs))
@@ -215,7 +249,7 @@ class Product:
 
 
 def is_like_llama(family: Family, base: Any) -> bool:
-    """Whether this module computes the decoder of a causal language model."""
+    """Whether this module can compute a model's decoder: built like Llama's, with no module trained whole."""
     if (
         (family.norms, family.norm, family.query_norm, family.activation) != (2, "weight", None, SILU)
         or family.joined
@@ -228,7 +262,7 @@ def is_like_llama(family: Family, base: Any) -> bool:
     norms = [getattr(layer, name, None) for layer in base.model.layers for name in _NORMS]
     return (
         all({name for name, _ in layer.named_children()} == _PARTS for layer in base.model.layers)
-        # not those that are trained whole, in a module of PEFT's
+        # a norm that is trained whole is inside a module of PEFT's, of another name
         and all(type(norm).__name__.endswith("RMSNorm") for norm in [*norms, base.model.norm])
     )
 
@@ -239,11 +273,11 @@ _PARTS = {"self_attn", "mlp", *_NORMS}
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A decoder layer and its products."""
+    """A decoder layer of transformers, and the products of its linear layers."""
 
     module: Any
     heads: Product
-    """Of queries, keys and values."""
+    """The projections of queries, keys and values."""
     out: Product
     gate_up: Product
     down: Product
@@ -251,7 +285,7 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """A causal language model, ready to be computed."""
+    """The forward pass of a causal language model."""
 
     base: Any
     layers: Sequence[Layer]
@@ -259,52 +293,52 @@ class Decoder:
     """(reads, hidden) -> (reads, vocabulary) fp32."""
     operations: Operations
     attend: Attend
-    """`Operations.attend`, of these operations or torch's."""
+    """`operations.attend` or torch's, see `checked_attention`."""
     dtype: torch.dtype
-    """Of the factors."""
+    """Of the factors of matrix products."""
     window: str | None
-    """`Family.window`."""
+    """`Family.window`: which object has the window's size."""
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, reads: torch.Tensor) -> torch.Tensor:
         """As `job.evaluation.scoring.Forward`; the logits are fp32."""
         model = self.base.model
-        # (tokens, hidden), the residual stream: a tensor of its own, since it is added to in place
+        # The residual stream, (tokens, hidden): a copy, since it is added to in place
         x = self.base.get_input_embeddings()(ids)[0].to(torch.float32, copy=True)
         cosine, sine = (angles[0].contiguous() for angles in model.rotary_emb(x[None], positions))
         update: torch.Tensor | None = None
         last = self.layers[-1]
         for layer in self.layers:
-            room = self._normed(layer.module.input_layernorm, x, update, layer.heads)
-            room = self._attention(layer, room, cosine, sine, layout)
+            buffer = self._normed(layer.module.input_layernorm, x, update, layer.heads)
+            buffer = self._attention(layer, buffer, cosine, sine, layout)
             if layer is last:
-                room, x = room.index_select(0, reads), x.index_select(0, reads)
-            update = layer.out(room)
-            room = self._normed(layer.module.post_attention_layernorm, x, update, layer.gate_up)
-            gate, up = layer.gate_up(room).chunk(2, -1)
-            room = layer.down.room(x.shape[0], gate)
-            self.operations.swiglu(gate, up, room[:, : layer.down.inputs])
-            update = layer.down(room)
+                buffer, x = buffer.index_select(0, reads), x.index_select(0, reads)
+            update = layer.out(buffer)
+            buffer = self._normed(layer.module.post_attention_layernorm, x, update, layer.gate_up)
+            gate, up = layer.gate_up(buffer).chunk(2, -1)
+            buffer = layer.down.buffer(x.shape[0], gate)
+            self.operations.swiglu(gate, up, buffer[:, : layer.down.inputs])
+            update = layer.down(buffer)
         out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
         self.operations.add_norm(x, update, model.norm.weight, model.norm.variance_epsilon, out)
         return self.head(out)
 
     def _normed(self, norm: Any, x: torch.Tensor, update: torch.Tensor | None, into: Product) -> torch.Tensor:
-        room = into.room(x.shape[0], x.new_empty(0, dtype=self.dtype))
-        self.operations.add_norm(x, update, norm.weight, norm.variance_epsilon, room[:, : into.inputs])
-        return room
+        buffer = into.buffer(x.shape[0], x.new_empty(0, dtype=self.dtype))
+        self.operations.add_norm(x, update, norm.weight, norm.variance_epsilon, buffer[:, : into.inputs])
+        return buffer
 
     def _attention(
-        self, layer: Layer, room: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, layout: Layout
+        self, layer: Layer, buffer: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, layout: Layout
     ) -> torch.Tensor:
-        """What the output projection reads."""
+        """Attention of one layer: [x | h] of its projections -> a buffer with the output projection's x on the left."""
         attention, config = layer.module.self_attn, self.base.config
         size, heads, groups = attention.head_dim, config.num_attention_heads, config.num_key_value_heads
-        found = layer.heads(room).view(room.shape[0], heads + 2 * groups, size)
+        found = layer.heads(buffer).view(buffer.shape[0], heads + 2 * groups, size)
         self.operations.turn(found[:, : heads + groups], cosine, sine)
         query, key, value = found.split_with_sizes([heads, groups, groups], 1)
         owner = {"layer": attention, "model": config, None: None}[self.window]
         window = getattr(owner, "sliding_window", None)
-        room = layer.out.room(room.shape[0], found)
-        out = room[:, : layer.out.inputs].view(room.shape[0], heads, size)
+        buffer = layer.out.buffer(buffer.shape[0], found)
+        out = buffer[:, : layer.out.inputs].view(buffer.shape[0], heads, size)
         self.attend(query, key, value, layout, attention.scaling, window, out)
-        return room
+        return buffer

@@ -1,17 +1,19 @@
-"""Attention of a row whose tokens several processes have a part of each: tokens of all heads, for all tokens of some.
+"""Sequence-parallel attention (Ulysses): the tokens of one row are split over processes, its heads during attention.
 
-Process r of N has tokens r/N to (r + 1)/N of the row in everything that works token by token. Attention needs all
-tokens, but works head by head. So before it each process sends every other one the queries, keys and values that belong
-to that one's heads, and after it the outputs come back the same way:
+Of N processes, rank r holds tokens r/N to (r + 1)/N of the row in every operation that works token by token. Attention
+needs all tokens, but each head is independent. So one all-to-all before attention trades tokens for heads, and another
+one behind it trades them back:
 
     (own tokens, all heads) -> (all tokens, own heads), attention, (all tokens, own heads) -> (own tokens, all heads)
 
-The gradients go the same ways backwards. Numbers are only moved, so what differs from a row that one process computes
-is the order in which gradients are added up: over each process's tokens, then over the processes.
+The backward pass sends the gradients the same two ways in reverse. The exchanges only move numbers. A row that one
+process computes alone differs in a single respect: the order in which gradients are summed, here first over the tokens
+of each process and then over the processes.
 
-Each process has whole heads of keys and values with the queries that share them. Where there are fewer of these heads
-than processes, each process has a part of the queries of one, and a copy of it; its gradients are summed in fp32, in
-the order of the ranks. Neither tokens nor heads of keys and values need be a multiple of the processes.
+Each process computes whole key/value heads, with the query heads that share them (grouped-query attention). With more
+processes than key/value heads, several processes hold a copy of the same key/value head and each takes a part of its
+query heads; the gradients of the copies are summed in fp32, in the order of the ranks. Neither the number of tokens nor
+that of key/value heads has to be a multiple of the number of processes.
 
 Source: Jacobs et al. 2023, DeepSpeed Ulysses (arXiv:2309.14509), section 3.
 """
@@ -29,40 +31,58 @@ if TYPE_CHECKING:
     from job.model.fused.long_attention import Output, RowAttention
 
 
-class Group(Protocol):
+class AllToAll(Protocol):
     """The part of `distributed.Processes` that is used here."""
 
     place: Any
+    """`rank` and `world_size` of this process."""
 
     def all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
     ) -> None:
-        """Sends every process its part of a flat tensor, and receives one from each."""
+        """Fills `received` with one part from each process, and sends each its part of `sent`.
+
+        Args:
+            received: (sum of `received_sizes`,), in the dtype of `sent`.
+            sent: (sum of `sent_sizes`,).
+            received_sizes: Numbers that come from each process, by rank.
+            sent_sizes: Numbers that go to each process, by rank.
+        """
 
 
 def parts(count: int, processes: int) -> list[slice]:
-    """So many tokens or heads in as many parts as there are processes, which differ by one at most."""
+    """Splits `count` tokens or heads into one contiguous range per process; their sizes differ by at most one."""
     ends = [count * rank // processes for rank in range(processes + 1)]
     return [slice(*ends_of_one) for ends_of_one in pairwise(ends)]
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Which heads each process computes: of the queries, and of keys and values."""
+class HeadPartition:
+    """Which attention heads each process computes.
+
+    Attributes:
+        queries: The query heads of each process, by rank.
+        keys: Its key/value heads; several processes may have the same one.
+    """
 
     queries: tuple[slice, ...]
     keys: tuple[slice, ...]
 
-    def number(self, rank: int) -> tuple[int, int]:
-        """Of each of both in this process."""
+    def counts(self, rank: int) -> tuple[int, int]:
+        """(query heads, key/value heads) that process `rank` computes."""
         return _size(self.queries[rank]), _size(self.keys[rank])
 
 
-def share_heads(heads: int, kv_heads: int, processes: int) -> Heads:
-    """Divides the heads of attention.
+def share_heads(heads: int, kv_heads: int, processes: int) -> HeadPartition:
+    """Assigns attention heads to processes.
+
+    Args:
+        heads: Query heads.
+        kv_heads: Key/value heads, each shared by `heads / kv_heads` query heads.
+        processes: How many compute the row.
 
     Raises:
-        ValueError: They cannot be; see `training.sequence_parallel.why_not_divided`.
+        ValueError: These heads cannot be shared by so many; see `training.sequence_parallel.why_not_divided`.
     """
     shared_by = heads // kv_heads
     if processes <= kv_heads:
@@ -73,47 +93,60 @@ def share_heads(heads: int, kv_heads: int, processes: int) -> Heads:
         keys = [slice(one.start // shared_by, one.start // shared_by + 1) for one in queries]
     else:
         raise ValueError(f"{processes} processes cannot share {heads} heads with {kv_heads} of keys and values")
-    return Heads(tuple(queries), tuple(keys))
+    return HeadPartition(tuple(queries), tuple(keys))
 
 
 @dataclass(frozen=True)
-class Team:
+class SequenceParallelGroup:
     """The processes that compute a row together.
 
     Attributes:
-        group: All of them.
-        meet: Waits until all are about to exchange tensors; see `placed_weights.computing_together`.
+        processes: All processes of the run.
+        barrier: Waits until every process is about to exchange tensors; see `placed_weights.computing_together`.
     """
 
-    group: Group
-    meet: Callable[[], None]
+    processes: AllToAll
+    barrier: Callable[[], None]
 
     @property
     def size(self) -> int:
-        """How many they are."""
-        return int(self.group.place.world_size)
+        """How many processes there are."""
+        return int(self.processes.place.world_size)
 
     @property
     def rank(self) -> int:
-        """This process's number among them."""
-        return int(self.group.place.rank)
+        """This process's number, from 0."""
+        return int(self.processes.place.rank)
 
     def exchange(self, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]) -> torch.Tensor:
-        """A flat tensor's parts go to the processes, and theirs come: (sum of `received_sizes`,) in the same dtype."""
+        """An all-to-all of a flat tensor; sizes as for `AllToAll.all_to_all`.
+
+        Returns:
+            (sum of `received_sizes`,), in the dtype of `sent`.
+
+        Raises:
+            OtherOutOfMemory: Memory ran out in another process (`placed_weights`).
+            JobError: Another process has ended.
+        """
         received = sent.new_empty(sum(received_sizes))
-        # After all memory that is needed here is there: once all have met, nobody waits for tensors in vain.
-        self.meet()
-        self.group.all_to_all(received, sent, received_sizes, sent_sizes)
+        # Behind the allocation, which may run out of memory: a process that reports this at the barrier keeps the
+        # others from waiting for its tensors.
+        self.barrier()
+        self.processes.all_to_all(received, sent, received_sizes, sent_sizes)
         return received
 
 
-def to_heads(team: Team, tokens: int, sent: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """For each process the own tokens of its heads -> (all tokens, own heads, size).
+def to_heads(sp_group: SequenceParallelGroup, tokens: int, sent: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """From a split by tokens to a split by heads: one all-to-all.
 
     Args:
-        team: The processes.
-        tokens: Of the whole row.
-        sent: By rank: tensors (own tokens, some of its heads, size), which come side by side.
+        sp_group: The processes.
+        tokens: Tokens of the whole row.
+        sent: For each rank the tensors that it gets, (own tokens, some of its heads, head size) each; they are
+            concatenated along the heads.
+
+    Returns:
+        (all tokens, own heads, head size).
     """
     numbers = [sum(x.shape[1] for x in to_one) for to_one in sent]
     own, _, size = sent[0][0].shape
@@ -121,48 +154,64 @@ def to_heads(team: Team, tokens: int, sent: Sequence[Sequence[torch.Tensor]]) ->
     flat = sent[0][0].new_empty(sum(sizes))
     for to_one, number, part in zip(sent, numbers, flat.split_with_sizes(sizes), strict=True):
         torch.cat(list(to_one), 1, out=part.view(own, number, size))
-    number = numbers[team.rank]
-    found = team.exchange(flat, [_size(part) * number * size for part in parts(tokens, team.size)], sizes)
+    number = numbers[sp_group.rank]
+    found = sp_group.exchange(flat, [_size(part) * number * size for part in parts(tokens, sp_group.size)], sizes)
     return found.view(tokens, number, size)
 
 
-def to_tokens(team: Team, whole: torch.Tensor, numbers: Sequence[int]) -> list[torch.Tensor]:
-    """(all tokens, own heads, size) -> from each process the own tokens of its heads, (own tokens, its heads, size).
+def to_tokens(sp_group: SequenceParallelGroup, whole: torch.Tensor, numbers: Sequence[int]) -> list[torch.Tensor]:
+    """From a split by heads back to a split by tokens: one all-to-all.
 
     Args:
-        team: The processes.
-        whole: Contiguous.
-        numbers: Of the heads, by rank.
+        sp_group: The processes.
+        whole: (all tokens, own heads, head size), contiguous.
+        numbers: How many heads each rank has.
+
+    Returns:
+        By rank, (own tokens, heads of that rank, head size).
     """
     tokens, heads, size = whole.shape
-    by_rank = parts(tokens, team.size)
-    own = _size(by_rank[team.rank])
+    by_rank = parts(tokens, sp_group.size)
+    own = _size(by_rank[sp_group.rank])
     sizes = [own * number * size for number in numbers]
-    found = team.exchange(whole.view(-1), sizes, [_size(part) * heads * size for part in by_rank])
+    found = sp_group.exchange(whole.view(-1), sizes, [_size(part) * heads * size for part in by_rank])
     return [part.view(own, -1, size) for part in found.split_with_sizes(sizes)]
 
 
 class SequenceParallelAttention:
     """Attention in one layer of a row that is divided over processes; used like the `RowAttention` that it calls.
 
-    Attributes:
-        output: That of `attention`, for all tokens and the own heads.
+    Args:
+        attention: Computes this process's heads over all tokens of the row.
+        sp_group: The processes.
+        tokens: Tokens of the whole row.
     """
 
-    def __init__(self, attention: RowAttention, team: Team, tokens: int) -> None:
-        self._attention, self._team, self._tokens = attention, team, tokens
+    def __init__(self, attention: RowAttention, sp_group: SequenceParallelGroup, tokens: int) -> None:
+        self._attention, self._sp_group, self._tokens = attention, sp_group, tokens
 
     @property
     def output(self) -> Output | None:
-        """The kernel's output, as `RowAttention.output`."""
+        """`RowAttention.output`: for all tokens of the row, and this process's heads only."""
         return self._attention.output
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
     ) -> torch.Tensor:
-        """(1, heads, own tokens, head size) each -> (1, own tokens, heads, head size)."""
-        heads = share_heads(query.shape[1], key.shape[1], self._team.size)
-        how = self._team, self._tokens, heads
+        """Attention of this process's tokens to all tokens of the row.
+
+        Args:
+            query: (1, query heads, own tokens, head size).
+            key: (1, key/value heads, own tokens, head size).
+            value: As `key`.
+            scaling: Factor of the scores; None for 1 / sqrt(head size).
+            window: How many keys a query sees, its own included; None for all up to its own.
+
+        Returns:
+            (1, own tokens, query heads, head size).
+        """
+        heads = share_heads(query.shape[1], key.shape[1], self._sp_group.size)
+        how = self._sp_group, self._tokens, heads
         found = _ToHeads.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), *how)  # type: ignore[no-untyped-call]
         query, key, value = (x.transpose(0, 1)[None] for x in found)
         out = self._attention(query, key, value, scaling, window)
@@ -170,54 +219,66 @@ class SequenceParallelAttention:
 
 
 class _ToHeads(torch.autograd.Function):
-    """Queries, keys and values, (own tokens, heads, size) each -> the same as (all tokens, own heads, size).
+    """Queries, keys and values, (own tokens, heads, head size) each -> (all tokens, own heads, head size) each.
 
-    One exchange for all three: the parts for a process lie side by side in the dimension of heads.
+    One all-to-all sends all three: what a process gets of them is concatenated along the heads.
     """
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd calls it so
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, team: Team, tokens: int, heads: Heads
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sp_group: SequenceParallelGroup,
+        tokens: int,
+        heads: HeadPartition,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.how = team, heads
+        ctx.how = sp_group, heads
         sent = [
             [query[:, queries], key[:, keys], value[:, keys]]
             for queries, keys in zip(heads.queries, heads.keys, strict=True)
         ]
-        queries, keys = heads.number(team.rank)
-        return to_heads(team, tokens, sent).split_with_sizes([queries, keys, keys], 1)
+        queries, keys = heads.counts(sp_group.rank)
+        return to_heads(sp_group, tokens, sent).split_with_sizes([queries, keys, keys], 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        team, heads = ctx.how
-        numbers = [queries + 2 * keys for queries, keys in map(heads.number, range(team.size))]
-        found = to_tokens(team, torch.cat(gradients, 1), numbers)
+        sp_group, heads = ctx.how
+        numbers = [queries + 2 * keys for queries, keys in map(heads.counts, range(sp_group.size))]
+        found = to_tokens(sp_group, torch.cat(gradients, 1), numbers)
         by_rank = [
             part.split_with_sizes([queries, keys, keys], 1)
-            for part, (queries, keys) in zip(found, map(heads.number, range(team.size)), strict=True)
+            for part, (queries, keys) in zip(found, map(heads.counts, range(sp_group.size)), strict=True)
         ]
         query, key, value = zip(*by_rank, strict=True)
         return torch.cat(query, 1), _summed(key, heads), _summed(value, heads), None, None, None
 
 
 class _ToTokens(torch.autograd.Function):
-    """Attention's output, (all tokens, own heads, size) -> (own tokens, heads, size)."""
+    """Attention's output, (all tokens, own heads, head size) -> (own tokens, heads, head size)."""
 
     @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, team: Team, tokens: int, heads: Heads) -> torch.Tensor:
-        ctx.how = team, tokens, heads
-        return torch.cat(to_tokens(team, out.contiguous(), [_size(part) for part in heads.queries]), 1)
+    def forward(
+        ctx: Any, out: torch.Tensor, sp_group: SequenceParallelGroup, tokens: int, heads: HeadPartition
+    ) -> torch.Tensor:
+        ctx.how = sp_group, tokens, heads
+        return torch.cat(to_tokens(sp_group, out.contiguous(), [_size(part) for part in heads.queries]), 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        team, tokens, heads = ctx.how
-        return to_heads(team, tokens, [[gradient[:, part]] for part in heads.queries]), None, None, None
+        sp_group, tokens, heads = ctx.how
+        return to_heads(sp_group, tokens, [[gradient[:, part]] for part in heads.queries]), None, None, None
 
 
-def _summed(gradients: Sequence[torch.Tensor], heads: Heads) -> torch.Tensor:
-    """The gradients of keys or of values by rank, (own tokens, heads of that rank, size) -> of all heads.
+def _summed(gradients: Sequence[torch.Tensor], heads: HeadPartition) -> torch.Tensor:
+    """The gradient of all key (or value) heads, (own tokens, key/value heads, head size).
 
-    Of a head that several processes have a copy of it is the sum.
+    Where several processes hold a copy of a head, their gradients are summed.
+
+    Args:
+        gradients: By rank, (own tokens, key/value heads of that rank, head size).
+        heads: Which heads these are.
     """
     last = heads.keys[-1].stop
     if sum(map(_size, heads.keys)) == last:

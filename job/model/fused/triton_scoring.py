@@ -1,7 +1,7 @@
-"""Triton kernels of the forward pass that scores questions: each reads and writes what it must once.
+"""Triton kernels of the forward pass that scores questions; each reads its inputs and writes its outputs once.
 
-They work on rows of wider matrices (`scoring_decoder`), so every matrix has the stride of its rows. Sums have a fixed
-order: bits are reproducible. None has a gradient.
+Inputs and outputs may be columns of wider matrices (`scoring_decoder`), so kernels get the strides of rows. Sums have a
+fixed order, so results repeat bit for bit. No kernel has a backward pass.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 _BLOCK = 1024
 _ROWS = 64
-"""Queries of a program of attention."""
+"""Queries that one program of the attention kernel computes."""
 _KEYS = 32
-"""Keys that it reads at a time; of wide heads half as many. With `_STAGES` of them in shared memory, beside the
-queries, they fit into the 64 KiB of a T4."""
+"""Keys that such a program loads at a time; half as many if heads are wider than `_WIDE_HEAD`. `_STAGES` such blocks of
+keys and values fit into the 64 KiB of a T4's shared memory, beside the queries."""
 _STAGES = 2
 _WIDE_HEAD = 128
 
@@ -60,7 +60,7 @@ def _swiglu_kernel(gate, up, out, width, per_row, stride, out_stride, BLOCK: tl.
 def _turn_kernel(
     x, cosine, sine, pairs, heads, stride, largest, LIMITED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Each program has both halves of its pairs, so it may write where it has read."""
+    """Rotates pairs of numbers in place: a program reads both numbers of its pairs before it writes them."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs
     head, place = pair // HALF, pair % HALF
@@ -100,10 +100,10 @@ def _attention_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Attention of `ROWS` queries that follow each other, over the keys that `index` has for them.
+    """Attention of `ROWS` consecutive queries over the keys that `index` lists for them.
 
-    Token j is seen by itself and all tokens behind it up to `last_seen_by[j]` (`packed_attention.Layout`). The softmax
-    is computed in one pass, as by Dao et al. 2022 (FlashAttention, arXiv:2205.14135), algorithm 1.
+    Token j is seen by tokens j to `last_seen_by[j]`, exclusive (`packed_attention.Layout`). The softmax is computed
+    online, in one pass over the keys: Dao et al. 2022 (FlashAttention, arXiv:2205.14135), algorithm 1.
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -151,16 +151,16 @@ def attention(
     window: int | None,
     out: torch.Tensor,
 ) -> None:
-    """Attention of a packed sequence into `out`; all (tokens, heads, head size), in half precision.
+    """Writes the attention of a packed sequence to `out`. All tensors are in bf16 or fp16.
 
     Args:
-        query: With `key` and `value` part of one matrix, so that all have the same stride.
-        key: Its heads are shared by groups of queries' heads.
+        query: (tokens, query heads, head size); with `key` and `value` in one matrix, so that all have the same stride.
+        key: (tokens, key/value heads, head size).
         value: As `key`.
-        layout: Whose tree of segments is walked.
+        layout: The tree of segments, which says which tokens see which.
         scaling: Factor of the scores.
-        window: Each query sees its last so many keys; None for all.
-        out: The heads of a token lie next to each other.
+        window: How many keys of its path a query sees, its own included; None for all.
+        out: (tokens, query heads, head size); the heads of a token are contiguous.
     """
     tokens, heads, size = query.shape
     starts, index, last_seen_by, depths = _on_device(layout)
@@ -178,7 +178,7 @@ def attention(
         query.stride(0),
         out.stride(0),
         heads // key.shape[1],
-        scaling * 1.4426950408889634,  # 1 / ln 2: powers of 2 are what the GPU computes
+        scaling * 1.4426950408889634,  # 1 / ln 2, since the kernel uses exp2
         window or 0,
         WINDOWED=window is not None and window < layout.longest_key,
         SIZE=size,
@@ -194,7 +194,12 @@ _KNOWN: WeakKeyDictionary[Any, tuple[torch.Tensor, ...]] = WeakKeyDictionary()
 
 
 def _on_device(layout: Layout) -> tuple[torch.Tensor, ...]:
-    """For each `_ROWS` queries where their keys start, (tiles + 1,); the keys; `last_seen_by`; `depths`: all int32."""
+    """What the kernel reads of a layout, all int32 on its device; computed once for each layout.
+
+    Returns:
+        Where in the second tensor the keys of each block of `_ROWS` queries start, (blocks + 1,); those keys, block
+        after block; `Layout.last_seen_by`, (tokens,); `Layout.depths`, (tokens,).
+    """
     if layout not in _KNOWN:
         tokens = len(layout.depths)
         lists = [
@@ -210,10 +215,10 @@ def _on_device(layout: Layout) -> tuple[torch.Tensor, ...]:
 
 @dataclass(frozen=True)
 class TritonOperations:
-    """`scoring_decoder.Operations`."""
+    """`scoring_decoder.Operations` by the kernels of this module."""
 
     largest: float | None = None
-    """Queries and keys beyond it become NaN."""
+    """Queries and keys of a larger absolute value become NaN; None for no limit."""
 
     def add_norm(
         self, x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, epsilon: float, out: torch.Tensor

@@ -162,7 +162,7 @@ def test_adapters_of_experts_compute_what_peft_computes(bases: dict[str, Path], 
 
 def test_experts_of_other_kinds_get_no_adapter(bases: dict[str, Path], base_folder: Path) -> None:
     """Those with biases, and a model without any, are refused before weights are loaded."""
-    for folder, why in ((bases["gpt_oss"], "with biases"), (base_folder, "is no mixture")):
+    for folder, why in ((bases["gpt_oss"], "with biases"), (base_folder, "has no experts")):
         with pytest.raises(SettingsError, match=f"JOB_LORA__EXPERTS.*{why}"):
             inspect(folder, max_length=64, targets="attention", options=AdapterOptions(experts=True))
 

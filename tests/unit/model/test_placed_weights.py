@@ -24,7 +24,7 @@ from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
 from job.model.placed_loading import save_quantized
-from job.model.placed_weights import Group, placement_of, taking_part
+from job.model.placed_weights import AllGather, placement_of, taking_part
 from tests.helpers import LINEAR, deepened, fill_adapter, load_plain
 
 LAYERS = 5
@@ -36,7 +36,7 @@ def folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return deepened(base_folder, tmp_path_factory.mktemp("deep") / "base", LAYERS)
 
 
-def load(folder: Path, place: str = "gpu", group: Group = ALONE, **changes: Any) -> Any:
+def load(folder: Path, place: str = "gpu", group: AllGather = ALONE, **changes: Any) -> Any:
     """The base in NF4, there."""
     return load_plain(folder, **{"quantization": "nf4", "placement": place, "group": group} | changes)
 

@@ -64,7 +64,7 @@ def test_a_cpu_keeps_activations_where_it_has_the_memory(
     monkeypatch.setattr(prepare_module, "available_bytes", lambda: int(gigabytes * 10**9))
     made = prepare(make_model(base_folder), [10, 20], **SETTINGS | {"recompute": "auto"})
     assert made.kept_activations is kept
-    assert f"B if kept: {'kept' if kept else 'computed again'}" in made.reason
+    assert f"B: {'kept' if kept else 'recomputed in the backward pass'}" in made.reason
 
 
 def on_a_gpu(
@@ -200,7 +200,7 @@ def test_layers_that_cannot_be_fused_are_said_too(base_folder: Path, monkeypatch
     with_capability(monkeypatch, (9, 0))
     made = prepare(make_model(base_folder, options=AdapterOptions(use_dora=True)), [10, 20], **SETTINGS)
     assert made.forward == PEFT
-    assert "no fused one" in made.reason
+    assert "that the job does not fuse" in made.reason
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -404,6 +404,7 @@ def test_offloading_without_a_long_row_is_a_warning(base_folder: Path) -> None:
     (line,) = [line for line in lines if line["log_level"] == "warning"]
     assert line["event"] == "JOB_TRAIN__OFFLOAD_ACTIVATIONS has no effect"
     assert "20 tokens" in line["why"]
+    assert "auto" in line["change"]
 
 
 def test_a_row_that_cannot_fit_is_refused(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

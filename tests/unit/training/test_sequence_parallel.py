@@ -328,16 +328,16 @@ def test_shapes_that_no_row_needs_are_not_used(base_folder: Path) -> None:
     assert made.how_computed().padded == [(256, 16)]
 
 
-def test_a_meeting_fails_for_all() -> None:
-    """One of three runs out of memory between meetings: the others are told so in the next one, and none waits."""
+def test_a_barrier_fails_for_all() -> None:
+    """One of three runs out of memory between barriers: the others are told so at the next one, and none waits."""
 
     def work(_: Any, group: Threads) -> str:
         try:
-            with computing_together(None, group) as meet:
-                meet()
+            with computing_together(None, group) as barrier:
+                barrier()
                 if group.place.rank == 1:
                     run_out()
-                meet()
+                barrier()
         except OtherOutOfMemory:
             return "another"
         except torch.OutOfMemoryError:
@@ -352,8 +352,8 @@ def test_all_leave_together(base_folder: Path) -> None:
 
     def work(model: Any, group: Threads) -> str:
         try:
-            with taking_part(model), computing_together(model, group) as meet:
-                meet()
+            with taking_part(model), computing_together(model, group) as barrier:
+                barrier()
                 if group.place.rank == 1:
                     run_out()
         except RuntimeError as error:

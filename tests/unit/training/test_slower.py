@@ -15,7 +15,7 @@ FAST = ExecutionPlan(
 )
 LONG = replace(FAST, kept_base=False, kept_activations=False, recorded=False, tile_tokens=8192)
 """A plan for rows that are all computed layer by layer."""
-EACH_USE, AGAIN, GRAPHS = "dequantized for each use", "computed again", "without CUDA graphs"
+EACH_USE, AGAIN, GRAPHS = "dequantized for each use", "recomputed in the backward pass", "without CUDA graphs"
 
 
 @pytest.mark.parametrize(

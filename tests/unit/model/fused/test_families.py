@@ -157,7 +157,7 @@ def test_scores_in_fp32_are_those_of_the_models_own_code(family: str) -> None:
         assert why == {
             "mixtral": "the decoder of mixtral has experts, which the router chooses in the dtype of training",
             "qwen3_moe": "the decoder of qwen3_moe has experts, which the router chooses in the dtype of training",
-            "phi3": "the decoder of phi3 has heads of which a part is rotated",
+            "phi3": "the decoder of phi3 has partial rotary positions",
             "smollm3": "the decoder of smollm3 has layers without rotary positions",
         }.get(family)
         return
