@@ -14,7 +14,7 @@ import pytest
 
 from job.common.hashing import hash_file
 from job.runs.layout import facts_of
-from tests.sagemaker.training_job import MARKS, ROOT, Ended, TrainingJob
+from tests.sagemaker.training_job import LEFT_ALONE, MARKS, ROOT, Ended, TrainingJob
 
 DEMO = ROOT / "job/demo"
 METRICS = json.loads((ROOT / "infra/sagemaker/metrics.json").read_text(encoding="utf-8"))
@@ -166,7 +166,8 @@ def test_two_interruptions(order: Callable[..., TrainingJob], undisturbed: tuple
 
 def lose_the_adapter(run: Path, copy: Path) -> None:
     """What no order of copying excludes: the record that training is done is copied, and the adapter is not."""
-    unmarked = shutil.ignore_patterns(*(f"*{mark}" for mark in MARKS))
+    # As SageMaker does, without what a kill has left half-written.
+    unmarked = shutil.ignore_patterns(*(f"*{ending}" for ending in LEFT_ALONE))
     shutil.copytree(run / "checkpoints", copy / "checkpoints", dirs_exist_ok=True, ignore=unmarked)
     (copy / "stages").mkdir(exist_ok=True)
     shutil.copy(run / "stages/train.json", copy / "stages")

@@ -873,7 +873,7 @@ class Launched:
 
     possible = True
 
-    def __init__(self, work: Callable[..., torch.Tensor], _first: tuple[torch.Tensor, ...]) -> None:
+    def __init__(self, work: Callable[..., torch.Tensor], *_: Any) -> None:
         self.work = work
         self.prepared: list[int] = []
 
