@@ -51,18 +51,8 @@ class Method:
     reference: bool = False
     tags: tuple[str, ...] = ()
 
-    @property
-    def learns_from(self) -> str:
-        """The rows it learns from, in words."""
-        return " or ".join(ROWS.get(schema, schema) for schema in self.schemas)
-
 
 _PAIRS, _LABELLED = "preference", "unpaired_preference"
-ROWS: Mapping[str, str] = {
-    _PAIRS: "pairs of answers (fields chosen and rejected; prompt where they do not begin with it)",
-    _LABELLED: "labelled answers (fields prompt, completion and label)",
-}
-"""Schemas of preferences, in words."""
 
 METHODS: Mapping[str, Method] = {
     "sft": Method("supervised fine-tuning", ("alpaca", "prompt_completion", "messages", "text"), tags=("sft",)),
