@@ -85,7 +85,7 @@ class Faults:
     def __init__(self, faults: tuple[Fault, ...], store: ObjectStore) -> None:
         self._armed = list(faults)
         self._store = store
-        self._lock = Lock()
+        self._lock, self._firing = Lock(), Lock()
 
     def __bool__(self) -> bool:
         return bool(self._armed)
@@ -102,9 +102,10 @@ class Faults:
             Unreachable: The fault is a request that fails.
         """
         for fault in self._due(event, when):
-            self._store.write(layout.fault_key(fault.text), b"fired\n")
-            log.get_logger().warning("JOB_FAULT fires", fault=fault.text)
-            _fire(fault, self._store)
+            with self._firing:  # else one kill could end the process when two are recorded
+                self._store.write(layout.fault_key(fault.text), b"fired\n")
+                log.get_logger().warning("JOB_FAULT fires", fault=fault.text)
+                _fire(fault, self._store)
 
     def _due(self, event: str, when: int | str) -> list[Fault]:
         with self._lock:  # uploads have a thread of their own

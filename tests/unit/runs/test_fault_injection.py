@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,12 @@ from structlog.testing import capture_logs
 from job.checkpoints import manager
 from job.errors import SettingsError, Unreachable
 from job.preemption.stop_flag import stop_on_signals
-from job.runs.fault_injection import Fault, arm, faulty, parse
-from job.runs.layout import Stage
+from job.runs import fault_injection
+from job.runs.fault_injection import Fault, Faults, arm, faulty, parse
+from job.runs.layout import Stage, fault_key
 from job.storage.local import LocalStore
+from tests.waiting import wait_for
+from tests.wrapped_store import WrappedStore
 
 
 @pytest.fixture
@@ -176,6 +181,29 @@ def test_the_nth_upload_does_not_happen(store: LocalStore, tmp_path: Path) -> No
         thread.start()
         thread.join()
         assert stop()
+
+
+def test_faults_of_two_threads_fire_one_after_the_other(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 4 ends while the fifth upload begins: of two kills the second is recorded by the next attempt."""
+    order: list[str] = []
+    recording = threading.Event()
+
+    def before(_verb: str, key: str) -> None:
+        order.append(key)
+        recording.set()
+        time.sleep(0.1)  # the other thread is on its way
+
+    monkeypatch.setattr(fault_injection, "_fire", lambda fault, _store: order.append(fault.text))
+    armed = Faults(parse("kill@step=4,kill@upload=5"), WrappedStore(store, before=before))
+    other = threading.Thread(target=armed.at, args=("upload", 5))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(armed.at, "step", 4)
+        wait_for(recording.is_set)
+        other.start()
+        first.result()
+    other.join()
+    kills = ["kill@step=4", "kill@upload=5"]
+    assert order == [text for kill in kills for text in (fault_key(kill), kill)]
 
 
 def test_the_nth_request_fails_as_if_the_store_were_down(store: LocalStore, tmp_path: Path) -> None:
