@@ -172,7 +172,7 @@ class LocalStore:
             _LockLost: Whoever waited for the lock has removed the staged folder.
         """
         try:
-            rename(path, staged / "deleted")
+            rename(path, staged / f"deleted{_TEMPORARY}")
         except FileNotFoundError:
             if not staged.exists():
                 raise _LockLost from None

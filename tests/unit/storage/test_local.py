@@ -228,6 +228,17 @@ def test_delete_removes_empty_folders(store: LocalStore, root: Path) -> None:
     assert [path.name for path in root.iterdir()] == [".store"]
 
 
+def test_what_is_being_deleted_is_left_alone_by_sagemaker(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SageMaker looks at the names of files, not of their folders: no copy of a deleted object gets to S3."""
+    moved: list[str] = []
+    real = local.rename
+    monkeypatch.setattr(local, "rename", lambda path, target: moved.append(target.name) or real(path, target))
+    store.write("a/b", b"1")
+    moved.clear()
+    store.delete("a/b")
+    assert [name.endswith(".sagemaker-ignore") for name in moved] == [True]
+
+
 def test_create_works_without_hard_links(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """On file systems without hard links conditional creation still holds, by the lock."""
 
