@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import settings
 
 from job import log
+from job.preemption.stop_flag import SIGNALS
 
 # A full collection goes over the millions of objects of imported libraries, for half a second each time.
 gc.disable()
@@ -33,6 +35,12 @@ os.environ |= {
 }
 for _name in [name for name in os.environ if name.startswith("JOB_")]:
     del os.environ[_name]
+
+
+# Who starts the tests by nohup or in the background of a script has HUP, INT and QUIT ignored, in what they start too.
+for _number in {*SIGNALS, signal.SIGQUIT}:
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL)
 
 
 # A shared machine may pause any example for longer than hypothesis' deadline of 200 ms.
