@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from urllib import request
 
 import pytest
 
+from tests.forked import free_port
 from tests.s3_server import BUCKET
 
 ACCOUNT = "devstoreaccount1"
@@ -59,9 +59,7 @@ def azurite(folder: Path) -> Iterator[str]:
     """
     if (program := _program()) is None:
         pytest.skip(MISSING)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = ["node", program, "--silent", "--inMemoryPersistence", "--disableTelemetry", "--skipApiVersionCheck"]
     with (folder / "azurite.log").open("wb") as log:
         process = subprocess.Popen([*words, "--blobPort", str(port)], cwd=folder, stdout=log, stderr=log)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from uuid import uuid4
 
 import pytest
 
+from tests.forked import free_port
 from tests.gcs_server import TOKEN
 from tests.s3_server import BUCKET, Request, server
 
@@ -127,9 +127,7 @@ def fake_gcs() -> Iterator[dict[str, str]]:
     program = os.environ.get("FAKE_GCS_SERVER", "")
     if not os.access(program, os.X_OK):
         pytest.skip(MISSING)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{free.getsockname()[1]}"
+    host = f"127.0.0.1:{free_port()}"
     words = ["-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", host.partition(":")[2]]
     words += ["-public-host", host, "-log-level", "error"]
     process = subprocess.Popen([program, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

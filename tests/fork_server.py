@@ -1,7 +1,7 @@
 """A process that has imported the heavy libraries, which takes ten seconds, and forks itself for whoever asks.
 
 `warm` starts it as a script, with the number of a descriptor that listens on a socket, and asks over the socket. The
-libraries are imported when the first request comes. A request is one message: JSON with what each process shall call,
+libraries are imported when the first request comes. A request is one line: JSON with what each process shall call,
 and three descriptors for each, its stdin, stdout and stderr. The answers are two lines of JSON: the process ids, and
 the exit codes once all have ended. If the one who asked is gone before, its processes are killed. The server ends when
 its own stdin does.
@@ -105,6 +105,8 @@ def _serve(connection: socket.socket) -> None:
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         data, descriptors, _, _ = socket.recv_fds(connection, LARGEST, 64)
+        while data[-1:] != b"\n" and (more := connection.recv(LARGEST)):  # a large request comes in pieces
+            data += more
         members = json.loads(data)
         pids = [_fork(member, descriptors[3 * n : 3 * n + 3], connection) for n, member in enumerate(members)]
         for descriptor in descriptors:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from tests.warm import ROOT, Member, Processes
 
 __all__ = ["ROOT", "Forks", "Group", "free_port"]
+_DRAW = random.SystemRandom()
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,14 @@ class Forks:
 
 
 def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that is free, and stays so until it is bound.
+
+    Below the range from which the kernel gives ports to those that bind none, such as every client's connection, and
+    drawn anew by each caller: between this look and the binding another test could otherwise come by the same port.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    while True:
+        port = _DRAW.randrange(first // 2, first)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port

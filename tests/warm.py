@@ -75,7 +75,7 @@ class Processes:
                     opened = place if isinstance(place, int) else stack.enter_context(place.open(how)).fileno()
                     descriptors.append(opened)
             self._connection.connect("\0" + address())
-            socket.send_fds(self._connection, [json.dumps(asked).encode()], descriptors)
+            socket.send_fds(self._connection, [json.dumps(asked).encode() + b"\n"], descriptors)
         self._lines = self._connection.makefile("rb")
         self.pids: tuple[int, ...] = tuple(json.loads(self._lines.readline()))
 

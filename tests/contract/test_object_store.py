@@ -401,7 +401,7 @@ def test_a_client_that_stands_still_in_a_request_keeps_nobody_out(endpoint: str)
         )
         time.sleep(0.1)  # its thread waits for the rest
         place = open_store(
-            f"s3://{BUCKET}/{uuid4().hex}", StorageOptions(endpoint_url=endpoint, retries=1, timeout_seconds=5)
+            f"s3://{BUCKET}/{uuid4().hex}", StorageOptions(endpoint_url=endpoint, retries=1, timeout_seconds=60)
         )
         place.write("a", b"1")
         assert place.read("a") is not None

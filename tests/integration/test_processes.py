@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from job.runs.layout import facts_of
 from tests import warm
 from tests.forked import ROOT, Forks, Group, free_port
 from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
+from tests.waiting import wait_for
 
 STEPS = 6
 CLOSE = 1e-5
@@ -164,14 +165,6 @@ def test_the_same_number_of_processes_gives_the_same_bits(forked: Forks, environ
     assert facts_of(found) == facts_of(expected)
 
 
-def wait_for(found: Callable[[], bool], seconds: float = 60) -> None:
-    """Waits until something is so."""
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def last_step(group: Group) -> int:
     """The last step that the log of process 0 tells of; 0 for none."""
     return max((line["done"] for line in group.lines(0) if line["event"] == "steps"), default=0)
@@ -202,7 +195,7 @@ def test_a_process_that_dies_ends_the_others(forked: Forks, environment: dict[st
     began = time.monotonic()
     os.kill(group.pids[1], signal.SIGKILL)
     assert group.wait() == [1, -9]
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < 60
     saved = {path.parent.name for path in run_folder(environment, "dies").rglob("COMMITTED.json")}
     assert saved == {f"step-{last_step(group):08d}"}
 
@@ -247,6 +240,6 @@ def test_two_machines(environment: dict[str, str], one: str, tmp_path: Path) -> 
     assert results(environment, "machines")["training"]["world_size"] == 2
     assert {line["level"] for rank in (0, 1) for line in read_jsonl(tmp_path / str(rank))} == {"info"}
     # A machine that comes back when the others have gone home finds nothing to do, and waits for nobody.
-    again = warm.run([], {**os.environ, **environment, **common, "JOB_RUN__NODE_RANK": "1"}, timeout=60)
+    again = warm.run([], {**os.environ, **environment, **common, "JOB_RUN__NODE_RANK": "1"}, timeout=240)
     assert again.returncode == 0
     assert "complete already" in again.stderr

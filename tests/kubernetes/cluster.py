@@ -176,6 +176,7 @@ class Job:
         settings: `JOB_` variables that the user adds to the ConfigMap.
         secret: Files of the Secret that the template mounts.
         start: Starts the job's process.
+        clock: Seconds, by which activeDeadlineSeconds is measured.
     """
 
     def __init__(
@@ -187,16 +188,17 @@ class Job:
         *,
         secret: Mapping[str, str] | None = None,
         start: Start = warm,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = job_spec(documents)
         self.pods: list[Pod] = []
         self._documents, self._folder, self._claims = documents, folder, claims
-        self._settings, self._secret, self._start = settings, secret or {}, start
+        self._settings, self._secret, self._start, self._clock = settings, secret or {}, start, clock
         self._name = one(documents, "Job")["metadata"]["name"]
         assert self.spec["completions"] == self.spec["parallelism"] == 1
         assert self.spec["podReplacementPolicy"] == "Failed"
 
-    def run(self, happens: Callable[[Pod], None] = lambda _: None, *, seconds: float = 120) -> Ended:
+    def run(self, happens: Callable[[Pod], None] = lambda _: None, *, seconds: float = 600) -> Ended:
         """Runs the Job to its end: one pod after the other, as podReplacementPolicy and parallelism demand.
 
         Args:
@@ -204,13 +206,13 @@ class Job:
             seconds: Longest time that a test waits.
         """
         began, failed, delay = time.monotonic(), 0, FIRST_DELAY
-        deadline = began + self.spec["activeDeadlineSeconds"]
+        deadline = self._clock() + self.spec["activeDeadlineSeconds"]
         try:
             while True:
                 pod = self._pod()
                 while pod.phase == "Running":
                     assert time.monotonic() - began < seconds, pod.log[-3000:]
-                    if time.monotonic() > deadline:
+                    if self._clock() > deadline:
                         pod.delete()
                     else:
                         happens(pod)
@@ -225,7 +227,7 @@ class Job:
                 if failed > self.spec["backoffLimit"]:
                     message = "Job has reached the specified backoff limit"
                     return self._ended("Failed", "BackoffLimitExceeded", message, failed)
-                if time.monotonic() > deadline:
+                if self._clock() > deadline:
                     message = "Job was active longer than specified deadline"
                     return self._ended("Failed", "DeadlineExceeded", message, failed)
                 time.sleep(delay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from tests.kubernetes.cluster import Ended, Job, Pod
 from tests.kubernetes.manifests import NODE, Document, job_spec, overlay
 from tests.kubernetes.processes import Start, cold, warm
 from tests.s3_server import CREDENTIALS, SECRET, Request, server
-from tests.warm import run
 
 DIGEST = f"sha256:{'0123456789abcdef' * 4}"
 SMALL = {
@@ -33,13 +33,14 @@ def play(
     spec: Mapping[str, Any] | None = None,
     secret: Mapping[str, str] | None = None,
     start: Start = warm,
+    clock: Callable[[], float] = time.monotonic,
     **settings: str,
 ) -> Ended:
     """Plays the demo overlay's Job with small settings; `spec` changes some of its own."""
     documents = [_changed(document, spec or {}) for document in overlay("demo")]
     number = len(list(folder.glob("job-*")))
-    job = Job(documents, folder / f"job-{number}", folder / "claims", SMALL | settings, secret=secret, start=start)
-    return job.run(happens)
+    place, claims = folder / f"job-{number}", folder / "claims"
+    return Job(documents, place, claims, SMALL | settings, secret=secret, start=start, clock=clock).run(happens)
 
 
 def _changed(document: Document, spec: Mapping[str, Any]) -> Document:
@@ -277,7 +278,9 @@ def test_a_node_without_a_gpu_counts(tmp_path: Path) -> None:
 
 def test_the_deadline_of_the_job(tmp_path: Path) -> None:
     """A Job that takes too long is stopped like an evicted one: its state is kept for whoever starts it again."""
-    run(["--version"], {})  # imports the libraries before the time runs
-    ended = play(tmp_path, spec={"activeDeadlineSeconds": 4}, JOB_TRAIN__MAX_STEPS="1000", JOB_TRAIN__EPOCHS="100")
+    begun: list[Pod] = []
+    clock, over = lambda: 3601.0 if begun else 0.0, at_step(1, begun.append)
+    settings = {"JOB_TRAIN__MAX_STEPS": "1000", "JOB_TRAIN__EPOCHS": "100"}
+    ended = play(tmp_path, over, spec={"activeDeadlineSeconds": 3600}, clock=clock, **settings)
     assert (ended.condition, ended.reason) == ("Failed", "DeadlineExceeded")
     assert [pod.exit_code for pod in ended.pods] == [75]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.forked import free_port
-from tests.kubernetes.cluster import TICK, Pod
+from tests.kubernetes.cluster import Pod
 from tests.kubernetes.manifests import one, overlay
 from tests.kubernetes.policy import judge_set
+from tests.waiting import wait_for
 from tests.warm import Member, Processes
 
 GRACE = 10
@@ -136,14 +136,6 @@ def training(tmp_path: Path) -> Pods:
         pods.append(Pod(str(index), process, folder, GRACE))
     wait_for(lambda: all((tmp_path / f"trains{index}").exists() for index in range(2)))
     return Pods((pods[0], pods[1]), tmp_path)
-
-
-def wait_for(found: Callable[[], bool], seconds: float = 60) -> None:
-    """Waits until something is so."""
-    end = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < end
-        time.sleep(TICK)
 
 
 RESTART, FREE, FAIL = "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "FailJobSet"

@@ -25,6 +25,7 @@ from job.results.delivery import model_path
 from job.results.reader import read_published
 from job.storage.local import LocalStore
 from job.verification.verify import require_verified, verify
+from tests.forked import free_port
 from tests.published_run import pairs, publish_run
 
 DOCKER = os.environ.get("DOCKER") or "docker"
@@ -49,9 +50,7 @@ def expected(store: LocalStore) -> dict[str, bytes]:
 @contextmanager
 def registry(folder: Path, log: list[str] | None = None, *, htpasswd: str | None = None) -> Iterator[str]:
     """The address of a registry whose data lies in a folder; `log` is what it is asked for."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder.mkdir(exist_ok=True)
     config = folder / "config.yml"
     lines = ["version: 0.1", "storage:", f"  filesystem: {{rootdirectory: {folder}/data}}"]

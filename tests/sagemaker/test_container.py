@@ -226,7 +226,8 @@ def test_a_long_reason_begins_with_what_matters(order: Callable[..., TrainingJob
 def test_where_nothing_is_copied_the_log_says_so(order: Callable[..., TrainingJob], folder: Path) -> None:
     """Without CheckpointConfig and S3 an interruption loses the run: a warning comes before anything else happens."""
     ended = order("lost", bucket=None).run(lambda line: line["level"] == "warning", how=signal.SIGKILL)
-    [warning] = [json.loads(line) for line in ended.log]
+    warning = json.loads(ended.log[0])  # more may come before the machine goes
+    assert warning["level"] == "warning"
     assert "this run is not copied to S3" in warning["event"]
     assert warning["output"] == str(folder / "ml/checkpoints")
 

@@ -86,6 +86,8 @@ class TrainingJob:
             log = []
             deadline: threading.Timer | None = None
             for line in lines:
+                if not line.endswith("\n"):  # a kill came in the midst of it
+                    break
                 log.append(line.rstrip("\n"))
                 if deadline is None and line.startswith("{") and stop(json.loads(line)):
                     os.kill(container.pid, how)

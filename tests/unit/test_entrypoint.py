@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import pytest
 from job.cli.arguments import COMMANDS
 from job.errors import UnfitMachine
 from job.settings.load import secrets
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 SECRET = "a-secret-that-no-message-may-hold"
@@ -264,12 +264,14 @@ class TestWithGpu:
         done = start("run")
         assert (done.code, done.started) == (0, "run")
         assert len(done.events) == 1
-        for _ in range(200):
+
+        def is_read() -> bool:
             with suppress(OSError):  # nobody reads it yet
                 os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-                return
-            time.sleep(0.05)
-        pytest.fail("nobody reads it")
+                return True
+            return False
+
+        wait_for(is_read)
 
     @pytest.mark.parametrize("banner", [BANNER, NEW_BANNER])
     def test_the_facts_are_logged(self, start: Start, tmp_path: Path, banner: str) -> None:

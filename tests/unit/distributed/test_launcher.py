@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,34 +21,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.distributed import launcher
-from job.distributed.ends import END
+from job.distributed.ends import END, SETTLE_SECONDS
 from job.distributed.launcher import Machine, check_signals, count_processes, launch, noted_signals
 from job.distributed.rendezvous import host_store, keyspace
 from job.errors import JobError, Killed, Preempted, SettingsError, Unreachable, exit_codes
 from tests.forked import free_port
+from tests.waiting import wait_for
 
-RANK = "import os, sys, time, signal; rank = int(os.environ['RANK']); "
+Run = Callable[..., int]
 
-
-def run(
-    code: str, machine: Machine | None = None, *, signals: tuple[tuple[float, int], ...] = (), grace: float = 5
-) -> int:
-    """Launches Python code, and sends this process signals at their seconds."""
-    timers = [threading.Timer(seconds, os.kill, (os.getpid(), number)) for seconds, number in signals]
-    with noted_signals() as received:
-        for timer in timers:
-            timer.start()
-        try:
-            command = [sys.executable, "-S", "-c", RANK + code]
-            return launch(
-                command, machine or Machine(2), received, run="r", environ=dict(os.environ), grace_seconds=grace
-            )
-        finally:
-            for timer in timers:
-                timer.join()
+RANK = """
+import os, sys, time, signal
+rank = int(os.environ['RANK'])
+def ready(number=0):
+    open(os.path.join(notes, f'{rank}-{number}'), 'w').close()
+"""
 
 
-def test_each_process_gets_torchruns_variables(tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., int]:
+    """Launches Python code, and sends this process signals: each when all processes have said that they are ready."""
+
+    def launched(code: str, machine: Machine | None = None, *, signals: Sequence[int] = (), grace: float = 60) -> int:
+        notes = Path(tempfile.mkdtemp(dir=tmp_path))
+        machine = machine or Machine(2)
+
+        def send() -> None:
+            for number, one in enumerate(signals):
+                wait_for(lambda number=number: len(list(notes.glob(f"*-{number}"))) == machine.processes)
+                os.kill(os.getpid(), one)
+
+        sender = threading.Thread(target=send)
+        with noted_signals() as received:
+            sender.start()
+            try:
+                command = [sys.executable, "-S", "-c", f"{RANK}notes = {str(notes)!r}\n{code}"]
+                return launch(command, machine, received, run="r", environ=dict(os.environ), grace_seconds=grace)
+            finally:
+                sender.join()
+
+    return launched
+
+
+def test_each_process_gets_torchruns_variables(run: Run, tmp_path: Path) -> None:
     """As torchrun sets them, and the run's id, so that a made-up one is the same in all."""
     code = f"import json; open(r'{tmp_path}/' + str(rank), 'w').write(json.dumps(dict(os.environ)))"
     assert run(code) == 0
@@ -60,15 +78,15 @@ def test_each_process_gets_torchruns_variables(tmp_path: Path) -> None:
     assert found[0]["MASTER_PORT"] == found[1]["MASTER_PORT"]
 
 
-def test_ranks_go_on_over_the_machines(tmp_path: Path) -> None:
+def test_ranks_go_on_over_the_machines(run: Run, tmp_path: Path) -> None:
     """The second machine of two has the upper half, and connects to the first."""
     code = f"open(r'{tmp_path}/' + str(rank), 'w').write(os.environ['WORLD_SIZE'] + os.environ['MASTER_ADDR'])"
     assert run(code, Machine(2, nodes=2, node_rank=1, rendezvous="[::1]:29400")) == 0
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"2": "4::1", "3": "4::1"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == {"2": "4::1", "3": "4::1"}
 
 
 @pytest.mark.parametrize("code", sorted(exit_codes()))
-def test_an_exit_code_survives(code: int) -> None:
+def test_an_exit_code_survives(run: Run, code: int) -> None:
     """Where torchrun makes 1 of all of them: the codes decide whether a platform tries again."""
     assert run(f"sys.exit({code} if rank else 75)") == code
 
@@ -104,7 +122,7 @@ def test_an_end_is_a_success_only_if_it_was_one(codes: dict[int, int], data: Any
     assert (launcher._combined(codes, late) == 0) == (codes.get(0) == 0 or not any(codes.values()))
 
 
-def test_a_killed_process_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_told_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others, wherever they are, read in the store that it is gone; the error says which and how."""
     stores: list[Any] = []
     monkeypatch.setattr(launcher, "host_store", lambda port: stores.append(host_store(port)) or stores[0])
@@ -115,51 +133,67 @@ def test_a_killed_process_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (end["process"], end["code"]) == (1, 1)
 
 
-LISTENS = "signal.signal(15, lambda *_: sys.exit(75)); signal.signal(2, lambda *_: sys.exit(75)); time.sleep(30)"
+LISTENS = """
+signal.signal(15, lambda *_: sys.exit(69))
+signal.signal(2, lambda *_: sys.exit(69))
+ready()
+time.sleep(30)
+"""
+COUNTS = """
+n = []
+signal.signal(15, lambda *_: n.append(0) or (os._exit(69) if len(n) > 1 else ready(1)))
+ready()
+while True: time.sleep(1)
+"""
+DEAF = "signal.signal(15, signal.SIG_IGN); "
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_handed_on(number: int) -> None:
+def test_a_signal_is_handed_on(run: Run, number: int) -> None:
     """To all processes; the end of all is the end of the launcher, with their exit code."""
-    began = time.monotonic()
-    assert run(LISTENS, signals=((2.5, number),)) == 75  # on a busy machine they take a second to start
-    assert time.monotonic() - began < 10
+    assert run(LISTENS, signals=[number]) == 69
 
 
-def test_every_signal_is_handed_on() -> None:
+def test_every_signal_is_handed_on(run: Run) -> None:
     """The second one means: at once."""
-    code = "n = []; signal.signal(15, lambda *_: n.append(0) or (len(n) > 1 and os._exit(75))); time.sleep(20)"
-    began = time.monotonic()
-    assert run(code, signals=((1.0, signal.SIGTERM), (1.3, signal.SIGTERM)), grace=20) == 75
-    assert time.monotonic() - began < 15
+    assert run(COUNTS, signals=[signal.SIGTERM, signal.SIGTERM]) == 69
 
 
-def test_a_process_that_is_not_ready_for_a_signal_was_preempted_too() -> None:
+def test_a_process_that_is_not_ready_for_a_signal_was_preempted_too(run: Run) -> None:
     """It dies of it while it is still starting, which is no failure."""
-    assert run("time.sleep(30)", signals=((1.0, signal.SIGTERM),)) == 75
+    assert run("ready(); time.sleep(30)", signals=[signal.SIGTERM]) == 75
 
 
-def test_after_the_grace_all_are_killed() -> None:
+def test_after_the_grace_all_are_killed(run: Run) -> None:
     """A process that does not end when it has to, or when another one has ended, holds nothing up."""
-    deaf = "signal.signal(15, signal.SIG_IGN); "
-    assert run(deaf + "time.sleep(60)", signals=((1.0, signal.SIGTERM),), grace=1) == 75
-    assert run(deaf + "rank and sys.exit(65); time.sleep(60)", grace=1) == 65
+    began = time.monotonic()
+    assert run(DEAF + "ready(); time.sleep(100)", signals=[signal.SIGTERM], grace=1) == 75
+    assert run(DEAF + "rank and sys.exit(65); time.sleep(100)", grace=1) == 65
+    assert time.monotonic() - began < 100
 
 
-def on_two_machines(codes: tuple[str, str], grace: float = 5) -> list[int]:
+def on_two_machines(codes: tuple[str, str]) -> list[int]:
     """The exit codes of the launchers of two machines with one process each, which runs the code for its rank."""
-    address = f"localhost:{free_port()}"
+    port = free_port()
 
     def machine(rank: int) -> int:
         command = [sys.executable, "-S", "-c", RANK + codes[rank]]
-        place = Machine(1, nodes=2, node_rank=rank, rendezvous=address)
+        place = Machine(1, nodes=2, node_rank=rank, rendezvous=f"localhost:{port}")
+        if rank:
+            wait_for(lambda: listens(port))
         try:
-            return launch(command, place, [], run="r", environ=dict(os.environ), grace_seconds=grace)
+            return launch(command, place, [], run="r", environ=dict(os.environ), grace_seconds=60)
         except JobError as error:
             return error.exit_code
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(machine, (0, 1)))
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -183,24 +217,27 @@ def test_a_complete_run_is_complete_on_all_machines() -> None:
     assert on_two_machines(("pass", "os.kill(os.getpid(), 9)")) == [0, 0]
 
 
-def test_a_machine_that_says_nothing_is_not_waited_for_long() -> None:
+def test_a_machine_that_says_nothing_is_not_waited_for_long(run: Run) -> None:
     """The other machine is gone, or the store with it: the launcher ends with its own code, within its grace period."""
     began = time.monotonic()
     lonely = Machine(1, nodes=2, node_rank=0, rendezvous=f"localhost:{free_port()}")
     assert run("sys.exit(75)", lonely, grace=1) == 75
     assert run("sys.exit(75)", replace(lonely, node_rank=1), grace=1) == 75
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 2 * SETTLE_SECONDS
 
 
 def test_a_signal_before_the_start_starts_nothing(tmp_path: Path) -> None:
     """It is not lost on a launcher that is still reading its settings."""
-    with pytest.raises(Preempted, match="SIGTERM"):
-        run(f"open(r'{tmp_path}/x', 'w')", signals=((0.0, signal.SIGTERM),))
+    command = [sys.executable, "-S", "-c", f"open(r'{tmp_path}/x', 'w')"]
+    with noted_signals() as received:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Preempted, match="SIGTERM"):
+            launch(command, Machine(2), received, run="r", environ=dict(os.environ), grace_seconds=5)
     assert not list(tmp_path.iterdir())
     check_signals([])
 
 
-def test_signals_are_the_old_ones_afterwards() -> None:
+def test_signals_are_the_old_ones_afterwards(run: Run) -> None:
     """Nobody else's handlers are lost, not to torch either."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = [signal.getsignal(number) for number in numbers]
@@ -208,7 +245,7 @@ def test_signals_are_the_old_ones_afterwards() -> None:
     assert before == [signal.getsignal(number) for number in numbers]
 
 
-def test_a_port_that_is_taken_is_worth_a_retry() -> None:
+def test_a_port_that_is_taken_is_worth_a_retry(run: Run) -> None:
     """The attempt before may still be ending on this machine."""
     host = host_store(0)
     with pytest.raises(Unreachable, match="port"):

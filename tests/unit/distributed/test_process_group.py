@@ -15,8 +15,10 @@ from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, keyspace
 from job.errors import DataError, JobError, Killed, Preempted, Problem, Unreachable
 from job.preemption.stop_flag import Stop
+from tests.waiting import wait_for
 
 T = TypeVar("T")
+GRACE = 60.0
 
 
 class Team:
@@ -34,7 +36,7 @@ class Team:
 
         place = Place(rank, 3, rank % 2, 2 - rank // 2, "localhost", self.host.port, hosted=True)
         return ProcessGroup(
-            place, keyspace(connect_store(place), "run"), self.stops[rank], report_progress, grace_seconds=5
+            place, keyspace(connect_store(place), "run"), self.stops[rank], report_progress, grace_seconds=GRACE
         )
 
     def start(self, *work: Callable[[ProcessGroup], T]) -> list[Future[T]]:
@@ -46,15 +48,7 @@ class Team:
 
     def all(self, work: Callable[[ProcessGroup], T]) -> list[T]:
         """Lets all do the same; returns what each gets."""
-        return [future.result(timeout=20) for future in self.start(work, work, work)]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Looks again and again, for ten seconds."""
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+        return [future.result(timeout=60) for future in self.start(work, work, work)]
 
 
 @pytest.fixture
@@ -135,11 +129,11 @@ def test_an_end_reaches_those_that_wait_and_those_that_work(team: Team) -> None:
     waiting, working = team.start(wait, work)
     team.members[2].end(DataError([Problem("rows.jsonl:3", "is empty")]))
     for future in (waiting, working):
-        error = future.exception(timeout=10)
+        error = future.exception(timeout=60)
         assert isinstance(error, DataError)
         assert str(error) == "process 2: rows.jsonl:3: is empty"
         assert error.reported
-    assert team.stops[0].remaining() <= 5
+    assert team.stops[0].remaining() <= GRACE
 
 
 def test_the_first_end_counts(team: Team) -> None:
@@ -162,16 +156,16 @@ def test_a_signal_ends_the_waiting(team: Team) -> None:
     """A process that has to stop does not wait for the others until it is killed."""
     (_, waiting) = team.start(lambda _: None, lambda member: member.share("never", lambda: 0))
     team.stops[1].request("SIGTERM", 10)
-    assert isinstance(waiting.exception(timeout=10), Preempted)
+    assert isinstance(waiting.exception(timeout=60), Preempted)
 
 
 def test_waiting_is_progress_but_for_the_first(team: Team) -> None:
     """The watchdog of the others is fed; that of process 0 ends a wait of all for all."""
     (leading, waiting) = team.start(lambda m: m.gather("x", 0), lambda m: m.gather("x", 1))
-    time.sleep(0.1)
-    assert team.beats[0] == 0 < team.beats[1]
+    wait_for(lambda: team.beats[1])
     team.members[2].gather("x", 2)
-    assert leading.result(timeout=10) == waiting.result(timeout=10) == [0, 1, 2]
+    assert leading.result(timeout=60) == waiting.result(timeout=60) == [0, 1, 2]
+    assert team.beats[0] == 0
 
 
 def test_the_first_one_goes_first(team: Team) -> None:
@@ -180,8 +174,8 @@ def test_the_first_one_goes_first(team: Team) -> None:
     time.sleep(0.1)
     assert not second.done()
     team.members[0].leave()
-    second.result(timeout=5)
-    third.result(timeout=5)
+    second.result(timeout=30)
+    third.result(timeout=30)
 
 
 def test_nobody_waits_for_a_first_one_that_died(team: Team) -> None:
@@ -189,7 +183,7 @@ def test_nobody_waits_for_a_first_one_that_died(team: Team) -> None:
     publish_end(keyspace(team.host, "run"), 0, 75, "was killed by SIGKILL")
     began = time.monotonic()
     team.members[1].leave()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < GRACE / 2
 
 
 @pytest.mark.parametrize(("stopped", "kind"), [(False, Killed), (True, Preempted)])
@@ -198,9 +192,9 @@ def test_a_store_that_is_gone_is_a_reason_to_start_again(*, stopped: bool, kind:
     team = Team()
     member, stop = team.members[1], team.stops[1]
     if stopped:
-        stop.request("SIGTERM", 5)
+        stop.request("SIGTERM", GRACE)
     del team.host
     for _ in range(2):  # the end of this process, which the loss asked for, changes nothing
         with pytest.raises(kind, match="another process of this run is gone"):
             member.receive()
-    assert stop.remaining() <= 5
+    assert stop.remaining() <= GRACE

@@ -137,7 +137,7 @@ def test_a_signal_ends_the_waiting(come: str) -> None:
         time.sleep(0.3)
         assert not future.done()
         stop.request("SIGTERM", 10)
-        assert isinstance(future.result(timeout=10), Preempted)
+        assert isinstance(future.result(timeout=60), Preempted)
 
 
 def test_an_error_before_all_have_come_is_told_to_those_that_have() -> None:
@@ -148,7 +148,7 @@ def test_an_error_before_all_have_come_is_told_to_those_that_have() -> None:
         waiting = pool.submit(fail, places[0], patience=60)
         error = fail(places[1], patience=0.3)
         assert isinstance(error, Unreachable)
-        told = waiting.result(timeout=10)
+        told = waiting.result(timeout=60)
         assert isinstance(told, Unreachable)
         assert told.reported
 

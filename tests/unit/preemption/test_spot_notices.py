@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing, suppress
 
 import pytest
 from structlog.testing import capture_logs
 
+from job.preemption import metadata_services
+from job.preemption.metadata_services import CLOUDS
 from job.preemption.spot_notices import watch_notices
 from job.preemption.stop_flag import Stop
 from tests import metadata_server
 from tests.metadata_server import Imitation, Reply, instance_action, scheduled_event, serve
+from tests.waiting import threads, wait_for
 
 POLL = 0.01
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 5) -> bool:
-    """Whether something became true in time."""
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    return bool(condition())
 
 
 def nothing(_service: Imitation, _method: str, _path: str, _headers: dict[str, str]) -> Reply:
@@ -31,11 +25,32 @@ def nothing(_service: Imitation, _method: str, _path: str, _headers: dict[str, s
     return (404, "", {})
 
 
+class Silent:
+    """A server that takes connections, and never answers."""
+
+    def __init__(self, server: socket.socket) -> None:
+        self._server, self._taken = server, list[socket.socket]()
+        self.url = f"http://127.0.0.1:{server.getsockname()[1]}"
+
+    def connections(self) -> int:
+        """How many there were."""
+        with suppress(BlockingIOError):
+            while True:
+                self._taken.append(self._server.accept()[0])
+        return len(self._taken)
+
+    def close(self) -> None:
+        """Ends those that are left."""
+        for connection in self._taken:
+            connection.close()
+
+
 @pytest.fixture
-def silent() -> Iterator[str]:
-    """An address that takes connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+def silent() -> Iterator[Silent]:
+    """A server that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server, closing(Silent(server)) as made:
+        server.settimeout(0)
+        yield made
 
 
 NOTICES = {
@@ -54,12 +69,12 @@ def test_a_notice_raises_the_flag(name: str, automatic: bool) -> None:  # noqa: 
     with serve(answer) as service, serve(nothing) as other:
         bases = {"ec2": other.url, "gcp": other.url, "azure": other.url, name: service.url}
         with watch_notices(stop, "auto" if automatic else name, bases=bases, poll_seconds=POLL):  # type: ignore[arg-type]
-            assert wait_for(lambda: len(service.requests) > 8)
+            wait_for(lambda: len(service.requests) > 8)
             assert not stop()
             service.state |= state()
-            assert wait_for(stop)
+            wait_for(stop)
     assert reason in str(stop.reason)
-    assert seconds - 10 < stop.remaining() <= seconds
+    assert seconds - 15 < stop.remaining() <= seconds
     assert automatic or not other.requests
 
 
@@ -69,7 +84,7 @@ def test_failures_of_the_service_are_survived(name: str) -> None:
     answer, state, reason, _ = NOTICES[name]
     stop = Stop()
     with serve(answer) as service, watch_notices(stop, "auto", bases={name: service.url}, poll_seconds=POLL):
-        assert wait_for(lambda: len(service.requests) > 4)
+        wait_for(lambda: len(service.requests) > 4)
         for broken in (
             (500, "oops", {}),
             (200, "{", {"Metadata-Flavor": "Google"}),
@@ -77,11 +92,11 @@ def test_failures_of_the_service_are_survived(name: str) -> None:
         ):
             before = len(service.requests)
             service.answer = lambda *_, broken=broken: broken
-            assert wait_for(lambda before=before: len(service.requests) > before + 2)
+            wait_for(lambda before=before: len(service.requests) > before + 2)
         assert not stop()
         service.answer = answer
         service.state |= state()
-        assert wait_for(stop)
+        wait_for(stop)
     assert reason in str(stop.reason)
 
 
@@ -89,45 +104,44 @@ def test_where_there_is_no_cloud_the_thread_ends() -> None:
     """Other servers at that address are each asked once, and then left alone."""
     stop = Stop()
     with serve(nothing) as service, watch_notices(stop, "auto", bases=dict.fromkeys(NOTICES, service.url)):
-        assert wait_for(lambda: not any(thread.name == "notices" for thread in threading.enumerate()))
+        wait_for(lambda: not threads("notices"))
         assert len(service.requests) == 3
     assert not stop()
 
 
-def test_silence_is_given_up_within_three_seconds(silent: str) -> None:
-    """Detection costs the job nothing and ends soon, where packets just disappear."""
-    began = time.monotonic()
-    with watch_notices(Stop(), "auto", bases=dict.fromkeys(NOTICES, silent)):
-        assert time.monotonic() - began < 0.5
-        assert wait_for(lambda: not any(thread.name == "notices" for thread in threading.enumerate()))
-    assert time.monotonic() - began < 4
+def test_silence_is_given_up_within_three_seconds(silent: Silent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detection does not hold the job up and ends soon, where packets just disappear."""
+    assert len(CLOUDS) * metadata_services.TIMEOUT_SECONDS <= 3
+    with watch_notices(Stop(), "auto", bases=dict.fromkeys(NOTICES, silent.url)):
+        assert silent.connections() < 3
+        monkeypatch.setattr(metadata_services, "TIMEOUT_SECONDS", 0.1)  # of the other two
+        wait_for(lambda: not threads("notices"))
+    assert silent.connections() == 3
 
 
-def test_leaving_is_prompt(silent: str) -> None:
-    """The end of the job waits for no poll, and hardly for a request that hangs."""
+def test_leaving_is_prompt(silent: Silent) -> None:
+    """The end of the job waits for no poll, and for one request that hangs at most."""
     with serve(metadata_server.gcp) as service:
         with watch_notices(Stop(), "gcp", bases={"gcp": service.url}, poll_seconds=60):
-            assert wait_for(lambda: service.requests)
-            began = time.monotonic()
-        assert time.monotonic() - began < 0.5
-    began = time.monotonic()
-    with watch_notices(Stop(), "auto", bases=dict.fromkeys(NOTICES, silent)):
-        time.sleep(0.1)
-    assert time.monotonic() - began < 2.5
-    assert not any(thread.name == "notices" for thread in threading.enumerate())
+            wait_for(lambda: service.requests)
+        wait_for(lambda: not threads("notices"), 30)
+    with watch_notices(Stop(), "auto", bases=dict.fromkeys(NOTICES, silent.url)):
+        wait_for(silent.connections)
+    wait_for(lambda: not threads("notices"))
+    assert silent.connections() == 1
 
 
 def test_off_is_off() -> None:
     """Whoever wants no polling gets no thread."""
     with watch_notices(Stop(), "off"):
-        assert not any(thread.name == "notices" for thread in threading.enumerate())
+        assert not threads("notices")
 
 
 def test_a_named_service_that_does_not_answer_is_told_once() -> None:
     """Who asks for EC2's notices and cannot get them should know, but not every five seconds."""
     with capture_logs() as lines, serve(nothing) as service:
         with watch_notices(Stop(), "ec2", bases={"ec2": service.url}, poll_seconds=POLL):
-            assert wait_for(lambda: len(service.requests) > 4)
+            wait_for(lambda: len(service.requests) > 4)
         assert len(service.requests) > 4
     told = [line for line in lines if line["log_level"] == "warning"]
     assert len(told) == 1

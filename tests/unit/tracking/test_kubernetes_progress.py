@@ -6,7 +6,6 @@ import datetime as dt
 import ipaddress
 import json
 import ssl
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,11 +26,19 @@ from job.settings.load import exporters, load_settings
 from job.tracking import kubernetes_progress as module
 from job.tracking.live_metrics import live_metrics
 from tests.s3_server import Request
+from tests.waiting import wait_for
 
 STAGES = tuple(stage.value for stage in Stage)
 FIGURES = RunFigures(2, STAGES, "train", 0.75, TrainingProgress(7, 96, 1.25, 1234.5, 61.4))
 TRAINER = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/qlora/trainjobs/a-run/status"
 POD = "/api/v1/namespaces/qlora/pods/a-pod"
+
+
+@pytest.fixture(autouse=True)
+def _reports_are_taken_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy this machine is."""
+    monkeypatch.setattr("job.tracking.live_metrics.FLUSH_SECONDS", 60.0)
+    monkeypatch.setattr(module, "_REQUEST_SECONDS", 60.0)
 
 
 @pytest.fixture(scope="module")
@@ -179,14 +186,9 @@ def test_it_is_told_while_the_run_goes_on(files: Path, monkeypatch: pytest.Monke
     (renewed / "token").write_text("an-old-token", encoding="ascii")
     with serving(cluster, renewed) as url, capture_logs() as lines, live_metrics(asked(url, renewed), "a-run") as live:
         live.figures = lambda: FIGURES
-        deadline = time.monotonic() + 20
-        while len([line for line in lines if line["log_level"] == "warning"]) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: len([line for line in lines if line["log_level"] == "warning"]) >= 2)
         (renewed / "token").write_text("a-token", encoding="ascii")
-        while len(cluster.statuses) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: len(cluster.statuses) >= 3)
     assert {line["why"] for line in lines} == {"the server answered 403"}
     assert len(lines) == 2  # one for each, however often it failed
     assert cluster.patches == 1

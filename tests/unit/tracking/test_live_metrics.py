@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 from typing import Any
 from urllib import request
 
@@ -24,7 +25,9 @@ from job.settings.load import exporters, load_settings, secrets
 from job.storage.local import LocalStore
 from job.tracking import live_metrics as module
 from job.tracking.live_metrics import GAUGES, LiveMetrics, live_metrics
+from tests.forked import free_port
 from tests.s3_server import Request, server
+from tests.waiting import threads, wait_for
 
 STAGES = tuple(stage.value for stage in Stage)
 FIGURES = RunFigures(2, STAGES, "train", 0.75, TrainingProgress(7, 96, 1.25, 1234.5, 61.0))
@@ -51,8 +54,10 @@ EXPECTED = {
 class Collector:
     """An imitation of an OpenTelemetry collector: parses what is posted, and answers as the test says."""
 
-    def __init__(self, status: int = 200, seconds: float = 0.0) -> None:
-        self.status, self.seconds = status, seconds
+    def __init__(self, status: int = 200) -> None:
+        self.status = status
+        self.answers = Event()
+        self.answers.set()
         self.received: list[ExportMetricsServiceRequest] = []
         self.headers: dict[str, str] = {}
 
@@ -62,7 +67,7 @@ class Collector:
         assert asked.headers["Content-Type"] == "application/x-protobuf"
         self.headers = dict(asked.headers)
         self.received.append(ExportMetricsServiceRequest.FromString(asked.content))
-        time.sleep(self.seconds)
+        self.answers.wait(60)
         asked.answer(self.status)
 
     def samples(self) -> dict[tuple[str, ...], float]:
@@ -81,6 +86,14 @@ class Collector:
         """What the newest request says of the service."""
         (resource,) = self.received[-1].resource_metrics
         return {pair.key: pair.value.string_value for pair in resource.resource.attributes}
+
+
+@pytest.fixture(autouse=True)
+def _last_figures_are_taken_in_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """However busy this machine is. What a test does not wait for ends before the next one, in which it would warn."""
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 60.0)
+    yield
+    wait_for(lambda: not threads("metrics"))
 
 
 @pytest.fixture
@@ -125,19 +138,9 @@ def test_figures_are_pushed_while_the_run_goes_on(collector: Collector, variable
         time.sleep(0.2)
         assert not [m for r in collector.received for m in r.resource_metrics]
         live.figures = lambda: FIGURES
-        deadline = time.monotonic() + 20
-        while not any(r.resource_metrics for r in collector.received):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: any(r.resource_metrics for r in collector.received))
     assert collector.resource()["service.name"] == "mine"
     assert collector.resource()["team"] == "search"
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def scraped(port: int) -> dict[tuple[str, ...], float]:
@@ -181,16 +184,22 @@ def test_what_is_not_known_is_not_exported() -> None:
     assert {"qlora_job.train.loss", "qlora_job.train.remaining"} & known == set()
 
 
-@pytest.mark.parametrize(("status", "seconds"), [(200, 30.0), (500, 0.0), (503, 0.0), (400, 0.0)])
-def test_a_collector_that_fails_or_hangs_costs_a_warning(collector: Collector, status: int, seconds: float) -> None:
-    """The run ends within two seconds more, and one line says that the last figures are missing."""
-    collector.status, collector.seconds = status, seconds
+@pytest.mark.parametrize(("status", "hangs"), [(200, True), (500, False), (503, False), (400, False)])
+def test_a_collector_that_fails_or_hangs_costs_a_warning(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch, status: int, *, hangs: bool
+) -> None:
+    """The run ends within a bounded time, and one line says that the last figures are missing."""
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 1.0)
+    collector.status = status
+    if hangs:
+        collector.answers.clear()
     with capture_logs() as lines:
         with live_metrics(OTLP, "a-run") as live:
             live.figures = lambda: FIGURES
             began = time.monotonic()
-        assert time.monotonic() - began < module.FLUSH_SECONDS + 3
-    collector.seconds = 0.0
+        assert time.monotonic() - began < 30
+        wait_for(lambda: not threads("metrics"))
+    collector.answers.set()
     (warning,) = [line["event"] for line in lines if line["log_level"] == "warning"]
     assert "did not take the last figures" in warning
 
@@ -201,10 +210,7 @@ def test_a_collector_that_recovers_gets_the_figures(collector: Collector, variab
     collector.status = 400
     with capture_logs() as lines, live_metrics(OTLP, "a-run") as live:
         live.figures = lambda: FIGURES
-        deadline = time.monotonic() + 20
-        while len(collector.received) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: len(collector.received) >= 3)
         collector.status = 200
     (warning,) = [line["event"] for line in lines if line["log_level"] == "warning"]
     assert "does not take the figures" in warning
@@ -221,12 +227,19 @@ def test_a_collector_that_recovers_gets_the_figures(collector: Collector, variab
     ],
 )
 def test_variables_that_make_no_sense_cost_a_warning(
-    variables: Callable[..., None], asked: dict[str, Any], given: dict[str, str], why: str | None
+    variables: Callable[..., None],
+    asked: dict[str, Any],
+    given: dict[str, str],
+    why: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An unknown protocol, an address that nobody answers at, and wrong numbers end no run."""
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 1.0)
     variables(**given)
-    with capture_logs() as lines, live_metrics(asked, "a-run") as live:
-        live.figures = lambda: FIGURES
+    with capture_logs() as lines:
+        with live_metrics(asked, "a-run") as live:
+            live.figures = lambda: FIGURES
+        wait_for(lambda: not threads("metrics"))
     (warning,) = [line for line in lines if line["log_level"] == "warning"]
     assert why is None or why in warning.get("why", "")
 
@@ -260,9 +273,9 @@ def test_an_attempt_tells_its_figures(tmp_path: Path) -> None:
             attempt.training = TrainingProgress(1, 2)
             began = attempt._began = time.monotonic() - 10
             attempt.step_done(1, 5.0)
-            figures = attempt.figures()
-            share = 0.5 if number == 1 else 0.0  # the second attempt repeats the step
-            assert figures.goodput == pytest.approx(share * 10 / (time.monotonic() - began), abs=0.01)
+            before, figures, after = time.monotonic(), attempt.figures(), time.monotonic()
+            useful = 5.0 if number == 1 else 0.0  # the second attempt repeats the step
+            assert useful / (after - began) <= figures.goodput <= useful / (before - began)
             assert (figures.attempt, figures.stage, figures.training) == (number, "train", attempt.training)
 
 

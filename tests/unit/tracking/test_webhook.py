@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from contextlib import nullcontext
 from datetime import datetime
 from typing import Any
@@ -20,6 +19,7 @@ from job.settings.load import load_settings, secrets
 from job.tracking import webhook
 from job.tracking.webhook import notifying
 from tests.s3_server import Request, server
+from tests.waiting import threads, wait_for
 
 TOKEN = "a-token-in-the-address"
 DATA = {"attempt": 2, "store": "s3://bucket/a run"}
@@ -28,24 +28,30 @@ DATA = {"attempt": 2, "store": "s3://bucket/a run"}
 class Receiver:
     """Takes events, and answers as the test says."""
 
-    def __init__(self, status: int = 202, seconds: float = 0.0, **headers: str) -> None:
-        self.status, self.seconds, self.headers = status, seconds, headers
+    def __init__(self, status: int = 202, **headers: str) -> None:
+        self.status, self.headers = status, headers
         self.events: list[dict[str, Any]] = []
+        self.answers = threading.Event()
+        self.answers.set()
 
     def answer(self, asked: Request) -> None:
         """Takes a request."""
         assert (asked.command, asked.path) == ("POST", f"/{TOKEN}")
         assert asked.headers["Content-Type"] == "application/cloudevents+json; charset=utf-8"
         self.events.append(json.loads(asked.content))
-        time.sleep(self.seconds)
+        self.answers.wait(60)
         asked.answer(self.status, **self.headers)
+
+
+@pytest.fixture(autouse=True)
+def _answers_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy this machine is."""
+    monkeypatch.setattr(webhook, "END_SECONDS", 120.0)
+    monkeypatch.setattr(webhook, "_REQUEST_SECONDS", 60.0)
 
 
 def notified(url: str, error: BaseException | None = None, *, started: bool = True) -> list[Any]:
     """An attempt that ends like this; returns the warnings."""
-    for one in threading.enumerate():  # another test did not wait for them, and they would warn in this one
-        if one.name == "webhook":
-            one.join(10)
     expected = nullcontext() if error is None else pytest.raises(type(error))
     with capture_logs() as lines, expected, notifying(f"{url}/{TOKEN}", "a run") as notifier:
         if started:
@@ -138,11 +144,13 @@ def test_a_webhook_that_fails_costs_warnings(receiver: Receiver | None, why: str
 def test_a_webhook_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of the run waits for a bounded time, and says so."""
     monkeypatch.setattr(webhook, "END_SECONDS", 0.3)
-    receiver = Receiver(seconds=1.0)
+    receiver = Receiver()
+    receiver.answers.clear()
     with server(receiver.answer) as url:
-        began = time.monotonic()
         (warning,) = notified(url)
-        assert time.monotonic() - began < 5
+        assert threads("webhook")
+        receiver.answers.set()
+        wait_for(lambda: not threads("webhook"))  # one that is left would warn in another test
     assert "did not answer in time" in warning["event"]
 
 

@@ -388,11 +388,11 @@ def test_a_job_that_has_to_end_waits_for_one_file_at_most(
         if verb == "upload":
             uploads.append(key)
             uploading.set()
-            assert go_on.wait(10)
+            assert go_on.wait(60)
 
     def preempted() -> None:
         with publishing(CacheEntry(entry.key, entry.folder, WrappedStore(store, before=slow)), never, nothing):
-            assert uploading.wait(10)
+            assert uploading.wait(60)
             threading.Timer(0.2, go_on.set).start()
             raise Preempted("stopped")
 
@@ -431,7 +431,7 @@ def test_two_runs_at_once_do_not_mix(base: Any, base_folder: Path, store: Object
     def publish(entry: CacheEntry) -> None:
         def meet(verb: str, _key: str) -> None:
             if verb == "list":
-                meeting.wait(10)
+                meeting.wait(60)
 
         with publishing(CacheEntry(entry.key, entry.folder, WrappedStore(store, before=meet)), never, nothing):
             pass
