@@ -15,7 +15,6 @@ import pytest
 from job import pipeline
 from job.common.hashing import sealed
 from job.distributed.processes import ALONE
-from job.distributed.ranks import Place
 from job.errors import Preempted
 from job.preemption.stop_flag import Stop
 from job.records import AttemptRecord, Exported, ScoringPrecision
@@ -27,6 +26,7 @@ from job.storage.local import LocalStore
 from job.tracking import webhook
 from job.tracking.live_metrics import LiveMetrics
 from job.tracking.webhook import Notifier
+from tests.attempts import Second
 
 
 def test_the_webhook_is_told_whether_the_gate_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,28 +103,12 @@ def test_exports_are_scored_again_where_base_and_adapter_were(
     assert objections == ["", "it was scored in another precision than the base"]
 
 
-class Second:
-    """The second of two processes, which is told what the first found out."""
-
-    place = Place(rank=1, world_size=2, local_world_size=2, host="localhost", port=1, hosted=False)
-    leads = False
-    answers: Mapping[str, Any] = {"settings of the run": {}, "attempt": 1}
-
-    def share(self, what: str, _work: Callable[[], Any]) -> Any:
-        """What process 0 found out."""
-        return self.answers[what]
-
-    def gather(self, _what: str, own: Any) -> list[Any]:
-        """Of all processes."""
-        return [own, own]
-
-
 def test_one_process_tells_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several processes the first alone has a webhook and exporters: two would tell everything twice."""
     others, settings = Others(monkeypatch), demo(tmp_path)
     with pipeline._attempt(settings, Stop(), lambda: None, (), ALONE, idle=None, last=True):
         pass
-    processes: Any = Second()
+    processes = Second({"settings of the run": {}, "attempt": 1})
     with pipeline._attempt(settings, Stop(), lambda: None, (), processes, idle=None, last=True):
         pass
     assert others.webhooks == ["https://hooks.example/x", None]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
-from job.records import Evaluated, Packing
+from job.records import PEFT, Evaluated, ExecutionPlan, Packing
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import arm
 from job.settings.load import Settings, load_settings
@@ -54,7 +53,7 @@ class World:
         record = describe_model(model, name="base", revision=None, sha256="0" * 64)
         if quantization == "none":
             record = replace(record, quantization="none")
-        plan: Any = SimpleNamespace(scoring_forward="modules")
+        plan = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a CPU", forward=PEFT)
         packing = Packing(packed=True, reason="")
         return Loaded(model, record, 512, plan, CachedBase(), packing, PublishedNames(""))
 

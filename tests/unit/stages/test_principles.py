@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,11 +13,13 @@ import pytest
 import structlog
 import torch
 
+from job.distributed.processes import ALONE
 from job.errors import SettingsError
 from job.evaluation.principles import parse_judgements, rules_sha256
-from job.records import Artifact, Evaluated, JudgeRecord, PromptAnswer, Pulled, SafetyRecord
+from job.records import Artifact, AuditRecord, Evaluated, JudgeRecord, PromptAnswer, Pulled, SafetyRecord
 from job.runs import stage_records
-from job.runs.layout import prompts_key
+from job.runs.attempt import Attempt
+from job.runs.layout import Stage, prompts_key
 from job.settings.load import Settings, load_settings
 from job.stages import principles, pull, pull_prompts
 from job.stages.evaluate import other_answers_judged
@@ -25,9 +27,9 @@ from job.stages.handoff import Sources
 from job.stages.principles import FoundJudge, check_judge, check_local, judge_answers, judge_sha256
 from job.stages.pull_prompts import find_prompt_rows
 from job.stages.safety import SafetyModel
-from job.storage.local import LocalStore
 from job.storage.open import StorageOptions
 from job.verification.check_history import _judged_differ
+from tests.attempts import Second, make_attempt
 from tests.example_run import DATASET
 from tests.helpers import write_jsonl
 from tests.judge_server import judge_server
@@ -92,29 +94,27 @@ def test_all_pairs_are_judged_on_one_device(tmp_path: Path, monkeypatch: pytest.
     """Where the GPU is full after one pair, the processor judges both, and a later attempt goes on there."""
     answers = {"base": ["x", "y"], "adapter": ["a", "b"]}
     artifacts = {}
+    attempt = make_attempt(tmp_path)
     for side, texts in answers.items():
         path = tmp_path / f"{side}.jsonl"
         write_jsonl(path, [asdict(PromptAnswer(f"p:{n}", "q", None, text, 1, "eos")) for n, text in enumerate(texts)])
-        artifacts[side] = Artifact(str(path), path.stat().st_size, sha256(path.read_bytes()).hexdigest())
-    attempt: Any = SimpleNamespace(
-        store=LocalStore(tmp_path / "store"),
-        work=tmp_path / "work",
-        questions=0,
-        alive=lambda: None,
-        fetch=lambda one: Path(one.path),
-        publish=lambda path, _key: path,
-    )
+        artifacts[side] = attempt.publish(path, prompts_key(side))
     asked: list[str] = []
     monkeypatch.setattr(principles, "_devices", lambda *_: ["cuda", "cpu"])
     room = {"cuda": 3, "cpu": 99}
     monkeypatch.setattr(principles, "open_judge", lambda _options, _judge, device: Asked(device, asked, room[device]))
     judge, own = FoundJudge(RECORD, tmp_path), settings(tmp_path, "models/judge")
-    found: Any = judge_answers(attempt, own.eval, own.run, judge, artifacts)
+    found = judge_answers(attempt, own.eval, own.run, judge, artifacts)
     assert asked == ["cuda"] * 3 + ["cpu"] * 4
-    assert [one.base_first for one in parse_judgements(found.read_bytes())] == ["A", "A"]
+    assert [one.base_first for one in parse_judgements(attempt.fetch(found).read_bytes())] == ["A", "A"]
     room["cuda"] = 99
     judge_answers(attempt, own.eval, own.run, judge, artifacts)
     assert len(asked) == 7
+
+
+def audited(*, left_out: int = 0, safety: SafetyRecord | None = None) -> AuditRecord:
+    """The record of an audit."""
+    return AuditRecord(9, left_out, {}, {}, 0, 40, "33", 9, safety=safety)
 
 
 def test_answers_that_are_others_are_judged_again() -> None:
@@ -144,18 +144,14 @@ def test_a_run_keeps_the_judge_it_began_with(tmp_path: Path, monkeypatch: pytest
         revisions.append(revision)
         return FoundJudge(RECORD, tmp_path)
 
-    def attempt(pulled: Any, *, leads: bool = True) -> Any:
-        known = {"pull": pulled, "evaluate-adapter": "finished"}
-        return SimpleNamespace(
-            alive=lambda **_: None,
-            work=tmp_path,
-            processes=SimpleNamespace(leads=leads),
-            recorded=lambda name, _kind: known[name],
-        )
+    def attempt(judge: dict[str, str] | None, *, leads: bool = True) -> Attempt:
+        pulled = None if judge is None else Pulled(DATASET, "0" * 64, None, {}, **judge)
+        known = {Stage.PULL: pulled, Stage.EVALUATE_ADAPTER: Evaluated({}, [])}
+        return make_attempt(Path(tempfile.mkdtemp(dir=tmp_path)), known, processes=ALONE if leads else Second({}))
 
     monkeypatch.setattr(pull, "find_judge", find)
     own = settings(tmp_path, "org/judge")
-    first, later = attempt(None), attempt(SimpleNamespace(judge_revision="abc", judge_sha256="0" * 64))
+    first, later = attempt(None), attempt({"judge_revision": "abc", "judge_sha256": "0" * 64})
     assert pull._find_judge(first, own, StorageOptions()) is not None
     judge = pull._find_judge(later, own, StorageOptions())
     assert revisions == [None, "abc"]
@@ -163,7 +159,7 @@ def test_a_run_keeps_the_judge_it_began_with(tmp_path: Path, monkeypatch: pytest
     assert "org/judge" in pull._places(first, own, ())
     assert "org/judge" not in pull._places(attempt(None, leads=False), own, ())
     assert pull._judge_sha256(first, judge) == pull._judge_sha256(later, judge) == judge_sha256(RECORD)
-    before = attempt(SimpleNamespace(judge_revision=None, judge_sha256=None))
+    before = attempt({})
     assert pull._judge_sha256(before, judge) is None
     others = (replace(RECORD, sha256="1" * 64), replace(RECORD, rules_sha256="1" * 64))
     assert len({judge_sha256(one) for one in (RECORD, *others)}) == 3
@@ -174,9 +170,9 @@ def test_rows_of_prompts_are_audited_like_those_trained_on(tmp_path: Path, monke
     given: list[dict[str, Any]] = []
     monkeypatch.setattr(pull_prompts, "_prompts_of_rows", lambda *_, how, **__: given.append(how) or [])
     own, how, auditing = settings(tmp_path, "org/judge"), {"date": "today"}, {"date": "today", "audit": "setup"}
-    for audit in (None, SimpleNamespace(left_out=0), SimpleNamespace(left_out=2)):
-        tokens: Any = SimpleNamespace(record=SimpleNamespace(audit=audit))
-        attempt: Any = None
+    for audit in (None, audited(left_out=0), audited(left_out=2)):
+        tokens: Any = SimpleNamespace(record=replace(DATASET, audit=audit))
+        attempt = make_attempt(tmp_path)
         reading: dict[str, Any] = {"tokenizer": None, "fetched": ("x", None), "how": how, "auditing": auditing}
         rows = pull._row_settings(own)
         find_prompt_rows(attempt, own.eval, rows, StorageOptions(), tokens=tokens, **reading)
@@ -193,10 +189,10 @@ def test_a_run_keeps_the_classifier_it_began_with(tmp_path: Path, monkeypatch: p
         return SafetyModel(tmp_path, safety)
 
     monkeypatch.setattr(pull, "find_safety_model", find)
-    pulled = SimpleNamespace(dataset=SimpleNamespace(audit=SimpleNamespace(safety=safety)), safety_sha256="0" * 64)
+    pulled = Pulled(replace(DATASET, audit=audited(safety=safety)), "0" * 64, None, {}, safety_sha256="0" * 64)
     own = load_settings(["--preset=demo", "--data.safety_model=org/x", "--data.safety_revision=main"], {})
     for known in (None, pulled):
-        attempt: Any = SimpleNamespace(alive=lambda **_: None, work=tmp_path, recorded=lambda *_, found=known: found)
+        attempt = make_attempt(tmp_path, {Stage.PULL: known})
         pull._find_safety_model(attempt, own, StorageOptions())
     assert revisions == ["main", "abc"]
 
@@ -207,9 +203,7 @@ def test_all_machines_name_the_run_by_the_same_judge(tmp_path: Path, monkeypatch
     sources = Sources(record, tmp_path, False, None, cast("Any", ()), (), None, None, None, None, None)  # noqa: FBT003 - a record
     monkeypatch.setattr(pull, "_pull", lambda *_: (sources, tmp_path))
     shared = {"date of the run": "2026-01-31", "judge": ["0" * 64, "abc"]}
-    place = SimpleNamespace(local_world_size=1, local_rank=0, rank=1)
-    processes = SimpleNamespace(place=place, share=lambda what, _: shared[what])
-    attempt: Any = SimpleNamespace(processes=processes, recorded=lambda *_: None)
+    attempt = make_attempt(tmp_path, processes=Second(shared))
     found = pull.pull(attempt, settings(tmp_path, "org/judge"), StorageOptions()).record
     assert (found.judge_sha256, found.judge_revision) == ("0" * 64, "abc")
     assert stage_records.identity(found) != stage_records.identity(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from job.data.training_and_validation import ValidationSource
-from job.distributed.processes import ALONE
 from job.errors import DataError, SettingsError, Unreachable
 from job.model.files import fingerprint
 from job.records import (
@@ -37,9 +37,9 @@ from job.stages.pull import _base_settings, _date, _groups, _row_settings, _with
 from job.stages.pull_audit import publish_findings, with_audit_of_before
 from job.stages.pull_model import _fetch_small_files, fetch_original, find_base, vocabulary_of
 from job.stages.pull_rows import fetch_rows
-from job.storage.local import LocalStore
 from job.storage.open import StorageOptions, open_store
 from tests import warm
+from tests.attempts import make_attempt
 from tests.example_run import DATASET
 from tests.helpers import arc_rows, write_jsonl
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
@@ -131,34 +131,31 @@ def test_a_token_beyond_the_embedding_is_found_in_pull(tmp_path: Path) -> None:
     assert "<|begin|>" in done.stderr.splitlines()[-1]
 
 
-def test_a_run_keeps_the_day_of_its_first_attempt() -> None:
+def test_a_run_keeps_the_day_of_its_first_attempt(tmp_path: Path) -> None:
     """A later attempt, on another day, has the date of the first one."""
     record = AttemptRecord(1, "2026-11-28T23:59:59.000Z", None, "killed", 1.0, {}, 0, 0, 0)
-    first: Any = SimpleNamespace(started="2026-11-28T23:59:59.000Z", earlier=[])
-    later: Any = SimpleNamespace(
-        started="2026-12-01T00:00:01.000Z",
-        earlier=[replace(record, number=2, started="2026-11-30T00:00:00.000Z"), record],
-    )
+    earlier = [replace(record, number=2, started="2026-11-30T00:00:00.000Z"), record]
+    first = make_attempt(tmp_path, started="2026-11-28T23:59:59.000Z")
+    later = make_attempt(tmp_path, started="2026-12-01T00:00:01.000Z", earlier=earlier)
     assert _date(first) == _date(later) == "2026-11-28"
 
 
-def test_a_run_of_an_earlier_version_goes_on_without_groups_in_its_record() -> None:
+def test_a_run_of_an_earlier_version_goes_on_without_groups_in_its_record(tmp_path: Path) -> None:
     """What names a run stays the same: only a run that began with its groups in the record has them later."""
     spec = GroupSpec("1", ("one",), {"acc,none": True}, {"acc,none": True})
     tasks: Any = SimpleNamespace(groups={"own": spec})
     rows = DatasetRecord("x.jsonl", None, None, "alpaca", 8, {}, "00", 9, 8, 7)
     before, now = (Pulled(rows, "11", None, {"one": "22"}, groups=groups) for groups in (None, tasks.groups))
-    for earlier, expected in ((None, {"own": spec}), (now, {"own": spec}), (before, None)):
-        attempt: Any = SimpleNamespace(recorded=lambda *_, earlier=earlier: earlier)
-        assert _groups(attempt, tasks) == expected
+    for number, (earlier, expected) in enumerate(((None, {"own": spec}), (now, {"own": spec}), (before, None))):
+        assert _groups(make_attempt(tmp_path / str(number), {Stage.PULL: earlier}), tasks) == expected
     assert stage_records.fingerprint({}, before) != stage_records.fingerprint({}, now)
     assert "groups" not in stage_records.identity(before)
 
 
-def test_the_manifest_has_no_place_that_the_first_attempt_did_not_record() -> None:
+def test_the_manifest_has_no_place_that_the_first_attempt_did_not_record(tmp_path: Path) -> None:
     """A run that an earlier version began verifies: its manifest agrees with the record of the pull."""
     rows = DatasetRecord("x.jsonl", None, None, "alpaca", 8, {}, "00", 9, 8, 7)
-    attempt: Any = SimpleNamespace(recorded=lambda *_: Pulled(rows, "11", None, {}))
+    attempt = make_attempt(tmp_path, {Stage.PULL: Pulled(rows, "11", None, {})})
     found, _ = _with_licences(attempt, load_settings([], {}), replace(rows, longest_at="x.jsonl:3"), None)
     assert found == rows
 
@@ -182,10 +179,12 @@ def audited(by: str, languages: dict[str, int], sha256: str) -> DatasetRecord:
         ),
     ],
 )
-def test_a_machine_without_the_audits_tools(found: DatasetRecord, expected: DatasetRecord | str) -> None:
+def test_a_machine_without_the_audits_tools(
+    tmp_path: Path, found: DatasetRecord, expected: DatasetRecord | str
+) -> None:
     """Of the same rows the first attempt's audit stays; other rows for want of a package are refused, named by it."""
     before = Pulled(audited("detect-secrets 1.5", {"en": 9}, "00"), "11", None, {"one": "22"})
-    attempt: Any = SimpleNamespace(recorded=lambda *_: before)
+    attempt = make_attempt(tmp_path, {Stage.PULL: before})
     if isinstance(expected, str):
         with pytest.raises(SettingsError, match=expected):
             with_audit_of_before(attempt, found)
@@ -197,14 +196,11 @@ def test_findings_that_are_gone_are_not_replaced_by_others(tmp_path: Path) -> No
     """What is published again has the hash in the record, and nothing else gets its place."""
     (tmp_path / "findings.jsonl").write_text("{}\n")
     record = Pulled(audited("detect-secrets 1.5", {}, "00"), "11", None, {"one": "22"})
-    attempt: Any = SimpleNamespace(
-        store=LocalStore(tmp_path / "run"),
-        publish=lambda *_: pytest.fail("published"),
-        damaged=lambda artifacts: [artifact.path for artifact in artifacts],
-    )
+    attempt = make_attempt(tmp_path)
     sources: Any = SimpleNamespace(record=record, findings=tmp_path / "findings.jsonl")
     with pytest.raises(DataError, match="is gone, and the audit's tools on this machine find something else"):
         publish_findings(attempt, sources)
+    assert list(attempt.store.list("artifacts/")) == []
 
 
 @pytest.mark.parametrize(
@@ -267,7 +263,7 @@ def test_a_model_in_a_bucket_is_refused_before_its_weights_are_fetched(bucket: S
 
 def test_a_later_attempt_fetches_the_original_model_from_its_bucket(bucket: StorageOptions, tmp_path: Path) -> None:
     """It lies where the settings say, and has to be what the run began with."""
-    attempt: Any = SimpleNamespace(alive=lambda: None, work=tmp_path / "work")
+    attempt = make_attempt(tmp_path)
     place = f"s3://{BUCKET}/base"
     shutil.copytree(DEMO, tmp_path / "base")
     (tmp_path / "base/model.safetensors").write_bytes(b"no weights")
@@ -279,10 +275,12 @@ def test_a_later_attempt_fetches_the_original_model_from_its_bucket(bucket: Stor
 
 
 @pytest.mark.parametrize("given", [None, "main"])
-def test_a_later_attempt_asks_for_the_commit_of_the_first(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+def test_a_later_attempt_asks_for_the_commit_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
     """The repository of the base may have a newer commit meanwhile, or the branch that is set."""
     earlier = Pulled(DATASET, "0" * 64, "c" * 40, {})
-    attempt: Any = SimpleNamespace(recorded=lambda name, _kind: earlier if name is Stage.PULL else None)
+    attempt = make_attempt(tmp_path, {Stage.PULL: earlier})
     words = ["--model.id=org/base", *([f"--model.revision={given}"] if given else [])]
     seen: list[tuple[str, str | None]] = []
 
@@ -296,7 +294,7 @@ def test_a_later_attempt_asks_for_the_commit_of_the_first(monkeypatch: pytest.Mo
     assert seen == [("org/base", "c" * 40)]
 
 
-def test_a_later_attempt_reads_rows_at_the_commit_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_attempt_reads_rows_at_the_commit_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a branch may have moved: of one source, of each of several, and of the validation rows' own source."""
     first, second, third = ("c" * 40, "d" * 40, "e" * 40)
     counts = {"rows": 1, "skipped": {}, "sha256": "0" * 64, "tokens": 1, "target_tokens": 1, "longest": 1}
@@ -307,14 +305,7 @@ def test_a_later_attempt_reads_rows_at_the_commit_of_the_first(monkeypatch: pyte
 
     def asked(source: str, dataset: DatasetRecord | None) -> tuple[Any, ...]:
         earlier = None if dataset is None else Pulled(dataset, "0" * 64, None, {})
-        attempt: Any = SimpleNamespace(
-            recorded=lambda name, _: earlier if name is Stage.PULL else None,
-            alive=lambda **_: None,
-            work=Path(),
-            processes=ALONE,
-            started="2026-01-01",
-            earlier=[],
-        )
+        attempt = make_attempt(Path(tempfile.mkdtemp(dir=tmp_path)), {Stage.PULL: earlier})
         revisions = ["--data.revision=main", "--data.validation=org/val", "--data.validation_revision=main"]
         seen: list[tuple[Any, ...]] = []
 
@@ -357,7 +348,6 @@ def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
     first, second = load_settings(["--model.id=org/base"], {}), load_settings(["--model.id=org/base"], {})
     for earlier, stages in ((None, [first, second]), (Pulled(DATASET, "0" * 64, None, {}), [first])):
         read.reset_mock()
-        recorded = {Stage.PULL: earlier}.get
-        attempt: Any = MagicMock(recorded=lambda name, _, recorded=recorded: recorded(name), work=tmp_path)
+        attempt = make_attempt(tmp_path, {Stage.PULL: earlier})
         pull._pull(attempt, first, StorageOptions(), "2026-01-01", [second])
         assert [call.args[1] for call in read.call_args_list] == [_row_settings(stage) for stage in stages]

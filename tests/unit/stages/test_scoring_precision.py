@@ -20,7 +20,7 @@ from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
-from job.records import Evaluated, FullPrecision, Packing, ScoringPrecision
+from job.records import PEFT, Evaluated, ExecutionPlan, FullPrecision, Packing, ScoringPrecision
 from job.runs.attempt import open_attempt
 from job.runs.fault_injection import arm
 from job.settings.load import load_settings
@@ -31,6 +31,7 @@ from job.stages.handoff import Loaded
 from job.stages.scoring_precision import choose_precision
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
+from tests.attempts import make_attempt
 from tests.helpers import (
     LINEAR,
     arc_rows,
@@ -74,17 +75,17 @@ def loaded_base(
             model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.mul_(factor)
     use(model.get_base_model(), NAME)
     record = describe_model(model, name="base", revision=None, sha256="0" * 64)
-    plan: Any = SimpleNamespace(scoring_forward="modules")
+    plan = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a CPU", forward=PEFT)
     return Loaded(model, record, 512, plan, CachedBase(), Packing(packed=True, reason=""), PublishedNames(""))
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_a_sharded_base_is_tried_too(world: Path) -> None:
+def test_a_sharded_base_is_tried_too(world: Path, tmp_path: Path) -> None:
     """With all processes, which have its weights together."""
     base = load_plain(world / "base", quantization="nf4", dtype=torch.bfloat16, placement="sharded", group=ALONE)
     how: dict[str, Any] = {"rank": 16, "alpha": 16, "dropout": 0.0, "target_modules": LINEAR, "seed": 1}
     loaded = replace(loaded_base(world), model=add_adapter(base, **how))
-    attempt: Any = SimpleNamespace(processes=ALONE)
+    attempt = make_attempt(tmp_path)
     wanted = load_settings([f"--model.id={world / 'base'}", "--eval.batch_tokens=512"], {}).eval
     sources = replace(example_sources(world), examples=make_examples(6))  # type: ignore[arg-type]
     assert choose_precision(attempt, wanted, sources, loaded, None) == PRECISE

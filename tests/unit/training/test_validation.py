@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +27,7 @@ from job.training.validation import Validation
 from tests.helpers import LINEAR, fill_adapter, make_examples, make_model
 from tests.unit.training import recipes
 from tests.unit.training.recipes import PLAN
+from tests.unit.training.test_step import make_step
 
 EXAMPLES, HELD_OUT = make_examples(24), make_examples(10, prompt=0.4)
 RECIPE = replace(
@@ -314,10 +314,9 @@ class Part(Alone):
 
 def make_validation(model: Any, **given: Any) -> Validation:
     """A validation whose loss is the number of target tokens, in floating point."""
-    step = SimpleNamespace(budget=150, divided_above=None, plan=PLAN, free_memory=lambda: False, longest_undivided=max)
     how: dict[str, Any] = {
         "block": 4,
-        "step": step,
+        "step": make_step(model, 150)[0],
         "summed_loss": lambda examples: torch.tensor(float(sum(sum(e.targets) for e in examples))),
         "hooks": Hooks(lambda _: None, lambda *_: None, lambda: False),
         "processes": ALONE,

@@ -1,0 +1,49 @@
+"""Attempts for tests of what takes place within one: the job's own class, on a store in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from job.common.validation import adapter_of
+from job.distributed.processes import Alone
+from job.distributed.ranks import Place
+from job.preemption.stop_flag import Stop
+from job.runs.attempt import Attempt
+from job.runs.fault_injection import Faults
+from job.storage.local import LocalStore
+
+
+class Second(Alone):
+    """The second of two processes, which is told what the first found out."""
+
+    place, leads = Place(rank=1, world_size=2), False
+
+    def __init__(self, told: Mapping[str, Any]) -> None:
+        self._told = told
+
+    def share(self, what: str, value: Callable[[], Any]) -> Any:
+        """What process 0 found out."""
+        return self._told[what]
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """Of both, which found out the same."""
+        return [value, value]
+
+
+def make_attempt(folder: Path, records: Mapping[str, Any] | None = None, **fields: Any) -> Attempt:
+    """The first attempt of a run in `folder`, which nobody stops.
+
+    Args:
+        folder: Takes `run` and `work`.
+        records: By stage, what an earlier attempt recorded; those that are None are not there.
+        fields: Others of the attempt than these.
+    """
+    store = LocalStore(folder / "run")
+    (folder / "work").mkdir(parents=True, exist_ok=True)
+    attempt = Attempt(store, folder / "work", 1, Stop(), lambda: None, Faults((), store), **{"earlier": []} | fields)
+    for name, record in (records or {}).items():
+        if record is not None:
+            attempt.keep(name, adapter_of(type(record)).dump_json(record).decode())
+    return attempt
