@@ -143,7 +143,7 @@ def test_metrics_fit_sagemakers_limits() -> None:
 def test_two_interruptions(order: Callable[..., TrainingJob], undisturbed: tuple[Ended, Path], folder: Path) -> None:
     """Stopped once and struck once, with its folder copied late and in no order, a job ends with the same bits."""
     job = order("interrupted", lag=0.3)
-    stopped = job.run(lambda line: line["event"] == "steps" and line["done"] == 5)
+    stopped = job.run(lambda line: line["event"] == "steps" and line["done"] >= 5 and is_copied(job, 3))
     assert stopped.code == 75
     assert stopped.failure
     assert stopped.failure.startswith("Preempted (exit code 75): stopped by SIGTERM")
@@ -162,6 +162,14 @@ def test_two_interruptions(order: Callable[..., TrainingJob], undisturbed: tuple
     assert hash_file(adapters[0]) == hash_file(adapters[1])
     copied = {path.name for path in job.bucket.rglob("*")}
     assert not [name for name in copied if name.endswith(MARKS) or ".part" in name]
+
+
+def is_copied(job: TrainingJob, step: int) -> bool:
+    """Whether all files of a checkpoint are in S3."""
+    run = job.machine / "checkpoints" / job.name
+    files = [path for path in run.glob(f"checkpoints/step-{step:08d}/**/*") if path.is_file()]
+    names = [path.relative_to(run) for path in files if not path.name.endswith(LEFT_ALONE)]
+    return bool(names) and all((job.bucket / job.name / name).exists() for name in names)
 
 
 def lose_the_adapter(run: Path, copy: Path) -> None:
