@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import datetime
 from typing import Any
@@ -44,10 +45,12 @@ class Receiver:
 
 
 @pytest.fixture(autouse=True)
-def _answers_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However busy this machine is."""
+def _answers_come_in_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """However busy this machine is. What a test does not wait for ends before the next one, in which it would warn."""
     monkeypatch.setattr(webhook, "END_SECONDS", 120.0)
     monkeypatch.setattr(webhook, "_REQUEST_SECONDS", 60.0)
+    yield
+    wait_for(lambda: not threads("webhook"))
 
 
 def notified(url: str, error: BaseException | None = None, *, started: bool = True) -> list[Any]:
@@ -150,7 +153,6 @@ def test_a_webhook_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch)
         (warning,) = notified(url)
         assert threads("webhook")
         receiver.answers.set()
-        wait_for(lambda: not threads("webhook"))  # one that is left would warn in another test
     assert "did not answer in time" in warning["event"]
 
 
