@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from job import __version__, log
 from job.cli.arguments import COMMANDS, command_help
 from job.common import garbage_collection
-from job.common.out_of_memory import out_of_memory
+from job.common.out_of_memory import memory_errors, out_of_memory
 from job.common.resources import usable_cpus
 from job.distributed.ranks import VARIABLES, Place, find_machines, visible_gpu
 from job.errors import JobError, NoProgress, Preempted, Problem, SettingsError, Stalled, TrainingFailed
@@ -158,7 +158,11 @@ def _run(words: list[str]) -> int:
     ):
         from job.pipeline import run as run_job
 
-        run_job(settings, stop, report_progress, faults, delivery=platform.delivery, processes=processes, idle=idle)
+        # In words before this process leaves the others, which end with the same exit code.
+        with memory_errors(
+            "the run was prepared or published", "lower JOB_TRAIN__MAX_LENGTH or JOB_EVAL__BATCH_TOKENS"
+        ):
+            run_job(settings, stop, report_progress, faults, delivery=platform.delivery, processes=processes, idle=idle)
     return 0
 
 
@@ -345,7 +349,7 @@ def _of_the_job(error: Exception) -> Exception:
         number = int(found[1])
         if is_of_the_machine(by_number := OSError(number, os.strerror(number))):
             error = by_number
-    if not isinstance(error, JobError) and (isinstance(error, MemoryError) or out_of_memory(error)):
+    if not isinstance(error, JobError) and out_of_memory(error):
         what = "the memory of the GPU or of the machine ran out; take a machine with more, or lower "
         return TrainingFailed(f"{what}JOB_TRAIN__MAX_LENGTH or JOB_EVAL__BATCH_TOKENS ({error})")
     if is_of_the_machine(error):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from job.common.out_of_memory import memory_errors
 from job.common.validation import adapter_of
 from job.distributed.processes import Processes
 from job.evaluation.generation import HowToGenerate, answer_batches
@@ -114,7 +116,10 @@ class ParallelScoring:
         from job.model.placed_weights import taking_part  # torch, which process 0 of a run without a model lacks
 
         place = self.processes.place
-        with taking_part(model):
+        # A process whose memory ran out would else give the others their shares of the base's weights until they are
+        # finished. As an error of the job it ends them, like any other.
+        words = memory_errors("scoring questions", "lower JOB_EVAL__BATCH_TOKENS")
+        with taking_part(model), words if place.world_size > 1 else nullcontext():
             own = list(work.parts)[place.rank :: place.world_size]
             if not own:  # `scoring` may load a model first
                 return

@@ -87,7 +87,7 @@ def _evaluate_original(
         return Evaluated({}, [], full_precision=found) if attempt.processes.leads else None
     try:
         scored = _score(attempt, settings, sources, loaded, folder=Path(folder), shared=shared, precision=precision)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error) or attempt.processes.place.world_size > 1:  # the others are scoring, and would wait
             raise
         log.get_logger().warning("the original base is not scored: memory ran out", why=str(error).partition("\n")[0])

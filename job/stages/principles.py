@@ -196,15 +196,15 @@ def _on_one_device(devices: Sequence[str], judged_on: Callable[[str], T]) -> T:
 
     All pairs are judged again on the next one: which of them the first would have judged depends on when it was full.
     """
-    for device in devices[:-1]:
-        try:
-            return judged_on(device)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        log.get_logger().warning("the judge does not fit into the GPU's memory; all pairs are judged on the CPU")
-        gc.collect()  # the judge is in cycles with its error
     with memory_errors("judging", "take a smaller JOB_EVAL__JUDGE"):
+        for device in devices[:-1]:
+            try:
+                return judged_on(device)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            log.get_logger().warning("the judge does not fit into the GPU's memory; all pairs are judged on the CPU")
+            gc.collect()  # the judge is in cycles with its error
         return judged_on(devices[-1])
 
 

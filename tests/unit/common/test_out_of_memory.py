@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 
@@ -15,6 +17,10 @@ from job.errors import DataError, Problem, TrainingFailed
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 MiB"),
         RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
+        RuntimeError("CUDA_ERROR_OUT_OF_MEMORY"),
+        ValueError("a library says: Cannot allocate memory (os error 12)"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
         MemoryError(),
     ],
     ids=lambda error: type(error).__name__,
