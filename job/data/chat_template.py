@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from job.common.helper_process import HelperProcess, start_helper
+from job.common.out_of_memory import ran_out
 from job.data.template_process import OUT_OF_BOUNDS, SECONDS
 from job.errors import DataError, JobError, Problem, SettingsError
 
@@ -262,6 +263,8 @@ class _Rendering:
         """The error for a process that has ended, by its exit status."""
         code = self._helper.process.wait()
         last = self._helper.last_error_line()
+        if self._helper.killed_for_memory():
+            return ran_out("a conversation was rendered", "shorten the longest rows", MemoryError())
         if code == -signal.SIGXCPU:
             what = f"does not come to an end: one conversation took more than {SECONDS} s"
         elif code < 0 or "MemoryError" in last:

@@ -28,6 +28,7 @@ from typing import IO, Any, BinaryIO, Self
 from job import log
 from job.audit.rows import AuditSetup
 from job.common.helper_process import HelperProcess, start_helper
+from job.common.out_of_memory import ran_out
 from job.common.resources import available_bytes
 from job.data.chat_template import Program, make_program, run_program, run_template
 from job.data.formats import Line, LineDecoder, Lines, Row, RowError
@@ -286,14 +287,16 @@ class _Worker:
 
     def _ended(self) -> JobError:
         """The error for a process that has ended, by its exit status."""
-        code = self._helper.process.wait()
+        code, last = self._helper.process.wait(), self._helper.last_error_line()
+        if self._helper.killed_for_memory() or (code > 0 and "MemoryError" in last):
+            return ran_out("rows were tokenized", "lower JOB_DATA__LIMIT", MemoryError())
         if code < 0:
             name = signal.Signals(-code).name
             return Killed(
                 f"a process that tokenizes rows was killed by {name}"
                 + (", as the kernel does when memory runs out; give the job more memory" * (code == -signal.SIGKILL))
             )
-        return JobError(f"a process that tokenizes rows failed: {self._helper.last_error_line()}")
+        return JobError(f"a process that tokenizes rows failed: {last}")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ import psutil
 import torch
 
 from job.common.helper_process import start_helper
+from job.common.out_of_memory import ran_out
 from job.errors import Killed
 from job.export.autoround_process import Task
 from job.export.checkpoint import read_header, read_tensor, write_weights
@@ -143,6 +144,7 @@ def run_process(task: Task, work: Path, alive: Callable[..., None]) -> None:
     Raises:
         CannotMake: It ended with an error.
         Killed: It was killed.
+        TrainingFailed: It was killed because main memory was full.
     """
     given = work / "task.json"
     given.write_text(json.dumps(asdict(task)), encoding="utf-8")
@@ -153,7 +155,11 @@ def run_process(task: Task, work: Path, alive: Callable[..., None]) -> None:
             alive(progress=spent > before)
             with suppress(subprocess.TimeoutExpired):
                 code = helper.process.wait(_POLL_SECONDS)
-        last = helper.last_error_line()
+        last, full = helper.last_error_line(), helper.killed_for_memory()
+    if full:
+        raise ran_out(
+            "weights were quantized by auto-round", "leave this format out of JOB_EXPORT__FORMATS", MemoryError()
+        )
     if code < 0:
         raise Killed(f"the process that quantizes was killed by signal {-code}; give it more memory")
     if code:

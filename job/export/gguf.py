@@ -32,6 +32,7 @@ from job import log
 from job.common.export_formats import GGUF
 from job.common.hashing import code_hashes
 from job.common.helper_process import HelperProcess, start_helper
+from job.common.out_of_memory import ran_out
 from job.errors import TrainingFailed
 from job.export.quantizable import CannotMake
 from job.export.scoring import ExportedModel, HowToScore
@@ -328,6 +329,13 @@ class _Answers:
             self._helper.stdin.flush()
 
     def _end(self) -> str:
+        """How the process ended, in words.
+
+        Raises:
+            TrainingFailed: It was killed because main memory was full.
+        """
+        if self._helper.killed_for_memory():
+            raise ran_out("llama.cpp was at work", "leave GGUF out of JOB_EXPORT__FORMATS", MemoryError())
         code = self._helper.process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return f"llama.cpp's process {how}: {self._helper.last_error_line() or 'it said nothing'}"

@@ -30,6 +30,7 @@ from job.common.export_formats import (
     split_name,
 )
 from job.common.hashing import hash_files, seal
+from job.common.out_of_memory import memory_errors
 from job.common.validation import adapter_of
 from job.data.calibration import calibration_examples
 from job.errors import Unreachable
@@ -285,7 +286,8 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made |
         )
         work.mkdir(parents=True)
         try:
-            record = replace(found.make(inputs), calibration=calibration)
+            with memory_errors(f"{name} was made", "leave it out of JOB_EXPORT__FORMATS"):
+                record = replace(found.make(inputs), calibration=calibration)
         except CannotMake as error:
             if os.strerror(errno.ENOSPC) in str(error):  # of a process of its own: another machine can make it
                 raise Unreachable(f"{name} cannot be made, since the disk is full: {error}") from error

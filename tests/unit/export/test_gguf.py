@@ -6,13 +6,17 @@ import json
 import os
 import shutil
 import signal
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from job.common import helper_process
+from job.common.resources import MainMemory
 from job.errors import Preempted, TrainingFailed
 from job.export import gguf
 from job.export.formats import DerivedInputs
@@ -254,6 +258,15 @@ def test_a_process_that_is_killed_is_an_error_in_words(files: dict[str, Path]) -
             TrainingFailed, match=r"could not score a question: llama\.cpp's process was killed by SIGKILL"
         ):
             model.score(QUESTIONS[1])
+
+
+def test_a_process_that_is_killed_for_its_memory_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The format is not left out of the results for that: with more main memory it can be made."""
+    monkeypatch.setattr(helper_process, "main_memory", lambda: MainMemory(1, 1, oom_kills=2))
+    process: Any = SimpleNamespace(wait=lambda: -signal.SIGKILL)
+    helper = helper_process.HelperProcess(process, BytesIO(), BytesIO(), BytesIO(), kills=1)
+    with pytest.raises(TrainingFailed, match=r"memory ran out while llama\.cpp was at work"):
+        next(gguf._Answers(helper, waited))
 
 
 def test_waiting_is_bounded_and_lets_the_job_end(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

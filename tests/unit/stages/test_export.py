@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from job.common.hashing import hash_file
 from job.data.batch_plan import epoch_order
 from job.data.calibration import hash_rows
-from job.errors import DataError, Preempted, SettingsError, Unreachable
+from job.errors import DataError, Preempted, SettingsError, TrainingFailed, Unreachable
 from job.export import fp8
 from job.export.formats import DERIVED, DerivedInputs
 from job.export.merge import Candidates
@@ -339,6 +339,12 @@ def test_what_cannot_be_made_does_not_lose_the_run(
     monkeypatch.setitem(DERIVED, "fp8", full)  # type: ignore[misc]
     with pytest.raises(Unreachable, match="fp8 cannot be made, since the disk is full"):
         run(world, tmp_path / "full", "--export.formats=fp8", "--export.merge_onto=original")
+    short = replace(
+        full, make=lambda _inputs: _raise(CannotMake("it ended: torch.OutOfMemoryError: CUDA out of memory"))
+    )
+    monkeypatch.setitem(DERIVED, "fp8", short)  # type: ignore[misc]
+    with pytest.raises(TrainingFailed, match=r"memory ran out while fp8 was made.*JOB_EXPORT__FORMATS"):
+        run(world, tmp_path / "short", "--export.formats=fp8", "--export.merge_onto=original")
     merged, failed = found.exports
     assert merged.published
     assert artifacts_below(found, "merged/")
