@@ -228,6 +228,15 @@ class FrozenExperts:
         """(experts, outputs, inputs), in `dtype`."""
         return self._made() if self._kept is None else self._kept
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what is dequantized is kept."""
+        return self._kept is not None
+
+    def keep(self) -> None:
+        """Dequantizes once, and keeps that."""
+        self._kept = self._made()
+
     def forget(self) -> None:
         """Dequantizes for each use from now on."""
         self._kept = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -71,6 +72,15 @@ class _Frozen:
         """(outputs, inputs), in `dtype`."""
         return self._made() if self._kept is None else self._kept
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what is dequantized is kept."""
+        return self._kept is not None
+
+    def keep(self) -> None:
+        """Dequantizes once, and keeps that."""
+        self._kept = self._made()
+
     def forget(self) -> None:
         """Dequantizes for each use from now on."""
         self._kept = None
@@ -115,13 +125,32 @@ def forget_dequantized(model: Any) -> None:
 
     The bits stay: what was kept is what `dequantize_4bit` gives again, and in FP8 what is quantized from that again.
     """
+    for kept in _kept(model):
+        kept.forget()
+
+
+@contextmanager
+def without_dequantized(model: Any) -> Iterator[bool]:
+    """Within it `forget_dequantized`'s memory is free; afterwards what was kept is kept again, with the same bits.
+
+    Yields whether there was any.
+    """
+    before = _kept(model)
+    for kept in before:
+        kept.forget()
+    try:
+        yield bool(before)
+    finally:
+        for kept in before:
+            kept.keep()
+
+
+def _kept(model: Any) -> list[Any]:
+    """What keeps dequantized weights, or weights in FP8."""
     from job.model.fused.experts import fused_experts
 
-    for fused in fused_experts(model):
-        for weight in fused.weights:
-            weight.forget()
+    found: list[Any] = [weight for fused in fused_experts(model) for weight in fused.weights]
     for inputs in _common_inputs(model):
-        for layer in inputs.layers:
-            layer.weight.forget()
-        if inputs.fp8 is not None:
-            inputs.fp8.forget()
+        found += [layer.weight for layer in inputs.layers]
+        found += [] if inputs.fp8 is None else [inputs.fp8]
+    return [one for one in found if one.keeps]

@@ -161,7 +161,8 @@ def test_ways_to_generate_are_read_as_lm_eval_does(given: dict[str, Any], expect
 def test_prompts_that_do_not_fit_are_found_before_a_model_is_loaded(tokenizer: Any, tmp_path: Path) -> None:
     """With their examples and the longest answer; cutting them, as lm-eval does, is a setting."""
     tasks = load_tasks([str(write_task(tmp_path))], {}, {})
-    longest = count_questions(tasks, tokenizer, 1)[1]
+    _, longest, answer, *answered = count_questions(tasks, tokenizer, 1)
+    assert answered == [longest - answer, longest], "of one question"
     how: dict[str, Any] = {"limit": None, "vocabulary": None}
     check_lengths(tasks, tokenizer, max_length=longest + 40, cut=False, **how)
     check_lengths(tasks, tokenizer, max_length=20, cut=True, **how)
