@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 from job.errors import DataError, Problem
@@ -24,15 +25,17 @@ _SLACK_BYTES = 512
 
 
 @compiled_once()
-def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[int, int, int]:
+def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[int, int, int, int, int]:
     """(questions, tokens in packed sequences, positions at which logits are needed), without scoring anything.
 
+    Behind them: of the longest prompt with a generated answer its tokens, and with the answer; 0 where there is none.
     Of a generated answer the most tokens are counted.
 
     Raises:
         DataError: The tokenizer makes no tokens of a question or a choice.
     """
     count = tokens = reads = 0
+    answered = (0, 0)
     asked: list[Question] = []
     for task in tasks.loaded["tasks"].values():
         restart_examples(task)
@@ -40,6 +43,8 @@ def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[in
             if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
                 context, answer = _sizes(task, doc, tokenizer, _prompts(task, doc))
                 count, tokens, reads = count + 1, tokens + context + answer, reads + answer
+                if task.OUTPUT_TYPE == "generate_until":
+                    answered = max(answered, (context, context + answer), key=itemgetter(1))
                 continue
             scored = _scored(task, doc, tokenizer)
             if not all(question.context and all(question.choices) for question in scored):
@@ -48,7 +53,7 @@ def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[in
             count += 1
             asked += scored
     tokens += tokens_to_compute(asked, BATCH_TOKENS)
-    return count, tokens, reads + sum(map(reads_of, asked))
+    return count, tokens, reads + sum(map(reads_of, asked)), *answered
 
 
 @compiled_once()

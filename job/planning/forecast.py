@@ -89,6 +89,7 @@ class RunShape:
         workload_basis: `computed` from the examples, or `assumed`: scaled from a sample or from characters.
         questions: Questions of all tasks; each is scored `evaluations` times.
         questions_basis: As above.
+        answered: Tokens of the longest prompt to which an answer is generated, and with the answer; 0 where none is.
         budget: Tokens of a micro-batch as set, else what the job takes on a small GPU.
         scoring_budget: Tokens scored in one forward pass.
         download_bytes: Model and data that have to be fetched first.
@@ -154,6 +155,7 @@ class RunShape:
     offload: bool | None = None
     divide: bool = False
     auxiliary: tuple[AuxiliaryModel, ...] = ()
+    answered: tuple[int, int] = (0, 0)
 
     @property
     def evaluations(self) -> int:
@@ -273,8 +275,7 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         both,
         f"+- {memory_model.MARGIN:.0%}, and the driver's context; with more memory, more is kept",
     )
-    scored = f"packed sequences of {run.scoring_budget:,} tokens"
-    yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
+    yield from _of_evaluation(run, setup, _weaker(basis, run.questions_basis))
     if run.full_precision:
         peak = _beside_original(setup) + _original_bytes(run, setup)
         yield Estimate("peak, unquantized base", peak, "bytes", basis, "left out where it does not fit")
@@ -298,6 +299,16 @@ def _of_the_activations(run: RunShape, setup: Setup, activations: int, both: Bas
         shared = row_memory(setup, run.micro_batch, over, offload=run.offload, copies=run.attention_copies).activations
         note = f"of each of {over} GPUs, if the row does not fit on one"
         yield Estimate("memory: activations, divided", shared, "bytes", both, note)
+
+
+def _of_evaluation(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
+    scored = f"packed sequences of {run.scoring_budget:,} tokens"
+    yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", basis, scored)
+    prompt, tokens = run.answered
+    if tokens:
+        cache = size(memory_model.cache_bytes(setup, tokens), " ")
+        note = f"a prompt of {prompt:,} tokens and {tokens - prompt:,} new ones; {cache} of it is the cache"
+        yield Estimate("peak, answers", _generating(run, setup), "bytes", basis, note)
 
 
 def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
@@ -369,6 +380,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     elif not fits:
         note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill{_instead(setup, usable, needs)}"
         note += "; only GPUs from Ampere on compute rows of this length in tiles" if no_tiles else ""
+        note += _of_answers(run, setup, usable)
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
     if fits and run.full_precision and not _scores_original(gpu, run, setup):
@@ -407,7 +419,11 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
 def _need(run: RunShape, setup: Setup) -> int:
     """Bytes on the GPU at the peak of the run."""
     stages = [run] if run.first_stage is None else [run.first_stage, run]
-    need = max(_scoring(run, setup), *(_training_memory(one, setup, one.micro_batch).total for one in stages))
+    need = max(
+        _scoring(run, setup),
+        _generating(run, setup),
+        *(_training_memory(one, setup, one.micro_batch).total for one in stages),
+    )
     if run.merges:  # it is scored unquantized, in place of the quantized base
         need = max(need, _scoring(run, replace(setup, quantization="none")))
     return need
@@ -489,7 +505,7 @@ def _instead(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> str:
 
 def _budget(run: RunShape, setup: Setup, usable: int) -> int:
     """The largest micro-batch in tokens that fits into `usable` bytes; 0 if the longest example or scoring does not."""
-    if _scoring(run, setup) > usable:
+    if max(_scoring(run, setup), _generating(run, setup)) > usable:
         return 0
     most = run.workload.largest_step if run.workload else MAX_TOKENS
     found = memory_model.largest_budget(lambda tokens: _training_memory(run, setup, tokens).total, usable, most)
@@ -498,6 +514,22 @@ def _budget(run: RunShape, setup: Setup, usable: int) -> int:
 
 def _scoring(run: RunShape, setup: Setup) -> int:
     return memory_model.evaluation_bytes(setup, run.scoring_budget, run.reads)
+
+
+def _generating(run: RunShape, setup: Setup) -> int:
+    """Bytes that one answer takes, the longest; 0 where none is generated."""
+    return memory_model.generation_bytes(setup, *run.answered) if run.answered[1] else 0
+
+
+def _of_answers(run: RunShape, setup: Setup, usable: int) -> str:
+    """What is said where not even one generated answer fits; else empty."""
+    if (need := _generating(run, setup)) <= usable:
+        return ""
+    prompt, tokens = run.answered
+    cache = size(memory_model.cache_bytes(setup, tokens), " ")
+    fix = "lower JOB_EVAL__PROMPTS_MAX_NEW_TOKENS, or the max_gen_toks of the task"
+    what = f"an answer of {tokens - prompt:,} tokens to a prompt of {prompt:,} takes {size(need, ' ')}, {cache} of it"
+    return f"; {what} for its cache: {fix}"
 
 
 def _original_bytes(run: RunShape, setup: Setup) -> int:

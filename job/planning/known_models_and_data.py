@@ -47,11 +47,16 @@ DATASET_TOKENS: Mapping[str, tuple[DatasetTokens, ...]] = {
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """A task's questions: their number, their tokens when packed, and how many of these have logits (`reads`)."""
+    """A task's questions: their number, their tokens when packed, and how many of these have logits (`reads`).
+
+    Of the longest prompt with a generated answer, `prompt` are its tokens, and `answered` those with the answer.
+    """
 
     count: int
     tokens: int
     reads: int
+    prompt: int = 0
+    answered: int = 0
 
     def first(self, limit: int | None) -> TaskTokens:
         """The first `limit` questions, assumed to be as long as the others on average; None: all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, replace
-from operator import mul
+from operator import itemgetter, mul
 
 from job.common.export_formats import adapter_copies, derived, needs_merge
 from job.common.methods import METHODS
@@ -60,6 +60,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         reference=_reference(settings, seen.data),
         questions=questions,
         questions_basis=questions_basis,
+        answered=_answered(settings, seen),
         budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
         scoring_budget=settings.eval.batch_tokens,
         download_bytes=download + sum(one.download_bytes for one in (seen.data, seen.safety, seen.judge) if one),
@@ -229,6 +230,21 @@ def _auxiliary(settings: Settings, seen: Preflight, workload: Workload | None) -
         wide = forecast.HALF_PRECISION  # on a GPU
         found.append(judging(asked, tokens, seen.judge.weights, wide, served=seen.judge.served))
     return tuple(found)
+
+
+def _answered(settings: Settings, seen: Preflight) -> tuple[int, int]:
+    """Tokens of the longest prompt that is answered, and of it with the answer, as far as they are known.
+
+    A longer question of a task loses its beginning, or is refused.
+    """
+    found, most = [(0, 0)], settings.train.max_length
+    if seen.questions is not None:
+        answer, whole = seen.questions.answered - seen.questions.prompt, min(seen.questions.answered, most)
+        found.append((max(0, whole - answer), whole))
+    if settings.eval.prompts is not None:
+        answer, longest = settings.eval.prompts_max_new_tokens, max(seen.prompts, default=0)
+        found.append((longest, longest + answer))
+    return max(found, key=itemgetter(1))
 
 
 def _merges(settings: Settings) -> int:

@@ -308,18 +308,45 @@ def evaluation_bytes(setup: Setup, tokens: int, reads: int) -> int:
     there in the compute dtype, in fp32, and once more as their logarithms. A weight that is
     dequantized for each use is there once more, with the adapter's columns beside it. In half precision the output
     layer has a copy in fp16 (`fused/precise_forward.py`). After training, gradients and moments may still be there.
-
-    Generated answers are not counted: which tasks have them is not known here. Instead of logits at many positions they
-    have a cache, on known decoders of an eighth of the GPU's memory at most (`evaluation/generation.py`).
     """
     a, size = setup.architecture, setup.value_bytes
-    held = training_memory(setup, 0)
-    # Scoring copies a weight that is dequantized for its use beside the adapter's factor.
-    copies = 2 * a.largest_matrix
-    layer = size * ((4 * a.intermediate + 4 * a.hidden + EXPERT_COPIES * a.copies) * tokens + copies)
     logits = reads * a.vocabulary * (size + 2 * FP32)
-    head = 0 if size == FP32 else 2 * a.vocabulary * a.hidden
-    return held.total - held.activations + head + max(layer, logits + size * a.hidden * tokens)
+    return _held_in_evaluation(setup) + max(_forward_bytes(setup, tokens), logits + size * a.hidden * tokens)
+
+
+def generation_bytes(setup: Setup, prompt: int, tokens: int) -> int:
+    """Bytes at the peak of answering one prompt of so many tokens, which has `tokens` with its answer.
+
+    More prompts are answered at a time where they fit (`evaluation/generation.py`). The cache has keys and values of
+    all layers. Reading the prompt is a forward pass as in scoring; where the decoder is not fused, attention's scores
+    are there as a whole, in the compute dtype, as probabilities, and in fp32. Each step of decoding repeats one layer's
+    keys and values for all heads of the queries.
+    """
+    a, size = setup.architecture, setup.value_bytes
+    scores = 0 if a.fused else a.heads * prompt**2 * (2 * size + FP32)
+    step = 2 * a.queries * size * tokens + a.vocabulary * (size + 2 * FP32)
+    return _held_in_evaluation(setup) + cache_bytes(setup, tokens) + max(_forward_bytes(setup, prompt) + scores, step)
+
+
+def cache_bytes(setup: Setup, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens, in the compute dtype."""
+    a = setup.architecture
+    return 2 * a.layers * a.keys * setup.value_bytes * tokens
+
+
+def _held_in_evaluation(setup: Setup) -> int:
+    """What is there in every forward pass of an evaluation."""
+    held, size = training_memory(setup, 0), setup.value_bytes
+    head = 0 if size == FP32 else 2 * setup.architecture.vocabulary * setup.architecture.hidden
+    return held.total - held.activations + head
+
+
+def _forward_bytes(setup: Setup, tokens: int) -> int:
+    """Activations of a layer in a forward pass without gradients."""
+    a = setup.architecture
+    # A weight that is dequantized for its use is copied beside the adapter's factor.
+    copies = 2 * a.largest_matrix
+    return setup.value_bytes * ((4 * a.intermediate + 4 * a.hidden + EXPERT_COPIES * a.copies) * tokens + copies)
 
 
 def usable_bytes(memory_bytes: int) -> int:

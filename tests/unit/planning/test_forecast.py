@@ -22,7 +22,8 @@ from job.planning.forecast import (
     forecast_gpu,
 )
 from job.planning.gpu_prices import GPUS, Gpu
-from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
+from job.planning.input_checks import Preflight
+from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS, TaskTokens
 from job.planning.workload import Workload
 from job.settings.load import load_settings
 from job.settings.training_stages import split_stages
@@ -450,3 +451,32 @@ def test_a_long_row_fits_in_tiles(gpu: str, tokens: int, *, offloaded: bool) -> 
         kept_there = forecast_gpu(BY_NAME[gpu], replace(run, offload=False), REFERENCE)
         assert not kept_there.fits
         assert "main memory" not in kept_there.note
+
+
+def test_a_long_answer_is_foretold() -> None:
+    """Its cache counts: a card that trains and scores the run may not hold one answer, and the figures say so."""
+    card = replace(BY_NAME["L4"], memory_bytes=12 << 30)
+    answering = replace(RUN, answered=(2_000, 60_000))
+    assert forecast_gpu(card, RUN, REFERENCE).fits
+    plan = forecast_gpu(card, answering, REFERENCE)
+    cache = 2 * 32 * 8 * 128 * 2 * 60_000  # keys and values, layers, their heads, width, bytes
+    assert (plan.fits, plan.budget_recomputing, plan.hours) == (False, 0, None)
+    assert f"{cache / 2**30:.1f} GiB of it for its cache: lower JOB_EVAL__PROMPTS_MAX_NEW_TOKENS" in plan.note
+    assert forecast_gpu(BY_NAME["L4"], answering, REFERENCE).fits
+    assert forecast_gpu(card, replace(RUN, answered=(2_000, 2_500)), REFERENCE) == forecast_gpu(card, RUN, REFERENCE)
+    figures = {figure.name: figure for figure in estimates(answering)}
+    assert cache < figures["peak, answers"].value < figures["memory: base"].value + 2 * cache
+    assert "peak, answers" not in {figure.name for figure in estimates(RUN)}
+
+
+def test_what_is_known_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest of prompts and tasks with its answer; no question is longer than JOB_TRAIN__MAX_LENGTH."""
+    monkeypatch.setenv("JOB_EVAL__PROMPTS", "3")
+    monkeypatch.setenv("JOB_EVAL__PROMPTS_MAX_NEW_TOKENS", "100")
+    monkeypatch.setenv("JOB_DATA__VALIDATION", "0.1")
+    own = load_settings(["--train.max-length=512"])
+    asked = TaskTokens(1, 700, 200, 500, 700)
+    seen = Preflight([], None, None, None, None, None, None, asked, prompts=(40, 30))
+    assert run_shape._answered(own, seen) == (312, 512)
+    assert run_shape._answered(own, replace(seen, questions=replace(asked, prompt=2, answered=9))) == (40, 140)
+    assert run_shape._answered(own, replace(seen, questions=None, prompts=())) == (0, 100)
