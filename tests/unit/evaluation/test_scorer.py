@@ -219,7 +219,7 @@ def test_a_process_without_memory_ends_the_others(model: Any, rank: int) -> None
     members: list[Any] = [Peers([]), Helper([adapter_of(_Work).dump_json(_Work({0: [0, 1], 1: [1, 2]})).decode()])]
     scoring = ParallelScoring(members[rank], lambda **_: None, full)
     alone = ParallelScoring(ALONE, lambda **_: None, full)
-    with pytest.raises(TrainingFailed, match=r"while scoring questions.*JOB_EVAL__BATCH_TOKENS"):
+    with pytest.raises(TrainingFailed, match=r"while sequences were scored.*JOB_EVAL__BATCH_TOKENS"):
         _ = scoring.help(model) if rank else list(scoring.score(model, QUESTIONS, {0: range(1), 1: range(1, 2)}))
     with pytest.raises(torch.OutOfMemoryError):
         next(alone.score(model, QUESTIONS, {0: range(1)}))
