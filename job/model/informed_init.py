@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from job.errors import Problem, SettingsError
+from job.model.adapter_options import too_high_rank
 from job.model.files import readable
 
 IGNORED = -100
@@ -52,8 +53,7 @@ def init_eva(
     config, rank = model.peft_config["default"], model.peft_config["default"].r
     narrowest = min(layer.in_features for layer in model.modules() if isinstance(layer, LoraLayer))
     if rank > narrowest:
-        what = f"eva takes ranks up to the width of the layers' inputs, {narrowest} here, and not {rank}"
-        raise SettingsError([Problem("JOB_LORA__RANK", what)])
+        raise SettingsError([too_high_rank("eva", rank, narrowest)])
     # PEFT passes over batches with fewer tokens than ranks, and would do so for ever.
     usable = [number for number, (_, labels) in enumerate(batches) if int((labels != IGNORED).sum()) >= rank]
     if not usable:
@@ -125,8 +125,7 @@ def _approximate(layer: Any, weight: torch.Tensor) -> None:
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # (rank, inputs), (outputs, rank)
     rank = a.shape[0]
     if rank > min(weight.shape):
-        what = f"loftq takes ranks up to the width of the layers, {min(weight.shape)} here, and not {rank}"
-        raise SettingsError([Problem("JOB_LORA__RANK", what)])
+        raise SettingsError([too_high_rank("loftq", rank, min(weight.shape))])
     with torch.no_grad():
         quantized = dequantize_module_weight(layer.get_base_layer()).float()
         u, s, v = torch.linalg.svd(weight.to(quantized.device, torch.float32) - quantized, full_matrices=False)

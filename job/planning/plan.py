@@ -13,7 +13,7 @@ from job.common.resources import available_bytes, check_disk, checkpoint_bytes, 
 from job.common.source_list import parse_sources
 from job.data.licences import LICENCES, find_licence
 from job.distributed.launcher import count_processes
-from job.errors import JobError, Problem, SettingsError, combine
+from job.errors import JobError, SettingsError, combine
 from job.planning import forecast
 from job.planning.auxiliary_models import FP32_SHARE
 from job.planning.forecast import Estimate, GpuForecast, RunShape, estimates, forecast_gpu
@@ -22,6 +22,7 @@ from job.planning.input_checks import Preflight, check_run_inputs
 from job.planning.preflight import Found, PreflightResult, run_check
 from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow
+from job.settings.combinations import sharded_alone
 from job.settings.load import Settings
 from job.storage.hub import MAX_FILE
 from job.training import memory_model
@@ -106,12 +107,9 @@ def _licence(settings: Settings, seen: Preflight) -> PreflightResult:
 
 def _sharded_alone(settings: Settings, processes: int) -> Iterator[PreflightResult]:
     """What is wrong where the base is to be sharded over a single process, which `auto` may come to."""
-    if settings.model.placement != "sharded" or processes * settings.run.nodes > 1:
-        return
-    what = "is sharded, and JOB_RUN__PROCESSES=auto is one process for each GPU: fewer than two are visible here"
-    fix = "set JOB_RUN__PROCESSES to the number of GPUs of the machine that will run it, or take gpu or host"
-    error = SettingsError([Problem("JOB_MODEL__PLACEMENT", f"{what}; {fix}")])
-    yield PreflightResult("placement", "wrong", str(error), error)
+    if (problem := sharded_alone(settings, processes * settings.run.nodes)) is not None:
+        error = SettingsError([problem])
+        yield PreflightResult("placement", "wrong", str(error), error)
 
 
 def _disk(settings: Settings, run: RunShape) -> PreflightResult:

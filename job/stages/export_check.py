@@ -21,6 +21,7 @@ from job.errors import Problem, SettingsError, Unreachable
 from job.export.checkpoint import SHARD
 from job.export.formats import derived_format
 from job.export.merge import Candidates, candidates
+from job.export.model_checks import format_problems
 from job.export.quantizable import quantizable
 from job.export.scoring import gpu_bytes
 from job.model.files import build_empty, read_config
@@ -52,13 +53,7 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
     if names:
         empty = build_empty(original, read_config(original))
         sizes = {name: _bytes(name, empty, merges.bytes_each) for name in names}
-        for name in names:
-            found, kind = derived_format(name)
-            if why := found.check(empty, kind):
-                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}"))
-            why = found.cannot_score(loaded.model.device)
-            if why and judged == name:
-                problems.append(Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; let it judge another"))
+        problems += format_problems(empty, names, judged, loaded.model.device)
         by_check = {derived_format(name)[0].check_files: name for name in names}  # once for all types of a format
         for of_files, name in by_check.items():
             if why := of_files(original, attempt.alive):

@@ -29,7 +29,6 @@ from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.stages.placement import decide_placement
 from job.training.config import total_steps
-from job.training.gpu_capability import require_fp8
 from job.training.gpu_memory import limit_memory
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import LONG_ROW
@@ -55,9 +54,6 @@ def load(
         DataError: The model's folder cannot be loaded.
     """
     device = choose_device(settings.run.device)
-    _same_kind(processes, device.type)
-    if settings.train.compute == "fp8":
-        require_fp8(device)
     if device.type == "cuda":
         make_deterministic()
         limit_memory(settings.train.gpu_memory_gb)
@@ -210,11 +206,3 @@ def _packing(
         found = Packing(packed=False, reason="another process of the run finds that packed sequences come out wrong")
         use(model.get_base_model(), PLAIN)
     return found
-
-
-def _same_kind(processes: Processes, device: str) -> None:
-    """Refuses a run in which only some processes have a GPU: they cannot communicate, and would wait forever."""
-    devices = processes.gather("device", device)
-    if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
-        what = f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer, or give each one"
-        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
