@@ -383,6 +383,9 @@ def test_a_sharded_base_is_forecast_for_the_processes_of_the_run(
     else:
         assert not wrong
         assert all(f"the base's 4-bit weights are sharded over the {counted} GPUs" in gpu.note for gpu in plan.gpus)
+        assert {gpu.gpus for gpu in plan.gpus} == {counted}
+        assert any("2026-11-29-2xh200-processes.jsonl" in line for line in plan.assumptions)
+        assert f"{counted} x H100 " in as_table(plan)
 
 
 def test_a_base_in_main_memory_is_counted_for_every_process(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
