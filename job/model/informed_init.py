@@ -34,6 +34,12 @@ MANY_PASSES = 2000
 _SETTING = "JOB_LORA__INIT"
 
 
+def too_few_targets(rank: int) -> Problem:
+    """What is said where no micro-batch of the first rows has as many target tokens as ranks."""
+    what = f"eva takes as many target tokens as ranks, {rank}, in one micro-batch; lower the rank or take another"
+    return Problem(_SETTING, what)
+
+
 def init_eva(
     model: Any, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], forward: Callable[[int], object]
 ) -> None:
@@ -57,8 +63,7 @@ def init_eva(
     # PEFT passes over batches with fewer tokens than ranks, and would do so for ever.
     usable = [number for number, (_, labels) in enumerate(batches) if int((labels != IGNORED).sum()) >= rank]
     if not usable:
-        what = f"eva takes as many target tokens as ranks, {rank}, in one micro-batch; lower the rank or take another"
-        raise SettingsError([Problem(_SETTING, what)])
+        raise SettingsError([too_few_targets(rank)])
     passes = 0
 
     def run(_model: Any, inputs: dict[str, torch.Tensor]) -> None:

@@ -74,6 +74,23 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
     return merges
 
 
+def check_gpu_memory(device: Any, merged_bytes: int) -> None:
+    """Refuses a merged model whose weights alone take more than the whole GPU, on which it is scored.
+
+    Args:
+        device: The GPU.
+        merged_bytes: Of the merged model, at least.
+
+    Raises:
+        Unreachable: They do. A retry may get a machine with more.
+    """
+    if (total := gpu_bytes(device)) < merged_bytes:
+        raise Unreachable(
+            f"the merged model takes {size(merged_bytes, ' ')} of the GPU's memory to be scored, which has "
+            f"{size(total, ' ')}; take a larger GPU, or leave JOB_EXPORT__FORMATS empty and merge on another machine"
+        )
+
+
 def _bytes(name: str, empty: Any, merged_bytes: int) -> int:
     """Estimated bytes of an export format; `empty` is the model without weights, `merged_bytes` those of the merged."""
     every = sum(parameter.numel() for parameter in empty.parameters())
@@ -100,11 +117,8 @@ def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> No
             needs.append((merged_bytes, name))
         elif split_name(name)[0] == GGUF:  # on the processor
             needs.append((size_, name))
-    if on_gpu and (total := gpu_bytes(model.device)) < merged_bytes:
-        raise Unreachable(
-            f"the merged model takes {size(merged_bytes, ' ')} of the GPU's memory to be scored, which has "
-            f"{size(total, ' ')}; take a larger GPU, or leave JOB_EXPORT__FORMATS empty and merge on another machine"
-        )
+    if on_gpu:
+        check_gpu_memory(model.device, merged_bytes)
     held = 0 if on_gpu else sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     need, name = max(needs)
     if (free := available_bytes() + held) < need:

@@ -65,7 +65,9 @@ def decide_placement(
     Raises:
         SettingsError: JOB_MODEL__PLACEMENT is `host`, with too little main memory.
     """
-    asked, world, setup = model.placement, processes.place, _setup(model, train, lora, sources.folder, options)
+    asked, world, setup = model.placement, processes.place, None
+    if model.quantization != "none":
+        setup = setup_before_loading(model, train, lora, sources.folder, options)
     need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
     # Measured once for each machine: a process that measured later would count what another has already loaded.
     available = processes.share_on_machine("available main memory", available_bytes)
@@ -112,7 +114,7 @@ def placement_problems(
         options: The adapter's.
     """
     if model.placement == "host":
-        setup = _setup(model, train, lora, folder, options)
+        setup = setup_before_loading(model, train, lora, folder, options)
         yield from _too_little_main_memory(model.placement, setup, processes, available_bytes())
 
 
@@ -179,13 +181,8 @@ def divides_over(setup: Setup, train: Train) -> int:
     return 1 if why_not_divided(setup.architecture, setup.processes) else setup.processes
 
 
-def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: AdapterOptions) -> Setup | None:
-    """The input of the memory formulas, before the base is loaded.
-
-    None if the base is not quantized, or the formulas do not cover its architecture.
-    """
-    if model.quantization == "none":
-        return None
+def setup_before_loading(model: Model, train: Train, lora: Lora, folder: Path, options: AdapterOptions) -> Setup | None:
+    """The input of the memory formulas, before the base is loaded; None if they do not cover its architecture."""
     try:
         architecture = read_architecture(read_config(folder).to_dict())
     except ValueError:

@@ -21,7 +21,7 @@ from job.data.licences import find_licence
 from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import open_tokens
 from job.data.training_and_validation import ValidationSource
-from job.errors import DataError, JobError, Preempted, Problem, check_all, raise_problems
+from job.errors import DataError, JobError, Preempted, Problem, check_all
 from job.evaluation.policy import Policy, read_policy
 from job.evaluation.question_lengths import check_lengths
 from job.evaluation.task_names import MULTIPLE_CHOICE
@@ -42,7 +42,7 @@ from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
 from job.stages.principles import FoundJudge, check_judge, find_judge, judge_sha256
 from job.stages.pull_audit import audit_arguments, known_audit, known_scores, with_audit_of_before
-from job.stages.pull_checks import check_model, step_problems
+from job.stages.pull_checks import check_model, check_rows
 from job.stages.pull_model import BaseFiles, BaseSettings, find_base, vocabulary_of
 from job.stages.pull_prompts import find_prompt_rows, prompts_record
 from job.stages.pull_rows import RowSettings, check_hub, fetch_rows, read_rows, validation_of
@@ -197,7 +197,7 @@ def _pull(
         auditing = {**how, **_auditing(attempt, settings, storage, tasks, safety)}
         known = {**auditing, "audited": known_audit(attempt), **known_scores(attempt)}
         tokens = read_rows(attempt, rows, *fetched, tokenizer, **known)
-        raise_problems(step_problems(settings, len(tokens.examples)))
+        check_rows(attempt, folder, settings, tokens)
         prompts = find_prompt_rows(
             attempt,
             settings.eval,

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from job.common.export_formats import needs_merge
-from job.errors import Problem
+from job.common.resources import main_memory
+from job.data.batch_plan import Steps, targets_of
+from job.data.examples import lengths_of
+from job.data.token_cache import Tokens
+from job.errors import Problem, check_all, raise_problems
 from job.model.adapter_options import MANY_STEPS, make_options, too_few_steps
 from job.model.base import choose_device, inspect
+from job.model.informed_init import too_few_targets
+from job.records import Example, Pulled
 from job.runs.attempt import Attempt
+from job.runs.layout import Stage
 from job.settings.load import Settings
-from job.stages.placement import placement_problems
+from job.stages.first_values import eva_batches
+from job.stages.placement import divides_over, placement_problems, setup_before_loading
 from job.training.config import total_steps
+from job.training.execution_plan import AMPERE
+from job.training.gpu_capability import compute_capability
+from job.training.gpu_memory import gpu_memory
+from job.training.memory_model import FP32, weight_bytes
 from job.training.model_checks import model_problems
+from job.training.refusal import Sharing, refuse_rows
 
 
 def check_model(attempt: Attempt, folder: Path, settings: Settings, later: Sequence[Settings]) -> None:
@@ -28,6 +42,7 @@ def check_model(attempt: Attempt, folder: Path, settings: Settings, later: Seque
 
     Raises:
         DataError, SettingsError: The same errors that loading the model, training or the export would raise.
+        Unreachable: The merged model is larger than this machine's GPU.
     """
     lora, model, train, last = settings.lora, settings.model, settings.train, (later or [settings])[-1]
     options = make_options(dict(lora), train.max_steps or MANY_STEPS, model.add_tokens)
@@ -49,11 +64,94 @@ def check_model(attempt: Attempt, folder: Path, settings: Settings, later: Seque
 
             yield from export_problems(config, empty, **export, device=choose_device(settings.run.device))
 
-    inspect(folder, max_length=train.max_length, **named, problems=problems)
+    _, empty = inspect(folder, max_length=train.max_length, **named, problems=problems)
+    if needs_merge(last.export.formats) and (device := choose_device(settings.run.device)).type == "cuda":
+        from job.stages.export_check import check_gpu_memory
+
+        # It is written in 16 bits at least.
+        check_gpu_memory(device, 2 * sum(parameter.numel() for parameter in empty.parameters()))
 
 
-def step_problems(settings: Settings, rows: int) -> Iterator[Problem]:
-    """What does not fit the number of steps that so many rows make."""
-    train = settings.train
-    steps = total_steps(rows, train.global_batch_size, train.epochs, train.max_steps)
-    yield from too_few_steps(make_options(dict(settings.lora), steps, settings.model.add_tokens))
+def check_rows(attempt: Attempt, folder: Path, settings: Settings, tokens: Tokens) -> None:
+    """Refuses in the first attempt what does not fit the rows, while the weights are coming.
+
+    Args:
+        attempt: Its processes may divide a row.
+        folder: Of the base's config.json.
+        settings: Those of this training stage.
+        tokens: The rows.
+
+    Raises:
+        SettingsError: With all problems that are certain before the model is loaded.
+    """
+    if attempt.recorded(Stage.PULL, Pulled) is not None:
+        return
+    longest, where = max(lengths_of(tokens.examples)), tokens.record.longest_at
+    check_all(
+        (
+            ("steps", lambda: raise_problems(step_problems(settings, tokens.examples))),
+            ("longest row", lambda: refuse_long_row(attempt, folder, settings, longest, where)),
+        )
+    )
+
+
+def step_problems(settings: Settings, examples: Sequence[Example]) -> Iterator[Problem]:
+    """Yields what does not fit the rows: too few steps for AdaLoRA, too few target tokens for EVA.
+
+    Args:
+        settings: Those of this training stage.
+        examples: All rows to train on.
+    """
+    train, lora, seed = settings.train, settings.lora, settings.data.seed
+    steps = total_steps(len(examples), train.global_batch_size, train.epochs, train.max_steps)
+    yield from too_few_steps(make_options(dict(lora), steps, settings.model.add_tokens))
+    if lora.init == "eva":
+        plan = Steps(examples, settings.run.seed if seed is None else seed, train.global_batch_size, steps)
+        # Whether sequences are packed is known when the model is loaded; without it, batches have fewer tokens.
+        most = max(targets_of(batch) for batch in eva_batches(plan, packed=True))
+        if most < lora.rank:
+            yield too_few_targets(lora.rank)
+
+
+def refuse_long_row(attempt: Attempt, folder: Path, settings: Settings, longest: int, where: str) -> None:
+    """Refuses a row that could not be trained on if the GPU held nothing but what it must, while the weights come.
+
+    `training.prepare` refuses more, when it knows what is free beside the model, and the attention kernel.
+
+    Args:
+        attempt: Its processes may divide the row.
+        folder: Of the base's config.json.
+        settings: Those of this training stage.
+        longest: Tokens of the longest row.
+        where: File and line of the row; empty if they are not known.
+
+    Raises:
+        SettingsError: It certainly does not fit.
+    """
+    train, lora, device = settings.train, settings.lora, choose_device(settings.run.device)
+    if device.type != "cuda" or (capability := compute_capability()) < AMPERE:
+        return
+    options = make_options(dict(lora), MANY_STEPS, settings.model.add_tokens)
+    if (setup := setup_before_loading(settings.model, train, lora, folder, options)) is None:
+        return
+    from job.model.fused.long_attention import FLASH, TRITON, copies_of
+
+    a, place = setup.architecture, attempt.processes.place
+    setup = replace(setup, processes=place.world_size)
+    copies = None
+    tiles = a.in_tiles and options.not_fused is None and lora.dropout == 0 and setup.value_bytes < FP32
+    if tiles and train.last_method == "sft":
+        kernels = (FLASH, TRITON) if a.attends_by_triton(capability) else (FLASH,)
+        copies = min(copies_of(a, device, kernel) for kernel in kernels)
+    least = replace(setup, placement="gpu" if settings.model.placement == "gpu" else "host")
+    over = 1 if copies is None else divides_over(setup, train)
+    refuse_rows(
+        setup,
+        longest,
+        free_bytes=gpu_memory(train.gpu_memory_gb)[0] - weight_bytes(least),
+        host_bytes=main_memory().total_bytes // place.local_world_size,
+        offload=None if train.offload_activations == "auto" else train.offload_activations,
+        copies=copies,
+        where=where,
+        sharing=Sharing(over, over),
+    )

@@ -85,7 +85,7 @@ def test_every_process_needs_a_copy_in_the_containers_memory(
 ) -> None:
     """A limit by cgroup version 2 that one copy fits into and two do not: refused with the figures, and not killed."""
     settings = settings_of(base_folder)
-    setup = placement._setup(settings.model, settings.train, settings.lora, base_folder, PLAIN)
+    setup = placement.setup_before_loading(settings.model, settings.train, settings.lora, base_folder, PLAIN)
     assert setup is not None
     copy = packed_bytes(setup)
     (tmp_path / "memory.max").write_text(f"{int(1.9 * copy / MAIN_MEMORY_SHARE) + (1 << 20)}\n")

@@ -346,7 +346,7 @@ def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
     read = MagicMock()
     monkeypatch.setattr(pull, "read_rows", read)
     steps = ("find_base", "_load_tasks", "fetch_rows", "load_tokenizer", "rows_with", "_check_lengths", "_wait")
-    for name in (*steps, "import_libraries", "import_client", "check_model", "step_problems"):
+    for name in (*steps, "import_libraries", "import_client", "check_model", "check_rows"):
         monkeypatch.setattr(pull, name, MagicMock())
     for name, value in {
         "_early_files": (tmp_path, False),

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from job.errors import SettingsError
+from job.errors import SettingsError, Unreachable
 from job.export.model_checks import export_problems
 from job.model.adapter_options import PLAIN, AdapterOptions, make_options, too_few_steps
 from job.model.base import inspect
+from job.model.fused import long_attention
 from job.settings.load import load_settings
-from job.stages import placement, pull_checks
-from job.stages.pull_checks import check_model, step_problems
+from job.stages import export_check, placement, pull_checks
+from job.stages.pull_checks import check_model, check_rows, refuse_long_row, step_problems
 from job.training.model_checks import model_problems
 from tests.families.models import tiny_config
+from tests.helpers import make_examples
+
+DEMO = Path(__file__).parents[3] / "job" / "demo" / "base"
 
 
 def problems(folder: Path, family: str, **changes: Any) -> dict[str, str]:
@@ -136,10 +141,61 @@ def test_a_run_checks_its_model_before_its_weights_and_rows(base_folder: Path, m
     check_model(attempt, base_folder, plain, ())
 
 
+def test_a_merge_larger_than_the_gpu_is_refused_before_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is scored there; what it takes in 16 bits is known from the configuration."""
+    attempt: Any = SimpleNamespace(processes=SimpleNamespace(place=SimpleNamespace(local_world_size=1)))
+    settings = load_settings(["--preset=demo", f"--model.id={DEMO}", "--export.formats=merged"], {})
+    monkeypatch.setattr(pull_checks, "choose_device", lambda _: SimpleNamespace(type="cuda"))
+    numbers = sum(parameter.numel() for parameter in inspect(DEMO, max_length=64, targets=None)[1].parameters())
+    monkeypatch.setattr(export_check, "gpu_bytes", lambda _: 2 * numbers)
+    check_model(attempt, DEMO, settings, ())
+    monkeypatch.setattr(export_check, "gpu_bytes", lambda _: 2 * numbers - 1)
+    with pytest.raises(Unreachable, match="of the GPU's memory to be scored"):
+        check_model(attempt, DEMO, settings, ())
+
+
 def test_adalora_needs_steps_to_take_ranks_away_in() -> None:
     """Known when the rows are counted, and told then: by the pull, and by `plan`."""
-    settings = load_settings(["--lora.kind=adalora", "--lora.tinit=5", "--lora.tfinal=5", "--train.epochs=1"], {})
-    size = settings.train.global_batch_size
-    assert [one.where for one in step_problems(settings, 10 * size)] == ["JOB_LORA__TINIT"]
-    assert list(step_problems(settings, 11 * size)) == []
+    words = ["--lora.tinit=5", "--lora.tfinal=5", "--train.epochs=1", "--train.global_batch_size=2"]
+    settings = load_settings(["--lora.kind=adalora", *words], {})
+    assert [one.where for one in step_problems(settings, make_examples(20))] == ["JOB_LORA__TINIT"]
+    assert list(step_problems(settings, make_examples(22))) == []
     assert list(too_few_steps(make_options(dict(load_settings([], {}).lora), 1))) == []
+
+
+def test_eva_needs_target_tokens() -> None:
+    """As many as ranks in one of the first micro-batches: known when the rows are read."""
+    rows = make_examples(4, shortest=8, longest=8)
+    fits, above = (load_settings(["--lora.init=eva", f"--lora.rank={rank}"], {}) for rank in (28, 29))
+    assert list(step_problems(fits, rows)) == []
+    assert ["eva takes as many target tokens as ranks, 29" in one.what for one in step_problems(above, rows)] == [True]
+
+
+@pytest.mark.parametrize(("offload", "processes", "most"), [("auto", 1, 2), ("false", 1, 1), ("auto", 2, 3)])
+def test_a_row_that_certainly_does_not_fit_is_refused_before_the_weights_come(
+    monkeypatch: pytest.MonkeyPatch, offload: str, processes: int, most: int
+) -> None:
+    """By the GPU's whole memory; where activations may go to main memory, or to several GPUs, longer rows fit."""
+    monkeypatch.setattr(pull_checks, "choose_device", lambda _: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(pull_checks, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(pull_checks, "gpu_memory", lambda _: (1 << 30, 1 << 30))
+    monkeypatch.setattr(pull_checks, "main_memory", lambda: SimpleNamespace(total_bytes=1 << 40))
+    monkeypatch.setattr(long_attention, "processors", lambda _: 132)
+    place = SimpleNamespace(local_world_size=processes, world_size=processes)
+    attempt: Any = SimpleNamespace(processes=SimpleNamespace(place=place))
+    words = ["--preset=demo", f"--model.id={DEMO}", "--model.dtype=bf16", "--lora.dropout=0"]
+    settings = load_settings([*words, f"--train.offload_activations={offload}"], {})
+    limits = (59_000, 60_000, 61_000, 70_000)
+    refuse_long_row(attempt, DEMO, settings, limits[most - 1], "")
+    with pytest.raises(SettingsError, match=r"JOB_TRAIN__MAX_LENGTH: the longest row, rows.jsonl:7, has .* tokens fit"):
+        refuse_long_row(attempt, DEMO, settings, limits[most], "rows.jsonl:7")
+
+
+def test_rows_are_checked_by_the_first_attempt_only() -> None:
+    """Later ones train on the same rows."""
+    rows: Any = SimpleNamespace(examples=make_examples(2), record=SimpleNamespace(longest_at=""))
+    settings = load_settings(["--lora.kind=adalora", "--lora.tinit=50", "--run.device=cpu"], {})
+    for earlier, refused in ((None, True), ("a record", False)):
+        attempt: Any = SimpleNamespace(recorded=lambda *_, earlier=earlier: earlier)
+        with pytest.raises(SettingsError, match="JOB_LORA__TINIT") if refused else nullcontext():
+            check_rows(attempt, Path(), settings, rows)
