@@ -97,12 +97,16 @@ def test_every_process_needs_a_copy_in_the_containers_memory(
         place(base_folder, processes=Two("host"), JOB_MODEL__PLACEMENT="host")
 
 
-def test_the_plan_says_where_it_is(base_folder: Path) -> None:
-    """In the record of the run, with the reason."""
+def test_the_plan_says_where_it_is(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the record of the run, with the reason. Loading also has processes agree on kernels."""
+    agreed = list[str]()
+    for name in ("agree_on_kernels", "agree_on_attention"):
+        monkeypatch.setattr(load, name, lambda *_, name=name: agreed.append(name))
     settings = settings_of(base_folder, JOB_MODEL__PLACEMENT="host")
     plan = load.load(settings, sources_of(settings, base_folder)).plan
     assert plan.base_held == "host"
     assert plan.reason.endswith("JOB_MODEL__PLACEMENT is host")
+    assert agreed == ["agree_on_kernels", "agree_on_attention"]
 
 
 @pytest.mark.parametrize(("capability", "place"), [((8, 0), "gpu"), ((7, 0), "host")])
