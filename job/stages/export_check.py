@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,24 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
     check_disk(attempt.work, required_bytes([len(merges.names) * merges.bytes_each, *sizes.values()]))
     _check_memory(loaded.model, merges.bytes_each, sizes)
     return merges
+
+
+def check_least_size(work: Path, empty: Any, formats: Sequence[str], device: Any) -> None:
+    """Refuses exports that are too large even in 16 bits, the least that a merged model is written in.
+
+    Args:
+        work: Where they will be written.
+        empty: The base on the meta device.
+        formats: `JOB_EXPORT__FORMATS`, with at least one that needs the merge.
+        device: Where they are scored.
+
+    Raises:
+        Unreachable: The disk, or the GPU's memory, is too small. A retry may get a machine with more.
+    """
+    merged = 2 * sum(parameter.numel() for parameter in empty.parameters())
+    if device.type == "cuda":
+        check_gpu_memory(device, merged)
+    check_disk(work, required_bytes([merged, *(_bytes(name, empty, merged) for name in derived(formats))]))
 
 
 def check_gpu_memory(device: Any, merged_bytes: int) -> None:

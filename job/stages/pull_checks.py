@@ -35,14 +35,14 @@ def check_model(attempt: Attempt, folder: Path, settings: Settings, later: Seque
     """Refuses settings that the model's configuration excludes, before its weights and the data are downloaded.
 
     Args:
-        attempt: Of its processes the number on this machine counts.
+        attempt: Of its processes the number on this machine counts; exports are written to its work folder.
         folder: Holds the model's config.json.
         settings: Those of this training stage.
         later: Those of the stages after it; the last one exports.
 
     Raises:
         DataError, SettingsError: The same errors that loading the model, training or the export would raise.
-        Unreachable: The merged model is larger than this machine's GPU.
+        Unreachable: The merged model is larger than this machine's GPU, or exports than what its disk has left.
     """
     lora, model, train, last = settings.lora, settings.model, settings.train, (later or [settings])[-1]
     options = make_options(dict(lora), train.max_steps or MANY_STEPS, model.add_tokens)
@@ -65,11 +65,10 @@ def check_model(attempt: Attempt, folder: Path, settings: Settings, later: Seque
             yield from export_problems(config, empty, **export, device=choose_device(settings.run.device))
 
     _, empty = inspect(folder, max_length=train.max_length, **named, problems=problems)
-    if needs_merge(last.export.formats) and (device := choose_device(settings.run.device)).type == "cuda":
-        from job.stages.export_check import check_gpu_memory
+    if needs_merge(last.export.formats):
+        from job.stages.export_check import check_least_size
 
-        # It is written in 16 bits at least.
-        check_gpu_memory(device, 2 * sum(parameter.numel() for parameter in empty.parameters()))
+        check_least_size(attempt.work, empty, last.export.formats, choose_device(settings.run.device))
 
 
 def check_rows(attempt: Attempt, folder: Path, settings: Settings, tokens: Tokens) -> None:

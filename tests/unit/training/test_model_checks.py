@@ -141,9 +141,12 @@ def test_a_run_checks_its_model_before_its_weights_and_rows(base_folder: Path, m
     check_model(attempt, base_folder, plain, ())
 
 
-def test_a_merge_larger_than_the_gpu_is_refused_before_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is scored there; what it takes in 16 bits is known from the configuration."""
-    attempt: Any = SimpleNamespace(processes=SimpleNamespace(place=SimpleNamespace(local_world_size=1)))
+def test_an_export_that_is_too_large_is_refused_before_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the GPU that scores it, or for the disk: what it takes in 16 bits is known from the configuration."""
+    place = SimpleNamespace(local_world_size=1)
+    attempt: Any = SimpleNamespace(processes=SimpleNamespace(place=place), work=tmp_path)
     settings = load_settings(["--preset=demo", f"--model.id={DEMO}", "--export.formats=merged"], {})
     monkeypatch.setattr(pull_checks, "choose_device", lambda _: SimpleNamespace(type="cuda"))
     numbers = sum(parameter.numel() for parameter in inspect(DEMO, max_length=64, targets=None)[1].parameters())
@@ -152,6 +155,11 @@ def test_a_merge_larger_than_the_gpu_is_refused_before_the_download(monkeypatch:
     monkeypatch.setattr(export_check, "gpu_bytes", lambda _: 2 * numbers - 1)
     with pytest.raises(Unreachable, match="of the GPU's memory to be scored"):
         check_model(attempt, DEMO, settings, ())
+    monkeypatch.setattr(pull_checks, "choose_device", lambda _: SimpleNamespace(type="cpu"))
+    needed: list[int] = []
+    monkeypatch.setattr(export_check, "check_disk", lambda _, need: needed.append(need))
+    check_model(attempt, DEMO, settings, ())
+    assert needed == [export_check.required_bytes([2 * numbers])]
 
 
 def test_adalora_needs_steps_to_take_ranks_away_in() -> None:
