@@ -49,7 +49,7 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
     """
     names = derived(options.formats)
     merges = candidates(loaded.model, original, options.merge_onto)
-    problems, sizes = [], dict[str, int]()
+    problems, sizes = list[Problem](), dict[str, int]()
     if names:
         empty = build_empty(original, read_config(original))
         sizes = {name: _bytes(name, empty, merges.bytes_each) for name in names}
