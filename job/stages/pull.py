@@ -42,7 +42,7 @@ from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
 from job.stages.principles import FoundJudge, check_judge, find_judge, judge_sha256
 from job.stages.pull_audit import audit_arguments, known_audit, known_scores, with_audit_of_before
-from job.stages.pull_checks import check_model, check_rows
+from job.stages.pull_checks import CheckedSettings, check_model, check_rows
 from job.stages.pull_model import BaseFiles, BaseSettings, find_base, vocabulary_of
 from job.stages.pull_prompts import find_prompt_rows, prompts_record
 from job.stages.pull_rows import RowSettings, check_hub, fetch_rows, read_rows, validation_of
@@ -175,7 +175,7 @@ def _pull(
         tasks = _checked_tasks(
             attempt,
             lambda: _load_tasks(attempt, settings, storage, policy, baseline),
-            lambda: check_model(attempt, _early_files(attempt, early, coming)[0], settings, later),
+            lambda: check_model(attempt, _early_files(attempt, early, coming)[0], checked_settings(settings, later)),
         )
         start, safety = _find_start(attempt, settings, storage), _find_safety_model(attempt, settings, storage)
         rows = _row_settings(settings)
@@ -197,7 +197,7 @@ def _pull(
         auditing = {**how, **_auditing(attempt, settings, storage, tasks, safety)}
         known = {**auditing, "audited": known_audit(attempt), **known_scores(attempt)}
         tokens = read_rows(attempt, rows, *fetched, tokenizer, **known)
-        check_rows(attempt, folder, settings, tokens)
+        check_rows(attempt, folder, checked_settings(settings, later), tokens)
         prompts = find_prompt_rows(
             attempt,
             settings.eval,
@@ -260,6 +260,13 @@ def _pull(
 def _base_settings(settings: Settings) -> BaseSettings:
     run = settings.run
     return BaseSettings(settings.model, settings.lora.init, run.device, run.output, settings.storage.cache)
+
+
+def checked_settings(settings: Settings, later: Sequence[Settings]) -> CheckedSettings:
+    """What `pull_checks` checks of the settings of this training stage, and of those after it."""
+    last, seed = (later or [settings])[-1], _row_settings(settings).seed
+    of_stage = (settings.model, settings.lora, settings.train, settings.run.device, seed)
+    return CheckedSettings(*of_stage, last.export, last.gate.on)
 
 
 def _row_settings(settings: Settings) -> RowSettings:

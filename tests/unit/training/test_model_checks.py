@@ -16,6 +16,7 @@ from job.model.base import inspect
 from job.model.fused import long_attention
 from job.settings.load import load_settings
 from job.stages import export_check, placement, pull_checks
+from job.stages.pull import checked_settings
 from job.stages.pull_checks import check_model, check_rows, refuse_long_row, step_problems
 from job.training.model_checks import model_problems
 from tests.families.models import tiny_config
@@ -131,14 +132,14 @@ def test_a_run_checks_its_model_before_its_weights_and_rows(base_folder: Path, m
     asked = load_settings([*words, "--model.placement=host", "--model.quantization=nf4"], {})
     later = load_settings(["--preset=demo", "--export.formats=merged", "--export.merge_onto=dequantized"], {})
     with pytest.raises(SettingsError) as caught:
-        check_model(attempt, base_folder, asked, (later,))
+        check_model(attempt, base_folder, checked_settings(asked, (later,)))
     found = {problem.where: problem.what for problem in caught.value.problems}
     assert found.keys() == {"JOB_LORA__EXPERTS", "JOB_MODEL__PLACEMENT"}
     assert "for each of 3 processes" in found["JOB_MODEL__PLACEMENT"]
     plain = load_settings(["--preset=demo", f"--model.id={base_folder}", "--model.quantization=none"], {})
     with pytest.raises(SettingsError, match="JOB_EXPORT__MERGE_ONTO"):
-        check_model(attempt, base_folder, plain, (later,))
-    check_model(attempt, base_folder, plain, ())
+        check_model(attempt, base_folder, checked_settings(plain, (later,)))
+    check_model(attempt, base_folder, checked_settings(plain, ()))
 
 
 def test_an_export_that_is_too_large_is_refused_before_the_download(
@@ -147,25 +148,26 @@ def test_an_export_that_is_too_large_is_refused_before_the_download(
     """For the GPU that scores it, or for the disk: what it takes in 16 bits is known from the configuration."""
     place = SimpleNamespace(local_world_size=1)
     attempt: Any = SimpleNamespace(processes=SimpleNamespace(place=place), work=tmp_path)
-    settings = load_settings(["--preset=demo", f"--model.id={DEMO}", "--export.formats=merged"], {})
+    words = ["--preset=demo", f"--model.id={DEMO}", "--export.formats=merged"]
+    settings = checked_settings(load_settings(words, {}), ())
     monkeypatch.setattr(pull_checks, "choose_device", lambda _: SimpleNamespace(type="cuda"))
     numbers = sum(parameter.numel() for parameter in inspect(DEMO, max_length=64, targets=None)[1].parameters())
     monkeypatch.setattr(export_check, "gpu_bytes", lambda _: 2 * numbers)
-    check_model(attempt, DEMO, settings, ())
+    check_model(attempt, DEMO, settings)
     monkeypatch.setattr(export_check, "gpu_bytes", lambda _: 2 * numbers - 1)
     with pytest.raises(Unreachable, match="of the GPU's memory to be scored"):
-        check_model(attempt, DEMO, settings, ())
+        check_model(attempt, DEMO, settings)
     monkeypatch.setattr(pull_checks, "choose_device", lambda _: SimpleNamespace(type="cpu"))
     needed: list[int] = []
     monkeypatch.setattr(export_check, "check_disk", lambda _, need: needed.append(need))
-    check_model(attempt, DEMO, settings, ())
+    check_model(attempt, DEMO, settings)
     assert needed == [export_check.required_bytes([2 * numbers])]
 
 
 def test_adalora_needs_steps_to_take_ranks_away_in() -> None:
     """Known when the rows are counted, and told then: by the pull, and by `plan`."""
     words = ["--lora.tinit=5", "--lora.tfinal=5", "--train.epochs=1", "--train.global_batch_size=2"]
-    settings = load_settings(["--lora.kind=adalora", *words], {})
+    settings = checked_settings(load_settings(["--lora.kind=adalora", *words], {}), ())
     assert [one.where for one in step_problems(settings, make_examples(20))] == ["JOB_LORA__TINIT"]
     assert list(step_problems(settings, make_examples(22))) == []
     assert list(too_few_steps(make_options(dict(load_settings([], {}).lora), 1))) == []
@@ -174,7 +176,8 @@ def test_adalora_needs_steps_to_take_ranks_away_in() -> None:
 def test_eva_needs_target_tokens() -> None:
     """As many as ranks in one of the first micro-batches: known when the rows are read."""
     rows = make_examples(4, shortest=8, longest=8)
-    fits, above = (load_settings(["--lora.init=eva", f"--lora.rank={rank}"], {}) for rank in (28, 29))
+    given = (load_settings(["--lora.init=eva", f"--lora.rank={rank}"], {}) for rank in (28, 29))
+    fits, above = (checked_settings(settings, ()) for settings in given)
     assert list(step_problems(fits, rows)) == []
     assert ["eva takes as many target tokens as ranks, 29" in one.what for one in step_problems(above, rows)] == [True]
 
@@ -192,7 +195,7 @@ def test_a_row_that_certainly_does_not_fit_is_refused_before_the_weights_come(
     place = SimpleNamespace(local_world_size=processes, world_size=processes)
     attempt: Any = SimpleNamespace(processes=SimpleNamespace(place=place))
     words = ["--preset=demo", f"--model.id={DEMO}", "--model.dtype=bf16", "--lora.dropout=0"]
-    settings = load_settings([*words, f"--train.offload_activations={offload}"], {})
+    settings = checked_settings(load_settings([*words, f"--train.offload_activations={offload}"], {}), ())
     limits = (59_000, 60_000, 61_000, 70_000)
     refuse_long_row(attempt, DEMO, settings, limits[most - 1], "")
     with pytest.raises(SettingsError, match=r"JOB_TRAIN__MAX_LENGTH: the longest row, rows.jsonl:7, has .* tokens fit"):
@@ -202,7 +205,8 @@ def test_a_row_that_certainly_does_not_fit_is_refused_before_the_weights_come(
 def test_rows_are_checked_by_the_first_attempt_only() -> None:
     """Later ones train on the same rows."""
     rows: Any = SimpleNamespace(examples=make_examples(2), record=SimpleNamespace(longest_at=""))
-    settings = load_settings(["--lora.kind=adalora", "--lora.tinit=50", "--run.device=cpu"], {})
+    words = ["--lora.kind=adalora", "--lora.tinit=50", "--run.device=cpu"]
+    settings = checked_settings(load_settings(words, {}), ())
     for earlier, refused in ((None, True), ("a record", False)):
         attempt: Any = SimpleNamespace(recorded=lambda *_, earlier=earlier: earlier)
         with pytest.raises(SettingsError, match="JOB_LORA__TINIT") if refused else nullcontext():
