@@ -182,11 +182,14 @@ def test_what_is_wrong_is_told_with_everything_else(given: Path, capsys: pytest.
     assert "rows.jsonl:4" in next(found["what"] for found in plan["checks"] if found["name"] == "data")
     assert json.loads(log_lines)["event"] == "DataError"
     write_jsonl(given / "questions.jsonl", arc_rows(1))
-    code, plan, _ = planned(capsys, "--lora.target_modules=q_proj,no_proj")
+    excluded = ["--train.max_length=4096", "--lora.experts=true", "--lora.dropout=0"]
+    code, plan, _ = planned(capsys, "--lora.target_modules=q_proj,no_proj", *excluded)
     assert code == SettingsError.exit_code
     wrong = {found["name"]: found["what"] for found in plan["checks"] if found["state"] == "wrong"}
     assert wrong.keys() == {"data", "adapter", "questions"}
     assert "no linear no_proj" in wrong["adapter"]
+    assert "JOB_LORA__EXPERTS: is on, and" in wrong["adapter"]
+    assert "JOB_TRAIN__MAX_LENGTH: 4096 is more than the model's window of 2048" in wrong["adapter"]
     assert "a comparison needs two" in wrong["questions"]
 
 
