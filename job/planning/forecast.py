@@ -47,7 +47,8 @@ Basis = Literal["computed", "measured", "assumed"]
 DOWNLOAD_RATE = 250e6
 START_SECONDS = 40.0
 """Assumed: DOWNLOAD_RATE in bytes a second for what is fetched. START_SECONDS for starting, hashing, quantizing and
-loading: measured 29 s with an H100 and 39 s with an H200 and four cores, for Mistral-7B from a local disk."""
+loading: measured 29 s with an H100 and 39 s with an H200 and four cores, for Mistral-7B from a local disk
+(`2026-11-28-h100-job.jsonl`, `2026-11-28-h200-job.jsonl`), before imports were made shorter."""
 MERGED_PER_SECOND = 30e6
 GGUF_PER_SECOND = 6e6
 LLAMA_CPP_FLOPS = 23e9

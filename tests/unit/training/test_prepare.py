@@ -447,7 +447,7 @@ def test_a_row_that_cannot_fit_is_refused(base_folder: Path, monkeypatch: pytest
         long_rows(base_folder, monkeypatch, 80 << 30, **how)
     text = str(caught.value)
     assert text.startswith("JOB_TRAIN__MAX_LENGTH: the longest row, rows.jsonl:17, has 30,000 tokens")
-    assert "20.0 MiB are free; about 1,0" in text
+    assert "20.0 MiB are free; about 99" in text
     assert "JOB_DATA__ON_LONG_ROW" in text
     held_out = {**SETTINGS, "longest_at": "rows.jsonl:17", "validation": [30_000]}
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: "a CPU")
