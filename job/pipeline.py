@@ -26,14 +26,14 @@ from job.common import garbage_collection, host
 from job.common.export_formats import needs_merge
 from job.common.lora_readers import why_not_served
 from job.common.out_of_memory import memory_errors
-from job.distributed.processes import ALONE, Processes
+from job.distributed.processes import ALONE, Processes, require_one_kind
 from job.errors import DataError, JobError, Problem
 from job.model.base import choose_device
 from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
 from job.push.push import Target, check_targets, push_run, targets
-from job.records import Evaluated, Exported, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
+from job.records import FP8, Evaluated, Exported, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
 from job.results import manifest
 from job.results.baseline import check_prompts, warn_of_other_dtype
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
@@ -58,6 +58,7 @@ from job.tracking import energy
 from job.tracking.live_metrics import live_metrics
 from job.tracking.trackers import tracking
 from job.tracking.webhook import SILENT, notifying
+from job.training.gpu_capability import require_fp8
 
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
@@ -135,7 +136,7 @@ def _run_stage(
     alive = partial(_alive, stop, report_progress)
     if (done := _finished(processes, settings, delivery, alive)) is not None:
         return done
-    processes.share("inputs", lambda: _check_inputs(settings, later))
+    processes.share("inputs", lambda: _check_inputs(settings, later, processes.place.world_size))
     with _attempt(settings, stop, report_progress, faults, processes, idle=idle, last=not later) as (
         attempt,
         tell_results,
@@ -179,10 +180,10 @@ def _finished(
     return found
 
 
-def _check_inputs(settings: Settings, later: Sequence[Settings]) -> None:
+def _check_inputs(settings: Settings, later: Sequence[Settings], processes: int) -> None:
     """Refuses wrong paths and names before the run takes its lease, so that nothing is left behind."""
     begun = _store(settings).read(stage_key(Stage.PULL)) is not None
-    check_inputs(settings, later, begun=begun)
+    check_inputs(settings, later, begun=begun, processes=processes)
     chosen = () if later else targets(settings.export)
     if chosen and (reasons := why_not_served(plain_values(settings))):
         log.get_logger().warning("vLLM does not serve this adapter as it is trained", reasons=reasons)
@@ -291,7 +292,10 @@ def _attempt(
         if settings.run.nodes > 1:
             attempt.pause_after_idle()
         with current_platform().machine_checks():
-            choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
+            device = choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
+        require_one_kind(processes, device.type)
+        if settings.train.compute == FP8:
+            require_fp8(device)
         if processes.leads:
             withdraw_incomplete(attempt.store)
         track.start()

@@ -129,14 +129,9 @@ def candidates(model: Any, source: Path, asked: str) -> Candidates:
     base = model.get_base_model()
     in_four_bits = any(is_quantized(module.weight) for _, module in _weighted(base))
     published_quantized = quantization_method(read_json(source / "config.json", MAX_CONFIG_BYTES)) is not None
-    if asked == ORIGINAL and published_quantized:
-        raise _refused("is original, and the base is published quantized only; take dequantized", "merge_onto")
-    if asked == DEQUANTIZED and not in_four_bits:
-        raise _refused("is dequantized, and no weight of the base is quantized; take original", "merge_onto")
     experts = any(packed(module, name) is not None for _, module, name in expert_tensors(base))
-    if asked == DEQUANTIZED and experts:
-        what = "is dequantized, and a mixture's experts are only written as the original base has them; take original"
-        raise _refused(what, "merge_onto")
+    if why := why_not_onto(asked, published_quantized=published_quantized, quantized=in_four_bits, experts=experts):
+        raise _refused(why, "merge_onto")
     size = plan_merge(model, source).bytes
     if asked != BEST:
         return Candidates((asked,), size, f"JOB_EXPORT__MERGE_ONTO is {asked}")
@@ -147,6 +142,24 @@ def candidates(model: Any, source: Path, asked: str) -> Candidates:
     if experts:
         return Candidates((ORIGINAL,), size, "a mixture's experts are only written as the original base has them")
     return Candidates((ORIGINAL, DEQUANTIZED), size)
+
+
+def why_not_onto(asked: str, *, published_quantized: bool, quantized: bool, experts: bool) -> str:
+    """Why JOB_EXPORT__MERGE_ONTO cannot be what it is; empty if it can.
+
+    Args:
+        asked: The setting.
+        published_quantized: Whether the base's own files are quantized.
+        quantized: Whether weights of the loaded base are.
+        experts: Whether a mixture's experts are among these.
+    """
+    if asked == ORIGINAL and published_quantized:
+        return "is original, and the base is published quantized only; take dequantized"
+    if asked == DEQUANTIZED and not quantized:
+        return "is dequantized, and no weight of the base is quantized; take original"
+    if asked == DEQUANTIZED and experts:
+        return "is dequantized, and a mixture's experts are only written as the original base has them; take original"
+    return ""
 
 
 def plan_merge(model: Any, source: Path) -> MergePlan:

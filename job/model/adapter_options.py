@@ -147,13 +147,26 @@ def check_options(options: AdapterOptions, *, rank: int, layers: int, adapted: C
             if len(keys := [key for key, found in matches.items() if name in found]) > 1:
                 yield Problem(where, f"{' and '.join(keys)} both name {name}; keep one")
                 break
+    yield from too_few_steps(options)
+    ranks = {rank, *options.rank_pattern.values()}
+    if options.init == "orthogonal" and (odd := sorted(r for r in ranks if r % 2)):
+        yield Problem("JOB_LORA__INIT", f"orthogonal takes even ranks, not {', '.join(map(str, odd))}")
+
+
+def too_few_steps(options: AdapterOptions) -> Iterator[Problem]:
+    """Why AdaLoRA's settings do not fit the number of steps, which is known once the rows are read."""
     ada = options.adalora
     if ada is not None and ada.tinit + ada.tfinal >= ada.total_step:
         what = f"and JOB_LORA__TFINAL leave none of the run's {ada.total_step} steps to take ranks away in; lower them"
         yield Problem("JOB_LORA__TINIT", what)
-    ranks = {rank, *options.rank_pattern.values()}
-    if options.init == "orthogonal" and (odd := sorted(r for r in ranks if r % 2)):
-        yield Problem("JOB_LORA__INIT", f"orthogonal takes even ranks, not {', '.join(map(str, odd))}")
+
+
+def too_high_rank(init: str, rank: int, most: int) -> Problem:
+    """What is said of a rank that an initialization cannot have in a layer that is `most` wide."""
+    of = "layers' inputs" if init == "eva" else "layers"
+    return Problem(
+        "JOB_LORA__RANK", f"{init} takes ranks up to the width of the {of}, {most} here, and not {rank}; lower it"
+    )
 
 
 def pattern_matches(key: str, name: str) -> bool:

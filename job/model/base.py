@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from job import log
-from job.errors import DataError, Problem, SettingsError
+from job.errors import DataError, Problem, SettingsError, check_all, raise_problems
 from job.model.adapter_options import PLAIN as PLAIN_LORA
 from job.model.adapter_options import AdapterOptions
 from job.model.decomposed_init import frozen_parameters
@@ -301,6 +301,7 @@ def inspect(
     targets: Sequence[str] | str | None,
     rank: int = 1,
     options: AdapterOptions = PLAIN_LORA,
+    problems: Callable[[Any, Any], Iterable[Problem]] = lambda _config, _empty: (),
 ) -> tuple[Any, Any]:
     """What is known of a model without its weights: its configuration, and the model on the meta device.
 
@@ -310,16 +311,23 @@ def inspect(
         targets: Names of the layers to adapt, as `resolve_targets` takes them.
         rank: Of the adapter.
         options: Of the adapter.
+        problems: What else of the settings this model excludes, by its configuration and the model on the meta device.
 
     Raises:
         DataError: config.json describes no model that can be built.
-        SettingsError: It is of a kind that is not trained here, has fewer positions, or cannot have this adapter.
+        SettingsError: It is of a kind that is not trained here; or with all problems: it has fewer positions, cannot
+            have this adapter, or has one of `problems`.
     """
     config = read_config(folder)
     silence(config)
-    check_positions(config, max_length)
     empty = build_empty(folder, config)
-    check_adapter(empty, resolve_targets(empty, targets), rank, options)
+    check_all(
+        (
+            ("positions", lambda: check_positions(config, max_length)),
+            ("adapter", lambda: check_adapter(empty, resolve_targets(empty, targets), rank, options)),
+            ("settings", lambda: raise_problems(problems(config, empty))),
+        )
+    )
     return config, empty
 
 

@@ -206,6 +206,11 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def in_eight_bits(published: Any) -> bool:
+    """Whether a `quantization_config` of config.json is bitsandbytes' of 8 bits."""
+    return isinstance(published, dict) and published.get("load_in_8bit") is True
+
+
 def check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuses shapes that no model has: building 10^12 layers would take for ever, and 0 heads end in a division.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -51,7 +51,6 @@ class ModelFacts:
 def preview_model(
     source: str,
     revision: str | None,
-    max_length: int,
     *,
     online: Online,
     folder: Path,
@@ -62,7 +61,6 @@ def preview_model(
     Args:
         source: Hub id, URI or path.
         revision: For a hub id.
-        max_length: Longest example in tokens; it has to fit the model's window.
         online: Whether the hub can be reached.
         folder: Folder for copies from a store.
         storage: How to reach stores.
@@ -82,9 +80,6 @@ def preview_model(
         architecture = read_config(_config(place, source))
     except ValueError as error:
         return "note", f"{where}; no figures: {error}", ModelFacts(place, None, download)
-    if architecture.window is not None and architecture.window < max_length:
-        what = f"{max_length} is more than the model's window of {architecture.window} tokens; lower it"
-        raise SettingsError([Problem("JOB_TRAIN__MAX_LENGTH", what)])
     return "ok", where, ModelFacts(place, architecture, download)
 
 
@@ -104,6 +99,7 @@ def preview_adapter(
     max_length: int,
     rank: int = 1,
     options: AdapterOptions = PLAIN,
+    problems: Callable[[Any, Any], Iterable[Problem]] = lambda _config, _empty: (),
 ) -> Found[AdapterFacts]:
     """Builds the model without weights, as a run does first, to find what LoRA adapts and what would be quantized.
 
@@ -114,10 +110,12 @@ def preview_adapter(
         max_length: Longest example in tokens.
         rank: `JOB_LORA__RANK`.
         options: The adapter's other options.
+        problems: As for `inspect`: what else of the settings this model excludes.
     """
     if model is None:
         raise NotChecked("the model's files cannot be had")
-    config, empty = inspect(model.folder, max_length=max_length, targets=targets, rank=rank, options=options)
+    how: dict[str, Any] = {"targets": targets, "rank": rank, "options": options, "problems": problems}
+    config, empty = inspect(model.folder, max_length=max_length, **how)
     found = tuple(sorted(resolve_targets(empty, targets)))
     names = ", ".join(found)
     linear, all_ = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))

@@ -81,6 +81,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         recorded=_recorded(settings),
         offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
         divide=settings.train.sequence_parallel == "auto" and settings.train.neftune_noise_alpha == 0,
+        step_rows=settings.train.global_batch_size,
     )
     if settings.train.is_one_stage:
         return run
@@ -100,6 +101,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         auxiliary=(),
         tiles=_tiles(first, setup),
         recorded=_recorded(first),
+        step_rows=first.train.global_batch_size,
     )
     more = seen.first_data.download_bytes if seen.first_data else 0
     return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)

@@ -64,7 +64,7 @@ def impossible_values(settings: Settings, request: Request) -> Iterator[Fault]:
     yield from _places(settings, request.platform)
     yield from _clouds(settings)
     yield from _revisions(settings, request)
-    yield from _placement(settings)
+    yield from _placement(settings, request.environ)
     yield from _tasks(settings)
     yield from _prompts(settings)
     yield from _safety(settings)
@@ -182,7 +182,7 @@ def _other_repository(name: str, subject: str, request: Request) -> str | None:
     )
 
 
-def _placement(settings: Settings) -> Iterator[Fault]:
+def _placement(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault]:
     model, where = settings.model, "model.placement"
     if model.placement in {"auto", "gpu"}:
         return
@@ -190,8 +190,26 @@ def _placement(settings: Settings) -> Iterator[Fault]:
         yield where, f"is {model.placement}, which is for 4-bit weights, and JOB_MODEL__QUANTIZATION is none; take gpu"
     if model.keep_dequantized is True:
         yield where, f"is {model.placement}, and JOB_MODEL__KEEP_DEQUANTIZED keeps the base on the GPU; drop one"
-    if model.placement == "sharded" and (settings.run.processes, settings.run.nodes) == (1, 1):
-        yield where, "is sharded, which takes several processes, and JOB_RUN__PROCESSES is 1; take gpu or host"
+    if list(find_faults(environ)):
+        return
+    place, run = find_place(environ), settings.run
+    # `auto` is known when the GPUs have been counted; see `sharded_alone`.
+    known = (1 if run.processes == 1 and run.nodes == 1 else 0) if place is None else place.world_size
+    if known == 1 and (problem := sharded_alone(settings, known)) is not None:
+        yield where, problem.what
+
+
+def sharded_alone(settings: Settings, processes: int) -> Problem | None:
+    """What is wrong where the base shall be sharded over a single process; None if nothing is.
+
+    Args:
+        settings: Those of the run.
+        processes: Of all machines of the run.
+    """
+    if settings.model.placement != "sharded" or processes > 1:
+        return None
+    what = "is sharded, and the run has one process; start several, each with its GPU (JOB_RUN__PROCESSES; auto is one"
+    return Problem("JOB_MODEL__PLACEMENT", f"{what} for each GPU that is visible on this machine), or take gpu or host")
 
 
 def _tasks(settings: Settings) -> Iterator[Fault]:

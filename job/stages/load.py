@@ -28,8 +28,9 @@ from job.records import ExecutionPlan, Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.stages.placement import decide_placement
+from job.stages.scoring_precision import agree_on_attention
 from job.training.config import total_steps
-from job.training.gpu_capability import require_fp8
+from job.training.gpu_capability import agree_on_kernels
 from job.training.gpu_memory import limit_memory
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import LONG_ROW
@@ -55,12 +56,12 @@ def load(
         DataError: The model's folder cannot be loaded.
     """
     device = choose_device(settings.run.device)
-    _same_kind(processes, device.type)
-    if settings.train.compute == "fp8":
-        require_fp8(device)
     if device.type == "cuda":
         make_deterministic()
         limit_memory(settings.train.gpu_memory_gb)
+    dtype = choose_dtype(settings.model.dtype, device)
+    computed_in = {str(dtype).removeprefix("torch."), "float16"}  # training and scoring
+    agree_on_kernels(processes, device, sorted(computed_in - {"float32"}))
     lora, train = settings.lora, settings.train
     steps = total_steps(len(sources.examples), train.global_batch_size, train.epochs, train.max_steps)
     added = settings.model.add_tokens or ()
@@ -82,7 +83,7 @@ def load(
         sources.folder,
         quantization=settings.model.quantization,
         double_quantization=settings.model.double_quantization,
-        dtype=choose_dtype(settings.model.dtype, device),
+        dtype=dtype,
         device=device,
         max_length=settings.train.max_length,
         quantized=sources.quantized,
@@ -159,7 +160,9 @@ def load(
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
     only_long = min(lengths_of(sources.examples)) > LONG_ROW
     _tell_slower_ways(plan, settings, on_gpu=device.type == "cuda", only_long=only_long)
-    return Loaded(model, record, budget, plan, kept_base, packing, names)
+    loaded = Loaded(model, record, budget, plan, kept_base, packing, names)
+    agree_on_attention(processes, settings.eval, loaded)
+    return loaded
 
 
 def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
@@ -210,11 +213,3 @@ def _packing(
         found = Packing(packed=False, reason="another process of the run finds that packed sequences come out wrong")
         use(model.get_base_model(), PLAIN)
     return found
-
-
-def _same_kind(processes: Processes, device: str) -> None:
-    """Refuses a run in which only some processes have a GPU: they cannot communicate, and would wait forever."""
-    devices = processes.gather("device", device)
-    if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
-        what = f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer, or give each one"
-        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from job import log
+from job.distributed.processes import Processes
 from job.errors import Problem, SettingsError
 from job.model.packed_attention import is_packed
 from job.training.execution_plan import (
@@ -79,12 +81,14 @@ def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
 
     Returns:
         The kernels (`fused.kernels.Kernels`) and their name, `triton` or `torch`. They are chosen by one test launch
-        for each device and dtype in the life of the process.
+        for each device and dtype in the life of the process, and torch's by `agree_on_kernels`.
     """
     import torch
 
     from job.model.fused import kernels
 
+    if (device.type, dtype) in _TORCH_IN_ALL:
+        return kernels.TORCH, "torch"
     try:
         fast = kernels.triton()
     except ImportError:
@@ -103,3 +107,32 @@ def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
         log.get_logger().warning(what, why=why, change=change)
         return kernels.TORCH, "torch"
     return fast, "triton"
+
+
+_TORCH_IN_ALL: set[tuple[str, str]] = set()
+"""(type of device, dtype) for which another process of the run cannot use Triton. Kept as long as the cache of
+`fast_kernels`, since training and each kind of scoring ask for kernels by themselves."""
+
+
+def agree_on_kernels(processes: Processes, device: Any, dtypes: Sequence[str]) -> None:
+    """Makes all processes compute by torch's operations where one of them cannot use Triton's kernels.
+
+    Triton's results differ from torch's in the last bits: replicas would compute different gradients and scores. Called
+    in all processes, before `fast_kernels` is asked for kernels that compute.
+
+    Args:
+        processes: All processes of the run.
+        device: This process's.
+        dtypes: As for `fast_kernels`, all that are used.
+    """
+    if processes.place.world_size == 1:
+        return
+    own = {dtype: fast_kernels(device, dtype)[1] for dtype in dtypes} if device.type == "cuda" else {}
+    found = processes.gather("elementwise kernels", own)
+    without = {dtype for names in found for dtype, name in names.items() if name != "triton"}
+    if slower := sorted(dtype for dtype, name in own.items() if name == "triton" and dtype in without):
+        _TORCH_IN_ALL.update((device.type, dtype) for dtype in slower)
+        fast_kernels.cache_clear()
+        what = "torch's own operations are used, which is slower, since another process cannot use Triton"
+        change = "that process's log says why it cannot"
+        log.get_logger().warning(what, dtypes=slower, change=change)

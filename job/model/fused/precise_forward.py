@@ -45,6 +45,7 @@ from job.model.fused.scoring_decoder import (
     Operations,
     Product,
     TorchOperations,
+    attention_fails,
     checked_attention,
     is_like_llama,
 )
@@ -165,12 +166,7 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
 
 def _decoder(base: Any, family: Family, dtype: torch.dtype, kernels: Kernels, *, keep: bool) -> Decoder:
     """The whole pass, for decoders like Llama's; arguments as for `precise_forward`."""
-    largest = LARGEST if dtype is torch.float16 else None
-    operations: Operations = TorchOperations(largest)
-    if kernels.name == "triton":
-        from job.model.fused.triton_scoring import TritonOperations
-
-        operations = TritonOperations(largest)
+    operations = _operations(kernels, dtype)
     layers = []
     for module in base.model.layers:
         attention, mlp = module.self_attn, module.mlp
@@ -180,9 +176,37 @@ def _decoder(base: Any, family: Family, dtype: torch.dtype, kernels: Kernels, *,
         layers.append(Layer(module, heads, out, gate_up, down))
     attend: Attend = operations.attend
     if kernels.name == "triton" and dtype is torch.float16:
-        sizes = base.config.num_attention_heads, base.config.num_key_value_heads, layers[0].module.self_attn.head_dim
-        attend = checked_attention(operations, HeadSizes(*sizes, windowed=family.window is not None), base.device)
+        attend = checked_attention(operations, _heads(base, family), base.device)
     return Decoder(base, layers, _output_layer(base.lm_head, dtype), operations, attend, dtype, family.window)
+
+
+def _operations(kernels: Kernels, dtype: torch.dtype) -> Operations:
+    largest = LARGEST if dtype is torch.float16 else None
+    if kernels.name == "triton":
+        from job.model.fused.triton_scoring import TritonOperations
+
+        return TritonOperations(largest)
+    return TorchOperations(largest)
+
+
+def _heads(base: Any, family: Family) -> HeadSizes:
+    sizes = base.config.num_attention_heads, base.config.num_key_value_heads, base.model.layers[0].self_attn.head_dim
+    return HeadSizes(*sizes, windowed=family.window is not None)
+
+
+def tested_attention(model: Any, kernels: Kernels) -> tuple[HeadSizes, bool] | None:
+    """(the model's heads, whether Triton's attention for them fails its test here); None where it is not used.
+
+    Args:
+        model: As for `why_not_precise`, which has no reason.
+        kernels: As for `precise_forward`.
+    """
+    base = _base(model)
+    family = lora_forward.family_of(base)
+    if kernels.name != "triton" or family is None or not is_like_llama(family, base) or has_foreign_layers(model):
+        return None
+    heads = _heads(base, family)
+    return heads, attention_fails(_operations(kernels, torch.float16), heads, base.device)
 
 
 def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool, apart: bool = False) -> Product:

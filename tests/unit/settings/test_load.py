@@ -1422,7 +1422,8 @@ class TestValidation:
     [
         ({"JOB_MODEL__QUANTIZATION": "none"}, "JOB_MODEL__QUANTIZATION is none"),
         ({"JOB_MODEL__KEEP_DEQUANTIZED": "true"}, "JOB_MODEL__KEEP_DEQUANTIZED keeps the base on the GPU"),
-        ({"JOB_RUN__PROCESSES": "1"}, "JOB_RUN__PROCESSES is 1"),
+        ({"JOB_RUN__PROCESSES": "1"}, "the run has one process"),
+        ({"JOB_RUN__ID": "a", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "the run has one process"),
     ],
 )
 def test_a_placement_that_cannot_be(with_it: dict[str, str], said: str) -> None:

@@ -76,6 +76,10 @@ CASES: dict[str, tuple[dict[str, str], int, str]] = {
     "data set": ({"JOB_DATA__SOURCE": "some/missing", "JOB_DATA__REVISION": "main"}, 77, "data set some/missing"),
     "questions": ({"JOB_EVAL__DATA": "arc_easy=/nope.json"}, 65, "JOB_EVAL__DATA: /nope.json does not exist"),
     "target module": ({"JOB_LORA__TARGET_MODULES": "q_prj"}, 2, "q_prj"),
+    "experts": (
+        {"JOB_LORA__EXPERTS": "true", "JOB_DATA__SOURCE": "some/missing", "JOB_DATA__REVISION": "main"},
+        *(2, "JOB_LORA__EXPERTS: is on, and MistralForCausalLM has no experts"),
+    ),
     "long question": ({"JOB_EVAL__DATA": "arc_easy={long}"}, 65, "tokens long with its longest choice"),
 }
 
@@ -342,7 +346,7 @@ def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
     read = MagicMock()
     monkeypatch.setattr(pull, "read_rows", read)
     steps = ("find_base", "_load_tasks", "fetch_rows", "load_tokenizer", "rows_with", "_check_lengths", "_wait")
-    for name in (*steps, "import_libraries", "import_client"):
+    for name in (*steps, "import_libraries", "import_client", "check_model", "check_rows"):
         monkeypatch.setattr(pull, name, MagicMock())
     for name, value in {
         "_early_files": (tmp_path, False),

@@ -12,6 +12,7 @@ import torch
 from structlog.testing import capture_logs
 
 from job.common.resources import MainMemory
+from job.distributed.processes import Alone
 from job.distributed.ranks import Place
 from job.errors import SettingsError
 from job.model.adapter_options import AdapterOptions
@@ -22,7 +23,7 @@ from job.records import PEFT, ExecutionPlan
 from job.training import gpu_capability
 from job.training import prepare as prepare_module
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.gpu_capability import fast_kernels, require_fp8, why_not_fused
+from job.training.gpu_capability import agree_on_kernels, fast_kernels, require_fp8, why_not_fused
 from job.training.prepare import prepare, token_budget
 from tests.helpers import make_model
 
@@ -249,6 +250,38 @@ def test_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch, *, 
     assert "undefined symbol: cuModuleGetFunction" in line["why"]
 
 
+class Several(Alone):
+    """One of three processes; what the others answer to the question for kernels."""
+
+    place = Place(0, 3, 0, 3)
+
+    def __init__(self, *others: dict[str, str]) -> None:
+        self.others = others
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """Of all processes."""
+        return [value, *self.others]
+
+
+@pytest.mark.parametrize("theirs", ["triton", "torch"])
+def test_all_processes_compute_by_the_same_kernels(monkeypatch: pytest.MonkeyPatch, theirs: str) -> None:
+    """Where one of them cannot use Triton for a dtype, none does: their results differ in the last bits."""
+    fast, gpu = replace(kernels.TORCH, name="triton"), torch.device("cuda")
+    monkeypatch.setattr(kernels, "triton", lambda: fast)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.tensor([1.0]))
+    monkeypatch.setattr(gpu_capability, "_TORCH_IN_ALL", set())
+    fast_kernels.cache_clear()
+    try:
+        others = {"bfloat16": theirs, "float16": "triton"}, {"bfloat16": "triton", "float16": "triton"}
+        with capture_logs() as lines:
+            agree_on_kernels(Several(*others), gpu, ["bfloat16", "float16"])
+            agree_on_kernels(Alone(), gpu, ["bfloat16", "float16"])
+            assert [fast_kernels(gpu, dtype)[1] for dtype in others[0]] == [theirs, "triton"]
+    finally:
+        fast_kernels.cache_clear()
+    assert [(line["dtypes"], line["log_level"]) for line in lines] == [(["bfloat16"], "warning")] * (theirs == "torch")
+
+
 def test_triton_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, with what installs it: torch's own operations are slower. A CPU needs none."""
 
@@ -414,7 +447,7 @@ def test_a_row_that_cannot_fit_is_refused(base_folder: Path, monkeypatch: pytest
         long_rows(base_folder, monkeypatch, 80 << 30, **how)
     text = str(caught.value)
     assert text.startswith("JOB_TRAIN__MAX_LENGTH: the longest row, rows.jsonl:17, has 30,000 tokens")
-    assert "20.0 MiB are free; about 1,0" in text
+    assert "20.0 MiB are free; about 99" in text
     assert "JOB_DATA__ON_LONG_ROW" in text
     held_out = {**SETTINGS, "longest_at": "rows.jsonl:17", "validation": [30_000]}
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: "a CPU")
