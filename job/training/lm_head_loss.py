@@ -12,7 +12,7 @@ first selects the target positions; without Triton it forms the logits of every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,8 @@ VOCABULARY_CHUNK = 32768
 """Logits of a padded sequence are formed for so many entries of the vocabulary at a time."""
 _linear_cross_entropy: Any = getattr(functional, "linear_cross_entropy", None)
 """torch 2.13 has it."""
+HeadLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(hidden states behind the final norm (tokens, hidden), labels (tokens,) int64) -> the summed loss, () float32."""
 
 
 def can_sum(base: Any) -> bool:
@@ -236,6 +238,11 @@ def padded_loss(
     if smoothing:
         log_probs = log_probs - smoothing * smoothing_terms(hidden, head, targets, logits)
     return -log_probs.masked_fill(labels == IGNORED, 0).sum()
+
+
+def head_loss(base: Any, smoothing: float, logits: Logits) -> HeadLoss:
+    """`padded_loss` by the head of this causal language model; the other arguments as there."""
+    return lambda hidden, labels: padded_loss(hidden, base.get_output_embeddings(), labels, smoothing, logits)
 
 
 def alone_log_probs(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
