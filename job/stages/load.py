@@ -29,7 +29,7 @@ from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.stages.placement import decide_placement
 from job.training.config import total_steps
-from job.training.gpu_capability import require_fp8
+from job.training.fp8_check import require_fp8
 from job.training.gpu_memory import limit_memory
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import LONG_ROW

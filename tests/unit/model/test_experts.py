@@ -32,7 +32,7 @@ from job.model.target_modules import resolve_targets
 from job.results.compute import PETA, compute_spent
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import Setup, training_flops, weight_bytes
-from job.training.prepare import setup_of
+from job.training.setup_of_model import setup_of
 from tests.families.models import make_model
 from tests.helpers import fill_adapter, load_plain, make_examples
 
