@@ -10,7 +10,6 @@ from job.common import tables
 from job.errors import DataError, Problem, SettingsError, VerificationError
 from job.evaluation.comparison import compare_tasks, gate_failures, judged_by, original_tasks, without_metric
 from job.evaluation.groups import compare_groups, groups_from
-from job.evaluation.measured import compare_measured
 from job.evaluation.policy import (
     CHOICES,
     check_policy,
@@ -21,6 +20,7 @@ from job.evaluation.policy import (
     read_policy,
     reasons,
 )
+from job.evaluation.task_metrics import compare_measured
 from job.records import Evaluated
 from job.results.reader import PublishedRun, read_measured, read_samples, scored_in
 from job.runs.layout import WEIGHTS, export_side

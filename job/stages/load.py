@@ -34,7 +34,7 @@ from job.training.gpu_memory import limit_memory
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import LONG_ROW
 from job.training.prepare import prepare, token_budget
-from job.training.slower import slower_ways
+from job.training.speed_advice import slower_ways
 
 
 def load(

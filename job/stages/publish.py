@@ -13,8 +13,8 @@ from job.common.hashing import sealed
 from job.errors import JobError
 from job.evaluation.comparison import compare_near_ties, compare_tasks, judge
 from job.evaluation.groups import compare_groups
-from job.evaluation.measured import compare_measured
 from job.evaluation.principles import parse_judgements
+from job.evaluation.task_metrics import compare_measured
 from job.records import Artifact, Evaluated, Exported, Judgement, ModelRecord, TaskScores, Trained
 from job.report import model_card, report
 from job.results import bom, inventory, manifest, signing

@@ -15,10 +15,10 @@ from job.data.batch_plan import steps_per_epoch
 from job.errors import JobError
 from job.evaluation.comparison import compare_full_precision, compare_near_ties, compare_tasks, judge
 from job.evaluation.groups import compare_groups, groups_from
-from job.evaluation.measured import compare_measured, measured_from
 from job.evaluation.near_ties import BOUNDS
 from job.evaluation.policy import Policy
 from job.evaluation.samples import HASHES, Sample, contradiction, parse, parse_measured, task_scores
+from job.evaluation.task_metrics import compare_measured, measured_from
 from job.records import AttemptRecord, Evaluated, MeasuredScores, StepMetrics, TaskScores, ValidationMetrics
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost

@@ -13,7 +13,7 @@ from job.common.validation import adapter_of, first_error
 from job.errors import JobError
 from job.evaluation.comparison import compare_near_ties, compare_tasks
 from job.evaluation.groups import compare_groups
-from job.evaluation.measured import compare_measured
+from job.evaluation.task_metrics import compare_measured
 from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
 from job.results.manifest import exports_record, full_precision_record
 from job.results.reader import scored_in
