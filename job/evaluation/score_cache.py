@@ -58,6 +58,7 @@ CODE = (
     "job.model.fused.triton_scoring",
     "job.model.lora",
     "job.model.packed_attention",
+    "job.model.packed_layout",
     "job.model.placed_loading",
     "job.model.placed_weights",
     "job.model.published_names",

@@ -33,7 +33,7 @@ from job.model.fused.lora_forward import decoder_of
 from job.model.fused.sequence_parallel import SequenceParallelAttention, SequenceParallelGroup, parts
 from job.model.fused.tiled_layer import backward_layer, forward_layer, is_known
 from job.model.lora import trainable
-from job.model.packed_attention import build_layout
+from job.model.packed_layout import build_layout
 from job.model.placed_weights import before_backward
 from job.records import Example, ExecutionPlan
 from job.training.activation_store import ActivationStore, HostBuffers, release

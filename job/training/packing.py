@@ -16,7 +16,7 @@ import torch
 
 from job.common.device_copies import to_device
 from job.data.examples import lengths_of
-from job.model.packed_attention import Segment, build_layout
+from job.model.packed_layout import Segment, build_layout
 from job.records import Example
 from job.training.padded_shapes import ANY, Shapes
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from job.model.fused.lora_forward import decoder_of
-from job.model.packed_attention import Layout, Segment
+from job.model.packed_layout import Layout, Segment
 from job.records import Example
 from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters

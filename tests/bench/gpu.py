@@ -50,7 +50,7 @@ from job.model.fused import kernels, precise_forward
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import Kernels
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import Segment, build_layout
+from job.model.packed_layout import Segment, build_layout
 from job.records import PEFT, Example, ExecutionPlan, Question, StepMetrics
 from job.training import packing, padded_shapes
 from job.training.config import Hooks, Recipe

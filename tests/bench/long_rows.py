@@ -55,7 +55,7 @@ from job.model.fused.long_attention import (
     processors,
 )
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import Layout, Segment, build_layout
+from job.model.packed_layout import Layout, Segment, build_layout
 from job.records import Example, ExecutionPlan
 from job.training import activation_store, padded_shapes
 from job.training.config import Hooks, Recipe

@@ -41,7 +41,8 @@ from job.model.families import Family, fused_family
 from job.model.fused.dropout import new_state
 from job.model.fused.fp8 import FrozenProducts
 from job.model.fused.kernels import TORCH, Kernels
-from job.model.packed_attention import Layout, packed_attention
+from job.model.packed_attention import packed_attention
+from job.model.packed_layout import Layout
 
 Weight = Callable[[], torch.Tensor]
 """Gives a frozen weight: (outputs, inputs) in the compute dtype."""

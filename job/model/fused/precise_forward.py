@@ -51,7 +51,7 @@ from job.model.fused.scoring_decoder import (
 
 if TYPE_CHECKING:
     from job.model.families import Family
-    from job.model.packed_attention import Layout
+    from job.model.packed_layout import Layout
 
 PreciseForward = Callable[[torch.Tensor, torch.Tensor, "Layout", torch.Tensor], torch.Tensor]
 """As `job.evaluation.scoring.Forward`; the logits are fp32."""

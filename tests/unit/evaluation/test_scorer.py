@@ -251,6 +251,7 @@ def test_the_key_of_a_quantized_base_covers_all_code_that_decides_its_bits() -> 
         "job.model.families",
         "job.model.lora",
         "job.model.packed_attention",
+        "job.model.packed_layout",
         "job.model.target_modules",
         "job.model.tensor_names",
         "job.model.tokenizer_files",

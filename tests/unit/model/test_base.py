@@ -24,7 +24,7 @@ from job.model.base import (
 )
 from job.model.files import fingerprint
 from job.model.lora import adapter_off, add_adapter, trainable
-from job.model.packed_attention import Segment, build_layout
+from job.model.packed_layout import Segment, build_layout
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import entry_at
 from job.model.tokenizer_files import copy_tokenizer, tokenizer_files

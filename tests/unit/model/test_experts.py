@@ -23,7 +23,7 @@ from job.model.experts import expert_tensors, left_plain, packed, quantized_expe
 from job.model.fused.frozen_weights import forget_dequantized, fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import adapter_off, add_adapter, trainable
-from job.model.packed_attention import Segment, build_layout
+from job.model.packed_layout import Segment, build_layout
 from job.model.packing_check import choose_packing
 from job.model.placed_loading import save_quantized
 from job.model.placed_weights import placement_of, taking_part

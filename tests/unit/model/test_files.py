@@ -203,7 +203,7 @@ def test_keys_that_steer_loading_are_left_out(folder: Path) -> None:
 
 
 def _whole(tokens: int) -> dict[str, Any]:
-    from job.model.packed_attention import Segment, build_layout
+    from job.model.packed_layout import Segment, build_layout
 
     return {"layout": build_layout([Segment(0, tokens)], CPU)}
 

@@ -26,7 +26,7 @@ from job.model.adapter_options import AdaLora, AdapterOptions
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import Segment
+from job.model.packed_layout import Segment
 from job.records import Example, ExecutionPlan, Question, StepMetrics
 from job.training import packing, padded_shapes
 from job.training.config import Hooks, Recipe, Trained, step_seed, total_steps

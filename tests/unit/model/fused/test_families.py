@@ -103,7 +103,7 @@ def own_loss(model: Any, smoothing: float = 0.0) -> torch.Tensor:
 
 def padded_sum(model: Any, smoothing: float = 0.0) -> torch.Tensor:
     """The same by the training path of the fused decoder: all examples in one padded sequence."""
-    from job.model.packed_attention import Layout
+    from job.model.packed_layout import Layout
 
     base, sequence = model.get_base_model(), padded_sequence(EXAMPLES, CPU)
     decoder = decoder_of(base)
