@@ -38,9 +38,10 @@ from job.results import manifest
 from job.results.baseline import check_prompts, warn_of_other_dtype
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.results.delivery import deliver
-from job.runs.attempt import Attempt, open_attempt
+from job.runs.attempt import Attempt
 from job.runs.fault_injection import Fault, arm, faulty
 from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
+from job.runs.open_attempt import open_attempt
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity

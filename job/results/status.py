@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, Literal, TypeVar
 
 from job.checkpoints import manager
-from job.common.formatting import count, duration, moment
+from job.common.formatting import count, duration, moment, timestamp
 from job.common.hashing import unsealed
 from job.common.tables import aligned
 from job.common.validation import first_error
@@ -314,7 +314,7 @@ def _noted(logged: LoggedAttempt) -> Noted:
         return logged.noted
     record = logged.record
     at = _time(record.started) + timedelta(seconds=record.seconds)
-    return Noted(record.finished or _rendered(at), next(reversed(record.stage_seconds), None))
+    return Noted(record.finished or timestamp(at), next(reversed(record.stage_seconds), None))
 
 
 def _time(text: str) -> datetime:
@@ -322,10 +322,6 @@ def _time(text: str) -> datetime:
         return datetime.fromisoformat(text).astimezone(UTC)
     except OverflowError as error:  # on the first or the last day of the calendar
         raise ValueError(str(error)) from None
-
-
-def _rendered(time: datetime) -> str:
-    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _exit_code(logged: LoggedAttempt | None) -> int | None:

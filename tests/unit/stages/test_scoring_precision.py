@@ -21,8 +21,8 @@ from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
 from job.records import Evaluated, FullPrecision, Packing, ScoringPrecision
-from job.runs.attempt import open_attempt
 from job.runs.fault_injection import arm
+from job.runs.open_attempt import open_attempt
 from job.settings.load import load_settings
 from job.settings.schema import Eval
 from job.stages import full_precision, scoring_precision
