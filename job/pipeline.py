@@ -34,10 +34,10 @@ from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
 from job.push.push import Target, check_targets, push_run, targets
 from job.records import Evaluated, Exported, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
-from job.results import manifest
 from job.results.baseline import check_prompts, warn_of_other_dtype
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.results.delivery import deliver
+from job.results.summary import summary
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import Fault, arm, faulty
 from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
@@ -241,7 +241,7 @@ def _hand_over(
             push_run(store, results, chosen, alive=alive)
     finally:
         # the results are published, whether or not this can be printed
-        log.print_result("\n".join(manifest.summary(results, f"{store.uri}/{RESULTS}")) + "\n")
+        log.print_result("\n".join(summary(results, f"{store.uri}/{RESULTS}")) + "\n")
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from job.cli.reading import reading
 from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine
 from job.report.report import read_report_data, render_history, render_report
 from job.results.after_run import read_after_run
-from job.results.compare import as_markdown, as_text, compare, gate_reasons, judge_by_policy
+from job.results.compare import compare, gate_reasons, judge_by_policy
+from job.results.compare_text import as_markdown, as_text
 from job.results.history import as_json as history_json
 from job.results.history import as_lines as history_lines
 from job.results.history import find_runs, history

@@ -13,7 +13,8 @@ from typing import Any
 from job.common.formatting import count
 from job.errors import DataError
 from job.push.files import files_sha256, files_to_push
-from job.push.oci import OciTarget, image_digest
+from job.push.oci import OciTarget
+from job.push.oci_image import image_digest
 from job.results.after_run import parse_push
 from job.runs.layout import PUSHED, pushed_key
 from job.storage.open import ObjectStore

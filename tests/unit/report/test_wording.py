@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from job.common import formatting
 from job.report import wording
-from job.results.manifest import verdict_in_words
+from job.results.summary import verdict_in_words
 from tests.example_run import answers, evidence, results
 from tests.published_run import publish_run
 
