@@ -50,6 +50,7 @@ CODE = (
     "job.model.fused.experts",
     "job.model.fused.fp8",
     "job.model.fused.frozen_weights",
+    "job.model.fused.fused_decoder",
     "job.model.fused.kernels",
     "job.model.fused.lora_forward",
     "job.model.fused.precise_forward",

@@ -102,11 +102,11 @@ def sharing_of(setup: Setup, longest: int, rows: Rows | None, world_size: int, n
 
 def _undivided(model: Any, lengths: Sequence[int], budget: int, global_batch_size: int, method: str) -> Rows:
     """The rows as one process computes them, before a kernel is chosen for long ones."""
-    from job.model.fused import lora_forward
+    from job.model.fused import fused_decoder
     from job.training.long_rows import why_not_here
 
     longest = max(lengths)
-    if longest > LONG_ROW and method == "sft" and lora_forward.knows(model.get_base_model()):
+    if longest > LONG_ROW and method == "sft" and fused_decoder.knows(model.get_base_model()):
         if (why := why_not_here(model)) is None:
             short = [length for length in lengths if length <= LONG_ROW]
             padded = longest_sequence(short, global_batch_size, budget) if short else 0

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from job.data.examples import lengths_of
+from job.model.fused.fused_decoder import decoder_of
 from job.model.fused.long_attention import CPU, FLASH, Output, RowAttention, has_kernel
-from job.model.fused.lora_forward import decoder_of
 from job.model.fused.sequence_parallel import SequenceParallelAttention, SequenceParallelGroup, parts
 from job.model.fused.tiled_layer import backward_layer, forward_layer, is_known
 from job.model.lora import trainable

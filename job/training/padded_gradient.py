@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from job.model.fused.lora_forward import decoder_of
+from job.model.fused.fused_decoder import decoder_of
 from job.model.packed_layout import Layout, Segment
 from job.records import Example
 from job.training.cuda_graphs import CudaGraphs

@@ -183,7 +183,7 @@ def _fuse(
     """Replaces the layers' forward by fused ones, as far as free memory allows; None if no layer can be replaced."""
     import torch
 
-    from job.model.fused import lora_forward
+    from job.model.fused import fused_decoder
     from job.model.fused.long_attention import FLASH, copies_of
 
     _, free = gpu_memory(gigabytes)
@@ -201,7 +201,7 @@ def _fuse(
         # With long rows only, dequantizing takes no noticeable share of the time; quantizing to FP8, twice, does.
         keep_base=False if keep_base is None and rows.padded == 0 and not fp8 else keep_base,
         keep_activations=keep_activations if rows.padded else False,  # long rows are always recomputed layer by layer
-        recorded=lora_forward.knows(model.get_base_model()),
+        recorded=fused_decoder.knows(model.get_base_model()),
         not_recorded=why_not_recorded(setup, compute_capability(), half=dtype_name(model)),
         fp8=fp8,
     )
