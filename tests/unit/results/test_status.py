@@ -20,7 +20,8 @@ from job.errors import DataError, JobError, NoProgress, Preempted, Problem, Sett
 from job.preemption.stop_flag import Stop
 from job.records import TrainingProgress
 from job.results import status as of_status
-from job.results.status import AttemptEnd, RunStatus, as_json, as_lines, headline, read_status
+from job.results.status import AttemptEnd, RunStatus, as_json, read_status
+from job.results.status_text import as_lines, headline
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
 from job.runs.layout import LEASE, Stage, attempt_key, marker_key

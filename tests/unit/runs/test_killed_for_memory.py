@@ -12,7 +12,8 @@ from structlog.testing import capture_logs
 
 from job.common.resources import MainMemory, main_memory
 from job.errors import JobError
-from job.results.status import STALLED_SECONDS, as_lines
+from job.results.status import STALLED_SECONDS
+from job.results.status_text import as_lines
 from job.runs import attempt, open_attempt
 from job.runs.killed_for_memory import why_killed
 from job.runs.run_log import LoggedAttempt, Noted, parse_logged
