@@ -17,12 +17,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from job import log
+from job.common.disk import disk_errors
 from job.common.hashing import hash_file
 from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachable
 from job.push.files import PushContent, PushFile
 from job.push.oci_image import FOLDER, INDEX, LAYER, MANIFEST, Blob, layer_blob, layers_of, make_image, write_layer
 from job.settings.load import environment
-from job.storage.base import disk_errors
 
 SETTING = "JOB_EXPORT__OCI"
 _CHUNK = 64 << 20
