@@ -28,7 +28,7 @@ from job.common.lora_readers import why_not_served
 from job.common.out_of_memory import memory_errors
 from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, JobError, Problem
-from job.model.base import choose_device
+from job.model.device import choose_device
 from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop

@@ -65,7 +65,6 @@ CODE = (
     "job.model.published_names",
     "job.model.target_modules",
     "job.model.tensor_names",
-    "job.model.tokenizer_files",
     "job.model.whole_modules",
 )
 """Modules whose code determines a score; their hashes are part of the key.

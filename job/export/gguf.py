@@ -35,7 +35,7 @@ from job.common.helper_process import HelperProcess, start_helper
 from job.errors import TrainingFailed
 from job.export.quantizable import CannotMake
 from job.export.scoring import ExportedModel, HowToScore
-from job.model.base import load_tokenizer
+from job.model.tokenizer import load_tokenizer
 from job.records import ChoiceScore, GgufRecord, QuantizationRecord, Question
 
 if TYPE_CHECKING:

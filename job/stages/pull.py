@@ -27,8 +27,9 @@ from job.evaluation.question_lengths import check_lengths
 from job.evaluation.task_names import MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, check_choices, check_gate, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
-from job.model.base import inspect, load_tokenizer
+from job.model.base import inspect
 from job.model.start_adapter import FoundStart, check_start, find_start, hash_start
+from job.model.tokenizer import load_tokenizer
 from job.model.tokenizer_files import rows_with
 from job.records import DatasetRecord, Evaluated, GroupSpec, Pulled
 from job.results.baseline import check_questions, read_baseline

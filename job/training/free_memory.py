@@ -9,8 +9,8 @@ import torch
 
 from job.common.out_of_memory import out_of_memory
 from job.log import get_logger
-from job.model.base import recompute_activations
 from job.model.fused.frozen_weights import forget_dequantized
+from job.model.gradient_checkpointing import recompute_activations
 from job.records import ExecutionPlan
 
 

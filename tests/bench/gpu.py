@@ -45,10 +45,10 @@ from job.distributed.processes import ALONE, Processes
 from job.evaluation.scorer import score_sequences
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model import packed_attention
-from job.model.base import recompute_activations
 from job.model.fused import kernels, precise_forward
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import Kernels
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import add_adapter, trainable
 from job.model.packed_layout import Segment, build_layout
 from job.records import PEFT, Example, ExecutionPlan, Question, StepMetrics

@@ -41,7 +41,7 @@ from job.common.resources import available_bytes
 from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE
 from job.model import packed_attention
-from job.model.base import make_deterministic, recompute_activations
+from job.model.device import make_deterministic
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.long_attention import (
     FLASH,
@@ -54,6 +54,7 @@ from job.model.fused.long_attention import (
     heads_at_once,
     processors,
 )
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import add_adapter, trainable
 from job.model.packed_layout import Layout, Segment, build_layout
 from job.records import Example, ExecutionPlan

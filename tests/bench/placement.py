@@ -178,7 +178,7 @@ def work(args: argparse.Namespace, ways: list[Way]) -> None:
 
     from job.distributed.ranks import Place
     from job.distributed.rendezvous import join
-    from job.model.base import make_deterministic
+    from job.model.device import make_deterministic
     from job.preemption.stop_flag import Stop
 
     if torch.cuda.is_available():

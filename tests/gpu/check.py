@@ -30,7 +30,8 @@ from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model import placed_weights
-from job.model.base import load_base, make_deterministic
+from job.model.base import load_base
+from job.model.device import make_deterministic
 from job.model.fused import fp8, kernels
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.long_attention import FLASH, KERNELS, TRITON

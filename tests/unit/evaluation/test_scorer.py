@@ -230,7 +230,7 @@ def closure(*roots: str) -> set[str]:
     return found
 
 
-CARRY_VALUES = {"job.records", "job.errors", "job.log", "job.common.hashing", "job.storage.base"}
+CARRY_VALUES = {"job.records", "job.errors", "job.log", "job.common.hashing", "job.common.disk"}
 """Frozen dataclasses without behaviour, messages, hashes of files, and errors of the disk: none of them takes part in a
 computation."""
 
@@ -254,6 +254,7 @@ def test_the_key_of_a_quantized_base_covers_all_code_that_decides_its_bits() -> 
         "job.model.packed_layout",
         "job.model.target_modules",
         "job.model.tensor_names",
+        "job.model.tokenizer",
         "job.model.tokenizer_files",
         "job.model.whole_modules",
     }  # they work on the loaded base, and change no weight of it

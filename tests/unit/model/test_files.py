@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from job.errors import DataError, JobError, SettingsError
-from job.model.base import load_base, load_tokenizer
+from job.model.base import load_base
 from job.model.files import MAX_CONFIG_BYTES, fingerprint, read_config, silence, weight_files
+from job.model.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 

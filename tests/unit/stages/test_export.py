@@ -23,7 +23,7 @@ from job.export.formats import DERIVED, DerivedInputs
 from job.export.merge import Candidates
 from job.export.quantizable import CannotMake
 from job.model.adapter_files import load_adapter, save_adapter
-from job.model.base import describe_model
+from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase

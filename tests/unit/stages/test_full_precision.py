@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from job.errors import Preempted
-from job.model.base import describe_model
+from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase

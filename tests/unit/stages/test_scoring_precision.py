@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from job.distributed.processes import ALONE
 from job.errors import Preempted
 from job.evaluation import scorer
-from job.model.base import describe_model
 from job.model.lora import add_adapter
+from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
