@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from job.records import Example
 from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import HeadLoss
-from job.training.packing import blank_sequence, padded_sequence
+from job.training.packing import PaddedSequence, blank_sequence, padded_sequence
 from job.training.padded_shapes import Shapes, length_increment
 
 
 class PaddedGradient:
-    """Called with a micro-batch, adds the gradient of its loss.
+    """Called with a padded sequence, adds the gradient of its loss.
 
     Args:
         model: A PEFT model over a fused base.
@@ -44,19 +44,17 @@ class PaddedGradient:
         self._shapes, self._longest, self._record_all = shapes, longest, record_all
         self._graphs: CudaGraphs | None = None
 
-    def __call__(self, examples: Sequence[Example], weight: torch.Tensor, *, recorded: bool) -> torch.Tensor:
-        """Adds the gradient of `weight`, () float32, times the examples' summed loss; returns that product.
+    def __call__(self, sequence: PaddedSequence, weight: torch.Tensor, *, recorded: bool) -> torch.Tensor:
+        """Adds the gradient of `weight`, () float32, times the sequence's summed loss; returns that product.
 
         With `recorded` it is launched as a CUDA graph; the next call then overwrites what this one returned.
         """
-        sequence = padded_sequence(examples, weight.device, self._shapes())
         if not recorded:
             return self._add(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
         return self._recorded(weight.device)(sequence.tokens, sequence.ends, weight)
 
-    def summed_loss(self, examples: Sequence[Example]) -> torch.Tensor:
-        """The summed loss of a micro-batch, () float32; not padded to the shapes of the run."""
-        sequence = padded_sequence(examples, self._parameters.gradient.device)
+    def summed_loss(self, sequence: PaddedSequence) -> torch.Tensor:
+        """The summed loss of a sequence, () float32, without a gradient; its shape may be none of the run's."""
         return self._sum(sequence.tokens, sequence.ends, sequence.segments)
 
     @property

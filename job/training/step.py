@@ -38,9 +38,9 @@ from job.training.lm_head_loss import Logits, head_loss, logits_of
 from job.training.long_rows import LongRows, has_long_row
 from job.training.memory_model import LONG_ROW
 from job.training.objectives import Totals, totals_of
-from job.training.packing import alone_inputs, packed_inputs
+from job.training.packing import alone_inputs, packed_inputs, padded_sequence
 from job.training.padded_gradient import PaddedGradient
-from job.training.padded_shapes import RunShapes, longest_segment, recording_tokens_of
+from job.training.padded_shapes import RunShapes, Shapes, longest_segment, recording_tokens_of
 from job.training.preference_gradient import PreferenceGradient
 from job.training.resume import resume_shapes
 
@@ -126,7 +126,7 @@ class OptimizerStep:
             model,
             parameters,
             loss,
-            shapes=lambda: self._shapes.of(self._steps, self.budget),
+            shapes=self.shapes,
             longest=longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most),
             record_all=steps.world_size > 1,
         )
@@ -344,7 +344,8 @@ class OptimizerStep:
         """`_micro_batch` for a padded plan; `weight`, () float32, multiplies the summed loss."""
         if self._in_tiles(examples):
             return self._long_rows.gradient(examples, weight, self.plan, self._sp_group)
-        loss = self._padded(examples, weight, recorded=self.plan.recorded)
+        sequence = padded_sequence(examples, weight.device, self.shapes())
+        loss = self._padded(sequence, weight, recorded=self.plan.recorded)
         if self.plan.recorded and not self._padded.recordable:
             self.plan = self.plan.give_up("recorded")
             self.release()
@@ -381,11 +382,15 @@ class OptimizerStep:
         """The summed loss of a micro-batch, () float32, without a gradient; for a padded plan."""
         if self._in_tiles(examples):
             return self._long_rows.summed_loss(examples, self.plan, self._sp_group)
-        return self._padded.summed_loss(examples)
+        return self._padded.summed_loss(padded_sequence(examples, self._parameters.gradient.device))
+
+    def shapes(self) -> Shapes:
+        """The shapes to which packed sequences are padded with the present token budget, the same in all processes."""
+        return self._shapes.of(self._steps, self.budget)
 
     def how_computed(self) -> HowComputed:
         """What a checkpoint records of how its gradients were computed."""
-        padded = list(self._shapes.of(self._steps, self.budget).shapes) if self.plan.padded else None
+        padded = list(self.shapes().shapes) if self.plan.padded else None
         return HowComputed(self.plan.forward, self.plan.tile_tokens, self._steps.world_size, padded, self.divided_above)
 
     def resume_as(self, before: HowComputed | None) -> None:

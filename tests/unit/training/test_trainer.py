@@ -326,7 +326,7 @@ def test_what_lies_in_the_padding_does_not_matter(
             row.tokens[0, row.segments[-1].start :] = token
             return row
 
-        monkeypatch.setattr("job.training.padded_gradient.padded_sequence", padded_row)
+        monkeypatch.setattr("job.training.step.padded_sequence", padded_row)
         model = fused_model(base_folder)
         with gradients(model) as found:
             trained, _ = run(model, tokenizer, EXAMPLES, RECIPE, tmp_path, plan=THROUGHOUT)
