@@ -28,19 +28,20 @@ from job.common.lora_readers import why_not_served
 from job.common.out_of_memory import memory_errors
 from job.distributed.processes import ALONE, Processes, require_one_kind
 from job.errors import DataError, JobError, Problem
-from job.model.base import choose_device
+from job.model.device import choose_device
 from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
 from job.push.push import Target, check_targets, push_run, targets
 from job.records import FP8, Evaluated, Exported, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
-from job.results import manifest
 from job.results.baseline import check_prompts, warn_of_other_dtype
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.results.delivery import deliver
-from job.runs.attempt import Attempt, open_attempt
+from job.results.summary import summary
+from job.runs.attempt import Attempt
 from job.runs.fault_injection import Fault, arm, faulty
 from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
+from job.runs.open_attempt import open_attempt
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
@@ -58,7 +59,7 @@ from job.tracking import energy
 from job.tracking.live_metrics import live_metrics
 from job.tracking.trackers import tracking
 from job.tracking.webhook import SILENT, notifying
-from job.training.gpu_capability import require_fp8
+from job.training.fp8_check import require_fp8
 
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
@@ -241,7 +242,7 @@ def _hand_over(
             push_run(store, results, chosen, alive=alive)
     finally:
         # the results are published, whether or not this can be printed
-        log.print_result("\n".join(manifest.summary(results, f"{store.uri}/{RESULTS}")) + "\n")
+        log.print_result("\n".join(summary(results, f"{store.uri}/{RESULTS}")) + "\n")
 
 
 @contextmanager

@@ -25,11 +25,12 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from job.common.disk import disk_errors
 from job.common.hashing import hash_file, seal, sealed
 from job.errors import Unreachable
 from job.log import get_logger
 from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_folder, checkpoint_part, marker_key, step_name
-from job.storage.base import disk_errors, write_in_turn
+from job.storage.base import write_in_turn
 from job.storage.open import ObjectStore, TooLarge, check_key, is_key
 
 MAX_MARKER_BYTES = 256 * 1024

@@ -342,7 +342,7 @@ _FUNCTIONS = {
 
 def _of_the_job(error: Exception) -> Exception:
     """A file that may not be read, or a disk that fails, where nobody closer to it has put that into words."""
-    from job.storage.base import disk_errors, is_of_the_machine
+    from job.common.disk import disk_errors, is_of_the_machine
 
     # Libraries in Rust, such as safetensors, raise classes of their own, whose text ends with the error's number.
     if not isinstance(error, JobError) and (found := re.search(r"\(os error (\d+)\)$", str(error))):

@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.cli.reading import reading
+from job.common.disk import disk_errors
 from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine
 from job.report.report import read_report_data, render_history, render_report
 from job.results.after_run import read_after_run
-from job.results.compare import as_markdown, as_text, compare, gate_reasons, judge_by_policy
+from job.results.compare import compare, gate_reasons, judge_by_policy
+from job.results.compare_text import as_markdown, as_text
 from job.results.history import as_json as history_json
 from job.results.history import as_lines as history_lines
 from job.results.history import find_runs, history
@@ -25,7 +27,6 @@ from job.results.reader import read_published
 from job.results.signing import load_public_key
 from job.settings.field_types import explain
 from job.settings.schema import Gate
-from job.storage.base import disk_errors
 from job.storage.verified_download import fetch_artifact
 from job.verification.verify import as_json, as_lines, require_verified, verify
 

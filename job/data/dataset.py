@@ -15,6 +15,7 @@ from typing import Any
 
 from job.audit.audit import Audit
 from job.audit.rows import AuditSetup
+from job.common.disk import disk_errors
 from job.common.methods import METHODS, MethodName
 from job.common.source_list import Source
 from job.data.bad_rows import BadRows, OnBadRow
@@ -34,7 +35,6 @@ from job.data.tokenization import Encoded, LossOn, OnLongRow
 from job.data.workers import open_encoding
 from job.errors import DataError, Problem, SettingsError
 from job.records import DatasetRecord, DataSourceRecord
-from job.storage.base import disk_errors
 
 _DIGEST = b"examples 1\0"
 _ONE = "all sources have one schema: write one of them in the other's, or set JOB_DATA__FORMAT if it is misread"

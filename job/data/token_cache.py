@@ -30,6 +30,7 @@ import job.data
 from job import log
 from job.audit.rows import AuditSetup
 from job.common import host
+from job.common.disk import disk_errors
 from job.common.hashing import code_hashes, hash_file, hash_files, sealed, unsealed
 from job.common.new_folder import new_folder
 from job.common.source_list import Source
@@ -42,7 +43,6 @@ from job.data.text_tokenizer import sha256_of, text_tokenizer
 from job.data.training_and_validation import EXAMPLES, FINDINGS, VALIDATION, ValidationSource, load_rows
 from job.errors import DataError, Problem
 from job.records import DatasetRecord
-from job.storage.base import disk_errors
 
 INDEX = "tokens.json"
 _NOT_DECIDING = ("alive", "processes", "tokenizer", "audited", "screen")

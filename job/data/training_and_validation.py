@@ -15,6 +15,7 @@ from typing import Any
 from job.audit.audit import Audit, Audited, finish
 from job.audit.rows import AuditSetup
 from job.audit.safety import Screen
+from job.common.disk import disk_errors
 from job.common.near_duplicates import RowHashes
 from job.common.source_list import Source
 from job.data.dataset import load_examples, paired
@@ -25,7 +26,6 @@ from job.data.tokenization import Encoded
 from job.data.validation_split import count_overlap, hold_out
 from job.errors import DataError, Problem, combine
 from job.records import AuditRecord, DatasetRecord, RowsRecord, ValidationRows
-from job.storage.base import disk_errors
 
 EXAMPLES, VALIDATION = "examples.arrow", "validation.arrow"
 """Files of the training source's examples, those that are held out included, and of a validation source's."""

@@ -404,7 +404,7 @@ def _own_attention(model: Any) -> Iterator[None]:
     other models use transformers' eager attention.
     """
     from job.model.base import PLAIN
-    from job.model.fused.lora_forward import attention_with_cache
+    from job.model.fused.fused_decoder import attention_with_cache
     from job.model.packed_attention import use
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -425,7 +425,7 @@ def _cache_tokens(model: Any, batch_tokens: int) -> int:
     proportion.
     """
     from job.evaluation.key_value_cache import can_be_reserved
-    from job.model.fused.lora_forward import attention_with_cache
+    from job.model.fused.fused_decoder import attention_with_cache
     from job.model.packed_attention import is_packed
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -14,8 +14,8 @@ from job import log
 from job.common.resources import usable_cpus
 from job.errors import DataError, Problem, SettingsError
 from job.evaluation.generation import HowToGenerate
-from job.evaluation.measured import how_to_generate, measured_scores, metrics_of
 from job.evaluation.samples import HASHES, MeasuredSample, Sample, task_scores
+from job.evaluation.task_metrics import how_to_generate, measured_scores, metrics_of
 from job.evaluation.task_names import MEASURED, MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, compiled_once, question_id, restart_examples
 from job.records import Answer, ChoiceScore, MeasuredScores, Metric, Question, TaskScores

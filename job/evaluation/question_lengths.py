@@ -9,9 +9,9 @@ from operator import itemgetter
 from typing import Any
 
 from job.errors import DataError, Problem
-from job.evaluation.measured import how_to_generate
 from job.evaluation.scorer import BATCH_TOKENS
 from job.evaluation.scoring import reads_of, tokens_to_compute
+from job.evaluation.task_metrics import how_to_generate
 from job.evaluation.task_names import MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, compiled_once, question_id, restart_examples, text_parts
 from job.records import Question

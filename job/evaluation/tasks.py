@@ -19,7 +19,6 @@ from job.common.source_list import EXAMPLES
 from job.data.formats import Row
 from job.errors import DataError, Problem, SettingsError
 from job.evaluation.groups import CHOICE_METRICS, read_groups
-from job.evaluation.measured import how_to_generate, metrics_of
 from job.evaluation.policy import CHOICES, Policy, check_policy, named
 from job.evaluation.question_files import (
     as_dataset,
@@ -30,6 +29,7 @@ from job.evaluation.question_files import (
     task_with_rows,
 )
 from job.evaluation.task_files import GroupFile, TaskFile, own_tasks
+from job.evaluation.task_metrics import how_to_generate, metrics_of
 from job.evaluation.task_names import (
     KINDS,
     MEASURED,

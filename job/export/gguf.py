@@ -36,7 +36,7 @@ from job.common.out_of_memory import ran_out
 from job.errors import TrainingFailed
 from job.export.quantizable import CannotMake
 from job.export.scoring import ExportedModel, HowToScore
-from job.model.base import load_tokenizer
+from job.model.tokenizer import load_tokenizer
 from job.records import ChoiceScore, GgufRecord, QuantizationRecord, Question
 
 if TYPE_CHECKING:

@@ -39,7 +39,8 @@ from job.export.whole_parameters import (
     why_not_grown,
     with_vocabulary,
 )
-from job.model.base import DTYPES, dtype_by_name, is_quantized
+from job.model.base import dtype_by_name, is_quantized
+from job.model.device import DTYPES
 from job.model.experts import expert_tensors, packed
 from job.model.files import (
     MAX_CONFIG_BYTES,

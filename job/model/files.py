@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from job.common.disk import is_of_the_machine
 from job.common.hashing import hash_files
 from job.errors import DataError, JobError, Problem, SettingsError
-from job.storage.base import is_of_the_machine
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SOURCE_CONFIG = "source_config.json"

@@ -20,9 +20,11 @@ import torch
 
 from job import log
 from job.errors import DataError, JobError, Problem, SettingsError
-from job.model.base import PLAIN, held
+from job.model.base import PLAIN
 from job.model.lora import trainable
-from job.model.packed_attention import CHECKED, NAME, Segment, Unpackable, build_layout, use
+from job.model.model_record import held
+from job.model.packed_attention import CHECKED, NAME, Unpackable, use
+from job.model.packed_layout import Segment, build_layout
 from job.records import Example, Packing
 
 SHORT = 8

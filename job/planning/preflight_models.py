@@ -15,12 +15,13 @@ from job.errors import DataError, Problem, SettingsError, naming
 from job.evaluation.principles import question, read_principles
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
-from job.model.base import inspect, load_tokenizer
+from job.model.base import inspect
 from job.model.families import fused_family, why_not_recorded
 from job.model.files import weight_files
 from job.model.lora import count_parameters
 from job.model.target_modules import linear_weights, resolve_targets
 from job.model.text_classifier import Labels
+from job.model.tokenizer import load_tokenizer
 from job.planning.auxiliary_models import count_weights
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN
 from job.planning.preflight import HUB_UNREACHABLE, Found, NotChecked, Online

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+from job.common.disk import disk_errors
 from job.errors import Unreachable
 from job.planning.preflight import Found
-from job.storage.base import disk_errors
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 

@@ -108,7 +108,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
 
 
 def _tiles(settings: Settings, setup: Setup | None) -> bool:
-    """Whether long rows are computed layer by layer, where the GPU can; see `training.prepare`."""
+    """Whether long rows are computed layer by layer, where the GPU can; see `training.long_row_plan`."""
     of_tokens = settings.train.last_method == "sft" and settings.lora.dropout == 0
     return of_tokens and setup is not None and setup.architecture.in_tiles
 

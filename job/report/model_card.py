@@ -16,7 +16,7 @@ from job.common.methods import METHODS
 from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
 from job.evaluation.comparison import original_tasks
-from job.report import wording
+from job.report import audit_wording, export_wording, wording
 from job.report.prompts import ShownPrompt
 from job.report.templating import render
 from job.results.public_bases import last_part, public_base
@@ -90,15 +90,15 @@ def render_model_card(
         accuracies={name: wording.accuracies(name, results) for name in tasks},
         scope=wording.scope(results["evaluation"]["tasks"]),
         original=original_tasks(results),
-        exports=wording.exports(results),
+        exports=export_wording.exports(results),
         not_served=why_not_served(settings),
         patterns=has_patterns(settings),
         hub=settings.get("export.hub"),
         pushed_to=[place for place in (settings.get("export.hub"), settings.get("export.oci")) if place],
         validation=wording.validation(results["training"], dataset),
-        audit=wording.audit_sentence(dataset),
+        audit=audit_wording.audit_sentence(dataset),
         prompts=prompts[:MAX_PROMPTS],
-        unsafe_answers=wording.unsafe_answers(results),
+        unsafe_answers=audit_wording.unsafe_answers(results),
         principles=wording.principles(results),
         asked=results["evaluation"].get("prompts"),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
@@ -120,7 +120,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any], si
     model, dataset, name = results["model"], results["dataset"], export["format"]
     base, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
     known = revision is not None or settings.get("model.name") is not None
-    shown = next(one for one in wording.exports(results) if one["format"] == name)
+    shown = next(one for one in export_wording.exports(results) if one["format"] == name)
     merged = next((one for one in results["exports"] if one["format"] == MERGED), {"reason": ""})
     held = export.get("quantization")
     folder = export_folder(name)

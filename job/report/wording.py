@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from job.common.export_formats import is_adapter
-from job.common.findings import KINDS, statistics
-from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
+from job.common.formatting import count, enumeration, figure, p_value, percent, points
 from job.common.methods import METHODS
 from job.evaluation import policy
 from job.evaluation.comparison import original_tasks
 from job.evaluation.policy import of_metric
 from job.evaluation.principles import verdict_words
 from job.evaluation.statistics import wilson_interval
-from job.records import FP8, NEAR, ServeCheck
+from job.records import FP8
 from job.results.reader import scored_in
 
 _SAYS = {
@@ -44,6 +42,7 @@ _SAYS_OF_BOTH = {
 """By the verdicts against the quantized base and against the unquantized one."""
 
 MAX_NAMES = 3
+"""Names of tasks in a sentence."""
 _INTERVAL = "95 % interval "
 
 
@@ -253,54 +252,6 @@ def near_ties(name: str, results: Mapping[str, Any]) -> list[str]:
     return [f"Near ties ({what}) are {counts}: if all fell the worst way, {worst}."]
 
 
-def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each kind of finding of the audit: what it is, in how many rows, where, and what became of the rows."""
-    found = dataset.get("audit") or {"checks": {}}
-    words = {"record": "kept", "skip": "left out", "error": "none"}
-    return [
-        {
-            "kind": kind,
-            "title": _plural(KINDS.get(kind, kind)),
-            "rows": check["rows"],
-            "places": _by_file(check["places"]),
-            "more": max(0, (check["rows"] or 0) - len(check["places"])),
-            "became": words[check["action"]] if check["rows"] else "",
-            "checked_by": check["checked_by"],
-            "not_checked": check["not_checked"],
-        }
-        for kind, check in found["checks"].items()
-    ]
-
-
-def audit_statistics(dataset: Mapping[str, Any]) -> list[str]:
-    """What kind of text the rows are, in sentences; none for runs without an audit."""
-    return statistics(dataset.get("audit") or {}, dataset.get("long_rows", {}))
-
-
-def audit_safety(dataset: Mapping[str, Any]) -> str:
-    """What the classifier of JOB_DATA__SAFETY_MODEL is, and when a row is unsafe; empty without one."""
-    safety = (dataset.get("audit") or {}).get("safety")
-    if safety is None:
-        return ""
-    at = f" at commit {safety['revision'][:12]}" if safety["revision"] else ""
-    return (
-        f"Unsafe rows are those to which the classifier {safety['model']}{at} (SHA-256 {safety['sha256'][:12]}...) "
-        f"gives a probability of at least {safety['threshold']:g} for {enumeration(safety['unsafe_labels'])}."
-    )
-
-
-def unsafe_answers(results: Mapping[str, Any]) -> str:
-    """How many answers to the prompts are unsafe, in a sentence; empty where no classifier scored them."""
-    found = results["evaluation"].get("unsafe_answers")
-    if found is None:
-        return ""
-    safety = results["dataset"]["audit"]["safety"]
-    return (
-        f"By the classifier {safety['model']}, {found['base']:,} of the base's answers and {found['adapter']:,} of the "
-        f"adapter's are unsafe, with a probability of at least {safety['threshold']:g}."
-    )
-
-
 def principles(results: Mapping[str, Any]) -> str:
     """What the judge says of the answers, in sentences; empty where nothing was judged."""
     found = results["evaluation"].get("principles")
@@ -319,38 +270,6 @@ def principles(results: Mapping[str, Any]) -> str:
     word = {"inconclusive": "No preference is shown"}.get(verdict_words(found), verdict_words(found).capitalize())
     share = f"of {found['adapter'] + found['base']:,} preferences {100 * found['share']:.0f} % are for the adapter"
     return f"{said} {word}: {share} (95 % interval {low:.0f} % to {high:.0f} %, sign test p = {found['p']:.2g})."
-
-
-def audit_sentence(dataset: Mapping[str, Any]) -> str:
-    """What the audit found, in a sentence or two for the model card; empty for runs without one."""
-    kinds = audit(dataset)
-    found = [f"{one['title'][0].lower()}{one['title'][1:]}: {one['rows']:,}" for one in kinds if one["rows"]]
-    missing = [one["kind"].replace("_", "-") for one in kinds if one["not_checked"]]
-    parts = []
-    if kinds:
-        parts.append(f"The audit of the data found {'; '.join(found) or 'nothing'}.")
-    if missing:
-        parts.append(f"It could not check {enumeration(missing)}.")
-    return " ".join(parts)
-
-
-def _plural(title: str) -> str:
-    """The title of a kind of rows as a heading, such as `Rows with an e-mail address`."""
-    rows = title.replace("row", "rows", 1)
-    return f"{rows[0].upper()}{rows[1:]}"
-
-
-def _by_file(places: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Places such as `file:17`, one after the other of the same file as one: the file, and what comes after it."""
-    found: list[tuple[str, list[str]]] = []
-    for place in places:
-        file, colon, number = place.rpartition(":")
-        if not colon:
-            file, number = place, ""
-        if not found or found[-1][0] != file:
-            found.append((file, []))
-        found[-1][1].append(number)
-    return found
 
 
 def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -405,101 +324,6 @@ def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
         }
         for rule in gate.get("policy", {}).get("rules", ())
     ]
-
-
-def _tasks_not_scored(export: Mapping[str, Any]) -> str:
-    others = export.get("tasks_not_scored")
-    return f" Tasks without choices were not scored for it: {', '.join(others)}." if others else ""
-
-
-def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each exported format: a sentence about what is published, and a row for each candidate and task.
-
-    A row has the accuracies of base, adapter and candidate, and the comparisons with the two; where the unquantized
-    base was scored also those of it, else None for them. None without exports.
-    """
-    tasks, original = results["evaluation"]["tasks"], original_tasks(results)
-    return [
-        {
-            "format": export["format"],
-            "what": "a copy of the adapter" if is_adapter(export["format"]) else "the whole model",
-            "sentence": _about_export(export) + _tasks_not_scored(export),
-            "rows": [
-                {
-                    "task": task,
-                    "n": one["n"],
-                    "candidate": export["format"]
-                    if is_adapter(export["format"])
-                    else f"{export['format']} onto {candidate}",
-                    "published": candidate == export["candidate"] and export.get("published", True),
-                    "base": tasks[task]["base"]["acc"],
-                    "adapter": tasks[task]["adapter"]["acc"],
-                    "acc": one["scores"]["acc"],
-                    "versus_base": one["versus_base"]["acc"],
-                    "versus_adapter": one["versus_adapter"]["acc"],
-                    "original": original[task]["scores"]["acc"] if task in original else None,
-                    "versus_original": one["versus_original"]["acc"] if "versus_original" in one else None,
-                }
-                for candidate, found in export["candidates"].items()
-                for task, one in found.items()
-            ],
-        }
-        for export in results.get("exports", ())
-    ]
-
-
-def _about_export(export: Mapping[str, Any]) -> str:
-    """What of a format is published, how it is quantized, and whether it was scored."""
-    if export.get("not_made"):
-        return (
-            f"{export['format']} was asked for and is NOT published, since it could not be made: {export['not_made']}."
-        )
-    if is_adapter(export["format"]):
-        return (
-            f"Published is {export['format']}: the files of the adapter with its numbers in {export['dtype']}, "
-            f"{size(export['bytes'], ' ')}, scored on the run's own base in {export['scored_in']}."
-        )
-    held = export.get("quantization")
-    if held is None:
-        begin = "Published is" if export.get("published", True) else "Not published, but what the others are made from:"
-        what = f"{export['format']} onto {export['candidate']} weights, in {export['dtype']}"
-        return f"{begin} {what}: {export['reason']}."
-    kept = held["kept"]
-    text = (
-        f"Published is {export['format']}, made from the merge onto {export['candidate']} weights: {held['scheme']} "
-        f"({held['method']}), {held['bits']:g} bits a weight, {size(export['bytes'], ' ')}, by {held['library']} "
-        f"{held['version']}; {count(held['layers'], 'layer')} quantized"
-    )
-    if kept:
-        text += f", not quantized: {', '.join(kept[:MAX_NAMES])}{' and others' if len(kept) > MAX_NAMES else ''}"
-    if of_gguf := held.get("gguf"):
-        numbers = ", ".join(f"{number:,} in {name}" for name, number in of_gguf["types"].items())
-        text += f", {of_gguf['bits_per_weight']:.2f} bits with all scales ({numbers})"
-        if otherwise := of_gguf["tokenized_otherwise"]:
-            text += f"; llama.cpp tokenizes {count(len(otherwise), 'text')} of a test otherwise than the tokenizer"
-    if rows := held["calibration"]:
-        text += f"; calibrated on {count(rows['rows'], 'row')} of the training data"
-    if export.get("not_scored"):
-        text += f". It was NOT scored: {export['not_scored']}"
-    return f"{text}."
-
-
-def about_served(check: ServeCheck) -> str:
-    """What a serve check found, in a sentence."""
-    how = {"greedy": "its greedy answers"}.get(check.way, "its log-likelihoods")
-    text = (
-        f"Of {count(len(check.asked), 'question')}, {check.server} answers {check.alike} as the records say, by {how}"
-    )
-    if near := len(check.compared) - check.alike - len(check.different):
-        text += f"; {near} differ in a near tie (below {NEAR} nats)"
-    if check.different:
-        text += f"; {len(check.different)} differ"
-    if silent := len(check.asked) - len(check.compared):
-        text += f"; {count(silent, 'answer')} begin with no choice"
-    gaps = [one.difference for one in check.asked if one.difference is not None]
-    if gaps:
-        text += f"; log-likelihoods differ by at most {max(gaps):.3f} nats"
-    return f"{text}."
 
 
 def in_fp8(training: Mapping[str, Any]) -> bool:

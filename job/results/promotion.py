@@ -22,12 +22,12 @@ from uuid import uuid4
 
 from pydantic import ConfigDict, ValidationError, with_config
 
+from job.common.formatting import timestamp
 from job.common.hashing import sealed, unsealed
 from job.common.validation import adapter_of
 from job.errors import AccessDenied, GateError, Problem, Replaced, SettingsError, VerificationError
 from job.results.completed import read_complete
 from job.results.reader import PublishedRun, open_run, read_published
-from job.runs.attempt import now
 from job.runs.layout import RESULTS, WEIGHTS
 from job.storage.open import Conflict, Location, ObjectStore, StorageOptions, TooLarge, check_key, is_remote, open_store
 
@@ -185,7 +185,7 @@ def promote(place: Place, run: PublishedRun) -> tuple[Promoted, Promoted | None]
     adapter = next((one["sha256"] for one in run.results["artifacts"] if one["path"] == WEIGHTS), None)
     if adapter is None:
         raise VerificationError([Problem(f"{run.store.uri}/{RESULTS}", f"lists no {WEIGHTS}")])
-    new = Promoted(run.store.uri, run.id, run.results["seal"], adapter, now())
+    new = Promoted(run.store.uri, run.id, run.results["seal"], adapter, timestamp())
     if known is None:
         _write(place, Pointer(new), tag)
         return new, None

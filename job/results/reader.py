@@ -13,8 +13,8 @@ from pydantic_core import from_json
 from job.common.hashing import unsealed
 from job.errors import Problem, SettingsError, VerificationError
 from job.evaluation import samples
-from job.evaluation.measured import measured_from
 from job.evaluation.samples import Sample
+from job.evaluation.task_metrics import measured_from
 from job.records import MeasuredScores, TaskScores
 from job.results import manifest
 from job.runs.layout import RESULTS, answers_key, run_folder

@@ -7,22 +7,21 @@ earlier versions lack these figures; the step is then that of the last checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from job.checkpoints import manager
-from job.common.formatting import count, duration, moment
+from job.common.formatting import count, timestamp
 from job.common.hashing import unsealed
-from job.common.tables import aligned
 from job.common.validation import first_error
 from job.errors import Problem, SettingsError, exit_codes
 from job.records import Artifact, TrainingProgress
 from job.runs import lease
 from job.runs.attempt import missing
-from job.runs.killed_for_memory import FIX, why_killed
+from job.runs.killed_for_memory import why_killed
 from job.runs.layout import (
     ARTIFACTS,
     FIRST_STAGE,
@@ -39,8 +38,6 @@ from job.runs.layout import (
 from job.runs.run_log import LoggedAttempt, Noted, parse_logged
 from job.storage.base import read_record
 from job.storage.open import ObjectStore, StorageOptions, open_store
-
-T = TypeVar("T")
 
 State = Literal["running", "preempted", "stalled", "finished", "failed", "not-started", "damaged"]
 
@@ -314,7 +311,7 @@ def _noted(logged: LoggedAttempt) -> Noted:
         return logged.noted
     record = logged.record
     at = _time(record.started) + timedelta(seconds=record.seconds)
-    return Noted(record.finished or _rendered(at), next(reversed(record.stage_seconds), None))
+    return Noted(record.finished or timestamp(at), next(reversed(record.stage_seconds), None))
 
 
 def _time(text: str) -> datetime:
@@ -322,10 +319,6 @@ def _time(text: str) -> datetime:
         return datetime.fromisoformat(text).astimezone(UTC)
     except OverflowError as error:  # on the first or the last day of the calendar
         raise ValueError(str(error)) from None
-
-
-def _rendered(time: datetime) -> str:
-    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _exit_code(logged: LoggedAttempt | None) -> int | None:
@@ -398,97 +391,3 @@ def _refuse_folder_of_runs(store: ObjectStore) -> None:
 def as_json(status: RunStatus) -> dict[str, Any]:
     """The status as JSON, with the fields of `RunStatus`."""
     return asdict(status) | {"problems": [str(problem) for problem in status.problems]}
-
-
-def as_lines(status: RunStatus) -> list[str]:
-    """The status for people: the state, and below it what else is known."""
-    rows = [(f"  {name}", text.replace("\N{NO-BREAK SPACE}", " ")) for name, text in _rows(status)]
-    return [headline(status), *aligned(rows)]
-
-
-def headline(status: RunStatus) -> str:
-    """The state in words, which say what happens next."""
-    end, silent = status.last_end, status.silent_seconds
-    match status.state:
-        case "running":
-            words = "running"
-        case "preempted":
-            words = "preempted, waiting for a next attempt"
-        case "stalled":
-            words = (
-                "stalled (no sign of life)" if silent is None else f"stalled (no sign of life for {duration(silent)})"
-            )
-            words += ": the attempt was killed without notice, or hangs"
-        case "finished":
-            words = "finished" + {None: "", True: ", gate met", False: ", gate not met"}[status.gate]
-        case "failed" if end is not None and end.exit_code is not None:
-            retry = exit_codes().get(end.exit_code, (None, "no"))[1]
-            then = "a next attempt needs a correction" if retry == "no" else "a next attempt resumes the run"
-            words = f"failed with code {end.exit_code} ({end.meaning}); {then}"
-        case "failed":
-            words = "failed (the version of the job that ran it did not record the exit code)"
-        case "not-started":
-            words = "not started, or no run: there is no record of an attempt"
-        case "damaged":
-            words = "damaged: the results are not whole; start the run again, and it makes them whole"
-    part = "first stage (sft) of two: " if status.first_stage else ""
-    return f"{part}{words}".replace("\N{NO-BREAK SPACE}", " ")
-
-
-def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
-    """(name, text) of everything that is known."""
-    goes_on, end = status.state in {"running", "stalled"}, status.last_end
-    in_training = status.state == "running" and status.stage == Stage.TRAIN
-    texts = {
-        "run": status.run,
-        "attempt": _if(status.attempt, str),
-        "stage" if goes_on else "ended in stage": status.stage or (_NO_STAGE if goes_on else None),
-        "step": _if(status.step, lambda _: _step(status)),
-        "loss": _if(status.loss, "{:.4f}".format),
-        "speed": _if(status.tokens_per_second, "{:,.0f} target tokens/s".format),
-        "time left": _if(status.remaining_seconds if in_training else None, _left),
-        "scored": _if(None if in_training else status.questions, "{:,}".format),
-        "last sign of life": _if(status.silent_seconds, lambda ago: _sign(status.last_sign_of_life, ago)),
-        "stages done": ", ".join(status.stages_done),
-        "checkpoints": _if(status.attempt, lambda _: _saved(status.checkpoints)),
-        f"attempt {end.attempt if end else 0} ended": _if(end, _end),
-        "likely cause": status.likely,
-        "what to change": FIX if status.likely or (end and end.outcome == "killed" and end.why) else None,
-    }
-    yield from ((name, text) for name, text in texts.items() if text)
-    yield from (("damaged", str(problem)) for problem in status.problems)
-
-
-_NO_STAGE = "between two stages, such as loading the model"
-
-
-def _if(value: T | None, render: Callable[[T], str]) -> str | None:
-    return None if value is None else render(value)
-
-
-def _left(seconds: float) -> str:
-    return f"{duration(seconds)} of training; the stages after it are not counted"
-
-
-def _sign(at: str | None, ago: float) -> str:
-    return f"{moment(at or '')} UTC ({duration(ago)} ago)"
-
-
-def _saved(steps: Sequence[int]) -> str:
-    return f"step {', '.join(map(str, steps))}" if steps else "none"
-
-
-def _step(status: RunStatus) -> str:
-    total = "" if status.total_steps is None else f" of {status.total_steps}"
-    since = {"checkpoint": " (at the last checkpoint)", "training": " (training is done)"}
-    if status.step_from == "attempt" and status.state in {"preempted", "failed"}:
-        return f"{status.step}{total} (when the attempt ended)"
-    return f"{status.step}{total}{since.get(status.step_from or '', '')}"
-
-
-def _end(end: AttemptEnd) -> str:
-    if end.outcome == "killed":
-        words = "killed without notice, or replaced by a later attempt: it recorded no end"
-        return words if end.why is None else f"{words}; {end.why}"
-    code = "" if end.exit_code is None else f" with code {end.exit_code} ({end.meaning})"
-    return f"{end.outcome}{code}" + ("" if end.why is None else f": {end.why}")

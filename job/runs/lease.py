@@ -20,13 +20,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from job.common.formatting import timestamp
 from job.common.hashing import sealed, unsealed
 from job.common.validation import first_error
 from job.errors import DataError, JobError, Problem, Replaced, Unreachable
@@ -172,7 +172,8 @@ def take(store: ObjectStore, holder: str) -> Lease:
     # Where the lease was removed, numbers go on after the attempts that the run log knows.
     first = 1 if before else 1 + max(attempt_numbers(store), default=0)
     for _ in range(_TRIES):
-        record = LeaseRecord(epoch=before.epoch + 1 if before else first, holder=mine, started=_now(), heartbeat=0)
+        epoch = before.epoch + 1 if before else first
+        record = LeaseRecord(epoch=epoch, holder=mine, started=timestamp(to="seconds"), heartbeat=0)
         try:
             if conditional:
                 written = store.write(LEASE, _render(record), if_absent=before is None, if_tag=tag or None)
@@ -241,10 +242,6 @@ def _read_or_refuse(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
 
 def _render(record: LeaseRecord) -> bytes:
     return sealed(record.model_dump())
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def fenced(store: ObjectStore, lease: Lease | None) -> ObjectStore:

@@ -7,9 +7,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
+from job.common.formatting import timestamp
 from job.errors import Problem, SettingsError, VerificationError
 from job.evaluation.samples import Sample
 from job.records import NEAR, Asked, ServeCheck, margin
@@ -73,7 +73,7 @@ def serve_check(served: Served, samples: Sequence[tuple[str, Sample]], count: in
         seconds=seconds,
         first_token=statistics.median(speed.first_token for speed in speeds),
         tokens_per_second=statistics.median(rates) if rates else None,
-        when=datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        when=timestamp(to="microseconds"),
     )
 
 

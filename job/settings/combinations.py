@@ -429,7 +429,7 @@ def _method(settings: Settings) -> Iterator[Fault]:
 
 
 def _compute(settings: Settings) -> Iterator[Fault]:
-    """What excludes FP8 on any machine; `training.prepare` finds what excludes it on this one."""
+    """What excludes FP8 on any machine; `training.fp8_check` finds what excludes it on this one."""
     if settings.train.compute != "fp8":
         return
     name, lora = "train.compute", settings.lora

@@ -14,12 +14,12 @@ from job import log
 from job.common.hashing import seal
 from job.evaluation.generation import HowToGenerate
 from job.evaluation.harness import evaluate, measure
-from job.evaluation.measured import aggregate, how_to_generate
 from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.samples import MeasuredSample, Sample, write_samples
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, ScoreSequences, score_questions, score_sequences
+from job.evaluation.task_metrics import aggregate, how_to_generate
 from job.model.adapter_files import load_adapter
 from job.model.lora import adapter_off
 from job.model.packed_attention import is_packed

@@ -36,7 +36,7 @@ from job.stages.scoring_precision import choose_precision, precision_facts, scor
 from job.storage.open import ObjectStore, storage_options
 from job.training.gpu_memory import free_gpu_bytes, give_back_memory
 from job.training.memory_model import ORIGINAL_SHARE, evaluation_bytes, weight_bytes
-from job.training.prepare import setup_of
+from job.training.setup_of_model import setup_of
 
 
 def evaluate_bases(

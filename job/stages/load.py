@@ -13,9 +13,11 @@ from job.data.examples import lengths_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import make_options
-from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
+from job.model.base import PLAIN, load_base
+from job.model.device import choose_device, choose_dtype, make_deterministic
 from job.model.experts import quantized_experts
 from job.model.lora import add_adapter
+from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
 from job.model.placed_weights import taking_part
@@ -35,7 +37,7 @@ from job.training.gpu_memory import limit_memory
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import LONG_ROW
 from job.training.prepare import prepare, token_budget
-from job.training.slower import slower_ways
+from job.training.speed_advice import slower_ways
 
 
 def load(

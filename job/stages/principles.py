@@ -25,7 +25,7 @@ from job.evaluation.principles import (
 from job.evaluation.prompt_answers import parse_answers
 from job.evaluation.resumable import complete
 from job.evaluation.score_cache import ScoreCache, score_conditions
-from job.model.base import choose_device, choose_dtype
+from job.model.device import choose_device, choose_dtype
 from job.model.files import fingerprint, weight_files
 from job.records import Artifact, Judgement, JudgeRecord, PromptAnswer
 from job.runs.attempt import Attempt

@@ -26,8 +26,8 @@ from job.evaluation.policy import Policy, read_policy
 from job.evaluation.question_lengths import check_lengths
 from job.evaluation.task_names import MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, check_choices, check_gate, load_tasks
-from job.model.base import load_tokenizer
 from job.model.start_adapter import FoundStart, check_start, find_start, hash_start
+from job.model.tokenizer import load_tokenizer
 from job.model.tokenizer_files import rows_with
 from job.records import DatasetRecord, Evaluated, GroupSpec, Pulled
 from job.results.baseline import Baseline, check_questions, read_baseline

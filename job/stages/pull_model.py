@@ -14,7 +14,7 @@ from typing import Any
 from job.common import host
 from job.common.hashing import code_hashes
 from job.errors import DataError, Problem, named_by
-from job.model.base import choose_device, choose_dtype
+from job.model.device import choose_device, choose_dtype
 from job.model.files import fingerprint
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from uuid import uuid4
 
+from job.common.disk import atomic_write, disk_errors, lacking, rename, sync, sync_folder
 from job.errors import AccessDenied, Unreachable
 from job.storage.base import (
     HIDDEN,
@@ -28,16 +29,10 @@ from job.storage.base import (
     Conflict,
     ObjectInfo,
     Stored,
-    atomic_write,
     byte_limit,
     check_key,
     check_prefix,
-    disk_errors,
-    lacking,
     probe,
-    rename,
-    sync,
-    sync_folder,
 )
 
 if TYPE_CHECKING:

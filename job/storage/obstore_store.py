@@ -24,6 +24,7 @@ from uuid import uuid4
 import obstore
 from obstore.exceptions import PreconditionError
 
+from job.common.disk import atomic_write, disk_errors
 from job.common.hashing import hash_file
 from job.errors import Problem, SettingsError, Unreachable
 from job.storage import base
@@ -38,13 +39,11 @@ from job.storage.base import (
     ObjectInfo,
     Stored,
     TooLarge,
-    atomic_write,
     attempts,
     byte_limit,
     check_key,
     check_prefix,
     conflict,
-    disk_errors,
     probe,
 )
 from job.storage.location import Location, StorageOptions

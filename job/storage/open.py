@@ -10,18 +10,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from pkgutil import resolve_name
 
+from job.common.disk import disk_errors
 from job.errors import DataError, Problem, SettingsError, Unreachable
-from job.storage.base import (
-    Conflict,
-    NotSupported,
-    ObjectInfo,
-    ObjectStore,
-    Stored,
-    TooLarge,
-    check_key,
-    disk_errors,
-    is_key,
-)
+from job.storage.base import Conflict, NotSupported, ObjectInfo, ObjectStore, Stored, TooLarge, check_key, is_key
 from job.storage.location import BACKENDS, Location, StorageOptions, is_remote, storage_options
 
 __all__ = [

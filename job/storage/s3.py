@@ -19,6 +19,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 
+from job.common.disk import atomic_write, disk_errors
 from job.errors import Unreachable
 from job.storage import base
 from job.storage.base import (
@@ -30,13 +31,11 @@ from job.storage.base import (
     ObjectInfo,
     Stored,
     TooLarge,
-    atomic_write,
     attempts,
     byte_limit,
     check_key,
     check_prefix,
     conflict,
-    disk_errors,
     probe,
 )
 from job.storage.location import Location, StorageOptions

@@ -1,4 +1,4 @@
-"""What the GPU of a process can compute: fused layers, FP8, Triton's kernels."""
+"""What the GPU of a process can compute: fused layers, Triton's kernels."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 
 from job import log
 from job.distributed.processes import Processes
-from job.errors import Problem, SettingsError
 from job.model.packed_attention import is_packed
 from job.training.execution_plan import (
     AMPERE,
-    FP8_CAPABILITY,
     VOLTA,
 )
 
@@ -46,29 +44,6 @@ def why_not_fused(model: Any) -> str | None:
         numbers = "the GPU's compute capability is {}.{}; fused layers need {}.{}".format(*found, *lowest[dtype])
         return f"{numbers} in {'bf16' if dtype == 'bfloat16' else 'fp16'}"
     return None
-
-
-def require_fp8(device: Any) -> None:
-    """Refuses a machine that cannot train in FP8.
-
-    Args:
-        device: Where the model will be.
-
-    Raises:
-        SettingsError: There is no GPU, or the GPU or torch cannot multiply FP8 matrices with a scale for each row.
-    """
-    from job.model.fused import fp8
-
-    if device.type != "cuda":
-        why: str | None = "there is no GPU"
-    elif (found := compute_capability()) < FP8_CAPABILITY:
-        least = "{}.{}".format(*FP8_CAPABILITY)
-        why = "the GPU's compute capability is {}.{}, less than {} (Ada, Hopper)".format(*found, least)
-    else:
-        why = fp8.why_not_here(device)
-    if why is not None:
-        what = f"is fp8, which cannot be computed here: {why}; remove it, or take a GPU that has FP8"
-        raise SettingsError([Problem("JOB_TRAIN__COMPUTE", what)])
 
 
 @cache  # each kind of scoring calls it, and its test launch may compile C code

@@ -44,8 +44,8 @@ from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import TrainingFailed
 from job.model.adalora import add_penalty_gradient, allocate, is_adalora
-from job.model.base import recompute_activations
 from job.model.decomposed_init import trained_parts
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.records import Example, ExecutionPlan, StepMetrics, ValidationMetrics

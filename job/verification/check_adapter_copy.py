@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from job.results.adapter_facts import WEIGHTS
 from job.runs.layout import ADAPTER, EXPORT_CARD, RESULTS, SIGNATURE, export_folder
-from job.verification.check_figures import Copies
-from job.verification.differences import MAX_SHOWN, Difference, find_differences
+from job.verification.differences import MAX_SHOWN, Copies, Difference, find_differences
 
 _NAMES = {"bf16": "BF16", "fp16": "F16"}
 """Type of a copy -> safetensors' name of the dtype."""

@@ -16,8 +16,8 @@ from job.evaluation.comparison import choose_candidate, compare_export
 from job.records import TaskScores
 from job.runs.layout import EXPORT, EXPORT_CARD, ORIGINAL_SIDE, RESULTS, SIGNATURE, export_folder, export_side
 from job.verification.check_adapter_copy import adapter_files
-from job.verification.check_figures import Copies, SamplesByTask, read_samples, scores_of, unpaired
-from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
+from job.verification.check_evaluation import SamplesByTask, read_samples, scores_of, unpaired
+from job.verification.differences import MAX_SHOWN, CheckResult, Copies, Difference, find_differences, show
 
 _ADDED = (EXPORT_CARD, SIGNATURE)
 """What the last stage adds to the files of a format."""

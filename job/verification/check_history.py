@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING as MISSING_DEFAULT
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from job.common.formatting import count
@@ -13,7 +12,7 @@ from job.common.validation import adapter_of, first_error
 from job.errors import JobError
 from job.evaluation.comparison import compare_near_ties, compare_tasks
 from job.evaluation.groups import compare_groups
-from job.evaluation.measured import compare_measured
+from job.evaluation.task_metrics import compare_measured
 from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
 from job.results.manifest import exports_record, full_precision_record
 from job.results.reader import scored_in
@@ -22,15 +21,13 @@ from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attemp
 from job.runs.run_log import parse_logged, parse_record
 from job.runs.run_settings import parse_settings
 from job.storage.open import ObjectStore, TooLarge
-from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, other_run, show
+from job.verification.differences import MAX_SHOWN, CheckResult, Copies, Difference, find_differences, other_run, show
 from job.verification.fetch_files import MISSING
 
 PULL, BASE, TRAIN, ADAPTER = map(stage_key, (Stage.PULL, Stage.EVALUATE_BASE, Stage.TRAIN, Stage.EVALUATE_ADAPTER))
 EXPORT = stage_key(Stage.EXPORT)
 MAX_RECORD_BYTES = 1 << 20
 T = TypeVar("T")
-
-Copies = Mapping[str, Path]
 
 
 def check_settings(results: Mapping[str, Any], copies: Copies) -> CheckResult:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from job.common.formatting import count
 from job.common.methods import METHODS
 from job.runs.layout import LOG_PROBS, RESULTS
-from job.verification.differences import CheckResult, Difference, find_differences, show
-
-Copies = Mapping[str, Path]
+from job.verification.differences import CheckResult, Copies, Difference, find_differences, show
 
 MAX_LINES = 3
 """Wrong lines of the reference that are told."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from job.common.formatting import count
@@ -11,9 +10,8 @@ from job.data.prompts import prompts_sha256
 from job.evaluation.prompt_answers import count_unsafe, parse_answers
 from job.records import PromptAnswer
 from job.runs.layout import PROMPTS, RESULTS, prompts_key
-from job.verification.differences import CheckResult, Difference, find_differences, show
+from job.verification.differences import CheckResult, Copies, Difference, find_differences, show
 
-Copies = Mapping[str, Path]
 _ENDS = ("eos", "length")
 
 

@@ -29,8 +29,8 @@ from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
 from job.verification import check_checkpoints
 from job.verification.check_audit import check_audit
 from job.verification.check_bom import check_bom, check_compute
+from job.verification.check_evaluation import check_evaluation, check_gate
 from job.verification.check_exports import check_exports
-from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training, check_validation
 from job.verification.check_first_stage import check_first_stage
 from job.verification.check_history import check_attempts, check_settings, check_stages, fingerprint_of
 from job.verification.check_preferences import check_preferences
@@ -39,6 +39,7 @@ from job.verification.check_prompts import check_prompts
 from job.verification.check_pushes import check_pushes
 from job.verification.check_served import check_served
 from job.verification.check_signature import check_signature
+from job.verification.check_training import check_cost, check_training, check_validation
 from job.verification.differences import CheckResult, Difference, show
 from job.verification.fetch_files import fetch_files
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from job.errors import TrainingFailed
-from job.results.manifest import verdict_in_words
+from job.results.summary import verdict_in_words
 from tests import warm
 from tests.helpers import alpaca_rows, arc_rows, read_jsonl, without_repacking, write_jsonl
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None, fp8: bool = False) -> str:
-    """Replaces the forward of the layers with an adapter, and of what lies between them, by that of `lora_forward`.
+    """Replaces the forward of the layers with an adapter, and of what lies between them, by that of `fused_decoder`.
 
     Args:
         model: A PEFT model over a base that is used packed.
@@ -33,20 +33,20 @@ def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None, 
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
-    from job.model.fused import experts, lora_forward
+    from job.model.fused import experts, fused_decoder
     from job.model.fused.fp8 import FrozenProducts
     from job.model.fused.kernels import TORCH
 
     base = model.get_base_model()
     adapted = [m for m in model.modules() if isinstance(m, LoraLayer) and not isinstance(m, ParamWrapper)]
-    if not all(lora_forward.fits(module) for module in adapted):
+    if not all(fused_decoder.fits(module) for module in adapted):
         return "nothing"
-    family = None if kernels is None else lora_forward.family_of(base)
+    family = None if kernels is None else fused_decoder.family_of(base)
     gated = None if kernels is None or family is None else kernels.gated(family.activation)
     experts.fuse_experts(model, base.dtype, keep=keep_dequantized, gated=gated)
     keep = keep_dequantized and not fp8
     weights = {module: _Frozen(module.get_base_layer(), base.dtype, keep=keep) for module in adapted}
-    known = lora_forward.adapt(base, weights, base.dtype, kernels)
+    known = fused_decoder.adapt(base, weights, base.dtype, kernels)
     for inputs in _common_inputs(model) if fp8 else ():
         inputs.fp8 = FrozenProducts(inputs.layers, (kernels or TORCH).quantize, keep=keep_dequantized)
     return "all" if known else "layers"

@@ -32,7 +32,7 @@ import torch
 from job.log import get_logger
 from job.model.architecture import WIDEST_HEAD, Architecture
 from job.model.fused.sequence_parallel import share_heads
-from job.model.packed_attention import Layout, Segment, build_layout
+from job.model.packed_layout import Layout, Segment, build_layout
 
 Output = tuple[torch.Tensor, torch.Tensor]
 """Attention's output, (tokens, heads, head size), and the log-sum-exp of its scores, (heads, tokens) float32."""

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from job.model.fused import lora_forward
+from job.model.fused import fused_decoder
 from job.model.fused.frozen_weights import dequantizer
 from job.model.fused.kernels import TORCH, Kernels, Turn
 from job.model.fused.lora_forward import CommonInput, Weight
@@ -52,7 +52,7 @@ from job.model.fused.scoring_decoder import (
 
 if TYPE_CHECKING:
     from job.model.families import Family
-    from job.model.packed_attention import Layout
+    from job.model.packed_layout import Layout
 
 PreciseForward = Callable[[torch.Tensor, torch.Tensor, "Layout", torch.Tensor], torch.Tensor]
 """As `job.evaluation.scoring.Forward`; the logits are fp32."""
@@ -72,11 +72,11 @@ def why_not_precise(model: Any) -> str:
         model: A causal language model from `load_base`, with or without an adapter.
     """
     base = _base(model)
-    if (family := lora_forward.family_of(base)) is None:
+    if (family := fused_decoder.family_of(base)) is None:
         return f"the decoder of {base.config.model_type} is not one that the fused layers compute"
     if what := _unlike(family, base.config):
         return f"the decoder of {base.config.model_type} has {what}"
-    if not all(lora_forward.fits(module) for module in base.modules() if _has_adapter(module)):
+    if not all(fused_decoder.fits(module) for module in base.modules() if _has_adapter(module)):
         return "the adapter is of a kind that only PEFT's own layers compute"
     if type(base.lm_head) is not torch.nn.Linear:
         return "the output layer is trained"
@@ -136,7 +136,7 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
         A function that computes the logits of one packed sequence; valid until the adapter's weights change.
     """
     base = _base(model)
-    family = lora_forward.family_of(base)
+    family = fused_decoder.family_of(base)
     assert family is not None  # noqa: S101 - see `why_not_precise`
     if is_like_llama(family, base) and not has_foreign_layers(model):
         decoder = _decoder(base, family, dtype, kernels, keep=keep)
@@ -147,7 +147,7 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
         base.lm_head: {"forward": _output_layer(base.lm_head, dtype)},
     }
     together = set()
-    for module, forward, names in lora_forward.decoder_parts(base, family):
+    for module, forward, names in fused_decoder.decoder_parts(base, family):
         patches[module] = {"forward": MethodType(partial(forward, precise, family), module)}
         inner = [getattr(module, name) for name in names]
         if inner and all(_has_adapter(layer) for layer in inner):
@@ -202,7 +202,7 @@ def tested_attention(model: Any, kernels: Kernels) -> tuple[HeadSizes, bool] | N
         kernels: As for `precise_forward`.
     """
     base = _base(model)
-    family = lora_forward.family_of(base)
+    family = fused_decoder.family_of(base)
     if kernels.name != "triton" or family is None or not is_like_llama(family, base) or has_foreign_layers(model):
         return None
     heads = _heads(base, family)

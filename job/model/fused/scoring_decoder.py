@@ -27,10 +27,11 @@ from torch.nn import functional
 from job.log import get_logger
 from job.model.families import SILU, Family
 from job.model.fused.kernels import TORCH
-from job.model.packed_attention import Segment, build_layout, packed_attention
+from job.model.packed_attention import packed_attention
+from job.model.packed_layout import Segment, build_layout
 
 if TYPE_CHECKING:
-    from job.model.packed_attention import Layout
+    from job.model.packed_layout import Layout
 
 WIDE = 64
 """The number of columns for h is padded with zeros to a multiple of this, so that rows stay aligned in memory."""

@@ -23,7 +23,6 @@ from job.common.hashing import hash_files, sealed
 from job.common.new_folder import new_folder
 from job.common.resources import check_disk, required_bytes
 from job.errors import JobError, Preempted, Replaced
-from job.model.base import load_tokenizer
 from job.model.files import SOURCE_CONFIG
 from job.model.placed_loading import save_quantized
 from job.model.quantized_cache.layout import (
@@ -39,6 +38,7 @@ from job.model.quantized_cache.layout import (
     verify,
     warn,
 )
+from job.model.tokenizer import load_tokenizer
 from job.storage.base import ObjectStore, TooLarge
 from job.storage.hub import SMALL_FILES
 

@@ -250,7 +250,7 @@ def closure(*roots: str) -> set[str]:
 
 
 CARRY_VALUES = {
-    *("job.records", "job.errors", "job.log", "job.common.formatting", "job.common.hashing", "job.storage.base"),
+    *("job.records", "job.errors", "job.log", "job.common.formatting", "job.common.hashing", "job.common.disk"),
 }
 """Frozen dataclasses without behaviour, messages, hashes of files, and errors of the disk: none of them takes part in a
 computation."""
@@ -272,8 +272,10 @@ def test_the_key_of_a_quantized_base_covers_all_code_that_decides_its_bits() -> 
         "job.model.families",
         "job.model.lora",
         "job.model.packed_attention",
+        "job.model.packed_layout",
         "job.model.target_modules",
         "job.model.tensor_names",
+        "job.model.tokenizer",
         "job.model.tokenizer_files",
         "job.model.whole_modules",
     }  # they work on the loaded base, and change no weight of it

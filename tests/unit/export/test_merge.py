@@ -33,10 +33,11 @@ from job.export import checkpoint
 from job.export.formats import DERIVED
 from job.export.merge import DEQUANTIZED, ORIGINAL, candidates, plan_merge, release, write_merged
 from job.model.adapter_options import AdaLora, AdapterOptions
-from job.model.base import PLAIN, load_tokenizer
+from job.model.base import PLAIN
 from job.model.fused.frozen_weights import dequantized
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import use
+from job.model.tokenizer import load_tokenizer
 from tests.helpers import LINEAR, VOCABULARY, fill_adapter, load_plain, make_base, make_model
 
 IDS = torch.tensor([[0, 7, 90, 211, 35, 398, 12]])

@@ -15,18 +15,15 @@ import torch
 from job.errors import DataError, SettingsError
 from job.evaluation.scoring import score_sequence
 from job.model.adapter_files import CONFIG_KEYS, load_adapter, portable_config, save_adapter
-from job.model.base import (
-    choose_device,
-    choose_dtype,
-    describe_model,
-    load_tokenizer,
-    recompute_activations,
-)
+from job.model.device import choose_device, choose_dtype
 from job.model.files import fingerprint
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import adapter_off, add_adapter, trainable
-from job.model.packed_attention import Segment, build_layout
+from job.model.model_record import describe_model
+from job.model.packed_layout import Segment, build_layout
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import entry_at
+from job.model.tokenizer import load_tokenizer
 from job.model.tokenizer_files import copy_tokenizer, tokenizer_files
 from job.records import Question
 from tests.helpers import LINEAR, fill_adapter, load_plain, make_model

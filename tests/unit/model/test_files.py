@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from job.errors import DataError, JobError, SettingsError
-from job.model.base import load_base, load_tokenizer
+from job.model.base import load_base
 from job.model.files import MAX_CONFIG_BYTES, fingerprint, read_config, silence, weight_files
+from job.model.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -203,7 +204,7 @@ def test_keys_that_steer_loading_are_left_out(folder: Path) -> None:
 
 
 def _whole(tokens: int) -> dict[str, Any]:
-    from job.model.packed_attention import Segment, build_layout
+    from job.model.packed_layout import Segment, build_layout
 
     return {"layout": build_layout([Segment(0, tokens)], CPU)}
 

@@ -121,7 +121,7 @@ def test_a_run_on_files_is_counted(given: Path, capsys: pytest.CaptureFixture[st
 def test_the_figures_are_those_of_the_run(given: Path) -> None:
     """Rows, tokens, targets and parameters are what the manifest's records will say."""
     from job.data.dataset import load_examples
-    from job.model.base import load_tokenizer
+    from job.model.tokenizer import load_tokenizer
 
     settings = load_settings(["--train.loss_on=completion"])
     plan = make_plan(settings)

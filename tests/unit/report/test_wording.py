@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from job.common import formatting
 from job.report import wording
-from job.results.manifest import verdict_in_words
+from job.results.summary import verdict_in_words
 from tests.example_run import answers, evidence, results
 from tests.published_run import publish_run
 
@@ -255,9 +255,3 @@ def test_a_change_that_is_not_shown_is_told_with_signs() -> None:
     made["evaluation"]["full_precision"] = {"not_scored": "it takes 2 GiB", "tasks": {}}
     (why,) = wording.quantization_cost("quiz", made)
     assert why.endswith("since the unquantized base was not scored: it takes 2 GiB.")
-
-
-def test_places_of_the_same_file_name_it_once() -> None:
-    """Findings in a file are its name and their rows; places without a number stay as they are."""
-    found = wording._by_file(["a.jsonl:3", "a.jsonl:9", "org/rows:7", "whole"])
-    assert found == [("a.jsonl", ["3", "9"]), ("org/rows", ["7"]), ("whole", [""])]

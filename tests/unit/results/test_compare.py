@@ -13,7 +13,8 @@ import pytest
 from job.errors import DataError, VerificationError
 from job.evaluation import statistics
 from job.records import GroupSpec
-from job.results.compare import as_markdown, as_text, compare, gate_reasons, judge_by_policy
+from job.results.compare import compare, gate_reasons, judge_by_policy
+from job.results.compare_text import as_markdown, as_text
 from job.results.reader import PublishedRun, open_run, read_published
 from tests.published_run import forge, pairs, publish_run, rewrite
 

@@ -20,11 +20,13 @@ from job.errors import DataError, JobError, NoProgress, Preempted, Problem, Sett
 from job.preemption.stop_flag import Stop
 from job.records import TrainingProgress
 from job.results import status as of_status
-from job.results.status import AttemptEnd, RunStatus, as_json, as_lines, headline, read_status
-from job.runs.attempt import Attempt, open_attempt
+from job.results.status import AttemptEnd, RunStatus, as_json, read_status
+from job.results.status_text import as_lines, headline
+from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
 from job.runs.layout import LEASE, Stage, attempt_key, marker_key
 from job.runs.lease import take
+from job.runs.open_attempt import open_attempt
 from job.runs.run_log import IdleLimit
 from job.storage.local import LocalStore
 from job.storage.open import StorageOptions

@@ -23,14 +23,15 @@ from job.export.formats import DERIVED, DerivedInputs
 from job.export.merge import Candidates
 from job.export.quantizable import CannotMake
 from job.model.adapter_files import load_adapter, save_adapter
-from job.model.base import describe_model
+from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
 from job.records import PEFT, Example, ExecutionPlan, Exported, Packing, QuantizationRecord, ScoringPrecision, Trained
-from job.runs.attempt import Attempt, open_attempt
+from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
+from job.runs.open_attempt import open_attempt
 from job.settings.load import Settings, load_settings
 from job.stages.export import export
 from job.stages.export_check import check_export

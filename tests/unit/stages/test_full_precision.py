@@ -15,14 +15,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from job.errors import Preempted
-from job.model.base import describe_model
+from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
 from job.records import Evaluated, Packing
-from job.runs.attempt import Attempt, open_attempt
+from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
+from job.runs.open_attempt import open_attempt
 from job.settings.load import Settings, load_settings
 from job.stages import full_precision
 from job.stages.full_precision import evaluate_bases

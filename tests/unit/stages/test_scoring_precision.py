@@ -16,17 +16,17 @@ from job.distributed.processes import ALONE, Alone
 from job.distributed.ranks import Place
 from job.errors import Preempted
 from job.evaluation import scorer
-from job.model.base import describe_model
 from job.model.fused import precise_forward, scoring_decoder
 from job.model.fused.scoring_decoder import HeadSizes, TorchOperations, checked_attention
 from job.model.lora import add_adapter
+from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
 from job.records import Evaluated, FullPrecision, Packing, ScoringPrecision
-from job.runs.attempt import open_attempt
 from job.runs.fault_injection import arm
+from job.runs.open_attempt import open_attempt
 from job.settings.load import load_settings
 from job.settings.schema import Eval
 from job.stages import full_precision, scoring_precision

@@ -17,9 +17,9 @@ from structlog.testing import capture_logs
 
 from job.preemption.stop_flag import Stop
 from job.records import RunFigures, TrainingProgress
-from job.runs.attempt import open_attempt
 from job.runs.fault_injection import arm
 from job.runs.layout import Stage
+from job.runs.open_attempt import open_attempt
 from job.settings.load import exporters, load_settings, secrets
 from job.storage.local import LocalStore
 from job.tracking import live_metrics as module

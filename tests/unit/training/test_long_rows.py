@@ -23,7 +23,7 @@ from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.fused.long_attention import CpuKernel, FlashKernel, choose_kernel, heads_at_once
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import Segment, build_layout
+from job.model.packed_layout import Segment, build_layout
 from job.model.placed_weights import taking_part
 from job.records import Example, ExecutionPlan
 from job.stages.train import software_of

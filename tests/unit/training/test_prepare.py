@@ -20,10 +20,11 @@ from job.model.fused import kernels, long_attention
 from job.model.fused.long_attention import FLASH, TRITON
 from job.model.packed_attention import NAME
 from job.records import PEFT, ExecutionPlan
-from job.training import gpu_capability
+from job.training import cpu_plan, fp8_check, gpu_capability, long_row_plan
 from job.training import prepare as prepare_module
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.gpu_capability import agree_on_kernels, fast_kernels, require_fp8, why_not_fused
+from job.training.fp8_check import require_fp8
+from job.training.gpu_capability import agree_on_kernels, fast_kernels, why_not_fused
 from job.training.prepare import prepare, token_budget
 from tests.helpers import make_model
 
@@ -40,8 +41,14 @@ SETTINGS: dict[str, Any] = {
 
 def with_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     """This machine has a GPU of that compute capability."""
-    for module in (gpu_capability, prepare_module):
+    for module in (fp8_check, gpu_capability, prepare_module):
         monkeypatch.setattr(module, "compute_capability", lambda: capability)
+
+
+def with_memory(monkeypatch: pytest.MonkeyPatch, total: int, free: int) -> None:
+    """The GPU has so many bytes, and so many are free."""
+    for module in (long_row_plan, prepare_module):
+        monkeypatch.setattr(module, "gpu_memory", lambda _: (total, free))
 
 
 def test_a_cpu_trains_by_pefts_own_layers(base_folder: Path) -> None:
@@ -62,7 +69,7 @@ def test_a_cpu_keeps_activations_where_it_has_the_memory(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: float, *, kept: bool
 ) -> None:
     """Left to itself it says what they take and what comes of it."""
-    monkeypatch.setattr(prepare_module, "available_bytes", lambda: int(gigabytes * 10**9))
+    monkeypatch.setattr(cpu_plan, "available_bytes", lambda: int(gigabytes * 10**9))
     made = prepare(make_model(base_folder), [10, 20], **SETTINGS | {"recompute": "auto"})
     assert made.kept_activations is kept
     assert f"B: {'kept' if kept else 'recomputed in the backward pass'}" in made.reason
@@ -130,7 +137,7 @@ def test_an_adapter_that_is_left_to_peft_says_why(monkeypatch: pytest.MonkeyPatc
 def test_noise_is_not_recorded(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph would add the same noise in every step: the fused layers compute, launched one by one."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_memory(monkeypatch, 80 << 30, 70 << 30)
     with_capability(monkeypatch, (9, 0))
     made = prepare(make_model(base_folder), [10, 20], **SETTINGS, random=True)
     assert made.forward.startswith("fused all, ")
@@ -141,7 +148,7 @@ def test_noise_is_not_recorded(base_folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_training_in_fp8_is_in_the_plan(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name is the end of `forward`, which scores do not have; what is kept may be given up as without it."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_memory(monkeypatch, 80 << 30, 70 << 30)
     with_capability(monkeypatch, (9, 0))
     made = prepare(
         make_model(base_folder, dtype=torch.bfloat16), [10, 20], **SETTINGS | {"quantization": "none"}, compute="fp8"
@@ -197,7 +204,7 @@ def test_a_machine_without_fp8(
 def test_layers_that_cannot_be_fused_are_said_too(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When it only turns out on the way that there is nothing to fuse, PEFT's layers remain, with that reason."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_memory(monkeypatch, 80 << 30, 70 << 30)
     with_capability(monkeypatch, (9, 0))
     made = prepare(make_model(base_folder, options=AdapterOptions(use_dora=True)), [10, 20], **SETTINGS)
     assert made.forward == PEFT
@@ -208,7 +215,7 @@ def test_layers_that_cannot_be_fused_are_said_too(base_folder: Path, monkeypatch
 def test_a_model_that_can_be_fused_is(base_folder: Path, monkeypatch: pytest.MonkeyPatch, *, keep: bool) -> None:
     """Its plan names what was fused and whose kernels; what was set holds; it is no warning."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_memory(monkeypatch, 80 << 30, 70 << 30)
     with_capability(monkeypatch, (9, 0))
     model = make_model(base_folder, quantization="nf4")
     with capture_logs() as lines:
@@ -310,7 +317,7 @@ def test_a_gpu_that_can_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_recorded_is_fused_all_the_same(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the attention kernel for segments a CUDA graph would need, on a Turing, and it is said."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (16 << 30, 15 << 30))
+    with_memory(monkeypatch, 16 << 30, 15 << 30)
     with_capability(monkeypatch, (7, 5))
     made = prepare(make_model(base_folder), [10, 20], **SETTINGS)
     assert made.forward.startswith("fused all, ")
@@ -328,7 +335,7 @@ def test_a_set_budget_holds() -> None:
 def long_rows(base_folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, host: int = 1 << 40, **how: Any) -> Any:
     """The plan for rows of 30,000 tokens among short ones, with so much free memory."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (free, free))
+    with_memory(monkeypatch, free, free)
     with_capability(monkeypatch, (9, 0))
     monkeypatch.setattr(prepare_module, "available_bytes", lambda: host)
     lengths = how.pop("lengths", [10, 30_000])
@@ -367,7 +374,7 @@ class Two:
 
 def test_rows_that_do_not_fit_are_divided(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above what the smaller GPU computes alone; none where one of the processes or the settings do not allow it."""
-    monkeypatch.setattr(prepare_module, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
+    monkeypatch.setattr(long_row_plan, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
 
     def plan(other: int = 20_000, **how: Any) -> tuple[ExecutionPlan, list[int]]:
         group = Two(other)
@@ -394,7 +401,7 @@ def test_all_processes_use_one_kernel(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch, own: str, other: str, agreed: str
 ) -> None:
     """The kernel affects the last bits: one that failed its trial in one process is used in none, which each says."""
-    monkeypatch.setattr(prepare_module, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
+    monkeypatch.setattr(long_row_plan, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
     asked = dict[str, Any]()
 
     def choose(*_: Any, **how: Any) -> str:
@@ -415,14 +422,14 @@ def test_which_rows_are_divided_does_not_depend_on_free_memory(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resumed run may find less of it."""
-    monkeypatch.setattr(prepare_module, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
+    monkeypatch.setattr(long_row_plan, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
     found = []
     for free in (3 << 30, 2 << 30):
         with monkeypatch.context() as patch:
             group = Two(200_000)
             how = {"group": group, "sequence_parallel": "auto"}
             patch.setattr(prepare_module, "why_not_fused", lambda _: None)
-            patch.setattr(prepare_module, "gpu_memory", lambda _, free=free: (4 << 30, free))
+            with_memory(patch, 4 << 30, free)
             with_capability(patch, (9, 0))
             prepare(make_model(base_folder), [10, 200_000], **SETTINGS | {"keep_base": "auto"} | how)
             found += group.asked

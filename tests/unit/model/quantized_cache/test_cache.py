@@ -20,9 +20,11 @@ from structlog.testing import capture_logs
 
 from job.common.hashing import sealed
 from job.errors import AccessDenied, Preempted, Problem, SettingsError, Unreachable
-from job.model.base import describe_model, load_base, load_tokenizer
+from job.model.base import load_base
+from job.model.model_record import describe_model
 from job.model.quantized_cache.cache import find, publishing, save
 from job.model.quantized_cache.layout import INDEX, CachedBase, CacheEntry, cached_base, entry_for
+from job.model.tokenizer import load_tokenizer
 from job.storage.open import ObjectStore, open_store
 from tests.helpers import make_model
 from tests.wrapped_store import FailNth, WrappedStore

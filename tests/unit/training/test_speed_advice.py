@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from job.records import PEFT, ExecutionPlan
-from job.training.slower import slower_ways
+from job.training.speed_advice import slower_ways
 
 FAST = ExecutionPlan(
     kept_base=True, kept_activations=True, recorded=True, reason="", forward="fused all, triton", base_held="gpu"

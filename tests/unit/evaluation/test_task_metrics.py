@@ -14,10 +14,10 @@ from job.errors import DataError, SettingsError
 from job.evaluation import statistics
 from job.evaluation.generation import HowToGenerate, Sampling, generate
 from job.evaluation.harness import measure
-from job.evaluation.measured import aggregate, compare_measured, how_to_generate, measured_from
 from job.evaluation.question_lengths import check_lengths, count_questions
 from job.evaluation.samples import MeasuredSample, parse_measured, write_samples
 from job.evaluation.scorer import score_questions
+from job.evaluation.task_metrics import aggregate, compare_measured, how_to_generate, measured_from
 from job.evaluation.tasks import check_choices, load_tasks
 from job.records import Answer, MeasuredScores, Metric
 from tests.helpers import fill_adapter, make_model, write_jsonl
