@@ -43,12 +43,16 @@ def memory_errors(what: str, fix: str) -> Iterator[None]:
     except (MemoryError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
-        raise TrainingFailed(f"the machine's memory ran out while {what}; take one with more, or {fix}") from error
+        raise TrainingFailed(
+            f"the machine's memory ran out while {what}; use a machine with more memory, or {fix}"
+        ) from error
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not out_of_memory(error):
             raise
         first = (str(error).splitlines() or [""])[0][:200]
-        raise TrainingFailed(f"memory ran out while {what}; take a GPU with more, or {fix} ({first})") from error
+        raise TrainingFailed(
+            f"GPU memory ran out while {what}; use a GPU with more memory, or {fix} ({first})"
+        ) from error
 
 
 def too_small(what: str, longest: int, error: BaseException) -> TrainingFailed:
@@ -56,5 +60,5 @@ def too_small(what: str, longest: int, error: BaseException) -> TrainingFailed:
     first = (str(error).splitlines() or [""])[0][:200]
     return TrainingFailed(
         f"memory ran out in {what} with one row at a time, the longest of {longest:,} tokens; lower "
-        f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or take a GPU with more memory ({first})"
+        f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or use a GPU with more memory ({first})"
     )

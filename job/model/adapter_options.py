@@ -84,7 +84,7 @@ class AdapterOptions:
     def not_fused(self) -> str | None:
         """The setting that leaves the computation to PEFT's own layers, with the reason; None if the fused ones do."""
         if self.kind == "adalora":
-            return "JOB_LORA__KIND is adalora; fused layers compute a product of two matrices, AdaLoRA has three"
+            return "JOB_LORA__KIND is adalora; fused layers cannot compute AdaLoRA's products of three matrices"
         if self.use_dora:
             return "JOB_LORA__USE_DORA is on; fused layers compute LoRA without magnitudes"
         if self.modules_to_save:
@@ -141,7 +141,7 @@ def check_options(options: AdapterOptions, *, rank: int, layers: int, adapted: C
         where = environment_name(f"lora.{setting}")
         matches = {key: {name for name in adapted if pattern_matches(key, name)} for key in pattern}
         for key in (key for key, found in matches.items() if not found):
-            yield Problem(where, f"{key} names no module that gets an adapter; give its name or its end")
+            yield Problem(where, f"{key} names no module that gets an adapter; give the name of one, or the end of it")
         # PEFT takes the first that matches, in an order that adapter_config.json does not keep.
         for name in sorted(adapted):
             if len(keys := [key for key, found in matches.items() if name in found]) > 1:
@@ -149,11 +149,11 @@ def check_options(options: AdapterOptions, *, rank: int, layers: int, adapted: C
                 break
     ada = options.adalora
     if ada is not None and ada.tinit + ada.tfinal >= ada.total_step:
-        what = f"and JOB_LORA__TFINAL leave none of the run's {ada.total_step} steps to take ranks away in; lower them"
+        what = f"and JOB_LORA__TFINAL leave none of the run's {ada.total_step} steps to reduce ranks; lower them"
         yield Problem("JOB_LORA__TINIT", what)
     ranks = {rank, *options.rank_pattern.values()}
     if options.init == "orthogonal" and (odd := sorted(r for r in ranks if r % 2)):
-        yield Problem("JOB_LORA__INIT", f"orthogonal takes even ranks, not {', '.join(map(str, odd))}")
+        yield Problem("JOB_LORA__INIT", f"orthogonal needs even ranks, not {', '.join(map(str, odd))}")
 
 
 def pattern_matches(key: str, name: str) -> bool:

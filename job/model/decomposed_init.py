@@ -61,7 +61,7 @@ def _begin(layer: Any, init: str, rank: int, scale: float) -> tuple[torch.Tensor
     if getattr(layer, "fan_in_fan_out", False):  # GPT-2's Conv1D holds (inputs, outputs)
         weight = weight.T
     if rank > min(weight.shape):
-        what = f"{init} takes ranks up to the width of the layers, {min(weight.shape)} here, and not {rank}"
+        what = f"{init} needs a rank of at most the width of the layers, {min(weight.shape)} here, and not {rank}"
         raise SettingsError([Problem("JOB_LORA__RANK", what)])
     copy = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     copy.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)

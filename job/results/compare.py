@@ -116,7 +116,7 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
     names = [name for name in samples[0] if name in samples[1]]
     both = [name for name in measured[0] if name in measured[1]]
     if not names and not both:
-        raise DataError([Problem("evaluation", f"runs {a.id} and {b.id} were asked no task in common")])
+        raise DataError([Problem("evaluation", f"runs {a.id} and {b.id} have no task in common")])
     wrong = []
     for name in names:
         one, two = (side[name] for side in samples)
@@ -125,7 +125,9 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
             wrong.append(Problem(name, f"the runs were asked other questions, {counts}"))
         elif one.scores.task_hash != two.scores.task_hash:
             hashes = " and ".join(side.scores.task_hash[:12] for side in (one, two))
-            wrong.append(Problem(name, f"the questions of the two runs read differently; their hashes are {hashes}"))
+            wrong.append(
+                Problem(name, f"the questions of the two runs have different texts; their hashes are {hashes}")
+            )
     if wrong:
         raise DataError(wrong)
     same = {

@@ -90,7 +90,7 @@ class History:
         if self.limits is None:
             return (
                 f"too few runs for a control limit: {count(earlier, 'earlier run')}, {LEAST_EARLIER} are needed; "
-                "nothing is said of the newest"
+                "the newest is not judged"
             )
         text = f"run {newest.run} with {newest.value:.6g} is " + (
             f"within the limits of {count(earlier, 'earlier run')}, {self.limits.low:.6g} to {self.limits.high:.6g}"
@@ -180,7 +180,7 @@ def history(runs: Sequence[PublishedRun], metric: str | None, unreadable: Sequen
     known = list(_metrics(newest.results))
     chosen = metric or (known[0] if known else "")
     if chosen not in known:
-        what = f"{metric} is no metric of the newest run, {newest.id}; it has {', '.join(known) or 'none'}"
+        what = f"{metric} is not a metric of the newest run, {newest.id}; it has {', '.join(known) or 'none'}"
         raise SettingsError([Problem("--metric", what)])
     task, _, name = chosen.partition("/")
     asked = _task(newest.results, task)

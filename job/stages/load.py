@@ -171,8 +171,8 @@ def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
     if began is None or began.quantized_experts == loaded.quantized_experts:
         return
     before, now = ("in 4 bits" if one.quantized_experts else "in 16 bits" for one in (began, loaded))
-    what = f"is a mixture whose experts this version of the job holds {now}, and the version that began this run held"
-    what = f"{what} {before}; go on with that version, or give another JOB_RUN__ID for a new run"
+    what = f"is a mixture whose experts this version of the job keeps {now}, but the version that began this run kept"
+    what = f"{what} {before}; use that version, or another JOB_RUN__ID for a new run"
     raise SettingsError([Problem("JOB_MODEL__ID", what)])
 
 
@@ -207,7 +207,9 @@ def _packing(
             losses=losses_of(model),
         )
     if found.packed and not all(processes.gather("packing", found.packed)):
-        found = Packing(packed=False, reason="another process of the run finds that packed sequences come out wrong")
+        found = Packing(
+            packed=False, reason="another process of the run finds that packed sequences give wrong results"
+        )
         use(model.get_base_model(), PLAIN)
     return found
 
@@ -216,5 +218,8 @@ def _same_kind(processes: Processes, device: str) -> None:
     """Refuses a run in which only some processes have a GPU: they cannot communicate, and would wait forever."""
     devices = processes.gather("device", device)
     if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
-        what = f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer, or give each one"
+        what = (
+            f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer "
+            "processes, or give each a GPU"
+        )
         raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])

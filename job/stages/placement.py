@@ -67,7 +67,7 @@ def decide_placement(
     """
     asked, world, setup = model.placement, processes.place, _setup(model, train, lora, sources.folder, options)
     if asked == "sharded" and world.world_size == 1:
-        what = "is sharded, and the run has one process; start several, each with its GPU, or take gpu or host"
+        what = "is sharded, but the run has one process; start several, each with its GPU, or use gpu or host"
         raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
     need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
     # Measured once for each machine: a process that measured later would count what another has already loaded.
@@ -75,9 +75,9 @@ def decide_placement(
     free = int(MAIN_MEMORY_SHARE * available)
     if setup is not None and asked == "host" and need > free:
         copies = copies_in_main_memory(setup, world.local_world_size)
-        left = f"of {size(available, ' ')} that this machine or its container has left"
-        short = f"{left}, {size(free, ' ')} are safe to fill"
-        fix = "take gpu, fewer processes (JOB_RUN__PROCESSES), or a machine or container with more memory"
+        left = f"of {size(available, ' ')} that are left on this machine or in its container"
+        short = f"{left}, {size(free, ' ')} can safely be used"
+        fix = "use gpu, fewer processes (JOB_RUN__PROCESSES), or a machine or container with more memory"
         raise SettingsError([Problem("JOB_MODEL__PLACEMENT", f"is host, and {copies}; {short}; {fix}")])
     if asked != "auto":
         return asked, "" if asked == "gpu" else f"JOB_MODEL__PLACEMENT is {asked}"
@@ -148,7 +148,7 @@ def _fastest_that_fits(
     if placement == "gpu":
         return placement, ""
     need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
-    return placement, f"with the base on the GPU the run would need {need}, and {usable} are safe to fill"
+    return placement, f"with the base on the GPU the run would need {need}, and {usable} can safely be used"
 
 
 def divides_over(setup: Setup, train: Train) -> int:

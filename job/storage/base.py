@@ -144,7 +144,7 @@ class ObjectStore(Protocol):
         """Removes an object, if there is one. Raises `Conflict`."""
 
     def conditional_writes(self) -> bool:
-        """Tries whether conditional writes are honoured; a JobError if nothing can be written or deleted at all."""
+        """Tries whether conditional writes work; a JobError if nothing can be written or deleted at all."""
 
 
 CHANGES = ("write", "upload", "delete")
@@ -300,7 +300,7 @@ def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) ->
             return store.write(key, data, if_absent=tag is None, if_tag=tag)
         except Conflict:
             tag = store.tag(key)
-    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
 
 
 def upload_in_turn(store: ObjectStore, path: Path, key: str) -> None:
@@ -317,7 +317,7 @@ def upload_in_turn(store: ObjectStore, path: Path, key: str) -> None:
         with suppress(Conflict):
             store.upload(path, key, if_absent=tag is None, if_tag=tag)
             return
-    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
 
 
 def delete_in_turn(store: ObjectStore, key: str) -> None:
@@ -332,7 +332,7 @@ def delete_in_turn(store: ObjectStore, key: str) -> None:
         with suppress(Conflict):
             store.delete(key, if_tag=tag)
             return
-    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
 
 
 def attempts(pauses: int | None = None) -> Iterator[None]:
@@ -400,8 +400,8 @@ def lacking(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in {*_UNKNOWN, errno.ENOLCK, errno.EXDEV}:
             raise
-        use = "use a folder on another one, or a bucket, such as s3://bucket/prefix"
-        problem = f"this file system lacks {what} ({error.strerror}); {use}"
+        use = "use a folder on another file system, or a bucket, such as s3://bucket/prefix"
+        problem = f"this file system does not support {what} ({error.strerror}); {use}"
         raise SettingsError([Problem(str(error.filename or "storage"), problem)]) from error
 
 
@@ -430,7 +430,9 @@ def disk_errors(what: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        message = f"{error.filename} is in the way: a name cannot be both an object and a folder of objects"
+        message = (
+            f"{error.filename} exists: a name cannot be both an object and a folder of objects; remove or rename it"
+        )
         raise SettingsError([Problem(what, message)]) from error
     except OSError as error:
         if error.errno in _NO_NAME:
@@ -439,5 +441,5 @@ def disk_errors(what: str) -> Iterator[None]:
             raise AccessDenied(f"{what}: {error.strerror} ({error.filename})") from error
         if error.errno in _FULL:
             said = ", ".join(filter(None, (error.strerror, error.filename)))
-            raise Unreachable(f"{what}: the disk is full ({said}); free space or give it more") from error
-        raise Unreachable(f"{what}: the disk fails: {error}") from error
+            raise Unreachable(f"{what}: the disk is full ({said}); free space, or give it more") from error
+        raise Unreachable(f"{what}: the disk reports an error: {error}") from error

@@ -169,7 +169,7 @@ def prepare(
             log.get_logger().info("execution plan", micro_batch_tokens=budget, **asdict(plan))
             _note_unused(plan, lengths, offload=offload)
             return plan
-        slow = "this adapter's PEFT layers are of a kind that the job does not fuse"
+        slow = "this adapter's PEFT layers are of a kind for which there are no fused layers"
     if compute == FP8:
         raise SettingsError([Problem(_COMPUTE, f"is fp8, which only the job's fused layers compute: {slow}")])
     may_fit()
@@ -290,10 +290,13 @@ def _require_fp8_possible(setup: Setup | None, dtype: str | None) -> None:
         SettingsError: The dtype is not bf16, or the model is a mixture of experts.
     """
     if dtype not in {None, "bfloat16"}:
-        what = f"is fp8, which needs bf16 for all else, and the compute dtype is {dtype}; set JOB_MODEL__DTYPE=bf16"
+        what = (
+            f"is fp8, which needs bf16 for all other operations, but the compute dtype is {dtype}; set "
+            "JOB_MODEL__DTYPE=bf16"
+        )
         raise SettingsError([Problem(_COMPUTE, what)])
     if setup is not None and setup.architecture.experts:
-        raise SettingsError([Problem(_COMPUTE, "is fp8, in which a mixture's experts are not computed; remove it")])
+        raise SettingsError([Problem(_COMPUTE, "is fp8, which does not support a mixture's experts; remove it")])
 
 
 def _rows(model: Any, lengths: Sequence[int], budget: int, global_batch_size: int, method: str) -> _Rows:

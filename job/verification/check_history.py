@@ -244,7 +244,7 @@ def check_attempts(
         differences.append(Difference(LEASE, f"attempt {last.number} or later", f"attempt {epoch}"))
     later = [key for key in listed if last.number < (attempt_number(key) or 0) <= epoch]
     notes = [
-        f"{key}: this attempt was started when the results were there, and changed nothing"
+        f"{key}: this attempt was started after the results were published, and changed nothing"
         for key in later
         if _parsed(key, parse_record, _sealed(store, key), differences) is not None
     ]

@@ -175,7 +175,7 @@ def _unclaimed(
         if key in known:
             continue
         if key in late:
-            leftovers.append(f"{key} was written by an attempt that stood still; nothing reads it")
+            leftovers.append(f"{key} was written by an attempt that had been replaced; nothing reads it")
         elif is_key(key) and is_leftover(key) and not key.startswith(tuple(whole)):
             leftovers.append(f"{key} was left behind by an attempt that was killed; nothing reads it")
         else:

@@ -176,7 +176,7 @@ def test_a_start_that_changed_is_refused(forked: Forks, environment: dict[str, s
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, start / "adapter_model.safetensors")
     code, group = forked.run({**environment, **changes, "JOB_RUN__ID": "moved"}, 1, "moved-again")
     assert code == [65]
-    assert "JOB_LORA__START: what it names has changed" in str(group.lines(0)[-1])
+    assert "JOB_LORA__START: its content has changed" in str(group.lines(0)[-1])
 
 
 def two_stages(environment: dict[str, str], output: str) -> dict[str, str]:

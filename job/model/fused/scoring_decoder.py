@@ -162,7 +162,7 @@ def checked_attention(operations: Operations, heads: HeadSizes, device: torch.de
         device: Where it has to run.
     """
     if why := _why_not_attend(operations, heads, device):
-        what = "Triton's attention for scoring cannot be used here; torch's takes its place, which is slower"
+        what = "Triton's attention for scoring cannot be used here; torch's is used, which is slower"
         get_logger().warning(what, why=why, change="the versions of torch and Triton that this project's image has")
         return TorchOperations().attend
     return operations.attend
@@ -194,7 +194,7 @@ def _why_not_attend(operations: Operations, heads: HeadSizes, device: torch.devi
         except Exception as problem:  # noqa: BLE001 - whatever Triton, its compiler or the driver raises
             return " ".join(f"{type(problem).__name__}: {problem}".split())[:_LONGEST_REASON]
         if not error < _LARGEST_ERROR:  # `not <`, so that NaN is an error
-            return f"a number is {error:.3g} away from what torch computes"
+            return f"its results differ from torch's by {error:.3g}"
     return ""
 
 

@@ -217,19 +217,22 @@ def test_a_lower_figure_may_be_the_better_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"task": ["few.yaml", "../other.yaml"]}, "does not lie in the folder of the group"),
-        ({"task": ["\0.yaml"]}, "does not lie in the folder of the group"),
+        ({"task": ["few.yaml", "../other.yaml"]}, "is not in the folder of the group"),
+        ({"task": ["\0.yaml"]}, "is not in the folder of the group"),
         ({"task": ["own.yaml"]}, "own.yaml is a group too"),
-        ({"task": "few.yaml"}, "task: is no list of names"),
-        ({"task": []}, "task: is no list of names"),
-        ({"group": "a/b"}, "group: is a name of letters"),
+        ({"task": "few.yaml"}, "task: must be a list of task names"),
+        ({"task": []}, "task: must be a list of task names"),
+        ({"group": "a/b"}, "group: must consist of letters"),
         ({"group": "few"}, "names few twice"),
         ({"task": ["few.yaml", "few.yaml"]}, "names few twice"),
-        ({"include": "other.yaml"}, "include: is not taken from a user's group"),
-        ({"aggregate_metric_list": [{"metric": "acc", "aggregation": "utils.mean"}]}, "aggregation is mean"),
+        ({"include": "other.yaml"}, "include: is not allowed in a user's group"),
+        ({"aggregate_metric_list": [{"metric": "acc", "aggregation": "utils.mean"}]}, "aggregation must be mean"),
         ({"aggregate_metric_list": [{"metric": "acc", "weight_by_size": "no"}]}, "weight_by_size true or false"),
-        ({"aggregate_metric_list": [{"metric": "acc", "filter_list": 5}]}, "filter_list is no name or list of names"),
-        ({"aggregate_metric_list": {"metric": "acc"}}, "is no list of metrics"),
+        (
+            {"aggregate_metric_list": [{"metric": "acc", "filter_list": 5}]},
+            "filter_list must be a name or a list of names",
+        ),
+        ({"aggregate_metric_list": {"metric": "acc"}}, "must be a list of metrics"),
         ({"metadata": 3}, "metadata: is no mapping"),
         ({"aggregate_metric_list": [{"metric": "f1"}]}, "own has no figure that is an average over questions"),
     ],
@@ -310,7 +313,7 @@ def test_groups_of_lm_eval_are_known_with_their_weights(monkeypatch: pytest.Monk
     assert set(tasks.groups) == {"mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities"}
     assert len(tasks.groups["mmlu"].tasks) == len(tasks.loaded["tasks"]) == 57
     assert tasks.groups["mmlu"].metrics == {"acc,none": True}
-    with pytest.raises(SettingsError, match="asks a task twice"):
+    with pytest.raises(SettingsError, match="names a task twice"):
         load_tasks(["mmlu", "mmlu_anatomy"], {}, {}, 0)
 
 

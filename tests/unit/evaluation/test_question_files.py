@@ -43,11 +43,14 @@ def spoiled(number: int, **changes: Any) -> list[dict[str, Any]]:
         ({"answerKey": None}, "does not fit the task arc_easy: UndefinedError"),
         ({"question": None}, "does not fit the task arc_easy: UndefinedError"),
         ({"choices": None}, "does not fit the task arc_easy: UndefinedError"),
-        ({"choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "A"}, "an empty one|IndexError"),
+        ({"choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "A"}, "an empty choice|IndexError"),
         ({"choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}, "fewer than two choices"),
-        ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "name each of choices.text once"),
-        ({"choices": {"text": ["a", "b"], "label": ["A", "B", "C"]}, "answerKey": "A"}, "name each of choices.text"),
-        ({"choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"}, "no right one|IndexError"),
+        ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "each of choices.text one label"),
+        (
+            {"choices": {"text": ["a", "b"], "label": ["A", "B", "C"]}, "answerKey": "A"},
+            "each of choices.text one label",
+        ),
+        ({"choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"}, "no right choice|IndexError"),
     ],
 )
 def test_a_bad_question_is_named(tmp_path: Path, line: int, changes: dict[str, Any], why: str) -> None:

@@ -221,8 +221,10 @@ def test_a_base_that_is_published_quantized(half: Path, tmp_path: Path) -> None:
         shutil.copyfile(path, tmp_path / "base" / path.name)
     model = fill_adapter(make_model(tmp_path / "base"))
     found = candidates(model, tmp_path / "base", "best")
-    assert (found.names, found.only) == ((DEQUANTIZED,), "the base is published quantized only")
-    with pytest.raises(SettingsError, match="JOB_EXPORT__MERGE_ONTO: is original, and the base is published quantized"):
+    assert (found.names, found.only) == ((DEQUANTIZED,), "the base is only published quantized")
+    with pytest.raises(
+        SettingsError, match="JOB_EXPORT__MERGE_ONTO: is original, but the base is only published quantized"
+    ):
         candidates(model, tmp_path / "base", ORIGINAL)
     folder = merged(model, tmp_path / "base", DEQUANTIZED, tmp_path / "merged")
     adapter: dict[str, Any] = {"rank": 16, "alpha": 16, "dropout": 0.0, "target_modules": LINEAR, "seed": 1}
@@ -289,7 +291,7 @@ def test_what_cannot_be_merged_is_refused_before_training(half: Path, tmp_path: 
     """A weight that two modules share, one that the files do not hold, and a merge that was asked for in vain."""
     model = make_model(half)
     assert candidates(model, half, "best").only == "no weight of the base is quantized"
-    with pytest.raises(SettingsError, match="JOB_EXPORT__MERGE_ONTO: is dequantized, and no weight of the base is"):
+    with pytest.raises(SettingsError, match="JOB_EXPORT__MERGE_ONTO: is dequantized, but no weight of the base is"):
         candidates(model, half, DEQUANTIZED)
     tied = _tied(half, tmp_path / "tied", copies=True)
     with warnings.catch_warnings():

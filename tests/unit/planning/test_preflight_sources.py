@@ -55,7 +55,7 @@ def test_what_is_not_as_fast_as_can_be_is_said(tmp_path: Path, family: str, says
     ("break_it", "error", "what"),
     [
         (lambda folder: (folder / "config.json").write_text("{"), DataError, "no config.json that can be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), DataError, "holds no object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), DataError, "is not a JSON object"),
         (lambda folder: (folder / "config.json").write_text("[" * 10**5), DataError, "no config.json that can be read"),
         (lambda folder: (folder / "config.json").unlink(), DataError, "no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), DataError, "no weights in safetensors"),

@@ -185,7 +185,7 @@ def test_a_file_that_is_not_what_was_published_is_not_pushed(hub: Hub, run: Loca
     """Only verified bytes go: one byte of the adapter is another, and the hub gets no commit."""
     path = Path(run.uri, "artifacts/adapter/adapter_model.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(DataError, match="SHA-256 differs"):
+    with pytest.raises(DataError, match="is damaged: its SHA-256"):
         push(run)
     assert hub.titles(REPO) == ["initial commit"]
     with pytest.raises(VerificationError):
@@ -295,7 +295,7 @@ def test_the_command_pushes_where_the_run_was_told_to(
         capsys.readouterr().out
     )
     untold = publish_run(tmp_path / "untold", {"quiz": pairs(12)})
-    with pytest.raises(SettingsError, match="--hub or --oci: is needed"):
+    with pytest.raises(SettingsError, match="--hub or --oci: must be given"):
         push_command([str(untold)])
     with pytest.raises(SettingsError, match="--hub: must be namespace/name"):
         push_command([str(untold), "--hub=no-namespace"])

@@ -99,7 +99,7 @@ def test_equal_values_have_limits_without_width(tmp_path: Path) -> None:
     ("words", "match"),
     [
         (["--metric=quiz/f1"], "no metric of the newest run, run-14; it has quiz/acc, quiz/acc_norm"),
-        (["--gate"], "--gate: is for two runs"),
+        (["--gate"], "--gate: has no effect with --history"),
         (["/nowhere"], "neither a run nor a folder"),
     ],
 )

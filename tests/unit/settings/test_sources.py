@@ -119,7 +119,7 @@ class TestSecretsFolder:
     def test_a_folder_that_is_missing_is_an_error(self, tmp_path: Path, place: str, load: type) -> None:
         """A mount that failed must not become a run with other settings."""
         (tmp_path / "file").touch()
-        with pytest.raises(SettingsError, match=r"^JOB_SECRETS_DIR \(environment\): names no folder"):
+        with pytest.raises(SettingsError, match=r"^JOB_SECRETS_DIR \(environment\): is not a folder"):
             load([], {"JOB_SECRETS_DIR": str(tmp_path / place)})
 
     def test_its_exit_code(self, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ class TestSecretsFolder:
         (tmp_path / "JOB_TRAIN__EPOCS").write_text("hf_secret1")
         (tmp_path / "JOB_LORA__RANK").write_text("hf_secret2")
         found = problems([], {"JOB_SECRETS_DIR": str(tmp_path)})
-        assert found["secret JOB_TRAIN__EPOCS"] == "is no setting; the nearest is JOB_TRAIN__EPOCHS"
+        assert found["secret JOB_TRAIN__EPOCS"] == "is not a setting; the nearest is JOB_TRAIN__EPOCHS"
         assert "JOB_LORA__RANK (secret JOB_LORA__RANK)" in found
         assert len(found) == 2
         assert "hf_secret" not in str(found)

@@ -178,7 +178,7 @@ def test_a_base_that_changed_meanwhile_is_refused(world: World, tmp_path: Path) 
     (other.folder / "base/generation_config.json").write_text("{}")
     with attempt_at(tmp_path / "run") as attempt:
         trained = other.trained(attempt.store)
-        with pytest.raises(DataError, match="its files have changed"):
+        with pytest.raises(DataError, match="has changed since this run began"):
             export(attempt, other.settings(), sources, other.loaded(), trained)
 
 

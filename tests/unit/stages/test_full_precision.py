@@ -252,4 +252,4 @@ def test_where_it_cannot_be_scored_the_record_says_why(
         reasons.append(found.full_precision.not_scored)
     assert reasons[0].startswith("it takes ")
     assert reasons[0].endswith(" are free")
-    assert reasons[1:] == ["the base is published quantized only", "memory ran out while it was scored"]
+    assert reasons[1:] == ["the base is only published quantized", "memory ran out while it was scored"]

@@ -75,7 +75,7 @@ def test_it_goes_where_it_fits(base_folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_cannot_be_is_refused(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the base is loaded, naming the setting."""
-    with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is sharded, and the run has one process"):
+    with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is sharded, but the run has one process"):
         place(base_folder, JOB_MODEL__PLACEMENT="sharded")
     monkeypatch.setattr(placement, "available_bytes", lambda: 1000)
     with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is host, and .* of main memory"):

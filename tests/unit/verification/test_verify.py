@@ -487,7 +487,7 @@ def test_a_link_leads_nowhere(run: Path, check: Checker, tmp_path: Path) -> None
 
 def test_where_there_is_no_run(tmp_path: Path) -> None:
     """A wrong path is the user's mistake; a run without results is one that does not verify."""
-    with pytest.raises(SettingsError, match="there is no run"):
+    with pytest.raises(SettingsError, match="is not a run"):
         verify(open_run(str(tmp_path / "nowhere")), tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/lease.json").write_text("{}")
