@@ -160,9 +160,9 @@ def quantization_cost(name: str, results: Mapping[str, Any]) -> list[str]:
         f"{quantization}; training {_change(gain, 'lost')}; the adapter is {_stands(left)}.",
     ]
     if gain["verdict"] == "improved" and left["verdict"] == "regressed":
-        sentences.append("Training won back a part of what quantization cost, and no more.")
+        sentences.append("Training regained only a part of what quantization cost.")
     if gain["verdict"] == "improved" and left["verdict"] == "inconclusive":
-        sentences.append("That training gained more than quantization cost is not shown.")
+        sentences.append("It is not shown that training gained more than quantization cost.")
     return sentences
 
 
@@ -198,10 +198,10 @@ def explanation(name: str, results: Mapping[str, Any]) -> list[str]:
     low, high = task["ci95"]
     holm = f" and Holm's correction for {tasks} tasks" if tasks > 1 else ""
     changed = (
-        "Not one question was answered right by only one of the two."
+        "No question was answered right by only one of the two."
         if not task["improved"] + task["regressed"]
-        else f"{count(task['improved'], 'question')} got better and {task['regressed']:,} worse; chance alone splits "
-        f"them as unevenly with p = {p_value(task['holm_p'])} (exact McNemar test{holm})."
+        else f"{count(task['improved'], 'question')} got better and {task['regressed']:,} worse; if both were "
+        f"equally good, a split at least as uneven would have p = {p_value(task['holm_p'])} (exact McNemar test{holm})."
     )
     scored = (
         f"Of {task['n']:,} questions of {name}, the {base} answers {percent(task['base']['acc'])} right and the "
@@ -225,7 +225,7 @@ def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
         return []
     rest = task["without_overlap"]
     if rest is None:
-        return ["Training rows have its questions in them, and fewer than two are left without these."]
+        return ["Training rows contain its questions, and fewer than two questions are left without these."]
     low, high = map(points, rest["ci95"])
     base = _base(results, "base model")
     what = {"improved": "better", "regressed": "worse"}.get(rest["verdict"], "no difference shown")
@@ -234,7 +234,7 @@ def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
         f"{percent(rest['adapter']['acc'])}: {points(rest['delta'])} percentage points (95 % interval "
         f"{low} to {high}, {what})."
     )
-    return [f"Training rows have {task['n'] - rest['n']:,} of these questions in them. Without these, {figures}"]
+    return [f"Training rows contain {task['n'] - rest['n']:,} of these questions. Without them, {figures}"]
 
 
 def near_ties(name: str, results: Mapping[str, Any]) -> list[str]:
@@ -249,8 +249,8 @@ def near_ties(name: str, results: Mapping[str, Any]) -> list[str]:
     low, high = (points(task[end]["delta"]) for end in ("lowest", "highest"))
     verdict = "holds" if task["holds"] else "would not hold"
     counts = f"{task['base']:,} of the base's answers and {task['adapter']:,} of the adapter's"
-    worst = f"the difference would lie between {low} and {high} points, and the verdict {verdict}"
-    return [f"Near ties ({what}) are {counts}: if all fell the worst way, {worst}."]
+    extremes = f"between {low} and {high} points; in the worst case the verdict {verdict}"
+    return [f"Near ties ({what}) are {counts}. Depending on them, the difference is {extremes}."]
 
 
 def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -451,17 +451,16 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _about_export(export: Mapping[str, Any]) -> str:
     """What of a format is published, how it is quantized, and whether it was scored."""
     if export.get("not_made"):
-        return (
-            f"{export['format']} was asked for and is NOT published, since it could not be made: {export['not_made']}."
-        )
+        return f"{export['format']} was requested and is NOT published, since its export failed: {export['not_made']}."
     if is_adapter(export["format"]):
         return (
-            f"Published is {export['format']}: the files of the adapter with its numbers in {export['dtype']}, "
+            f"Published is {export['format']}: the files of the adapter with its weights in {export['dtype']}, "
             f"{size(export['bytes'], ' ')}, scored on the run's own base in {export['scored_in']}."
         )
     held = export.get("quantization")
     if held is None:
-        begin = "Published is" if export.get("published", True) else "Not published, but what the others are made from:"
+        begin = "Published is" if export.get("published", True) else "Not published, but the source of the other "
+        "formats:"
         what = f"{export['format']} onto {export['candidate']} weights, in {export['dtype']}"
         return f"{begin} {what}: {export['reason']}."
     kept = held["kept"]
@@ -476,7 +475,7 @@ def _about_export(export: Mapping[str, Any]) -> str:
         numbers = ", ".join(f"{number:,} in {name}" for name, number in of_gguf["types"].items())
         text += f", {of_gguf['bits_per_weight']:.2f} bits with all scales ({numbers})"
         if otherwise := of_gguf["tokenized_otherwise"]:
-            text += f"; llama.cpp tokenizes {count(len(otherwise), 'text')} of a test otherwise than the tokenizer"
+            text += f"; llama.cpp tokenizes {count(len(otherwise), 'text')} of a test differently from the tokenizer"
     if rows := held["calibration"]:
         text += f"; calibrated on {count(rows['rows'], 'row')} of the training data"
     if export.get("not_scored"):
@@ -487,15 +486,13 @@ def _about_export(export: Mapping[str, Any]) -> str:
 def about_served(check: ServeCheck) -> str:
     """What a serve check found, in a sentence."""
     how = {"greedy": "its greedy answers"}.get(check.way, "its log-likelihoods")
-    text = (
-        f"Of {count(len(check.asked), 'question')}, {check.server} answers {check.alike} as the records say, by {how}"
-    )
+    text = f"Of {count(len(check.asked), 'question')}, {check.server} predicts {check.alike} as recorded, by {how}"
     if near := len(check.compared) - check.alike - len(check.different):
         text += f"; {near} differ in a near tie (below {NEAR} nats)"
     if check.different:
         text += f"; {len(check.different)} differ"
     if silent := len(check.asked) - len(check.compared):
-        text += f"; {count(silent, 'answer')} begin with no choice"
+        text += f"; {count(silent, 'answer')} do not begin with a choice"
     gaps = [one.difference for one in check.asked if one.difference is not None]
     if gaps:
         text += f"; log-likelihoods differ by at most {max(gaps):.3f} nats"

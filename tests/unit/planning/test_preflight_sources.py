@@ -94,7 +94,7 @@ def test_the_audit_is_told_with_languages_and_lengths(tmp_path: Path, tokenizer:
         state, what, _ = report_audit(facts.audit, facts.long_rows)
         assert state == "note"
         assert what.startswith(f"21 rows: 1 duplicate ({source}:21)")
-        assert ("Languages of the rows, by pycld2" in what) != ("Languages were not looked for" in what)
+        assert ("Languages of the rows, by pycld2" in what) != ("Languages were not detected" in what)
         told.append(what)
     longest = max(lengths_of(preview_data(source, tokenizer=tokenizer, **how)[2].examples))
     assert f"the longest {longest:,}." in told[0]
