@@ -55,14 +55,14 @@ def scope(tasks: Mapping[str, Any]) -> str:
 
 def shots(evaluation: Mapping[str, Any]) -> str:
     """With how many examples in the prompt the questions were asked."""
-    found = {
+    shots_by_task = {
         name: task.get("num_fewshot", 0)
         for name, task in (*evaluation["tasks"].items(), *evaluation.get("measured", {}).items())
     }
-    if not any(found.values()):
+    if not any(shots_by_task.values()):
         return "without examples in the prompt"
     return "with " + enumeration(
-        [f"{count(number, 'example')} in the prompt of {name}" for name, number in found.items()]
+        [f"{count(number, 'example')} in the prompt of {name}" for name, number in shots_by_task.items()]
     )
 
 
@@ -73,14 +73,14 @@ def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     quantized base may be what quantization had cost.
     """
     tasks, original = results["evaluation"]["tasks"], original_tasks(results)
-    found: dict[tuple[str, str], list[str]] = {}
+    tasks_by_verdict: dict[tuple[str, str], list[str]] = {}
     for name, task in tasks.items():
         if name in original:
-            verdict, left = task["verdict"], original[name]["adapter_versus_original"]["acc"]["verdict"]
-            shown = "inconclusive" if verdict == "improved" != left else verdict
-            found.setdefault((shown, _SAYS_OF_BOTH[verdict, left]), []).append(name)
+            verdict, versus_original = task["verdict"], original[name]["adapter_versus_original"]["acc"]["verdict"]
+            shown = "inconclusive" if verdict == "improved" != versus_original else verdict
+            tasks_by_verdict.setdefault((shown, _SAYS_OF_BOTH[verdict, versus_original]), []).append(name)
         else:
-            found.setdefault((task["verdict"], _SAYS[task["verdict"]]), []).append(name)
+            tasks_by_verdict.setdefault((task["verdict"], _SAYS[task["verdict"]]), []).append(name)
     order = [*_SAYS_OF_BOTH.values(), *_SAYS.values()]
     base = _base(results)
 
@@ -89,7 +89,7 @@ def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     return [
         (verdict, sentence.format(base=base, tasks=named(names)))
-        for (verdict, sentence), names in sorted(found.items(), key=lambda item: order.index(item[0][1]))
+        for (verdict, sentence), names in sorted(tasks_by_verdict.items(), key=lambda item: order.index(item[0][1]))
     ]
 
 
@@ -113,34 +113,34 @@ def other_dtype_of_baseline(results: Mapping[str, Any]) -> str:
 
 def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[str]:
     """Sentences about the validation losses, and about the step that was chosen by them; none without validation."""
-    found, rows = training.get("validation"), dataset.get("validation")
-    if not found or not rows:
+    record, validation_rows = training.get("validation"), dataset.get("validation")
+    if not record or not validation_rows:
         return []
     losses = (
-        f"{figure(found['first_loss'])} before training, {figure(found['last_loss'])} after step {training['steps']}"
+        f"{figure(record['first_loss'])} before training, {figure(record['last_loss'])} after step {training['steps']}"
     )
-    lowest = f"lowest after step {found['best_step']} ({figure(found['best_loss'])})"
-    where = "held out of the training data" if rows["held_out"] else "of a source of their own"
-    unit = "" if found.get("preference") else ", in nats a token"
-    sentences = [f"Loss on {count(rows['rows'], 'validation row')} {where}{unit}: {losses}, {lowest}."]
-    if "rewards/accuracies" in found.get("preference", {}):
-        share = percent(found["preference"]["rewards/accuracies"])
-        sentences.append(f"By the adapter of step {found['kept_step']:,}, {share} of their pairs are ranked right.")
-    if found["stopped_early"]:
+    lowest = f"lowest after step {record['best_step']} ({figure(record['best_loss'])})"
+    where = "held out of the training data" if validation_rows["held_out"] else "of a source of their own"
+    unit = "" if record.get("preference") else ", in nats a token"
+    sentences = [f"Loss on {count(validation_rows['rows'], 'validation row')} {where}{unit}: {losses}, {lowest}."]
+    if "rewards/accuracies" in record.get("preference", {}):
+        share = percent(record["preference"]["rewards/accuracies"])
+        sentences.append(f"By the adapter of step {record['kept_step']:,}, {share} of their pairs are ranked right.")
+    if record["stopped_early"]:
         sentences.append(
-            f"Training stopped after step {training['steps']:,} of {found['planned_steps']:,}, when "
-            f"{count(found['stale'], 'validation')} in a row had not lowered the loss."
+            f"Training stopped after step {training['steps']:,} of {record['planned_steps']:,}, when "
+            f"{count(record['stale'], 'validation')} in a row had not lowered the loss."
         )
-    if found["keep"] == "best":
+    if record["keep"] == "best":
         what = (
-            f"that of step {found['kept_step']:,}"
-            if found["kept_step"]
+            f"that of step {record['kept_step']:,}"
+            if record["kept_step"]
             else "untrained, since no step lowered the loss"
         )
         sentences.append(f"The adapter is {what}, selected on validation; accuracy is reported on the test questions.")
-    elif found["stopped_early"]:
+    elif record["stopped_early"]:
         sentences.append("The adapter is that of the last step; accuracy is reported on the test questions.")
-    if overlap := rows["duplicates"] + rows["near_duplicates"]:
+    if overlap := validation_rows["duplicates"] + validation_rows["near_duplicates"]:
         sentences.append(f"{overlap:,} of the validation rows are near or exact copies of rows that were trained on.")
     return sentences
 
@@ -166,29 +166,29 @@ def quantization_cost(name: str, results: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _change(found: Mapping[str, Any], lost: str, unit: str = "") -> str:
+def _change(comparison: Mapping[str, Any], lost: str, unit: str = "") -> str:
     """`cost 4.84 points (3.33 to 6.38)`: a paired difference in words; `lost` is the word for a negative one."""
-    word = lost if found["delta"] < 0 else "gained" if found["delta"] else "changed accuracy by"
-    return f"{word} {_amount(found, unit=unit)}"
+    word = lost if comparison["delta"] < 0 else "gained" if comparison["delta"] else "changed accuracy by"
+    return f"{word} {_amount(comparison, unit=unit)}"
 
 
-def _stands(found: Mapping[str, Any]) -> str:
+def _stands(comparison: Mapping[str, Any]) -> str:
     """`2.95 points below the unquantized base (1.47 to 4.44)`."""
-    word = "below" if found["delta"] < 0 else "above" if found["delta"] else "from"
-    return _amount(found, after=f" {word} the unquantized base")
+    word = "below" if comparison["delta"] < 0 else "above" if comparison["delta"] else "from"
+    return _amount(comparison, after=f" {word} the unquantized base")
 
 
-def _amount(found: Mapping[str, Any], *, unit: str = "", after: str = "") -> str:
+def _amount(comparison: Mapping[str, Any], *, unit: str = "", after: str = "") -> str:
     """A paired difference in points without its sign, and its interval, whose bounds have signs where these differ.
 
     Of a negative difference the interval is negated too, so that it is about the same amount.
     """
-    low, high = found["ci95"]
-    if found["delta"] < 0:
+    low, high = comparison["ci95"]
+    if comparison["delta"] < 0:
         low, high = -high, -low
     bounds = " to ".join(points(bound).removeprefix("+" if low >= 0 else "") for bound in (low, high))
-    said = ", no difference shown" if found["verdict"] == "inconclusive" else ""
-    return f"{100 * abs(found['delta']):.2f} points{after} ({unit}{bounds}{said})"
+    remark = ", no difference shown" if comparison["verdict"] == "inconclusive" else ""
+    return f"{100 * abs(comparison['delta']):.2f} points{after} ({unit}{bounds}{remark})"
 
 
 def explanation(name: str, results: Mapping[str, Any]) -> list[str]:
@@ -239,11 +239,11 @@ def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
 
 def near_ties(name: str, results: Mapping[str, Any]) -> list[str]:
     """A sentence on the questions that rounding may decide, by accuracy; none in manifests of older versions."""
-    found = results["evaluation"].get("near_ties")
-    if found is None:
+    near = results["evaluation"].get("near_ties")
+    if near is None:
         return []
-    task = found["tasks"][name]["acc"]
-    what = f"two likeliest choices at most {found['bound']:g} nats apart, which rounding in {found['dtype']} may decide"
+    task = near["tasks"][name]["acc"]
+    what = f"two likeliest choices at most {near['bound']:g} nats apart, which rounding in {near['dtype']} may decide"
     if not task["base"] + task["adapter"]:
         return [f"No question is a near tie ({what})."]
     low, high = (points(task[end]["delta"]) for end in ("lowest", "highest"))
@@ -255,7 +255,7 @@ def near_ties(name: str, results: Mapping[str, Any]) -> list[str]:
 
 def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each kind of finding of the audit: what it is, in how many rows, where, and what became of the rows."""
-    found = dataset.get("audit") or {"checks": {}}
+    record = dataset.get("audit") or {"checks": {}}
     words = {"record": "kept", "skip": "left out", "error": "none"}
     return [
         {
@@ -268,7 +268,7 @@ def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
             "checked_by": check["checked_by"],
             "not_checked": check["not_checked"],
         }
-        for kind, check in found["checks"].items()
+        for kind, check in record["checks"].items()
     ]
 
 
@@ -291,44 +291,44 @@ def audit_safety(dataset: Mapping[str, Any]) -> str:
 
 def unsafe_answers(results: Mapping[str, Any]) -> str:
     """How many answers to the prompts are unsafe, in a sentence; empty where no classifier scored them."""
-    found = results["evaluation"].get("unsafe_answers")
-    if found is None:
+    counts = results["evaluation"].get("unsafe_answers")
+    if counts is None:
         return ""
     safety = results["dataset"]["audit"]["safety"]
     return (
-        f"By the classifier {safety['model']}, {found['base']:,} of the base's answers and {found['adapter']:,} of the "
-        f"adapter's are unsafe, with a probability of at least {safety['threshold']:g}."
+        f"By the classifier {safety['model']}, {counts['base']:,} of the base's answers and {counts['adapter']:,} of "
+        f"the adapter's are unsafe, with a probability of at least {safety['threshold']:g}."
     )
 
 
 def principles(results: Mapping[str, Any]) -> str:
     """What the judge says of the answers, in sentences; empty where nothing was judged."""
-    found = results["evaluation"].get("principles")
-    if found is None:
+    judged = results["evaluation"].get("principles")
+    if judged is None:
         return ""
-    name = found["model"] + (f" ({found['served']})" if found["served"] else "")
-    said = (
-        f"The judge {name} compared the answers by {count(len(found['rules']), 'written rule')}, in both orders: it "
-        f"prefers the adapter's {found['adapter']:,} times, the base's {found['base']:,} times, and "
-        f"{count(found['ties'], 'pair')} {'is a tie' if found['ties'] == 1 else 'are ties'} ({found['same']:,} with "
-        f"the same text, {found['inconsistent']:,} judged by position, {found['undecided']:,} undecided)."
+    name = judged["model"] + (f" ({judged['served']})" if judged["served"] else "")
+    text = (
+        f"The judge {name} compared the answers by {count(len(judged['rules']), 'written rule')}, in both orders: it "
+        f"prefers the adapter's {judged['adapter']:,} times, the base's {judged['base']:,} times, and "
+        f"{count(judged['ties'], 'pair')} {'is a tie' if judged['ties'] == 1 else 'are ties'} ({judged['same']:,} with "
+        f"the same text, {judged['inconsistent']:,} judged by position, {judged['undecided']:,} undecided)."
     )
-    if found["p"] is None:
-        return f"{said} There is no preference to test."
-    low, high = (100 * end for end in found["ci95"])
-    word = {"inconclusive": "No preference is shown"}.get(verdict_words(found), verdict_words(found).capitalize())
-    share = f"of {found['adapter'] + found['base']:,} preferences {100 * found['share']:.0f} % are for the adapter"
-    return f"{said} {word}: {share} (95 % interval {low:.0f} % to {high:.0f} %, sign test p = {found['p']:.2g})."
+    if judged["p"] is None:
+        return f"{text} There is no preference to test."
+    low, high = (100 * end for end in judged["ci95"])
+    word = {"inconclusive": "No preference is shown"}.get(verdict_words(judged), verdict_words(judged).capitalize())
+    share = f"of {judged['adapter'] + judged['base']:,} preferences {100 * judged['share']:.0f} % are for the adapter"
+    return f"{text} {word}: {share} (95 % interval {low:.0f} % to {high:.0f} %, sign test p = {judged['p']:.2g})."
 
 
 def audit_sentence(dataset: Mapping[str, Any]) -> str:
     """What the audit found, in a sentence or two for the model card; empty for runs without one."""
     kinds = audit(dataset)
-    found = [f"{one['title'][0].lower()}{one['title'][1:]}: {one['rows']:,}" for one in kinds if one["rows"]]
-    missing = [one["kind"].replace("_", "-") for one in kinds if one["not_checked"]]
+    findings = [f"{kind['title'][0].lower()}{kind['title'][1:]}: {kind['rows']:,}" for kind in kinds if kind["rows"]]
+    missing = [kind["kind"].replace("_", "-") for kind in kinds if kind["not_checked"]]
     parts = []
     if kinds:
-        parts.append(f"The audit of the data found {'; '.join(found) or 'nothing'}.")
+        parts.append(f"The audit of the data found {'; '.join(findings) or 'nothing'}.")
     if missing:
         parts.append(f"It could not check {enumeration(missing)}.")
     return " ".join(parts)
@@ -342,15 +342,15 @@ def _plural(title: str) -> str:
 
 def _by_file(places: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Places such as `file:17`, one after the other of the same file as one: the file, and what comes after it."""
-    found: list[tuple[str, list[str]]] = []
+    files: list[tuple[str, list[str]]] = []
     for place in places:
         file, colon, number = place.rpartition(":")
         if not colon:
             file, number = place, ""
-        if not found or found[-1][0] != file:
-            found.append((file, []))
-        found[-1][1].append(number)
-    return found
+        if not files or files[-1][0] != file:
+            files.append((file, []))
+        files[-1][1].append(number)
+    return files
 
 
 def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -361,7 +361,7 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     the adapter with the base it was trained on.
     """
     task, original = results["evaluation"]["tasks"][name], original_tasks(results).get(name)
-    found = []
+    rows = []
     for metric in ("acc", "acc_norm"):
         comparison = of_metric(task, metric)
         if comparison is None:
@@ -379,7 +379,7 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 ("training", comparison),
                 ("both", original["adapter_versus_original"][metric]),
             ]
-        found.append(
+        rows.append(
             {
                 "metric": metric,
                 **{key: accuracy for key, _, accuracy in sides},
@@ -391,7 +391,7 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "comparison": comparison,
             }
         )
-    return found
+    return rows
 
 
 def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -457,27 +457,29 @@ def _about_export(export: Mapping[str, Any]) -> str:
             f"Published is {export['format']}: the files of the adapter with its weights in {export['dtype']}, "
             f"{size(export['bytes'], ' ')}, scored on the run's own base in {export['scored_in']}."
         )
-    held = export.get("quantization")
-    if held is None:
+    quantization = export.get("quantization")
+    if quantization is None:
         begin = "Published is" if export.get("published", True) else "Not published, but the source of the other "
         "formats:"
         what = f"{export['format']} onto {export['candidate']} weights, in {export['dtype']}"
         return f"{begin} {what}: {export['reason']}."
-    kept = held["kept"]
+    not_quantized = quantization["kept"]
     text = (
-        f"Published is {export['format']}, made from the merge onto {export['candidate']} weights: {held['scheme']} "
-        f"({held['method']}), {held['bits']:g} bits a weight, {size(export['bytes'], ' ')}, by {held['library']} "
-        f"{held['version']}; {count(held['layers'], 'layer')} quantized"
+        f"Published is {export['format']}, made from the merge onto {export['candidate']} weights: "
+        f"{quantization['scheme']} ({quantization['method']}), {quantization['bits']:g} bits a weight, "
+        f"{size(export['bytes'], ' ')}, by {quantization['library']} {quantization['version']}; "
+        f"{count(quantization['layers'], 'layer')} quantized"
     )
-    if kept:
-        text += f", not quantized: {', '.join(kept[:MAX_NAMES])}{' and others' if len(kept) > MAX_NAMES else ''}"
-    if of_gguf := held.get("gguf"):
+    if not_quantized:
+        others = " and others" if len(not_quantized) > MAX_NAMES else ""
+        text += f", not quantized: {', '.join(not_quantized[:MAX_NAMES])}{others}"
+    if of_gguf := quantization.get("gguf"):
         numbers = ", ".join(f"{number:,} in {name}" for name, number in of_gguf["types"].items())
         text += f", {of_gguf['bits_per_weight']:.2f} bits with all scales ({numbers})"
         if otherwise := of_gguf["tokenized_otherwise"]:
             text += f"; llama.cpp tokenizes {count(len(otherwise), 'text')} of a test differently from the tokenizer"
-    if rows := held["calibration"]:
-        text += f"; calibrated on {count(rows['rows'], 'row')} of the training data"
+    if calibration := quantization["calibration"]:
+        text += f"; calibrated on {count(calibration['rows'], 'row')} of the training data"
     if export.get("not_scored"):
         text += f". It was NOT scored: {export['not_scored']}"
     return f"{text}."

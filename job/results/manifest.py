@@ -333,8 +333,8 @@ def _export_line(export: Mapping[str, Any]) -> str:
         for candidate, tasks in export["candidates"].items()
         for task, one in tasks.items()
     ]
-    chosen = "published" if export.get("published", True) else "not published, but the source of other formats"
-    return f"{export['format']}: {'; '.join(found)}; {chosen}: {export['candidate']} ({export['reason']})"
+    outcome = "published" if export.get("published", True) else "not published, but the source of other formats"
+    return f"{export['format']}: {'; '.join(found)}; {outcome}: {export['candidate']} ({export['reason']})"
 
 
 def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:

@@ -267,16 +267,16 @@ def signed_files(signature: bytes, pem: str) -> dict[str, str]:
         bundle = json.loads(signature)
         envelope, hint = bundle["dsseEnvelope"], bundle["verificationMaterial"]["publicKey"]["hint"]
         payload = base64.b64decode(envelope["payload"], validate=True)
-        (only,) = envelope["signatures"]
-        made = base64.b64decode(only["sig"], validate=True)
+        (entry,) = envelope["signatures"]
+        signature_bytes = base64.b64decode(entry["sig"], validate=True)
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError("a file that is not a signature of a model") from None
     if hint != key_id(pem):
         raise ValueError(f"a signature by another key, {str(hint)[:12]}")
-    if signature != _bundle(payload, made, pem):
+    if signature != _bundle(payload, signature_bytes, pem):
         raise ValueError("a signature that was altered, or that another program wrote")
     try:
-        key.verify(made, _encoded(payload), ec.ECDSA(_hash_of(key)))
+        key.verify(signature_bytes, _encoded(payload), ec.ECDSA(_hash_of(key)))
     except InvalidSignature:
         raise ValueError("a signature that this key did not make") from None
     return dict(_resources(payload))

@@ -140,10 +140,10 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     gate, tasks = results["gate"], results["evaluation"]["tasks"]
     against, on = gate["baseline"], gate.get("on", "adapter")
     thresholds = {name: gate[name] for name in ("metric", "min_delta", "max_regression")}
-    asked = {**thresholds, "baseline": against and against["results"], "on": on}
-    settings = {name: results["settings"].get(f"gate.{name}", {}).get("value") for name in asked}
+    claimed = {**thresholds, "baseline": against and against["results"], "on": on}
+    settings = {name: results["settings"].get(f"gate.{name}", {}).get("value") for name in claimed}
     settings["on"] = settings["on"] or "adapter"  # which versions without this setting judged
-    differences = list(find_differences(f"{RESULTS} gate", asked, settings))
+    differences = list(find_differences(f"{RESULTS} gate", claimed, settings))
     side = _judged_side(results, on)
     if side is None:
         differences.append(Difference(f"{RESULTS} gate.on", show(on), "no export of this format"))
@@ -291,12 +291,12 @@ def _adapter(claimed: Mapping[str, Any] | None, copies: Copies) -> Iterator[Diff
     if claimed is None or not {folder + CONFIG, folder + WEIGHTS} <= copies.keys():
         return  # a missing file is reported as such
     try:
-        found = adapter_facts(copies[folder + CONFIG], copies[folder + WEIGHTS])
+        facts = adapter_facts(copies[folder + CONFIG], copies[folder + WEIGHTS])
     except ValueError as error:
         yield Difference(folder, "an adapter", str(error))
         return
-    known = {name: value for name, value in found.items() if name in claimed}  # some fields came later
-    yield from find_differences(f"{RESULTS} training.adapter", {name: claimed[name] for name in known}, known)
+    comparable = {name: value for name, value in facts.items() if name in claimed}  # some fields came later
+    yield from find_differences(f"{RESULTS} training.adapter", {name: claimed[name] for name in comparable}, comparable)
 
 
 def check_validation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
@@ -306,13 +306,13 @@ def check_validation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     """
     claimed, rows = results["training"].get("validation"), results["dataset"].get("validation")
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
-    asked = settings.get("data.validation") is not None
+    is_validated = settings.get("data.validation") is not None
     differences = [
         Difference(f"{RESULTS} {name}", "validation as the settings ask for", "another")
         for name, there in (("training.validation", claimed is not None), ("dataset.validation", rows is not None))
-        if there is not asked
+        if there is not is_validated
     ]
-    if (VALIDATIONS in copies) is not asked:
+    if (VALIDATIONS in copies) is not is_validated:
         differences.append(Difference(VALIDATIONS, "validations as the settings ask for", "another"))
     if claimed is None or rows is None or differences:
         return CheckResult("validation", "none", tuple(differences))

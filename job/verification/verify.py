@@ -91,7 +91,7 @@ def verify(
     run = fingerprint_of(copies)
     attempts, sealed = check_attempts(results, copies, store, listed, run)
     pushes, served = (check(results, store, listed, copies) for check in (check_pushes, check_served))
-    known = {
+    expected_keys = {
         RESULTS,
         *sealed,
         *([SIGNATURE] if results.get("signing") else []),
@@ -102,8 +102,8 @@ def verify(
         *(_out_of_place(claim) for claim in own if not claim.path.startswith(ARTIFACTS)),
         *(_out_of_place(claim) for claim in kept if not is_evidence(claim.path, last)),
     ]
-    late = check_checkpoints.late_markers(store, listed.keys() - known, run, last)
-    unknown, leftovers = _unclaimed(listed, known, {marker.folder for marker in found}, late)
+    late = check_checkpoints.late_markers(store, listed.keys() - expected_keys, run, last)
+    unknown, leftovers = _unclaimed(listed, expected_keys, {marker.folder for marker in found}, late)
     return [
         CheckResult("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
         CheckResult("artifacts", _extent(own), tuple(wrong)),

@@ -173,7 +173,7 @@ def test_a_failed_run_says_with_which_code(tmp_path: Path, error: Exception, cod
     found = seen(run)
     assert found.state == "failed"
     assert headline(found).startswith(f"failed with code {code} (")
-    assert headline(found).endswith("correct the cause" if code == 65 else "resumes the run")
+    assert headline(found).endswith("correct the cause before the next attempt" if code == 65 else "resumes the run")
     assert found.last_end is not None
     assert found.last_end.exit_code == code
     assert b"hunter2" not in (run / attempt_key(1)).read_bytes()
