@@ -67,8 +67,16 @@ def test_several_tasks_are_told_apart() -> None:
     ("counts", "holds", "expected"),
     [
         ((0, 0), True, "No question is a near tie (two likeliest choices at most 0.44 nats apart, which rounding in "),
-        ((1200, 3), True, "are 1,200 of the base's answers and 3 of the adapter's. Depending on them, the difference is "),
-        ((3, 3), True, "the difference is between \N{MINUS SIGN}1.50 and +4.25 points; in the worst case the verdict holds."),
+        (
+            (1200, 3),
+            True,
+            "are 1,200 of the base's answers and 3 of the adapter's. Depending on them, the difference is ",
+        ),
+        (
+            (3, 3),
+            True,
+            "the difference is between \N{MINUS SIGN}1.50 and +4.25 points; in the worst case the verdict holds.",
+        ),
         (
             (3, 3),
             False,

@@ -1062,7 +1062,7 @@ class TestMethods:
         given += ["--data.sft_validation=0.1", f"--data.sft_validation_revision={'0' * 40}"]
         found = problems(given)
         assert "JOB_DATA__SFT_SOURCE=name=1000rows" in found["JOB_DATA__SFT_LIMIT (command line)"]
-        assert "JOB_DATA__SFT_VALIDATION names none" in found["JOB_DATA__SFT_VALIDATION_REVISION (command line)"]
+        assert "JOB_DATA__SFT_VALIDATION is not one" in found["JOB_DATA__SFT_VALIDATION_REVISION (command line)"]
         alone = problems(["--train.method=dpo", "--data.sft_fields=prompt=q", "--train.loss_on=completion"])
         assert "only with two" in alone["JOB_DATA__SFT_FIELDS (command line)"]
         assert "only with sft" in alone["JOB_TRAIN__LOSS_ON (command line)"]
