@@ -105,7 +105,7 @@ def test_the_reference_is_computed_once(forked: Forks, environment: dict[str, st
     code, group = forked.run({**environment, "JOB_RUN__ID": name}, 1, "again")
     assert code == [0]
     events = [line["event"] for line in group.lines(0)]
-    assert "the reference's log-probabilities are known from an earlier attempt" in events
+    assert "the reference's log-probabilities of an earlier attempt are used again" in events
     assert "reference rows" not in events
     assert (run_folder(environment, name) / LOG_PROBS).read_bytes() == kept
 

@@ -195,7 +195,7 @@ def test_a_complete_run_is_delivered_again(
     [
         (
             {"hyperparameters": {"preset": "demo", "train.epocs": "3"}},
-            "hyperparameters.json train.epocs: is no setting",
+            "hyperparameters.json train.epocs: is not a setting",
         ),
         ({"ordered": {"training": {"TrainingInputMode": "Pipe"}}}, "sagemaker channel training: is a pipe"),
         ({"hosts": ("algo-1",), "ordered": {"model": {"S3DistributionType": "ShardedByS3Key"}}}, "is divided among"),

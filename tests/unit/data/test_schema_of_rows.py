@@ -28,7 +28,7 @@ def test_a_misspelled_field_is_named(tmp_path: Path) -> None:
     ]
     assert "JOB_DATA__ON_BAD_ROW=skip" in str(caught.value).splitlines()[-1]
     path = lines(tmp_path / "y.jsonl", {"promt": "a", "completon": "b"})
-    with pytest.raises(DataError, match="'promt' may be meant as prompt; 'completon' may be meant as completion"):
+    with pytest.raises(DataError, match="'promt' may be a misspelt prompt; 'completon' may be a misspelt completion"):
         load(path)
 
 

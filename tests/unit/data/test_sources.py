@@ -132,7 +132,7 @@ def test_bad_rows_of_all_sources_are_in_one_report(tmp_path: Path) -> None:
         f"{two}:1",
         str(two),
     ]
-    assert "has 1 valid rows, and 5 are asked for" in error.value.problems[-1].what
+    assert "has 1 valid rows, and 5 were requested" in error.value.problems[-1].what
     _, record = read(f"{one}=3x,{two}", on_bad_row="skip")
     assert ([source.rows for source in record.sources], record.skipped) == (
         [3, 1],

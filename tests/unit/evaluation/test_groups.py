@@ -219,7 +219,7 @@ def test_a_lower_figure_may_be_the_better_one() -> None:
     [
         ({"task": ["few.yaml", "../other.yaml"]}, "is not in the folder of the group"),
         ({"task": ["\0.yaml"]}, "is not in the folder of the group"),
-        ({"task": ["own.yaml"]}, "own.yaml is a group too"),
+        ({"task": ["own.yaml"]}, "own.yaml is a group, too"),
         ({"task": "few.yaml"}, "task: must be a list of task names"),
         ({"task": []}, "task: must be a list of task names"),
         ({"group": "a/b"}, "group: must consist of letters"),
@@ -234,7 +234,7 @@ def test_a_lower_figure_may_be_the_better_one() -> None:
         ),
         ({"aggregate_metric_list": {"metric": "acc"}}, "must be a list of metrics"),
         ({"metadata": 3}, "metadata: is no mapping"),
-        ({"aggregate_metric_list": [{"metric": "f1"}]}, "own has no figure that is an average over questions"),
+        ({"aggregate_metric_list": [{"metric": "f1"}]}, "own has no metric that is an average over questions"),
     ],
 )
 def test_what_is_not_supported_is_refused_in_words(tmp_path: Path, changes: dict[str, Any], says: str) -> None:

@@ -39,10 +39,10 @@ def spoiled(number: int, **changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"answerKey": "Z"}, "does not fit the task arc_easy: ValueError"),
-        ({"answerKey": None}, "does not fit the task arc_easy: UndefinedError"),
-        ({"question": None}, "does not fit the task arc_easy: UndefinedError"),
-        ({"choices": None}, "does not fit the task arc_easy: UndefinedError"),
+        ({"answerKey": "Z"}, "does not match the task arc_easy: ValueError"),
+        ({"answerKey": None}, "does not match the task arc_easy: UndefinedError"),
+        ({"question": None}, "does not match the task arc_easy: UndefinedError"),
+        ({"choices": None}, "does not match the task arc_easy: UndefinedError"),
         ({"choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "A"}, "an empty choice|IndexError"),
         ({"choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}, "fewer than two choices"),
         ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "each of choices.text one label"),

@@ -205,7 +205,7 @@ class OtherWords:
     ("changed", "words"),
     [
         ({"encode": lambda text: [0, *reversed(text.encode())]}, "none of llama.cpp's pre-tokenizers"),
-        ({"eos_token_id": 2}, "its eos token would be number 1, and the tokenizer's is 2"),
+        ({"eos_token_id": 2}, "its eos token would be number 1, but the tokenizer's is 2"),
     ],
 )
 def test_another_tokenizer_is_refused_before_training(

@@ -80,7 +80,10 @@ def test_what_eva_cannot_do_is_refused(base_folder: Path) -> None:
     """More ranks than a layer is wide, or than there are tokens, would end in PEFT's own error or never."""
     with pytest.raises(SettingsError, match=r"JOB_LORA__RANK: eva needs a rank of at most .* 128 here, and not 129"):
         eva(make_model(base_folder, rank=129))
-    with pytest.raises(SettingsError, match="JOB_LORA__INIT: eva takes as many target tokens as ranks, 64"):
+    with pytest.raises(
+        SettingsError,
+        match="JOB_LORA__INIT: eva needs at least as many target tokens in one micro-batch as the rank, 64",
+    ):
         eva(make_model(base_folder, rank=64), batches=6)
 
 

@@ -268,7 +268,7 @@ def test_a_dry_run_shows_and_writes_nothing(hub: Hub, run: LocalStore, capsys: p
     """Every file with what would happen to it: new, the same, changed, deleted."""
     assert push_command([run.uri, f"--hub={REPO}", "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "me/model is not there, and will be made private" in shown
+    assert "me/model does not exist, and will be created as private" in shown
     assert all(f"  {path}" in shown for path in expected(run))
     assert hub.repositories == {}
     hub.create(REPO)

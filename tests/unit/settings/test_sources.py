@@ -82,7 +82,8 @@ class TestRevisions:
         file = environ["JOB_CONFIG"]
         assert problems([], environ) == {
             f"JOB_MODEL__REVISION (file {file})": f"is for the JOB_MODEL__ID of file {file}, but environment "
-            "JOB_MODEL__ID names another; set JOB_MODEL__REVISION there too, or set it to empty there for the newest revision"
+            "JOB_MODEL__ID names another; set JOB_MODEL__REVISION there too, or set it to empty there for the newest"
+            " revision"
         }
         assert load_settings([], environ | {"JOB_MODEL__REVISION": "def"}).model.revision == "def"
         assert load_settings([], environ | {"JOB_MODEL__REVISION": ""}).model.revision is None

@@ -337,7 +337,7 @@ def test_what_cannot_be_made_does_not_lose_the_run(
     found = run(world, tmp_path / "run", "--export.formats=merged,fp8", "--export.merge_onto=original")
     full = replace(DERIVED["fp8"], make=lambda _inputs: _raise(CannotMake("it ended: No space left on device")))
     monkeypatch.setitem(DERIVED, "fp8", full)  # type: ignore[misc]
-    with pytest.raises(Unreachable, match="fp8 cannot be made, since the disk is full"):
+    with pytest.raises(Unreachable, match="fp8 cannot be written, since the disk is full"):
         run(world, tmp_path / "full", "--export.formats=fp8", "--export.merge_onto=original")
     merged, failed = found.exports
     assert merged.published

@@ -178,7 +178,7 @@ def audited(by: str, languages: dict[str, int], sha256: str) -> DatasetRecord:
         (audited("detect-secrets 1.5", {}, "44"), audited("detect-secrets 1.5", {}, "44")),
         (
             audited("", {}, "44"),
-            "kind secret were looked for by detect-secrets 1.5 when this run began, and by nothing",
+            "kind secret were searched for by detect-secrets 1.5 when this run began, and by nothing",
         ),
     ],
 )
