@@ -87,7 +87,7 @@ def test_a_changed_file_is_another_task(tmp_path: Path) -> None:
             {"dataset_kwargs": {"data_files": {"test": "/etc/passwd", "train": "train.jsonl"}}},
             "is not in the folder",
         ),
-        ({"dataset_kwargs": {"data_files": "no.jsonl"}}, "no.jsonl is not there"),
+        ({"dataset_kwargs": {"data_files": "no.jsonl"}}, "no.jsonl does not exist"),
         ({"dataset_kwargs": {"data_files": {}, "trust_remote_code": True}}, "needs data_files and nothing else"),
         ({"metric_list": [{"metric": "someone/metric"}]}, "'someone/metric' is not a metric"),
         (
