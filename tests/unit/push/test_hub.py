@@ -225,8 +225,8 @@ def test_tokens_that_may_not_write_are_refused_before_training(
     hub: Hub, run: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read token, a foreign namespace, an organization that only reads, a fine-grained token, a wrong one, none."""
-    assert "will be made private" in check_targets([HubTarget(REPO)])["JOB_EXPORT__HUB"]
-    assert "will be made private" in check_targets([HubTarget("lab/model")])["JOB_EXPORT__HUB"]
+    assert "will be created as private" in check_targets([HubTarget(REPO)])["JOB_EXPORT__HUB"]
+    assert "will be created as private" in check_targets([HubTarget("lab/model")])["JOB_EXPORT__HUB"]
     for repo in ("others/model", "guests/model"):
         with pytest.raises(AccessDenied, match="neither the user of HF_TOKEN nor an organization"):
             check_targets([HubTarget(repo)])
