@@ -10,8 +10,8 @@
     ├── TrainingFailed         70   training diverged, or memory is too small for it
     ├── NoProgress             71   attempts in a row made no progress
     ├── UnfitMachine           72   this machine cannot run the job; another one may
-    ├── Stalled                74   no progress for too long; the state is durable
-    ├── Preempted              75   preempted; the state is durable
+    ├── Stalled                74   no progress for too long; a restart resumes the run
+    ├── Preempted              75   preempted; a restart resumes the run
     ├── Replaced               76   another attempt owns this run
     └── AccessDenied           77   access denied
 
@@ -164,14 +164,14 @@ class Stalled(JobError):
     """The watchdog ended a job that made no progress. A restart resumes it, but may stall again, so it counts."""
 
     exit_code = 74
-    meaning = "no progress for too long; the state is durable"
+    meaning = "no progress for too long; a restart resumes the run"
 
 
 class Preempted(JobError):
     """The machine is being taken away. What was saved is durable: a restart resumes."""
 
     exit_code = 75
-    meaning = "preempted; the state is durable"
+    meaning = "preempted; a restart resumes the run"
     retry = "yes, free"
 
 

@@ -187,7 +187,7 @@ def _check_inputs(settings: Settings, later: Sequence[Settings], processes: int)
     check_inputs(settings, later, begun=begun, processes=processes)
     chosen = () if later else targets(settings.export)
     if chosen and (reasons := why_not_served(plain_values(settings))):
-        log.get_logger().warning("vLLM does not serve this adapter as it is trained", reasons=reasons)
+        log.get_logger().warning("vLLM cannot serve this adapter as it was trained", reasons=reasons)
     try:
         check_targets(chosen)
     except JobError as error:
@@ -237,7 +237,9 @@ def _hand_over(
         if delivery:
             deliver(store, results, delivery)
         if chosen and results["gate"]["passed"] is False:
-            log.get_logger().warning("is not pushed: the gate is not met", places=[target.place for target in chosen])
+            log.get_logger().warning(
+                "the run is not pushed: its quality gate is not met", places=[target.place for target in chosen]
+            )
         else:
             push_run(store, results, chosen, alive=alive)
     finally:
@@ -347,7 +349,10 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
                 attempt.keep(name, json.dumps(asdict(record)))
     known, found = map(identity, (attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record))
     if changed := [name for name, value in known.items() if found.get(name) != value]:
-        what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+        what = (
+            "its content has changed since the first attempt of this run; restore it, or start a new run "
+            "with another JOB_RUN__ID"
+        )
         raise DataError([Problem(_SETTING_OF[name], what) for name in changed])
     return loaded
 
@@ -402,7 +407,7 @@ def _evaluate_adapter(
     )
 
 
-@memory_errors("exporting", "lower JOB_EVAL__BATCH_TOKENS, or take a machine that holds the unquantized model")
+@memory_errors("exporting", "lower JOB_EVAL__BATCH_TOKENS, or use a machine that holds the unquantized model")
 def _export(
     attempt: Attempt,
     settings: Settings,

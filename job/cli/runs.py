@@ -70,7 +70,7 @@ def compare_command(words: Sequence[str]) -> int:
     if HISTORY in given.flags:
         return _history(given)
     if "--output" in given.options:
-        raise SettingsError([Problem("--output", f"is for {HISTORY} alone")])
+        raise SettingsError([Problem("--output", f"is only for {HISTORY}")])
     _thresholds(given.options)  # wrong ones are refused before anything is read
     storage, _ = reading(given)
     runs, errors = [], []
@@ -96,7 +96,9 @@ def _gate(given: Arguments, compared: Mapping[str, Any]) -> dict[str, Any] | Non
     """What a policy or the thresholds say of B against A; None if neither is asked for."""
     if (path := given.options.get("--policy")) is not None:
         if given.options.keys() & THRESHOLDS.keys():
-            raise SettingsError([Problem("--policy", "has rules by task; remove --metric and thresholds, or this")])
+            raise SettingsError(
+                [Problem("--policy", "has rules by task; remove either this, or --metric and the thresholds")]
+            )
         return judge_by_policy(compared, path)
     if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
         thresholds = _thresholds(given.options)
@@ -112,7 +114,7 @@ def _history(given: Arguments) -> int:
         if name in given.flags | given.options.keys()
     ]
     if alone:
-        raise SettingsError([Problem(name, f"is for two runs, not for {HISTORY}") for name in alone])
+        raise SettingsError([Problem(name, f"has no effect with {HISTORY}; remove it") for name in alone])
     output = given.options.get("--output")
     storage, _ = reading(given)
     runs, unreadable = find_runs(given.runs, storage)
@@ -176,7 +178,7 @@ def report_command(words: Sequence[str]) -> int:
         try:
             evidence = read_report_data(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
         except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
-            raise DataError([Problem(run.store.uri, f"its records are no records of this job: {error}")]) from error
+            raise DataError([Problem(run.store.uri, f"its records were not written by this job: {error}")]) from error
     page = render_report(run.results, evidence, read_after_run(run.store))
     _write_page(output, page)
     return _print([f"report: {output}"])

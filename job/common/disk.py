@@ -57,8 +57,8 @@ def lacking(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in {*_UNKNOWN, errno.ENOLCK, errno.EXDEV}:
             raise
-        use = "use a folder on another one, or a bucket, such as s3://bucket/prefix"
-        problem = f"this file system lacks {what} ({error.strerror}); {use}"
+        use = "use a folder on another file system, or a bucket, such as s3://bucket/prefix"
+        problem = f"this file system does not support {what} ({error.strerror}); {use}"
         raise SettingsError([Problem(str(error.filename or "storage"), problem)]) from error
 
 
@@ -87,7 +87,9 @@ def disk_errors(what: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        message = f"{error.filename} is in the way: a name cannot be both an object and a folder of objects"
+        message = (
+            f"{error.filename} exists: a name cannot be both an object and a folder of objects; remove or rename it"
+        )
         raise SettingsError([Problem(what, message)]) from error
     except OSError as error:
         if error.errno in _NO_NAME:
@@ -96,5 +98,5 @@ def disk_errors(what: str) -> Iterator[None]:
             raise AccessDenied(f"{what}: {error.strerror} ({error.filename})") from error
         if error.errno in _FULL:
             said = ", ".join(filter(None, (error.strerror, error.filename)))
-            raise Unreachable(f"{what}: the disk is full ({said}); free space or give it more") from error
-        raise Unreachable(f"{what}: the disk fails: {error}") from error
+            raise Unreachable(f"{what}: the disk is full ({said}); free space, or give it more") from error
+        raise Unreachable(f"{what}: the disk reports an error: {error}") from error

@@ -64,9 +64,9 @@ def memory_errors(what: str, fix: str) -> Iterator[None]:
 def ran_out(what: str, fix: str, error: BaseException) -> TrainingFailed:
     """The error for memory that ran out; arguments as for `memory_errors`, and the error that says so."""
     if isinstance(error, MemoryError | OSError):
-        return TrainingFailed(f"the machine's memory ran out while {what}; take one with more, or {fix}")
+        return TrainingFailed(f"the machine's memory ran out while {what}; use a machine with more memory, or {fix}")
     first = (str(error).splitlines() or [""])[0][:200]
-    return TrainingFailed(f"memory ran out while {what}; take a GPU with more, or {fix} ({first})")
+    return TrainingFailed(f"GPU memory ran out while {what}; use a GPU with more memory, or {fix} ({first})")
 
 
 def too_small(what: str, longest: int, error: BaseException) -> TrainingFailed:
@@ -74,5 +74,5 @@ def too_small(what: str, longest: int, error: BaseException) -> TrainingFailed:
     first = (str(error).splitlines() or [""])[0][:200]
     return TrainingFailed(
         f"memory ran out in {what} with one row at a time, the longest of {longest:,} tokens; lower "
-        f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or take a GPU with more memory ({first})"
+        f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or use a GPU with more memory ({first})"
     )

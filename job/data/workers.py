@@ -188,7 +188,9 @@ class Encoding:
             for each in (tokenizer, from_portable(portable))
         )
         if here != there:
-            log.get_logger().warning("the tokenizer gives other tokens in another process, so one process tokenizes")
+            log.get_logger().warning(
+                "the tokenizer gives different tokens in another process, so rows are tokenized in this process alone"
+            )
             self._processes = 1
             return
         log.get_logger().info("rows are tokenized in several processes", processes=self._processes)

@@ -312,7 +312,7 @@ class ProcessGroup:
         kind = Preempted if self._stop() and not self._failed else Killed
         self._end_by("the loss of another process")
         first = (str(why).splitlines() or [""])[0]
-        return kind(f"another process of this run is gone; start the run again to resume it: {first[:200]}")
+        return kind(f"another process of this run has ended; start the run again to resume it: {first[:200]}")
 
     def _ended(self) -> JobError:
         """The error to raise when another process has failed."""

@@ -149,5 +149,6 @@ def require_one_kind(processes: Processes, device: str) -> None:
     """
     devices = processes.gather("device", device)
     if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
-        what = f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer, or give each one"
+        numbers = ", ".join(map(str, without))
+        what = f"the processes {numbers} see no GPU, the others do; start fewer processes, or give each a GPU"
         raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])

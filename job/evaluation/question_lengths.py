@@ -48,7 +48,7 @@ def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[in
                 continue
             scored = _scored(task, doc, tokenizer)
             if not all(question.context and all(question.choices) for question in scored):
-                what = "the tokenizer makes no tokens of a part of it"
+                what = "the tokenizer returns no tokens for a part of it"
                 raise DataError([Problem(f"question {question_id(doc, count)}", what)])
             count += 1
             asked += scored
@@ -150,7 +150,7 @@ def _does_not_fit(task: Any, doc: Any, tokenizer: Any, max_length: int, vocabula
         return f"may be answered with {answer} tokens, {max_length} are allowed with the prompt (JOB_TRAIN__MAX_LENGTH)"
     if context + answer <= max_length or cut:
         return None
-    remedy = "JOB_EVAL__LONG_QUESTIONS=cut leaves out their beginning, as lm-eval does"
+    remedy = "JOB_EVAL__LONG_QUESTIONS=cut cuts off their beginning, as lm-eval does"
     what = f"is {context} tokens long and may be answered with {answer}, {max_length} are allowed in all"
     return f"{what} (JOB_TRAIN__MAX_LENGTH); {remedy}"
 
@@ -171,7 +171,7 @@ def _too_long(task: Any, doc: Any, tokenizer: Any, max_length: int, *, cut: bool
     longest = max(len(tokenizer.encode(text)) for text in texts)
     if longest <= max_length:
         return None
-    remedy = "" if cut else "; JOB_EVAL__LONG_QUESTIONS=cut leaves out their beginning, as lm-eval does"
+    remedy = "" if cut else "; JOB_EVAL__LONG_QUESTIONS=cut cuts off their beginning, as lm-eval does"
     return f"is {longest} tokens long with its longest choice, {max_length} are allowed (JOB_TRAIN__MAX_LENGTH){remedy}"
 
 

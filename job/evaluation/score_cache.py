@@ -202,7 +202,7 @@ class ScoreCache:
 
     def _read(self, key: str) -> list[_Entry]:
         name = key.rpartition("/")[2].partition(".")[0]
-        why = "its content does not match its name"
+        why = "its content does not match the hash in its name"
         try:
             stored = self._store.read(key)
             if stored is not None and hashlib.sha256(stored.data).hexdigest() == name:

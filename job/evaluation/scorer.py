@@ -116,7 +116,9 @@ def _checked(number: int, wait: Callable[[], Scores], again: Callable[[], Scores
     """Waits for the scores of a sequence; `again` computes them in fp32 if they are not finite."""
     scores = wait()
     if again is not None and not finite(scores):
-        get_logger().warning("numbers are too large for fp16, so these questions are scored in fp32", sequence=number)
+        get_logger().warning(
+            "activations are too large for fp16, so these questions are scored in fp32", sequence=number
+        )
         scores = again()
     # A model that diverged scores NaN. It has to be refused here: a maximum over NaN is still some choice.
     if not finite(scores):

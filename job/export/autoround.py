@@ -75,7 +75,7 @@ def cannot_score_awq(_device: torch.device) -> str:
 
 def check_four_bit(empty: Any, _kind: str) -> str:
     """As `Format.check`."""
-    return why_not(empty) or ("" if group_size(empty) else "its layers' inputs are no multiple of 32")
+    return why_not(empty) or ("" if group_size(empty) else "its layers' inputs are not multiples of 32")
 
 
 def group_size(empty: Any) -> int | None:
@@ -109,7 +109,7 @@ def make_four_bit(
     empty = build_empty(inputs.merged, read_config(inputs.merged))
     size = group_size(empty)
     if size is None:
-        raise CannotMake("its layers' inputs are no multiple of 32")
+        raise CannotMake("its layers' inputs are not multiples of 32")
     inputs.work.mkdir(parents=True)
     task = Task(
         merged=str(inputs.merged.absolute()),
@@ -161,9 +161,9 @@ def run_process(task: Task, work: Path, alive: Callable[..., None]) -> None:
             "weights were quantized by auto-round", "leave this format out of JOB_EXPORT__FORMATS", MemoryError()
         )
     if code < 0:
-        raise Killed(f"the process that quantizes was killed by signal {-code}; give it more memory")
+        raise Killed(f"the process that quantizes was killed by signal {-code}; give the job more main memory")
     if code:
-        raise CannotMake(f"auto-round ended with an error: {last or 'it says nothing'}")
+        raise CannotMake(f"auto-round ended with an error: {last or 'without a message'}")
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -202,7 +202,7 @@ def _write(layout: Layout, inputs: DerivedInputs, made: Path, empty: Any) -> tup
         found = read_tensor(file, name)
         cast = found.to(dtype).contiguous()
         if found.isfinite().all() and not cast.isfinite().all():
-            raise CannotMake(f"{name} has numbers that fp16 cannot hold")
+            raise CannotMake(f"{name} has numbers that are too large for fp16")
         return cast
 
     inputs.folder.mkdir(parents=True)

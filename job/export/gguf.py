@@ -135,7 +135,7 @@ def check_gguf(source: Path, alive: Callable[..., None]) -> str:
     if "checked" not in answer:
         return _reason(answer)
     if differing := answer["checked"]["differing"]:
-        log.get_logger().warning("llama.cpp tokenizes some texts otherwise than the tokenizer", texts=differing)
+        log.get_logger().warning("llama.cpp tokenizes some texts differently from the tokenizer", texts=differing)
     return ""
 
 
@@ -338,7 +338,7 @@ class _Answers:
             raise ran_out("llama.cpp was at work", "leave GGUF out of JOB_EXPORT__FORMATS", MemoryError())
         code = self._helper.process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return f"llama.cpp's process {how}: {self._helper.last_error_line() or 'it said nothing'}"
+        return f"llama.cpp's process {how}: {self._helper.last_error_line() or 'without a message'}"
 
 
 @contextmanager

@@ -49,4 +49,4 @@ def format_problems(empty: Any, names: Sequence[str], judged: str, device: Any |
             yield Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out")
         why = "" if device is None else found.cannot_score(device)
         if why and judged == name:
-            yield Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; let it judge another")
+            yield Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; set it to another format")

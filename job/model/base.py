@@ -145,7 +145,7 @@ def _check_loaded(folder: Path, model: Any, loading_info: dict[str, Any]) -> Non
         raise DataError([Problem("JOB_MODEL__ID", what)])
     layers = {name: module for name, module in model.named_modules() if _is_bitsandbytes(module)}
     if plain := [name for name, layer in layers.items() if not is_quantized(layer.weight)]:
-        what = f"{folder} has a config.json that says its weights are quantized, and those of {plain[0]} are not"
+        what = f"{folder} has a config.json for quantized weights, but those of {plain[0]} are not quantized"
         raise DataError([Problem("JOB_MODEL__ID", what)])
 
 

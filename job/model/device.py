@@ -37,7 +37,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
     if wanted != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if wanted == "gpu":
-        what = "is gpu, and torch sees none; give the job a GPU, or JOB_RUN__DEVICE=cpu if it shall run without"
+        what = "is gpu, but torch finds no GPU; give the job a GPU, or set JOB_RUN__DEVICE=cpu to run without one"
         raise SettingsError([Problem("JOB_RUN__DEVICE", what)])
     return torch.device("cpu")
 

@@ -173,7 +173,7 @@ def why_not_recorded(config: Mapping[str, Any]) -> str | None:
     """
     config = of_text(config)
     if caps_scores(config):
-        return "torch's kernel for packed attention has no soft cap: attention goes segment by segment"
+        return "torch's kernel for packed attention has no soft cap: attention is computed segment by segment"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
         if (kind := part.get("rope_type", part.get("type"))) in CHANGING_ROPE:

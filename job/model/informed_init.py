@@ -36,7 +36,10 @@ _SETTING = "JOB_LORA__INIT"
 
 def too_few_targets(rank: int) -> Problem:
     """What is said where no micro-batch of the first rows has as many target tokens as ranks."""
-    what = f"eva takes as many target tokens as ranks, {rank}, in one micro-batch; lower the rank or take another"
+    what = (
+        f"eva needs at least as many target tokens in one micro-batch as the rank, {rank}; lower JOB_LORA__RANK, or "
+        "use another"
+    )
     return Problem(_SETTING, what)
 
 
@@ -70,7 +73,7 @@ def init_eva(
         nonlocal passes
         passes += 1
         if passes > MANY_PASSES:
-            raise SettingsError([Problem(_SETTING, f"eva has not converged after {MANY_PASSES} passes; take another")])
+            raise SettingsError([Problem(_SETTING, f"eva has not converged after {MANY_PASSES} passes; use another")])
         with torch.no_grad():
             forward(int(inputs["number"]))
 
@@ -118,7 +121,7 @@ def init_loftq(model: Any, folder: Path, alive: Callable[[], None] = lambda: Non
         own = whole.get_submodule(name)
         weight = own.weight.T if isinstance(own, Conv1D) else own.weight  # GPT-2's Conv1D holds (inputs, outputs)
         if not weight.is_floating_point():
-            what = "loftq needs the unquantized base, and JOB_MODEL__ID has quantized weights; take another"
+            what = "loftq needs the unquantized base, but JOB_MODEL__ID has quantized weights; use another"
             raise SettingsError([Problem(_SETTING, what)])
         _approximate(layer, weight)
 

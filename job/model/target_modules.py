@@ -37,9 +37,9 @@ def resolve_targets(model: Any, targets: Sequence[str] | str | None) -> list[str
             found.add(f"{holder}.{leaf}" if leaf in outside else leaf)  # GPT-2 calls two layers c_proj
     if not found:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
-        what = f"{type(model).__name__} has no linear layers in modules of the kind {targets}; name them, of {has}"
+        what = f"{type(model).__name__} has no linear layers in modules of the kind {targets}; set it to names of {has}"
         if any(True for _ in expert_tensors(model)):
-            what = f"{what}; its experts get adapters by JOB_LORA__EXPERTS=true"
+            what = f"{what}; for adapters on its experts set JOB_LORA__EXPERTS=true"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
     return sorted(found)
 
@@ -77,7 +77,7 @@ def check_adapter(model: Any, targets: Sequence[str], rank: int, options: Adapte
         )
     )
     if options.init == "orthogonal" and any(_packed(model.get_submodule(name)) for name in adapted):
-        what = "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none or take another"
+        what = "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none, or use another"
         raise SettingsError([Problem("JOB_LORA__INIT", what)])
 
 
@@ -210,7 +210,9 @@ def check_targets(model: Any, targets: Sequence[str]) -> None:
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", f"{what}; leave them out")])
     named = {name for name in layers if any(name == target or name.endswith(f".{target}") for target in targets)}
     if lost := sorted(_lost(model, named)):
-        what = f"PEFT would not load the adapter of {', '.join(lost)} again: it renames the tensors; leave them out"
+        what = (
+            f"PEFT could not load the adapter of {', '.join(lost)} again, since it renames the tensors; leave them out"
+        )
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
 
 

@@ -39,19 +39,23 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
         _check_against_file(folder, tokenizer)
     if tokenizer.eos_token_id is None:
         raise SettingsError(
-            [Problem("JOB_MODEL__ID", "its tokenizer has no end-of-sequence token, so nothing could end")]
+            [
+                Problem(
+                    "JOB_MODEL__ID", "its tokenizer has no end-of-sequence token, so the model could not learn to stop"
+                )
+            ]
         )
     if _is_invented(folder, str(tokenizer.eos_token)):
         log.get_logger().warning(
-            "the tokenizer's end-of-sequence token is none of its tokens: it was added with a new id, of which the"
-            " model has learned nothing; correct eos_token in tokenizer_config.json",
+            "the tokenizer's end-of-sequence token is not in its vocabulary: it was added with a new id, for which the"
+            " model has no trained embedding; correct eos_token in tokenizer_config.json",
             token=tokenizer.eos_token,
             id=tokenizer.eos_token_id,
         )
     model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if getattr(model, "dropout", None):  # tokens drawn anew in every attempt would be other data each time
         log.get_logger().warning(
-            "the tokenizer's dropout is switched off: a text has one form in tokens", was=model.dropout
+            "the tokenizer's dropout is switched off, so that a text always gives the same tokens", was=model.dropout
         )
         model.dropout = None
     add_tokens(tokenizer, added_tokens or ())
@@ -84,12 +88,12 @@ def _check_against_file(folder: Path, tokenizer: Any) -> None:
             continue
         if own.decode(expected).strip() == text.strip() != used.decode(found).strip():
             what = (
-                f"is not followed by this version of transformers: its class {kind} makes {used.decode(found)!r} of"
+                f"is ignored by this version of transformers: its class {kind} gives {used.decode(found)!r} of"
                 f" {text!r}, and the model would learn that; give a base whose tokenizer fits its class"
             )
             raise DataError([Problem(str(file), what)])
         log.get_logger().warning(
-            "the tokenizer splits text otherwise than the model's tokenizer.json: its class has rules of its own",
+            "the tokenizer splits text differently from the model's tokenizer.json: its class has additional rules",
             tokenizer_class=kind,
             text=text,
             tokens=found,

@@ -384,20 +384,22 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     if run.fp8 and gpu.capability < FP8_CAPABILITY:
         fits, note = False, "has no FP8 products: JOB_TRAIN__COMPUTE=fp8 is refused there"
     elif not fits:
-        note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill{_instead(setup, usable, needs)}"
+        note = (
+            f"{size(need, ' ')} are needed, and {size(usable, ' ')} can safely be used{_instead(setup, usable, needs)}"
+        )
         note += "; only GPUs from Ampere on compute rows of this length in tiles" if no_tiles else ""
         note += _of_answers(run, setup, usable)
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
     if fits and run.full_precision and not _scores_original(gpu, run, setup):
         takes, free = size(_original_bytes(run, setup), " "), size(max(0, _free_for_original(gpu, setup)), " ")
-        left_out = f"the unquantized base is not scored: it takes {takes}, and {free} are safe to fill"
+        left_out = f"the unquantized base is not scored: it takes {takes}, and {free} can safely be used"
         note = "; ".join(filter(None, (note, left_out)))
     over = _divided_over(run, setup, usable) if fits else 1
     note = "; ".join(filter(None, (note, _of_division(run, setup, usable, over, fits=fits))))
     if fits and execution is not None and execution.offloaded:
         least = row_host_bytes(setup, run.micro_batch, over, kept_attention=False)
-        what = f"activations of the longest row lie in main memory, at least {size(least, ' ')}"
+        what = f"activations of the longest row are kept in main memory, at least {size(least, ' ')}"
         note = "; ".join(filter(None, (note, what)))
     if fits and placement != "gpu":
         note = "; ".join(filter(None, (note, _where(setup, usable, needs, run.processes_here))))

@@ -221,7 +221,7 @@ def _preview_prompts(
     with named_by("JOB_EVAL__PROMPTS", ": "):
         path = find_prompts(fetch(asked or "", folder / "prompts", storage))
     if tokenizer is None or data is None:
-        raise NotChecked(f"{asked}: what a prompt is depends on the model and the data, which could not be read")
+        raise NotChecked(f"{asked}: the prompts depend on the model and the data, which could not be read")
     how: dict[str, Any] = {"date": s.data.date, "template_arguments": s.data.chat_template_arguments}
     found = read_prompts(path, asked or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **how)
     lengths = tuple(len(prompt.ids) for prompt in found)
@@ -238,14 +238,14 @@ def check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Tasks
             raise NotChecked(f"{start}: an adapter is not fetched for a plan")
         lora = settings.lora
         check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
-        return "ok", f"training goes on from {start}", None
+        return "ok", f"training continues from {start}", None
 
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
     if (chosen := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
         yield PreflightResult(
-            "serving", "note", f"vLLM does not serve this adapter as it was trained: {'; '.join(reasons)}"
+            "serving", "note", f"vLLM cannot serve this adapter as it was trained: {'; '.join(reasons)}"
         )
     if settings.sign.key is not None:
         yield run_check("signature", lambda: _check_key(settings.sign))[0]
@@ -263,7 +263,7 @@ def _check_key(sign: Sign) -> Found[None]:
     """Whether the key signs, and by which hash signatures will name it."""
     password = None if sign.password is None else sign.password.get_secret_value()
     pem = public_key(load_private_key(sign.key or "", password))
-    return "ok", f"{sign.key} signs what is published; its public key has the SHA-256 {key_id(pem)[:12]}", None
+    return "ok", f"{sign.key} signs the published files; its public key has the SHA-256 {key_id(pem)[:12]}", None
 
 
 def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:
@@ -271,7 +271,7 @@ def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:
     gate = settings.gate
     policy = None if gate.policy is None else read_policy(gate.policy)
     if tasks is None:
-        raise NotChecked("what the gate may judge depends on the tasks, which could not be read")
+        raise NotChecked("which rules are possible depends on the tasks, which could not be read")
     check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
     if policy is None:
         return "ok", f"the gate judges {gate.metric}", None

@@ -97,7 +97,7 @@ def _licence(settings: Settings, seen: Preflight) -> PreflightResult:
         ),
     ]
     licence = found[0] or "; ".join(sorted({one for one in found if one})) or "unknown; check that you may train on it"
-    limits = ": no commercial use of the data, nor of what is trained on it" if "-nc" in licence else ""
+    limits = ": no commercial use of the data, nor of models that are trained on it" if "-nc" in licence else ""
     # A model that was looked at is here, or the hub answers.
     base = find_licence(settings.model.id, settings.model.revision, "model") if seen.model is not None else None
     return PreflightResult(
@@ -133,7 +133,7 @@ def _main_memory(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
     free = int(memory_model.MAIN_MEMORY_SHARE * available_bytes())
     what = memory_model.copies_in_main_memory(run.setup, run.processes_here)
     fits = need <= free
-    more = f"{size(free, ' ')} are safe to fill here{'' if fits else ', where a run would be refused'}"
+    more = f"{size(free, ' ')} can safely be used here{'' if fits else ', where a run would be refused'}"
     yield PreflightResult("main memory", "ok" if fits else "note", f"{what}; {more}")
 
 
@@ -143,7 +143,7 @@ def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
         if name.startswith(GGUF) and (found := run.format_bytes(name)) > MAX_FILE:
             what = f"{name} is one file of about {size(found, ' ')}, and the hub takes {size(MAX_FILE, ' ')}"
             yield PreflightResult(
-                "hub", "note", f"{what}; leave it out, take a smaller type, or push to JOB_EXPORT__OCI"
+                "hub", "note", f"{what}; leave it out, use a smaller type, or push to JOB_EXPORT__OCI"
             )
 
 

@@ -114,7 +114,7 @@ def preview_adapter(
         problems: As for `inspect`: what else of the settings this model excludes.
     """
     if model is None:
-        raise NotChecked("the model's files cannot be had")
+        raise NotChecked("the model's files cannot be fetched")
     how: dict[str, Any] = {"targets": targets, "rank": rank, "options": options, "problems": problems}
     config, empty = inspect(model.folder, max_length=max_length, **how)
     found = tuple(sorted(resolve_targets(empty, targets)))
@@ -140,7 +140,9 @@ def preview_adapter(
 def find_tokenizer(model: ModelFacts | None, added_tokens: Sequence[str] | None = None) -> Found[Any]:
     """The tokenizer beside the model, with new tokens."""
     if model is None:
-        raise NotChecked("the model's files cannot be had; tokens are estimated from characters where there is text")
+        raise NotChecked(
+            "the model's files cannot be fetched; tokens are estimated from characters where there is text"
+        )
     tokenizer = load_tokenizer(model.folder, added_tokens)
     return "ok", f"{len(tokenizer):,} tokens", tokenizer
 
@@ -218,7 +220,7 @@ def preview_judge(
     asked = ceil(len(question(found, "", "", "")) / CHARACTERS_PER_TOKEN)
     if is_server(judge):
         facts = AuxiliaryFacts(0, None, asked, served=True)
-        return "ok", f"{what}, which the plan does not ask; how long that takes is the server's matter", facts
+        return "ok", f"{what}, which the plan does not contact; its time is not forecast", facts
     with naming("JOB_EVAL__JUDGE"):
         place, held, download = _auxiliary_model(
             judge, revision, "judge", online=online, folder=folder, storage=storage
@@ -259,7 +261,7 @@ def _config(place: Path, source: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError([Problem("JOB_MODEL__ID", f"{source} has no config.json that can be read: {error}")]) from error
     if not isinstance(config, dict):
-        raise DataError([Problem("JOB_MODEL__ID", f"{source} has a config.json that holds no object")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} has a config.json that is not a JSON object")])
     return config
 
 

@@ -52,7 +52,7 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
     seconds = time.monotonic() - began
     what = f"{name}: wrote, read, listed and deleted"
     if conditional:
-        return "ok", f"{what}; conditional writes are honoured", seconds
+        return "ok", f"{what}; conditional writes work", seconds
     return (
         "note",
         f"{what}; no conditional writes, so two attempts that start at the same time may both run for a while",

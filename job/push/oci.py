@@ -77,7 +77,7 @@ class OciTarget:
             location = registry._get_location(started, container)  # noqa: SLF001 - oras makes it absolute
             if location:
                 registry.session.delete(location, timeout=_TIMEOUT, headers=_authorization(registry.auth))
-        return f"{self.reference}: the registry takes uploads"
+        return f"{self.reference}: the registry accepts uploads"
 
     def changes(self, content: PushContent) -> list[tuple[str, str, int]]:
         """(`new` or `same`, path, bytes) of every file: whether the registry has its layer."""
@@ -112,7 +112,10 @@ class OciTarget:
             content.alive()
             _put_manifest(registry, container, image.index, str(container.tag))
             if (found := _tagged(registry, container)) != image.index.digest:
-                raise Unreachable(f"{SETTING}: {self.reference} was moved to {found} by somebody else meanwhile")
+                raise Unreachable(
+                    f"{SETTING}: {self.reference} was moved to {found} by somebody else during the "
+                    "push; push the run again"
+                )
         return image.index.digest
 
     def _push_layer(self, registry: Any, container: Any, content: PushContent, group: Sequence[PushFile]) -> Blob:
@@ -247,7 +250,9 @@ def _upload(registry: Any, container: Any, blob: Blob, path: Path) -> None:
             answer: Any = error.response
             if answer.status_code not in _NO_CHUNKS:
                 raise
-            log.get_logger().info("the registry takes no chunks: uploading whole", status=answer.status_code)
+            log.get_logger().info(
+                "the registry does not accept chunks: uploading each file whole", status=answer.status_code
+            )
             _upload_whole(registry, container, blob, path)
     else:
         registry.upload_blob(str(path), container, blob.descriptor, do_chunked=False)
@@ -260,7 +265,7 @@ def _upload_whole(registry: Any, container: Any, blob: Blob, path: Path) -> None
     begun = registry.do_request(f"{registry.prefix}://{container.upload_blob_url()}", "POST", headers=_OCTETS)
     location = registry._get_location(begun, container)  # noqa: SLF001 - it knows the ways in which registries tell it
     if not location:
-        raise ValueError("the registry tells no address for the upload")
+        raise ValueError("the registry gives no address for the upload")
     with path.open("rb") as data:
         registry.do_request(append_url_params(location, {"digest": blob.digest}), "PUT", data=data, headers=_OCTETS)
 
@@ -309,7 +314,9 @@ def _translated(answer: Any, reference: str) -> JobError:
         codes = ", ".join(str(one.get("code")) for one in answer.json()["errors"])
     except (ValueError, KeyError, TypeError, AttributeError):
         codes = ""
-    known = {HTTPStatus.NOT_FOUND: "; is there such a repository? Some registries want it made first"}.get(status, "")
+    known = {HTTPStatus.NOT_FOUND: "; is there such a repository? some registries need it to be created first"}.get(
+        status, ""
+    )
     return SettingsError(
         [Problem(SETTING, f"{reference}: the registry refuses (HTTP {status}) {codes}{known}".strip())]
     )

@@ -11,7 +11,7 @@ from job.common.formatting import enumeration
 
 def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each kind of finding of the audit: what it is, in how many rows, where, and what became of the rows."""
-    found = dataset.get("audit") or {"checks": {}}
+    record = dataset.get("audit") or {"checks": {}}
     words = {"record": "kept", "skip": "left out", "error": "none"}
     return [
         {
@@ -24,7 +24,7 @@ def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
             "checked_by": check["checked_by"],
             "not_checked": check["not_checked"],
         }
-        for kind, check in found["checks"].items()
+        for kind, check in record["checks"].items()
     ]
 
 
@@ -47,24 +47,24 @@ def audit_safety(dataset: Mapping[str, Any]) -> str:
 
 def unsafe_answers(results: Mapping[str, Any]) -> str:
     """How many answers to the prompts are unsafe, in a sentence; empty where no classifier scored them."""
-    found = results["evaluation"].get("unsafe_answers")
-    if found is None:
+    counts = results["evaluation"].get("unsafe_answers")
+    if counts is None:
         return ""
     safety = results["dataset"]["audit"]["safety"]
     return (
-        f"By the classifier {safety['model']}, {found['base']:,} of the base's answers and {found['adapter']:,} of the "
-        f"adapter's are unsafe, with a probability of at least {safety['threshold']:g}."
+        f"By the classifier {safety['model']}, {counts['base']:,} of the base's answers and {counts['adapter']:,} of "
+        f"the adapter's are unsafe, with a probability of at least {safety['threshold']:g}."
     )
 
 
 def audit_sentence(dataset: Mapping[str, Any]) -> str:
     """What the audit found, in a sentence or two for the model card; empty for runs without one."""
     kinds = audit(dataset)
-    found = [f"{one['title'][0].lower()}{one['title'][1:]}: {one['rows']:,}" for one in kinds if one["rows"]]
-    missing = [one["kind"].replace("_", "-") for one in kinds if one["not_checked"]]
+    findings = [f"{kind['title'][0].lower()}{kind['title'][1:]}: {kind['rows']:,}" for kind in kinds if kind["rows"]]
+    missing = [kind["kind"].replace("_", "-") for kind in kinds if kind["not_checked"]]
     parts = []
     if kinds:
-        parts.append(f"The audit of the data found {'; '.join(found) or 'nothing'}.")
+        parts.append(f"The audit of the data found {'; '.join(findings) or 'nothing'}.")
     if missing:
         parts.append(f"It could not check {enumeration(missing)}.")
     return " ".join(parts)
@@ -78,12 +78,12 @@ def _plural(title: str) -> str:
 
 def _by_file(places: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Places such as `file:17`, one after the other of the same file as one: the file, and what comes after it."""
-    found: list[tuple[str, list[str]]] = []
+    files: list[tuple[str, list[str]]] = []
     for place in places:
         file, colon, number = place.rpartition(":")
         if not colon:
             file, number = place, ""
-        if not found or found[-1][0] != file:
-            found.append((file, []))
-        found[-1][1].append(number)
-    return found
+        if not files or files[-1][0] != file:
+            files.append((file, []))
+        files[-1][1].append(number)
+    return files

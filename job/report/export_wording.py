@@ -58,34 +58,35 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _about_export(export: Mapping[str, Any]) -> str:
     """What of a format is published, how it is quantized, and whether it was scored."""
     if export.get("not_made"):
-        return (
-            f"{export['format']} was asked for and is NOT published, since it could not be made: {export['not_made']}."
-        )
+        return f"{export['format']} was requested and is NOT published, since its export failed: {export['not_made']}."
     if is_adapter(export["format"]):
         return (
-            f"Published is {export['format']}: the files of the adapter with its numbers in {export['dtype']}, "
+            f"Published is {export['format']}: the files of the adapter with its weights in {export['dtype']}, "
             f"{size(export['bytes'], ' ')}, scored on the run's own base in {export['scored_in']}."
         )
-    held = export.get("quantization")
-    if held is None:
-        begin = "Published is" if export.get("published", True) else "Not published, but what the others are made from:"
+    quantization = export.get("quantization")
+    if quantization is None:
+        source = "Not published, but the source of the other formats:"
+        begin = "Published is" if export.get("published", True) else source
         what = f"{export['format']} onto {export['candidate']} weights, in {export['dtype']}"
         return f"{begin} {what}: {export['reason']}."
-    kept = held["kept"]
+    not_quantized = quantization["kept"]
     text = (
-        f"Published is {export['format']}, made from the merge onto {export['candidate']} weights: {held['scheme']} "
-        f"({held['method']}), {held['bits']:g} bits a weight, {size(export['bytes'], ' ')}, by {held['library']} "
-        f"{held['version']}; {count(held['layers'], 'layer')} quantized"
+        f"Published is {export['format']}, made from the merge onto {export['candidate']} weights: "
+        f"{quantization['scheme']} ({quantization['method']}), {quantization['bits']:g} bits a weight, "
+        f"{size(export['bytes'], ' ')}, by {quantization['library']} {quantization['version']}; "
+        f"{count(quantization['layers'], 'layer')} quantized"
     )
-    if kept:
-        text += f", not quantized: {', '.join(kept[:MAX_NAMES])}{' and others' if len(kept) > MAX_NAMES else ''}"
-    if of_gguf := held.get("gguf"):
+    if not_quantized:
+        others = " and others" if len(not_quantized) > MAX_NAMES else ""
+        text += f", not quantized: {', '.join(not_quantized[:MAX_NAMES])}{others}"
+    if of_gguf := quantization.get("gguf"):
         numbers = ", ".join(f"{number:,} in {name}" for name, number in of_gguf["types"].items())
         text += f", {of_gguf['bits_per_weight']:.2f} bits with all scales ({numbers})"
         if otherwise := of_gguf["tokenized_otherwise"]:
-            text += f"; llama.cpp tokenizes {count(len(otherwise), 'text')} of a test otherwise than the tokenizer"
-    if rows := held["calibration"]:
-        text += f"; calibrated on {count(rows['rows'], 'row')} of the training data"
+            text += f"; llama.cpp tokenizes {count(len(otherwise), 'text')} of a test differently from the tokenizer"
+    if calibration := quantization["calibration"]:
+        text += f"; calibrated on {count(calibration['rows'], 'row')} of the training data"
     if export.get("not_scored"):
         text += f". It was NOT scored: {export['not_scored']}"
     return f"{text}."
@@ -94,15 +95,13 @@ def _about_export(export: Mapping[str, Any]) -> str:
 def about_served(check: ServeCheck) -> str:
     """What a serve check found, in a sentence."""
     how = {"greedy": "its greedy answers"}.get(check.way, "its log-likelihoods")
-    text = (
-        f"Of {count(len(check.asked), 'question')}, {check.server} answers {check.alike} as the records say, by {how}"
-    )
+    text = f"Of {count(len(check.asked), 'question')}, {check.server} predicts {check.alike} as recorded, by {how}"
     if near := len(check.compared) - check.alike - len(check.different):
         text += f"; {near} differ in a near tie (below {NEAR} nats)"
     if check.different:
         text += f"; {len(check.different)} differ"
     if silent := len(check.asked) - len(check.compared):
-        text += f"; {count(silent, 'answer')} begin with no choice"
+        text += f"; {count(silent, 'answer')} do not begin with a choice"
     gaps = [one.difference for one in check.asked if one.difference is not None]
     if gaps:
         text += f"; log-likelihoods differ by at most {max(gaps):.3f} nats"

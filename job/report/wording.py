@@ -54,14 +54,14 @@ def scope(tasks: Mapping[str, Any]) -> str:
 
 def shots(evaluation: Mapping[str, Any]) -> str:
     """With how many examples in the prompt the questions were asked."""
-    found = {
+    shots_by_task = {
         name: task.get("num_fewshot", 0)
         for name, task in (*evaluation["tasks"].items(), *evaluation.get("measured", {}).items())
     }
-    if not any(found.values()):
+    if not any(shots_by_task.values()):
         return "without examples in the prompt"
     return "with " + enumeration(
-        [f"{count(number, 'example')} in the prompt of {name}" for name, number in found.items()]
+        [f"{count(number, 'example')} in the prompt of {name}" for name, number in shots_by_task.items()]
     )
 
 
@@ -72,14 +72,14 @@ def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     quantized base may be what quantization had cost.
     """
     tasks, original = results["evaluation"]["tasks"], original_tasks(results)
-    found: dict[tuple[str, str], list[str]] = {}
+    tasks_by_verdict: dict[tuple[str, str], list[str]] = {}
     for name, task in tasks.items():
         if name in original:
-            verdict, left = task["verdict"], original[name]["adapter_versus_original"]["acc"]["verdict"]
-            shown = "inconclusive" if verdict == "improved" != left else verdict
-            found.setdefault((shown, _SAYS_OF_BOTH[verdict, left]), []).append(name)
+            verdict, versus_original = task["verdict"], original[name]["adapter_versus_original"]["acc"]["verdict"]
+            shown = "inconclusive" if verdict == "improved" != versus_original else verdict
+            tasks_by_verdict.setdefault((shown, _SAYS_OF_BOTH[verdict, versus_original]), []).append(name)
         else:
-            found.setdefault((task["verdict"], _SAYS[task["verdict"]]), []).append(name)
+            tasks_by_verdict.setdefault((task["verdict"], _SAYS[task["verdict"]]), []).append(name)
     order = [*_SAYS_OF_BOTH.values(), *_SAYS.values()]
     base = _base(results)
 
@@ -88,7 +88,7 @@ def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     return [
         (verdict, sentence.format(base=base, tasks=named(names)))
-        for (verdict, sentence), names in sorted(found.items(), key=lambda item: order.index(item[0][1]))
+        for (verdict, sentence), names in sorted(tasks_by_verdict.items(), key=lambda item: order.index(item[0][1]))
     ]
 
 
@@ -112,34 +112,34 @@ def other_dtype_of_baseline(results: Mapping[str, Any]) -> str:
 
 def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[str]:
     """Sentences about the validation losses, and about the step that was chosen by them; none without validation."""
-    found, rows = training.get("validation"), dataset.get("validation")
-    if not found or not rows:
+    record, validation_rows = training.get("validation"), dataset.get("validation")
+    if not record or not validation_rows:
         return []
     losses = (
-        f"{figure(found['first_loss'])} before training, {figure(found['last_loss'])} after step {training['steps']}"
+        f"{figure(record['first_loss'])} before training, {figure(record['last_loss'])} after step {training['steps']}"
     )
-    lowest = f"lowest after step {found['best_step']} ({figure(found['best_loss'])})"
-    where = "held out of the training data" if rows["held_out"] else "of a source of their own"
-    unit = "" if found.get("preference") else ", in nats a token"
-    sentences = [f"Loss on {count(rows['rows'], 'validation row')} {where}{unit}: {losses}, {lowest}."]
-    if "rewards/accuracies" in found.get("preference", {}):
-        share = percent(found["preference"]["rewards/accuracies"])
-        sentences.append(f"By the adapter of step {found['kept_step']:,}, {share} of their pairs are ranked right.")
-    if found["stopped_early"]:
+    lowest = f"lowest after step {record['best_step']} ({figure(record['best_loss'])})"
+    where = "held out of the training data" if validation_rows["held_out"] else "of a source of their own"
+    unit = "" if record.get("preference") else ", in nats a token"
+    sentences = [f"Loss on {count(validation_rows['rows'], 'validation row')} {where}{unit}: {losses}, {lowest}."]
+    if "rewards/accuracies" in record.get("preference", {}):
+        share = percent(record["preference"]["rewards/accuracies"])
+        sentences.append(f"By the adapter of step {record['kept_step']:,}, {share} of their pairs are ranked right.")
+    if record["stopped_early"]:
         sentences.append(
-            f"Training stopped after step {training['steps']:,} of {found['planned_steps']:,}, when "
-            f"{count(found['stale'], 'validation')} in a row had not lowered the loss."
+            f"Training stopped after step {training['steps']:,} of {record['planned_steps']:,}, when "
+            f"{count(record['stale'], 'validation')} in a row had not lowered the loss."
         )
-    if found["keep"] == "best":
+    if record["keep"] == "best":
         what = (
-            f"that of step {found['kept_step']:,}"
-            if found["kept_step"]
+            f"that of step {record['kept_step']:,}"
+            if record["kept_step"]
             else "untrained, since no step lowered the loss"
         )
         sentences.append(f"The adapter is {what}, selected on validation; accuracy is reported on the test questions.")
-    elif found["stopped_early"]:
+    elif record["stopped_early"]:
         sentences.append("The adapter is that of the last step; accuracy is reported on the test questions.")
-    if overlap := rows["duplicates"] + rows["near_duplicates"]:
+    if overlap := validation_rows["duplicates"] + validation_rows["near_duplicates"]:
         sentences.append(f"{overlap:,} of the validation rows are near or exact copies of rows that were trained on.")
     return sentences
 
@@ -159,35 +159,35 @@ def quantization_cost(name: str, results: Mapping[str, Any]) -> list[str]:
         f"{quantization}; training {_change(gain, 'lost')}; the adapter is {_stands(left)}.",
     ]
     if gain["verdict"] == "improved" and left["verdict"] == "regressed":
-        sentences.append("Training won back a part of what quantization cost, and no more.")
+        sentences.append("Training regained only a part of what quantization cost.")
     if gain["verdict"] == "improved" and left["verdict"] == "inconclusive":
-        sentences.append("That training gained more than quantization cost is not shown.")
+        sentences.append("It is not shown that training gained more than quantization cost.")
     return sentences
 
 
-def _change(found: Mapping[str, Any], lost: str, unit: str = "") -> str:
+def _change(comparison: Mapping[str, Any], lost: str, unit: str = "") -> str:
     """`cost 4.84 points (3.33 to 6.38)`: a paired difference in words; `lost` is the word for a negative one."""
-    word = lost if found["delta"] < 0 else "gained" if found["delta"] else "changed accuracy by"
-    return f"{word} {_amount(found, unit=unit)}"
+    word = lost if comparison["delta"] < 0 else "gained" if comparison["delta"] else "changed accuracy by"
+    return f"{word} {_amount(comparison, unit=unit)}"
 
 
-def _stands(found: Mapping[str, Any]) -> str:
+def _stands(comparison: Mapping[str, Any]) -> str:
     """`2.95 points below the unquantized base (1.47 to 4.44)`."""
-    word = "below" if found["delta"] < 0 else "above" if found["delta"] else "from"
-    return _amount(found, after=f" {word} the unquantized base")
+    word = "below" if comparison["delta"] < 0 else "above" if comparison["delta"] else "from"
+    return _amount(comparison, after=f" {word} the unquantized base")
 
 
-def _amount(found: Mapping[str, Any], *, unit: str = "", after: str = "") -> str:
+def _amount(comparison: Mapping[str, Any], *, unit: str = "", after: str = "") -> str:
     """A paired difference in points without its sign, and its interval, whose bounds have signs where these differ.
 
     Of a negative difference the interval is negated too, so that it is about the same amount.
     """
-    low, high = found["ci95"]
-    if found["delta"] < 0:
+    low, high = comparison["ci95"]
+    if comparison["delta"] < 0:
         low, high = -high, -low
     bounds = " to ".join(points(bound).removeprefix("+" if low >= 0 else "") for bound in (low, high))
-    said = ", no difference shown" if found["verdict"] == "inconclusive" else ""
-    return f"{100 * abs(found['delta']):.2f} points{after} ({unit}{bounds}{said})"
+    remark = ", no difference shown" if comparison["verdict"] == "inconclusive" else ""
+    return f"{100 * abs(comparison['delta']):.2f} points{after} ({unit}{bounds}{remark})"
 
 
 def explanation(name: str, results: Mapping[str, Any]) -> list[str]:
@@ -197,10 +197,10 @@ def explanation(name: str, results: Mapping[str, Any]) -> list[str]:
     low, high = task["ci95"]
     holm = f" and Holm's correction for {tasks} tasks" if tasks > 1 else ""
     changed = (
-        "Not one question was answered right by only one of the two."
+        "No question was answered right by only one of the two."
         if not task["improved"] + task["regressed"]
-        else f"{count(task['improved'], 'question')} got better and {task['regressed']:,} worse; chance alone splits "
-        f"them as unevenly with p = {p_value(task['holm_p'])} (exact McNemar test{holm})."
+        else f"{count(task['improved'], 'question')} got better and {task['regressed']:,} worse; if both were "
+        f"equally good, a split at least as uneven would have p = {p_value(task['holm_p'])} (exact McNemar test{holm})."
     )
     scored = (
         f"Of {task['n']:,} questions of {name}, the {base} answers {percent(task['base']['acc'])} right and the "
@@ -224,7 +224,7 @@ def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
         return []
     rest = task["without_overlap"]
     if rest is None:
-        return ["Training rows have its questions in them, and fewer than two are left without these."]
+        return ["Training rows contain its questions, and fewer than two questions are left without these."]
     low, high = map(points, rest["ci95"])
     base = _base(results, "base model")
     what = {"improved": "better", "regressed": "worse"}.get(rest["verdict"], "no difference shown")
@@ -233,43 +233,43 @@ def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
         f"{percent(rest['adapter']['acc'])}: {points(rest['delta'])} percentage points (95 % interval "
         f"{low} to {high}, {what})."
     )
-    return [f"Training rows have {task['n'] - rest['n']:,} of these questions in them. Without these, {figures}"]
+    return [f"Training rows contain {task['n'] - rest['n']:,} of these questions. Without them, {figures}"]
 
 
 def near_ties(name: str, results: Mapping[str, Any]) -> list[str]:
     """A sentence on the questions that rounding may decide, by accuracy; none in manifests of older versions."""
-    found = results["evaluation"].get("near_ties")
-    if found is None:
+    near = results["evaluation"].get("near_ties")
+    if near is None:
         return []
-    task = found["tasks"][name]["acc"]
-    what = f"two likeliest choices at most {found['bound']:g} nats apart, which rounding in {found['dtype']} may decide"
+    task = near["tasks"][name]["acc"]
+    what = f"two likeliest choices at most {near['bound']:g} nats apart, which rounding in {near['dtype']} may decide"
     if not task["base"] + task["adapter"]:
         return [f"No question is a near tie ({what})."]
     low, high = (points(task[end]["delta"]) for end in ("lowest", "highest"))
     verdict = "holds" if task["holds"] else "would not hold"
     counts = f"{task['base']:,} of the base's answers and {task['adapter']:,} of the adapter's"
-    worst = f"the difference would lie between {low} and {high} points, and the verdict {verdict}"
-    return [f"Near ties ({what}) are {counts}: if all fell the worst way, {worst}."]
+    extremes = f"between {low} and {high} points; in the worst case the verdict {verdict}"
+    return [f"Near ties ({what}) are {counts}. Depending on them, the difference is {extremes}."]
 
 
 def principles(results: Mapping[str, Any]) -> str:
     """What the judge says of the answers, in sentences; empty where nothing was judged."""
-    found = results["evaluation"].get("principles")
-    if found is None:
+    judged = results["evaluation"].get("principles")
+    if judged is None:
         return ""
-    name = found["model"] + (f" ({found['served']})" if found["served"] else "")
-    said = (
-        f"The judge {name} compared the answers by {count(len(found['rules']), 'written rule')}, in both orders: it "
-        f"prefers the adapter's {found['adapter']:,} times, the base's {found['base']:,} times, and "
-        f"{count(found['ties'], 'pair')} {'is a tie' if found['ties'] == 1 else 'are ties'} ({found['same']:,} with "
-        f"the same text, {found['inconsistent']:,} judged by position, {found['undecided']:,} undecided)."
+    name = judged["model"] + (f" ({judged['served']})" if judged["served"] else "")
+    text = (
+        f"The judge {name} compared the answers by {count(len(judged['rules']), 'written rule')}, in both orders: it "
+        f"prefers the adapter's {judged['adapter']:,} times, the base's {judged['base']:,} times, and "
+        f"{count(judged['ties'], 'pair')} {'is a tie' if judged['ties'] == 1 else 'are ties'} ({judged['same']:,} with "
+        f"the same text, {judged['inconsistent']:,} judged by position, {judged['undecided']:,} undecided)."
     )
-    if found["p"] is None:
-        return f"{said} There is no preference to test."
-    low, high = (100 * end for end in found["ci95"])
-    word = {"inconclusive": "No preference is shown"}.get(verdict_words(found), verdict_words(found).capitalize())
-    share = f"of {found['adapter'] + found['base']:,} preferences {100 * found['share']:.0f} % are for the adapter"
-    return f"{said} {word}: {share} (95 % interval {low:.0f} % to {high:.0f} %, sign test p = {found['p']:.2g})."
+    if judged["p"] is None:
+        return f"{text} There is no preference to test."
+    low, high = (100 * end for end in judged["ci95"])
+    word = {"inconclusive": "No preference is shown"}.get(verdict_words(judged), verdict_words(judged).capitalize())
+    share = f"of {judged['adapter'] + judged['base']:,} preferences {100 * judged['share']:.0f} % are for the adapter"
+    return f"{text} {word}: {share} (95 % interval {low:.0f} % to {high:.0f} %, sign test p = {judged['p']:.2g})."
 
 
 def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -280,7 +280,7 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     the adapter with the base it was trained on.
     """
     task, original = results["evaluation"]["tasks"][name], original_tasks(results).get(name)
-    found = []
+    rows = []
     for metric in ("acc", "acc_norm"):
         comparison = of_metric(task, metric)
         if comparison is None:
@@ -298,7 +298,7 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 ("training", comparison),
                 ("both", original["adapter_versus_original"][metric]),
             ]
-        found.append(
+        rows.append(
             {
                 "metric": metric,
                 **{key: accuracy for key, _, accuracy in sides},
@@ -310,7 +310,7 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "comparison": comparison,
             }
         )
-    return found
+    return rows
 
 
 def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -56,8 +56,8 @@ def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
 
 
 def _run(run: PublishedRun) -> dict[str, Any]:
-    known = run.results["run"]
-    return {"run": run.id, "results": run.store.uri, "sha256": run.sha256, "finished": known["finished"]}
+    record = run.results["run"]
+    return {"run": run.id, "results": run.store.uri, "sha256": run.sha256, "finished": record["finished"]}
 
 
 def _training(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
     names = [name for name in samples[0] if name in samples[1]]
     both = [name for name in measured[0] if name in measured[1]]
     if not names and not both:
-        raise DataError([Problem("evaluation", f"runs {a.id} and {b.id} were asked no task in common")])
+        raise DataError([Problem("evaluation", f"runs {a.id} and {b.id} have no task in common")])
     wrong = []
     for name in names:
         one, two = (side[name] for side in samples)
@@ -109,7 +109,9 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
             wrong.append(Problem(name, f"the runs were asked other questions, {counts}"))
         elif one.scores.task_hash != two.scores.task_hash:
             hashes = " and ".join(side.scores.task_hash[:12] for side in (one, two))
-            wrong.append(Problem(name, f"the questions of the two runs read differently; their hashes are {hashes}"))
+            wrong.append(
+                Problem(name, f"the questions of the two runs have different texts; their hashes are {hashes}")
+            )
     if wrong:
         raise DataError(wrong)
     same = {
@@ -292,11 +294,15 @@ def judge_by_policy(compared: Mapping[str, Any], path: str) -> dict[str, Any]:
         SettingsError: It is no policy, or names a task, group or metric that not both runs have.
     """
     tasks, measured = compared["tasks"], compared["measured"]
-    known = {name: [f"{metric},none" for metric in CHOICES if of_metric(task, metric)] for name, task in tasks.items()}
+    metric_names = {
+        name: [f"{metric},none" for metric in CHOICES if of_metric(task, metric)] for name, task in tasks.items()
+    }
     policy = read_policy(path)
     others = {**measured, **compared.get("groups", {})}
-    groups = {name: found["tasks"] for name, found in compared.get("groups", {}).items()}
-    check_policy(policy, path, known | {name: list(found["metrics"]) for name, found in others.items()}, groups=groups)
+    groups = {name: group["tasks"] for name, group in compared.get("groups", {}).items()}
+    check_policy(
+        policy, path, metric_names | {name: list(group["metrics"]) for name, group in others.items()}, groups=groups
+    )
     judged = judge_policy(policy, {**tasks, **others})
     passed = passes(policy, judged)
     return {"policy": judged, "passed": passed, "reasons": [] if passed else reasons(judged)}

@@ -143,18 +143,18 @@ def read_status(
     """
     now = now or datetime.now(UTC)
     store = open_store(run_folder(where), storage)
-    found = _read(store, now, stalled_after)
-    if found.state != "not-started":
-        return found
+    status = _read(store, now, stalled_after)
+    if status.state != "not-started":
+        return status
     first = _read(open_store(f"{store.uri}/{FIRST_STAGE}".rstrip("/"), storage), now, stalled_after)
     if first.state == "finished":  # and the second has not begun
-        lasted = first.silent_seconds or 0.0
-        gone = lasted > (STALLED_SECONDS if stalled_after is None else stalled_after)
-        return replace(first, run=store.uri, first_stage=True, state="stalled" if gone else "running")
+        silent_seconds = first.silent_seconds or 0.0
+        is_stalled = silent_seconds > (STALLED_SECONDS if stalled_after is None else stalled_after)
+        return replace(first, run=store.uri, first_stage=True, state="stalled" if is_stalled else "running")
     if first.state != "not-started":
         return replace(first, run=store.uri, first_stage=True)
     _refuse_folder_of_runs(store)
-    return found
+    return status
 
 
 def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> RunStatus:
@@ -219,8 +219,8 @@ def _with_step(
 ) -> RunStatus:
     """Adds the last step, from the best source there is."""
     current = logged.get(status.attempt or 0)
-    known = next((n.training for one in logged.values() if (n := _noted(one)) and n.training), None)
-    total = None if known is None else known.total_steps
+    progress = next((n.training for one in logged.values() if (n := _noted(one)) and n.training), None)
+    total = None if progress is None else progress.total_steps
     if (trained := _trained(store, results)) is not None:
         return replace(status, step_from="training", **trained)
     training = None if current is None else _training(current)
@@ -270,14 +270,14 @@ def _parsed(store: ObjectStore, key: str, parse: Any, problems: list[Problem]) -
 
 def _logged(store: ObjectStore, numbers: list[int], problems: list[Problem]) -> dict[int, LoggedAttempt]:
     """By number, newest first, the records of attempts, as far back as there is something to learn from them."""
-    found: dict[int, LoggedAttempt] = {}
+    records: dict[int, LoggedAttempt] = {}
     for number in numbers:
         logged = _parsed(store, attempt_key(number), _parse_logged, problems)
         if logged is not None:
-            found[number] = logged
-        if len(found) > 1 and any(_training(one) for one in found.values()):
+            records[number] = logged
+        if len(records) > 1 and any(_training(record) for record in records.values()):
             break
-    return found
+    return records
 
 
 def _parse_logged(data: bytes) -> LoggedAttempt:
@@ -300,9 +300,9 @@ def _parse_lease(data: bytes) -> lease.LeaseRecord:
     Raises:
         ValueError: It is none, or it was altered.
     """
-    found = lease.parse(data)
-    _time(found.started)
-    return found
+    record = lease.parse(data)
+    _time(record.started)
+    return record
 
 
 def _noted(logged: LoggedAttempt) -> Noted:
@@ -342,9 +342,9 @@ def _last_end(logged: Mapping[int, LoggedAttempt], newest: int) -> AttemptEnd | 
 
 def _why_killed(logged: Mapping[int, LoggedAttempt], number: int) -> str | None:
     """What the next attempt found out, which could compare the kernel's counts; else what the record itself says."""
-    after = logged.get(number + 1)
-    told = None if after is None or after.noted is None else after.noted.before
-    return told or why_killed(logged[number])
+    next_attempt = logged.get(number + 1)
+    reason = None if next_attempt is None or next_attempt.noted is None else next_attempt.noted.before
+    return reason or why_killed(logged[number])
 
 
 def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | None:
@@ -356,10 +356,10 @@ def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | No
         artifacts = [Artifact(**entry) for entry in results["artifacts"]]
         _gate(results)
     except (KeyError, TypeError) as error:
-        problems.append(Problem(f"{store.uri}/{RESULTS}", f"is no manifest of this job: {error}"))
+        problems.append(Problem(f"{store.uri}/{RESULTS}", f"is not a manifest of this job: {error}"))
         return None
     if gone := missing(store, artifacts):
-        what = f"{count(len(gone), 'published file')} missing, or not of the size in {RESULTS}, such as {gone[0]}"
+        what = f"{count(len(gone), 'published file')} missing, or of another size than in {RESULTS}, such as {gone[0]}"
         problems.append(Problem(f"{store.uri}/{ARTIFACTS}", what))
     return results
 
@@ -375,8 +375,8 @@ def _checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]
 
 
 def _stages_done(store: ObjectStore) -> tuple[str, ...]:
-    there = {info.key for info in store.list(STAGES)}
-    return tuple(stage.value for stage in Stage if stage_key(stage) in there)
+    keys = {info.key for info in store.list(STAGES)}
+    return tuple(stage.value for stage in Stage if stage_key(stage) in keys)
 
 
 def _refuse_folder_of_runs(store: ObjectStore) -> None:
@@ -384,7 +384,7 @@ def _refuse_folder_of_runs(store: ObjectStore) -> None:
     for info in islice(store.list(), _LOOKED_AT):
         folder, _, rest = info.key.partition("/")
         if rest in {RESULTS, LEASE} or attempt_number(rest) is not None:
-            what = f"holds runs, and is none itself; give one of them, such as {store.uri}/{folder}"
+            what = f"contains runs, but is not a run itself; give one of them, such as {store.uri}/{folder}"
             raise SettingsError([Problem(store.uri, what)])
 
 

@@ -30,7 +30,7 @@ def headline(status: RunStatus) -> str:
         case "running":
             words = "running"
         case "preempted":
-            words = "preempted, waiting for a next attempt"
+            words = "preempted, waiting for the next attempt"
         case "stalled":
             words = (
                 "stalled (no sign of life)" if silent is None else f"stalled (no sign of life for {duration(silent)})"
@@ -40,14 +40,14 @@ def headline(status: RunStatus) -> str:
             words = "finished" + {None: "", True: ", gate met", False: ", gate not met"}[status.gate]
         case "failed" if end is not None and end.exit_code is not None:
             retry = exit_codes().get(end.exit_code, (None, "no"))[1]
-            then = "a next attempt needs a correction" if retry == "no" else "a next attempt resumes the run"
+            then = "correct the cause before the next attempt" if retry == "no" else "the next attempt resumes the run"
             words = f"failed with code {end.exit_code} ({end.meaning}); {then}"
         case "failed":
             words = "failed (the version of the job that ran it did not record the exit code)"
         case "not-started":
-            words = "not started, or no run: there is no record of an attempt"
+            words = "not started, or not a run: there is no record of an attempt"
         case "damaged":
-            words = "damaged: the results are not whole; start the run again, and it makes them whole"
+            words = "damaged: files of the results are missing or damaged; start the run again to repair it"
     part = "first stage (sft) of two: " if status.first_stage else ""
     return f"{part}{words}".replace("\N{NO-BREAK SPACE}", " ")
 
@@ -105,7 +105,7 @@ def _step(status: RunStatus) -> str:
 
 def _end(end: AttemptEnd) -> str:
     if end.outcome == "killed":
-        words = "killed without notice, or replaced by a later attempt: it recorded no end"
+        words = "killed without notice, or replaced by a later attempt: its end was not recorded"
         return words if end.why is None else f"{words}; {end.why}"
     code = "" if end.exit_code is None else f" with code {end.exit_code} ({end.meaning})"
     return f"{end.outcome}{code}" + ("" if end.why is None else f": {end.why}")

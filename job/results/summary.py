@@ -37,7 +37,7 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         lines.append(f"verdict{against}: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
         if rest := task.get("without_overlap"):
             figures = f"{100 * rest['delta']:+.2f} points on the other {rest['n']:,}, {rest['verdict']}{against}"
-            lines.append(f"training rows have {task['n'] - rest['n']:,} of these questions in them: {figures}")
+            lines.append(f"training rows contain {task['n'] - rest['n']:,} of these questions: {figures}")
     for name, found in results["evaluation"].get("measured", {}).items():
         start = f"{name}, {found['n']:,} questions"
         lines += [f"{start}: {measured_line(metric, one, against)}" for metric, one in found["metrics"].items()]
@@ -123,7 +123,7 @@ def measured_line(name: str, found: Mapping[str, Any], against: str = "") -> str
 def _export_line(export: Mapping[str, Any]) -> str:
     """The accuracies of an exported format's candidates, and which one is published."""
     if export.get("not_made"):
-        return f"{export['format']}: not published, since it could not be made: {export['not_made']}"
+        return f"{export['format']}: not published, since its export failed: {export['not_made']}"
     if export.get("not_scored"):
         return f"{export['format']}: published, not scored: {export['not_scored']}"
     if is_adapter(export["format"]):
@@ -139,8 +139,8 @@ def _export_line(export: Mapping[str, Any]) -> str:
         for candidate, tasks in export["candidates"].items()
         for task, one in tasks.items()
     ]
-    chosen = "published" if export.get("published", True) else "not published, but what other formats are made from"
-    return f"{export['format']}: {'; '.join(found)}; {chosen}: {export['candidate']} ({export['reason']})"
+    outcome = "published" if export.get("published", True) else "not published, but the source of other formats"
+    return f"{export['format']}: {'; '.join(found)}; {outcome}: {export['candidate']} ({export['reason']})"
 
 
 def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:

@@ -143,7 +143,7 @@ class Attempt:
 
     def _pause(self) -> None:
         if seconds := idle_pause(self.idle_before):
-            what = "the attempts before made no progress: waiting before this one begins"
+            what = "the previous attempts made no progress: waiting before this one begins"
             log.get_logger().info(what, seconds=seconds)
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
@@ -284,7 +284,7 @@ class Attempt:
             return None
         own = fingerprint(self.settings, found) if isinstance(found, Pulled) else self.run
         if run not in {None, "", own} and own is not None:
-            log.get_logger().warning("record is ignored: it is of a run with other settings or data", stage=name)
+            log.get_logger().warning("record is ignored: it belongs to a run with other settings or data", stage=name)
             return None
         return found
 
@@ -298,7 +298,7 @@ class Attempt:
             gone = missing(self.store, artifacts) or self.damaged(artifacts)
             if not gone:
                 return adapter.dump_json(found).decode()
-            what = "stage is done again, not all that it published is there"
+            what = "stage is done again: files that it published are missing"
             log.get_logger().warning(what, stage=name, gone=gone)
         for later in BUILT_ON.get(name, ()):
             delete_in_turn(self.store, stage_key(later))
@@ -403,7 +403,7 @@ def published_once(attempt: Attempt, name: str, kind: type[FirstValues | Referen
     except DataError as error:
         log.get_logger().warning(f"{what} are computed again", why=str(error))
         return ""
-    log.get_logger().info(f"{what} are known from an earlier attempt")
+    log.get_logger().info(f"{what} of an earlier attempt are used again")
     return json.dumps(asdict(record.artifacts[0]))
 
 

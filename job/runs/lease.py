@@ -111,7 +111,9 @@ class Lease:
                 else:
                     self._record = record
                     return
-            raise Unreachable(f"{self._store.uri}/{LEASE} could not be renewed in {_TRIES} tries")
+            raise Unreachable(
+                f"{self._store.uri}/{LEASE} could not be renewed in {_TRIES} tries; the next attempt resumes the run"
+            )
 
     def check(self) -> None:
         """Like `confirm`, but only reads: cheaper, but the lease may be lost right after the answer.
@@ -134,10 +136,10 @@ class Lease:
         try:
             now, tag = _read_again(self._store)
         except ValueError as error:
-            what = f"this attempt's lease cannot be read ({first_error(error)}); the next attempt goes on from here"
+            what = f"this attempt's lease cannot be read ({first_error(error)}); the next attempt resumes the run"
             raise Unreachable(f"{self._store.uri}/{LEASE}: {what}") from None
         if now is None:
-            raise Unreachable(f"{self._store.uri}/{LEASE} was removed; the next attempt goes on from here")
+            raise Unreachable(f"{self._store.uri}/{LEASE} was removed; the next attempt resumes the run")
         if self._record.same_holder(now):
             self._record, self._tag = now, tag
         else:
@@ -163,7 +165,7 @@ def take(store: ObjectStore, holder: str) -> Lease:
     conditional = store.conditional_writes()
     if not conditional:
         get_logger().warning(
-            "this store has no conditional writes: if two attempts of this run start in the same moment, both may "
+            "this store has no conditional writes: if two attempts of this run start at the same time, both may "
             "publish until one of them notices; let your scheduler run one attempt at a time",
             store=store.uri,
         )
@@ -188,10 +190,13 @@ def take(store: ObjectStore, holder: str) -> Lease:
                 continue
             else:
                 winner = f"attempt {found.epoch} ({found.holder})" if found else "somebody who removed the lease"
-                raise Replaced(f"{store.uri}: {winner} started at the same time and was faster") from None
+                raise Replaced(f"{store.uri}: {winner} started at the same time and took the run's lease") from None
         get_logger().info("this attempt owns the run", epoch=record.epoch, replaces=before and before.holder)
         return Lease(store, record, written, conditional=conditional)
-    raise Unreachable(f"{store.uri}/{LEASE}: its holder renews it faster than it can be taken over; try again")
+    raise Unreachable(
+        f"{store.uri}/{LEASE}: another attempt renews its lease faster than it can be taken over; end "
+        "that attempt, or try again"
+    )
 
 
 def attempt_numbers(store: ObjectStore) -> list[int]:
@@ -236,7 +241,7 @@ def _read_or_refuse(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
     try:
         return _read_again(store)
     except ValueError:
-        problem = "is no lease; if no attempt of this run is going on, remove it"
+        problem = "is not a valid lease; if no attempt of this run is running, remove it"
         raise DataError([Problem(f"{store.uri}/{LEASE}", problem)]) from None
 
 

@@ -57,13 +57,13 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
         by_check = {derived_format(name)[0].check_files: name for name in names}  # once for all types of a format
         for of_files, name in by_check.items():
             if why := of_files(original, attempt.alive):
-                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out"))
+                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; remove it"))
     if problems:
         raise SettingsError(problems)
     for name in names if options.hub else ():
         if name.startswith(GGUF) and sizes[name] > MAX_FILE:
             log.get_logger().warning(
-                "the hub may refuse so large a file",
+                "the hub may refuse a file of this size",
                 export=name,
                 bytes=sizes[name],
                 most=MAX_FILE,
@@ -105,7 +105,7 @@ def check_gpu_memory(device: Any, merged_bytes: int) -> None:
     if (total := gpu_bytes(device)) < merged_bytes:
         raise Unreachable(
             f"the merged model takes {size(merged_bytes, ' ')} of the GPU's memory to be scored, which has "
-            f"{size(total, ' ')}; take a larger GPU, or leave JOB_EXPORT__FORMATS empty and merge on another machine"
+            f"{size(total, ' ')}; use a larger GPU, or leave JOB_EXPORT__FORMATS empty and merge on another machine"
         )
 
 
@@ -142,5 +142,5 @@ def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> No
     if (free := available_bytes() + held) < need:
         raise Unreachable(
             f"JOB_EXPORT__FORMATS: {name} takes {size(need, ' ')} of this machine's memory, and {size(free, ' ')} are "
-            "free; give the machine or the pod more, or leave it out"
+            "free; give the machine or the pod more memory, or remove the format"
         )

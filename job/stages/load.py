@@ -176,8 +176,8 @@ def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
     if began is None or began.quantized_experts == loaded.quantized_experts:
         return
     before, now = ("in 4 bits" if one.quantized_experts else "in 16 bits" for one in (began, loaded))
-    what = f"is a mixture whose experts this version of the job holds {now}, and the version that began this run held"
-    what = f"{what} {before}; go on with that version, or give another JOB_RUN__ID for a new run"
+    what = f"is a mixture whose experts this version of the job keeps {now}, but the version that began this run kept"
+    what = f"{what} {before}; use that version, or another JOB_RUN__ID for a new run"
     raise SettingsError([Problem("JOB_MODEL__ID", what)])
 
 
@@ -212,6 +212,8 @@ def _packing(
             losses=losses_of(model),
         )
     if found.packed and not all(processes.gather("packing", found.packed)):
-        found = Packing(packed=False, reason="another process of the run finds that packed sequences come out wrong")
+        found = Packing(
+            packed=False, reason="another process of the run finds that packed sequences give wrong results"
+        )
         use(model.get_base_model(), PLAIN)
     return found

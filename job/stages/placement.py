@@ -123,9 +123,9 @@ def _too_little_main_memory(asked: str, setup: Setup | None, processes: int, ava
     if setup is None or asked != "host" or packed_bytes(setup) * processes <= free:
         return
     copies = copies_in_main_memory(setup, processes)
-    left = f"of {size(available, ' ')} that this machine or its container has left"
-    short = f"{left}, {size(free, ' ')} are safe to fill"
-    fix = "take gpu, fewer processes (JOB_RUN__PROCESSES), or a machine or container with more memory"
+    left = f"of {size(available, ' ')} that are left on this machine or in its container"
+    short = f"{left}, {size(free, ' ')} can safely be used"
+    fix = "use gpu, fewer processes (JOB_RUN__PROCESSES), or a machine or container with more memory"
     yield Problem("JOB_MODEL__PLACEMENT", f"is host, and {copies}; {short}; {fix}")
 
 
@@ -171,7 +171,7 @@ def _fastest_that_fits(
     if placement == "gpu":
         return placement, ""
     need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
-    return placement, f"with the base on the GPU the run would need {need}, and {usable} are safe to fill"
+    return placement, f"with the base on the GPU the run would need {need}, and {usable} can safely be used"
 
 
 def divides_over(setup: Setup, train: Train) -> int:

@@ -88,11 +88,11 @@ def check_judge(options: Eval, judge: FoundJudge, alive: Callable[[], None]) -> 
         return
     server = _served(options, judge, seconds=CHECK_SECONDS)
     if server.key is not None and not is_encrypted(server.url):
-        log.get_logger().warning("JOB_EVAL__JUDGE_KEY goes to the judge unencrypted; give an https address")
+        log.get_logger().warning("JOB_EVAL__JUDGE_KEY is sent to the judge unencrypted; use an https:// address")
     try:
         server.check(alive)
     except Unreachable as error:
-        log.get_logger().warning("the judge does not answer yet; it is asked after training", why=str(error))
+        log.get_logger().warning("the judge does not answer now; it is asked again after training", why=str(error))
 
 
 def judge_sha256(record: JudgeRecord) -> str:

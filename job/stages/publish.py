@@ -239,7 +239,7 @@ def _published(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifac
         raise
     except Exception as error:  # noqa: BLE001 - see publish_report_and_card
         log.get_logger().error(
-            "report or model card cannot be rendered; the results are published without it",
+            "report or model card cannot be written; the results are published without it",
             document=key,
             exc_info=error,
         )

@@ -359,7 +359,10 @@ def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOpt
         data = data.model_copy(update={"safety_revision": audit.safety.revision or data.safety_revision})
     found: SafetyModel = _wait(attempt, in_thread(lambda: find_safety_model(data, source, place), "safety model"))
     if earlier is not None and earlier.safety_sha256 != found.record.sha256:  # before it scores anything
-        what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+        what = (
+            "its content has changed since the first attempt of this run; restore it, or start a new run "
+            "with another JOB_RUN__ID"
+        )
         raise DataError([Problem("JOB_DATA__SAFETY_MODEL", what)])
     return found
 

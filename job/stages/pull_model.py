@@ -151,7 +151,15 @@ def fetch_original(attempt: Attempt, source: str, storage: StorageOptions, recor
     else:
         folder, _ = download_model(source, record.model_revision)
     if fingerprint(folder) != record.model_sha256:
-        raise DataError([Problem("JOB_MODEL__ID", f"{source} is not what this run began with: its files have changed")])
+        raise DataError(
+            [
+                Problem(
+                    "JOB_MODEL__ID",
+                    f"{source} has changed since this run began; restore its files, or start a new "
+                    "run with another JOB_RUN__ID",
+                )
+            ]
+        )
     return folder
 
 

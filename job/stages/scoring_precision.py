@@ -110,7 +110,7 @@ def _too_large(sources: Sources, loaded: Loaded, batch_tokens: int, gigabytes: f
     with adapter_off(loaded.model):
         for part in plan_sequences(asked, batch_tokens):
             if not finite(score_sequence(loaded.model, asked[part.start : part.stop], half)):
-                return "the base computes numbers that are too large for fp16"
+                return "activations of the base are too large for fp16"
     return ""
 
 

@@ -182,7 +182,7 @@ def _restore(attempt: Attempt, software: dict[str, str]) -> manager.Restored:
 
     found = adapter_of(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
     if len(set(steps := processes.gather("restored step", found.step))) > 1:
-        raise Unreachable(f"the machines found different checkpoints whole: of the steps {steps}; start the run again")
+        raise Unreachable(f"the machines see different valid checkpoints, of steps {steps}; start the run again")
     return found
 
 

@@ -136,7 +136,7 @@ class ObjectStore(Protocol):
         """Removes an object, if there is one. Raises `Conflict`."""
 
     def conditional_writes(self) -> bool:
-        """Tries whether conditional writes are honoured; a JobError if nothing can be written or deleted at all."""
+        """Tries whether conditional writes work; a JobError if nothing can be written or deleted at all."""
 
 
 CHANGES = ("write", "upload", "delete")
@@ -292,7 +292,7 @@ def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) ->
             return store.write(key, data, if_absent=tag is None, if_tag=tag)
         except Conflict:
             tag = store.tag(key)
-    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
 
 
 def upload_in_turn(store: ObjectStore, path: Path, key: str) -> None:
@@ -309,7 +309,7 @@ def upload_in_turn(store: ObjectStore, path: Path, key: str) -> None:
         with suppress(Conflict):
             store.upload(path, key, if_absent=tag is None, if_tag=tag)
             return
-    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
 
 
 def delete_in_turn(store: ObjectStore, key: str) -> None:
@@ -324,7 +324,7 @@ def delete_in_turn(store: ObjectStore, key: str) -> None:
         with suppress(Conflict):
             store.delete(key, if_tag=tag)
             return
-    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
 
 
 def attempts(pauses: int | None = None) -> Iterator[None]:

@@ -185,7 +185,7 @@ class LocalStore:
     def _path(self, key: str) -> Path:
         path = self._root / key
         if Path(os.path.realpath(path)) != path or path.is_symlink():  # a link to itself resolves to itself
-            raise AccessDenied(f"{self.uri}: {key} leads through a symbolic link; use the place it points to as root")
+            raise AccessDenied(f"{self.uri}: {key} is below a symbolic link; use the folder that it points to")
         return path
 
     def _open(self, key: str) -> BufferedReader | None:
@@ -291,7 +291,7 @@ class LocalStore:
             elif now - since > _STUCK_SECONDS:
                 (hidden / f"{LOCK}-{_lock_number(path) + 1}").touch()
             if now > deadline:
-                raise Unreachable(f"{path} was held by another process for {self._timeout:g} s")
+                raise Unreachable(f"{path} was locked by another process for {self._timeout:g} s")
             time.sleep(_POLL_SECONDS)
 
 

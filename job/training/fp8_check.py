@@ -31,7 +31,7 @@ def require_fp8(device: Any) -> None:
     else:
         why = fp8.why_not_here(device)
     if why is not None:
-        what = f"is fp8, which cannot be computed here: {why}; remove it, or take a GPU that has FP8"
+        what = f"is fp8, which cannot be computed here: {why}; remove it, or use a GPU with FP8"
         raise SettingsError([Problem(SETTING, what)])
 
 
@@ -46,10 +46,13 @@ def require_fp8_model(setup: Setup | None, dtype: str | None) -> None:
         SettingsError: The dtype is not bf16, or the model is a mixture of experts.
     """
     if dtype not in {None, "bfloat16"}:
-        what = f"is fp8, which needs bf16 for all else, and the compute dtype is {dtype}; set JOB_MODEL__DTYPE=bf16"
+        what = (
+            f"is fp8, which needs bf16 for all other operations, but the compute dtype is {dtype}; set "
+            "JOB_MODEL__DTYPE=bf16"
+        )
         raise SettingsError([Problem(SETTING, what)])
     if setup is not None and setup.architecture.experts:
-        raise SettingsError([Problem(SETTING, "is fp8, in which a mixture's experts are not computed; remove it")])
+        raise SettingsError([Problem(SETTING, "is fp8, which does not support a mixture's experts; remove it")])
 
 
 def require_fp8_layers(setup: Setup | None, slow: str | None) -> None:

@@ -35,9 +35,9 @@ def why_not_fused(model: Any) -> str | None:
     device, dtype = model.device.type, dtype_name(model)
     lowest = {"bfloat16": AMPERE, "float16": VOLTA}
     if not is_packed(model.get_base_model()):
-        return "examples go through the model one at a time"
+        return "examples are computed one at a time"
     if device != "cuda":
-        return "a CPU trains by PEFT's own layers"
+        return "on a CPU PEFT's own layers are used"
     if dtype not in lowest:
         return f"the compute dtype is {dtype}; fused layers need bf16 or fp16 (JOB_MODEL__DTYPE)"
     if (found := compute_capability()) < lowest[dtype]:
@@ -68,8 +68,8 @@ def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
         fast = kernels.triton()
     except ImportError:
         if device.type == "cuda":
-            what = "Triton is not installed, and torch's own operations take its place, which is slower"
-            log.get_logger().warning(what, change="pip install triton, which torch for GPUs brings with it on Linux")
+            what = "Triton is not installed; torch's own operations are used, which is slower"
+            log.get_logger().warning(what, change="pip install triton (on Linux it is a dependency of torch for GPUs)")
         return kernels.TORCH, "torch"
     try:
         # Only a launch shows whether Triton can use the driver: it compiles and loads a C library then.
@@ -77,8 +77,10 @@ def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
         fast.swiglu(probe, probe).sum().item()
     except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler or the loader raises
         why = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
-        what = "Triton cannot run here, and torch's own operations take its place, which is slower"
-        change = "take the project's image, or install gcc and Python's headers (python3-dev), by which Triton compiles"
+        what = "Triton cannot run here; torch's own operations are used, which is slower"
+        change = (
+            "use the project's image, or install gcc and Python's headers (python3-dev), which Triton needs to compile"
+        )
         log.get_logger().warning(what, why=why, change=change)
         return kernels.TORCH, "torch"
     return fast, "triton"

@@ -58,7 +58,7 @@ class Logits:
 def logits_of(base: Any) -> Logits:
     """What a causal language model of a known family does to its head's outputs."""
     if (family := fused_decoder.family_of(base)) is None:
-        raise ValueError(f"the head of {type(base).__name__} is not known")
+        raise ValueError(f"the output layer of {type(base).__name__} is not known")
     config = base.config.get_text_config(decoder=True)
     return Logits(
         scale=1 / config.logits_scaling if family.divides_logits else 1.0,
@@ -99,7 +99,7 @@ def summed_head(
             `packing.packed_inputs` makes them, and what TRL adds (`use_cache=False`).
     """
     if not fused_lm_head:
-        raise ValueError("this head forms no logits")
+        raise ValueError("this output layer does not compute logits")
     hidden = fused_decoder.decoder_of(base)(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
     following = labels[0, 1:]
     learned = (following != IGNORED).nonzero()[:, 0]
@@ -202,7 +202,7 @@ def selected_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **inp
     from trl.kernels import ChunkedLogProbFunction
 
     if not fused_lm_head:
-        raise ValueError("this head forms no logits")
+        raise ValueError("this output layer does not compute logits")
     hidden = fused_decoder.decoder_of(base)(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
     following = labels[0, 1:]
     learned = (following != IGNORED).nonzero()[:, 0]

@@ -105,7 +105,7 @@ def fp8_problems(architecture: Architecture, named: Sequence[str]) -> Iterator[P
     from job.model.fused.fp8 import MULTIPLE
 
     if architecture.experts:
-        yield Problem(COMPUTE, "is fp8, in which a mixture's experts are not computed; remove it")
+        yield Problem(COMPUTE, "is fp8, which does not support a mixture's experts; remove it")
     odd = ", ".join(
         f"{name} of {inputs} x {outputs}"
         for name, (inputs, outputs) in architecture.linear.items()

@@ -151,7 +151,7 @@ def prepare(
             log.get_logger().info("execution plan", micro_batch_tokens=budget, **asdict(plan))
             _note_unused(plan, lengths, offload=offload)
             return plan
-        slow = "this adapter's PEFT layers are of a kind that the job does not fuse"
+        slow = "this adapter's PEFT layers are of a kind for which there are no fused layers"
         if compute == FP8:
             require_fp8_layers(setup, slow)
     _note_unused(None, lengths, offload=offload)

@@ -88,7 +88,7 @@ def check_checkpoints(
         if marker.step > steps:
             differences.append(Difference(place, f"a step up to {steps}", f"step {marker.step}"))
         if marker.epoch < epoch or marker.epoch not in attempts:
-            claimed = f"an attempt of the manifest from {epoch} up"
+            claimed = f"an attempt of the manifest from {epoch} on"
             differences.append(Difference(place, claimed, f"attempt {marker.epoch}"))
         epoch = marker.epoch
         differences += _metrics_differ(marker, copies)

@@ -128,10 +128,10 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     gate, tasks = results["gate"], results["evaluation"]["tasks"]
     against, on = gate["baseline"], gate.get("on", "adapter")
     thresholds = {name: gate[name] for name in ("metric", "min_delta", "max_regression")}
-    asked = {**thresholds, "baseline": against and against["results"], "on": on}
-    settings = {name: results["settings"].get(f"gate.{name}", {}).get("value") for name in asked}
+    claimed = {**thresholds, "baseline": against and against["results"], "on": on}
+    settings = {name: results["settings"].get(f"gate.{name}", {}).get("value") for name in claimed}
     settings["on"] = settings["on"] or "adapter"  # which versions without this setting judged
-    differences = list(find_differences(f"{RESULTS} gate", asked, settings))
+    differences = list(find_differences(f"{RESULTS} gate", claimed, settings))
     side = _judged_side(results, on)
     if side is None:
         differences.append(Difference(f"{RESULTS} gate.on", show(on), "no export of this format"))

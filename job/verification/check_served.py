@@ -39,7 +39,9 @@ def check_served(
             continue
         differences += _differences(key, found, results, copies)
         says = "holds" if found.holds else "differs"
-        notes.append(f"{found.format} by {found.server}: {says}, {found.alike} of {len(found.compared)} alike")
+        notes.append(
+            f"{found.format} by {found.server}: {says}, {found.alike} of {len(found.compared)} predictions as recorded"
+        )
     return CheckResult("served", count(len(keys), "record"), tuple(differences), tuple(notes))
 
 

@@ -45,7 +45,11 @@ def check_signature(
         if key is not None:
             raise
         return CheckResult("signature", "not checked", (), tuple(str(problem) for problem in error.problems))
-    notes = () if key else ("by the key in the manifest, which anybody can put there: give the signer's with --key",)
+    notes = (
+        ()
+        if key
+        else ("by the key in the manifest, which anybody could have written: give the signer's key with --key",)
+    )
     return CheckResult("signature", f"by key {key_id(asked)[:12]}", tuple(differences), notes)
 
 

@@ -92,7 +92,7 @@ def verify(
     run = fingerprint_of(copies)
     attempts, sealed = check_attempts(results, copies, store, listed, run)
     pushes, served = (check(results, store, listed, copies) for check in (check_pushes, check_served))
-    known = {
+    expected_keys = {
         RESULTS,
         *sealed,
         *([SIGNATURE] if results.get("signing") else []),
@@ -103,8 +103,8 @@ def verify(
         *(_out_of_place(claim) for claim in own if not claim.path.startswith(ARTIFACTS)),
         *(_out_of_place(claim) for claim in kept if not is_evidence(claim.path, last)),
     ]
-    late = check_checkpoints.late_markers(store, listed.keys() - known, run, last)
-    unknown, leftovers = _unclaimed(listed, known, {marker.folder for marker in found}, late)
+    late = check_checkpoints.late_markers(store, listed.keys() - expected_keys, run, last)
+    unknown, leftovers = _unclaimed(listed, expected_keys, {marker.folder for marker in found}, late)
     return [
         CheckResult("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
         CheckResult("artifacts", _extent(own), tuple(wrong)),
@@ -176,7 +176,7 @@ def _unclaimed(
         if key in known:
             continue
         if key in late:
-            leftovers.append(f"{key} was written by an attempt that stood still; nothing reads it")
+            leftovers.append(f"{key} was written by an attempt that had been replaced; nothing reads it")
         elif is_key(key) and is_leftover(key) and not key.startswith(tuple(whole)):
             leftovers.append(f"{key} was left behind by an attempt that was killed; nothing reads it")
         else:

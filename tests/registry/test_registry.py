@@ -95,7 +95,7 @@ def test_docker_finds_the_files_of_the_run(run: LocalStore, tmp_path: Path) -> N
     """Pulled by Docker Engine and copied out of a container: the same files, with modes that everybody may read."""
     with registry(tmp_path / "registry") as address:
         reference = f"{address}/lab/model:first"
-        assert "takes uploads" in check_targets([OciTarget(reference)])["JOB_EXPORT__OCI"]
+        assert "accepts uploads" in check_targets([OciTarget(reference)])["JOB_EXPORT__OCI"]
         digest = push(run, reference)
         require_verified(verify(run, tmp_path))
         body, headers = asked(address, "lab/model/manifests/first")

@@ -264,7 +264,7 @@ def why_not_adapted(model: Any) -> str:
     if not modules:
         return "has no experts that transformers holds in one tensor for each layer"
     if not all(fits(module) for module in modules):
-        return "has experts that the job does not compute: with biases, with norms of their own, or without a gate"
+        return "has experts that the job does not support: with biases, with norms of their own, or without a gate"
     return ""
 
 

@@ -210,7 +210,7 @@ def _why_not_attend(operations: Operations, heads: HeadSizes, device: torch.devi
         except Exception as problem:  # noqa: BLE001 - whatever Triton, its compiler or the driver raises
             return " ".join(f"{type(problem).__name__}: {problem}".split())[:_LONGEST_REASON]
         if not error < _LARGEST_ERROR:  # `not <`, so that NaN is an error
-            return f"a number is {error:.3g} away from what torch computes"
+            return f"its results differ from torch's by {error:.3g}"
     return ""
 
 

@@ -27,7 +27,7 @@ from job.errors import DataError, Problem, TrainingFailed
 )
 def test_memory_that_runs_out_is_said_in_words(error: Exception) -> None:
     """Whoever allocates: the message says in what, and what to lower, and the code is 70."""
-    with pytest.raises(TrainingFailed, match=r"while training; take .* with more, or lower A") as raised:
+    with pytest.raises(TrainingFailed, match=r"while training; use .* with more memory, or lower A") as raised:
         fail(error)
     assert raised.value.exit_code == 70
 

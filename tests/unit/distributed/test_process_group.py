@@ -204,7 +204,7 @@ def test_a_store_that_is_gone_is_a_reason_to_start_again(*, stopped: bool, kind:
         stop.request("SIGTERM", 5)
     del team.host
     for _ in range(2):  # the end of this process, which the loss asked for, changes nothing
-        with pytest.raises(kind, match="another process of this run is gone"):
+        with pytest.raises(kind, match="another process of this run has ended"):
             member.receive()
     assert stop.remaining() <= 5
 

@@ -508,7 +508,9 @@ def test_memory_that_runs_out_among_answers_is_given_up_or_named(
         assert keeps[-1]
         return
     rows = len(plan_batches([len(prompt) for prompt in PROMPTS], NEW, 45)[0])
-    words = rf"^memory ran out while {rows} prompts? of at most \d+ tokens got up to 8 more each, for which the cache "
+    words = (
+        rf"^GPU memory ran out while {rows} prompts? of at most \d+ tokens got up to 8 more each, for which the cache "
+    )
     with pytest.raises(TrainingFailed, match=words) as raised:
         generate(own, tokenizer, PROMPTS, **how)
     assert raised.value.exit_code == 70

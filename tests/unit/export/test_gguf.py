@@ -209,8 +209,8 @@ class OtherWords:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"encode": lambda text: [0, *reversed(text.encode())]}, "does not tokenize as its tokenizer does"),
-        ({"eos_token_id": 2}, "its eos token would be number 1, and the tokenizer's is 2"),
+        ({"encode": lambda text: [0, *reversed(text.encode())]}, "none of llama.cpp's pre-tokenizers"),
+        ({"eos_token_id": 2}, "its eos token would be number 1, but the tokenizer's is 2"),
     ],
 )
 def test_another_tokenizer_is_refused_before_training(

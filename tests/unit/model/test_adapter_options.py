@@ -134,7 +134,7 @@ def test_orthogonal_is_for_a_base_in_floating_point(base_folder: Path, tmp_path:
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
     with pytest.raises(SettingsError, match=r"JOB_LORA__INIT: orthogonal needs a base in floating point"):
         make(base_folder, options, quantization="nf4")
-    with pytest.raises(SettingsError, match="orthogonal takes even ranks, not 5"):
+    with pytest.raises(SettingsError, match="orthogonal needs even ranks, not 5"):
         make(base_folder, options, quantization="none", rank=5)
 
 

@@ -331,7 +331,7 @@ def test_a_merge_takes_the_original_experts(bases: dict[str, Path]) -> None:
     assert "experts" in found.only
     with pytest.raises(SettingsError, match=r"JOB_EXPORT__MERGE_ONTO.*experts"):
         candidates(model, bases["mixtral"], DEQUANTIZED)
-    with pytest.raises(SettingsError, match=r"adapter is on experts, too \(JOB_LORA__EXPERTS\)"):
+    with pytest.raises(SettingsError, match=r"adapter is also on experts \(JOB_LORA__EXPERTS\)"):
         candidates(with_experts(load(bases["mixtral"])), bases["mixtral"], ORIGINAL)
 
 

@@ -142,7 +142,7 @@ def test_a_kept_base_has_the_same_files(folder: Path, tmp_path: Path, place: str
 
 def test_a_base_without_4_bit_layers_is_refused(folder: Path) -> None:
     """In words, with the setting."""
-    with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT.*no decoder layers of 4-bit weights"):
+    with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT.*no decoder layers with 4-bit weights"):
         load(folder, "host", quantization="none")
 
 

@@ -116,7 +116,7 @@ def test_weights_that_are_not_quantized_as_config_json_says_are_refused(
     path = tmp_path / "base/config.json"
     config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes", **said}}
     path.write_text(json.dumps(config))
-    with pytest.raises(DataError, match=r"says its weights are quantized, and those of model\.layers\.0.* are not"):
+    with pytest.raises(DataError, match=r"for quantized weights, but those of model\.layers\.0.* are not"):
         load(tmp_path / "base")
 
 

@@ -380,7 +380,7 @@ def test_a_sharded_base_is_forecast_for_the_processes_of_the_run(
     plan = make_plan(load_settings(["--model.placement=sharded"]))
     wrong = [found.what for found in plan.checks if found.name == "placement"]
     if counted is None:
-        assert "is sharded, and the run has one process; start several, each with its GPU" in wrong[0]
+        assert "is sharded, but the run has one process; start several, each with its GPU" in wrong[0]
         assert isinstance(plan.error, SettingsError)
         assert not plan.gpus
     else:

@@ -55,7 +55,7 @@ def test_what_is_not_as_fast_as_can_be_is_said(tmp_path: Path, family: str, says
     ("break_it", "error", "what"),
     [
         (lambda folder: (folder / "config.json").write_text("{"), DataError, "no config.json that can be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), DataError, "holds no object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), DataError, "is not a JSON object"),
         (lambda folder: (folder / "config.json").write_text("[" * 10**5), DataError, "no config.json that can be read"),
         (lambda folder: (folder / "config.json").unlink(), DataError, "no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), DataError, "no weights in safetensors"),
@@ -93,7 +93,7 @@ def test_the_audit_is_told_with_languages_and_lengths(tmp_path: Path, tokenizer:
         state, what, _ = report_audit(facts.audit, facts.long_rows)
         assert state == "note"
         assert what.startswith(f"21 rows: 1 duplicate ({source}:21)")
-        assert ("Languages of the rows, by pycld2" in what) != ("Languages were not looked for" in what)
+        assert ("Languages of the rows, by pycld2" in what) != ("Languages were not detected" in what)
         told.append(what)
     longest = max(lengths_of(preview_data(source, tokenizer=tokenizer, **how)[2].examples))
     assert f"the longest {longest:,}." in told[0]

@@ -179,7 +179,7 @@ def test_a_base_that_changed_meanwhile_is_refused(world: World, tmp_path: Path) 
     (other.folder / "base/generation_config.json").write_text("{}")
     with attempt_at(tmp_path / "run") as attempt:
         trained = other.trained(attempt.store)
-        with pytest.raises(DataError, match="its files have changed"):
+        with pytest.raises(DataError, match="has changed since this run began"):
             export(attempt, other.settings(), sources, other.loaded(), trained)
 
 
@@ -338,7 +338,7 @@ def test_what_cannot_be_made_does_not_lose_the_run(
     found = run(world, tmp_path / "run", "--export.formats=merged,fp8", "--export.merge_onto=original")
     full = replace(DERIVED["fp8"], make=lambda _inputs: _raise(CannotMake("it ended: No space left on device")))
     monkeypatch.setitem(DERIVED, "fp8", full)  # type: ignore[misc]
-    with pytest.raises(Unreachable, match="fp8 cannot be made, since the disk is full"):
+    with pytest.raises(Unreachable, match="fp8 cannot be written, since the disk is full"):
         run(world, tmp_path / "full", "--export.formats=fp8", "--export.merge_onto=original")
     short = replace(
         full, make=lambda _inputs: _raise(CannotMake("it ended: torch.OutOfMemoryError: CUDA out of memory"))

@@ -259,4 +259,4 @@ def test_where_it_cannot_be_scored_the_record_says_why(
     assert reasons[0].startswith("it takes ")
     assert reasons[0].endswith(" are free")
     ran_out = "memory ran out while it was scored"
-    assert reasons[1:] == ["the base is published quantized only", ran_out, ran_out]
+    assert reasons[1:] == ["the base is only published quantized", ran_out, ran_out]

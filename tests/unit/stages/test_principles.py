@@ -67,9 +67,9 @@ def test_a_served_judge_is_asked_before_training(tmp_path: Path) -> None:
         check_judge(options, judge, lambda: None)
         check_judge(options, replace(judge, record=replace(judge.record, model="http://no.invalid")), lambda: None)
     assert [log["event"].split(";")[0] for log in logs] == [
-        "the judge does not answer yet",
-        "JOB_EVAL__JUDGE_KEY goes to the judge unencrypted",
-        "the judge does not answer yet",
+        "the judge does not answer now",
+        "JOB_EVAL__JUDGE_KEY is sent to the judge unencrypted",
+        "the judge does not answer now",
     ]
 
 

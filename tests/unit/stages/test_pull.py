@@ -182,7 +182,7 @@ def audited(by: str, languages: dict[str, int], sha256: str) -> DatasetRecord:
         (audited("detect-secrets 1.5", {}, "44"), audited("detect-secrets 1.5", {}, "44")),
         (
             audited("", {}, "44"),
-            "kind secret were looked for by detect-secrets 1.5 when this run began, and by nothing",
+            "kind secret were searched for by detect-secrets 1.5 when this run began, and by nothing",
         ),
     ],
 )
@@ -207,7 +207,7 @@ def test_findings_that_are_gone_are_not_replaced_by_others(tmp_path: Path) -> No
         damaged=lambda artifacts: [artifact.path for artifact in artifacts],
     )
     sources: Any = SimpleNamespace(record=record, findings=tmp_path / "findings.jsonl")
-    with pytest.raises(DataError, match="is gone, and the audit's tools on this machine find something else"):
+    with pytest.raises(DataError, match="is missing, and the audit's tools on this machine find other things"):
         publish_findings(attempt, sources)
 
 
@@ -278,7 +278,7 @@ def test_a_later_attempt_fetches_the_original_model_from_its_bucket(bucket: Stor
     record = Pulled(DATASET, fingerprint(tmp_path / "base"), None, {})
     folder = fetch_original(attempt, place, bucket, record)
     assert fingerprint(folder) == record.model_sha256
-    with pytest.raises(DataError, match=r"JOB_MODEL__ID: .* is not what this run began with"):
+    with pytest.raises(DataError, match=r"JOB_MODEL__ID: .* has changed since this run began"):
         fetch_original(attempt, place, bucket, replace(record, model_sha256="0" * 64))
 
 

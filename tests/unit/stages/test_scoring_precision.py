@@ -155,9 +155,7 @@ def test_numbers_too_large_for_fp16(world: Path, tmp_path: Path, monkeypatch: py
     """A base that has them is scored as it is trained. If only questions bring them up, these are scored in fp32."""
     large: dict[str, Any] = {"quantization": "none", "factor": 2.0**15}
     trained = run(world, tmp_path / "trained", **large)
-    assert trained.precision == ScoringPrecision(
-        "bf16", "bf16", "the base computes numbers that are too large for fp16"
-    )
+    assert trained.precision == ScoringPrecision("bf16", "bf16", "activations of the base are too large for fp16")
     weights = run(world, tmp_path / "weights", quantization="none", factor=1e8).precision
     assert weights == ScoringPrecision("bf16", "bf16", "weights of the base are too large for fp16")
     monkeypatch.setattr(scoring_precision, "_too_large", lambda *_: "")

@@ -192,7 +192,7 @@ def test_a_collector_that_fails_or_hangs_costs_a_warning(collector: Collector, s
         assert time.monotonic() - began < module.FLUSH_SECONDS + 3
     collector.seconds = 0.0
     (warning,) = [line["event"] for line in lines if line["log_level"] == "warning"]
-    assert "did not take the last figures" in warning
+    assert "did not accept the last metrics" in warning
 
 
 def test_a_collector_that_recovers_gets_the_figures(collector: Collector, variables: Callable[..., None]) -> None:
@@ -207,7 +207,7 @@ def test_a_collector_that_recovers_gets_the_figures(collector: Collector, variab
             time.sleep(0.02)
         collector.status = 200
     (warning,) = [line["event"] for line in lines if line["log_level"] == "warning"]
-    assert "does not take the figures" in warning
+    assert "does not accept the metrics" in warning
     assert len(collector.samples()) == len(EXPECTED)
 
 

@@ -53,7 +53,7 @@ IN_8_BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True}
 @pytest.mark.parametrize(
     ("family", "changes", "where", "what"),
     [
-        ("mixtral", {"compute": "fp8"}, "JOB_TRAIN__COMPUTE", "a mixture's experts are not computed"),
+        ("mixtral", {"compute": "fp8"}, "JOB_TRAIN__COMPUTE", "does not support a mixture's experts"),
         ("llama", {"compute": "fp8", "config_intermediate_size": 120}, "JOB_TRAIN__COMPUTE", "gate_proj of 64 x 120"),
         ("gpt2", {"compute": "fp8"}, "JOB_TRAIN__COMPUTE", "the sizes of a gpt2 model are not known"),
         ("llama", {"options": AdapterOptions(init="pissa"), "rank": 33}, "JOB_LORA__RANK", "32 here, and not 33"),
@@ -120,7 +120,7 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     assert "awq cannot be scored here" in found("awq", judged="awq")["JOB_GATE__ON"]
     config.quantization_config = IN_8_BITS
     assert "published in 8 bits" in found("merged")["JOB_EXPORT__FORMATS"]
-    assert "published quantized only" in found("merged", onto="original")["JOB_EXPORT__MERGE_ONTO"]
+    assert "only published quantized" in found("merged", onto="original")["JOB_EXPORT__MERGE_ONTO"]
 
 
 def test_a_run_checks_its_model_before_its_weights_and_rows(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,9 @@ def test_eva_needs_target_tokens() -> None:
     given = (load_settings(["--lora.init=eva", f"--lora.rank={rank}"], {}) for rank in (28, 29))
     fits, above = (checked_settings(settings, ()) for settings in given)
     assert list(step_problems(fits, rows)) == []
-    assert ["eva takes as many target tokens as ranks, 29" in one.what for one in step_problems(above, rows)] == [True]
+    assert ["target tokens in one micro-batch as the rank, 29" in one.what for one in step_problems(above, rows)] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize(("offload", "processes", "most"), [("auto", 1, 2), ("false", 1, 1), ("auto", 2, 3)])

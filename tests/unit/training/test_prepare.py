@@ -58,7 +58,7 @@ def test_a_cpu_trains_by_pefts_own_layers(base_folder: Path) -> None:
     with capture_logs() as lines:
         made = prepare(model, [10, 20], **SETTINGS)
     assert (made.forward, made.kept_activations, made.droppable) == (PEFT, True, ())
-    assert made.reason == "a CPU trains by PEFT's own layers"
+    assert made.reason == "on a CPU PEFT's own layers are used"
     assert [(line["log_level"], line["event"]) for line in lines] == [("info", "execution plan")]
     assert [type(module).forward for module in model.modules()] == before
     assert not any("forward" in vars(module) for module in model.modules())
@@ -105,7 +105,7 @@ def on_a_gpu(
         (on_a_gpu(), (7, 5), "the GPU's compute capability is 7.5; fused layers need 8.0 in bf16"),
         (on_a_gpu(torch.float16), (6, 0), "the GPU's compute capability is 6.0; fused layers need 7.0 in fp16"),
         (on_a_gpu(model_type="strange"), (9, 0), "the sizes of a strange model are not known"),
-        (on_a_gpu(attention="eager"), (9, 0), "examples go through the model one at a time"),
+        (on_a_gpu(attention="eager"), (9, 0), "examples are computed one at a time"),
     ],
     ids=["fp32", "bf16 on an old GPU", "an older GPU", "unknown sizes", "not packed"],
 )
@@ -166,7 +166,7 @@ def test_training_in_fp8_is_in_the_plan(base_folder: Path, monkeypatch: pytest.M
     [
         (on_a_gpu(torch.float32), (9, 0), "the compute dtype is float32"),
         (on_a_gpu(torch.float16), (9, 0), "the compute dtype is float16"),
-        (on_a_gpu(attention="eager"), (9, 0), "examples go through the model one at a time"),
+        (on_a_gpu(attention="eager"), (9, 0), "examples are computed one at a time"),
     ],
 )
 def test_fp8_is_refused_where_peft_computes(
@@ -208,7 +208,7 @@ def test_layers_that_cannot_be_fused_are_said_too(base_folder: Path, monkeypatch
     with_capability(monkeypatch, (9, 0))
     made = prepare(make_model(base_folder, options=AdapterOptions(use_dora=True)), [10, 20], **SETTINGS)
     assert made.forward == PEFT
-    assert "that the job does not fuse" in made.reason
+    assert "for which there are no fused layers" in made.reason
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -323,7 +323,7 @@ def test_what_cannot_be_recorded_is_fused_all_the_same(base_folder: Path, monkey
     assert made.forward.startswith("fused all, ")
     assert made.padded
     assert not made.recorded
-    assert made.reason.endswith("attention goes segment by segment on a GPU of compute capability 7.5")
+    assert made.reason.endswith("attention is computed segment by segment on a GPU of compute capability 7.5")
 
 
 def test_a_set_budget_holds() -> None:

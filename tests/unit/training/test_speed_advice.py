@@ -48,7 +48,7 @@ EACH_USE, AGAIN, GRAPHS = "dequantized for each use", "recomputed in the backwar
         (
             replace(FAST, offloaded=True),
             {},
-            {"long rows go to main memory": "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false"},
+            {"long rows are copied to main memory": "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false"},
         ),
         (replace(FAST, kept_base=False, recorded=False, forward=PEFT), {"on_gpu": False}, {}),
         (LONG, {"only_long": True}, {}),

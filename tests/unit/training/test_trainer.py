@@ -575,7 +575,7 @@ def test_padded_shapes_are_those_of_the_checkpoint(
             run(fused_model(base_folder), tokenizer, LONGER, RESUMED, tmp_path / name, plan=THROUGHOUT, resume=state)
         (line,) = [line for line in logs if line["log_level"] == "warning"]
         assert line.get("tile_tokens") == ("8192 before, None now" if name == "tile" else None)
-        assert ("does not say what its packed sequences were padded to" in line["event"]) == (name == "old")
+        assert ("does not have the lengths of its padded sequences" in line["event"]) == (name == "old")
 
 
 def test_a_killed_run_goes_on_from_any_state(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_a_damaged_one_is_dropped(kept: CacheEntry, spoil: Callable[[Path], None
     spoil(kept.folder)
     with capture_logs() as logs:
         assert find(CacheEntry(kept.key, kept.folder, None), nothing) is None
-    assert [line["event"] for line in logs] == ["the quantized base is damaged, and is made again"]
+    assert [line["event"] for line in logs] == ["the quantized base is damaged: the base is quantized again"]
     assert not kept.folder.exists()
     assert find(kept, nothing) == kept.folder
     assert contents(kept.folder) == good
@@ -198,7 +198,7 @@ def test_a_damaged_one_in_the_store_is_put_there_anew(
     entry = elsewhere(kept, tmp_path)
     with capture_logs() as logs:
         assert find(entry, nothing) is None
-    assert [line["event"] for line in logs] == ["the quantized base is damaged, and is made again"]
+    assert [line["event"] for line in logs] == ["the quantized base is damaged: the base is quantized again"]
     assert not entry.folder.exists()
     save(base, base_folder, entry)
     with publishing(entry, never, nothing):
@@ -278,7 +278,7 @@ def test_a_spoiled_index_in_the_store_is_written_again(kept: CacheEntry, tmp_pat
     kept.store.write(key, b"{")
     with capture_logs() as logs:
         assert find(replace(elsewhere(kept, tmp_path), index_sha256=noted), nothing) is None
-    assert ["another than the run began with" in line["why"] for line in logs] == [True]
+    assert ["not the one with which the run began" in line["why"] for line in logs] == [True]
     with publishing(kept, never, nothing):
         pass
     assert find(replace(elsewhere(kept, tmp_path), index_sha256=noted), nothing)
