@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from job.distributed.ranks import Place
+from job.errors import Problem, SettingsError
 
 T = TypeVar("T")
 
@@ -50,6 +51,14 @@ class Processes(Protocol):
 
     def add_up(self, tensor: Any) -> None:
         """Replaces the tensor, in place, by its sum over all processes, which wait for each other here."""
+
+    def start_add_up(self, tensor: Any) -> Callable[[], None]:
+        """Starts `add_up`; on a GPU, what is launched afterwards waits for the sum, and the host does not.
+
+        Returns:
+            Waits until the sum is there. If another process has ended it raises that process's error, and what was
+            launched on the current stream in the meantime may never run.
+        """
 
     def exchange(self, number: int) -> list[int]:
         """The numbers of all processes, in the order of their ranks; fast, for what is done thousands of times."""
@@ -106,6 +115,11 @@ class Alone:
     def add_up(self, tensor: Any) -> None:
         """Leaves the tensor as it is."""
 
+    def start_add_up(self, tensor: Any) -> Callable[[], None]:
+        """Calls `add_up`."""
+        self.add_up(tensor)
+        return lambda: None
+
     def exchange(self, number: int) -> list[int]:
         """The one number."""
         return [number]
@@ -121,3 +135,20 @@ class Alone:
 
 
 ALONE: Processes = Alone()
+
+
+def require_one_kind(processes: Processes, device: str) -> None:
+    """Refuses a run in which only some processes have a GPU: they cannot communicate, and would wait forever.
+
+    Args:
+        processes: All processes of the run, each of which calls this.
+        device: The type of this process's, `cuda` or `cpu`.
+
+    Raises:
+        SettingsError: Some have none.
+    """
+    devices = processes.gather("device", device)
+    if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
+        numbers = ", ".join(map(str, without))
+        what = f"the processes {numbers} see no GPU, the others do; start fewer processes, or give each a GPU"
+        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])

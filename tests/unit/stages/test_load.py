@@ -35,5 +35,5 @@ def test_a_mixture_of_an_earlier_version_is_not_quantized_anew(tmp_path: Path, m
     monkeypatch.setattr(load, "load", lambda *_: SimpleNamespace(kept_base=CachedBase(quantized_experts=96)))
     attempt = make_attempt(tmp_path, {BASE: EARLIER})
     sources: Any = SimpleNamespace(record=Pulled(DATASET, "0" * 64, None, {}))
-    with pytest.raises(SettingsError, match=r"JOB_MODEL__ID.*holds in 4 bits, and .* held in 16 bits; .*JOB_RUN__ID"):
+    with pytest.raises(SettingsError, match=r"JOB_MODEL__ID.*keeps in 4 bits, but .* kept in 16 bits; .*JOB_RUN__ID"):
         pipeline._load(attempt, load_settings(["--preset=demo"], {}), sources)

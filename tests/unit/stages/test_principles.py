@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from job.distributed.processes import ALONE
-from job.errors import SettingsError
+from job.errors import SettingsError, TrainingFailed
 from job.evaluation.principles import parse_judgements, rules_sha256
 from job.records import Artifact, AuditRecord, Evaluated, JudgeRecord, PromptAnswer, Pulled, SafetyRecord
 from job.runs import stage_records
@@ -69,9 +69,9 @@ def test_a_served_judge_is_asked_before_training(tmp_path: Path) -> None:
         check_judge(options, judge, lambda: None)
         check_judge(options, replace(judge, record=replace(judge.record, model="http://no.invalid")), lambda: None)
     assert [log["event"].split(";")[0] for log in logs] == [
-        "the judge does not answer yet",
-        "JOB_EVAL__JUDGE_KEY goes to the judge unencrypted",
-        "the judge does not answer yet",
+        "the judge does not answer now",
+        "JOB_EVAL__JUDGE_KEY is sent to the judge unencrypted",
+        "the judge does not answer now",
     ]
 
 
@@ -88,6 +88,11 @@ class Asked:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.asked.append(self.device)
         return "A"
+
+
+def exhausted() -> Any:
+    """Fails as Python does without main memory."""
+    raise MemoryError
 
 
 def test_all_pairs_are_judged_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +115,10 @@ def test_all_pairs_are_judged_on_one_device(tmp_path: Path, monkeypatch: pytest.
     room["cuda"] = 99
     judge_answers(attempt, own.eval, own.run, judge, artifacts)
     assert len(asked) == 7
+    monkeypatch.setattr(principles, "open_judge", lambda *_: exhausted())
+    answers_of_others = replace(judge, record=replace(RECORD, model="models/other"))
+    with pytest.raises(TrainingFailed, match=r"the machine's memory ran out while judging.*JOB_EVAL__JUDGE"):
+        judge_answers(attempt, own.eval, own.run, answers_of_others, artifacts)
 
 
 def audited(*, left_out: int = 0, safety: SafetyRecord | None = None) -> AuditRecord:
@@ -127,7 +136,7 @@ def test_answers_that_are_others_are_judged_again() -> None:
     assert not other_answers_judged(adapter, base)
     adapter = replace(adapter, judged=RECORD, judged_answers={"base": "1" * 64, "adapter": "2" * 64})
     assert not other_answers_judged(adapter, base)
-    assert "no longer" in other_answers_judged(adapter, evaluated("base", "3"))
+    assert "have changed" in other_answers_judged(adapter, evaluated("base", "3"))
     told = {"evaluation": {"principles": {**asdict(RECORD), "n": 1}}}
     assert not list(_judged_differ(told, base, adapter))
     assert list(_judged_differ(told, evaluated("base", "3"), adapter))

@@ -26,10 +26,9 @@ from job.model.adapter_options import AdaLora, AdapterOptions
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import Segment
+from job.model.packed_layout import Segment
 from job.records import Example, ExecutionPlan, Question, StepMetrics
-from job.training import packing
-from job.training import step as step_module
+from job.training import packing, padded_shapes
 from job.training.config import Hooks, Recipe, Trained, step_seed, total_steps
 from job.training.packing import packed_inputs
 from job.training.trainer import train
@@ -558,8 +557,8 @@ def test_padded_shapes_are_those_of_the_checkpoint(
     first = fused_model(base_folder)
     _, (*_, state) = run(first, tokenizer, LONGER, RESUMED, tmp_path / "stopped", plan=THROUGHOUT, stop_after=3)
     before = read_how_computed(state)
-    other = packing.Shapes(((4096, 64),))
-    monkeypatch.setattr(step_module, "choose_shapes", lambda *_: other)
+    other = padded_shapes.Shapes(((4096, 64),))
+    monkeypatch.setattr(padded_shapes, "choose_shapes", lambda *_: other)
     second = fused_model(base_folder)
     with capture_logs() as logs:
         _, saved = run(second, tokenizer, LONGER, RESUMED, tmp_path / "resumed", plan=THROUGHOUT, resume=state)
@@ -576,7 +575,7 @@ def test_padded_shapes_are_those_of_the_checkpoint(
             run(fused_model(base_folder), tokenizer, LONGER, RESUMED, tmp_path / name, plan=THROUGHOUT, resume=state)
         (line,) = [line for line in logs if line["log_level"] == "warning"]
         assert line.get("tile_tokens") == ("8192 before, None now" if name == "tile" else None)
-        assert ("does not say what its packed sequences were padded to" in line["event"]) == (name == "old")
+        assert ("does not have the lengths of its padded sequences" in line["event"]) == (name == "old")
 
 
 def test_a_killed_run_goes_on_from_any_state(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -817,8 +816,24 @@ class Left(Beside):
         return super().agree(repeat=repeat)
 
 
+class LeftInSum(Beside):
+    """Its neighbour ends during the third step too, which is found out when the sum is waited for."""
+
+    def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
+        """The sum of the third step never comes."""
+        self.add_up(tensor)
+        return super().check if len(self.sizes) < 3 else self.fail
+
+    def fail(self) -> None:
+        """Raises what the neighbour ended with."""
+        raise Unreachable("process 1: the hub is silent")
+
+
 @pytest.mark.usefixtures("undealt")
-def test_the_end_of_another_process_leaves_the_step_before(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [Left, LeftInSum])
+def test_the_end_of_another_process_leaves_the_step_before(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, other: type[Beside]
+) -> None:
     """What was done is saved, and the error is the other's; resumed, the run ends with the bits of a whole one."""
     whole, model = make_model(base_folder), make_model(base_folder)
     recipe = replace(RESUMED, save_every_steps=1000)
@@ -827,7 +842,7 @@ def test_the_end_of_another_process_leaves_the_step_before(base_folder: Path, to
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
     with pytest.raises(Unreachable, match="process 1: the hub is silent"):
         train(
-            model, tokenizer, LONGER, recipe=recipe, plan=PLAN, hooks=hooks, folder=tmp_path / "left", processes=Left()
+            model, tokenizer, LONGER, recipe=recipe, plan=PLAN, hooks=hooks, folder=tmp_path / "left", processes=other()
         )
     assert [path.name for path in saved] == ["step-00000002"]
     again = make_model(base_folder)
@@ -888,6 +903,39 @@ class Launched:
         return self.work(tokens, ends, weight, tuple(map(Segment, ends[:last].tolist(), ends[1 : last + 1].tolist())))
 
 
+def test_metrics_are_reported_while_the_next_step_is_computed(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where steps are launched at once. They are the same, and all are there before a checkpoint and at the end."""
+    seen: list[str] = []
+
+    class Noted(Launched):
+        def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+            seen.append("launched")
+            return super().__call__(*inputs)
+
+    monkeypatch.setattr("job.training.step.CudaGraphs", Noted)
+    hooks = Hooks(
+        lambda metrics: seen.append(f"step {metrics.step}"), lambda _, step: seen.append(f"saved {step}"), lambda: False
+    )
+    recipe = replace(RECIPE, total_steps=5, save_every_steps=3)
+    histories, events = [], []
+    for recorded in (False, True):
+        seen.clear()
+        model = fill_adapter(make_model(base_folder))
+        fuse_layers(model, keep_dequantized=False, kernels=TORCH)
+        plan = replace(THROUGHOUT, recorded=recorded)
+        trained = train(model, tokenizer, EXAMPLES, recipe=recipe, plan=plan, hooks=hooks, folder=tmp_path)
+        histories.append([replace(step, measured={}) for step in trained.history])
+        events.append(list(seen))
+    assert histories[0] == histories[1]
+    assert events[0] == ["step 1", "step 2", "step 3", "saved 3", "step 4", "step 5", "saved 5"]
+    assert events[1] == [
+        *("launched", "launched", "step 1", "launched", "step 2", "step 3", "saved 3"),
+        *("launched", "launched", "step 4", "step 5", "saved 5"),
+    ]
+
+
 @pytest.mark.long
 def test_out_of_memory_takes_time_before_it_takes_bits(
     base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -896,7 +944,7 @@ def test_out_of_memory_takes_time_before_it_takes_bits(
 
     Only then is the budget halved.
     """
-    monkeypatch.setattr("job.training.step.CudaGraphs", Launched)
+    monkeypatch.setattr("job.training.padded_gradient.CudaGraphs", Launched)
     recipe, plan = replace(RECIPE, micro_batch_tokens=160), replace(THROUGHOUT, kept_base=True, recorded=True)
     results = []
     for failures in (0, 1, 2, 3, 4):
