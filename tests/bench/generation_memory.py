@@ -31,7 +31,7 @@ import torch
 from job.errors import TrainingFailed
 from job.evaluation import generation
 from job.evaluation.generation import BATCH_TOKENS, HowToGenerate, answer_batch, generate, plan_batches
-from job.model.base import make_deterministic
+from job.model.device import make_deterministic
 from job.model.fused.frozen_weights import forget_dequantized, fuse_layers
 from job.model.lora import add_adapter
 from job.model.packed_attention import NAME
