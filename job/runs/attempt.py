@@ -42,7 +42,7 @@ from job.runs import stage_records
 from job.runs.fault_injection import Faults
 from job.runs.killed_for_memory import FIX, why_killed
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
-from job.runs.lease import fenced, take
+from job.runs.lease import check_same_store, fenced, take
 from job.runs.run_log import (
     LONGEST_WHY,
     NOTED,
@@ -463,15 +463,17 @@ def open_attempt(
     Raises:
         NoProgress: The attempt was stopped, as were too many before it, and none of them got any further.
         Replaced: Another attempt took the run over.
-        SettingsError: The run began with other settings.
+        SettingsError: The run began with other settings, or the machines of the run do not have the same store.
     """
     lease = None
     own = settings
     settings = processes.share("settings of the run", lambda: compare_settings(store, own, defaults))
     if processes.leads:
         lease = take(store, platform.node() or "unknown")
-    number = processes.share("attempt", lambda: lease.epoch if lease else 0)
+    number, holder = processes.share("attempt", lambda: [lease.epoch, lease.holder] if lease else [0, ""])
     log.bind(attempt=number)
+    if not processes.leads and processes.place.local_rank == 0:
+        check_same_store(store, holder, lambda: _alive(processes, stop, report_progress))
     with work_folder(cache, store.uri, number, cleans=processes.place.local_rank == 0) as work:
         logged = read_logged(store, number) if processes.leads else []
         earlier = [one.record for one in logged]
@@ -504,6 +506,12 @@ def open_attempt(
                 raise ended from error
             raise
         attempt.note("complete")
+
+
+def _alive(processes: Processes, stop: Stop, report_progress: Callable[[], None]) -> None:
+    report_progress()
+    processes.check()
+    stop.check()
 
 
 def _why_killed(logged: Sequence[LoggedAttempt]) -> str | None:
