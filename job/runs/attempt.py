@@ -470,7 +470,8 @@ def open_attempt(
     settings = processes.share("settings of the run", lambda: compare_settings(store, own, defaults))
     if processes.leads:
         lease = take(store, platform.node() or "unknown")
-    number, holder = processes.share("attempt", lambda: [lease.epoch, lease.holder] if lease else [0, ""])
+    number = processes.share("attempt", lambda: lease.epoch if lease else 0)
+    holder = processes.share("holder of the lease", lambda: lease.holder if lease else "")
     log.bind(attempt=number)
     if not processes.leads and processes.place.local_rank == 0:
         check_same_store(store, holder, lambda: _alive(processes, stop, report_progress))

@@ -106,9 +106,9 @@ def test_exports_are_scored_again_where_base_and_adapter_were(
 class Second:
     """The second of two processes, which is told what the first found out."""
 
-    place = Place(rank=1, world_size=2, local_world_size=2, host="localhost", port=1, hosted=False)
+    place = Place(rank=1, world_size=2, local_rank=1, local_world_size=2, host="localhost", port=1, hosted=False)
     leads = False
-    answers: Mapping[str, Any] = {"settings of the run": {}, "attempt": 1}
+    answers: Mapping[str, Any] = {"settings of the run": {}, "attempt": 1, "holder of the lease": ""}
 
     def share(self, what: str, _work: Callable[[], Any]) -> Any:
         """What process 0 found out."""

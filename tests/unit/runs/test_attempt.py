@@ -72,7 +72,11 @@ class OtherMachine(Alone):
     leads = False
 
     def __init__(self, lease: Lease) -> None:
-        self.shared: dict[str, Any] = {"settings of the run": SETTINGS, "attempt": [lease.epoch, lease.holder]}
+        self.shared: dict[str, Any] = {
+            "settings of the run": SETTINGS,
+            "attempt": lease.epoch,
+            "holder of the lease": lease.holder,
+        }
 
     def share(self, what: str, value: Callable[[], Any]) -> Any:
         """What process 0 said."""
