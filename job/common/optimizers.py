@@ -52,6 +52,8 @@ class OptimizerSpec:
     on_cpu: str | None = None
     own: bool = False
     """Whether the job makes it, in `training/trainer.py`, because transformers has no name for it."""
+    paged: bool = False
+    """Whether its state is in memory that the driver moves between GPU and host."""
 
     @property
     def bytes_per_parameter(self) -> int:
@@ -87,8 +89,7 @@ _ADAMW_TORCH: Mapping[str, StateTensor] = {
 
 OPTIMIZERS: Mapping[str, OptimizerSpec] = {
     "adamw_8bit": OptimizerSpec(_ADAMW_8BIT),
-    # Its state is in memory that the driver moves between GPU and host: CUDA only.
-    "paged_adamw_8bit": OptimizerSpec(_ADAMW_8BIT, devices=("cuda",), on_cpu="adamw_8bit"),
+    "paged_adamw_8bit": OptimizerSpec(_ADAMW_8BIT, devices=("cuda",), on_cpu="adamw_8bit", paged=True),
     # It quantizes nothing; the same block gives the adapter the same layout whichever optimizer is chosen.
     "adamw_torch": OptimizerSpec(_ADAMW_TORCH),
     "adamw_torch_fused": OptimizerSpec(_ADAMW_TORCH),

@@ -138,8 +138,20 @@ class ProcessGroup:
         """See `Processes`."""
         from torch.distributed import ReduceOp
 
-        # On a GPU the optimizer's kernels are launched after the wait, so the GPU is idle for what is slept too long.
         self._reduce(tensor, ReduceOp.SUM, longest=_SHORT_PAUSE_SECONDS if tensor.is_cuda else _MAX_PAUSE_SUM)
+
+    def start_add_up(self, tensor: Any) -> Callable[[], None]:
+        """See `Processes`."""
+        import torch.distributed as dist
+
+        if not tensor.is_cuda:  # gloo's wait would block the host, which could not look for the end of another process
+            self.add_up(tensor)
+            return lambda: None
+        with self._all_there():
+            work = dist.all_reduce(tensor, async_op=True)
+            work.wait()  # only the current stream waits
+        # The optimizer's kernels are launched after the wait, so the GPU is idle for what is slept too long.
+        return lambda: self._finish(lambda: work, _SHORT_PAUSE_SECONDS, _SHORT_PAUSE_SECONDS)
 
     def exchange(self, number: int) -> list[int]:
         """See `Processes`."""

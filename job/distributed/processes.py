@@ -51,6 +51,14 @@ class Processes(Protocol):
     def add_up(self, tensor: Any) -> None:
         """Replaces the tensor, in place, by its sum over all processes, which wait for each other here."""
 
+    def start_add_up(self, tensor: Any) -> Callable[[], None]:
+        """Starts `add_up`; on a GPU, what is launched afterwards waits for the sum, and the host does not.
+
+        Returns:
+            Waits until the sum is there. If another process has ended it raises that process's error, and what was
+            launched on the current stream in the meantime may never run.
+        """
+
     def exchange(self, number: int) -> list[int]:
         """The numbers of all processes, in the order of their ranks; fast, for what is done thousands of times."""
 
@@ -105,6 +113,11 @@ class Alone:
 
     def add_up(self, tensor: Any) -> None:
         """Leaves the tensor as it is."""
+
+    def start_add_up(self, tensor: Any) -> Callable[[], None]:
+        """Calls `add_up`."""
+        self.add_up(tensor)
+        return lambda: None
 
     def exchange(self, number: int) -> list[int]:
         """The one number."""

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+SUMMED_BESIDE = 64
+"""How many numbers a step may sum over the processes in one all-reduce with the gradient: its loss and its metrics."""
+
 
 class FlatParameters:
     """The parameters end to end in one tensor, each from a multiple of `block` on, with zeros between them.
@@ -27,7 +30,8 @@ class FlatParameters:
         size = sum(self._padded(p) for p in self._parameters)
         self.whole = torch.nn.Parameter(torch.zeros(size, dtype=first.dtype, device=first.device))
         """(size,): the single parameter that the optimizer updates."""
-        self.gradient = torch.zeros_like(self.whole)
+        self._summed = torch.zeros(size + SUMMED_BESIDE, dtype=first.dtype, device=first.device)
+        self.gradient = self._summed[:size]
         """(size,): its gradient."""
         self._gradients = self.views(self.gradient)
         self._trained: torch.Tensor | None = None
@@ -36,6 +40,20 @@ class FlatParameters:
             view.copy_(parameter.detach())
             # Aliases: an optimizer step on `whole` is one on each parameter, and loading an adapter fills `whole`.
             parameter.data = view
+
+    def gradient_and(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The gradient, and behind it these numbers, in one tensor, so that processes can sum both in place at once.
+
+        Args:
+            numbers: (n,), of at most `SUMMED_BESIDE`; they are copied.
+
+        Returns:
+            (size + n,): a view, of which the first `size` elements are the gradient itself.
+        """
+        size = self.gradient.shape[0]
+        both = self._summed[: size + numbers.shape[0]]
+        both[size:].copy_(numbers)
+        return both
 
     @property
     def parameters(self) -> Sequence[torch.nn.Parameter]:
@@ -71,7 +89,8 @@ class FlatParameters:
         self.gradient.zero_()
         self.whole.grad = self.gradient
         for parameter, view in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = view
+            if parameter.grad is not view:  # setting it takes a hundred times as long as looking
+                parameter.grad = view
 
     def _padded(self, parameter: torch.nn.Parameter) -> int:
         """Elements that a parameter takes in the flat tensor, including the zeros after it."""

@@ -166,8 +166,12 @@ def longest_shape(sequences: Sequence[tuple[int, int]]) -> int:
     return 2 * max((tokens for tokens, _ in sequences), default=0) + SMALLEST_INCREMENT
 
 
-RECORDING_TOKENS = 6_800
-"""Tokens that Mistral-7B's shape trains on in the time of a recording: 0.4 s at 16,992 tokens/s, on an H200."""
+RECORDING_TOKENS = 4_600
+"""Tokens that Mistral-7B's shape trains on in the time of a recording: 0.27 s at 16,920 tokens/s, on an H200.
+
+Of the same 20 steps, 7 recordings took 1.13 s more than 2, though their padding took 0.22 s less
+(`tests/bench/results/2026-11-29-h200-recordings-and-scoring.jsonl`).
+"""
 _MISTRAL_7B = 32, 7_110_393_856
 """Its layers, and the weights that a token is multiplied with."""
 _SMALLEST_FACTOR = 6

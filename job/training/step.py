@@ -45,6 +45,7 @@ from job.training.memory_model import LONG_ROW
 from job.training.objectives import Totals, totals_of
 from job.training.packing import (
     RECORDING_TOKENS,
+    PaddedSequence,
     Shapes,
     alone_inputs,
     blank_sequence,
@@ -65,6 +66,15 @@ PackedGradient = Callable[[dict[str, Any], float], torch.Tensor]
 It gets what `packed_inputs` makes, or `alone_inputs` where the model is not used packed, and the target tokens of the
 whole step, by which the summed loss is divided; see `batch_plan.weighted_targets` where rows have weights.
 """
+
+
+@dataclass(frozen=True)
+class _LaidOut:
+    """A padded sequence that was laid out before its step, and what it was made of."""
+
+    examples: Sequence[Example]
+    shapes: Shapes
+    sequence: PaddedSequence
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,7 @@ class OptimizerStep:
         preference: Used in place of `packed_gradient` for preferences (DPO, KTO, ORPO), whose loss is a mean over
             examples and not over tokens.
         scaler: torch's `GradScaler` in fp16; both functions above scale by it themselves.
+        meanwhile: Called once a step, while the GPU computes its gradient; before that where launching it takes long.
     """
 
     def __init__(
@@ -117,6 +128,7 @@ class OptimizerStep:
         packed_gradient: PackedGradient,
         preference: PreferenceGradient | None = None,
         scaler: Any = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         self.budget = recipe.micro_batch_tokens
         """Tokens of a micro-batch; halved when memory runs out. A resumed run continues with the budget it had."""
@@ -125,9 +137,10 @@ class OptimizerStep:
         self._seed, self._hooks, self._processes = recipe.seed, hooks, processes
         self._smoothing = recipe.label_smoothing
         self._logits = logits_of(model.get_base_model()) if plan.padded else Logits()
-        self._packed_gradient, self._preference = packed_gradient, preference
+        self._packed_gradient, self._preference, self._meanwhile = packed_gradient, preference, meanwhile
         self._scaler = scaler
         self._loss_scale: torch.Tensor | None = None
+        self._wait_for_sum: Callable[[], None] = lambda: None
         self.metrics: dict[str, float] = {}
         """Metrics of the last step of preferences, by TRL's names."""
         self._padded_at_most = None if plan.tile_tokens is None else LONG_ROW
@@ -139,6 +152,8 @@ class OptimizerStep:
         self._sp_group: SequenceParallelGroup | None = None
         """Set while all processes compute a row together."""
         self._long_rows = LongRows(model, self._head_loss, self._check, hooks.on_progress)
+        self._laid_out: _LaidOut | None = None
+        """The first sequence of the next step."""
         self._recording_tokens = _recording_tokens(model)
         self._shapes: dict[int, Shapes] = {}
         """By token budget."""
@@ -161,7 +176,9 @@ class OptimizerStep:
         self._shapes.clear()
 
     def __call__(self, number: int) -> torch.Tensor:
-        """Leaves the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
+        """Starts to compute the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
+
+        `finish_sum` has to be called before the optimizer's step.
 
         Returns:
             The step's loss, () float32 on the device, without history: the mean over its target tokens.
@@ -170,6 +187,8 @@ class OptimizerStep:
             StepAbandoned: The step cannot be finished.
             TrainingFailed: Memory ran out, and neither an optimization nor the token budget can be reduced further.
         """
+        if not self.launched_at_once(number):
+            self._meanwhile()
         if self._preference is None:
             return self._from_sum(self._summed(lambda: self._own_gradient(number)))[0]
         totals = totals_of(self._steps.of(number))
@@ -177,13 +196,40 @@ class OptimizerStep:
         if self._preference.estimates_kl:
             # Its own sum over the processes: the loss of every example depends on the divergence over the whole step.
             kl = self._summed(lambda: self._own_kl(number, totals))[0].clamp(min=0)
+            self.finish_sum()
         found = self._from_sum(self._summed(lambda: self._own_gradient(number, _StepTotals(totals, kl))))
+        self.finish_sum()
         names = self._preference.names(totals)
         self.metrics = dict(zip(names, found[1:].tolist(), strict=True))
         return found[0]
 
+    def launched_at_once(self, number: int) -> bool:
+        """Whether the host launches step `number` in a few milliseconds, and the GPU computes it afterwards."""
+        if not self.plan.recorded or self._preference is not None or not is_packed(self._model):
+            return False
+        return self.plan.tile_tokens is None or not has_long_row(self._steps.of(number))
+
+    def finish_sum(self) -> None:
+        """Waits until the gradient is summed over all processes.
+
+        On a GPU the host launches the sum, and clipping and the optimizer's step behind it, without waiting. If another
+        process is lost, the sum never ends, and neither do they begin: the parameters are those of the step before.
+
+        Raises:
+            StepAbandoned: Another process has ended.
+        """
+        try:
+            self._wait_for_sum()
+        except JobError as error:
+            if self._parameters.gradient.is_cuda:
+                # The present stream waits for a sum that never comes; the parameters are saved on another one.
+                torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+            raise StepAbandoned from error
+
     def _summed(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The sum over all processes of what `compute` returns, (n,) float32; repeated with less memory if it ran out.
+        """Starts to sum over all processes what `compute` returns, (n,) float32; with less memory again if it ran out.
+
+        What is launched on the GPU afterwards waits for the sum; the host waits in `finish_sum`.
 
         With several processes `compute` puts the flat gradient in front, so that one all-reduce sums both.
 
@@ -205,9 +251,10 @@ class OptimizerStep:
                 longest = self.longest_undivided(lengths_of(self._steps.examples))
                 if full and self.budget <= longest // 2 and not self.plan.droppable and not self._may_divide:
                     raise too_small("training", longest, error) from error
+            self._meanwhile()
             try:
                 if not self._processes.agree(repeat=sums is None) and sums is not None:
-                    self._processes.add_up(sums)
+                    self._wait_for_sum = self._processes.start_add_up(sums)
                     return sums
                 # If a process ran out of memory and has no optimization left to drop, all of them halve the budget,
                 # once all long rows are divided.
@@ -284,8 +331,27 @@ class OptimizerStep:
             else:
                 reseed(self._model, seed, next(sequences))
                 found += self._preference(group, known.totals, known.kl)
+        if known is None:
+            self._lay_out(number + 1)
         # One tensor, so that the processes sum in one all-reduce.
-        return found if self._processes.place.world_size == 1 else torch.cat([self._parameters.gradient, found])
+        return found if self._processes.place.world_size == 1 else self._parameters.gradient_and(found)
+
+    def _lay_out(self, number: int) -> None:
+        """Lays out the first sequence of a step while the GPU still computes the one before, which it is behind."""
+        if number >= self._steps.total or not self.plan.padded or not is_packed(self._model):
+            return
+        groups = self._steps.micro_batches(number, self.budget)
+        parts = by_weight(groups[0]) if groups else []
+        if parts and not (self.plan.tile_tokens is not None and has_long_row(parts[0][0])):
+            sequence = padded_sequence(parts[0][0], self._parameters.gradient.device, self.shapes())
+            self._laid_out = _LaidOut(parts[0][0], self.shapes(), sequence)
+
+    def _sequence(self, examples: Sequence[Example], device: torch.device) -> PaddedSequence:
+        """The padded sequence of a micro-batch."""
+        ready, self._laid_out = self._laid_out, None
+        if ready is not None and ready.shapes is self.shapes() and ready.examples == examples:
+            return ready.sequence
+        return padded_sequence(examples, device, self.shapes())
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -328,13 +394,8 @@ class OptimizerStep:
             yield group
 
     def _from_sum(self, sums: torch.Tensor) -> torch.Tensor:
-        """Copies the summed gradient into the flat parameters; returns the rest of `sums`: the loss, then metrics."""
-        if self._processes.place.world_size == 1:
-            return sums
-        size = self._parameters.gradient.shape[0]
-        # In place: the optimizer's `.grad` and the parameters' are views of this memory.
-        self._parameters.gradient.copy_(sums[:size])
-        return sums[size:]
+        """A copy of what `sums` has beside the gradient, which was summed where it is: the loss, then metrics."""
+        return sums if self._processes.place.world_size == 1 else sums[self._parameters.gradient.shape[0] :].clone()
 
     def _micro_batch(self, examples: Sequence[Example], targets: float) -> torch.Tensor:
         """Adds the gradient of the examples' summed loss divided by `targets`; returns that loss, () float32."""
@@ -356,7 +417,7 @@ class OptimizerStep:
         """`_micro_batch` for a padded plan; `weight`, () float32, multiplies the summed loss."""
         if self._in_tiles(examples):
             return self._long_rows.gradient(examples, weight, self.plan, self._sp_group)
-        sequence = padded_sequence(examples, weight.device, self.shapes())
+        sequence = self._sequence(examples, weight.device)
         if not self.plan.recorded:
             return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
         graphs = self._recorded(weight.device)

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +38,8 @@ from job.checkpoints.trainer_state import (
     write_trainer_state,
     write_validations,
 )
-from job.common.optimizers import OPTIMIZERS
+from job.common.device_copies import to_host
+from job.common.optimizers import OPTIMIZERS, OptimizerSpec
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import TrainingFailed
@@ -110,8 +113,10 @@ def train(
     # Trainer sets the gradients to None after every step, module by module; here they are views that must be kept.
     model.zero_grad = lambda: None
     try:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        with without_waiting(OPTIMIZERS[recipe.optimizer]):
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except StepAbandoned as abandoned:
+        trainer.report_metrics()
         trainer.save_if_it_fits()
         if abandoned.__cause__ is not None:
             raise abandoned.__cause__ from None
@@ -157,7 +162,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             data_collator=list,
             # If the flag is set after the processes agreed for this step, all of them see it in the next step.
             callbacks=[
-                AfterOptimizerStep(self.after_optimizer_step),
+                AroundOptimizerStep(self.before_optimizer_step, self.after_optimizer_step),
                 StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits),
                 ValidateOnSchedule(self.validation_is_due, self.evaluate),
             ],
@@ -198,7 +203,19 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             packed_gradient=self.packed_gradient,
             preference=preference,
             scaler=self.accelerator.scaler,
+            meanwhile=self.report_metrics,
         )
+        scales = self.accelerator.scaler is not None and self.accelerator.scaler.is_enabled()
+        self.launched_behind_sum = (
+            self.parameters.gradient.is_cuda and not (scales or self.adalora) and not OPTIMIZERS[recipe.optimizer].paged
+        )
+        """Whether the optimizer's step is launched before the sum over the processes is there.
+
+        Not where launching it waits for the GPU: the end of another process could not be noticed meanwhile.
+        """
+        self.counts_before: list[dict[str, Any]] = []
+        self.unreported: Callable[[], None] | None = None
+        """Reports the metrics of the last step, once the GPU has computed them; None if that is done."""
         self.recipe = recipe
         self.validations: list[ValidationMetrics] = []
         self.best: dict[str, torch.Tensor] | None = None
@@ -228,10 +245,12 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     # The gradient of a step, and the operations on the whole flat adapter.
 
     def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002 - Trainer's signature
-        self.clock = time.monotonic()
+        if self.unreported is None:
+            self.clock = time.monotonic()
         loss = self.step(*inputs)
         self.parameters.before_step()
         if self.adalora:
+            self.step.finish_sum()  # reading the scale waits for the GPU
             scaler = self.accelerator.scaler
             add_penalty_gradient(self.model, 1.0 if scaler is None else scaler.get_scale())
         return loss
@@ -256,8 +275,26 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         )
         return loss
 
+    def before_optimizer_step(self) -> None:
+        """Waits for the sum over the processes unless the optimizer's step can be launched behind it."""
+        if self.launched_behind_sum:
+            self.counts_before = counts_of(self.optimizer)
+        else:
+            self.step.finish_sum()
+
     def after_optimizer_step(self, done: int) -> None:
-        """What some adapters need: a frozen part is put back, and AdaLoRA takes ranks away."""
+        """What some adapters need: a frozen part is put back, and AdaLoRA takes ranks away.
+
+        Raises:
+            StepAbandoned: Another process has ended, and the optimizer's step, which was launched, is never computed.
+        """
+        if self.launched_behind_sum:
+            try:
+                self.step.finish_sum()
+            except StepAbandoned:
+                for state, counts in zip(self.optimizer.state.values(), self.counts_before, strict=False):
+                    state.update(counts)
+                raise
         self.parameters.after_step()
         if self.adalora:
             allocate(self.model, done)
@@ -348,6 +385,50 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     # Metrics, and saving and restoring checkpoints.
 
+    def _maybe_log_save_evaluate(  # noqa: PLR0917 - Trainer's signature
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: Any,
+        model: Any,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: Any,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Trainer's; but metrics are reported when the next step is launched, where it is launched at once.
+
+        Reading them waits for the GPU, which would then have nothing to do until the host has launched the next step.
+        """
+        control, step = self.control, self.state.global_step
+        now = control.should_evaluate or control.should_save or control.should_training_stop or step >= self.steps.total
+        if control.should_log and not now and self.step.launched_at_once(step):
+            rate = self._get_learning_rate() if learning_rate is None else learning_rate
+            read = to_host(tr_loss.detach().clone(), torch.as_tensor(grad_norm, device=tr_loss.device))
+            tr_loss.zero_()  # in place, as Trainer does; it adds the next step's loss to this tensor
+            self._globalstep_last_logged = step
+            self.unreported = partial(self.log_step, read, rate)
+            return
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+        )
+
+    def report_metrics(self) -> None:
+        """Reports the metrics of the last step, if that was put off.
+
+        Raises:
+            TrainingFailed: Its loss is not finite.
+        """
+        report, self.unreported = self.unreported, None
+        if report is not None:
+            report()
+            self.clock = time.monotonic()
+
+    def log_step(self, read: Callable[[], tuple[torch.Tensor, ...]], learning_rate: float) -> None:
+        """Waits for a step's loss and the norm of its gradient, () each, and logs them."""
+        loss, norm = (float(value) for value in read())
+        self.log({"loss": loss, "grad_norm": norm, "learning_rate": learning_rate})
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002 - Trainer's signature
         """Called by Trainer after every step, and once at the end, then without a loss."""
         self._metrics["train"].clear()  # entropy and accuracy, which TRL's loss collects for its own log
@@ -437,6 +518,36 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return TrainerFiles(self.model, *made, optimizer_name=self.recipe.optimizer)
 
 
+def counts_of(optimizer: Any) -> list[dict[str, Any]]:
+    """What the host counts in an optimizer's state, for each parameter: everything that is not on the GPU."""
+    return [
+        {
+            name: value.clone() if isinstance(value, torch.Tensor) else value
+            for name, value in state.items()
+            if not (isinstance(value, torch.Tensor) and value.is_cuda)
+        }
+        for state in optimizer.state.values()
+    ]
+
+
+@contextmanager
+def without_waiting(optimizer: OptimizerSpec) -> Iterator[None]:
+    """Within it, bitsandbytes does not wait for the GPU after each parameter that it updates.
+
+    Only a paged state needs that: the host may not touch it while the GPU does.
+    """
+    module = sys.modules.get("bitsandbytes.optim.optimizer")
+    wait = getattr(module, "sync_gpu", None)
+    if module is None or wait is None or optimizer.paged:
+        yield
+        return
+    module.sync_gpu = lambda _parameter: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.sync_gpu = wait  # type: ignore[attr-defined]
+
+
 def memory_in_use() -> int:
     """Bytes: the peak that torch allocated on the GPU since the process began, or the process's peak on a CPU."""
     if torch.cuda.is_available():
@@ -457,15 +568,24 @@ class _Numbers:
         return ((step,) for step in range(self.done(), self.total))
 
 
-class AfterOptimizerStep(TrainerCallback):  # type: ignore[misc]
-    """Called after every optimizer step, when its gradients are still there, with the number of steps done."""
+class AroundOptimizerStep(TrainerCallback):  # type: ignore[misc]
+    """Calls `before` each optimizer step, and `after` it, while the gradient is still there.
 
-    def __init__(self, call: Callable[[int], None]) -> None:
-        self.call = call
+    Args:
+        before: Called after clipping.
+        after: Called with the number of steps done.
+    """
+
+    def __init__(self, before: Callable[[], None], after: Callable[[int], None]) -> None:
+        self.before, self.after = before, after
+
+    def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        """Trainer has clipped the gradient."""
+        self.before()
 
     def on_optimizer_step(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """The step is not counted yet."""
-        self.call(state.global_step + 1)
+        self.after(state.global_step + 1)
 
 
 class StopOnFlag(TrainerCallback):  # type: ignore[misc]

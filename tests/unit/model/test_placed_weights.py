@@ -174,6 +174,11 @@ class Threads:
         """Sums in the order of the ranks."""
         tensor.copy_(torch.stack(self._posted(tensor.clone())).sum(0))
 
+    def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
+        """Sums at once."""
+        self.add_up(tensor)
+        return lambda: None
+
     def agree(self, *, repeat: bool) -> bool:
         """Whether any repeats."""
         return any(self._posted(repeat))

@@ -24,7 +24,10 @@ from tests.unit.training.recipes import PLAN
 OWN = {
     *(
         "packed_gradient",
+        "before_optimizer_step",
         "after_optimizer_step",
+        "report_metrics",
+        "log_step",
         "log_probs",
         "metrics_of",
         "save_if_it_fits",

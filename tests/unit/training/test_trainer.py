@@ -817,8 +817,24 @@ class Left(Beside):
         return super().agree(repeat=repeat)
 
 
+class LeftInSum(Beside):
+    """Its neighbour ends during the third step too, which is found out when the sum is waited for."""
+
+    def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
+        """The sum of the third step never comes."""
+        self.add_up(tensor)
+        return super().check if len(self.sizes) < 3 else self.fail
+
+    def fail(self) -> None:
+        """Raises what the neighbour ended with."""
+        raise Unreachable("process 1: the hub is silent")
+
+
 @pytest.mark.usefixtures("undealt")
-def test_the_end_of_another_process_leaves_the_step_before(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [Left, LeftInSum])
+def test_the_end_of_another_process_leaves_the_step_before(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, other: type[Beside]
+) -> None:
     """What was done is saved, and the error is the other's; resumed, the run ends with the bits of a whole one."""
     whole, model = make_model(base_folder), make_model(base_folder)
     recipe = replace(RESUMED, save_every_steps=1000)
@@ -827,7 +843,7 @@ def test_the_end_of_another_process_leaves_the_step_before(base_folder: Path, to
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
     with pytest.raises(Unreachable, match="process 1: the hub is silent"):
         train(
-            model, tokenizer, LONGER, recipe=recipe, plan=PLAN, hooks=hooks, folder=tmp_path / "left", processes=Left()
+            model, tokenizer, LONGER, recipe=recipe, plan=PLAN, hooks=hooks, folder=tmp_path / "left", processes=other()
         )
     assert [path.name for path in saved] == ["step-00000002"]
     again = make_model(base_folder)
@@ -886,6 +902,39 @@ class Launched:
         assert tokens.shape[1] <= self.prepared[0]
         last = int((ends == ends[-1]).nonzero()[0])
         return self.work(tokens, ends, weight, tuple(map(Segment, ends[:last].tolist(), ends[1 : last + 1].tolist())))
+
+
+def test_metrics_are_reported_while_the_next_step_is_computed(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where steps are launched at once. They are the same, and all are there before a checkpoint and at the end."""
+    seen: list[str] = []
+
+    class Noted(Launched):
+        def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+            seen.append("launched")
+            return super().__call__(*inputs)
+
+    monkeypatch.setattr("job.training.step.CudaGraphs", Noted)
+    hooks = Hooks(
+        lambda metrics: seen.append(f"step {metrics.step}"), lambda _, step: seen.append(f"saved {step}"), lambda: False
+    )
+    recipe = replace(RECIPE, total_steps=5, save_every_steps=3)
+    histories, events = [], []
+    for recorded in (False, True):
+        seen.clear()
+        model = fill_adapter(make_model(base_folder))
+        fuse_layers(model, keep_dequantized=False, kernels=TORCH)
+        plan = replace(THROUGHOUT, recorded=recorded)
+        trained = train(model, tokenizer, EXAMPLES, recipe=recipe, plan=plan, hooks=hooks, folder=tmp_path)
+        histories.append([replace(step, measured={}) for step in trained.history])
+        events.append(list(seen))
+    assert histories[0] == histories[1]
+    assert events[0] == ["step 1", "step 2", "step 3", "saved 3", "step 4", "step 5", "saved 5"]
+    assert events[1] == [
+        *("launched", "launched", "step 1", "launched", "step 2", "step 3", "saved 3"),
+        *("launched", "launched", "step 4", "step 5", "saved 5"),
+    ]
 
 
 @pytest.mark.long

@@ -1,0 +1,134 @@
+"""One of two GPUs' processes is killed during a step: `python tests/gpu/lost_process.py [--tiny]` prints JSON lines.
+
+It is killed when its gradient is on its way and the sum over the processes is not. The other process has then already
+launched its part of the sum, and clipping behind it, which never end. It must notice, save the step before, and end. A
+resumed pair of processes must end with the bits of an undisturbed one. `--tiny` rehearses it on a CPU. Budget: 90 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("TQDM_DISABLE", "1")
+sys.path[:0] = [str(Path(__file__).parents[1] / "bench"), str(Path(__file__).parents[2])]
+
+STEPS, KILLED_IN = 8, 6
+
+
+def pair(chosen: argparse.Namespace, folder: Path, name: str, *more: str) -> list[int]:
+    """Runs two processes to their end; returns their exit statuses."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, *(["--tiny"] if chosen.tiny else []), "--folder", str(folder / name), *more]
+    members = [
+        subprocess.Popen(
+            [*command, "--port", str(port), "--rank", str(rank)],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    return [member.wait() for member in members]
+
+
+def train_part(chosen: argparse.Namespace) -> None:
+    """One process of a pair; process 0 tells what became of it."""
+    import gpu  # lies in tests/bench
+    import torch
+
+    from job.distributed.process_group import ProcessGroup
+    from job.distributed.ranks import Place
+    from job.distributed.rendezvous import join
+    from job.errors import JobError
+    from job.preemption.stop_flag import Stop
+    from job.training.config import Hooks
+    from job.training.trainer import train
+
+    if chosen.kill and chosen.rank == 1:
+        launch, calls = ProcessGroup.start_add_up, []
+
+        def killed(self: ProcessGroup, tensor: Any) -> Any:
+            calls.append(time.monotonic())
+            if len(calls) == KILLED_IN:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return launch(self, tensor)
+
+        ProcessGroup.start_add_up = killed  # type: ignore[method-assign]
+    place = Place(chosen.rank, 2, chosen.rank, 2, "localhost", chosen.port)
+    bench = gpu.Bench(chosen.tiny, chosen.folder, 4, [])
+    bench.say = lambda *_, **__: None  # type: ignore[method-assign]
+    saved: list[str] = []
+    told: list[float] = []
+    began = time.monotonic()
+    hooks = Hooks(lambda _: told.append(time.monotonic()), lambda path, _: saved.append(path.name), lambda: False)
+    ended = "whole"
+    try:
+        with join(
+            place, "lost", stop=Stop(), report_progress=lambda: None, patience=120, grace_seconds=10
+        ) as processes:
+            model = gpu.adapted(bench)
+            gpu.prepare(model, gpu.BEST)
+            train(
+                model,
+                gpu.shapes.tokenizer(),
+                bench.data,
+                recipe=gpu.recipe_of(bench, gpu.BEST, STEPS, 32 if not chosen.tiny else 8),
+                plan=gpu.plan_of(gpu.BEST),
+                hooks=hooks,
+                folder=chosen.folder,
+                resume=chosen.resume,
+                processes=processes,
+            )
+    except JobError as error:
+        ended = f"{type(error).__name__}: {error}"[:200]
+    if chosen.rank == 0:
+        state = torch.cuda.memory_reserved() if gpu.ON_GPU else None
+        figures = {
+            "ended": ended,
+            "saved": saved,
+            "steps": len(told),
+            "adapter": gpu.bits_of(model) if ended == "whole" else None,
+            "seconds_after_the_last_step": round(time.monotonic() - (told or [began])[-1], 2),
+            "reserved": state,
+        }
+        print(json.dumps({"what": chosen.folder.name, **figures}), flush=True)
+        sys.stdout.flush()
+        os._exit(0 if ended == "whole" else 1)  # as the job ends: nothing waits for a kernel that never ends
+
+
+def main() -> int:
+    """Runs the pairs, or is a process of one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    for name in ("--rank", "--port"):
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
+    for name in ("--folder", "--resume"):
+        parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--kill", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.rank is not None:
+        chosen.folder.mkdir(exist_ok=True)
+        train_part(chosen)
+        return 0
+    folder = Path(tempfile.mkdtemp())
+    began = time.monotonic()
+    codes = [pair(chosen, folder, "undisturbed"), pair(chosen, folder, "killed", "--kill")]
+    before = folder / "killed" / f"step-{KILLED_IN - 1:08d}"
+    codes.append(pair(chosen, folder, "resumed", "--resume", str(before)))
+    print(json.dumps({"what": "ends", "codes": codes, "seconds": round(time.monotonic() - began, 1)}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
