@@ -10,8 +10,8 @@
     ├── TrainingFailed         70   training diverged, or memory is too small for it
     ├── NoProgress             71   attempts in a row made no progress
     ├── UnfitMachine           72   this machine cannot run the job; another one may
-    ├── Stalled                74   no progress for too long; the state is durable
-    ├── Preempted              75   preempted; the state is durable
+    ├── Stalled                74   no progress for too long; a restart resumes the run
+    ├── Preempted              75   preempted; a restart resumes the run
     ├── Replaced               76   another attempt owns this run
     └── AccessDenied           77   access denied
 
@@ -24,7 +24,7 @@ first. The tests then name every place that has to know it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -164,14 +164,14 @@ class Stalled(JobError):
     """The watchdog ended a job that made no progress. A restart resumes it, but may stall again, so it counts."""
 
     exit_code = 74
-    meaning = "no progress for too long; the state is durable"
+    meaning = "no progress for too long; a restart resumes the run"
 
 
 class Preempted(JobError):
     """The machine is being taken away. What was saved is durable: a restart resumes."""
 
     exit_code = 75
-    meaning = "preempted; the state is durable"
+    meaning = "preempted; a restart resumes the run"
     retry = "yes, free"
 
 
@@ -240,6 +240,34 @@ def combine(errors: Sequence[tuple[str, JobError]]) -> JobError:
     advice = "; ".join(dict.fromkeys(error.advice for error in few_first if error.advice))
     problems = [problem for error in few_first for problem in error.problems]
     return kind(problems, sum(error.total for error in few_first), advice)
+
+
+def check_all(checks: Iterable[tuple[str, Callable[[], object]]]) -> None:
+    """Makes all checks, and raises what they find as one error.
+
+    Args:
+        checks: Of each the name of what is checked, which stands before an error that lists no problems, and a function
+            that raises what is wrong.
+
+    Raises:
+        JobError: As `combine`. Preempted or Replaced at once, since then nothing further matters.
+    """
+    found: list[tuple[str, JobError]] = []
+    for name, check in checks:
+        try:
+            check()
+        except (Preempted, Replaced):
+            raise
+        except JobError as error:
+            found.append((name, error))
+    if found:
+        raise combine(found)
+
+
+def raise_problems(problems: Iterable[Problem]) -> None:
+    """Raises a SettingsError with these problems, if there are any."""
+    if found := list(dict.fromkeys(problems)):
+        raise SettingsError(found)
 
 
 @contextmanager

@@ -26,21 +26,22 @@ from job.common import garbage_collection, host
 from job.common.export_formats import needs_merge
 from job.common.lora_readers import why_not_served
 from job.common.out_of_memory import memory_errors
-from job.distributed.processes import ALONE, Processes
+from job.distributed.processes import ALONE, Processes, require_one_kind
 from job.errors import DataError, JobError, Problem
-from job.model.base import choose_device
+from job.model.device import choose_device
 from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
 from job.push.push import Target, check_targets, push_run, targets
-from job.records import Evaluated, Exported, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
-from job.results import manifest
+from job.records import FP8, Evaluated, Exported, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
 from job.results.baseline import check_prompts, warn_of_other_dtype
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.results.delivery import deliver
-from job.runs.attempt import Attempt, open_attempt
+from job.results.summary import summary
+from job.runs.attempt import Attempt
 from job.runs.fault_injection import Fault, arm, faulty
 from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
+from job.runs.open_attempt import open_attempt
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
@@ -58,6 +59,7 @@ from job.tracking import energy
 from job.tracking.live_metrics import live_metrics
 from job.tracking.trackers import tracking
 from job.tracking.webhook import SILENT, notifying
+from job.training.fp8_check import require_fp8
 
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
@@ -135,7 +137,7 @@ def _run_stage(
     alive = partial(_alive, stop, report_progress)
     if (done := _finished(processes, settings, delivery, alive)) is not None:
         return done
-    processes.share("inputs", lambda: _check_inputs(settings, later))
+    processes.share("inputs", lambda: _check_inputs(settings, later, processes.place.world_size))
     with _attempt(settings, stop, report_progress, faults, processes, idle=idle, last=not later) as (
         attempt,
         tell_results,
@@ -179,13 +181,13 @@ def _finished(
     return found
 
 
-def _check_inputs(settings: Settings, later: Sequence[Settings]) -> None:
+def _check_inputs(settings: Settings, later: Sequence[Settings], processes: int) -> None:
     """Refuses wrong paths and names before the run takes its lease, so that nothing is left behind."""
     begun = _store(settings).read(stage_key(Stage.PULL)) is not None
-    check_inputs(settings, later, begun=begun)
+    check_inputs(settings, later, begun=begun, processes=processes)
     chosen = () if later else targets(settings.export)
     if chosen and (reasons := why_not_served(plain_values(settings))):
-        log.get_logger().warning("vLLM does not serve this adapter as it is trained", reasons=reasons)
+        log.get_logger().warning("vLLM cannot serve this adapter as it was trained", reasons=reasons)
     try:
         check_targets(chosen)
     except JobError as error:
@@ -235,12 +237,14 @@ def _hand_over(
         if delivery:
             deliver(store, results, delivery)
         if chosen and results["gate"]["passed"] is False:
-            log.get_logger().warning("is not pushed: the gate is not met", places=[target.place for target in chosen])
+            log.get_logger().warning(
+                "the run is not pushed: its quality gate is not met", places=[target.place for target in chosen]
+            )
         else:
             push_run(store, results, chosen, alive=alive)
     finally:
         # the results are published, whether or not this can be printed
-        log.print_result("\n".join(manifest.summary(results, f"{store.uri}/{RESULTS}")) + "\n")
+        log.print_result("\n".join(summary(results, f"{store.uri}/{RESULTS}")) + "\n")
 
 
 @contextmanager
@@ -291,7 +295,10 @@ def _attempt(
         if settings.run.nodes > 1:
             attempt.pause_after_idle()
         with current_platform().machine_checks():
-            choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
+            device = choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
+        require_one_kind(processes, device.type)
+        if settings.train.compute == FP8:
+            require_fp8(device)
         if processes.leads:
             withdraw_incomplete(attempt.store)
         track.start()
@@ -342,7 +349,10 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
                 attempt.keep(name, json.dumps(asdict(record)))
     known, found = map(identity, (attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record))
     if changed := [name for name, value in known.items() if found.get(name) != value]:
-        what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+        what = (
+            "its content has changed since the first attempt of this run; restore it, or start a new run "
+            "with another JOB_RUN__ID"
+        )
         raise DataError([Problem(_SETTING_OF[name], what) for name in changed])
     return loaded
 
@@ -397,7 +407,7 @@ def _evaluate_adapter(
     )
 
 
-@memory_errors("exporting", "lower JOB_EVAL__BATCH_TOKENS, or take a machine that holds the unquantized model")
+@memory_errors("exporting", "lower JOB_EVAL__BATCH_TOKENS, or use a machine that holds the unquantized model")
 def _export(
     attempt: Attempt,
     settings: Settings,

@@ -122,6 +122,6 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(base_folder: Path) -> Any:
     """The tiny model's tokenizer, as the job loads it."""
-    from job.model.base import load_tokenizer
+    from job.model.tokenizer import load_tokenizer
 
     return load_tokenizer(base_folder)

@@ -24,8 +24,8 @@ EXIT_CODES = {
     70: ("training diverged, or memory is too small for it", "no"),
     71: ("several attempts in a row made no progress", "counts against the limit"),
     72: ("this machine cannot run the job; another one may", "counts against the limit"),
-    74: ("no progress for too long; the state is durable", "counts against the limit"),
-    75: ("preempted; the state is durable", "yes, free"),
+    74: ("no progress for too long; a restart resumes the run", "counts against the limit"),
+    75: ("preempted; a restart resumes the run", "yes, free"),
     76: ("another attempt owns this run", "no"),
     77: ("access denied", "counts against the limit"),
 }

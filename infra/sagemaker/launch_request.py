@@ -137,7 +137,7 @@ def problems(order: Order) -> Iterator[str]:
         ("run.id" not in order.settings, "--set run.id: is what --run is for"),
         (
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", order.run),
-            "--run: must begin with a letter or digit and hold at most 128 letters, digits, '.', '_' and '-'",
+            "--run: must begin with a letter or digit and have at most 128 letters, digits, '.', '_' and '-'",
         ),
         (1 <= order.max_run <= MAX_SECONDS, "--max-run: must be between a second and 28 days"),
         (wait is None or order.spot, "--max-wait: is for --spot; add that, or drop it"),

@@ -25,11 +25,12 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from job.common.disk import disk_errors
 from job.common.hashing import hash_file, seal, sealed
 from job.errors import Unreachable
 from job.log import get_logger
 from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_folder, checkpoint_part, marker_key, step_name
-from job.storage.base import disk_errors, write_in_turn
+from job.storage.base import write_in_turn
 from job.storage.open import ObjectStore, TooLarge, check_key, is_key
 
 MAX_MARKER_BYTES = 256 * 1024
@@ -101,7 +102,7 @@ def parse_marker(data: bytes) -> Marker:
     except (TypeError, ValueError) as error:
         raise ValueError(f"the marker is malformed: {str(error)[:_MAX_WORDS]}") from None
     if claimed != seal(facts):
-        raise ValueError("the marker was altered: its seal is not that of its content")
+        raise ValueError("the marker was altered: its seal does not match its content")
     return marker
 
 
@@ -250,10 +251,13 @@ def restore(
         before = marker.software
         if changed := sorted(k for k in software if before.get(k) != software[k]):
             versions = [f"{k} {before.get(k, 'unknown')} before, {software[k]} now" for k in changed]
-            what = "checkpoint is of other software versions: the last bits of the result may change"
+            what = "checkpoint was written with other software versions: the last bits of the result may change"
             get_logger().warning(what, changed=versions)
         if marker.world_size != world_size:
-            what = "checkpoint is of another number of processes: the same examples a step, not the same bits"
+            what = (
+                "checkpoint was written by another number of processes: each step has the same examples, "
+                "but the last bits change"
+            )
             get_logger().warning(what, processes=world_size, before=marker.world_size)
         return Restored(target, step, tuple(skipped))
     if skipped:
@@ -343,7 +347,7 @@ def _check_content(folder: Path, step: int, check: Callable[[Path, int], None]) 
     try:
         check(folder, step)
     except ValueError as error:
-        raise NotWhole(f"its bytes are right, its content is not: {error}") from None
+        raise NotWhole(f"its hashes match, but its content is invalid: {error}") from None
 
 
 def _read_marker(store: ObjectStore, step: int, run: str | None) -> Marker:
@@ -365,7 +369,7 @@ def _read_marker(store: ObjectStore, step: int, run: str | None) -> Marker:
     if marker.step != step:
         raise NotWhole(f"the marker is of step {marker.step}")
     if run is not None and marker.run not in {None, run}:
-        raise NotWhole("it was trained with other settings, data or weights than those of this run")
+        raise NotWhole("it was trained with other settings, data or weights than this run's")
     return marker
 
 
@@ -377,7 +381,7 @@ def _fetch_file(store: ObjectStore, key: str, path: Path, file: MarkedFile) -> N
     except TooLarge:
         raise NotWhole(f"{path.name} is larger than the marker says") from None
     if hash_file(path) != file.sha256:
-        raise NotWhole(f"{path.name} has another SHA-256 than the marker says")
+        raise NotWhole(f"{path.name} has another SHA-256 than the marker")
 
 
 def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
@@ -396,7 +400,7 @@ def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
     if needed + SPARE_BYTES > free:
         raise Unreachable(
             f"{store.uri}: the checkpoint of step {marker.step} has {needed} bytes and the disk {free} free; "
-            "give the machine a larger disk, or set JOB_STORAGE__CACHE to a place on one"
+            "give the machine a larger disk, or set JOB_STORAGE__CACHE to a folder on one"
         )
 
 

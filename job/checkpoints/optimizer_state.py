@@ -20,14 +20,14 @@ def check_places(names: Sequence[str], plain: Mapping[str, Any]) -> None:
         ValueError: They are not, or cannot.
     """
     if different := sorted(set(names) ^ set(plain["tensors"])):
-        raise ValueError(f"the optimizer's tensors are not those that were saved: {', '.join(different[:3])}")
+        raise ValueError(f"the optimizer's tensors differ from the saved ones: {', '.join(different[:3])}")
     for name in names:
         index, *path = name.split("/")
         value: Any = plain["state"].get(index)
         for part in path:
             value = value.get(part, "") if isinstance(value, dict) else ""
         if not (index.isdecimal() and path and value is None):
-            raise ValueError(f"the optimizer's tensor {name} has no place in its state")
+            raise ValueError(f"the optimizer's tensor {name} is not part of its state")
 
 
 def check_fit(
@@ -49,7 +49,7 @@ def check_fit(
         specs = OPTIMIZERS.values() if optimizer is None else [OPTIMIZERS[optimizer]]
         known = [(spec.block, spec.state[leaf]) for spec in specs if leaf in spec.state]
         if not known or index >= len(shapes):
-            raise ValueError(f"the optimizer's tensor {name} is none of a known optimizer's")
+            raise ValueError(f"the optimizer's tensor {name} belongs to no known optimizer")
         right = {_shape(kind, block, shape) for block, kind in known if str(tensor.dtype) in kind.dtypes}
         if tuple(tensor.shape) not in right:
             expected = " or ".join(map(str, sorted(right))) or "of a known dtype"

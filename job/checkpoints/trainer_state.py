@@ -187,7 +187,7 @@ def validate_trainer_state(folder: Path, step: int) -> None:
     from transformers import TrainerState
 
     if (names := {path.name for path in folder.iterdir()} - OPTIONAL - {ADALORA}) != FILES:
-        raise ValueError(f"its files are not those of a checkpoint: {', '.join(sorted(names ^ FILES))}")
+        raise ValueError(f"missing or unexpected files in the checkpoint: {', '.join(sorted(names ^ FILES))}")
     _tensor_names(folder / ADAPTER)
     if (folder / ADALORA).exists():
         _tensor_names(folder / ADALORA)
@@ -206,7 +206,7 @@ def validate_trainer_state(folder: Path, step: int) -> None:
     if not progress.step == trainer.global_step == step:
         raise ValueError(f"it is of step {progress.step}")
     if [metrics.step for metrics in history] != list(range(1, step + 1)):
-        raise ValueError(f"its metrics are not those of the steps 1 to {step}")
+        raise ValueError(f"its metrics are not of steps 1 to {step}")
     _check_budget(history, METRICS)
 
 
@@ -223,13 +223,13 @@ def _check_computed(computed: HowComputed) -> None:
     }
     for name, (number, most) in numbers.items():
         if number is not None and not 1 <= number <= most:
-            raise ValueError(f"{PROGRESS} has {name} {number}, which is not from 1 to {most}")
+            raise ValueError(f"{PROGRESS} has {name} {number}, which must be from 1 to {most}")
     shapes = computed.padded or []
     lengths = [length for length, _ in shapes]
     if lengths != sorted(set(lengths)) or not all(
         0 < length <= _MOST_TOKENS and 0 < segments <= length + _EMPTY_SEGMENTS for length, segments in shapes
     ):
-        raise ValueError(f"{PROGRESS} has shapes of padded sequences that cannot be: {shapes[:3]}")
+        raise ValueError(f"{PROGRESS} has impossible shapes of padded sequences: {shapes[:3]}")
 
 
 def _check_budget(metrics: Sequence[StepMetrics] | Sequence[ValidationMetrics], name: str) -> None:
@@ -253,10 +253,10 @@ def _check_validations(folder: Path, step: int) -> None:
         found = _parse_as(list[ValidationMetrics], folder / VALIDATIONS)
         steps = [metrics.step for metrics in found]
         if not steps or steps != sorted(set(steps)) or not 0 <= steps[0] <= steps[-1] <= step:
-            raise ValueError(f"its validations are not those of rising steps up to {step}")
+            raise ValueError(f"the steps of its validations do not rise, or go beyond {step}")
         _check_budget(found, VALIDATIONS)
     if (folder / BEST).exists() and _shapes(folder / BEST) != _shapes(folder / ADAPTER):
-        raise ValueError(f"{BEST} is not of the same adapter as {ADAPTER}")
+        raise ValueError(f"{BEST} and {ADAPTER} have different tensors")
 
 
 def split_optimizer_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -306,7 +306,7 @@ def _tensor_names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as tensors:
             return list(tensors.keys())
     except SafetensorError as error:
-        raise ValueError(f"{path.name} is no safetensors file: {error}") from None
+        raise ValueError(f"{path.name} is not a safetensors file: {error}") from None
 
 
 def _shapes(path: Path) -> dict[str, tuple[Any, ...]]:

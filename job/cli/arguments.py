@@ -14,8 +14,8 @@ from typing import Literal
 
 from job.errors import Problem, SettingsError
 
-_RUN_HELP = "a finished run: its folder or its results.json, path or URI"
-_POINTER_HELP = f"{_RUN_HELP}; or a pointer that promote wrote"
+_RUN_HELP = "path or URI of a finished run: its folder, or the results.json in it"
+_POINTER_HELP = f"{_RUN_HELP}; or of a pointer that `promote` wrote"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Argument:
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     runs: tuple[int, int | None] | None = None
-    """Of a flag: how many runs are given with it, at least and at most, where that is not one a positional argument."""
+    """Of a flag that changes how many runs are given: at least and at most so many. None: one for each positional."""
 
     @property
     def positional(self) -> bool:
@@ -53,11 +53,18 @@ class Argument:
 
 @dataclass(frozen=True)
 class Command:
-    """What a command does, its own arguments, and which settings it takes beside them."""
+    """What a command does, its own arguments, which settings it takes as well, and examples for `--help`.
+
+    Attributes:
+        summary: One line for the list of commands.
+        settings: `reading`: those about reading a store. They can also be set in the environment.
+        examples: What follows `qlora-job COMMAND` in a shell.
+    """
 
     summary: str
     arguments: tuple[Argument, ...] = ()
     settings: Literal["all", "reading", "none"] = "all"
+    examples: tuple[str, ...] = ()
 
     @property
     def usage(self) -> str:
@@ -70,134 +77,171 @@ def _format(*choices: str) -> Argument:
     return Argument("--format", f"output format (default: {choices[0]})", choices=choices)
 
 
-_KEY = Argument("--key", "public key of the signer (PEM): a run without its signature does not verify", metavar="FILE")
-_SHOW = Argument("--show", "print the first N rows as tokenized, the tokens that the loss counts marked", metavar="N")
-_CONFIG = Argument("--config", "YAML or TOML file of settings; also as JOB_CONFIG in the environment", metavar="FILE")
-_RUN = Command("run the job; the default command", (_CONFIG,))
+_KEY = Argument(
+    "--key", "the signer's public key (PEM): a run without a signature by this key is an error", metavar="FILE"
+)
+_SHOW = Argument("--show", "print the first N rows as tokenized, and mark the tokens that the loss counts", metavar="N")
+_CONFIG = Argument("--config", "YAML or TOML file with settings (environment: JOB_CONFIG)", metavar="FILE")
+_RUN = Command(
+    "run the job, or resume the run of this name; the default command",
+    (_CONFIG,),
+    examples=(
+        "--preset demo",
+        "--run.id my-first-run --data.source rows.jsonl --model.id org/model",
+        "--config settings.yaml --run.output s3://bucket/runs",
+    ),
+)
 
 COMMANDS = {
     "run": _RUN,
     "train": _RUN,
     "plan": Command(
-        "check settings and inputs, forecast memory, time and cost; needs no GPU",
+        "check settings and inputs; forecast memory, time and cost; needs no GPU",
         (_format("table", "json"), _SHOW, _CONFIG),
+        examples=("--data.source rows.jsonl --show 3", "--config settings.yaml --format json"),
     ),
     "status": Command(
-        "show how a run is, from its store: stage, step, time left, and why it ended; needs no GPU",
+        "show the state of a run from its store: stage, step, time left, why it ended; needs no GPU",
         (
-            Argument("RUN", "a run, finished or not: its folder or its results.json, path or URI"),
+            Argument("RUN", "path or URI of a run, finished or not: its folder, or the results.json in it"),
             Argument(
                 "--stalled-after",
-                "an attempt that is silent for longer is stalled (default: the run's JOB_TRAIN__STALL_SECONDS)",
+                "call the run stalled if its attempt wrote no record for so long (default: 1.2 times the run's "
+                "JOB_TRAIN__STALL_SECONDS)",
                 metavar="SECONDS",
             ),
             _format("table", "json"),
         ),
         settings="reading",
+        examples=("runs/my-first-run", "s3://bucket/runs/my-first-run --format json"),
     ),
     "config": Command(
         "show every setting, its value, and where it came from",
         (Argument("--schema", "print the JSON Schema of all settings instead"), _CONFIG),
+        examples=("--config settings.yaml", "--schema"),
     ),
     "report": Command(
-        "write the HTML report of a finished run once more",
+        "write the HTML report of a finished run again",
         (
-            Argument("RESULTS", _POINTER_HELP),
-            Argument("--output", "file to write the page to (default: report.html)", metavar="FILE"),
+            Argument("RUN", _POINTER_HELP),
+            Argument("--output", "file for the report (default: report.html)", metavar="FILE"),
         ),
         settings="reading",
+        examples=("runs/my-first-run --output report.html",),
     ),
     "verify": Command(
-        "check every file and figure of a published run; exit code 4 if one is wrong",
-        (Argument("RESULTS", _POINTER_HELP), _KEY, _format("table", "json")),
+        "check every file and figure of a finished run; exit code 4 if one is wrong",
+        (Argument("RUN", _POINTER_HELP), _KEY, _format("table", "json")),
         settings="reading",
+        examples=("runs/my-first-run", "s3://bucket/runs/my-first-run --key pub.pem"),
     ),
     "compare": Command(
-        "compare two runs: what differs, and their adapters question by question",
+        "compare two finished runs: what differs, and their adapters question by question",
         (
             Argument("A", _POINTER_HELP),
-            Argument("B", "another finished run"),
+            Argument("B", "another finished run, given in the same ways"),
             _format("table", "json", "markdown"),
             Argument("--gate", "exit code 3 if B is worse than A by more than the thresholds allow"),
             Argument(
                 "--metric",
-                "what the thresholds apply to: acc, acc_norm, exact_match, ...; with --history the task and its "
+                "metric of the thresholds: acc, acc_norm, exact_match, ...; with --history the task and its "
                 "metric, such as arc_easy/acc (default: that of the first task)",
                 metavar="METRIC",
             ),
-            Argument("--min-delta", "smallest accepted gain of B over A, as a fraction", metavar="X"),
-            Argument("--max-regression", "largest accepted loss of B against A, as a fraction", metavar="X"),
+            Argument("--min-delta", "smallest accepted gain of B over A, as a fraction; implies --gate", metavar="X"),
+            Argument(
+                "--max-regression", "largest accepted loss of B against A, as a fraction; implies --gate", metavar="X"
+            ),
             Argument("--policy", "judge B against A by the rules of a JOB_GATE__POLICY file", metavar="FILE"),
             Argument(
                 "--history",
-                "instead of A and B, runs or folders of runs: a metric over them in the order of time, with the "
-                "control limits of the earlier ones; exit code 3 if the newest is outside of these",
+                "instead of A and B, give runs or folders of runs: shows a metric of all runs by time, with the "
+                "control limits of the earlier runs; exit code 3 if the newest run is outside of them",
                 runs=(1, None),
             ),
             Argument("--output", "with --history: also draw the chart into this HTML file", metavar="FILE"),
         ),
         settings="reading",
+        examples=(
+            "runs/first runs/second",
+            "runs/first runs/second --gate --max-regression 0.01",
+            "--history s3://bucket/runs --output history.html",
+        ),
     ),
     "push": Command(
-        "verify a finished run, and push adapter, card and exported formats to the hub or a registry",
+        "verify a finished run, and push adapter, model card and exports to the hub or a registry",
         (
-            Argument("RESULTS", _POINTER_HELP),
-            Argument("--hub", "repository, namespace/name (default: the run's own JOB_EXPORT__HUB)", metavar="REPO"),
-            Argument("--hub-revision", "branch of it (default: main)", metavar="BRANCH"),
-            Argument("--public", "make a new repository public, and accept one that is public"),
+            Argument("RUN", _POINTER_HELP),
+            Argument(
+                "--hub",
+                "repository of the hub, namespace/name (default: the run's own JOB_EXPORT__HUB)",
+                metavar="REPO",
+            ),
+            Argument("--hub-revision", "branch of the repository (default: main)", metavar="BRANCH"),
+            Argument("--public", "create a new repository as public, and accept an existing public one"),
             Argument(
                 "--oci", "image, registry/repository:tag (default: the run's own JOB_EXPORT__OCI)", metavar="IMAGE"
             ),
-            Argument("--plain-http", "speak to its registry without TLS"),
+            Argument("--plain-http", "connect to the registry without TLS"),
             _KEY,
-            Argument("--despite-gate", "push a run whose quality gate is not met"),
+            Argument("--despite-gate", "push the run even if its quality gate is not met"),
             Argument("--dry-run", "print what would be pushed, and write nothing"),
         ),
         settings="reading",
+        examples=(
+            "runs/my-first-run --hub namespace/name --dry-run",
+            "runs/my-first-run --oci ghcr.io/lab/model:first",
+        ),
     ),
     "promote": Command(
-        "verify a finished run and point to it, if its gate is met; exit code 76 if somebody else moved the pointer",
+        "verify a finished run whose gate is met, and write a pointer to it; exit code 76 if another promotion won",
         (
-            Argument("RESULTS", _RUN_HELP),
+            Argument("RUN", _RUN_HELP),
             Argument(
-                "--to", "the pointer: a file that is written, such as s3://bucket/models/current", metavar="PLACE"
+                "--to", "path or URI of the pointer, a small file, such as s3://bucket/models/current", metavar="PLACE"
             ),
             _KEY,
-            Argument("--without-gate", "promote a run that has no quality gate; one whose gate is not met is refused"),
-            Argument("--rollback", "move the pointer back to the run before; no RESULTS are given", runs=(0, 0)),
+            Argument(
+                "--without-gate", "also promote a run without a quality gate; one that missed its gate is refused"
+            ),
+            Argument("--rollback", "without RUN: point to the previous run again", runs=(0, 0)),
         ),
         settings="reading",
+        examples=("runs/my-first-run --to s3://bucket/models/current", "--rollback --to s3://bucket/models/current"),
     ),
     "serve-check": Command(
-        "ask a server of a finished run's model its own questions; exit code 4 if it answers otherwise",
+        "ask a server of a run's model the run's own questions; exit code 4 if its answers differ",
         (
-            Argument("RESULTS", _POINTER_HELP),
-            Argument("--served", "adapter, or an exported format (default: what the gate judged)", metavar="FORMAT"),
-            Argument("--url", "a server that runs, http://host:port (default: one is started here)", metavar="URL"),
+            Argument("RUN", _POINTER_HELP),
+            Argument(
+                "--served", "adapter, or an exported format (default: the one that the gate judged)", metavar="FORMAT"
+            ),
+            Argument("--url", "a running server, http://host:port (default: one is started here)", metavar="URL"),
             Argument(
                 "--server",
-                "vllm, llama.cpp or transformers (default: as it is recognized, or the first that is installed). "
-                "The last two come with pip install 'qlora-job[export]', vllm from an environment of its own on PATH",
+                "vllm, llama.cpp or transformers (default: detected with --url, else the first that is installed). "
+                "pip install 'qlora-job[export]' installs the last two; vllm is started from PATH",
                 metavar="KIND",
             ),
             Argument("--model", "name of the model on the server (default: the last that it lists)", metavar="NAME"),
-            Argument("--questions", "how many to ask (default: 50)", metavar="N"),
+            Argument("--questions", "number of questions to ask (default: 50)", metavar="N"),
             _KEY,
-            Argument("--record", "also store the result in the run's folder, for report and verify"),
+            Argument("--record", "also store the result in the run's folder, for `report` and `verify`"),
             _format("table", "json"),
         ),
         settings="reading",
+        examples=("runs/my-first-run", "runs/my-first-run --url http://host:8000 --record"),
     ),
     "selftest": Command(
-        "kill and resume a run on this machine, and compare it bit by bit with an uninterrupted one", (), "none"
+        "kill and resume a run on this machine, and compare it bit by bit with an uninterrupted one", (), "none", ("",)
     ),
 }
-"""`train` is how SageMaker starts the container of a training job."""
+"""SageMaker starts the container of a training job with the argument `train`."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The words after a command: positional ones, options with their values, flags, and settings for `load_reading`."""
+    """The arguments after a command: runs, options with their values, flags, and settings for `load_reading`."""
 
     runs: list[str] = field(default_factory=list)
     options: dict[str, str] = field(default_factory=dict)
@@ -209,7 +253,7 @@ def parse_arguments(words: Sequence[str], arguments: Sequence[Argument]) -> Argu
     """Parses the words after a command that reads published runs.
 
     Raises:
-        SettingsError: With everything that is wrong, together.
+        SettingsError: With all problems together.
     """
     given, problems = Arguments(), []
     known = {argument.name: argument for argument in arguments if not argument.positional}
@@ -233,7 +277,7 @@ def parse_arguments(words: Sequence[str], arguments: Sequence[Argument]) -> Argu
             problems.append(Problem(name, f"is unknown; the nearest is {near[0]}" if near else "is unknown"))
     wrong = list(_missing(given, arguments))
     if problems and len(given.runs) > sum(argument.positional for argument in arguments):
-        wrong = wrong[1:]  # one too many may be the value of an option that is unknown
+        wrong = wrong[1:]  # the run that is one too many may be the value of the unknown option
     problems += wrong
     if problems:
         raise SettingsError(problems)
@@ -241,7 +285,7 @@ def parse_arguments(words: Sequence[str], arguments: Sequence[Argument]) -> Argu
 
 
 def _missing(given: Arguments, arguments: Sequence[Argument]) -> Iterator[Problem]:
-    """What is wrong with the number of runs and with choices; sets the choices that are not given."""
+    """The problems with the number of runs and with choices; sets defaults of choices in `given.options`."""
     runs = [argument.name for argument in arguments if argument.positional]
     with_flag = next((argument for argument in arguments if argument.runs and argument.name in given.flags), None)
     least, most = (with_flag and with_flag.runs) or (len(runs), len(runs))
@@ -255,13 +299,19 @@ def _missing(given: Arguments, arguments: Sequence[Argument]) -> Iterator[Proble
             yield Problem(argument.name, f"must be {' or '.join(argument.choices)}")
 
 
+def _epilog(name: str, command: Command) -> str:
+    examples = "\n".join(f"  qlora-job {name} {example}".rstrip() for example in command.examples)
+    return f"examples:\n{examples}\n\n`qlora-job --help` lists the exit codes, and the sources of settings."
+
+
 def command_help(name: str) -> str:
-    """The help of a command: its own arguments from `COMMANDS`, and the settings it takes from their documentation."""
+    """The text of `qlora-job COMMAND --help`: arguments from `COMMANDS`, settings from their documentation."""
     command = COMMANDS[name]
     parser = ArgumentParser(
         prog=f"qlora-job {name}",
         usage=f"qlora-job {name} {command.usage}".rstrip(),
         description=command.summary,
+        epilog=_epilog(name, command),
         formatter_class=RawDescriptionHelpFormatter,
     )
     own = parser.add_argument_group("arguments")

@@ -15,10 +15,19 @@ from typing import TYPE_CHECKING, Any
 from job import __version__, log
 from job.cli.arguments import COMMANDS, command_help
 from job.common import garbage_collection
-from job.common.out_of_memory import out_of_memory
+from job.common.out_of_memory import memory_errors, out_of_memory
 from job.common.resources import usable_cpus
 from job.distributed.ranks import VARIABLES, Place, find_machines, visible_gpu
-from job.errors import JobError, NoProgress, Preempted, Problem, SettingsError, Stalled, TrainingFailed
+from job.errors import (
+    JobError,
+    NoProgress,
+    Preempted,
+    Problem,
+    SettingsError,
+    Stalled,
+    TrainingFailed,
+    exit_codes,
+)
 from job.platforms.detect import Platform
 from job.platforms.sagemaker import lasts
 from job.settings.load import (
@@ -38,28 +47,35 @@ if TYPE_CHECKING:
     from job.runs.run_log import IdleLimit
 
 
+_RETRY = {"no": "", "yes": " (retry)", "yes, free": " (retry)", "counts against the limit": " (a retry may help)"}
+
+
 def _usage() -> str:
     """The text of `qlora-job --help`: the commands, and what they have in common."""
     listed = "\n".join(
-        f"  {f'[{name}]' if name == 'run' else name:<12}{command.summary}"
+        f"  {f'[{name}]' if name == 'run' else name:<13}{command.summary}"
         for name, command in COMMANDS.items()
         if name != "train"
     )
+    codes = "\n".join(f"  {code:<3} {meaning}{_RETRY[retry]}" for code, (meaning, retry) in exit_codes().items())
     return f"""\
 usage: qlora-job COMMAND [ARGUMENT ...] [--GROUP.NAME VALUE ...]
 
 {listed}
 
-`qlora-job COMMAND --help` lists the arguments of a command, and every setting with its default.
-Settings come from the command line, JOB_GROUP__NAME in the environment, files in the folder JOB_SECRETS_DIR,
-SageMaker's hyperparameters.json, the file in JOB_CONFIG, SageMaker's input channels, the preset (--preset), the
-platform and the defaults, in this order. `qlora-job config` shows them all, each with its source.
-Try it without a GPU or a network: qlora-job run --preset demo
+`qlora-job COMMAND --help` lists the arguments of a command, and the settings that it reads, with their defaults.
+A setting is given as --group.name VALUE, or as JOB_GROUP__NAME in the environment. Precedence: command line,
+environment, files in the folder JOB_SECRETS_DIR, SageMaker's hyperparameters.json, the file JOB_CONFIG (--config),
+SageMaker's channels, the preset (--preset), platform, default. `qlora-job config` shows each value with its source.
 
-exit codes: 0 done; 1 a bug, or a process was killed; 2 settings; 3 gate not met;
-            4 results do not verify; 65 data; 69 storage or hub unreachable (retry); 70 training diverged;
-            71 no progress in several attempts; 72 machine without a usable GPU (Kubernetes);
-            74 stalled (retry); 75 preempted (retry); 76 replaced by another attempt; 77 access denied
+examples:
+  qlora-job run --preset demo                                 # needs neither a GPU nor a network
+  qlora-job plan --data.source rows.jsonl --model.id org/model
+  qlora-job status s3://bucket/runs/my-first-run
+
+exit codes:
+  0   done, manifest published
+{codes}
 """
 
 
@@ -90,7 +106,7 @@ def _dispatch(words: list[str]) -> int:
         return _print(f"qlora-job {__version__}\n")
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         near = "".join(f"; the nearest is {name}" for name in get_close_matches(words[0], COMMANDS, n=1))
-        raise SettingsError([Problem(words[0], f"is no command{near}; known are {', '.join(COMMANDS)}")])
+        raise SettingsError([Problem(words[0], f"is not a command{near}; commands are {', '.join(COMMANDS)}")])
     command = words.pop(0) if words and words[0] in COMMANDS else "run"
     if {"-h", "--help"} & set(words):
         return _print(command_help(command))
@@ -158,7 +174,11 @@ def _run(words: list[str]) -> int:
     ):
         from job.pipeline import run as run_job
 
-        run_job(settings, stop, report_progress, faults, delivery=platform.delivery, processes=processes, idle=idle)
+        # In words before this process leaves the others, which end with the same exit code.
+        with memory_errors(
+            "the run was prepared or published", "lower JOB_TRAIN__MAX_LENGTH or JOB_EVAL__BATCH_TOKENS"
+        ):
+            run_job(settings, stop, report_progress, faults, delivery=platform.delivery, processes=processes, idle=idle)
     return 0
 
 
@@ -213,8 +233,10 @@ def _check_temporary_folder() -> None:
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
-        fix = "mount one at /tmp (docker run --tmpfs /tmp:exec, or an emptyDir), or name another"
-        raise SettingsError([Problem("TMPDIR (environment)", f"no folder for temporary files; {fix}")]) from None
+        fix = "mount one at /tmp (docker run --tmpfs /tmp:exec, or an emptyDir), or name another folder"
+        raise SettingsError(
+            [Problem("TMPDIR (environment)", f"no writable folder for temporary files; {fix}")]
+        ) from None
 
 
 def _tell_libraries(interface: str | None) -> None:
@@ -338,15 +360,15 @@ _FUNCTIONS = {
 
 def _of_the_job(error: Exception) -> Exception:
     """A file that may not be read, or a disk that fails, where nobody closer to it has put that into words."""
-    from job.storage.base import disk_errors, is_of_the_machine
+    from job.common.disk import disk_errors, is_of_the_machine
 
     # Libraries in Rust, such as safetensors, raise classes of their own, whose text ends with the error's number.
     if not isinstance(error, JobError) and (found := re.search(r"\(os error (\d+)\)$", str(error))):
         number = int(found[1])
         if is_of_the_machine(by_number := OSError(number, os.strerror(number))):
             error = by_number
-    if not isinstance(error, JobError) and (isinstance(error, MemoryError) or out_of_memory(error)):
-        what = "the memory of the GPU or of the machine ran out; take a machine with more, or lower "
+    if not isinstance(error, JobError) and out_of_memory(error):
+        what = "the memory of the GPU or of the machine ran out; use a machine with more memory, or lower "
         return TrainingFailed(f"{what}JOB_TRAIN__MAX_LENGTH or JOB_EVAL__BATCH_TOKENS ({error})")
     if is_of_the_machine(error):
         try:
@@ -363,7 +385,7 @@ def _report(error: Exception, platform: Platform) -> int:
     text = log.scrub(str(error) or type(error).__name__, secrets())
     logger = log.get_logger()
     if isinstance(error, JobError) and error.reported:
-        logger.info("ends because another process failed", exit_code=code, **_details(error))
+        logger.info("this process ends because another process failed", exit_code=code, **_details(error))
     elif isinstance(error, JobError):
         logger.error(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
     else:

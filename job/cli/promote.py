@@ -19,7 +19,7 @@ from job.verification.verify import require_verified, verify
 
 
 def promote_command(words: Sequence[str]) -> int:
-    """`promote RESULTS --to PLACE`, or `promote --rollback --to PLACE`: prints what the pointer points to now.
+    """`promote RUN --to PLACE`, or `promote --rollback --to PLACE`: prints what the pointer points to now.
 
     Raises:
         SettingsError: The place cannot hold a pointer, there is no such run, or nothing to go back to.
@@ -30,10 +30,10 @@ def promote_command(words: Sequence[str]) -> int:
     given = parse_arguments(words, COMMANDS["promote"].arguments)
     storage, cache = reading(given)
     if "--to" not in given.options:
-        raise SettingsError([Problem("--to", "is needed: the pointer, such as s3://bucket/models/current")])
+        raise SettingsError([Problem("--to", "must be given: the pointer, such as s3://bucket/models/current")])
     alone = [name for name in ("--key", "--without-gate") if name in given.options or name in given.flags]
     if "--rollback" in given.flags and alone:
-        what = "is for a run that is promoted, and --rollback would not look at it; remove it"
+        what = "has no effect with --rollback; remove it"
         raise SettingsError([Problem(name, what) for name in alone])
     key = signer(given)
     place = pointer_place(given.options["--to"], storage)
@@ -51,7 +51,7 @@ def promote_command(words: Sequence[str]) -> int:
         raise VerificationError([Problem(store.uri, "was replaced while it was verified; repeat the command")])
     if is_remote(place.store.uri) and not is_remote(store.uri):
         log.get_logger().warning(
-            "the pointer names a folder of this machine, which others may not reach", run=store.uri
+            "the pointer names a folder of this machine, which other machines may not reach", run=store.uri
         )
     current, earlier = promote(place, run)
     if current == earlier:

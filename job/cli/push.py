@@ -88,5 +88,7 @@ def _targets(given: Arguments, results: Mapping[str, Any]) -> tuple[Target, ...]
         problems = [Problem(options.get(str(r["loc"][-1]), "--hub"), explain(r)) for r in records]
         raise SettingsError(problems) from None
     if not chosen:
-        raise SettingsError([Problem("--hub or --oci", "is needed: the run's own settings name no place to push to")])
+        raise SettingsError(
+            [Problem("--hub or --oci", "must be given: the run's own settings name no repository or image to push to")]
+        )
     return chosen

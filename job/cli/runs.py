@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.cli.reading import reading
+from job.common.disk import disk_errors
 from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine
 from job.report.report import read_report_data, render_history, render_report
 from job.results.after_run import read_after_run
-from job.results.compare import as_markdown, as_text, compare, gate_reasons, judge_by_policy
+from job.results.compare import compare, gate_reasons, judge_by_policy
+from job.results.compare_text import as_markdown, as_text
 from job.results.history import as_json as history_json
 from job.results.history import as_lines as history_lines
 from job.results.history import find_runs, history
@@ -25,7 +27,6 @@ from job.results.reader import read_published
 from job.results.signing import load_public_key
 from job.settings.field_types import explain
 from job.settings.schema import Gate
-from job.storage.base import disk_errors
 from job.storage.verified_download import fetch_artifact
 from job.verification.verify import as_json, as_lines, require_verified, verify
 
@@ -69,7 +70,7 @@ def compare_command(words: Sequence[str]) -> int:
     if HISTORY in given.flags:
         return _history(given)
     if "--output" in given.options:
-        raise SettingsError([Problem("--output", f"is for {HISTORY} alone")])
+        raise SettingsError([Problem("--output", f"is only for {HISTORY}")])
     _thresholds(given.options)  # wrong ones are refused before anything is read
     storage, _ = reading(given)
     runs, errors = [], []
@@ -95,7 +96,9 @@ def _gate(given: Arguments, compared: Mapping[str, Any]) -> dict[str, Any] | Non
     """What a policy or the thresholds say of B against A; None if neither is asked for."""
     if (path := given.options.get("--policy")) is not None:
         if given.options.keys() & THRESHOLDS.keys():
-            raise SettingsError([Problem("--policy", "has rules by task; remove --metric and thresholds, or this")])
+            raise SettingsError(
+                [Problem("--policy", "has rules by task; remove either this, or --metric and the thresholds")]
+            )
         return judge_by_policy(compared, path)
     if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
         thresholds = _thresholds(given.options)
@@ -111,7 +114,7 @@ def _history(given: Arguments) -> int:
         if name in given.flags | given.options.keys()
     ]
     if alone:
-        raise SettingsError([Problem(name, f"is for two runs, not for {HISTORY}") for name in alone])
+        raise SettingsError([Problem(name, f"has no effect with {HISTORY}; remove it") for name in alone])
     output = given.options.get("--output")
     storage, _ = reading(given)
     runs, unreadable = find_runs(given.runs, storage)
@@ -175,7 +178,7 @@ def report_command(words: Sequence[str]) -> int:
         try:
             evidence = read_report_data(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
         except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
-            raise DataError([Problem(run.store.uri, f"its records are no records of this job: {error}")]) from error
+            raise DataError([Problem(run.store.uri, f"its records were not written by this job: {error}")]) from error
     page = render_report(run.results, evidence, read_after_run(run.store))
     _write_page(output, page)
     return _print([f"report: {output}"])

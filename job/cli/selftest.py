@@ -74,7 +74,7 @@ def _run_until_done(environ: Mapping[str, str], output: Path) -> tuple[dict[str,
     ends: list[ProcessEnd] = []
     while not ends or ends[-1].code != 0:
         if len(ends) == MAX_ATTEMPTS:
-            raise JobError(f"the run was not done after {MAX_ATTEMPTS} attempts")
+            raise JobError(f"the run was not complete after {MAX_ATTEMPTS} attempts")
         done = subprocess.run(
             [sys.executable, "-m", "job", "run"],
             env={**environ, **settings},

@@ -11,7 +11,8 @@ from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.cli.reading import reading
 from job.common.tables import visible
 from job.errors import JobError, Problem, SettingsError, VerificationError
-from job.results.status import as_json, as_lines, read_status
+from job.results.status import as_json, read_status
+from job.results.status_text import as_lines
 
 
 def status_command(words: Sequence[str]) -> int:

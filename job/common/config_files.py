@@ -29,9 +29,9 @@ def read_mapping(path: Path, parse: Callable[[str], object]) -> Mapping[object, 
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
-        return f"cannot be read: {getattr(error, 'strerror', None) or 'no such name is possible'}; give another path"
+        return f"cannot be read: {getattr(error, 'strerror', None) or 'the name is not valid'}; give another path"
     if len(content) > MAX_FILE_BYTES:
-        return f"is larger than {MAX_FILE_BYTES} bytes, too large for a file of settings; give another path"
+        return f"is larger than {MAX_FILE_BYTES} bytes, too large for a settings file; give another path"
     try:
         tree = parse(content.decode("utf-8-sig"))
     except NotAllowedError as error:
@@ -39,7 +39,7 @@ def read_mapping(path: Path, parse: Callable[[str], object]) -> Mapping[object, 
     except (ValueError, RecursionError) as error:
         place = _place_of(error, content)
         return f"is not valid {path.suffix[1:].upper()} in UTF-8{f' ({place})' if place else ''}; correct it"
-    return tree if isinstance(tree, Mapping) else "must hold a mapping from names to values at its top; correct it"
+    return tree if isinstance(tree, Mapping) else "must be a mapping from names to values; correct it"
 
 
 def _place_of(error: Exception, content: bytes) -> str:
@@ -83,4 +83,4 @@ def strict_yaml(content: bytes | str) -> Any:
     try:
         return Loader(content).get_single_data()
     except _MISFITS:
-        raise ValueError("a value does not fit its tag") from None
+        raise ValueError("a value does not match its tag") from None

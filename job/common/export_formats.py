@@ -82,7 +82,7 @@ def split_name(name: str) -> tuple[str, str]:
     if found is None or (bool(colon) and not found.types):
         raise ValueError(f"must be of {', '.join(all_names())}")
     if found.types and kind not in found.types:
-        raise ValueError(f"must have a type of {family} after its colon: one of {', '.join(found.types)}")
+        raise ValueError(f"must have a type of {family} after the colon: one of {', '.join(found.types)}")
     return family, kind
 
 

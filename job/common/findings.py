@@ -58,7 +58,7 @@ def statistics(audit: Mapping[str, Any], long_rows: Mapping[str, int]) -> list[s
         shown += [f"not told {unknown:,}"] if unknown else []
         found.append(f"Languages of the rows, by {audit['languages_by']}: {', '.join(shown)}.")
     elif why := audit.get("languages_not_checked"):
-        found.append(f"Languages were not looked for: {why}.")
+        found.append(f"Languages were not detected: {why}.")
     for name, what in (("tokens", "Tokens"), ("target_tokens", "Target tokens")):
         if of := audit.get("lengths", {}).get(name):
             found.append(

@@ -75,6 +75,16 @@ def figure(number: float) -> str:
     return text.replace("-", _MINUS)
 
 
+def timestamp(time: datetime | None = None, *, to: str = "milliseconds") -> str:
+    """RFC 3339 in UTC, such as `2026-11-28T09:30:00.000Z`.
+
+    Args:
+        time: Now where it is None.
+        to: To what it is exact, as `datetime.isoformat` takes it.
+    """
+    return (time or datetime.now(UTC)).isoformat(timespec=to).replace("+00:00", "Z")
+
+
 def moment(time: str) -> str:
     """RFC 3339 to the second, as people write it, in UTC."""
     return f"{datetime.fromisoformat(time).astimezone(UTC):%Y-%m-%d %H:%M:%S}"

@@ -7,6 +7,7 @@ its stdin does: that is how it notices that the job was killed.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from tempfile import TemporaryFile
 from typing import IO
+
+from job.common.resources import main_memory
 
 _START = (
     "import json, os, sys; from importlib import import_module; given = json.loads(sys.argv.pop()); "
@@ -33,12 +36,23 @@ class HelperProcess:
     stdout: IO[bytes]
     errors: IO[bytes]
     """A file: its standard error."""
+    kills: int | None = None
+    """`MainMemory.oom_kills` when it started."""
 
     def last_error_line(self) -> str:
         """The last line of its standard error that is not blank, which says why it ended; empty if there is none."""
         self.errors.seek(max(0, self.errors.seek(0, 2) - _LAST_BYTES))
         lines = self.errors.read().decode(errors="replace").strip().splitlines() or [""]
         return lines[-1].strip()[:_LAST_CHARACTERS]
+
+    def killed_for_memory(self) -> bool:
+        """Whether it was killed, and meanwhile the kernel killed a process of this container for want of main memory.
+
+        False where the kernel does not count them.
+        """
+        if self.process.wait() != -signal.SIGKILL or self.kills is None:
+            return False
+        return (main_memory().oom_kills or 0) > self.kills
 
 
 @contextmanager
@@ -51,6 +65,7 @@ def start_helper(module: str, *arguments: str, environ: Mapping[str, str] | None
         environ: Variables that the process has beside those of this one.
     """
     given = json.dumps({"path": sys.path, "environ": {**(environ or {})}})
+    kills = main_memory().oom_kills
     with TemporaryFile() as errors:
         process = subprocess.Popen(  # noqa: S603 - this interpreter, with a module of ours
             [sys.executable, "-c", _START, module, *arguments, given],
@@ -62,7 +77,7 @@ def start_helper(module: str, *arguments: str, environ: Mapping[str, str] | None
         try:
             assert process.stdin is not None  # noqa: S101 - it was opened as a pipe
             assert process.stdout is not None  # noqa: S101 - it was opened as a pipe
-            yield HelperProcess(process, process.stdin, process.stdout, errors)
+            yield HelperProcess(process, process.stdin, process.stdout, errors, kills)
         finally:
             process.kill()
             with suppress(OSError):  # its pipe is broken already

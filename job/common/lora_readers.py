@@ -42,10 +42,12 @@ def why_not_served(settings: Mapping[str, Any]) -> list[str]:
     value = {name.removeprefix("lora."): value for name, value in settings.items() if name.startswith("lora.")}
     rank = published_rank(settings)
     found = {
-        "it is no plain LoRA (JOB_LORA__KIND=adalora)": value.get("kind") not in {None, "lora"},
+        "it is not plain LoRA (JOB_LORA__KIND=adalora)": value.get("kind") not in {None, "lora"},
         "it is DoRA (JOB_LORA__USE_DORA)": bool(value.get("use_dora")),
-        "it has adapters of experts (JOB_LORA__EXPERTS), which no release was tried with": bool(value.get("experts")),
-        "it has whole modules (JOB_LORA__MODULES_TO_SAVE)": bool(value.get("modules_to_save")),
+        "it has adapters of experts (JOB_LORA__EXPERTS), which were not tested with any release": bool(
+            value.get("experts")
+        ),
+        "it has modules that are trained whole (JOB_LORA__MODULES_TO_SAVE)": bool(value.get("modules_to_save")),
         "it has new tokens (JOB_MODEL__ADD_TOKENS)": bool(settings.get("model.add_tokens")),
         f"its rank of {rank} is above {MAX_RANK}": rank > MAX_RANK,
     }

@@ -122,4 +122,4 @@ def substitute(name: str, device: str) -> tuple[str, str | None]:
     spec = OPTIMIZERS[name]
     if device in spec.devices or spec.on_cpu is None:
         return name, None
-    return spec.on_cpu, f"optimizer {name} -> {spec.on_cpu}: a CPU pages nothing"
+    return spec.on_cpu, f"optimizer {name} -> {spec.on_cpu}: paging needs a GPU"

@@ -9,20 +9,35 @@ from contextlib import contextmanager
 
 from job.errors import JobError, TrainingFailed
 
-_FULL = ("out of memory", "ALLOC_FAILED", "t allocate memory", "captures_underway.empty()")
-"""The last is what torch's allocator says instead, when it looks for memory to free after a recording has failed."""
+_FULL = (
+    *("out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED", "t allocate memory", "captures_underway.empty()"),
+    *("MemoryError", "bad_alloc"),
+)
+"""`captures_underway` is what torch's allocator says instead, when it looks for memory to free after a recording has
+failed. The last two are of a helper process, whose error is text: in Python and in C++."""
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error means that a GPU's memory is full; libraries beside torch have no class for that."""
-    torch = sys.modules.get("torch")  # a heavy import; if torch is not imported, no GPU can be full
+    """Whether an error means that a GPU's memory is full, or the machine's.
+
+    Or that it was raised while such an error was handled.
+    """
     while error is not None:
-        if torch is not None and isinstance(error, torch.OutOfMemoryError):
-            return True
-        if any(word in str(error) for word in _FULL):
+        if says_full(error):
             return True
         error = error.__context__
     return False
+
+
+def says_full(error: BaseException) -> bool:
+    """`out_of_memory` of the error itself.
+
+    Libraries beside torch have no class for that, and helper processes only tell the text of their error.
+    """
+    torch = sys.modules.get("torch")  # a heavy import; if torch is not imported, no GPU can be full
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return (isinstance(error, OSError) and error.errno == errno.ENOMEM) or any(word in str(error) for word in _FULL)
 
 
 @contextmanager
@@ -40,15 +55,18 @@ def memory_errors(what: str, fix: str) -> Iterator[None]:
         yield
     except JobError:
         raise
-    except (MemoryError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
-            raise
-        raise TrainingFailed(f"the machine's memory ran out while {what}; take one with more, or {fix}") from error
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
+    except Exception as error:
         if not out_of_memory(error):
             raise
-        first = (str(error).splitlines() or [""])[0][:200]
-        raise TrainingFailed(f"memory ran out while {what}; take a GPU with more, or {fix} ({first})") from error
+        raise ran_out(what, fix, error) from error
+
+
+def ran_out(what: str, fix: str, error: BaseException) -> TrainingFailed:
+    """The error for memory that ran out; arguments as for `memory_errors`, and the error that says so."""
+    if isinstance(error, MemoryError | OSError):
+        return TrainingFailed(f"the machine's memory ran out while {what}; use a machine with more memory, or {fix}")
+    first = (str(error).splitlines() or [""])[0][:200]
+    return TrainingFailed(f"GPU memory ran out while {what}; use a GPU with more memory, or {fix} ({first})")
 
 
 def too_small(what: str, longest: int, error: BaseException) -> TrainingFailed:
@@ -56,5 +74,5 @@ def too_small(what: str, longest: int, error: BaseException) -> TrainingFailed:
     first = (str(error).splitlines() or [""])[0][:200]
     return TrainingFailed(
         f"memory ran out in {what} with one row at a time, the longest of {longest:,} tokens; lower "
-        f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or take a GPU with more memory ({first})"
+        f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or use a GPU with more memory ({first})"
     )

@@ -47,20 +47,20 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     """The sources that a setting names; one that is the text itself if it names a single one without an amount.
 
     Raises:
-        ValueError: An item is empty, has an amount that is none, or a number of which the unit is missing.
+        ValueError: An item is empty, has an invalid amount, or a number of which the unit is missing.
     """
     if os.path.exists(text):  # noqa: PTH110 - a path of any length and with any characters
         return (Source(text, text),)
     items = [item.strip() for item in text.split(",")]
     found = tuple(_parse(item, several=len(items) > 1) for item in items)
     if len({source.place for source in found}) < len(found):
-        raise ValueError("names the same source twice; give it once, with =2x behind it to use each row twice")
+        raise ValueError("names the same source twice; give it once, with =2x after it to use each row twice")
     return found
 
 
 def _parse(item: str, *, several: bool) -> Source:
     if not item:
-        raise ValueError("has an empty item between commas; remove the comma")
+        raise ValueError("has an empty item between commas; remove one comma")
     amount = _AMOUNT.fullmatch(item)
     if amount is None and several and _NUMBER.fullmatch(item):
         raise ValueError(
@@ -68,14 +68,14 @@ def _parse(item: str, *, several: bool) -> Source:
         )
     if amount is None and _NO_AMOUNT.fullmatch(item) and not os.path.exists(item):  # noqa: PTH110 - as in parse_sources
         raise ValueError(
-            f"has an amount that is none, {item.rpartition('=')[2]!a}: a number above 0 with x, such as =0.5x, or "
+            f"has an invalid amount, {item.rpartition('=')[2]!a}: a number above 0 with x, such as =0.5x, or "
             "a whole number with rows, such as =1000rows"
         )
     place = amount[1] if amount else item
     times = Fraction(amount[2]) if amount and amount[2] else Fraction(1)
     rows = int(amount[3]) if amount and amount[3] else None
     if not times or rows == 0:
-        raise ValueError("has a source of which nothing is used; remove it, or give it more than 0")
+        raise ValueError("has a source with the amount 0; remove the source, or use more than 0")
     pinned = None if os.path.exists(place) else _PINNED.fullmatch(place)  # noqa: PTH110 - as in parse_sources
     place, revision = (pinned[1], pinned[2]) if pinned else (place, None)
     return Source(place, place, revision, times, rows)

@@ -9,8 +9,8 @@ from job.data.formats import UNREADABLE, RowError
 from job.errors import MAX_SHOWN, DataError, Problem
 
 OnBadRow = Literal["error", "skip"]
-_SKIPPING = "correct the rows, or set JOB_DATA__ON_BAD_ROW=skip to leave out and count those that are invalid"
-_LONG = "raise JOB_TRAIN__MAX_LENGTH, or say by JOB_DATA__ON_LONG_ROW what becomes of long rows"
+_SKIPPING = "correct the rows, or set JOB_DATA__ON_BAD_ROW=skip to skip and count invalid rows"
+_LONG = "raise JOB_TRAIN__MAX_LENGTH, or set JOB_DATA__ON_LONG_ROW to skip, truncate or split long rows"
 
 
 class BadRows:
@@ -55,4 +55,4 @@ class BadRows:
     def nothing_left(self, name: str) -> DataError:
         """The error that no row was selected, and why."""
         skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items()))
-        return DataError([Problem(name, f"has no good row (skipped: {skipped})" if skipped else "has no rows")])
+        return DataError([Problem(name, f"has no valid row (skipped: {skipped})" if skipped else "has no rows")])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from job.common.helper_process import HelperProcess, start_helper
+from job.common.out_of_memory import ran_out
 from job.data.template_process import OUT_OF_BOUNDS, SECONDS
 from job.errors import DataError, JobError, Problem, SettingsError
 
@@ -87,9 +88,9 @@ def check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
     problems = []
     for name in arguments:
         if name in _OWN_VARIABLES:
-            problems.append(Problem(_ARGUMENTS, f"{name!r} is given by the rows or the job; remove it"))
+            problems.append(Problem(_ARGUMENTS, f"{name!r} is set by the rows or the job; remove it"))
         elif not re.search(rf"\b{re.escape(name)}\b", text):
-            problems.append(Problem(_ARGUMENTS, f"{name!r} is no variable of the model's chat template; remove it"))
+            problems.append(Problem(_ARGUMENTS, f"{name!r} is not a variable of the model's chat template; remove it"))
     if problems:
         raise SettingsError(problems)
 
@@ -262,10 +263,12 @@ class _Rendering:
         """The error for a process that has ended, by its exit status."""
         code = self._helper.process.wait()
         last = self._helper.last_error_line()
+        if self._helper.killed_for_memory():
+            return ran_out("a conversation was rendered", "shorten the longest rows", MemoryError())
         if code == -signal.SIGXCPU:
-            what = f"does not come to an end: one conversation took more than {SECONDS} s"
+            what = f"does not terminate: one conversation took more than {SECONDS} s"
         elif code < 0 or "MemoryError" in last:
-            what = f"ends the process that renders it ({code}): it takes too much memory, or nests without end"
+            what = f"crashes the process that renders it ({code}): it uses too much memory, or recurses infinitely"
         else:
             return JobError(f"the process that renders chat templates failed: {last}")
         return DataError([Problem(_WHERE, f"its chat template {what}; use another model")])

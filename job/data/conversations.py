@@ -75,7 +75,7 @@ def check_messages(row: Row) -> list[RowError]:
     if messages is None:
         return [RowError("missing_field", place, "is null" if "messages" in row.fields else "is missing")]
     if not isinstance(messages, list):
-        table = "; a table cannot hold lists: write the rows as JSON lines" if isinstance(messages, str) else ""
+        table = "; a table cannot contain lists: write the rows as JSON lines" if isinstance(messages, str) else ""
         return [RowError("wrong_type", place, f"must be a list of messages, is {type_name(messages)}{table}")]
     faults: list[RowError] = []
     for index, message in enumerate(messages):
@@ -102,7 +102,7 @@ def check_role(message: dict[str, Any], where: str) -> list[RowError]:
     meant = plain if plain in _ROLES else _OTHER_NAMES.get(plain or "")
     if meant is None or meant == role:
         return []
-    return [RowError("wrong_type", f"{where} role", f"is {role!a}, which no model knows; rename it to {meant!r}")]
+    return [RowError("wrong_type", f"{where} role", f"is {role!a}, which is not a role; rename it to {meant!r}")]
 
 
 def _check_answers(messages: list[dict[str, Any]], place: str) -> list[RowError]:
@@ -132,7 +132,7 @@ def _check_weight(message: dict[str, Any], where: str) -> list[RowError]:
             faults.append(RowError("wrong_type", f"{where} {field}", what))
     for field in _OTHER_MASKS:
         if not is_empty(message.get(field)) and (message[field] is not False or field not in _LEARNED_IF_FALSE):
-            what = "says in a way that is not known here what is learned; give the message the field weight: 0 or 1"
+            what = "selects the messages to learn in an unknown way; give each message the field weight: 0 or 1"
             faults.append(RowError("field_without_use", f"{where} {field}", what))
     return faults
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from job.audit.audit import Audit
 from job.audit.rows import AuditSetup
+from job.common.disk import disk_errors
 from job.common.methods import METHODS, MethodName
 from job.common.source_list import Source
 from job.data.bad_rows import BadRows, OnBadRow
@@ -34,10 +35,12 @@ from job.data.tokenization import Encoded, LossOn, OnLongRow
 from job.data.workers import open_encoding
 from job.errors import DataError, Problem, SettingsError
 from job.records import DatasetRecord, DataSourceRecord
-from job.storage.base import disk_errors
 
 _DIGEST = b"examples 1\0"
-_ONE = "all sources have one schema: write one of them in the other's, or set JOB_DATA__FORMAT if it is misread"
+_ONE = (
+    "all sources must have the same schema: convert one of them, or set JOB_DATA__FORMAT if a schema was "
+    "detected wrongly"
+)
 
 
 def load_examples(
@@ -257,7 +260,12 @@ def _note_findings(note: Notes, found: _Found, name: str, schema: Schema, limit:
         note("warning", "there are fewer rows than JOB_DATA__LIMIT", source=name, rows=found.rows, limit=limit)
     if len(found.labels) == 1 and None not in found.labels:
         label = next(iter(found.labels))
-        note("warning", "all answers have the same label, so there is nothing to tell apart", source=name, label=label)
+        note(
+            "warning",
+            "all answers have the same label, so training cannot learn a difference",
+            source=name,
+            label=label,
+        )
 
 
 def _one_part(source: str | Sequence[Source], name: str | None) -> Sequence[Source]:
@@ -384,7 +392,7 @@ def _records(
     if digest is None:
         return []
     if part.rows is not None and rows < part.rows:
-        findings.add_problem(part.name, f"has {rows:,} valid rows, and {part.rows:,} are asked for")
+        findings.add_problem(part.name, f"has {rows:,} valid rows, and {part.rows:,} were requested")
     elif not rows and not findings.found:
         findings.add_problem(part.name, "gives no row")
     return [DataSourceRecord(part.name, commit, rows, digest.hexdigest())]
@@ -398,7 +406,7 @@ def _check_ends(note: Notes, ends: Counter[int | None], tokenizer: Any, name: st
     known = {token: count for token, count in ends.items() if token is not None}
     if not known:
         what = (
-            "would teach the model never to stop: the tokenizer's chat template writes no end-of-sequence token behind"
+            "would teach the model never to stop: the tokenizer's chat template writes no end-of-sequence token after"
             f" an answer; use a model whose template ends each message with {tokenizer.eos_token!r} or another special"
             " token, or rows of another schema"
         )
@@ -420,7 +428,7 @@ def _check_tokenizer(tokenizer: Any, name: str, *, templated: bool) -> None:
             )
             raise DataError([Problem(name, what)])
     elif tokenizer.eos_token_id is None:
-        raise DataError([Problem(name, "cannot be ended: the model's tokenizer has no end-of-sequence token")])
+        raise DataError([Problem(name, "cannot be terminated: the model's tokenizer has no end-of-sequence token")])
 
 
 def _check_fit(
@@ -438,7 +446,7 @@ def _check_fit(
         what = f"is split, which is for plain text, and the rows are of the schema {schema}; use skip or truncate"
         problems.append(Problem("JOB_DATA__ON_LONG_ROW", what))
     if on_long_row == "truncate" and schema in SIDES:
-        what = "is truncate, which would cut answers that are compared; use skip"
+        what = "is truncate, which would cut answers that are to be compared; use skip"
         problems.append(Problem("JOB_DATA__ON_LONG_ROW", what))
     if problems:
         raise SettingsError(problems)

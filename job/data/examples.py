@@ -20,8 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
+from job.common.disk import disk_errors
 from job.records import Example
-from job.storage.base import disk_errors
 
 if TYPE_CHECKING:
     import numpy as np

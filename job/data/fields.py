@@ -48,7 +48,7 @@ def check_text(fields: dict[str, Any], field: str, where: str) -> list[RowError]
     if not isinstance(value, str):
         return [RowError("wrong_type", place, f"must be text, is {type_name(value)}")]
     if len(value) > MAX_CHARACTERS:
-        return [RowError("too_long", place, f"has {len(value):,} characters, {MAX_CHARACTERS:,} are the most")]
+        return [RowError("too_long", place, f"has {len(value):,} characters; at most {MAX_CHARACTERS:,} are allowed")]
     return []
 
 

@@ -13,7 +13,7 @@ from job.data.formats import MAX_ROW_BYTES, SUFFIXES, reader_of
 from job.errors import DataError, Problem
 
 _SHOWN_FILES = 5
-_NO_FILE = "is no regular file, but a folder, a pipe or a link to nothing; narrow the pattern"
+_NO_FILE = "is not a regular file, but a folder, a pipe or a broken link; narrow the pattern"
 _FEWEST_SHARDS = 2
 _WILDCARDS = "*?["
 _NUMBERED = re.compile(r"(.*?)(\d{2,})(\.[a-z.]+)")
@@ -23,13 +23,13 @@ _FOREIGN = {
     **dict.fromkeys(
         (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar"), "is an archive; unpack it and name the file in it"
     ),
-    **dict.fromkeys((".parquet.gz", ".parquet.zst", ".arrow.gz", ".arrow.zst"), "is not read compressed; unpack it"),
-    **dict.fromkeys(
-        (".zst", ".xz", ".bz2", ".lz4"), "is compressed in a way that is not read here; unpack it, or use gzip or zstd"
-    ),
+    **dict.fromkeys((".parquet.gz", ".parquet.zst", ".arrow.gz", ".arrow.zst"), "cannot be read compressed; unpack it"),
+    **dict.fromkeys((".zst", ".xz", ".bz2", ".lz4"), "has an unsupported compression; unpack it, or use gzip or zstd"),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a spreadsheet; save it as CSV (UTF-8)"),
     **dict.fromkeys((".feather",), "is a Feather file; write it as Parquet, or as Arrow with the suffix .arrow"),
-    **dict.fromkeys((".pkl", ".pickle", ".pt", ".npy"), "may run code when it is read, so it is not; write JSON lines"),
+    **dict.fromkeys(
+        (".pkl", ".pickle", ".pt", ".npy"), "could run code when it is read, so it is refused; convert it to JSON lines"
+    ),
 }
 """Suffixes of common files that the job does not read, and what to do about each."""
 
@@ -95,7 +95,7 @@ def _find_glob(pattern: str) -> list[Path]:
     # folders that a pattern such as `rows/*` fits are not meant, unless they are called as data files are
     files = [file for file in found if file.name[0] != "." and (not file.is_dir() or reader_of(file))]
     if not files:
-        raise DataError([Problem(pattern, "fits no file; correct the name or the wildcards in it")])
+        raise DataError([Problem(pattern, "matches no file; correct the name or the wildcards")])
     what = f"ends in none of {', '.join(SUFFIXES)}; narrow the pattern"
     problems = [
         Problem(str(file), _foreign(file.name) or (what if reader_of(file) is None else _NO_FILE))
@@ -131,10 +131,13 @@ def _check_all_read(files: Sequence[Path], inside: Sequence[Path]) -> None:
     name, _, suffix = match.groups() if (match := _NUMBERED.fullmatch(files[0].name)) else ("", "", "")
     like = re.compile(rf"{re.escape(name)}\d+{re.escape(suffix)}(\..*)?", re.DOTALL)
     if more := [file for file in inside if match and file not in files and like.fullmatch(file.name)]:
-        what = f"is beside {count(len(files), 'shard')} of its name and cannot be read as one; complete or remove it"
+        what = (
+            f"is beside {count(len(files), 'shard')} of its name and cannot be read as one of them; "
+            "complete or remove it"
+        )
         raise DataError([Problem(str(file), what) for file in more])
     if odd := [file for file in inside if reader_of(file) and not file.is_file() and not file.is_dir()]:
-        raise DataError([Problem(str(file), "is a pipe or a link to nothing; complete or remove it") for file in odd])
+        raise DataError([Problem(str(file), "is a pipe or a broken link; complete or remove it") for file in odd])
 
 
 def _saved_split(folder: Path, source: str, split: str) -> Path:
@@ -158,7 +161,7 @@ def _saved_files(folder: Path, source: str) -> list[Path]:
             [Problem(source, "has a state.json that names no files of the folder; save the data set again")]
         )
     if missing := [file.name for file in files if not file.is_file() or file.suffix != ".arrow"]:
-        raise DataError([Problem(source, f"lacks {', '.join(missing[:_SHOWN_FILES])}, of which its state.json speaks")])
+        raise DataError([Problem(source, f"lacks {', '.join(missing[:_SHOWN_FILES])}, which its state.json lists")])
     return files
 
 
@@ -169,7 +172,7 @@ def _json_object(path: Path, source: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise DataError([Problem(source, f"has a {path.name} that is no JSON object; save the data set again")])
+        raise DataError([Problem(source, f"has a {path.name} that is not a JSON object; save the data set again")])
     return value
 
 
@@ -196,11 +199,11 @@ def _find_file(path: Path, source: str) -> Path:
     if not path.exists():
         raise DataError([Problem(source, "does not exist; correct the path")])
     if not path.is_file():  # opening a FIFO would block forever
-        raise DataError([Problem(source, "is no regular file; name a file on the disk")])
+        raise DataError([Problem(source, "is not a regular file; name a file on the disk")])
     if (what := _foreign(path.name)) is not None:
         raise DataError([Problem(source, what)])
     if reader_of(path) is None:
-        raise DataError([Problem(source, f"is not of a known format: the name ends in none of {', '.join(SUFFIXES)}")])
+        raise DataError([Problem(source, f"has an unknown format: its name must end in one of {', '.join(SUFFIXES)}")])
     return path
 
 
@@ -218,7 +221,7 @@ def _only_file(folder: Path, source: str) -> Path:
         deeper = (file for below in inside if below.is_dir() for file in sorted(below.iterdir()) if reader_of(file))
         other = (f"{file.name} {words}" for file in inside if (words := _foreign(file.name)))
         if (hint := next(deeper, None)) is not None:
-            found += f"; {hint.relative_to(folder)} is one, name it"
+            found += f"; {hint.relative_to(folder)} is one; name it"
         elif (unread := next(other, None)) is not None:
             found += f"; {unread}"
     raise DataError([Problem(source, f"is a directory that holds {found}")])

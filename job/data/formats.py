@@ -129,15 +129,15 @@ def _not_its_format(path: Path) -> str | None:
     with _open(path) as file:
         head = file.read(_HEAD_BYTES)
     if head.startswith(b"version https://git-lfs"):
-        return "is a pointer of git-lfs, not the file; fetch it with `git lfs pull`"
+        return "is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`"
     if reader_of(path) in {_read_parquet, _read_arrow}:
         return None
     if encoding := _other_encoding(head):
         return f"is {encoding} text; convert it: iconv -f {encoding} -t UTF-8 {path.name}"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "is a page of HTML, such as a login or an error, and not the file; fetch it again"
+        return "is an HTML page, such as a login or error page, instead of the file; download it again"
     if head.startswith(_BINARY):
-        return "is an archive, a table or compressed, whatever its name says; give it the suffix of its format"
+        return "is an archive, a table or compressed, which its name does not say; give it the suffix of its format"
     return None
 
 
@@ -217,7 +217,9 @@ def _read_jsonl(path: Path, name: str) -> Lines:
             if len(line) > MAX_ROW_BYTES:
                 while line and not line.endswith(b"\n"):
                     line = lines.readline(MAX_ROW_BYTES)
-                yield RowError("too_long", where, f"is a line of more than {MAX_ROW_BYTES:,} bytes, which is the most")
+                yield RowError(
+                    "too_long", where, f"is a line of more than {MAX_ROW_BYTES:,} bytes, the largest that is allowed"
+                )
                 continue
             # Only here: a byte order mark is legal at the start of a file and nowhere else.
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -249,7 +251,10 @@ def _read_json(path: Path, name: str) -> Rows:
     with _Decompressed(path) as file:
         content = file.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
-        most = f"is more than {MAX_JSON_BYTES >> 20} MiB of JSON in one piece; write one object a line, name it .jsonl"
+        most = (
+            f"is more than {MAX_JSON_BYTES >> 20} MiB of JSON in one piece; write one object on each "
+            "line, and name it .jsonl"
+        )
         yield RowError(UNREADABLE, name, most)
         return
     text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
@@ -258,11 +263,11 @@ def _read_json(path: Path, name: str) -> Rows:
         value = decoder.decode(text)
     except (ValueError, RecursionError) as error:
         where = f"{name}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else name
-        hint = " (if the file holds one object a line, name it .jsonl)" if text.lstrip()[:1] == "{" else ""
+        hint = " (if the file has one object on each line, name it .jsonl)" if text.lstrip()[:1] == "{" else ""
         yield RowError(UNREADABLE, where, f"is not valid JSON: {_reason(error)}{hint}")
         return
     if isinstance(value, _Repeated):
-        yield RowError(UNREADABLE, name, f"gives the key {value.key!r} twice")
+        yield RowError(UNREADABLE, name, f"has the key {value.key!r} twice")
         return
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
@@ -281,8 +286,12 @@ def _hint(value: object) -> str:
     # pandas writes {"column": {"0": value, ...}, ...} by default, and a dict of its columns is {"column": [...], ...}
     dicts = len(items) > 1 and all(isinstance(item, dict) for item in items.values())
     if len(sizes) == 1 and not nested and (dicts or len(lists) == len(items)):
-        return "; it holds columns: write one object a row (pandas: to_json with orient='records')"
-    return f"; it has lists under {', '.join(map(ascii, lists[:_SHOWN_FILES]))}: write one to a file" if lists else ""
+        return "; it contains columns: write one object for each row (pandas: to_json with orient='records')"
+    return (
+        f"; it has lists under {', '.join(map(ascii, lists[:_SHOWN_FILES]))}: write one of them to a file of its own"
+        if lists
+        else ""
+    )
 
 
 class _Repeated(dict[str, Any]):
@@ -344,7 +353,7 @@ def _read_csv(path: Path, name: str) -> Rows:
             for number, values in enumerate((row for row in table if row), 1):
                 where = f"{name}:row {number}"
                 if values == header:
-                    what = "is the header once more, as in files that were put together; remove the line"
+                    what = "is the header again, as in concatenated files; remove the line"
                     yield RowError("invalid_csv", where, what)
                 elif len(values) == len(header):
                     yield Row(where, dict(zip(header, values, strict=True)))
@@ -359,7 +368,7 @@ def _csv_lines(first: str, file: Any) -> Iterator[str]:
     line = first
     while line:
         if len(line) >= MAX_ROW_BYTES and not line.endswith(("\n", "\r")):
-            raise csv.Error(f"a line has more than {MAX_ROW_BYTES:,} characters, which is the most")
+            raise csv.Error(f"a line has more than {MAX_ROW_BYTES:,} characters, the largest number that is allowed")
         yield line
         line = file.readline(MAX_ROW_BYTES)
 
@@ -439,7 +448,7 @@ def _check_end(file: Any) -> None:
     if size:
         file.seek(max(0, size - len(_ARROW_END)))
         if file.read(len(_ARROW_END)) != _ARROW_END:
-            raise ValueError("it has no mark of its end: it was cut short, or its writer was not closed")
+            raise ValueError("its end is missing: the file was cut off, or its writer was not closed")
 
 
 def _check_names(columns: Sequence[str]) -> None:
@@ -449,7 +458,7 @@ def _check_names(columns: Sequence[str]) -> None:
         ValueError: It has one.
     """
     if (twice := next((column for column in columns if columns.count(column) > 1), None)) is not None:
-        raise ValueError(f"it has the column {twice!r} twice, so it is not known which is meant")
+        raise ValueError(f"it has the column {twice!r} twice, so it is ambiguous")
 
 
 def _arrow_batches(file: Any, *, whole: bool) -> Iterator[Any]:
@@ -488,7 +497,7 @@ def _parquet_row(batch: Any, index: int, where: str) -> Row | RowError:
         except UnicodeDecodeError as error:
             return RowError("broken_utf8", f"{where} {column}", f"is not UTF-8: {error.reason} at byte {error.start}")
         except (ArithmeticError, LookupError, ValueError) as error:  # a time zone or a date that Python does not know
-            return RowError("unreadable_value", f"{where} {column}", f"has no form outside of Arrow: {error}")
+            return RowError("unreadable_value", f"{where} {column}", f"cannot be converted from Arrow: {error}")
         # pandas writes missing values as NaN in a column that has no other values.
         fields[column] = None if isinstance(value, float) and math.isnan(value) else without_nulls(value)
     return Row(where, fields)
@@ -510,7 +519,7 @@ def _as_row(value: Any, where: str, decoder: _Decoder) -> Row | RowError:
         hint = "; a file that is one list is named .json" if isinstance(value, list) else ""
         return RowError("not_an_object", where, f"must be an object with named fields, is {type_name(value)}{hint}")
     if decoder.seen and (key := _repeated_key(value)) is not None:
-        return RowError("repeated_key", f"{where} {key}", "is given twice, so it is not known which is meant; drop one")
+        return RowError("repeated_key", f"{where} {key}", "is given twice, so it is ambiguous; remove one")
     return Row(where, value)
 
 

@@ -141,7 +141,7 @@ def _check_prompt(fields: dict[str, Any], where: str, *, conversation: bool) -> 
     sides = [fields.get(field) for field in ("chosen", "rejected") if field in fields]
     if sides and all(_opens_with(side, prompt) for side in sides):
         return []
-    what = "must be messages as the answers are, or the text of the message that they both begin with"
+    what = "must be messages like the answers, or the text of the message with which both answers begin"
     return [RowError("wrong_type", place, what)]
 
 
@@ -171,7 +171,7 @@ def _check_answer(fields: dict[str, Any], field: str, where: str) -> list[RowErr
     if value is None:
         return [RowError("missing_field", place, "is null" if field in fields else "is missing")]
     if not isinstance(value, list):
-        return [RowError("wrong_type", place, f"must be messages as the other answer is, is {type_name(value)}")]
+        return [RowError("wrong_type", place, f"must be messages like the other answer, is {type_name(value)}")]
     if faults := _check_messages(value, place):
         return faults
     last = f"{place}[{len(value) - 1}]"
@@ -184,16 +184,19 @@ def _check_pair(fields: dict[str, Any], where: str, *, conversation: bool) -> li
     """What is wrong with a pair whose two answers are good by themselves."""
     prompt, sides = _split(fields, conversation=conversation)
     if all(begins_with(side, prompt) for side in sides):
-        what = "is the beginning of both answers as well, and would stand there twice; leave it out, or cut the answers"
+        what = (
+            "is also the beginning of both answers, and would occur twice; remove it from the prompt or "
+            "from the answers"
+        )
         return [RowError("repeated_prompt", f"{where} prompt", what)]
     if sides[0] == sides[1]:
-        return [RowError("same_answers", f"{where} rejected", "is the same as chosen: nothing is preferred")]
+        return [RowError("same_answers", f"{where} rejected", "is the same as chosen: there is no preference to learn")]
     for field, side in zip(("chosen", "rejected"), sides, strict=True):
         if not side or (isinstance(side, str) and not side.strip()):
-            what = "is empty behind what both answers begin with, which is taken for the prompt; give a prompt"
+            what = "is empty after the common beginning of both answers, which is used as the prompt; give a prompt"
             return [RowError("empty_target", f"{where} {field}", what)]
     if conversation and not prompt:
-        what = "begins with another message than rejected does, so there is no prompt; give one"
+        what = "begins with another message than rejected, so there is no common prompt; give a prompt"
         return [RowError("missing_field", f"{where} chosen", what)]
     return []
 

@@ -94,7 +94,7 @@ def read_prompts(
 
         for row in _rows(path, name, schema):
             if len(found) + len(faults) >= MAX_PROMPTS:
-                raise DataError([Problem(name, f"holds more than {MAX_PROMPTS:,} prompts; give fewer")])
+                raise DataError([Problem(name, f"has more than {MAX_PROMPTS:,} prompts; give fewer")])
             prompt = row if isinstance(row, RowError) else _prompt_of(row, render)
             if isinstance(prompt, RowError):
                 faults.append(prompt)
@@ -165,7 +165,7 @@ def _without_edges(ids: list[int], special: Sequence[int], encoder: Any) -> list
 
 def _wrong(ids: Sequence[int], most: int, vocabulary: int | None) -> str | None:
     if not ids:
-        return "the tokenizer makes no tokens of it"
+        return "the tokenizer returns no tokens for it"
     if len(ids) > most:
         what = f"is {len(ids):,} tokens long, and {max(most, 0):,} are allowed: JOB_TRAIN__MAX_LENGTH less"
         return f"{what} JOB_EVAL__PROMPTS_MAX_NEW_TOKENS"

@@ -44,9 +44,9 @@ class Kind:
 
 KINDS = {
     "control": Kind("texts of rows contain control tokens, which the tokenizer encodes as such", "tokens"),
-    "missing": Kind("texts are words for a missing value, and are trained on as they are", "words", 0.001),
+    "missing": Kind("texts stand for a missing value (such as NA), and are trained on as they are", "words", 0.001),
     "scores": Kind("chosen answers have lower scores than the rejected ones in their rows", "fields"),
-    "repeated": Kind("completions begin with the prompt, which then stands there twice", "fields", 0.5),
+    "repeated": Kind("completions begin with the prompt, which then occurs twice", "fields", 0.5),
 }
 """The shares are above 0 where a few such rows may be intended: None may be an answer."""
 

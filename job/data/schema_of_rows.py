@@ -65,7 +65,7 @@ def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
     known = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
     wanted = dict.fromkeys(field for schema in REQUIRED if schema in among for field in REQUIRED[schema])
     near = [(field, found) for field in wanted if (found := nearest_field(field, row.fields)) is not None]
-    meant = "".join(f"; {found!a} may be meant as {field}" for field, found in near)
+    meant = "".join(f"; {found!a} may be a misspelt {field}" for field, found in near)
     return f"fits no schema. It has the fields {fields}; known are {known}{meant}; JOB_DATA__FIELDS renames fields"
 
 

@@ -137,7 +137,7 @@ def check_row(row: Row, schema: Schema) -> list[RowError]:
     ]:
         return [RowError("broken_utf8", place, "is not valid UTF-8 text; save the file as UTF-8") for place in broken]
     if schema not in {*SIDES, "text"} and not any(is_empty(row.fields.get(field)) for field in SIDES["preference"]):
-        what = f"and rejected are a pair of answers, of no use in the schema {schema}: {_OF_PAIRS}"
+        what = f"and rejected are a pair of answers, which is not used in the schema {schema}: {_OF_PAIRS}"
         return [RowError("field_without_use", f"{row.where} chosen", what)]
     faults = _check_meaning(row, schema)
     if schema in SIDES:
@@ -164,7 +164,7 @@ def with_near_names(faults: Sequence[RowError], row: Row) -> list[RowError]:
             found = nearest_field(field, row.fields)
             near |= {} if found is None else {fault.where: found}
     read_under_no_name = {f"{row.where} {field}" for field in near.values()}
-    advice = {where: f"if {name!a} is meant, rename it, or name it by JOB_DATA__FIELDS" for where, name in near.items()}
+    advice = {where: f"if it is {name!a}, rename it, or map it with JOB_DATA__FIELDS" for where, name in near.items()}
     return [
         replace(fault, what=f"{fault.what}; {advice[fault.where]}") if fault.where in advice else fault
         for fault in faults
@@ -265,16 +265,16 @@ def _check_meaning(row: Row, schema: Schema) -> list[RowError]:
         outside = [field for field in _MEANING if field not in used and not is_empty(row.fields.get(field))]
         faults = [
             RowError(
-                "field_without_use", f"{row.where} {field}", f"has no use in the schema {schema}: {_MEANING[field]}"
+                "field_without_use", f"{row.where} {field}", f"is not used in the schema {schema}: {_MEANING[field]}"
             )
             for field in outside
         ]
         faults += _check_spelling(row, used)
     if is_zero(row.fields.get("weight")):
-        what = "is 0, and rows are not weighed; set JOB_DATA__ROW_WEIGHTS=true, or leave the row out"
+        what = "is 0, and weights of rows are not used; set JOB_DATA__ROW_WEIGHTS=true, or remove the row"
         faults.append(RowError("field_without_use", f"{row.where} weight", what))
     if schema not in {*SIDES, "text"}:
-        what = "is false: the answer is a bad one, and would be trained on; leave it out, or set JOB_TRAIN__METHOD=kto"
+        what = "is false: a bad answer would be trained on; remove the row, or set JOB_TRAIN__METHOD=kto"
         bad = [name for name in _RATINGS if _is_no(row.fields.get(name))]
         faults += [RowError("field_without_use", f"{row.where} {name}", what) for name in bad]
     return faults
@@ -291,7 +291,7 @@ def _check_spelling(row: Row, used: Collection[str]) -> list[RowError]:
     for field, value in row.fields.items():
         plain = field.strip().lower()
         if plain != field and plain in used and is_empty(row.fields.get(plain)) and not is_empty(value):
-            what = f"is not read under this name; rename it to {plain!r}"
+            what = f"is not known by this name; rename it to {plain!r}"
             faults.append(RowError("field_without_use", f"{row.where} {field}", what))
     return faults
 

@@ -57,7 +57,7 @@ def as_messages(row: Row) -> Row | list[RowError]:
             faults.append(RowError("wrong_type", f"{row.where} system", f"must be text, is {type_name(system)}"))
         elif messages and messages[0]["role"] == "system":
             faults.append(
-                RowError("wrong_type", f"{row.where} system", "is given twice: the first turn is one as well")
+                RowError("wrong_type", f"{row.where} system", "is given twice: the first turn is a system message, too")
             )
         else:
             messages.insert(0, {"role": "system", "content": system})
@@ -96,7 +96,7 @@ def _message(turn: Any, where: str) -> dict[str, Any] | RowError:
     role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         known = ", ".join((*_ROLES, _CALL))
-        return RowError("wrong_type", f"{where} {who}", f"is none of the speakers that are known: {known}")
+        return RowError("wrong_type", f"{where} {who}", f"is an unknown speaker; known are {known}")
     if not isinstance(value, str) and not (value is None and others.get("tool_calls")):
         kind, why = ("missing_field", "is missing") if value is None else ("wrong_type", f"is {type_name(value)}")
         return RowError(kind, f"{where} {what}", f"{why}; it must be text")

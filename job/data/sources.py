@@ -40,7 +40,7 @@ def check_source(source: str, revision: str | None, split: str, setting: str = "
 def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION", source: str | None = None) -> str:
     """The revision of a hub data set, which has to be given by a setting."""
     if revision is None:
-        what = "a data set of the hub needs a revision, best a commit, so that the run can be repeated"
+        what = "a data set of the hub needs a revision, preferably a commit, so that the run can be repeated"
         if source is not None:
             what = f"{what}; {source} is taken for one, since there is no such path here"
         raise SettingsError([Problem(setting, what)])

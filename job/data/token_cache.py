@@ -30,6 +30,7 @@ import job.data
 from job import log
 from job.audit.rows import AuditSetup
 from job.common import host
+from job.common.disk import disk_errors
 from job.common.hashing import code_hashes, hash_file, hash_files, sealed, unsealed
 from job.common.new_folder import new_folder
 from job.common.source_list import Source
@@ -42,7 +43,6 @@ from job.data.text_tokenizer import sha256_of, text_tokenizer
 from job.data.training_and_validation import EXAMPLES, FINDINGS, VALIDATION, ValidationSource, load_rows
 from job.errors import DataError, Problem
 from job.records import DatasetRecord
-from job.storage.base import disk_errors
 
 INDEX = "tokens.json"
 _NOT_DECIDING = ("alive", "processes", "tokenizer", "audited", "screen")
@@ -104,15 +104,15 @@ def load_tokens(
     key = found_by() if keep else None
     folder = root / "tokens" / (key or f"{uuid4()}")
     if key is not None and (found := _find(folder)) is not None:
-        log.get_logger().info("the tokens are known from an earlier start", folder=str(folder), rows=found.record.rows)
+        log.get_logger().info("cached tokens of an earlier start are used", folder=str(folder), rows=found.record.rows)
         return found
     if not keep:
-        change = "JOB_STORAGE__CACHE, a folder that outlives the attempt: a later start finds the tokens there"
+        change = "set JOB_STORAGE__CACHE to a folder that outlives the attempt: a later start uses the tokens again"
         log.get_logger().info("rows are tokenized at every start", change=change)
     elif key is None:
-        log.get_logger().info("rows are tokenized at every start: their tokenizer cannot be named by a hash")
+        log.get_logger().info("rows are tokenized at every start: no hash of their tokenizer can be computed")
     else:
-        what = "no kept tokens of exactly these rows, settings and versions: rows are tokenized"
+        what = "no cached tokens for exactly these rows, settings and versions: rows are tokenized"
         log.get_logger().info(what, folder=str(folder.parent))
     notes = Notes()
     with disk_errors(f"cannot write {folder}"), new_folder(folder) as new:
@@ -170,7 +170,7 @@ def _find(folder: Path, *, replay: bool = True) -> Tokens | None:
         found = _open(folder, index)
     except (OSError, ValueError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        log.get_logger().warning("kept tokens are damaged, and are made again", folder=str(folder), why=why)
+        log.get_logger().warning("cached tokens are damaged: rows are tokenized again", folder=str(folder), why=why)
         shutil.rmtree(folder, ignore_errors=True)
         return None
     if replay:
@@ -182,10 +182,10 @@ def _verify(folder: Path, index: _Index) -> None:
     """Raises ValueError unless exactly the files of the index are there, undamaged; OSError if one cannot be read."""
     names = {path.name for path in folder.iterdir()} - {INDEX}
     if names != index.files.keys():
-        raise ValueError(f"other files than it should have: {', '.join(sorted(names ^ index.files.keys()))}")
+        raise ValueError(f"missing or unexpected files: {', '.join(sorted(names ^ index.files.keys()))}")
     for name, sha256 in index.files.items():
         if hash_file(folder / name) != sha256:
-            raise ValueError(f"the SHA-256 of {name} is another")
+            raise ValueError(f"the SHA-256 of {name} differs")
 
 
 def _key(

@@ -219,8 +219,8 @@ def _check(row: Rendered, ids: list[int], targets: bytes, max_length: int, *, cu
         what = f"makes the row {len(ids)} tokens long, {max_length} are allowed (JOB_TRAIN__MAX_LENGTH)"
         return RowError("too_long", row.where, what)
     if 1 not in targets:
-        why = f": the {max_length} tokens that it is cut to (JOB_TRAIN__MAX_LENGTH) hold no token of the completion"
-        return RowError("empty_target", row.where, "gives no token to learn" + why * cut)
+        why = f": the {max_length} tokens that it is cut to (JOB_TRAIN__MAX_LENGTH) contain no token of the completion"
+        return RowError("empty_target", row.where, "has no token to learn" + why * cut)
     return None
 
 
@@ -242,7 +242,7 @@ def _check_turns(row: Rendered, encoding: Any, special: frozenset[int]) -> RowEr
         if ends.get(index) not in special:
             shown = row.text[max(first, stop - _SHOWN) : stop]
             what = (
-                f"is learned without an end: turn {index + 1} of those that are learned ends with {shown!a}, and with"
+                f"would be learned without an end: learned turn {index + 1} ends with {shown!a}, and with"
                 " no special token that ends a turn; use"
                 " JOB_TRAIN__LOSS_ON=completion or all, or a model whose chat template ends each turn"
             )

@@ -15,6 +15,7 @@ from typing import Any
 from job.audit.audit import Audit, Audited, finish
 from job.audit.rows import AuditSetup
 from job.audit.safety import Screen
+from job.common.disk import disk_errors
 from job.common.near_duplicates import RowHashes
 from job.common.source_list import Source
 from job.data.dataset import load_examples, paired
@@ -25,7 +26,6 @@ from job.data.tokenization import Encoded
 from job.data.validation_split import count_overlap, hold_out
 from job.errors import DataError, Problem, combine
 from job.records import AuditRecord, DatasetRecord, RowsRecord, ValidationRows
-from job.storage.base import disk_errors
 
 EXAMPLES, VALIDATION = "examples.arrow", "validation.arrow"
 """Files of the training source's examples, those that are held out included, and of a validation source's."""
@@ -219,10 +219,10 @@ def load_rows(
 def _note_audit(note: Notes, record: AuditRecord, name: str) -> None:
     """Notes by kind how many rows have findings, and what was not checked."""
     if counts := {kind: check.rows for kind, check in record.checks.items() if check.rows}:
-        what = "rows have findings of the audit; the report and the manifest name the places"
+        what = "the audit found something in rows; the report and the manifest name the places"
         note("warning", what, source=name, findings=counts, left_out=record.left_out, of=record.rows)
     if missing := {kind: check.not_checked for kind, check in record.checks.items() if check.not_checked}:
-        note("warning", "the audit could not check all that it should", source=name, not_checked=missing)
+        note("warning", "the audit could not make all its checks", source=name, not_checked=missing)
 
 
 def _without(
@@ -286,13 +286,16 @@ def _own_source(
     """
     (record, rows), (found, held) = training, own
     if found.format != record.format:
-        what = f"has rows of the schema {found.format}, and the training data of {record.format}; give both the same"
+        what = (
+            f"has rows of the schema {found.format}, and the training data of {record.format}; use the "
+            "same schema for both"
+        )
         raise DataError([Problem(found.source, what)])
     exact, near = count_overlap(rows.hashes, held.hashes, alive)
     if exact or near:
         note(
             "warning",
-            "rows for validation are trained on, too, so their loss says less than it seems to",
+            "validation rows are also trained on, so the validation loss is too optimistic",
             source=found.source,
             duplicates=exact,
             near_duplicates=near,

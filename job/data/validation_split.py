@@ -42,7 +42,7 @@ def hold_out(rows: RowHashes, wanted: float, name: str, alive: Callable[[], None
     total = len(rows.digests)
     most = wanted * total if wanted < 1 else wanted
     if wanted >= total:
-        what = f"has {total:,} rows, so {wanted:,} of them cannot be held out (JOB_DATA__VALIDATION); lower the number"
+        what = f"has {total:,} rows, so {wanted:,} of them cannot be held out; lower JOB_DATA__VALIDATION"
         raise DataError([Problem(name, what)])
     groups = group_rows(rows, alive)
     sizes = Counter(groups)
@@ -62,7 +62,7 @@ def hold_out(rows: RowHashes, wanted: float, name: str, alive: Callable[[], None
             f"its {total:,} rows form {len(sizes):,} groups of near-duplicates, the largest of {largest:,} rows, and"
             " none could be held out for validation"
         )
-        fix = "raise JOB_DATA__VALIDATION, or give validation rows in a source of their own"
+        fix = "raise JOB_DATA__VALIDATION, or set it to a source of its own"
         raise DataError([Problem(name, f"{why}; {fix}")])
     return [group in held for group in groups]
 

@@ -2,7 +2,7 @@
 
 This process reads rows and hands them out in chunks. A worker process encodes a chunk and sends back bytes. Workers
 are new Python processes that import neither torch nor transformers: no fork, so CUDA and threads do not matter, and
-they start in a fraction of a second. Nothing is pickled: a message is JSON, and bytes behind it.
+they start in a fraction of a second. What they are sent, and send back: `worker_messages`.
 
 A small data set is encoded in this process alone, and so are rows that have no JSON form (dates, as Parquet has them),
 and all rows if the tokenizer cannot be sent to another process.
@@ -10,32 +10,41 @@ and all rows if the tokenizer cannot be sent to another process.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, Any, BinaryIO, Self
+from typing import Any, Self
 
 from job import log
 from job.audit.rows import AuditSetup
 from job.common.helper_process import HelperProcess, start_helper
+from job.common.out_of_memory import ran_out
 from job.common.resources import available_bytes
 from job.data.chat_template import Program, make_program, run_program, run_template
 from job.data.formats import Line, LineDecoder, Lines, Row, RowError
 from job.data.preferences import EncodedAnswers
-from job.data.remarks import Remark
 from job.data.row_encoder import Bundle, Outcome, Reading, RowEncoder, bundle
 from job.data.text_tokenizer import TextTokenizer, from_portable, text_tokenizer
 from job.data.tokenization import Encoded
+from job.data.worker_messages import (
+    as_json,
+    pack_bundle,
+    pack_outcomes,
+    pack_rows,
+    receive,
+    send,
+    unpack_bundle,
+    unpack_outcomes,
+    unpack_rows,
+)
 from job.errors import DataError, JobError, Killed, Problem
 
 ROWS_ALONE = 2000
@@ -48,7 +57,6 @@ _CHECKED_ROWS = 200
 _WORKER_BYTES = 512 << 20
 """Memory that must be available for each worker; with a large tokenizer and a chat template it takes about half."""
 _FEWEST = 2
-_HEAD = struct.Struct("<2Q")
 _OOM_SCORE = "300"
 """Added to a worker's score: if memory runs out, the kernel ends a worker rather than the job, which says so."""
 
@@ -161,7 +169,7 @@ class Encoding:
     def _submit(self, chunk: list[Row | RowError | Line], *, together: bool) -> Future[list[Outcome] | Bundle]:
         if self._workers is None and self._processes > 1 and self._alone >= ROWS_ALONE:
             self._start(chunk)
-        if self._workers is not None and (message := _pack_rows(chunk, together=together)) is not None:
+        if self._workers is not None and (message := pack_rows(chunk, together=together)) is not None:
             return self._workers.submit(*message)
         self._alone += len(chunk)
         done: Future[list[Outcome] | Bundle] = Future()
@@ -180,7 +188,9 @@ class Encoding:
             for each in (tokenizer, from_portable(portable))
         )
         if here != there:
-            log.get_logger().warning("the tokenizer gives other tokens in another process, so one process tokenizes")
+            log.get_logger().warning(
+                "the tokenizer gives different tokens in another process, so rows are tokenized in this process alone"
+            )
             self._processes = 1
             return
         log.get_logger().info("rows are tokenized in several processes", processes=self._processes)
@@ -248,7 +258,7 @@ class _Workers:
         worker = self._idle.get()
         try:
             answer, found = worker.ask(head, blob)
-            return _unpack_outcomes(answer, found) if "rows" in answer else _unpack_bundle(answer, found)
+            return unpack_outcomes(answer, found) if "rows" in answer else unpack_bundle(answer, found)
         finally:
             self._idle.put(worker)
 
@@ -268,10 +278,10 @@ class _Worker:
         """Sends a message and waits for the answer to it."""
         try:
             if self._setup is not None:
-                _send(self._helper.stdin, self._setup)
-            _send(self._helper.stdin, head, blob)
+                send(self._helper.stdin, self._setup)
+            send(self._helper.stdin, head, blob)
             self._setup = None
-            answer, blob = _receive(self._helper.stdout)
+            answer, blob = receive(self._helper.stdout)
         except (OSError, ValueError, EOFError):
             raise self._ended() from None
         if (problems := answer.get("problems")) is not None:
@@ -286,14 +296,16 @@ class _Worker:
 
     def _ended(self) -> JobError:
         """The error for a process that has ended, by its exit status."""
-        code = self._helper.process.wait()
+        code, last = self._helper.process.wait(), self._helper.last_error_line()
+        if self._helper.killed_for_memory() or (code > 0 and "MemoryError" in last):
+            return ran_out("rows were tokenized", "lower JOB_DATA__LIMIT", MemoryError())
         if code < 0:
             name = signal.Signals(-code).name
             return Killed(
                 f"a process that tokenizes rows was killed by {name}"
                 + (", as the kernel does when memory runs out; give the job more memory" * (code == -signal.SIGKILL))
             )
-        return JobError(f"a process that tokenizes rows failed: {self._helper.last_error_line()}")
+        return JobError(f"a process that tokenizes rows failed: {last}")
 
 
 @contextmanager
@@ -301,7 +313,7 @@ def _start_workers(setup: Setup, portable: str, count: int) -> Iterator[_Workers
     """The processes, which end with the context, and also when this process is killed: their input ends then."""
     audit = None if setup.audit is None else setup.audit.as_json()
     reading = asdict(setup.reading)
-    given = _as_json({"reading": reading, "tokenizer": portable, "program": setup.program, "audit": audit})
+    given = as_json({"reading": reading, "tokenizer": portable, "program": setup.program, "audit": audit})
     with ExitStack() as stack:
         running = [_Worker(stack.enter_context(start_helper("job.data.workers")), given) for _ in range(count)]
         workers = _Workers(running)
@@ -317,181 +329,21 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
-    given, _ = _receive(sys.stdin.buffer)
+    given, _ = receive(sys.stdin.buffer)
     reading = Reading(**given["reading"])
     program, audit = given["program"], given["audit"] and AuditSetup.from_json(given["audit"])
     with run_template(program) if program is not None else nullcontext() as template:
         encoder = RowEncoder(reading, from_portable(given["tokenizer"]), template, audit)
         while True:
             try:
-                chunk, blob = _receive(sys.stdin.buffer)
+                chunk, blob = receive(sys.stdin.buffer)
             except EOFError:
                 return
             try:
-                outcomes = encoder(_unpack_rows(chunk, blob))
-                answer, blob = _pack_bundle(bundle(outcomes)) if chunk["together"] else _pack_outcomes(outcomes)
+                outcomes = encoder(unpack_rows(chunk, blob))
+                answer, blob = pack_bundle(bundle(outcomes)) if chunk["together"] else pack_outcomes(outcomes)
             except DataError as error:
                 answer, blob = {"problems": [[one.where, one.what] for one in error.problems]}, b""
             except JobError as error:
                 answer, blob = {"error": str(error)}, b""
-            _send(answers, _as_json(answer), blob)
-
-
-def _as_json(value: Any) -> bytes:
-    # Not escaped: of two halves of a surrogate pair, as broken text may have them, escapes would make one character.
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
-
-
-def _send(to: BinaryIO | IO[bytes], head: bytes, blob: bytes = b"") -> None:
-    to.write(_HEAD.pack(len(head), len(blob)))
-    to.write(head)
-    to.write(blob)
-    to.flush()
-
-
-def _receive(source: BinaryIO | IO[bytes]) -> tuple[dict[str, Any], bytes]:
-    """A message.
-
-    Raises:
-        EOFError: There is none any more.
-    """
-    head, blob = _HEAD.unpack(_exactly(source, _HEAD.size))
-    text = _exactly(source, head).decode("utf-8", "surrogatepass")
-    return json.loads(text), _exactly(source, blob)
-
-
-def _exactly(source: BinaryIO | IO[bytes], count: int) -> bytes:
-    data = source.read(count)
-    if len(data) < count:
-        raise EOFError
-    return data
-
-
-def _pack_rows(chunk: Sequence[Row | RowError | Line], *, together: bool) -> tuple[bytes, bytes] | None:
-    """The rows as a message, lines as they are; None where a value is of no type that JSON has, such as a date."""
-    if not all(_is_plain(row.fields) for row in chunk if isinstance(row, Row)):
-        return None
-    lines: list[bytes] = []
-    rows: list[list[Any]] = []
-    for row in chunk:
-        if isinstance(row, Line):
-            rows.append([row.where, len(row.data)])
-            lines.append(row.data)
-        else:
-            rows.append([row.where, row.fields] if isinstance(row, Row) else [row.where, row.kind, row.what])
-    return _as_json({"rows": rows, "together": together}), b"".join(lines)
-
-
-def _is_plain(value: Any) -> bool:
-    kind = type(value)
-    if kind is dict:
-        return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
-    return all(map(_is_plain, value)) if kind is list else kind in _PLAIN
-
-
-_PLAIN = {str, int, float, bool, type(None)}
-
-
-def _unpack_rows(chunk: dict[str, Any], blob: bytes) -> list[Row | RowError | Line]:
-    found: list[Row | RowError | Line] = []
-    at = 0
-    for where, first, *rest in chunk["rows"]:
-        if isinstance(first, int):
-            found.append(Line(where, blob[at : at + first]))
-            at += first
-        else:
-            found.append(Row(where, first) if isinstance(first, dict) else RowError(first, where, rest[0]))
-    return found
-
-
-_BLOBS = ("canonical", "ids", "targets", "lengths", "audits")
-"""Fields of a bundle that are bytes."""
-
-
-def _pack_bundle(found: Bundle) -> tuple[dict[str, Any], bytes]:
-    blobs = [getattr(found, name) for name in _BLOBS]
-    rest = {name: value for name, value in vars(found).items() if name not in _BLOBS}
-    faults = [[[fault.kind, fault.where, fault.what] for fault in row] for row in found.faults]
-    return {**rest, "faults": faults, "sizes": list(map(len, blobs))}, b"".join(blobs)
-
-
-def _unpack_bundle(answer: dict[str, Any], blob: bytes) -> Bundle:
-    *sizes, _ = accumulate(answer.pop("sizes"), initial=0)
-    blobs: dict[str, Any] = {
-        name: blob[start:stop] for name, start, stop in zip(_BLOBS, sizes, [*sizes[1:], len(blob)], strict=True)
-    }
-    faults = tuple(tuple(RowError(*fault) for fault in row) for row in answer.pop("faults"))
-    return Bundle(**answer, **blobs, faults=faults)
-
-
-def _pack_outcomes(outcomes: Sequence[Outcome]) -> tuple[dict[str, Any], bytes]:
-    """The outcomes as JSON, and behind it the texts and tokens."""
-    blob: list[bytes] = []
-
-    def pack(side: Encoded) -> list[Any]:
-        text = side.text.encode()
-        blob.extend((text, side.ids, side.targets, side.compared_by))
-        sizes = len(text), len(side.targets), len(side.compared_by)
-        return [*sizes, side.end, side.unused, side.long, side.where, side.weight]
-
-    def pack_example(one: Encoded | EncodedAnswers) -> list[Any]:
-        if isinstance(one, Encoded):
-            return [pack(one)]
-        return [[pack(side) for side in one.sides], one.desirable, one.unused]
-
-    def pack_audited(one: Outcome) -> int:
-        blob.append(one.audited)
-        return len(one.audited)
-
-    rows = [
-        [
-            one.where,
-            [pack_example(example) for example in one.examples],
-            [[fault.kind, fault.where, fault.what] for fault in one.faults],
-            one.remarks,
-            pack_audited(one),
-        ]
-        for one in outcomes
-    ]
-    return {"rows": rows}, b"".join(blob)
-
-
-def _unpack_outcomes(answer: dict[str, Any], blob: bytes) -> list[Outcome]:
-    at = 0
-
-    def next_bytes(count: int) -> bytes:
-        nonlocal at
-        at += count
-        return blob[at - count : at]
-
-    def unpack(side: list[Any]) -> Encoded:
-        text, tokens, compared, end, unused, long, where, weight = side
-        counts = tuple((name, number) for name, number in long)
-        return Encoded(
-            next_bytes(text).decode(),
-            next_bytes(4 * tokens),
-            next_bytes(tokens),
-            end,
-            tuple(unused),
-            counts,
-            where,
-            next_bytes(compared),
-            weight,
-        )
-
-    def unpack_example(one: list[Any]) -> Encoded | EncodedAnswers:
-        sides, *rest = one
-        if not rest:
-            return unpack(sides)
-        return EncodedAnswers(tuple(map(unpack, sides)), rest[0], tuple(rest[1]))
-
-    return [
-        Outcome(
-            where,
-            tuple(map(unpack_example, examples)),
-            tuple(RowError(*fault) for fault in faults),
-            {kind: Remark(place, tuple(words)) for kind, (place, words) in remarks.items()},
-            next_bytes(audited),
-        )
-        for where, examples, faults, remarks, audited in answer["rows"]
-    ]
+            send(answers, as_json(answer), blob)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from job.common.out_of_memory import ran_out, says_full
 from job.distributed.ends import END, end_of, publish_end
 from job.distributed.peers import Peers, identity
 from job.distributed.ranks import Place
@@ -260,15 +261,21 @@ class ProcessGroup:
 
     @contextmanager
     def _all_there(self) -> Iterator[None]:
-        """Within it, an error of torch's means that another process is gone; but for a lack of memory."""
-        import torch
+        """Within it, an error of torch's means that another process is gone; but for a lack of memory.
 
+        NCCL allocates its buffers in the first exchange, outside of torch's allocator. One process cannot repeat an
+        exchange, and the others wait in it. So they are told at once, and end with this one.
+        """
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            raise self._lost(error) from error
+            if not says_full(error):
+                raise self._lost(error) from error
+            fix = "lower JOB_TRAIN__GPU_MEMORY_GB, which leaves more to NCCL, or JOB_TRAIN__MAX_LENGTH"
+            full = ran_out("the processes exchanged tensors", fix, error)
+            self.end(full)
+            self._end_by("memory that ran out")
+            raise full from error
 
     def _until(
         self, ready: Callable[[], bool], longest: float, *, stoppable: bool, pause: float = _PAUSE_SECONDS
@@ -305,7 +312,7 @@ class ProcessGroup:
         kind = Preempted if self._stop() and not self._failed else Killed
         self._end_by("the loss of another process")
         first = (str(why).splitlines() or [""])[0]
-        return kind(f"another process of this run is gone; start the run again to resume it: {first[:200]}")
+        return kind(f"another process of this run has ended; start the run again to resume it: {first[:200]}")
 
     def _ended(self) -> JobError:
         """The error to raise when another process has failed."""

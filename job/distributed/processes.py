@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from job.distributed.ranks import Place
+from job.errors import Problem, SettingsError
 
 T = TypeVar("T")
 
@@ -134,3 +135,20 @@ class Alone:
 
 
 ALONE: Processes = Alone()
+
+
+def require_one_kind(processes: Processes, device: str) -> None:
+    """Refuses a run in which only some processes have a GPU: they cannot communicate, and would wait forever.
+
+    Args:
+        processes: All processes of the run, each of which calls this.
+        device: The type of this process's, `cuda` or `cpu`.
+
+    Raises:
+        SettingsError: Some have none.
+    """
+    devices = processes.gather("device", device)
+    if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
+        numbers = ", ".join(map(str, without))
+        what = f"the processes {numbers} see no GPU, the others do; start fewer processes, or give each a GPU"
+        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])

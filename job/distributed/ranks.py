@@ -91,7 +91,7 @@ def _fault(name: str, environ: Mapping[str, str]) -> str | None:
     text = environ.get(name, "")
     if not text:
         needed = not (name == "LOCAL_WORLD_SIZE" or (name.startswith("MASTER") and environ.get("WORLD_SIZE") == "1"))
-        missing = "is missing beside torchrun's other variables; start with torchrun, or unset them all"
+        missing = "is missing, but torchrun's other variables are set; start with torchrun, or unset them all"
         return missing if needed else None
     least, most = 0 if name.endswith("RANK") else 1, _MOST_PORT if name == "MASTER_PORT" else _MOST_PROCESSES
     if name == "MASTER_ADDR" or (_NUMBER.fullmatch(text) and least <= int(text) <= most):

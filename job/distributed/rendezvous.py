@@ -156,13 +156,16 @@ def _await_all(
         # On Kubernetes the number is the pod's own, so the other one is mostly the pod that this one replaces. If that
         # has said why it ended, the run ends for that reason; else a retry (72) comes when the old pod is gone.
         joined.check()
-        what = f"another process has rank {place.rank} too; give each machine its own, or wait for the old one to end"
+        what = (
+            f"another process has rank {place.rank}, too; give each machine its own rank, or wait until "
+            "the old process has ended"
+        )
         raise SettingsError([Problem("JOB_RUN__NODE_RANK", what)])
     here = [f"here#{rank}" for rank in range(place.world_size)]
     while not store.check(here):
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(here) if not store.check([key])]
-            raise Unreachable(f"of {place.world_size} processes these did not arrive: {', '.join(map(str, missing))}")
+            raise Unreachable(f"of {place.world_size} processes, these did not connect: {', '.join(map(str, missing))}")
         joined.check()
         stop.check()
         report_progress()

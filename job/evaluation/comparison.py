@@ -76,7 +76,7 @@ def _without(scores: TaskScores, places: frozenset[int] | None) -> TaskScores:
 
 def _compare(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]) -> dict[str, Any]:
     if other := sorted(name for name in adapter if name not in base or base[name].task_hash != adapter[name].task_hash):
-        raise DataError([Problem(name, "the base was asked other questions than the adapter") for name in other])
+        raise DataError([Problem(name, "the base answered other questions than the adapter") for name in other])
     acc = {name: statistics.compare(base[name].correct, adapter[name].correct) for name in adapter}
     acc_norm = {
         name: statistics.compare(before, after)
@@ -319,7 +319,7 @@ def gate_failures(
     if min_delta is None and max_regression is None:
         return None
     tasks = judged_by(tasks, metric)
-    reasons = [] if tasks else ["nothing was scored, so nothing shows that the gate is met"]
+    reasons = [] if tasks else ["nothing was scored, so the gate cannot be met"]
     for name, task in tasks.items():
         found = of_metric(task, metric)
         if found is None:

@@ -6,7 +6,8 @@ r"""Generates answers: prompts in left-padded batches, with a key/value cache.
 The prompts of a batch are read first (prefill), in several forward passes if one would have too many tokens
 (`_read_prompts`). Then each forward pass adds one token to every answer of the batch (decoding). On a GPU such a pass
 takes as long for a hundred answers as for ten, so batches are as large as the memory for the cache allows
-(`_cache_tokens`).
+(`_cache_tokens`, `_fitting_tokens`). If memory runs out all the same, what only saves time is given up for that batch
+(`answer_batch`).
 
 Batches are a function of all prompts, the model, the kind of device and the number of processes (`plan_batches`), and
 a batch is computed as a whole. So a restarted evaluation computes the same bits; other batches would change only the
@@ -26,14 +27,18 @@ In a REPL, with a model and a tokenizer as in `job.evaluation.scorer`:
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from job.common.formatting import count, size
+from job.common.out_of_memory import out_of_memory, ran_out
 from job.errors import TrainingFailed
 from job.evaluation.resumable import Keeps, complete
+from job.log import get_logger
 from job.records import Answer
 
 if TYPE_CHECKING:
@@ -46,6 +51,10 @@ CACHE_BATCHES = 4
 _CACHE_SHARE = 1 / 16
 """Share of a GPU's memory that the cache of a larger batch, read in several passes, may take; a batch read in one pass
 may take twice as much. A token of a model without shared key/value heads takes half a megabyte."""
+_FITTING_SHARE = 0.9
+"""Of the memory beside weights and forward pass, what a cache may take: the allocator cannot use all of it."""
+_CONTEXT_BYTES = 600 << 20
+"""Of the driver and the libraries' workspaces on a GPU. Assumed, as `CONTEXT_BYTES` of the forecast."""
 _MOST_ROWS = 256
 """The most prompts of such a larger batch: its logits have a number for each row and entry of the vocabulary."""
 _DRAWN_ROWS = 32
@@ -108,7 +117,13 @@ class AnswerCache(Keeps, Protocol):
 
 
 def plan_batches(
-    lengths: Sequence[int], max_new_tokens: int, batch_tokens: int, *, cache_tokens: int = 0, processes: int = 1
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    batch_tokens: int,
+    *,
+    cache_tokens: int = 0,
+    fitting_tokens: int | None = None,
+    processes: int = 1,
 ) -> list[list[int]]:
     """Divides prompts into batches, the longest first: little is padded, and if memory is short, it runs out at once.
 
@@ -119,6 +134,8 @@ def plan_batches(
         cache_tokens: The most tokens, prompts and answers together, of a batch that takes several passes to read; a
             batch that takes one pass may have twice as many. 0 if every batch has to be read in one pass, without this
             limit.
+        fitting_tokens: The most tokens, prompts and answers together, of any batch of more than one prompt; None where
+            the memory for them is not limited.
         processes: How many share the batches; larger batches are limited so that each process gets one.
 
     Returns:
@@ -133,6 +150,8 @@ def plan_batches(
         if cache_tokens:
             fits = cache_tokens // (longest + max_new_tokens)
             rows = max(min(rows, 2 * fits), min(fits, share))
+        if fitting_tokens is not None:
+            rows = min(rows, fitting_tokens // (longest + max_new_tokens))
         rows = max(1, rows)
         batches.append(order[:rows])
         order = order[rows:]
@@ -171,12 +190,19 @@ def generate(
         on_progress: Called with the number of prompts that have been answered.
 
     Raises:
-        TrainingFailed: The logits are not finite.
+        TrainingFailed: The logits are not finite, or memory ran out.
     """
     how = HowToGenerate(max_new_tokens, tuple(stop), sampling, tuple(ends), batch_tokens)
     lengths = [len(prompt) for prompt in prompts]
+    fitting = _fitting_tokens(model, batch_tokens)
+    _warn_of_memory(model, max(lengths, default=0), max_new_tokens, fitting)
     batches = plan_batches(
-        lengths, max_new_tokens, batch_tokens, cache_tokens=_cache_tokens(model, batch_tokens), processes=processes
+        lengths,
+        max_new_tokens,
+        batch_tokens,
+        cache_tokens=_cache_tokens(model, batch_tokens),
+        fitting_tokens=fitting,
+        processes=processes,
     )
     known = {} if cache is None else cache.load_answers(prompts, batches, how)
     missing = {number: batch for number, batch in enumerate(batches) if number not in known}
@@ -214,6 +240,9 @@ def answer_batch(
 ) -> list[Answer]:
     """The answers to prompts that are computed together, in order; one after the other if the model cannot be packed.
 
+    If memory runs out, all of them are computed once more while the base's weights are dequantized for each use, which
+    gives the same bits; if they are so already, that is the end.
+
     Args:
         model: As for `generate`.
         tokenizer: As for `generate`.
@@ -223,8 +252,61 @@ def answer_batch(
             no answers; a restart computes all of it again, with the same bits.
 
     Raises:
-        TrainingFailed: The logits are not finite.
+        TrainingFailed: The logits are not finite, or memory ran out.
     """
+    from job.model.fused.frozen_weights import without_dequantized
+
+    try:
+        return _answered(model, tokenizer, prompts, how, alive)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        failed = error.with_traceback(None)  # its frames hold the cache
+    with without_dequantized(model) as freed:
+        if not freed:
+            raise _too_small(model, prompts, how, failed) from failed
+        what = "out of GPU memory: a batch of answers is computed again without the base's dequantized weights"
+        change = "a smaller JOB_EVAL__BATCH_TOKENS, or JOB_MODEL__KEEP_DEQUANTIZED=false"
+        get_logger().warning(what, prompts=len(prompts), change=change)
+        _free_caches(model)
+        try:
+            return _answered(model, tokenizer, prompts, how, alive)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise _too_small(model, prompts, how, error) from error
+
+
+def _too_small(
+    model: Any, prompts: Sequence[tuple[int, Sequence[int]]], how: HowToGenerate, error: BaseException
+) -> TrainingFailed:
+    """The error for a batch for which memory is too small, with its figures and the settings that it depends on."""
+    longest, new = max(len(ids) for _, ids in prompts), how.max_new_tokens
+    what = f"{count(len(prompts), 'prompt')} of at most {longest:,} tokens got up to {new:,} more each"
+    if per_token := _token_bytes(model):
+        what += f", for which the cache takes up to {size(len(prompts) * (longest + new) * per_token, ' ')}"
+    fewer = "JOB_EVAL__BATCH_TOKENS, so that fewer are answered at a time, or " if len(prompts) > 1 else ""
+    fix = f"lower {fewer}JOB_EVAL__PROMPTS_MAX_NEW_TOKENS or the max_gen_toks of the task"
+    return ran_out(what, fix, error)
+
+
+def _free_caches(model: Any) -> None:
+    """Frees the tensors of failed work, and the memory that torch's allocator caches."""
+    import torch
+
+    gc.collect()  # the error's frames keep tensors alive in reference cycles
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _answered(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[tuple[int, Sequence[int]]],
+    how: HowToGenerate,
+    alive: Callable[[], None],
+) -> list[Answer]:
+    """`answer_batch` with the memory that there is."""
     import torch
 
     from job.model.packed_attention import is_packed
@@ -322,7 +404,7 @@ def _own_attention(model: Any) -> Iterator[None]:
     other models use transformers' eager attention.
     """
     from job.model.base import PLAIN
-    from job.model.fused.lora_forward import attention_with_cache
+    from job.model.fused.fused_decoder import attention_with_cache
     from job.model.packed_attention import use
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -343,25 +425,89 @@ def _cache_tokens(model: Any, batch_tokens: int) -> int:
     proportion.
     """
     from job.evaluation.key_value_cache import can_be_reserved
-    from job.model.fused.lora_forward import attention_with_cache
+    from job.model.fused.fused_decoder import attention_with_cache
     from job.model.packed_attention import is_packed
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # What is not packed answers one prompt after the other: a larger batch would only be more to lose by a stop.
     if base.device.type != "cuda" or attention_with_cache(base) is None or not is_packed(model):
         return 0
+    if not can_be_reserved(_new_cache(model)):
+        return 0
+    return int(_gpu_bytes(base) * _CACHE_SHARE * min(1.0, batch_tokens / BATCH_TOKENS) / _token_bytes(model))
+
+
+def _fitting_tokens(model: Any, batch_tokens: int) -> int | None:
+    """The most tokens of a cache that fits into a GPU's memory beside the model and a forward pass over prompts.
+
+    None where it is not known: on a CPU, where main memory is not this process's alone, and for a cache of another
+    kind. Counted are the GPU's total memory and the model's weights, not what is free, so that a restart makes the
+    same batches. A step of decoding also needs, of one layer, keys and values for each head of the queries.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base.device.type != "cuda" or not (token := _token_bytes(model)):
+        return None
+    config = base.config.get_text_config(decoder=True)
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    forward = batch_tokens * 4 * (wide + config.hidden_size) * base.dtype.itemsize
+    repeated = 2 * config.num_attention_heads * _head_size(config) * base.dtype.itemsize
+    left = _gpu_bytes(base) - _CONTEXT_BYTES - _held_bytes(model) - forward
+    return max(0, int(_FITTING_SHARE * left / (token + repeated)))
+
+
+def _warn_of_memory(model: Any, longest: int, max_new_tokens: int, fitting: int | None) -> None:
+    """Warns where one prompt with its answer alone may not fit. Most answers end early, so it is tried."""
+    if fitting is None or fitting >= longest + max_new_tokens:
+        return
+    get_logger().warning(
+        "the longest prompt with its answer may not fit into the GPU's memory",
+        tokens=longest + max_new_tokens,
+        cache=size((longest + max_new_tokens) * _token_bytes(model), " "),
+        tokens_that_fit=fitting,
+        change="JOB_EVAL__PROMPTS_MAX_NEW_TOKENS, or the max_gen_toks of the task",
+    )
+
+
+def _gpu_bytes(base: Any) -> float:
+    """The GPU memory that this process may use, whether or not it is free."""
     import torch
 
-    config = base.config.get_text_config(decoder=True)
-    cache = _new_cache(model)
-    if not can_be_reserved(cache):
-        return 0
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * len(cache.layers) * heads * width * base.dtype.itemsize
     allowed = torch.cuda.get_per_process_memory_fraction(base.device)
-    memory = torch.cuda.get_device_properties(base.device).total_memory * allowed
-    return int(memory * _CACHE_SHARE * min(1.0, batch_tokens / BATCH_TOKENS) / token)
+    return float(torch.cuda.get_device_properties(base.device).total_memory * allowed)
+
+
+def _held_bytes(model: Any) -> int:
+    """The model's weights on its device, each memory once: tied weights, and layers that pass through the same slots.
+
+    Numbers are counted by their shape, since training lays the adapter's into one memory, with padding.
+    """
+    held = dict[int, int]()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != model.device.type:
+            continue
+        if tensor.is_floating_point():
+            held[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        else:
+            memory = tensor.untyped_storage()
+            held[memory.data_ptr()] = memory.nbytes()
+    return sum(held.values())
+
+
+def _token_bytes(model: Any) -> int:
+    """Bytes of a token's keys and values in all layers; 0 for a model whose cache may be of another kind."""
+    from job.model.packed_attention import is_packed
+
+    if not is_packed(model):
+        return 0
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config(decoder=True)
+    layers = len(_new_cache(model).layers)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * layers * heads * _head_size(config) * base.dtype.itemsize)
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _new_cache(model: Any) -> Any:

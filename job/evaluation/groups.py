@@ -62,10 +62,10 @@ def read_groups(groups: Mapping[str, Any], metrics_of: Mapping[str, Mapping[str,
             better.update({key: known[key] for key in of_metric})
             left_out += [] if of_metric else [asked.metric]
         if not metrics:
-            what = f"{name} has no figure that is an average over questions ({', '.join(left_out)}); name its tasks"
+            what = f"{name} has no metric that is an average over questions ({', '.join(left_out)}); name its tasks"
             wrong.append(Problem("JOB_EVAL__TASKS", what))
         elif left_out:
-            why = "they are no average over the questions of its tasks"
+            why = "they are not averages over the questions of its tasks"
             get_logger().warning("metrics of a group are left out", group=name, metrics=left_out, why=why)
         found[name] = GroupSpec(group.version, tasks, metrics, better)
     if wrong:
@@ -85,8 +85,10 @@ def _at_odds(
         }
         if len(set(rises.values())) > 1:
             up, down = (next(task for task, better in rises.items() if better == way) for way in (True, False))
-            what = f"{group} has {key}, of which a higher figure is better for {up} and a lower one for {down}: "
-            yield Problem("JOB_EVAL__TASKS", f"{what}their mean says nothing; set higher_is_better alike in the tasks")
+            what = f"{group} has {key}, where higher is better for {up} and lower for {down}: "
+            yield Problem(
+                "JOB_EVAL__TASKS", f"{what}their mean has no meaning; set the same higher_is_better in these tasks"
+            )
 
 
 def compare_groups(groups: Mapping[str, GroupSpec], base: Evaluated, adapter: Evaluated) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from job import log
 from job.common.resources import usable_cpus
 from job.errors import DataError, Problem, SettingsError
 from job.evaluation.generation import HowToGenerate
-from job.evaluation.measured import how_to_generate, measured_scores, metrics_of
 from job.evaluation.samples import HASHES, MeasuredSample, Sample, task_scores
+from job.evaluation.task_metrics import how_to_generate, measured_scores, metrics_of
 from job.evaluation.task_names import MEASURED, MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, compiled_once, question_id, restart_examples
 from job.records import Answer, ChoiceScore, MeasuredScores, Metric, Question, TaskScores
@@ -173,7 +173,7 @@ def _scoring_model(  # noqa: C901 - the methods of its class are counted
                     windows.append(Question(tuple(context), (tuple(predicted),)))
                     owners.append(number)
             if empty := [n for n in range(len(requests)) if n not in set(owners)]:
-                raise DataError([Problem(f"text {n}", "the tokenizer makes no tokens of it") for n in empty])
+                raise DataError([Problem(f"text {n}", "the tokenizer returns no tokens for it") for n in empty])
             totals = [0.0] * len(requests)
             for number, (found,) in zip(owners, score(windows), strict=True):
                 totals[number] += found.log_likelihood
@@ -261,7 +261,7 @@ def _check_tokens(requests: Sequence[Any]) -> None:
         DataError: With all of them.
     """
     wrong = [
-        Problem(f"question {context[-80:]!r}", f"the tokenizer makes no tokens of {what}")
+        Problem(f"question {context[-80:]!r}", f"the tokenizer returns no tokens for {what}")
         for (context, choice), context_ids, choice_ids in requests
         for what, ids in (("it", context_ids), (f"its choice {choice!r}", choice_ids))
         if not ids
@@ -295,7 +295,7 @@ def _measured_result(
     known = metrics_of(task)
     if left_out := sorted({name for result in results for name in result["metrics"]} - known.keys()):
         log.get_logger().warning(
-            "metrics are left out: they are no average over questions", task=task.task_name, metrics=left_out
+            "metrics are left out: they are not averages over questions", task=task.task_name, metrics=left_out
         )
     by_doc: dict[int, list[dict[str, Any]]] = {}
     for result in results:

@@ -79,12 +79,12 @@ class JudgeTokenizer:
 
         with naming(SETTING):
             check_sizes(folder)
-            with readable(folder, "holds no tokenizer that can be loaded"):
+            with readable(folder, "has no tokenizer that can be loaded"):
                 self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._templated = bool(getattr(self.tokenizer, "chat_template", None))
         ids = [self.tokenizer.encode(f"{'' if self._templated else ' '}{x}", add_special_tokens=False) for x in "AB"]
         if ids[0][-1:] == ids[1][-1:] or not all(ids):
-            raise SettingsError([Problem(SETTING, f"the tokenizer of {folder} does not tell A from B")])
+            raise SettingsError([Problem(SETTING, f"the tokenizer of {folder} does not distinguish A from B")])
         self.letters = [one[-1] for one in ids]
 
     def encode(self, text: str) -> list[int]:
@@ -136,7 +136,7 @@ class LocalJudge:
         self._reads = JudgeTokenizer(folder)
         with naming(SETTING):
             weight_files(folder)
-            with readable(folder, "holds no language model that can be loaded"):
+            with readable(folder, "has no language model that can be loaded"):
                 model, info = AutoModelForCausalLM.from_pretrained(
                     folder, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
                 )
@@ -162,7 +162,7 @@ class LocalJudge:
             logits = self._model(input_ids=inputs, **self._last_only).logits[0, -1].float()
         first, second = logits[self._reads.letters].tolist()
         if not abs(first - second) < float("inf"):
-            raise DataError([Problem(SETTING, "the judge computes numbers that are not finite")])
+            raise DataError([Problem(SETTING, "the judge's scores are not finite")])
         return "A" if first >= second else "B"
 
 
@@ -268,7 +268,7 @@ class ServedJudge:
         except (ValueError, LookupError, TypeError, RecursionError):
             said = None
         if not isinstance(said, str):
-            raise Unreachable(f"{where}: the answer is none of OpenAI's API")
+            raise Unreachable(f"{where}: the answer is not one of OpenAI's API")
         return said
 
     @staticmethod

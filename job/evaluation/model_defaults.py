@@ -54,7 +54,7 @@ def _read(folder: Path) -> tuple[int, ...]:
     config = read_json(folder / "generation_config.json", MAX_CONFIG_BYTES)
     asked = {name: config[name] for name, value in NEUTRAL.items() if config.get(name) not in (None, value, [], {})}
     if asked:
-        why = "answers are the likeliest tokens, or drawn as the task says"
+        why = "answers are decoded greedily, or sampled as the task says"
         get_logger().warning("the model's generation_config.json is not applied", fields=asked, why=why)
     ends = config.get("eos_token_id")
     return tuple(sorted({end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int}))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from job.common.out_of_memory import memory_errors
 from job.common.validation import adapter_of
 from job.distributed.processes import Processes
 from job.evaluation.generation import HowToGenerate, answer_batches
@@ -52,11 +54,13 @@ class ParallelScoring:
         alive: Called before and after each sequence, before each token of answers, and while waiting (then with
             `progress=`): tells the watchdog that the process is alive, and raises Preempted if the job has to stop.
         scoring: How one process scores sequences.
+        lower: What to do where memory is too small for a sequence.
     """
 
     processes: Processes
     alive: Callable[..., None]
     scoring: ScoreSequences = score_sequences
+    lower: str = "lower JOB_EVAL__BATCH_TOKENS"
 
     def score(
         self, model: Any, questions: list[Question], sequences: Mapping[int, range]
@@ -114,7 +118,10 @@ class ParallelScoring:
         from job.model.placed_weights import taking_part  # torch, which process 0 of a run without a model lacks
 
         place = self.processes.place
-        with taking_part(model):
+        # A process whose memory ran out would else give the others their shares of the base's weights until they are
+        # finished. As an error of the job it ends them, like any other.
+        words = memory_errors("sequences were scored", self.lower)
+        with taking_part(model), words if place.world_size > 1 else nullcontext():
             own = list(work.parts)[place.rank :: place.world_size]
             if not own:  # `scoring` may load a model first
                 return

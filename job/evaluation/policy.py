@@ -101,7 +101,7 @@ def read_policy(path: str) -> Policy:
         with Path(path).open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
-            raise SettingsError([Problem(place, f"is larger than {_MAX_BYTES >> 20} MiB, so it is no policy")])
+            raise SettingsError([Problem(place, f"is larger than {_MAX_BYTES >> 20} MiB, too large for a policy")])
         tree = strict_yaml(data)
     except OSError as error:
         raise SettingsError([Problem(place, f"cannot be read: {error.strerror}")]) from None
@@ -183,7 +183,7 @@ def _faults(policy: Policy) -> Iterator[str]:
             yield f"tasks.{name}: has no rule; give {', '.join(KINDS)}"
     if policy.combined is None:
         if all(asked.role == "supporting" for asked in policy.tasks.values()):
-            yield "no rule decides: give a task the role critical or guarded, or give combined"
+            yield "no rule decides the verdict: give a task the role critical or guarded, or set combined"
         return
     if not any(True for _ in _asked(policy.combined)):
         yield f"combined: has no rule; give {', '.join(KINDS)}"
@@ -346,7 +346,7 @@ def sentence(rule: Mapping[str, Any]) -> str:
     )
     what = {
         "met": f"{wanted} is shown",
-        "missed": f"{wanted} is asked for, and the opposite is shown",
+        "missed": f"{wanted} is required, and the opposite was shown",
         "inconclusive": f"{wanted} is asked for, and {rule['n']} questions cannot tell",
     }[rule["outcome"]]
     p = rule["holm_p_met"] if rule["outcome"] != "missed" else rule["holm_p_missed"]

@@ -76,7 +76,7 @@ def common_start(one: Ids, other: Ids) -> int:
 def walk(root: Node) -> Iterator[tuple[Node, Node, int]]:
     """Yields (node, parent, tokens before the node on its path) in depth-first preorder, without the root.
 
-    So all descendants of a node follow it without a gap, as `packed_attention.Layout` requires.
+    So all descendants of a node follow it without a gap, as `packed_layout.Layout` requires.
     """
     left = [(child, root, 0) for child in reversed(root.children.values())]
     while left:

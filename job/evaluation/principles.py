@@ -52,7 +52,7 @@ def read_principles(path: Path) -> tuple[str, ...]:
         what = f"is not valid ({type(error).__name__}); give a YAML list of texts, or a rule on each line"
         raise wrong(what) from None
     if not isinstance(found, list) or not all(isinstance(rule, str) for rule in found):
-        raise wrong("must hold a list of texts at its top")
+        raise wrong("must be a list of texts")
     rules = tuple(" ".join(rule.split()) for rule in found if rule.strip())
     if not 0 < len(rules) <= MAX_RULES:
         raise wrong(f"holds {len(rules)} rules; give 1 to {MAX_RULES}")

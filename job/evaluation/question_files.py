@@ -80,7 +80,7 @@ def task_with_rows(
 
 
 def _misfit(where: str, name: str, error: Exception) -> Problem:
-    what = f"does not fit the task {name}: {type(error).__name__}: {error}"
+    what = f"does not match the task {name}: {type(error).__name__}: {error}"
     return Problem(where, f"{what}; a row needs the fields and values of the task's own data set")
 
 
@@ -110,10 +110,10 @@ def find_misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Proble
             yield _misfit(where, task.task_name, error)
         else:
             if not fits:
-                what = "has no question, fewer than two choices, an empty one, or no right one"
+                what = "has no question, fewer than two choices, an empty choice, or no right choice"
                 yield Problem(where, f"{what} for {task.task_name}")
             elif not _labelled(given.get("choices")):
-                yield Problem(where, "has choices.label that does not name each of choices.text once")
+                yield Problem(where, "has a choices.label that does not give each of choices.text one label")
 
 
 def find_example_misfits(task: Any, examples: Sequence[Row], source: str) -> Iterator[Problem]:
@@ -131,7 +131,9 @@ def find_example_misfits(task: Any, examples: Sequence[Row], source: str) -> Ite
             yield _misfit(where, task.task_name, error)
         else:
             if is_asked:
-                what = f"is a question of {task.task_name}, too, whose prompt would show its answer; remove one of them"
+                what = (
+                    f"is also a question of {task.task_name}, so its answer would be in the prompt; remove one of them"
+                )
                 yield Problem(where, what)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 from job.errors import DataError, Problem
-from job.evaluation.measured import how_to_generate
 from job.evaluation.scorer import BATCH_TOKENS
 from job.evaluation.scoring import reads_of, tokens_to_compute
+from job.evaluation.task_metrics import how_to_generate
 from job.evaluation.task_names import MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, compiled_once, question_id, restart_examples, text_parts
 from job.records import Question
@@ -24,15 +25,17 @@ _SLACK_BYTES = 512
 
 
 @compiled_once()
-def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[int, int, int]:
+def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[int, int, int, int, int]:
     """(questions, tokens in packed sequences, positions at which logits are needed), without scoring anything.
 
+    Behind them: of the longest prompt with a generated answer its tokens, and with the answer; 0 where there is none.
     Of a generated answer the most tokens are counted.
 
     Raises:
         DataError: The tokenizer makes no tokens of a question or a choice.
     """
     count = tokens = reads = 0
+    answered = (0, 0)
     asked: list[Question] = []
     for task in tasks.loaded["tasks"].values():
         restart_examples(task)
@@ -40,15 +43,17 @@ def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[in
             if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
                 context, answer = _sizes(task, doc, tokenizer, _prompts(task, doc))
                 count, tokens, reads = count + 1, tokens + context + answer, reads + answer
+                if task.OUTPUT_TYPE == "generate_until":
+                    answered = max(answered, (context, context + answer), key=itemgetter(1))
                 continue
             scored = _scored(task, doc, tokenizer)
             if not all(question.context and all(question.choices) for question in scored):
-                what = "the tokenizer makes no tokens of a part of it"
+                what = "the tokenizer returns no tokens for a part of it"
                 raise DataError([Problem(f"question {question_id(doc, count)}", what)])
             count += 1
             asked += scored
     tokens += tokens_to_compute(asked, BATCH_TOKENS)
-    return count, tokens, reads + sum(map(reads_of, asked))
+    return count, tokens, reads + sum(map(reads_of, asked)), *answered
 
 
 @compiled_once()
@@ -145,7 +150,7 @@ def _does_not_fit(task: Any, doc: Any, tokenizer: Any, max_length: int, vocabula
         return f"may be answered with {answer} tokens, {max_length} are allowed with the prompt (JOB_TRAIN__MAX_LENGTH)"
     if context + answer <= max_length or cut:
         return None
-    remedy = "JOB_EVAL__LONG_QUESTIONS=cut leaves out their beginning, as lm-eval does"
+    remedy = "JOB_EVAL__LONG_QUESTIONS=cut cuts off their beginning, as lm-eval does"
     what = f"is {context} tokens long and may be answered with {answer}, {max_length} are allowed in all"
     return f"{what} (JOB_TRAIN__MAX_LENGTH); {remedy}"
 
@@ -166,7 +171,7 @@ def _too_long(task: Any, doc: Any, tokenizer: Any, max_length: int, *, cut: bool
     longest = max(len(tokenizer.encode(text)) for text in texts)
     if longest <= max_length:
         return None
-    remedy = "" if cut else "; JOB_EVAL__LONG_QUESTIONS=cut leaves out their beginning, as lm-eval does"
+    remedy = "" if cut else "; JOB_EVAL__LONG_QUESTIONS=cut cuts off their beginning, as lm-eval does"
     return f"is {longest} tokens long with its longest choice, {max_length} are allowed (JOB_TRAIN__MAX_LENGTH){remedy}"
 
 

@@ -50,6 +50,7 @@ CODE = (
     "job.model.fused.experts",
     "job.model.fused.fp8",
     "job.model.fused.frozen_weights",
+    "job.model.fused.fused_decoder",
     "job.model.fused.kernels",
     "job.model.fused.lora_forward",
     "job.model.fused.precise_forward",
@@ -58,12 +59,12 @@ CODE = (
     "job.model.fused.triton_scoring",
     "job.model.lora",
     "job.model.packed_attention",
+    "job.model.packed_layout",
     "job.model.placed_loading",
     "job.model.placed_weights",
     "job.model.published_names",
     "job.model.target_modules",
     "job.model.tensor_names",
-    "job.model.tokenizer_files",
     "job.model.whole_modules",
 )
 """Modules whose code determines a score; their hashes are part of the key.
@@ -201,7 +202,7 @@ class ScoreCache:
 
     def _read(self, key: str) -> list[_Entry]:
         name = key.rpartition("/")[2].partition(".")[0]
-        why = "its content does not match its name"
+        why = "its content does not match the hash in its name"
         try:
             stored = self._store.read(key)
             if stored is not None and hashlib.sha256(stored.data).hexdigest() == name:

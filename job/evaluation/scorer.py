@@ -5,7 +5,8 @@ In a REPL:
     >>> import torch
     >>> from pathlib import Path
     >>> from job.evaluation.scorer import Question, score_questions
-    >>> from job.model.base import load_base, load_tokenizer
+    >>> from job.model.base import load_base
+    >>> from job.model.tokenizer import load_tokenizer
     >>> folder = Path("job/demo/base")
     >>> tokenizer = load_tokenizer(folder)
     >>> model = load_base(
@@ -115,7 +116,9 @@ def _checked(number: int, wait: Callable[[], Scores], again: Callable[[], Scores
     """Waits for the scores of a sequence; `again` computes them in fp32 if they are not finite."""
     scores = wait()
     if again is not None and not finite(scores):
-        get_logger().warning("numbers are too large for fp16, so these questions are scored in fp32", sequence=number)
+        get_logger().warning(
+            "activations are too large for fp16, so these questions are scored in fp32", sequence=number
+        )
         scores = again()
     # A model that diverged scores NaN. It has to be refused here: a maximum over NaN is still some choice.
     if not finite(scores):

@@ -26,7 +26,7 @@ from job.records import ChoiceScore, Question
 if TYPE_CHECKING:
     import torch
 
-    from job.model.packed_attention import Layout, Segment
+    from job.model.packed_layout import Layout, Segment
 
 
 def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
@@ -115,7 +115,8 @@ def begin_scoring(
     import torch
 
     from job.common.device_copies import to_device, to_host
-    from job.model.packed_attention import build_layout, is_packed
+    from job.model.packed_attention import is_packed
+    from job.model.packed_layout import build_layout
 
     if not is_packed(model):
         scores = [[_score_alone(model, asked.context, choice) for choice in asked.choices] for asked in questions]
@@ -197,7 +198,7 @@ class _Packed:
 
 
 def _pack(questions: Sequence[Question]) -> _Packed:
-    from job.model.packed_attention import Segment
+    from job.model.packed_layout import Segment
 
     tree = Node()
     ends = [_add(tree, question)[1] for question in questions]

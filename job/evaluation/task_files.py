@@ -164,7 +164,7 @@ def _read_group(path: Path, text: bytes, config: Mapping[Any, Any]) -> GroupFile
         file = path.parent / name
         described = _read(file)
         if "group" in (member := _parse(file, described)):
-            raise SettingsError([Problem(str(path), f"task: {name} is a group too; name its tasks")])
+            raise SettingsError([Problem(str(path), f"task: {name} is a group, too; name its tasks")])
         members.append(_read_task(file, described, member))
     kept = {name: value for name, value in config.items() if name != "task"}
     return GroupFile(config["group"], str(path), kept, tuple(members), hashlib.sha256(text).hexdigest())
@@ -174,16 +174,16 @@ def _wrong_group(path: Path, config: Mapping[Any, Any]) -> Iterator[str]:
     """What is wrong with the fields of a group, a sentence each."""
     for name in config:
         if name not in GROUP_FIELDS:
-            yield f"{name}: is not taken from a user's group; it has {', '.join(sorted(GROUP_FIELDS))}"
+            yield f"{name}: is not allowed in a user's group; allowed are {', '.join(sorted(GROUP_FIELDS))}"
     yield from _wrong_name("group", config)
     tasks = config.get("task")
     if not (isinstance(tasks, list) and tasks and all(isinstance(name, str) for name in tasks)):
-        yield "task: is no list of names of tasks"
+        yield "task: must be a list of task names"
         return
     for name in tasks:
         file = path.parent / name
         if name.endswith(ENDINGS) and not (".." not in PurePosixPath(name).parts and _inside(file, path.parent)):
-            yield f"task: {name[:80]!r} does not lie in the folder of the group"
+            yield f"task: {name[:80]!r} is not in the folder of the group"
     if not isinstance(config.get("metadata", {}), dict):
         yield "metadata: is no mapping"
     yield from _wrong_aggregates(config.get("aggregate_metric_list", []))
@@ -191,14 +191,17 @@ def _wrong_group(path: Path, config: Mapping[Any, Any]) -> Iterator[str]:
 
 def _wrong_aggregates(aggregated: Any) -> Iterator[str]:
     if not (isinstance(aggregated, list) and len(_mappings(aggregated)) == len(aggregated)):
-        yield "aggregate_metric_list: is no list of metrics"
+        yield "aggregate_metric_list: must be a list of metrics"
     for metric in _mappings(aggregated):
         if not (set(metric) <= AGGREGATED and isinstance(metric.get("metric"), str)):
             yield f"aggregate_metric_list: takes {', '.join(sorted(AGGREGATED))}"
         elif metric.get("aggregation", "mean") != "mean" or not isinstance(metric.get("weight_by_size", True), bool):
-            yield f"aggregate_metric_list: {metric['metric'][:80]}: aggregation is mean, weight_by_size true or false"
+            yield (
+                f"aggregate_metric_list: {metric['metric'][:80]}: aggregation must be mean, "
+                "weight_by_size true or false"
+            )
         elif not _is_filters(metric.get("filter_list")):
-            yield f"aggregate_metric_list: {metric['metric'][:80]}: filter_list is no name or list of names"
+            yield f"aggregate_metric_list: {metric['metric'][:80]}: filter_list must be a name or a list of names"
 
 
 def _is_filters(value: Any) -> bool:
@@ -238,12 +241,14 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
     except OSError as error:
-        what = f"{path} cannot be read: {error.strerror}; a task of lm-eval has no ending"
+        what = f"{path} cannot be read: {error.strerror}; lm-eval's own tasks have no suffix"
         raise SettingsError([Problem("JOB_EVAL__TASKS", what)]) from error
     if len(text) > MAX_BYTES:
         raise SettingsError([Problem(str(path), f"has more than {MAX_BYTES:,} bytes")])
     if text.count(b"[") + text.count(b"{") > MAX_BRACKETS:
-        raise SettingsError([Problem(str(path), f"has more than {MAX_BRACKETS:,} brackets; data belongs beside it")])
+        raise SettingsError(
+            [Problem(str(path), f"has more than {MAX_BRACKETS:,} brackets; put the data into a file beside it")]
+        )
     return text
 
 
@@ -262,7 +267,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
             said = f"{said}: code of a task file is never run; use the metrics and filters that lm-eval has"
         raise SettingsError([Problem(line, said[:300])]) from error
     if not isinstance(config, dict):
-        raise SettingsError([Problem(str(path), "describes no task: it is no mapping of fields to values")])
+        raise SettingsError([Problem(str(path), "is not a task: it must be a mapping of fields to values")])
     return config
 
 
@@ -276,30 +281,33 @@ def _wrong(config: Mapping[Any, Any]) -> Iterator[str]:
 def _wrong_fields(config: Mapping[Any, Any]) -> Iterator[str]:
     for name in config:
         if name not in FIELDS:
-            yield f"{name}: is not taken from a user's file" + "; give one task a file" * (name == "include")
+            yield f"{name}: is not allowed in a user's file" + "; give one task a file" * (name == "include")
     for name in ("task", "output_type", "dataset_path"):
         if not isinstance(config.get(name), str):
             yield f"{name}: is missing"
     for name in TEXTS:
         value = config.get(name)
         if value is not None and not isinstance(value, str | int | list):
-            yield f"{name}: is neither text nor a list"
+            yield f"{name}: must be text or a list"
     if isinstance(config.get("task"), str):
         yield from _wrong_name("task", config)
     if isinstance(config.get("dataset_path"), str) and config["dataset_path"] not in FORMATS:
-        yield f"dataset_path: is {config['dataset_path']!r}; it is one of {', '.join(FORMATS)}, the data lies beside it"
+        yield (
+            f"dataset_path: is {config['dataset_path']!r}; it is one of {', '.join(FORMATS)}, with the "
+            "data in a file beside it"
+        )
 
 
 def _wrong_name(field: str, config: Mapping[Any, Any]) -> Iterator[str]:
     name = config.get(field)
     if not (isinstance(name, str) and name.replace("_", "a").replace("-", "a").isalnum()):
-        yield f"{field}: is a name of letters, digits, - and _"
+        yield f"{field}: must consist of letters, digits, - and _"
 
 
 def _wrong_numbers(config: Mapping[Any, Any]) -> Iterator[str]:
     for name, least in (("num_fewshot", 0), ("repeats", 1)):
         if not isinstance(value := config.get(name, least), int) or not least <= value <= MOST:
-            yield f"{name}: is no number from {least} to {MOST}"
+            yield f"{name}: must be a number from {least} to {MOST}"
     if not (config.get("test_split") or config.get("validation_split")):
         yield "test_split: is missing; it names the questions"
     kwargs = config.get("dataset_kwargs")
@@ -315,18 +323,18 @@ def _wrong_names(config: Mapping[Any, Any]) -> Iterator[str]:
 
     for metric in _mappings(config.get("metric_list")):
         if metric.get("metric") not in registry.METRIC_REGISTRY or metric.get("hf_evaluate"):
-            yield f"metric_list: {str(metric.get('metric'))[:80]!r} is no metric of lm-eval"
+            yield f"metric_list: {str(metric.get('metric'))[:80]!r} is not a metric of lm-eval"
         if metric.get("aggregation", "mean") not in registry.AGGREGATION_REGISTRY:
-            yield f"metric_list: {str(metric.get('aggregation'))[:80]!r} is no aggregation of lm-eval"
+            yield f"metric_list: {str(metric.get('aggregation'))[:80]!r} is not an aggregation of lm-eval"
     for one in _mappings(config.get("filter_list")):
         for step in _mappings(one.get("filter")):
             if step.get("function") not in registry.FILTER_REGISTRY:
-                yield f"filter_list: {str(step.get('function'))[:80]!r} is no filter of lm-eval"
+                yield f"filter_list: {str(step.get('function'))[:80]!r} is not a filter of lm-eval"
     few = config.get("fewshot_config")
     if few is not None and not (isinstance(few, dict) and set(few) <= {"sampler", "samples", "split"}):
-        yield "fewshot_config: takes sampler, samples and split"
+        yield "fewshot_config: may have sampler, samples and split"
     elif few and few.get("sampler", "default") not in {"default", "first_n"}:
-        yield "fewshot_config: sampler is default or first_n"
+        yield "fewshot_config: sampler must be default or first_n"
 
 
 def _mappings(value: Any) -> list[dict[str, Any]]:
@@ -352,11 +360,13 @@ def _places(path: Path, config: Mapping[str, Any]) -> dict[str, list[Path]]:
             relative = PurePosixPath(*file.parts[len(path.parent.parts) :])
             inside = _inside(file, path.parent) and ".." not in relative.parts
             if "://" in str(file) or not inside:
-                wrong.append(f"dataset_kwargs.data_files: {file.name[:80]!r} does not lie in the folder of the task")
+                wrong.append(f"dataset_kwargs.data_files: {file.name[:80]!r} is not in the folder of the task")
             elif not file.is_file():
-                wrong.append(f"dataset_kwargs.data_files: {file} is not there")
+                wrong.append(f"dataset_kwargs.data_files: {file} does not exist")
             elif reader_of(file) is None:
-                wrong.append(f"dataset_kwargs.data_files: {file} is of no format that is read ({', '.join(FORMATS)})")
+                wrong.append(
+                    f"dataset_kwargs.data_files: {file} has an unknown format; known are ({', '.join(FORMATS)})"
+                )
     if wrong:
         raise SettingsError([Problem(str(path), what) for what in wrong])
     return places

@@ -170,6 +170,6 @@ def check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[s
         elif (kind := (index[name].cfg or {}).get("output_type", MULTIPLE_CHOICE)) not in KINDS:
             problems.append(Problem("JOB_EVAL__TASKS", f"{name} is of a kind that cannot be evaluated: {kind}"))
         elif name in data and index[name].kind.name != "TASK":
-            problems.append(Problem("JOB_EVAL__DATA", f"{name} is not one task; give a file for each of its tasks"))
+            problems.append(Problem("JOB_EVAL__DATA", f"{name} is a group of tasks; give a file for each of its tasks"))
     if problems:
         raise SettingsError(problems)

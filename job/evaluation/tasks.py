@@ -19,7 +19,6 @@ from job.common.source_list import EXAMPLES
 from job.data.formats import Row
 from job.errors import DataError, Problem, SettingsError
 from job.evaluation.groups import CHOICE_METRICS, read_groups
-from job.evaluation.measured import how_to_generate, metrics_of
 from job.evaluation.policy import CHOICES, Policy, check_policy, named
 from job.evaluation.question_files import (
     as_dataset,
@@ -30,6 +29,7 @@ from job.evaluation.question_files import (
     task_with_rows,
 )
 from job.evaluation.task_files import GroupFile, TaskFile, own_tasks
+from job.evaluation.task_metrics import how_to_generate, metrics_of
 from job.evaluation.task_names import (
     KINDS,
     MEASURED,
@@ -225,7 +225,7 @@ def _load(manager: Any, what: list[Any]) -> Any:
         return manager.load(what)
     except ValueError as error:
         if str(error).startswith("Duplicate task"):
-            raise SettingsError([Problem("JOB_EVAL__TASKS", f"asks a task twice: {error}")]) from error
+            raise SettingsError([Problem("JOB_EVAL__TASKS", f"names a task twice: {error}")]) from error
         raise
 
 
@@ -245,7 +245,7 @@ def check_choices(tasks: Tasks, needed_by: Sequence[str]) -> None:
         SettingsError: With all of them.
     """
     if not tasks.only(MULTIPLE_CHOICE).loaded["tasks"]:
-        what = "is about accuracy, and JOB_EVAL__TASKS has no multiple-choice task; add one, or leave this setting out"
+        what = "is about accuracy, and JOB_EVAL__TASKS has no multiple-choice task; add one, or remove this setting"
         if wrong := [Problem(setting, what) for setting in needed_by]:
             raise SettingsError(wrong)
     others = list(tasks.only(*MEASURED).loaded["tasks"])
@@ -301,7 +301,7 @@ def _from_file(manager: Any, task: TaskFile) -> Any:
         return manager.load([{**task.config, "custom_dataset": lambda **_: splits}])["tasks"][task.name]
     except Exception as error:  # templates may raise anything, and a field may be of another kind than lm-eval expects
         first = (str(error).splitlines() or [""])[0][:300]
-        raise DataError([Problem(task.path, f"is no task of lm-eval: {type(error).__name__}: {first}")]) from error
+        raise DataError([Problem(task.path, f"is not a task of lm-eval: {type(error).__name__}: {first}")]) from error
 
 
 def _set_shots(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
@@ -321,10 +321,11 @@ def _without_examples(name: str, task: Any) -> Problem | None:
         return None
     few = task.fewshot_cfg
     if few.split is None and few.samples is None and not (task.has_training_docs() or task.has_validation_docs()):
-        what = f"{name} is asked with {shots} examples, and there are none, only the questions"
-        give = f"give a file of them, JOB_EVAL__DATA={name}{EXAMPLES}=..."
+        what = f"{name} is asked with {shots} examples, but its data has only questions"
+        give = f"give a file of examples, JOB_EVAL__DATA={name}{EXAMPLES}=..."
         return Problem(
-            "JOB_EVAL__NUM_FEWSHOT", f"{what}; {give}; 0 asks without examples, which is another task than {name}"
+            "JOB_EVAL__NUM_FEWSHOT",
+            f"{what}; {give}; 0 asks without examples, which gives other figures than {name}'s default",
         )
     if (there := len(list(task.fewshot_docs()))) <= shots:
         what = f"{name} is asked with {shots} examples, and there are {there}; one more than that is needed"

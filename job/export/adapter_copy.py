@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from job.export.quantizable import CannotMake
-from job.model.base import DTYPES
+from job.model.device import DTYPES
 
 WEIGHTS = "adapter_model.safetensors"
 

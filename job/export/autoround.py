@@ -25,6 +25,7 @@ import psutil
 import torch
 
 from job.common.helper_process import start_helper
+from job.common.out_of_memory import ran_out
 from job.errors import Killed
 from job.export.autoround_process import Task
 from job.export.checkpoint import read_header, read_tensor, write_weights
@@ -74,7 +75,7 @@ def cannot_score_awq(_device: torch.device) -> str:
 
 def check_four_bit(empty: Any, _kind: str) -> str:
     """As `Format.check`."""
-    return why_not(empty) or ("" if group_size(empty) else "its layers' inputs are no multiple of 32")
+    return why_not(empty) or ("" if group_size(empty) else "its layers' inputs are not multiples of 32")
 
 
 def group_size(empty: Any) -> int | None:
@@ -108,7 +109,7 @@ def make_four_bit(
     empty = build_empty(inputs.merged, read_config(inputs.merged))
     size = group_size(empty)
     if size is None:
-        raise CannotMake("its layers' inputs are no multiple of 32")
+        raise CannotMake("its layers' inputs are not multiples of 32")
     inputs.work.mkdir(parents=True)
     task = Task(
         merged=str(inputs.merged.absolute()),
@@ -143,6 +144,7 @@ def run_process(task: Task, work: Path, alive: Callable[..., None]) -> None:
     Raises:
         CannotMake: It ended with an error.
         Killed: It was killed.
+        TrainingFailed: It was killed because main memory was full.
     """
     given = work / "task.json"
     given.write_text(json.dumps(asdict(task)), encoding="utf-8")
@@ -153,11 +155,15 @@ def run_process(task: Task, work: Path, alive: Callable[..., None]) -> None:
             alive(progress=spent > before)
             with suppress(subprocess.TimeoutExpired):
                 code = helper.process.wait(_POLL_SECONDS)
-        last = helper.last_error_line()
+        last, full = helper.last_error_line(), helper.killed_for_memory()
+    if full:
+        raise ran_out(
+            "weights were quantized by auto-round", "leave this format out of JOB_EXPORT__FORMATS", MemoryError()
+        )
     if code < 0:
-        raise Killed(f"the process that quantizes was killed by signal {-code}; give it more memory")
+        raise Killed(f"the process that quantizes was killed by signal {-code}; give the job more main memory")
     if code:
-        raise CannotMake(f"auto-round ended with an error: {last or 'it says nothing'}")
+        raise CannotMake(f"auto-round ended with an error: {last or 'without a message'}")
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -196,7 +202,7 @@ def _write(layout: Layout, inputs: DerivedInputs, made: Path, empty: Any) -> tup
         found = read_tensor(file, name)
         cast = found.to(dtype).contiguous()
         if found.isfinite().all() and not cast.isfinite().all():
-            raise CannotMake(f"{name} has numbers that fp16 cannot hold")
+            raise CannotMake(f"{name} has numbers that are too large for fp16")
         return cast
 
     inputs.folder.mkdir(parents=True)

@@ -32,10 +32,11 @@ from job import log
 from job.common.export_formats import GGUF
 from job.common.hashing import code_hashes
 from job.common.helper_process import HelperProcess, start_helper
+from job.common.out_of_memory import ran_out
 from job.errors import TrainingFailed
 from job.export.quantizable import CannotMake
 from job.export.scoring import ExportedModel, HowToScore
-from job.model.base import load_tokenizer
+from job.model.tokenizer import load_tokenizer
 from job.records import ChoiceScore, GgufRecord, QuantizationRecord, Question
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def check_gguf(source: Path, alive: Callable[..., None]) -> str:
     if "checked" not in answer:
         return _reason(answer)
     if differing := answer["checked"]["differing"]:
-        log.get_logger().warning("llama.cpp tokenizes some texts otherwise than the tokenizer", texts=differing)
+        log.get_logger().warning("llama.cpp tokenizes some texts differently from the tokenizer", texts=differing)
     return ""
 
 
@@ -328,9 +329,16 @@ class _Answers:
             self._helper.stdin.flush()
 
     def _end(self) -> str:
+        """How the process ended, in words.
+
+        Raises:
+            TrainingFailed: It was killed because main memory was full.
+        """
+        if self._helper.killed_for_memory():
+            raise ran_out("llama.cpp was at work", "leave GGUF out of JOB_EXPORT__FORMATS", MemoryError())
         code = self._helper.process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return f"llama.cpp's process {how}: {self._helper.last_error_line() or 'it said nothing'}"
+        return f"llama.cpp's process {how}: {self._helper.last_error_line() or 'without a message'}"
 
 
 @contextmanager

@@ -261,7 +261,7 @@ def try_vocabulary(model: Any, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     for key, wanted in tokenizer["special"].items():
         found = pairs.get(f"tokenizer.ggml.{key}_token_id")
         if found is not None and found.value != wanted:
-            raise Refused(f"its {key} token would be number {found.value}, and the tokenizer's is {wanted}")
+            raise Refused(f"its {key} token would be number {found.value}, but the tokenizer's is {wanted}")
     pre = pairs.get(gguf.Keys.Tokenizer.PRE)
     return {
         "family": gguf.MODEL_ARCH_NAMES[model.model_arch],
@@ -276,7 +276,7 @@ def _first_that_agrees(model: Any, tokenizer: Mapping[str, Any]) -> dict[str, An
         pairs = _vocabulary_pairs(model)
         if not _differing(pairs, tokenizer["texts"]):
             return pairs
-    raise Refused("llama.cpp does not tokenize as its tokenizer does, in none of the ways that it knows")
+    raise Refused("none of llama.cpp's pre-tokenizers gives the same tokens as the model's tokenizer")
 
 
 def _vocabulary_pairs(model: Any) -> dict[str, Any]:

@@ -39,7 +39,8 @@ from job.export.whole_parameters import (
     why_not_grown,
     with_vocabulary,
 )
-from job.model.base import DTYPES, dtype_by_name, is_quantized
+from job.model.base import dtype_by_name, is_quantized
+from job.model.device import DTYPES
 from job.model.experts import expert_tensors, packed
 from job.model.files import (
     MAX_CONFIG_BYTES,
@@ -129,24 +130,40 @@ def candidates(model: Any, source: Path, asked: str) -> Candidates:
     base = model.get_base_model()
     in_four_bits = any(is_quantized(module.weight) for _, module in _weighted(base))
     published_quantized = quantization_method(read_json(source / "config.json", MAX_CONFIG_BYTES)) is not None
-    if asked == ORIGINAL and published_quantized:
-        raise _refused("is original, and the base is published quantized only; take dequantized", "merge_onto")
-    if asked == DEQUANTIZED and not in_four_bits:
-        raise _refused("is dequantized, and no weight of the base is quantized; take original", "merge_onto")
     experts = any(packed(module, name) is not None for _, module, name in expert_tensors(base))
-    if asked == DEQUANTIZED and experts:
-        what = "is dequantized, and a mixture's experts are only written as the original base has them; take original"
-        raise _refused(what, "merge_onto")
+    if why := why_not_onto(asked, published_quantized=published_quantized, quantized=in_four_bits, experts=experts):
+        raise _refused(why, "merge_onto")
     size = plan_merge(model, source).bytes
     if asked != BEST:
         return Candidates((asked,), size, f"JOB_EXPORT__MERGE_ONTO is {asked}")
     if not in_four_bits:
         return Candidates((ORIGINAL,), size, "no weight of the base is quantized")
     if published_quantized:
-        return Candidates((DEQUANTIZED,), size, "the base is published quantized only")
+        return Candidates((DEQUANTIZED,), size, "the base is only published quantized")
     if experts:
-        return Candidates((ORIGINAL,), size, "a mixture's experts are only written as the original base has them")
+        return Candidates(
+            (ORIGINAL,), size, "experts of a mixture can only be written in the layout of the original base"
+        )
     return Candidates((ORIGINAL, DEQUANTIZED), size)
+
+
+def why_not_onto(asked: str, *, published_quantized: bool, quantized: bool, experts: bool) -> str:
+    """Why JOB_EXPORT__MERGE_ONTO cannot be what it is; empty if it can.
+
+    Args:
+        asked: The setting.
+        published_quantized: Whether the base's own files are quantized.
+        quantized: Whether weights of the loaded base are.
+        experts: Whether a mixture's experts are among these.
+    """
+    if asked == ORIGINAL and published_quantized:
+        return "is original, but the base is only published quantized; use dequantized"
+    if asked == DEQUANTIZED and not quantized:
+        return "is dequantized, but no weight of the base is quantized; use original"
+    if asked == DEQUANTIZED and experts:
+        what = "is dequantized, but experts of a mixture can only be written in the layout of the original base"
+        return f"{what}; use original"
+    return ""
 
 
 def plan_merge(model: Any, source: Path) -> MergePlan:
@@ -165,11 +182,11 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
     by_parameter = Counter(parameters.values())
     if lost := [name for name in changed if by_parameter[f"{name}.weight"] != 1]:
         what = f"the weight of {lost[0]} is not one tensor in the base's files, so it cannot be merged into them"
-        problems.append(f"{what}; take no merged, or leave the layer out in JOB_LORA__TARGET_MODULES")
+        problems.append(f"{what}; remove merged, or the layer from JOB_LORA__TARGET_MODULES")
     replaced = _replaced(whole, empty)
     if lost := sorted(whole.keys() - {replaced[name] for name in parameters.values() if name in replaced}):
         what = f"{lost[0]} was trained whole, and is not one tensor in the base's files, so it cannot be merged into"
-        problems.append(f"{what} them; take no merged, or leave it out in JOB_LORA__MODULES_TO_SAVE")
+        problems.append(f"{what} them; remove merged, or the module from JOB_LORA__MODULES_TO_SAVE")
     if problems:
         raise _refused("; ".join(problems))
     modules = {
@@ -197,7 +214,7 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
     if rows is not None:
         shapes = {parameters[tensor.name]: tensor.shape for tensor in tensors if tensor.name in parameters}
         if why := why_not_grown(source, said, rows, shapes):
-            raise _refused(f"with new tokens (JOB_MODEL__ADD_TOKENS) {why}; take no merged")
+            raise _refused(f"with new tokens (JOB_MODEL__ADD_TOKENS) {why}; remove merged")
     return MergePlan(source, tuple(tensors), target, rows)
 
 
@@ -364,25 +381,25 @@ def _unmergeable(model: Any, empty: Any, changed: Mapping[str, Any]) -> Iterator
 
     config = model.peft_config[_ADAPTER]
     if config.bias != "none" or getattr(config, "lora_bias", False):
-        yield "the adapter has biases of its own, which are not merged"
+        yield "the adapter has biases of its own, which cannot be merged"
     if getattr(config, "target_parameters", None):
-        yield "the adapter is on experts, too (JOB_LORA__EXPERTS), which are not merged"
+        yield "the adapter is also on experts (JOB_LORA__EXPERTS), which cannot be merged"
         return
     shared = Counter(id(parameter) for _, parameter in empty.named_parameters(remove_duplicate=False))
     for name, module in changed.items():
         weight = module.weight
         if is_quantized(weight) and getattr(weight, "quant_state", None) is None:
-            yield f"{name} is held in 8 bits; only 4-bit bases and unquantized ones can be merged"
+            yield f"{name} is quantized to 8 bits; only 4-bit and unquantized bases can be merged"
             return
         if isinstance(module, LoraLayer):
             kind = type(module).__name__
             if kind not in {"Linear", "Linear4bit", "SVDLinear", "SVDLinear4bit"}:
-                yield f"{name} has an adapter of PEFT's kind {kind}, which is not merged"
+                yield f"{name} has an adapter of PEFT's kind {kind}, which cannot be merged"
                 return
             if shared[id(empty.get_submodule(name).weight)] > 1:
                 yield (
-                    f"the weight of {name} is also another module's, which has no adapter and would change with it; "
-                    "take no merged, or leave the layer out in JOB_LORA__TARGET_MODULES"
+                    f"the weight of {name} is shared with another module, which has no adapter and would change, too; "
+                    "remove merged, or the layer from JOB_LORA__TARGET_MODULES"
                 )
                 return
 

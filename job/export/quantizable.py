@@ -44,13 +44,13 @@ def why_not(empty: Any) -> str:
     from torch import nn
 
     if not quantizable(empty):
-        return f"{type(empty).__name__} has no linear layers that are quantized"
+        return f"{type(empty).__name__} has no linear layers that could be quantized"
     for name, module in empty.named_modules():
         convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 2 and not convolution:  # noqa: PLR2004 - a matrix
                 where = f"{name}.{own}".removeprefix(".")
-                return f"{where} holds the weights of many layers (experts) in one tensor, which is not quantized here"
+                return f"{where} has the weights of many layers (experts) in one tensor, which cannot be quantized here"
     return ""
 
 

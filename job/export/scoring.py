@@ -120,7 +120,7 @@ def load_quantized(folder: Path, how: HowToScore, *, ignored: str = "\0", **give
     more = {name for name in loaded["unexpected_keys"] if not name.endswith(ignored)}
     wrong = sorted({*loaded["missing_keys"], *more, *map(str, loaded["mismatched_keys"])})
     if wrong:
-        what = f"{folder.name} holds other weights than {type(model).__name__} has: {', '.join(wrong[:5])}"
+        what = f"{folder.name} does not have the weights of {type(model).__name__}: {', '.join(wrong[:5])}"
         raise DataError([Problem("JOB_EXPORT__FORMATS", what)])
     model.config.use_cache = False
     use(model, NAME if how.packed else PLAIN)

@@ -115,5 +115,5 @@ def why_not_grown(source: Path, config: Any, rows: int, shapes: Mapping[str, tup
     parameters = build_empty(source, changed).state_dict()
     for name, shape in shapes.items():
         if name in parameters and tuple(parameters[name].shape) != shape:
-            return f"{name} would have the shape {shape}, and transformers wants {tuple(parameters[name].shape)}"
+            return f"{name} would have the shape {shape}, and transformers expects {tuple(parameters[name].shape)}"
     return ""

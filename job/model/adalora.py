@@ -90,7 +90,7 @@ def restore_allocator(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         parameter = parameters.get(name)
         shape = None if parameter is None else parameter.shape if kind in _MEANS else parameter.shape[:1]
         if kind not in found or tensor.shape != shape:
-            raise ValueError(f"AdaLoRA's {place} is not of this model")
+            raise ValueError(f"AdaLoRA's {place} belongs to another model")
         found[kind][name] = tensor
     allocator = model.base_model.rankallocator
     for kind in _MEANS:

@@ -88,7 +88,7 @@ def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) 
         files.keys() ^ state.keys() | {k for k in files.keys() & state.keys() if files[k].shape != state[k].shape}
     )
     if wrong:
-        raise ValueError(f"the adapter in {folder} is not of this model: {', '.join(wrong[:5])}")
+        raise ValueError(f"the adapter in {folder} belongs to another model: {', '.join(wrong[:5])}")
     # Not by PEFT's set_peft_model_state_dict, which renames tensors and ignores those that then have no place. What
     # `expected` holds shares the parameters' memory, so that this writes into the model.
     with torch.no_grad():

@@ -84,7 +84,7 @@ class AdapterOptions:
     def not_fused(self) -> str | None:
         """The setting that leaves the computation to PEFT's own layers, with the reason; None if the fused ones do."""
         if self.kind == "adalora":
-            return "JOB_LORA__KIND is adalora; fused layers compute a product of two matrices, AdaLoRA has three"
+            return "JOB_LORA__KIND is adalora; fused layers cannot compute AdaLoRA's products of three matrices"
         if self.use_dora:
             return "JOB_LORA__USE_DORA is on; fused layers compute LoRA without magnitudes"
         if self.modules_to_save:
@@ -141,19 +141,32 @@ def check_options(options: AdapterOptions, *, rank: int, layers: int, adapted: C
         where = environment_name(f"lora.{setting}")
         matches = {key: {name for name in adapted if pattern_matches(key, name)} for key in pattern}
         for key in (key for key, found in matches.items() if not found):
-            yield Problem(where, f"{key} names no module that gets an adapter; give its name or its end")
+            yield Problem(where, f"{key} names no module that gets an adapter; give the name of one, or the end of it")
         # PEFT takes the first that matches, in an order that adapter_config.json does not keep.
         for name in sorted(adapted):
             if len(keys := [key for key, found in matches.items() if name in found]) > 1:
                 yield Problem(where, f"{' and '.join(keys)} both name {name}; keep one")
                 break
-    ada = options.adalora
-    if ada is not None and ada.tinit + ada.tfinal >= ada.total_step:
-        what = f"and JOB_LORA__TFINAL leave none of the run's {ada.total_step} steps to take ranks away in; lower them"
-        yield Problem("JOB_LORA__TINIT", what)
+    yield from too_few_steps(options)
     ranks = {rank, *options.rank_pattern.values()}
     if options.init == "orthogonal" and (odd := sorted(r for r in ranks if r % 2)):
-        yield Problem("JOB_LORA__INIT", f"orthogonal takes even ranks, not {', '.join(map(str, odd))}")
+        yield Problem("JOB_LORA__INIT", f"orthogonal needs even ranks, not {', '.join(map(str, odd))}")
+
+
+def too_few_steps(options: AdapterOptions) -> Iterator[Problem]:
+    """Why AdaLoRA's settings do not fit the number of steps, which is known once the rows are read."""
+    ada = options.adalora
+    if ada is not None and ada.tinit + ada.tfinal >= ada.total_step:
+        what = f"and JOB_LORA__TFINAL leave none of the run's {ada.total_step} steps to reduce ranks; lower them"
+        yield Problem("JOB_LORA__TINIT", what)
+
+
+def too_high_rank(init: str, rank: int, most: int) -> Problem:
+    """What is said of a rank that an initialization cannot have in a layer that is `most` wide."""
+    of = "layers' inputs" if init == "eva" else "layers"
+    return Problem(
+        "JOB_LORA__RANK", f"{init} needs a rank of at most the width of the {of}, {most} here, and not {rank}; lower it"
+    )
 
 
 def pattern_matches(key: str, name: str) -> bool:

@@ -1,37 +1,26 @@
-"""Loads the tokenizer and the quantized base, and chooses the device and the compute dtype."""
+"""Loads the quantized base, and refuses a model that is not trained here."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from job import log
-from job.errors import DataError, Problem, SettingsError
+from job.errors import DataError, Problem, SettingsError, check_all, raise_problems
 from job.model.adapter_options import PLAIN as PLAIN_LORA
 from job.model.adapter_options import AdapterOptions
-from job.model.decomposed_init import frozen_parameters
 from job.model.files import (
-    MAX_CONFIG_BYTES,
     build_empty,
-    check_numbers,
-    check_sizes,
     check_weights,
     read_config,
-    read_json,
     readable,
     silence,
 )
-from job.model.lora import trainable
 from job.model.target_modules import check_adapter, resolve_targets
-from job.model.tokenizer_files import add_tokens
-from job.records import ModelRecord
 
 if TYPE_CHECKING:
     import torch
@@ -41,139 +30,6 @@ if TYPE_CHECKING:
 PLAIN = "eager"
 """transformers' attention without a fused kernel (softmax(QK')V), which all its models have: the reference for packed
 attention, and used in place of it where it is not correct."""
-_PROBES = ("It's one of two words,  said 2023 men.\n", "\tx = 650841823", "un caf\u00e9 \u4e2d\u6587")
-"""Texts on which tokenizers are compared: words, several spaces, digits, other scripts."""
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-def make_deterministic() -> None:
-    """Makes a GPU's results bit-for-bit reproducible; an operation that cannot be raises an error.
-
-    `warn_only` does not suffice: torch's flash attention uses its deterministic algorithm only without it. cuBLAS also
-    needs CUBLAS_WORKSPACE_CONFIG, which has to be set before CUDA starts. By default torch would also fill new memory,
-    to reveal reads of uninitialized memory; that takes 6 % of a step's time and changes no bit, so it is off.
-    """
-    import torch
-
-    torch.use_deterministic_algorithms(mode=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def choose_device(wanted: str = "auto") -> torch.device:
-    """The GPU of this process, which sees no other (`cli` sees to that), else the CPU.
-
-    Raises:
-        SettingsError: A GPU is required by the settings, and there is none.
-    """
-    import torch
-
-    if wanted != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    if wanted == "gpu":
-        what = "is gpu, and torch sees none; give the job a GPU, or JOB_RUN__DEVICE=cpu if it shall run without"
-        raise SettingsError([Problem("JOB_RUN__DEVICE", what)])
-    return torch.device("cpu")
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: the setting, or for `auto` bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
-    import torch
-
-    if name == "auto":
-        if device.type != "cuda":
-            name = "fp32"
-        else:
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    dtype: torch.dtype = getattr(torch, DTYPES[name])
-    return dtype
-
-
-def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> Any:
-    """The tokenizer in the model's folder, with new tokens. It never runs code of the model's repository.
-
-    Raises:
-        DataError: It cannot be loaded, or the config.json beside it is broken.
-        SettingsError: It has no end-of-sequence token, or a new token is none.
-    """
-    from transformers import AutoTokenizer
-
-    if (folder / "config.json").is_file():  # it says which class the tokenizer is of, and transformers reads all of it
-        check_numbers(folder, read_json(folder / "config.json", MAX_CONFIG_BYTES))
-    check_sizes(folder)
-    with readable(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        _check_against_file(folder, tokenizer)
-    if tokenizer.eos_token_id is None:
-        raise SettingsError(
-            [Problem("JOB_MODEL__ID", "its tokenizer has no end-of-sequence token, so nothing could end")]
-        )
-    if _is_invented(folder, str(tokenizer.eos_token)):
-        log.get_logger().warning(
-            "the tokenizer's end-of-sequence token is none of its tokens: it was added with a new id, of which the"
-            " model has learned nothing; correct eos_token in tokenizer_config.json",
-            token=tokenizer.eos_token,
-            id=tokenizer.eos_token_id,
-        )
-    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    if getattr(model, "dropout", None):  # tokens drawn anew in every attempt would be other data each time
-        log.get_logger().warning(
-            "the tokenizer's dropout is switched off: a text has one form in tokens", was=model.dropout
-        )
-        model.dropout = None
-    add_tokens(tokenizer, added_tokens or ())
-    return tokenizer
-
-
-def _check_against_file(folder: Path, tokenizer: Any) -> None:
-    """Compares the tokens of a few texts with those that the model's tokenizer.json gives.
-
-    Transformers 5 builds the tokenizers of some classes anew from the file's vocabulary, by the rules of the class. If
-    the file has other rules, words are split otherwise than the model learned them, or spaces vanish
-    (huggingface/transformers#45488 and #45920). tokenizer_config.json or the architecture names the class.
-
-    Raises:
-        DataError: Text that the file's tokenizer keeps is lost.
-    """
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    file, used = folder / "tokenizer.json", getattr(tokenizer, "backend_tokenizer", None)
-    if used is None or type(tokenizer) is PreTrainedTokenizerFast or not file.is_file():  # that class takes it as it is
-        return
-    own = Tokenizer.from_file(str(file))
-    own.no_truncation()
-    own.no_padding()
-    kind = type(tokenizer).__name__
-    for text in _PROBES:
-        found, expected = (one.encode(text, add_special_tokens=False).ids for one in (used, own))
-        if found == expected:
-            continue
-        if own.decode(expected).strip() == text.strip() != used.decode(found).strip():
-            what = (
-                f"is not followed by this version of transformers: its class {kind} makes {used.decode(found)!r} of"
-                f" {text!r}, and the model would learn that; give a base whose tokenizer fits its class"
-            )
-            raise DataError([Problem(str(file), what)])
-        log.get_logger().warning(
-            "the tokenizer splits text otherwise than the model's tokenizer.json: its class has rules of its own",
-            tokenizer_class=kind,
-            text=text,
-            tokens=found,
-            tokens_of_file=expected,
-        )
-        return
-
-
-def _is_invented(folder: Path, token: str) -> bool:
-    """Whether none of the tokenizer's files but the name of the special token has this token; transformers adds it."""
-    if not (folder / "tokenizer.json").is_file():
-        return False
-    files = [folder / name for name in ("tokenizer.json", "added_tokens.json")]
-    text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
-    settings = folder / "tokenizer_config.json"
-    added = read_json(settings, MAX_CONFIG_BYTES).get("added_tokens_decoder") if settings.is_file() else None
-    text += json.dumps(added, ensure_ascii=False)
-    return not any(json.dumps(token, ensure_ascii=escaped) in text for escaped in (True, False))
 
 
 def load_base(
@@ -307,7 +163,7 @@ def _check_loaded(folder: Path, model: Any, loading_info: dict[str, Any]) -> Non
         )
     layers = {name: module for name, module in model.named_modules() if _is_bitsandbytes(module)}
     if plain := [name for name, layer in layers.items() if not is_quantized(layer.weight)]:
-        what = f"{folder} has a config.json that says its weights are quantized, and those of {plain[0]} are not"
+        what = f"{folder} has a config.json for quantized weights, but those of {plain[0]} are not quantized"
         raise DataError([Problem("JOB_MODEL__ID", what)])
 
 
@@ -318,6 +174,7 @@ def inspect(
     targets: Sequence[str] | str | None,
     rank: int = 1,
     options: AdapterOptions = PLAIN_LORA,
+    problems: Callable[[Any, Any], Iterable[Problem]] = lambda _config, _empty: (),
 ) -> tuple[Any, Any]:
     """What is known of a model without its weights: its configuration, and the model on the meta device.
 
@@ -327,16 +184,23 @@ def inspect(
         targets: Names of the layers to adapt, as `resolve_targets` takes them.
         rank: Of the adapter.
         options: Of the adapter.
+        problems: What else of the settings this model excludes, by its configuration and the model on the meta device.
 
     Raises:
         DataError: config.json describes no model that can be built.
-        SettingsError: It is of a kind that is not trained here, has fewer positions, or cannot have this adapter.
+        SettingsError: It is of a kind that is not trained here; or with all problems: it has fewer positions, cannot
+            have this adapter, or has one of `problems`.
     """
     config = read_config(folder)
     silence(config)
-    check_positions(config, max_length)
     empty = build_empty(folder, config)
-    check_adapter(empty, resolve_targets(empty, targets), rank, options)
+    check_all(
+        (
+            ("positions", lambda: check_positions(config, max_length)),
+            ("adapter", lambda: check_adapter(empty, resolve_targets(empty, targets), rank, options)),
+            ("settings", lambda: raise_problems(problems(config, empty))),
+        )
+    )
     return config, empty
 
 
@@ -392,83 +256,3 @@ def check_positions(config: Any, max_length: int) -> None:
     if isinstance(positions, int) and 0 < positions < max_length:
         what = f"{max_length} is more than the model's window of {positions} tokens; lower it"
         raise SettingsError([Problem("JOB_TRAIN__MAX_LENGTH", what)])
-
-
-def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
-    """Switches activation (gradient) checkpointing: less memory for about a third more time.
-
-    Args:
-        model: A PEFT model.
-        on: Whether activations are computed again, or kept.
-        random: Whether anything is drawn at random on the way, which then has to be drawn again.
-    """
-    base = model.get_base_model()
-    if on and not base.supports_gradient_checkpointing:
-        name = type(base).__name__
-        log.get_logger().warning("activations are kept: this model does not support recomputing them", model=name)
-        return
-    if on:
-        # transformers renamed it in 5.23; the model is an argument of neither name
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "preserve_rng_state": random})
-        # For reentrant recomputing, transformers has the embeddings require a gradient, which nothing here uses, and
-        # under which a model that adds to them in place (BLT) fails.
-        base.disable_input_require_grads()
-    elif base.supports_gradient_checkpointing:
-        (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
-
-
-@dataclass(frozen=True)
-class Held:
-    """How the base's weights are held: as what, and how many of them."""
-
-    quantization: str
-    """`nf4`, `fp4`, `int8`, or `none`; that of most, where there are several."""
-    double: bool
-    weights: int
-
-
-def held(model: Any) -> Held:
-    """Inspects the loaded layers, since neither the settings nor config.json have to agree with them.
-
-    Of a mixture the experts are among them, which are no linear layers.
-    """
-    found: Counter[tuple[str, bool]] = Counter()
-    for weight in model.parameters():
-        if (state := getattr(weight, "quant_state", None)) is not None:
-            found[state.quant_type, state.nested] += state.shape.numel()
-        elif type(weight).__name__ == "Int8Params":
-            found["int8", False] += weight.numel()
-    if not found:
-        return Held("none", double=False, weights=0)
-    (kind, double), _ = found.most_common(1)[0]
-    return Held(kind, double, found.total())
-
-
-def describe_model(
-    model: Any, *, name: str, revision: str | None, sha256: str, added_tokens: Sequence[str] = ()
-) -> ModelRecord:
-    """The manifest's record of a PEFT model. Parameters are counted as in the unquantized model."""
-    from job.model.experts import expert_parameters, idle_experts
-    from job.model.fused.experts import adapter_of_experts
-
-    adapter = sum(parameter.numel() for parameter in trainable(model).values())
-    base = model.get_base_model()
-    as_held, config = held(base), model.peft_config["default"]
-    idle = idle_experts(base)
-    return ModelRecord(
-        id=name,
-        revision=revision,
-        sha256=sha256,
-        architecture=type(base).__name__,
-        quantization=as_held.quantization,
-        double_quantization=as_held.double,
-        dtype={long: short for short, long in DTYPES.items()}[str(base.dtype).removeprefix("torch.")],
-        parameters=base.num_parameters() - adapter,
-        trainable_parameters=adapter - frozen_parameters(model),
-        quantized_parameters=as_held.weights,
-        idle_parameters=round(idle * expert_parameters(base)),
-        idle_trainable_parameters=round(idle * adapter_of_experts(model)),
-        adapted=sorted({*config.target_modules, *(config.target_parameters or ())}),
-        added_tokens=list(added_tokens),
-    )

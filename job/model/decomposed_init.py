@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from job.errors import Problem, SettingsError
+from job.errors import SettingsError
+from job.model.adapter_options import too_high_rank
 
 FROZEN = "frozen_rank"
 """Attribute of PEFT's layers: how many of the last ranks are not trained."""
@@ -61,8 +62,7 @@ def _begin(layer: Any, init: str, rank: int, scale: float) -> tuple[torch.Tensor
     if getattr(layer, "fan_in_fan_out", False):  # GPT-2's Conv1D holds (inputs, outputs)
         weight = weight.T
     if rank > min(weight.shape):
-        what = f"{init} takes ranks up to the width of the layers, {min(weight.shape)} here, and not {rank}"
-        raise SettingsError([Problem("JOB_LORA__RANK", what)])
+        raise SettingsError([too_high_rank(init, rank, min(weight.shape))])
     copy = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     copy.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
     # Its alpha gives the scale of the layer, which PEFT divides the part by.

@@ -90,13 +90,23 @@ def kinds_of(empty: Any) -> Kinds:
     Args:
         empty: The model without weights, on torch's meta device.
     """
-    found = {}
-    for _, module, name in expert_tensors(empty):
-        found[type(module).__name__, name] = module.get_parameter(name).numel()
+    found = _sizes(empty)
     if large := sorted(kind for kind, numbers in found.items() if numbers >= _MOST):
         what = "experts stay in 16 bits, which takes more memory: bitsandbytes cannot quantize tensors this large"
         log.get_logger().warning(what, parameters=large, limit=_MOST, change="none; no setting avoids it")
     return frozenset(found.keys() - set(large))
+
+
+def can_quantize(empty: Any) -> bool:
+    """Whether `kinds_of` finds any, without its warning."""
+    return any(numbers < _MOST for numbers in _sizes(empty).values())
+
+
+def _sizes(empty: Any) -> dict[tuple[str, str], int]:
+    """(class of a module, name of its parameter) of a mixture's experts -> how many numbers one has."""
+    return {
+        (type(module).__name__, name): module.get_parameter(name).numel() for _, module, name in expert_tensors(empty)
+    }
 
 
 @contextmanager

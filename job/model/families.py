@@ -2,7 +2,7 @@
 
 A family of `FAMILIES` trains on a GPU with all operations of its decoder fused: `fused all` in the execution plan. All
 are built alike: RMS norms, attention with rotary positions, and a gated feed-forward layer. `Family` has a field for
-each difference, `model/fused/lora_forward.py` computes by it, and `model/architecture.py` counts by it.
+each difference, `model/fused/fused_decoder.py` computes by it, and `model/architecture.py` counts by it.
 
 How to add one:
 
@@ -10,7 +10,7 @@ How to add one:
    Attention, and what the causal language model does to the logits. What the layer and the model do between these
    (residuals, their multipliers, scaled embeddings) stays transformers' own code, and needs no entry.
 2. Add the entry, under the `model_type` of its config.json. A difference that no field describes is a new field, with
-   the place in `lora_forward.py` that reads it.
+   the place in `fused_decoder.py` that reads it.
 3. `tests/unit/model/fused/test_families.py` runs over all entries: losses, gradients and texts have to be
    those of the model's own code with PEFT's layers. `CONFIGS` there has what makes a difference show in a tiny model.
 4. `tests/bench/fused_families.py` measures it on a GPU: add its sizes to `SHAPES`.
@@ -121,7 +121,7 @@ FAMILIES: dict[str, Family] = {
 
 IMAGES_TOO = {"gemma3": "gemma3_text"}
 """Models that read images too, and the family of their text part. Here they get texts alone, so that only this part
-computes; `decoder_of` in `lora_forward.py` finds it."""
+computes; `decoder_of` in `fused_decoder.py` finds it."""
 
 CHANGING_ROPE = {"dynamic"}
 """Rotary positions whose frequencies transformers computes from the longest sequence, on the host."""
@@ -173,7 +173,7 @@ def why_not_recorded(config: Mapping[str, Any]) -> str | None:
     """
     config = of_text(config)
     if caps_scores(config):
-        return "torch's kernel for packed attention has no soft cap: attention goes segment by segment"
+        return "torch's kernel for packed attention has no soft cap: attention is computed segment by segment"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
         if (kind := part.get("rope_type", part.get("type"))) in CHANGING_ROPE:

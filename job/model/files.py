@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from job.common.disk import is_of_the_machine
 from job.common.hashing import hash_files
 from job.errors import DataError, JobError, Problem, SettingsError
-from job.storage.base import is_of_the_machine
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SOURCE_CONFIG = "source_config.json"
@@ -55,7 +55,7 @@ _PACKED_WEIGHTS = 8
 
 
 @contextmanager
-def readable(folder: Path, what: str = "holds no model that can be loaded") -> Iterator[None]:
+def readable(folder: Path, what: str = "has no model that can be loaded") -> Iterator[None]:
     """Turns exceptions of libraries about a missing or broken model into a DataError.
 
     Transformers raises nearly every built-in exception for some broken file. Errors of the machine, such as too little
@@ -87,7 +87,7 @@ def check_sizes(folder: Path) -> None:
     found = {name: (folder / name).stat().st_size for name in MAX_TOKENIZER_BYTES if (folder / name).is_file()}
     if large := [name for name, size in found.items() if size > MAX_TOKENIZER_BYTES[name]]:
         what = ", ".join(f"{name} of {found[name]:,} bytes" for name in large)
-        raise DataError([Problem("JOB_MODEL__ID", f"{folder} has a {what}, which is more than any tokenizer has")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{folder} has a {what}, which is too large for a tokenizer")])
 
 
 def read_json(path: Path, most: int, setting: str = "JOB_MODEL__ID") -> dict[str, Any]:
@@ -125,7 +125,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise DataError([Problem("JOB_MODEL__ID", f"{folder} has no weights in safetensors ({WEIGHTS}, or {INDEX})")])
     named = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
-        raise DataError([Problem("JOB_MODEL__ID", f"{folder / INDEX} names no files of weights")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{folder / INDEX} lists no weight files")])
     problems = []
     for name in sorted(set(named.values())):
         if name != Path(name).name or not name.endswith(".safetensors") or "\\" in name or "\0" in name:
@@ -171,7 +171,7 @@ def read_config(folder: Path, name: str = "config.json") -> Any:
     found = read_json(folder / name, MAX_CONFIG_BYTES)
     _check_kind(folder, found)
     check_numbers(folder, found)
-    with readable(folder, "has a config.json that describes no model"), tempfile.TemporaryDirectory() as cleaned:
+    with readable(folder, "has a config.json that does not describe a model"), tempfile.TemporaryDirectory() as cleaned:
         (Path(cleaned) / "config.json").write_text(json.dumps(_cleaned(found)), encoding="utf-8")
         return AutoConfig.from_pretrained(cleaned, trust_remote_code=False)
 
@@ -180,17 +180,17 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuses everything but a causal language model whose weights are unquantized or quantized by bitsandbytes."""
     problems = []
     if (folder / "adapter_config.json").exists():
-        problems.append("holds an adapter (adapter_config.json): give its base, or merge the two")
+        problems.append("has an adapter (adapter_config.json) instead of a model: give its base, or merge the two")
     if not isinstance(config.get("model_type"), str):
         problems.append("has a config.json without a model_type")
     if config.get("is_encoder_decoder") is True:
-        problems.append(f"holds an encoder-decoder ({config.get('model_type')}); give a causal language model")
+        problems.append(f"has an encoder-decoder model ({config.get('model_type')}); give a causal language model")
     if (method := quantization_method(config)) not in {None, *_LOADABLE}:
         problems.append(f"is quantized as {method}, which cannot be trained on; give the original, unquantized model")
     for key in ("dtype", "torch_dtype"):
         named = config.get(key)
         if named is not None and not (isinstance(named, str) and named.removeprefix("torch.") in _WEIGHT_DTYPES):
-            problems.append(f"has a config.json whose {key} is no type of weights: {str(named)[:100]!r}")
+            problems.append(f"has a config.json whose {key} is not a dtype of weights: {str(named)[:100]!r}")
     if problems:
         raise SettingsError([Problem("JOB_MODEL__ID", f"{folder} {problem}") for problem in problems])
 
@@ -204,6 +204,11 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
                 method = "bitsandbytes"
             return str(method or "something unknown")[:50]
     return None
+
+
+def in_eight_bits(published: Any) -> bool:
+    """Whether a `quantization_config` of config.json is bitsandbytes' of 8 bits."""
+    return isinstance(published, dict) and published.get("load_in_8bit") is True
 
 
 def check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
@@ -227,7 +232,12 @@ def check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
             problems.append(f"{key} is {value}")
     if problems:
         raise DataError(
-            [Problem("JOB_MODEL__ID", f"{folder} has a config.json of no model: {', '.join(problems[:5])}")]
+            [
+                Problem(
+                    "JOB_MODEL__ID",
+                    f"{folder} has a config.json that does not describe a model: {', '.join(problems[:5])}",
+                )
+            ]
         )
 
 
@@ -292,11 +302,15 @@ def build_empty(folder: Path, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     if type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 - from_config's own question
-        what = f"holds a {config.model_type} model, of which transformers has no causal language model"
+        what = f"holds a {config.model_type} model, for which transformers has no causal language model"
         raise SettingsError([Problem("JOB_MODEL__ID", f"{folder} {what}")])
     from transformers.initialization import no_init_weights
 
-    with readable(folder, "has a config.json of which no model can be built"), torch.device("meta"), no_init_weights():
+    with (
+        readable(folder, "has a config.json from which no model can be built"),
+        torch.device("meta"),
+        no_init_weights(),
+    ):
         empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
         empty.tie_weights()  # which is part of the initialization that was left out
     return empty
@@ -328,7 +342,10 @@ def check_weights(folder: Path, config: Any, empty: Any) -> None:
         DataError: They are.
     """
     if not getattr(config, "quantization_config", None) and (scaled := _scaled_weights(folder)):
-        what = f"holds {len(scaled)} quantized weights, such as {scaled[0]}, and its config.json does not say how"
+        what = (
+            f"holds {len(scaled)} quantized weights, such as {scaled[0]}, but its config.json does not "
+            "say how they are quantized"
+        )
         raise DataError([Problem("JOB_MODEL__ID", f"{folder} {what}; give the original, unquantized model")])
     packed = _PACKED_WEIGHTS if getattr(config, "quantization_config", None) else 1
     described = sum(parameter.numel() for parameter in empty.parameters())

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from job.errors import Problem, SettingsError
+from job.model.adapter_options import too_high_rank
 from job.model.files import readable
 
 IGNORED = -100
@@ -31,6 +32,15 @@ IGNORED = -100
 MANY_PASSES = 2000
 """Forward passes after which EVA has not converged: far more than it takes on real rows, a few dozen."""
 _SETTING = "JOB_LORA__INIT"
+
+
+def too_few_targets(rank: int) -> Problem:
+    """What is said where no micro-batch of the first rows has as many target tokens as ranks."""
+    what = (
+        f"eva needs at least as many target tokens in one micro-batch as the rank, {rank}; lower JOB_LORA__RANK, or "
+        "use another"
+    )
+    return Problem(_SETTING, what)
 
 
 def init_eva(
@@ -52,20 +62,18 @@ def init_eva(
     config, rank = model.peft_config["default"], model.peft_config["default"].r
     narrowest = min(layer.in_features for layer in model.modules() if isinstance(layer, LoraLayer))
     if rank > narrowest:
-        what = f"eva takes ranks up to the width of the layers' inputs, {narrowest} here, and not {rank}"
-        raise SettingsError([Problem("JOB_LORA__RANK", what)])
+        raise SettingsError([too_high_rank("eva", rank, narrowest)])
     # PEFT passes over batches with fewer tokens than ranks, and would do so for ever.
     usable = [number for number, (_, labels) in enumerate(batches) if int((labels != IGNORED).sum()) >= rank]
     if not usable:
-        what = f"eva takes as many target tokens as ranks, {rank}, in one micro-batch; lower the rank or take another"
-        raise SettingsError([Problem(_SETTING, what)])
+        raise SettingsError([too_few_targets(rank)])
     passes = 0
 
     def run(_model: Any, inputs: dict[str, torch.Tensor]) -> None:
         nonlocal passes
         passes += 1
         if passes > MANY_PASSES:
-            raise SettingsError([Problem(_SETTING, f"eva has not converged after {MANY_PASSES} passes; take another")])
+            raise SettingsError([Problem(_SETTING, f"eva has not converged after {MANY_PASSES} passes; use another")])
         with torch.no_grad():
             forward(int(inputs["number"]))
 
@@ -113,7 +121,7 @@ def init_loftq(model: Any, folder: Path, alive: Callable[[], None] = lambda: Non
         own = whole.get_submodule(name)
         weight = own.weight.T if isinstance(own, Conv1D) else own.weight  # GPT-2's Conv1D holds (inputs, outputs)
         if not weight.is_floating_point():
-            what = "loftq needs the unquantized base, and JOB_MODEL__ID has quantized weights; take another"
+            what = "loftq needs the unquantized base, but JOB_MODEL__ID has quantized weights; use another"
             raise SettingsError([Problem(_SETTING, what)])
         _approximate(layer, weight)
 
@@ -125,8 +133,7 @@ def _approximate(layer: Any, weight: torch.Tensor) -> None:
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # (rank, inputs), (outputs, rank)
     rank = a.shape[0]
     if rank > min(weight.shape):
-        what = f"loftq takes ranks up to the width of the layers, {min(weight.shape)} here, and not {rank}"
-        raise SettingsError([Problem("JOB_LORA__RANK", what)])
+        raise SettingsError([too_high_rank("loftq", rank, min(weight.shape))])
     with torch.no_grad():
         quantized = dequantize_module_weight(layer.get_base_layer()).float()
         u, s, v = torch.linalg.svd(weight.to(quantized.device, torch.float32) - quantized, full_matrices=False)

@@ -20,9 +20,11 @@ import torch
 
 from job import log
 from job.errors import DataError, JobError, Problem, SettingsError
-from job.model.base import PLAIN, held
+from job.model.base import PLAIN
 from job.model.lora import trainable
-from job.model.packed_attention import CHECKED, NAME, Segment, Unpackable, build_layout, use
+from job.model.model_record import held
+from job.model.packed_attention import CHECKED, NAME, Unpackable, use
+from job.model.packed_layout import Segment, build_layout
 from job.records import Example, Packing
 
 SHORT = 8
@@ -107,7 +109,7 @@ def choose_packing(
         model.train(training)
     use(base, NAME if found.packed else PLAIN)
     if not found.packed:
-        log.get_logger().warning("examples go through the model one at a time, which is slower", why=found.reason)
+        log.get_logger().warning("examples are computed one at a time, which is slower", why=found.reason)
     return found
 
 
@@ -145,8 +147,8 @@ def _find_out(model: Any, examples: Sequence[Example], max_length: int, losses: 
         return Packing(packed=False, reason=(said.splitlines() or ["it fails"])[0][:300])
     said = ", ".join(f"{name} {error:.0e}" for name, (error, _) in errors.items())
     if wrong := [name for name, (error, most) in errors.items() if not error <= most]:  # NaN is wrong too
-        return Packing(packed=False, reason=f"packed and alone it differs in {' and '.join(wrong)}: {said}")
-    return Packing(packed=True, reason=f"packed and alone it gives the same: {said}")
+        return Packing(packed=False, reason=f"packed and alone, results differ in {' and '.join(wrong)}: {said}")
+    return Packing(packed=True, reason=f"packed and alone, results are the same: {said}")
 
 
 @contextmanager
@@ -177,7 +179,7 @@ def _reference(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Ten
         what = f"the base's logits are not finite in {dtype}: its weights are broken, or too large for that type"
         raise DataError([Problem("JOB_MODEL__ID", what)])
     if _sees_ahead(model, first, logits[0], [*prefix, *one, *other]):
-        what = f"{name} is no causal language model: what it says of a token depends on those behind it"
+        what = f"{name} is not a causal language model: its logits for a token depend on later tokens"
         raise SettingsError([Problem("JOB_MODEL__ID", what)])
     return logits
 

@@ -76,7 +76,7 @@ class Placing:
             SettingsError: It has no layers of 4-bit weights.
         """
         if not self._placed or any(len(layer.weights) < layer.expected for layer in self._layers.values()):
-            what = "must be gpu: the base has no decoder layers of 4-bit weights"
+            what = "must be gpu: the base has no decoder layers with 4-bit weights"
             raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
         placed = PlacedWeights(self._source, self._device, [size for _, _, size in self._placed])
         for number, (modules, pieces, _) in enumerate(self._placed):

@@ -105,7 +105,9 @@ class _Host:
             if pin(kept, self._device):
                 self._pinned.append(kept)
             elif not self._layers:
-                get_logger().warning("main memory cannot be pinned (ulimit -l): layers come to the GPU slowly")
+                get_logger().warning(
+                    "main memory cannot be pinned, so layers are copied to the GPU slowly; raise ulimit -l"
+                )
         self._layers.append(kept.copy_(layer))
         return kept.numel()
 

@@ -64,7 +64,7 @@ def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -
     # In another class these lie elsewhere than the layers with an adapter, which is all that is compared with it.
     refuse_renamed(whole if reader is not None else [n for n in whole if files[n] is None], names.architecture)
     if lost := [name for name, file in files.items() if file is None]:
-        what = f"PEFT would not load the adapter of {lost[0]} into {names.architecture}: it renames the tensors"
+        what = f"PEFT could not load the adapter of {lost[0]} into {names.architecture}: it renames the tensors"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
     return replace(names, files={name: file for name, file in files.items() if file is not None and file != name})
 
@@ -95,7 +95,7 @@ def _published_class(
             targets = model.peft_config["default"].target_modules
             return PublishedNames(published, ours, prefix, excluded(other, targets) is not None), other
     log.get_logger().warning(
-        "the adapter's names are not those of the base's class", named=own.architecture, base=published
+        "the adapter names its modules differently from the class of the base", named=own.architecture, base=published
     )
     return own, None
 

@@ -87,7 +87,7 @@ def _with_adapter(found: Path, place: str) -> Path:
     if missing := [name for name in (CONFIG, WEIGHTS) if not (found / name).is_file()]:
         pickled = (found / "adapter_model.bin").exists()
         what = "; its weights are a pickle, which can run anybody's code: save it as safetensors" if pickled else ""
-        raise DataError([Problem(_SETTING, f"{place} holds no {' and no '.join(missing)}{what}")])
+        raise DataError([Problem(_SETTING, f"{place} has no {' and no '.join(missing)}{what}")])
     return found
 
 
@@ -114,7 +114,7 @@ def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, An
     problems = [Problem(_SETTING, what) for what in _other_kind(config)]
     ours, theirs = ((said.get("modules_to_save") or []) for said in (options or {}, config))
     if not _same_modules(ours, theirs):
-        what = f"is {', '.join(ours) or 'empty'}, and the adapter of {_SETTING} has {', '.join(theirs) or 'none'}"
+        what = f"is {', '.join(ours) or 'empty'}, but the adapter of {_SETTING} has {', '.join(theirs) or 'none'}"
         problems.append(Problem("JOB_LORA__MODULES_TO_SAVE", f"{what}; set the same"))
     wanted = {"r": rank, "lora_alpha": alpha} | {
         name: (options or {}).get(name, usual) for name, usual in _SAME.items()
@@ -123,7 +123,7 @@ def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, An
         found = config.get(field) or _SAME.get(field)
         if found != (value or _SAME.get(field)):
             name = {"r": "RANK", "lora_alpha": "ALPHA"}.get(field, field.upper())
-            what = f"is {value!r}, and the adapter of {_SETTING} has {str(found)[:100]}; set the same"
+            what = f"is {value!r}, but the adapter of {_SETTING} has {str(found)[:100]}; set the same"
             problems.append(Problem(f"JOB_LORA__{name}", what))
     if problems:
         raise SettingsError(problems)

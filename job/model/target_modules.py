@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from job.errors import Problem, SettingsError
+from job.errors import Problem, SettingsError, check_all, raise_problems
 from job.model.adapter_options import PLAIN, AdapterOptions, check_options, in_group
 from job.model.experts import expert_tensors
 from job.model.tensor_names import tensor_files
@@ -37,9 +37,9 @@ def resolve_targets(model: Any, targets: Sequence[str] | str | None) -> list[str
             found.add(f"{holder}.{leaf}" if leaf in outside else leaf)  # GPT-2 calls two layers c_proj
     if not found:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
-        what = f"{type(model).__name__} has no linear layers in modules of the kind {targets}; name them, of {has}"
+        what = f"{type(model).__name__} has no linear layers in modules of the kind {targets}; set it to names of {has}"
         if any(True for _ in expert_tensors(model)):
-            what = f"{what}; its experts get adapters by JOB_LORA__EXPERTS=true"
+            what = f"{what}; for adapters on its experts set JOB_LORA__EXPERTS=true"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
     return sorted(found)
 
@@ -61,28 +61,43 @@ def check_adapter(model: Any, targets: Sequence[str], rank: int, options: Adapte
     Raises:
         SettingsError: With all problems.
     """
-    check_targets(model, targets)
     if options == PLAIN:
+        check_targets(model, targets)
         return
-    if options.experts:
-        from job.model.fused.experts import why_not_adapted
-
-        if why := why_not_adapted(model):
-            what = f"is on, and {type(model).__name__} {why}; remove it"
-            raise SettingsError([Problem("JOB_LORA__EXPERTS", what)])
-    config = model.config.get_text_config(decoder=True)
-    adapted = named_by(linear_layers(model), targets)
-    if options.layers is not None:
-        adapted = [name for name in adapted if _layer_of(name) in options.layers]
-    problems = [
+    config, adapted = model.config.get_text_config(decoder=True), adapted_layers(model, targets, options)
+    of_options = (
         *check_options(options, rank=rank, layers=config.num_hidden_layers, adapted=adapted),
         *check_whole(model, options, adapted),
-    ]
-    if problems:
-        raise SettingsError(problems)
+    )
+    check_all(
+        (
+            ("targets", lambda: check_targets(model, targets)),
+            ("experts", lambda: check_experts(model, options)),
+            ("options", lambda: raise_problems(of_options)),
+        )
+    )
     if options.init == "orthogonal" and any(_packed(model.get_submodule(name)) for name in adapted):
-        what = "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none or take another"
+        what = "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none, or use another"
         raise SettingsError([Problem("JOB_LORA__INIT", what)])
+
+
+def check_experts(model: Any, options: AdapterOptions) -> None:
+    """Refuses adapters of experts in a model whose experts cannot have any; works on a model without weights, too.
+
+    Raises:
+        SettingsError: JOB_LORA__EXPERTS is on there.
+    """
+    from job.model.fused.experts import why_not_adapted
+
+    if options.experts and (why := why_not_adapted(model)):
+        what = f"is on, and {type(model).__name__} {why}; remove it"
+        raise SettingsError([Problem("JOB_LORA__EXPERTS", what)])
+
+
+def adapted_layers(model: Any, targets: Sequence[str], options: AdapterOptions) -> list[str]:
+    """Full names of the linear layers that get an adapter; of a model without weights, too."""
+    names = named_by(linear_layers(model), targets)
+    return names if options.layers is None else [name for name in names if _layer_of(name) in options.layers]
 
 
 def expert_targets(model: Any, layers: Sequence[int] | None = None) -> list[str]:
@@ -190,9 +205,14 @@ def check_targets(model: Any, targets: Sequence[str]) -> None:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
         what = f"the model has no linear {', '.join(missing)}; it has {has}"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
+    if refused := [target for target in targets if _is_refused(model, target.rpartition(".")[2])]:
+        what = f"PEFT does not adapt {', '.join(refused)} of {type(model).__name__}, whose code does not call them"
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", f"{what}; leave them out")])
     named = {name for name in layers if any(name == target or name.endswith(f".{target}") for target in targets)}
     if lost := sorted(_lost(model, named)):
-        what = f"PEFT would not load the adapter of {', '.join(lost)} again: it renames the tensors; leave them out"
+        what = (
+            f"PEFT could not load the adapter of {', '.join(lost)} again, since it renames the tensors; leave them out"
+        )
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
 
 

@@ -51,7 +51,7 @@ class Labels:
         names = config.get("architectures") or [""]
         named = str(names[0]) if isinstance(names, list) else ""
         if not named.endswith("ForSequenceClassification"):
-            what = f"{folder} holds {named[:100] or 'a model of no named class'}, which is no classifier of texts"
+            what = f"{folder} holds {named[:100] or 'a model of no named class'}, which does not classify texts"
             raise SettingsError([Problem(setting, f"{what} (...ForSequenceClassification)")])
         if (method := quantization_method(config)) is not None:
             raise SettingsError([Problem(setting, f"{folder} is quantized as {method}; give the unquantized model")])
@@ -61,7 +61,7 @@ class Labels:
             found = {number: f"LABEL_{number}" for number in range(count if isinstance(count, int) else 2)}
         by_number = {int(number): str(name) for number, name in found.items() if str(number).isdecimal()}
         if sorted(by_number) != list(range(len(found))) or len(set(by_number.values())) < len(found):
-            raise DataError([Problem(setting, f"{folder} has a config.json whose id2label is no list of labels")])
+            raise DataError([Problem(setting, f"{folder} has a config.json whose id2label is not a list of labels")])
         self.names = tuple(by_number[number] for number in range(len(by_number)))
         kind = config.get("problem_type")
         if kind == "regression":
@@ -96,7 +96,7 @@ class TextClassifier:
         with naming(setting):
             check_sizes(folder)
             weight_files(folder)
-            with readable(folder, "holds no classifier that can be loaded"):
+            with readable(folder, "has no classifier that can be loaded"):
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
                 model, info = AutoModelForSequenceClassification.from_pretrained(
                     folder,
@@ -111,7 +111,7 @@ class TextClassifier:
         rows, ids = model.get_input_embeddings().num_embeddings, self._tokenizer.get_vocab().values()
         if max(ids, default=0) >= rows:
             what = f"{folder} has a tokenizer with the id {max(ids)}, and a model of {rows} tokens"
-            raise DataError([Problem(setting, f"{what}; they do not belong together")])
+            raise DataError([Problem(setting, f"{what}; tokenizer and model do not belong together")])
         self._padding = self._padding_id(model, rows)
         self._model: Any = model.eval().to(device)
         self._window = self._longest(model)
@@ -122,7 +122,7 @@ class TextClassifier:
             if isinstance(found, int) and 0 <= found < rows:
                 model.config.get_text_config().pad_token_id = found
                 return found
-        raise SettingsError([Problem(self._name, "names no padding token; set pad_token_id in its config.json")])
+        raise SettingsError([Problem(self._name, "has no padding token; set pad_token_id in its config.json")])
 
     def _longest(self, model: Any) -> int:
         """Tokens of a window, special tokens included."""
@@ -191,6 +191,6 @@ class TextClassifier:
             found = chances.sum(-1) if self._labels.exclusive else chances.max(-1).values
             for (text, _), score in zip(batch, found.tolist(), strict=True):  # one transfer for the whole batch
                 if not math.isfinite(score):
-                    raise DataError([Problem(self._name, "the classifier computes numbers that are not finite")])
+                    raise DataError([Problem(self._name, "the classifier's scores are not finite")])
                 best[text] = max(best[text], round(min(score, 1.0), DIGITS))
         return best

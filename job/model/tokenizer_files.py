@@ -28,11 +28,11 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
 
     where, vocabulary = "JOB_MODEL__ADD_TOKENS", tokenizer.get_vocab()
     if known := [token for token in tokens if token in vocabulary]:
-        raise SettingsError([Problem(where, f"{', '.join(known)}: the model's tokenizer has it already; leave it out")])
+        raise SettingsError([Problem(where, f"{', '.join(known)}: the model's tokenizer has it already; remove it")])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
     ids = {token: tokenizer.encode(token, add_special_tokens=False) for token in tokens}
     if cut := [token for token, found in ids.items() if found != [tokenizer.convert_tokens_to_ids(token)]]:
-        what = f"{', '.join(cut)}: the tokenizer makes several tokens of it, as of text; spell it otherwise"
+        what = f"{', '.join(cut)}: the tokenizer splits it into several tokens, like text; choose another spelling"
         raise SettingsError([Problem(where, what)])
 
 
@@ -107,7 +107,7 @@ def tokenizer_files(base: Path) -> list[Path]:
     """
     found = sorted({path for kind in TOKENIZER_FILES for path in base.glob(kind) if path.is_file()})
     if outside := [path for path in found if not _belongs(path.resolve(), base.resolve())]:
-        what = "is a link out of its folder, and would be published with the adapter; put the file itself there"
+        what = "is a link out of its folder, and would be published with the adapter; replace it by the file itself"
         raise DataError([Problem("JOB_MODEL__ID", f"{path} {what}") for path in outside])
     return found
 

@@ -26,7 +26,7 @@ def check_whole(model: Any, options: AdapterOptions, adapted: Collection[str]) -
         adapted: Full names of the layers that get an adapter.
     """
     if options.added_tokens and getattr(model.get_output_embeddings(), "bias", None) is not None:
-        yield Problem(_TOKENS, f"the output layer of {type(model).__name__} has a bias, which PEFT would leave out")
+        yield Problem(_TOKENS, f"the output layer of {type(model).__name__} has a bias, which PEFT would ignore")
     for name in options.modules_to_save:
         found = modules_named(model, name)
         if not found:
@@ -62,14 +62,17 @@ def _why_not(model: Any, name: str, adapted: Collection[str]) -> Iterator[Proble
         yield Problem(_MODULES, f"{name} is a {type(module).__name__}, which PEFT cannot train whole")
         return
     if within := [layer for layer in adapted if layer == name or layer.startswith(f"{name}.")]:
-        yield Problem(_MODULES, f"{name} holds {within[0]}, which gets an adapter; take one of them out")
+        yield Problem(_MODULES, f"{name} holds {within[0]}, which gets an adapter; remove one of them")
     if any(not parameter.is_floating_point() for parameter in module.parameters()):
         yield Problem(_MODULES, f"{name} is quantized, so it cannot be trained whole; set JOB_MODEL__QUANTIZATION=none")
     own = {id(parameter) for parameter in module.parameters()}
     inside = (name, f"{name}.")
     for other, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in own and not other.startswith(inside[1]):
-            what = f"{name} is tied to {other}: trained whole they would come apart; {_TOKENS} trains rows of both"
+            what = (
+                f"{name} is tied to {other}: trained whole, they would no longer be equal; {_TOKENS} "
+                "trains rows of both"
+            )
             yield Problem(_MODULES, what)
             break
 
@@ -158,5 +161,5 @@ def refuse_renamed(names: Sequence[str], architecture: str) -> None:
         SettingsError: There are some.
     """
     if names:
-        what = f"PEFT would not load {names[0]} into {architecture}: it renames the tensors; leave it out"
+        what = f"PEFT could not load {names[0]} into {architecture}, since it renames the tensors; leave it out"
         raise SettingsError([Problem(_MODULES, what)])

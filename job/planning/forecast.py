@@ -19,6 +19,7 @@ from job.planning.auxiliary_models import AuxiliaryModel
 from job.planning.auxiliary_models import seconds as auxiliary_seconds
 from job.planning.gpu_prices import Gpu
 from job.planning.known_models_and_data import TaskTokens
+from job.planning.scaling import Division, divide
 from job.planning.workload import Workload
 from job.records import ExecutionPlan
 from job.training import memory_model
@@ -46,7 +47,8 @@ Basis = Literal["computed", "measured", "assumed"]
 DOWNLOAD_RATE = 250e6
 START_SECONDS = 40.0
 """Assumed: DOWNLOAD_RATE in bytes a second for what is fetched. START_SECONDS for starting, hashing, quantizing and
-loading: measured 29 s with an H100 and 39 s with an H200 and four cores, for Mistral-7B from a local disk."""
+loading: measured 29 s with an H100 and 39 s with an H200 and four cores, for Mistral-7B from a local disk
+(`2026-11-28-h100-job.jsonl`, `2026-11-28-h200-job.jsonl`), before imports were made shorter."""
 MERGED_PER_SECOND = 30e6
 GGUF_PER_SECOND = 6e6
 LLAMA_CPP_FLOPS = 23e9
@@ -89,6 +91,7 @@ class RunShape:
         workload_basis: `computed` from the examples, or `assumed`: scaled from a sample or from characters.
         questions: Questions of all tasks; each is scored `evaluations` times.
         questions_basis: As above.
+        answered: Tokens of the longest prompt to which an answer is generated, and with the answer; 0 where none is.
         budget: Tokens of a micro-batch as set, else what the job takes on a small GPU.
         scoring_budget: Tokens scored in one forward pass.
         download_bytes: Model and data that have to be fetched first.
@@ -118,6 +121,7 @@ class RunShape:
         offload: JOB_TRAIN__OFFLOAD_ACTIVATIONS; None where the job chooses.
         divide: Whether a long row that does not fit on one GPU is divided over those of the run.
         auxiliary: The classifier of the safety screen and the judge, if the run has them.
+        step_rows: JOB_TRAIN__GLOBAL_BATCH_SIZE.
     """
 
     setup: Setup | None
@@ -154,6 +158,8 @@ class RunShape:
     offload: bool | None = None
     divide: bool = False
     auxiliary: tuple[AuxiliaryModel, ...] = ()
+    answered: tuple[int, int] = (0, 0)
+    step_rows: int = 32
 
     @property
     def evaluations(self) -> int:
@@ -204,12 +210,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class GpuForecast:
-    """A run on one GPU.
+    """A run on GPUs of one kind: on one, or on all of the run's processes.
 
     `budget_recomputing` and `budget_keeping` are the largest micro-batches that fit, in tokens, with activations
     recomputed and kept; 0 where not even the longest example fits. `keeps` names what the job would keep in memory
-    instead of recomputing it (base, activations); `hours` are computed for that. `base_held` is the base's
-    placement.
+    instead of recomputing it (base, activations); `hours` are computed for that, and `usd` for all `gpus` together.
+    `usd_per_hour` is the price of one GPU, or the run's as it was set. `base_held` is the base's placement.
     """
 
     name: str
@@ -226,6 +232,8 @@ class GpuForecast:
     base_held: str = "gpu"
     divided_over: int = 1
     """Over how many GPUs the longest row is divided."""
+    gpus: int = 1
+    """How many share the work."""
 
 
 def estimates(run: RunShape) -> Iterator[Estimate]:
@@ -273,8 +281,7 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         both,
         f"+- {memory_model.MARGIN:.0%}, and the driver's context; with more memory, more is kept",
     )
-    scored = f"packed sequences of {run.scoring_budget:,} tokens"
-    yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
+    yield from _of_evaluation(run, setup, _weaker(basis, run.questions_basis))
     if run.full_precision:
         peak = _beside_original(setup) + _original_bytes(run, setup)
         yield Estimate("peak, unquantized base", peak, "bytes", basis, "left out where it does not fit")
@@ -298,6 +305,16 @@ def _of_the_activations(run: RunShape, setup: Setup, activations: int, both: Bas
         shared = row_memory(setup, run.micro_batch, over, offload=run.offload, copies=run.attention_copies).activations
         note = f"of each of {over} GPUs, if the row does not fit on one"
         yield Estimate("memory: activations, divided", shared, "bytes", both, note)
+
+
+def _of_evaluation(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
+    scored = f"packed sequences of {run.scoring_budget:,} tokens"
+    yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", basis, scored)
+    prompt, tokens = run.answered
+    if tokens:
+        cache = size(memory_model.cache_bytes(setup, tokens), " ")
+        note = f"a prompt of {prompt:,} tokens and {tokens - prompt:,} new ones; {cache} of it is the cache"
+        yield Estimate("peak, answers", _generating(run, setup), "bytes", basis, note)
 
 
 def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
@@ -367,23 +384,27 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     if run.fp8 and gpu.capability < FP8_CAPABILITY:
         fits, note = False, "has no FP8 products: JOB_TRAIN__COMPUTE=fp8 is refused there"
     elif not fits:
-        note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill{_instead(setup, usable, needs)}"
+        note = (
+            f"{size(need, ' ')} are needed, and {size(usable, ' ')} can safely be used{_instead(setup, usable, needs)}"
+        )
         note += "; only GPUs from Ampere on compute rows of this length in tiles" if no_tiles else ""
+        note += _of_answers(run, setup, usable)
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
     if fits and run.full_precision and not _scores_original(gpu, run, setup):
         takes, free = size(_original_bytes(run, setup), " "), size(max(0, _free_for_original(gpu, setup)), " ")
-        left_out = f"the unquantized base is not scored: it takes {takes}, and {free} are safe to fill"
+        left_out = f"the unquantized base is not scored: it takes {takes}, and {free} can safely be used"
         note = "; ".join(filter(None, (note, left_out)))
     over = _divided_over(run, setup, usable) if fits else 1
     note = "; ".join(filter(None, (note, _of_division(run, setup, usable, over, fits=fits))))
     if fits and execution is not None and execution.offloaded:
         least = row_host_bytes(setup, run.micro_batch, over, kept_attention=False)
-        what = f"activations of the longest row lie in main memory, at least {size(least, ' ')}"
+        what = f"activations of the longest row are kept in main memory, at least {size(least, ' ')}"
         note = "; ".join(filter(None, (note, what)))
     if fits and placement != "gpu":
         note = "; ".join(filter(None, (note, _where(setup, usable, needs, run.processes_here))))
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
+    priced = run.processes if run.usd_per_hour is None else 1  # the user's is that of all machines
     hours = _hours(gpu, run, setup, execution) if fits else None
     note = "; ".join(filter(None, (note, _of_reading(gpu, run, setup, hours))))
     kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
@@ -397,17 +418,22 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         budget_keeping=_budget(run, replace(setup, recompute=False), usable),
         hours=hours,
         usd_per_hour=price,
-        usd=None if hours is None else hours * price,
+        usd=None if hours is None else hours * price * priced,
         machine=gpu.machine if run.usd_per_hour is None else "your price",
         base_held=placement,
         divided_over=over,
+        gpus=run.processes,
     )
 
 
 def _need(run: RunShape, setup: Setup) -> int:
     """Bytes on the GPU at the peak of the run."""
     stages = [run] if run.first_stage is None else [run.first_stage, run]
-    need = max(_scoring(run, setup), *(_training_memory(one, setup, one.micro_batch).total for one in stages))
+    need = max(
+        _scoring(run, setup),
+        _generating(run, setup),
+        *(_training_memory(one, setup, one.micro_batch).total for one in stages),
+    )
     if run.merges:  # it is scored unquantized, in place of the quantized base
         need = max(need, _scoring(run, replace(setup, quantization="none")))
     return need
@@ -489,7 +515,7 @@ def _instead(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> str:
 
 def _budget(run: RunShape, setup: Setup, usable: int) -> int:
     """The largest micro-batch in tokens that fits into `usable` bytes; 0 if the longest example or scoring does not."""
-    if _scoring(run, setup) > usable:
+    if max(_scoring(run, setup), _generating(run, setup)) > usable:
         return 0
     most = run.workload.largest_step if run.workload else MAX_TOKENS
     found = memory_model.largest_budget(lambda tokens: _training_memory(run, setup, tokens).total, usable, most)
@@ -498,6 +524,22 @@ def _budget(run: RunShape, setup: Setup, usable: int) -> int:
 
 def _scoring(run: RunShape, setup: Setup) -> int:
     return memory_model.evaluation_bytes(setup, run.scoring_budget, run.reads)
+
+
+def _generating(run: RunShape, setup: Setup) -> int:
+    """Bytes that one answer takes, the longest; 0 where none is generated."""
+    return memory_model.generation_bytes(setup, *run.answered) if run.answered[1] else 0
+
+
+def _of_answers(run: RunShape, setup: Setup, usable: int) -> str:
+    """What is said where not even one generated answer fits; else empty."""
+    if (need := _generating(run, setup)) <= usable:
+        return ""
+    prompt, tokens = run.answered
+    cache = size(memory_model.cache_bytes(setup, tokens), " ")
+    fix = "lower JOB_EVAL__PROMPTS_MAX_NEW_TOKENS, or the max_gen_toks of the task"
+    what = f"an answer of {tokens - prompt:,} tokens to a prompt of {prompt:,} takes {size(need, ' ')}, {cache} of it"
+    return f"; {what} for its cache: {fix}"
 
 
 def _original_bytes(run: RunShape, setup: Setup) -> int:
@@ -584,23 +626,27 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
         before = 3600 * earlier
     work, asked = run.workload, run.questions
     speed: dict[str, Any] = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
-    used = memory_model.UTILISATION
+    used, training = memory_model.UTILISATION, 0.0
     if execution is not None:
         setup = replace(setup, recompute=not execution.kept_activations)
-        # Measured with CUDA graphs; without them it is assumed to be no faster than PEFT's layers.
-        used = memory_model.FUSED_UTILISATION if execution.recorded and run.recorded else memory_model.UTILISATION
-        used *= memory_model.FP8_SPEEDUP if run.fp8 else 1.0
-    micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
-    flops = memory_model.training_flops(setup, work.tokens, work.squares)
+        used, training = _fused_utilisation(gpu, run, setup, execution)
+    shared = _division(gpu, run, setup)
+    # Of the busiest GPU; each reads all weights for its own micro-batches.
+    micro_batches = max(work.steps, ceil(work.tokens / shared.parts / run.micro_batch))
+    flops = round(memory_model.training_flops(setup, work.tokens, work.squares) / shared.parts)
     passes = (3 if setup.recompute else 2) * micro_batches
-    training = memory_model.seconds(flops, passes, setup, used=used, transfers=2 * micro_batches, **speed)
+    own = memory_model.seconds(flops, passes, setup, used=used, transfers=2 * micro_batches, **speed)
+    training += own / shared.training
     for held in filter(None, (run.validation, run.reference)):  # passes of the training path, with its micro-batches
-        forward = held.count * memory_model.evaluation_flops(setup, held.tokens, held.target_tokens)
-        passes = held.count * ceil(held.tokens / min(run.micro_batch, max(work.largest_step, held.longest)))
-        training += memory_model.seconds(forward, passes, setup, used=used, **speed)
+        forward = held.count * memory_model.evaluation_flops(setup, held.tokens, held.target_tokens) // shared.gpus
+        at_once = shared.gpus * min(run.micro_batch, max(work.largest_step, held.longest))
+        passes = held.count * ceil(held.tokens / at_once)
+        training += memory_model.seconds(forward, passes, setup, used=used, **speed) / shared.scoring
     used = memory_model.UTILISATION if execution is None else memory_model.SCORING_UTILISATION
-    scoring = memory_model.evaluation_flops(setup, asked.tokens, asked.reads)
-    evaluation = memory_model.seconds(scoring, ceil(asked.tokens / run.scoring_budget), setup, used=used, **speed)
+    scoring = memory_model.evaluation_flops(setup, asked.tokens, asked.reads) // shared.gpus
+    passes = ceil(asked.tokens / shared.gpus / run.scoring_budget)
+    evaluation = memory_model.seconds(scoring, passes, setup, used=used, **speed) / shared.scoring
+    evaluation += memory_model.SCORING_SECONDS
     start = START_SECONDS + run.download_bytes / DOWNLOAD_RATE
     # The base's answers of a first stage serve the second, those of the unquantized base too.
     evaluations = EVALUATIONS if run.first_stage is None else EVALUATIONS - 1
@@ -621,6 +667,34 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     rates = {"disk": DOWNLOAD_RATE, "processor": CORES * LLAMA_CPP_FLOPS}
     auxiliary = sum(auxiliary_seconds(one, gpu, **rates) for one in run.auxiliary)
     return (before + start + training + exporting + scored * evaluation + auxiliary) / 3600
+
+
+def _fused_utilisation(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan) -> tuple[float, float]:
+    """(share of the data sheet's operations a second that fused layers reach in training, seconds of recording)."""
+    a, recorded = setup.architecture, execution.recorded and run.recorded
+    if _in_tiles(run, run.micro_batch):
+        used = memory_model.LONG_ROW_UTILISATION["triton" if a.attends_by_triton(gpu.capability) else "flash"]
+    elif recorded:
+        used = memory_model.FUSED_UTILISATION
+    else:  # before Ampere, attention goes segment by segment: not measured, and assumed to be no faster than PEFT's
+        used = memory_model.UNRECORDED_UTILISATION if gpu.capability >= AMPERE else memory_model.UTILISATION
+    if a.experts and a.expert_width < memory_model.FINE_EXPERTS:
+        used = min(used, memory_model.FINE_EXPERTS_UTILISATION)
+    seconds = memory_model.RECORDING_SECONDS if recorded and not _in_tiles(run, run.micro_batch) else 0.0
+    return used * (memory_model.FP8_SPEEDUP if run.fp8 else 1.0), seconds
+
+
+def _division(gpu: Gpu, run: RunShape, setup: Setup) -> Division:
+    """How the work is divided over the GPUs of the run."""
+    if run.workload is None:
+        return Division()
+    over = _divided_over(run, setup, memory_model.usable_bytes(gpu.memory_bytes))
+    return divide(
+        run.processes,
+        step_rows=min(run.step_rows, run.workload.rows),
+        step_tokens=run.workload.tokens / run.workload.steps,
+        rows_divided=over > 1,
+    )
 
 
 def _merging(setup: Setup) -> float:

@@ -10,14 +10,15 @@ from typing import Any
 
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
+from job.common.export_formats import needs_merge
 from job.common.lora_readers import why_not_served
 from job.data.examples import lengths_of
 from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import what_to_validate_on
-from job.errors import named_by
+from job.errors import Problem, named_by, raise_problems
 from job.evaluation.policy import CHOICES, read_policy
 from job.evaluation.tasks import Tasks, check_gate
-from job.model.adapter_options import MANY_STEPS, AdapterOptions, make_options
+from job.model.adapter_options import MANY_STEPS, AdapterOptions, make_options, too_few_steps
 from job.model.start_adapter import check_start, local_start
 from job.model.tokenizer_files import rows_with
 from job.planning import known_models_and_data as known
@@ -43,6 +44,8 @@ from job.settings.training_stages import naming_its_settings, split_stages
 from job.storage.hub import is_reachable
 from job.storage.location import join
 from job.storage.open import StorageOptions, fetch, is_remote, open_store, storage_options
+from job.training.config import total_steps
+from job.training.model_checks import model_problems
 
 QUICK = {"timeout_seconds": 10.0, "retries": 2}
 """Upper limits on the storage settings, so that an address that does not answer fails within seconds."""
@@ -72,9 +75,7 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
     storage = replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
     where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
     stored, seconds = run_check("storage", lambda: _try_storage(s.run.output, s.run.id, storage), unreachable="wrong")
-    modelled, model = run_check(
-        "model", lambda: preview_model(s.model.id, s.model.revision, s.train.max_length, **where)
-    )
+    modelled, model = run_check("model", lambda: preview_model(s.model.id, s.model.revision, **where))
     adapted, adapter = run_check(
         "adapter",
         lambda: preview_adapter(
@@ -84,6 +85,7 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
             max_length=s.train.max_length,
             rank=s.lora.rank,
             options=adapter_options(s),
+            problems=partial(_problems_of_model, s),
         ),
     )
     tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
@@ -112,7 +114,10 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
     )
     scored = index_questions(loaded[0].prompts(s.eval.limit)) if loaded else None
     rows_too["audit"] = set_up(scored, s.data.on_finding)
+    others: list[PreflightResult] = []
     read, data = run_check("data", lambda: _preview_rows(s, show=show, **rows_too))
+    if s.lora.kind == "adalora" and data is not None and not data.estimated:
+        others = [run_check("steps", partial(_check_steps, s, len(data.examples)))[0]]
     first, first_data = [], None
     if not s.train.is_one_stage:
         rows_too["folder"] = folder / "first"
@@ -124,7 +129,7 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
         for name, one in (("audit", data), ("audit of the first stage", first_data))
         if one is not None and one.audit is not None
     ]
-    others = check_other_inputs(s, storage, loaded[0] if loaded else None)
+    others += check_other_inputs(s, storage, loaded[0] if loaded else None)
     safety = judge = prompts = None
     if s.data.safety_model is not None:
         asked_for = (s.data.safety_model, s.data.safety_revision, s.data.unsafe_labels, s.data.unsafe_threshold)
@@ -140,6 +145,35 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
         checks.append(checked)
     found = (model, adapter, tokenizer, data, first_data, questions, safety, judge)
     return Preflight(checks, seconds, *found, prompts or ())
+
+
+def _problems_of_model(s: Settings, config: Any, empty: Any) -> Iterator[Problem]:
+    """What of the settings the model excludes by its configuration, as the job finds before it fetches the weights."""
+    yield from model_problems(
+        config,
+        empty,
+        targets=s.lora.target_modules,
+        rank=s.lora.rank,
+        options=adapter_options(s),
+        compute=s.train.compute,
+        placement=s.model.placement,
+    )
+    if needs_merge(s.export.formats):
+        from job.export.model_checks import export_problems
+
+        chosen: dict[str, Any] = {"formats": s.export.formats, "onto": s.export.merge_onto, "judged": s.gate.on}
+        yield from export_problems(config, empty, **chosen, nf4=s.model.quantization == "nf4", device=None)
+
+
+def _check_steps(s: Settings, rows: int) -> Found[None]:
+    """Whether AdaLoRA has steps to take ranks away in."""
+    steps = total_steps(rows, s.train.global_batch_size, s.train.epochs, s.train.max_steps)
+    raise_problems(too_few_steps(make_options(dict(s.lora), steps, s.model.add_tokens)))
+    return (
+        "ok",
+        f"{steps:,} steps; the first {s.lora.tinit:,} and last {s.lora.tfinal:,} take no ranks away",
+        None,
+    )
 
 
 def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
@@ -187,7 +221,7 @@ def _preview_prompts(
     with named_by("JOB_EVAL__PROMPTS", ": "):
         path = find_prompts(fetch(asked or "", folder / "prompts", storage))
     if tokenizer is None or data is None:
-        raise NotChecked(f"{asked}: what a prompt is depends on the model and the data, which could not be read")
+        raise NotChecked(f"{asked}: the prompts depend on the model and the data, which could not be read")
     how: dict[str, Any] = {"date": s.data.date, "template_arguments": s.data.chat_template_arguments}
     found = read_prompts(path, asked or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **how)
     lengths = tuple(len(prompt.ids) for prompt in found)
@@ -204,14 +238,14 @@ def check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Tasks
             raise NotChecked(f"{start}: an adapter is not fetched for a plan")
         lora = settings.lora
         check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
-        return "ok", f"training goes on from {start}", None
+        return "ok", f"training continues from {start}", None
 
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
     if (chosen := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
         yield PreflightResult(
-            "serving", "note", f"vLLM does not serve this adapter as it was trained: {'; '.join(reasons)}"
+            "serving", "note", f"vLLM cannot serve this adapter as it was trained: {'; '.join(reasons)}"
         )
     if settings.sign.key is not None:
         yield run_check("signature", lambda: _check_key(settings.sign))[0]
@@ -229,7 +263,7 @@ def _check_key(sign: Sign) -> Found[None]:
     """Whether the key signs, and by which hash signatures will name it."""
     password = None if sign.password is None else sign.password.get_secret_value()
     pem = public_key(load_private_key(sign.key or "", password))
-    return "ok", f"{sign.key} signs what is published; its public key has the SHA-256 {key_id(pem)[:12]}", None
+    return "ok", f"{sign.key} signs the published files; its public key has the SHA-256 {key_id(pem)[:12]}", None
 
 
 def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:
@@ -237,7 +271,7 @@ def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:
     gate = settings.gate
     policy = None if gate.policy is None else read_policy(gate.policy)
     if tasks is None:
-        raise NotChecked("what the gate may judge depends on the tasks, which could not be read")
+        raise NotChecked("which rules are possible depends on the tasks, which could not be read")
     check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
     if policy is None:
         return "ok", f"the gate judges {gate.metric}", None

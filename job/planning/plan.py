@@ -13,8 +13,8 @@ from job.common.resources import available_bytes, check_disk, checkpoint_bytes, 
 from job.common.source_list import parse_sources
 from job.data.licences import LICENCES, find_licence
 from job.distributed.launcher import count_processes
-from job.errors import JobError, Problem, SettingsError, combine
-from job.planning import forecast
+from job.errors import JobError, SettingsError, combine
+from job.planning import forecast, scaling
 from job.planning.auxiliary_models import FP32_SHARE
 from job.planning.forecast import Estimate, GpuForecast, RunShape, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
@@ -22,6 +22,7 @@ from job.planning.input_checks import Preflight, check_run_inputs
 from job.planning.preflight import Found, PreflightResult, run_check
 from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow
+from job.settings.combinations import sharded_alone
 from job.settings.load import Settings
 from job.storage.hub import MAX_FILE
 from job.training import memory_model
@@ -67,7 +68,7 @@ def make_plan(settings: Settings, show: int = 0) -> Plan:
         figures=(*_measured(seen), *estimates(run)),
         gpus=() if run.setup is None or alone else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
         largest_step=run.workload.largest_step if run.workload else None,
-        assumptions=_assumptions(settings, processes),
+        assumptions=_assumptions(settings, run.processes),
         shown=tuple(row for data in (seen.first_data, seen.data) if data for row in data.shown),
     )
 
@@ -96,7 +97,7 @@ def _licence(settings: Settings, seen: Preflight) -> PreflightResult:
         ),
     ]
     licence = found[0] or "; ".join(sorted({one for one in found if one})) or "unknown; check that you may train on it"
-    limits = ": no commercial use of the data, nor of what is trained on it" if "-nc" in licence else ""
+    limits = ": no commercial use of the data, nor of models that are trained on it" if "-nc" in licence else ""
     # A model that was looked at is here, or the hub answers.
     base = find_licence(settings.model.id, settings.model.revision, "model") if seen.model is not None else None
     return PreflightResult(
@@ -106,12 +107,9 @@ def _licence(settings: Settings, seen: Preflight) -> PreflightResult:
 
 def _sharded_alone(settings: Settings, processes: int) -> Iterator[PreflightResult]:
     """What is wrong where the base is to be sharded over a single process, which `auto` may come to."""
-    if settings.model.placement != "sharded" or processes * settings.run.nodes > 1:
-        return
-    what = "is sharded, and JOB_RUN__PROCESSES=auto is one process for each GPU: fewer than two are visible here"
-    fix = "set JOB_RUN__PROCESSES to the number of GPUs of the machine that will run it, or take gpu or host"
-    error = SettingsError([Problem("JOB_MODEL__PLACEMENT", f"{what}; {fix}")])
-    yield PreflightResult("placement", "wrong", str(error), error)
+    if (problem := sharded_alone(settings, processes * settings.run.nodes)) is not None:
+        error = SettingsError([problem])
+        yield PreflightResult("placement", "wrong", str(error), error)
 
 
 def _disk(settings: Settings, run: RunShape) -> PreflightResult:
@@ -135,7 +133,7 @@ def _main_memory(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
     free = int(memory_model.MAIN_MEMORY_SHARE * available_bytes())
     what = memory_model.copies_in_main_memory(run.setup, run.processes_here)
     fits = need <= free
-    more = f"{size(free, ' ')} are safe to fill here{'' if fits else ', where a run would be refused'}"
+    more = f"{size(free, ' ')} can safely be used here{'' if fits else ', where a run would be refused'}"
     yield PreflightResult("main memory", "ok" if fits else "note", f"{what}; {more}")
 
 
@@ -145,18 +143,18 @@ def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
         if name.startswith(GGUF) and (found := run.format_bytes(name)) > MAX_FILE:
             what = f"{name} is one file of about {size(found, ' ')}, and the hub takes {size(MAX_FILE, ' ')}"
             yield PreflightResult(
-                "hub", "note", f"{what}; leave it out, take a smaller type, or push to JOB_EXPORT__OCI"
+                "hub", "note", f"{what}; leave it out, use a smaller type, or push to JOB_EXPORT__OCI"
             )
 
 
-_FP8 = f"speed with JOB_TRAIN__COMPUTE=fp8: {memory_model.FP8_SPEEDUP:g} times that of bf16, as measured on an H200"
+_RESULTS = "tests/bench/results"
+_GENERATED = "sample answers (JOB_EVAL__PROMPTS): the time in which they are generated is not in the hours"
+_FP8 = f"speed with JOB_TRAIN__COMPUTE=fp8: {memory_model.FP8_SPEEDUP:g} times that of bf16, measured on an H200"
 
 
 def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
     """The assumptions behind all figures of basis `assumed`, one sentence each."""
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
-    fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
-    half = f"speed: {fused} of the data sheet's operations a second with CUDA graphs, {peft} without (before Ampere)"
     exporting = (
         f"export: on one processor core {forecast.MERGED_PER_SECOND / 1e6:.0f} million weights a second for merged and "
         f"fp8, {forecast.GGUF_PER_SECOND / 1e6:.0f} for GGUF, which llama.cpp scores on {forecast.CORES} cores of "
@@ -171,13 +169,44 @@ def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
         *(() if settings.train.is_one_stage else (first,)),
         *((exporting,) if settings.export.formats else ()),
         *((beside,) if settings.data.safety_model or settings.eval.judge else ()),
-        "one GPU; several GPUs share the examples of a step, and each needs the same memory"
-        if processes == 1
-        else f"memory of each of {processes} GPUs; hours and USD as if one GPU did all the work",
+        *_division(processes, settings.run.nodes),
         *((_FP8,) if settings.train.compute == "fp8" else ()),
-        f"{half}, as measured on H100 and H200; slower GPUs tend to do better",
+        _speed(),
+        *((_GENERATED,) if settings.eval.prompts is not None else ()),
         f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",
         f"memory: {context} for the driver, and {memory_model.MARGIN:.0%} for the error of the formula",
-        f"price: {PRICES}" if price is None else f"price: {price:g} USD an hour, as set, on every GPU",
+        f"price: {PRICES}" if price is None else f"price: {price:g} USD an hour, as set, for all GPUs of the run",
         "no interruptions: each costs a start and the steps since the last checkpoint",
+    )
+
+
+def _speed() -> str:
+    """The speeds of one GPU."""
+    shares = (
+        (memory_model.FUSED_UTILISATION, "with CUDA graphs"),
+        (memory_model.UNRECORDED_UTILISATION, "by fused layers without"),
+        (memory_model.LONG_ROW_UTILISATION["triton"], "on long rows by cuDNN and Triton"),
+        (memory_model.LONG_ROW_UTILISATION["flash"], "by flash attention"),
+        (memory_model.FINE_EXPERTS_UTILISATION, "with narrow experts"),
+        (memory_model.UTILISATION, "by PEFT's layers"),
+        (memory_model.SCORING_UTILISATION, "in an evaluation"),
+    )
+    named = ", ".join(f"{share:.0%} {how}" for share, how in shares)
+    return f"speed: of the data sheet's operations a second {named}; measured on H100 and H200 ({_RESULTS})"
+
+
+def _division(processes: int, nodes: int) -> tuple[str, ...]:
+    """What is assumed of several GPUs."""
+    if processes == 1:
+        return ("one GPU; several GPUs share the examples of a step, and each needs the same memory",)
+    trained = " and ".join(
+        f"{share:.0%} with {tokens:,} tokens of a step for each" for tokens, share in scaling.TRAINING_EFFICIENCY
+    )
+    others = "more than two and several machines were not" if nodes > 1 else "more than two were not"
+    scored = f"an evaluation {scaling.SCORING_EFFICIENCY:.0%}"
+    measured = f"measured on two H200s of one machine ({scaling.MEASURED}), {others}"
+    return (
+        f"{processes} GPUs: memory of each; hours and USD of all together",
+        f"several GPUs: of {processes} times one GPU's speed, training reaches {trained}, {scored}; {measured}",
+        "several GPUs: start, downloads, loading, export, safety screen and judge take as long as on one",
     )

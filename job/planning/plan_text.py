@@ -138,6 +138,8 @@ def _gpus(plan: Plan) -> str:
     rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
     lines = aligned(rows, right=(1, 3, 4, 6, 7, 8))
     lines.append("budgets in tokens, computed; hours, which include all evaluations, and prices, assumed")
+    if plan.gpus[0].gpus > 1 and plan.gpus[0].machine != "your price":
+        lines.append(f"memory and USD/h of one GPU, hours and USD of {plan.gpus[0].gpus}")
     if any(gpu.fits and gpu.base_held != "gpu" for gpu in plan.gpus):
         lines.append(
             "yes, host: with the base's 4-bit weights in main memory; yes, sharded: divided over the run's GPUs"
@@ -163,7 +165,7 @@ def _gpu(gpu: GpuForecast, largest_step: int | None) -> tuple[str, ...]:
         return "whole step" if tokens == largest_step else f"{tokens:,}"
 
     return (
-        gpu.name,
+        gpu.name if gpu.gpus == 1 else f"{gpu.gpus} x {gpu.name}",
         size(gpu.memory_bytes, " "),
         "no" if not gpu.fits else "yes" if gpu.base_held == "gpu" else f"yes, {gpu.base_held}",
         budget(gpu.budget_recomputing),

@@ -161,7 +161,7 @@ def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[Non
     ]
     missing = [f"{kind} not checked: {check.not_checked}" for kind, check in record.checks.items() if check.not_checked]
     if record.too_short:
-        missing.append(f"{record.too_short:,} questions of one or two words were not looked for")
+        missing.append(f"{record.too_short:,} questions of one or two words were not searched for")
     what = "; ".join([*(found or ["nothing found"]), *missing])
     text = " ".join([f"{record.rows:,} rows: {what}.", *statistics(asdict(record), long_rows)])
     return "note" if found or missing else "ok", text, None

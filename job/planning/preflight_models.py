@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -15,12 +15,13 @@ from job.errors import DataError, Problem, SettingsError, naming
 from job.evaluation.principles import question, read_principles
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
-from job.model.base import inspect, load_tokenizer
+from job.model.base import inspect
 from job.model.families import fused_family, why_not_recorded
 from job.model.files import weight_files
 from job.model.lora import count_parameters
 from job.model.target_modules import linear_weights, resolve_targets
 from job.model.text_classifier import Labels
+from job.model.tokenizer import load_tokenizer
 from job.planning.auxiliary_models import count_weights
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN
 from job.planning.preflight import HUB_UNREACHABLE, Found, NotChecked, Online
@@ -51,7 +52,6 @@ class ModelFacts:
 def preview_model(
     source: str,
     revision: str | None,
-    max_length: int,
     *,
     online: Online,
     folder: Path,
@@ -62,7 +62,6 @@ def preview_model(
     Args:
         source: Hub id, URI or path.
         revision: For a hub id.
-        max_length: Longest example in tokens; it has to fit the model's window.
         online: Whether the hub can be reached.
         folder: Folder for copies from a store.
         storage: How to reach stores.
@@ -82,9 +81,6 @@ def preview_model(
         architecture = read_config(_config(place, source))
     except ValueError as error:
         return "note", f"{where}; no figures: {error}", ModelFacts(place, None, download)
-    if architecture.window is not None and architecture.window < max_length:
-        what = f"{max_length} is more than the model's window of {architecture.window} tokens; lower it"
-        raise SettingsError([Problem("JOB_TRAIN__MAX_LENGTH", what)])
     return "ok", where, ModelFacts(place, architecture, download)
 
 
@@ -104,6 +100,7 @@ def preview_adapter(
     max_length: int,
     rank: int = 1,
     options: AdapterOptions = PLAIN,
+    problems: Callable[[Any, Any], Iterable[Problem]] = lambda _config, _empty: (),
 ) -> Found[AdapterFacts]:
     """Builds the model without weights, as a run does first, to find what LoRA adapts and what would be quantized.
 
@@ -114,10 +111,12 @@ def preview_adapter(
         max_length: Longest example in tokens.
         rank: `JOB_LORA__RANK`.
         options: The adapter's other options.
+        problems: As for `inspect`: what else of the settings this model excludes.
     """
     if model is None:
-        raise NotChecked("the model's files cannot be had")
-    config, empty = inspect(model.folder, max_length=max_length, targets=targets, rank=rank, options=options)
+        raise NotChecked("the model's files cannot be fetched")
+    how: dict[str, Any] = {"targets": targets, "rank": rank, "options": options, "problems": problems}
+    config, empty = inspect(model.folder, max_length=max_length, **how)
     found = tuple(sorted(resolve_targets(empty, targets)))
     names = ", ".join(found)
     linear, all_ = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))
@@ -141,7 +140,9 @@ def preview_adapter(
 def find_tokenizer(model: ModelFacts | None, added_tokens: Sequence[str] | None = None) -> Found[Any]:
     """The tokenizer beside the model, with new tokens."""
     if model is None:
-        raise NotChecked("the model's files cannot be had; tokens are estimated from characters where there is text")
+        raise NotChecked(
+            "the model's files cannot be fetched; tokens are estimated from characters where there is text"
+        )
     tokenizer = load_tokenizer(model.folder, added_tokens)
     return "ok", f"{len(tokenizer):,} tokens", tokenizer
 
@@ -219,7 +220,7 @@ def preview_judge(
     asked = ceil(len(question(found, "", "", "")) / CHARACTERS_PER_TOKEN)
     if is_server(judge):
         facts = AuxiliaryFacts(0, None, asked, served=True)
-        return "ok", f"{what}, which the plan does not ask; how long that takes is the server's matter", facts
+        return "ok", f"{what}, which the plan does not contact; its time is not forecast", facts
     with naming("JOB_EVAL__JUDGE"):
         place, held, download = _auxiliary_model(
             judge, revision, "judge", online=online, folder=folder, storage=storage
@@ -260,7 +261,7 @@ def _config(place: Path, source: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError([Problem("JOB_MODEL__ID", f"{source} has no config.json that can be read: {error}")]) from error
     if not isinstance(config, dict):
-        raise DataError([Problem("JOB_MODEL__ID", f"{source} has a config.json that holds no object")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} has a config.json that is not a JSON object")])
     return config
 
 

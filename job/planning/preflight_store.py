@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+from job.common.disk import disk_errors
 from job.errors import Unreachable
 from job.planning.preflight import Found
-from job.storage.base import disk_errors
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 
@@ -52,7 +52,7 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
     seconds = time.monotonic() - began
     what = f"{name}: wrote, read, listed and deleted"
     if conditional:
-        return "ok", f"{what}; conditional writes are honoured", seconds
+        return "ok", f"{what}; conditional writes work", seconds
     return (
         "note",
         f"{what}; no conditional writes, so two attempts that start at the same time may both run for a while",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, replace
-from operator import mul
+from operator import itemgetter, mul
 
 from job.common.export_formats import adapter_copies, derived, needs_merge
 from job.common.methods import METHODS
@@ -60,6 +60,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         reference=_reference(settings, seen.data),
         questions=questions,
         questions_basis=questions_basis,
+        answered=_answered(settings, seen),
         budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
         scoring_budget=settings.eval.batch_tokens,
         download_bytes=download + sum(one.download_bytes for one in (seen.data, seen.safety, seen.judge) if one),
@@ -80,6 +81,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         recorded=_recorded(settings),
         offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
         divide=settings.train.sequence_parallel == "auto" and settings.train.neftune_noise_alpha == 0,
+        step_rows=settings.train.global_batch_size,
     )
     if settings.train.is_one_stage:
         return run
@@ -99,13 +101,14 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         auxiliary=(),
         tiles=_tiles(first, setup),
         recorded=_recorded(first),
+        step_rows=first.train.global_batch_size,
     )
     more = seen.first_data.download_bytes if seen.first_data else 0
     return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)
 
 
 def _tiles(settings: Settings, setup: Setup | None) -> bool:
-    """Whether long rows are computed layer by layer, where the GPU can; see `training.prepare`."""
+    """Whether long rows are computed layer by layer, where the GPU can; see `training.long_row_plan`."""
     of_tokens = settings.train.last_method == "sft" and settings.lora.dropout == 0
     return of_tokens and setup is not None and setup.architecture.in_tiles
 
@@ -229,6 +232,21 @@ def _auxiliary(settings: Settings, seen: Preflight, workload: Workload | None) -
         wide = forecast.HALF_PRECISION  # on a GPU
         found.append(judging(asked, tokens, seen.judge.weights, wide, served=seen.judge.served))
     return tuple(found)
+
+
+def _answered(settings: Settings, seen: Preflight) -> tuple[int, int]:
+    """Tokens of the longest prompt that is answered, and of it with the answer, as far as they are known.
+
+    A longer question of a task loses its beginning, or is refused.
+    """
+    found, most = [(0, 0)], settings.train.max_length
+    if seen.questions is not None:
+        answer, whole = seen.questions.answered - seen.questions.prompt, min(seen.questions.answered, most)
+        found.append((max(0, whole - answer), whole))
+    if settings.eval.prompts is not None:
+        answer, longest = settings.eval.prompts_max_new_tokens, max(seen.prompts, default=0)
+        found.append((longest, longest + answer))
+    return max(found, key=itemgetter(1))
 
 
 def _merges(settings: Settings) -> int:

@@ -173,7 +173,7 @@ class Azure:
     def look(self) -> Notice | None:
         """See `Cloud.look`."""
         if not self._machine and not self.present():
-            raise ValueError("the service does not tell the name of this machine")
+            raise ValueError("the service does not give the name of this machine")
         answer = self._ask("/metadata/scheduledevents?api-version=2020-07-01")
         if answer.status != HTTPStatus.OK:
             return None

@@ -53,7 +53,7 @@ def watch_notices(
 def _watch(stop: Stop, provider: Provider, clouds: Sequence[Cloud], poll_seconds: float | None, done: Event) -> None:
     cloud = _find(clouds, done) if provider == "auto" else next(iter(clouds), None)
     if cloud is None:
-        log.get_logger().debug("no metadata service here, so no spot notices")
+        log.get_logger().debug("no metadata service answers, so there are no spot notices")
         return
     log.get_logger().debug("polling for spot notices", provider=cloud.name)
     answered = provider == "auto"
@@ -67,7 +67,9 @@ def _watch(stop: Stop, provider: Provider, clouds: Sequence[Cloud], poll_seconds
                 log.get_logger().warning("the metadata service does not answer", provider=cloud.name, fix=fix)
         else:
             if notice is not None:
-                log.get_logger().warning("this machine is being taken away", why=notice.reason, seconds=notice.seconds)
+                log.get_logger().warning(
+                    "spot notice: this machine will be taken away", why=notice.reason, seconds=notice.seconds
+                )
                 stop.request(notice.reason, notice.seconds)
                 return
         answered = True
@@ -82,5 +84,5 @@ def _find(clouds: Sequence[Cloud], done: Event) -> Cloud | None:
             if cloud.present():
                 return cloud
         except FAILURES as error:
-            log.get_logger().debug("not this cloud", provider=cloud.name, why=str(error))
+            log.get_logger().debug("this machine is not in this cloud", provider=cloud.name, why=str(error))
     return None

@@ -243,7 +243,7 @@ def _end_in_time(reading: int, grace: float, numbers: Collection[int], report: C
             first, end = now, now + grace - margin
         elif received[0] != signal.SIGXCPU and now - first > SAME_REQUEST_SECONDS:
             end = min(end, now + LAST_SECONDS)  # the handler ends the process sooner where it is called
-    what = "the process ends without what it still waits for, which takes longer than there is time"
+    what = "the process ends without waiting any longer: the grace period is over"
     codes: list[int] = []
     reporting = Thread(
         target=copy_context().run, args=(lambda: codes.append(report(f"{what} (JOB_RUN__GRACE_SECONDS)")),), daemon=True

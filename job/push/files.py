@@ -74,7 +74,7 @@ def files_to_push(results: Mapping[str, Any]) -> tuple[PushFile, ...]:
     found = [(Artifact(**entry), model_path(entry["path"])) for entry in results["artifacts"]]
     files = sorted((PushFile(artifact, path) for artifact, path in found if path), key=lambda file: file.path)
     if not files:
-        raise DataError([Problem(RESULTS, "lists no files of an adapter, so there is nothing to push")])
+        raise DataError([Problem(RESULTS, "lists no adapter files, so there is nothing to push")])
     return tuple(files)
 
 

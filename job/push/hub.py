@@ -78,9 +78,9 @@ class HubTarget:
             if (public := self._is_public(api)) is not None:
                 self._refuse_public(public=public)
                 api.auth_check(self.repo, write=True)
-                return f"{self.repo} is there, {'public' if public else 'private'}, and this token may write to it"
+                return f"{self.repo} exists ({'public' if public else 'private'}), and this token may write to it"
         self._check_namespace(who)
-        return f"{self.repo} is not there, and will be made {'private' if self.private else 'public'}"
+        return f"{self.repo} does not exist, and will be created as {'private' if self.private else 'public'}"
 
     def changes(self, content: PushContent) -> list[tuple[Change, str, int]]:
         """What a push would change: (change, path in the repository, bytes), sorted by path."""
@@ -119,8 +119,10 @@ class HubTarget:
                     self._require_same(api, commit, content)
                     return commit
             except _Moved:
-                log.get_logger().info("the branch has moved on: looking again", repo=self.repo, branch=self.branch)
-        raise Unreachable(f"{SETTING}: others committed to {self.place} {_TRIES} times while the push was going on")
+                log.get_logger().info("the branch has a new commit: trying again", repo=self.repo, branch=self.branch)
+        raise Unreachable(
+            f"{SETTING}: others committed to {self.place} {_TRIES} times during the push; push the run again"
+        )
 
     def _is_public(self, api: Any) -> bool | None:
         """None if there is no such repository, or none that this token may see."""
@@ -144,7 +146,7 @@ class HubTarget:
         roles = {org.get("name"): org.get("roleInOrg") for org in who.get("orgs") or ()} | {who.get("name"): "admin"}
         if namespace not in roles or roles[namespace] in _READERS:
             what = f"{namespace} is neither the user of HF_TOKEN nor an organization that it may write to"
-            raise AccessDenied(f"{SETTING}: {self.repo} is not there, and cannot be made: {what}")
+            raise AccessDenied(f"{SETTING}: {self.repo} does not exist, and cannot be created: {what}")
         scoped = _access(who).get("fineGrained", {}).get("scoped")
         if scoped is not None and not any(
             scope.get("entity", {}).get("name") == namespace and "repo.write" in scope.get("permissions", ())
@@ -278,7 +280,9 @@ def _push_errors(repo: str) -> Iterator[None]:
         if (answer := next((c.response for c in causes if hasattr(c, "response")), None)) is not None:
             raise _translated(answer, repo) from error
         if "JSONDecodeError" in kinds:  # a page of a proxy, or of a hub that is down
-            raise Unreachable(f"{SETTING}: {repo}: the hub's answer is not one of a hub") from error
+            raise Unreachable(
+                f"{SETTING}: {repo}: the answer is not one of a hub; check HF_ENDPOINT and proxies"
+            ) from error
         raise
 
 

@@ -1,46 +1,30 @@
 """The target `oci`: an image without a program, for Kubernetes' `image` volumes, KServe's modelcars, and `docker cp`.
 
-Its files lie under `/models`: the adapter at the top, each exported format in a folder. It has the media types of plain
-images, so that every registry and container runtime takes it: an index of two manifests, for amd64 and arm64, with the
-same layers. A large file is a layer of its own; all small ones share one. Everything in it is determined by the files:
-the same run has the same digest every time, and `verify` computes it again.
-
-The protocol is spoken by `oras`, which also reads credentials from Docker's config.json (also that of DOCKER_CONFIG).
-OCI_USERNAME and OCI_PASSWORD come first where they are set. The tag is written last, when the registry has all else.
+`oci_image` makes the image. The protocol is spoken by `oras`, which also reads credentials from Docker's config.json
+(also that of DOCKER_CONFIG). OCI_USERNAME and OCI_PASSWORD come first where they are set. The tag is written last, when
+the registry has all else.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import re
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from job import log
+from job.common.disk import disk_errors
 from job.common.hashing import hash_file
 from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachable
 from job.push.files import PushContent, PushFile
+from job.push.oci_image import FOLDER, INDEX, LAYER, MANIFEST, Blob, layer_blob, layers_of, make_image, write_layer
 from job.settings.load import environment
-from job.storage.base import disk_errors
 
 SETTING = "JOB_EXPORT__OCI"
-FOLDER = "models"
-"""Where KServe looks for the model in a modelcar."""
-ARCHITECTURES = ("amd64", "arm64")
-INDEX = "application/vnd.oci.image.index.v1+json"
-MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-CONFIG = "application/vnd.oci.image.config.v1+json"
-LAYER = "application/vnd.oci.image.layer.v1.tar"
-OWN_LAYER = 16 << 20
-"""Bytes from which a file is a layer of its own: what changes often is small, and what is large is uploaded once."""
 _CHUNK = 64 << 20
 """Bytes of one request: larger layers are uploaded in several, and so much of one is in memory."""
 _TIMEOUT = (10.0, 300.0)
@@ -58,127 +42,6 @@ _NO_CHUNKS = {
 }
 _DOCKER_HUB = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
 _DOCKER_LOGIN = "https://index.docker.io/v1/"
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A part of the image: media type, SHA-256, size in bytes; `data` where it is small and made here."""
-
-    media_type: str
-    sha256: str
-    size: int
-    data: bytes = b""
-
-    @property
-    def digest(self) -> str:
-        """As registries write it."""
-        return f"sha256:{self.sha256}"
-
-    @property
-    def descriptor(self) -> dict[str, Any]:
-        """As manifests refer to it."""
-        return {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
-
-
-@dataclass(frozen=True)
-class Image:
-    """The image of a run: configurations and manifests by architecture, and the index."""
-
-    configs: tuple[Blob, ...]
-    manifests: tuple[Blob, ...]
-    index: Blob
-
-
-def layers_of(files: Sequence[PushFile]) -> list[list[PushFile]]:
-    """The files of each layer: every large file alone, then all small ones together."""
-    small = [file for file in files if file.bytes < OWN_LAYER]
-    return [*([file] for file in files if file.bytes >= OWN_LAYER), *([small] if small else [])]
-
-
-def write_layer(files: Sequence[PushFile], copies: Mapping[str, Path], target: IO[bytes]) -> None:
-    """Writes a layer: a tar file whose bytes depend on names and contents alone.
-
-    Args:
-        files: Of the layer.
-        copies: By path, where each of them lies.
-        target: Written to from start to end, never sought in.
-    """
-    with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        paths = [PurePosixPath(FOLDER, file.path) for file in files]
-        folders = {parent for path in paths for parent in path.parents if parent.name}
-        for folder in sorted(folders):
-            tar.addfile(_entry(str(folder), tarfile.DIRTYPE, 0o755, 0))
-        for file, path in zip(files, paths, strict=True):
-            with copies[file.path].open("rb") as content:
-                tar.addfile(_entry(str(path), tarfile.REGTYPE, 0o644, file.bytes), content)
-
-
-def _entry(name: str, kind: bytes, mode: int, size: int) -> tarfile.TarInfo:
-    """No owner but root, and no time: they would change the digest."""
-    entry = tarfile.TarInfo(name)
-    entry.type, entry.mode, entry.size = kind, mode, size
-    return entry
-
-
-class _Hash(io.RawIOBase):
-    """A file that only counts and hashes what is written to it."""
-
-    def __init__(self) -> None:
-        self.sha256, self.bytes = hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return len(data)
-
-
-def layer_blob(files: Sequence[PushFile], copies: Mapping[str, Path]) -> Blob:
-    """The layer's digest and size, without writing it."""
-    total = _Hash()
-    write_layer(files, copies, total)  # type: ignore[arg-type]
-    return Blob(LAYER, total.sha256.hexdigest(), total.bytes)
-
-
-def make_image(layers: Sequence[Blob], run: str, files_sha256: str) -> Image:
-    """The image of these layers."""
-    labels = {"org.opencontainers.image.title": f"qlora-job run {run}", "qlora-job.files.sha256": files_sha256}
-    configs, manifests = [], []
-    for architecture in ARCHITECTURES:
-        config = _json_blob(
-            CONFIG,
-            {
-                "architecture": architecture,
-                "os": "linux",
-                "config": {"Labels": labels},
-                "rootfs": {"type": "layers", "diff_ids": [layer.digest for layer in layers]},
-                "history": [{"created_by": "qlora-job"} for _ in layers],
-            },
-        )
-        manifest = {
-            "schemaVersion": 2,
-            "mediaType": MANIFEST,
-            "config": config.descriptor,
-            "layers": [layer.descriptor for layer in layers],
-            "annotations": labels,
-        }
-        configs.append(config)
-        manifests.append(_json_blob(MANIFEST, manifest))
-    entries = [
-        {**manifest.descriptor, "platform": {"architecture": architecture, "os": "linux"}}
-        for architecture, manifest in zip(ARCHITECTURES, manifests, strict=True)
-    ]
-    index = _json_blob(INDEX, {"schemaVersion": 2, "mediaType": INDEX, "manifests": entries, "annotations": labels})
-    return Image(tuple(configs), tuple(manifests), index)
-
-
-def image_digest(files: Sequence[PushFile], copies: Mapping[str, Path], run: str, files_sha256: str) -> str:
-    """The digest of a run's image, computed from its files; see `verify`."""
-    return make_image([layer_blob(group, copies) for group in layers_of(files)], run, files_sha256).index.digest
-
-
-def _json_blob(media_type: str, value: Mapping[str, Any]) -> Blob:
-    data = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    return Blob(media_type, hashlib.sha256(data).hexdigest(), len(data), data)
 
 
 @dataclass(frozen=True)
@@ -214,7 +77,7 @@ class OciTarget:
             location = registry._get_location(started, container)  # noqa: SLF001 - oras makes it absolute
             if location:
                 registry.session.delete(location, timeout=_TIMEOUT, headers=_authorization(registry.auth))
-        return f"{self.reference}: the registry takes uploads"
+        return f"{self.reference}: the registry accepts uploads"
 
     def changes(self, content: PushContent) -> list[tuple[str, str, int]]:
         """(`new` or `same`, path, bytes) of every file: whether the registry has its layer."""
@@ -249,7 +112,10 @@ class OciTarget:
             content.alive()
             _put_manifest(registry, container, image.index, str(container.tag))
             if (found := _tagged(registry, container)) != image.index.digest:
-                raise Unreachable(f"{SETTING}: {self.reference} was moved to {found} by somebody else meanwhile")
+                raise Unreachable(
+                    f"{SETTING}: {self.reference} was moved to {found} by somebody else during the "
+                    "push; push the run again"
+                )
         return image.index.digest
 
     def _push_layer(self, registry: Any, container: Any, content: PushContent, group: Sequence[PushFile]) -> Blob:
@@ -384,7 +250,9 @@ def _upload(registry: Any, container: Any, blob: Blob, path: Path) -> None:
             answer: Any = error.response
             if answer.status_code not in _NO_CHUNKS:
                 raise
-            log.get_logger().info("the registry takes no chunks: uploading whole", status=answer.status_code)
+            log.get_logger().info(
+                "the registry does not accept chunks: uploading each file whole", status=answer.status_code
+            )
             _upload_whole(registry, container, blob, path)
     else:
         registry.upload_blob(str(path), container, blob.descriptor, do_chunked=False)
@@ -397,7 +265,7 @@ def _upload_whole(registry: Any, container: Any, blob: Blob, path: Path) -> None
     begun = registry.do_request(f"{registry.prefix}://{container.upload_blob_url()}", "POST", headers=_OCTETS)
     location = registry._get_location(begun, container)  # noqa: SLF001 - it knows the ways in which registries tell it
     if not location:
-        raise ValueError("the registry tells no address for the upload")
+        raise ValueError("the registry gives no address for the upload")
     with path.open("rb") as data:
         registry.do_request(append_url_params(location, {"digest": blob.digest}), "PUT", data=data, headers=_OCTETS)
 
@@ -446,7 +314,9 @@ def _translated(answer: Any, reference: str) -> JobError:
         codes = ", ".join(str(one.get("code")) for one in answer.json()["errors"])
     except (ValueError, KeyError, TypeError, AttributeError):
         codes = ""
-    known = {HTTPStatus.NOT_FOUND: "; is there such a repository? Some registries want it made first"}.get(status, "")
+    known = {HTTPStatus.NOT_FOUND: "; is there such a repository? some registries need it to be created first"}.get(
+        status, ""
+    )
     return SettingsError(
         [Problem(SETTING, f"{reference}: the registry refuses (HTTP {status}) {codes}{known}".strip())]
     )

@@ -125,7 +125,7 @@ def push_run(
             content = content_of(store, results, Path(work), alive)
             known = recorded(store, target.kind, target.place)
             if known is not None and known.files_sha256 == content.sha256 and not again:
-                log.get_logger().info("is pushed already", target=target.kind, place=target.place, id=known.id)
+                log.get_logger().info("the run is already pushed", target=target.kind, place=target.place, id=known.id)
                 done.append(known)
                 continue
             log.get_logger().info(

@@ -16,7 +16,7 @@ from job.common.methods import METHODS
 from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
 from job.evaluation.comparison import original_tasks
-from job.report import wording
+from job.report import audit_wording, export_wording, wording
 from job.report.prompts import ShownPrompt
 from job.report.templating import render
 from job.results.public_bases import last_part, public_base
@@ -46,7 +46,7 @@ def render_model_card(
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     model, dataset, tasks = results["model"], results["dataset"], results["evaluation"]["tasks"]
     name, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
-    known = revision is not None or settings.get("model.name") is not None
+    has_public_name = revision is not None or settings.get("model.name") is not None
     title = f"{last_part(name)}, fine-tuned on {_sources(dataset, short=True)}"
     licence = _licence(dataset)
     body = render(
@@ -68,7 +68,7 @@ def render_model_card(
         licence=licence,
         name=name,
         revision=revision,
-        known=known,
+        has_public_name=has_public_name,
         adapter_options=_adapter_options(settings),
         warmup=count(settings["train.warmup_steps"], "step")
         if settings.get("train.warmup_ratio") is None
@@ -90,21 +90,21 @@ def render_model_card(
         accuracies={name: wording.accuracies(name, results) for name in tasks},
         scope=wording.scope(results["evaluation"]["tasks"]),
         original=original_tasks(results),
-        exports=wording.exports(results),
+        exports=export_wording.exports(results),
         not_served=why_not_served(settings),
         patterns=has_patterns(settings),
         hub=settings.get("export.hub"),
         pushed_to=[place for place in (settings.get("export.hub"), settings.get("export.oci")) if place],
         validation=wording.validation(results["training"], dataset),
-        audit=wording.audit_sentence(dataset),
+        audit=audit_wording.audit_sentence(dataset),
         prompts=prompts[:MAX_PROMPTS],
-        unsafe_answers=wording.unsafe_answers(results),
+        unsafe_answers=audit_wording.unsafe_answers(results),
         principles=wording.principles(results),
         asked=results["evaluation"].get("prompts"),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
         signer=signer,
     )
-    text = f"---\n{_metadata(results, settings, title, licence, name if known else None)}\n---\n\n{body}"
+    text = f"---\n{_metadata(results, settings, title, licence, name if has_public_name else None)}\n---\n\n{body}"
     return text.encode("utf-8", errors="replace")
 
 
@@ -119,10 +119,10 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any], si
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     model, dataset, name = results["model"], results["dataset"], export["format"]
     base, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
-    known = revision is not None or settings.get("model.name") is not None
-    shown = next(one for one in wording.exports(results) if one["format"] == name)
+    has_public_name = revision is not None or settings.get("model.name") is not None
+    shown = next(one for one in export_wording.exports(results) if one["format"] == name)
     merged = next((one for one in results["exports"] if one["format"] == MERGED), {"reason": ""})
-    held = export.get("quantization")
+    quantization = export.get("quantization")
     folder = export_folder(name)
     files = [artifact["path"].removeprefix(folder) for artifact in results["artifacts"]]
     title = f"{last_part(base)}, fine-tuned on {_sources(dataset, short=True)}, {name}"
@@ -148,22 +148,24 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any], si
         copy=is_adapter(name),
         hub=settings.get("export.hub"),
         branch=settings.get("export.hub_revision"),
-        known=known,
+        has_public_name=has_public_name,
         not_served=why_not_served(settings),
         rank=admitted_rank(published_rank(settings)),
-        needs=_READERS.get(held["method"]) if held else None,
+        needs=_READERS.get(quantization["method"]) if quantization else None,
         auto=_auto(model),
         prompt=PROMPTS[dataset["format"]],
         source=_sources(dataset, short=False),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
         signer=signer,
-        calibration=held and held["calibration"],
+        calibration=quantization and quantization["calibration"],
         scope=wording.scope(results["evaluation"]["tasks"]),
         licence=licence,
     )
     scored = {row["task"]: row["acc"] for row in shown["rows"] if row["published"]}
-    tags = ["quantized", held["method"]] if held else ["lora"] if is_adapter(name) else ["merged"]
-    metadata = _export_metadata(results, scored, title=title, licence=licence, base=base if known else None, tags=tags)
+    tags = ["quantized", quantization["method"]] if quantization else ["lora"] if is_adapter(name) else ["merged"]
+    metadata = _export_metadata(
+        results, scored, title=title, licence=licence, base=base if has_public_name else None, tags=tags
+    )
     return f"---\n{metadata}\n---\n\n{body}".encode(errors="replace")
 
 

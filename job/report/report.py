@@ -21,7 +21,7 @@ from job.evaluation.comparison import original_tasks
 from job.evaluation.prompt_answers import parse_answers
 from job.evaluation.statistics import wilson_interval
 from job.records import Artifact, StepMetrics, ValidationMetrics
-from job.report import charts, wording
+from job.report import audit_wording, charts, export_wording, wording
 from job.report.changed_answers import changed_answers
 from job.report.prompts import ShownPrompt, shown_prompts
 from job.report.templating import render
@@ -170,17 +170,17 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         },
         original=original_tasks(results),
         scope=wording.scope(results["evaluation"]["tasks"]),
-        exports=(exported := wording.exports(results)),
+        exports=(exported := export_wording.exports(results)),
         export_charts=_export_intervals(exported),
-        audit=wording.audit(results["dataset"]),
-        audit_safety=wording.audit_safety(results["dataset"]),
-        unsafe_answers=wording.unsafe_answers(results),
+        audit=audit_wording.audit(results["dataset"]),
+        audit_safety=audit_wording.audit_safety(results["dataset"]),
+        unsafe_answers=audit_wording.unsafe_answers(results),
         principles=wording.principles(results),
-        audit_statistics=wording.audit_statistics(results["dataset"]),
+        audit_statistics=audit_wording.audit_statistics(results["dataset"]),
         policy_rules=wording.policy_rules(results["gate"]),
         baseline_dtype=wording.other_dtype_of_baseline(results),
         pushed=after.pushed,
-        served=[(check, wording.about_served(check)) for check in after.served],
+        served=[(check, export_wording.about_served(check)) for check in after.served],
         accuracies=accuracies,
         charts={name: _intervals(rows) for name, rows in accuracies.items()},
         changed={name: changed_answers(*sides) for name, sides in evidence.answers.items()},

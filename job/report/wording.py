@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from job.common.export_formats import is_adapter
-from job.common.findings import KINDS, statistics
-from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
+from job.common.formatting import count, enumeration, figure, p_value, percent, points
 from job.common.methods import METHODS
 from job.evaluation import policy
 from job.evaluation.comparison import original_tasks
 from job.evaluation.policy import of_metric
 from job.evaluation.principles import verdict_words
 from job.evaluation.statistics import wilson_interval
-from job.records import FP8, NEAR, ServeCheck
+from job.records import FP8
 from job.results.reader import scored_in
 
 _SAYS = {
@@ -44,6 +42,7 @@ _SAYS_OF_BOTH = {
 """By the verdicts against the quantized base and against the unquantized one."""
 
 MAX_NAMES = 3
+"""Names of tasks in a sentence."""
 _INTERVAL = "95 % interval "
 
 
@@ -55,14 +54,14 @@ def scope(tasks: Mapping[str, Any]) -> str:
 
 def shots(evaluation: Mapping[str, Any]) -> str:
     """With how many examples in the prompt the questions were asked."""
-    found = {
+    shots_by_task = {
         name: task.get("num_fewshot", 0)
         for name, task in (*evaluation["tasks"].items(), *evaluation.get("measured", {}).items())
     }
-    if not any(found.values()):
+    if not any(shots_by_task.values()):
         return "without examples in the prompt"
     return "with " + enumeration(
-        [f"{count(number, 'example')} in the prompt of {name}" for name, number in found.items()]
+        [f"{count(number, 'example')} in the prompt of {name}" for name, number in shots_by_task.items()]
     )
 
 
@@ -73,14 +72,14 @@ def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     quantized base may be what quantization had cost.
     """
     tasks, original = results["evaluation"]["tasks"], original_tasks(results)
-    found: dict[tuple[str, str], list[str]] = {}
+    tasks_by_verdict: dict[tuple[str, str], list[str]] = {}
     for name, task in tasks.items():
         if name in original:
-            verdict, left = task["verdict"], original[name]["adapter_versus_original"]["acc"]["verdict"]
-            shown = "inconclusive" if verdict == "improved" != left else verdict
-            found.setdefault((shown, _SAYS_OF_BOTH[verdict, left]), []).append(name)
+            verdict, versus_original = task["verdict"], original[name]["adapter_versus_original"]["acc"]["verdict"]
+            shown = "inconclusive" if verdict == "improved" != versus_original else verdict
+            tasks_by_verdict.setdefault((shown, _SAYS_OF_BOTH[verdict, versus_original]), []).append(name)
         else:
-            found.setdefault((task["verdict"], _SAYS[task["verdict"]]), []).append(name)
+            tasks_by_verdict.setdefault((task["verdict"], _SAYS[task["verdict"]]), []).append(name)
     order = [*_SAYS_OF_BOTH.values(), *_SAYS.values()]
     base = _base(results)
 
@@ -89,7 +88,7 @@ def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     return [
         (verdict, sentence.format(base=base, tasks=named(names)))
-        for (verdict, sentence), names in sorted(found.items(), key=lambda item: order.index(item[0][1]))
+        for (verdict, sentence), names in sorted(tasks_by_verdict.items(), key=lambda item: order.index(item[0][1]))
     ]
 
 
@@ -113,34 +112,34 @@ def other_dtype_of_baseline(results: Mapping[str, Any]) -> str:
 
 def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[str]:
     """Sentences about the validation losses, and about the step that was chosen by them; none without validation."""
-    found, rows = training.get("validation"), dataset.get("validation")
-    if not found or not rows:
+    record, validation_rows = training.get("validation"), dataset.get("validation")
+    if not record or not validation_rows:
         return []
     losses = (
-        f"{figure(found['first_loss'])} before training, {figure(found['last_loss'])} after step {training['steps']}"
+        f"{figure(record['first_loss'])} before training, {figure(record['last_loss'])} after step {training['steps']}"
     )
-    lowest = f"lowest after step {found['best_step']} ({figure(found['best_loss'])})"
-    where = "held out of the training data" if rows["held_out"] else "of a source of their own"
-    unit = "" if found.get("preference") else ", in nats a token"
-    sentences = [f"Loss on {count(rows['rows'], 'validation row')} {where}{unit}: {losses}, {lowest}."]
-    if "rewards/accuracies" in found.get("preference", {}):
-        share = percent(found["preference"]["rewards/accuracies"])
-        sentences.append(f"By the adapter of step {found['kept_step']:,}, {share} of their pairs are ranked right.")
-    if found["stopped_early"]:
+    lowest = f"lowest after step {record['best_step']} ({figure(record['best_loss'])})"
+    where = "held out of the training data" if validation_rows["held_out"] else "of a source of their own"
+    unit = "" if record.get("preference") else ", in nats a token"
+    sentences = [f"Loss on {count(validation_rows['rows'], 'validation row')} {where}{unit}: {losses}, {lowest}."]
+    if "rewards/accuracies" in record.get("preference", {}):
+        share = percent(record["preference"]["rewards/accuracies"])
+        sentences.append(f"By the adapter of step {record['kept_step']:,}, {share} of their pairs are ranked right.")
+    if record["stopped_early"]:
         sentences.append(
-            f"Training stopped after step {training['steps']:,} of {found['planned_steps']:,}, when "
-            f"{count(found['stale'], 'validation')} in a row had not lowered the loss."
+            f"Training stopped after step {training['steps']:,} of {record['planned_steps']:,}, when "
+            f"{count(record['stale'], 'validation')} in a row had not lowered the loss."
         )
-    if found["keep"] == "best":
+    if record["keep"] == "best":
         what = (
-            f"that of step {found['kept_step']:,}"
-            if found["kept_step"]
+            f"that of step {record['kept_step']:,}"
+            if record["kept_step"]
             else "untrained, since no step lowered the loss"
         )
         sentences.append(f"The adapter is {what}, selected on validation; accuracy is reported on the test questions.")
-    elif found["stopped_early"]:
+    elif record["stopped_early"]:
         sentences.append("The adapter is that of the last step; accuracy is reported on the test questions.")
-    if overlap := rows["duplicates"] + rows["near_duplicates"]:
+    if overlap := validation_rows["duplicates"] + validation_rows["near_duplicates"]:
         sentences.append(f"{overlap:,} of the validation rows are near or exact copies of rows that were trained on.")
     return sentences
 
@@ -160,35 +159,35 @@ def quantization_cost(name: str, results: Mapping[str, Any]) -> list[str]:
         f"{quantization}; training {_change(gain, 'lost')}; the adapter is {_stands(left)}.",
     ]
     if gain["verdict"] == "improved" and left["verdict"] == "regressed":
-        sentences.append("Training won back a part of what quantization cost, and no more.")
+        sentences.append("Training regained only a part of what quantization cost.")
     if gain["verdict"] == "improved" and left["verdict"] == "inconclusive":
-        sentences.append("That training gained more than quantization cost is not shown.")
+        sentences.append("It is not shown that training gained more than quantization cost.")
     return sentences
 
 
-def _change(found: Mapping[str, Any], lost: str, unit: str = "") -> str:
+def _change(comparison: Mapping[str, Any], lost: str, unit: str = "") -> str:
     """`cost 4.84 points (3.33 to 6.38)`: a paired difference in words; `lost` is the word for a negative one."""
-    word = lost if found["delta"] < 0 else "gained" if found["delta"] else "changed accuracy by"
-    return f"{word} {_amount(found, unit=unit)}"
+    word = lost if comparison["delta"] < 0 else "gained" if comparison["delta"] else "changed accuracy by"
+    return f"{word} {_amount(comparison, unit=unit)}"
 
 
-def _stands(found: Mapping[str, Any]) -> str:
+def _stands(comparison: Mapping[str, Any]) -> str:
     """`2.95 points below the unquantized base (1.47 to 4.44)`."""
-    word = "below" if found["delta"] < 0 else "above" if found["delta"] else "from"
-    return _amount(found, after=f" {word} the unquantized base")
+    word = "below" if comparison["delta"] < 0 else "above" if comparison["delta"] else "from"
+    return _amount(comparison, after=f" {word} the unquantized base")
 
 
-def _amount(found: Mapping[str, Any], *, unit: str = "", after: str = "") -> str:
+def _amount(comparison: Mapping[str, Any], *, unit: str = "", after: str = "") -> str:
     """A paired difference in points without its sign, and its interval, whose bounds have signs where these differ.
 
     Of a negative difference the interval is negated too, so that it is about the same amount.
     """
-    low, high = found["ci95"]
-    if found["delta"] < 0:
+    low, high = comparison["ci95"]
+    if comparison["delta"] < 0:
         low, high = -high, -low
     bounds = " to ".join(points(bound).removeprefix("+" if low >= 0 else "") for bound in (low, high))
-    said = ", no difference shown" if found["verdict"] == "inconclusive" else ""
-    return f"{100 * abs(found['delta']):.2f} points{after} ({unit}{bounds}{said})"
+    remark = ", no difference shown" if comparison["verdict"] == "inconclusive" else ""
+    return f"{100 * abs(comparison['delta']):.2f} points{after} ({unit}{bounds}{remark})"
 
 
 def explanation(name: str, results: Mapping[str, Any]) -> list[str]:
@@ -198,10 +197,10 @@ def explanation(name: str, results: Mapping[str, Any]) -> list[str]:
     low, high = task["ci95"]
     holm = f" and Holm's correction for {tasks} tasks" if tasks > 1 else ""
     changed = (
-        "Not one question was answered right by only one of the two."
+        "No question was answered right by only one of the two."
         if not task["improved"] + task["regressed"]
-        else f"{count(task['improved'], 'question')} got better and {task['regressed']:,} worse; chance alone splits "
-        f"them as unevenly with p = {p_value(task['holm_p'])} (exact McNemar test{holm})."
+        else f"{count(task['improved'], 'question')} got better and {task['regressed']:,} worse; if both were "
+        f"equally good, a split at least as uneven would have p = {p_value(task['holm_p'])} (exact McNemar test{holm})."
     )
     scored = (
         f"Of {task['n']:,} questions of {name}, the {base} answers {percent(task['base']['acc'])} right and the "
@@ -225,7 +224,7 @@ def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
         return []
     rest = task["without_overlap"]
     if rest is None:
-        return ["Training rows have its questions in them, and fewer than two are left without these."]
+        return ["Training rows contain its questions, and fewer than two questions are left without these."]
     low, high = map(points, rest["ci95"])
     base = _base(results, "base model")
     what = {"improved": "better", "regressed": "worse"}.get(rest["verdict"], "no difference shown")
@@ -234,123 +233,43 @@ def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
         f"{percent(rest['adapter']['acc'])}: {points(rest['delta'])} percentage points (95 % interval "
         f"{low} to {high}, {what})."
     )
-    return [f"Training rows have {task['n'] - rest['n']:,} of these questions in them. Without these, {figures}"]
+    return [f"Training rows contain {task['n'] - rest['n']:,} of these questions. Without them, {figures}"]
 
 
 def near_ties(name: str, results: Mapping[str, Any]) -> list[str]:
     """A sentence on the questions that rounding may decide, by accuracy; none in manifests of older versions."""
-    found = results["evaluation"].get("near_ties")
-    if found is None:
+    near = results["evaluation"].get("near_ties")
+    if near is None:
         return []
-    task = found["tasks"][name]["acc"]
-    what = f"two likeliest choices at most {found['bound']:g} nats apart, which rounding in {found['dtype']} may decide"
+    task = near["tasks"][name]["acc"]
+    what = f"two likeliest choices at most {near['bound']:g} nats apart, which rounding in {near['dtype']} may decide"
     if not task["base"] + task["adapter"]:
         return [f"No question is a near tie ({what})."]
     low, high = (points(task[end]["delta"]) for end in ("lowest", "highest"))
     verdict = "holds" if task["holds"] else "would not hold"
     counts = f"{task['base']:,} of the base's answers and {task['adapter']:,} of the adapter's"
-    worst = f"the difference would lie between {low} and {high} points, and the verdict {verdict}"
-    return [f"Near ties ({what}) are {counts}: if all fell the worst way, {worst}."]
-
-
-def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each kind of finding of the audit: what it is, in how many rows, where, and what became of the rows."""
-    found = dataset.get("audit") or {"checks": {}}
-    words = {"record": "kept", "skip": "left out", "error": "none"}
-    return [
-        {
-            "kind": kind,
-            "title": _plural(KINDS.get(kind, kind)),
-            "rows": check["rows"],
-            "places": _by_file(check["places"]),
-            "more": max(0, (check["rows"] or 0) - len(check["places"])),
-            "became": words[check["action"]] if check["rows"] else "",
-            "checked_by": check["checked_by"],
-            "not_checked": check["not_checked"],
-        }
-        for kind, check in found["checks"].items()
-    ]
-
-
-def audit_statistics(dataset: Mapping[str, Any]) -> list[str]:
-    """What kind of text the rows are, in sentences; none for runs without an audit."""
-    return statistics(dataset.get("audit") or {}, dataset.get("long_rows", {}))
-
-
-def audit_safety(dataset: Mapping[str, Any]) -> str:
-    """What the classifier of JOB_DATA__SAFETY_MODEL is, and when a row is unsafe; empty without one."""
-    safety = (dataset.get("audit") or {}).get("safety")
-    if safety is None:
-        return ""
-    at = f" at commit {safety['revision'][:12]}" if safety["revision"] else ""
-    return (
-        f"Unsafe rows are those to which the classifier {safety['model']}{at} (SHA-256 {safety['sha256'][:12]}...) "
-        f"gives a probability of at least {safety['threshold']:g} for {enumeration(safety['unsafe_labels'])}."
-    )
-
-
-def unsafe_answers(results: Mapping[str, Any]) -> str:
-    """How many answers to the prompts are unsafe, in a sentence; empty where no classifier scored them."""
-    found = results["evaluation"].get("unsafe_answers")
-    if found is None:
-        return ""
-    safety = results["dataset"]["audit"]["safety"]
-    return (
-        f"By the classifier {safety['model']}, {found['base']:,} of the base's answers and {found['adapter']:,} of the "
-        f"adapter's are unsafe, with a probability of at least {safety['threshold']:g}."
-    )
+    extremes = f"between {low} and {high} points; in the worst case the verdict {verdict}"
+    return [f"Near ties ({what}) are {counts}. Depending on them, the difference is {extremes}."]
 
 
 def principles(results: Mapping[str, Any]) -> str:
     """What the judge says of the answers, in sentences; empty where nothing was judged."""
-    found = results["evaluation"].get("principles")
-    if found is None:
+    judged = results["evaluation"].get("principles")
+    if judged is None:
         return ""
-    name = found["model"] + (f" ({found['served']})" if found["served"] else "")
-    said = (
-        f"The judge {name} compared the answers by {count(len(found['rules']), 'written rule')}, in both orders: it "
-        f"prefers the adapter's {found['adapter']:,} times, the base's {found['base']:,} times, and "
-        f"{count(found['ties'], 'pair')} {'is a tie' if found['ties'] == 1 else 'are ties'} ({found['same']:,} with "
-        f"the same text, {found['inconsistent']:,} judged by position, {found['undecided']:,} undecided)."
+    name = judged["model"] + (f" ({judged['served']})" if judged["served"] else "")
+    text = (
+        f"The judge {name} compared the answers by {count(len(judged['rules']), 'written rule')}, in both orders: it "
+        f"prefers the adapter's {judged['adapter']:,} times, the base's {judged['base']:,} times, and "
+        f"{count(judged['ties'], 'pair')} {'is a tie' if judged['ties'] == 1 else 'are ties'} ({judged['same']:,} with "
+        f"the same text, {judged['inconsistent']:,} judged by position, {judged['undecided']:,} undecided)."
     )
-    if found["p"] is None:
-        return f"{said} There is no preference to test."
-    low, high = (100 * end for end in found["ci95"])
-    word = {"inconclusive": "No preference is shown"}.get(verdict_words(found), verdict_words(found).capitalize())
-    share = f"of {found['adapter'] + found['base']:,} preferences {100 * found['share']:.0f} % are for the adapter"
-    return f"{said} {word}: {share} (95 % interval {low:.0f} % to {high:.0f} %, sign test p = {found['p']:.2g})."
-
-
-def audit_sentence(dataset: Mapping[str, Any]) -> str:
-    """What the audit found, in a sentence or two for the model card; empty for runs without one."""
-    kinds = audit(dataset)
-    found = [f"{one['title'][0].lower()}{one['title'][1:]}: {one['rows']:,}" for one in kinds if one["rows"]]
-    missing = [one["kind"].replace("_", "-") for one in kinds if one["not_checked"]]
-    parts = []
-    if kinds:
-        parts.append(f"The audit of the data found {'; '.join(found) or 'nothing'}.")
-    if missing:
-        parts.append(f"It could not check {enumeration(missing)}.")
-    return " ".join(parts)
-
-
-def _plural(title: str) -> str:
-    """The title of a kind of rows as a heading, such as `Rows with an e-mail address`."""
-    rows = title.replace("row", "rows", 1)
-    return f"{rows[0].upper()}{rows[1:]}"
-
-
-def _by_file(places: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Places such as `file:17`, one after the other of the same file as one: the file, and what comes after it."""
-    found: list[tuple[str, list[str]]] = []
-    for place in places:
-        file, colon, number = place.rpartition(":")
-        if not colon:
-            file, number = place, ""
-        if not found or found[-1][0] != file:
-            found.append((file, []))
-        found[-1][1].append(number)
-    return found
+    if judged["p"] is None:
+        return f"{text} There is no preference to test."
+    low, high = (100 * end for end in judged["ci95"])
+    word = {"inconclusive": "No preference is shown"}.get(verdict_words(judged), verdict_words(judged).capitalize())
+    share = f"of {judged['adapter'] + judged['base']:,} preferences {100 * judged['share']:.0f} % are for the adapter"
+    return f"{text} {word}: {share} (95 % interval {low:.0f} % to {high:.0f} %, sign test p = {judged['p']:.2g})."
 
 
 def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -361,7 +280,7 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     the adapter with the base it was trained on.
     """
     task, original = results["evaluation"]["tasks"][name], original_tasks(results).get(name)
-    found = []
+    rows = []
     for metric in ("acc", "acc_norm"):
         comparison = of_metric(task, metric)
         if comparison is None:
@@ -379,7 +298,7 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 ("training", comparison),
                 ("both", original["adapter_versus_original"][metric]),
             ]
-        found.append(
+        rows.append(
             {
                 "metric": metric,
                 **{key: accuracy for key, _, accuracy in sides},
@@ -391,7 +310,7 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "comparison": comparison,
             }
         )
-    return found
+    return rows
 
 
 def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -405,101 +324,6 @@ def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
         }
         for rule in gate.get("policy", {}).get("rules", ())
     ]
-
-
-def _tasks_not_scored(export: Mapping[str, Any]) -> str:
-    others = export.get("tasks_not_scored")
-    return f" Tasks without choices were not scored for it: {', '.join(others)}." if others else ""
-
-
-def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each exported format: a sentence about what is published, and a row for each candidate and task.
-
-    A row has the accuracies of base, adapter and candidate, and the comparisons with the two; where the unquantized
-    base was scored also those of it, else None for them. None without exports.
-    """
-    tasks, original = results["evaluation"]["tasks"], original_tasks(results)
-    return [
-        {
-            "format": export["format"],
-            "what": "a copy of the adapter" if is_adapter(export["format"]) else "the whole model",
-            "sentence": _about_export(export) + _tasks_not_scored(export),
-            "rows": [
-                {
-                    "task": task,
-                    "n": one["n"],
-                    "candidate": export["format"]
-                    if is_adapter(export["format"])
-                    else f"{export['format']} onto {candidate}",
-                    "published": candidate == export["candidate"] and export.get("published", True),
-                    "base": tasks[task]["base"]["acc"],
-                    "adapter": tasks[task]["adapter"]["acc"],
-                    "acc": one["scores"]["acc"],
-                    "versus_base": one["versus_base"]["acc"],
-                    "versus_adapter": one["versus_adapter"]["acc"],
-                    "original": original[task]["scores"]["acc"] if task in original else None,
-                    "versus_original": one["versus_original"]["acc"] if "versus_original" in one else None,
-                }
-                for candidate, found in export["candidates"].items()
-                for task, one in found.items()
-            ],
-        }
-        for export in results.get("exports", ())
-    ]
-
-
-def _about_export(export: Mapping[str, Any]) -> str:
-    """What of a format is published, how it is quantized, and whether it was scored."""
-    if export.get("not_made"):
-        return (
-            f"{export['format']} was asked for and is NOT published, since it could not be made: {export['not_made']}."
-        )
-    if is_adapter(export["format"]):
-        return (
-            f"Published is {export['format']}: the files of the adapter with its numbers in {export['dtype']}, "
-            f"{size(export['bytes'], ' ')}, scored on the run's own base in {export['scored_in']}."
-        )
-    held = export.get("quantization")
-    if held is None:
-        begin = "Published is" if export.get("published", True) else "Not published, but what the others are made from:"
-        what = f"{export['format']} onto {export['candidate']} weights, in {export['dtype']}"
-        return f"{begin} {what}: {export['reason']}."
-    kept = held["kept"]
-    text = (
-        f"Published is {export['format']}, made from the merge onto {export['candidate']} weights: {held['scheme']} "
-        f"({held['method']}), {held['bits']:g} bits a weight, {size(export['bytes'], ' ')}, by {held['library']} "
-        f"{held['version']}; {count(held['layers'], 'layer')} quantized"
-    )
-    if kept:
-        text += f", not quantized: {', '.join(kept[:MAX_NAMES])}{' and others' if len(kept) > MAX_NAMES else ''}"
-    if of_gguf := held.get("gguf"):
-        numbers = ", ".join(f"{number:,} in {name}" for name, number in of_gguf["types"].items())
-        text += f", {of_gguf['bits_per_weight']:.2f} bits with all scales ({numbers})"
-        if otherwise := of_gguf["tokenized_otherwise"]:
-            text += f"; llama.cpp tokenizes {count(len(otherwise), 'text')} of a test otherwise than the tokenizer"
-    if rows := held["calibration"]:
-        text += f"; calibrated on {count(rows['rows'], 'row')} of the training data"
-    if export.get("not_scored"):
-        text += f". It was NOT scored: {export['not_scored']}"
-    return f"{text}."
-
-
-def about_served(check: ServeCheck) -> str:
-    """What a serve check found, in a sentence."""
-    how = {"greedy": "its greedy answers"}.get(check.way, "its log-likelihoods")
-    text = (
-        f"Of {count(len(check.asked), 'question')}, {check.server} answers {check.alike} as the records say, by {how}"
-    )
-    if near := len(check.compared) - check.alike - len(check.different):
-        text += f"; {near} differ in a near tie (below {NEAR} nats)"
-    if check.different:
-        text += f"; {len(check.different)} differ"
-    if silent := len(check.asked) - len(check.compared):
-        text += f"; {count(silent, 'answer')} begin with no choice"
-    gaps = [one.difference for one in check.asked if one.difference is not None]
-    if gaps:
-        text += f"; log-likelihoods differ by at most {max(gaps):.3f} nats"
-    return f"{text}."
 
 
 def in_fp8(training: Mapping[str, Any]) -> bool:

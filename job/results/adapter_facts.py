@@ -19,21 +19,21 @@ def adapter_facts(config: Path, weights: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        said = json.loads(config.read_text(encoding="utf-8"))
+        settings = json.loads(config.read_text(encoding="utf-8"))
         with safe_open(weights, framework="np") as tensors:
             shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
         ranks = [shape[0] for name, shape in shapes.items() if ".lora_A" in name]
         sizes = [prod(shape) for shape in shapes.values()]
-        kind = str(said["peft_type"]).lower()
-        whole = sorted(said.get("modules_to_save") or [])
-        rows = (said.get("trainable_token_indices") or {}).values()
+        kind = str(settings["peft_type"]).lower()
+        whole = sorted(settings.get("modules_to_save") or [])
+        rows = (settings.get("trainable_token_indices") or {}).values()
         trained_tokens = len({token for tokens in rows for token in tokens})
     except (SafetensorError, AttributeError, TypeError, KeyError, IndexError) as error:
         raise ValueError(f"no adapter's files: {str(error)[:200]}") from error
     return {
         "kind": kind,
-        "use_rslora": said.get("use_rslora") is True,
-        "use_dora": said.get("use_dora") is True,
+        "use_rslora": settings.get("use_rslora") is True,
+        "use_dora": settings.get("use_dora") is True,
         "modules": len(ranks),
         "ranks": sum(ranks),
         "parameters": sum(sizes),
@@ -49,7 +49,7 @@ def published_rank_pattern(config: Path) -> dict[str, list[bool]]:
         ValueError: It is no configuration.
     """
     try:
-        said = json.loads(config.read_text(encoding="utf-8"))
-        return dict(said.get("rank_pattern") or {}) if said.get("peft_type") == "ADALORA" else {}
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        return dict(settings.get("rank_pattern") or {}) if settings.get("peft_type") == "ADALORA" else {}
     except (AttributeError, TypeError) as error:
         raise ValueError(f"{CONFIG} is no adapter's: {error}") from error

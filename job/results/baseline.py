@@ -114,7 +114,7 @@ def check_prompts(baseline: Baseline, base: Mapping[str, TaskScores]) -> None:
         DataError: With the tasks.
     """
     other = [task for task, scores in base.items() if scores.task_hash != baseline.tasks[task].scores.task_hash]
-    _refuse([f"{task}: run {baseline.run} was asked the same questions in other words" for task in other])
+    _refuse([f"{task}: run {baseline.run} was asked the same questions in another wording" for task in other])
 
 
 def warn_of_other_dtype(baseline: Baseline, dtype: str) -> None:

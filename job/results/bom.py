@@ -192,8 +192,8 @@ def _hash(sha256: str) -> dict[str, str]:
 
 
 def _licence(name: str) -> dict[str, Any]:
-    known = _SPDX.get(name)
-    return {"license": {"id": known} if known else {"name": name}}
+    identifier = _SPDX.get(name)
+    return {"license": {"id": identifier} if identifier else {"name": name}}
 
 
 def _properties(facts: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -23,8 +23,8 @@ _MAX_WORDS = 200
 
 def read_complete(store: ObjectStore) -> dict[str, Any] | None:
     """The manifest of a run that is complete; None for any other run."""
-    results, gone = _read(store)
-    return None if gone else results
+    results, damaged_files = _read(store)
+    return None if damaged_files else results
 
 
 def withdraw_incomplete(store: ObjectStore) -> None:

@@ -60,5 +60,5 @@ def _pretraining_tokens(
     if recorded is not None:
         return recorded["pretraining_tokens"], recorded["pretraining_source"]
     name, _ = public_base(results["model"]["id"], results["model"]["revision"], settings.get("model.name"))
-    known = PUBLIC_BASES.get(name)
-    return (None, None) if known is None or known.tokens is None else (known.tokens, known.source)
+    base = PUBLIC_BASES.get(name)
+    return (None, None) if base is None or base.tokens is None else (base.tokens, base.source)

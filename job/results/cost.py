@@ -33,8 +33,8 @@ def compute_cost(
         on_demand_usd_per_hour: Price of the same machine without preemption; None if unknown.
     """
     seconds = sum(attempt.seconds for attempt in attempts)
-    known = [attempt.usd_per_hour for attempt in attempts if attempt.usd_per_hour is not None]
-    newest = known[-1] if known else None
+    recorded_prices = [attempt.usd_per_hour for attempt in attempts if attempt.usd_per_hour is not None]
+    newest = recorded_prices[-1] if recorded_prices else None
     prices = [newest if attempt.usd_per_hour is None else attempt.usd_per_hour for attempt in attempts]
     wasted = _wasted(attempts)
     usd = _sum(_usd(attempt.seconds, price) for attempt, price in zip(attempts, prices, strict=True))

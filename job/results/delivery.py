@@ -32,7 +32,7 @@ def deliver(store: ObjectStore, results: Mapping[str, Any], folders: Delivery) -
             wrong.append(Problem(artifact["path"], "is in the manifest, but not in the store"))
             continue
         if hash_file(target) != artifact["sha256"]:
-            wrong.append(Problem(artifact["path"], "is not what the manifest says: its SHA-256 differs"))
+            wrong.append(Problem(artifact["path"], "is damaged: its SHA-256 is not that of the manifest"))
     if wrong:
         raise DataError(wrong)
     store.download(RESULTS, folders.model / RESULTS)  # last: when it exists, so do all other files
@@ -59,7 +59,7 @@ def model_path(path: str) -> str | None:
             return "/".join(parts[2:])
         case ["artifacts", _, *_]:
             return None
-    raise DataError([Problem(RESULTS, f"lists an artifact whose path is not one: {path[:80]!r}")])
+    raise DataError([Problem(RESULTS, f"lists an artifact with an invalid path: {path[:80]!r}")])
 
 
 def _place(path: str, folders: Delivery) -> Path:

@@ -29,7 +29,7 @@ def read_first_stage(store: ObjectStore) -> FirstStage:
     try:
         return first_stage_record(parse(stored.data), stored.data)
     except (KeyError, ValueError) as error:
-        raise DataError([Problem(f"{store.uri}/{where}", f"is no manifest of a first stage: {error}")]) from error
+        raise DataError([Problem(f"{store.uri}/{where}", f"is not the manifest of a first stage: {error}")]) from error
 
 
 def first_stage_record(results: Mapping[str, Any], data: bytes) -> FirstStage:

@@ -90,7 +90,7 @@ class History:
         if self.limits is None:
             return (
                 f"too few runs for a control limit: {count(earlier, 'earlier run')}, {LEAST_EARLIER} are needed; "
-                "nothing is said of the newest"
+                "the newest is not judged"
             )
         text = f"run {newest.run} with {newest.value:.6g} is " + (
             f"within the limits of {count(earlier, 'earlier run')}, {self.limits.low:.6g} to {self.limits.high:.6g}"
@@ -177,27 +177,29 @@ def history(runs: Sequence[PublishedRun], metric: str | None, unreadable: Sequen
         raise DataError([Problem("--history", f"there is no run to show; {why}") for why in unreadable or ("none",)])
     ordered = sorted(runs, key=lambda run: (str(run.results["run"]["finished"]), run.id))
     newest = ordered[-1]
-    known = list(_metrics(newest.results))
-    chosen = metric or (known[0] if known else "")
-    if chosen not in known:
-        what = f"{metric} is no metric of the newest run, {newest.id}; it has {', '.join(known) or 'none'}"
+    metrics = list(_metrics(newest.results))
+    metric_name = metric or (metrics[0] if metrics else "")
+    if metric_name not in metrics:
+        what = f"{metric} is not a metric of the newest run, {newest.id}; it has {', '.join(metrics) or 'none'}"
         raise SettingsError([Problem("--metric", what)])
-    task, _, name = chosen.partition("/")
-    asked = _task(newest.results, task)
+    task, _, name = metric_name.partition("/")
+    newest_task = _task(newest.results, task)
     points, left_out = [], [*unreadable]
     for run in ordered:
-        found = _task(run.results, task)
-        value = None if found is None else _value(found, name)
-        if found is None or value is None:
-            left_out.append(f"{run.id} has no {chosen}")
-        elif found["task_hash"] != asked["task_hash"]:
+        figures = _task(run.results, task)
+        value = None if figures is None else _value(figures, name)
+        if figures is None or value is None:
+            left_out.append(f"{run.id} has no {metric_name}")
+        elif figures["task_hash"] != newest_task["task_hash"]:
             left_out.append(f"{run.id} was asked other questions of {task}")
         else:
             points.append(
                 Point(run.id, run.store.uri, run.results["run"]["finished"], run.results["model"]["id"], value)
             )
     limits = control_limits([point.value for point in points[:-1]])
-    return History(chosen, asked["n"], tuple(points), limits, _outcome(points[-1].value, limits), tuple(left_out))
+    return History(
+        metric_name, newest_task["n"], tuple(points), limits, _outcome(points[-1].value, limits), tuple(left_out)
+    )
 
 
 def control_limits(earlier: Sequence[float]) -> Limits | None:

@@ -22,12 +22,12 @@ from uuid import uuid4
 
 from pydantic import ConfigDict, ValidationError, with_config
 
+from job.common.formatting import timestamp
 from job.common.hashing import sealed, unsealed
 from job.common.validation import adapter_of
 from job.errors import AccessDenied, GateError, Problem, Replaced, SettingsError, VerificationError
 from job.results.completed import read_complete
 from job.results.reader import PublishedRun, open_run, read_published
-from job.runs.attempt import now
 from job.runs.layout import RESULTS, WEIGHTS
 from job.storage.open import Conflict, Location, ObjectStore, StorageOptions, TooLarge, check_key, is_remote, open_store
 
@@ -112,7 +112,7 @@ def read_pointer(place: Place) -> tuple[Pointer | None, str | None]:
     try:
         stored = place.store.read(place.name)
     except TooLarge:
-        raise SettingsError([Problem(place.uri, "is no pointer but a larger file; give another place")]) from None
+        raise SettingsError([Problem(place.uri, "is too large for a pointer; give another place")]) from None
     if stored is None:
         return None, None
     if KIND.encode() not in stored.data:
@@ -121,7 +121,7 @@ def read_pointer(place: Place) -> tuple[Pointer | None, str | None]:
         return _parsed(unsealed(stored.data)), stored.tag
     except (ValueError, KeyError, TypeError) as error:  # pydantic's are ValueErrors
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise VerificationError([Problem(place.uri, f"is no pointer as `promote` writes it: {why}")]) from None
+        raise VerificationError([Problem(place.uri, f"is not a pointer that `promote` wrote: {why}")]) from None
 
 
 def _parsed(facts: dict[str, Any]) -> Pointer:
@@ -145,11 +145,15 @@ def check_place(place: Place) -> None:
         AccessDenied, Unreachable: The store refused the request, or did not answer.
     """
     if place.store.tag(RESULTS) is not None:
-        what = "lies in the folder of a run, which would not verify with another file in it; give a place above it"
+        what = (
+            "is in the folder of a run, which would no longer verify with another file in it; give a "
+            "place outside of it"
+        )
         raise SettingsError([Problem(place.uri, what)])
     if not place.store.conditional_writes():
         what = (
-            "lies in a store without conditional writes, where of two promotions at once both would seem to succeed; "
+            "is in a store without conditional writes, where two promotions at the same time would "
+            "both seem to succeed; "
             "use a store that has them: S3, Google's, Azure's or a local folder"
         )
         raise SettingsError([Problem(place.uri, what)])
@@ -166,7 +170,7 @@ def require_gate_held(results: Mapping[str, Any], *, without_gate: bool = False)
         raise GateError("; ".join(results["gate"]["reasons"]))
     if passed is None and not without_gate:
         raise GateError(
-            "the run has no gate, so that nothing says it is good enough: set JOB_GATE__MIN_DELTA, "
+            "the run has no quality gate, so nothing shows that it is good enough: set JOB_GATE__MIN_DELTA, "
             "JOB_GATE__MAX_REGRESSION or JOB_GATE__POLICY for it, or give --without-gate"
         )
 
@@ -185,7 +189,7 @@ def promote(place: Place, run: PublishedRun) -> tuple[Promoted, Promoted | None]
     adapter = next((one["sha256"] for one in run.results["artifacts"] if one["path"] == WEIGHTS), None)
     if adapter is None:
         raise VerificationError([Problem(f"{run.store.uri}/{RESULTS}", f"lists no {WEIGHTS}")])
-    new = Promoted(run.store.uri, run.id, run.results["seal"], adapter, now())
+    new = Promoted(run.store.uri, run.id, run.results["seal"], adapter, timestamp())
     if known is None:
         _write(place, Pointer(new), tag)
         return new, None
@@ -209,13 +213,13 @@ def roll_back(place: Place, storage: StorageOptions) -> tuple[Promoted, Promoted
     """
     known, tag = read_pointer(place)
     if known is None or not known.previous:
-        what = "there is no pointer" if known is None else "pointed to nothing before; there is nothing to go back to"
+        what = "there is no pointer" if known is None else "pointed to no run before, so it cannot be moved back"
         raise SettingsError([Problem(place.uri, what)])
     *earlier, back = known.previous
     store = open_run(back.run, storage)
     found = read_complete(store)
     if found is None or found["seal"] != back.manifest_seal:
-        what = "is not the run that was promoted: it is gone, incomplete, or another one is in its place"
+        what = "is not the run that was promoted: it was removed, is incomplete, or was replaced by another run"
         raise VerificationError([Problem(back.run, what)])
     _write(place, Pointer(back, tuple(earlier), (*known.rolled_back, known.current)), tag)
     return back, known.current
@@ -235,8 +239,8 @@ def _write(place: Place, pointer: Pointer, tag: str | None) -> None:
         now_there, _ = read_pointer(place)
         where = "" if now_there is None else f", to {now_there.current.text}"
         raise PointerMoved(
-            f"{place.uri} was moved by somebody else at the same time{where}; it stays so: look whether that is "
-            "the run you want, and repeat the command if not"
+            f"{place.uri} was moved by somebody else at the same time{where}; nothing was changed: check "
+            "whether that is the run you want, and repeat the command if not"
         ) from None
 
 
@@ -252,7 +256,7 @@ def open_run_or_pointer(where: str, storage: StorageOptions) -> ObjectStore:
         return open_run(where, storage)
     store = open_run(pointer.current.run, storage)
     if read_published(store).results["seal"] != pointer.current.manifest_seal:
-        what = f"{store.uri} is not the run that was promoted: its manifest is another"
+        what = f"{store.uri} is not the run that was promoted: its manifest differs"
         raise VerificationError([Problem(where, what)])
     return store
 

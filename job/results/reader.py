@@ -13,8 +13,8 @@ from pydantic_core import from_json
 from job.common.hashing import unsealed
 from job.errors import Problem, SettingsError, VerificationError
 from job.evaluation import samples
-from job.evaluation.measured import measured_from
 from job.evaluation.samples import Sample
+from job.evaluation.task_metrics import measured_from
 from job.records import MeasuredScores, TaskScores
 from job.results import manifest
 from job.runs.layout import RESULTS, answers_key, run_folder
@@ -67,12 +67,15 @@ def read_bytes(store: ObjectStore) -> bytes:
         return stored.data
     found = [info.key for info in islice(store.list(), _LOOKED_AT)]
     if inside := next((key for key in found if key.count("/") == 1 and key.endswith(f"/{RESULTS}")), None):
-        what = f"holds runs, and is none itself; give one of them, such as {store.uri}/{inside.removesuffix(RESULTS)}"
+        what = (
+            "contains runs, but is not a run itself; give one of them, such as "
+            f"{store.uri}/{inside.removesuffix(RESULTS)}"
+        )
         raise SettingsError([Problem(store.uri, what)])
     if found:
         what = f"is missing in {store.uri}: the run is not complete, or it was removed"
         raise VerificationError([Problem(RESULTS, what)])
-    raise SettingsError([Problem(store.uri, "there is no run; give the folder of one, or its results.json")])
+    raise SettingsError([Problem(store.uri, "is not a run; give the folder of a run, or its results.json")])
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -83,12 +86,12 @@ def parse(data: bytes) -> dict[str, Any]:
     """
     results = from_json(data, allow_inf_nan=False)
     if (place := _too_large(results)) is not None:
-        raise ValueError(f"{place[:200]} is a number beyond 10^18")
+        raise ValueError(f"{place[:200]} is a number above 10^18")
     try:
         manifest.validate(results)
     except ValueError as error:
         lines = [line[:300] for line in str(error).splitlines()]
-        raise ValueError("does not fit the schema: " + "; ".join(lines[:_SHOWN])) from None
+        raise ValueError("does not match the schema: " + "; ".join(lines[:_SHOWN])) from None
     return dict(results)
 
 

@@ -88,13 +88,17 @@ def load_private_key(path: str, password: str | None) -> EllipticCurvePrivateKey
         what = f"{path} is not encrypted; leave it out" if password else "is needed: the key is encrypted"
         raise SettingsError([Problem("JOB_SIGN__PASSWORD", what)]) from None
     except ValueError:
-        what = f"{path} is no private key in PEM" + (", or JOB_SIGN__PASSWORD is not its password" if password else "")
+        what = f"{path} is not a private key in PEM format" + (
+            ", or JOB_SIGN__PASSWORD is not its password" if password else ""
+        )
         raise SettingsError([Problem("JOB_SIGN__KEY", what)]) from None
     except UnsupportedAlgorithm:  # another curve, or a cipher that this OpenSSL does not have
-        what = f"{path} is a key of a kind that cannot be read here; {_HOW_TO_MAKE}"
+        what = f"{path} is a kind of key that is not supported; {_HOW_TO_MAKE}"
         raise SettingsError([Problem("JOB_SIGN__KEY", what)]) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _HASHES:
-        raise SettingsError([Problem("JOB_SIGN__KEY", f"{path} is another kind of key; {_HOW_TO_MAKE}")])
+        raise SettingsError(
+            [Problem("JOB_SIGN__KEY", f"{path} is a kind of key that is not supported; {_HOW_TO_MAKE}")]
+        )
     return key
 
 
@@ -112,7 +116,7 @@ def load_public_key(path: str, where: str = "--key") -> str:
         return _pem(_parsed_key(data, where))
     except ValueError:
         pass
-    what = f"{path} is no public key in PEM that signs models; take it from the private one: "
+    what = f"{path} is not a public key in PEM format for signatures of models; make it from the private one: "
     raise SettingsError([Problem(where, what + "openssl ec -in key.pem -pubout -out pub.pem")])
 
 
@@ -263,16 +267,16 @@ def signed_files(signature: bytes, pem: str) -> dict[str, str]:
         bundle = json.loads(signature)
         envelope, hint = bundle["dsseEnvelope"], bundle["verificationMaterial"]["publicKey"]["hint"]
         payload = base64.b64decode(envelope["payload"], validate=True)
-        (only,) = envelope["signatures"]
-        made = base64.b64decode(only["sig"], validate=True)
+        (entry,) = envelope["signatures"]
+        signature_bytes = base64.b64decode(entry["sig"], validate=True)
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError("a file that is no signature of a model") from None
+        raise ValueError("a file that is not a signature of a model") from None
     if hint != key_id(pem):
         raise ValueError(f"a signature by another key, {str(hint)[:12]}")
-    if signature != _bundle(payload, made, pem):
+    if signature != _bundle(payload, signature_bytes, pem):
         raise ValueError("a signature that was altered, or that another program wrote")
     try:
-        key.verify(made, _encoded(payload), ec.ECDSA(_hash_of(key)))
+        key.verify(signature_bytes, _encoded(payload), ec.ECDSA(_hash_of(key)))
     except InvalidSignature:
         raise ValueError("a signature that this key did not make") from None
     return dict(_resources(payload))
@@ -285,7 +289,7 @@ def _resources(payload: bytes) -> Iterator[tuple[str, str]]:
         kinds = statement["_type"], statement["predicateType"]
         listed = [(one["name"], one["algorithm"], one["digest"]) for one in statement["predicate"]["resources"]]
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError("a signed statement that is none of files") from None
+        raise ValueError("a signed statement that is not about files") from None
     if kinds != (_STATEMENT, _PREDICATE) or not all(
         isinstance(name, str) and algorithm == "sha256" for name, algorithm, _ in listed
     ):

@@ -7,22 +7,21 @@ earlier versions lack these figures; the step is then that of the last checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from job.checkpoints import manager
-from job.common.formatting import count, duration, moment
+from job.common.formatting import count, timestamp
 from job.common.hashing import unsealed
-from job.common.tables import aligned
 from job.common.validation import first_error
 from job.errors import Problem, SettingsError, exit_codes
 from job.records import Artifact, TrainingProgress
 from job.runs import lease
 from job.runs.attempt import missing
-from job.runs.killed_for_memory import FIX, why_killed
+from job.runs.killed_for_memory import why_killed
 from job.runs.layout import (
     ARTIFACTS,
     FIRST_STAGE,
@@ -39,8 +38,6 @@ from job.runs.layout import (
 from job.runs.run_log import LoggedAttempt, Noted, parse_logged
 from job.storage.base import read_record
 from job.storage.open import ObjectStore, StorageOptions, open_store
-
-T = TypeVar("T")
 
 State = Literal["running", "preempted", "stalled", "finished", "failed", "not-started", "damaged"]
 
@@ -146,18 +143,18 @@ def read_status(
     """
     now = now or datetime.now(UTC)
     store = open_store(run_folder(where), storage)
-    found = _read(store, now, stalled_after)
-    if found.state != "not-started":
-        return found
+    status = _read(store, now, stalled_after)
+    if status.state != "not-started":
+        return status
     first = _read(open_store(f"{store.uri}/{FIRST_STAGE}".rstrip("/"), storage), now, stalled_after)
     if first.state == "finished":  # and the second has not begun
-        lasted = first.silent_seconds or 0.0
-        gone = lasted > (STALLED_SECONDS if stalled_after is None else stalled_after)
-        return replace(first, run=store.uri, first_stage=True, state="stalled" if gone else "running")
+        silent_seconds = first.silent_seconds or 0.0
+        is_stalled = silent_seconds > (STALLED_SECONDS if stalled_after is None else stalled_after)
+        return replace(first, run=store.uri, first_stage=True, state="stalled" if is_stalled else "running")
     if first.state != "not-started":
         return replace(first, run=store.uri, first_stage=True)
     _refuse_folder_of_runs(store)
-    return found
+    return status
 
 
 def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> RunStatus:
@@ -222,8 +219,8 @@ def _with_step(
 ) -> RunStatus:
     """Adds the last step, from the best source there is."""
     current = logged.get(status.attempt or 0)
-    known = next((n.training for one in logged.values() if (n := _noted(one)) and n.training), None)
-    total = None if known is None else known.total_steps
+    progress = next((n.training for one in logged.values() if (n := _noted(one)) and n.training), None)
+    total = None if progress is None else progress.total_steps
     if (trained := _trained(store, results)) is not None:
         return replace(status, step_from="training", **trained)
     training = None if current is None else _training(current)
@@ -273,14 +270,14 @@ def _parsed(store: ObjectStore, key: str, parse: Any, problems: list[Problem]) -
 
 def _logged(store: ObjectStore, numbers: list[int], problems: list[Problem]) -> dict[int, LoggedAttempt]:
     """By number, newest first, the records of attempts, as far back as there is something to learn from them."""
-    found: dict[int, LoggedAttempt] = {}
+    records: dict[int, LoggedAttempt] = {}
     for number in numbers:
         logged = _parsed(store, attempt_key(number), _parse_logged, problems)
         if logged is not None:
-            found[number] = logged
-        if len(found) > 1 and any(_training(one) for one in found.values()):
+            records[number] = logged
+        if len(records) > 1 and any(_training(record) for record in records.values()):
             break
-    return found
+    return records
 
 
 def _parse_logged(data: bytes) -> LoggedAttempt:
@@ -303,9 +300,9 @@ def _parse_lease(data: bytes) -> lease.LeaseRecord:
     Raises:
         ValueError: It is none, or it was altered.
     """
-    found = lease.parse(data)
-    _time(found.started)
-    return found
+    record = lease.parse(data)
+    _time(record.started)
+    return record
 
 
 def _noted(logged: LoggedAttempt) -> Noted:
@@ -314,7 +311,7 @@ def _noted(logged: LoggedAttempt) -> Noted:
         return logged.noted
     record = logged.record
     at = _time(record.started) + timedelta(seconds=record.seconds)
-    return Noted(record.finished or _rendered(at), next(reversed(record.stage_seconds), None))
+    return Noted(record.finished or timestamp(at), next(reversed(record.stage_seconds), None))
 
 
 def _time(text: str) -> datetime:
@@ -322,10 +319,6 @@ def _time(text: str) -> datetime:
         return datetime.fromisoformat(text).astimezone(UTC)
     except OverflowError as error:  # on the first or the last day of the calendar
         raise ValueError(str(error)) from None
-
-
-def _rendered(time: datetime) -> str:
-    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _exit_code(logged: LoggedAttempt | None) -> int | None:
@@ -349,9 +342,9 @@ def _last_end(logged: Mapping[int, LoggedAttempt], newest: int) -> AttemptEnd | 
 
 def _why_killed(logged: Mapping[int, LoggedAttempt], number: int) -> str | None:
     """What the next attempt found out, which could compare the kernel's counts; else what the record itself says."""
-    after = logged.get(number + 1)
-    told = None if after is None or after.noted is None else after.noted.before
-    return told or why_killed(logged[number])
+    next_attempt = logged.get(number + 1)
+    reason = None if next_attempt is None or next_attempt.noted is None else next_attempt.noted.before
+    return reason or why_killed(logged[number])
 
 
 def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | None:
@@ -363,10 +356,10 @@ def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | No
         artifacts = [Artifact(**entry) for entry in results["artifacts"]]
         _gate(results)
     except (KeyError, TypeError) as error:
-        problems.append(Problem(f"{store.uri}/{RESULTS}", f"is no manifest of this job: {error}"))
+        problems.append(Problem(f"{store.uri}/{RESULTS}", f"is not a manifest of this job: {error}"))
         return None
     if gone := missing(store, artifacts):
-        what = f"{count(len(gone), 'published file')} missing, or not of the size in {RESULTS}, such as {gone[0]}"
+        what = f"{count(len(gone), 'published file')} missing, or of another size than in {RESULTS}, such as {gone[0]}"
         problems.append(Problem(f"{store.uri}/{ARTIFACTS}", what))
     return results
 
@@ -382,8 +375,8 @@ def _checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]
 
 
 def _stages_done(store: ObjectStore) -> tuple[str, ...]:
-    there = {info.key for info in store.list(STAGES)}
-    return tuple(stage.value for stage in Stage if stage_key(stage) in there)
+    keys = {info.key for info in store.list(STAGES)}
+    return tuple(stage.value for stage in Stage if stage_key(stage) in keys)
 
 
 def _refuse_folder_of_runs(store: ObjectStore) -> None:
@@ -391,104 +384,10 @@ def _refuse_folder_of_runs(store: ObjectStore) -> None:
     for info in islice(store.list(), _LOOKED_AT):
         folder, _, rest = info.key.partition("/")
         if rest in {RESULTS, LEASE} or attempt_number(rest) is not None:
-            what = f"holds runs, and is none itself; give one of them, such as {store.uri}/{folder}"
+            what = f"contains runs, but is not a run itself; give one of them, such as {store.uri}/{folder}"
             raise SettingsError([Problem(store.uri, what)])
 
 
 def as_json(status: RunStatus) -> dict[str, Any]:
     """The status as JSON, with the fields of `RunStatus`."""
     return asdict(status) | {"problems": [str(problem) for problem in status.problems]}
-
-
-def as_lines(status: RunStatus) -> list[str]:
-    """The status for people: the state, and below it what else is known."""
-    rows = [(f"  {name}", text.replace("\N{NO-BREAK SPACE}", " ")) for name, text in _rows(status)]
-    return [headline(status), *aligned(rows)]
-
-
-def headline(status: RunStatus) -> str:
-    """The state in words, which say what happens next."""
-    end, silent = status.last_end, status.silent_seconds
-    match status.state:
-        case "running":
-            words = "running"
-        case "preempted":
-            words = "preempted, waiting for a next attempt"
-        case "stalled":
-            words = (
-                "stalled (no sign of life)" if silent is None else f"stalled (no sign of life for {duration(silent)})"
-            )
-            words += ": the attempt was killed without notice, or hangs"
-        case "finished":
-            words = "finished" + {None: "", True: ", gate met", False: ", gate not met"}[status.gate]
-        case "failed" if end is not None and end.exit_code is not None:
-            retry = exit_codes().get(end.exit_code, (None, "no"))[1]
-            then = "a next attempt needs a correction" if retry == "no" else "a next attempt resumes the run"
-            words = f"failed with code {end.exit_code} ({end.meaning}); {then}"
-        case "failed":
-            words = "failed (the version of the job that ran it did not record the exit code)"
-        case "not-started":
-            words = "not started, or no run: there is no record of an attempt"
-        case "damaged":
-            words = "damaged: the results are not whole; start the run again, and it makes them whole"
-    part = "first stage (sft) of two: " if status.first_stage else ""
-    return f"{part}{words}".replace("\N{NO-BREAK SPACE}", " ")
-
-
-def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
-    """(name, text) of everything that is known."""
-    goes_on, end = status.state in {"running", "stalled"}, status.last_end
-    in_training = status.state == "running" and status.stage == Stage.TRAIN
-    texts = {
-        "run": status.run,
-        "attempt": _if(status.attempt, str),
-        "stage" if goes_on else "ended in stage": status.stage or (_NO_STAGE if goes_on else None),
-        "step": _if(status.step, lambda _: _step(status)),
-        "loss": _if(status.loss, "{:.4f}".format),
-        "speed": _if(status.tokens_per_second, "{:,.0f} target tokens/s".format),
-        "time left": _if(status.remaining_seconds if in_training else None, _left),
-        "scored": _if(None if in_training else status.questions, "{:,}".format),
-        "last sign of life": _if(status.silent_seconds, lambda ago: _sign(status.last_sign_of_life, ago)),
-        "stages done": ", ".join(status.stages_done),
-        "checkpoints": _if(status.attempt, lambda _: _saved(status.checkpoints)),
-        f"attempt {end.attempt if end else 0} ended": _if(end, _end),
-        "likely cause": status.likely,
-        "what to change": FIX if status.likely or (end and end.outcome == "killed" and end.why) else None,
-    }
-    yield from ((name, text) for name, text in texts.items() if text)
-    yield from (("damaged", str(problem)) for problem in status.problems)
-
-
-_NO_STAGE = "between two stages, such as loading the model"
-
-
-def _if(value: T | None, render: Callable[[T], str]) -> str | None:
-    return None if value is None else render(value)
-
-
-def _left(seconds: float) -> str:
-    return f"{duration(seconds)} of training; the stages after it are not counted"
-
-
-def _sign(at: str | None, ago: float) -> str:
-    return f"{moment(at or '')} UTC ({duration(ago)} ago)"
-
-
-def _saved(steps: Sequence[int]) -> str:
-    return f"step {', '.join(map(str, steps))}" if steps else "none"
-
-
-def _step(status: RunStatus) -> str:
-    total = "" if status.total_steps is None else f" of {status.total_steps}"
-    since = {"checkpoint": " (at the last checkpoint)", "training": " (training is done)"}
-    if status.step_from == "attempt" and status.state in {"preempted", "failed"}:
-        return f"{status.step}{total} (when the attempt ended)"
-    return f"{status.step}{total}{since.get(status.step_from or '', '')}"
-
-
-def _end(end: AttemptEnd) -> str:
-    if end.outcome == "killed":
-        words = "killed without notice, or replaced by a later attempt: it recorded no end"
-        return words if end.why is None else f"{words}; {end.why}"
-    code = "" if end.exit_code is None else f" with code {end.exit_code} ({end.meaning})"
-    return f"{end.outcome}{code}" + ("" if end.why is None else f": {end.why}")

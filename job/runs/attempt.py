@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -21,11 +19,12 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from job import log
+from job.common.formatting import timestamp
 from job.common.hashing import hash_file, sealed
 from job.common.resources import main_memory
 from job.common.validation import adapter_of
 from job.distributed.processes import ALONE, Processes
-from job.errors import DataError, JobError, NoProgress, Preempted, Replaced, Stalled
+from job.errors import DataError, JobError
 from job.preemption.stop_flag import Stop
 from job.records import (
     Artifact,
@@ -40,42 +39,27 @@ from job.records import (
 )
 from job.runs import stage_records
 from job.runs.fault_injection import Faults
-from job.runs.killed_for_memory import FIX, why_killed
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
-from job.runs.lease import check_same_store, fenced, take
 from job.runs.run_log import (
     LONGEST_WHY,
     NOTED,
     QUESTIONS,
-    IdleLimit,
-    LoggedAttempt,
     Noted,
     how_far,
-    idle_attempts,
     idle_pause,
-    read_logged,
 )
-from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
-from job.runs.work_folder import work_folder
 from job.storage.base import delete_in_turn, read_record, upload_in_turn, write_in_turn
 from job.storage.open import ObjectStore
 from job.storage.verified_download import altered, fetch_artifact
 
 T = TypeVar("T")
 
-OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", Stalled: "stalled", JobError: "failed"}
-
 NOTE_SHARE = 0.01
 """Share of an attempt's time that notes in the run log may take; what happened since the last one is lost by a kill."""
 NOTE_SECONDS = (0.2, 5.0)
 """Bounds of the time between two notes."""
 _STOP_CHECK_SECONDS = 0.2
-
-
-def now() -> str:
-    """The time, RFC 3339 in UTC."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @dataclass
@@ -100,7 +84,7 @@ class Attempt:
     joules: Callable[[], float | None] = lambda: None
     on_metrics: Callable[[StepMetrics], None] = lambda _metrics: None
     on_validation: Callable[[ValidationMetrics], None] = lambda _metrics: None
-    started: str = field(default_factory=now)
+    started: str = field(default_factory=timestamp)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     repeated_steps: int = 0
@@ -159,7 +143,7 @@ class Attempt:
 
     def _pause(self) -> None:
         if seconds := idle_pause(self.idle_before):
-            what = "the attempts before made no progress: waiting before this one begins"
+            what = "the previous attempts made no progress: waiting before this one begins"
             log.get_logger().info(what, seconds=seconds)
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
@@ -300,7 +284,7 @@ class Attempt:
             return None
         own = fingerprint(self.settings, found) if isinstance(found, Pulled) else self.run
         if run not in {None, "", own} and own is not None:
-            log.get_logger().warning("record is ignored: it is of a run with other settings or data", stage=name)
+            log.get_logger().warning("record is ignored: it belongs to a run with other settings or data", stage=name)
             return None
         return found
 
@@ -314,7 +298,7 @@ class Attempt:
             gone = missing(self.store, artifacts) or self.damaged(artifacts)
             if not gone:
                 return adapter.dump_json(found).decode()
-            what = "stage is done again, not all that it published is there"
+            what = "stage is done again: files that it published are missing"
             log.get_logger().warning(what, stage=name, gone=gone)
         for later in BUILT_ON.get(name, ()):
             delete_in_turn(self.store, stage_key(later))
@@ -343,7 +327,7 @@ class Attempt:
         return AttemptRecord(
             number=self.number,
             started=self.started,
-            finished=None if outcome == "running" else now(),
+            finished=None if outcome == "running" else timestamp(),
             outcome=outcome,
             seconds=time.monotonic() - self._began,
             stage_seconds=self._stages_so_far(),
@@ -386,7 +370,7 @@ class Attempt:
             words = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
             why = " ".join(log.without_secrets(words).split())[:LONGEST_WHY]
         return Noted(
-            at=now(),
+            at=timestamp(),
             stage=stage,
             training=self.training,
             exit_code=code,
@@ -419,7 +403,7 @@ def published_once(attempt: Attempt, name: str, kind: type[FirstValues | Referen
     except DataError as error:
         log.get_logger().warning(f"{what} are computed again", why=str(error))
         return ""
-    log.get_logger().info(f"{what} are known from an earlier attempt")
+    log.get_logger().info(f"{what} of an earlier attempt are used again")
     return json.dumps(asdict(record.artifacts[0]))
 
 
@@ -428,115 +412,3 @@ def missing(store: ObjectStore, artifacts: Iterable[Artifact]) -> list[str]:
     sizes = {artifact.path: artifact.bytes for artifact in artifacts}
     found = {info.key: info.bytes for info in store.list(ARTIFACTS)} if sizes else {}
     return [path for path, size in sizes.items() if found.get(path) != size]
-
-
-@contextmanager
-def open_attempt(
-    store: ObjectStore,
-    settings: Mapping[str, Any],
-    *,
-    defaults: Mapping[str, Any] | None = None,
-    cache: str | None,
-    stop: Stop,
-    report_progress: Callable[[], None],
-    faults: Faults,
-    processes: Processes = ALONE,
-    usd_per_hour: float | None = None,
-    idle: IdleLimit | None = None,
-    stall_seconds: float | None = None,
-) -> Iterator[Attempt]:
-    """Takes the run's lease and begins its next attempt; writes the attempt's end into the run log.
-
-    Args:
-        store: The run's own.
-        settings: Value by dotted name of the settings that decide the result; an earlier attempt's must be the same.
-        defaults: Their defaults, which count for what an earlier version did not have as a setting.
-        cache: Folder for temporary files; None for the system's.
-        stop: The flag.
-        report_progress: Tells the watchdog that there is progress.
-        faults: Faults to inject.
-        processes: Those that make this attempt; process 0 holds the lease for all.
-        usd_per_hour: Price of this machine; None where it is not known.
-        idle: Decides, from the attempts before, with which error a stopped attempt ends; None for no limit.
-        stall_seconds: Of the watchdog, for `qlora-job status`; None where it is not known.
-
-    Raises:
-        NoProgress: The attempt was stopped, as were too many before it, and none of them got any further.
-        Replaced: Another attempt took the run over.
-        SettingsError: The run began with other settings, or the machines of the run do not have the same store.
-    """
-    lease = None
-    own = settings
-    settings = processes.share("settings of the run", lambda: compare_settings(store, own, defaults))
-    if processes.leads:
-        lease = take(store, platform.node() or "unknown")
-    number = processes.share("attempt", lambda: lease.epoch if lease else 0)
-    holder = processes.share("holder of the lease", lambda: lease.holder if lease else "")
-    log.bind(attempt=number)
-    if not processes.leads and processes.place.local_rank == 0:
-        check_same_store(store, holder, lambda: _alive(processes, stop, report_progress))
-    with work_folder(cache, store.uri, number, cleans=processes.place.local_rank == 0) as work:
-        logged = read_logged(store, number) if processes.leads else []
-        earlier = [one.record for one in logged]
-        attempt = Attempt(
-            fenced(store, lease),
-            work,
-            number,
-            stop,
-            report_progress,
-            faults,
-            earlier,
-            processes,
-            usd_per_hour,
-            settings,
-            stall_seconds=stall_seconds,
-            idle_before=idle_attempts(logged),
-            killed_before=_why_killed(logged),
-        )
-        if idle is not None and processes.leads:  # its exit code takes precedence over those of the others
-            furthest = max((one.reached for one in logged), default=(0, 0))
-            idle.before, idle.progressed = attempt.idle_before, lambda: attempt.reached() > furthest
-            idle.record_stall = lambda message: _note_failure(attempt, Stalled(message), idle)
-        attempt.note("running")
-        try:
-            yield attempt
-        except Replaced:
-            raise  # the run log belongs to the attempt that took over
-        except BaseException as error:
-            if (ended := _note_failure(attempt, error, idle)) is not error:
-                raise ended from error
-            raise
-        attempt.note("complete")
-
-
-def _alive(processes: Processes, stop: Stop, report_progress: Callable[[], None]) -> None:
-    report_progress()
-    processes.check()
-    stop.check()
-
-
-def _why_killed(logged: Sequence[LoggedAttempt]) -> str | None:
-    """Why the newest of earlier attempts was likely killed for want of main memory, which is logged with the fix."""
-    if not logged or logged[-1].record.outcome != "killed":
-        return None
-    if (why := why_killed(logged[-1], main_memory())) is not None:
-        what = "the attempt before this one was killed without notice"
-        log.get_logger().warning(what, attempt_before=logged[-1].record.number, why=why, fix=FIX)
-    return why
-
-
-def _note_failure(attempt: Attempt, error: BaseException, idle: IdleLimit | None) -> BaseException:
-    """Writes how the attempt ended; a failure to write must not hide the error that ended it.
-
-    Returns:
-        The error to end with: `NoProgress` if the attempt was stopped, as were too many before it.
-    """
-    outcome = next((word for kind, word in OUTCOMES.items() if isinstance(error, kind)), "crashed")
-    ended = error
-    if isinstance(error, Preempted) and idle is not None and idle.reached:
-        ended = NoProgress(f"{error}; {idle.message}")
-    try:
-        attempt.note(outcome, ended)
-    except JobError as failure:
-        log.get_logger().warning("the end of the attempt cannot be recorded", why=str(failure))
-    return ended

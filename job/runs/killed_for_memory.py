@@ -14,8 +14,8 @@ from job.runs.run_log import LoggedAttempt
 LITTLE_SHARE = 0.05
 """An attempt that had less than this share of main memory left, and then was killed, was likely killed for it."""
 FIX = (
-    "give the machine or the container more main memory (in Kubernetes resources.limits.memory), or let the job take "
-    "less: fewer processes (JOB_RUN__PROCESSES), JOB_MODEL__PLACEMENT=gpu or sharded, "
+    "give the machine or the container more main memory (in Kubernetes resources.limits.memory), or reduce what "
+    "the job needs: fewer processes (JOB_RUN__PROCESSES), JOB_MODEL__PLACEMENT=gpu or sharded, "
     "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false, JOB_EVAL__FULL_PRECISION=off, on a CPU a smaller "
     "JOB_TRAIN__MICRO_BATCH_TOKENS"
 )
@@ -43,6 +43,6 @@ def why_killed(before: LoggedAttempt, now: MainMemory | None = None) -> str | No
         left = f"{size(was.available_bytes, ' ')} of {size(was.total_bytes, ' ')} of main memory"
         return f"at its last record it had {left} left, so it was likely killed because main memory was full"
     if noted.loading:
-        what = "it was killed while the model was loaded, which takes much main memory"
+        what = "it was killed while the model was loaded, which needs much main memory"
         return f"{what}: if its exit code was 137, or its pod says OOMKilled, main memory was full"
     return None

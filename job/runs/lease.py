@@ -20,13 +20,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from job.common.formatting import timestamp
 from job.common.hashing import sealed, unsealed
 from job.common.validation import first_error
 from job.errors import DataError, JobError, Problem, Replaced, SettingsError, Unreachable
@@ -114,7 +114,9 @@ class Lease:
                 else:
                     self._record = record
                     return
-            raise Unreachable(f"{self._store.uri}/{LEASE} could not be renewed in {_TRIES} tries")
+            raise Unreachable(
+                f"{self._store.uri}/{LEASE} could not be renewed in {_TRIES} tries; the next attempt resumes the run"
+            )
 
     def check(self) -> None:
         """Like `confirm`, but only reads: cheaper, but the lease may be lost right after the answer.
@@ -137,10 +139,10 @@ class Lease:
         try:
             now, tag = _read_again(self._store)
         except ValueError as error:
-            what = f"this attempt's lease cannot be read ({first_error(error)}); the next attempt goes on from here"
+            what = f"this attempt's lease cannot be read ({first_error(error)}); the next attempt resumes the run"
             raise Unreachable(f"{self._store.uri}/{LEASE}: {what}") from None
         if now is None:
-            raise Unreachable(f"{self._store.uri}/{LEASE} was removed; the next attempt goes on from here")
+            raise Unreachable(f"{self._store.uri}/{LEASE} was removed; the next attempt resumes the run")
         if self._record.same_holder(now):
             self._record, self._tag = now, tag
         else:
@@ -166,7 +168,7 @@ def take(store: ObjectStore, holder: str) -> Lease:
     conditional = store.conditional_writes()
     if not conditional:
         get_logger().warning(
-            "this store has no conditional writes: if two attempts of this run start in the same moment, both may "
+            "this store has no conditional writes: if two attempts of this run start at the same time, both may "
             "publish until one of them notices; let your scheduler run one attempt at a time",
             store=store.uri,
         )
@@ -175,7 +177,8 @@ def take(store: ObjectStore, holder: str) -> Lease:
     # Where the lease was removed, numbers go on after the attempts that the run log knows.
     first = 1 if before else 1 + max(attempt_numbers(store), default=0)
     for _ in range(_TRIES):
-        record = LeaseRecord(epoch=before.epoch + 1 if before else first, holder=mine, started=_now(), heartbeat=0)
+        epoch = before.epoch + 1 if before else first
+        record = LeaseRecord(epoch=epoch, holder=mine, started=timestamp(to="seconds"), heartbeat=0)
         try:
             if conditional:
                 written = store.write(LEASE, _render(record), if_absent=before is None, if_tag=tag or None)
@@ -190,10 +193,13 @@ def take(store: ObjectStore, holder: str) -> Lease:
                 continue
             else:
                 winner = f"attempt {found.epoch} ({found.holder})" if found else "somebody who removed the lease"
-                raise Replaced(f"{store.uri}: {winner} started at the same time and was faster") from None
+                raise Replaced(f"{store.uri}: {winner} started at the same time and took the run's lease") from None
         get_logger().info("this attempt owns the run", epoch=record.epoch, replaces=before and before.holder)
         return Lease(store, record, written, conditional=conditional)
-    raise Unreachable(f"{store.uri}/{LEASE}: its holder renews it faster than it can be taken over; try again")
+    raise Unreachable(
+        f"{store.uri}/{LEASE}: another attempt renews its lease faster than it can be taken over; end "
+        "that attempt, or try again"
+    )
 
 
 def check_same_store(store: ObjectStore, holder: str, alive: Callable[[], None], seconds: float = SEEN_SECONDS) -> None:
@@ -268,16 +274,12 @@ def _read_or_refuse(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
     try:
         return _read_again(store)
     except ValueError:
-        problem = "is no lease; if no attempt of this run is going on, remove it"
+        problem = "is not a valid lease; if no attempt of this run is running, remove it"
         raise DataError([Problem(f"{store.uri}/{LEASE}", problem)]) from None
 
 
 def _render(record: LeaseRecord) -> bytes:
     return sealed(record.model_dump())
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def fenced(store: ObjectStore, lease: Lease | None) -> ObjectStore:

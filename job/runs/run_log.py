@@ -99,8 +99,11 @@ class IdleLimit:
     @property
     def message(self) -> str:
         """What `NoProgress` says."""
-        what = f"{self.before + 1} attempts in a row were stopped before the run got any further"
-        return f"{what} (JOB_RUN__MAX_IDLE_ATTEMPTS={self.limit}); give them more time, or machines that last longer"
+        what = f"{self.before + 1} attempts in a row were stopped without progress of the run"
+        return (
+            f"{what} (JOB_RUN__MAX_IDLE_ATTEMPTS={self.limit}); give attempts more time between "
+            "interruptions, or use machines that are interrupted less often"
+        )
 
 
 def idle_pause(idle: int) -> float:

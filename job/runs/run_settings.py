@@ -30,7 +30,7 @@ def agree_on_settings(processes: Processes, mine: Mapping[str, Any]) -> None:
     first, own = (json.loads(json.dumps(given)) for given in (processes.share("settings", lambda: mine), mine))
     if different := [name for name in own if own[name] != first.get(name)]:
         rank = processes.place.rank
-        what = "is {!r} in process {} and {!r} in process 0; give all machines the same"
+        what = "is {!r} in process {} and {!r} in process 0; set the same value on all machines"
         raise SettingsError(
             [Problem(environment_name(name), what.format(own[name], rank, first.get(name))) for name in different]
         )
@@ -83,7 +83,9 @@ def compare_settings(
     changed = sorted(name for name in expected if expected[name] != after.get(name))
     if changed:
         problems = [_changed(name, expected[name], after.get(name)) for name in changed]
-        raise SettingsError(problems, advice="give what the run began with, or another JOB_RUN__ID for a new run")
+        raise SettingsError(
+            problems, advice="use the values with which the run began, or another JOB_RUN__ID for a new run"
+        )
     return {name: value for name, value in after.items() if name in before}
 
 
@@ -107,7 +109,10 @@ def _settings_in(store: ObjectStore, stored: Stored | None) -> dict[str, Any] | 
     try:
         return parse_settings(stored.data)
     except ValueError as error:
-        what = "the run's settings are damaged and written again, if the record of the pull was made with these"
+        what = (
+            "the run's settings are damaged; they are written again if the record of the pull stage was "
+            "made with the same ones"
+        )
         log.get_logger().warning(what, file=f"{store.uri}/{SETTINGS}", why=first_error(error))
         return None
 
@@ -121,8 +126,8 @@ def _compare_with_pull(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     except ValueError:
         return  # it is done again, and so is every stage whose record names another run
     if run is not None and run != stage_records.fingerprint(settings, pulled):
-        what = "is gone or damaged, and the run's stages were done with other settings than these, or by a version of "
-        what += "the job that had others; give the settings and the version that it began with, or another JOB_RUN__ID"
+        what = "is missing or damaged, and the run's stages were done with other settings, or by a version of "
+        what += "the job that had others; use the settings and the version with which it began, or another JOB_RUN__ID"
         raise SettingsError([Problem(f"{store.uri}/{SETTINGS}", what)])
 
 

@@ -74,7 +74,7 @@ def render(key: str, record: str, run: str, attempt: int = 0) -> bytes:
     facts = json.loads(record)
     own = {_KEY: key, _ATTEMPT: attempt, RUN: run}
     if same := own.keys() & facts.keys():
-        raise ValueError(f"a result cannot have a field {min(same)}, which is the record's own")
+        raise ValueError(f"a result cannot have the field {min(same)}: the record has one of that name")
     return sealed({**facts, **own})
 
 
@@ -104,4 +104,4 @@ def parse(key: str, data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:
 
 def _compare_places(key: str, written: str) -> None:
     if written != key:
-        raise ValueError(f"is what was written to {written}")
+        raise ValueError(f"was written for {written}")

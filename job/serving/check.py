@@ -7,9 +7,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
+from job.common.formatting import timestamp
 from job.errors import Problem, SettingsError, VerificationError
 from job.evaluation.samples import Sample
 from job.records import NEAR, Asked, ServeCheck, margin
@@ -45,8 +45,8 @@ def serve_check(served: Served, samples: Sequence[tuple[str, Sample]], count: in
     client, way = served.client, SERVERS[served.server].way
     chosen = [(task, sample) for task, sample in samples if _has_its_prompt(sample)][:count]
     if not chosen:
-        what = "has no task whose records hold the whole prompt; tasks with several contexts cannot be asked"
-        raise SettingsError([Problem("RESULTS", what)])
+        what = "has no task whose records contain the whole prompt; tasks with several contexts cannot be checked"
+        raise SettingsError([Problem("RUN", what)])
     began = time.monotonic()
     asked = []
     for task, sample in chosen:
@@ -73,7 +73,7 @@ def serve_check(served: Served, samples: Sequence[tuple[str, Sample]], count: in
         seconds=seconds,
         first_token=statistics.median(speed.first_token for speed in speeds),
         tokens_per_second=statistics.median(rates) if rates else None,
-        when=datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        when=timestamp(to="microseconds"),
     )
 
 
@@ -107,7 +107,7 @@ def as_lines(found: ServeCheck) -> list[str]:
         f"server             {found.server}, asked for {how}",
         f"served             {found.format}",
         f"questions          {len(found.asked)} in {found.seconds:.1f} s, {len(found.compared)} with a prediction",
-        f"predictions alike  {found.alike} of {len(found.compared)}; {near} differ in a near tie (below {NEAR} nats)",
+        f"same predictions   {found.alike} of {len(found.compared)}; {near} differ in a near tie (below {NEAR} nats)",
     ]
     if gaps:
         lines.append(

@@ -74,7 +74,7 @@ class Client:
                     ):  # the token that ends an answer comes as an empty text, and may be the first
                         times.append(time.monotonic())
         if not times:
-            raise Unreachable(f"{self.url}{path}: the server streamed no token")
+            raise Unreachable(f"{self.url}{path}: the server sent no token")
         rate = (len(times) - 1) / (times[-1] - times[0]) if times[-1] > times[0] else None
         return Speed(times[0] - began, rate)
 
@@ -91,7 +91,9 @@ class Client:
         except HTTPError as error:
             said = error.read(300).decode(errors="replace")
             if error.code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-                raise AccessDenied(f"{where}: the server wants a key (HTTP {error.code}); set OPENAI_API_KEY") from None
+                raise AccessDenied(
+                    f"{where}: the server requires a key (HTTP {error.code}); set OPENAI_API_KEY"
+                ) from None
             if error.code in _TRANSIENT or error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise Unreachable(f"{where}: the server answered with HTTP {error.code}: {said}") from None
             raise SettingsError([Problem(where, f"the server refuses (HTTP {error.code}): {said}")]) from None
@@ -102,4 +104,4 @@ class Client:
         try:
             return json.loads(data)
         except ValueError:
-            raise Unreachable(f"{self.url}: the server answered with something else than JSON") from None
+            raise Unreachable(f"{self.url}: the server's answer is not JSON") from None

@@ -120,7 +120,8 @@ SERVERS: Mapping[str, Server] = {
         "echo",
         lambda name: not _is_gguf(name),
         "vllm",
-        "vLLM in an environment of its own, with its program on PATH (its versions are not those of the job)",
+        "vLLM in an environment of its own, with its program on PATH (it needs other versions of "
+        "packages than the job)",
         program="vllm",
         command=_vllm,
     ),
@@ -152,7 +153,7 @@ def model_name(client: Client, wanted: str | None) -> str:
         return wanted
     names = [str(model.get("id")) for model in client.get("/v1/models").get("data") or []]
     if not names:
-        raise SettingsError([Problem(client.url, "serves no model")])
+        raise SettingsError([Problem(client.url, "does not serve any model")])
     return names[-1]
 
 
@@ -167,7 +168,7 @@ def pick(model: Model) -> str:
         if not SERVERS[name].missing:
             return name
     ways = "; or ".join(f"for {name}, install {SERVERS[name].install}" for name in fitting)
-    what = f"no server for {model.format} is installed here; give --url of one that runs, or {ways}"
+    what = f"no server for {model.format} is installed here; give --url of a running one, or {ways}"
     raise SettingsError([Problem("--url", what)])
 
 
@@ -188,7 +189,7 @@ def started(name: str, model: Model) -> Iterator[tuple[Client, str]]:
     if not server.serves(model.format):
         raise SettingsError([Problem("--server", f"{name} does not serve {model.format}")])
     if missing := server.missing:
-        what = f"{name} cannot be started without {', '.join(missing)}; give --url of one that runs, or install"
+        what = f"{name} cannot be started without {', '.join(missing)}; give --url of a running one, or install"
         raise SettingsError([Problem("--server", f"{what} {server.install}")])
     if server.command is None:
         with _llama(model) as client:
@@ -252,7 +253,7 @@ def _echo(client: Client, model: str, question: str, choices: Sequence[str]) -> 
         end, told = _echoed(client, model, f"{question}{DELIMITER}{choice}")
         choice_scores = told[begin:end]
         if not choice_scores or None in choice_scores:
-            raise SettingsError([Problem(client.url, f"tells no log-probabilities of the choice {choice[:40]!r}")])
+            raise SettingsError([Problem(client.url, f"returns no log-probabilities of the choice {choice[:40]!r}")])
         scores.append(math.fsum(score for score in choice_scores if score is not None))
     return Answer(tuple(scores), scores.index(max(scores)))
 
@@ -263,7 +264,7 @@ def _echoed(client: Client, model: str, prompt: str) -> tuple[int, list[float | 
     answer = client.post("/v1/completions", body)
     told, count = answer["choices"][0].get("logprobs") or {}, (answer.get("usage") or {}).get("prompt_tokens")
     if not count or not told.get("token_logprobs"):
-        raise SettingsError([Problem(client.url, "tells no log-probabilities; ask it with --server transformers")])
+        raise SettingsError([Problem(client.url, "returns no log-probabilities; check it with --server transformers")])
     return int(count), told["token_logprobs"]
 
 
@@ -298,7 +299,7 @@ def _forced_token(client: Client, model: str, before: Sequence[int], token: int)
     answer = client.post("/completion", body)
     told = answer.get("completion_probabilities") or []
     if len(told) != 1 or told[0].get("id") != token:
-        what = f"tells no log-probability of token {token}; is it llama.cpp's server?"
+        what = f"returns no log-probability of token {token}; is it llama.cpp's server?"
         raise SettingsError([Problem(client.url, what)])
     return float(told[0]["logprob"])
 

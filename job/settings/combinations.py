@@ -31,7 +31,7 @@ Fault = tuple[str, str]
 """(dotted name of a setting, why its value is impossible and how to fix it)."""
 _REVISIONS = find_markers(Settings, RevisionOf)
 _OWN_ADDRESS = {"gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
-_FOR_ROOT = "SageMaker mounts its folders for root; take the image that infra/sagemaker/Dockerfile makes of this one"
+_FOR_ROOT = "SageMaker mounts its folders for root; use the image that infra/sagemaker/Dockerfile builds from this one"
 _NOT_WITH: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("pissa", "pissa_niter_16", "olora"), ("use_rslora", "use_dora", "dropout")),
     "eva": ("rank_pattern",),  # all layers have one rank with it
@@ -64,7 +64,7 @@ def impossible_values(settings: Settings, request: Request) -> Iterator[Fault]:
     yield from _places(settings, request.platform)
     yield from _clouds(settings)
     yield from _revisions(settings, request)
-    yield from _placement(settings)
+    yield from _placement(settings, request.environ)
     yield from _tasks(settings)
     yield from _prompts(settings)
     yield from _safety(settings)
@@ -89,20 +89,20 @@ def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault
         if run.rendezvous is None:
             yield (
                 "run.rendezvous",
-                "must be given where JOB_RUN__NODES is more than 1: host:port of machine 0, the same on all",
+                "must be set if JOB_RUN__NODES is more than 1: host:port of machine 0, the same on all",
             )
         if run.node_rank >= run.nodes:
             yield "run.node_rank", f"counts from 0, so it must be less than JOB_RUN__NODES, {run.nodes}; change one"
     several = run.nodes > 1 if place is None else place.world_size > 1
     if several and settings.sources["run.id"] == "generated":
-        yield "run.id", "must be given: each machine or process would generate another one"
+        yield "run.id", "must be set: each machine or process would generate another one"
 
 
 def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
     output, cache = settings.run.output, settings.storage.cache
     own = copied_folder(platform.inputs) or platform.output
     if own and settings.run.nodes > 1 and Path(output).is_relative_to(own):
-        yield "run.output", "is a folder of this machine alone; with several machines give s3://bucket/prefix"
+        yield "run.output", "is a folder of this machine alone; with several machines set s3://bucket/prefix"
     fix = {"fix": _FOR_ROOT} if own and Path(output).is_relative_to(own) else {}
     if not is_remote(output) and (why := _why_not_writable(Path(output) / settings.run.id, **fix)):
         yield "run.output", why
@@ -117,7 +117,7 @@ def _clouds(settings: Settings) -> Iterator[Fault]:
     for name in ("endpoint_url", "kms_key_id", "request_payer"):
         if own and "s3" not in schemes and getattr(settings.storage, name):
             fix = f"; set {own} instead" if name == "endpoint_url" else "; remove it"
-            yield f"storage.{name}", f"is for s3:// alone, and this run has nothing there{fix}"
+            yield f"storage.{name}", f"is only for s3://, which this run does not use{fix}"
 
 
 def undeliverable(platform: Platform) -> Iterator[Problem]:
@@ -134,7 +134,7 @@ def _why_not_writable(path: Path, fix: str | None = None) -> str | None:
             place.stat()
         except (FileNotFoundError, NotADirectoryError):
             if place.is_symlink():
-                return f"cannot be a folder: {place} is a link to nothing; give another path"
+                return f"cannot be a folder: {place} is a broken link; give another path"
             continue  # what matters is the nearest folder that exists
         except OSError as error:
             return f"cannot be written: {error.strerror}; give another path"
@@ -178,20 +178,38 @@ def _other_repository(name: str, subject: str, request: Request) -> str | None:
         return None
     return (
         f"is for the {environment_name(subject)} of {written_for.source}, but {used.source} names another; "
-        f"give {environment_name(name)} there too, or empty there for the newest revision"
+        f"set {environment_name(name)} there too, or set it to empty there for the newest revision"
     )
 
 
-def _placement(settings: Settings) -> Iterator[Fault]:
+def _placement(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault]:
     model, where = settings.model, "model.placement"
     if model.placement in {"auto", "gpu"}:
         return
     if model.quantization == "none":
-        yield where, f"is {model.placement}, which is for 4-bit weights, and JOB_MODEL__QUANTIZATION is none; take gpu"
+        yield where, f"is {model.placement}, which needs 4-bit weights, but JOB_MODEL__QUANTIZATION is none; use gpu"
     if model.keep_dequantized is True:
-        yield where, f"is {model.placement}, and JOB_MODEL__KEEP_DEQUANTIZED keeps the base on the GPU; drop one"
-    if model.placement == "sharded" and (settings.run.processes, settings.run.nodes) == (1, 1):
-        yield where, "is sharded, which takes several processes, and JOB_RUN__PROCESSES is 1; take gpu or host"
+        yield where, f"is {model.placement}, but JOB_MODEL__KEEP_DEQUANTIZED keeps the base on the GPU; remove one"
+    if list(find_faults(environ)):
+        return
+    place, run = find_place(environ), settings.run
+    # `auto` is known when the GPUs have been counted; see `sharded_alone`.
+    known = (1 if run.processes == 1 and run.nodes == 1 else 0) if place is None else place.world_size
+    if known == 1 and (problem := sharded_alone(settings, known)) is not None:
+        yield where, problem.what
+
+
+def sharded_alone(settings: Settings, processes: int) -> Problem | None:
+    """What is wrong where the base shall be sharded over a single process; None if nothing is.
+
+    Args:
+        settings: Those of the run.
+        processes: Of all machines of the run.
+    """
+    if settings.model.placement != "sharded" or processes > 1:
+        return None
+    what = "is sharded, but the run has one process; start several, each with its GPU (JOB_RUN__PROCESSES; auto is one"
+    return Problem("JOB_MODEL__PLACEMENT", f"{what} for each GPU that is visible on this machine), or use gpu or host")
 
 
 def _tasks(settings: Settings) -> Iterator[Fault]:
@@ -202,7 +220,7 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
     other = {name for name in settings.eval.data if not name.startswith(tuple(tasks))}
     if other and not files and not source.startswith("preset"):
         named = " (a channel's files are named after their tasks)" * source.startswith("sagemaker channel")
-        what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or drop the file"
+        what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or remove the file"
         yield "eval.data", what
 
 
@@ -210,10 +228,10 @@ def _prompts(settings: Settings) -> Iterator[Fault]:
     asked, most = settings.eval.prompts, settings.eval.prompts_max_new_tokens
     if asked is None:
         if not settings.sources["eval.prompts_max_new_tokens"].startswith(("default", "preset")):
-            yield "eval.prompts_max_new_tokens", "has no effect without JOB_EVAL__PROMPTS; give both, or remove it"
+            yield "eval.prompts_max_new_tokens", "has no effect without JOB_EVAL__PROMPTS; set both, or remove it"
         return
     if isinstance(asked, int) and settings.data.validation is None:
-        yield "eval.prompts", "is a number of validation rows; give JOB_DATA__VALIDATION too, or a file of prompts"
+        yield "eval.prompts", "is a number of validation rows; set JOB_DATA__VALIDATION, too, or name a file of prompts"
     if most >= settings.train.max_length:
         what = f"must be less than JOB_TRAIN__MAX_LENGTH, {settings.train.max_length}, which prompt and answer share"
         yield "eval.prompts_max_new_tokens", what
@@ -225,9 +243,12 @@ def _safety(settings: Settings) -> Iterator[Fault]:
         return
     for name in ("data.safety_revision", "data.unsafe_labels", "data.unsafe_threshold"):
         if settings.sources[name] != "default":
-            yield name, "has no effect without JOB_DATA__SAFETY_MODEL; give both, or remove it"
+            yield name, "has no effect without JOB_DATA__SAFETY_MODEL; set both, or remove it"
     if UNSAFE in data.on_finding:
-        yield "data.on_finding", "names the kind unsafe, which JOB_DATA__SAFETY_MODEL finds; give that, too, or drop it"
+        yield (
+            "data.on_finding",
+            "names the kind unsafe, which needs JOB_DATA__SAFETY_MODEL; set that, too, or remove the kind",
+        )
 
 
 def _judge(settings: Settings) -> Iterator[Fault]:
@@ -235,20 +256,20 @@ def _judge(settings: Settings) -> Iterator[Fault]:
     given = [name for name in names if settings.sources[f"eval.{name}"] != "default"]
     if asked.principles is None:
         for name in given:
-            yield f"eval.{name}", "has no effect without JOB_EVAL__PRINCIPLES; give both, or remove it"
+            yield f"eval.{name}", "has no effect without JOB_EVAL__PRINCIPLES; set both, or remove it"
         return
     if asked.judge is None:
-        yield "eval.principles", "needs a judge: give JOB_EVAL__JUDGE, a model or the address of a server"
+        yield "eval.principles", "needs a judge: set JOB_EVAL__JUDGE to a model or the address of a server"
     if asked.prompts is None:
-        yield "eval.principles", "is about the answers to JOB_EVAL__PROMPTS; give that, too"
+        yield "eval.principles", "needs answers to judge; set JOB_EVAL__PROMPTS, too"
     if is_server(asked.judge or ""):
         if asked.judge_model is None:
-            yield "eval.judge_model", "must be given where JOB_EVAL__JUDGE is a server: its name of the model"
+            yield "eval.judge_model", "must be set if JOB_EVAL__JUDGE is a server: the name of the model on it"
         if asked.judge_revision is not None:
             yield "eval.judge_revision", "is a commit of a hub repository, but JOB_EVAL__JUDGE is a server; remove it"
     else:
         for name in set(given) & {"judge_model", "judge_key"}:
-            yield f"eval.{name}", "is for a server, and JOB_EVAL__JUDGE is none (http://...); remove it"
+            yield f"eval.{name}", "is for a server, but JOB_EVAL__JUDGE is not an http:// address; remove it"
 
 
 def _sources(settings: Settings) -> Iterator[Fault]:
@@ -264,18 +285,18 @@ def _validation(settings: Settings) -> Iterator[Fault]:
     if settings.lora.kind == "adalora":  # its ranks are final only at the end of the schedule
         asked = {"train.stop_after": train.stop_after is not None, "train.keep": train.keep == "best"}
         for name in (name for name, given in asked.items() if given):
-            yield name, "is not for JOB_LORA__KIND=adalora, whose ranks are settled at the end; remove it"
+            yield name, "does not work with JOB_LORA__KIND=adalora, whose ranks are only known at the end; remove it"
     for name, revision, validation in (
         ("data.validation", data.validation_revision, data.validation),
         ("data.sft_validation", data.sft_validation_revision, data.sft_validation),
     ):
         if revision is not None and not isinstance(validation, str):
-            yield f"{name}_revision", f"is of a hub id, and {environment_name(name)} names none; remove it"
+            yield f"{name}_revision", f"is for a hub id, but {environment_name(name)} is not one; remove it"
     if data.validation is None:
         given = {"train.validate_every_steps": train.validate_every_steps, "train.stop_after": train.stop_after}
         named = [name for name, value in given.items() if value is not None]
         for name in [*named, *(["train.keep"] if train.keep == "best" else [])]:
-            yield name, "goes by the validation loss; give JOB_DATA__VALIDATION, such as 0.05, or remove it"
+            yield name, "needs a validation loss; set JOB_DATA__VALIDATION, such as 0.05, or remove it"
 
 
 def _gate(settings: Settings) -> Iterator[Fault]:
@@ -283,14 +304,14 @@ def _gate(settings: Settings) -> Iterator[Fault]:
     if settings.gate.policy is not None:
         given = {"gate.min_delta": gain, "gate.max_regression": loss}
         for name in [name for name, value in given.items() if value is not None]:
-            yield name, "is a rule for all tasks, and JOB_GATE__POLICY has rules by task; remove one of the two"
+            yield name, "is a rule for all tasks, but JOB_GATE__POLICY has rules by task; remove one of the two"
         if settings.sources["gate.metric"] != "default":
             yield "gate.metric", "is named by task in JOB_GATE__POLICY; remove it here"
         return
     if settings.sources["gate.metric"] != "default" and gain is None and loss is None:
-        yield "gate.metric", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
+        yield "gate.metric", "has no threshold; set JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
     if settings.gate.baseline is not None and gain is None and loss is None:
-        yield "gate.baseline", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
+        yield "gate.baseline", "has no threshold; set JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
     if gain is not None and loss is not None and gain < -loss:
         yield "gate.min_delta", "allows a larger loss than JOB_GATE__MAX_REGRESSION; raise it, or remove one of the two"
 
@@ -298,16 +319,16 @@ def _gate(settings: Settings) -> Iterator[Fault]:
 def _export(settings: Settings) -> Iterator[Fault]:
     export, gate = settings.export, settings.gate
     if gate.on != "adapter" and gate.on not in export.formats:
-        yield "gate.on", f"is {gate.on}, which is not exported; add it to JOB_EXPORT__FORMATS, or take adapter"
+        yield "gate.on", f"is {gate.on}, which is not exported; add it to JOB_EXPORT__FORMATS, or use adapter"
     if gate.on != "adapter" and gate.min_delta is None and gate.max_regression is None and gate.policy is None:
         yield (
             "gate.on",
-            "has no threshold; give JOB_GATE__MIN_DELTA, JOB_GATE__MAX_REGRESSION or JOB_GATE__POLICY as well",
+            "has no threshold; set JOB_GATE__MIN_DELTA, JOB_GATE__MAX_REGRESSION or JOB_GATE__POLICY as well",
         )
     if export.hub_revision is not None and export.hub is None:
         yield (
             "export.hub_revision",
-            "is a branch of JOB_EXPORT__HUB, which names no repository; give it, or remove this",
+            "is a branch of JOB_EXPORT__HUB, which is not set; set it, or remove this",
         )
     if not needs_merge(export.formats) and settings.sources["export.merge_onto"] != "default":
         yield "export.merge_onto", "has no effect without a merged model in JOB_EXPORT__FORMATS; add one, or remove it"
@@ -322,13 +343,13 @@ def _schedule(settings: Settings) -> Iterator[Fault]:
     train = settings.train
     if train.min_lr_ratio and not SCHEDULERS[train.scheduler].has_minimum:
         having = " or ".join(name for name, spec in SCHEDULERS.items() if spec.has_minimum)
-        yield "train.min_lr_ratio", f"has no effect with JOB_TRAIN__SCHEDULER={train.scheduler}; take {having}"
+        yield "train.min_lr_ratio", f"has no effect with JOB_TRAIN__SCHEDULER={train.scheduler}; use {having}"
     if train.scheduler != "warmup_stable_decay" and settings.sources["train.decay_ratio"] != "default":
         yield "train.decay_ratio", "has an effect with JOB_TRAIN__SCHEDULER=warmup_stable_decay only"
     if train.scheduler == "warmup_stable_decay" and (train.warmup_ratio or 0) + train.decay_ratio > 1:
         yield "train.decay_ratio", "and JOB_TRAIN__WARMUP_RATIO are more than all steps together; lower one"
     if train.warmup_ratio is not None and settings.sources["train.warmup_steps"] != "default":
-        yield "train.warmup_ratio", "is given beside JOB_TRAIN__WARMUP_STEPS; keep one of the two"
+        yield "train.warmup_ratio", "is set as well as JOB_TRAIN__WARMUP_STEPS; keep one of the two"
 
 
 def _adapter(settings: Settings) -> Iterator[Fault]:
@@ -337,15 +358,15 @@ def _adapter(settings: Settings) -> Iterator[Fault]:
         other = "USE_DORA" if lora.use_dora else "KIND=adalora"
         yield (
             "train.optimizer",
-            f"is muon, which is for matrices, and JOB_LORA__{other} trains vectors, too; take another",
+            f"is muon, which is for matrices, and JOB_LORA__{other} trains vectors, too; use another",
         )
     if lora.kind == "adalora":
         others = ("init", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
         plain = Lora()
         for name in (name for name in others if getattr(lora, name) != getattr(plain, name)):
-            yield f"lora.{name}", "is not for JOB_LORA__KIND=adalora; drop one of the two"
+            yield f"lora.{name}", "does not work with JOB_LORA__KIND=adalora; remove one of the two"
         if settings.model.add_tokens:
-            yield "model.add_tokens", "is not for JOB_LORA__KIND=adalora; drop one of the two"
+            yield "model.add_tokens", "does not work with JOB_LORA__KIND=adalora; remove one of the two"
         if lora.init_rank is not None and lora.init_rank <= lora.rank:
             yield "lora.init_rank", f"must be more than JOB_LORA__RANK, {lora.rank}, the rank at the end"
         return
@@ -362,24 +383,30 @@ def _experts(settings: Settings) -> Iterator[Fault]:
     plain = Lora()
     for name in ("kind", "init", "use_dora", "dropout", "modules_to_save"):
         if getattr(settings.lora, name) != getattr(plain, name):
-            yield f"lora.{name}", "is not for JOB_LORA__EXPERTS; drop one of the two"
+            yield f"lora.{name}", "does not work with JOB_LORA__EXPERTS; remove one of the two"
     if settings.train.optimizer == "muon":
-        yield "train.optimizer", "is muon, which would take the adapters of all experts for one matrix; take another"
+        yield "train.optimizer", "is muon, which would treat the adapters of all experts as one matrix; use another"
     if settings.train.compute == "fp8":
-        yield "train.compute", "is fp8, in which a mixture's experts are not computed; drop it or JOB_LORA__EXPERTS"
+        yield "train.compute", "is fp8, which does not support a mixture's experts; remove it or JOB_LORA__EXPERTS"
     if settings.export.formats:
-        yield "export.formats", "cannot be made with JOB_LORA__EXPERTS: adapters of experts are not merged; drop one"
+        yield (
+            "export.formats",
+            "cannot be made with JOB_LORA__EXPERTS: adapters of experts cannot be merged; remove one",
+        )
 
 
 def _init(settings: Settings) -> Iterator[Fault]:
     lora, quantized = settings.lora, settings.model.quantization != "none"
     if lora.init == "orthogonal" and quantized:
-        yield "lora.init", "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none or take another"
+        yield "lora.init", "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none, or use another"
     if lora.init == "loftq" and not quantized:
-        yield "lora.init", "loftq goes by what quantization takes away; set JOB_MODEL__QUANTIZATION=nf4 or take another"
+        yield (
+            "lora.init",
+            "loftq compensates the error of quantization; set JOB_MODEL__QUANTIZATION=nf4, or use another",
+        )
     for name in _NOT_WITH.get(lora.init, ()):
         if getattr(lora, name):
-            yield f"lora.{name}", f"is not for JOB_LORA__INIT={lora.init}; drop one of the two"
+            yield f"lora.{name}", f"does not work with JOB_LORA__INIT={lora.init}; remove one of the two"
 
 
 def _method(settings: Settings) -> Iterator[Fault]:
@@ -400,9 +427,10 @@ def _method(settings: Settings) -> Iterator[Fault]:
     if train.is_one_stage:
         for name in FIRST_STAGE_SETTINGS.values():
             if not settings.sources[name].startswith(("default", "preset")):
-                yield name, f"has no effect with JOB_TRAIN__METHOD={train.method}, only with two, as sft,dpo; remove it"
+                what = f"has no effect with JOB_TRAIN__METHOD={train.method}, only with two, such as sft,dpo; remove it"
+                yield name, what
     elif settings.data.sft_source is None:
-        yield "data.sft_source", f"must be given with JOB_TRAIN__METHOD={train.method}: what the first stage learns"
+        yield "data.sft_source", f"must be set with JOB_TRAIN__METHOD={train.method}: the data of the first stage"
     if train.label_smoothing and train.preference_loss != "sigmoid":
         yield (
             "train.label_smoothing",
@@ -411,7 +439,7 @@ def _method(settings: Settings) -> Iterator[Fault]:
 
 
 def _compute(settings: Settings) -> Iterator[Fault]:
-    """What excludes FP8 on any machine; `training.prepare` finds what excludes it on this one."""
+    """What excludes FP8 on any machine; `training.fp8_check` finds what excludes it on this one."""
     if settings.train.compute != "fp8":
         return
     name, lora = "train.compute", settings.lora
@@ -427,10 +455,10 @@ def _compute(settings: Settings) -> Iterator[Fault]:
     }
     if needed := [f"JOB_{setting}" for setting, given in slower.items() if given]:
         others = " and ".join(needed)
-        yield name, f"is fp8, which only the job's fused layers compute, and not with {others}; drop one"
+        yield name, f"is fp8, which only the job's fused layers compute, and not with {others}; remove one"
     if any(METHODS[method].reference for method in settings.train.method.split(",")):
         why = "its rounding would count as a difference from the reference"
-        yield name, f"is fp8, which is not for JOB_TRAIN__METHOD={settings.train.method}: {why}; drop one of the two"
+        yield name, f"is fp8, which is not for JOB_TRAIN__METHOD={settings.train.method}: {why}; remove one of the two"
 
 
 def _start(settings: Settings) -> Iterator[Fault]:
@@ -442,7 +470,7 @@ def _start(settings: Settings) -> Iterator[Fault]:
         else f", as JOB_TRAIN__METHOD={settings.train.method} does after its first stage"
     )
     if lora.kind != "lora":
-        yield "lora.kind", f"is {lora.kind}, which cannot go on from an adapter{why}; take lora"
+        yield "lora.kind", f"is {lora.kind}, which cannot start from an adapter{why}; use lora"
     if lora.init not in {"default", "gaussian", "orthogonal"}:
         yield (
             "lora.init",

@@ -37,10 +37,10 @@ _WHOLE, _NUMERIC = "must be a whole number, such as 16", "must be a number, such
 _IN_WORDS: Mapping[tuple[str, object], str] = {
     **{(kind, None): _WHOLE for kind in ("int_parsing", "int_from_float", "int_type")},
     **{(kind, None): _NUMERIC for kind in ("float_parsing", "float_type")},
-    ("less_than_equal", 1): "must be at most 1: it is a fraction, of which 0.05 is 5 %",
+    ("less_than_equal", 1): "must be at most 1: it is a fraction, so 5 % is 0.05",
     ("string_too_short", 1): "must not be empty",
     ("string_pattern_mismatch", None): (
-        "must begin with a letter or digit and hold at most 128 letters, digits, '.', '_' and '-'"
+        "must begin with a letter or digit and have at most 128 letters, digits, '.', '_' and '-'"
     ),
 }
 """pydantic's kind of an error, and where it matters the limit of its field -> the message."""
@@ -140,7 +140,7 @@ def _layers(value: object) -> object:
             raise ValueError("must be numbers and ranges with commas between them, such as 0-15,20")
         first, last = int(found[1]), int(found[2] or found[1])
         if last < first:
-            raise ValueError("has a range that ends before it begins; turn it round")
+            raise ValueError("has a range whose end is before its start; swap them")
         numbers += range(first, last + 1)
     return numbers
 
@@ -156,7 +156,7 @@ def _expressions(pattern: Mapping[str, int]) -> Mapping[str, int]:
         try:
             re.compile(key)
         except re.error as error:
-            raise ValueError(f"has a name that is no regular expression: {error}") from None
+            raise ValueError(f"has a name that is not a regular expression: {error}") from None
     return pattern
 
 
@@ -182,10 +182,10 @@ def _on_finding(value: object) -> object:
 
 def _known_kinds(actions: Mapping[str, str]) -> Mapping[str, str]:
     if not actions:
-        raise ValueError("must not be empty: record is the default")
+        raise ValueError("must not be empty; remove it to use the default, record")
     if unknown := sorted(set(actions) - {ALL, *KINDS}):
         raise ValueError(
-            f"names no kind of finding in {len(unknown)} of its items; kinds are {', '.join((ALL, *KINDS))}"
+            f"has unknown kinds of findings in {len(unknown)} of its items; kinds are {', '.join((ALL, *KINDS))}"
         )
     return actions
 
@@ -199,7 +199,7 @@ def _json_object(value: object) -> object:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        raise ValueError("must hold JSON values only: text, numbers, true, false, null, lists and objects") from None
+        raise ValueError("must contain JSON values only: text, numbers, true, false, null, lists and objects") from None
     return value
 
 
@@ -207,7 +207,7 @@ def _parsed(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError("begins like JSON but is not valid JSON; correct it") from None
+        raise ValueError("begins like JSON, but is not valid JSON; correct it") from None
 
 
 _ONE_SLASH = re.compile(r"[a-z][a-z0-9]+:/")
@@ -217,24 +217,25 @@ _ONE_SLASH = re.compile(r"[a-z][a-z0-9]+:/")
 def _location(text: str) -> str:
     """A path or hub id as it is; a URI, such as `s3://bucket/key`, checked, and without the slash at its end."""
     if text.startswith("~"):
-        raise ValueError("~ is not expanded here; write the whole path")
+        raise ValueError("~ is not expanded; write the whole path")
     scheme, separator, rest = text.partition("://")
     if not separator:
         if _ONE_SLASH.match(text):
-            raise ValueError(
-                "has one slash after the colon; write s3://bucket/key (or gs, az), or ./ before such a path"
-            )
+            raise ValueError("has one slash after the colon; write s3://bucket/key (or gs, az), or ./ before a path")
         return text
     if scheme not in schemes():
         known = ", ".join(f"{known}://bucket/key" for known in schemes())
-        raise ValueError(f"is a URI of no known store: {known}; give one of those, a path, or a hub id as org/name")
+        raise ValueError(
+            f"is a URI of an unknown store; known are {known}; use one of those, a path, or a hub id such as org/name"
+        )
     bucket, _, key = rest.rstrip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise ValueError(
-            f"after {scheme}:// comes a bucket: 3 to 63 lower-case letters, digits, dots, hyphens and underscores"
+            f"after {scheme}:// there must be a bucket: 3 to 63 lower-case letters, digits, dots, "
+            "hyphens and underscores"
         )
     if key and any(part in ("", ".", "..") for part in key.split("/")):
-        raise ValueError("the key after the bucket has an empty part, '.' or '..' in it; remove it")
+        raise ValueError("the key after the bucket has an empty part, '.' or '..'; remove it")
     return f"{scheme}://{bucket}/{key}".rstrip("/")
 
 
@@ -381,7 +382,7 @@ def _branch_name(text: str) -> str:
 
 def _readable_class(text: str) -> str:
     if text in _ARCHIVES:
-        raise ValueError("objects in an archive cannot be read back at once, so no checkpoint could be resumed")
+        raise ValueError("archived objects cannot be read immediately, so no checkpoint could be resumed")
     return text
 
 
@@ -447,4 +448,4 @@ def explain(error: Mapping[str, Any]) -> str:
     if what is None:
         what = re.sub(r"^\w+ should|, unable to parse.*| after validation.*", "", error["msg"]).strip()
         what = f"must {what}" if " should " in error["msg"] else f"is wrong: {what}"
-    return what if len(error["loc"]) <= _DEPTH else f"holds an item that {what}"
+    return what if len(error["loc"]) <= _DEPTH else f"has an item that {what}"

@@ -43,11 +43,13 @@ def read_channels(inputs: Path | None, channels: Mapping[str, str], mentioned: C
             if questions := _questions(folder):
                 layer.given[setting] = GivenValue(questions, source)
             else:
-                layer.problems.append(Problem(source, "holds no file; give one a task, named after it: arc_easy.jsonl"))
+                layer.problems.append(
+                    Problem(source, "has no file; add a file for each task, named after it: arc_easy.jsonl")
+                )
         elif setting is not None:
             layer.given[setting] = GivenValue(str(folder), source)
         elif not any(f"{folder}/" in f"{text}/" for text in mentioned):
-            what = f"stands for no setting; name it {', '.join(channels)}, or name a path in {folder} in a setting"
+            what = f"is not a known channel; name it {', '.join(channels)}, or set a setting to a path in {folder}"
             layer.problems.append(Problem(source, what))
     return layer
 
@@ -58,7 +60,7 @@ def _unusable(channel: object) -> str | None:
     if channel.get("TrainingInputMode") == "Pipe":
         return "is a pipe, which can be read only once; set its input mode to File or FastFile"
     if channel.get("S3DistributionType") == "ShardedByS3Key":
-        return "is divided among the hosts, but each needs all of it; set its distribution to FullyReplicated"
+        return "is divided among the hosts, but each host needs all of it; set its distribution to FullyReplicated"
     return None
 
 

@@ -177,7 +177,7 @@ class CommandLine(Source):
             if not argument.startswith("--"):
                 # The argument is not repeated, since it may be a secret.
                 where = f"command line, argument {position}"
-                layer.problems.append(Problem(where, "is no setting; settings are given as --group.name=value"))
+                layer.problems.append(Problem(where, "is not a setting; settings are given as --group.name=value"))
                 continue
             key, equals, value = argument.removeprefix("--").partition("=")
             follower = arguments[position] if position < len(arguments) else "--"
@@ -225,11 +225,13 @@ class SecretsFolder(Source):
         if not folder:
             return Layer()
         if not Path(folder).is_dir():
-            return Layer(problems=[Problem(f"{variable} (environment)", "names no folder; mount it, or unset it")])
+            return Layer(
+                problems=[Problem(f"{variable} (environment)", "is not a folder; mount it, or unset the variable")]
+            )
         try:
             reader = NestedSecretsSettingsSource(SecretsSettingsSource(self.settings_cls, secrets_dir=folder))
         except (OSError, ValueError, BadFolder):  # whose message may quote a file
-            what = "names a folder with a file that cannot be read as text, or with more than 16 MiB; correct it"
+            what = "is a folder with a file that is not text, or has more than 16 MiB; correct it"
             return Layer(problems=[Problem(f"{variable} (environment)", what)])
         texts = {name.upper(): text for name, text in reader.env_vars.items() if text is not None}
         known = (*self.names, CONFIG)
@@ -429,16 +431,18 @@ def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str]
     shown = ascii(key[:_SHOWN_NAME])[1:-1]
     members = [spell(name) for name in names if name.startswith(_canonical(key) + ".")]
     if members:
-        what = f"is a group of settings, not one of them; give a setting of it, such as {members[0]}"
+        what = f"is a group of settings; use one of its settings, such as {members[0]}"
         return Problem(where + shown, what)
     if own := _ELSEWHERE.get(_canonical(key).rpartition(".")[2]):
-        return Problem(where + shown, f"is no setting; here that is {' or '.join(map(spell, own))}")
+        return Problem(where + shown, f"is not a setting; here that is {' or '.join(map(spell, own))}")
     groups = {name.partition(".")[0] for name in names if "." in name}
     if group := get_close_matches(_canonical(key[:_SHOWN_NAME]), groups, n=1, cutoff=_NEAR_GROUP):
-        return Problem(where + shown, f"is no setting; the nearest is the group of settings {spell(group[0])}")
+        return Problem(where + shown, f"is not a setting; the nearest is the group of settings {spell(group[0])}")
     if nearest := _nearest(_canonical(key[:_SHOWN_NAME]), names):
-        return Problem(where + shown, f"is no setting; the nearest is {' or '.join(map(spell, nearest))}")
-    return Problem(where + shown, "is no setting, and none has a similar name; `qlora-job config` lists them all")
+        return Problem(where + shown, f"is not a setting; the nearest is {' or '.join(map(spell, nearest))}")
+    return Problem(
+        where + shown, "is not a setting, and none has a similar name; `qlora-job config` lists all settings"
+    )
 
 
 def _nearest(key: str, names: Collection[str]) -> list[str]:

@@ -30,6 +30,7 @@ from job.common.export_formats import (
     split_name,
 )
 from job.common.hashing import hash_files, seal
+from job.common.out_of_memory import memory_errors
 from job.common.validation import adapter_of
 from job.data.calibration import calibration_examples
 from job.errors import Unreachable
@@ -211,9 +212,7 @@ def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> 
 
 def _not_made(own: _Export, record: ExportRecord, why: str) -> _Made | None:
     """A format that cannot be made, as was found after training: the run is not lost for that."""
-    log.get_logger().warning(
-        "an exported format cannot be made; the run goes on without it", export=record.format, why=why
-    )
+    log.get_logger().warning("an export failed; the run goes on without it", export=record.format, why=why)
     if not own.attempt.processes.leads:
         return None
     return _Made(replace(record, scores={record.candidate: {}}, published=False, not_made=why), [])
@@ -285,17 +284,21 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made |
         )
         work.mkdir(parents=True)
         try:
-            record = replace(found.make(inputs), calibration=calibration)
+            with memory_errors(f"{name} was made", "leave it out of JOB_EXPORT__FORMATS"):
+                record = replace(found.make(inputs), calibration=calibration)
         except CannotMake as error:
             if os.strerror(errno.ENOSPC) in str(error):  # of a process of its own: another machine can make it
-                raise Unreachable(f"{name} cannot be made, since the disk is full: {error}") from error
+                raise Unreachable(
+                    f"{name} cannot be written, since the disk is full: {error}; free space, or give "
+                    "the machine a larger disk"
+                ) from error
             return {_NOT_MADE: str(error)}
         shutil.rmtree(inputs.work, ignore_errors=True)
         return {**_as_json(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}
 
     told = attempt.processes.share_on_machine(name, make)
     failures = attempt.processes.gather(f"failures of {name}", told.get(_NOT_MADE, ""))
-    record = ExportRecord(name, candidate, "made from the merged model that was chosen", "", "", {})
+    record = ExportRecord(name, candidate, "made from the merged model that was selected", "", "", {})
     if why := next(filter(None, failures), ""):
         return _not_made(own, record, why)
     files = _from_json(told)
@@ -396,7 +399,9 @@ def _agree(attempt: Attempt, name: str, hashes: list[Mapping[str, str]]) -> None
     """
     mine = [dict(one) for one in hashes]
     if any(other != mine for other in attempt.processes.gather(f"files of {name}", mine)):
-        raise Unreachable(f"the machines of this run made different bytes of {name}; give all the same kind of GPU")
+        raise Unreachable(
+            f"the machines of this run computed different bytes of {name}; use the same kind of GPU in all"
+        )
 
 
 def _as_json(files: _Files) -> dict[str, Any]:

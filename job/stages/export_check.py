@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from job.errors import Problem, SettingsError, Unreachable
 from job.export.checkpoint import SHARD
 from job.export.formats import derived_format
 from job.export.merge import Candidates, candidates
+from job.export.model_checks import format_problems
 from job.export.quantizable import quantizable
 from job.export.scoring import gpu_bytes
 from job.model.files import build_empty, read_config
@@ -48,27 +49,21 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
     """
     names = derived(options.formats)
     merges = candidates(loaded.model, original, options.merge_onto)
-    problems, sizes = [], dict[str, int]()
+    problems, sizes = list[Problem](), dict[str, int]()
     if names:
         empty = build_empty(original, read_config(original))
         sizes = {name: _bytes(name, empty, merges.bytes_each) for name in names}
-        for name in names:
-            found, kind = derived_format(name)
-            if why := found.check(empty, kind):
-                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}"))
-            why = found.cannot_score(loaded.model.device)
-            if why and judged == name:
-                problems.append(Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; let it judge another"))
+        problems += format_problems(empty, names, judged, loaded.model.device)
         by_check = {derived_format(name)[0].check_files: name for name in names}  # once for all types of a format
         for of_files, name in by_check.items():
             if why := of_files(original, attempt.alive):
-                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out"))
+                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; remove it"))
     if problems:
         raise SettingsError(problems)
     for name in names if options.hub else ():
         if name.startswith(GGUF) and sizes[name] > MAX_FILE:
             log.get_logger().warning(
-                "the hub may refuse so large a file",
+                "the hub may refuse a file of this size",
                 export=name,
                 bytes=sizes[name],
                 most=MAX_FILE,
@@ -77,6 +72,41 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
     check_disk(attempt.work, required_bytes([len(merges.names) * merges.bytes_each, *sizes.values()]))
     _check_memory(loaded.model, merges.bytes_each, sizes)
     return merges
+
+
+def check_least_size(work: Path, empty: Any, formats: Sequence[str], device: Any) -> None:
+    """Refuses exports that are too large even in 16 bits, the least that a merged model is written in.
+
+    Args:
+        work: Where they will be written.
+        empty: The base on the meta device.
+        formats: `JOB_EXPORT__FORMATS`, with at least one that needs the merge.
+        device: Where they are scored.
+
+    Raises:
+        Unreachable: The disk, or the GPU's memory, is too small. A retry may get a machine with more.
+    """
+    merged = 2 * sum(parameter.numel() for parameter in empty.parameters())
+    if device.type == "cuda":
+        check_gpu_memory(device, merged)
+    check_disk(work, required_bytes([merged, *(_bytes(name, empty, merged) for name in derived(formats))]))
+
+
+def check_gpu_memory(device: Any, merged_bytes: int) -> None:
+    """Refuses a merged model whose weights alone take more than the whole GPU, on which it is scored.
+
+    Args:
+        device: The GPU.
+        merged_bytes: Of the merged model, at least.
+
+    Raises:
+        Unreachable: They do. A retry may get a machine with more.
+    """
+    if (total := gpu_bytes(device)) < merged_bytes:
+        raise Unreachable(
+            f"the merged model takes {size(merged_bytes, ' ')} of the GPU's memory to be scored, which has "
+            f"{size(total, ' ')}; use a larger GPU, or leave JOB_EXPORT__FORMATS empty and merge on another machine"
+        )
 
 
 def _bytes(name: str, empty: Any, merged_bytes: int) -> int:
@@ -105,15 +135,12 @@ def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> No
             needs.append((merged_bytes, name))
         elif split_name(name)[0] == GGUF:  # on the processor
             needs.append((size_, name))
-    if on_gpu and (total := gpu_bytes(model.device)) < merged_bytes:
-        raise Unreachable(
-            f"the merged model takes {size(merged_bytes, ' ')} of the GPU's memory to be scored, which has "
-            f"{size(total, ' ')}; take a larger GPU, or leave JOB_EXPORT__FORMATS empty and merge on another machine"
-        )
+    if on_gpu:
+        check_gpu_memory(model.device, merged_bytes)
     held = 0 if on_gpu else sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     need, name = max(needs)
     if (free := available_bytes() + held) < need:
         raise Unreachable(
             f"JOB_EXPORT__FORMATS: {name} takes {size(need, ' ')} of this machine's memory, and {size(free, ' ')} are "
-            "free; give the machine or the pod more, or leave it out"
+            "free; give the machine or the pod more memory, or remove the format"
         )

@@ -63,7 +63,7 @@ def begin_alike(processes: Processes, model: Any) -> None:
     own = hashlib.sha256(b"".join(one.cpu().numpy().tobytes() for one in parameters)).hexdigest()
     if len(set(processes.gather("adapter's first values", own))) == 1:
         return
-    log.get_logger().warning("processes begin with different adapters; that of process 0 is taken")
+    log.get_logger().warning("processes computed different initial adapters; that of process 0 is used")
     for parameter in parameters:
         value = parameter.cpu().clone()
         if not processes.leads:

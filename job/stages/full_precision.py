@@ -36,7 +36,7 @@ from job.stages.scoring_precision import choose_precision, precision_facts, scor
 from job.storage.open import ObjectStore, storage_options
 from job.training.gpu_memory import free_gpu_bytes, give_back_memory
 from job.training.memory_model import ORIGINAL_SHARE, evaluation_bytes, weight_bytes
-from job.training.prepare import setup_of
+from job.training.setup_of_model import setup_of
 
 
 def evaluate_bases(
@@ -82,12 +82,12 @@ def _evaluate_original(
         return known
     folder = attempt.processes.share_on_machine("original base", lambda: str(_folder(attempt, settings, sources)))
     if why := _why_not(attempt, settings, loaded, Path(folder)):
-        log.get_logger().warning("the original base is not scored, so what quantization cost is not known", why=why)
+        log.get_logger().warning("the original base is not scored, so the cost of quantization is not known", why=why)
         found = FullPrecision(precision.dtype, {}, why)
         return Evaluated({}, [], full_precision=found) if attempt.processes.leads else None
     try:
         scored = _score(attempt, settings, sources, loaded, folder=Path(folder), shared=shared, precision=precision)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error) or attempt.processes.place.world_size > 1:  # the others are scoring, and would wait
             raise
         log.get_logger().warning("the original base is not scored: memory ran out", why=str(error).partition("\n")[0])
@@ -121,7 +121,7 @@ def _folder(attempt: Attempt, settings: Settings, sources: Sources) -> Path:
 def _why_not(attempt: Attempt, settings: Settings, loaded: Loaded, folder: Path) -> str:
     """Why the original base cannot be scored, in words; empty if it can. One answer for all processes."""
     if quantization_method(read_json(folder / "config.json", MAX_CONFIG_BYTES)) is not None:
-        return "the base is published quantized only"
+        return "the base is only published quantized"
     need, free = _need(settings, loaded), _free(attempt, settings, loaded)
     short = (
         f"it takes {size(need, ' ')} beside the quantized base, and {size(free, ' ')} are free" if need > free else ""

@@ -14,7 +14,7 @@ from job.common.source_list import parse_sources
 from job.data.prompts import find_prompts
 from job.data.sources import check_source
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
-from job.errors import JobError, Problem, SettingsError, combine, named_by
+from job.errors import Problem, SettingsError, check_all, named_by, raise_problems
 from job.evaluation.policy import read_policy
 from job.evaluation.question_files import find_questions
 from job.evaluation.task_names import check_tasks
@@ -22,6 +22,7 @@ from job.model.files import weight_files
 from job.model.start_adapter import local_start
 from job.results.baseline import check_run
 from job.results.signing import load_private_key
+from job.settings.combinations import sharded_alone
 from job.settings.load import Settings
 from job.settings.schema import Sign
 from job.settings.training_stages import naming_its_settings
@@ -33,14 +34,17 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 
-def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: bool = False) -> None:
-    """Refuses paths that are not there, data sets of the hub without a revision, and unknown tasks.
+def check_inputs(
+    settings: Settings, later: Sequence[Settings] = (), *, begun: bool = False, processes: int | None = None
+) -> None:
+    """Refuses paths that are not there, data sets of the hub without a revision, unknown tasks, too few processes.
 
     Args:
         settings: Those of the run.
         later: Those of the stages after it.
         begun: Whether an earlier attempt has found the model and the tasks. A later one may have the quantized base
             from a cache, and then it needs no model.
+        processes: How many the run has on all machines; None to leave out what depends on it.
 
     Raises:
         DataError, SettingsError: With everything that is wrong, in one error.
@@ -65,14 +69,9 @@ def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: b
     last = later[-1] if later else settings
     checks.append(("export", partial(_check_extra, last.export.formats)))
     checks.append(("sign", partial(private_key, last.sign)))
-    errors: list[tuple[str, JobError]] = []
-    for place, check in checks:
-        try:
-            check()
-        except JobError as error:
-            errors.append((place, error))
-    if errors:
-        raise combine(errors)
+    if processes is not None and (alone := sharded_alone(settings, processes)) is not None:
+        checks.append(("placement", partial(raise_problems, [alone])))
+    check_all(checks)
 
 
 def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tuple[str, Callable[[], object]]]:

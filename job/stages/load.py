@@ -13,9 +13,11 @@ from job.data.examples import lengths_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import make_options
-from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
+from job.model.base import PLAIN, load_base
+from job.model.device import choose_device, choose_dtype, make_deterministic
 from job.model.experts import quantized_experts
 from job.model.lora import add_adapter
+from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
 from job.model.placed_weights import taking_part
@@ -28,13 +30,14 @@ from job.records import ExecutionPlan, Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.stages.placement import decide_placement
+from job.stages.scoring_precision import agree_on_attention
 from job.training.config import total_steps
-from job.training.gpu_capability import require_fp8
+from job.training.gpu_capability import agree_on_kernels
 from job.training.gpu_memory import limit_memory
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import LONG_ROW
 from job.training.prepare import prepare, token_budget
-from job.training.slower import slower_ways
+from job.training.speed_advice import slower_ways
 
 
 def load(
@@ -55,12 +58,12 @@ def load(
         DataError: The model's folder cannot be loaded.
     """
     device = choose_device(settings.run.device)
-    _same_kind(processes, device.type)
-    if settings.train.compute == "fp8":
-        require_fp8(device)
     if device.type == "cuda":
         make_deterministic()
         limit_memory(settings.train.gpu_memory_gb)
+    dtype = choose_dtype(settings.model.dtype, device)
+    computed_in = {str(dtype).removeprefix("torch."), "float16"}  # training and scoring
+    agree_on_kernels(processes, device, sorted(computed_in - {"float32"}))
     lora, train = settings.lora, settings.train
     steps = total_steps(len(sources.examples), train.global_batch_size, train.epochs, train.max_steps)
     added = settings.model.add_tokens or ()
@@ -82,7 +85,7 @@ def load(
         sources.folder,
         quantization=settings.model.quantization,
         double_quantization=settings.model.double_quantization,
-        dtype=choose_dtype(settings.model.dtype, device),
+        dtype=dtype,
         device=device,
         max_length=settings.train.max_length,
         quantized=sources.quantized,
@@ -159,7 +162,9 @@ def load(
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
     only_long = min(lengths_of(sources.examples)) > LONG_ROW
     _tell_slower_ways(plan, settings, on_gpu=device.type == "cuda", only_long=only_long)
-    return Loaded(model, record, budget, plan, kept_base, packing, names)
+    loaded = Loaded(model, record, budget, plan, kept_base, packing, names)
+    agree_on_attention(processes, settings.eval, loaded)
+    return loaded
 
 
 def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
@@ -171,8 +176,8 @@ def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
     if began is None or began.quantized_experts == loaded.quantized_experts:
         return
     before, now = ("in 4 bits" if one.quantized_experts else "in 16 bits" for one in (began, loaded))
-    what = f"is a mixture whose experts this version of the job holds {now}, and the version that began this run held"
-    what = f"{what} {before}; go on with that version, or give another JOB_RUN__ID for a new run"
+    what = f"is a mixture whose experts this version of the job keeps {now}, but the version that began this run kept"
+    what = f"{what} {before}; use that version, or another JOB_RUN__ID for a new run"
     raise SettingsError([Problem("JOB_MODEL__ID", what)])
 
 
@@ -207,14 +212,8 @@ def _packing(
             losses=losses_of(model),
         )
     if found.packed and not all(processes.gather("packing", found.packed)):
-        found = Packing(packed=False, reason="another process of the run finds that packed sequences come out wrong")
+        found = Packing(
+            packed=False, reason="another process of the run finds that packed sequences give wrong results"
+        )
         use(model.get_base_model(), PLAIN)
     return found
-
-
-def _same_kind(processes: Processes, device: str) -> None:
-    """Refuses a run in which only some processes have a GPU: they cannot communicate, and would wait forever."""
-    devices = processes.gather("device", device)
-    if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
-        what = f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer, or give each one"
-        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])

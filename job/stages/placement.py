@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from job.common.formatting import size
 from job.common.resources import available_bytes
 from job.data.examples import lengths_of
 from job.distributed.processes import Processes
-from job.errors import Problem, SettingsError
+from job.errors import Problem, raise_problems
 from job.model.adapter_options import AdapterOptions
 from job.model.architecture import read_config as read_architecture
 from job.model.experts import left_plain
@@ -63,22 +63,16 @@ def decide_placement(
         options: The adapter's.
 
     Raises:
-        SettingsError: JOB_MODEL__PLACEMENT is `sharded` with one process, or `host` with too little main memory.
+        SettingsError: JOB_MODEL__PLACEMENT is `host`, with too little main memory.
     """
-    asked, world, setup = model.placement, processes.place, _setup(model, train, lora, sources.folder, options)
-    if asked == "sharded" and world.world_size == 1:
-        what = "is sharded, and the run has one process; start several, each with its GPU, or take gpu or host"
-        raise SettingsError([Problem("JOB_MODEL__PLACEMENT", what)])
+    asked, world, setup = model.placement, processes.place, None
+    if model.quantization != "none":
+        setup = setup_before_loading(model, train, lora, sources.folder, options)
     need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
     # Measured once for each machine: a process that measured later would count what another has already loaded.
     available = processes.share_on_machine("available main memory", available_bytes)
     free = int(MAIN_MEMORY_SHARE * available)
-    if setup is not None and asked == "host" and need > free:
-        copies = copies_in_main_memory(setup, world.local_world_size)
-        left = f"of {size(available, ' ')} that this machine or its container has left"
-        short = f"{left}, {size(free, ' ')} are safe to fill"
-        fix = "take gpu, fewer processes (JOB_RUN__PROCESSES), or a machine or container with more memory"
-        raise SettingsError([Problem("JOB_MODEL__PLACEMENT", f"is host, and {copies}; {short}; {fix}")])
+    raise_problems(_too_little_main_memory(asked, setup, world.local_world_size, available))
     if asked != "auto":
         return asked, "" if asked == "gpu" else f"JOB_MODEL__PLACEMENT is {asked}"
     placement, why = "gpu", ""
@@ -104,6 +98,35 @@ def decide_placement(
         )
     placement, why = max(processes.gather("placement", [placement, why]), key=lambda found: PLACEMENTS.index(found[0]))
     return placement, why
+
+
+def placement_problems(
+    model: Model, train: Train, lora: Lora, *, folder: Path, processes: int, options: AdapterOptions
+) -> Iterator[Problem]:
+    """Yields what `decide_placement` would refuse for want of main memory, as far as that is so already.
+
+    Args:
+        model: Settings of the base.
+        train: Settings of training.
+        lora: Settings of the adapter.
+        folder: Of the base's config.json.
+        processes: Of this machine; each will have a copy.
+        options: The adapter's.
+    """
+    if model.placement == "host":
+        setup = setup_before_loading(model, train, lora, folder, options)
+        yield from _too_little_main_memory(model.placement, setup, processes, available_bytes())
+
+
+def _too_little_main_memory(asked: str, setup: Setup | None, processes: int, available: int) -> Iterator[Problem]:
+    free = int(MAIN_MEMORY_SHARE * available)
+    if setup is None or asked != "host" or packed_bytes(setup) * processes <= free:
+        return
+    copies = copies_in_main_memory(setup, processes)
+    left = f"of {size(available, ' ')} that are left on this machine or in its container"
+    short = f"{left}, {size(free, ' ')} can safely be used"
+    fix = "use gpu, fewer processes (JOB_RUN__PROCESSES), or a machine or container with more memory"
+    yield Problem("JOB_MODEL__PLACEMENT", f"is host, and {copies}; {short}; {fix}")
 
 
 def _fastest_that_fits(
@@ -148,7 +171,7 @@ def _fastest_that_fits(
     if placement == "gpu":
         return placement, ""
     need, usable = (size(number, " ") for number in (needs(setup), usable_bytes(memory)))
-    return placement, f"with the base on the GPU the run would need {need}, and {usable} are safe to fill"
+    return placement, f"with the base on the GPU the run would need {need}, and {usable} can safely be used"
 
 
 def divides_over(setup: Setup, train: Train) -> int:
@@ -158,13 +181,8 @@ def divides_over(setup: Setup, train: Train) -> int:
     return 1 if why_not_divided(setup.architecture, setup.processes) else setup.processes
 
 
-def _setup(model: Model, train: Train, lora: Lora, folder: Path, options: AdapterOptions) -> Setup | None:
-    """The input of the memory formulas, before the base is loaded.
-
-    None if the base is not quantized, or the formulas do not cover its architecture.
-    """
-    if model.quantization == "none":
-        return None
+def setup_before_loading(model: Model, train: Train, lora: Lora, folder: Path, options: AdapterOptions) -> Setup | None:
+    """The input of the memory formulas, before the base is loaded; None if they do not cover its architecture."""
     try:
         architecture = read_architecture(read_config(folder).to_dict())
     except ValueError:

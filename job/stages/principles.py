@@ -25,7 +25,7 @@ from job.evaluation.principles import (
 from job.evaluation.prompt_answers import parse_answers
 from job.evaluation.resumable import complete
 from job.evaluation.score_cache import ScoreCache, score_conditions
-from job.model.base import choose_device, choose_dtype
+from job.model.device import choose_device, choose_dtype
 from job.model.files import fingerprint, weight_files
 from job.records import Artifact, Judgement, JudgeRecord, PromptAnswer
 from job.runs.attempt import Attempt
@@ -88,11 +88,11 @@ def check_judge(options: Eval, judge: FoundJudge, alive: Callable[[], None]) -> 
         return
     server = _served(options, judge, seconds=CHECK_SECONDS)
     if server.key is not None and not is_encrypted(server.url):
-        log.get_logger().warning("JOB_EVAL__JUDGE_KEY goes to the judge unencrypted; give an https address")
+        log.get_logger().warning("JOB_EVAL__JUDGE_KEY is sent to the judge unencrypted; use an https:// address")
     try:
         server.check(alive)
     except Unreachable as error:
-        log.get_logger().warning("the judge does not answer yet; it is asked after training", why=str(error))
+        log.get_logger().warning("the judge does not answer now; it is asked again after training", why=str(error))
 
 
 def judge_sha256(record: JudgeRecord) -> str:
@@ -196,15 +196,15 @@ def _on_one_device(devices: Sequence[str], judged_on: Callable[[str], T]) -> T:
 
     All pairs are judged again on the next one: which of them the first would have judged depends on when it was full.
     """
-    for device in devices[:-1]:
-        try:
-            return judged_on(device)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        log.get_logger().warning("the judge does not fit into the GPU's memory; all pairs are judged on the CPU")
-        gc.collect()  # the judge is in cycles with its error
     with memory_errors("judging", "take a smaller JOB_EVAL__JUDGE"):
+        for device in devices[:-1]:
+            try:
+                return judged_on(device)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            log.get_logger().warning("the judge does not fit into the GPU's memory; all pairs are judged on the CPU")
+            gc.collect()  # the judge is in cycles with its error
         return judged_on(devices[-1])
 
 

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from job import log
 from job.checkpoints import manager
+from job.common.formatting import timestamp
 from job.common.hashing import sealed
 from job.errors import JobError
 from job.evaluation.comparison import compare_near_ties, compare_tasks, judge
 from job.evaluation.groups import compare_groups
-from job.evaluation.measured import compare_measured
 from job.evaluation.principles import parse_judgements
+from job.evaluation.task_metrics import compare_measured
 from job.records import Artifact, Evaluated, Exported, Judgement, ModelRecord, TaskScores, Trained
 from job.report import model_card, report
 from job.results import bom, inventory, manifest, signing
 from job.results.baseline import Baseline
 from job.results.completed import read_complete
-from job.runs.attempt import Attempt, now
+from job.runs.attempt import Attempt
 from job.runs.layout import (
     BOM,
     CARD,
@@ -94,7 +95,7 @@ def publish(
         part_of=settings.part_of,
         settings=redacted(settings),
         attempts=[*earlier, attempt.record("complete")],
-        finished=now(),
+        finished=timestamp(),
         model=replace(model, licence=sources.record.model_licence),
         dataset=sources.record.dataset,
         training=trained.training,
@@ -238,7 +239,7 @@ def _published(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifac
         raise
     except Exception as error:  # noqa: BLE001 - see publish_report_and_card
         log.get_logger().error(
-            "report or model card cannot be rendered; the results are published without it",
+            "report or model card cannot be written; the results are published without it",
             document=key,
             exc_info=error,
         )

@@ -6,7 +6,7 @@ On each machine the first process does this; the others read its results from th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,17 +21,16 @@ from job.data.licences import find_licence
 from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import open_tokens
 from job.data.training_and_validation import ValidationSource
-from job.errors import DataError, JobError, Preempted, Problem
+from job.errors import DataError, JobError, Preempted, Problem, check_all
 from job.evaluation.policy import Policy, read_policy
 from job.evaluation.question_lengths import check_lengths
 from job.evaluation.task_names import MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, check_choices, check_gate, load_tasks
-from job.model.adapter_options import MANY_STEPS, make_options
-from job.model.base import inspect, load_tokenizer
 from job.model.start_adapter import FoundStart, check_start, find_start, hash_start
+from job.model.tokenizer import load_tokenizer
 from job.model.tokenizer_files import rows_with
 from job.records import DatasetRecord, Evaluated, GroupSpec, Pulled
-from job.results.baseline import check_questions, read_baseline
+from job.results.baseline import Baseline, check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.runs.layout import ADAPTER, Stage
 from job.settings.field_types import is_server
@@ -43,6 +42,7 @@ from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
 from job.stages.principles import FoundJudge, check_judge, find_judge, judge_sha256
 from job.stages.pull_audit import audit_arguments, known_audit, known_scores, with_audit_of_before
+from job.stages.pull_checks import CheckedSettings, check_model, check_rows
 from job.stages.pull_model import BaseFiles, BaseSettings, find_base, vocabulary_of
 from job.stages.pull_prompts import find_prompt_rows, prompts_record
 from job.stages.pull_rows import RowSettings, check_hub, fetch_rows, read_rows, validation_of
@@ -172,9 +172,11 @@ def _pull(
     coming = in_thread(lambda: find_base(attempt, _base_settings(settings), storage, before_weights), "model")
     try:
         import_libraries()
-        tasks = _load_tasks(attempt, settings, storage, policy)
-        if baseline is not None:
-            check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)
+        tasks = _checked_tasks(
+            attempt,
+            lambda: _load_tasks(attempt, settings, storage, policy, baseline),
+            lambda: check_model(attempt, _early_files(attempt, early, coming)[0], checked_settings(settings, later)),
+        )
         start, safety = _find_start(attempt, settings, storage), _find_safety_model(attempt, settings, storage)
         rows = _row_settings(settings)
         fetched = fetch_rows(attempt, rows, storage)
@@ -182,7 +184,7 @@ def _pull(
         tokenizer = load_tokenizer(folder, settings.model.add_tokens)
         vocabulary = rows_with(vocabulary_of(folder), tokenizer, settings.model.add_tokens)
         if missing:
-            _check_before_weights(folder, settings, rows)
+            check_hub(rows)
         _check_lengths(settings, tasks, tokenizer, vocabulary)
         checked.set_result(None)
 
@@ -195,6 +197,7 @@ def _pull(
         auditing = {**how, **_auditing(attempt, settings, storage, tasks, safety)}
         known = {**auditing, "audited": known_audit(attempt), **known_scores(attempt)}
         tokens = read_rows(attempt, rows, *fetched, tokenizer, **known)
+        check_rows(attempt, folder, checked_settings(settings, later), tokens)
         prompts = find_prompt_rows(
             attempt,
             settings.eval,
@@ -257,6 +260,13 @@ def _pull(
 def _base_settings(settings: Settings) -> BaseSettings:
     run = settings.run
     return BaseSettings(settings.model, settings.lora.init, run.device, run.output, settings.storage.cache)
+
+
+def checked_settings(settings: Settings, later: Sequence[Settings]) -> CheckedSettings:
+    """What `pull_checks` checks of the settings of this training stage, and of those after it."""
+    last, seed = (later or [settings])[-1], _row_settings(settings).seed
+    of_stage = (settings.model, settings.lora, settings.train, settings.run.device, seed)
+    return CheckedSettings(*of_stage, last.export, last.gate.on)
 
 
 def _row_settings(settings: Settings) -> RowSettings:
@@ -349,7 +359,10 @@ def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOpt
         data = data.model_copy(update={"safety_revision": audit.safety.revision or data.safety_revision})
     found: SafetyModel = _wait(attempt, in_thread(lambda: find_safety_model(data, source, place), "safety model"))
     if earlier is not None and earlier.safety_sha256 != found.record.sha256:  # before it scores anything
-        what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+        what = (
+            "its content has changed since the first attempt of this run; restore it, or start a new run "
+            "with another JOB_RUN__ID"
+        )
         raise DataError([Problem("JOB_DATA__SAFETY_MODEL", what)])
     return found
 
@@ -376,12 +389,29 @@ def _judge_sha256(attempt: Attempt, judge: FoundJudge | None) -> str | None:
     return judge_sha256(judge.record)
 
 
-def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions, policy: Policy | None) -> Tasks:
+def _checked_tasks(attempt: Attempt, load: Callable[[], Tasks], check_model: Callable[[], None]) -> Tasks:
+    """The tasks. What is wrong with them, and what the model excludes of the settings, is raised together.
+
+    Later attempts do not check the model: they have the same settings and the same model.
+    """
+    loaded: list[Tasks] = []
+    checks: list[tuple[str, Callable[[], object]]] = [("questions", lambda: loaded.append(load()))]
+    if attempt.recorded(Stage.PULL, Pulled) is None:
+        checks.append(("model", check_model))
+    check_all(checks)
+    return loaded[0]
+
+
+def _load_tasks(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, policy: Policy | None, baseline: Baseline | None
+) -> Tasks:
     given, gate = settings.eval.data, settings.gate
     files = {task: Path(fetch_input(attempt, place, f"questions/{task}", storage)) for task, place in given.items()}
     tasks = load_tasks(settings.eval.tasks, files, given, settings.eval.num_fewshot)
     check_choices(tasks, settings.need_choices)
     check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
+    if baseline is not None:
+        check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)
     return tasks
 
 
@@ -401,26 +431,6 @@ def _early_files(attempt: Attempt, early: Future[tuple[Path, bool]], coming: Fut
     """The folder with configuration and tokenizer, and whether the weights are still to be downloaded."""
     _wait(attempt, early, coming)
     return early.result() if early.done() else (coming.result().folder, False)
-
-
-def _check_before_weights(folder: Path, settings: Settings, rows: RowSettings) -> None:
-    """Checks what does not need the weights: the model's configuration, the adapter's options, the longest example.
-
-    Also whether the data sets are on the hub.
-
-    Raises:
-        DataError, SettingsError: The same errors that loading the model, or reading the rows, would raise.
-        Unreachable, AccessDenied: The hub cannot be used.
-    """
-    lora = settings.lora
-    inspect(
-        folder,
-        max_length=settings.train.max_length,
-        targets=lora.target_modules,
-        rank=lora.rank,
-        options=make_options(dict(lora), settings.train.max_steps or MANY_STEPS, settings.model.add_tokens),
-    )
-    check_hub(rows)
 
 
 def _at_commit_of_before(attempt: Attempt, settings: Settings) -> Settings:

@@ -81,9 +81,9 @@ def known_audit(attempt: Attempt) -> Audited | None:
     try:
         findings = attempt.fetch(Artifact(FINDINGS, record.bytes, record.sha256)).read_bytes()
     except DataError as error:
-        log.get_logger().warning("the published audit cannot be read, and the rows are audited again", why=str(error))
+        log.get_logger().warning("the published audit cannot be read: the rows are audited again", why=str(error))
         return None
-    log.get_logger().info("the audit of the rows is known from an earlier attempt")
+    log.get_logger().info("the audit of an earlier attempt is used again")
     return Audited(record, findings, ())
 
 
@@ -101,20 +101,20 @@ def with_audit_of_before(attempt: Attempt, dataset: DatasetRecord) -> DatasetRec
     if earlier is None or before is None or now is None or before == now:
         return dataset
     other = [
-        f"rows with a finding of the kind {kind} were looked for by {check.checked_by or 'nothing'} "
+        f"rows with a finding of the kind {kind} were searched for by {check.checked_by or 'nothing'} "
         f"when this run began, and by {now.checks[kind].checked_by or 'nothing'} here"
         for kind, check in before.checks.items()
         if kind in now.checks and check.action == "skip" and check.checked_by != now.checks[kind].checked_by
     ]
     if identity(replace(earlier, dataset=dataset)) == identity(earlier):
         if other:
-            what = "the audit used other tools than when this run began, and leaves out the same rows; nothing to do"
+            what = "the audit used other tools than when this run began, but leaves out the same rows; nothing to do"
             log.get_logger().warning(what, tools=other)
         return replace(dataset, audit=before)
     if not other:
         return dataset  # the data itself has changed, which the comparison of the whole record reports
     what = f"{'; '.join(other)}: other rows would be trained on"
-    advice = "install what the run began with, or start a new run"
+    advice = "install the tools with which the run began, or start a new run"
     raise SettingsError([Problem("JOB_DATA__ON_FINDING", what)], advice=advice)
 
 
@@ -129,6 +129,13 @@ def publish_findings(attempt: Attempt, sources: Sources) -> None:
         return
     if attempt.damaged([Artifact(FINDINGS, record.bytes, record.sha256)]):
         if hash_file(sources.findings) != record.sha256:
-            what = "is gone, and the audit's tools on this machine find something else than the first attempt's"
-            raise DataError([Problem(f"{attempt.store.uri}/{FINDINGS}", f"{what}; install those, or start a new run")])
+            what = "is missing, and the audit's tools on this machine find other things than those of the first attempt"
+            raise DataError(
+                [
+                    Problem(
+                        f"{attempt.store.uri}/{FINDINGS}",
+                        f"{what}; install the tools of the first attempt, or start a new run",
+                    )
+                ]
+            )
         attempt.publish(sources.findings, FINDINGS)

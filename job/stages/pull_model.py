@@ -14,7 +14,7 @@ from typing import Any
 from job.common import host
 from job.common.hashing import code_hashes
 from job.errors import DataError, Problem, named_by
-from job.model.base import choose_device, choose_dtype
+from job.model.device import choose_device, choose_dtype
 from job.model.files import fingerprint
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
@@ -151,7 +151,15 @@ def fetch_original(attempt: Attempt, source: str, storage: StorageOptions, recor
     else:
         folder, _ = download_model(source, record.model_revision)
     if fingerprint(folder) != record.model_sha256:
-        raise DataError([Problem("JOB_MODEL__ID", f"{source} is not what this run began with: its files have changed")])
+        raise DataError(
+            [
+                Problem(
+                    "JOB_MODEL__ID",
+                    f"{source} has changed since this run began; restore its files, or start a new "
+                    "run with another JOB_RUN__ID",
+                )
+            ]
+        )
     return folder
 
 

@@ -82,7 +82,8 @@ def _compute(attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, sh
             sums = compute(examples[part.start : part.stop])
             yield number, [[ChoiceScore(one, greedy=False) for one in of_row] for of_row in sums]
 
-    parallel = ParallelScoring(attempt.processes, attempt.alive, score)
+    lower = "lower JOB_TRAIN__MICRO_BATCH_TOKENS or JOB_TRAIN__MAX_LENGTH"
+    parallel = ParallelScoring(attempt.processes, attempt.alive, score, lower)
     with _as_reference(sources, model):
         if not attempt.processes.leads:
             parallel.help(model)

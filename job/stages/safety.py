@@ -14,7 +14,7 @@ from job.common.out_of_memory import memory_errors
 from job.errors import naming
 from job.evaluation.resumable import complete
 from job.evaluation.score_cache import ScoreCache, score_conditions
-from job.model.base import choose_device
+from job.model.device import choose_device
 from job.model.files import fingerprint
 from job.model.text_classifier import Labels, TextClassifier
 from job.records import SafetyRecord

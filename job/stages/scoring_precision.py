@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from job import log
+from job.distributed.processes import Processes
 from job.evaluation.scorer import Scores, ScoreSequences, finite, score_sequences
 from job.evaluation.scoring import Forward, plan_sequences, score_sequence
 from job.model.lora import adapter_off
@@ -41,6 +42,29 @@ def choose_precision(
         return ScoringPrecision(loaded.record.dtype, loaded.record.dtype, why)
     log.get_logger().info("questions are scored with products in fp16 and sums in fp32")
     return ScoringPrecision("fp16", "fp32", "nearer to fp32 than bf16")
+
+
+def agree_on_attention(processes: Processes, wanted: Eval, loaded: Loaded) -> None:
+    """Makes all processes score by torch's attention where Triton's fails its test in one of them.
+
+    A score must not depend on which process computes it. Called in all processes, after `agree_on_kernels` and before
+    anything is scored.
+    """
+    from job.model.fused.precise_forward import tested_attention
+    from job.model.fused.scoring_decoder import use_torch_attention
+
+    if processes.place.world_size == 1:
+        return
+    tested = None
+    if not why_as_trained(wanted, loaded):
+        kernels, _ = fast_kernels(loaded.model.device, "float16")
+        tested = tested_attention(loaded.model, kernels)
+    failed = processes.gather("attention of scoring", tested is not None and tested[1])
+    if tested is not None and any(failed):
+        use_torch_attention(tested[0])
+        if not tested[1]:
+            what = "scoring uses torch's attention, which is slower, since another process cannot use Triton's"
+            log.get_logger().warning(what, change="that process's log says why it cannot")
 
 
 def why_as_trained(wanted: Eval, loaded: Loaded) -> str:
@@ -86,7 +110,7 @@ def _too_large(sources: Sources, loaded: Loaded, batch_tokens: int, gigabytes: f
     with adapter_off(loaded.model):
         for part in plan_sequences(asked, batch_tokens):
             if not finite(score_sequence(loaded.model, asked[part.start : part.stop], half)):
-                return "the base computes numbers that are too large for fp16"
+                return "activations of the base are too large for fp16"
     return ""
 
 

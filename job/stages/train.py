@@ -17,7 +17,6 @@ from job.common import host
 from job.common.hashing import hash_facts
 from job.common.methods import METHODS
 from job.common.optimizers import substitute
-from job.common.pace import StepPace
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.schedulers import make_schedule
 from job.common.validation import adapter_of
@@ -52,6 +51,7 @@ from job.tracking.tensorboard import write_events
 from job.training import config
 from job.training.config import Hooks, Preference, Recipe, total_steps
 from job.training.early_stopping import validation_record
+from job.training.remaining_time import StepPace
 from job.training.trainer import train
 
 
@@ -117,8 +117,28 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             raise _stopped(attempt, restored, recipe.total_steps)
     if not processes.leads:
         return None
+    artifacts, adapter = _publish_adapter(attempt, settings, sources, loaded, folder=folder, trained=trained)
+    record = _training_record(
+        recipe,
+        trained,
+        substitutions=[] if substituted is None else [substituted],
+        rows=len(sources.examples),
+        world_size=processes.place.world_size,
+        compared_with=_compared_with(sources) if reference else None,
+        start_sha256=sources.record.start_sha256,
+        adapter=adapter,
+    )
+    if not settings.train.is_one_stage:
+        record = replace(record, first_stage=read_first_stage(attempt.store))
+    return Trained(record, [*artifacts, *reference])
+
+
+def _publish_adapter(
+    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, folder: Path, trained: config.Trained
+) -> tuple[list[Artifact], AdapterRecord]:
+    """Uploads the adapter, with the tokenizer that is in `folder` already, and the metrics of training."""
     name, revision = public_base(settings.model.id, sources.record.model_revision, settings.model.name)
-    save_adapter(model, folder / "adapter", base=name, revision=revision, names=loaded.names)
+    save_adapter(loaded.model, folder / "adapter", base=name, revision=revision, names=loaded.names)
     write_metrics(folder / "metrics.jsonl", trained.history)
     facts = {METRICS: hash_facts(folder / "metrics.jsonl")}
     if trained.validations:
@@ -129,21 +149,10 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     files = [path for part in parts if (folder / part).exists() for path in _files(folder / part)]
     keys = {path: f"{ARTIFACTS}{path.relative_to(folder).as_posix()}" for path in files}
     artifacts = [attempt.publish(path, key, facts.get(key)) for path, key in keys.items()]
-    record = _training_record(
-        recipe,
-        trained,
-        substitutions=[] if substituted is None else [substituted],
-        rows=len(sources.examples),
-        world_size=processes.place.world_size,
-        compared_with=_compared_with(sources) if reference else None,
-        start_sha256=sources.record.start_sha256,
-        adapter=AdapterRecord(
-            init=settings.lora.init, **adapter_facts(folder / "adapter" / CONFIG, folder / "adapter" / WEIGHTS)
-        ),
+    adapter = AdapterRecord(
+        init=settings.lora.init, **adapter_facts(folder / "adapter" / CONFIG, folder / "adapter" / WEIGHTS)
     )
-    if not settings.train.is_one_stage:
-        record = replace(record, first_stage=read_first_stage(attempt.store))
-    return Trained(record, [*artifacts, *reference])
+    return artifacts, adapter
 
 
 def _stopped(attempt: Attempt, restored: manager.Restored, total_steps: int) -> Preempted:
@@ -173,7 +182,7 @@ def _restore(attempt: Attempt, software: dict[str, str]) -> manager.Restored:
 
     found = adapter_of(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
     if len(set(steps := processes.gather("restored step", found.step))) > 1:
-        raise Unreachable(f"the machines found different checkpoints whole: of the steps {steps}; start the run again")
+        raise Unreachable(f"the machines see different valid checkpoints, of steps {steps}; start the run again")
     return found
 
 

@@ -29,8 +29,8 @@ How to add a store:
 
 1. Write `job/storage/<name>.py` with a class that has the verbs above, and
    `open(location: Location, options: StorageOptions)`, a class method, which makes one without asking the server.
-   Errors of the client library are translated there; take `byte_limit` for limits, `atomic_write` for downloads,
-   `attempts` for what the library does not repeat, `probe` for `conditional_writes`. Give the client
+   Errors of the client library are translated there; take `byte_limit` for limits, `common.disk.atomic_write` for
+   downloads, `attempts` for what the library does not repeat, `probe` for `conditional_writes`. Give the client
    `options.timeout_seconds` and `options.retries`: it must not hang.
 2. Name it in the table `BACKENDS` of `job/storage/location.py`: scheme -> "module:class". The client library is
    imported when such a URI is opened, and not before.
@@ -43,18 +43,16 @@ around a store: the fence of a run, and injected faults.
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
 from uuid import uuid4
 
-from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachable
+from job.errors import JobError, SettingsError, Unreachable
 
 MIB = 1 << 20
 MAX_READ_BYTES = 16 * MIB
@@ -72,12 +70,6 @@ LOCK = "lock"
 # Bytes of UTF-8: S3's limit for a whole key and the usual limit of file systems for one name.
 _MAX_KEY, _MAX_PART = 1024, 255
 PROBE = ".probe-"
-# Errors of a file system for a call that it does not support.
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FAILING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOTCONN}
-_NO_NAME = {errno.ENAMETOOLONG, errno.ELOOP}
-_UNKNOWN = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _TRIES = 5
 # An ETag that no object has: conditional writes that name it must be refused.
 _NO_TAG = '"00000000000000000000000000000000"'
@@ -144,7 +136,7 @@ class ObjectStore(Protocol):
         """Removes an object, if there is one. Raises `Conflict`."""
 
     def conditional_writes(self) -> bool:
-        """Tries whether conditional writes are honoured; a JobError if nothing can be written or deleted at all."""
+        """Tries whether conditional writes work; a JobError if nothing can be written or deleted at all."""
 
 
 CHANGES = ("write", "upload", "delete")
@@ -300,7 +292,7 @@ def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) ->
             return store.write(key, data, if_absent=tag is None, if_tag=tag)
         except Conflict:
             tag = store.tag(key)
-    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
 
 
 def upload_in_turn(store: ObjectStore, path: Path, key: str) -> None:
@@ -317,7 +309,7 @@ def upload_in_turn(store: ObjectStore, path: Path, key: str) -> None:
         with suppress(Conflict):
             store.upload(path, key, if_absent=tag is None, if_tag=tag)
             return
-    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
 
 
 def delete_in_turn(store: ObjectStore, key: str) -> None:
@@ -332,7 +324,7 @@ def delete_in_turn(store: ObjectStore, key: str) -> None:
         with suppress(Conflict):
             store.delete(key, if_tag=tag)
             return
-    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
 
 
 def attempts(pauses: int | None = None) -> Iterator[None]:
@@ -360,84 +352,3 @@ def byte_limit(what: str, max_bytes: int | None) -> Callable[[int], None]:
             raise TooLarge(f"{what} has more than {max_bytes} bytes")
 
     return allowed
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success the file written there replaces `path`, durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not derived from the name, which may already be as long as the file system allows.
-    temporary = path.parent / f".{uuid4().hex}.part"
-    try:
-        yield temporary
-        sync(temporary)
-        rename(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def rename(path: Path, target: Path) -> None:
-    """Renames a file within a file system, replacing a file of that name."""
-    with lacking("renaming of files"):
-        path.replace(target)
-
-
-def sync_folder(path: Path) -> None:
-    """Flushes the entries of a folder to the disk, if the file system supports that."""
-    try:
-        sync(path)
-    except OSError as error:
-        if error.errno not in {*_UNKNOWN, errno.EINVAL, errno.EBADF, errno.EISDIR}:
-            raise
-
-
-@contextmanager
-def lacking(what: str) -> Iterator[None]:
-    """Turns the error of a file system that does not support `what` into a SettingsError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {*_UNKNOWN, errno.ENOLCK, errno.EXDEV}:
-            raise
-        use = "use a folder on another one, or a bucket, such as s3://bucket/prefix"
-        problem = f"this file system lacks {what} ({error.strerror}); {use}"
-        raise SettingsError([Problem(str(error.filename or "storage"), problem)]) from error
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def is_of_the_machine(error: BaseException) -> bool:
-    """Whether a file may not be used or can have no such name, a disk is full or fails, or too many files are open.
-
-    Such an error is about neither the content of a file nor this program, whoever happens to meet it.
-    """
-    return isinstance(error, OSError) and error.errno in _REFUSED | _FULL | _FAILING | _NO_NAME
-
-
-@contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turns errors of a local disk into errors of the job, except `FileNotFoundError`, which passes."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        message = f"{error.filename} is in the way: a name cannot be both an object and a folder of objects"
-        raise SettingsError([Problem(what, message)]) from error
-    except OSError as error:
-        if error.errno in _NO_NAME:
-            raise SettingsError([Problem(what, f"{error.strerror} ({error.filename}); give another path")]) from error
-        if error.errno in _REFUSED:
-            raise AccessDenied(f"{what}: {error.strerror} ({error.filename})") from error
-        if error.errno in _FULL:
-            said = ", ".join(filter(None, (error.strerror, error.filename)))
-            raise Unreachable(f"{what}: the disk is full ({said}); free space or give it more") from error
-        raise Unreachable(f"{what}: the disk fails: {error}") from error

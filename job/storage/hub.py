@@ -68,7 +68,7 @@ def import_client() -> None:
         for name in ("HfApi", "constants", "errors", "set_client_factory", "snapshot_download"):
             getattr(import_module("huggingface_hub"), name)
     except ValueError as error:
-        raise SettingsError([Problem("HF_ENDPOINT or another HF_ variable", f"makes no sense: {error}")]) from error
+        raise SettingsError([Problem("HF_ENDPOINT or another HF_ variable", f"is invalid: {error}")]) from error
 
 
 def download_model(
@@ -110,8 +110,8 @@ def download_model(
         with suppress(DryRunError):  # the hub does not answer: nothing will be downloaded, so only the cache counts
             files = snapshot_download(source, dry_run=True, **wanted)
             if not files:
-                what = "has no file that is loaded, such as config.json and model.safetensors"
-                raise DataError([Problem(f"model {source}", f"{what}; GGUF and pickled weights are not")])
+                what = "has none of the files that are loaded, such as config.json and model.safetensors"
+                raise DataError([Problem(f"model {source}", f"{what}; GGUF and pickled weights are not supported")])
             missing = [file.file_size or 0 for file in files if file.will_download]
             check_disk(Path(constants.HF_HUB_CACHE), required_bytes(missing))
         before_weights(Path(snapshot_download(source, **small)), bool(missing))
@@ -123,7 +123,7 @@ def download_model(
             folder = Path(snapshot_download(source, **wanted))
             if _other_bytes(folder):
                 _remove(other)
-                raise Unreachable(f"model {source}: the bytes of {names} are not those that the hub names (SHA-256)")
+                raise Unreachable(f"model {source}: the SHA-256 of {names} is not the one that the hub gives")
     return folder, commit
 
 
@@ -154,7 +154,7 @@ def local_model(source: str) -> Path | None:
     if path.is_dir():
         there = sorted(one for one in path.iterdir() if any(map(one.match, (*MODEL_FILES, "*.txt"))))
         if odd := [one for one in there if not one.is_file() and not one.is_dir()]:
-            what = "is no regular file, but a pipe, a device or a link to nothing"
+            what = "is not a regular file, but a pipe, a device or a broken link"
             raise DataError([Problem("JOB_MODEL__ID", f"{one} {what}") for one in odd[:3]])
         return path
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -189,7 +189,9 @@ def peek_model(source: str, revision: str | None) -> tuple[Path, dict[str, int]]
         files = snapshot_download(source, revision=revision, allow_patterns=list(MODEL_FILES), dry_run=True)
         sizes = {file.filename: file.file_size or 0 for file in files}
         if sum(size for name, size in sizes.items() if not name.endswith(".safetensors")) > MAX_SMALL_BYTES:
-            raise Unreachable(f"model {source}: its configuration and tokenizer are too large to look at beforehand")
+            raise Unreachable(
+                f"model {source}: its configuration and tokenizer are too large to be checked before the download"
+            )
         folder = snapshot_download(source, revision=revision, allow_patterns=list(SMALL_FILES))
     return Path(folder), sizes
 
@@ -343,7 +345,7 @@ def _environment(error: BaseException, name: str) -> JobError | None:
     modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
     if type(error).__module__.split(".")[0] in _TRANSPORTS and type(error).__name__ in _NO_ADDRESS:
         return SettingsError(
-            [Problem("HF_ENDPOINT", f"or a proxy variable is no http:// or https:// address: {error}")]
+            [Problem("HF_ENDPOINT", f"or a proxy variable is not an http:// or https:// address: {error}")]
         )
     if isinstance(error, ImportError) and "SOCKS" in str(error):
         return SettingsError([Problem("ALL_PROXY", "names a SOCKS proxy, which is not supported; give an HTTP proxy")])
@@ -352,13 +354,13 @@ def _environment(error: BaseException, name: str) -> JobError | None:
         return SettingsError([Problem("SSL_CERT_FILE", what)])
     encodes = isinstance(error, UnicodeEncodeError)  # only headers are encoded
     if encodes or (isinstance(error, UnicodeError) and "huggingface_hub.utils._auth" in modules):
-        return AccessDenied(f"{name}: HF_TOKEN, or the file with it, has characters that no token has")
+        return AccessDenied(f"{name}: HF_TOKEN, or the file with it, has characters that a token cannot have")
     return None
 
 
 def _answer(error: BaseException, name: str) -> JobError | None:
     """The hub answered, with an error."""
-    denied = AccessDenied(f"{name}: does not exist, or is not open to this HF_TOKEN (private, or gated)")
+    denied = AccessDenied(f"{name}: does not exist, or HF_TOKEN has no access to it (private, or gated)")
     if _is_a(error, _DATASETS_ERRORS, "DatasetNotFoundError"):
         # Here `datasets` has dropped the HTTP error, and only its message is left.
         refused = "gated" in str(error) or "cannot be accessed" in str(error)
@@ -393,11 +395,11 @@ def _no_answer_of_a_hub(error: BaseException, name: str) -> JobError | None:
     modules = {str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)}
     reads = any(module.startswith("huggingface_hub.") for module in modules)
     if isinstance(error, _HostileAnswer):
-        return Unreachable(f"{name}: {error}; look whether a proxy or a mirror answers in the hub's place")
+        return Unreachable(f"{name}: {error}; check whether a proxy or a mirror answers instead of the hub")
     if reads and (isinstance(error, _SENSELESS) or type(error).__name__ == "JSONDecodeError"):
         said = (str(error).splitlines() or [""])[0][:100]
         what = f"the hub's answer cannot be read ({type(error).__name__}: {said})"
-        return Unreachable(f"{name}: {what}; look whether a proxy or a login page answers in its place")
+        return Unreachable(f"{name}: {what}; check whether a proxy or a login page answers instead")
     return None
 
 
@@ -409,7 +411,7 @@ def _disk(error: Exception, name: str) -> JobError | None:
     if known.errno in {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(known):
         return Unreachable(f"{name}: the disk of the cache is full; free space, or set HF_HOME to a larger disk")
     if known.errno in _DISK:
-        what = f"{name}: {known.filename or 'the folder of the cache'} cannot be written or read ({known.strerror})"
+        what = f"{name}: {known.filename or 'the folder of the cache'} cannot be read or written ({known.strerror})"
         return SettingsError([Problem("HF_HOME", f"{what}; set it to a folder that this user may write")])
     return None
 

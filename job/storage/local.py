@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from uuid import uuid4
 
+from job.common.disk import atomic_write, disk_errors, lacking, rename, sync, sync_folder
 from job.errors import AccessDenied, Unreachable
 from job.storage.base import (
     HIDDEN,
@@ -28,16 +29,10 @@ from job.storage.base import (
     Conflict,
     ObjectInfo,
     Stored,
-    atomic_write,
     byte_limit,
     check_key,
     check_prefix,
-    disk_errors,
-    lacking,
     probe,
-    rename,
-    sync,
-    sync_folder,
 )
 
 if TYPE_CHECKING:
@@ -190,7 +185,7 @@ class LocalStore:
     def _path(self, key: str) -> Path:
         path = self._root / key
         if Path(os.path.realpath(path)) != path or path.is_symlink():  # a link to itself resolves to itself
-            raise AccessDenied(f"{self.uri}: {key} leads through a symbolic link; use the place it points to as root")
+            raise AccessDenied(f"{self.uri}: {key} is below a symbolic link; use the folder that it points to")
         return path
 
     def _open(self, key: str) -> BufferedReader | None:
@@ -296,7 +291,7 @@ class LocalStore:
             elif now - since > _STUCK_SECONDS:
                 (hidden / f"{LOCK}-{_lock_number(path) + 1}").touch()
             if now > deadline:
-                raise Unreachable(f"{path} was held by another process for {self._timeout:g} s")
+                raise Unreachable(f"{path} was locked by another process for {self._timeout:g} s")
             time.sleep(_POLL_SECONDS)
 
 

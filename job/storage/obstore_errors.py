@@ -34,8 +34,8 @@ REFUSED = {
 }
 """Error codes with which the stores say that a condition does not hold, or none. Other conflicts have other codes."""
 _HELD = (
-    "a retention policy or a legal hold keeps the object, and the job replaces some of its own: take another bucket or "
-    "container, or exempt this prefix"
+    "a retention policy or a legal hold protects the object, but the job has to replace some of its objects: use "
+    "another bucket or container, or exempt this prefix"
 )
 _ROLE = 'give the identity the role "Storage Blob Data Contributor", or the signature the permissions rwdl'
 _LEASED = "another program holds a lease on the blob; break it (az storage blob lease break)"
@@ -68,7 +68,7 @@ _DENIED_WORDS = {
     "date header": "set this machine's clock",
     "in the specified time frame": "give a new AZURE_STORAGE_SAS_TOKEN",
     "MAC signature": "correct AZURE_STORAGE_ACCOUNT_KEY",
-    "Invalid JWT": "set this machine's clock, or replace the key of the service account",
+    "Invalid JWT": "correct this machine's clock, or replace the key of the service account",
 }
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
 # Client errors by their status, but transient.
@@ -183,7 +183,7 @@ def _translate(error: BaseException, what: str, status: int) -> JobError:
     if (remedy := _denied(error, status)) is not None:
         return AccessDenied(f"{words}{remedy}")
     if status in _UNKNOWN_REQUEST:
-        return NotSupported([Problem(what, f"the store does not know this request: {_words(error)}")])
+        return NotSupported([Problem(what, f"the store does not support this request: {_words(error)}")])
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR or code(error) in _TRANSIENT_CODES:
         return Unreachable(words)
     if (wrong := _wrong(error, status)) is not None:
@@ -215,7 +215,7 @@ def _wrong(error: BaseException, status: int) -> str | None:
     if code(error) in _NO_BUCKET:
         return "there is no such bucket or container; create it, or correct the URI"
     if isinstance(error, InvalidPathError):
-        return f"an object there has a name that no file can have; rename it: {_words(error)}"
+        return f"an object there has a name that a file cannot have; rename it: {_words(error)}"
     return f"the store refuses the request: {_words(error)}" if status and status not in _TRANSIENT else None
 
 

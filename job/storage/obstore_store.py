@@ -24,6 +24,7 @@ from uuid import uuid4
 import obstore
 from obstore.exceptions import PreconditionError
 
+from job.common.disk import atomic_write, disk_errors
 from job.common.hashing import hash_file
 from job.errors import Problem, SettingsError, Unreachable
 from job.storage import base
@@ -38,13 +39,11 @@ from job.storage.base import (
     ObjectInfo,
     Stored,
     TooLarge,
-    atomic_write,
     attempts,
     byte_limit,
     check_key,
     check_prefix,
     conflict,
-    disk_errors,
     probe,
 )
 from job.storage.location import Location, StorageOptions
@@ -158,7 +157,7 @@ class ObstoreStore:
             for attempt in self._attempts():
                 with self._again(attempt):
                     return self._read(key, max_bytes, seen)
-        raise Unreachable(f"{self.uri}/{key}: cannot read: the content arrives cut off, or each time another")
+        raise Unreachable(f"{self.uri}/{key}: cannot read: the content is cut off, or different at each try")
 
     def _read(self, key: str, max_bytes: int, seen: set[str]) -> Stored | None:
         """The object; `seen` are the SHA-256 of answers before that did not fit their metadata.
@@ -265,7 +264,9 @@ class ObstoreStore:
                     if (tag := self._tag(put) or own()) is not None:
                         return tag
                     break
-        raise Unreachable(f"{self.uri}/{key}: cannot write: the answer is not that of the store")
+        raise Unreachable(
+            f"{self.uri}/{key}: cannot write: the answer is not one of such a store; check the endpoint and proxies"
+        )
 
     def _ask(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
         """Sends a request that may be repeated, as often as settings say; raises what `ask` does."""
@@ -274,7 +275,7 @@ class ObstoreStore:
     def _check_encryption(self) -> None:
         """Refuses a KMS key: ignoring it would leave objects encrypted in another way than was asked for."""
         if self._options.kms_key_id:
-            what = f"is for s3:// alone; remove it, and let the bucket of {self.scheme}:// have a default key"
+            what = f"is only for s3://; remove it, and set a default key for the bucket of {self.scheme}://"
             raise SettingsError([Problem("JOB_STORAGE__KMS_KEY_ID", what)])
 
     def upload(self, path: Path, key: str, *, if_absent: bool = False, if_tag: str | None = None) -> None:
@@ -295,7 +296,7 @@ class ObstoreStore:
                 if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
                     return
                 if_absent, if_tag = False, self.tag(key)
-        raise Unreachable(f"{path} changes all the time while it is uploaded to {self.uri}/{key}")
+        raise Unreachable(f"{path} changes at each try while it is uploaded to {self.uri}/{key}")
 
     def _upload(self, path: Path, key: str, attributes: dict[str, str], mode: Any) -> None:
         size = path.stat().st_size
@@ -342,7 +343,7 @@ class ObstoreStore:
                 with suppress(OtherContent), atomic_write(path) as temporary:
                     self._fetch(key, temporary, found[0], seen)
                     return
-        raise Unreachable(f"{self.uri}/{key}: cannot read: it changes while it is read, or arrives cut off")
+        raise Unreachable(f"{self.uri}/{key}: cannot read: it changes while it is read, or is cut off")
 
     def _fetch(self, key: str, path: Path, meta: Any, seen: set[str]) -> None:
         """Reads an object into a file; `seen` as for `_read`.
@@ -400,7 +401,7 @@ class ObstoreStore:
                 if len(data) == end - start:
                     return data, found.attributes.get(_SHA256)
                 raise OtherContent
-        raise Unreachable(f"{self.uri}/{key}: cannot read: the content arrives cut off")
+        raise Unreachable(f"{self.uri}/{key}: cannot read: the content is cut off")
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`."""
@@ -419,7 +420,10 @@ class ObstoreStore:
                 yield ObjectInfo(name, size)
             # An answer of somebody else may read as an empty listing: the store has to say that it has no such object.
             if not found and self._get(f".absent-{uuid4().hex}") is not None:
-                raise Unreachable(f"{self.uri}/{prefix}: cannot list: the answers are not those of the store")
+                raise Unreachable(
+                    f"{self.uri}/{prefix}: cannot list: the answers are not those of such a store; "
+                    "check the endpoint and proxies"
+                )
 
     def _entries(self, start: str) -> Iterator[tuple[str, int]]:
         return entries(self._client, self.uri, start, retries=self._options.retries, sorted_by_key=self.sorted_by_key)
@@ -479,7 +483,10 @@ class ObstoreStore:
                 meta = found.meta
             if (tag := self._tag(meta)) is not None:
                 return meta, tag
-        raise Unreachable(f"{self.uri}/{key}: cannot read: the answer is not that of the store: it has no version")
+        raise Unreachable(
+            f"{self.uri}/{key}: cannot read: the answer is not one of such a store: it has no "
+            "version; check the endpoint and proxies"
+        )
 
     @contextmanager
     def _asking(self, verb: str, key: str) -> Iterator[None]:

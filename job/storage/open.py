@@ -10,18 +10,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from pkgutil import resolve_name
 
+from job.common.disk import disk_errors
 from job.errors import DataError, Problem, SettingsError, Unreachable
-from job.storage.base import (
-    Conflict,
-    NotSupported,
-    ObjectInfo,
-    ObjectStore,
-    Stored,
-    TooLarge,
-    check_key,
-    disk_errors,
-    is_key,
-)
+from job.storage.base import Conflict, NotSupported, ObjectInfo, ObjectStore, Stored, TooLarge, check_key, is_key
 from job.storage.location import BACKENDS, Location, StorageOptions, is_remote, storage_options
 
 __all__ = [
@@ -109,7 +100,7 @@ def _fetch_glob(place: str, location: Location, folder: Path, options: StorageOp
     store, target = open_store(location.parent, options), folder / "shards"
     found = _matching(store, location.name)
     if not found:
-        raise SettingsError([Problem(place, "no object has such a name; correct the URI or the wildcards in it")])
+        raise SettingsError([Problem(place, "no object matches; correct the URI or the wildcards in it")])
     if problems := _impossible_names(place, {info.key: info for info in found}):
         raise DataError(problems)
     for info in found:
@@ -150,12 +141,12 @@ def _impossible_names(uri: str, paths: dict[str, ObjectInfo]) -> list[Problem]:
             check_key(path)
         except ValueError:
             problems.append(
-                Problem(uri, f"the name {path!r} would leave the folder or is no file's; rename the object")
+                Problem(uri, f"the name {path!r} is not a valid file name below the folder; rename the object")
             )
             continue
         parents = [parent.as_posix() for parent in Path(path).parents]
         problems += [
-            Problem(uri, f"{parent!r} is both an object and a folder, which no disk can hold; rename one")
+            Problem(uri, f"{parent!r} is both an object and a folder, which a disk cannot have; rename one")
             for parent in parents
             if parent in paths
         ]

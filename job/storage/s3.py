@@ -19,6 +19,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 
+from job.common.disk import atomic_write, disk_errors
 from job.errors import Unreachable
 from job.storage import base
 from job.storage.base import (
@@ -30,13 +31,11 @@ from job.storage.base import (
     ObjectInfo,
     Stored,
     TooLarge,
-    atomic_write,
     attempts,
     byte_limit,
     check_key,
     check_prefix,
     conflict,
-    disk_errors,
     probe,
 )
 from job.storage.location import Location, StorageOptions
@@ -242,7 +241,7 @@ class S3Store:
                 page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=start, **self._options, **options)
                 if _is_listing(page):
                     return page
-        raise Unreachable(f"s3://{self._bucket}/{start}: cannot list: the answer is not that of an S3 server")
+        raise Unreachable(f"s3://{self._bucket}/{start}: cannot list: the answer is not one of an S3 server")
 
     def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`."""
@@ -314,7 +313,7 @@ class S3Store:
                 if "ETag" in answer and _says_its_length(answer):
                     return bytes(data), answer["ETag"]
                 if attempt == self._body_attempts:
-                    what = "the answer is not that of an S3 server: it has no ETag or no Content-Length"
+                    what = "the answer is not one of an S3 server: it has no ETag or no Content-Length"
                     raise Unreachable(f"{self.uri}/{key}: {what}")
             except TRUNCATED:
                 if attempt == self._body_attempts:
@@ -337,7 +336,7 @@ class S3Store:
             size = total if total.isdecimal() else answer.get("ContentLength")
             if size is not None and "ETag" in answer:
                 return int(size), str(answer["ETag"])
-        raise Unreachable(f"{self.uri}/{key}: the answer is not that of an S3 server: it has no ETag or no length")
+        raise Unreachable(f"{self.uri}/{key}: the answer is not one of an S3 server: it has no ETag or no length")
 
     def _get_first_byte(self, key: str) -> Any:
         """Requests the first byte, or a whole empty object: some servers answer 400 to a range of one."""
@@ -356,7 +355,7 @@ class S3Store:
         # Whatever the answer was, the present content shows whether the write took place.
         stored = self.read(key)
         if stored is None or stored.data != data:
-            raise Unreachable(f"{self.uri}/{key}: the answer is not that of an S3 server, and nothing was written")
+            raise Unreachable(f"{self.uri}/{key}: the answer is not one of an S3 server, and nothing was written")
         return stored.tag
 
     def _upload(self, path: Path, key: str, *, threads: bool) -> None:

@@ -147,7 +147,7 @@ def _unsent(error: BaseException, what: str) -> JobError | None:
     if not isinstance(error, HTTPClientError):
         return None
     if "Invalid header value" in str(error):  # without its words, which hold it
-        return AccessDenied(f"{what}: a credential has a line break in it, or another character that is sent nowhere")
+        return AccessDenied(f"{what}: a credential has a line break in it, or another invalid character")
     if "Failed to parse" in str(error):
         return SettingsError([Problem("HTTP_PROXY or HTTPS_PROXY", "is no address of a proxy")])
     return None
@@ -182,7 +182,7 @@ def _translate_answer(error: ClientError, what: str) -> JobError:
     if code == "NoSuchBucket":
         return SettingsError([Problem(what, "there is no such bucket; create it, or correct the URI")])
     if status in {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}:
-        return NotSupported([Problem(what, f"the store does not know this request: {words}")])
+        return NotSupported([Problem(what, f"the store does not support this request: {words}")])
     # An error behind the status of success came after the beginning of a long answer; without a status there was none.
     passing = status < HTTPStatus.MULTIPLE_CHOICES or status >= HTTPStatus.INTERNAL_SERVER_ERROR
     if passing or status == HTTPStatus.NOT_FOUND:

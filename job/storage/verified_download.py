@@ -38,9 +38,9 @@ def fetch_artifact(store: ObjectStore, artifact: Artifact, folder: Path) -> Path
     try:
         store.download(artifact.path, path, max_bytes=artifact.bytes)
     except FileNotFoundError:
-        raise DataError([Problem(artifact.path, "was published and is gone")]) from None
+        raise DataError([Problem(artifact.path, "was published, but is missing")]) from None
     except (TooLarge, ValueError) as error:
-        raise DataError([Problem(artifact.path, f"is not what was published: {error}")]) from error
+        raise DataError([Problem(artifact.path, f"is damaged: {error}")]) from error
     if hash_file(path) != artifact.sha256:
-        raise DataError([Problem(artifact.path, "is not what was published: its SHA-256 differs")])
+        raise DataError([Problem(artifact.path, "is damaged: its SHA-256 is not the published one")])
     return path

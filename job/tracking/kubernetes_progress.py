@@ -110,9 +110,12 @@ class Sender:
 
     def __init__(self, destination: Destination, report: Report, read: Callable[[], dict[str, Any] | None]) -> None:
         if not destination.url:
-            raise ValueError("the pod is not known: the component progress sets KUBERNETES_POD_NAME and _NAMESPACE")
+            raise ValueError(
+                "the pod's name is not known: use the Kustomize component `progress`, which sets "
+                "KUBERNETES_POD_NAME and _NAMESPACE"
+            )
         if not destination.url.startswith("https://"):
-            raise ValueError("its address is not https://, and the token would be sent in the open")
+            raise ValueError("its address is not https://, so the token would be sent unencrypted")
         self._destination, self._report, self._read = destination, report, read
         self._over, self._sent, self._warned = Event(), dict[str, Any](), False
         self._thread = Thread(target=copy_context().run, args=(self._loop,), name=report.exporter, daemon=True)

@@ -80,7 +80,7 @@ GAUGES = (
         "qlora_job.stage",
         "",
         "qlora_job_stage",
-        "1 for the stage that goes on, 0 for the others; between two stages, such as while the model is loaded, all 0",
+        "1 for the current stage, 0 for the others; between two stages, such as while the model is loaded, all 0",
         lambda figures: [({"stage": name}, float(name == figures.stage)) for name in figures.stages],
     ),
     Gauge(
@@ -94,7 +94,7 @@ GAUGES = (
         "qlora_job.train.step",
         "",
         "qlora_job_train_step",
-        "Optimizer step that was done last",
+        "Last optimizer step",
         _of_training(lambda training: training.step),
     ),
     Gauge(
@@ -179,7 +179,7 @@ class _Otlp:
                     self.unsent = self.warned = False
                 elif not self.warned and not self.closing:
                     self.warned = True
-                    what = "the collector does not take the figures; the run goes on, and tries again"
+                    what = "the collector does not accept the metrics; the run goes on, and tries again"
                     context.run(_warn, "otlp", what)
                 return result
 
@@ -200,7 +200,7 @@ class _Otlp:
         self._exporter.closing = True
         self._provider.shutdown(timeout_millis=1000 * 0.8 * FLUSH_SECONDS)
         if self._exporter.unsent and not self._exporter.warned:
-            _warn("otlp", "the collector did not take the last figures; the run does not wait for it")
+            _warn("otlp", "the collector did not accept the last metrics; the run does not wait for it")
 
 
 class _Prometheus:
@@ -224,7 +224,7 @@ class _Prometheus:
             self.server, self._thread = start_http_server(port, "::", registry)
         except OSError:  # a machine without IPv6; where the port is taken, this fails as well
             self.server, self._thread = start_http_server(port, "0.0.0.0", registry)  # noqa: S104 - it is scraped
-        log.get_logger().info("figures are served for Prometheus", port=self.server.server_port)
+        log.get_logger().info("metrics are served for Prometheus", port=self.server.server_port)
 
     def close(self) -> None:
         self.server.shutdown()

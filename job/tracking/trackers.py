@@ -169,7 +169,7 @@ class _Tracker:
         except Full:
             if not self._slow:
                 self._slow = True
-                _warn(self.name, "the tracker does not keep up; figures are left out")
+                _warn(self.name, "the tracker is too slow; some metrics are left out")
 
     def wait(self, seconds: float) -> None:
         """Waits for the process to end; then leaves it running, since killing it could damage its files."""

@@ -138,4 +138,6 @@ def _post(url: str, content: Mapping[str, Any]) -> None:
         why = type(error).__name__  # the text may quote the address
     else:
         return
-    log.get_logger().warning("the webhook did not take an event; the run goes on", event_type=content["type"], why=why)
+    log.get_logger().warning(
+        "the webhook did not accept an event; the run goes on", event_type=content["type"], why=why
+    )

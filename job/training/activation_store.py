@@ -28,8 +28,8 @@ def pinned(size: int, device: torch.device) -> torch.Tensor:
     """
     memory = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda" and size and not pin(memory, device):
-        what = f"the machine is out of memory that can be pinned (ulimit -l): {size:,} bytes of activations"
-        raise RuntimeError(f"{what}; JOB_TRAIN__OFFLOAD_ACTIVATIONS=false leaves them on the GPU")
+        what = f"the machine has no more main memory that can be pinned (ulimit -l): {size:,} bytes of activations"
+        raise RuntimeError(f"{what}; JOB_TRAIN__OFFLOAD_ACTIVATIONS=false keeps them on the GPU")
     return memory
 
 

@@ -50,7 +50,7 @@ def why_not_recorded(setup: Setup, capability: tuple[int, int], *, half: str = "
         half: The compute dtype, by its name in torch.
     """
     if capability < AMPERE:
-        return "attention goes segment by segment on a GPU of compute capability {}.{}".format(*capability)
+        return "attention is computed segment by segment on a GPU of compute capability {}.{}".format(*capability)
     if setup.architecture.experts and (half != "bfloat16" or capability[0] not in GROUPED):
         what = "torch reads the group sizes of a mixture's grouped matmul on the host"
         return "{} in {} on a GPU of compute capability {}.{}".format(what, half, *capability)

@@ -1,16 +1,16 @@
-"""What the GPU of a process can compute: fused layers, FP8, Triton's kernels."""
+"""What the GPU of a process can compute: fused layers, Triton's kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from job import log
-from job.errors import Problem, SettingsError
+from job.distributed.processes import Processes
 from job.model.packed_attention import is_packed
 from job.training.execution_plan import (
     AMPERE,
-    FP8_CAPABILITY,
     VOLTA,
 )
 
@@ -35,38 +35,15 @@ def why_not_fused(model: Any) -> str | None:
     device, dtype = model.device.type, dtype_name(model)
     lowest = {"bfloat16": AMPERE, "float16": VOLTA}
     if not is_packed(model.get_base_model()):
-        return "examples go through the model one at a time"
+        return "examples are computed one at a time"
     if device != "cuda":
-        return "a CPU trains by PEFT's own layers"
+        return "on a CPU PEFT's own layers are used"
     if dtype not in lowest:
         return f"the compute dtype is {dtype}; fused layers need bf16 or fp16 (JOB_MODEL__DTYPE)"
     if (found := compute_capability()) < lowest[dtype]:
         numbers = "the GPU's compute capability is {}.{}; fused layers need {}.{}".format(*found, *lowest[dtype])
         return f"{numbers} in {'bf16' if dtype == 'bfloat16' else 'fp16'}"
     return None
-
-
-def require_fp8(device: Any) -> None:
-    """Refuses a machine that cannot train in FP8.
-
-    Args:
-        device: Where the model will be.
-
-    Raises:
-        SettingsError: There is no GPU, or the GPU or torch cannot multiply FP8 matrices with a scale for each row.
-    """
-    from job.model.fused import fp8
-
-    if device.type != "cuda":
-        why: str | None = "there is no GPU"
-    elif (found := compute_capability()) < FP8_CAPABILITY:
-        least = "{}.{}".format(*FP8_CAPABILITY)
-        why = "the GPU's compute capability is {}.{}, less than {} (Ada, Hopper)".format(*found, least)
-    else:
-        why = fp8.why_not_here(device)
-    if why is not None:
-        what = f"is fp8, which cannot be computed here: {why}; remove it, or take a GPU that has FP8"
-        raise SettingsError([Problem("JOB_TRAIN__COMPUTE", what)])
 
 
 @cache  # each kind of scoring calls it, and its test launch may compile C code
@@ -79,18 +56,20 @@ def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
 
     Returns:
         The kernels (`fused.kernels.Kernels`) and their name, `triton` or `torch`. They are chosen by one test launch
-        for each device and dtype in the life of the process.
+        for each device and dtype in the life of the process, and torch's by `agree_on_kernels`.
     """
     import torch
 
     from job.model.fused import kernels
 
+    if (device.type, dtype) in _TORCH_IN_ALL:
+        return kernels.TORCH, "torch"
     try:
         fast = kernels.triton()
     except ImportError:
         if device.type == "cuda":
-            what = "Triton is not installed, and torch's own operations take its place, which is slower"
-            log.get_logger().warning(what, change="pip install triton, which torch for GPUs brings with it on Linux")
+            what = "Triton is not installed; torch's own operations are used, which is slower"
+            log.get_logger().warning(what, change="pip install triton (on Linux it is a dependency of torch for GPUs)")
         return kernels.TORCH, "torch"
     try:
         # Only a launch shows whether Triton can use the driver: it compiles and loads a C library then.
@@ -98,8 +77,39 @@ def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
         fast.swiglu(probe, probe).sum().item()
     except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler or the loader raises
         why = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
-        what = "Triton cannot run here, and torch's own operations take its place, which is slower"
-        change = "take the project's image, or install gcc and Python's headers (python3-dev), by which Triton compiles"
+        what = "Triton cannot run here; torch's own operations are used, which is slower"
+        change = (
+            "use the project's image, or install gcc and Python's headers (python3-dev), which Triton needs to compile"
+        )
         log.get_logger().warning(what, why=why, change=change)
         return kernels.TORCH, "torch"
     return fast, "triton"
+
+
+_TORCH_IN_ALL: set[tuple[str, str]] = set()
+"""(type of device, dtype) for which another process of the run cannot use Triton. Kept as long as the cache of
+`fast_kernels`, since training and each kind of scoring ask for kernels by themselves."""
+
+
+def agree_on_kernels(processes: Processes, device: Any, dtypes: Sequence[str]) -> None:
+    """Makes all processes compute by torch's operations where one of them cannot use Triton's kernels.
+
+    Triton's results differ from torch's in the last bits: replicas would compute different gradients and scores. Called
+    in all processes, before `fast_kernels` is asked for kernels that compute.
+
+    Args:
+        processes: All processes of the run.
+        device: This process's.
+        dtypes: As for `fast_kernels`, all that are used.
+    """
+    if processes.place.world_size == 1:
+        return
+    own = {dtype: fast_kernels(device, dtype)[1] for dtype in dtypes} if device.type == "cuda" else {}
+    found = processes.gather("elementwise kernels", own)
+    without = {dtype for names in found for dtype, name in names.items() if name != "triton"}
+    if slower := sorted(dtype for dtype, name in own.items() if name == "triton" and dtype in without):
+        _TORCH_IN_ALL.update((device.type, dtype) for dtype in slower)
+        fast_kernels.cache_clear()
+        what = "torch's own operations are used, which is slower, since another process cannot use Triton"
+        change = "that process's log says why it cannot"
+        log.get_logger().warning(what, dtypes=slower, change=change)

@@ -12,7 +12,7 @@ first selects the target positions; without Triton it forms the logits of every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from job.model.fused import lora_forward
+from job.model.fused import fused_decoder
 from job.model.packing_check import Losses
 from job.records import Example
 from job.training.packing import IGNORED, alone_inputs, packed_inputs
@@ -32,6 +32,8 @@ VOCABULARY_CHUNK = 32768
 """Logits of a padded sequence are formed for so many entries of the vocabulary at a time."""
 _linear_cross_entropy: Any = getattr(functional, "linear_cross_entropy", None)
 """torch 2.13 has it."""
+HeadLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(hidden states behind the final norm (tokens, hidden), labels (tokens,) int64) -> the summed loss, () float32."""
 
 
 def can_sum(base: Any) -> bool:
@@ -40,7 +42,7 @@ def can_sum(base: Any) -> bool:
     Its head has to be a plain linear layer, with nothing that scales or caps logits behind it, on a CPU in fp32: half
     precision has autocast, and what is multiplied has to be of one dtype.
     """
-    known = _linear_cross_entropy is not None and lora_forward.knows(base) and logits_of(base) == Logits()
+    known = _linear_cross_entropy is not None and fused_decoder.knows(base) and logits_of(base) == Logits()
     plain = type(base.get_output_embeddings()) is torch.nn.Linear
     return known and plain and base.device.type == "cpu" and base.dtype is torch.float32
 
@@ -55,8 +57,8 @@ class Logits:
 
 def logits_of(base: Any) -> Logits:
     """What a causal language model of a known family does to its head's outputs."""
-    if (family := lora_forward.family_of(base)) is None:
-        raise ValueError(f"the head of {type(base).__name__} is not known")
+    if (family := fused_decoder.family_of(base)) is None:
+        raise ValueError(f"the output layer of {type(base).__name__} is not known")
     config = base.config.get_text_config(decoder=True)
     return Logits(
         scale=1 / config.logits_scaling if family.divides_logits else 1.0,
@@ -97,8 +99,8 @@ def summed_head(
             `packing.packed_inputs` makes them, and what TRL adds (`use_cache=False`).
     """
     if not fused_lm_head:
-        raise ValueError("this head forms no logits")
-    hidden = lora_forward.decoder_of(base)(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
+        raise ValueError("this output layer does not compute logits")
+    hidden = fused_decoder.decoder_of(base)(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
     following = labels[0, 1:]
     learned = (following != IGNORED).nonzero()[:, 0]
     head = base.get_output_embeddings()
@@ -200,8 +202,8 @@ def selected_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **inp
     from trl.kernels import ChunkedLogProbFunction
 
     if not fused_lm_head:
-        raise ValueError("this head forms no logits")
-    hidden = lora_forward.decoder_of(base)(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
+        raise ValueError("this output layer does not compute logits")
+    hidden = fused_decoder.decoder_of(base)(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
     following = labels[0, 1:]
     learned = (following != IGNORED).nonzero()[:, 0]
     head = base.get_output_embeddings()
@@ -236,6 +238,11 @@ def padded_loss(
     if smoothing:
         log_probs = log_probs - smoothing * smoothing_terms(hidden, head, targets, logits)
     return -log_probs.masked_fill(labels == IGNORED, 0).sum()
+
+
+def head_loss(base: Any, smoothing: float, logits: Logits) -> HeadLoss:
+    """`padded_loss` by the head of this causal language model; the other arguments as there."""
+    return lambda hidden, labels: padded_loss(hidden, base.get_output_embeddings(), labels, smoothing, logits)
 
 
 def alone_log_probs(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

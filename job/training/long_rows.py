@@ -28,15 +28,16 @@ from typing import Any
 import torch
 
 from job.data.examples import lengths_of
+from job.model.fused.fused_decoder import decoder_of
 from job.model.fused.long_attention import CPU, FLASH, Output, RowAttention, has_kernel
-from job.model.fused.lora_forward import decoder_of
 from job.model.fused.sequence_parallel import SequenceParallelAttention, SequenceParallelGroup, parts
 from job.model.fused.tiled_layer import backward_layer, forward_layer, is_known
 from job.model.lora import trainable
-from job.model.packed_attention import build_layout
+from job.model.packed_layout import build_layout
 from job.model.placed_weights import before_backward
 from job.records import Example, ExecutionPlan
 from job.training.activation_store import ActivationStore, HostBuffers, release
+from job.training.lm_head_loss import HeadLoss
 from job.training.memory_model import LONG_ROW, TILE_TOKENS
 from job.training.packing import PaddedSequence, unpadded_sequence
 
@@ -44,10 +45,6 @@ from job.training.packing import PaddedSequence, unpadded_sequence
 def has_long_row(examples: Sequence[Example]) -> bool:
     """Whether a micro-batch contains a row of more than `LONG_ROW` tokens."""
     return max(lengths_of(examples)) > LONG_ROW
-
-
-HeadLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(hidden states behind the final norm (tokens, hidden), labels (tokens,) int64) -> the summed loss, () float32."""
 
 
 def why_not_here(model: Any) -> str | None:

@@ -30,6 +30,11 @@ ATTENTION_COPIES = 132
 """Heads' fp32 gradients in the backward pass of flash attention of a long row: about one for each of a GPU's
 processors, an H100's here."""
 
+MORE_QUERIES = 2
+"""Further tensors of the queries' width in that backward pass. Not found in the code, but in peaks on an H200 that grow
+faster than what was: with them 343,000 tokens are forecast 3 % too low, 78,500 and 64,000 0 to 12 % too high
+(`2026-11-29-h200-long-rows.jsonl`, `2026-11-29-h200-long-rows-cudnn.jsonl`)."""
+
 PLACEMENTS = ("gpu", "sharded", "host")
 """Where the quantized weights of the decoder's layers may lie, the fastest first; see `model.placed_weights`."""
 LAYERS_AT_ONCE = {"sharded": 3, "host": 2}
@@ -43,25 +48,47 @@ and in fp32 its product with the router's weights. Counted, and of 2 to 4 chosen
 `EXPERT_WIDTHS` all activations are 2 % (Mixtral) and 11 % (Qwen3-30B-A3B) more than these took. No other tested it."""
 EXPERT_WIDTHS = 4
 """The same of their intermediate width: the gate's output, its gradient, and those of gate and up."""
-LINK_BANDWIDTH = 20e9
-"""Bytes a second between a GPU and main memory or another GPU. Assumed: PCIe 4.0 with 16 lanes."""
+LINK_BANDWIDTH = {"sharded": 20e9, "host": 10.6e9}
+"""Bytes a second at which a GPU gets the layers that lie elsewhere. `host` by three steps of Llama-70B's shape on an
+H200: all packed weights twice a step, in 20.0 s (`2026-11-29-h200-placement.jsonl`). `sharded` is assumed, PCIe 4.0
+with 16 lanes; by NVLink, two H200s got them while they computed."""
 CONTEXT_BYTES = 600 << 20
 """Of the driver and the libraries' workspaces on the GPU. Assumed."""
 ORIGINAL_SHARE = 0.9
 """Of the memory that is free beside the quantized base, what scoring the unquantized one may fill: the formula's error,
 and what the allocator cannot use."""
 MARGIN = 0.1
-"""Relative error of the prediction, including fragmentation. Assumed, from the three measured points in the tests."""
+"""Relative error of the prediction, including fragmentation: from the measured points of `test_memory_model.py`."""
 UTILISATION = 0.18
-"""Share of the data sheet's peak FLOP/s that PEFT's layers reach: 0.18 to 0.21 on an H200, measured."""
-FUSED_UTILISATION = 0.42
-"""The same for the job's fused layers. Measured with all kept: 0.46 on an H100 and 0.49 on an H200 once all is
-recorded, 0.39 and 0.41 in whole runs of 94 steps, with their recordings. Assumed elsewhere."""
+"""Share of the data sheet's peak FLOP/s that PEFT's layers reach: 0.18 to 0.21 on an H200 (`2026-11-28-h200.json`)."""
+FUSED_UTILISATION = 0.46
+"""The same for the job's fused layers, once CUDA graphs are recorded: 0.46 on an H100 (`2026-11-28-h100.json`), 0.47 to
+0.48 on an H200 at Alpaca's lengths and 0.48 on rows of 4,096 tokens (`2026-11-29-h200-bench-gpu.json`). Assumed on
+other GPUs."""
+RECORDING_SECONDS = 3.0
+"""What recording adds to a run: 2.3 and 3.7 s in two runs of 18 steps on an H200, with two recordings each
+(`2026-11-29-h200-recordings-and-scoring.jsonl`)."""
+UNRECORDED_UTILISATION = 0.34
+"""The same for fused layers without CUDA graphs: 0.33 at Mistral-7B's shape and Alpaca's lengths, in FP8
+(`2026-11-29-h200-fp8.jsonl`), 0.35 at Llama-70B's, sharded over two H200s (`2026-11-29-h200-placement.jsonl`)."""
+LONG_ROW_UTILISATION = {"triton": 0.5, "flash": 0.4}
+"""The same for rows that are computed layer by layer, by the kernel of attention's backward pass. On an H200, with the
+operations of recomputing attention counted though it was kept: 0.55 and 0.54 at 64,000 tokens; recomputed: 0.47 there,
+0.46 at 343,000 and 0.52 at 78,500 offloaded, less the seconds in which main memory was pinned. Flash: 0.40 at 64,000
+(`2026-11-29-h200-long-rows-cudnn.jsonl`). Assumed on other GPUs."""
+FINE_EXPERTS, FINE_EXPERTS_UTILISATION = 4096, 0.25
+"""Experts less wide than `FINE_EXPERTS` reach less: Qwen3-30B-A3B's shape 0.25 on an H200, 768 wide; Mixtral's, 14,336
+wide, 0.51 (`2026-11-29-h200-mixtures.jsonl`). Where between the two it changes was not measured."""
 FP8_SPEEDUP = 1.45
-"""Factor on `FUSED_UTILISATION` where training computes in FP8: measured on an H200, assumed elsewhere."""
-SCORING_UTILISATION = 0.3
-"""The same for an evaluation, which includes work on the CPU. Scoring alone reached 0.46 on an H100 and 0.52 on an
-H200 (ARC-Easy); whole stages of 2,376 questions took about twice as long."""
+"""Factor on `FUSED_UTILISATION` where training computes in FP8: 1.450 on an H200 at Mistral-7B's shape and Alpaca's
+lengths, once all is recorded (`2026-11-29-h200-fp8.jsonl`). Assumed elsewhere."""
+SCORING_UTILISATION = 0.55
+"""The same for an evaluation with fused layers, texts and tokens included: 0.56 on an H200, 1,087 questions a second of
+ARC-Easy (`2026-11-29-h200-bench-gpu.json`); scoring alone 0.60 with the adapter and 0.63 without, 1,171 and 1,220
+questions a second (`2026-11-29-h200-evaluation.jsonl`). Assumed on other GPUs."""
+SCORING_SECONDS = 3.0
+"""What an evaluation takes beside: whole stages of 2,376 questions took 6.3 to 6.6 s on an H100 and an H200, of which
+scoring was about half (`2026-11-28-h100-job.jsonl`, `2026-11-28-h200-job.jsonl`)."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +280,8 @@ def long_row_bytes(setup: Setup, tokens: int, *, offloaded: bool, kept_attention
     waiting = a.hidden * size + kept_attention * output
     kept = (2 if offloaded else a.layers) * waiting
     again = 0 if kept_attention else output
-    attention = size * (2 * a.hidden + 3 * a.queries + 4 * keys) + again + FP32 * copies * a.head_size
+    attention = size * (2 * a.hidden + (3 + MORE_QUERIES) * a.queries + 4 * keys) + again
+    attention += FP32 * copies * a.head_size
     feed_forward = size * (3 * a.hidden + a.queries + 2 * keys) + again
     tile = size * (7 * a.intermediate + 6 * a.hidden + EXPERT_COPIES * a.copies) * min(tokens, TILE_TOKENS)
     positions = 3 * size * a.head_size + TOKEN_BYTES
@@ -308,18 +336,45 @@ def evaluation_bytes(setup: Setup, tokens: int, reads: int) -> int:
     there in the compute dtype, in fp32, and once more as their logarithms. A weight that is
     dequantized for each use is there once more, with the adapter's columns beside it. In half precision the output
     layer has a copy in fp16 (`fused/precise_forward.py`). After training, gradients and moments may still be there.
-
-    Generated answers are not counted: which tasks have them is not known here. Instead of logits at many positions they
-    have a cache, on known decoders of an eighth of the GPU's memory at most (`evaluation/generation.py`).
     """
     a, size = setup.architecture, setup.value_bytes
-    held = training_memory(setup, 0)
-    # Scoring copies a weight that is dequantized for its use beside the adapter's factor.
-    copies = 2 * a.largest_matrix
-    layer = size * ((4 * a.intermediate + 4 * a.hidden + EXPERT_COPIES * a.copies) * tokens + copies)
     logits = reads * a.vocabulary * (size + 2 * FP32)
-    head = 0 if size == FP32 else 2 * a.vocabulary * a.hidden
-    return held.total - held.activations + head + max(layer, logits + size * a.hidden * tokens)
+    return _held_in_evaluation(setup) + max(_forward_bytes(setup, tokens), logits + size * a.hidden * tokens)
+
+
+def generation_bytes(setup: Setup, prompt: int, tokens: int) -> int:
+    """Bytes at the peak of answering one prompt of so many tokens, which has `tokens` with its answer.
+
+    More prompts are answered at a time where they fit (`evaluation/generation.py`). The cache has keys and values of
+    all layers. Reading the prompt is a forward pass as in scoring; where the decoder is not fused, attention's scores
+    are there as a whole, in the compute dtype, as probabilities, and in fp32. Each step of decoding repeats one layer's
+    keys and values for all heads of the queries.
+    """
+    a, size = setup.architecture, setup.value_bytes
+    scores = 0 if a.fused else a.heads * prompt**2 * (2 * size + FP32)
+    step = 2 * a.queries * size * tokens + a.vocabulary * (size + 2 * FP32)
+    return _held_in_evaluation(setup) + cache_bytes(setup, tokens) + max(_forward_bytes(setup, prompt) + scores, step)
+
+
+def cache_bytes(setup: Setup, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens, in the compute dtype."""
+    a = setup.architecture
+    return 2 * a.layers * a.keys * setup.value_bytes * tokens
+
+
+def _held_in_evaluation(setup: Setup) -> int:
+    """What is there in every forward pass of an evaluation."""
+    held, size = training_memory(setup, 0), setup.value_bytes
+    head = 0 if size == FP32 else 2 * setup.architecture.vocabulary * setup.architecture.hidden
+    return held.total - held.activations + head
+
+
+def _forward_bytes(setup: Setup, tokens: int) -> int:
+    """Activations of a layer in a forward pass without gradients."""
+    a = setup.architecture
+    # A weight that is dequantized for its use is copied beside the adapter's factor.
+    copies = 2 * a.largest_matrix
+    return setup.value_bytes * ((4 * a.intermediate + 4 * a.hidden + EXPERT_COPIES * a.copies) * tokens + copies)
 
 
 def usable_bytes(memory_bytes: int) -> int:
@@ -391,5 +446,6 @@ def seconds(
     a, size = setup.architecture, setup.value_bytes
     traffic = a.linear_parameters * (size if setup.quantization == "none" else 0.5 + 2 * size)
     missing = packed_bytes(setup) * {"gpu": 0.0, "sharded": 1 - 1 / setup.processes, "host": 1.0}[setup.placement]
-    fetching = (passes if transfers is None else transfers) * missing / LINK_BANDWIDTH
+    link = LINK_BANDWIDTH.get(setup.placement, float("inf"))
+    fetching = (passes if transfers is None else transfers) * missing / link
     return max(flops / (rate * used), passes * traffic / bandwidth, fetching)

@@ -43,7 +43,9 @@ class FlatMuon(torch.optim.Optimizer):
     ) -> None:
         kind: Any = getattr(torch.optim, "Muon", None)
         if kind is None:
-            what = f"is muon, which torch {torch.__version__} lacks; take 2.9 or later, or another optimizer"
+            what = (
+                f"is muon, which torch {torch.__version__} does not have; use torch 2.9 or later, or another optimizer"
+            )
             raise SettingsError([Problem("JOB_TRAIN__OPTIMIZER", what)])
         super().__init__([whole], {"lr": lr, "weight_decay": weight_decay})
         self._whole, self._views = whole, views

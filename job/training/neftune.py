@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from job.model.fused.lora_forward import decoder_of
+from job.model.fused.fused_decoder import decoder_of
 
 
 def add_noise(base: Any, alpha: float) -> Callable[[], None]:

@@ -21,7 +21,7 @@ from job.training.memory_model import (
 )
 from job.training.sequence_parallel import enough_gpus, row_bytes, row_host_bytes
 
-_ADVICE = "lower it (JOB_DATA__ON_LONG_ROW says what becomes of longer rows)"
+_ADVICE = "lower it (JOB_DATA__ON_LONG_ROW sets what is done with longer rows)"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Sharing:
             return f"; several GPUs cannot compute it together: {self.never}"
         if self.may_divide > self.processes and fits(self.may_divide):
             return f", or set JOB_TRAIN__SEQUENCE_PARALLEL=auto: the {self.may_divide} GPUs then compute it together"
-        return f", or take {enough} such GPUs, which compute it together"
+        return f", or use {enough} such GPUs, which compute it together"
 
 
 def refuse_rows(
@@ -131,6 +131,6 @@ def _refuse(  # noqa: PLR0917 - all of it is in the message
     fits = largest_budget(needs, free, longest)
     what = (
         f"{row}; these take at least {size(need, ' ')} of {memory} for activations, and {size(free, ' ')} are free; "
-        f"about {fits:,} tokens fit: {fix}, or take a machine with more{more}"
+        f"about {fits:,} tokens fit: {fix}, or use a machine with more{more}"
     )
     raise SettingsError([Problem("JOB_TRAIN__MAX_LENGTH", what)])

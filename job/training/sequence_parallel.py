@@ -41,7 +41,7 @@ def why_not_divided(architecture: Architecture, processes: int) -> str | None:
     fix = f"at most {kv_heads}, or a multiple of {kv_heads} that divides {heads}"
     if kv_heads == 1:
         fix = f"a number that divides {heads}"
-    return f"{heads} heads with {kv_heads} of keys and values cannot be shared by {processes} processes: take {fix}"
+    return f"{heads} heads with {kv_heads} of keys and values cannot be divided over {processes} processes: use {fix}"
 
 
 def divided_row_bytes(

@@ -11,7 +11,6 @@ budget, in all processes.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,38 +26,23 @@ from job.data.examples import lengths_of
 from job.distributed.processes import Processes
 from job.errors import JobError
 from job.log import get_logger
-from job.model.architecture import read_config
-from job.model.base import recompute_activations
 from job.model.fused.dropout import reseed
-from job.model.fused.frozen_weights import forget_dequantized
-from job.model.fused.lora_forward import decoder_of
 from job.model.fused.sequence_parallel import SequenceParallelGroup
-from job.model.packed_attention import Layout, Segment, is_packed
+from job.model.packed_attention import is_packed
 from job.model.placed_weights import OtherOutOfMemory, computing_together, taking_part
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
-from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
-from job.training.lm_head_loss import Logits, logits_of, padded_loss
+from job.training.free_memory import drop_optimization, free_caches
+from job.training.lm_head_loss import Logits, head_loss, logits_of
 from job.training.long_rows import LongRows, has_long_row
 from job.training.memory_model import LONG_ROW
 from job.training.objectives import Totals, totals_of
-from job.training.packing import (
-    RECORDING_TOKENS,
-    PaddedSequence,
-    Shapes,
-    alone_inputs,
-    blank_sequence,
-    choose_shapes,
-    length_increment,
-    longest_segment,
-    longest_shape,
-    packed_inputs,
-    padded_sequence,
-    recording_tokens,
-    shapes_of_before,
-)
+from job.training.packing import PaddedSequence, alone_inputs, packed_inputs, padded_sequence
+from job.training.padded_gradient import PaddedGradient
+from job.training.padded_shapes import RunShapes, Shapes, longest_segment, recording_tokens_of
 from job.training.preference_gradient import PreferenceGradient
+from job.training.resume import resume_shapes
 
 PackedGradient = Callable[[dict[str, Any], float], torch.Tensor]
 """Adds a micro-batch's gradient to the parameters', and returns its part of the loss, () float32, without history.
@@ -135,8 +119,6 @@ class OptimizerStep:
         self.plan = plan
         self._model, self._steps, self._parameters = model, steps, parameters
         self._seed, self._hooks, self._processes = recipe.seed, hooks, processes
-        self._smoothing = recipe.label_smoothing
-        self._logits = logits_of(model.get_base_model()) if plan.padded else Logits()
         self._packed_gradient, self._preference, self._meanwhile = packed_gradient, preference, meanwhile
         self._scaler = scaler
         self._loss_scale: torch.Tensor | None = None
@@ -145,18 +127,24 @@ class OptimizerStep:
         """Metrics of the last step of preferences, by TRL's names."""
         self._padded_at_most = None if plan.tile_tokens is None else LONG_ROW
         """Tokens of the longest example that goes into a padded sequence; None where any may."""
-        self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most)
-        self._graphs: CudaGraphs | None = None
         self._was_long = False
         """Whether the last micro-batch was computed layer by layer (`LongRows`)."""
         self._sp_group: SequenceParallelGroup | None = None
         """Set while all processes compute a row together."""
-        self._long_rows = LongRows(model, self._head_loss, self._check, hooks.on_progress)
         self._laid_out: _LaidOut | None = None
         """The first sequence of the next step."""
-        self._recording_tokens = _recording_tokens(model)
-        self._shapes: dict[int, Shapes] = {}
-        """By token budget."""
+        self._shapes = RunShapes(recording_tokens_of(model), self._padded_at_most)
+        base = model.get_base_model()
+        loss = head_loss(base, recipe.label_smoothing, logits_of(base) if plan.padded else Logits())
+        self._padded = PaddedGradient(
+            model,
+            parameters,
+            loss,
+            shapes=self.shapes,
+            longest=longest_segment(steps.examples, recipe.micro_batch_tokens, self._padded_at_most),
+            record_all=steps.world_size > 1,
+        )
+        self._long_rows = LongRows(model, loss, self._check, hooks.on_progress)
         self.divide_above(plan.divided_above)
 
     @property
@@ -173,7 +161,6 @@ class OptimizerStep:
         if tokens is not None:
             tokens = max(tokens, LONG_ROW) if self.plan.padded and self.plan.tile_tokens is not None else None
         self._steps = replace(self._steps, divided_above=tokens)
-        self._shapes.clear()
 
     def __call__(self, number: int) -> torch.Tensor:
         """Starts to compute the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
@@ -295,7 +282,7 @@ class OptimizerStep:
 
     def release(self) -> None:
         """Frees CUDA graphs with their memory, and buffers in host memory; both are created anew when needed."""
-        self._graphs = None
+        self._padded.release()
         self._long_rows.release()
 
     def _own_gradient(self, number: int, known: _StepTotals | None = None) -> torch.Tensor:
@@ -418,14 +405,10 @@ class OptimizerStep:
         if self._in_tiles(examples):
             return self._long_rows.gradient(examples, weight, self.plan, self._sp_group)
         sequence = self._sequence(examples, weight.device)
-        if not self.plan.recorded:
-            return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
-        graphs = self._recorded(weight.device)
-        loss = graphs(sequence.tokens, sequence.ends, weight)
-        if not graphs.possible:
+        loss = self._padded(sequence, weight, recorded=self.plan.recorded)
+        if self.plan.recorded and not self._padded.recordable:
             self.plan = self.plan.give_up("recorded")
             self.release()
-            del graphs
             free_caches()  # the memory of the graphs
         return loss
 
@@ -439,22 +422,6 @@ class OptimizerStep:
             return None
         factor: torch.Tensor = self._scaler.scale(torch.ones((), device=device))
         return factor
-
-    def _padded_gradient(
-        self, tokens: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor, segments: tuple[Segment, ...] = ()
-    ) -> torch.Tensor:
-        """Adds the gradient of a padded sequence; returns its weighted loss. `CudaGraphs` records this as its `work`.
-
-        Args:
-            tokens: (3, length) int64, `PaddedSequence.tokens`.
-            ends: (segments + 1,) int32, `PaddedSequence.ends`.
-            weight: () float32: what the summed loss is multiplied by.
-            segments: Used where attention is computed segment by segment; empty in a CUDA graph, which must not depend
-                on their number.
-        """
-        loss = self.padded_sum(tokens, ends, segments) * weight
-        loss.backward()  # type: ignore[no-untyped-call] # adds to the flat gradient in place
-        return loss.detach()
 
     def _check(self) -> None:
         """Called before each layer of a long row, which may take minutes: tells the watchdog, and looks for a stop.
@@ -475,44 +442,11 @@ class OptimizerStep:
         """The summed loss of a micro-batch, () float32, without a gradient; for a padded plan."""
         if self._in_tiles(examples):
             return self._long_rows.summed_loss(examples, self.plan, self._sp_group)
-        sequence = padded_sequence(examples, self._parameters.gradient.device)
-        return self.padded_sum(sequence.tokens, sequence.ends, sequence.segments)
-
-    def padded_sum(self, tokens: torch.Tensor, ends: torch.Tensor, segments: tuple[Segment, ...] = ()) -> torch.Tensor:
-        """The summed loss of a padded sequence, () float32; arguments as for its gradient."""
-        base = self._model.get_base_model()
-        ids, labels, positions = tokens.unbind()
-        # An earlier attempt may have had a larger budget, and so a longer padding, than this one's.
-        longest = max(
-            self._longest,
-            self.shapes().longest_padding,
-            length_increment(ids.shape[0]),
-            *(segment.end - segment.start for segment in segments),
-        )
-        layout = Layout(segments, ends, ends, longest, longest)
-        hidden = decoder_of(base)(
-            input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
-        ).last_hidden_state[0]
-        return self._head_loss(hidden, labels)
-
-    def _head_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The summed loss, () float32, of hidden states behind the final norm, (tokens, hidden); see `padded_loss`."""
-        head = self._model.get_base_model().get_output_embeddings()
-        return padded_loss(hidden, head, labels, self._smoothing, self._logits)
+        return self._padded.summed_loss(padded_sequence(examples, self._parameters.gradient.device))
 
     def shapes(self) -> Shapes:
-        """The shapes to which packed sequences are padded with the present token budget, the same in all processes.
-
-        Chosen for all processes together, since the slowest of them decides how long a step takes.
-        """
-        if self.budget not in self._shapes:
-            cost = self._recording_tokens * self._steps.world_size  # while one records a graph, all wait
-            self._shapes[self.budget] = choose_shapes(self._sequences(), cost)
-        return self._shapes[self.budget]
-
-    def _sequences(self) -> list[tuple[int, int]]:
-        """(tokens, examples) of each packed sequence of all processes with the present token budget."""
-        return self._steps.sequences(self.budget, self._padded_at_most)
+        """The shapes to which packed sequences are padded with the present token budget, the same in all processes."""
+        return self._shapes.of(self._steps, self.budget)
 
     def how_computed(self) -> HowComputed:
         """What a checkpoint records of how its gradients were computed."""
@@ -522,87 +456,19 @@ class OptimizerStep:
     def resume_as(self, before: HowComputed | None) -> None:
         """Takes over a checkpoint's padding and its limit for divided rows; warns where this attempt has to differ.
 
-        Other shapes change the last bits of a gradient. To be called after the token budget was set to the
-        checkpoint's.
+        To be called after the token budget was set to the checkpoint's.
 
         Args:
             before: What the checkpoint recorded; None in checkpoints of older versions, which did not record it.
         """
-        if before is None:
-            if self.plan.padded:
-                what = "checkpoint of an older version does not say what its packed sequences were padded to"
-                effect = "the last bits of the result may differ from those of a run without an interruption"
-                get_logger().warning(f"{what}: this version's shapes are used", effect=effect)
-            return
-        changed = {}
-        if None not in {self.divided_above, before.divided_above}:
+        if before is not None and None not in {self.divided_above, before.divided_above}:
             self.divide_above(before.divided_above)
-        for name, now in (
-            ("forward", self.plan.forward),
-            ("tile_tokens", self.plan.tile_tokens),
-            ("divided_above", self.divided_above),
-        ):
-            was = getattr(before, name)
-            if was != now:
-                changed[name] = f"{was} before, {now} now"
-        if self.plan.padded and before.padded is not None:
-            if before.processes != self._steps.world_size:
-                changed["padded_shapes"] = f"of {before.processes} processes before, {self._steps.world_size} now"
-            elif max(before.padded, default=(0, 0))[0] > longest_shape(sequences := self._sequences()):
-                # Shapes that no row of this run needs; padding to them might take all memory.
-                changed["padded_shapes"] = f"{before.padded} before, which no row needs, this version's now"
-            else:
-                self._shapes[self.budget] = shapes_of_before(before.padded, sequences)
-        if changed:
-            what = "checkpoint was computed in another way: the last bits of the result change"
-            get_logger().warning(what, **changed, change="resume on the same kind and number of GPUs to keep them")
-
-    def _recorded(self, device: torch.device) -> CudaGraphs:
-        """The CUDA graphs. On the first call the graph of the longest shape is recorded.
-
-        All graphs share one memory pool, so the memory of the largest graph serves the smaller ones, too. With several
-        processes all shapes are recorded on the first call: later, the others would wait each time one records.
-        """
-        if self._graphs is None:
-            first = padded_sequence([Example((0,), (False,))], device)
-            weight = torch.tensor(0.0, device=device)
-            leaves = self._parameters.parameters
-            self._graphs = CudaGraphs(self._padded_gradient, (first.tokens, first.ends, weight), leaves)
-            shapes = self.shapes().shapes[::-1]
-            for shape in shapes if self._steps.world_size > 1 else shapes[:1]:
-                blank = blank_sequence(shape, device)
-                self._graphs.prepare(blank.tokens, blank.ends, weight)
-        return self._graphs
+        resume_shapes(self._shapes, before, plan=self.plan, steps=self._steps, budget=self.budget)
 
     def free_memory(self) -> bool:
         """Drops one optimization that takes memory and only saves time; returns whether there was one."""
         self.release()  # graphs write to fixed addresses, in memory that is freed now
         if not self.plan.droppable:
             return False
-        name = self.plan.droppable[0]
-        self.plan = self.plan.give_up(name)
-        if name == "kept_base":
-            forget_dequantized(self._model)
-        elif name == "kept_activations":
-            recompute_activations(self._model, on=True, random=not self.plan.padded)
-        what = "out of GPU memory: an optimization that only saves time is switched off"
-        get_logger().warning(what, what=name, change="a smaller JOB_TRAIN__MICRO_BATCH_TOKENS leaves memory for it")
+        self.plan = drop_optimization(self._model, self.plan)
         return True
-
-
-def free_caches() -> None:
-    """After memory has run out: frees the tensors of the failed work, and the memory that torch's allocator caches."""
-    gc.collect()  # the caught error's frames keep tensors alive in reference cycles
-    try:
-        torch.cuda.empty_cache()
-    except RuntimeError as error:  # torch's allocator refuses while it believes a failed recording to be in progress
-        if not out_of_memory(error):
-            raise
-
-
-def _recording_tokens(model: Any) -> int:
-    try:
-        of = read_config(model.get_base_model().config.to_dict())
-    except ValueError:  # an unknown architecture, whose sequences are not padded
-        return RECORDING_TOKENS
-    return recording_tokens(of.layers, of.used_parameters + of.head_parameters)

@@ -44,8 +44,8 @@ from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import TrainingFailed
 from job.model.adalora import add_penalty_gradient, allocate, is_adalora
-from job.model.base import recompute_activations
 from job.model.decomposed_init import trained_parts
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.records import Example, ExecutionPlan, StepMetrics, ValidationMetrics
@@ -336,7 +336,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self._metrics["eval"].clear()  # entropy and accuracy, which TRL's loss collects for its own log
         if not math.isfinite(loss):
             raise TrainingFailed(
-                f"the validation loss after step {step} is {loss}. Lower JOB_TRAIN__LEARNING_RATE, or look at the rows "
+                f"the validation loss after step {step} is {loss}. Lower JOB_TRAIN__LEARNING_RATE, or check the rows "
                 "of JOB_DATA__VALIDATION"
             )
         metrics = ValidationMetrics(
@@ -439,8 +439,8 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.hooks.on_metrics(metrics)
         if not math.isfinite(metrics.loss):
             raise TrainingFailed(
-                f"the loss of step {metrics.step} is {metrics.loss}; the last good checkpoint is kept. "
-                "Lower JOB_TRAIN__LEARNING_RATE or look at the rows of that step"
+                f"the loss of step {metrics.step} is {metrics.loss}; the last valid checkpoint is kept. "
+                "Lower JOB_TRAIN__LEARNING_RATE, or check the rows of that step"
             )
 
     def metrics_of(self, logs: Mapping[str, float], seconds: float) -> StepMetrics:

@@ -18,7 +18,7 @@ from job.records import ExecutionPlan
 from job.training.config import Recipe
 
 OPTIONS = {
-    "output_dir": "where Trainer may write; it has to be given",
+    "output_dir": "where Trainer may write; required",
     "max_steps": "the length of the schedule and of the loop",
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), "1: a step of the loop is a step"),
     **dict.fromkeys(("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"), "the schedule"),
@@ -27,12 +27,12 @@ OPTIONS = {
     "loss_type": "what compute_loss computes",
     "router_aux_loss_coef": "what compute_loss adds for a mixture of experts: nothing",
     "use_cpu": "where",
-    "seed": "what Trainer seeds when it is made",
+    "seed": "the seed that Trainer sets in its constructor",
     **dict.fromkeys(("logging_steps", "logging_nan_inf_filter"), "log() is called after every step, with its own loss"),
     **dict.fromkeys(("save_strategy", "save_steps"), "when _save_checkpoint() is called"),
     "ignore_data_skip": "the plan seeks by itself",
     **dict.fromkeys(("remove_unused_columns", "max_length", "dataset_kwargs"), "TRL leaves the data set alone"),
-    **dict.fromkeys(("report_to", "disable_tqdm"), "nothing is told but by the job"),
+    **dict.fromkeys(("report_to", "disable_tqdm"), "only the job reports metrics"),
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), "off: switched on the model, by the plan"),
 }
 """The options of SFTConfig that have an effect in `training/trainer.py`, and which effect. TRL would accept any other

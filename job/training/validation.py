@@ -29,9 +29,10 @@ from job.log import get_logger
 from job.model.placed_weights import OtherOutOfMemory, taking_part
 from job.records import Example
 from job.training.config import Hooks
+from job.training.free_memory import free_caches
 from job.training.objectives import totals_of
 from job.training.preference_gradient import PreferenceGradient
-from job.training.step import OptimizerStep, StepAbandoned, free_caches
+from job.training.step import OptimizerStep, StepAbandoned
 
 SummedLoss = Callable[[Sequence[Example]], torch.Tensor]
 """The summed negative log-likelihood of the examples' target tokens, () float32."""

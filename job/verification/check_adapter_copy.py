@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from job.results.adapter_facts import WEIGHTS
 from job.runs.layout import ADAPTER, EXPORT_CARD, RESULTS, SIGNATURE, export_folder
-from job.verification.check_figures import Copies
-from job.verification.differences import MAX_SHOWN, Difference, find_differences
+from job.verification.differences import MAX_SHOWN, Copies, Difference, find_differences
 
 _NAMES = {"bf16": "BF16", "fp16": "F16"}
 """Type of a copy -> safetensors' name of the dtype."""
@@ -24,17 +23,17 @@ _NAMES = {"bf16": "BF16", "fp16": "F16"}
 def adapter_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
     """What differs in the files of a copy from those of the adapter, but for the dtype."""
     folder, kind = export_folder(export["format"]), export["format"].partition(":")[2]
-    given, made = (
+    originals, files_of_copy = (
         {path.removeprefix(place): copy for path, copy in copies.items() if path.startswith(place)}
         for place in (ADAPTER, folder)
     )
-    found, wanted = (sorted(files.keys() - {EXPORT_CARD, SIGNATURE}) for files in (made, given))
+    found, wanted = (sorted(files.keys() - {EXPORT_CARD, SIGNATURE}) for files in (files_of_copy, originals))
     yield from find_differences(f"{folder} files", found, wanted)
     yield from find_differences(f"{RESULTS} exports {export['format']} dtype", export["dtype"], kind)
     for name in sorted({*found} & {*wanted}):
         if name == WEIGHTS:
-            yield from _rounded(folder + name, made[name], given[name], kind)
-        elif made[name].read_bytes() != given[name].read_bytes():
+            yield from _rounded(folder + name, files_of_copy[name], originals[name], kind)
+        elif files_of_copy[name].read_bytes() != originals[name].read_bytes():
             yield Difference(folder + name, "the bytes of the adapter's own", "others")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from job.audit.audit import Finding, counts, overlapping, parse_findings
@@ -11,10 +10,10 @@ from job.audit.statistics import QUANTILES
 from job.common.findings import UNSAFE, action_of
 from job.common.formatting import count
 from job.runs.layout import FINDINGS, RESULTS
-from job.verification.differences import CheckResult, Difference, find_differences, show
+from job.verification.differences import CheckResult, Copies, Difference, find_differences, show
 
 
-def check_audit(results: Mapping[str, Any], copies: Mapping[str, Path]) -> Iterator[CheckResult]:
+def check_audit(results: Mapping[str, Any], copies: Copies) -> Iterator[CheckResult]:
     """Counts, places and overlap from the findings, actions from the settings; none for runs of older versions."""
     audit = results["dataset"].get("audit")
     if audit is None:

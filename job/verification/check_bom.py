@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from job.results import bom
 from job.results.compute import compute_spent
 from job.runs.layout import BOM, RESULTS
-from job.verification.differences import CheckResult, Difference, find_differences
+from job.verification.differences import CheckResult, Copies, Difference, find_differences
 
 
-def check_bom(results: Mapping[str, Any], copies: Mapping[str, Path]) -> CheckResult | None:
+def check_bom(results: Mapping[str, Any], copies: Copies) -> CheckResult | None:
     """Compares the ML-BOM with the manifest. None if there is no ML-BOM, as in runs of older versions."""
     listed = {artifact["path"] for artifact in results["artifacts"]}
     if BOM not in listed:

@@ -17,9 +17,7 @@ from job.results.adapter_facts import CONFIG, published_rank_pattern
 from job.results.inventory import is_marker
 from job.runs.layout import METRICS, VALIDATIONS, WEIGHTS, marker_key
 from job.storage.open import ObjectStore, TooLarge, is_key
-from job.verification.differences import CheckResult, Difference, other_run
-
-Copies = Mapping[str, Path]
+from job.verification.differences import CheckResult, Copies, Difference, other_run
 
 
 def read_markers(copies: Copies) -> tuple[list[Marker], list[Difference]]:
@@ -90,7 +88,7 @@ def check_checkpoints(
         if marker.step > steps:
             differences.append(Difference(place, f"a step up to {steps}", f"step {marker.step}"))
         if marker.epoch < epoch or marker.epoch not in attempts:
-            claimed = f"an attempt of the manifest from {epoch} up"
+            claimed = f"an attempt of the manifest from {epoch} on"
             differences.append(Difference(place, claimed, f"attempt {marker.epoch}"))
         epoch = marker.epoch
         differences += _metrics_differ(marker, copies)

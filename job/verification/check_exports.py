@@ -16,8 +16,8 @@ from job.evaluation.comparison import choose_candidate, compare_export
 from job.records import TaskScores
 from job.runs.layout import EXPORT, EXPORT_CARD, ORIGINAL_SIDE, RESULTS, SIGNATURE, export_folder, export_side
 from job.verification.check_adapter_copy import adapter_files
-from job.verification.check_figures import Copies, SamplesByTask, read_samples, scores_of, unpaired
-from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
+from job.verification.check_evaluation import SamplesByTask, read_samples, scores_of, unpaired
+from job.verification.differences import MAX_SHOWN, CheckResult, Copies, Difference, find_differences, show
 
 _ADDED = (EXPORT_CARD, SIGNATURE)
 """What the last stage adds to the files of a format."""
@@ -29,14 +29,14 @@ def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
     None where nothing was exported, and none was asked for.
     """
     exports = results.get("exports", ())
-    asked = results["settings"].get("export.formats", {}).get("value") or []
-    if not exports and not asked:
+    requested = results["settings"].get("export.formats", {}).get("value") or []
+    if not exports and not requested:
         return None
     tasks = results["evaluation"]["tasks"]
     formats = [export["format"] for export in exports]
-    differences = list(find_differences(f"{RESULTS} exports", formats, to_make(asked)))
+    differences = list(find_differences(f"{RESULTS} exports", formats, to_make(requested)))
     shipped = [export["format"] for export in exports if export.get("published", True)]
-    to_ship = [one["format"] for one in exports if one["format"] in asked and not one.get("not_made")]
+    to_ship = [one["format"] for one in exports if one["format"] in requested and not one.get("not_made")]
     differences += find_differences(f"{RESULTS} exports published", shipped, to_ship)
     listed = {artifact["path"] for artifact in results["artifacts"]}
     folders = tuple(map(export_folder, shipped))

@@ -35,14 +35,14 @@ def check_first_stage(
         Nothing where there is one stage.
     """
     claimed = results["training"].get("first_stage")
-    chosen = str(results["settings"].get("train.method", {}).get("value", "sft"))
-    stages = [name for name in chosen.split(",") if name in METHODS]
+    methods = str(results["settings"].get("train.method", {}).get("value", "sft"))
+    stages = [name for name in methods.split(",") if name in METHODS]
     if claimed is None:
-        wrong = [Difference(_CLAIM, "nothing", f"train.method {show(chosen)}")] if len(stages) > 1 else []
+        wrong = [Difference(_CLAIM, "nothing", f"train.method {show(methods)}")] if len(stages) > 1 else []
         return [CheckResult("first stage", "", tuple(wrong))] if wrong else []
     differences = list(_compared(results, claimed, store))
     if len(stages) < 2:  # noqa: PLR2004 - two stages
-        differences.append(Difference(_CLAIM, "a first stage", f"train.method {show(chosen)}"))
+        differences.append(Difference(_CLAIM, "a first stage", f"train.method {show(methods)}"))
     extent = f"{show(claimed['method'])}, {claimed['steps']} steps, in {FIRST_STAGE}"
     return [CheckResult("first stage", extent, tuple(differences)), *_below(verify_it)]
 

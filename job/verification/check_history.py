@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING as MISSING_DEFAULT
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from job.common.formatting import count
@@ -13,7 +12,7 @@ from job.common.validation import adapter_of, first_error
 from job.errors import JobError
 from job.evaluation.comparison import compare_near_ties, compare_tasks
 from job.evaluation.groups import compare_groups
-from job.evaluation.measured import compare_measured
+from job.evaluation.task_metrics import compare_measured
 from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
 from job.results.manifest import exports_record, full_precision_record
 from job.results.reader import scored_in
@@ -22,15 +21,13 @@ from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attemp
 from job.runs.run_log import parse_logged, parse_record
 from job.runs.run_settings import parse_settings
 from job.storage.open import ObjectStore, TooLarge
-from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, other_run, show
+from job.verification.differences import MAX_SHOWN, CheckResult, Copies, Difference, find_differences, other_run, show
 from job.verification.fetch_files import MISSING
 
 PULL, BASE, TRAIN, ADAPTER = map(stage_key, (Stage.PULL, Stage.EVALUATE_BASE, Stage.TRAIN, Stage.EVALUATE_ADAPTER))
 EXPORT = stage_key(Stage.EXPORT)
 MAX_RECORD_BYTES = 1 << 20
 T = TypeVar("T")
-
-Copies = Mapping[str, Path]
 
 
 def check_settings(results: Mapping[str, Any], copies: Copies) -> CheckResult:
@@ -91,13 +88,13 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         except (JobError, ValueError) as error:
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:
-            told = results["evaluation"]
-            differences += find_differences(f"{RESULTS} evaluation.tasks", told["tasks"], tasks)
+            evaluation = results["evaluation"]
+            differences += find_differences(f"{RESULTS} evaluation.tasks", evaluation["tasks"], tasks)
             place = f"{RESULTS} evaluation.full_precision"
-            differences += find_differences(place, told.get("full_precision"), original)
-            differences += find_differences(f"{RESULTS} evaluation.near_ties", told.get("near_ties"), near)
+            differences += find_differences(place, evaluation.get("full_precision"), original)
+            differences += find_differences(f"{RESULTS} evaluation.near_ties", evaluation.get("near_ties"), near)
             precision = None if base.precision is None else asdict(base.precision)
-            differences += find_differences(f"{RESULTS} evaluation.precision", told.get("precision"), precision)
+            differences += find_differences(f"{RESULTS} evaluation.precision", evaluation.get("precision"), precision)
         differences += _measured_differ(results, base, adapter)
         differences += find_differences(f"{ADAPTER} generation", adapter.generation, base.generation)
         differences += find_differences(f"{ADAPTER} precision", adapter.precision, base.precision)
@@ -185,8 +182,8 @@ def _as_pulled(dataset: Mapping[str, Any], pulled: Pulled) -> dict[str, Any]:
 def _completed(claimed: Mapping[str, Any], record: Any) -> dict[str, Any]:
     """What a manifest says of a record; fields that were added since its version have their defaults."""
     plain = [one for one in fields(record) if one.default is not MISSING_DEFAULT]
-    made = {one.name: one.default_factory() for one in fields(record) if one.default_factory is not MISSING_DEFAULT}
-    return {**{one.name: one.default for one in plain}, **made, **claimed}
+    created = {one.name: one.default_factory() for one in fields(record) if one.default_factory is not MISSING_DEFAULT}
+    return {**{one.name: one.default for one in plain}, **created, **claimed}
 
 
 def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Difference]:
@@ -244,7 +241,7 @@ def check_attempts(
         differences.append(Difference(LEASE, f"attempt {last.number} or later", f"attempt {epoch}"))
     later = [key for key in listed if last.number < (attempt_number(key) or 0) <= epoch]
     notes = [
-        f"{key}: this attempt was started when the results were there, and changed nothing"
+        f"{key}: this attempt was started after the results were published, and changed nothing"
         for key in later
         if _parsed(key, parse_record, _sealed(store, key), differences) is not None
     ]

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from job.common.formatting import count
 from job.common.methods import METHODS
 from job.runs.layout import LOG_PROBS, RESULTS
-from job.verification.differences import CheckResult, Difference, find_differences, show
-
-Copies = Mapping[str, Path]
+from job.verification.differences import CheckResult, Copies, Difference, find_differences, show
 
 MAX_LINES = 3
 """Wrong lines of the reference that are told."""
@@ -28,15 +25,15 @@ def check_preferences(results: Mapping[str, Any], copies: Copies) -> CheckResult
         None where nothing is claimed or set but plain fine-tuning.
     """
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
-    training, chosen = results["training"], str(settings.get("train.method", "sft"))
-    name = chosen.rpartition(",")[2]
+    training, methods = results["training"], str(settings.get("train.method", "sft"))
+    name = methods.rpartition(",")[2]
     claimed = {field: training.get(field, usual) for field, usual in (("method", "sft"), ("beta", None))}
     if name == claimed["method"] == "sft" and training.get("reference") is None and LOG_PROBS not in copies:
         return None
     method = METHODS.get(name)
     if method is None:
         return CheckResult("preferences", "", (Difference(f"{RESULTS} settings", "a method of training", show(name)),))
-    start = "base" if settings.get("lora.start") is None and name == chosen else "start"
+    start = "base" if settings.get("lora.start") is None and name == methods else "start"
     found = {
         "method": name,
         "beta": None if name == "sft" else settings.get("train.beta"),
@@ -44,9 +41,9 @@ def check_preferences(results: Mapping[str, Any], copies: Copies) -> CheckResult
     }
     claimed["reference"] = training.get("reference")
     differences = list(find_differences(f"{RESULTS} training", claimed, found))
-    rows, held = results["dataset"]["rows"], results["dataset"].get("validation")
+    rows, validation = results["dataset"]["rows"], results["dataset"].get("validation")
     if method.reference:
-        differences += _check_reference(copies, rows + (held["rows"] if held else 0))
+        differences += _check_reference(copies, rows + (validation["rows"] if validation else 0))
     elif LOG_PROBS in copies:
         differences.append(Difference(LOG_PROBS, "nothing: the method has no reference", "a file"))
     return CheckResult("preferences", f"{name}, {count(rows, 'row')}", tuple(differences))

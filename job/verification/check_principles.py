@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from job.common.formatting import count
 from job.evaluation.principles import parse_judgements, rules_sha256, summarize
 from job.evaluation.prompt_answers import parse_answers
 from job.runs.layout import JUDGEMENTS, RESULTS, prompts_key
-from job.verification.differences import CheckResult, Difference, find_differences, show
+from job.verification.differences import CheckResult, Copies, Difference, find_differences, show
 
 _LETTERS = ("A", "B", None)
 
 
-def check_principles(results: Mapping[str, Any], copies: Mapping[str, Path]) -> CheckResult | None:
+def check_principles(results: Mapping[str, Any], copies: Copies) -> CheckResult | None:
     """The figures follow from the judgements, which are of the prompts that were answered.
 
     None if principles are neither set, nor in the manifest, nor among the files.
@@ -37,7 +36,7 @@ def check_principles(results: Mapping[str, Any], copies: Mapping[str, Path]) -> 
 
 
 def _differences(
-    results: Mapping[str, Any], copies: Mapping[str, Path], claimed: Mapping[str, Any], place: str
+    results: Mapping[str, Any], copies: Copies, claimed: Mapping[str, Any], place: str
 ) -> Iterator[Difference]:
     found = parse_judgements(copies[JUDGEMENTS].read_bytes())
     settings = {name: setting["value"] for name, setting in results["settings"].items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from job.common.formatting import count
@@ -11,9 +10,8 @@ from job.data.prompts import prompts_sha256
 from job.evaluation.prompt_answers import count_unsafe, parse_answers
 from job.records import PromptAnswer
 from job.runs.layout import PROMPTS, RESULTS, prompts_key
-from job.verification.differences import CheckResult, Difference, find_differences, show
+from job.verification.differences import CheckResult, Copies, Difference, find_differences, show
 
-Copies = Mapping[str, Path]
 _ENDS = ("eos", "length")
 
 
@@ -24,18 +22,18 @@ def check_prompts(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
         None where no prompts are claimed, set or there.
     """
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
-    claimed, asked = results["evaluation"].get("prompts"), settings.get("eval.prompts")
-    if claimed is None and asked is None and not any(path.startswith(PROMPTS) for path in copies):
+    claimed, setting = results["evaluation"].get("prompts"), settings.get("eval.prompts")
+    if claimed is None and setting is None and not any(path.startswith(PROMPTS) for path in copies):
         return None
     place = f"{RESULTS} evaluation.prompts"
-    if claimed is None or asked is None:
-        return CheckResult("prompts", "", (Difference(place, show(claimed), f"JOB_EVAL__PROMPTS {show(asked)}"),))
+    if claimed is None or setting is None:
+        return CheckResult("prompts", "", (Difference(place, show(claimed), f"JOB_EVAL__PROMPTS {show(setting)}"),))
     differences: list[Difference] = []
     sides = [_read(prompts_key(side), copies, claimed["max_new_tokens"], differences) for side in ("base", "adapter")]
     if not differences:
         base, adapter = ([(line.prompt, line.reference) for line in side] for side in sides)
         found = {
-            "source": asked if isinstance(asked, str) else "validation rows",
+            "source": setting if isinstance(setting, str) else "validation rows",
             "count": len(base),
             "max_new_tokens": settings.get("eval.prompts_max_new_tokens"),
             "sha256": prompts_sha256(base),

@@ -7,22 +7,22 @@ The digest of an image is computed again from the files. Whether the hub or the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from job.common.formatting import count
 from job.errors import DataError
 from job.push.files import files_sha256, files_to_push
-from job.push.oci import OciTarget, image_digest
+from job.push.oci import OciTarget
+from job.push.oci_image import image_digest
 from job.results.after_run import parse_push
 from job.runs.layout import PUSHED, pushed_key
 from job.storage.open import ObjectStore
-from job.verification.differences import CheckResult, Difference, find_differences, show
+from job.verification.differences import CheckResult, Copies, Difference, find_differences, show
 from job.verification.sealed_records import read_sealed
 
 
 def check_pushes(
-    results: Mapping[str, Any], store: ObjectStore, listed: Mapping[str, int], copies: Mapping[str, Path]
+    results: Mapping[str, Any], store: ObjectStore, listed: Mapping[str, int], copies: Copies
 ) -> CheckResult | None:
     """Checks every record below `pushed/`; None if there is none.
 

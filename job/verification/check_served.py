@@ -6,7 +6,6 @@ What the server said cannot be asked again here: `verify` reads only the run's f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from job.common.formatting import count
@@ -15,12 +14,12 @@ from job.records import ServeCheck, margin
 from job.results.after_run import parse_serve_check
 from job.runs.layout import SERVED, answers_key, export_side, served_key
 from job.storage.open import ObjectStore
-from job.verification.differences import CheckResult, Difference, find_differences, show
+from job.verification.differences import CheckResult, Copies, Difference, find_differences, show
 from job.verification.sealed_records import read_sealed
 
 
 def check_served(
-    results: Mapping[str, Any], store: ObjectStore, listed: Mapping[str, int], copies: Mapping[str, Path]
+    results: Mapping[str, Any], store: ObjectStore, listed: Mapping[str, int], copies: Copies
 ) -> CheckResult | None:
     """Checks every record below `served/`; None if there is none.
 
@@ -40,13 +39,13 @@ def check_served(
             continue
         differences += _differences(key, found, results, copies)
         says = "holds" if found.holds else "differs"
-        notes.append(f"{found.format} by {found.server}: {says}, {found.alike} of {len(found.compared)} alike")
+        notes.append(
+            f"{found.format} by {found.server}: {says}, {found.alike} of {len(found.compared)} predictions as recorded"
+        )
     return CheckResult("served", count(len(keys), "record"), tuple(differences), tuple(notes))
 
 
-def _differences(
-    key: str, found: ServeCheck, results: Mapping[str, Any], copies: Mapping[str, Path]
-) -> Iterator[Difference]:
+def _differences(key: str, found: ServeCheck, results: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
     """What a record says of the run's own answers, and they do not."""
     candidates = {export["format"]: export["candidate"] for export in results.get("exports", ())}
     if found.format != "adapter" and found.format not in candidates:

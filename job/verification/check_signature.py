@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from job.errors import SettingsError
@@ -11,11 +10,11 @@ from job.results.signing import files_of, files_of_run, key_id, signed_files, si
 from job.runs.layout import RESULTS, SIGNATURE
 from job.storage.base import read_record
 from job.storage.open import ObjectStore
-from job.verification.differences import CheckResult, Difference, find_differences
+from job.verification.differences import CheckResult, Copies, Difference, find_differences
 
 
 def check_signature(
-    results: Mapping[str, Any], manifest: bytes, store: ObjectStore, copies: Mapping[str, Path], key: str | None
+    results: Mapping[str, Any], manifest: bytes, store: ObjectStore, copies: Copies, key: str | None
 ) -> CheckResult | None:
     """Checks that each signature is by the key and covers exactly the listed files, and the run's also the manifest.
 
@@ -46,7 +45,11 @@ def check_signature(
         if key is not None:
             raise
         return CheckResult("signature", "not checked", (), tuple(str(problem) for problem in error.problems))
-    notes = () if key else ("by the key in the manifest, which anybody can put there: give the signer's with --key",)
+    notes = (
+        ()
+        if key
+        else ("by the key in the manifest, which anybody could have written: give the signer's key with --key",)
+    )
     return CheckResult("signature", f"by key {key_id(asked)[:12]}", tuple(differences), notes)
 
 
@@ -56,7 +59,7 @@ def signature_paths(results: Mapping[str, Any]) -> list[str]:
 
 
 def _differences(
-    results: Mapping[str, Any], manifest: bytes, store: ObjectStore, copies: Mapping[str, Path], key: str
+    results: Mapping[str, Any], manifest: bytes, store: ObjectStore, copies: Copies, key: str
 ) -> Iterator[Difference]:
     for path in signature_paths(results):
         folder = path.removesuffix(SIGNATURE)
@@ -69,7 +72,7 @@ def _differences(
             yield from find_differences(f"{path} signed", found, expected)
 
 
-def _bytes(path: str, store: ObjectStore, copies: Mapping[str, Path]) -> bytes:
+def _bytes(path: str, store: ObjectStore, copies: Copies) -> bytes:
     """The content of a file. Raises ValueError if there is none."""
     if path in copies:
         return copies[path].read_bytes()

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Another version of scipy or another processor may end an iteration at slightly different digits. Relative, because p
@@ -13,6 +14,8 @@ from typing import Any
 TOLERANCE = 1e-7
 MAX_SHOWN = 120
 """Characters of a value or a message that are printed."""
+Copies = Mapping[str, Path]
+"""By path in the run's folder, the downloaded files that are what the manifest says."""
 
 
 @dataclass(frozen=True)

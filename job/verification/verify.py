@@ -29,8 +29,8 @@ from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
 from job.verification import check_checkpoints
 from job.verification.check_audit import check_audit
 from job.verification.check_bom import check_bom, check_compute
+from job.verification.check_evaluation import check_evaluation, check_gate
 from job.verification.check_exports import check_exports
-from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training, check_validation
 from job.verification.check_first_stage import check_first_stage
 from job.verification.check_history import check_attempts, check_settings, check_stages, fingerprint_of
 from job.verification.check_preferences import check_preferences
@@ -39,6 +39,7 @@ from job.verification.check_prompts import check_prompts
 from job.verification.check_pushes import check_pushes
 from job.verification.check_served import check_served
 from job.verification.check_signature import check_signature
+from job.verification.check_training import check_cost, check_training, check_validation
 from job.verification.differences import CheckResult, Difference, show
 from job.verification.fetch_files import fetch_files
 
@@ -91,7 +92,7 @@ def verify(
     run = fingerprint_of(copies)
     attempts, sealed = check_attempts(results, copies, store, listed, run)
     pushes, served = (check(results, store, listed, copies) for check in (check_pushes, check_served))
-    known = {
+    expected_keys = {
         RESULTS,
         *sealed,
         *([SIGNATURE] if results.get("signing") else []),
@@ -102,8 +103,8 @@ def verify(
         *(_out_of_place(claim) for claim in own if not claim.path.startswith(ARTIFACTS)),
         *(_out_of_place(claim) for claim in kept if not is_evidence(claim.path, last)),
     ]
-    late = check_checkpoints.late_markers(store, listed.keys() - known, run, last)
-    unknown, leftovers = _unclaimed(listed, known, {marker.folder for marker in found}, late)
+    late = check_checkpoints.late_markers(store, listed.keys() - expected_keys, run, last)
+    unknown, leftovers = _unclaimed(listed, expected_keys, {marker.folder for marker in found}, late)
     return [
         CheckResult("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
         CheckResult("artifacts", _extent(own), tuple(wrong)),
@@ -175,7 +176,7 @@ def _unclaimed(
         if key in known:
             continue
         if key in late:
-            leftovers.append(f"{key} was written by an attempt that stood still; nothing reads it")
+            leftovers.append(f"{key} was written by an attempt that had been replaced; nothing reads it")
         elif is_key(key) and is_leftover(key) and not key.startswith(tuple(whole)):
             leftovers.append(f"{key} was left behind by an attempt that was killed; nothing reads it")
         else:

@@ -157,7 +157,8 @@ def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
     import torch
 
     from job.common.malloc import keep_freed_memory
-    from job.model.base import choose_dtype, load_base
+    from job.model.base import load_base
+    from job.model.device import choose_dtype
     from job.model.lora import add_adapter
     from job.settings.schema import Lora, Train
 
@@ -179,7 +180,7 @@ def load_plain(folder: Path, quantization: str, dtype: str, device: str = "cpu")
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from job.model.base import choose_dtype
+    from job.model.device import choose_dtype
 
     computed = choose_dtype(dtype, torch.device(device))
     quantized = BitsAndBytesConfig(

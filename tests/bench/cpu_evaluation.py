@@ -121,7 +121,7 @@ def main() -> int:
     where = conditions()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from job.evaluation.tasks import load_tasks
-    from job.model.base import load_tokenizer
+    from job.model.tokenizer import load_tokenizer
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "base"

@@ -41,7 +41,7 @@ Curve = list[tuple[float, float]]
 def read_examples(folder: Path) -> tuple[Any, Sequence[Any]]:
     """Tokenizer and examples, by the job's own means, at its defaults."""
     from job.data.dataset import load_examples
-    from job.model.base import load_tokenizer
+    from job.model.tokenizer import load_tokenizer
     from job.settings.schema import Train
 
     tokenizer, train = load_tokenizer(folder), Train()

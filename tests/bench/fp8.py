@@ -274,7 +274,7 @@ def format_section(bench: Bench, given: argparse.Namespace) -> None:
         bench.say("left out", section="formats", why="needs --data")
         return
     from job.data.dataset import load_examples
-    from job.model.base import load_tokenizer
+    from job.model.tokenizer import load_tokenizer
 
     with tempfile.TemporaryDirectory() as work:
         base = given.base or make_base(Path(work) / "base", given.gguf)

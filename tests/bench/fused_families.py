@@ -28,10 +28,11 @@ import torch
 
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE
-from job.model.base import make_deterministic, recompute_activations
+from job.model.device import make_deterministic
 from job.model.families import FAMILIES
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import NAME
 from job.records import PEFT, ExecutionPlan

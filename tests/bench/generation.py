@@ -146,7 +146,8 @@ def load(folder: Path, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     from job.common.malloc import keep_freed_memory
-    from job.model.base import choose_dtype, load_base
+    from job.model.base import load_base
+    from job.model.device import choose_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     computed = choose_dtype(dtype, device)
@@ -184,7 +185,7 @@ def main() -> int:
     questions, sizes = chosen(args.questions, args.batch_sizes)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from job.evaluation.tasks import load_tasks
-    from job.model.base import load_tokenizer
+    from job.model.tokenizer import load_tokenizer
     from job.settings.schema import Eval
 
     budget = args.batch_tokens or Eval().batch_tokens

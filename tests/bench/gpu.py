@@ -45,15 +45,14 @@ from job.distributed.processes import ALONE, Processes
 from job.evaluation.scorer import score_sequences
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model import packed_attention
-from job.model.base import recompute_activations
 from job.model.fused import kernels, precise_forward
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import Kernels
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import Segment, build_layout
+from job.model.packed_layout import Segment, build_layout
 from job.records import PEFT, Example, ExecutionPlan, Question, StepMetrics
-from job.training import packing
-from job.training import step as training_step
+from job.training import packing, padded_shapes
 from job.training.config import Hooks, Recipe
 from job.training.cuda_graphs import CudaGraphs
 from job.training.execution_plan import choose_budget
@@ -452,7 +451,7 @@ def prepare(model: Any, variant: Variant) -> None:
     unmake(model)
     clean()
     deterministic(on=variant.deterministic, fill=variant.fill)
-    packing.SMALLEST_INCREMENT = variant.grain
+    padded_shapes.SMALLEST_INCREMENT = variant.grain
     if variant.lean:
         sets = kernel_sets()
         wanted = variant.kernels if variant.kernels in sets or not variant.kernels else "torch"
@@ -900,12 +899,12 @@ def _agreement(asked: Sequence[Any], theirs: list[float], ours: Sequence[Sequenc
 def padding(bench: Bench) -> None:
     """Shapes and waste by the plan alone, of runs of Alpaca's rows: every length, as before, and those chosen now."""
     examples = shapes.examples(32000)
-    price = packing.recording_tokens(32, 7_110_393_856)
+    price = padded_shapes.recording_tokens(32, 7_110_393_856)
     for steps, processes in ((6, 1), (20, 1), (94, 1), (470, 1), (2000, 1), (20, 2), (94, 2)):
         plan = batch_plan.Steps(examples, 0, 32, steps, 0, processes)
         sequences = plan.sequences(16384)
         tokens = sum(n for n, _ in sequences)
-        for name, choose in (("every length", every_length), ("chosen", packing.choose_shapes)):
+        for name, choose in (("every length", every_length), ("chosen", padded_shapes.choose_shapes)):
             found = choose(sequences, price * processes)
             wasted = sum(found.of(*one)[0] - one[0] for one in sequences)
             bench.say(
@@ -919,10 +918,10 @@ def padding(bench: Bench) -> None:
             )
 
 
-def every_length(sequences: Sequence[tuple[int, int]], _: int) -> packing.Shapes:
+def every_length(sequences: Sequence[tuple[int, int]], _: int) -> padded_shapes.Shapes:
     """The shapes before there was a choice: each length and number of segments that comes, rounded up."""
-    came = {(packing.padded_length(tokens), packing.padded_segments(count)) for tokens, count in sequences}
-    return packing.Shapes(tuple(sorted(came)), max(packing.length_increment(n) for n, _ in sequences))
+    came = {(padded_shapes.padded_length(tokens), padded_shapes.padded_segments(count)) for tokens, count in sequences}
+    return padded_shapes.Shapes(tuple(sorted(came)), max(padded_shapes.length_increment(n) for n, _ in sequences))
 
 
 def recordings(bench: Bench) -> None:
@@ -931,15 +930,15 @@ def recordings(bench: Bench) -> None:
     Budget: 45 s on an H200, of which the model takes 20.
     """
     model, steps = adapted(bench), 20 if not bench.tiny else 4
-    chosen = training_step.choose_shapes
+    chosen = padded_shapes.choose_shapes
     try:
         for name, choose in (("chosen", chosen), ("every length", every_length), ("chosen", chosen)):
             with bench.caught(f"recordings {name}"):
                 prepare(model, BEST)
-                training_step.choose_shapes = choose
+                padded_shapes.choose_shapes = choose
                 bench.say("recordings", shapes=name, **fit(bench, model, BEST, total_steps=steps))
     finally:
-        training_step.choose_shapes = chosen
+        padded_shapes.choose_shapes = chosen
     unmake(model)
 
 
@@ -990,7 +989,7 @@ def long_row(bench: Bench) -> None:
             )
         finally:
             step.release()
-            packing.FEW_SEGMENTS = long_rows.FEW
+            padded_shapes.FEW_SEGMENTS = long_rows.FEW
             recompute_activations(model, on=False)
             for p in trainable(model).values():  # what was trained before stays as it was
                 p.grad = None

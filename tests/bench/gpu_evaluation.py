@@ -231,7 +231,7 @@ def attention(asked: Sequence[Question]) -> None:
     """The kernel for trees beside torch's in fp32, and microseconds a layer by its sizes and by torch's flash one."""
     from job.evaluation.scoring import _pack
     from job.model.fused import triton_scoring
-    from job.model.packed_attention import build_layout
+    from job.model.packed_layout import build_layout
 
     ordered = sorted(asked, key=lambda question: question.context)
     (part, *_) = plan_sequences(ordered, BUDGET)

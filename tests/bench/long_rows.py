@@ -41,7 +41,7 @@ from job.common.resources import available_bytes
 from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE
 from job.model import packed_attention
-from job.model.base import make_deterministic, recompute_activations
+from job.model.device import make_deterministic
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.long_attention import (
     FLASH,
@@ -54,21 +54,22 @@ from job.model.fused.long_attention import (
     heads_at_once,
     processors,
 )
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import Layout, Segment, build_layout
+from job.model.packed_layout import Layout, Segment, build_layout
 from job.records import Example, ExecutionPlan
-from job.training import activation_store, packing
+from job.training import activation_store, padded_shapes
 from job.training.config import Hooks, Recipe
 from job.training.flat_parameters import FlatParameters
 from job.training.gpu_capability import fast_kernels
 from job.training.memory_model import TILE_TOKENS, long_row_bytes, long_row_host_bytes
-from job.training.prepare import setup_of
+from job.training.setup_of_model import setup_of
 from job.training.step import OptimizerStep
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 GIB = 1 << 30
-FEW = packing.FEW_SEGMENTS
+FEW = padded_shapes.FEW_SEGMENTS
 NOW = ExecutionPlan(
     attention=TRITON if ON_GPU else None,
     kept_base=False,
@@ -386,7 +387,7 @@ def step_of(
     count = min(count, len(bench.all_layers))
     base.model.layers = torch.nn.ModuleList(bench.all_layers[:count])
     recompute_activations(bench.model, on=True, random=False)
-    packing.FEW_SEGMENTS = FEW if plan.tile_tokens else ()
+    padded_shapes.FEW_SEGMENTS = FEW if plan.tile_tokens else ()
     recipe = Recipe(
         seed=0,
         total_steps=4,
@@ -484,7 +485,7 @@ def run(
             )
     finally:
         step.release()
-        packing.FEW_SEGMENTS = FEW
+        padded_shapes.FEW_SEGMENTS = FEW
     return gradient
 
 

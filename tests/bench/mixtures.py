@@ -37,12 +37,14 @@ import torch
 
 from job.model import experts
 from job.model.adapter_options import AdapterOptions
-from job.model.base import make_deterministic, recompute_activations
+from job.model.device import make_deterministic
 from job.model.fused.experts import fused_experts, use_frozen
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import NAME, Segment, build_layout
+from job.model.packed_attention import NAME
+from job.model.packed_layout import Segment, build_layout
 from job.records import ExecutionPlan
 from job.training.config import Hooks, Recipe
 from job.training.prepare import prepare

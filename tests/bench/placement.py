@@ -39,6 +39,7 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink's multicast, which GPUs
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from job.training.gpu_memory import limit_memory
+from job.training.setup_of_model import setup_of
 
 SMALL = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 7}
 SMALL |= {"num_attention_heads": 16, "num_key_value_heads": 4}
@@ -177,7 +178,7 @@ def work(args: argparse.Namespace, ways: list[Way]) -> None:
 
     from job.distributed.ranks import Place
     from job.distributed.rendezvous import join
-    from job.model.base import make_deterministic
+    from job.model.device import make_deterministic
     from job.preemption.stop_flag import Stop
 
     if torch.cuda.is_available():
@@ -232,7 +233,7 @@ def train_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
     from job.model.placed_weights import release, taking_part
     from job.training.config import Hooks, Recipe
     from job.training.memory_model import packed_bytes
-    from job.training.prepare import prepare, setup_of
+    from job.training.prepare import prepare
     from job.training.trainer import train
 
     on_gpu = torch.cuda.is_available()

@@ -23,7 +23,7 @@ import psutil
 
 from job.common.resources import usable_cpus
 from job.data.token_cache import load_tokens
-from job.model.base import load_tokenizer
+from job.model.tokenizer import load_tokenizer
 from tests.reading_reference import read_plainly
 
 ROWS = 100_000

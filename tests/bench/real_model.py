@@ -282,7 +282,7 @@ def steps_of(args: Any, base: Path) -> tuple[Any, list[list[int]], Sequence[Any]
     """Tokenizer, the rows of each of the job's optimizer steps, and the examples, by the job's own means."""
     from job.data import batch_plan
     from job.data.dataset import load_examples
-    from job.model.base import load_tokenizer
+    from job.model.tokenizer import load_tokenizer
     from job.settings.schema import Train
     from job.training.config import total_steps
 

@@ -61,7 +61,8 @@ def main() -> int:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from job.evaluation.tasks import load_tasks
-    from job.model.base import load_tokenizer, make_deterministic
+    from job.model.device import make_deterministic
+    from job.model.tokenizer import load_tokenizer
 
     kept: list[dict[str, Any]] = []
 

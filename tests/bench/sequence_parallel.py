@@ -99,7 +99,7 @@ class Both:
 
         from job.data.batch_plan import Steps
         from job.distributed.processes import ALONE
-        from job.model.base import recompute_activations
+        from job.model.gradient_checkpointing import recompute_activations
         from job.model.lora import trainable
         from job.training.config import Hooks, Recipe
         from job.training.flat_parameters import FlatParameters
@@ -245,7 +245,7 @@ def measure(chosen: argparse.Namespace, began: float) -> None:
     """One process's part."""
     from job.distributed.ranks import Place
     from job.distributed.rendezvous import join
-    from job.model.base import make_deterministic
+    from job.model.device import make_deterministic
     from job.preemption.stop_flag import Stop
     from job.training import long_rows, memory_model, step
 

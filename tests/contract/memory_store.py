@@ -9,17 +9,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Self
 
-from job.storage.base import (
-    MAX_READ_BYTES,
-    Conflict,
-    ObjectInfo,
-    Stored,
-    atomic_write,
-    byte_limit,
-    check_key,
-    check_prefix,
-    probe,
-)
+from job.common.disk import atomic_write
+from job.storage.base import MAX_READ_BYTES, Conflict, ObjectInfo, Stored, byte_limit, check_key, check_prefix, probe
 from job.storage.location import Location, StorageOptions
 
 _BUCKETS: defaultdict[str, dict[str, bytes]] = defaultdict(dict)

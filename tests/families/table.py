@@ -84,7 +84,7 @@ def _verdict(family: str) -> Verdict:
 
 @cache
 def _tokenizer() -> Any:
-    from job.model.base import load_tokenizer
+    from job.model.tokenizer import load_tokenizer
     from tests.helpers import make_base
 
     with tempfile.TemporaryDirectory() as base:

@@ -34,10 +34,10 @@ def test_what_packing_would_get_wrong_goes_one_by_one_and_comes_out_right(family
 
 
 def test_what_sees_the_future_is_refused(tokenizer: Any) -> None:
-    """A model whose attention goes in both directions is no causal language model, and it is said so."""
+    """A model whose attention goes in both directions is not a causal language model, and it is said so."""
     verdict = check("bert", tokenizer)
     assert verdict.outcome == "refused", verdict
-    assert "no causal language model" in verdict.why
+    assert "not a causal language model" in verdict.why
 
 
 @pytest.mark.parametrize(

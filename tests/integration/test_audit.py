@@ -112,7 +112,7 @@ def test_a_machine_without_the_audits_packages(environment: dict[str, str], tmp_
     assert attempt(given, JOB_FAULT="kill@step=1").returncode == -9
     refused = attempt(given, WITHOUT.format(["pycld2", "detect_secrets"]))
     assert refused.returncode == 2, refused.stderr[-3000:]
-    assert "JOB_DATA__ON_FINDING: rows with a finding of the kind secret were looked for by detect-" in refused.stderr
+    assert "JOB_DATA__ON_FINDING: rows with a finding of the kind secret were searched for by detect-" in refused.stderr
     done = attempt(given, WITHOUT.format(["pycld2"]))
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "moved/results.json").read_bytes())["dataset"]["audit"]["languages"]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from job.errors import TrainingFailed
-from job.results.manifest import verdict_in_words
+from job.results.summary import verdict_in_words
 from tests import warm
 from tests.helpers import alpaca_rows, arc_rows, read_jsonl, without_repacking, write_jsonl
 
@@ -469,7 +469,7 @@ def test_a_gate_may_look_back_to_an_earlier_run(inputs: Inputs, whole: Ended, un
 @pytest.mark.parametrize(
     ("changes", "code", "why"),
     [
-        ({"JOB_GATE__BASELINE": "nowhere"}, 2, "there is no run"),
+        ({"JOB_GATE__BASELINE": "nowhere"}, 2, "is not a run"),
         ({"JOB_EVAL__LIMIT": "20"}, 65, "arc_easy: 40 questions there and 20 here"),
         ({"JOB_GATE__MAX_REGRESSION": ""}, 2, "has no threshold"),
     ],
@@ -493,7 +493,7 @@ def test_another_setting_under_the_same_id_is_refused(inputs: Inputs, unfinished
     assert ended.code == 2
     (error,) = errors(ended)
     assert error["problems"] == ["JOB_TRAIN__LEARNING_RATE: this run began with 0.002, not 0.001"]
-    assert error["advice"] == "give what the run began with, or another JOB_RUN__ID for a new run"
+    assert error["advice"] == "use the values with which the run began, or another JOB_RUN__ID for a new run"
     assert not (ended.run / "results.json").exists()
 
 
@@ -515,7 +515,10 @@ def test_other_inputs_under_the_same_id_are_refused(
     assert ended.code == 65
     (error,) = errors(ended)
     where = "JOB_DATA__SOURCE" if changed == "rows" else "JOB_MODEL__ID"
-    what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+    what = (
+        "its content has changed since the first attempt of this run; restore it, or start a new run "
+        "with another JOB_RUN__ID"
+    )
     assert error["problems"] == [f"{where}: {what}"]
     assert not (ended.run / "results.json").exists()
 

@@ -13,7 +13,7 @@ import yaml
 from tests import warm
 from tests.helpers import alpaca_rows, write_jsonl
 from tests.unit.evaluation.test_groups import write_group
-from tests.unit.evaluation.test_measured import write_prose
+from tests.unit.evaluation.test_task_metrics import write_prose
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_policy_that_fails_ends_the_run_with_3(environment: dict[str, str]) ->
     assert judged["outcome"] == "failed"
     assert [(rule["task"], rule["n"]) for rule in judged["rules"]] == [("own", 13), ("said", 6), ("prose", 4)]
     assert judged["rules"][2]["outcome"] == "missed"
-    assert "policy: prose (critical), a gain above +1.0000 is asked for, and the opposite is shown" in done.stdout
+    assert "policy: prose (critical), a gain above +1.0000 is required, and the opposite was shown" in done.stdout
     assert done.stdout.rstrip().splitlines()[-1].startswith("own acc,none inconclusive against the quantized base, ")
     assert "gate not met, policy failed" in done.stdout
     assert "prose: a gain above" in done.stderr

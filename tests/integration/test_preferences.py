@@ -105,7 +105,7 @@ def test_the_reference_is_computed_once(forked: Forks, environment: dict[str, st
     code, group = forked.run({**environment, "JOB_RUN__ID": name}, 1, "again")
     assert code == [0]
     events = [line["event"] for line in group.lines(0)]
-    assert "the reference's log-probabilities are known from an earlier attempt" in events
+    assert "the reference's log-probabilities of an earlier attempt are used again" in events
     assert "reference rows" not in events
     assert (run_folder(environment, name) / LOG_PROBS).read_bytes() == kept
 
@@ -176,7 +176,7 @@ def test_a_start_that_changed_is_refused(forked: Forks, environment: dict[str, s
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, start / "adapter_model.safetensors")
     code, group = forked.run({**environment, **changes, "JOB_RUN__ID": "moved"}, 1, "moved-again")
     assert code == [65]
-    assert "JOB_LORA__START: what it names has changed" in str(group.lines(0)[-1])
+    assert "JOB_LORA__START: its content has changed" in str(group.lines(0)[-1])
 
 
 def two_stages(environment: dict[str, str], output: str) -> dict[str, str]:

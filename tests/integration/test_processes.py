@@ -111,7 +111,7 @@ def test_the_number_of_processes_changes_no_step(
     codes, group = forked.run(given, processes, f"{name}-{processes}")
     logs = [log.read_text("utf-8") for log in group.logs]
     assert codes == [0] * processes, logs
-    assert "".join(logs).count("figures are served for Prometheus") == 1
+    assert "".join(logs).count("metrics are served for Prometheus") == 1
     assert "figures are not exported" not in "".join(logs)
     shutil.copytree(run_folder(changes, name), run_folder(environment, name))
     assert_same_steps(environment, name, one)
@@ -226,7 +226,7 @@ def test_an_error_of_one_is_told_once(forked: Forks, environment: dict[str, str]
     assert codes == [65, 65]
     assert [line["event"] for line in group.lines(0) if line["level"] == "error"] == ["DataError"]
     assert [line["event"] for line in group.lines(1) if line["level"] == "error"] == []
-    (told,) = [line for line in group.lines(1) if line["event"] == "ends because another process failed"]
+    (told,) = [line for line in group.lines(1) if line["event"] == "this process ends because another process failed"]
     assert told["problems"][0].splitlines()[0] == f"process 0: {rows}:1 output: is empty: there is nothing to learn"
 
 

@@ -103,7 +103,7 @@ def test_other_prompts_are_refused(environment: dict[str, str], tmp_path: Path) 
     write_jsonl(path, [{"prompt": "Two?"}])
     done = attempt(environment, **changes)
     assert done.returncode == 65
-    assert "JOB_EVAL__PROMPTS: what it names has changed" in done.stderr
+    assert "JOB_EVAL__PROMPTS: its content has changed" in done.stderr
 
 
 @pytest.mark.long

@@ -206,7 +206,7 @@ def test_it_can_be_drawn_again(twice: Run, tmp_path: Path) -> None:
     [
         ([], "needs one run"),
         (["--output", "x.html"], "needs one run"),
-        (["nowhere"], "there is no run"),
+        (["nowhere"], "is not a run"),
         (["nowhere", "--output"], "needs a value"),
         (["{run}", "--output", "no/such/folder/x.html"], "its folder does not exist"),
         (["nowhere", "--storage.retreis", "2"], "the nearest is"),
@@ -229,7 +229,7 @@ def test_an_altered_record_is_not_drawn(twice: Run, tmp_path: Path) -> None:
     records.write_bytes(records.read_bytes().replace(b"Stexirk", b"Stexirc", 1))
     done = job("report", str(copy), "--output", str(tmp_path / "x.html"))
     assert done.returncode == 65
-    assert "artifacts/evaluation/arc_easy.base.jsonl: is not what was published" in done.stderr
+    assert "artifacts/evaluation/arc_easy.base.jsonl: is damaged" in done.stderr
     assert not (tmp_path / "x.html").exists()
 
 

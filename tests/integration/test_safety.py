@@ -83,4 +83,4 @@ def test_unsafe_rows_are_left_out(environment: dict[str, str], tmp_path: Path) -
     make_classifier(folder, random=True)
     done = attempt(environment, JOB_RUN__ID="other")
     assert done.returncode == 65
-    assert "JOB_DATA__SAFETY_MODEL: what it names has changed" in done.stderr
+    assert "JOB_DATA__SAFETY_MODEL: its content has changed" in done.stderr

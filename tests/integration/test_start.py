@@ -118,7 +118,7 @@ def test_another_adapter_at_the_same_place_is_refused(start: Start, tmp_path: Pa
     start.put(1)
     refused = attempt(start.environment, **run)
     assert refused.returncode == 65, refused.stderr[-3000:]
-    assert "JOB_LORA__START: what it names has changed since the first attempt" in refused.stderr
+    assert "JOB_LORA__START: its content has changed since the first attempt" in refused.stderr
     assert not (tmp_path / "out/moved/results.json").exists()
 
 

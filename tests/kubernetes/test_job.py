@@ -198,7 +198,7 @@ def test_wrong_settings(tmp_path: Path) -> None:
     ended = play(tmp_path, start=cold, JOB_TRAIN__LEARNING_RATE="fast", JOB_TRIAN__EPOCHS="3")
     message = failed_at_once(ended, 2)
     assert "JOB_TRAIN__LEARNING_RATE (environment)" in message
-    assert "JOB_TRIAN__EPOCHS: is no setting; the nearest is JOB_TRAIN__EPOCHS" in message
+    assert "JOB_TRIAN__EPOCHS: is not a setting; the nearest is JOB_TRAIN__EPOCHS" in message
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from job.common.export_formats import MERGED
-from job.push.oci import FOLDER
+from job.push.oci_image import FOLDER
 from job.settings.load import load_settings
 from job.settings.schema import NAMES
 from tests.kubernetes.manifests import build, one

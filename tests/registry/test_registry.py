@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from job.errors import AccessDenied
-from job.push import oci
-from job.push.oci import INDEX, MANIFEST, OciTarget
+from job.push import oci, oci_image
+from job.push.oci import OciTarget
+from job.push.oci_image import INDEX, MANIFEST
 from job.push.push import check_targets, push_run
 from job.results.delivery import model_path
 from job.results.reader import read_published
@@ -94,7 +95,7 @@ def test_docker_finds_the_files_of_the_run(run: LocalStore, tmp_path: Path) -> N
     """Pulled by Docker Engine and copied out of a container: the same files, with modes that everybody may read."""
     with registry(tmp_path / "registry") as address:
         reference = f"{address}/lab/model:first"
-        assert "takes uploads" in check_targets([OciTarget(reference)])["JOB_EXPORT__OCI"]
+        assert "accepts uploads" in check_targets([OciTarget(reference)])["JOB_EXPORT__OCI"]
         digest = push(run, reference)
         require_verified(verify(run, tmp_path))
         body, headers = asked(address, "lab/model/manifests/first")
@@ -143,7 +144,7 @@ def test_large_files_have_layers_of_their_own_in_parts(
     run: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With limits as small as these files: a layer for each, uploaded in several requests, with the same content."""
-    monkeypatch.setattr(oci, "OWN_LAYER", 100)
+    monkeypatch.setattr(oci_image, "OWN_LAYER", 100)
     monkeypatch.setattr(oci, "_CHUNK", 4000)
     log: list[str] = []
     with registry(tmp_path / "registry", log) as address:

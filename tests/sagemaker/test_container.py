@@ -153,7 +153,7 @@ def test_two_interruptions(order: Callable[..., TrainingJob], undisturbed: tuple
     lose_the_adapter(folder / "ml/checkpoints/interrupted", job.bucket / "interrupted")
     ended = job.run()
     assert ended.code == 0, ended.log[-5:]
-    assert [line["stage"] for line in ended.events("stage is done again, not all that it published is there")] == [
+    assert [line["stage"] for line in ended.events("stage is done again: files that it published are missing")] == [
         "train"
     ]
     assert ended.failure is None
@@ -195,11 +195,11 @@ def test_a_complete_run_is_delivered_again(
     [
         (
             {"hyperparameters": {"preset": "demo", "train.epocs": "3"}},
-            "hyperparameters.json train.epocs: is no setting",
+            "hyperparameters.json train.epocs: is not a setting",
         ),
         ({"ordered": {"training": {"TrainingInputMode": "Pipe"}}}, "sagemaker channel training: is a pipe"),
         ({"hosts": ("algo-1",), "ordered": {"model": {"S3DistributionType": "ShardedByS3Key"}}}, "is divided among"),
-        ({"channels": {"train": DEMO / "instructions.jsonl"}}, "sagemaker channel train: stands for no setting"),
+        ({"channels": {"train": DEMO / "instructions.jsonl"}}, "sagemaker channel train: is not a known channel"),
         ({"channels": {"evaluation": DEMO / "questions.jsonl"}}, "a channel's files are named after their tasks"),
     ],
 )
@@ -220,7 +220,7 @@ def test_a_long_reason_begins_with_what_matters(order: Callable[..., TrainingJob
     ended = order("mistaken", hyperparameters={f"train.wrong_{n}": "1" for n in range(50)}).run()
     assert ended.failure
     assert len(ended.failure) == 1024
-    assert ended.failure.startswith("SettingsError (exit code 2): hyperparameters.json train.wrong_0: is no setting")
+    assert ended.failure.startswith("SettingsError (exit code 2): hyperparameters.json train.wrong_0: is not a setting")
 
 
 def test_where_nothing_is_copied_the_log_says_so(order: Callable[..., TrainingJob], folder: Path) -> None:
@@ -237,6 +237,6 @@ def test_several_machines_need_one_store(order: Callable[..., TrainingJob]) -> N
     assert ended.code == 2
     assert ended.failure
     assert (
-        "JOB_RUN__OUTPUT (platform): is a folder of this machine alone; with several machines give s3://"
+        "JOB_RUN__OUTPUT (platform): is a folder of this machine alone; with several machines set s3://"
         in ended.failure
     )

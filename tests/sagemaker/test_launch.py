@@ -206,7 +206,7 @@ class TestRefusals:
             ),
             (
                 ["--set", "train.epocs=3"],
-                "hyperparameters.json train.epocs: is no setting; the nearest is train.epochs",
+                "hyperparameters.json train.epocs: is not a setting; the nearest is train.epochs",
             ),
             (["--env", "JOB_TRAIN__EPOCHS=none"], "JOB_TRAIN__EPOCHS (environment): must"),
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import permutations
 
 import pytest
@@ -10,9 +11,11 @@ from job.errors import (
     AccessDenied,
     DataError,
     JobError,
+    Preempted,
     Problem,
     SettingsError,
     Unreachable,
+    check_all,
     combine,
     exit_codes,
     gravest,
@@ -58,6 +61,28 @@ def test_the_most_serious_code_wins_in_any_order() -> None:
         assert gravest([one, other]) == gravest([other, one])
         assert weight[table[gravest([one, other])][1]] == max(weight[table[code][1]] for code in (one, other))
     assert gravest(table) == 2
+
+
+def test_all_checks_are_made() -> None:
+    """What they raise is one error of the most serious kind; a run that has to stop makes no further check."""
+    made = list[str]()
+
+    def check(name: str, error: JobError | None = None) -> tuple[str, Callable[[], None]]:
+        def work() -> None:
+            made.append(name)
+            if error is not None:
+                raise error
+
+        return name, work
+
+    wrong = SettingsError([Problem("JOB_TRAIN__EPOCHS", "bad")])
+    with pytest.raises(SettingsError) as caught:
+        check_all([check("rows", data_error(2)), check("good"), check("settings", wrong)])
+    assert (caught.value.total, made) == (3, ["rows", "good", "settings"])
+    with pytest.raises(Preempted):
+        check_all([check("settings", wrong), check("stop", Preempted("stop")), check("never")])
+    assert made[-1] == "stop"
+    check_all([check("good")])
 
 
 def test_a_place_is_named_by_its_setting() -> None:

@@ -16,7 +16,7 @@ from job import pipeline
 from job.common.hashing import sealed
 from job.distributed.processes import ALONE
 from job.distributed.ranks import Place
-from job.errors import Preempted
+from job.errors import Preempted, SettingsError
 from job.preemption.stop_flag import Stop
 from job.records import AttemptRecord, Exported, ScoringPrecision
 from job.runs.attempt import Attempt
@@ -48,6 +48,20 @@ def test_the_webhook_is_told_whether_the_gate_is_met(tmp_path: Path, monkeypatch
     ):
         tell_results(results)
     assert seen[0].gate_passed is False
+
+
+def test_a_machine_without_fp8_is_refused_before_the_pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the attempt begins, with the setting and what it needs."""
+    monkeypatch.setattr(pipeline, "choose_device", lambda _: SimpleNamespace(type="cpu"))
+    environ = {"JOB_PRESET": "demo", "JOB_RUN__OUTPUT": str(tmp_path), "JOB_TRAIN__COMPUTE": "fp8"}
+    settings = load_settings([], environ | {"JOB_RUN__DEVICE": "auto", "JOB_MODEL__DTYPE": "auto"})
+    with (
+        pytest.raises(
+            SettingsError, match="JOB_TRAIN__COMPUTE: is fp8, which cannot be computed here: there is no GPU"
+        ),
+        pipeline._attempt(settings, Stop(), lambda: None, (), ALONE, idle=None, last=True),
+    ):
+        pytest.fail("the attempt went on")
 
 
 class Others:

@@ -228,6 +228,15 @@ class FrozenExperts:
         """(experts, outputs, inputs), in `dtype`."""
         return self._made() if self._kept is None else self._kept
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what is dequantized is kept."""
+        return self._kept is not None
+
+    def keep(self) -> None:
+        """Dequantizes once, and keeps that."""
+        self._kept = self._made()
+
     def forget(self) -> None:
         """Dequantizes for each use from now on."""
         self._kept = None
@@ -255,7 +264,7 @@ def why_not_adapted(model: Any) -> str:
     if not modules:
         return "has no experts that transformers holds in one tensor for each layer"
     if not all(fits(module) for module in modules):
-        return "has experts that the job does not compute: with biases, with norms of their own, or without a gate"
+        return "has experts that the job does not support: with biases, with norms of their own, or without a gate"
     return ""
 
 

@@ -108,8 +108,10 @@ class FrozenProducts:
 
     def __init__(self, layers: Sequence[AdaptedLayer], quantize: Quantize, *, keep: bool) -> None:
         self._layers, self._quantize = layers, quantize
-        self._by_output = [self._of_outputs(layer) for layer in layers] if keep else None
-        self._by_input = self._of_inputs() if keep else None
+        self._by_output: list[Rows] | None = None
+        self._by_input: Rows | None = None
+        if keep:
+            self.keep()
 
     def outputs(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """(tokens, inputs) -> for each layer (tokens, its outputs), in the same dtype."""
@@ -122,6 +124,16 @@ class FrozenProducts:
         """For each layer (tokens, its outputs) -> (tokens, inputs), the sum over the layers; all in one dtype."""
         by_input = self._of_inputs() if self._by_input is None else self._by_input
         return product(self._quantize(gradients), by_input, gradients[0].dtype)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the quantized weights are kept."""
+        return self._by_input is not None
+
+    def keep(self) -> None:
+        """Quantizes the weights once, and keeps them."""
+        self._by_output = [self._of_outputs(layer) for layer in self._layers]
+        self._by_input = self._of_inputs()
 
     def forget(self) -> None:
         """Quantizes the weights for each use from now on."""

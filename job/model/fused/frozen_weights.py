@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None, fp8: bool = False) -> str:
-    """Replaces the forward of the layers with an adapter, and of what lies between them, by that of `lora_forward`.
+    """Replaces the forward of the layers with an adapter, and of what lies between them, by that of `fused_decoder`.
 
     Args:
         model: A PEFT model over a base that is used packed.
@@ -32,20 +33,20 @@ def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None, 
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
-    from job.model.fused import experts, lora_forward
+    from job.model.fused import experts, fused_decoder
     from job.model.fused.fp8 import FrozenProducts
     from job.model.fused.kernels import TORCH
 
     base = model.get_base_model()
     adapted = [m for m in model.modules() if isinstance(m, LoraLayer) and not isinstance(m, ParamWrapper)]
-    if not all(lora_forward.fits(module) for module in adapted):
+    if not all(fused_decoder.fits(module) for module in adapted):
         return "nothing"
-    family = None if kernels is None else lora_forward.family_of(base)
+    family = None if kernels is None else fused_decoder.family_of(base)
     gated = None if kernels is None or family is None else kernels.gated(family.activation)
     experts.fuse_experts(model, base.dtype, keep=keep_dequantized, gated=gated)
     keep = keep_dequantized and not fp8
     weights = {module: _Frozen(module.get_base_layer(), base.dtype, keep=keep) for module in adapted}
-    known = lora_forward.adapt(base, weights, base.dtype, kernels)
+    known = fused_decoder.adapt(base, weights, base.dtype, kernels)
     for inputs in _common_inputs(model) if fp8 else ():
         inputs.fp8 = FrozenProducts(inputs.layers, (kernels or TORCH).quantize, keep=keep_dequantized)
     return "all" if known else "layers"
@@ -70,6 +71,15 @@ class _Frozen:
     def __call__(self) -> torch.Tensor:
         """(outputs, inputs), in `dtype`."""
         return self._made() if self._kept is None else self._kept
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is dequantized is kept."""
+        return self._kept is not None
+
+    def keep(self) -> None:
+        """Dequantizes once, and keeps that."""
+        self._kept = self._made()
 
     def forget(self) -> None:
         """Dequantizes for each use from now on."""
@@ -115,13 +125,32 @@ def forget_dequantized(model: Any) -> None:
 
     The bits stay: what was kept is what `dequantize_4bit` gives again, and in FP8 what is quantized from that again.
     """
+    for kept in _kept(model):
+        kept.forget()
+
+
+@contextmanager
+def without_dequantized(model: Any) -> Iterator[bool]:
+    """Within it `forget_dequantized`'s memory is free; afterwards what was kept is kept again, with the same bits.
+
+    Yields whether there was any.
+    """
+    before = _kept(model)
+    for kept in before:
+        kept.forget()
+    try:
+        yield bool(before)
+    finally:
+        for kept in before:
+            kept.keep()
+
+
+def _kept(model: Any) -> list[Any]:
+    """What keeps dequantized weights, or weights in FP8."""
     from job.model.fused.experts import fused_experts
 
-    for fused in fused_experts(model):
-        for weight in fused.weights:
-            weight.forget()
+    found: list[Any] = [weight for fused in fused_experts(model) for weight in fused.weights]
     for inputs in _common_inputs(model):
-        for layer in inputs.layers:
-            layer.weight.forget()
-        if inputs.fp8 is not None:
-            inputs.fp8.forget()
+        found += [layer.weight for layer in inputs.layers]
+        found += [] if inputs.fp8 is None else [inputs.fp8]
+    return [one for one in found if one.keeps]

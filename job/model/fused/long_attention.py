@@ -32,7 +32,7 @@ import torch
 from job.log import get_logger
 from job.model.architecture import WIDEST_HEAD, Architecture
 from job.model.fused.sequence_parallel import share_heads
-from job.model.packed_attention import Layout, Segment, build_layout
+from job.model.packed_layout import Layout, Segment, build_layout
 
 Output = tuple[torch.Tensor, torch.Tensor]
 """Attention's output, (tokens, heads, head size), and the log-sum-exp of its scores, (heads, tokens) float32."""
@@ -117,7 +117,7 @@ def _why_not_triton(
                     for kernel in (FlashKernel, TritonKernel, TritonKernel)
                 )
                 if not all(map(torch.equal, found, again)):
-                    return "its bits differ from call to call"
+                    return "its results differ from call to call"
                 if (why := _difference(found, expected)) is not None:
                     return why
     except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler, cuDNN or the loader raises
@@ -143,11 +143,11 @@ def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor])
         ours, flash = (x.float().T if x is sums else x.float() for x, sums in ((one, found[1]), (other, expected[1])))
         # `not <=` instead of `>`, so that NaN is an error.
         if not (error := float((ours - flash).norm() / flash.norm())) <= _TOLERANCE:
-            return f"its results are {error:.1%} off flash's"
+            return f"its results differ from flash's by {error:.1%}"
         blocks = [slice(start, start + _BLOCK_TOKENS) for start in range(0, len(ours), _BLOCK_TOKENS)]
         # NaN was found above.
         if (error := max(float((ours[b] - flash[b]).norm() / flash[b].norm()) for b in blocks)) > _BLOCK_TOLERANCE:
-            return f"its results are {error:.1%} off flash's in a block of {_BLOCK_TOKENS} tokens"
+            return f"its results differ from flash's by {error:.1%} in a block of {_BLOCK_TOKENS} tokens"
     return None
 
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from job.model.fused import lora_forward
+from job.model.fused import fused_decoder
 from job.model.fused.frozen_weights import dequantizer
 from job.model.fused.kernels import TORCH, Kernels, Turn
 from job.model.fused.lora_forward import CommonInput, Weight
@@ -45,13 +45,14 @@ from job.model.fused.scoring_decoder import (
     Operations,
     Product,
     TorchOperations,
+    attention_fails,
     checked_attention,
     is_like_llama,
 )
 
 if TYPE_CHECKING:
     from job.model.families import Family
-    from job.model.packed_attention import Layout
+    from job.model.packed_layout import Layout
 
 PreciseForward = Callable[[torch.Tensor, torch.Tensor, "Layout", torch.Tensor], torch.Tensor]
 """As `job.evaluation.scoring.Forward`; the logits are fp32."""
@@ -71,11 +72,11 @@ def why_not_precise(model: Any) -> str:
         model: A causal language model from `load_base`, with or without an adapter.
     """
     base = _base(model)
-    if (family := lora_forward.family_of(base)) is None:
+    if (family := fused_decoder.family_of(base)) is None:
         return f"the decoder of {base.config.model_type} is not one that the fused layers compute"
     if what := _unlike(family, base.config):
         return f"the decoder of {base.config.model_type} has {what}"
-    if not all(lora_forward.fits(module) for module in base.modules() if _has_adapter(module)):
+    if not all(fused_decoder.fits(module) for module in base.modules() if _has_adapter(module)):
         return "the adapter is of a kind that only PEFT's own layers compute"
     if type(base.lm_head) is not torch.nn.Linear:
         return "the output layer is trained"
@@ -135,7 +136,7 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
         A function that computes the logits of one packed sequence; valid until the adapter's weights change.
     """
     base = _base(model)
-    family = lora_forward.family_of(base)
+    family = fused_decoder.family_of(base)
     assert family is not None  # noqa: S101 - see `why_not_precise`
     if is_like_llama(family, base) and not has_foreign_layers(model):
         decoder = _decoder(base, family, dtype, kernels, keep=keep)
@@ -146,7 +147,7 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
         base.lm_head: {"forward": _output_layer(base.lm_head, dtype)},
     }
     together = set()
-    for module, forward, names in lora_forward.decoder_parts(base, family):
+    for module, forward, names in fused_decoder.decoder_parts(base, family):
         patches[module] = {"forward": MethodType(partial(forward, precise, family), module)}
         inner = [getattr(module, name) for name in names]
         if inner and all(_has_adapter(layer) for layer in inner):
@@ -165,12 +166,7 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
 
 def _decoder(base: Any, family: Family, dtype: torch.dtype, kernels: Kernels, *, keep: bool) -> Decoder:
     """The whole pass, for decoders like Llama's; arguments as for `precise_forward`."""
-    largest = LARGEST if dtype is torch.float16 else None
-    operations: Operations = TorchOperations(largest)
-    if kernels.name == "triton":
-        from job.model.fused.triton_scoring import TritonOperations
-
-        operations = TritonOperations(largest)
+    operations = _operations(kernels, dtype)
     layers = []
     for module in base.model.layers:
         attention, mlp = module.self_attn, module.mlp
@@ -180,9 +176,37 @@ def _decoder(base: Any, family: Family, dtype: torch.dtype, kernels: Kernels, *,
         layers.append(Layer(module, heads, out, gate_up, down))
     attend: Attend = operations.attend
     if kernels.name == "triton" and dtype is torch.float16:
-        sizes = base.config.num_attention_heads, base.config.num_key_value_heads, layers[0].module.self_attn.head_dim
-        attend = checked_attention(operations, HeadSizes(*sizes, windowed=family.window is not None), base.device)
+        attend = checked_attention(operations, _heads(base, family), base.device)
     return Decoder(base, layers, _output_layer(base.lm_head, dtype), operations, attend, dtype, family.window)
+
+
+def _operations(kernels: Kernels, dtype: torch.dtype) -> Operations:
+    largest = LARGEST if dtype is torch.float16 else None
+    if kernels.name == "triton":
+        from job.model.fused.triton_scoring import TritonOperations
+
+        return TritonOperations(largest)
+    return TorchOperations(largest)
+
+
+def _heads(base: Any, family: Family) -> HeadSizes:
+    sizes = base.config.num_attention_heads, base.config.num_key_value_heads, base.model.layers[0].self_attn.head_dim
+    return HeadSizes(*sizes, windowed=family.window is not None)
+
+
+def tested_attention(model: Any, kernels: Kernels) -> tuple[HeadSizes, bool] | None:
+    """(the model's heads, whether Triton's attention for them fails its test here); None where it is not used.
+
+    Args:
+        model: As for `why_not_precise`, which has no reason.
+        kernels: As for `precise_forward`.
+    """
+    base = _base(model)
+    family = fused_decoder.family_of(base)
+    if kernels.name != "triton" or family is None or not is_like_llama(family, base) or has_foreign_layers(model):
+        return None
+    heads = _heads(base, family)
+    return heads, attention_fails(_operations(kernels, torch.float16), heads, base.device)
 
 
 def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool, apart: bool = False) -> Product:

@@ -27,10 +27,11 @@ from torch.nn import functional
 from job.log import get_logger
 from job.model.families import SILU, Family
 from job.model.fused.kernels import TORCH
-from job.model.packed_attention import Segment, build_layout, packed_attention
+from job.model.packed_attention import packed_attention
+from job.model.packed_layout import Segment, build_layout
 
 if TYPE_CHECKING:
-    from job.model.packed_attention import Layout
+    from job.model.packed_layout import Layout
 
 WIDE = 64
 """The number of columns for h is padded with zeros to a multiple of this, so that rows stay aligned in memory."""
@@ -152,20 +153,35 @@ class HeadSizes:
     windowed: bool
 
 
-@cache  # a run scores with several adapters
+_TORCH_IN_ALL: set[HeadSizes] = set()
+"""Heads for which another process of the run cannot use Triton's attention."""
+
+
 def checked_attention(operations: Operations, heads: HeadSizes, device: torch.device) -> Attend:
-    """`operations.attend`, or torch's, with a warning, if the former fails a test on this device.
+    """`operations.attend`, or torch's if the former fails a test on this device or `use_torch_attention` was called.
 
     Args:
         operations: Those whose attention is tested, in fp16.
         heads: The model's.
         device: Where it has to run.
     """
-    if why := _why_not_attend(operations, heads, device):
-        what = "Triton's attention for scoring cannot be used here; torch's takes its place, which is slower"
-        get_logger().warning(what, why=why, change="the versions of torch and Triton that this project's image has")
+    if heads in _TORCH_IN_ALL or attention_fails(operations, heads, device):
         return TorchOperations().attend
     return operations.attend
+
+
+def use_torch_attention(heads: HeadSizes) -> None:
+    """Makes `checked_attention` return torch's for these heads, since another process of the run has to use it."""
+    _TORCH_IN_ALL.add(heads)
+
+
+@cache  # a run scores with several adapters
+def attention_fails(operations: Operations, heads: HeadSizes, device: torch.device) -> bool:
+    """Whether attention fails its test on this device, with a warning; arguments as for `checked_attention`."""
+    if why := _why_not_attend(operations, heads, device):
+        what = "Triton's attention for scoring cannot be used here; torch's is used, which is slower"
+        get_logger().warning(what, why=why, change="the versions of torch and Triton that this project's image has")
+    return bool(why)
 
 
 def _why_not_attend(operations: Operations, heads: HeadSizes, device: torch.device) -> str:
@@ -194,7 +210,7 @@ def _why_not_attend(operations: Operations, heads: HeadSizes, device: torch.devi
         except Exception as problem:  # noqa: BLE001 - whatever Triton, its compiler or the driver raises
             return " ".join(f"{type(problem).__name__}: {problem}".split())[:_LONGEST_REASON]
         if not error < _LARGEST_ERROR:  # `not <`, so that NaN is an error
-            return f"a number is {error:.3g} away from what torch computes"
+            return f"its results differ from torch's by {error:.3g}"
     return ""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from job.model.packed_attention import Attend
+from job.model.packed_layout import Attend
 
 
 @dataclass(frozen=True)

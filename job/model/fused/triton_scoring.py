@@ -20,7 +20,7 @@ from job.model.fused.scoring_decoder import TorchOperations
 from job.model.packed_attention import WIDEST_HEAD
 
 if TYPE_CHECKING:
-    from job.model.packed_attention import Layout
+    from job.model.packed_layout import Layout
 
 _BLOCK = 1024
 _ROWS = 64
@@ -102,7 +102,7 @@ def _attention_kernel(
 ):
     """Attention of `ROWS` consecutive queries over the keys that `index` lists for them.
 
-    Token j is seen by tokens j to `last_seen_by[j]`, exclusive (`packed_attention.Layout`). The softmax is computed
+    Token j is seen by tokens j to `last_seen_by[j]`, exclusive (`packed_layout.Layout`). The softmax is computed
     online, in one pass over the keys: Dao et al. 2022 (FlashAttention, arXiv:2205.14135), algorithm 1.
     """
     tile, head = tl.program_id(0), tl.program_id(1)

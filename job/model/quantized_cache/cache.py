@@ -23,7 +23,6 @@ from job.common.hashing import hash_files, sealed
 from job.common.new_folder import new_folder
 from job.common.resources import check_disk, required_bytes
 from job.errors import JobError, Preempted, Replaced
-from job.model.base import load_tokenizer
 from job.model.files import SOURCE_CONFIG
 from job.model.placed_loading import save_quantized
 from job.model.quantized_cache.layout import (
@@ -39,6 +38,7 @@ from job.model.quantized_cache.layout import (
     verify,
     warn,
 )
+from job.model.tokenizer import load_tokenizer
 from job.storage.base import ObjectStore, TooLarge
 from job.storage.hub import SMALL_FILES
 
@@ -59,7 +59,7 @@ def find(entry: CacheEntry, alive: Callable[[], None]) -> Path | None:
             if is_wanted(entry, data):
                 return entry.folder
         except (OSError, ValueError) as error:
-            warn("is damaged, and is made again", entry.folder, error)
+            warn("is damaged: the base is quantized again", entry.folder, error)
             shutil.rmtree(entry.folder, ignore_errors=True)
         if entry.folder.exists():  # another run's, or one that cannot be removed
             return None
@@ -68,7 +68,7 @@ def find(entry: CacheEntry, alive: Callable[[], None]) -> Path | None:
     try:
         return _fetch(entry, entry.store, alive)
     except (_Damaged, TooLarge) as error:
-        warn("is damaged, and is made again", f"{entry.store.uri}/{key_of(entry, INDEX)}", error)
+        warn("is damaged: the base is quantized again", f"{entry.store.uri}/{key_of(entry, INDEX)}", error)
         for key in getattr(error, "keys", ()):
             with suppress(JobError, OSError, ValueError):
                 entry.store.delete(key)  # its content is wrong, so no run can use it
@@ -92,7 +92,7 @@ def _fetch(entry: CacheEntry, store: ObjectStore, alive: Callable[[], None]) -> 
     if (stored := store.read(key_of(entry, INDEX))) is None:
         return None
     if not is_wanted(entry, stored.data):
-        raise _Damaged("it is another than the run began with")
+        raise _Damaged("it is not the one with which the run began")
     try:
         index = parse_index(stored.data)
     except ValueError as error:
@@ -100,7 +100,7 @@ def _fetch(entry: CacheEntry, store: ObjectStore, alive: Callable[[], None]) -> 
     sizes = {info.key: info.bytes for info in store.list(key_of(entry, ""))}
     for name, file in index.items():
         if sizes.get(key_of(entry, f"{file.sha256}/{name}")) != file.bytes:
-            raise _Damaged(f"{name} is missing, or not in its size")
+            raise _Damaged(f"{name} is missing, or has the wrong size")
     check_disk(entry.folder, required_bytes(file.bytes for file in index.values()))
     with new_folder(entry.folder) as folder:
         for name, file in index.items():
@@ -108,7 +108,7 @@ def _fetch(entry: CacheEntry, store: ObjectStore, alive: Callable[[], None]) -> 
             store.download(key_of(entry, f"{file.sha256}/{name}"), folder / name, max_bytes=file.bytes)
         hashes = zip(index.items(), hash_files([folder / name for name in index]), strict=True)
         if wrong := [key_of(entry, f"{file.sha256}/{name}") for (name, file), sha in hashes if sha != file.sha256]:
-            raise _Damaged(f"other bytes than they should be: {', '.join(wrong)}", wrong)
+            raise _Damaged(f"files with wrong bytes: {', '.join(wrong)}", wrong)
         (folder / INDEX).write_bytes(stored.data)
     return entry.folder if cached_base(entry).index_sha256 == hashlib.sha256(stored.data).hexdigest() else None
 

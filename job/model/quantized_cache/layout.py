@@ -90,7 +90,7 @@ def parse_index(data: bytes) -> dict[str, CachedFile]:
     index = _Index.validate_python(unsealed(data))
     for name in index:
         if "/" in name or not is_key(name) or not name.endswith(_ENDINGS):
-            raise ValueError(f"{name!r} is no file of a base")
+            raise ValueError(f"{name!r} is not a file of a base")
     return index
 
 
@@ -98,10 +98,10 @@ def verify(folder: Path, index: Mapping[str, CachedFile]) -> None:
     """Raises ValueError unless exactly these files are there, undamaged; OSError if one cannot be read."""
     names = {path.name for path in folder.iterdir()} - {INDEX}
     if names != index.keys():
-        raise ValueError(f"other files than it should have: {', '.join(sorted(names ^ index.keys()))}")
+        raise ValueError(f"missing or unexpected files: {', '.join(sorted(names ^ index.keys()))}")
     for name, sha256 in zip(index, hash_files([folder / name for name in index]), strict=True):
         if index[name].sha256 != sha256:
-            raise ValueError(f"the SHA-256 of {name} is another")
+            raise ValueError(f"the SHA-256 of {name} differs")
 
 
 def key_of(entry: CacheEntry, name: str) -> str:

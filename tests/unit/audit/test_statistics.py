@@ -59,7 +59,7 @@ def test_without_the_package_languages_are_said_to_be_unknown(tmp_path: Path, mo
     record = audit_of(read(tmp_path, [plain(1), plain(2)]))
     assert record.languages == {}
     assert record.languages_not_checked == "the package pycld2 is not installed"
-    assert "Languages were not looked for: the package pycld2 is not installed." in statistics(asdict(record), {})
+    assert "Languages were not detected: the package pycld2 is not installed." in statistics(asdict(record), {})
 
 
 def test_lengths_are_those_of_the_examples(tmp_path: Path) -> None:

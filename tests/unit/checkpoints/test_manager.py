@@ -112,7 +112,7 @@ def test_what_is_published_holds_whole_checkpoints(two: LocalStore, tmp_path: Pa
     gone = manager.close_checkpoints(watched, tmp_path / "copies", epoch=2, run="a", keep=9)
     assert [(skipped.step, skipped.why) for skipped in gone] == [
         (50, "the marker is of step 20"),
-        (10, "progress.json has another SHA-256 than the marker says"),
+        (10, "progress.json has another SHA-256 than the marker"),
     ]
     assert sorted({info.key.split("/")[1] for info in two.list("checkpoints/")}) == [
         f"step-{step:08d}" for step in (20, 30, 40)

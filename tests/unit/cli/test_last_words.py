@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from job import pipeline
 from job.cli import main as cli
+from job.distributed import rendezvous
+from job.distributed.processes import ALONE, Processes
 from job.errors import AccessDenied, JobError, Preempted, Problem, SettingsError, Stalled, TrainingFailed
 from job.runs.run_log import IdleLimit
 
@@ -67,3 +73,27 @@ def test_an_end_before_the_kill_is_reported_as_any_other(tmp_path: Path, before:
     idle = IdleLimit(3, before=before, progressed=lambda: False)
     assert f"(exit code {cli._report_late(idle, platform, 'the time is over')})" in end
     assert (tmp_path / "log").read_text().startswith(f"{end}: the time is over")
+
+
+def test_memory_that_runs_out_is_no_bug_for_the_other_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is said to them as this process leaves is the error in words, with its code, whatever stage it was."""
+    told: list[BaseException] = []
+
+    @contextmanager
+    def join(*_: Any, **__: Any) -> Iterator[Processes]:
+        try:
+            yield ALONE
+        except BaseException as error:
+            told.append(error)
+            raise
+
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # `run` sets variables that libraries read
+    monkeypatch.setattr(rendezvous, "join", join)
+    monkeypatch.setattr(pipeline, "run", full)
+    assert cli.main(["run", "--preset=demo", f"--run.output={tmp_path}", "--run.processes=1"]) == 70
+    assert [(type(error), "JOB_TRAIN__MAX_LENGTH" in str(error)) for error in told] == [(TrainingFailed, True)]

@@ -20,7 +20,7 @@ def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(tempfile, "gettempdir", none)
     monkeypatch.setenv("JOB_LOG__FORMAT", "json")
     assert main(["run", "--preset", "demo"]) == 2
-    assert "TMPDIR (environment): no folder for temporary files; mount one at /tmp" in capsys.readouterr().err
+    assert "TMPDIR (environment): no writable folder for temporary files; mount one at /tmp" in capsys.readouterr().err
 
 
 def test_transformers_reports_nothing_to_kubeflow(monkeypatch: pytest.MonkeyPatch) -> None:

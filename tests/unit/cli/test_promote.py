@@ -82,7 +82,7 @@ def test_forwards_and_back(places: tuple[str, list[str]], capsys: pytest.Capture
     found = pointer(to, reach)
     assert (found.current.run, found.previous) == (f"{store}/a", ())
     assert [one.run for one in found.rolled_back] == [f"{store}/b"]
-    with pytest.raises(SettingsError, match="nothing to go back to"):
+    with pytest.raises(SettingsError, match="cannot be moved back"):
         promote_command(["--rollback", "--to", to, *reach])
 
 
@@ -125,8 +125,8 @@ def test_two_at_once(places: tuple[str, list[str]], monkeypatch: pytest.MonkeyPa
     [
         (("c",), GateError, "quiz"),
         (("c", "--without-gate"), GateError, "quiz"),
-        (("free",), GateError, "has no gate"),
-        (("gone",), SettingsError, "there is no run"),
+        (("free",), GateError, "has no quality gate"),
+        (("gone",), SettingsError, "is not a run"),
     ],
 )
 def test_runs_that_are_refused(
@@ -159,7 +159,7 @@ def test_a_run_that_does_not_verify(made: Path, tmp_path: Path) -> None:
         ("taken", "did not write"),
         ("folder/", "is a folder"),
         ("a", "is a folder"),
-        ("taken/deeper", "in the way"),
+        ("taken/deeper", "both an object and a folder"),
     ],
 )
 def test_places_that_are_refused(made: Path, tmp_path: Path, where: str, match: str) -> None:
@@ -179,7 +179,7 @@ def test_a_store_without_conditional_writes(made: Path, tmp_path: Path, monkeypa
 
 
 def test_the_same_run_again(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Writes nothing, so that a repeated command adds nothing to go back to."""
+    """Writes nothing, so that a repeated command adds cannot be moved back."""
     to = tmp_path / "current"
     promote_command([str(made / "a"), "--to", str(to)])
     before = to.read_bytes()
@@ -205,7 +205,7 @@ def test_another_run_in_the_place_of_the_promoted_one(made: Path, tmp_path: Path
     to, run = tmp_path / "current", Path(shutil.copytree(made / "a", tmp_path / "a"))
     promote_command([str(run), "--to", str(to)])
     forge(run, lambda results: results["training"].update(loss=0.5))
-    with pytest.raises(VerificationError, match="its manifest is another"):
+    with pytest.raises(VerificationError, match="its manifest differs"):
         verify_command([str(to)])
 
 
@@ -218,7 +218,7 @@ def test_an_altered_pointer(made: Path, tmp_path: Path, change: Callable[[bytes]
     promote_command([str(made / "a"), "--to", str(to)])
     to.write_bytes(change(to.read_bytes()))
     for command in (lambda: verify_command([str(to)]), lambda: promote_command([str(made / "b"), "--to", str(to)])):
-        with pytest.raises(VerificationError, match="no pointer as `promote` writes it"):
+        with pytest.raises(VerificationError, match="not a pointer that `promote` wrote"):
             command()
 
 
@@ -228,7 +228,7 @@ def test_a_pointer_of_another_form(made: Path, tmp_path: Path, changes: dict[str
     to = tmp_path / "current"
     promote_command([str(made / "a"), "--to", str(to)])
     to.write_bytes(sealed({**json.loads(to.read_bytes()), **changes}))
-    with pytest.raises(VerificationError, match="no pointer as `promote` writes it"):
+    with pytest.raises(VerificationError, match="not a pointer that `promote` wrote"):
         verify_command([str(to)])
 
 
@@ -254,11 +254,11 @@ def test_history_is_bounded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["a"], "--to: is needed"),
+        (["a"], "--to: must be given"),
         (["a", "--rollback", "--to=x"], "--rollback: needs no run"),
         (["--to=x"], "one run"),
-        (["--rollback", "--to=x", "--key=pub.pem"], "--key: is for a run that is promoted"),
-        (["--rollback", "--to=x", "--without-gate"], "--without-gate: is for a run that is promoted"),
+        (["--rollback", "--to=x", "--key=pub.pem"], "--key: has no effect with --rollback"),
+        (["--rollback", "--to=x", "--without-gate"], "--without-gate: has no effect with --rollback"),
     ],
 )
 def test_words_that_make_no_sense(words: list[str], match: str) -> None:

@@ -41,7 +41,7 @@ def test_records_that_are_none_are_an_error_of_the_data(run: Path, line: str) ->
     entry = next(artifact for artifact in made["artifacts"] if artifact["path"] == "artifacts/metrics.jsonl")
     entry |= {"bytes": metrics.stat().st_size, "sha256": hash_file(metrics)}
     write_results(run, made)
-    with pytest.raises(DataError, match="are no records of this job"):
+    with pytest.raises(DataError, match="were not written by this job"):
         report_command([str(run), "--output", str(run.parent / "x.html")])
     assert not (run.parent / "x.html").exists()
 
@@ -49,12 +49,12 @@ def test_records_that_are_none_are_an_error_of_the_data(run: Path, line: str) ->
 def test_a_manifest_without_its_files_is_an_error_of_the_data(run: Path) -> None:
     """A listed file that is gone, and a task whose answers are not listed."""
     (run / "artifacts/evaluation/arc_easy.base.jsonl").unlink()
-    with pytest.raises(DataError, match="is gone"):
+    with pytest.raises(DataError, match="is missing"):
         report_command([str(run)])
     made = json.loads((run / "results.json").read_text())
     made["artifacts"] = made["artifacts"][:1]
     write_results(run, made)
-    with pytest.raises(DataError, match="are no records of this job"):
+    with pytest.raises(DataError, match="were not written by this job"):
         report_command([str(run)])
 
 

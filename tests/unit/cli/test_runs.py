@@ -137,12 +137,12 @@ def test_words_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("words", "problems"),
     [
-        ([], ["RESULTS: needs one run, path or URI; 0 given"]),
-        (["a", "b"], ["RESULTS: needs one run, path or URI; 2 given"]),
+        ([], ["RUN: needs one run, path or URI; 0 given"]),
+        (["a", "b"], ["RUN: needs one run, path or URI; 2 given"]),
         (["a", "--fromat=json"], ["--fromat: is unknown; the nearest is --format"]),
         (["a", "--format=xml"], ["--format: must be table or json"]),
         (["a", "--format"], ["--format: needs a value: --format VALUE"]),
-        (["--what", "--format=xml"], ["--what: is unknown", "RESULTS: needs one run", "--format: must be"]),
+        (["--what", "--format=xml"], ["--what: is unknown", "RUN: needs one run", "--format: must be"]),
     ],
 )
 def test_words_that_make_no_sense(words: list[str], problems: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 
@@ -15,13 +17,17 @@ from job.errors import DataError, Problem, TrainingFailed
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 MiB"),
         RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
+        RuntimeError("CUDA_ERROR_OUT_OF_MEMORY"),
+        ValueError("a library says: Cannot allocate memory (os error 12)"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
         MemoryError(),
     ],
     ids=lambda error: type(error).__name__,
 )
 def test_memory_that_runs_out_is_said_in_words(error: Exception) -> None:
     """Whoever allocates: the message says in what, and what to lower, and the code is 70."""
-    with pytest.raises(TrainingFailed, match=r"while training; take .* with more, or lower A") as raised:
+    with pytest.raises(TrainingFailed, match=r"while training; use .* with more memory, or lower A") as raised:
         fail(error)
     assert raised.value.exit_code == 70
 

@@ -35,7 +35,7 @@ def test_a_refusal_is_not_reported_by_the_next_launch(monkeypatch: pytest.Monkey
         assert registered == {buffers[0].data_ptr()}
         release(buffers, GPU)
     else:
-        with pytest.raises(RuntimeError, match="out of memory that can be pinned"):
+        with pytest.raises(RuntimeError, match="no more main memory that can be pinned"):
             pinned(8, GPU)
     assert not registered
     launch()

@@ -260,8 +260,8 @@ def test_csv_with_other_separators_is_read(tmp_path: Path, header: bytes) -> Non
         ("x.jsonl", '{"a": "1"}\n'.encode("utf-32"), "iconv -f UTF-32"),
         ("x.jsonl", '{"a": "1"}\n'.encode("utf-32-le"), "iconv -f UTF-32"),
         ("x.csv", "a,b\n1,2\n".encode("utf-32-be"), "iconv -f UTF-32"),
-        ("x.jsonl", b"<!DOCTYPE html>\n<html>Please sign in", "page of HTML"),
-        ("x.json", b"\n<html><body>403</body></html>", "page of HTML"),
+        ("x.jsonl", b"<!DOCTYPE html>\n<html>Please sign in", "HTML page"),
+        ("x.json", b"\n<html><body>403</body></html>", "HTML page"),
         ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("x.jsonl", b"PK\x03\x04....", "suffix of its format"),
     ],
@@ -316,8 +316,8 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
         ('{"_data_files": [{"filename": "../x.arrow"}]}', "names no files"),
         ('{"_data_files": [{"filename": "x.arrow"}]}', "lacks x.arrow"),
         ('{"_data_files": [{"filename": "state.json"}]}', "lacks state.json"),
-        ("[]", "no JSON object"),
-        ("{", "no JSON object"),
+        ("[]", "not a JSON object"),
+        ("{", "not a JSON object"),
     ],
 )
 def test_a_saved_data_set_stays_in_its_folder(tmp_path: Path, state: str, words: str) -> None:
@@ -338,7 +338,7 @@ def test_globs_and_numbered_shards_are_read_in_order(tmp_path: Path) -> None:
         find_files(str(tmp_path), "train")
     assert [file.name for file in find_files(f"{tmp_path}/rows-*.jsonl", "train")[0]] == sorted(names)
     assert len(find_files(f"{tmp_path.parent}/**/{tmp_path.name}/*.jsonl", "train")[0]) == 3
-    with pytest.raises(DataError, match="fits no file"):
+    with pytest.raises(DataError, match="matches no file"):
         find_files(f"{tmp_path}/*.csv", "train")
     (tmp_path / "notes.txt").touch()
     with pytest.raises(DataError, match=r"notes\.txt: ends in none of"):
@@ -523,7 +523,7 @@ def test_the_shards_of_a_split_are_read_in_order(tmp_path: Path) -> None:
         True,
     )
     assert len(find_files(str(tmp_path), "test")[0]) == 1
-    with pytest.raises(DataError, match=r"data/test-00000-of-00001-0123456789abcdef\.parquet is one, name it"):
+    with pytest.raises(DataError, match=r"data/test-00000-of-00001-0123456789abcdef\.parquet is one; name it"):
         find_files(str(tmp_path), "validation")
     (tmp_path / "data/train-00000-of-00002.parquet").unlink()
     with pytest.raises(DataError, match="1 of the 2 shards of split 'train'"):
@@ -534,7 +534,7 @@ def test_the_shards_of_a_split_are_read_in_order(tmp_path: Path) -> None:
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     """A FIFO as data file is an error at once."""
     os.mkfifo(tmp_path / "x.jsonl")
-    with pytest.raises(DataError, match="no regular file"):
+    with pytest.raises(DataError, match="not a regular file"):
         find_file(str(tmp_path / "x.jsonl"))
 
 
@@ -599,7 +599,7 @@ def test_json_of_columns_is_said_to_be_that(tmp_path: Path, content: bytes) -> N
     """What pandas or a dict of lists writes is not told to write one of its columns to a file."""
     (fault,) = read(tmp_path / "x.json", content)
     assert isinstance(fault, RowError)
-    assert "it holds columns: write one object a row" in fault.what
+    assert "it contains columns: write one object for each row" in fault.what
     (other,) = read(tmp_path / "y.json", b'{"train": [{"a": 1}], "test": [{"a": 2}]}')
     assert isinstance(other, RowError)
     assert "it has lists under 'train', 'test'" in other.what

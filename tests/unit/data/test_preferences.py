@@ -90,12 +90,12 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "null": ({**PAIR, "rejected": None}, "rejected", "is null"),
     "a number": ({**PAIR, "rejected": 3}, "rejected", "must be text"),
     "mixed": ({"chosen": [ASK, GOOD], "rejected": "x"}, "rejected", "must be messages"),
-    "one begins the other": ({"chosen": "ab", "rejected": "abc"}, "chosen", "is empty behind"),
-    "no common message": ({"chosen": [GOOD], "rejected": [BAD]}, "chosen", "no prompt"),
+    "one begins the other": ({"chosen": "ab", "rejected": "abc"}, "chosen", "is empty after"),
+    "no common message": ({"chosen": [GOOD], "rejected": [BAD]}, "chosen", "no common prompt"),
     "last is asked": ({"prompt": [ASK], "chosen": [ASK], "rejected": [BAD]}, "chosen[0]", "role assistant"),
     "another prompt": ({"prompt": "x", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, "prompt", "must be messages"),
     "no role": ({"prompt": [ASK], "chosen": [{"content": "x"}], "rejected": [BAD]}, "chosen[0] role", "is missing"),
-    "tools": ({**PAIR, "tools": [{"name": "f"}]}, "tools", "no use in the schema preference"),
+    "tools": ({**PAIR, "tools": [{"name": "f"}]}, "tools", "is not used in the schema preference"),
 }
 
 

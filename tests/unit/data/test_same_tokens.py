@@ -12,7 +12,7 @@ import pytest
 
 from job.data.batch_plan import targets_of, tokens_of
 from job.data.schemas import Schema
-from job.model.base import load_tokenizer
+from job.model.tokenizer import load_tokenizer
 from tests.reading_reference import read_plainly
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 from tests.unit.data.test_dataset import ALPACA, lines, load

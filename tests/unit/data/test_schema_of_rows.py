@@ -23,12 +23,12 @@ def test_a_misspelled_field_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load(path)
     assert [str(problem) for problem in caught.value.problems] == [
-        f"{path}:{n} prompt: is missing; if {name!r} is meant, rename it, or name it by JOB_DATA__FIELDS"
+        f"{path}:{n} prompt: is missing; if it is {name!r}, rename it, or map it with JOB_DATA__FIELDS"
         for n, name in ((1, "promt"), (2, "Prompt"))
     ]
     assert "JOB_DATA__ON_BAD_ROW=skip" in str(caught.value).splitlines()[-1]
     path = lines(tmp_path / "y.jsonl", {"promt": "a", "completon": "b"})
-    with pytest.raises(DataError, match="'promt' may be meant as prompt; 'completon' may be meant as completion"):
+    with pytest.raises(DataError, match="'promt' may be a misspelt prompt; 'completon' may be a misspelt completion"):
         load(path)
 
 

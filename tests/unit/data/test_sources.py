@@ -113,10 +113,10 @@ def test_what_one_would_not_expect_is_told(tmp_path: Path) -> None:
     assert [what for level, what, _ in notes.kept if level == "warning"] == [
         "rows have weights that are not used; set JOB_DATA__ROW_WEIGHTS=true, or remove them",
         "there are fewer rows than JOB_DATA__LIMIT",
-        "all answers have the same label, so there is nothing to tell apart",
+        "all answers have the same label, so training cannot learn a difference",
     ]
     long = lines(tmp_path / "long.jsonl", {"prompt": "p " * 90, "completion": "a"})
-    with pytest.raises(DataError, match=r"the 32 tokens that it is cut to \(JOB_TRAIN__MAX_LENGTH\) hold no token"):
+    with pytest.raises(DataError, match=r"the 32 tokens that it is cut to \(JOB_TRAIN__MAX_LENGTH\) contain no token"):
         load(long, loss_on="completion", max_length=32, on_long_row="truncate")
 
 
@@ -132,7 +132,7 @@ def test_bad_rows_of_all_sources_are_in_one_report(tmp_path: Path) -> None:
         f"{two}:1",
         str(two),
     ]
-    assert "has 1 valid rows, and 5 are asked for" in error.value.problems[-1].what
+    assert "has 1 valid rows, and 5 were requested" in error.value.problems[-1].what
     _, record = read(f"{one}=3x,{two}", on_bad_row="skip")
     assert ([source.rows for source in record.sources], record.skipped) == (
         [3, 1],
@@ -246,7 +246,7 @@ def test_nested_json_is_read_from_every_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize("amount", ["-1rows", "1.5rows", "1e3rows", "10row", "-2x", "2X", "20000x"])
 def test_an_amount_that_is_none_is_said_to_be_that(amount: str) -> None:
     """A number that is no amount is not taken for the end of a path that does not exist."""
-    with pytest.raises(ValueError, match="has an amount that is none"):
+    with pytest.raises(ValueError, match="has an invalid amount"):
         parse_sources(f"a.jsonl={amount}")
 
 

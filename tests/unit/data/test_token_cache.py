@@ -229,5 +229,5 @@ def test_what_is_tokenized_anew_is_said(tmp_path: Path) -> None:
     said = [(log["event"], "JOB_STORAGE__CACHE" in log.get("change", "")) for log in logs if "tokeniz" in log["event"]]
     assert said == [
         ("rows are tokenized at every start", True),
-        ("no kept tokens of exactly these rows, settings and versions: rows are tokenized", False),
+        ("no cached tokens for exactly these rows, settings and versions: rows are tokenized", False),
     ]

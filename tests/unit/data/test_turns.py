@@ -204,7 +204,7 @@ def test_arguments_reach_the_template(tmp_path: Path) -> None:
         PLAIN[0]["messages"], return_dict=False, thinking=True
     )
     assert without == load(path, template, "all")[0][0] != with_it
-    with pytest.raises(SettingsError, match=r"'thinkin' is no variable(.|\n)*'messages' is given by the rows"):
+    with pytest.raises(SettingsError, match=r"'thinkin' is not a variable(.|\n)*'messages' is set by the rows"):
         load(path, template, "all", template_arguments={"thinkin": True, "messages": []})
 
 

@@ -233,7 +233,7 @@ def test_a_source_of_its_own(tmp_path: Path, tokenizer: Any, capsys: pytest.Capt
     assert (record.validation.source, record.validation.held_out) == (str(other), False)
     assert record.validation.duplicates == 3
     told = capsys.readouterr()
-    assert "rows for validation are trained on, too" in told.out + told.err
+    assert "validation rows are also trained on" in told.out + told.err
     assert record.sha256 == load(path, None, tokenizer, limit=28)[2].sha256
 
 

@@ -13,19 +13,23 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from datetime import date
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from job.common import helper_process
+from job.common.resources import MainMemory
 from job.common.source_list import Source
-from job.data import examples, workers
+from job.data import chat_template, examples, workers
 from job.data.notes import Notes
 from job.data.preferences import EncodedAnswers
 from job.data.text_tokenizer import text_tokenizer
 from job.data.tokenization import Encoded
-from job.errors import DataError, JobError, Killed, Preempted
+from job.errors import DataError, JobError, Killed, Preempted, TrainingFailed
 from tests.helpers import alpaca_rows
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 from tests.unit.data.test_dataset import lines, load
@@ -175,6 +179,30 @@ def test_a_killed_worker_is_reported_in_words(tmp_path: Path) -> None:
     with pytest.raises(Killed, match="killed by SIGKILL, as the kernel does when memory runs out") as error:
         load(lines(tmp_path / "x.jsonl", *alpaca_rows(500)), processes=2, on_example=kill)
     assert error.value.exit_code == 1
+
+
+@pytest.mark.parametrize(("code", "kills", "kind"), [(-9, 2, TrainingFailed), (-9, 1, Killed), (1, 1, TrainingFailed)])
+def test_main_memory_that_is_full_is_no_bug(
+    code: int, kills: int, kind: type[JobError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where a worker says so, nor where the kernel counts that it killed one for want of memory."""
+    monkeypatch.setattr(helper_process, "main_memory", lambda: MainMemory(1, 1, kills))
+    process: Any = SimpleNamespace(wait=lambda: code)
+    last = b"Traceback:\nMemoryError\n" if code > 0 else b""
+    helper = helper_process.HelperProcess(process, BytesIO(), BytesIO(), BytesIO(last), kills=1)
+    with pytest.raises(kind) as raised:
+        workers._Worker(helper, b"").ask(b"", b"")
+    assert raised.value.exit_code == (1 if kind is Killed else 70)
+    with pytest.raises(kind if code < 0 and kills > 1 else DataError):
+        chat_template._Rendering(replace(helper, stdin=Broken()), lambda: None, None).ask({})
+
+
+class Broken(BytesIO):
+    """A pipe to a process that has ended."""
+
+    def write(self, _data: object) -> int:
+        """As the system does."""
+        raise BrokenPipeError
 
 
 def test_a_stop_ends_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
+import torch
+from torch.distributed import DistBackendError
 
+from job.distributed import process_group
 from job.distributed.ends import publish_end
-from job.distributed.process_group import ProcessGroup
+from job.distributed.process_group import REASON_SECONDS, ProcessGroup
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, keyspace
-from job.errors import DataError, JobError, Killed, Preempted, Problem, Unreachable
+from job.errors import DataError, JobError, Killed, Preempted, Problem, TrainingFailed, Unreachable
 from job.preemption.stop_flag import Stop
 
 T = TypeVar("T")
@@ -201,6 +204,52 @@ def test_a_store_that_is_gone_is_a_reason_to_start_again(*, stopped: bool, kind:
         stop.request("SIGTERM", 5)
     del team.host
     for _ in range(2):  # the end of this process, which the loss asked for, changes nothing
-        with pytest.raises(kind, match="another process of this run is gone"):
+        with pytest.raises(kind, match="another process of this run has ended"):
             member.receive()
     assert stop.remaining() <= 5
+
+
+class Pending:
+    """An operation of torch's that does not complete, since a process is missing in it."""
+
+    def is_completed(self) -> bool:
+        """Never."""
+        return False
+
+
+@pytest.mark.parametrize("error", ["NCCL error: Cuda failure 2 'out of memory'", torch.OutOfMemoryError("2 GiB")])
+def test_memory_that_runs_out_in_an_exchange_ends_all(
+    team: Team, monkeypatch: pytest.MonkeyPatch, error: str | Exception
+) -> None:
+    """One has none for NCCL's buffers: the others, which wait for it, end with it, by the code of a full GPU."""
+    monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
+
+    def fail() -> Any:
+        raise DistBackendError(error) if isinstance(error, str) else error
+
+    def wait(member: ProcessGroup) -> None:
+        member._finish(Pending)
+
+    began = time.monotonic()
+    ends = [future.exception(timeout=20) for future in team.start(wait, lambda member: member._finish(fail), wait)]
+    assert time.monotonic() - began < REASON_SECONDS, "nobody waits for a reason, or for a limit of time"
+    assert [(type(end), getattr(end, "reported", None)) for end in ends] == [
+        (TrainingFailed, True),
+        (TrainingFailed, False),
+        (TrainingFailed, True),
+    ]
+    assert all("JOB_TRAIN__GPU_MEMORY_GB" in str(end) for end in ends)
+    assert all(stop.remaining() <= 5 for stop in team.stops), "nor is there much time to save"
+
+
+def test_an_error_while_memory_is_given_up_is_not_a_lack_of_memory(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is gone is no reason to give up for good, whatever this one was about."""
+    monkeypatch.setattr(process_group, "REASON_SECONDS", 0.0)
+
+    def fail() -> Any:
+        error = RuntimeError("Connection closed by peer")
+        error.__context__ = torch.OutOfMemoryError("2 GiB")  # as where it is raised while that is handled
+        raise error
+
+    with pytest.raises(Killed, match="Connection closed by peer"):
+        team.members[1]._finish(fail)

@@ -72,7 +72,7 @@ def test_those_that_do_not_come_are_named() -> None:
     keyspace(host, "run").add("here#0", 1)
     error = fail(place, patience=0.3)
     assert isinstance(error, Unreachable)
-    assert "of 4 processes these did not arrive: 2, 3" in str(error)
+    assert "of 4 processes, these did not connect: 2, 3" in str(error)
 
 
 def test_a_store_that_is_not_there_is_told_of() -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import structlog
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from job.distributed.processes import ALONE
 from job.errors import TrainingFailed
+from job.evaluation import generation
 from job.evaluation.generation import (
     BATCH_TOKENS,
     CACHE_BATCHES,
@@ -31,7 +33,10 @@ from job.evaluation.generation import (
     _choose,
     _drawn,
     _Draws,
+    _fitting_tokens,
+    _held_bytes,
     _Row,
+    _warn_of_memory,
     generate,
     plan_batches,
 )
@@ -40,11 +45,14 @@ from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache
 from job.model.base import PLAIN, load_base
+from job.model.fused import frozen_weights
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
+from job.model.lora import trainable
 from job.model.packed_attention import NAME, is_packed, use
 from job.records import Answer
 from job.storage.local import LocalStore
+from job.training.flat_parameters import FlatParameters
 from tests.helpers import fill_adapter, make_model
 from tests.unit.evaluation.test_scorer import Helper, Peers
 
@@ -431,3 +439,100 @@ def test_what_is_drawn_follows_the_softmax() -> None:
         found = Counter(_drawn(logits.expand(len(drawn), -1), sampling, drawn).tolist())
         shares = [found[token] / len(drawn) for token in range(5)]
         assert shares == pytest.approx(scores.softmax(-1)[0].tolist(), abs=2e-4)
+
+
+def test_batches_fit_beside_the_weights() -> None:
+    """Where a GPU's memory is nearly full, fewer prompts are answered at a time; one is always tried."""
+    lengths = [50] * 48
+    whole = {"cache_tokens": 10**6}
+    assert list(map(len, plan_batches(lengths, 50, 1000, fitting_tokens=1600, **whole))) == [16, 16, 16]
+    assert list(map(len, plan_batches(lengths, 50, 1000, fitting_tokens=800))) == [8] * 6
+    assert set(map(len, plan_batches(lengths, 50, 1000, fitting_tokens=0))) == {1}
+    assert plan_batches(lengths, 50, 1000, fitting_tokens=10**6, **whole) == plan_batches(lengths, 50, 1000, **whole)
+
+
+def test_what_fits_beside_the_weights_is_no_matter_of_what_is_free(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted from the GPU's total and the weights: the same after training, which lays the adapter out anew."""
+    own = make_model(base_folder)
+    assert _fitting_tokens(own, 100) is None, "of a CPU"
+    held = _held_bytes(own)
+    assert held == sum(p.nbytes for p in {p.data_ptr(): p for p in (*own.parameters(), *own.buffers())}.values())
+    FlatParameters(trainable(own).values(), 64)
+    assert _held_bytes(own) == held
+    config, width = own.config, own.get_base_model().dtype.itemsize
+    token = 2 * config.head_dim * width * (config.num_hidden_layers * config.num_key_value_heads)
+    token += 2 * config.head_dim * width * config.num_attention_heads
+    forward = 100 * 4 * (config.intermediate_size + config.hidden_size) * width
+    monkeypatch.setattr("job.evaluation.generation._held_bytes", lambda _: held)  # all tensors are on the CPU
+    monkeypatch.setattr(type(own.get_base_model()), "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 0.5)
+    total = 2 * (600 * 2**20 + held + forward + 1000 * token)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
+    assert _fitting_tokens(own, 100) == 900
+    with structlog.testing.capture_logs() as logs:
+        _warn_of_memory(own, 800, 100, 900)
+        _warn_of_memory(own, 801, 100, 900)
+    assert [(log["tokens"], log["tokens_that_fit"]) for log in logs] == [(901, 900)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1000))
+    assert _fitting_tokens(own, 100) == 0
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_memory_that_runs_out_among_answers_is_given_up_or_named(
+    base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, *, kept: bool
+) -> None:
+    """Kept weights make room for the batch, with the same bits, and are kept again; without them it is an error.
+
+    The error says how much the cache takes and which settings to lower, with the exit code of a lack of memory.
+    """
+    own = fill_adapter(make_model(base_folder, quantization="nf4")).eval()
+    assert fuse_layers(own, keep_dequantized=kept, kernels=TORCH) == "all"
+    how: dict[str, Any] = {"max_new_tokens": NEW, "batch_tokens": 45, "sampling": Sampling(seed=2)}
+    expected = generate(own, tokenizer, PROMPTS, **how)
+    passes, keeps = list[int](), list[bool]()
+
+    def full(*given: Any) -> torch.Tensor:
+        keeps.append(any(one.keeps for one in frozen_weights._kept(own)))
+        passes.append(len(passes))
+        if len(passes) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        return whole(*given)
+
+    whole = generation._pass
+    monkeypatch.setattr(generation, "_pass", full)
+    if kept:
+        assert generate(own, tokenizer, PROMPTS, **how) == expected
+        assert keeps[:4] == [True, True, True, False]
+        assert keeps[-1]
+        return
+    rows = len(plan_batches([len(prompt) for prompt in PROMPTS], NEW, 45)[0])
+    words = (
+        rf"^GPU memory ran out while {rows} prompts? of at most \d+ tokens got up to 8 more each, for which the cache "
+    )
+    with pytest.raises(TrainingFailed, match=words) as raised:
+        generate(own, tokenizer, PROMPTS, **how)
+    assert raised.value.exit_code == 70
+    assert "JOB_EVAL__PROMPTS_MAX_NEW_TOKENS" in str(raised.value)
+    assert "more)" not in str(raised.value)
+
+
+def test_main_memory_that_runs_out_among_answers_is_no_bug(
+    base_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own error, as on a CPU; another error of the model stays what it is."""
+    own = model(base_folder)
+
+    def raising(error: Exception) -> None:
+        def fail(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(generation, "_pass", fail)
+
+    raising(MemoryError())
+    with pytest.raises(TrainingFailed, match="the machine's memory ran out while"):
+        generate(own, tokenizer, PROMPTS, max_new_tokens=NEW)
+    raising(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        generate(own, tokenizer, PROMPTS, max_new_tokens=NEW)

@@ -217,21 +217,24 @@ def test_a_lower_figure_may_be_the_better_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"task": ["few.yaml", "../other.yaml"]}, "does not lie in the folder of the group"),
-        ({"task": ["\0.yaml"]}, "does not lie in the folder of the group"),
-        ({"task": ["own.yaml"]}, "own.yaml is a group too"),
-        ({"task": "few.yaml"}, "task: is no list of names"),
-        ({"task": []}, "task: is no list of names"),
-        ({"group": "a/b"}, "group: is a name of letters"),
+        ({"task": ["few.yaml", "../other.yaml"]}, "is not in the folder of the group"),
+        ({"task": ["\0.yaml"]}, "is not in the folder of the group"),
+        ({"task": ["own.yaml"]}, "own.yaml is a group, too"),
+        ({"task": "few.yaml"}, "task: must be a list of task names"),
+        ({"task": []}, "task: must be a list of task names"),
+        ({"group": "a/b"}, "group: must consist of letters"),
         ({"group": "few"}, "names few twice"),
         ({"task": ["few.yaml", "few.yaml"]}, "names few twice"),
-        ({"include": "other.yaml"}, "include: is not taken from a user's group"),
-        ({"aggregate_metric_list": [{"metric": "acc", "aggregation": "utils.mean"}]}, "aggregation is mean"),
+        ({"include": "other.yaml"}, "include: is not allowed in a user's group"),
+        ({"aggregate_metric_list": [{"metric": "acc", "aggregation": "utils.mean"}]}, "aggregation must be mean"),
         ({"aggregate_metric_list": [{"metric": "acc", "weight_by_size": "no"}]}, "weight_by_size true or false"),
-        ({"aggregate_metric_list": [{"metric": "acc", "filter_list": 5}]}, "filter_list is no name or list of names"),
-        ({"aggregate_metric_list": {"metric": "acc"}}, "is no list of metrics"),
+        (
+            {"aggregate_metric_list": [{"metric": "acc", "filter_list": 5}]},
+            "filter_list must be a name or a list of names",
+        ),
+        ({"aggregate_metric_list": {"metric": "acc"}}, "must be a list of metrics"),
         ({"metadata": 3}, "metadata: is no mapping"),
-        ({"aggregate_metric_list": [{"metric": "f1"}]}, "own has no figure that is an average over questions"),
+        ({"aggregate_metric_list": [{"metric": "f1"}]}, "own has no metric that is an average over questions"),
     ],
 )
 def test_what_is_not_supported_is_refused_in_words(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -252,7 +255,7 @@ def test_tasks_that_disagree_on_what_is_better_are_refused() -> None:
         name: {"loss,none": Metric("mean", higher_is_better=better), "acc,none": Metric("mean", higher_is_better=True)}
         for name, better in (("one", True), ("two", False))
     }
-    with pytest.raises(SettingsError, match=r"own has loss,none, of which .* better for one and a lower one for two"):
+    with pytest.raises(SettingsError, match=r"own has loss,none, where higher is better for one and lower for two"):
         read_groups({"own": group}, metrics)
     metrics["two"]["loss,none"] = Metric("perplexity", higher_is_better=False)
     assert read_groups({"own": group}, metrics)["own"].higher_is_better == {"loss,none": True, "acc,none": True}
@@ -310,7 +313,7 @@ def test_groups_of_lm_eval_are_known_with_their_weights(monkeypatch: pytest.Monk
     assert set(tasks.groups) == {"mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities"}
     assert len(tasks.groups["mmlu"].tasks) == len(tasks.loaded["tasks"]) == 57
     assert tasks.groups["mmlu"].metrics == {"acc,none": True}
-    with pytest.raises(SettingsError, match="asks a task twice"):
+    with pytest.raises(SettingsError, match="names a task twice"):
         load_tasks(["mmlu", "mmlu_anatomy"], {}, {}, 0)
 
 

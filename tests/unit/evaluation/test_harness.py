@@ -376,7 +376,7 @@ def test_a_question_without_tokens_is_an_error_of_the_data(tmp_path: Path) -> No
     with pytest.raises(DataError, match="no tokens of its choice ' 42'") as caught:
         evaluate(local_tasks(arc_easy=file), tokenizer, lambda _: pytest.fail("scored"), limit=None)
     assert len(caught.value.problems) == len(rows)
-    with pytest.raises(DataError, match="no tokens of a part of it"):  # a plan finds it too
+    with pytest.raises(DataError, match="no tokens for a part of it"):  # a plan finds it too
         count_questions(local_tasks(arc_easy=file), tokenizer, None)
 
 

@@ -212,7 +212,7 @@ def test_a_local_judge_is_checked_before_training(tmp_path: Path) -> None:
     tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
     tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "B"}, "content": "A"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(SettingsError, match="does not tell A from B"):
+    with pytest.raises(SettingsError, match="does not distinguish A from B"):
         check_folder(tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_an_answer_that_is_none_is_an_error(body: bytes) -> None:
     """What is not of OpenAI's form is never taken for a tie."""
     with judge_server(lambda _: "A") as server:
         server.body = body
-        with pytest.raises(Unreachable, match="none of OpenAI's API"):
+        with pytest.raises(Unreachable, match="not one of OpenAI's API"):
             served(server.url).choose("which?", lambda: None)
 
 

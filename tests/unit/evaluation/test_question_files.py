@@ -39,15 +39,18 @@ def spoiled(number: int, **changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"answerKey": "Z"}, "does not fit the task arc_easy: ValueError"),
-        ({"answerKey": None}, "does not fit the task arc_easy: UndefinedError"),
-        ({"question": None}, "does not fit the task arc_easy: UndefinedError"),
-        ({"choices": None}, "does not fit the task arc_easy: UndefinedError"),
-        ({"choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "A"}, "an empty one|IndexError"),
+        ({"answerKey": "Z"}, "does not match the task arc_easy: ValueError"),
+        ({"answerKey": None}, "does not match the task arc_easy: UndefinedError"),
+        ({"question": None}, "does not match the task arc_easy: UndefinedError"),
+        ({"choices": None}, "does not match the task arc_easy: UndefinedError"),
+        ({"choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "A"}, "an empty choice|IndexError"),
         ({"choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}, "fewer than two choices"),
-        ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "name each of choices.text once"),
-        ({"choices": {"text": ["a", "b"], "label": ["A", "B", "C"]}, "answerKey": "A"}, "name each of choices.text"),
-        ({"choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"}, "no right one|IndexError"),
+        ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "each of choices.text one label"),
+        (
+            {"choices": {"text": ["a", "b"], "label": ["A", "B", "C"]}, "answerKey": "A"},
+            "each of choices.text one label",
+        ),
+        ({"choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"}, "no right choice|IndexError"),
     ],
 )
 def test_a_bad_question_is_named(tmp_path: Path, line: int, changes: dict[str, Any], why: str) -> None:

@@ -82,7 +82,7 @@ def test_a_plan_counts_what_is_scored(tokenizer: Any, tmp_path: Path, examples: 
         tasks = with_examples(local_tasks(**{name: file}), examples)
         evaluate(tasks, tokenizer, score, limit=None)
         expected = (len(file.read_text().splitlines()), tokens_to_compute(asked, BATCH_TOKENS))
-        assert count_questions(tasks, tokenizer, None) == (*expected, sum(map(reads_of, asked)))
+        assert count_questions(tasks, tokenizer, None) == (*expected, sum(map(reads_of, asked)), 0, 0)
 
 
 def with_examples(tasks: Any, count: int) -> Any:

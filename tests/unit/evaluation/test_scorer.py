@@ -9,12 +9,14 @@ from typing import Any
 
 import grimp
 import pytest
+import torch
 
+from job.common.validation import adapter_of
 from job.distributed.processes import ALONE
 from job.distributed.ranks import Place
-from job.errors import JobError
+from job.errors import JobError, TrainingFailed
 from job.evaluation import score_cache, scorer
-from job.evaluation.parallel_scoring import ParallelScoring
+from job.evaluation.parallel_scoring import ParallelScoring, _Work
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_questions, score_sequences
 from job.evaluation.scoring import begin_scoring, score_sequence
@@ -206,6 +208,23 @@ class Helper:
         self.sent.append(value)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_without_memory_ends_the_others(model: Any, rank: int) -> None:
+    """Among several its error is one of the job, which is told to all; a process alone may go on in another way."""
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    members: list[Any] = [Peers([]), Helper([adapter_of(_Work).dump_json(_Work({0: [0, 1], 1: [1, 2]})).decode()])]
+    scoring = ParallelScoring(members[rank], lambda **_: None, full)
+    alone = ParallelScoring(ALONE, lambda **_: None, full)
+    with pytest.raises(TrainingFailed, match=r"while sequences were scored.*JOB_EVAL__BATCH_TOKENS"):
+        _ = scoring.help(model) if rank else list(scoring.score(model, QUESTIONS, {0: range(1), 1: range(1, 2)}))
+    with pytest.raises(torch.OutOfMemoryError):
+        next(alone.score(model, QUESTIONS, {0: range(1)}))
+
+
 def test_processes_share_the_sequences(model: Any) -> None:
     """Each scores its own half, and process 0 returns what one process alone would."""
     alone = score_questions(model, QUESTIONS, 1)
@@ -230,7 +249,9 @@ def closure(*roots: str) -> set[str]:
     return found
 
 
-CARRY_VALUES = {"job.records", "job.errors", "job.log", "job.common.hashing", "job.storage.base"}
+CARRY_VALUES = {
+    *("job.records", "job.errors", "job.log", "job.common.formatting", "job.common.hashing", "job.common.disk"),
+}
 """Frozen dataclasses without behaviour, messages, hashes of files, and errors of the disk: none of them takes part in a
 computation."""
 
@@ -251,8 +272,10 @@ def test_the_key_of_a_quantized_base_covers_all_code_that_decides_its_bits() -> 
         "job.model.families",
         "job.model.lora",
         "job.model.packed_attention",
+        "job.model.packed_layout",
         "job.model.target_modules",
         "job.model.tensor_names",
+        "job.model.tokenizer",
         "job.model.tokenizer_files",
         "job.model.whole_modules",
     }  # they work on the loaded base, and change no weight of it

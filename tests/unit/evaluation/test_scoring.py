@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from job.evaluation.scoring import _pack, plan_sequences, score_sequence, tokens_of
 from job.model.fused.kernels import TORCH
 from job.model.fused.precise_forward import precise_forward, why_not_precise
-from job.model.packed_attention import build_layout
+from job.model.packed_layout import build_layout
 from job.records import ChoiceScore, Question
 from tests.families.models import make_model as make_family
 from tests.helpers import fill_adapter, load_plain, make_model

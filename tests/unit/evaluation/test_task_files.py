@@ -71,30 +71,33 @@ def test_a_changed_file_is_another_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"class": "os.system"}, "class: is not taken"),
-        ({"include": "../other.yaml"}, "include: is not taken"),
-        ({"process_docs": "utils.docs"}, "process_docs: is not taken"),
-        ({"custom_dataset": "utils.load"}, "custom_dataset: is not taken"),
-        ({"unsafe_code": True}, "unsafe_code: is not taken"),
-        ({"group": "all"}, "output_type: is not taken from a user's group"),
+        ({"class": "os.system"}, "class: is not allowed"),
+        ({"include": "../other.yaml"}, "include: is not allowed"),
+        ({"process_docs": "utils.docs"}, "process_docs: is not allowed"),
+        ({"custom_dataset": "utils.load"}, "custom_dataset: is not allowed"),
+        ({"unsafe_code": True}, "unsafe_code: is not allowed"),
+        ({"group": "all"}, "output_type: is not allowed in a user's group"),
         ({"dataset_path": "./loader.py"}, "dataset_path: is './loader.py'"),
         ({"dataset_path": "someone/data"}, "dataset_path: is 'someone/data'"),
         (
             {"dataset_kwargs": {"data_files": {"test": "../x.jsonl", "train": "train.jsonl"}}},
-            "does not lie in the folder",
+            "is not in the folder",
         ),
         (
             {"dataset_kwargs": {"data_files": {"test": "/etc/passwd", "train": "train.jsonl"}}},
-            "does not lie in the folder",
+            "is not in the folder",
         ),
-        ({"dataset_kwargs": {"data_files": "no.jsonl"}}, "no.jsonl is not there"),
+        ({"dataset_kwargs": {"data_files": "no.jsonl"}}, "no.jsonl does not exist"),
         ({"dataset_kwargs": {"data_files": {}, "trust_remote_code": True}}, "needs data_files and nothing else"),
-        ({"metric_list": [{"metric": "someone/metric"}]}, "'someone/metric' is no metric"),
-        ({"metric_list": [{"metric": "exact_match", "aggregation": "utils.mean"}]}, "'utils.mean' is no aggregation"),
-        ({"filter_list": [{"name": "x", "filter": [{"function": "utils.f"}]}]}, "'utils.f' is no filter"),
-        ({"fewshot_config": {"process_docs": "x"}}, "fewshot_config: takes"),
-        ({"num_fewshot": 1e9}, "num_fewshot: is no number"),
-        ({"task": "../../x"}, "is a name of letters"),
+        ({"metric_list": [{"metric": "someone/metric"}]}, "'someone/metric' is not a metric"),
+        (
+            {"metric_list": [{"metric": "exact_match", "aggregation": "utils.mean"}]},
+            "'utils.mean' is not an aggregation",
+        ),
+        ({"filter_list": [{"name": "x", "filter": [{"function": "utils.f"}]}]}, "'utils.f' is not a filter"),
+        ({"fewshot_config": {"process_docs": "x"}}, "fewshot_config: may have"),
+        ({"num_fewshot": 1e9}, "num_fewshot: must be a number"),
+        ({"task": "../../x"}, "must consist of letters"),
         ({"output_type": None}, "output_type: is missing"),
         ({"test_split": None}, "test_split: is missing"),
         ({"generation_kwargs": {"num_beams": 4}}, "num_beams"),
@@ -118,10 +121,10 @@ def test_what_a_file_may_not_say_is_refused(tmp_path: Path, changes: dict[str, A
         ("task: !!python/object/apply:os.system ['echo']", "code of a task file is never run"),
         ("a: &a [1]\nb: [*a, *a]", "uses aliases"),
         ("task: x\ndoc_to_text: a\ndoc_to_text: b", "sums.yaml:3: a key is given twice"),
-        ("- task", "describes no task"),
+        ("- task", "is not a task"),
         ("task: [", "sums.yaml:"),
-        ("task: !!bool maybe", "a value does not fit its tag"),
-        ("task: !!int ''", "a value does not fit its tag"),
+        ("task: !!bool maybe", "a value does not match its tag"),
+        ("task: !!int ''", "a value does not match its tag"),
         ("[" * 30_000, "brackets"),
         ("- " * 20_000, "sums.yaml"),
         ("task: x" + " " * (1 << 20), "more than"),
@@ -151,7 +154,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     outside = write_jsonl(tmp_path / "outside.jsonl", [{"question": "a", "answer": "b"}] * 3)
     (folder / "test.jsonl").unlink()
     (folder / "test.jsonl").symlink_to(outside)
-    with pytest.raises(SettingsError, match="does not lie in the folder"):
+    with pytest.raises(SettingsError, match="is not in the folder"):
         read_task_file(str(path))
 
 

@@ -29,7 +29,12 @@ pytestmark = [
         (["arc_easy", "§"], [("JOB_EVAL__TASKS", "lm-eval has no task '§'")]),
         (
             ["no.yaml"],
-            [("JOB_EVAL__TASKS", "no.yaml cannot be read: No such file or directory; a task of lm-eval has no ending")],
+            [
+                (
+                    "JOB_EVAL__TASKS",
+                    "no.yaml cannot be read: No such file or directory; lm-eval's own tasks have no suffix",
+                )
+            ],
         ),
     ],
 )
@@ -63,7 +68,7 @@ def test_a_file_for_a_group_of_tasks_is_refused(tmp_path: Path) -> None:
     """A file serves one task: which of a group's tasks it would be for is not guessed."""
     file = write_jsonl(tmp_path / "q.jsonl", arc_rows(4))
     with pytest.raises(
-        SettingsError, match=r"JOB_EVAL__DATA: ai2_arc is not one task; give a file for each of its tasks"
+        SettingsError, match=r"JOB_EVAL__DATA: ai2_arc is a group of tasks; give a file for each of its tasks"
     ):
         local_tasks(ai2_arc=file)
 

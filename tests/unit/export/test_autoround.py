@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from job.common import helper_process
 from job.common.hashing import hash_file
-from job.errors import Killed, Preempted
+from job.common.resources import MainMemory
+from job.errors import Killed, Preempted, TrainingFailed
 from job.evaluation.scorer import score_questions
 from job.export import autoround
 from job.export.autoround import AWQ, COMPRESSED, GPTQ, Layout, calibration_sequences, make_four_bit, run_process
@@ -245,13 +247,20 @@ def test_its_process_ends_when_the_job_has_to(stand_in: Callable[[str], None], t
     assert psutil.Process().children() == others
 
 
-def test_its_error_is_told(stand_in: Callable[[str], None], tmp_path: Path) -> None:
-    """What auto-round refuses is a sentence; a kill is another error, after which a restart tries again."""
+def test_its_error_is_told(stand_in: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What auto-round refuses is a sentence; a kill is another error, after which a restart tries again.
+
+    Unless the kernel did it because main memory was full, as it would again.
+    """
     stand_in("raise ValueError('this family is unknown')")
     with pytest.raises(CannotMake, match="this family is unknown"):
         run_process(TASK, tmp_path, lambda **_: None)
     stand_in(f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})")
     with pytest.raises(Killed):
+        run_process(TASK, tmp_path, lambda **_: None)
+    counts = iter([1, 2])  # of the container's processes that were killed for want of main memory
+    monkeypatch.setattr(helper_process, "main_memory", lambda: MainMemory(1, 1, next(counts)))
+    with pytest.raises(TrainingFailed, match=r"memory ran out while .* by auto-round.*JOB_EXPORT__FORMATS"):
         run_process(TASK, tmp_path, lambda **_: None)
 
 

@@ -6,20 +6,25 @@ import json
 import os
 import shutil
 import signal
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from job.common import helper_process
+from job.common.resources import MainMemory
 from job.errors import Preempted, TrainingFailed
 from job.export import gguf
 from job.export.formats import DerivedInputs
 from job.export.gguf import check_gguf, load_gguf, make_gguf, score_in_llama_cpp
 from job.export.quantizable import CannotMake
-from job.model.base import PLAIN, load_base, load_tokenizer
+from job.model.base import PLAIN, load_base
 from job.model.packed_attention import use
+from job.model.tokenizer import load_tokenizer
 from job.records import ChoiceScore, Question
 from tests import warm
 from tests.helpers import make_base
@@ -204,8 +209,8 @@ class OtherWords:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"encode": lambda text: [0, *reversed(text.encode())]}, "does not tokenize as its tokenizer does"),
-        ({"eos_token_id": 2}, "its eos token would be number 1, and the tokenizer's is 2"),
+        ({"encode": lambda text: [0, *reversed(text.encode())]}, "none of llama.cpp's pre-tokenizers"),
+        ({"eos_token_id": 2}, "its eos token would be number 1, but the tokenizer's is 2"),
     ],
 )
 def test_another_tokenizer_is_refused_before_training(
@@ -254,6 +259,15 @@ def test_a_process_that_is_killed_is_an_error_in_words(files: dict[str, Path]) -
             TrainingFailed, match=r"could not score a question: llama\.cpp's process was killed by SIGKILL"
         ):
             model.score(QUESTIONS[1])
+
+
+def test_a_process_that_is_killed_for_its_memory_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The format is not left out of the results for that: with more main memory it can be made."""
+    monkeypatch.setattr(helper_process, "main_memory", lambda: MainMemory(1, 1, oom_kills=2))
+    process: Any = SimpleNamespace(wait=lambda: -signal.SIGKILL)
+    helper = helper_process.HelperProcess(process, BytesIO(), BytesIO(), BytesIO(), kills=1)
+    with pytest.raises(TrainingFailed, match=r"memory ran out while llama\.cpp was at work"):
+        next(gguf._Answers(helper, waited))
 
 
 def test_waiting_is_bounded_and_lets_the_job_end(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

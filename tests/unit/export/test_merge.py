@@ -33,10 +33,11 @@ from job.export import checkpoint
 from job.export.formats import DERIVED
 from job.export.merge import DEQUANTIZED, ORIGINAL, candidates, plan_merge, release, write_merged
 from job.model.adapter_options import AdaLora, AdapterOptions
-from job.model.base import PLAIN, load_tokenizer
+from job.model.base import PLAIN
 from job.model.fused.frozen_weights import dequantized
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import use
+from job.model.tokenizer import load_tokenizer
 from tests.helpers import LINEAR, VOCABULARY, fill_adapter, load_plain, make_base, make_model
 
 IDS = torch.tensor([[0, 7, 90, 211, 35, 398, 12]])
@@ -221,8 +222,10 @@ def test_a_base_that_is_published_quantized(half: Path, tmp_path: Path) -> None:
         shutil.copyfile(path, tmp_path / "base" / path.name)
     model = fill_adapter(make_model(tmp_path / "base"))
     found = candidates(model, tmp_path / "base", "best")
-    assert (found.names, found.only) == ((DEQUANTIZED,), "the base is published quantized only")
-    with pytest.raises(SettingsError, match="JOB_EXPORT__MERGE_ONTO: is original, and the base is published quantized"):
+    assert (found.names, found.only) == ((DEQUANTIZED,), "the base is only published quantized")
+    with pytest.raises(
+        SettingsError, match="JOB_EXPORT__MERGE_ONTO: is original, but the base is only published quantized"
+    ):
         candidates(model, tmp_path / "base", ORIGINAL)
     folder = merged(model, tmp_path / "base", DEQUANTIZED, tmp_path / "merged")
     adapter: dict[str, Any] = {"rank": 16, "alpha": 16, "dropout": 0.0, "target_modules": LINEAR, "seed": 1}
@@ -289,13 +292,15 @@ def test_what_cannot_be_merged_is_refused_before_training(half: Path, tmp_path: 
     """A weight that two modules share, one that the files do not hold, and a merge that was asked for in vain."""
     model = make_model(half)
     assert candidates(model, half, "best").only == "no weight of the base is quantized"
-    with pytest.raises(SettingsError, match="JOB_EXPORT__MERGE_ONTO: is dequantized, and no weight of the base is"):
+    with pytest.raises(SettingsError, match="JOB_EXPORT__MERGE_ONTO: is dequantized, but no weight of the base is"):
         candidates(model, half, DEQUANTIZED)
     tied = _tied(half, tmp_path / "tied", copies=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT and transformers, of what they would do with it
         adapted_head = get_peft_model(load_plain(tied), LoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(SettingsError, match=r"the weight of lm_head is also another module's, .* JOB_LORA__TARGET"):
+    with pytest.raises(
+        SettingsError, match=r"the weight of lm_head is shared with another module, .* JOB_LORA__TARGET"
+    ):
         candidates(adapted_head, tied, "best")
     lacking = tmp_path / "lacking"
     shutil.copytree(half, lacking)

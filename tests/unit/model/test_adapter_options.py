@@ -12,10 +12,11 @@ import torch
 from job.errors import SettingsError
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import PLAIN, AdaLora, AdapterOptions, make_options
-from job.model.base import describe_model, inspect, load_base
+from job.model.base import inspect, load_base
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import adapter_off, add_adapter, count_parameters, trainable
+from job.model.model_record import describe_model
 from job.model.packed_attention import use
 from job.model.target_modules import resolve_targets
 from job.settings.schema import Lora
@@ -133,7 +134,7 @@ def test_orthogonal_is_for_a_base_in_floating_point(base_folder: Path, tmp_path:
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
     with pytest.raises(SettingsError, match=r"JOB_LORA__INIT: orthogonal needs a base in floating point"):
         make(base_folder, options, quantization="nf4")
-    with pytest.raises(SettingsError, match="orthogonal takes even ranks, not 5"):
+    with pytest.raises(SettingsError, match="orthogonal needs even ranks, not 5"):
         make(base_folder, options, quantization="none", rank=5)
 
 

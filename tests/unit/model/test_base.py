@@ -15,18 +15,15 @@ import torch
 from job.errors import DataError, SettingsError
 from job.evaluation.scoring import score_sequence
 from job.model.adapter_files import CONFIG_KEYS, load_adapter, portable_config, save_adapter
-from job.model.base import (
-    choose_device,
-    choose_dtype,
-    describe_model,
-    load_tokenizer,
-    recompute_activations,
-)
+from job.model.device import choose_device, choose_dtype
 from job.model.files import fingerprint
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import adapter_off, add_adapter, trainable
-from job.model.packed_attention import Segment, build_layout
+from job.model.model_record import describe_model
+from job.model.packed_layout import Segment, build_layout
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import entry_at
+from job.model.tokenizer import load_tokenizer
 from job.model.tokenizer_files import copy_tokenizer, tokenizer_files
 from job.records import Question
 from tests.helpers import LINEAR, deepened, fill_adapter, load_plain, make_model
@@ -237,7 +234,7 @@ def test_an_end_of_sequence_that_is_no_token_is_a_warning(base_folder: Path, tmp
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "</nowhere>"}))
     with structlog.testing.capture_logs() as said:
         load_tokenizer(folder)
-    assert ["end-of-sequence token is none of its tokens" in line["event"] for line in said] == [True]
+    assert ["end-of-sequence token is not in its vocabulary" in line["event"] for line in said] == [True]
     assert said[0]["token"] == "</nowhere>"
 
 
@@ -401,7 +398,7 @@ def test_rules_of_a_class_that_are_not_those_of_the_file_are_said(tmp_path: Path
     import structlog
     from tokenizers import decoders, pre_tokenizers
 
-    with pytest.raises(DataError, match=r"tokenizer\.json: is not followed .* its class Qwen2Tokenizer makes"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: is ignored .* its class Qwen2Tokenizer gives"):
         load_tokenizer(written_tokenizer(tmp_path / "a", pre_tokenizers.Metaspace(), decoders.Metaspace()))
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # Qwen2's splits words and digits
     with structlog.testing.capture_logs() as logs:

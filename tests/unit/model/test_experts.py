@@ -18,12 +18,14 @@ from job.export.merge import DEQUANTIZED, ORIGINAL, candidates
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import AdapterOptions
 from job.model.architecture import read_config
-from job.model.base import describe_model, held, inspect, recompute_activations
+from job.model.base import inspect
 from job.model.experts import expert_tensors, left_plain, packed, quantized_experts
 from job.model.fused.frozen_weights import forget_dequantized, fuse_layers
 from job.model.fused.kernels import TORCH
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import adapter_off, add_adapter, trainable
-from job.model.packed_attention import Segment, build_layout
+from job.model.model_record import describe_model, held
+from job.model.packed_layout import Segment, build_layout
 from job.model.packing_check import choose_packing
 from job.model.placed_loading import save_quantized
 from job.model.placed_weights import placement_of, taking_part
@@ -32,7 +34,7 @@ from job.model.target_modules import resolve_targets
 from job.results.compute import PETA, compute_spent
 from job.training.lm_head_loss import losses_of
 from job.training.memory_model import Setup, training_flops, weight_bytes
-from job.training.prepare import setup_of
+from job.training.setup_of_model import setup_of
 from tests.families.models import make_model
 from tests.helpers import fill_adapter, load_plain, make_examples
 
@@ -329,7 +331,7 @@ def test_a_merge_takes_the_original_experts(bases: dict[str, Path]) -> None:
     assert "experts" in found.only
     with pytest.raises(SettingsError, match=r"JOB_EXPORT__MERGE_ONTO.*experts"):
         candidates(model, bases["mixtral"], DEQUANTIZED)
-    with pytest.raises(SettingsError, match=r"adapter is on experts, too \(JOB_LORA__EXPERTS\)"):
+    with pytest.raises(SettingsError, match=r"adapter is also on experts \(JOB_LORA__EXPERTS\)"):
         candidates(with_experts(load(bases["mixtral"])), bases["mixtral"], ORIGINAL)
 
 

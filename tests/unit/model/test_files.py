@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from job.errors import DataError, JobError, SettingsError
-from job.model.base import load_base, load_tokenizer
+from job.model.base import load_base
 from job.model.files import MAX_CONFIG_BYTES, fingerprint, read_config, silence, weight_files
+from job.model.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -87,7 +88,7 @@ def test_an_index_that_names_nothing_is_refused(folder: Path, map_: Any) -> None
     """A broken index is said to be one."""
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": map_}))
-    with pytest.raises(DataError, match="names no files of weights"):
+    with pytest.raises(DataError, match="lists no weight files"):
         load(folder)
 
 
@@ -126,13 +127,13 @@ def test_weights_without_their_scales_are_no_weights(folder: Path, kind: str) ->
         ({"hidden_size": 1 << 20}, DataError, "weights, and its files hold"),
         ({"num_attention_heads": 0}, DataError, "num_attention_heads is 0"),
         ({"num_attention_heads": -4}, DataError, "num_attention_heads is -4"),
-        ({"num_attention_heads": "four"}, DataError, "describes no model"),
+        ({"num_attention_heads": "four"}, DataError, "does not describe a model"),
         ({"hidden_act": "os.system"}, DataError, "no model can be built"),
-        ({"dtype": "os.system"}, SettingsError, "dtype is no type of weights: 'os.system'"),
-        ({"torch_dtype": ["float32"]}, SettingsError, "torch_dtype is no type of weights"),
-        ({"model_type": "nothing-known"}, DataError, "describes no model"),
+        ({"dtype": "os.system"}, SettingsError, "dtype is not a dtype of weights: 'os.system'"),
+        ({"torch_dtype": ["float32"]}, SettingsError, "torch_dtype is not a dtype of weights"),
+        ({"model_type": "nothing-known"}, DataError, "does not describe a model"),
         ({"model_type": 5}, SettingsError, "without a model_type"),
-        ({"model_type": "t5", "is_encoder_decoder": True}, SettingsError, "holds an encoder-decoder"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, SettingsError, "has an encoder-decoder"),
         ({"model_type": "vit"}, SettingsError, "transformers has no causal language model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, SettingsError, "is quantized as gptq"),
         ({"quantization_config": {"quant_method": "awq"}}, SettingsError, "is quantized as awq"),
@@ -182,7 +183,7 @@ def test_a_template_too_large_to_be_one_is_not_read(folder: Path) -> None:
 def test_an_adapter_is_not_taken_for_a_base(folder: Path) -> None:
     """The library would load the base that adapter_config.json names, from wherever that is."""
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/tmp/elsewhere"}))
-    with pytest.raises(SettingsError, match="holds an adapter"):
+    with pytest.raises(SettingsError, match="has an adapter"):
         load(folder)
 
 
@@ -203,7 +204,7 @@ def test_keys_that_steer_loading_are_left_out(folder: Path) -> None:
 
 
 def _whole(tokens: int) -> dict[str, Any]:
-    from job.model.packed_attention import Segment, build_layout
+    from job.model.packed_layout import Segment, build_layout
 
     return {"layout": build_layout([Segment(0, tokens)], CPU)}
 
@@ -228,5 +229,5 @@ def test_weights_that_are_cut_are_refused(folder: Path) -> None:
     """A download that was cut short is data, not a bug."""
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(DataError, match="holds no model that can be loaded"):
+    with pytest.raises(DataError, match="has no model that can be loaded"):
         load(folder)

@@ -78,9 +78,12 @@ def fill_adapter_a(model: Any) -> Any:
 
 def test_what_eva_cannot_do_is_refused(base_folder: Path) -> None:
     """More ranks than a layer is wide, or than there are tokens, would end in PEFT's own error or never."""
-    with pytest.raises(SettingsError, match=r"JOB_LORA__RANK: eva takes ranks up to .* 128 here, and not 129"):
+    with pytest.raises(SettingsError, match=r"JOB_LORA__RANK: eva needs a rank of at most .* 128 here, and not 129"):
         eva(make_model(base_folder, rank=129))
-    with pytest.raises(SettingsError, match="JOB_LORA__INIT: eva takes as many target tokens as ranks, 64"):
+    with pytest.raises(
+        SettingsError,
+        match="JOB_LORA__INIT: eva needs at least as many target tokens in one micro-batch as the rank, 64",
+    ):
         eva(make_model(base_folder, rank=64), batches=6)
 
 
@@ -120,5 +123,5 @@ def test_what_loftq_cannot_do_is_refused(base_folder: Path) -> None:
     """A base in floating point has lost nothing; and no layer has more singular values than it is wide."""
     with pytest.raises(SettingsError, match="JOB_LORA__INIT: loftq needs weights in 4 bits"):
         init_loftq(fill_adapter(make_model(base_folder)), base_folder)
-    with pytest.raises(SettingsError, match=r"JOB_LORA__RANK: loftq takes ranks up to .*, 64 here, and not 65"):
+    with pytest.raises(SettingsError, match=r"JOB_LORA__RANK: loftq needs a rank of at most .*, 64 here, and not 65"):
         init_loftq(make_model(base_folder, quantization="nf4", rank=65), base_folder)

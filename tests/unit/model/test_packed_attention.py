@@ -10,15 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from job.model.packed_attention import (
-    Layout,
-    Segment,
-    Unpackable,
-    _has_kernel,
-    _varlen_kernel,
-    build_layout,
-    packed_attention,
-)
+from job.model.packed_attention import Unpackable, _has_kernel, _varlen_kernel, packed_attention
+from job.model.packed_layout import Layout, Segment, build_layout
 
 CPU = torch.device("cpu")
 ALONE = [Segment(0, 5), Segment(5, 6), Segment(6, 17)]

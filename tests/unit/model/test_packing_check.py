@@ -108,7 +108,7 @@ def test_what_attention_leaves_out_is_found_out(
     monkeypatch.setattr(packed_attention, "packed_attention", _drop(dropped))
     found = check(family(name, tmp_path / "wrong", **changes))
     assert not found.packed
-    assert "differs in" in found.reason
+    assert "results differ in" in found.reason
 
 
 def test_a_window_that_a_layer_is_not_told_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_weights_that_are_no_numbers_are_said_to_be_the_bases(base_folder: Path,
 
 def test_a_model_that_sees_the_future_is_refused(tmp_path: Path) -> None:
     """It would learn to read the answer off."""
-    with pytest.raises(SettingsError, match="no causal language model"):
+    with pytest.raises(SettingsError, match="not a causal language model"):
         check(family("bert", tmp_path))
 
 

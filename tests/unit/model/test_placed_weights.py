@@ -18,11 +18,12 @@ from job.errors import SettingsError
 from job.export.merge import release
 from job.model import placed_weights
 from job.model.adapter_options import AdapterOptions
-from job.model.base import held, recompute_activations
 from job.model.fused.frozen_weights import dequantized, dequantizer, fuse_layers
 from job.model.fused.kernels import TORCH
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import Segment, build_layout
+from job.model.model_record import held
+from job.model.packed_layout import Segment, build_layout
 from job.model.placed_loading import save_quantized
 from job.model.placed_weights import AllGather, placement_of, taking_part
 from tests.helpers import LINEAR, deepened, fill_adapter, load_plain
@@ -141,7 +142,7 @@ def test_a_kept_base_has_the_same_files(folder: Path, tmp_path: Path, place: str
 
 def test_a_base_without_4_bit_layers_is_refused(folder: Path) -> None:
     """In words, with the setting."""
-    with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT.*no decoder layers of 4-bit weights"):
+    with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT.*no decoder layers with 4-bit weights"):
         load(folder, "host", quantization="none")
 
 

@@ -12,8 +12,9 @@ import torch
 
 from job.errors import DataError
 from job.evaluation.scoring import score_sequence
-from job.model.base import describe_model, held, load_base
+from job.model.base import load_base
 from job.model.lora import add_adapter
+from job.model.model_record import describe_model, held
 from job.model.packing_check import choose_packing
 from job.records import ModelRecord, Question
 from job.training.lm_head_loss import losses_of
@@ -115,7 +116,7 @@ def test_weights_that_are_not_quantized_as_config_json_says_are_refused(
     path = tmp_path / "base/config.json"
     config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes", **said}}
     path.write_text(json.dumps(config))
-    with pytest.raises(DataError, match=r"says its weights are quantized, and those of model\.layers\.0.* are not"):
+    with pytest.raises(DataError, match=r"for quantized weights, but those of model\.layers\.0.* are not"):
         load(tmp_path / "base")
 
 

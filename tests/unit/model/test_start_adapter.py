@@ -81,12 +81,12 @@ WRONG: dict[str, tuple[Callable[[Path], None], type[JobError], str]] = {
     "another method": (config(peft_type="IA3"), SettingsError, "only LoRA"),
     "DoRA": (config(use_dora=True), SettingsError, "JOB_LORA__USE_DORA"),
     "rank by layer": (config(rank_pattern={"q_proj": 4}), SettingsError, "JOB_LORA__RANK_PATTERN"),
-    "whole modules": (config(modules_to_save=["lm_head"]), SettingsError, "JOB_LORA__MODULES_TO_SAVE"),
+    "trained whole": (config(modules_to_save=["lm_head"]), SettingsError, "JOB_LORA__MODULES_TO_SAVE"),
     "changed base": (config(init_lora_weights="pissa"), SettingsError, "changes the base"),
     "pickle": (pickled, DataError, "pickle"),
     "no configuration": (lambda folder: (folder / CONFIG).unlink(), DataError, CONFIG),
     "no JSON": (lambda folder: (folder / CONFIG).write_text("{") and None, DataError, "cannot|can be read"),
-    "cut": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 99) and None, DataError, "no safetensors file"),
+    "cut": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 99) and None, DataError, "not a safetensors file"),
     "NaN": (weights(spoil), DataError, "not finite"),
 }
 

@@ -118,7 +118,7 @@ def not_finite(folder: Path) -> None:
         (not_finite, DataError, "not finite"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 9), DataError, "can be loaded"),
         (lambda folder: (folder / "tokenizer.json").unlink(), SettingsError, "no tokenizer.json"),
-        (lambda folder: change(folder, architectures=["BertForMaskedLM"]), SettingsError, "no classifier"),
+        (lambda folder: change(folder, architectures=["BertForMaskedLM"]), SettingsError, "does not classify texts"),
         (lambda folder: change(folder, problem_type="regression"), SettingsError, "no probabilities"),
         (lambda folder: change(folder, quantization_config={"quant_method": "gptq"}), SettingsError, "gptq"),
         (lambda folder: change(folder, id2label={"0": "a", "5": "b"}), DataError, "id2label"),

@@ -13,10 +13,11 @@ import torch
 from job.errors import SettingsError
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import AdapterOptions
-from job.model.base import inspect, load_tokenizer
+from job.model.base import inspect
 from job.model.lora import adapter_off, add_adapter, count_parameters, trainable
 from job.model.packed_attention import use
 from job.model.packing_check import choose_packing
+from job.model.tokenizer import load_tokenizer
 from job.model.tokenizer_files import copy_tokenizer
 from job.model.whole_modules import grow_embeddings
 from job.training.lm_head_loss import losses_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,11 +23,20 @@ from job.planning.forecast import (
     forecast_gpu,
 )
 from job.planning.gpu_prices import GPUS, Gpu
-from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
+from job.planning.input_checks import Preflight
+from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS, TaskTokens
+from job.planning.scaling import (
+    LONG_ROW_EFFICIENCY,
+    SCORING_EFFICIENCY,
+    TRAINING_EFFICIENCY,
+    divide,
+    training_efficiency,
+)
 from job.planning.workload import Workload
 from job.settings.load import load_settings
 from job.settings.training_stages import split_stages
 from job.training import memory_model
+from job.training.memory_model import SCORING_SECONDS
 from job.training.sequence_parallel import row_memory
 from tests.unit.training.test_memory_model import REFERENCE
 
@@ -93,6 +103,7 @@ def test_hours_add_up_and_dollars_follow() -> None:
     training = memory_model.training_flops(REFERENCE, WORK.tokens, WORK.squares)
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     computing = (training + EVALUATIONS * scoring) / (memory_model.UTILISATION * gpu.flops)
+    computing += EVALUATIONS * SCORING_SECONDS
     assert plan.hours == pytest.approx((START_SECONDS + 40 + computing) / 3600, rel=1e-6)
     assert plan.usd == pytest.approx(plan.hours * gpu.usd_per_hour)
     priced = forecast_gpu(gpu, replace(RUN, usd_per_hour=2.0), REFERENCE)
@@ -109,7 +120,8 @@ def test_the_unquantized_base_takes_time_where_it_fits() -> None:
     for name, fits in (("H200", True), ("L4", True), ("T4", False)):
         gpu = BY_NAME[name]
         plan, plain = forecast_gpu(gpu, run, REFERENCE), forecast_gpu(gpu, RUN, REFERENCE)
-        more = scoring / (memory_model.UTILISATION * gpu.flops) + weights / DOWNLOAD_RATE if fits else 0
+        more = scoring / (memory_model.UTILISATION * gpu.flops) + SCORING_SECONDS + weights / DOWNLOAD_RATE
+        more = more if fits else 0
         assert plan.fits
         assert (plan.hours or 0) - (plain.hours or 0) == pytest.approx(more / 3600, abs=1e-9)
         assert ("the unquantized base is not scored: it takes" in plan.note) == (not fits)
@@ -136,7 +148,7 @@ def test_an_export_takes_disk_memory_and_time() -> None:
     assert "evaluation, 4 times" in figures
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     seconds = 2 * scoring / (memory_model.UTILISATION * gpu.flops) + 5 * weights / DOWNLOAD_RATE
-    seconds += weights / forecast.MERGED_PER_SECOND
+    seconds += weights / forecast.MERGED_PER_SECOND + 2 * SCORING_SECONDS
     assert figures["merging"] == weights / forecast.MERGED_PER_SECOND
     longer, shorter = forecast_gpu(gpu, run, REFERENCE).hours, forecast_gpu(gpu, plain, REFERENCE).hours
     assert (longer or 0) - (shorter or 0) == pytest.approx(seconds / 3600, rel=1e-6)
@@ -152,9 +164,10 @@ def test_formats_that_are_made_of_the_merged_model_take_time() -> None:
     weights = REFERENCE.architecture.parameters
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     rounding = 6 * REFERENCE.architecture.linear_parameters * 1000
+    on_gpu = scoring / (memory_model.UTILISATION * gpu.flops) + SCORING_SECONDS
     cases = {
-        "fp8": (weights / forecast.MERGED_PER_SECOND, scoring / (memory_model.UTILISATION * gpu.flops)),
-        "awq": (rounding / (memory_model.UTILISATION * gpu.flops), scoring / (memory_model.UTILISATION * gpu.flops)),
+        "fp8": (weights / forecast.MERGED_PER_SECOND, on_gpu),
+        "awq": (rounding / (memory_model.UTILISATION * gpu.flops), on_gpu),
         "gguf:q8_0": (
             weights / forecast.GGUF_PER_SECOND,
             scoring / (forecast.CORES * forecast.LLAMA_CPP_FLOPS),
@@ -310,7 +323,7 @@ def test_a_first_stage_takes_time() -> None:
     alone = forecast_gpu(gpu, RUN, REFERENCE).hours or 0
     both = replace(RUN, first_stage=replace(RUN, download_bytes=0))
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
-    first = alone - scoring / (memory_model.UTILISATION * gpu.flops) / 3600
+    first = alone - (scoring / (memory_model.UTILISATION * gpu.flops) + SCORING_SECONDS) / 3600
     assert forecast_gpu(gpu, both, REFERENCE).hours == pytest.approx(alone + first, rel=1e-6)
     shown = {figure.name: figure.value for figure in estimates(both)}
     assert shown["optimizer steps, first stage"] == WORK.steps
@@ -425,7 +438,7 @@ def test_weights_that_come_over_a_link_take_their_time() -> None:
     here, there = (forecast_gpu(gpu, replace(run, placements=(place,)), LLAMA_70B).hours for place in ("gpu", "host"))
     assert here is not None
     assert there is not None
-    once = memory_model.packed_bytes(LLAMA_70B) / memory_model.LINK_BANDWIDTH
+    once = memory_model.packed_bytes(LLAMA_70B) / memory_model.LINK_BANDWIDTH["host"]
     assert 3600 * (there - here) > 2 * WORK.steps * once
 
 
@@ -438,7 +451,7 @@ def test_a_long_row_fits_in_tiles(gpu: str, tokens: int, *, offloaded: bool) -> 
     run = replace(RUN, workload=row, fused=True, tiles=True)
     plan = forecast_gpu(BY_NAME[gpu], run, REFERENCE)
     assert plan.fits
-    assert ("activations of the longest row lie in main memory" in plan.note) == offloaded
+    assert ("activations of the longest row are kept in main memory" in plan.note) == offloaded
     assert (
         "only GPUs from Ampere on compute rows of this length in tiles"
         in forecast_gpu(BY_NAME["T4"], run, REFERENCE).note
@@ -450,3 +463,132 @@ def test_a_long_row_fits_in_tiles(gpu: str, tokens: int, *, offloaded: bool) -> 
         kept_there = forecast_gpu(BY_NAME[gpu], replace(run, offload=False), REFERENCE)
         assert not kept_there.fits
         assert "main memory" not in kept_there.note
+
+
+def test_a_long_answer_is_foretold() -> None:
+    """Its cache counts: a card that trains and scores the run may not hold one answer, and the figures say so."""
+    card = replace(BY_NAME["L4"], memory_bytes=12 << 30)
+    answering = replace(RUN, answered=(2_000, 60_000))
+    assert forecast_gpu(card, RUN, REFERENCE).fits
+    plan = forecast_gpu(card, answering, REFERENCE)
+    cache = 2 * 32 * 8 * 128 * 2 * 60_000  # keys and values, layers, their heads, width, bytes
+    assert (plan.fits, plan.budget_recomputing, plan.hours) == (False, 0, None)
+    assert f"{cache / 2**30:.1f} GiB of it for its cache: lower JOB_EVAL__PROMPTS_MAX_NEW_TOKENS" in plan.note
+    assert forecast_gpu(BY_NAME["L4"], answering, REFERENCE).fits
+    assert forecast_gpu(card, replace(RUN, answered=(2_000, 2_500)), REFERENCE) == forecast_gpu(card, RUN, REFERENCE)
+    figures = {figure.name: figure for figure in estimates(answering)}
+    assert cache < figures["peak, answers"].value < figures["memory: base"].value + 2 * cache
+    assert "peak, answers" not in {figure.name for figure in estimates(RUN)}
+
+
+def test_what_is_known_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest of prompts and tasks with its answer; no question is longer than JOB_TRAIN__MAX_LENGTH."""
+    monkeypatch.setenv("JOB_EVAL__PROMPTS", "3")
+    monkeypatch.setenv("JOB_EVAL__PROMPTS_MAX_NEW_TOKENS", "100")
+    monkeypatch.setenv("JOB_DATA__VALIDATION", "0.1")
+    own = load_settings(["--train.max-length=512"])
+    asked = TaskTokens(1, 700, 200, 500, 700)
+    seen = Preflight([], None, None, None, None, None, None, asked, prompts=(40, 30))
+    assert run_shape._answered(own, seen) == (312, 512)
+    assert run_shape._answered(own, replace(seen, questions=replace(asked, prompt=2, answered=9))) == (40, 140)
+    assert run_shape._answered(own, replace(seen, questions=None, prompts=())) == (0, 100)
+
+
+def per_second(run: RunShape, setup: memory_model.Setup, gpu: Gpu) -> float:
+    """Target tokens a second in training as forecast: from the hours with and without twice the work."""
+    assert run.workload is not None
+    work = run.workload
+    twice = replace(work, steps=2 * work.steps, tokens=2 * work.tokens, squares=2 * work.squares)
+    once, again = (forecast_gpu(gpu, replace(run, workload=one), setup).hours or 0 for one in (work, twice))
+    return work.target_tokens / (3600 * (again - once))
+
+
+LONG = Workload(1, 1, 64_000, 63_999, 64_000**2, 64_000, 64_000)
+OF_4096 = Workload(1, 8, 8 * 4096, 8 * 4095, 8 * 4096**2, 4096, 8 * 4096)
+
+
+@pytest.mark.parametrize(
+    ("changes", "setup", "measured", "apart"),
+    [
+        ({"workload": WORK}, REFERENCE, 16_000, 0.1),
+        ({"workload": OF_4096}, REFERENCE, 14_516, 0.1),
+        ({"workload": WORK, "fp8": True}, REFERENCE, 23_247, 0.1),
+        ({"workload": LONG, "tiles": True}, REFERENCE, 4_617, 0.15),
+        ({"workload": WORK, "placements": ("host",), "budget": 4096, "budget_by_gpu": False}, LLAMA_70B, 548, 0.1),
+        (
+            {"workload": WORK, "placements": ("sharded",), "processes": 2, "budget": 2048, "budget_by_gpu": False},
+            LLAMA_70B,
+            1_692,
+            0.15,
+        ),
+    ],
+)
+def test_speeds_are_as_measured_on_an_h200(
+    changes: dict[str, Any], setup: memory_model.Setup, measured: float, apart: float
+) -> None:
+    """Target tokens a second at Mistral-7B's and Llama-70B's shape: short and long rows, FP8, each placement."""
+    run = replace(RUN, setup=setup, fused=True, **{"budget_by_gpu": True, **changes})
+    assert per_second(run, setup, BY_NAME["H200"]) == pytest.approx(measured, rel=apart)
+
+
+def test_an_evaluation_is_as_measured_on_an_h200() -> None:
+    """1,087 questions a second of ARC-Easy, beside what an evaluation takes in any case."""
+    run = replace(RUN, fused=True, budget_by_gpu=True)
+    once, again = (
+        forecast_gpu(BY_NAME["H200"], replace(run, adapter_copies=copies), REFERENCE).hours or 0 for copies in (0, 1)
+    )
+    assert 2376 / (3600 * (again - once) - SCORING_SECONDS) == pytest.approx(1_087, rel=0.05)
+
+
+def test_narrow_experts_are_slower() -> None:
+    """Of a mixture like Qwen3-30B-A3B; one with experts as wide as Mixtral's trains like a dense model."""
+    shape = REFERENCE.architecture
+    run = replace(RUN, fused=True, budget_by_gpu=True)
+
+    def reached(width: int) -> float:
+        mixture = replace(shape, intermediate=8 * width, experts=64, chosen=8)
+        setup = replace(REFERENCE, architecture=mixture, targets=tuple(mixture.linear))
+        flops = memory_model.training_flops(replace(setup, recompute=False), WORK.tokens, WORK.squares)
+        gpu = replace(BY_NAME["H200"], memory_bytes=10**13, bandwidth=1e18)
+        return flops / WORK.target_tokens * per_second(replace(run, setup=setup), setup, gpu) / gpu.flops
+
+    assert reached(768) == pytest.approx(memory_model.FINE_EXPERTS_UTILISATION, rel=1e-3)
+    assert reached(14_336) == pytest.approx(memory_model.FUSED_UTILISATION, rel=1e-3)
+
+
+def test_several_gpus_share_training_and_scoring() -> None:
+    """As fast as measured with two; the rest takes as long; dollars are those of all, unless the user's price is."""
+    gpu = BY_NAME["H200"]
+    run = replace(RUN, fused=True, budget_by_gpu=True, download_bytes=10**11)
+    two = replace(run, processes=2, processes_here=2)
+    assert per_second(two, REFERENCE, gpu) == pytest.approx(2 * 0.92 * per_second(run, REFERENCE, gpu), rel=0.01)
+    alone, shared = (forecast_gpu(gpu, one, REFERENCE) for one in (run, two))
+    assert alone.hours is not None
+    assert shared.hours is not None
+    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    evaluations = EVALUATIONS * scoring / (memory_model.SCORING_UTILISATION * gpu.flops)
+    training = WORK.target_tokens / per_second(run, REFERENCE, gpu)
+    faster = training * (1 - 1 / 1.84) + evaluations * (1 - 1 / (2 * SCORING_EFFICIENCY))
+    assert 3600 * (alone.hours - shared.hours) == pytest.approx(faster, rel=0.02)
+    assert (alone.gpus, shared.gpus) == (1, 2)
+    assert shared.usd == pytest.approx(2 * gpu.usd_per_hour * shared.hours)
+    assert forecast_gpu(gpu, replace(two, usd_per_hour=3.0), REFERENCE).usd == pytest.approx(3 * shared.hours)
+
+
+@given(st.integers(1, 64), st.integers(1, 512), st.floats(10, 1e6))
+def test_more_gpus_never_make_more_than_they_are(gpus: int, rows: int, tokens: float) -> None:
+    """No more parts than rows or GPUs; what is lost grows with fewer tokens for each, by the two measured points."""
+    found = divide(gpus, step_rows=rows, step_tokens=tokens, rows_divided=False)
+    assert 1 <= found.parts <= min(gpus, rows)
+    assert 0 < found.training <= 1
+    assert found.training * found.parts < gpus or gpus == 1
+    assert divide(gpus, step_rows=rows, step_tokens=2 * tokens, rows_divided=False).training >= found.training
+    assert [training_efficiency(at) for at, _ in TRAINING_EFFICIENCY] == pytest.approx([0.92, 0.99])
+
+
+def test_a_divided_row_is_computed_by_all() -> None:
+    """Where the longest row does not fit on one GPU, it takes all of them, whatever the number of rows."""
+    assert divide(4, step_rows=1, step_tokens=1e6, rows_divided=True).parts == 4
+    assert divide(4, step_rows=1, step_tokens=1e6, rows_divided=True).training == LONG_ROW_EFFICIENCY
+    assert divide(4, step_rows=1, step_tokens=1e6, rows_divided=False).parts == 1
+    assert divide(1, step_rows=1, step_tokens=1, rows_divided=False).training == 1

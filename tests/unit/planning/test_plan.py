@@ -121,7 +121,7 @@ def test_a_run_on_files_is_counted(given: Path, capsys: pytest.CaptureFixture[st
 def test_the_figures_are_those_of_the_run(given: Path) -> None:
     """Rows, tokens, targets and parameters are what the manifest's records will say."""
     from job.data.dataset import load_examples
-    from job.model.base import load_tokenizer
+    from job.model.tokenizer import load_tokenizer
 
     settings = load_settings(["--train.loss_on=completion"])
     plan = make_plan(settings)
@@ -182,11 +182,14 @@ def test_what_is_wrong_is_told_with_everything_else(given: Path, capsys: pytest.
     assert "rows.jsonl:4" in next(found["what"] for found in plan["checks"] if found["name"] == "data")
     assert json.loads(log_lines)["event"] == "DataError"
     write_jsonl(given / "questions.jsonl", arc_rows(1))
-    code, plan, _ = planned(capsys, "--lora.target_modules=q_proj,no_proj")
+    excluded = ["--train.max_length=4096", "--lora.experts=true", "--lora.dropout=0"]
+    code, plan, _ = planned(capsys, "--lora.target_modules=q_proj,no_proj", *excluded)
     assert code == SettingsError.exit_code
     wrong = {found["name"]: found["what"] for found in plan["checks"] if found["state"] == "wrong"}
     assert wrong.keys() == {"data", "adapter", "questions"}
     assert "no linear no_proj" in wrong["adapter"]
+    assert "JOB_LORA__EXPERTS: is on, and" in wrong["adapter"]
+    assert "JOB_TRAIN__MAX_LENGTH: 4096 is more than the model's window of 2048" in wrong["adapter"]
     assert "a comparison needs two" in wrong["questions"]
 
 
@@ -377,12 +380,15 @@ def test_a_sharded_base_is_forecast_for_the_processes_of_the_run(
     plan = make_plan(load_settings(["--model.placement=sharded"]))
     wrong = [found.what for found in plan.checks if found.name == "placement"]
     if counted is None:
-        assert "set JOB_RUN__PROCESSES to the number of GPUs" in wrong[0]
+        assert "is sharded, but the run has one process; start several, each with its GPU" in wrong[0]
         assert isinstance(plan.error, SettingsError)
         assert not plan.gpus
     else:
         assert not wrong
         assert all(f"the base's 4-bit weights are sharded over the {counted} GPUs" in gpu.note for gpu in plan.gpus)
+        assert {gpu.gpus for gpu in plan.gpus} == {counted}
+        assert any("2026-11-29-2xh200-processes.jsonl" in line for line in plan.assumptions)
+        assert f"{counted} x H100 " in as_table(plan)
 
 
 def test_a_base_in_main_memory_is_counted_for_every_process(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:

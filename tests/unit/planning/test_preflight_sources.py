@@ -25,7 +25,7 @@ HERE: dict[str, Any] = {"online": lambda: False, "storage": {}}
 
 def test_a_model_here_is_read_but_not_loaded(base_folder: Path, tmp_path: Path) -> None:
     """Its architecture, and its tokenizer; nothing has to be fetched."""
-    state, _, model = preview_model(str(base_folder), None, 512, folder=tmp_path, **HERE)
+    state, _, model = preview_model(str(base_folder), None, folder=tmp_path, **HERE)
     assert state == "ok"
     assert model.architecture is not None
     assert (model.architecture.hidden, model.download_bytes) == (128, 0)
@@ -55,22 +55,21 @@ def test_what_is_not_as_fast_as_can_be_is_said(tmp_path: Path, family: str, says
     ("break_it", "error", "what"),
     [
         (lambda folder: (folder / "config.json").write_text("{"), DataError, "no config.json that can be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), DataError, "holds no object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), DataError, "is not a JSON object"),
         (lambda folder: (folder / "config.json").write_text("[" * 10**5), DataError, "no config.json that can be read"),
         (lambda folder: (folder / "config.json").unlink(), DataError, "no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), DataError, "no weights in safetensors"),
         (shutil.rmtree, DataError, "does not exist"),
-        (lambda folder: None, SettingsError, "more than the model's window of 2048"),
     ],
 )
 def test_a_model_that_would_not_load_is_wrong(
     base_folder: Path, tmp_path: Path, break_it: Callable[[Path], Any], error: type[JobError], what: str
 ) -> None:
-    """No folder, no weights, no configuration, or one that nobody can read; examples longer than its window."""
+    """No folder, no weights, no configuration, or one that nobody can read."""
     folder = Path(shutil.copytree(base_folder, tmp_path / "model"))
     break_it(folder)
     with pytest.raises(error, match=what):
-        preview_model(str(folder), None, 4096, folder=tmp_path, **HERE)
+        preview_model(str(folder), None, folder=tmp_path, **HERE)
 
 
 def test_a_model_of_another_kind_is_a_note(base_folder: Path, tmp_path: Path) -> None:
@@ -78,7 +77,7 @@ def test_a_model_of_another_kind_is_a_note(base_folder: Path, tmp_path: Path) ->
     folder = Path(shutil.copytree(base_folder, tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    state, what, model = preview_model(str(folder), None, 512, folder=tmp_path, **HERE)
+    state, what, model = preview_model(str(folder), None, folder=tmp_path, **HERE)
     assert (state, model.architecture) == ("note", None)
     assert "gpt2 models are not known" in what
 
@@ -94,7 +93,7 @@ def test_the_audit_is_told_with_languages_and_lengths(tmp_path: Path, tokenizer:
         state, what, _ = report_audit(facts.audit, facts.long_rows)
         assert state == "note"
         assert what.startswith(f"21 rows: 1 duplicate ({source}:21)")
-        assert ("Languages of the rows, by pycld2" in what) != ("Languages were not looked for" in what)
+        assert ("Languages of the rows, by pycld2" in what) != ("Languages were not detected" in what)
         told.append(what)
     longest = max(lengths_of(preview_data(source, tokenizer=tokenizer, **how)[2].examples))
     assert f"the longest {longest:,}." in told[0]
@@ -137,12 +136,12 @@ def test_data_that_is_too_large_is_not_fetched(tmp_path: Path, monkeypatch: pyte
 def test_a_hub_model_may_be_in_the_cache(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the hub its configuration is taken from the cache; without that, nothing was checked."""
     monkeypatch.setattr(preflight_models, "cached_model", lambda *_: base_folder)
-    state, what, model = preview_model("some/model", None, 512, folder=tmp_path, **HERE)
+    state, what, model = preview_model("some/model", None, folder=tmp_path, **HERE)
     assert (state, model.folder, model.download_bytes) == ("ok", base_folder, None)
     assert "the hub cannot be reached" in what
     monkeypatch.setattr(preflight_models, "cached_model", lambda *_: None)
     with pytest.raises(NotChecked, match="not in the cache"):
-        preview_model("some/model", None, 512, folder=tmp_path, **HERE)
+        preview_model("some/model", None, folder=tmp_path, **HERE)
 
 
 def test_questions_are_counted(tmp_path: Path, tokenizer: Any) -> None:

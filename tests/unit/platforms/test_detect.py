@@ -44,8 +44,8 @@ def test_a_machine_is_at_fault_where_there_are_others() -> None:
     """On Kubernetes settings that a machine does not meet end with a code that counts; elsewhere they are wrong."""
     for platform, kind in ((detect(POD), UnfitMachine), (detect({}), SettingsError)):
         with pytest.raises(JobError) as caught, platform.machine_checks():
-            raise SettingsError([Problem("JOB_RUN__DEVICE", "is gpu, and torch sees none")])
-        assert (type(caught.value), str(caught.value)) == (kind, "JOB_RUN__DEVICE: is gpu, and torch sees none")
+            raise SettingsError([Problem("JOB_RUN__DEVICE", "is gpu, but torch finds no GPU")])
+        assert (type(caught.value), str(caught.value)) == (kind, "JOB_RUN__DEVICE: is gpu, but torch finds no GPU")
     assert detect({**POD, "KUBERNETES_NODE_NAME": "gpu-7"}).node == "gpu-7"
 
 

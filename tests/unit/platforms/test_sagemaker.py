@@ -98,7 +98,7 @@ def test_files_are_files(inputs: Path, mode: str) -> None:
         ),
         (
             {"S3DistributionType": "ShardedByS3Key"},
-            "is divided among the hosts, but each needs all of it; set its distribution to FullyReplicated",
+            "is divided among the hosts, but each host needs all of it; set its distribution to FullyReplicated",
         ),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_channel_for_nothing(inputs: Path) -> None:
     """A name that the job does not know may be a slip: the run would train on something else and not say so."""
     order(inputs, train=USUAL)
     [problem] = problems(inputs)
-    assert problem.startswith("sagemaker channel train: stands for no setting; name it model, training, validation, ")
+    assert problem.startswith("sagemaker channel train: is not a known channel; name it model, training, validation, ")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_an_empty_channel_of_questions(inputs: Path) -> None:
     """Questions that were ordered and are not there are missed at once."""
     order(inputs, evaluation=USUAL)
     assert problems(inputs) == [
-        "sagemaker channel evaluation: holds no file; give one a task, named after it: arc_easy.jsonl"
+        "sagemaker channel evaluation: has no file; add a file for each task, named after it: arc_easy.jsonl"
     ]
 
 

@@ -186,7 +186,7 @@ class TestSignals:
         done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=20)
         assert (done.returncode, done.stdout.splitlines()) == (75, ["works"])
         (line,) = map(json.loads, done.stderr.splitlines())
-        assert "takes longer than there is time" in line["event"]
+        assert "the grace period is over" in line["event"]
         assert line["run"] == "one"
 
     @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_a_file_that_is_not_what_was_published_is_not_pushed(hub: Hub, run: Loca
     """Only verified bytes go: one byte of the adapter is another, and the hub gets no commit."""
     path = Path(run.uri, "artifacts/adapter/adapter_model.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(DataError, match="SHA-256 differs"):
+    with pytest.raises(DataError, match="is damaged: its SHA-256"):
         push(run)
     assert hub.titles(REPO) == ["initial commit"]
     with pytest.raises(VerificationError):
@@ -225,8 +225,8 @@ def test_tokens_that_may_not_write_are_refused_before_training(
     hub: Hub, run: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read token, a foreign namespace, an organization that only reads, a fine-grained token, a wrong one, none."""
-    assert "will be made private" in check_targets([HubTarget(REPO)])["JOB_EXPORT__HUB"]
-    assert "will be made private" in check_targets([HubTarget("lab/model")])["JOB_EXPORT__HUB"]
+    assert "will be created as private" in check_targets([HubTarget(REPO)])["JOB_EXPORT__HUB"]
+    assert "will be created as private" in check_targets([HubTarget("lab/model")])["JOB_EXPORT__HUB"]
     for repo in ("others/model", "guests/model"):
         with pytest.raises(AccessDenied, match="neither the user of HF_TOKEN nor an organization"):
             check_targets([HubTarget(repo)])
@@ -268,7 +268,7 @@ def test_a_dry_run_shows_and_writes_nothing(hub: Hub, run: LocalStore, capsys: p
     """Every file with what would happen to it: new, the same, changed, deleted."""
     assert push_command([run.uri, f"--hub={REPO}", "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "me/model is not there, and will be made private" in shown
+    assert "me/model does not exist, and will be created as private" in shown
     assert all(f"  {path}" in shown for path in expected(run))
     assert hub.repositories == {}
     hub.create(REPO)
@@ -295,7 +295,7 @@ def test_the_command_pushes_where_the_run_was_told_to(
         capsys.readouterr().out
     )
     untold = publish_run(tmp_path / "untold", {"quiz": pairs(12)})
-    with pytest.raises(SettingsError, match="--hub or --oci: is needed"):
+    with pytest.raises(SettingsError, match="--hub or --oci: must be given"):
         push_command([str(untold)])
     with pytest.raises(SettingsError, match="--hub: must be namespace/name"):
         push_command([str(untold), "--hub=no-namespace"])

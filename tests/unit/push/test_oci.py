@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
-from job.push import oci
+from job.push import oci_image
 from job.push.files import PushFile, files_sha256
-from job.push.oci import OciTarget, image_digest, layers_of, write_layer
+from job.push.oci import OciTarget
+from job.push.oci_image import image_digest, layers_of, write_layer
 from job.records import Artifact
 from job.settings.load import load_settings
 from tests.unit.storage.test_hub import serving
@@ -44,7 +45,7 @@ def test_the_digest_depends_on_the_files_alone(tmp_path: Path) -> None:
 
 def test_a_layer_holds_readable_files_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large files have layers of their own; every layer names its folders first, owned by root and open to all."""
-    monkeypatch.setattr(oci, "OWN_LAYER", 500)
+    monkeypatch.setattr(oci_image, "OWN_LAYER", 500)
     files, copies = written(tmp_path)
     groups = layers_of(files)
     assert [[file.path for file in group] for group in groups] == [

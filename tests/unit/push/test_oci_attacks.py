@@ -19,7 +19,8 @@ import pytest
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
 from job.push import oci
 from job.push.files import PushContent
-from job.push.oci import OciTarget, image_digest
+from job.push.oci import OciTarget
+from job.push.oci_image import image_digest
 from tests.unit.push.test_oci import written
 from tests.unit.storage.test_hub import serving
 

@@ -51,7 +51,7 @@ def test_nothing_is_made_up_for_files_of_ones_own() -> None:
     assert (found.data.base_model, found.data.datasets, found.data.license) == (None, None, None)
     assert "qlora" not in (found.data.tags or [])
     assert {result.dataset_type for result in found.data.eval_results or []} == {"arc_easy"}
-    assert "Nothing is known here of the data's licence" in found.text
+    assert "The job does not know the data's licence" in found.text
     assert "BitsAndBytesConfig" not in found.text
     assert "revision=" not in found.text
     assert "NF4" not in found.text
@@ -166,8 +166,8 @@ def test_what_is_not_plain_lora_is_said(made: dict[str, Any]) -> None:
     text = read({**made, "settings": settings}).text
     assert "| adapter options | use_dora True, rank_pattern {'q_proj': 4} |\n| LoRA on | " in text
     assert "after 10 % of the steps of warmup |" in text
-    assert "vLLM 0.33 applies that; older releases may ignore it" in text
-    assert "vLLM does not serve this adapter as it was trained: it is DoRA" in text
+    assert "vLLM 0.33 applies this; older releases may silently ignore it" in text
+    assert "vLLM cannot serve this adapter as it was trained: it is DoRA" in text
     plain = read(made).text
     assert "adapter options" not in plain
     assert "vLLM 0.33" not in plain

@@ -85,7 +85,7 @@ def test_the_verdict_comes_first(page: Page, made: dict[str, Any]) -> None:
     assert heading in text
     assert text.index(heading) < text.index("Of 400 questions of arc_easy")
     assert made["evaluation"]["tasks"]["arc_easy"]["verdict"] == "improved"
-    assert "Not one question was answered right by only one of the two." in text
+    assert "No question was answered right by only one of the two." in text
     assert [tag for tag, _ in page.tags].count("h1") == 1
 
 
@@ -199,9 +199,9 @@ def test_attempts_and_their_cost_are_told(page: Page) -> None:
     """Each attempt with how it ended and what it did; preemptions, repeated steps, money."""
     text = " ".join(page.text.split())
     assert "Attempt 1 preempted after 5 min 0 s" in text
-    assert "steps 45 to 94, 10 of them again" in text
-    assert "begun 55 min 0 s later" in text
-    assert "10 steps had to be done again" in text
+    assert "steps 45 to 94, 10 of them repeated" in text
+    assert "started 55 min 0 s later" in text
+    assert "10 steps had to be computed again" in text
     assert "$0.60" in text
     labels = [str(attributes["aria-label"]) for attributes in page.all("div") if attributes.get("role") == "img"]
     assert labels[2].startswith("Attempt 3: pull 10.0\N{NO-BREAK SPACE}s, ")
@@ -220,7 +220,7 @@ def test_a_fuller_account_of_the_cost_is_told_too(made: dict[str, Any], found: r
         "energy_kwh": 0.125,
     }
     text = " ".join(Page(report.render_report({**made, "cost": cost}, found)).text.split())
-    for told in ("$0.29", "$0.30", "$0.03", "1 min 2 s, $0.04", "$0.52, 46 % of the price on demand", "0.125 kWh"):
+    for told in ("$0.29", "$0.30", "$0.03", "1 min 2 s, $0.04", "$0.52, 46 % of the on-demand price", "0.125 kWh"):
         assert told in text
 
 
@@ -387,7 +387,7 @@ def test_training_in_fp8_is_said() -> None:
     execution = {"kept_base": True, "kept_activations": True, "recorded": True, "reason": "it fits", "packed": True}
     made["training"]["execution"] = {**execution, "forward": "fused all, triton, fp8"}
     assert "Products with the frozen weights in FP8" in Page(report.render_report(made, found)).text
-    assert "computed in bf16, in training in FP8 (e4m3, a scale for each row) |" in render_model_card(made).decode()
+    assert "computed in bf16, in training in FP8 (e4m3, one scale for each row) |" in render_model_card(made).decode()
     assert "FP8" not in Page(report.render_report(plain, found)).text + render_model_card(plain).decode()
 
 

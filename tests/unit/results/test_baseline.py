@@ -55,7 +55,7 @@ def test_an_earlier_run_is_read(earlier: Path, baseline: Baseline) -> None:
 
 def test_no_run_is_a_wrong_setting(tmp_path: Path) -> None:
     """A path with nothing there is told under the setting's name."""
-    with pytest.raises(SettingsError, match=r"JOB_GATE__BASELINE: .*nowhere: there is no run"):
+    with pytest.raises(SettingsError, match=r"JOB_GATE__BASELINE: .*nowhere: is not a run"):
         read_baseline(str(tmp_path / "nowhere"), StorageOptions())
 
 
@@ -122,7 +122,7 @@ def test_a_metric_that_the_earlier_run_lacks(baseline: Baseline) -> None:
 def test_questions_in_other_words_are_refused(baseline: Baseline) -> None:
     """The same rows may be asked otherwise by another version of the harness."""
     other = {"quiz": replace(baseline.tasks["quiz"].scores, task_hash="0" * 64)}
-    with pytest.raises(DataError, match="quiz: run earlier was asked the same questions in other words"):
+    with pytest.raises(DataError, match="quiz: run earlier was asked the same questions in another wording"):
         check_prompts(baseline, other)
 
 

@@ -13,7 +13,8 @@ import pytest
 from job.errors import DataError, VerificationError
 from job.evaluation import statistics
 from job.records import GroupSpec
-from job.results.compare import as_markdown, as_text, compare, gate_reasons, judge_by_policy
+from job.results.compare import compare, gate_reasons, judge_by_policy
+from job.results.compare_text import as_markdown, as_text
 from job.results.reader import PublishedRun, open_run, read_published
 from tests.published_run import forge, pairs, publish_run, rewrite
 
@@ -218,7 +219,7 @@ def test_questions_in_other_words_are_refused(pair: tuple[Path, Path]) -> None:
     records = rows(pair[1])
     records[3]["prompt_hash"] = "0" * 64
     put(pair[1], records)
-    with pytest.raises(DataError, match="quiz: the questions of the two runs read differently; their hashes are"):
+    with pytest.raises(DataError, match="quiz: the questions of the two runs have different texts; their hashes are"):
         compare(*map(read, pair))
 
 
@@ -226,7 +227,7 @@ def test_runs_without_a_common_task_are_refused(tmp_path: Path) -> None:
     """There is nothing to compare them by."""
     one = publish_run(tmp_path / "a", {"quiz": pairs(20)})
     two = publish_run(tmp_path / "b", {"riddles": pairs(20)})
-    with pytest.raises(DataError, match="runs a and b were asked no task in common"):
+    with pytest.raises(DataError, match="runs a and b have no task in common"):
         compare(read(one), read(two))
 
 

@@ -81,7 +81,7 @@ def test_what_is_not_whole(store: LocalStore, folders: Delivery) -> None:
         deliver(store, results, folders)
     assert [str(problem) for problem in caught.value.problems] == [
         "artifacts/report.html: is in the manifest, but not in the store",
-        "artifacts/metrics.jsonl: is not what the manifest says: its SHA-256 differs",
+        "artifacts/metrics.jsonl: is damaged: its SHA-256 is not that of the manifest",
     ]
     assert not (folders.model / "results.json").exists()
 
@@ -93,6 +93,6 @@ def test_names_that_lead_elsewhere(store: LocalStore, folders: Delivery, tmp_pat
     """A manifest with names of an enemy's making writes nothing outside the two folders."""
     results = manifest(store)
     results["artifacts"][0]["path"] = path
-    with pytest.raises(DataError, match="lists an artifact whose path is not one"):
+    with pytest.raises(DataError, match="lists an artifact with an invalid path"):
         deliver(store, results, folders)
     assert list(tmp_path.rglob("evil")) == []

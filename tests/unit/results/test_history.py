@@ -98,8 +98,8 @@ def test_equal_values_have_limits_without_width(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["--metric=quiz/f1"], "no metric of the newest run, run-14; it has quiz/acc, quiz/acc_norm"),
-        (["--gate"], "--gate: is for two runs"),
+        (["--metric=quiz/f1"], "not a metric of the newest run, run-14; it has quiz/acc, quiz/acc_norm"),
+        (["--gate"], "--gate: has no effect with --history"),
         (["/nowhere"], "neither a run nor a folder"),
     ],
 )
@@ -111,7 +111,7 @@ def test_words_that_make_no_sense(series: Path, words: list[str], match: str) ->
 
 def test_output_is_for_a_history(series: Path) -> None:
     """Two runs are compared as text alone."""
-    with pytest.raises(SettingsError, match="--output: is for --history alone"):
+    with pytest.raises(SettingsError, match="--output: is only for --history"):
         compare_command([str(series / "run-9"), str(series / "run-10"), "--output=x"])
 
 

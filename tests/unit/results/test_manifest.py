@@ -15,6 +15,7 @@ from job.common import hashing, host
 from job.evaluation import comparison
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
 from job.results import manifest
+from job.results.summary import summary
 from tests.helpers import task_scores as scores
 
 HASH = "0123456789abcdef" * 4
@@ -125,7 +126,7 @@ def test_what_json_cannot_hold_is_not_built() -> None:
 def test_the_summary_says_it_in_five_lines() -> None:
     """What was trained, both accuracies with the interval, the verdict with its p, the cost, where the results lie."""
     task = built()["evaluation"]["tasks"]["arc_easy"]
-    lines = manifest.summary(built(), "/x/results.json")
+    lines = summary(built(), "/x/results.json")
     assert len(lines) == 5
     assert "6 steps on 80 examples, loss 1.500" in lines[0]
     assert f"{100 * task['base']['acc']:.2f} % -> {100 * task['adapter']['acc']:.2f} %" in lines[1]
@@ -148,7 +149,7 @@ def test_figures_without_an_unquantized_base_name_the_base(quantization: str, ag
     results["evaluation"]["groups"] = {"many": {"tasks": ["arc_easy"], "metrics": {"acc": one}}}
     told = {**figures, "verdict": "improved", "higher_is_better": True, "aggregation": "mean"}
     results["evaluation"]["measured"] = {"sums": {"n": 30, "metrics": {"exact_match": told}}}
-    lines = manifest.summary(results, "/x/results.json")
+    lines = summary(results, "/x/results.json")
     assert lines[-1] == f"many acc improved{against}; results: /x/results.json"
     assert [line for line in lines if f", improved{against}, 9 better and 1 worse, p = 0.01" in line] == [
         line for line in lines if line.startswith(("many, ", "sums, "))

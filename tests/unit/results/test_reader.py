@@ -35,7 +35,7 @@ def test_numbers_beyond_all_measure_are_refused(published: bytes, place: str, nu
     for name in above:
         part = part[int(name) if isinstance(part, list) else name]
     part[last] = number
-    with pytest.raises(ValueError, match=rf"{place} is a number beyond 10\^18"):
+    with pytest.raises(ValueError, match=rf"{place} is a number above 10\^18"):
         parse(json.dumps(results).encode())
 
 
@@ -85,7 +85,7 @@ def test_a_folder_of_runs_is_no_run(tmp_path: Path) -> None:
     """The output folder given in place of a run is answered with one that lies in it; so is a folder as a file."""
     (tmp_path / "runs/one").mkdir(parents=True)
     (tmp_path / "runs/one/results.json").write_text("{}")
-    with pytest.raises(SettingsError, match=rf"holds runs, and is none itself; .* {tmp_path}/runs/one/$"):
+    with pytest.raises(SettingsError, match=rf"contains runs, but is not a run itself; .* {tmp_path}/runs/one/$"):
         verify_command([str(tmp_path / "runs")])
     run = publish_run(tmp_path / "run", {"arc_easy": pairs(8)})
     with pytest.raises(SettingsError, match=rf"is a folder; name a file, such as {tmp_path}/report.html"):

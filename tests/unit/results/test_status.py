@@ -20,11 +20,13 @@ from job.errors import DataError, JobError, NoProgress, Preempted, Problem, Sett
 from job.preemption.stop_flag import Stop
 from job.records import TrainingProgress
 from job.results import status as of_status
-from job.results.status import AttemptEnd, RunStatus, as_json, as_lines, headline, read_status
-from job.runs.attempt import Attempt, open_attempt
+from job.results.status import AttemptEnd, RunStatus, as_json, read_status
+from job.results.status_text import as_lines, headline
+from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
 from job.runs.layout import LEASE, Stage, attempt_key, marker_key
 from job.runs.lease import take
+from job.runs.open_attempt import open_attempt
 from job.runs.run_log import IdleLimit
 from job.storage.local import LocalStore
 from job.storage.open import StorageOptions
@@ -136,11 +138,11 @@ def test_a_preempted_run_waits(tmp_path: Path) -> None:
         save(run, 5)
         raise Preempted("stopped by SIGTERM; step 5 of 96 is saved")
     found = seen(run, 10_000)
-    assert (found.state, headline(found)) == ("preempted", "preempted, waiting for a next attempt")
+    assert (found.state, headline(found)) == ("preempted", "preempted, waiting for the next attempt")
     assert (found.stage, found.checkpoints) == ("train", (5,))
     text = "\n".join(as_lines(found))
     assert "7 of 96 (when the attempt ended)" in text
-    assert "preempted with code 75 (preempted; the state is durable): stopped by SIGTERM; step 5" in text
+    assert "preempted with code 75 (preempted; a restart resumes the run): stopped by SIGTERM; step 5" in text
 
 
 def test_what_is_saved_is_told_apart_from_what_is_lost(tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_a_failed_run_says_with_which_code(tmp_path: Path, error: Exception, cod
     found = seen(run)
     assert found.state == "failed"
     assert headline(found).startswith(f"failed with code {code} (")
-    assert headline(found).endswith("needs a correction" if code == 65 else "resumes the run")
+    assert headline(found).endswith("correct the cause before the next attempt" if code == 65 else "resumes the run")
     assert found.last_end is not None
     assert found.last_end.exit_code == code
     assert b"hunter2" not in (run / attempt_key(1)).read_bytes()
@@ -188,7 +190,7 @@ def test_an_idle_run_has_failed(tmp_path: Path) -> None:
     with pytest.raises(JobError), attempt_at(run, idle=IdleLimit(1)):
         raise Preempted("stopped by SIGTERM")
     words = "failed with code 71 (several attempts in a row made no progress)"
-    assert headline(seen(run)) == f"{words}; a next attempt resumes the run"
+    assert headline(seen(run)) == f"{words}; the next attempt resumes the run"
 
 
 def test_a_stall_is_recorded_before_the_watchdog_ends_the_process(tmp_path: Path) -> None:
@@ -200,8 +202,8 @@ def test_a_stall_is_recorded_before_the_watchdog_ends_the_process(tmp_path: Path
     assert found.last_end is not None
     assert (found.last_end.exit_code, found.last_end.outcome) == (74, "stalled")
     assert found.last_end.why == "no progress for 1800 s"
-    words = "failed with code 74 (no progress for too long; the state is durable)"
-    assert headline(found) == f"{words}; a next attempt resumes the run"
+    words = "failed with code 74 (no progress for too long; a restart resumes the run)"
+    assert headline(found) == f"{words}; the next attempt resumes the run"
     with pytest.raises(NoProgress), attempt_at(run, idle=IdleLimit(2)):
         raise Preempted("stopped by SIGTERM")
 
@@ -270,7 +272,7 @@ def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
     save(tmp_path / "run", 20)
     for record, words in (
         (replace(ATTEMPTS[0], outcome="failed"), "failed (the version of the job that ran it did not record the"),
-        (ATTEMPTS[0], "preempted, waiting for a next attempt"),
+        (ATTEMPTS[0], "preempted, waiting for the next attempt"),
         (replace(ATTEMPTS[0], outcome="running", finished=None), "stalled (no sign of life for "),
         (replace(ATTEMPTS[0], outcome="killed", finished=None), "stalled (no sign of life for "),
     ):

@@ -26,10 +26,11 @@ from job.records import Artifact, Evaluated, Pulled
 from job.results.completed import withdraw_incomplete
 from job.runs import attempt as runs_attempt
 from job.runs import stage_records
-from job.runs.attempt import Attempt, missing, open_attempt
+from job.runs.attempt import Attempt, missing
 from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
 from job.runs.lease import Lease, fenced, take
+from job.runs.open_attempt import open_attempt
 from job.runs.run_log import IdleLimit, close_run_log, idle_pause, parse_record, read_run_log
 from job.runs.run_settings import keep_settings
 from job.storage.base import CHANGES, MAX_READ_BYTES, write_in_turn

@@ -12,8 +12,9 @@ from structlog.testing import capture_logs
 
 from job.common.resources import MainMemory, main_memory
 from job.errors import JobError
-from job.results.status import STALLED_SECONDS, as_lines
-from job.runs import attempt as attempt_module
+from job.results.status import STALLED_SECONDS
+from job.results.status_text import as_lines
+from job.runs import attempt, open_attempt
 from job.runs.killed_for_memory import why_killed
 from job.runs.run_log import LoggedAttempt, Noted, parse_logged
 from job.storage.local import LocalStore
@@ -56,7 +57,8 @@ def test_what_points_to_memory(before: LoggedAttempt, now: MainMemory | None, wh
 def test_the_next_attempt_and_status_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the settings to change, in the log and for people; an attempt that ended by itself is not spoken of."""
     run, memory = tmp_path / "run", [MUCH]
-    monkeypatch.setattr(attempt_module, "main_memory", lambda: memory[0])
+    for module in (attempt, open_attempt):
+        monkeypatch.setattr(module, "main_memory", lambda: memory[0])
     with attempt_at(run, killed=True) as first:
         first.loading = True
         first.note("running")

@@ -157,7 +157,7 @@ def test_lease_that_went_away(
         store.delete(KEY)
     else:
         store.write(KEY, garbage)
-    with pytest.raises(Unreachable, match=r"lease\.json.*the next attempt goes on"):
+    with pytest.raises(Unreachable, match=r"lease\.json.*the next attempt resumes"):
         ask(lease)
 
 
@@ -204,7 +204,7 @@ def test_an_epoch_beyond_all_names_is_no_lease(store: LocalStore) -> None:
     """An epoch that no attempt's name can hold is refused like any other damage, not handed on."""
     record = {"epoch": 10**9, "holder": "a/b", "started": "2026-01-01T00:00:00Z", "heartbeat": 0}
     store.write(KEY, sealed(record))
-    with pytest.raises(DataError, match=r"lease\.json: is no lease"):
+    with pytest.raises(DataError, match=r"lease\.json: is not a valid lease"):
         take(store, "a")
 
 
@@ -229,7 +229,7 @@ def test_a_fence_writes_plainly_without_conditions(store: LocalStore) -> None:
 def test_garbage_is_not_taken_over(store: LocalStore, garbage: bytes) -> None:
     """What lies in the lease's place and is none is left alone, with an error that names it."""
     store.write(KEY, garbage)
-    with pytest.raises(DataError, match=r"lease\.json: is no lease"):
+    with pytest.raises(DataError, match=r"lease\.json: is not a valid lease"):
         take(store, "a")
     stored = store.read(KEY)
     assert stored is not None
@@ -244,7 +244,7 @@ def test_a_changed_digit_is_no_lease(store: LocalStore) -> None:
     stored = store.read(KEY)
     assert stored is not None
     store.write(KEY, stored.data.replace(b'"epoch": 2', b'"epoch": 1'))
-    with pytest.raises(DataError, match=r"lease\.json: is no lease"):
+    with pytest.raises(DataError, match=r"lease\.json: is not a valid lease"):
         take(store, "c")
 
 

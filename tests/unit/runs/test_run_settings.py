@@ -109,7 +109,7 @@ def test_without_its_settings_the_stages_decide(tmp_path: Path, damage: Callable
     damage(store)
     for ask in (compare_settings, keep_settings):
         if ask is compare_settings:
-            with pytest.raises(SettingsError, match=r"settings\.json: is gone or damaged.*JOB_RUN__ID"):
+            with pytest.raises(SettingsError, match=r"settings\.json: is missing or damaged.*JOB_RUN__ID"):
                 ask(store, {"train.epochs": 3})
         ask(store, SETTINGS)
     stored = store.read("settings.json")

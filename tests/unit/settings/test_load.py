@@ -380,7 +380,7 @@ class TestUnknownNames:
     def test_on_the_command_line(self) -> None:
         """With the nearest name spelled as an option; the value after it is no second problem."""
         assert problems(["--train.epocs", "3"]) == {
-            "command line --train.epocs": "is no setting; the nearest is --train.epochs",
+            "command line --train.epocs": "is not a setting; the nearest is --train.epochs",
         }
 
     def test_a_group_that_was_forgotten(self) -> None:
@@ -399,12 +399,12 @@ class TestUnknownNames:
 
     def test_none_is_better_than_a_wrong_one(self) -> None:
         """Where no name is similar, the command that lists them all is named."""
-        assert problems([], {"JOB_QQQQ": "1"})["environment JOB_QQQQ"].endswith("`qlora-job config` lists them all")
+        assert problems([], {"JOB_QQQQ": "1"})["environment JOB_QQQQ"].endswith("`qlora-job config` lists all settings")
 
     def test_in_hyperparameters(self, sagemaker: Callable) -> None:
         """Also where SageMaker would let it pass."""
         assert problems([], sagemaker({"epochs": "3"})) == {
-            "hyperparameters.json epochs": "is no setting; the nearest is train.epochs",
+            "hyperparameters.json epochs": "is not a setting; the nearest is train.epochs",
         }
 
     def test_in_a_file(self, tmp_path: Path) -> None:
@@ -741,7 +741,7 @@ class TestWrongValues:
         """A percent sign, and a number of per cent, are told what a fraction is."""
         found = problems(["--gate.min_delta=1%", "--gate.max_regression=5"])
         assert found["JOB_GATE__MIN_DELTA (command line)"] == "must be a number without a percent sign: 1 % is 0.01"
-        assert "0.05 is 5 %" in found["JOB_GATE__MAX_REGRESSION (command line)"]
+        assert "5 % is 0.05" in found["JOB_GATE__MAX_REGRESSION (command line)"]
 
     def test_a_broken_file_is_not_quoted(self, tmp_path: Path) -> None:
         """The line number is given, the line is not: it may hold a secret."""
@@ -847,7 +847,7 @@ class TestCombinations:
     def test_an_output_behind_a_broken_link(self, tmp_path: Path) -> None:
         """A link to a volume that is not mounted is found now, not after the training."""
         (tmp_path / "link").symlink_to(tmp_path / "unmounted")
-        assert "link to nothing" in problems([f"--run.output={tmp_path}/link/runs"])["JOB_RUN__OUTPUT (command line)"]
+        assert "broken link" in problems([f"--run.output={tmp_path}/link/runs"])["JOB_RUN__OUTPUT (command line)"]
 
     def test_an_output_with_too_long_a_name(self) -> None:
         """The system's own refusal becomes a problem."""
@@ -1017,7 +1017,7 @@ class TestMethods:
 
     def test_two_stages_need_two_sources(self) -> None:
         """The first stage is a run of its own: its id, data and schedule, no gate, nothing of preferences."""
-        assert "must be given" in problems(["--train.method=sft,dpo"])["JOB_DATA__SFT_SOURCE (default)"]
+        assert "must be set" in problems(["--train.method=sft,dpo"])["JOB_DATA__SFT_SOURCE (default)"]
         given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl", "--train.sft_epochs=3", "--train.beta=0.3"]
         whole = load_settings(
             [*given, "--run.id=x", "--run.output=out", "--gate.min_delta=0.1", "--export.formats=merged"], {}
@@ -1062,7 +1062,7 @@ class TestMethods:
         given += ["--data.sft_validation=0.1", f"--data.sft_validation_revision={'0' * 40}"]
         found = problems(given)
         assert "JOB_DATA__SFT_SOURCE=name=1000rows" in found["JOB_DATA__SFT_LIMIT (command line)"]
-        assert "JOB_DATA__SFT_VALIDATION names none" in found["JOB_DATA__SFT_VALIDATION_REVISION (command line)"]
+        assert "JOB_DATA__SFT_VALIDATION is not one" in found["JOB_DATA__SFT_VALIDATION_REVISION (command line)"]
         alone = problems(["--train.method=dpo", "--data.sft_fields=prompt=q", "--train.loss_on=completion"])
         assert "only with two" in alone["JOB_DATA__SFT_FIELDS (command line)"]
         assert "only with sft" in alone["JOB_TRAIN__LOSS_ON (command line)"]
@@ -1307,8 +1307,11 @@ def test_secrets_are_keys_and_logins() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--run.output=gs://bucket/runs"], "ENDPOINT_URL.*s3:// alone.*set GOOGLE_BASE_URL for gs:// instead"),
-        (["--run.output=az://bucket/runs"], "JOB_STORAGE__ENDPOINT_URL.*s3:// alone.*AZURE_STORAGE_ENDPOINT for az://"),
+        (["--run.output=gs://bucket/runs"], "ENDPOINT_URL.*only for s3://.*set GOOGLE_BASE_URL for gs:// instead"),
+        (
+            ["--run.output=az://bucket/runs"],
+            "JOB_STORAGE__ENDPOINT_URL.*only for s3://.*AZURE_STORAGE_ENDPOINT for az://",
+        ),
         (["--run.output=gs://bucket/runs", "--data.source=s3://bucket/rows.jsonl"], None),
         (["--run.output=s3://bucket/runs"], None),
         ([], None),
@@ -1422,7 +1425,8 @@ class TestValidation:
     [
         ({"JOB_MODEL__QUANTIZATION": "none"}, "JOB_MODEL__QUANTIZATION is none"),
         ({"JOB_MODEL__KEEP_DEQUANTIZED": "true"}, "JOB_MODEL__KEEP_DEQUANTIZED keeps the base on the GPU"),
-        ({"JOB_RUN__PROCESSES": "1"}, "JOB_RUN__PROCESSES is 1"),
+        ({"JOB_RUN__PROCESSES": "1"}, "the run has one process"),
+        ({"JOB_RUN__ID": "a", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "the run has one process"),
     ],
 )
 def test_a_placement_that_cannot_be(with_it: dict[str, str], said: str) -> None:

@@ -82,7 +82,8 @@ class TestRevisions:
         file = environ["JOB_CONFIG"]
         assert problems([], environ) == {
             f"JOB_MODEL__REVISION (file {file})": f"is for the JOB_MODEL__ID of file {file}, but environment "
-            "JOB_MODEL__ID names another; give JOB_MODEL__REVISION there too, or empty there for the newest revision"
+            "JOB_MODEL__ID names another; set JOB_MODEL__REVISION there too, or set it to empty there for the newest"
+            " revision"
         }
         assert load_settings([], environ | {"JOB_MODEL__REVISION": "def"}).model.revision == "def"
         assert load_settings([], environ | {"JOB_MODEL__REVISION": ""}).model.revision is None
@@ -119,7 +120,7 @@ class TestSecretsFolder:
     def test_a_folder_that_is_missing_is_an_error(self, tmp_path: Path, place: str, load: type) -> None:
         """A mount that failed must not become a run with other settings."""
         (tmp_path / "file").touch()
-        with pytest.raises(SettingsError, match=r"^JOB_SECRETS_DIR \(environment\): names no folder"):
+        with pytest.raises(SettingsError, match=r"^JOB_SECRETS_DIR \(environment\): is not a folder"):
             load([], {"JOB_SECRETS_DIR": str(tmp_path / place)})
 
     def test_its_exit_code(self, tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ class TestSecretsFolder:
         (tmp_path / "JOB_TRAIN__EPOCS").write_text("hf_secret1")
         (tmp_path / "JOB_LORA__RANK").write_text("hf_secret2")
         found = problems([], {"JOB_SECRETS_DIR": str(tmp_path)})
-        assert found["secret JOB_TRAIN__EPOCS"] == "is no setting; the nearest is JOB_TRAIN__EPOCHS"
+        assert found["secret JOB_TRAIN__EPOCS"] == "is not a setting; the nearest is JOB_TRAIN__EPOCHS"
         assert "JOB_LORA__RANK (secret JOB_LORA__RANK)" in found
         assert len(found) == 2
         assert "hf_secret" not in str(found)

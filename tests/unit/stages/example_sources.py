@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from job.evaluation.tasks import load_tasks
-from job.model.base import load_tokenizer
 from job.model.files import fingerprint
+from job.model.tokenizer import load_tokenizer
 from job.records import Pulled
 from job.stages.handoff import Sources
 from tests.example_run import DATASET

@@ -62,7 +62,7 @@ def test_a_document_that_cannot_be_made_is_left_out(
     added = {artifact["path"] for artifact in complete["artifacts"]} - {a["path"] for a in made["artifacts"]}
     assert added == left
     told = capsys.readouterr()
-    assert "report or model card cannot be rendered" in told.out + told.err
+    assert "report or model card cannot be written" in told.out + told.err
 
 
 def test_a_store_that_fails_is_not_hidden(

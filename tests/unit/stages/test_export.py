@@ -17,20 +17,21 @@ from transformers import AutoModelForCausalLM
 from job.common.hashing import hash_file
 from job.data.batch_plan import epoch_order
 from job.data.calibration import hash_rows
-from job.errors import DataError, Preempted, SettingsError, Unreachable
+from job.errors import DataError, Preempted, SettingsError, TrainingFailed, Unreachable
 from job.export import fp8
 from job.export.formats import DERIVED, DerivedInputs
 from job.export.merge import Candidates
 from job.export.quantizable import CannotMake
 from job.model.adapter_files import load_adapter, save_adapter
-from job.model.base import describe_model
+from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
 from job.records import PEFT, Example, ExecutionPlan, Exported, Packing, QuantizationRecord, ScoringPrecision, Trained
-from job.runs.attempt import Attempt, open_attempt
+from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
+from job.runs.open_attempt import open_attempt
 from job.settings.load import Settings, load_settings
 from job.stages.export import export
 from job.stages.export_check import check_export
@@ -178,7 +179,7 @@ def test_a_base_that_changed_meanwhile_is_refused(world: World, tmp_path: Path) 
     (other.folder / "base/generation_config.json").write_text("{}")
     with attempt_at(tmp_path / "run") as attempt:
         trained = other.trained(attempt.store)
-        with pytest.raises(DataError, match="its files have changed"):
+        with pytest.raises(DataError, match="has changed since this run began"):
             export(attempt, other.settings(), sources, other.loaded(), trained)
 
 
@@ -337,8 +338,14 @@ def test_what_cannot_be_made_does_not_lose_the_run(
     found = run(world, tmp_path / "run", "--export.formats=merged,fp8", "--export.merge_onto=original")
     full = replace(DERIVED["fp8"], make=lambda _inputs: _raise(CannotMake("it ended: No space left on device")))
     monkeypatch.setitem(DERIVED, "fp8", full)  # type: ignore[misc]
-    with pytest.raises(Unreachable, match="fp8 cannot be made, since the disk is full"):
+    with pytest.raises(Unreachable, match="fp8 cannot be written, since the disk is full"):
         run(world, tmp_path / "full", "--export.formats=fp8", "--export.merge_onto=original")
+    short = replace(
+        full, make=lambda _inputs: _raise(CannotMake("it ended: torch.OutOfMemoryError: CUDA out of memory"))
+    )
+    monkeypatch.setitem(DERIVED, "fp8", short)  # type: ignore[misc]
+    with pytest.raises(TrainingFailed, match=r"memory ran out while fp8 was made.*JOB_EXPORT__FORMATS"):
+        run(world, tmp_path / "short", "--export.formats=fp8", "--export.merge_onto=original")
     merged, failed = found.exports
     assert merged.published
     assert artifacts_below(found, "merged/")

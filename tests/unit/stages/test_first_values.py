@@ -17,8 +17,8 @@ from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE, Alone, Processes
 from job.errors import DataError, Problem
 from job.model.adapter_options import AdapterOptions
-from job.model.base import load_tokenizer
 from job.model.lora import trainable
+from job.model.tokenizer import load_tokenizer
 from job.records import Artifact, DatasetRecord, FirstValues, Pulled
 from job.settings.load import Settings, load_settings
 from job.stages import first_values

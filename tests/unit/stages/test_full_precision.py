@@ -15,14 +15,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from job.errors import Preempted
-from job.model.base import describe_model
+from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
 from job.records import Evaluated, Packing
-from job.runs.attempt import Attempt, open_attempt
+from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
+from job.runs.open_attempt import open_attempt
 from job.settings.load import Settings, load_settings
 from job.stages import full_precision
 from job.stages.full_precision import evaluate_bases
@@ -242,14 +243,20 @@ def test_where_it_cannot_be_scored_the_record_says_why(
     def full(*_args: object, **_words: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
+    def exhausted() -> object:
+        raise MemoryError
+
     monkeypatch.setattr(full_precision, "load_base", full)
     out = run(world, tmp_path, name="out")
+    monkeypatch.setattr(full_precision, "load_base", lambda *_args, **_words: exhausted())
+    host = run(world, tmp_path, name="host")
     reasons = []
-    for found in (small, only, out):
+    for found in (small, only, out, host):
         assert found.full_precision is not None
         assert found.full_precision.scores == {}
         assert found.scores["arc_easy"].n == QUESTIONS
         reasons.append(found.full_precision.not_scored)
     assert reasons[0].startswith("it takes ")
     assert reasons[0].endswith(" are free")
-    assert reasons[1:] == ["the base is published quantized only", "memory ran out while it was scored"]
+    ran_out = "memory ran out while it was scored"
+    assert reasons[1:] == ["the base is only published quantized", ran_out, ran_out]

@@ -93,6 +93,16 @@ def test_both_stages_data_is_looked_at(tmp_path: Path) -> None:
     ]
 
 
+def test_one_process_shares_no_base(tmp_path: Path) -> None:
+    """With `auto`, the number of processes is known when the job starts: told with all that is wrong then."""
+    sharded = ("--model.placement=sharded", "--model.quantization=nf4")
+    with pytest.raises(SettingsError) as caught:
+        check_inputs(settings(*sharded, f"--data.source={tmp_path}/gone.jsonl"), processes=1)
+    assert [problem.where for problem in caught.value.problems] == ["JOB_DATA__SOURCE", "JOB_MODEL__PLACEMENT"]
+    for count in (2, None):
+        check_inputs(settings(*sharded), processes=count)
+
+
 def test_what_lies_in_a_store_is_not_asked_for() -> None:
     """Nothing is fetched: URIs are left to the pull, and a name of the hub to the hub."""
     remote = (

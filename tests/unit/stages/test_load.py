@@ -35,5 +35,5 @@ def test_a_mixture_of_an_earlier_version_is_not_quantized_anew(monkeypatch: pyte
         recorded=lambda name, _: EARLIER if name == BASE else None,
     )
     settings: Any = SimpleNamespace(lora=SimpleNamespace(init="default"))
-    with pytest.raises(SettingsError, match=r"JOB_MODEL__ID.*holds in 4 bits, and .* held in 16 bits; .*JOB_RUN__ID"):
+    with pytest.raises(SettingsError, match=r"JOB_MODEL__ID.*keeps in 4 bits, but .* kept in 16 bits; .*JOB_RUN__ID"):
         pipeline._load(attempt, settings, SimpleNamespace(record=None))

@@ -75,8 +75,6 @@ def test_it_goes_where_it_fits(base_folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_cannot_be_is_refused(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the base is loaded, naming the setting."""
-    with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is sharded, and the run has one process"):
-        place(base_folder, JOB_MODEL__PLACEMENT="sharded")
     monkeypatch.setattr(placement, "available_bytes", lambda: 1000)
     with pytest.raises(SettingsError, match=r"JOB_MODEL__PLACEMENT: is host, and .* of main memory"):
         place(base_folder, JOB_MODEL__PLACEMENT="host")
@@ -87,7 +85,7 @@ def test_every_process_needs_a_copy_in_the_containers_memory(
 ) -> None:
     """A limit by cgroup version 2 that one copy fits into and two do not: refused with the figures, and not killed."""
     settings = settings_of(base_folder)
-    setup = placement._setup(settings.model, settings.train, settings.lora, base_folder, PLAIN)
+    setup = placement.setup_before_loading(settings.model, settings.train, settings.lora, base_folder, PLAIN)
     assert setup is not None
     copy = packed_bytes(setup)
     (tmp_path / "memory.max").write_text(f"{int(1.9 * copy / MAIN_MEMORY_SHARE) + (1 << 20)}\n")
@@ -99,12 +97,16 @@ def test_every_process_needs_a_copy_in_the_containers_memory(
         place(base_folder, processes=Two("host"), JOB_MODEL__PLACEMENT="host")
 
 
-def test_the_plan_says_where_it_is(base_folder: Path) -> None:
-    """In the record of the run, with the reason."""
+def test_the_plan_says_where_it_is(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the record of the run, with the reason. Loading also has processes agree on kernels."""
+    agreed = list[str]()
+    for name in ("agree_on_kernels", "agree_on_attention"):
+        monkeypatch.setattr(load, name, lambda *_, name=name: agreed.append(name))
     settings = settings_of(base_folder, JOB_MODEL__PLACEMENT="host")
     plan = load.load(settings, sources_of(settings, base_folder)).plan
     assert plan.base_held == "host"
     assert plan.reason.endswith("JOB_MODEL__PLACEMENT is host")
+    assert agreed == ["agree_on_kernels", "agree_on_attention"]
 
 
 @pytest.mark.parametrize(("capability", "place"), [((8, 0), "gpu"), ((7, 0), "host")])

@@ -13,7 +13,7 @@ import pytest
 import structlog
 import torch
 
-from job.errors import SettingsError
+from job.errors import SettingsError, TrainingFailed
 from job.evaluation.principles import parse_judgements, rules_sha256
 from job.records import Artifact, Evaluated, JudgeRecord, PromptAnswer, Pulled, SafetyRecord
 from job.runs import stage_records
@@ -67,9 +67,9 @@ def test_a_served_judge_is_asked_before_training(tmp_path: Path) -> None:
         check_judge(options, judge, lambda: None)
         check_judge(options, replace(judge, record=replace(judge.record, model="http://no.invalid")), lambda: None)
     assert [log["event"].split(";")[0] for log in logs] == [
-        "the judge does not answer yet",
-        "JOB_EVAL__JUDGE_KEY goes to the judge unencrypted",
-        "the judge does not answer yet",
+        "the judge does not answer now",
+        "JOB_EVAL__JUDGE_KEY is sent to the judge unencrypted",
+        "the judge does not answer now",
     ]
 
 
@@ -86,6 +86,11 @@ class Asked:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.asked.append(self.device)
         return "A"
+
+
+def exhausted() -> Any:
+    """Fails as Python does without main memory."""
+    raise MemoryError
 
 
 def test_all_pairs_are_judged_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +120,10 @@ def test_all_pairs_are_judged_on_one_device(tmp_path: Path, monkeypatch: pytest.
     room["cuda"] = 99
     judge_answers(attempt, own.eval, own.run, judge, artifacts)
     assert len(asked) == 7
+    monkeypatch.setattr(principles, "open_judge", lambda *_: exhausted())
+    answers_of_others = replace(judge, record=replace(RECORD, model="models/other"))
+    with pytest.raises(TrainingFailed, match=r"the machine's memory ran out while judging.*JOB_EVAL__JUDGE"):
+        judge_answers(attempt, own.eval, own.run, answers_of_others, artifacts)
 
 
 def test_answers_that_are_others_are_judged_again() -> None:

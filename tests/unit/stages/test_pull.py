@@ -76,6 +76,10 @@ CASES: dict[str, tuple[dict[str, str], int, str]] = {
     "data set": ({"JOB_DATA__SOURCE": "some/missing", "JOB_DATA__REVISION": "main"}, 77, "data set some/missing"),
     "questions": ({"JOB_EVAL__DATA": "arc_easy=/nope.json"}, 65, "JOB_EVAL__DATA: /nope.json does not exist"),
     "target module": ({"JOB_LORA__TARGET_MODULES": "q_prj"}, 2, "q_prj"),
+    "experts": (
+        {"JOB_LORA__EXPERTS": "true", "JOB_DATA__SOURCE": "some/missing", "JOB_DATA__REVISION": "main"},
+        *(2, "JOB_LORA__EXPERTS: is on, and MistralForCausalLM has no experts"),
+    ),
     "long question": ({"JOB_EVAL__DATA": "arc_easy={long}"}, 65, "tokens long with its longest choice"),
 }
 
@@ -178,7 +182,7 @@ def audited(by: str, languages: dict[str, int], sha256: str) -> DatasetRecord:
         (audited("detect-secrets 1.5", {}, "44"), audited("detect-secrets 1.5", {}, "44")),
         (
             audited("", {}, "44"),
-            "kind secret were looked for by detect-secrets 1.5 when this run began, and by nothing",
+            "kind secret were searched for by detect-secrets 1.5 when this run began, and by nothing",
         ),
     ],
 )
@@ -203,7 +207,7 @@ def test_findings_that_are_gone_are_not_replaced_by_others(tmp_path: Path) -> No
         damaged=lambda artifacts: [artifact.path for artifact in artifacts],
     )
     sources: Any = SimpleNamespace(record=record, findings=tmp_path / "findings.jsonl")
-    with pytest.raises(DataError, match="is gone, and the audit's tools on this machine find something else"):
+    with pytest.raises(DataError, match="is missing, and the audit's tools on this machine find other things"):
         publish_findings(attempt, sources)
 
 
@@ -274,7 +278,7 @@ def test_a_later_attempt_fetches_the_original_model_from_its_bucket(bucket: Stor
     record = Pulled(DATASET, fingerprint(tmp_path / "base"), None, {})
     folder = fetch_original(attempt, place, bucket, record)
     assert fingerprint(folder) == record.model_sha256
-    with pytest.raises(DataError, match=r"JOB_MODEL__ID: .* is not what this run began with"):
+    with pytest.raises(DataError, match=r"JOB_MODEL__ID: .* has changed since this run began"):
         fetch_original(attempt, place, bucket, replace(record, model_sha256="0" * 64))
 
 
@@ -342,7 +346,7 @@ def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
     read = MagicMock()
     monkeypatch.setattr(pull, "read_rows", read)
     steps = ("find_base", "_load_tasks", "fetch_rows", "load_tokenizer", "rows_with", "_check_lengths", "_wait")
-    for name in (*steps, "import_libraries", "import_client"):
+    for name in (*steps, "import_libraries", "import_client", "check_model", "check_rows"):
         monkeypatch.setattr(pull, name, MagicMock())
     for name, value in {
         "_early_files": (tmp_path, False),

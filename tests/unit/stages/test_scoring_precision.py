@@ -9,26 +9,30 @@ from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM
 
-from job.distributed.processes import ALONE
+from job.distributed.processes import ALONE, Alone
+from job.distributed.ranks import Place
 from job.errors import Preempted
 from job.evaluation import scorer
-from job.model.base import describe_model
+from job.model.fused import precise_forward, scoring_decoder
+from job.model.fused.scoring_decoder import HeadSizes, TorchOperations, checked_attention
 from job.model.lora import add_adapter
+from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
 from job.records import Evaluated, FullPrecision, Packing, ScoringPrecision
-from job.runs.attempt import open_attempt
 from job.runs.fault_injection import arm
+from job.runs.open_attempt import open_attempt
 from job.settings.load import load_settings
 from job.settings.schema import Eval
 from job.stages import full_precision, scoring_precision
 from job.stages.full_precision import evaluate_bases
 from job.stages.handoff import Loaded
-from job.stages.scoring_precision import choose_precision
+from job.stages.scoring_precision import agree_on_attention, choose_precision
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 from tests.helpers import (
@@ -151,9 +155,7 @@ def test_numbers_too_large_for_fp16(world: Path, tmp_path: Path, monkeypatch: py
     """A base that has them is scored as it is trained. If only questions bring them up, these are scored in fp32."""
     large: dict[str, Any] = {"quantization": "none", "factor": 2.0**15}
     trained = run(world, tmp_path / "trained", **large)
-    assert trained.precision == ScoringPrecision(
-        "bf16", "bf16", "the base computes numbers that are too large for fp16"
-    )
+    assert trained.precision == ScoringPrecision("bf16", "bf16", "activations of the base are too large for fp16")
     weights = run(world, tmp_path / "weights", quantization="none", factor=1e8).precision
     assert weights == ScoringPrecision("bf16", "bf16", "weights of the base are too large for fp16")
     monkeypatch.setattr(scoring_precision, "_too_large", lambda *_: "")
@@ -200,3 +202,33 @@ def test_what_a_machine_of_another_kind_scored_is_scored_again(world: Path) -> N
         known = Evaluated({}, [], full_precision=FullPrecision("fp16", scores), precision=before)
         assert full_precision._scored_otherwise(known, PRECISE)
         assert not full_precision._scored_otherwise(known, ScoringPrecision("fp16", "fp16", "another reason"))
+
+
+class Two(Alone):
+    """One of two processes; whether Triton's attention fails its test in the other one."""
+
+    place = Place(0, 2, 0, 2)
+
+    def __init__(self, *, fails: bool) -> None:
+        self.fails = fails
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """Of both."""
+        return [value, self.fails]
+
+
+def test_attention_of_scoring_is_the_same_in_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton's fails its test in one of them, all score by torch's: a score depends on no process."""
+    heads, operations, cpu = HeadSizes(4, 2, 32, windowed=False), TorchOperations(1e4), torch.device("cpu")
+    monkeypatch.setattr(scoring_decoder, "_TORCH_IN_ALL", set())
+    monkeypatch.setattr(scoring_decoder, "attention_fails", lambda *_: False)
+    monkeypatch.setattr(precise_forward, "tested_attention", lambda *_: (heads, False))
+    monkeypatch.setattr(scoring_precision, "why_as_trained", lambda *_: "")
+    monkeypatch.setattr(scoring_precision, "fast_kernels", lambda *_: (None, "triton"))
+    loaded: Any = SimpleNamespace(model=SimpleNamespace(device=cpu))
+    for fails in (False, True):
+        with capture_logs() as lines:
+            agree_on_attention(Two(fails=fails), Eval(), loaded)
+        found: Any = checked_attention(operations, heads, cpu)
+        assert (found.__self__ is operations, len(lines)) == (not fails, int(fails))
+    agree_on_attention(ALONE, Eval(), loaded)

@@ -1,15 +1,13 @@
-"""What both stores have in common: the probe, and files that appear whole or not at all."""
+"""What both stores have in common: the probe, limits, and wrappers."""
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 
 import pytest
 
 from job.errors import Problem
-from job.storage.base import NotSupported, ObjectInfo, ObjectStore, Stored, atomic_write, byte_limit, disk_errors, probe
+from job.storage.base import NotSupported, ObjectInfo, ObjectStore, Stored, byte_limit, probe
 from job.storage.local import LocalStore
 from tests.wrapped_store import WrappedStore
 
@@ -55,40 +53,12 @@ def test_probe_takes_no_for_an_answer(tmp_path: Path) -> None:
     assert list(store.list()) == []
 
 
-def test_landing_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
-    """A file that could not be finished does not appear, and the old one stays."""
-    (tmp_path / "a").write_bytes(b"old")
-
-    def interrupted() -> None:
-        with atomic_write(tmp_path / "a") as temporary:
-            temporary.write_bytes(b"half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
-
-
-def test_landing_takes_the_longest_name(tmp_path: Path) -> None:
-    """A name as long as the file system allows can still be written."""
-    name = "n" * 255
-    with atomic_write(tmp_path / name) as temporary:
-        temporary.write_bytes(b"x")
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
 def test_allowance_counts_corrections() -> None:
     """A transfer that starts again gives bytes back: negative numbers count too."""
     allowed = byte_limit("a", 10)
     allowed(8)
     allowed(-8)
     allowed(10)
-
-
-def test_absence_passes_through() -> None:
-    """`FileNotFoundError` is an answer, and not turned into a failure of the disk."""
-    with pytest.raises(FileNotFoundError), disk_errors("a: cannot read"):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a")
 
 
 def test_every_verb_is_forwarded(tmp_path: Path) -> None:

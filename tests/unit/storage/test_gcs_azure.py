@@ -580,7 +580,7 @@ def test_a_key_for_encryption_is_not_ignored(tmp_path: Path, scheme: str) -> Non
     with answering(scheme, lambda request: request.refuse(500, "Asked")):
         store = opened(scheme, kms_key_id="key")
         for verb in ("write", "upload"):
-            with pytest.raises(SettingsError, match="JOB_STORAGE__KMS_KEY_ID: is for s3:// alone"):
+            with pytest.raises(SettingsError, match="JOB_STORAGE__KMS_KEY_ID: is only for s3://"):
                 verbs(store, tmp_path)[verb]()
 
 

@@ -259,7 +259,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
     assert download_model(str(tmp_path), None) == (tmp_path, None)
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
         make(tmp_path / name)
-        with pytest.raises(DataError, match=f"{name} is no regular file"):
+        with pytest.raises(DataError, match=f"{name} is not a regular file"):
             download_model(str(tmp_path), None)
         (tmp_path / name).unlink()
 
@@ -399,9 +399,9 @@ STRANGE: dict[str, tuple[str, int, bytes, int, str]] = {
     "no-commit": ("", 200, b'{"id": "x", "sha": null}', 69, "AssertionError"),
     "deep": ("", 200, b"[" * 100_000, 69, "RecursionError"),
     "no-size": ("/tree/", 200, b'[{"type": "file", "path": "config.json"}]', 69, "KeyError"),
-    "no-files": ("/tree/", 200, b"[]", 65, "no file that is loaded"),
+    "no-files": ("/tree/", 200, b"[]", 65, "none of the files that are loaded"),
     "proxy": ("", 407, b"<html>", 77, "HTTPS_PROXY"),
-    "lawyers": ("", 451, b"{}", 77, "not open"),
+    "lawyers": ("", 451, b"{}", 77, "has no access"),
     "only-listed": ("/resolve/", 404, b"{}", 65, "lists a file"),
 }
 """Answers that are none of the hub's: on which path, status and body; the exit code, and a part of the words."""
@@ -480,7 +480,7 @@ def test_an_answer_that_leads_out_of_the_cache_is_refused(tmp_path: Path) -> Non
         for name, (kind, message) in zip(HOSTILE, found, strict=True):
             assert kind == "Unreachable", (subject, name, message)
             assert f"{subject} some/{name}: " in str(message)
-            assert "answers in the hub's place" in str(message), (subject, name, message)
+            assert "answers instead of the hub" in str(message), (subject, name, message)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(home)] == []
     assert not list(tmp_path.rglob("*outside*"))
 
@@ -619,7 +619,7 @@ def bad_certificates(path: str) -> None:
 
 def no_address() -> None:
     """What a client does with an address that is none."""
-    raise type("UnsupportedProtocol", (Exception,), {"__module__": "httpx"})("no http://")
+    raise type("UnsupportedProtocol", (Exception,), {"__module__": "httpx"})("not an http://")
 
 
 def no_package() -> None:
@@ -653,7 +653,7 @@ def test_variables_that_make_no_sense_are_told(monkeypatch: pytest.MonkeyPatch) 
         int("ten seconds")
 
     monkeypatch.setattr("job.storage.hub.import_module", read_variables)
-    with pytest.raises(SettingsError, match=r"HF_ variable: makes no sense: .*ten seconds"):
+    with pytest.raises(SettingsError, match=r"HF_ variable: is invalid: .*ten seconds"):
         import_client()
 
 

@@ -122,7 +122,7 @@ def test_failing_disk_is_unreachable(store: LocalStore, monkeypatch: pytest.Monk
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(Unreachable, match="the disk fails"):
+    with pytest.raises(Unreachable, match="the disk reports an error"):
         store.write("a", b"new")
 
 
@@ -246,7 +246,7 @@ def test_lock_that_is_held_elsewhere(store: LocalStore, root: Path) -> None:
     store.write("a", b"1")
     with (root / ".store" / "lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(Unreachable, match="held by another process"):
+        with pytest.raises(Unreachable, match="locked by another process"):
             store.write("a", b"2")
         assert store.read("a") is not None
     store.write("a", b"2")

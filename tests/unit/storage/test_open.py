@@ -220,5 +220,5 @@ def test_a_glob_fetches_what_it_fits(options: StorageOptions, prefix: str, tmp_p
     assert Path(local).name == "a-*.jsonl"
     found = sorted(file.name for file in tmp_path.rglob("*") if file.is_file())
     assert found == ["a-0.jsonl", "a-1.jsonl"]
-    with pytest.raises(SettingsError, match="no object has such a name"):
+    with pytest.raises(SettingsError, match="no object matches"):
         fetch(f"{prefix}/c*", tmp_path, options)

@@ -225,7 +225,7 @@ def test_a_server_that_fails_costs_a_warning(files: Path, tmp_path: Path, what: 
         "another authority": "SSLError",
         "no token": "FileNotFoundError",
         "two lines": "several lines",
-        "plain http": "in the open",
+        "plain http": "unencrypted",
         "no pod": "KUBERNETES_POD_NAME",
     }
     assert why[what] in line["why"]

@@ -17,9 +17,9 @@ from structlog.testing import capture_logs
 
 from job.preemption.stop_flag import Stop
 from job.records import RunFigures, TrainingProgress
-from job.runs.attempt import open_attempt
 from job.runs.fault_injection import arm
 from job.runs.layout import Stage
+from job.runs.open_attempt import open_attempt
 from job.settings.load import exporters, load_settings, secrets
 from job.storage.local import LocalStore
 from job.tracking import live_metrics as module
@@ -192,7 +192,7 @@ def test_a_collector_that_fails_or_hangs_costs_a_warning(collector: Collector, s
         assert time.monotonic() - began < module.FLUSH_SECONDS + 3
     collector.seconds = 0.0
     (warning,) = [line["event"] for line in lines if line["log_level"] == "warning"]
-    assert "did not take the last figures" in warning
+    assert "did not accept the last metrics" in warning
 
 
 def test_a_collector_that_recovers_gets_the_figures(collector: Collector, variables: Callable[..., None]) -> None:
@@ -207,7 +207,7 @@ def test_a_collector_that_recovers_gets_the_figures(collector: Collector, variab
             time.sleep(0.02)
         collector.status = 200
     (warning,) = [line["event"] for line in lines if line["log_level"] == "warning"]
-    assert "does not take the figures" in warning
+    assert "does not accept the metrics" in warning
     assert len(collector.samples()) == len(EXPECTED)
 
 

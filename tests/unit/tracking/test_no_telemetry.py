@@ -38,7 +38,7 @@ import sys, time
 from pathlib import Path
 from job.cli.main import _tell_libraries
 _tell_libraries(None)
-from job.model.base import load_tokenizer
+from job.model.tokenizer import load_tokenizer
 from job.records import PEFT, ExecutionPlan
 from job.training.config import Hooks, Recipe
 from job.training.trainer import train

@@ -191,7 +191,7 @@ def test_a_tracker_that_is_frozen_holds_up_no_step(fake: dict[str, str], monkeyp
         for step in range(1, 3000):
             found.step(metrics(step))
     assert time.monotonic() - began < 5
-    assert [line["event"] for line in lines] == ["the tracker does not keep up; figures are left out"]
+    assert [line["event"] for line in lines] == ["the tracker is too slow; some metrics are left out"]
     found.leave()
 
 

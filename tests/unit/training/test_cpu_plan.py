@@ -8,8 +8,8 @@ import psutil
 import pytest
 
 from job.common.resources import available_bytes
-from job.training import prepare
-from job.training.prepare import keeps_activations
+from job.training import cpu_plan
+from job.training.cpu_plan import keeps_activations
 from tests.unit.training.test_memory_model import REFERENCE
 
 GB = 10**9
@@ -53,7 +53,7 @@ def test_activations_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatc
     """In a third of it: Mistral-7B's take 6.9 GB of 1,024 tokens in bf16, in each process."""
     found = {}
     for memory in (1, 16, 30, 60):
-        monkeypatch.setattr(prepare, "available_bytes", lambda memory=memory: memory * GB)
+        monkeypatch.setattr(cpu_plan, "available_bytes", lambda memory=memory: memory * GB)
         found[memory] = [keeps_activations(REFERENCE, *how) for how in ((1024, 2), (1024, 1), (128, 1))]
     no, yes = False, True
     assert found == {1: [no, no, no], 16: [no, no, yes], 30: [no, yes, yes], 60: [yes, yes, yes]}

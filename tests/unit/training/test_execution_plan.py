@@ -224,8 +224,8 @@ def test_only_what_is_certain_is_refused() -> None:
 
 def test_a_row_that_more_gpus_could_compute() -> None:
     """The refusal says how many, or what keeps those that there are from it; one that is divided has its own limit."""
-    assert ", or take 2 such GPUs, which compute it together" in refused(40, 343_000)
-    assert "take 2" not in refused(40, 343_000, sharing=Sharing(processes=2))
+    assert ", or use 2 such GPUs, which compute it together" in refused(40, 343_000)
+    assert "use 2" not in refused(40, 343_000, sharing=Sharing(processes=2))
     assert not refused(40, 300_000, sharing=Sharing(processes=2))
     assert "JOB_TRAIN__SEQUENCE_PARALLEL=auto: the 4 GPUs" in refused(40, 343_000, sharing=Sharing(may_divide=4))
     assert "cannot compute it together: because" in refused(40, 343_000, sharing=Sharing(never="because"))

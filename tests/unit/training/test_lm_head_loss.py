@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from job.model.families import FAMILIES
-from job.model.fused import lora_forward
+from job.model.fused import fused_decoder
 from job.model.lora import trainable
 from job.records import Example
 from job.training import lm_head_loss
@@ -54,11 +54,11 @@ def test_other_machines_models_and_dtypes_keep_trls_own(model: Any, monkeypatch:
     """A head that scales or caps its logits or may, half precision, which wants autocast, and a torch without it."""
     base = model.get_base_model()
     for family, name, value in (("gemma2", "final_logit_softcapping", 30.0), ("granite", "logits_scaling", 2.0)):
-        monkeypatch.setattr(lora_forward, "family_of", lambda _, entry=FAMILIES[family]: entry)
+        monkeypatch.setattr(fused_decoder, "family_of", lambda _, entry=FAMILIES[family]: entry)
         monkeypatch.setattr(base.config, name, value, raising=False)
         assert not can_sum(base)
         monkeypatch.undo()
-    monkeypatch.setattr(lora_forward, "family_of", lambda _: None)
+    monkeypatch.setattr(fused_decoder, "family_of", lambda _: None)
     assert not can_sum(base)
     monkeypatch.undo()
     monkeypatch.setattr(type(base), "dtype", torch.bfloat16)

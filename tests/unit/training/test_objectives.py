@@ -14,8 +14,8 @@ from job.common.methods import METHODS
 from job.data.batch_plan import Steps, batch, epoch_order
 from job.data.preferences import join, with_partners
 from job.distributed.processes import ALONE
-from job.model.base import load_tokenizer
 from job.model.lora import adapter_off, trainable
+from job.model.tokenizer import load_tokenizer
 from job.records import Example
 from job.training.config import Hooks, Preference
 from job.training.flat_parameters import FlatParameters

@@ -12,6 +12,7 @@ import torch
 from structlog.testing import capture_logs
 
 from job.common.resources import MainMemory
+from job.distributed.processes import Alone
 from job.distributed.ranks import Place
 from job.errors import SettingsError
 from job.model.adapter_options import AdapterOptions
@@ -19,10 +20,11 @@ from job.model.fused import kernels, long_attention
 from job.model.fused.long_attention import FLASH, TRITON
 from job.model.packed_attention import NAME
 from job.records import PEFT, ExecutionPlan
-from job.training import gpu_capability
+from job.training import cpu_plan, fp8_check, gpu_capability, long_row_plan
 from job.training import prepare as prepare_module
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.gpu_capability import fast_kernels, require_fp8, why_not_fused
+from job.training.fp8_check import require_fp8
+from job.training.gpu_capability import agree_on_kernels, fast_kernels, why_not_fused
 from job.training.prepare import prepare, token_budget
 from tests.helpers import make_model
 
@@ -39,8 +41,14 @@ SETTINGS: dict[str, Any] = {
 
 def with_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     """This machine has a GPU of that compute capability."""
-    for module in (gpu_capability, prepare_module):
+    for module in (fp8_check, gpu_capability, prepare_module):
         monkeypatch.setattr(module, "compute_capability", lambda: capability)
+
+
+def with_memory(monkeypatch: pytest.MonkeyPatch, total: int, free: int) -> None:
+    """The GPU has so many bytes, and so many are free."""
+    for module in (long_row_plan, prepare_module):
+        monkeypatch.setattr(module, "gpu_memory", lambda _: (total, free))
 
 
 def test_a_cpu_trains_by_pefts_own_layers(base_folder: Path) -> None:
@@ -50,7 +58,7 @@ def test_a_cpu_trains_by_pefts_own_layers(base_folder: Path) -> None:
     with capture_logs() as lines:
         made = prepare(model, [10, 20], **SETTINGS)
     assert (made.forward, made.kept_activations, made.droppable) == (PEFT, True, ())
-    assert made.reason == "a CPU trains by PEFT's own layers"
+    assert made.reason == "on a CPU PEFT's own layers are used"
     assert [(line["log_level"], line["event"]) for line in lines] == [("info", "execution plan")]
     assert [type(module).forward for module in model.modules()] == before
     assert not any("forward" in vars(module) for module in model.modules())
@@ -61,7 +69,7 @@ def test_a_cpu_keeps_activations_where_it_has_the_memory(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: float, *, kept: bool
 ) -> None:
     """Left to itself it says what they take and what comes of it."""
-    monkeypatch.setattr(prepare_module, "available_bytes", lambda: int(gigabytes * 10**9))
+    monkeypatch.setattr(cpu_plan, "available_bytes", lambda: int(gigabytes * 10**9))
     made = prepare(make_model(base_folder), [10, 20], **SETTINGS | {"recompute": "auto"})
     assert made.kept_activations is kept
     assert f"B: {'kept' if kept else 'recomputed in the backward pass'}" in made.reason
@@ -97,7 +105,7 @@ def on_a_gpu(
         (on_a_gpu(), (7, 5), "the GPU's compute capability is 7.5; fused layers need 8.0 in bf16"),
         (on_a_gpu(torch.float16), (6, 0), "the GPU's compute capability is 6.0; fused layers need 7.0 in fp16"),
         (on_a_gpu(model_type="strange"), (9, 0), "the sizes of a strange model are not known"),
-        (on_a_gpu(attention="eager"), (9, 0), "examples go through the model one at a time"),
+        (on_a_gpu(attention="eager"), (9, 0), "examples are computed one at a time"),
     ],
     ids=["fp32", "bf16 on an old GPU", "an older GPU", "unknown sizes", "not packed"],
 )
@@ -129,7 +137,7 @@ def test_an_adapter_that_is_left_to_peft_says_why(monkeypatch: pytest.MonkeyPatc
 def test_noise_is_not_recorded(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph would add the same noise in every step: the fused layers compute, launched one by one."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_memory(monkeypatch, 80 << 30, 70 << 30)
     with_capability(monkeypatch, (9, 0))
     made = prepare(make_model(base_folder), [10, 20], **SETTINGS, random=True)
     assert made.forward.startswith("fused all, ")
@@ -140,7 +148,7 @@ def test_noise_is_not_recorded(base_folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_training_in_fp8_is_in_the_plan(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name is the end of `forward`, which scores do not have; what is kept may be given up as without it."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_memory(monkeypatch, 80 << 30, 70 << 30)
     with_capability(monkeypatch, (9, 0))
     made = prepare(
         make_model(base_folder, dtype=torch.bfloat16), [10, 20], **SETTINGS | {"quantization": "none"}, compute="fp8"
@@ -158,7 +166,7 @@ def test_training_in_fp8_is_in_the_plan(base_folder: Path, monkeypatch: pytest.M
     [
         (on_a_gpu(torch.float32), (9, 0), "the compute dtype is float32"),
         (on_a_gpu(torch.float16), (9, 0), "the compute dtype is float16"),
-        (on_a_gpu(attention="eager"), (9, 0), "examples go through the model one at a time"),
+        (on_a_gpu(attention="eager"), (9, 0), "examples are computed one at a time"),
     ],
 )
 def test_fp8_is_refused_where_peft_computes(
@@ -196,18 +204,18 @@ def test_a_machine_without_fp8(
 def test_layers_that_cannot_be_fused_are_said_too(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When it only turns out on the way that there is nothing to fuse, PEFT's layers remain, with that reason."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_memory(monkeypatch, 80 << 30, 70 << 30)
     with_capability(monkeypatch, (9, 0))
     made = prepare(make_model(base_folder, options=AdapterOptions(use_dora=True)), [10, 20], **SETTINGS)
     assert made.forward == PEFT
-    assert "that the job does not fuse" in made.reason
+    assert "for which there are no fused layers" in made.reason
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_model_that_can_be_fused_is(base_folder: Path, monkeypatch: pytest.MonkeyPatch, *, keep: bool) -> None:
     """Its plan names what was fused and whose kernels; what was set holds; it is no warning."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (80 << 30, 70 << 30))
+    with_memory(monkeypatch, 80 << 30, 70 << 30)
     with_capability(monkeypatch, (9, 0))
     model = make_model(base_folder, quantization="nf4")
     with capture_logs() as lines:
@@ -249,6 +257,38 @@ def test_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch, *, 
     assert "undefined symbol: cuModuleGetFunction" in line["why"]
 
 
+class Several(Alone):
+    """One of three processes; what the others answer to the question for kernels."""
+
+    place = Place(0, 3, 0, 3)
+
+    def __init__(self, *others: dict[str, str]) -> None:
+        self.others = others
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """Of all processes."""
+        return [value, *self.others]
+
+
+@pytest.mark.parametrize("theirs", ["triton", "torch"])
+def test_all_processes_compute_by_the_same_kernels(monkeypatch: pytest.MonkeyPatch, theirs: str) -> None:
+    """Where one of them cannot use Triton for a dtype, none does: their results differ in the last bits."""
+    fast, gpu = replace(kernels.TORCH, name="triton"), torch.device("cuda")
+    monkeypatch.setattr(kernels, "triton", lambda: fast)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.tensor([1.0]))
+    monkeypatch.setattr(gpu_capability, "_TORCH_IN_ALL", set())
+    fast_kernels.cache_clear()
+    try:
+        others = {"bfloat16": theirs, "float16": "triton"}, {"bfloat16": "triton", "float16": "triton"}
+        with capture_logs() as lines:
+            agree_on_kernels(Several(*others), gpu, ["bfloat16", "float16"])
+            agree_on_kernels(Alone(), gpu, ["bfloat16", "float16"])
+            assert [fast_kernels(gpu, dtype)[1] for dtype in others[0]] == [theirs, "triton"]
+    finally:
+        fast_kernels.cache_clear()
+    assert [(line["dtypes"], line["log_level"]) for line in lines] == [(["bfloat16"], "warning")] * (theirs == "torch")
+
+
 def test_triton_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, with what installs it: torch's own operations are slower. A CPU needs none."""
 
@@ -277,13 +317,13 @@ def test_a_gpu_that_can_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_recorded_is_fused_all_the_same(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the attention kernel for segments a CUDA graph would need, on a Turing, and it is said."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (16 << 30, 15 << 30))
+    with_memory(monkeypatch, 16 << 30, 15 << 30)
     with_capability(monkeypatch, (7, 5))
     made = prepare(make_model(base_folder), [10, 20], **SETTINGS)
     assert made.forward.startswith("fused all, ")
     assert made.padded
     assert not made.recorded
-    assert made.reason.endswith("attention goes segment by segment on a GPU of compute capability 7.5")
+    assert made.reason.endswith("attention is computed segment by segment on a GPU of compute capability 7.5")
 
 
 def test_a_set_budget_holds() -> None:
@@ -295,7 +335,7 @@ def test_a_set_budget_holds() -> None:
 def long_rows(base_folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, host: int = 1 << 40, **how: Any) -> Any:
     """The plan for rows of 30,000 tokens among short ones, with so much free memory."""
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
-    monkeypatch.setattr(prepare_module, "gpu_memory", lambda _: (free, free))
+    with_memory(monkeypatch, free, free)
     with_capability(monkeypatch, (9, 0))
     monkeypatch.setattr(prepare_module, "available_bytes", lambda: host)
     lengths = how.pop("lengths", [10, 30_000])
@@ -334,7 +374,7 @@ class Two:
 
 def test_rows_that_do_not_fit_are_divided(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above what the smaller GPU computes alone; none where one of the processes or the settings do not allow it."""
-    monkeypatch.setattr(prepare_module, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
+    monkeypatch.setattr(long_row_plan, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
 
     def plan(other: int = 20_000, **how: Any) -> tuple[ExecutionPlan, list[int]]:
         group = Two(other)
@@ -361,7 +401,7 @@ def test_all_processes_use_one_kernel(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch, own: str, other: str, agreed: str
 ) -> None:
     """The kernel affects the last bits: one that failed its trial in one process is used in none, which each says."""
-    monkeypatch.setattr(prepare_module, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
+    monkeypatch.setattr(long_row_plan, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
     asked = dict[str, Any]()
 
     def choose(*_: Any, **how: Any) -> str:
@@ -382,14 +422,14 @@ def test_which_rows_are_divided_does_not_depend_on_free_memory(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resumed run may find less of it."""
-    monkeypatch.setattr(prepare_module, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
+    monkeypatch.setattr(long_row_plan, "main_memory", lambda: MainMemory(1 << 40, 1 << 40))
     found = []
     for free in (3 << 30, 2 << 30):
         with monkeypatch.context() as patch:
             group = Two(200_000)
             how = {"group": group, "sequence_parallel": "auto"}
             patch.setattr(prepare_module, "why_not_fused", lambda _: None)
-            patch.setattr(prepare_module, "gpu_memory", lambda _, free=free: (4 << 30, free))
+            with_memory(patch, 4 << 30, free)
             with_capability(patch, (9, 0))
             prepare(make_model(base_folder), [10, 200_000], **SETTINGS | {"keep_base": "auto"} | how)
             found += group.asked
@@ -414,7 +454,7 @@ def test_a_row_that_cannot_fit_is_refused(base_folder: Path, monkeypatch: pytest
         long_rows(base_folder, monkeypatch, 80 << 30, **how)
     text = str(caught.value)
     assert text.startswith("JOB_TRAIN__MAX_LENGTH: the longest row, rows.jsonl:17, has 30,000 tokens")
-    assert "20.0 MiB are free; about 1,0" in text
+    assert "20.0 MiB are free; about 99" in text
     assert "JOB_DATA__ON_LONG_ROW" in text
     held_out = {**SETTINGS, "longest_at": "rows.jsonl:17", "validation": [30_000]}
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: "a CPU")

@@ -31,6 +31,7 @@ from job.records import Example
 from job.training import long_rows, step
 from job.training.config import Hooks
 from job.training.flat_parameters import FlatParameters
+from job.training.padded_gradient import PaddedGradient
 from job.training.sequence_parallel import why_not_divided
 from job.training.step import OptimizerStep
 from job.training.trainer import train
@@ -237,7 +238,7 @@ def test_short_rows_are_taken_apart_beside_a_long_one(
     made, own = a_step(fused(base_folder), plan=plan, examples=examples)
     assert not made.plan.droppable
     made.budget = 45
-    name, owner = ("gradient", long_rows.LongRows) if in_row else ("_padded_gradient", OptimizerStep)
+    name, owner = ("gradient", long_rows.LongRows) if in_row else ("__call__", PaddedGradient)
     compute = getattr(owner, name)
 
     def full(*args: Any, **how: Any) -> Any:

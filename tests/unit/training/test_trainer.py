@@ -26,10 +26,9 @@ from job.model.adapter_options import AdaLora, AdapterOptions
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import Segment
+from job.model.packed_layout import Segment
 from job.records import Example, ExecutionPlan, Question, StepMetrics
-from job.training import packing
-from job.training import step as step_module
+from job.training import packing, padded_shapes
 from job.training.config import Hooks, Recipe, Trained, step_seed, total_steps
 from job.training.packing import packed_inputs
 from job.training.trainer import train
@@ -558,8 +557,8 @@ def test_padded_shapes_are_those_of_the_checkpoint(
     first = fused_model(base_folder)
     _, (*_, state) = run(first, tokenizer, LONGER, RESUMED, tmp_path / "stopped", plan=THROUGHOUT, stop_after=3)
     before = read_how_computed(state)
-    other = packing.Shapes(((4096, 64),))
-    monkeypatch.setattr(step_module, "choose_shapes", lambda *_: other)
+    other = padded_shapes.Shapes(((4096, 64),))
+    monkeypatch.setattr(padded_shapes, "choose_shapes", lambda *_: other)
     second = fused_model(base_folder)
     with capture_logs() as logs:
         _, saved = run(second, tokenizer, LONGER, RESUMED, tmp_path / "resumed", plan=THROUGHOUT, resume=state)
@@ -576,7 +575,7 @@ def test_padded_shapes_are_those_of_the_checkpoint(
             run(fused_model(base_folder), tokenizer, LONGER, RESUMED, tmp_path / name, plan=THROUGHOUT, resume=state)
         (line,) = [line for line in logs if line["log_level"] == "warning"]
         assert line.get("tile_tokens") == ("8192 before, None now" if name == "tile" else None)
-        assert ("does not say what its packed sequences were padded to" in line["event"]) == (name == "old")
+        assert ("does not have the lengths of its padded sequences" in line["event"]) == (name == "old")
 
 
 def test_a_killed_run_goes_on_from_any_state(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -945,7 +944,7 @@ def test_out_of_memory_takes_time_before_it_takes_bits(
 
     Only then is the budget halved.
     """
-    monkeypatch.setattr("job.training.step.CudaGraphs", Launched)
+    monkeypatch.setattr("job.training.padded_gradient.CudaGraphs", Launched)
     recipe, plan = replace(RECIPE, micro_batch_tokens=160), replace(THROUGHOUT, kept_base=True, recorded=True)
     results = []
     for failures in (0, 1, 2, 3, 4):

@@ -14,6 +14,7 @@ from job.report.model_card import render_export_card, render_model_card
 from job.report.report import read_report_data, render_report
 from job.results import manifest
 from job.results.delivery import deliver
+from job.results.summary import summary
 from job.storage.local import LocalStore
 from job.verification.verify import verify
 from tests.published_run import forge, pairs, publish_run, rewrite
@@ -157,7 +158,7 @@ def test_it_is_shown_and_delivered(tmp_path: Path) -> None:
     assert 'hf download me/model --revision next --include "merged/*" --local-dir path/to' in pushed
     for text in ("AutoModelForCausalLM.from_pretrained", "vllm serve", "+75.00", "+25.00", results["model"]["sha256"]):
         assert text in own
-    (line,) = [line for line in manifest.summary(results, "x/results.json") if line.startswith("merged")]
+    (line,) = [line for line in summary(results, "x/results.json") if line.startswith("merged")]
     assert "published: original" in line
     deliver(LocalStore(folder), results, Delivery(tmp_path / "model", tmp_path / "data"))
     assert (tmp_path / "model/merged/model.safetensors").exists()
@@ -196,7 +197,7 @@ def test_a_quantized_format_is_shown(tmp_path: Path) -> None:
     own = render_export_card(results, unscored).decode()
     assert "Nothing was measured" in own
     assert "Its files" not in own
-    lines = manifest.summary(results, "x/results.json")
+    lines = summary(results, "x/results.json")
     assert any("awq: published, not scored" in line for line in lines)
     assert any("gptq: not published" in line for line in lines)
 

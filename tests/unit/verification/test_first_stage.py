@@ -83,7 +83,7 @@ def test_a_first_stage_that_is_gone_is_an_error(tmp_path: Path) -> None:
     made = make(store)
     store.write("sft/results.json", b"{}")
     assert any(one.where == "sft/results.json" for one in check(made, store))
-    with pytest.raises(DataError, match="no manifest of a first stage"):
+    with pytest.raises(DataError, match="not the manifest of a first stage"):
         read_first_stage(store)
     store.delete("sft/results.json")
     assert any(one.where == "sft/results.json" for one in check(made, store))

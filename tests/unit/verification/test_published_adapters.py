@@ -14,7 +14,7 @@ from job.model.adapter_options import AdaLora, AdapterOptions
 from job.model.lora import trainable
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.verification.check_checkpoints import _adapters_differ
-from job.verification.check_figures import _adapter
+from job.verification.check_training import _adapter
 from tests.helpers import fill_adapter, make_model
 
 ADALORA = AdaLora(init_r=12, target_r=8, tinit=0, tfinal=1, delta_t=1, orth_reg_weight=0.5, total_step=3)

@@ -57,7 +57,7 @@ def test_a_record_verifies(store: LocalStore, tmp_path: Path) -> None:
     assert read_after_run(store).served == (checked(store),)
     assert differences(store, tmp_path) == []
     (check,) = [one for one in verify(store, tmp_path / "work") if one.what == "served"]
-    assert check.notes == ("adapter by vllm: holds, 12 of 12 alike",)
+    assert check.notes == ("adapter by vllm: holds, 12 of 12 predictions as recorded",)
 
 
 def test_a_record_that_quotes_other_answers_does_not_verify(store: LocalStore, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_the_report_shows_where_a_run_went(store: LocalStore, tmp_path: Path, mo
     section = page[page.index('<section id="delivered"') : page.index('<section id="questions"')]
     for shown in ("lab/&lt;model&gt;@main", "c" * 40, "r.io/lab/m:1", digest, "10 of 12", "differ", "21 ms", "87.5"):
         assert shown in section, shown
-    assert "vllm answers 10 as the records say, by its log-likelihoods" in section
+    assert "vllm predicts 10 as recorded, by its log-likelihoods" in section
     assert 'href="#delivered"' in page
 
 

@@ -95,7 +95,7 @@ def test_a_signed_run_verifies(
     assert verify_command([str(made), "--key", keys["signer"][1]]) == 0
     assert "note" not in capsys.readouterr().out
     assert verify_command([str(made)]) == 0
-    assert "give the signer's with --key" in capsys.readouterr().out
+    assert "give the signer's key with --key" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [push_command, serve_check_command])
@@ -203,9 +203,9 @@ def test_keys_that_are_refused(tmp_path: Path) -> None:
     plain, _ = write_key(tmp_path, "plain", ec.generate_private_key(ec.SECP256R1()))
     (tmp_path / "text").write_text("no key")
     for path, password, match in (
-        (ed, None, "another kind of key"),
+        (ed, None, "kind of key that is not supported"),
         (str(tmp_path / "gone"), None, "cannot be read"),
-        (str(tmp_path / "text"), None, "no private key in PEM"),
+        (str(tmp_path / "text"), None, "not a private key in PEM"),
         (locked, None, "JOB_SIGN__PASSWORD: is needed"),
         (locked, "wrong", "is not its password"),
         (plain, "any", "is not encrypted"),
@@ -215,7 +215,7 @@ def test_keys_that_are_refused(tmp_path: Path) -> None:
         assert "a long password" not in str(caught.value)
     assert signing.load_private_key(locked, "a long password") is not None
     for path in (ed_pub, plain, str(tmp_path / "text")):
-        with pytest.raises(SettingsError, match="no public key"):
+        with pytest.raises(SettingsError, match="not a public key"):
             signing.load_public_key(path)
 
 
@@ -227,7 +227,7 @@ def test_a_private_key_that_the_library_cannot_read(tmp_path: Path, monkeypatch:
 
     private, _ = write_key(tmp_path, "key", ec.generate_private_key(ec.SECP256R1()))
     monkeypatch.setattr(serialization, "load_pem_private_key", refuse)
-    with pytest.raises(SettingsError, match=r"JOB_SIGN__KEY: .* cannot be read here; make one with"):
+    with pytest.raises(SettingsError, match=r"JOB_SIGN__KEY: .* kind of key that is not supported; make one with"):
         signing.load_private_key(private, None)
 
 

@@ -377,8 +377,8 @@ def remark(run: Path, marker: str = MARKER, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"epoch": 3}, "claimed an attempt of the manifest from 1 up, found attempt 3"),
-        ({"epoch": 0}, "claimed an attempt of the manifest from 1 up, found attempt 0"),
+        ({"epoch": 3}, "claimed an attempt of the manifest from 1 on, found attempt 3"),
+        ({"epoch": 0}, "claimed an attempt of the manifest from 1 on, found attempt 0"),
         ({"step": 2}, "claimed the step of its folder, found step 2"),
         ({"files": {"../../lease.json": {"bytes": 1, "sha256": "0" * 64}}}, "claimed a commit marker"),
     ],
@@ -421,14 +421,14 @@ def test_a_marker_that_came_late_is_told_and_no_fault(
         return
     assert check() == {}
     (files,) = [found for found in verify(open_run(str(run)), tmp_path) if found.what == "other files"]
-    assert "step-00000003/COMMITTED.json was written by an attempt that stood still" in files.notes[0]
+    assert "step-00000003/COMMITTED.json was written by an attempt that had been replaced" in files.notes[0]
 
 
 def test_epochs_never_go_back(run: Path, check: Checker) -> None:
     """A later step cannot be an earlier attempt's."""
     remark(run, MARKER.replace("04", "02"), epoch=2)
     remark(run, epoch=1)
-    assert f"{MARKER}: claimed an attempt of the manifest from 2 up, found attempt 1" in told(check())
+    assert f"{MARKER}: claimed an attempt of the manifest from 2 on, found attempt 1" in told(check())
 
 
 def test_software_of_another_version_is_told(run: Path, tmp_path: Path, check: Checker) -> None:
@@ -487,7 +487,7 @@ def test_a_link_leads_nowhere(run: Path, check: Checker, tmp_path: Path) -> None
 
 def test_where_there_is_no_run(tmp_path: Path) -> None:
     """A wrong path is the user's mistake; a run without results is one that does not verify."""
-    with pytest.raises(SettingsError, match="there is no run"):
+    with pytest.raises(SettingsError, match="is not a run"):
         verify(open_run(str(tmp_path / "nowhere")), tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/lease.json").write_text("{}")

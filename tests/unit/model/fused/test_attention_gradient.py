@@ -15,7 +15,7 @@ import torch
 
 from job.model import fused
 from job.model.fused.long_attention import CpuKernel
-from job.model.packed_attention import Segment, build_layout
+from job.model.packed_layout import Segment, build_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from job.evaluation.scoring import _score_alone, score_sequence
 from job.model.architecture import read_config
 from job.model.families import FAMILIES, IMAGES_TOO, fused_family, why_not_recorded
-from job.model.fused import lora_forward
+from job.model.fused import fused_decoder
 from job.model.fused.frozen_weights import fuse_layers
+from job.model.fused.fused_decoder import attention_with_cache, decoder_of, knows
 from job.model.fused.kernels import TORCH
-from job.model.fused.lora_forward import attention_with_cache, decoder_of, knows
 from job.model.fused.precise_forward import precise_forward, why_not_precise
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import NAME, register, use
@@ -103,7 +103,7 @@ def own_loss(model: Any, smoothing: float = 0.0) -> torch.Tensor:
 
 def padded_sum(model: Any, smoothing: float = 0.0) -> torch.Tensor:
     """The same by the training path of the fused decoder: all examples in one padded sequence."""
-    from job.model.packed_attention import Layout
+    from job.model.packed_layout import Layout
 
     base, sequence = model.get_base_model(), padded_sequence(EXAMPLES, CPU)
     decoder = decoder_of(base)
@@ -251,7 +251,7 @@ def test_longrope_is_the_same_in_a_recording(monkeypatch: pytest.MonkeyPatch) ->
     model = fused("phi3", rope={**long_rope, "original_max_position_embeddings": 64})
     expected = padded_sum(model)
     assert expected.item() != pytest.approx(padded_sum(fused("phi3")).item(), rel=1e-5)
-    monkeypatch.setattr(lora_forward, "_is_recorded", lambda _: True)
+    monkeypatch.setattr(fused_decoder, "_is_recorded", lambda _: True)
     monkeypatch.setattr(type(decoder_of(model.get_base_model()).rotary_emb), "forward", None)  # which would choose
     assert padded_sum(model).item() == expected.item()
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from job.evaluation.scoring import score_sequence
-from job.model.base import recompute_activations
 from job.model.fused import fp8
 from job.model.fused.dropout import reseed
 from job.model.fused.fp8 import FORMAT, LARGEST, FrozenProducts, Quantize, Rows
 from job.model.fused.frozen_weights import forget_dequantized, fuse_layers
 from job.model.fused.kernels import TORCH, triton
 from job.model.fused.lora_forward import AdaptedLayer
+from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import adapter_off
 from tests.helpers import fill_adapter, make_model
 from tests.unit.model.fused.test_lora_forward import QUESTIONS, learn

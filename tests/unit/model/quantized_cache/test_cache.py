@@ -20,9 +20,11 @@ from structlog.testing import capture_logs
 
 from job.common.hashing import sealed
 from job.errors import AccessDenied, Preempted, Problem, SettingsError, Unreachable
-from job.model.base import describe_model, load_base, load_tokenizer
+from job.model.base import load_base
+from job.model.model_record import describe_model
 from job.model.quantized_cache.cache import find, publishing, save
 from job.model.quantized_cache.layout import INDEX, CachedBase, CacheEntry, cached_base, entry_for
+from job.model.tokenizer import load_tokenizer
 from job.storage.open import ObjectStore, open_store
 from tests.helpers import make_model
 from tests.wrapped_store import FailNth, WrappedStore
@@ -181,7 +183,7 @@ def test_a_damaged_one_is_dropped(kept: CacheEntry, spoil: Callable[[Path], None
     spoil(kept.folder)
     with capture_logs() as logs:
         assert find(CacheEntry(kept.key, kept.folder, None), nothing) is None
-    assert [line["event"] for line in logs] == ["the quantized base is damaged, and is made again"]
+    assert [line["event"] for line in logs] == ["the quantized base is damaged: the base is quantized again"]
     assert not kept.folder.exists()
     assert find(kept, nothing) == kept.folder
     assert contents(kept.folder) == good
@@ -196,7 +198,7 @@ def test_a_damaged_one_in_the_store_is_put_there_anew(
     entry = elsewhere(kept, tmp_path)
     with capture_logs() as logs:
         assert find(entry, nothing) is None
-    assert [line["event"] for line in logs] == ["the quantized base is damaged, and is made again"]
+    assert [line["event"] for line in logs] == ["the quantized base is damaged: the base is quantized again"]
     assert not entry.folder.exists()
     save(base, base_folder, entry)
     with publishing(entry, never, nothing):
@@ -276,7 +278,7 @@ def test_a_spoiled_index_in_the_store_is_written_again(kept: CacheEntry, tmp_pat
     kept.store.write(key, b"{")
     with capture_logs() as logs:
         assert find(replace(elsewhere(kept, tmp_path), index_sha256=noted), nothing) is None
-    assert ["another than the run began with" in line["why"] for line in logs] == [True]
+    assert ["not the one with which the run began" in line["why"] for line in logs] == [True]
     with publishing(kept, never, nothing):
         pass
     assert find(replace(elsewhere(kept, tmp_path), index_sha256=noted), nothing)

@@ -65,8 +65,11 @@ def how_to_generate(task: str, given: Mapping[str, Any], *, seed: int = 0) -> Ho
     if draws and not temperature > 0:
         unknown.append(f"do_sample with a temperature of {temperature}")
     if unknown:
-        what = f"{task} asks to generate with {', '.join(unknown)}; greedy decoding and sampling by temperature, top_k "
-        raise SettingsError([Problem("JOB_EVAL__TASKS", f"{what}and top_p are done here")])
+        what = (
+            f"{task} asks to generate with {', '.join(unknown)}; supported are greedy decoding and "
+            "sampling by temperature, top_k "
+        )
+        raise SettingsError([Problem("JOB_EVAL__TASKS", f"{what}and top_p")])
     sampling = None
     if draws:
         sampling = Sampling(float(temperature), int(asked.get("top_k") or 0), float(asked.get("top_p") or 1.0), seed)
@@ -152,7 +155,7 @@ def compare_measured(base: Mapping[str, MeasuredScores], adapter: Mapping[str, M
         if name not in base or (base[name].task_hash, base[name].metrics) != (scores.task_hash, scores.metrics)
     ]
     if wrong:
-        raise DataError([Problem(name, "the base was asked other questions than the adapter") for name in wrong])
+        raise DataError([Problem(name, "the base answered other questions than the adapter") for name in wrong])
     names = [(task, metric) for task, scores in adapter.items() for metric in scores.metrics]
     compared = [
         _comparison(base[task].values[metric], adapter[task].values[metric], adapter[task].metrics[metric])
@@ -200,7 +203,7 @@ def _comparison(
     before, after = [value for value, _ in base], [value for value, _ in adapter]
     weights = [weight for _, weight in adapter]
     if weights != [weight for _, weight in base]:
-        raise DataError([Problem("evaluation", "a question has other weights with the base than with the adapter")])
+        raise DataError([Problem("evaluation", "a question has different weights for base and adapter")])
     rises = (
         metric.higher_is_better if metric.aggregation == "mean" else True
     )  # a likelihood is better when it is higher

@@ -14,10 +14,10 @@ from job.errors import DataError, SettingsError
 from job.evaluation import statistics
 from job.evaluation.generation import HowToGenerate, Sampling, generate
 from job.evaluation.harness import measure
-from job.evaluation.measured import aggregate, compare_measured, how_to_generate, measured_from
 from job.evaluation.question_lengths import check_lengths, count_questions
 from job.evaluation.samples import MeasuredSample, parse_measured, write_samples
 from job.evaluation.scorer import score_questions
+from job.evaluation.task_metrics import aggregate, compare_measured, how_to_generate, measured_from
 from job.evaluation.tasks import check_choices, load_tasks
 from job.records import Answer, MeasuredScores, Metric
 from tests.helpers import fill_adapter, make_model, write_jsonl
@@ -161,7 +161,8 @@ def test_ways_to_generate_are_read_as_lm_eval_does(given: dict[str, Any], expect
 def test_prompts_that_do_not_fit_are_found_before_a_model_is_loaded(tokenizer: Any, tmp_path: Path) -> None:
     """With their examples and the longest answer; cutting them, as lm-eval does, is a setting."""
     tasks = load_tasks([str(write_task(tmp_path))], {}, {})
-    longest = count_questions(tasks, tokenizer, 1)[1]
+    _, longest, answer, *answered = count_questions(tasks, tokenizer, 1)
+    assert answered == [longest - answer, longest], "of one question"
     how: dict[str, Any] = {"limit": None, "vocabulary": None}
     check_lengths(tasks, tokenizer, max_length=longest + 40, cut=False, **how)
     check_lengths(tasks, tokenizer, max_length=20, cut=True, **how)

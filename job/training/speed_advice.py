@@ -54,7 +54,7 @@ def slower_ways(
     elsewhere = plan.base_held != "gpu"
     if elsewhere:
         link = "main memory" if plan.base_held == "host" else "the other GPUs"
-        change = "JOB_MODEL__PLACEMENT=gpu, where the GPU has the memory for it"
+        change = "JOB_MODEL__PLACEMENT=gpu, if the GPU has enough memory"
         yield Slower(f"the base's layers are fetched from {link} in every pass", change)
     converted = plan.fp8 or (quantized and not in_layers)
     if fused and converted and not plan.kept_base and not elsewhere:
@@ -66,15 +66,15 @@ def slower_ways(
         change = "JOB_TRAIN__GRADIENT_CHECKPOINTING=auto" if recompute is True else memory
         yield Slower("activations are recomputed in the backward pass", change)
     if plan.offloaded:
-        change = "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false, where the GPU has the memory for them"
-        yield Slower("activations of long rows go to main memory and back", change)
+        change = "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false, if the GPU has enough memory"
+        yield Slower("activations of long rows are copied to main memory and back", change)
     if on_gpu and fused and not plan.recorded and not in_layers:
         if noise:
             change = "JOB_TRAIN__NEFTUNE_NOISE_ALPHA=0, which trains without noise"
         elif method != "sft":
             change = f"none: JOB_TRAIN__METHOD={method} never uses CUDA graphs"
         elif elsewhere:
-            change = "JOB_MODEL__PLACEMENT=gpu, where the GPU has the memory for it"
+            change = "JOB_MODEL__PLACEMENT=gpu, if the GPU has enough memory"
         elif not plan.padded:
             change = "a JOB_MODEL__ID of a family whose whole decoder is fused (job/model/families.py)"
         else:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from job.records import PEFT, ExecutionPlan
-from job.training.slower import slower_ways
+from job.training.speed_advice import slower_ways
 
 FAST = ExecutionPlan(
     kept_base=True, kept_activations=True, recorded=True, reason="", forward="fused all, triton", base_held="gpu"
@@ -48,7 +48,7 @@ EACH_USE, AGAIN, GRAPHS = "dequantized for each use", "recomputed in the backwar
         (
             replace(FAST, offloaded=True),
             {},
-            {"long rows go to main memory": "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false"},
+            {"long rows are copied to main memory": "JOB_TRAIN__OFFLOAD_ACTIVATIONS=false"},
         ),
         (replace(FAST, kept_base=False, recorded=False, forward=PEFT), {"on_gpu": False}, {}),
         (LONG, {"only_long": True}, {}),

@@ -1,0 +1,52 @@
+"""What of the export's settings a model excludes, by its configuration alone: before its weights are fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from job.common.export_formats import derived, needs_merge
+from job.errors import Problem
+from job.export.formats import derived_format
+from job.export.merge import why_not_onto
+from job.model.experts import can_quantize
+from job.model.files import in_eight_bits
+
+
+def export_problems(
+    config: Any, empty: Any, *, formats: Sequence[str], onto: str, judged: str, nf4: bool, device: Any | None
+) -> Iterator[Problem]:
+    """Yields what cannot be exported as asked; the loaded model may show more, in `stages.export_check`.
+
+    Args:
+        config: The model's configuration, of transformers.
+        empty: The model on the meta device.
+        formats: `JOB_EXPORT__FORMATS`.
+        onto: `JOB_EXPORT__MERGE_ONTO`.
+        judged: `JOB_GATE__ON`.
+        nf4: Whether `JOB_MODEL__QUANTIZATION` is `nf4`.
+        device: Where the formats will be scored; None where that is not known.
+    """
+    if not needs_merge(formats):
+        return
+    published = getattr(config, "quantization_config", None) or {}
+    if in_eight_bits(published):
+        what = "cannot be made: the base is published in 8 bits; only 4-bit bases and unquantized ones can be merged"
+        yield Problem("JOB_EXPORT__FORMATS", what)
+    experts = nf4 and not published and can_quantize(empty)
+    if why := why_not_onto(
+        onto, published_quantized=bool(published), quantized=nf4 or bool(published), experts=experts
+    ):
+        yield Problem("JOB_EXPORT__MERGE_ONTO", why)
+    yield from format_problems(empty, derived(formats), judged, device)
+
+
+def format_problems(empty: Any, names: Sequence[str], judged: str, device: Any | None) -> Iterator[Problem]:
+    """Yields which of these formats cannot be made of a model without weights, or not judged on this device."""
+    for name in names:
+        found, kind = derived_format(name)
+        if why := found.check(empty, kind):
+            yield Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out")
+        why = "" if device is None else found.cannot_score(device)
+        if why and judged == name:
+            yield Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; set it to another format")

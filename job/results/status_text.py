@@ -1,0 +1,111 @@
+"""The status of a run in words, as `qlora-job status` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from job.common.formatting import duration, moment
+from job.common.tables import aligned
+from job.errors import exit_codes
+from job.results.status import AttemptEnd, RunStatus
+from job.runs.killed_for_memory import FIX
+from job.runs.layout import (
+    Stage,
+)
+
+T = TypeVar("T")
+
+
+def as_lines(status: RunStatus) -> list[str]:
+    """The status for people: the state, and below it what else is known."""
+    rows = [(f"  {name}", text.replace("\N{NO-BREAK SPACE}", " ")) for name, text in _rows(status)]
+    return [headline(status), *aligned(rows)]
+
+
+def headline(status: RunStatus) -> str:
+    """The state in words, which say what happens next."""
+    end, silent = status.last_end, status.silent_seconds
+    match status.state:
+        case "running":
+            words = "running"
+        case "preempted":
+            words = "preempted, waiting for the next attempt"
+        case "stalled":
+            words = (
+                "stalled (no sign of life)" if silent is None else f"stalled (no sign of life for {duration(silent)})"
+            )
+            words += ": the attempt was killed without notice, or hangs"
+        case "finished":
+            words = "finished" + {None: "", True: ", gate met", False: ", gate not met"}[status.gate]
+        case "failed" if end is not None and end.exit_code is not None:
+            retry = exit_codes().get(end.exit_code, (None, "no"))[1]
+            then = "correct the cause before the next attempt" if retry == "no" else "the next attempt resumes the run"
+            words = f"failed with code {end.exit_code} ({end.meaning}); {then}"
+        case "failed":
+            words = "failed (the version of the job that ran it did not record the exit code)"
+        case "not-started":
+            words = "not started, or not a run: there is no record of an attempt"
+        case "damaged":
+            words = "damaged: files of the results are missing or damaged; start the run again to repair it"
+    part = "first stage (sft) of two: " if status.first_stage else ""
+    return f"{part}{words}".replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
+    """(name, text) of everything that is known."""
+    goes_on, end = status.state in {"running", "stalled"}, status.last_end
+    in_training = status.state == "running" and status.stage == Stage.TRAIN
+    texts = {
+        "run": status.run,
+        "attempt": _if(status.attempt, str),
+        "stage" if goes_on else "ended in stage": status.stage or (_NO_STAGE if goes_on else None),
+        "step": _if(status.step, lambda _: _step(status)),
+        "loss": _if(status.loss, "{:.4f}".format),
+        "speed": _if(status.tokens_per_second, "{:,.0f} target tokens/s".format),
+        "time left": _if(status.remaining_seconds if in_training else None, _left),
+        "scored": _if(None if in_training else status.questions, "{:,}".format),
+        "last sign of life": _if(status.silent_seconds, lambda ago: _sign(status.last_sign_of_life, ago)),
+        "stages done": ", ".join(status.stages_done),
+        "checkpoints": _if(status.attempt, lambda _: _saved(status.checkpoints)),
+        f"attempt {end.attempt if end else 0} ended": _if(end, _end),
+        "likely cause": status.likely,
+        "what to change": FIX if status.likely or (end and end.outcome == "killed" and end.why) else None,
+    }
+    yield from ((name, text) for name, text in texts.items() if text)
+    yield from (("damaged", str(problem)) for problem in status.problems)
+
+
+_NO_STAGE = "between two stages, such as loading the model"
+
+
+def _if(value: T | None, render: Callable[[T], str]) -> str | None:
+    return None if value is None else render(value)
+
+
+def _left(seconds: float) -> str:
+    return f"{duration(seconds)} of training; the stages after it are not counted"
+
+
+def _sign(at: str | None, ago: float) -> str:
+    return f"{moment(at or '')} UTC ({duration(ago)} ago)"
+
+
+def _saved(steps: Sequence[int]) -> str:
+    return f"step {', '.join(map(str, steps))}" if steps else "none"
+
+
+def _step(status: RunStatus) -> str:
+    total = "" if status.total_steps is None else f" of {status.total_steps}"
+    since = {"checkpoint": " (at the last checkpoint)", "training": " (training is done)"}
+    if status.step_from == "attempt" and status.state in {"preempted", "failed"}:
+        return f"{status.step}{total} (when the attempt ended)"
+    return f"{status.step}{total}{since.get(status.step_from or '', '')}"
+
+
+def _end(end: AttemptEnd) -> str:
+    if end.outcome == "killed":
+        words = "killed without notice, or replaced by a later attempt: its end was not recorded"
+        return words if end.why is None else f"{words}; {end.why}"
+    code = "" if end.exit_code is None else f" with code {end.exit_code} ({end.meaning})"
+    return f"{end.outcome}{code}" + ("" if end.why is None else f": {end.why}")

@@ -1,0 +1,155 @@
+"""The outcome of a run in a few lines, as the terminal shows it, from its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from job.common.export_formats import is_adapter
+from job.evaluation.comparison import original_tasks
+from job.evaluation.policy import lines as policy_lines
+from job.runs.layout import REPORT, RESULTS
+
+
+def summary(results: Mapping[str, Any], where: str) -> list[str]:
+    """The outcome in a few lines: training, accuracy, cost, the report; and in the last, verdict and results."""
+    training, cost = results["training"], results["cost"]
+    trained = f"{training['steps']} steps on {results['dataset']['rows']:,} examples, loss {training['loss']:.3f}"
+    speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
+    lines = [f"{results['model']['id']} + LoRA, {trained}, {speed}"]
+    if first := training.get("first_stage"):
+        lines.append(f"before that {first['steps']} steps of {first['method']}, loss {first['loss']:.3f}")
+    if rewards := training.get("preference"):
+        named = {name: rewards[f"rewards/{name}"] for name in ("margins", "accuracies") if f"rewards/{name}" in rewards}
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
+        lines.append(f"{training['method']}, beta {training['beta']:g}; rewards in the last epoch: {figures}")
+    against = "" if results["model"]["quantization"] == "none" else " against the quantized base"
+    grouped = results["evaluation"].get("groups", {})
+    for name, group in grouped.items():
+        lines += [f"{name}, {group_line(metric, one, against)}" for metric, one in group["metrics"].items()]
+    for name, task in results["evaluation"]["tasks"].items():
+        before, after, delta, low, high = (
+            100 * x for x in (task["base"]["acc"], task["adapter"]["acc"], task["delta"], *task["ci95"])
+        )
+        interval = f"{delta:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
+        lines.append(f"{name}, {task['n']:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})")
+        counts = f"{task['improved']} questions better and {task['regressed']} worse"
+        lines.append(f"verdict{against}: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
+        if rest := task.get("without_overlap"):
+            figures = f"{100 * rest['delta']:+.2f} points on the other {rest['n']:,}, {rest['verdict']}{against}"
+            lines.append(f"training rows contain {task['n'] - rest['n']:,} of these questions: {figures}")
+    for name, found in results["evaluation"].get("measured", {}).items():
+        start = f"{name}, {found['n']:,} questions"
+        lines += [f"{start}: {measured_line(metric, one, against)}" for metric, one in found["metrics"].items()]
+    if why := (results["evaluation"].get("full_precision") or {}).get("not_scored"):
+        lines.append(f"the unquantized base was not scored: {why}")
+    for name, one in original_tasks(results).items():
+        taken, left = (_difference(one[f"{side}_versus_original"]["acc"]) for side in ("base", "adapter"))
+        before = f"{name}, unquantized base: {100 * one['scores']['acc']:.2f} %"
+        lines.append(f"{before}; quantization {taken}, adapter against it {left}")
+    lines += [_export_line(export) for export in results.get("exports", ())]
+    lines.append(_cost_line(cost, len(results["run"]["attempts"])))
+    if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
+        lines.append(f"report: {where.removesuffix(RESULTS)}{REPORT}")
+    # A group speaks for its tasks, which may be many
+    members = {task for group in grouped.values() for task in group["tasks"]}
+    of_groups = [(name, *one) for name, group in grouped.items() for one in group["metrics"].items()]
+    verdicts = [f"{name} {metric} {one['verdict']}{against}" for name, metric, one in of_groups]
+    verdicts += [
+        f"{name} {verdict_in_words(name, results)}" for name in results["evaluation"]["tasks"] if name not in members
+    ]
+    passed = results["gate"]["passed"]
+    gate = [] if passed is None else ["gate met" if passed else "gate not met"]
+    judged = results["gate"].get("policy")
+    lines += [f"policy: {line}" for line in (policy_lines(judged) if judged else ())]
+    gate += [f"policy {judged['outcome']}"] if judged else []
+    lines.append(f"{', '.join([*verdicts, *gate])}; results: {where}")
+    return lines
+
+
+_AGAINST_BOTH = {
+    ("improved", "inconclusive"): "better than the quantized base but not shown to be better than the unquantized one",
+    ("improved", "regressed"): "better than the quantized base but worse than the unquantized one",
+    ("inconclusive", "improved"): "inconclusive against the quantized base but better than the unquantized one",
+    ("inconclusive", "regressed"): "inconclusive against the quantized base and worse than the unquantized one",
+    ("regressed", "improved"): "worse than the quantized base but better than the unquantized one",
+    ("regressed", "inconclusive"): "worse than the quantized base and inconclusive against the unquantized one",
+}
+"""What is said where the verdicts against the quantized and the unquantized base differ."""
+
+
+def verdict_in_words(name: str, results: Mapping[str, Any]) -> str:
+    """The verdict on a task. `improved` alone is better than the base with its original weights, quantized or not."""
+    verdict: str = results["evaluation"]["tasks"][name]["verdict"]
+    original = original_tasks(results).get(name)
+    if original is not None:
+        return _AGAINST_BOTH.get((verdict, original["adapter_versus_original"]["acc"]["verdict"]), verdict)
+    if verdict == "improved" and results["model"]["quantization"] != "none":
+        return "better than the quantized base (the unquantized one was not scored)"
+    return verdict
+
+
+def _difference(found: Mapping[str, Any]) -> str:
+    """A paired difference in points with its interval and verdict."""
+    delta, low, high = (f"{100 * x:+.2f}" for x in (found["delta"], *found["ci95"]))
+    return f"{delta} ({low} to {high}, {found['verdict']})"
+
+
+def group_line(name: str, found: Mapping[str, Any], against: str = "") -> str:
+    """A figure of a group of tasks: its size and weights, both figures, the difference, and the verdict."""
+    weights = "questions" if found["weight_by_size"] else "tasks"
+    low, high = found["ci95"]
+    return (
+        f"{found['tasks']} tasks, {found['n']:,} questions, all {weights} weighing the same: {name} "
+        f"{found['base']:.4g} -> {found['adapter']:.4g} ({found['delta']:+.4g}, 95 % interval {low:+.4g} to "
+        f"{high:+.4g}), {found['verdict']}{against}, {found['improved']} better and {found['regressed']} worse, "
+        f"p = {found['p']:.2g}"
+    )
+
+
+def measured_line(name: str, found: Mapping[str, Any], against: str = "") -> str:
+    """A metric of a task without choices: both figures, which way is better, the difference, and the verdict."""
+    better = "higher" if found["higher_is_better"] else "lower"
+    low, high = found["ci95"]
+    interval = f"{found['delta']:+.4g}, 95 % interval {low:+.4g} to {high:+.4g}"
+    if found["aggregation"] in {"perplexity", "weighted_perplexity"}:
+        interval = f"ln of the ratio {interval}"
+    return (
+        f"{name} {found['base']:.4g} -> {found['adapter']:.4g} ({better} is better; {interval}), "
+        f"{found['verdict']}{against}, {found['improved']} better and {found['regressed']} worse, p = {found['p']:.2g}"
+    )
+
+
+def _export_line(export: Mapping[str, Any]) -> str:
+    """The accuracies of an exported format's candidates, and which one is published."""
+    if export.get("not_made"):
+        return f"{export['format']}: not published, since its export failed: {export['not_made']}"
+    if export.get("not_scored"):
+        return f"{export['format']}: published, not scored: {export['not_scored']}"
+    if is_adapter(export["format"]):
+        found = [
+            f"{task} {100 * one['scores']['acc']:.2f} % "
+            f"({100 * one['versus_adapter']['acc']['delta']:+.2f} against the adapter)"
+            for task, one in export["candidates"][export["candidate"]].items()
+        ]
+        return f"{export['format']}: {'; '.join(found)}; published"
+    found = [
+        f"{task} onto {candidate} weights {100 * one['scores']['acc']:.2f} % "
+        f"({100 * one['versus_adapter']['acc']['delta']:+.2f} against the adapter)"
+        for candidate, tasks in export["candidates"].items()
+        for task, one in tasks.items()
+    ]
+    outcome = "published" if export.get("published", True) else "not published, but the source of other formats"
+    return f"{export['format']}: {'; '.join(found)}; {outcome}: {export['candidate']} ({export['reason']})"
+
+
+def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:
+    """Time, and dollars and energy if they are known."""
+    line = f"{cost['seconds']:.0f} s in {attempts} attempt{'s' if attempts > 1 else ''}"
+    if cost["usd"] is not None:
+        line += f", ${cost['usd']:.2f}"
+    if cost["energy_kwh"] is not None:
+        line += f", {cost['energy_kwh']:.2f} kWh of the GPU"
+    if attempts > 1:
+        line += f"; {cost['wasted_seconds']:.0f} s of it wasted"
+    return line

@@ -1,0 +1,136 @@
+"""How an attempt begins and ends: it takes the run's lease, and its end is written into the run log."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from job import log
+from job.common.resources import main_memory
+from job.distributed.processes import ALONE, Processes
+from job.errors import JobError, NoProgress, Preempted, Replaced, Stalled
+from job.preemption.stop_flag import Stop
+from job.runs.attempt import Attempt
+from job.runs.fault_injection import Faults
+from job.runs.killed_for_memory import FIX, why_killed
+from job.runs.lease import check_same_store, fenced, take
+from job.runs.run_log import IdleLimit, LoggedAttempt, idle_attempts, read_logged
+from job.runs.run_settings import compare_settings
+from job.runs.work_folder import work_folder
+from job.storage.open import ObjectStore
+
+OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", Stalled: "stalled", JobError: "failed"}
+
+
+@contextmanager
+def open_attempt(
+    store: ObjectStore,
+    settings: Mapping[str, Any],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    cache: str | None,
+    stop: Stop,
+    report_progress: Callable[[], None],
+    faults: Faults,
+    processes: Processes = ALONE,
+    usd_per_hour: float | None = None,
+    idle: IdleLimit | None = None,
+    stall_seconds: float | None = None,
+) -> Iterator[Attempt]:
+    """Takes the run's lease and begins its next attempt; writes the attempt's end into the run log.
+
+    Args:
+        store: The run's own.
+        settings: Value by dotted name of the settings that decide the result; an earlier attempt's must be the same.
+        defaults: Their defaults, which count for what an earlier version did not have as a setting.
+        cache: Folder for temporary files; None for the system's.
+        stop: The flag.
+        report_progress: Tells the watchdog that there is progress.
+        faults: Faults to inject.
+        processes: Those that make this attempt; process 0 holds the lease for all.
+        usd_per_hour: Price of this machine; None where it is not known.
+        idle: Decides, from the attempts before, with which error a stopped attempt ends; None for no limit.
+        stall_seconds: Of the watchdog, for `qlora-job status`; None where it is not known.
+
+    Raises:
+        NoProgress: The attempt was stopped, as were too many before it, and none of them got any further.
+        Replaced: Another attempt took the run over.
+        SettingsError: The run began with other settings, or the machines of the run do not have the same store.
+    """
+    lease = None
+    own = settings
+    settings = processes.share("settings of the run", lambda: compare_settings(store, own, defaults))
+    if processes.leads:
+        lease = take(store, platform.node() or "unknown")
+    number = processes.share("attempt", lambda: lease.epoch if lease else 0)
+    holder = processes.share("holder of the lease", lambda: lease.holder if lease else "")
+    log.bind(attempt=number)
+    if not processes.leads and processes.place.local_rank == 0:
+        check_same_store(store, holder, lambda: _alive(processes, stop, report_progress))
+    with work_folder(cache, store.uri, number, cleans=processes.place.local_rank == 0) as work:
+        logged = read_logged(store, number) if processes.leads else []
+        earlier = [one.record for one in logged]
+        attempt = Attempt(
+            fenced(store, lease),
+            work,
+            number,
+            stop,
+            report_progress,
+            faults,
+            earlier,
+            processes,
+            usd_per_hour,
+            settings,
+            stall_seconds=stall_seconds,
+            idle_before=idle_attempts(logged),
+            killed_before=_why_killed(logged),
+        )
+        if idle is not None and processes.leads:  # its exit code takes precedence over those of the others
+            furthest = max((one.reached for one in logged), default=(0, 0))
+            idle.before, idle.progressed = attempt.idle_before, lambda: attempt.reached() > furthest
+            idle.record_stall = lambda message: _note_failure(attempt, Stalled(message), idle)
+        attempt.note("running")
+        try:
+            yield attempt
+        except Replaced:
+            raise  # the run log belongs to the attempt that took over
+        except BaseException as error:
+            if (ended := _note_failure(attempt, error, idle)) is not error:
+                raise ended from error
+            raise
+        attempt.note("complete")
+
+
+def _alive(processes: Processes, stop: Stop, report_progress: Callable[[], None]) -> None:
+    report_progress()
+    processes.check()
+    stop.check()
+
+
+def _why_killed(logged: Sequence[LoggedAttempt]) -> str | None:
+    """Why the newest of earlier attempts was likely killed for want of main memory, which is logged with the fix."""
+    if not logged or logged[-1].record.outcome != "killed":
+        return None
+    if (why := why_killed(logged[-1], main_memory())) is not None:
+        what = "the attempt before this one was killed without notice"
+        log.get_logger().warning(what, attempt_before=logged[-1].record.number, why=why, fix=FIX)
+    return why
+
+
+def _note_failure(attempt: Attempt, error: BaseException, idle: IdleLimit | None) -> BaseException:
+    """Writes how the attempt ended; a failure to write must not hide the error that ended it.
+
+    Returns:
+        The error to end with: `NoProgress` if the attempt was stopped, as were too many before it.
+    """
+    outcome = next((word for kind, word in OUTCOMES.items() if isinstance(error, kind)), "crashed")
+    ended = error
+    if isinstance(error, Preempted) and idle is not None and idle.reached:
+        ended = NoProgress(f"{error}; {idle.message}")
+    try:
+        attempt.note(outcome, ended)
+    except JobError as failure:
+        log.get_logger().warning("the end of the attempt cannot be recorded", why=str(failure))
+    return ended

@@ -1,0 +1,174 @@
+"""Checks of pull that need the model's configuration or the number of rows, and not the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from job.common.export_formats import needs_merge
+from job.common.resources import main_memory
+from job.data.batch_plan import Steps, targets_of
+from job.data.examples import lengths_of
+from job.data.token_cache import Tokens
+from job.errors import Problem, check_all, raise_problems
+from job.model.adapter_options import MANY_STEPS, make_options, too_few_steps
+from job.model.base import inspect
+from job.model.device import choose_device
+from job.model.informed_init import too_few_targets
+from job.records import Example, Pulled
+from job.runs.attempt import Attempt
+from job.runs.layout import Stage
+from job.settings.schema import Export, Lora, Model, Train
+from job.stages.first_values import eva_batches
+from job.stages.placement import divides_over, placement_problems, setup_before_loading
+from job.training.config import total_steps
+from job.training.execution_plan import AMPERE
+from job.training.gpu_capability import compute_capability
+from job.training.gpu_memory import gpu_memory
+from job.training.memory_model import FP32, weight_bytes
+from job.training.model_checks import model_problems
+from job.training.refusal import Sharing, refuse_rows
+
+
+@dataclass(frozen=True)
+class CheckedSettings:
+    """The settings that are checked here.
+
+    Attributes:
+        model: Settings of the base.
+        lora: Of the adapter.
+        train: Of this training stage.
+        device: `JOB_RUN__DEVICE`.
+        seed: Of the order of the rows.
+        export: Of the last training stage, which exports.
+        judged: `JOB_GATE__ON` of that stage.
+    """
+
+    model: Model
+    lora: Lora
+    train: Train
+    device: str
+    seed: int
+    export: Export
+    judged: str
+
+
+def check_model(attempt: Attempt, folder: Path, settings: CheckedSettings) -> None:
+    """Refuses settings that the model's configuration excludes, before its weights and the data are downloaded.
+
+    Args:
+        attempt: Of its processes the number on this machine counts; exports are written to its work folder.
+        folder: Holds the model's config.json.
+        settings: What is checked.
+
+    Raises:
+        DataError, SettingsError: The same errors that loading the model, training or the export would raise.
+        Unreachable: The merged model is larger than this machine's GPU, or exports than what its disk has left.
+    """
+    lora, model, train, export = settings.lora, settings.model, settings.train, settings.export
+    options = make_options(dict(lora), train.max_steps or MANY_STEPS, model.add_tokens)
+    named: dict[str, Any] = {"targets": lora.target_modules, "rank": lora.rank, "options": options}
+    exported: dict[str, Any] = {"formats": export.formats, "onto": export.merge_onto, "judged": settings.judged}
+    here = attempt.processes.place.local_world_size
+
+    def problems(config: Any, empty: Any) -> Iterator[Problem]:
+        yield from model_problems(config, empty, **named, compute=train.compute, placement=model.placement)
+        yield from placement_problems(model, train, lora, folder=folder, processes=here, options=options)
+        if needs_merge(export.formats):
+            from job.export.model_checks import export_problems
+
+            exported["device"] = choose_device(settings.device)
+            yield from export_problems(config, empty, **exported, nf4=model.quantization == "nf4")
+
+    _, empty = inspect(folder, max_length=train.max_length, **named, problems=problems)
+    if needs_merge(export.formats):
+        from job.stages.export_check import check_least_size
+
+        check_least_size(attempt.work, empty, export.formats, choose_device(settings.device))
+
+
+def check_rows(attempt: Attempt, folder: Path, settings: CheckedSettings, tokens: Tokens) -> None:
+    """Refuses in the first attempt what does not fit the rows, while the weights are coming.
+
+    Args:
+        attempt: Its processes may divide a row.
+        folder: Of the base's config.json.
+        settings: What is checked.
+        tokens: The rows.
+
+    Raises:
+        SettingsError: With all problems that are certain before the model is loaded.
+    """
+    if attempt.recorded(Stage.PULL, Pulled) is not None:
+        return
+    longest, where = max(lengths_of(tokens.examples)), tokens.record.longest_at
+    check_all(
+        (
+            ("steps", lambda: raise_problems(step_problems(settings, tokens.examples))),
+            ("longest row", lambda: refuse_long_row(attempt, folder, settings, longest, where)),
+        )
+    )
+
+
+def step_problems(settings: CheckedSettings, examples: Sequence[Example]) -> Iterator[Problem]:
+    """Yields what does not fit the rows: too few steps for AdaLoRA, too few target tokens for EVA.
+
+    Args:
+        settings: What is checked.
+        examples: All rows to train on.
+    """
+    train, lora = settings.train, settings.lora
+    steps = total_steps(len(examples), train.global_batch_size, train.epochs, train.max_steps)
+    yield from too_few_steps(make_options(dict(lora), steps, settings.model.add_tokens))
+    if lora.init == "eva":
+        plan = Steps(examples, settings.seed, train.global_batch_size, steps)
+        # Whether sequences are packed is known when the model is loaded; without it, batches have fewer tokens.
+        most = max(targets_of(batch) for batch in eva_batches(plan, packed=True))
+        if most < lora.rank:
+            yield too_few_targets(lora.rank)
+
+
+def refuse_long_row(attempt: Attempt, folder: Path, settings: CheckedSettings, longest: int, where: str) -> None:
+    """Refuses a row that could not be trained on if the GPU held nothing but what it must, while the weights come.
+
+    `training.prepare` refuses more, when it knows what is free beside the model, and the attention kernel.
+
+    Args:
+        attempt: Its processes may divide the row.
+        folder: Of the base's config.json.
+        settings: What is checked.
+        longest: Tokens of the longest row.
+        where: File and line of the row; empty if they are not known.
+
+    Raises:
+        SettingsError: It certainly does not fit.
+    """
+    train, lora, device = settings.train, settings.lora, choose_device(settings.device)
+    if device.type != "cuda" or (capability := compute_capability()) < AMPERE:
+        return
+    options = make_options(dict(lora), MANY_STEPS, settings.model.add_tokens)
+    if (setup := setup_before_loading(settings.model, train, lora, folder, options)) is None:
+        return
+    from job.model.fused.long_attention import FLASH, TRITON, copies_of
+
+    a, place = setup.architecture, attempt.processes.place
+    setup = replace(setup, processes=place.world_size)
+    copies = None
+    tiles = a.in_tiles and options.not_fused is None and lora.dropout == 0 and setup.value_bytes < FP32
+    if tiles and train.last_method == "sft":
+        kernels = (FLASH, TRITON) if a.attends_by_triton(capability) else (FLASH,)
+        copies = min(copies_of(a, device, kernel) for kernel in kernels)
+    least = replace(setup, placement="gpu" if settings.model.placement == "gpu" else "host")
+    over = 1 if copies is None else divides_over(setup, train)
+    refuse_rows(
+        setup,
+        longest,
+        free_bytes=gpu_memory(train.gpu_memory_gb)[0] - weight_bytes(least),
+        host_bytes=main_memory().total_bytes // place.local_world_size,
+        offload=None if train.offload_activations == "auto" else train.offload_activations,
+        copies=copies,
+        where=where,
+        sharing=Sharing(over, over),
+    )

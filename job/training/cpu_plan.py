@@ -1,0 +1,38 @@
+"""Whether a CPU keeps activations for the backward pass, or computes them again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from job.common.formatting import size
+from job.common.resources import available_bytes
+from job.training.memory_model import Setup, activation_bytes
+
+SHARE = 0.3
+"""Share of the available memory that activations on a CPU may take by the formula, which leaves out dropout's masks
+(half as much again), gradients, optimizer states and other processes."""
+
+
+def keeps_activations(setup: Setup, tokens: int, processes: int) -> bool:
+    """Whether all activations fit in a CPU's memory, so that none has to be recomputed.
+
+    Args:
+        setup: What is trained.
+        tokens: Of the largest micro-batch.
+        processes: How many train on this machine.
+    """
+    return processes * activation_bytes(replace(setup, recompute=False), tokens) <= SHARE * available_bytes()
+
+
+def plan_activations(
+    model: Any, setup: Setup | None, tokens: int, processes: int, *, recompute: bool | Literal["auto"]
+) -> tuple[bool, str]:
+    """Whether PEFT's layers keep activations, and the reason: as set, or with `auto` on a CPU with enough memory."""
+    if recompute != "auto":
+        return not recompute, ""
+    if model.device.type != "cpu" or setup is None:
+        return False, ""
+    need = processes * activation_bytes(replace(setup, recompute=False), tokens)
+    kept = keeps_activations(setup, tokens, processes)
+    return kept, f"activations would take {size(need, ' ')}: {'kept' if kept else 'recomputed in the backward pass'}"

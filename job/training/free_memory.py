@@ -1,0 +1,45 @@
+"""What is given up when a GPU's memory has run out, and how its memory is freed."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from job.common.out_of_memory import out_of_memory
+from job.log import get_logger
+from job.model.fused.frozen_weights import forget_dequantized
+from job.model.gradient_checkpointing import recompute_activations
+from job.records import ExecutionPlan
+
+
+def drop_optimization(model: Any, plan: ExecutionPlan) -> ExecutionPlan:
+    """Drops the first optimization of `plan.droppable`, which takes memory and only saves time; changes no bit.
+
+    Args:
+        model: The model that follows the plan; changed in place.
+        plan: At least one optimization is left in it. CUDA graphs, which write to memory that is freed here, are gone.
+
+    Returns:
+        The plan without it.
+    """
+    name = plan.droppable[0]
+    plan = plan.give_up(name)
+    if name == "kept_base":
+        forget_dequantized(model)
+    elif name == "kept_activations":
+        recompute_activations(model, on=True, random=not plan.padded)
+    what = "out of GPU memory: an optimization that only saves time is switched off"
+    get_logger().warning(what, what=name, change="a smaller JOB_TRAIN__MICRO_BATCH_TOKENS leaves memory for it")
+    return plan
+
+
+def free_caches() -> None:
+    """After memory has run out: frees the tensors of the failed work, and the memory that torch's allocator caches."""
+    gc.collect()  # the caught error's frames keep tensors alive in reference cycles
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:  # torch's allocator refuses while it believes a failed recording to be in progress
+        if not out_of_memory(error):
+            raise

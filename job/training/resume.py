@@ -1,0 +1,50 @@
+"""How a resumed run pads its sequences, and what it says where it has to compute otherwise than its checkpoint."""
+
+from __future__ import annotations
+
+from job.checkpoints.trainer_state import HowComputed
+from job.data.batch_plan import Steps
+from job.log import get_logger
+from job.records import ExecutionPlan
+from job.training.padded_shapes import RunShapes, longest_shape, shapes_of_before
+
+
+def resume_shapes(
+    shapes: RunShapes, before: HowComputed | None, *, plan: ExecutionPlan, steps: Steps, budget: int
+) -> None:
+    """Has the run pad to the checkpoint's shapes, since others change the last bits of a gradient.
+
+    Warns where this attempt has to compute in another way than the checkpoint was computed.
+
+    Args:
+        shapes: The run's; changed in place.
+        before: What the checkpoint recorded; None in checkpoints of older versions, which did not record it.
+        plan: Of this attempt.
+        steps: The batch plan, with the checkpoint's limit for divided rows where this attempt can divide rows.
+        budget: The checkpoint's token budget.
+    """
+    if before is None:
+        if plan.padded:
+            what = "checkpoint of an older version does not have the lengths of its padded sequences"
+            effect = "the last bits of the result may differ from those of a run without an interruption"
+            get_logger().warning(f"{what}: this version's shapes are used", effect=effect)
+        return
+    changed = {}
+    for name, was, now in (
+        ("forward", before.forward, plan.forward),
+        ("tile_tokens", before.tile_tokens, plan.tile_tokens),
+        ("divided_above", before.divided_above, steps.divided_above),
+    ):
+        if was != now:
+            changed[name] = f"{was} before, {now} now"
+    if plan.padded and before.padded is not None:
+        if before.processes != steps.world_size:
+            changed["padded_shapes"] = f"of {before.processes} processes before, {steps.world_size} now"
+        elif max(before.padded, default=(0, 0))[0] > longest_shape(sequences := shapes.sequences(steps, budget)):
+            # Shapes that no row of this run needs; padding to them might take all memory.
+            changed["padded_shapes"] = f"{before.padded} before, which no row needs, this version's now"
+        else:
+            shapes.keep(steps, budget, shapes_of_before(before.padded, sequences))
+    if changed:
+        what = "checkpoint was computed with another execution plan: the last bits of the result change"
+        get_logger().warning(what, **changed, change="resume on the same kind and number of GPUs to keep them")
