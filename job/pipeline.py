@@ -45,7 +45,7 @@ from job.runs.open_attempt import open_attempt
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
-from job.settings.affects_result import decisive_settings, default_settings
+from job.settings.affects_result import common_settings, decisive_settings, default_settings
 from job.settings.load import Settings, current_platform, environment, exporters, plain_values, trackers
 from job.settings.training_stages import folder_of, split_stages
 from job.stages.handoff import Sources
@@ -176,7 +176,7 @@ def _finished(
     processes: Processes, settings: Settings, delivery: Delivery | None, alive: Callable[[], None]
 ) -> dict[str, Any] | None:
     """`finished`, asked by process 0 for all, which have the same settings."""
-    agree_on_settings(processes, decisive_settings(plain_values(settings)))
+    agree_on_settings(processes, common_settings(plain_values(settings)))
     found: dict[str, Any] | None = processes.share("results of before", lambda: finished(settings, delivery, alive))
     return found
 

@@ -18,7 +18,7 @@ from job.storage.local import LocalStore
 class Second(Alone):
     """The second of two processes, which is told what the first found out."""
 
-    place, leads = Place(rank=1, world_size=2), False
+    place, leads = Place(rank=1, world_size=2, local_rank=1, local_world_size=2), False
 
     def __init__(self, told: Mapping[str, Any]) -> None:
         self._told = told

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from job import log
 from job.distributed.ends import SETTLE_SECONDS, End, agree_on_end, publish_end
-from job.distributed.ranks import Place
+from job.distributed.ranks import LAUNCHER, Place
 from job.distributed.rendezvous import host_store, keyspace, reach_store
 from job.errors import Killed, Preempted, Problem, SettingsError, error_of_process, exit_codes, gravest
 from job.preemption.stop_flag import signals_to_handle
@@ -163,6 +163,7 @@ def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str,
         "MASTER_PORT": str(place.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
+        LAUNCHER: str(os.getpid()),
         "JOB_RUN__ID": run,
     }
     if "OMP_NUM_THREADS" not in environ:

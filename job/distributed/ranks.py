@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from job.platforms.detect import Platform
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER = "QLORA_JOB_LAUNCHER"
+"""Variable with the process id of this job's launcher."""
 PORT = 29400
 """Port on which machine 0 listens by default, as torchrun has it."""
 
@@ -35,6 +37,7 @@ class Place:
         host: Host of the common TCPStore.
         port: Port of the common TCPStore.
         hosted: Whether the launcher hosts the store; otherwise process 0 does.
+        launcher: Process id of this job's launcher, which started this process; 0 where another one did.
         restart: How often torchrun has restarted the processes. Its store outlives a restart, so keys need this number.
     """
 
@@ -45,6 +48,7 @@ class Place:
     host: str = ""
     port: int = 0
     hosted: bool = False
+    launcher: int = 0
     restart: int = 0
 
     @property
@@ -66,6 +70,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
         host=environ.get("MASTER_ADDR", ""),
         port=int(environ.get("MASTER_PORT") or 0),
         hosted=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        launcher=int(environ.get(LAUNCHER) or 0),
         restart=int(environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
     )
 

@@ -6,6 +6,7 @@ Waiting is done here in a loop, because torch's own client cannot be interrupted
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +18,12 @@ from job import log
 from job.distributed.process_group import ProcessGroup
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
-from job.errors import Problem, SettingsError, Unreachable
+from job.errors import Killed, Problem, SettingsError, Unreachable
 from job.preemption.stop_flag import Stop
 
 _CONNECT_SECONDS = 2.0
+_REACH_SECONDS = 10.0
+"""How long torch's client may try to connect, which neither a signal nor the end of the launcher interrupts."""
 _ANSWER_SECONDS = 60.0
 
 
@@ -95,7 +98,7 @@ def join(
         Unreachable: The store cannot be reached, or not all processes arrived within `patience`.
         SettingsError: Two processes have the same rank, or they disagree on the world size.
         Preempted: This process has to stop.
-        Killed: Another process is gone, and nobody told it to stop.
+        Killed: Another process is gone, or this one's launcher, and nobody told it to stop.
     """
     if place is None or place.world_size == 1:
         yield ALONE
@@ -122,12 +125,18 @@ def _reach(place: Place, deadline: float, stop: Stop, report_progress: Callable[
     if place.rank == 0 and not place.hosted:
         return host_store(place.port)
     while True:
+        if place.launcher not in {0, os.getppid()}:
+            # It would wait for as long as its patience lasts, and then be taken for a process of the next attempt.
+            raise Killed("the process that started this one is gone; start the run again to resume it")
         try:
-            return reach_store(place)
+            store = reach_store(place, _REACH_SECONDS)
         except (OSError, RuntimeError) as error:
             if time.monotonic() > deadline:
                 where = f"{place.host}:{place.port}"
                 raise Unreachable(f"process 0 of this run cannot be reached at {where}: {error}") from error
+        else:
+            store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
+            return store
         stop.check()
         report_progress()
         time.sleep(0.2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from job import log
 from job.errors import DataError, Problem, SettingsError, check_all, raise_problems
 from job.model.adapter_options import PLAIN as PLAIN_LORA
 from job.model.adapter_options import AdapterOptions
@@ -137,12 +138,29 @@ def load_base(
 def _check_loaded(folder: Path, model: Any, loading_info: dict[str, Any]) -> None:
     """Refuses a model of which weights are missing, or not quantized as its config.json says.
 
+    Weights that the model has no place for are a warning: a model for text may leave out those for images, but a
+    config.json with too few layers, or without biases, would train another model than the folder holds.
+
     Raises:
         DataError: It is.
     """
     if missing := sorted(loading_info["missing_keys"]):  # transformers would silently initialize them at random
         what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
         raise DataError([Problem("JOB_MODEL__ID", what)])
+    if unused := sorted(loading_info["unexpected_keys"]):
+        what = "weights of the base are not used: its config.json describes a model without them"
+        log.get_logger().warning(what, folder=str(folder), weights=len(unused), first=unused[:5])
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if (
+        getattr(model.config, "tie_word_embeddings", False)
+        and head is not None
+        and head.weight is not embeddings.weight
+    ):
+        log.get_logger().warning(
+            "the base has an output layer, and config.json says that it is the embedding: this job uses the layer",
+            folder=str(folder),
+            change="tie_word_embeddings: false in config.json; else a server may use the embedding",
+        )
     layers = {name: module for name, module in model.named_modules() if _is_bitsandbytes(module)}
     if plain := [name for name, layer in layers.items() if not is_quantized(layer.weight)]:
         what = f"{folder} has a config.json for quantized weights, but those of {plain[0]} are not quantized"

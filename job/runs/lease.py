@@ -18,8 +18,8 @@ wrote first finds the other's name in the lease, before its next change of the s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from uuid import uuid4
@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from job.common.formatting import timestamp
 from job.common.hashing import sealed, unsealed
 from job.common.validation import first_error
-from job.errors import DataError, JobError, Problem, Replaced, Unreachable
+from job.errors import DataError, JobError, Problem, Replaced, SettingsError, Unreachable
 from job.log import get_logger
 from job.runs.layout import ATTEMPTS, LEASE, attempt_number
 from job.storage.base import CHANGES, ForwardingStore
@@ -40,6 +40,9 @@ MAX_EPOCH = 10**9 - 1
 """Nine digits are what the names of attempts and of their folders have; the next attempt has one more."""
 _PAUSES = (0.1, 0.4, 1.0)
 """Seconds before a lease that cannot be read is read again: an answer may have been cut on its way."""
+SEEN_SECONDS = 60.0
+"""Seconds after which a machine of a network file system sees what another one has written: NFS keeps folders so long
+(`acdirmax`)."""
 # A holder renews its lease a few times a minute, so that a conflict with it hardly ever happens twice in a row.
 _TRIES = 20
 
@@ -197,6 +200,36 @@ def take(store: ObjectStore, holder: str) -> Lease:
         f"{store.uri}/{LEASE}: another attempt renews its lease faster than it can be taken over; end "
         "that attempt, or try again"
     )
+
+
+def check_same_store(store: ObjectStore, holder: str, alive: Callable[[], None], seconds: float = SEEN_SECONDS) -> None:
+    """Checks, on a machine that does not hold the lease, that it sees the lease of the one that does.
+
+    A machine whose JOB_RUN__OUTPUT is a folder of its own would find no checkpoint when the run resumes, and wait for
+    the others without end.
+
+    Args:
+        store: The run's own, as this machine sees it.
+        holder: `Lease.holder` on the machine that holds it.
+        alive: Called between two looks.
+        seconds: How long to look: a network file system may show a new file late.
+
+    Raises:
+        SettingsError: The lease here is another one.
+        Unreachable: The store does not answer.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        with suppress(ValueError):  # is being replaced
+            record, _ = _read(store)
+            if record is not None and record.holder == holder:
+                return
+        if time.monotonic() >= deadline:
+            what = f"is {store.uri}, where this machine does not see the files that machine 0 has written there"
+            fix = "give all machines the same bucket, or a folder that they share"
+            raise SettingsError([Problem("JOB_RUN__OUTPUT", f"{what}; {fix}")])
+        alive()
+        time.sleep(0.5)
 
 
 def attempt_numbers(store: ObjectStore) -> list[int]:

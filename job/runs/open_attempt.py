@@ -15,7 +15,7 @@ from job.preemption.stop_flag import Stop
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import Faults
 from job.runs.killed_for_memory import FIX, why_killed
-from job.runs.lease import fenced, take
+from job.runs.lease import check_same_store, fenced, take
 from job.runs.run_log import IdleLimit, LoggedAttempt, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.work_folder import work_folder
@@ -57,7 +57,7 @@ def open_attempt(
     Raises:
         NoProgress: The attempt was stopped, as were too many before it, and none of them got any further.
         Replaced: Another attempt took the run over.
-        SettingsError: The run began with other settings.
+        SettingsError: The run began with other settings, or the machines of the run do not have the same store.
     """
     lease = None
     own = settings
@@ -65,7 +65,10 @@ def open_attempt(
     if processes.leads:
         lease = take(store, platform.node() or "unknown")
     number = processes.share("attempt", lambda: lease.epoch if lease else 0)
+    holder = processes.share("holder of the lease", lambda: lease.holder if lease else "")
     log.bind(attempt=number)
+    if not processes.leads and processes.place.local_rank == 0:
+        check_same_store(store, holder, lambda: _alive(processes, stop, report_progress))
     with work_folder(cache, store.uri, number, cleans=processes.place.local_rank == 0) as work:
         logged = read_logged(store, number) if processes.leads else []
         earlier = [one.record for one in logged]
@@ -98,6 +101,12 @@ def open_attempt(
                 raise ended from error
             raise
         attempt.note("complete")
+
+
+def _alive(processes: Processes, stop: Stop, report_progress: Callable[[], None]) -> None:
+    report_progress()
+    processes.check()
+    stop.check()
 
 
 def _why_killed(logged: Sequence[LoggedAttempt]) -> str | None:

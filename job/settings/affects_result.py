@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from job.settings.load import Settings, plain_values
-from job.settings.markers import ResultEffect, find_markers
+from job.settings.markers import ResultEffect, SameInAllProcesses, find_markers
 
 _EFFECTS = find_markers(Settings, ResultEffect)
+_SAME = find_markers(Settings, SameInAllProcesses)
 
 
 def affects_result(name: str) -> bool:
@@ -22,6 +23,11 @@ def affects_result(name: str) -> bool:
 def decisive_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of the `plain_values` of all settings those that decide the result."""
     return {name: value for name, value in values.items() if affects_result(name)}
+
+
+def common_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the `plain_values` of all settings those that all processes of a run must have alike."""
+    return {name: value for name, value in values.items() if affects_result(name) or name in _SAME}
 
 
 def default_settings() -> dict[str, Any]:

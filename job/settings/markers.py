@@ -47,6 +47,11 @@ class RevisionOf:
 
 
 @dataclass(frozen=True)
+class SameInAllProcesses:
+    """Processes that have different values would wait for each other without end, although the result is the same."""
+
+
+@dataclass(frozen=True)
 class SageMakerChannel:
     """The setting may come as the SageMaker input channel of this name."""
 
@@ -58,7 +63,7 @@ class UsedByReaders:
     """The commands that only read published runs (verify, compare, report) use this setting."""
 
 
-Marker = TypeVar("Marker", ResultEffect, BelongsTo, RevisionOf, SageMakerChannel, UsedByReaders)
+Marker = TypeVar("Marker", ResultEffect, BelongsTo, RevisionOf, SameInAllProcesses, SageMakerChannel, UsedByReaders)
 
 
 def find_markers(settings: type[BaseModel], kind: type[Marker]) -> dict[str, Marker]:

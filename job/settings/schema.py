@@ -79,6 +79,7 @@ from job.settings.markers import (
     ExecutionOnly,
     RevisionOf,
     SageMakerChannel,
+    SameInAllProcesses,
     UsedByReaders,
     find_markers,
     setting_names,
@@ -176,7 +177,7 @@ class Model(Group):
     keep_dequantized: ExecutionOnly[FlagOrAuto] = "auto"
     """Dequantize the frozen weights once and keep them: faster, same results; `auto`: if they fit into memory. With
     JOB_TRAIN__COMPUTE=fp8 the weights in FP8 are kept."""
-    placement: ExecutionOnly[Literal["auto", "gpu", "sharded", "host"]] = "auto"
+    placement: ExecutionOnly[Annotated[Literal["auto", "gpu", "sharded", "host"], SameInAllProcesses()]] = "auto"
     """Where the base's 4-bit weights are kept: `gpu`, all on each process's GPU; `sharded`, a share on the GPU of each
     process; `host`, in main memory. With the last two, each decoder layer is fetched to the GPU while the layer before
     it computes. `auto`: the first of these that fits. The results are the same, bit for bit."""
@@ -414,7 +415,7 @@ class Train(Group):
     offload_activations: ExecutionOnly[FlagOrAuto] = "auto"
     """For rows of more than 16,384 tokens, keep activations in pinned main memory until the backward pass, instead of
     on the GPU; `auto`: if they do not fit on the GPU. The results are the same, bit for bit."""
-    sequence_parallel: ExecutionOnly[Literal["auto", "off"]] = "auto"
+    sequence_parallel: ExecutionOnly[Annotated[Literal["auto", "off"], SameInAllProcesses()]] = "auto"
     """Rows of more than 16,384 tokens in a run of several GPUs. `auto`: one that does not fit on a GPU is computed by
     all of them together, each a part of its tokens (Ulysses' sequence parallelism), where the fused layers compute
     long rows; `off`: each row is computed by one GPU. Which rows are divided follows from the size of the GPU's memory

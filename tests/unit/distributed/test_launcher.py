@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from job.distributed import launcher
 from job.distributed.ends import END, SETTLE_SECONDS
 from job.distributed.launcher import Machine, check_signals, count_processes, launch, noted_signals
+from job.distributed.ranks import Place, find_place
 from job.distributed.rendezvous import host_store, keyspace
 from job.errors import JobError, Killed, Preempted, SettingsError, Unreachable, exit_codes
 from tests.forked import free_port
@@ -75,6 +76,9 @@ def test_each_process_gets_torchruns_variables(run: Run, tmp_path: Path) -> None
         assert int(environ["MASTER_PORT"]) > 0
         assert environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
         assert environ["JOB_RUN__ID"] == "r"
+        assert find_place(environ) == Place(
+            rank, 2, rank, 2, "localhost", int(environ["MASTER_PORT"]), hosted=True, launcher=os.getpid()
+        )
     assert found[0]["MASTER_PORT"] == found[1]["MASTER_PORT"]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from job.distributed.ends import publish_end
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, join, keyspace
-from job.errors import Preempted, SettingsError, Unreachable
+from job.errors import Killed, Preempted, SettingsError, Unreachable
 from job.platforms.detect import detect
 from job.preemption.stop_flag import Stop
 from tests.forked import free_port
@@ -79,6 +81,19 @@ def test_a_store_that_is_not_there_is_told_of() -> None:
     error = fail(Place(1, 2, host="localhost", port=port, hosted=True), patience=0.3)
     assert isinstance(error, Unreachable)
     assert f"localhost:{port}" in str(error)
+
+
+def test_without_its_launcher_a_process_does_not_wait() -> None:
+    """Nor does it join the next attempt at the same address: its launcher is not its parent any more."""
+    host = host_store(0)
+    place = Place(1, 2, host="localhost", port=host.port, hosted=True, launcher=os.getpid())
+    began = time.monotonic()
+    error = fail(place, patience=60)
+    assert isinstance(error, Killed)
+    assert time.monotonic() - began < 10
+    assert not keyspace(host, "run").check(["here#1"])
+    at_work = fail(replace(place, launcher=os.getppid()), patience=0.3)
+    assert isinstance(at_work, Unreachable)  # the other one does not come
 
 
 def test_a_port_that_is_taken_is_worth_a_retry() -> None:

@@ -26,7 +26,7 @@ from job.model.quantized_cache.layout import entry_at
 from job.model.tokenizer import load_tokenizer
 from job.model.tokenizer_files import copy_tokenizer, tokenizer_files
 from job.records import Question
-from tests.helpers import LINEAR, fill_adapter, load_plain, make_model
+from tests.helpers import LINEAR, deepened, fill_adapter, load_plain, make_model
 
 CPU = torch.device("cpu")
 QUESTIONS = [Question((0, 5, 6, 7), ((8, 9), (10,))), Question((0, 11), ((12,), (13, 14, 15)))]
@@ -236,6 +236,21 @@ def test_an_end_of_sequence_that_is_no_token_is_a_warning(base_folder: Path, tmp
         load_tokenizer(folder)
     assert ["end-of-sequence token is not in its vocabulary" in line["event"] for line in said] == [True]
     assert said[0]["token"] == "</nowhere>"
+
+
+def test_weights_that_the_configuration_does_not_name_are_a_warning(base_folder: Path, tmp_path: Path) -> None:
+    """Too few layers, and an output layer that is not the embedding although config.json says so."""
+    folder = deepened(base_folder, tmp_path / "base", 3)
+    with structlog.testing.capture_logs() as before:
+        base(folder)
+    assert before == []
+    config = json.loads((folder / "config.json").read_text())
+    for change, words in (({"num_hidden_layers": 2}, "are not used"), ({"tie_word_embeddings": True}, "output layer")):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with structlog.testing.capture_logs() as said:
+            base(folder)
+        assert [words in line["event"] for line in said] == [True]
+        assert said[0].get("weights", 9) == 9
 
 
 def test_a_link_out_of_the_base_is_not_published(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from pydantic import TypeAdapter
 
 from job.checkpoints import manager
 from job.common.hashing import sealed
+from job.distributed.processes import Alone
+from job.distributed.ranks import Place
 from job.errors import DataError, JobError, Preempted, Replaced, SettingsError, Unreachable
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, Evaluated, Pulled
@@ -27,7 +29,7 @@ from job.runs import stage_records
 from job.runs.attempt import Attempt, missing
 from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
-from job.runs.lease import fenced, take
+from job.runs.lease import Lease, fenced, take
 from job.runs.open_attempt import open_attempt
 from job.runs.run_log import IdleLimit, close_run_log, idle_pause, parse_record, read_run_log
 from job.runs.run_settings import keep_settings
@@ -62,6 +64,40 @@ def opened(store: LocalStore, tmp_path: Path) -> Callable[..., AbstractContextMa
         )
 
     return begin
+
+
+class OtherMachine(Alone):
+    """The first process of machine 1, which learns of process 0 who holds the lease."""
+
+    place = Place(rank=1, world_size=2)
+    leads = False
+
+    def __init__(self, lease: Lease) -> None:
+        self.shared: dict[str, Any] = {
+            "settings of the run": SETTINGS,
+            "attempt": lease.epoch,
+            "holder of the lease": lease.holder,
+        }
+
+    def share(self, what: str, value: Callable[[], Any]) -> Any:
+        """What process 0 said."""
+        return self.shared[what]
+
+
+def test_another_machine_must_see_the_same_folder(store: LocalStore, tmp_path: Path) -> None:
+    """It looks for the lease that process 0 has taken: in the run's folder, or in one of this machine alone."""
+    processes = OtherMachine(take(store, "machine-0"))
+    how: dict[str, Any] = {
+        "cache": str(tmp_path),
+        "stop": Stop(),
+        "report_progress": Stop().check,
+        "faults": arm((), store),
+    }
+    with open_attempt(store, SETTINGS, processes=processes, **how) as attempt:
+        assert attempt.number == 1
+    how["stop"].request("tired of looking", 0)
+    with pytest.raises(Preempted), open_attempt(LocalStore(tmp_path / "own"), SETTINGS, processes=processes, **how):
+        pass
 
 
 def noted_of(store: LocalStore, number: int) -> dict[str, Any]:

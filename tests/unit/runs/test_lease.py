@@ -16,11 +16,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.common.hashing import sealed
-from job.errors import AccessDenied, DataError, JobError, Problem, Replaced, Unreachable
+from job.errors import AccessDenied, DataError, JobError, Problem, Replaced, SettingsError, Unreachable
 from job.runs import lease as lease_module
 from job.runs.layout import LEASE as KEY
 from job.runs.layout import attempt_key
-from job.runs.lease import Lease, fenced, take
+from job.runs.lease import Lease, check_same_store, fenced, take
 from job.storage.base import NotSupported, Stored, write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import Conflict, ObjectStore, open_store
@@ -94,6 +94,21 @@ def test_epochs_count_attempts(store: LocalStore) -> None:
 def test_holders_are_unique(store: LocalStore) -> None:
     """Two attempts with the same name are still told apart."""
     assert take(store, "pod").holder != take(store, "pod").holder
+
+
+def test_machines_that_do_not_share_the_run_s_folder_are_refused(store: LocalStore, tmp_path: Path) -> None:
+    """A machine that sees another lease or none ends; one that sees it, late or renewed, goes on."""
+    lease = take(store, "machine-0")
+    other = LocalStore(tmp_path / "other")
+    for _ in range(2):
+        with pytest.raises(SettingsError, match=r"JOB_RUN__OUTPUT: is .*/other, where this machine does not see"):
+            check_same_store(other, lease.holder, lambda: None, seconds=0)
+        take(other, "machine-0")  # of an attempt that this machine began alone
+    asked = []
+    check_same_store(other, lease.holder, lambda: asked.append(other.write(KEY, store.read(KEY).data)))  # type: ignore[union-attr]
+    assert len(asked) == 1
+    lease.confirm()
+    check_same_store(store, lease.holder, lambda: None, seconds=0)
 
 
 def test_confirm_counts_heartbeats(store: LocalStore) -> None:

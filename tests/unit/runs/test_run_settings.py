@@ -11,10 +11,12 @@ from pydantic import TypeAdapter
 
 from job.distributed.processes import Alone
 from job.distributed.ranks import Place
-from job.errors import SettingsError
+from job.errors import SettingsError, environment_name
 from job.records import Pulled
 from job.runs import stage_records
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings, parse_settings
+from job.settings.affects_result import common_settings
+from job.settings.load import Settings, plain_values
 from job.storage.base import MAX_READ_BYTES
 from job.storage.local import LocalStore
 from tests.example_run import DATASET
@@ -54,6 +56,17 @@ def test_machines_have_the_same_settings() -> None:
     with pytest.raises(SettingsError, match="JOB_A: is 3 in process 1 and 1 in process 0") as caught:
         agree_on_settings(Second({"a": 1, "b": 2}), {"a": 3, "b": 4})
     assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("model.placement", "host"), ("train.sequence_parallel", "off")])
+def test_machines_agree_on_what_they_compute_together(name: str, value: str) -> None:
+    """Of the settings that do not affect the result, those by which machines wait for each other must be the same."""
+    group, field = name.split(".")
+    first, second = (
+        common_settings(plain_values(Settings.model_validate(given))) for given in ({}, {group: {field: value}})
+    )
+    with pytest.raises(SettingsError, match=f"{environment_name(name)}: is '{value}' in process 1"):
+        agree_on_settings(Second(first), second)
 
 
 PULLED = Pulled(DATASET, "1" * 64, None, {"quiz": "2" * 64})
