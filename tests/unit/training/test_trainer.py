@@ -524,7 +524,7 @@ def test_a_checkpoint_of_other_ranks_is_refused(base_folder: Path, tokenizer: An
     path = saved[-1] / "adalora.safetensors"
     state = load_file(path)
     save_file({name: tensor[:1] for name, tensor in state.items()}, path)
-    with pytest.raises(ValueError, match="is not of this model"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         run(model, tokenizer, LONGER, RESUMED, tmp_path, resume=saved[-1])
 
 
