@@ -213,11 +213,15 @@ class OptimizerStep:
         try:
             self._wait_for_sum()
         except JobError as error:
-            self._leave_stream()  # it waits for a sum that never comes
+            self._leave_stream()
             raise StepAbandoned from error
 
     def _leave_stream(self) -> None:
-        """Launches everything from now on, such as the copies for a checkpoint, beside what was launched so far."""
+        """Launches everything from now on, such as the copies for a checkpoint, beside what was launched so far.
+
+        That is the gradient of an abandoned step, or waits for a sum that never comes. The step before has ended: its
+        metrics were read.
+        """
         if self._parameters.gradient.is_cuda:
             torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
@@ -273,6 +277,7 @@ class OptimizerStep:
                         how = {"micro_batch_tokens": self.budget, "change": "JOB_TRAIN__MICRO_BATCH_TOKENS"}
                         get_logger().warning(what, **how)
             except JobError as error:
+                self._leave_stream()
                 raise StepAbandoned from error
             free_caches()
 
@@ -284,7 +289,7 @@ class OptimizerStep:
         """
         self._meanwhile()
         if self._ahead and self._hooks.stop() and not self._hooks.fits(1.0):
-            self._leave_stream()  # it computes a gradient that nobody needs
+            self._leave_stream()
             raise StepAbandoned
 
     def longest_undivided(self, lengths: Sequence[int]) -> int:

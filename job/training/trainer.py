@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import math
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -484,6 +485,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             if self.is_overwritten():
                 what = "not saved: the sum that another process was thought to have left undone has come meanwhile"
                 get_logger().warning(what, step=self.state.global_step)
+                shutil.rmtree(path)
                 return
             self.saved_step = self.state.global_step
             self.hooks.on_save(path, self.state.global_step)

@@ -896,6 +896,7 @@ def test_a_launched_optimizer_step_that_never_begins(
     finally:
         handle.remove()
     assert seen == ["sum", "optimizer", "optimizer", "sum", "optimizer", "sum"]
+    assert [path.name for path in saved] == [path.name for path in tmp_path.glob("step-*")]
     assert [path.name for path in saved] == ([] if come else ["step-00000002"])
     for state in saved:
         whole, again = make_model(base_folder), make_model(base_folder)
