@@ -180,6 +180,7 @@ def _pull(
             attempt,
             lambda: _load_tasks(attempt, settings, storage, policy, baseline),
             lambda: check_model(attempt, base.small_files()[0], checked_settings(settings, later)),
+            base.early.done,
         )
         checked = _check_before_weights(attempt, settings, storage, base, tasks)
         base.download_weights()
@@ -413,15 +414,23 @@ def _judge_sha256(attempt: Attempt, judge: FoundJudge | None) -> str | None:
     return judge_sha256(judge.record)
 
 
-def _checked_tasks(attempt: Attempt, load: Callable[[], Tasks], check_model: Callable[[], None]) -> Tasks:
+def _checked_tasks(
+    attempt: Attempt, load: Callable[[], Tasks], check_model: Callable[[], None], model_is_there: Callable[[], bool]
+) -> Tasks:
     """The tasks. What is wrong with them, and what the model excludes of the settings, is raised together.
 
-    Later attempts do not check the model: they have the same settings and the same model.
+    Wrong tasks are raised at once if the model's configuration is still being downloaded. Later attempts do not check
+    the model: they have the same settings and the same model.
     """
     loaded: list[Tasks] = []
+
+    def model() -> None:
+        if loaded or model_is_there():
+            check_model()
+
     checks: list[tuple[str, Callable[[], object]]] = [("questions", lambda: loaded.append(load()))]
     if attempt.recorded(Stage.PULL, Pulled) is None:
-        checks.append(("model", check_model))
+        checks.append(("model", model))
     check_all(checks)
     return loaded[0]
 
