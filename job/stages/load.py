@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from job import log
 from job.common.malloc import keep_freed_memory
@@ -39,17 +39,14 @@ from job.training.memory_model import LONG_ROW
 from job.training.prepare import prepare, token_budget
 from job.training.speed_advice import slower_ways
 
-if TYPE_CHECKING:
-    import torch
-
 
 @dataclass(frozen=True)
 class _Way:
     """How this process computes, as it is chosen before the base is loaded.
 
     Attributes:
-        device: Where the model computes.
-        dtype: What it computes in.
+        device: The torch device where the model computes.
+        dtype: The torch dtype it computes in.
         steps: All optimizer steps.
         options: The adapter's.
         budget: Token budget of a micro-batch, the same in all processes.
@@ -57,8 +54,8 @@ class _Way:
         why_placed: Why, in words; empty if they lie on the GPU.
     """
 
-    device: torch.device
-    dtype: torch.dtype
+    device: Any
+    dtype: Any
     steps: int
     options: AdapterOptions
     budget: int
