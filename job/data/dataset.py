@@ -6,6 +6,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from hashlib import sha256
 from math import ceil
@@ -32,7 +33,7 @@ from job.data.schema_of_rows import other_schema, peek, settle_schema
 from job.data.schemas import FIELDS, Schema
 from job.data.sources import open_source, watched
 from job.data.tokenization import Encoded, LossOn, OnLongRow
-from job.data.workers import open_encoding
+from job.data.workers import Encoding, open_encoding
 from job.errors import DataError, Problem, SettingsError
 from job.records import DatasetRecord, DataSourceRecord
 
@@ -124,99 +125,156 @@ def load_examples(
         AccessDenied: The hub refused.
     """
     note = notes or Notes()
-    single = isinstance(source, str)
     parts = _one_part(source, name)
     name = name or ", ".join(part.name for part in parts)
 
-    def read(part: Source) -> tuple[str | None, bool, Lines]:
-        commit, chosen, rows = open_source(
-            part.place, part.revision or revision, split, part.name, note=note, alive=alive
-        )
-        return commit, chosen, watched(rows, alive)
+    def open_part(part: Source) -> _Opened:
+        opened = open_source(part.place, part.revision or revision, split, part.name, note=note, alive=alive)
+        return _Opened(*opened[:2], watched(opened[2], alive))
 
     decode = LineDecoder()
 
-    def seen(row: Row | RowError | Line) -> Row | RowError:
+    def decoded(row: Row | RowError | Line) -> Row | RowError:
         return rename_fields(decode(row), field_names or {})
 
     findings = BadRows(on_bad_row, skip_long=on_long_row == "skip")
-    commit, chosen, rows = read(parts[0])
+    opened = open_part(parts[0])
     among = schemas_with(field_names or {}, METHODS[method].schemas, FIELDS)
-    schema, rows = settle_schema(rows, seen, schema, findings, name, method=method, among=among)
-    first, rows = peek(rows, seen)
+    schema, rows = settle_schema(opened.rows, decoded, schema, findings, name, method=method, among=among)
+    first, rows = peek(rows, decoded)
     conversations = schema in SIDES and first is not None and is_conversation(first.fields, schema)
     templated = schema == "messages" or conversations
     _check_tokenizer(tokenizer, name, templated=templated)
     _check_fit(schema, loss_on, template_arguments, on_long_row, templated=templated)
+    _note_date(note, tokenizer, date, templated=templated)
     reading = Reading(
-        schema,
-        templated,
-        loss_on,
-        max_length,
-        vocabulary,
-        on_long_row,
-        field_names or {},
+        schema=schema,
+        templated=templated,
+        loss_on=loss_on,
+        max_length=max_length,
+        vocabulary=vocabulary,
+        on_long_row=on_long_row,
+        field_names=field_names or {},
         compare=compare,
         row_weights=row_weights,
     )
-    records: list[DataSourceRecord] = []
-    _note_date(note, tokenizer, date, templated=templated)
     with ExitStack() as stack:
-        found = _Found(stack.enter_context(ExampleWriter(file)), on_example, audit)
-        encode = stack.enter_context(
-            open_encoding(
-                reading,
-                tokenizer,
-                date=date,
-                template_arguments=template_arguments,
-                processes=processes,
-                alive=alive,
-                audit=found.audit_setup,
-            )
+        taken = _Taken(stack.enter_context(ExampleWriter(file)), on_example, audit)
+        encoding = open_encoding(
+            reading,
+            tokenizer,
+            date=date,
+            template_arguments=template_arguments,
+            processes=processes,
+            alive=alive,
+            audit=taken.audit_setup,
         )
-        for part in parts:
-            if part is not parts[0]:
-                commit, chosen, rows = read(part)
-                begin, rows = peek(rows, seen)
-                if (other := other_schema(begin, schema, METHODS[method].schemas)) is not None:
-                    what = f"has rows of the schema {other}, and {parts[0].name} of {schema}; {_ONE}"
-                    findings.add_problem(part.name, what)
-                    continue
-            own = None if single else sha256(_DIGEST)
-            before = found.rows
-            for turn in range(ceil(part.times)):
-                share = min(part.times - turn, Fraction(1))
-                found.begin(again=turn > 0)
-                most, lines = part.rows or limit, read(part)[2] if turn else rows
-                together = share == 1 and most is None and on_example is None
-                outcomes = encode(lines, most, together=together)
-                _take_share(outcomes, share, found, own, None if turn else findings)
-            records += _records(part, commit, found.rows - before, own, findings)
+        parts_reader = _PartsReader(
+            open_part=open_part,
+            decoded=decoded,
+            encode=stack.enter_context(encoding),
+            schema=schema,
+            method=method,
+            limit=limit,
+            one_by_one=on_example is not None,
+            hashed=not isinstance(source, str),
+        )
+        opened, records = _take_parts(parts_reader, parts, replace(opened, rows=rows), taken, findings)
         findings.raise_problems()
-        if not found.rows:
+        if not taken.rows:
             raise findings.nothing_left(name)
         if templated:
-            _check_ends(note, found.ends, tokenizer, name)
-        _note_findings(note, found, name, schema, limit)
-    examples = found.writer.examples()
+            _check_ends(note, taken.ends, tokenizer, name)
+        _note_findings(note, taken, name, schema, limit)
+    examples = taken.writer.examples()
     if schema == "unpaired_preference" and pair:
         examples = paired(examples, [range(len(examples))], seed, max_length, file)
-    lengths = examples.lengths
     return examples, DatasetRecord(
         source=name,
-        revision=commit if single else None,
-        split=split if commit or chosen or any(record.revision for record in records) else None,
+        revision=opened.commit if isinstance(source, str) else None,
+        split=split if opened.commit or opened.chosen or any(record.revision for record in records) else None,
         format=schema,
         rows=len(examples),
         skipped=dict(sorted(findings.skipped.items())),
-        sha256=found.digest.hexdigest(),
-        tokens=sum(lengths),
+        sha256=taken.digest.hexdigest(),
+        tokens=sum(examples.lengths),
         target_tokens=sum(examples.target_counts),
-        longest=max(lengths),
+        longest=max(examples.lengths),
         sources=records,
-        long_rows=dict(sorted(found.long_rows.items())),
-        longest_at=found.longest[1],
+        long_rows=dict(sorted(taken.long_rows.items())),
+        longest_at=taken.longest[1],
     )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A source that is open: its commit (None for files), whether the split chose its files, and its rows."""
+
+    commit: str | None
+    chosen: bool
+    rows: Lines
+
+
+@dataclass(frozen=True)
+class _PartsReader:
+    """How the rows of all sources are read.
+
+    Attributes:
+        open_part: Opens a source.
+        decoded: Gives the row of what is read, with the schema's names of fields.
+        encode: Makes examples of rows.
+        schema: Of all sources.
+        method: What the rows are for.
+        limit: As of `load_examples`, for sources that do not say how many rows they give.
+        one_by_one: Whether each example is looked at, so that rows are not encoded in bundles.
+        hashed: Whether each source gets a record with a digest of its own.
+    """
+
+    open_part: Callable[[Source], _Opened]
+    decoded: Callable[[Row | RowError | Line], Row | RowError]
+    encode: Encoding
+    schema: Schema
+    method: MethodName
+    limit: int | None
+    one_by_one: bool
+    hashed: bool
+
+
+def _take_parts(
+    reader: _PartsReader, parts: Sequence[Source], opened: _Opened, taken: _Taken, findings: BadRows
+) -> tuple[_Opened, list[DataSourceRecord]]:
+    """Takes the examples of all sources: the last source that was opened, and the record of each.
+
+    `opened` is the first source. A further one with rows of another schema is a finding, and gives no examples.
+    """
+    records: list[DataSourceRecord] = []
+    for part in parts:
+        if part is not parts[0]:
+            opened = reader.open_part(part)
+            first, rows = peek(opened.rows, reader.decoded)
+            opened = replace(opened, rows=rows)
+            if (other := other_schema(first, reader.schema, METHODS[reader.method].schemas)) is not None:
+                what = f"has rows of the schema {other}, and {parts[0].name} of {reader.schema}; {_ONE}"
+                findings.add_problem(part.name, what)
+                continue
+        own = sha256(_DIGEST) if reader.hashed else None
+        before = taken.rows
+        _take_part(reader, part, opened.rows, taken, own=own, findings=findings)
+        records += _records(part, opened.commit, taken.rows - before, own, findings)
+    return opened, records
+
+
+def _take_part(
+    reader: _PartsReader, part: Source, rows: Lines, taken: _Taken, *, own: Any | None, findings: BadRows
+) -> None:
+    """Takes the examples of a source as often as it says; it is read again each time, and the last time in part."""
+    for turn in range(ceil(part.times)):
+        share = min(part.times - turn, Fraction(1))
+        taken.begin(again=turn > 0)
+        most, lines = part.rows or reader.limit, reader.open_part(part).rows if turn else rows
+        together = share == 1 and most is None and not reader.one_by_one
+        outcomes = reader.encode(lines, most, together=together)
+        _take_share(outcomes, share, taken, own, None if turn else findings)
 
 
 def paired(
@@ -252,14 +310,14 @@ def _note_unused(note: Notes, unused: Counter[str], name: str, schema: Schema) -
         note("info", "fields that are not used", source=name, schema=schema, rows=dict(sorted(unused.items())))
 
 
-def _note_findings(note: Notes, found: _Found, name: str, schema: Schema, limit: int | None) -> None:
+def _note_findings(note: Notes, taken: _Taken, name: str, schema: Schema, limit: int | None) -> None:
     """Notes what is more than one would expect, as control tokens and unused fields, or less: rows, kinds of labels."""
-    found.remarks.note(note, name, found.rows)
-    _note_unused(note, found.unused, name, schema)
-    if limit is not None and found.rows < limit:
-        note("warning", "there are fewer rows than JOB_DATA__LIMIT", source=name, rows=found.rows, limit=limit)
-    if len(found.labels) == 1 and None not in found.labels:
-        label = next(iter(found.labels))
+    taken.remarks.note(note, name, taken.rows)
+    _note_unused(note, taken.unused, name, schema)
+    if limit is not None and taken.rows < limit:
+        note("warning", "there are fewer rows than JOB_DATA__LIMIT", source=name, rows=taken.rows, limit=limit)
+    if len(taken.labels) == 1 and None not in taken.labels:
+        label = next(iter(taken.labels))
         note(
             "warning",
             "all answers have the same label, so training cannot learn a difference",
@@ -272,7 +330,7 @@ def _one_part(source: str | Sequence[Source], name: str | None) -> Sequence[Sour
     return [Source(source, name or source)] if isinstance(source, str) else source
 
 
-class _Found:
+class _Taken:
     """The examples that were taken, and what is counted of them."""
 
     def __init__(
@@ -316,21 +374,21 @@ class _Found:
         if self._on_example is not None:
             self._on_example(item)
 
-    def add_all(self, found: Bundle) -> None:
+    def add_all(self, bundle: Bundle) -> None:
         """Adds the examples of many rows, and counts what they count; not for `on_example`."""
-        count = len(found.lengths) // 4
-        more = found.more or [PLAIN] * count
-        self.writer.add_all(found.ids, found.targets, found.lengths, more)
+        count = len(bundle.lengths) // 4
+        more = bundle.more or [PLAIN] * count
+        self.writer.add_all(bundle.ids, bundle.targets, bundle.lengths, more)
         self.labels.update(one[1] for one in more)
-        self.digest.update(found.canonical)
-        self.ends.update(dict(found.ends))
-        self.unused.update(dict(found.unused))
-        self.long_rows.update(dict(found.long))
-        self.remarks.add_all(found.remarks)
-        self.note_longest(found.longest)
+        self.digest.update(bundle.canonical)
+        self.ends.update(dict(bundle.ends))
+        self.unused.update(dict(bundle.unused))
+        self.long_rows.update(dict(bundle.long))
+        self.remarks.add_all(bundle.remarks)
+        self.note_longest(bundle.longest)
         at = 0
-        for where, examples, size in found.audited:
-            self.audited(where, found.audits[at : at + size], examples)
+        for where, examples, size in bundle.audited:
+            self.audited(where, bundle.audits[at : at + size], examples)
             at += size
 
     def note_longest(self, one: tuple[int, str]) -> None:
@@ -349,14 +407,14 @@ class _Found:
 
 
 def _take_share(
-    outcomes: Iterator[Outcome | Bundle], share: Fraction, found: _Found, own: Any | None, findings: BadRows | None
+    outcomes: Iterator[Outcome | Bundle], share: Fraction, taken: _Taken, own: Any | None, findings: BadRows | None
 ) -> None:
-    """Adds a share of the examples to those found, evenly spaced, so that their number is exact.
+    """Adds a share of the examples to those taken, evenly spaced, so that their number is exact.
 
     Args:
         outcomes: What the rows of a source give.
         share: How many of the examples, up to 1; bundles are for 1 alone.
-        found: Where they are added.
+        taken: Where they are added.
         own: The digest of the source; None for none.
         findings: Where faults are added; None where they have been added before.
     """
@@ -366,23 +424,23 @@ def _take_share(
             if findings is not None:
                 for faults in outcome.faults:
                     findings.add(list(faults))
-            found.add_all(outcome)
+            taken.add_all(outcome)
             if own is not None:
                 own.update(outcome.canonical)
             continue
-        found.remarks.add(outcome.remarks)
+        taken.remarks.add(outcome.remarks)
         if outcome.faults and findings is not None:
             findings.add(list(outcome.faults))
-        before = found.rows
+        before = taken.rows
         for item in outcome.examples:
             good += 1
             if share == 1 or int(good * share) > int((good - 1) * share):
                 canonical = item.canonical()
-                found.add(item, canonical)
-                found.note_longest((len(item.parts()[1]), outcome.where))
+                taken.add(item, canonical)
+                taken.note_longest((len(item.parts()[1]), outcome.where))
                 if own is not None:
                     own.update(canonical)
-        found.audited(outcome.where, outcome.audited, found.rows - before)
+        taken.audited(outcome.where, outcome.audited, taken.rows - before)
 
 
 def _records(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from job.common.near_duplicates import row_hash
 from job.data.chat_template import Template, TemplateRefusalError
@@ -28,7 +28,6 @@ from job.data.text_tokenizer import TextTokenizer
 from job.data.tokenization import Encoded, encode
 from job.records import Example
 
-PreferenceSchema = Literal["preference", "unpaired_preference"]
 SIDES: Mapping[str, tuple[str, ...]] = {"preference": ("chosen", "rejected"), "unpaired_preference": ("completion",)}
 """Schema -> the fields that hold its answers."""
 

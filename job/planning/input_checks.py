@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -76,75 +76,132 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
     where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
     stored, seconds = run_check("storage", lambda: _try_storage(s.run.output, s.run.id, storage), unreachable="wrong")
     modelled, model = run_check("model", lambda: preview_model(s.model.id, s.model.revision, **where))
-    adapted, adapter = run_check(
-        "adapter",
-        lambda: preview_adapter(
-            model,
-            s.lora.target_modules,
-            quantization=s.model.quantization,
-            max_length=s.train.max_length,
-            rank=s.lora.rank,
-            options=adapter_options(s),
-            problems=partial(_problems_of_model, s),
-        ),
-    )
+    adapted, adapter = run_check("adapter", lambda: _preview_adapter(s, model))
     tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
-    rows_too: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "vocabulary": rows_with(
-            model.architecture.vocabulary if model and model.architecture else None, tokenizer, s.model.add_tokens
-        ),
-        **where,
-    }
     loaded: list[Tasks] = []
-    asked, questions = run_check(
-        "questions",
-        lambda: preview_questions(
-            s.eval.tasks,
-            s.eval.data,
-            s.eval.num_fewshot,
-            needed_by=s.need_choices,
-            tokenizer=tokenizer,
-            limit=s.eval.limit,
-            max_length=s.train.max_length,
-            cut=s.eval.long_questions == "cut",
-            on_tasks=loaded.append,
-            **where,
-        ),
+    asked, questions = run_check("questions", lambda: _preview_questions(s, tokenizer, loaded.append, where))
+    tasks = loaded[0] if loaded else None
+    rows = _check_rows(s, model, tokenizer, tasks, show=show, where=where)
+    others = [*rows.steps, *check_other_inputs(s, storage, tasks)]
+    screened, safety = _check_safety_model(s, where)
+    prompted, prompts = _check_prompts(s, rows.data, tokenizer, folder, storage)
+    ruled, judge = _check_principles(s, where)
+    return Preflight(
+        checks=[
+            *(stored, modelled, adapted, tokenized),
+            *(*rows.read, *rows.audited, *screened, asked),
+            *(*others, *prompted, *ruled),
+        ],
+        store_seconds=seconds,
+        model=model,
+        adapter=adapter,
+        tokenizer=tokenizer,
+        data=rows.data,
+        first_data=rows.first_data,
+        questions=questions,
+        safety=safety,
+        judge=judge,
+        prompts=prompts,
     )
-    scored = index_questions(loaded[0].prompts(s.eval.limit)) if loaded else None
-    rows_too["audit"] = set_up(scored, s.data.on_finding)
-    others: list[PreflightResult] = []
-    read, data = run_check("data", lambda: _preview_rows(s, show=show, **rows_too))
+
+
+@dataclass(frozen=True)
+class _RowChecks:
+    """The checks of the rows to train on: of a first training stage too, if there is one."""
+
+    read: list[PreflightResult]
+    audited: list[PreflightResult]
+    steps: list[PreflightResult]
+    data: DataFacts | None
+    first_data: DataFacts | None
+
+
+def _check_rows(
+    s: Settings, model: ModelFacts | None, tokenizer: Any, tasks: Tasks | None, *, show: int, where: Mapping[str, Any]
+) -> _RowChecks:
+    """Reads the rows of each training stage and reports their audit, and whether AdaLoRA has enough steps."""
+    architecture = model.architecture if model else None
+    how: dict[str, Any] = {
+        **where,
+        "tokenizer": tokenizer,
+        "vocabulary": rows_with(architecture.vocabulary if architecture else None, tokenizer, s.model.add_tokens),
+        "audit": set_up(index_questions(tasks.prompts(s.eval.limit)) if tasks else None, s.data.on_finding),
+        "show": show,
+    }
+    check, data = run_check("data", lambda: _preview_rows(s, **how))
+    read, steps, first_data = [check], list[PreflightResult](), None
     if s.lora.kind == "adalora" and data is not None and not data.estimated:
-        others = [run_check("steps", partial(_check_steps, s, len(data.examples)))[0]]
-    first, first_data = [], None
+        steps = [run_check("steps", partial(_check_steps, s, len(data.examples)))[0]]
     if not s.train.is_one_stage:
-        rows_too["folder"] = folder / "first"
+        how["folder"] = where["folder"] / "first"
         earlier, _ = split_stages(s)
-        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, show=show, **rows_too))
-        first.append(check)
+        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, **how))
+        read.append(check)
     audited = [
         run_check(name, partial(report_audit, one.audit, one.long_rows))[0]
         for name, one in (("audit", data), ("audit of the first stage", first_data))
         if one is not None and one.audit is not None
     ]
-    others += check_other_inputs(s, storage, loaded[0] if loaded else None)
-    safety = judge = prompts = None
-    if s.data.safety_model is not None:
-        asked_for = (s.data.safety_model, s.data.safety_revision, s.data.unsafe_labels, s.data.unsafe_threshold)
-        checked, safety = run_check("safety model", partial(preview_safety_model, *asked_for, **where))
-        audited.append(checked)
-    checks = [stored, modelled, adapted, tokenized, read, *first, *audited, asked, *others]
-    if s.eval.prompts is not None:
-        checked, prompts = run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))
-        checks.append(checked)
-    if s.eval.principles is not None and s.eval.judge is not None:
-        rules = (s.eval.principles, s.eval.judge, s.eval.judge_revision)
-        checked, judge = run_check("principles", partial(preview_judge, *rules, **where))
-        checks.append(checked)
-    found = (model, adapter, tokenizer, data, first_data, questions, safety, judge)
-    return Preflight(checks, seconds, *found, prompts or ())
+    return _RowChecks(read, audited, steps, data, first_data)
+
+
+def _check_safety_model(s: Settings, where: Mapping[str, Any]) -> tuple[list[PreflightResult], AuxiliaryFacts | None]:
+    """(the check of JOB_DATA__SAFETY_MODEL, what it read); no check without one."""
+    if s.data.safety_model is None:
+        return [], None
+    asked = (s.data.safety_model, s.data.safety_revision, s.data.unsafe_labels, s.data.unsafe_threshold)
+    check, facts = run_check("safety model", partial(preview_safety_model, *asked, **where))
+    return [check], facts
+
+
+def _check_prompts(
+    s: Settings, data: DataFacts | None, tokenizer: Any, folder: Path, storage: StorageOptions
+) -> tuple[list[PreflightResult], tuple[int, ...]]:
+    """(the check of JOB_EVAL__PROMPTS, the tokens of each prompt); no check without one."""
+    if s.eval.prompts is None:
+        return [], ()
+    check, lengths = run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))
+    return [check], lengths or ()
+
+
+def _check_principles(s: Settings, where: Mapping[str, Any]) -> tuple[list[PreflightResult], AuxiliaryFacts | None]:
+    """(the check of JOB_EVAL__PRINCIPLES and its judge, what it read); no check without one."""
+    if s.eval.principles is None or s.eval.judge is None:
+        return [], None
+    rules = (s.eval.principles, s.eval.judge, s.eval.judge_revision)
+    check, facts = run_check("principles", partial(preview_judge, *rules, **where))
+    return [check], facts
+
+
+def _preview_adapter(s: Settings, model: ModelFacts | None) -> Found[AdapterFacts]:
+    """The adapter that the settings name, on this model."""
+    return preview_adapter(
+        model,
+        s.lora.target_modules,
+        quantization=s.model.quantization,
+        max_length=s.train.max_length,
+        rank=s.lora.rank,
+        options=adapter_options(s),
+        problems=partial(_problems_of_model, s),
+    )
+
+
+def _preview_questions(
+    s: Settings, tokenizer: Any, on_tasks: Callable[[Tasks], None], where: Mapping[str, Any]
+) -> Found[known.TaskTokens]:
+    """The questions of all tasks; `on_tasks` is called with the tasks, as soon as they are loaded."""
+    return preview_questions(
+        s.eval.tasks,
+        s.eval.data,
+        s.eval.num_fewshot,
+        needed_by=s.need_choices,
+        tokenizer=tokenizer,
+        limit=s.eval.limit,
+        max_length=s.train.max_length,
+        cut=s.eval.long_questions == "cut",
+        on_tasks=on_tasks,
+        **where,
+    )
 
 
 def _problems_of_model(s: Settings, config: Any, empty: Any) -> Iterator[Problem]:
@@ -223,9 +280,9 @@ def _preview_prompts(
     if tokenizer is None or data is None:
         raise NotChecked(f"{asked}: the prompts depend on the model and the data, which could not be read")
     how: dict[str, Any] = {"date": s.data.date, "template_arguments": s.data.chat_template_arguments}
-    found = read_prompts(path, asked or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **how)
-    lengths = tuple(len(prompt.ids) for prompt in found)
-    return "ok", f"{len(found):,} in {asked}, the longest of {max(lengths):,} tokens", lengths
+    prompts = read_prompts(path, asked or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **how)
+    lengths = tuple(len(prompt.ids) for prompt in prompts)
+    return "ok", f"{len(prompts):,} in {asked}, the longest of {max(lengths):,} tokens", lengths
 
 
 def check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Tasks | None) -> Iterator[PreflightResult]:

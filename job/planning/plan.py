@@ -14,9 +14,18 @@ from job.common.source_list import parse_sources
 from job.data.licences import LICENCES, find_licence
 from job.distributed.launcher import count_processes
 from job.errors import JobError, SettingsError, combine
-from job.planning import forecast, scaling
+from job.planning import scaling
 from job.planning.auxiliary_models import FP32_SHARE
-from job.planning.forecast import Estimate, GpuForecast, RunShape, estimates, forecast_gpu
+from job.planning.forecast import Estimate, GpuForecast, estimates, forecast_gpu
+from job.planning.forecast_input import RunShape
+from job.planning.forecast_time import (
+    CORES,
+    DOWNLOAD_RATE,
+    GGUF_PER_SECOND,
+    LLAMA_CPP_FLOPS,
+    MERGED_PER_SECOND,
+    START_SECONDS,
+)
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
 from job.planning.input_checks import Preflight, check_run_inputs
 from job.planning.preflight import Found, PreflightResult, run_check
@@ -156,9 +165,9 @@ def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
     """The assumptions behind all figures of basis `assumed`, one sentence each."""
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
     exporting = (
-        f"export: on one processor core {forecast.MERGED_PER_SECOND / 1e6:.0f} million weights a second for merged and "
-        f"fp8, {forecast.GGUF_PER_SECOND / 1e6:.0f} for GGUF, which llama.cpp scores on {forecast.CORES} cores of "
-        f"{forecast.LLAMA_CPP_FLOPS / 1e9:.0f} GFLOP/s"
+        f"export: on one processor core {MERGED_PER_SECOND / 1e6:.0f} million weights a second for merged and "
+        f"fp8, {GGUF_PER_SECOND / 1e6:.0f} for GGUF, which llama.cpp scores on {CORES} cores of "
+        f"{LLAMA_CPP_FLOPS / 1e9:.0f} GFLOP/s"
     )
     beside = (
         f"safety screen, judge: {memory_model.UTILISATION:.0%} of the data sheet's operations a second, in fp32 "
@@ -173,7 +182,7 @@ def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
         *((_FP8,) if settings.train.compute == "fp8" else ()),
         _speed(),
         *((_GENERATED,) if settings.eval.prompts is not None else ()),
-        f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",
+        f"start: {START_SECONDS:.0f} s, and {DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",
         f"memory: {context} for the driver, and {memory_model.MARGIN:.0%} for the error of the formula",
         f"price: {PRICES}" if price is None else f"price: {price:g} USD an hour, as set, for all GPUs of the run",
         "no interruptions: each costs a start and the steps since the last checkpoint",

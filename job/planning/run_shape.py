@@ -13,10 +13,9 @@ from job.data.examples import lengths_of, target_counts_of
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import PLAIN
 from job.model.experts import left_plain
-from job.planning import forecast
 from job.planning import known_models_and_data as known
 from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
-from job.planning.forecast import Basis, ForwardWork, RunShape
+from job.planning.forecast_input import HALF_PRECISION, Basis, ForwardWork, RunShape
 from job.planning.input_checks import Preflight, adapter_options
 from job.planning.preflight import PreflightResult
 from job.planning.preflight_data import DataFacts
@@ -140,7 +139,7 @@ def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -
         targets=targets,
         quantization=settings.model.quantization,
         double_quantization=settings.model.double_quantization,
-        value_bytes=memory_model.FP32 if settings.model.dtype == "fp32" else forecast.HALF_PRECISION,
+        value_bytes=memory_model.FP32 if settings.model.dtype == "fp32" else HALF_PRECISION,
         optimizer=settings.train.optimizer,
         recompute=settings.train.gradient_checkpointing is not False,
         counted=seen.adapter.parameters if seen.adapter and options != PLAIN else None,
@@ -229,7 +228,7 @@ def _auxiliary(settings: Settings, seen: Preflight, workload: Workload | None) -
     if seen.judge is not None and seen.prompts:
         asked = 2 * len(seen.prompts)
         tokens = 2 * sum(seen.prompts) + asked * (2 * answer + seen.judge.question_tokens)
-        wide = forecast.HALF_PRECISION  # on a GPU
+        wide = HALF_PRECISION  # on a GPU
         found.append(judging(asked, tokens, seen.judge.weights, wide, served=seen.judge.served))
     return tuple(found)
 

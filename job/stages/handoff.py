@@ -18,7 +18,7 @@ from job.stages.principles import FoundJudge
 from job.stages.safety import SafetyModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sources:
     """The result of the pull stage. `folder` holds the model's files, or those of a cached quantized base.
 
@@ -40,11 +40,11 @@ class Sources:
     tokenizer: Any
     examples: Examples
     validation: Sequence[Example]
-    start: Path | None
-    tasks: Tasks | None
-    baseline: Baseline | None
-    policy: Policy | None
-    cache_entry: CacheEntry | None
+    start: Path | None = None
+    tasks: Tasks | None = None
+    baseline: Baseline | None = None
+    policy: Policy | None = None
+    cache_entry: CacheEntry | None = None
     original: Path | None = None
     prompts: Sequence[PromptRow] = ()
     findings: Path | None = None

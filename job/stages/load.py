@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from job import log
@@ -12,7 +12,7 @@ from job.data.batch_plan import Steps
 from job.data.examples import lengths_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
-from job.model.adapter_options import make_options
+from job.model.adapter_options import AdapterOptions, make_options
 from job.model.base import PLAIN, load_base
 from job.model.device import choose_device, choose_dtype, make_deterministic
 from job.model.experts import quantized_experts
@@ -21,12 +21,12 @@ from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
 from job.model.placed_weights import taking_part
-from job.model.published_names import find_published_names
+from job.model.published_names import PublishedNames, find_published_names
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import CachedBase, cached_base
 from job.model.start_adapter import load_start
 from job.model.whole_modules import grow_embeddings
-from job.records import ExecutionPlan, Packing
+from job.records import ExecutionPlan, ModelRecord, Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.stages.placement import decide_placement
@@ -38,6 +38,29 @@ from job.training.lm_head_loss import losses_of
 from job.training.memory_model import LONG_ROW
 from job.training.prepare import prepare, token_budget
 from job.training.speed_advice import slower_ways
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How this process computes, as it is chosen before the base is loaded.
+
+    Attributes:
+        device: The torch device where the model computes.
+        dtype: The torch dtype it computes in.
+        steps: All optimizer steps.
+        options: The adapter's.
+        budget: Token budget of a micro-batch, the same in all processes.
+        placement: Where the base's 4-bit weights lie, likewise.
+        why_placed: Why, in words; empty if they lie on the GPU.
+    """
+
+    device: Any
+    dtype: Any
+    steps: int
+    options: AdapterOptions
+    budget: int
+    placement: str
+    why_placed: str
 
 
 def load(
@@ -57,23 +80,52 @@ def load(
         SettingsError: The settings do not fit the model or this machine.
         DataError: The model's folder cannot be loaded.
     """
-    device = choose_device(settings.run.device)
+    way = _choose(settings, sources, processes)
+    base, kept_base = _load_base(settings, sources, processes, way)
+    model = _add_adapter(base, settings, sources, way.options)
+    names = find_published_names(model, sources.folder, quantized=sources.quantized)
+    if sources.start is not None:
+        load_start(model, sources.start, names)
+    record = _describe(model, settings, sources, names)
+    log.get_logger().info(
+        "model is loaded", device=str(way.device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
+    )
+    packing = _packing(model, settings, sources, processes, decided)
+    if begin is not None:
+        seed = settings.run.seed if settings.data.seed is None else settings.data.seed
+        begin(model, Steps(sources.examples, seed, settings.train.global_batch_size, way.steps))
+    plan = _prepare(model, settings, sources, processes, way=way, packing=packing)
+    _tell_slower_ways(plan, settings, sources, on_gpu=way.device.type == "cuda")
+    loaded = Loaded(
+        model=model,
+        record=record,
+        micro_batch_tokens=way.budget,
+        plan=plan,
+        kept_base=kept_base,
+        packing=packing,
+        names=names,
+    )
+    agree_on_attention(processes, settings.eval, loaded)
+    return loaded
+
+
+def _choose(settings: Settings, sources: Sources, processes: Processes) -> _Way:
+    """Chooses device, dtype, kernels, micro-batches and placement, on which all processes agree."""
+    device, train = choose_device(settings.run.device), settings.train
     if device.type == "cuda":
         make_deterministic()
-        limit_memory(settings.train.gpu_memory_gb)
+        limit_memory(train.gpu_memory_gb)
     dtype = choose_dtype(settings.model.dtype, device)
     computed_in = {str(dtype).removeprefix("torch."), "float16"}  # training and scoring
     agree_on_kernels(processes, device, sorted(computed_in - {"float32"}))
-    lora, train = settings.lora, settings.train
     steps = total_steps(len(sources.examples), train.global_batch_size, train.epochs, train.max_steps)
-    added = settings.model.add_tokens or ()
-    options = make_options(dict(lora), steps, added)
-    own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
+    options = make_options(dict(settings.lora), steps, settings.model.add_tokens or ())
+    own = token_budget(device, train.micro_batch_tokens, train.gpu_memory_gb)
     budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
     placement, why = decide_placement(
         settings.model,
         train,
-        lora,
+        settings.lora,
         sources,
         processes,
         device=device,
@@ -81,32 +133,50 @@ def load(
         scoring_tokens=settings.eval.batch_tokens,
         options=options,
     )
+    return _Way(
+        device=device,
+        dtype=dtype,
+        steps=steps,
+        options=options,
+        budget=budget,
+        placement=placement,
+        why_placed=why,
+    )
+
+
+def _load_base(settings: Settings, sources: Sources, processes: Processes, way: _Way) -> tuple[Any, CachedBase]:
+    """(the quantized base, where a restart finds it: it is written to the cache if there is one)."""
     base = load_base(
         sources.folder,
         quantization=settings.model.quantization,
         double_quantization=settings.model.double_quantization,
-        dtype=dtype,
-        device=device,
+        dtype=way.dtype,
+        device=way.device,
         max_length=settings.train.max_length,
         quantized=sources.quantized,
-        targets=lora.target_modules,
-        rank=lora.rank,
-        options=options,
-        placement=placement,
+        targets=settings.lora.target_modules,
+        rank=settings.lora.rank,
+        options=way.options,
+        placement=way.placement,
         group=processes,
     )
-    if device.type == "cpu":
+    if way.device.type == "cpu":
         keep_freed_memory()  # only after loading, whose temporary memory returns to the system
     with taking_part(base):
         if sources.cache_entry is None or sources.quantized:
             kept_base = cached_base(sources.cache_entry)
         else:
             kept_base = save(base, sources.folder, sources.cache_entry)
-    kept_base = replace(kept_base, quantized_experts=quantized_experts(base))
+    return base, replace(kept_base, quantized_experts=quantized_experts(base))
+
+
+def _add_adapter(base: Any, settings: Settings, sources: Sources, options: AdapterOptions) -> Any:
+    """The base with a new adapter, and with rows of the embedding for JOB_MODEL__ADD_TOKENS."""
+    lora, added = settings.lora, settings.model.add_tokens or ()
     if added:
         grow_embeddings(base, len(sources.tokenizer))
     with taking_part(base):  # the adapter may begin with a part of its weights
-        model = add_adapter(
+        return add_adapter(
             base,
             rank=lora.rank,
             alpha=lora.alpha,
@@ -116,37 +186,38 @@ def load(
             options=options,
             token_ids=sources.tokenizer.convert_tokens_to_ids(list(added)),
         )
-    names = find_published_names(model, sources.folder, quantized=sources.quantized)
-    if sources.start is not None:
-        load_start(model, sources.start, names)
+
+
+def _describe(model: Any, settings: Settings, sources: Sources, names: PublishedNames) -> ModelRecord:
+    """The record of the model for the manifest."""
     record = describe_model(
         model,
         name=settings.model.id,
         revision=sources.record.model_revision,
         sha256=sources.record.model_sha256,
-        added_tokens=added,
+        added_tokens=settings.model.add_tokens or (),
     )
-    record = replace(record, architecture=names.architecture)
-    log.get_logger().info(
-        "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
-    )
-    packing = _packing(model, settings, sources, processes, decided)
-    if begin is not None:
-        seed = settings.run.seed if settings.data.seed is None else settings.data.seed
-        begin(model, Steps(sources.examples, seed, train.global_batch_size, steps))
+    return replace(record, architecture=names.architecture)
+
+
+def _prepare(
+    model: Any, settings: Settings, sources: Sources, processes: Processes, *, way: _Way, packing: Packing
+) -> ExecutionPlan:
+    """The execution plan, with all reasons; the model's layers are fused as it says."""
+    train = settings.train
     plan = prepare(
         model,
         lengths_of(sources.examples),
-        global_batch_size=settings.train.global_batch_size,
+        global_batch_size=train.global_batch_size,
         quantization=settings.model.quantization,
-        optimizer=settings.train.optimizer,
-        budget=budget,
+        optimizer=train.optimizer,
+        budget=way.budget,
         keep_base=settings.model.keep_dequantized,
-        recompute=settings.train.gradient_checkpointing,
-        gigabytes=settings.train.gpu_memory_gb,
+        recompute=train.gradient_checkpointing,
+        gigabytes=train.gpu_memory_gb,
         processes=processes.place.local_world_size,
         random=train.neftune_noise_alpha > 0,
-        slow=options.not_fused,
+        slow=way.options.not_fused,
         offload=train.offload_activations,
         method=train.last_method,
         longest_at=sources.record.dataset.longest_at,
@@ -155,16 +226,12 @@ def load(
         sequence_parallel=train.sequence_parallel,
         group=processes,
     )
-    if settings.train.last_method != "sft" and plan.recorded:
-        plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.last_method}")
-    plan = replace(plan, reason="; ".join(filter(None, (plan.reason, why))))
+    if train.last_method != "sft" and plan.recorded:
+        plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {train.last_method}")
+    plan = replace(plan, reason="; ".join(filter(None, (plan.reason, way.why_placed))))
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
-    only_long = min(lengths_of(sources.examples)) > LONG_ROW
-    _tell_slower_ways(plan, settings, on_gpu=device.type == "cuda", only_long=only_long)
-    loaded = Loaded(model, record, budget, plan, kept_base, packing, names)
-    agree_on_attention(processes, settings.eval, loaded)
-    return loaded
+    return plan
 
 
 def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
@@ -181,7 +248,7 @@ def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
     raise SettingsError([Problem("JOB_MODEL__ID", what)])
 
 
-def _tell_slower_ways(plan: ExecutionPlan, settings: Settings, *, on_gpu: bool, only_long: bool) -> None:
+def _tell_slower_ways(plan: ExecutionPlan, settings: Settings, sources: Sources, *, on_gpu: bool) -> None:
     """Logs a line for each thing that makes training slower than it could be, with what would change it."""
     train = settings.train
     for one in slower_ways(
@@ -192,7 +259,7 @@ def _tell_slower_ways(plan: ExecutionPlan, settings: Settings, *, on_gpu: bool, 
         recompute=train.gradient_checkpointing,
         method=train.last_method,
         noise=train.neftune_noise_alpha > 0,
-        only_long=only_long,
+        only_long=min(lengths_of(sources.examples)) > LONG_ROW,
     ):
         log.get_logger().info(f"slower than it could be: {one.what}", change=one.change)
 
@@ -205,15 +272,15 @@ def _packing(
         use(model.get_base_model(), NAME if decided.packed else PLAIN)
         return decided
     with taking_part(model):
-        found = choose_packing(
+        packing = choose_packing(
             model,
             sources.examples,
             max_length=settings.train.max_length,
             losses=losses_of(model),
         )
-    if found.packed and not all(processes.gather("packing", found.packed)):
-        found = Packing(
+    if packing.packed and not all(processes.gather("packing", packing.packed)):
+        packing = Packing(
             packed=False, reason="another process of the run finds that packed sequences give wrong results"
         )
         use(model.get_base_model(), PLAIN)
-    return found
+    return packing

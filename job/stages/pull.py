@@ -7,21 +7,20 @@ On each machine the first process does this; the others read its results from th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from job import log
 from job.common.resources import check_disk, required_bytes
-from job.common.source_list import parse_sources
+from job.common.source_list import Source, parse_sources
 from job.common.threads import in_thread
 from job.common.validation import adapter_of
 from job.data.licences import find_licence
 from job.data.text_tokenizer import broken_tokenizer
-from job.data.token_cache import open_tokens
+from job.data.token_cache import Tokens, open_tokens
 from job.data.training_and_validation import ValidationSource
-from job.errors import DataError, JobError, Preempted, Problem, check_all
+from job.errors import DataError, Problem, check_all
 from job.evaluation.policy import Policy, read_policy
 from job.evaluation.question_lengths import check_lengths
 from job.evaluation.task_names import MULTIPLE_CHOICE
@@ -29,7 +28,7 @@ from job.evaluation.tasks import Tasks, check_choices, check_gate, load_tasks
 from job.model.start_adapter import FoundStart, check_start, find_start, hash_start
 from job.model.tokenizer import load_tokenizer
 from job.model.tokenizer_files import rows_with
-from job.records import DatasetRecord, Evaluated, GroupSpec, Pulled
+from job.records import DatasetRecord, Evaluated, GroupSpec, PromptRow, Pulled
 from job.results.baseline import Baseline, check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.runs.layout import ADAPTER, Stage
@@ -43,15 +42,12 @@ from job.stages.preload import import_libraries
 from job.stages.principles import FoundJudge, check_judge, find_judge, judge_sha256
 from job.stages.pull_audit import audit_arguments, known_audit, known_scores, with_audit_of_before
 from job.stages.pull_checks import CheckedSettings, check_model, check_rows
-from job.stages.pull_model import BaseFiles, BaseSettings, find_base, vocabulary_of
+from job.stages.pull_in_background import ComingBase, base_in_background, wait_for
+from job.stages.pull_model import BaseSettings, vocabulary_of
 from job.stages.pull_prompts import find_prompt_rows, prompts_record
 from job.stages.pull_rows import RowSettings, check_hub, fetch_rows, read_rows, validation_of
 from job.stages.safety import SafetyModel, find_safety_model
-from job.storage.hub import import_client
 from job.storage.open import StorageOptions, size
-
-_POLL_SECONDS = 0.5
-_CLEANUP_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -137,18 +133,37 @@ def _read_shared(shared: _Shared, added_tokens: Sequence[str] | None) -> Sources
     folder = Path(shared.folder)
     tokens = open_tokens(Path(shared.tokens))
     return Sources(
-        shared.record,
-        folder,
-        shared.quantized,
-        load_tokenizer(folder, added_tokens),
-        tokens.examples,
-        tokens.validation or (),
-        None if shared.start is None else Path(shared.start),
-        tasks=None,
-        baseline=None,
-        policy=None,
-        cache_entry=None,
+        record=shared.record,
+        folder=folder,
+        quantized=shared.quantized,
+        tokenizer=load_tokenizer(folder, added_tokens),
+        examples=tokens.examples,
+        validation=tokens.validation or (),
+        start=None if shared.start is None else Path(shared.start),
     )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What is known before the base's weights are downloaded.
+
+    Attributes:
+        tasks: The tasks with their questions.
+        start: The adapter that training starts from; None for a new one.
+        safety: The classifier of JOB_DATA__SAFETY_MODEL; None without one.
+        rows: What to train on, and what to validate on, as `fetch_rows` returns them.
+        folder: Of the base's configuration and tokenizer.
+        tokenizer: The base's.
+        vocabulary: Rows of its embedding; None if that is not known.
+    """
+
+    tasks: Tasks
+    start: FoundStart | None
+    safety: SafetyModel | None
+    rows: tuple[str | Sequence[Source], float | ValidationSource | None]
+    folder: Path
+    tokenizer: Any
+    vocabulary: int | None
 
 
 def _pull(
@@ -159,103 +174,105 @@ def _pull(
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     policy = None if gate.policy is None else read_policy(gate.policy)
     check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(attempt, settings, later)))
-    import_client()  # before the thread starts: two threads that import a module at once may see it half initialized
-    early: Future[tuple[Path, bool]] = Future()
-    checked: Future[None] = Future()
-
-    def before_weights(folder: Path, missing: bool) -> None:  # noqa: FBT001 - hub.download_model calls it so
-        early.set_result((folder, missing))
-        if missing:
-            checked.result()
-
-    # In a thread: downloading and hashing release the GIL, so imports and the reading of rows go on meanwhile.
-    coming = in_thread(lambda: find_base(attempt, _base_settings(settings), storage, before_weights), "model")
-    try:
+    with base_in_background(attempt, _base_settings(settings), storage) as base:
         import_libraries()
         tasks = _checked_tasks(
             attempt,
             lambda: _load_tasks(attempt, settings, storage, policy, baseline),
-            lambda: check_model(attempt, _early_files(attempt, early, coming)[0], checked_settings(settings, later)),
-            early.done,
+            lambda: check_model(attempt, base.small_files()[0], checked_settings(settings, later)),
+            base.early.done,
         )
-        start, safety = _find_start(attempt, settings, storage), _find_safety_model(attempt, settings, storage)
-        rows = _row_settings(settings)
-        fetched = fetch_rows(attempt, rows, storage)
-        folder, missing = _early_files(attempt, early, coming)
-        tokenizer = load_tokenizer(folder, settings.model.add_tokens)
-        vocabulary = rows_with(vocabulary_of(folder), tokenizer, settings.model.add_tokens)
-        if missing:
-            check_hub(rows)
-        _check_lengths(settings, tasks, tokenizer, vocabulary)
-        checked.set_result(None)
-
-        def alive(*, progress: bool = True) -> None:
-            attempt.alive(progress=progress)
-            if coming.done():
-                coming.result()  # an error of the weights ends the reading of rows
-
-        how: dict[str, Any] = {"date": date, "vocabulary": vocabulary, "alive": alive}
-        auditing = {**how, **_auditing(attempt, settings, storage, tasks, safety)}
-        known = {**auditing, "audited": known_audit(attempt), **known_scores(attempt)}
-        tokens = read_rows(attempt, rows, *fetched, tokenizer, **known)
-        check_rows(attempt, folder, checked_settings(settings, later), tokens)
-        prompts = find_prompt_rows(
-            attempt,
-            settings.eval,
-            rows,
-            storage,
-            tokens=tokens,
-            tokenizer=tokenizer,
-            fetched=fetched,
-            how=how,
-            auditing=known,
-        )
-        # In the first attempt only: later ones need not check these rows, nor score them again.
-        for stage in map(_row_settings, later) if attempt.recorded(Stage.PULL, Pulled) is None else ():
-            read_rows(attempt, stage, *fetch_rows(attempt, stage, storage, LATER), tokenizer, **auditing)
-        model: BaseFiles = _wait(attempt, coming)
-    except JobError as error:
-        checked.cancel()
-        if isinstance(error, Preempted):
-            wait([coming], _CLEANUP_SECONDS)  # the thread removes a quantized base that it has copied in part
-        raise
+        checked = _check_before_weights(attempt, settings, storage, base, tasks)
+        base.download_weights()
+        tokens, prompts = _read_all_rows(attempt, settings, storage, checked, date=date, later=later, alive=base.alive)
+        files = base.files()
     attempt.alive()
-    dataset, licence = _with_licences(attempt, settings, tokens.record, model.revision)
+    dataset, licence = _with_licences(attempt, settings, tokens.record, files.revision)
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
-    judge = _find_judge(attempt, settings, storage)
+    judge, start, safety = _find_judge(attempt, settings, storage), checked.start, checked.safety
     record = Pulled(
-        dataset,
-        model.sha256,
-        model.revision,
-        tasks.fingerprints(),
-        None if start is None else hash_start(start.folder),
-        prompts_record(settings.eval, prompts),
-        licence,
-        _groups(attempt, tasks),
-        None if safety is None else safety.record.sha256,
-        _judge_sha256(attempt, judge),
-        None if judge is None else judge.record.revision,
-        None if start is None else start.commit,
+        dataset=dataset,
+        model_sha256=files.sha256,
+        model_revision=files.revision,
+        questions=tasks.fingerprints(),
+        start_sha256=None if start is None else hash_start(start.folder),
+        prompts=prompts_record(settings.eval, prompts),
+        model_licence=licence,
+        groups=_groups(attempt, tasks),
+        safety_sha256=None if safety is None else safety.record.sha256,
+        judge_sha256=_judge_sha256(attempt, judge),
+        judge_revision=None if judge is None else judge.record.revision,
+        start_revision=None if start is None else start.commit,
     )
     sources = Sources(
-        record,
-        model.folder,
-        model.quantized,
-        tokenizer,
-        tokens.examples,
-        tokens.validation or (),
-        None if start is None else start.folder,
-        tasks,
-        baseline,
-        policy,
-        model.cache_entry,
-        model.original,
-        prompts,
-        tokens.findings,
-        safety,
-        judge,
+        record=record,
+        folder=files.folder,
+        quantized=files.quantized,
+        cache_entry=files.cache_entry,
+        original=files.original,
+        tokenizer=checked.tokenizer,
+        examples=tokens.examples,
+        validation=tokens.validation or (),
+        findings=tokens.findings,
+        start=None if start is None else start.folder,
+        tasks=tasks,
+        baseline=baseline,
+        policy=policy,
+        prompts=prompts,
+        safety=safety,
+        judge=judge,
     )
     return sources, tokens.folder
+
+
+def _check_before_weights(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, base: ComingBase, tasks: Tasks
+) -> _Checked:
+    """Fetches and checks what depends on the base's tokenizer, but not on its weights."""
+    start, safety = _find_start(attempt, settings, storage), _find_safety_model(attempt, settings, storage)
+    rows = _row_settings(settings)
+    fetched = fetch_rows(attempt, rows, storage)
+    folder, missing = base.small_files()
+    tokenizer = load_tokenizer(folder, settings.model.add_tokens)
+    vocabulary = rows_with(vocabulary_of(folder), tokenizer, settings.model.add_tokens)
+    if missing:
+        check_hub(rows)
+    _check_lengths(settings, tasks, tokenizer, vocabulary)
+    return _Checked(tasks, start, safety, rows=fetched, folder=folder, tokenizer=tokenizer, vocabulary=vocabulary)
+
+
+def _read_all_rows(
+    attempt: Attempt,
+    settings: Settings,
+    storage: StorageOptions,
+    checked: _Checked,
+    *,
+    date: str,
+    later: Sequence[Settings],
+    alive: Callable[..., None],
+) -> tuple[Tokens, list[PromptRow]]:
+    """The rows of this training stage as tokens, and the prompts; those of later stages are read to check them."""
+    rows, tokenizer = _row_settings(settings), checked.tokenizer
+    how: dict[str, Any] = {"date": date, "vocabulary": checked.vocabulary, "alive": alive}
+    auditing = {**how, **_auditing(attempt, settings, storage, checked.tasks, checked.safety)}
+    as_published = {**auditing, "audited": known_audit(attempt), **known_scores(attempt)}
+    tokens = read_rows(attempt, rows, *checked.rows, tokenizer, **as_published)
+    check_rows(attempt, checked.folder, checked_settings(settings, later), tokens)
+    prompts = find_prompt_rows(
+        attempt,
+        settings.eval,
+        rows,
+        storage,
+        tokens=tokens,
+        tokenizer=tokenizer,
+        fetched=checked.rows,
+        how=how,
+        auditing=as_published,
+    )
+    # In the first attempt only: later ones need not check these rows, nor score them again.
+    for stage in map(_row_settings, later) if attempt.recorded(Stage.PULL, Pulled) is None else ():
+        read_rows(attempt, stage, *fetch_rows(attempt, stage, storage, LATER), tokenizer, **auditing)
+    return tokens, prompts
 
 
 def _base_settings(settings: Settings) -> BaseSettings:
@@ -265,9 +282,16 @@ def _base_settings(settings: Settings) -> BaseSettings:
 
 def checked_settings(settings: Settings, later: Sequence[Settings]) -> CheckedSettings:
     """What `pull_checks` checks of the settings of this training stage, and of those after it."""
-    last, seed = (later or [settings])[-1], _row_settings(settings).seed
-    of_stage = (settings.model, settings.lora, settings.train, settings.run.device, seed)
-    return CheckedSettings(*of_stage, last.export, last.gate.on)
+    last = (later or [settings])[-1]
+    return CheckedSettings(
+        model=settings.model,
+        lora=settings.lora,
+        train=settings.train,
+        device=settings.run.device,
+        seed=_row_settings(settings).seed,
+        export=last.export,
+        judged=last.gate.on,
+    )
 
 
 def _row_settings(settings: Settings) -> RowSettings:
@@ -358,7 +382,7 @@ def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOpt
     if audit is not None and audit.safety is not None:
         # the hub may have a newer commit since the first attempt, a branch or tag too
         data = data.model_copy(update={"safety_revision": audit.safety.revision or data.safety_revision})
-    found: SafetyModel = _wait(attempt, in_thread(lambda: find_safety_model(data, source, place), "safety model"))
+    found: SafetyModel = wait_for(attempt, in_thread(lambda: find_safety_model(data, source, place), "safety model"))
     if earlier is not None and earlier.safety_sha256 != found.record.sha256:  # before it scores anything
         what = (
             "its content has changed since the first attempt of this run; restore it, or start a new run "
@@ -376,7 +400,7 @@ def _find_judge(attempt: Attempt, settings: Settings, storage: StorageOptions) -
     earlier = attempt.recorded(Stage.PULL, Pulled)
     revision = (None if earlier is None else earlier.judge_revision) or settings.eval.judge_revision
     source = place if is_server(place) else fetch_input(attempt, place, "judge", storage)
-    found: FoundJudge = _wait(attempt, in_thread(lambda: find_judge(settings.eval, source, revision), "judge"))
+    found: FoundJudge = wait_for(attempt, in_thread(lambda: find_judge(settings.eval, source, revision), "judge"))
     if attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated) is None:
         check_judge(settings.eval, found, attempt.alive)
     return found
@@ -422,24 +446,6 @@ def _load_tasks(
     if baseline is not None:
         check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)
     return tasks
-
-
-def _wait(attempt: Attempt, *futures: Future[Any]) -> Any:
-    """The result of the first future that is done.
-
-    Raises:
-        Preempted: The job was asked to stop, even during a long download.
-        Exception: What the future raised.
-    """
-    while not (done := wait(futures, _POLL_SECONDS, FIRST_COMPLETED).done):
-        attempt.alive(progress=False)
-    return next(future for future in futures if future in done).result()
-
-
-def _early_files(attempt: Attempt, early: Future[tuple[Path, bool]], coming: Future[BaseFiles]) -> tuple[Path, bool]:
-    """The folder with configuration and tokenizer, and whether the weights are still to be downloaded."""
-    _wait(attempt, early, coming)
-    return early.result() if early.done() else (coming.result().folder, False)
 
 
 def _at_commit_of_before(attempt: Attempt, settings: Settings) -> Settings:

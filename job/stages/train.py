@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.schedulers import make_schedule
 from job.common.validation import adapter_of
 from job.data.batch_plan import steps_per_epoch
+from job.data.examples import Examples
 from job.errors import Preempted, Unreachable
 from job.model.adapter_files import save_adapter
 from job.model.lora import trainable
@@ -29,6 +30,7 @@ from job.preemption.stop_flag import Stopwatch, decide
 from job.records import (
     AdapterRecord,
     Artifact,
+    Example,
     ExecutionPlan,
     StepMetrics,
     Trained,
@@ -74,47 +76,16 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     if processes.leads:
         # Now: the base's folder may be deleted during training.
         copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer, settings.model.add_tokens)
-    with (
-        log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as show_progress,
-        AsyncUploader(
-            manager.publisher(
-                attempt.store,
-                epoch=attempt.number,
-                world_size=processes.place.world_size,
-                software=software_of(loaded.plan),
-                run=attempt.run,
-                keep=settings.checkpoint.keep,
-                settle_seconds=settings.checkpoint.settle_seconds,
-                verified=restored.step,
-                on_committed=partial(_committed, attempt),
-            ),
-            patience=attempt.stop.waiting_seconds,
-        ) as publisher,
-    ):
-        watch = Stopwatch()
-        trained = train(
-            model,
-            sources.tokenizer,
-            examples,
-            recipe=recipe,
-            plan=loaded.plan,
-            hooks=Hooks(
-                on_metrics=_step_logger(attempt, show_progress, watch, recipe.total_steps),
-                on_save=publisher.submit,
-                stop=attempt.stop,
-                fits=_fits(attempt, watch, publisher),
-                on_write=lambda seconds: watch.add("save", seconds),
-                on_validation=partial(_validated, attempt),
-                on_progress=attempt.report_progress,
-            ),
-            folder=attempt.work / "states",
-            resume=restored.folder,
-            processes=processes,
-            validation=validation,
-        )
-        if not trained.complete:
-            publisher.finish(attempt.stop.waiting_seconds())
-            raise _stopped(attempt, restored, recipe.total_steps)
+    trained = _train(
+        attempt,
+        settings,
+        sources.tokenizer,
+        loaded,
+        recipe=recipe,
+        examples=examples,
+        validation=validation,
+        restored=restored,
+    )
     if not processes.leads:
         return None
     artifacts, adapter = _publish_adapter(attempt, settings, sources, loaded, folder=folder, trained=trained)
@@ -131,6 +102,66 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     if not settings.train.is_one_stage:
         record = replace(record, first_stage=read_first_stage(attempt.store))
     return Trained(record, [*artifacts, *reference])
+
+
+def _train(
+    attempt: Attempt,
+    settings: Settings,
+    tokenizer: Any,
+    loaded: Loaded,
+    *,
+    recipe: Recipe,
+    examples: Examples,
+    validation: Sequence[Example],
+    restored: manager.Restored,
+) -> config.Trained:
+    """Trains from the restored checkpoint to the end, while checkpoints are uploaded.
+
+    Raises:
+        Preempted: The job was asked to stop; the newest checkpoint is uploaded, as far as there was time.
+    """
+    with (
+        log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as show_progress,
+        AsyncUploader(
+            manager.publisher(
+                attempt.store,
+                epoch=attempt.number,
+                world_size=attempt.processes.place.world_size,
+                software=software_of(loaded.plan),
+                run=attempt.run,
+                keep=settings.checkpoint.keep,
+                settle_seconds=settings.checkpoint.settle_seconds,
+                verified=restored.step,
+                on_committed=partial(_committed, attempt),
+            ),
+            patience=attempt.stop.waiting_seconds,
+        ) as publisher,
+    ):
+        watch = Stopwatch()
+        trained = train(
+            loaded.model,
+            tokenizer,
+            examples,
+            recipe=recipe,
+            plan=loaded.plan,
+            hooks=Hooks(
+                on_metrics=_step_logger(attempt, show_progress, watch, recipe.total_steps),
+                on_save=publisher.submit,
+                stop=attempt.stop,
+                fits=_fits(attempt, watch, publisher),
+                on_write=lambda seconds: watch.add("save", seconds),
+                on_validation=partial(_validated, attempt),
+                on_progress=attempt.report_progress,
+            ),
+            folder=attempt.work / "states",
+            resume=restored.folder,
+            processes=attempt.processes,
+            validation=validation,
+        )
+        if not trained.complete:
+            publisher.finish(attempt.stop.waiting_seconds())
+            raise _stopped(attempt, restored, recipe.total_steps)
+    return trained
 
 
 def _publish_adapter(
@@ -175,15 +206,15 @@ def _restore(attempt: Attempt, software: dict[str, str]) -> manager.Restored:
 
     def restore() -> str:
         size, folder = processes.place.world_size, attempt.work / "restored"
-        found = manager.restore(
+        restored = manager.restore(
             attempt.store, folder, software, validate_trainer_state, world_size=size, run=attempt.run
         )
-        return adapter_of(manager.Restored).dump_json(found).decode()
+        return adapter_of(manager.Restored).dump_json(restored).decode()
 
-    found = adapter_of(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
-    if len(set(steps := processes.gather("restored step", found.step))) > 1:
+    restored = adapter_of(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
+    if len(set(steps := processes.gather("restored step", restored.step))) > 1:
         raise Unreachable(f"the machines see different valid checkpoints, of steps {steps}; start the run again")
-    return found
+    return restored
 
 
 def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: str) -> Recipe:

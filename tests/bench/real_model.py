@@ -368,13 +368,6 @@ def gold_of(task: str, file: Path) -> list[int]:
     return [int(loaded.doc_to_target(row)) for row in loaded.eval_docs]
 
 
-def training_log(run_folder: Path) -> list[dict[str, Any]]:
-    """The published metrics of the optimizer steps."""
-    from job.runs.layout import METRICS
-
-    return [json.loads(line) for line in (run_folder / METRICS).read_text(encoding="utf-8").splitlines()]
-
-
 def job_predictions(run_folder: Path, task: str, side: str) -> list[int]:
     """What the job published that a model answered."""
     from job.evaluation.samples import parse

@@ -33,7 +33,7 @@ from torch.nn import functional
 from torch.nn.functional import grouped_mm
 
 from job.model.experts import expert_tensors, packed
-from job.model.fused.frozen_weights import dequantized_weight
+from job.model.fused.frozen_weights import FrozenWeight, dequantized_weight
 
 _ROWS = 8
 """Ranks are padded with zeros to a multiple of this: grouped matmuls need rows of a multiple of 16 bytes."""
@@ -80,7 +80,7 @@ class _Adapter:
 class FusedExperts:
     """Computes the experts of one layer."""
 
-    weights: Sequence[FrozenExperts]
+    weights: Sequence[FrozenWeight]
     """In the order of `_NAMES`."""
     gate: Callable[[torch.Tensor], torch.Tensor]
     """The gated activation, (rows, 2 * intermediate) -> (rows, intermediate)."""
@@ -217,35 +217,11 @@ def _adapter_gradients(
     return list(adapter.gradients(routing.outer(low, x), db))
 
 
-class FrozenExperts:
-    """The frozen weights of one of `_NAMES` in `dtype`: dequantized for each use, or once if `keep`."""
-
-    def __init__(self, module: Any, name: str, dtype: torch.dtype, *, keep: bool) -> None:
-        self._module, self._name, self._dtype = module, name, dtype
-        self._kept = self._made() if keep else None
-
-    def __call__(self) -> torch.Tensor:
-        """(experts, outputs, inputs), in `dtype`."""
-        return self._made() if self._kept is None else self._kept
-
-    @property
-    def keeps(self) -> bool:
-        """Whether what is dequantized is kept."""
-        return self._kept is not None
-
-    def keep(self) -> None:
-        """Dequantizes once, and keeps that."""
-        self._kept = self._made()
-
-    def forget(self) -> None:
-        """Dequantizes for each use from now on."""
-        self._kept = None
-
-    def _made(self) -> torch.Tensor:
-        weight = packed(self._module, self._name)
-        plain = getattr(self._module, self._name).detach() if weight is None else None
-        made = dequantized_weight(weight, self._dtype) if plain is None else plain
-        return made.transpose(1, 2) if self._module.is_transposed else made
+def _frozen_weights(module: Any, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """(experts, outputs, inputs) of one of `_NAMES`: in `dtype` if they are quantized, else as they are."""
+    quantized = packed(module, name)
+    weights = getattr(module, name).detach() if quantized is None else dequantized_weight(quantized, dtype)
+    return weights.transpose(1, 2) if module.is_transposed else weights
 
 
 def fits(module: Any) -> bool:
@@ -320,7 +296,7 @@ def _fused(
         (name,) = wrapper.active_adapters
         a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
         adapters[wrapper.parameter_name] = _Adapter(a, b, wrapper.scaling[name], module.num_experts)
-    weights = [FrozenExperts(module, name, dtype, keep=keep) for name in _NAMES]
+    weights = [FrozenWeight(partial(_frozen_weights, module, name, dtype), keep=keep) for name in _NAMES]
     gate = module._apply_gate if gated is None else partial(_gate, gated)  # noqa: SLF001 - the family's own
     return FusedExperts(weights, gate, module.num_experts, [adapters.get(name) for name in _NAMES], wrappers)
 

@@ -45,32 +45,38 @@ def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None, 
     gated = None if kernels is None or family is None else kernels.gated(family.activation)
     experts.fuse_experts(model, base.dtype, keep=keep_dequantized, gated=gated)
     keep = keep_dequantized and not fp8
-    weights = {module: _Frozen(module.get_base_layer(), base.dtype, keep=keep) for module in adapted}
-    known = fused_decoder.adapt(base, weights, base.dtype, kernels)
+    weights = {
+        module: FrozenWeight(partial(_weight_of, module.get_base_layer(), base.dtype), keep=keep) for module in adapted
+    }
+    whole_decoder = fused_decoder.adapt(base, weights, base.dtype, kernels)
     for inputs in _common_inputs(model) if fp8 else ():
         inputs.fp8 = FrozenProducts(inputs.layers, (kernels or TORCH).quantize, keep=keep_dequantized)
-    return "all" if known else "layers"
+    return "all" if whole_decoder else "layers"
 
 
 def _common_inputs(model: Any) -> list[Any]:
-    """Those of a fused model, each a `CommonInput` whose weights are `_Frozen`."""
+    """Those of a fused model, each a `CommonInput` of `FrozenWeight`s."""
     return [inputs for module in model.modules() if (inputs := module.__dict__.get("fused")) is not None]
 
 
-class _Frozen:
-    """Gives the (outputs, inputs) weight of a linear layer of the base, in `dtype`: kept, or dequantized for each use.
+class FrozenWeight:
+    """A weight of the base in the compute dtype: dequantized once and kept, or for each use.
 
-    The frozen weight has no gradient, so autograd does not save the dequantized weight: the backward pass requests it
-    again, and the largest tensor of a layer need not be kept between the passes.
+    It has no gradient, so autograd does not save the dequantized weight: the backward pass requests it again, and the
+    largest tensor of a layer need not be kept between the passes.
+
+    Args:
+        dequantize: Gives the weight: (outputs, inputs) of a linear layer, (experts, outputs, inputs) of a mixture.
+        keep: Whether it is kept from the beginning.
     """
 
-    def __init__(self, layer: Any, dtype: torch.dtype, *, keep: bool) -> None:
-        self._layer, self._dtype = layer, dtype
-        self._kept = self._made() if keep else None
+    def __init__(self, dequantize: Callable[[], torch.Tensor], *, keep: bool) -> None:
+        self._dequantize = dequantize
+        self._kept = dequantize() if keep else None
 
     def __call__(self) -> torch.Tensor:
-        """(outputs, inputs), in `dtype`."""
-        return self._made() if self._kept is None else self._kept
+        """The weight, as `dequantize` gives it."""
+        return self._dequantize() if self._kept is None else self._kept
 
     @property
     def keeps(self) -> bool:
@@ -79,17 +85,19 @@ class _Frozen:
 
     def keep(self) -> None:
         """Dequantizes once, and keeps that."""
-        self._kept = self._made()
+        self._kept = self._dequantize()
 
     def forget(self) -> None:
         """Dequantizes for each use from now on."""
         self._kept = None
 
-    def _made(self) -> torch.Tensor:
-        if getattr(self._layer.weight, "quant_state", None) is None:
-            weight: torch.Tensor = self._layer.weight
-            return weight  # itself, no copy: what is frozen may be shared
-        return dequantized(self._layer, self._dtype)
+
+def _weight_of(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """(outputs, inputs) of a linear layer: in `dtype` if it is quantized, else as it is."""
+    if getattr(layer.weight, "quant_state", None) is None:
+        weight: torch.Tensor = layer.weight
+        return weight  # itself, no copy: what is frozen may be shared
+    return dequantized(layer, dtype)
 
 
 def dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:

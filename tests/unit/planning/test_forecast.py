@@ -11,17 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.model.architecture import Architecture
-from job.planning import forecast, run_shape
+from job.planning import forecast_time, run_shape
 from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
-from job.planning.forecast import (
-    DOWNLOAD_RATE,
-    EVALUATIONS,
-    START_SECONDS,
-    ForwardWork,
-    RunShape,
-    estimates,
-    forecast_gpu,
-)
+from job.planning.forecast import estimates, forecast_gpu
+from job.planning.forecast_input import EVALUATIONS, ForwardWork, RunShape
+from job.planning.forecast_time import DOWNLOAD_RATE, START_SECONDS
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.input_checks import Preflight
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS, TaskTokens
@@ -148,8 +142,8 @@ def test_an_export_takes_disk_memory_and_time() -> None:
     assert "evaluation, 4 times" in figures
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     seconds = 2 * scoring / (memory_model.UTILISATION * gpu.flops) + 5 * weights / DOWNLOAD_RATE
-    seconds += weights / forecast.MERGED_PER_SECOND + 2 * SCORING_SECONDS
-    assert figures["merging"] == weights / forecast.MERGED_PER_SECOND
+    seconds += weights / forecast_time.MERGED_PER_SECOND + 2 * SCORING_SECONDS
+    assert figures["merging"] == weights / forecast_time.MERGED_PER_SECOND
     longer, shorter = forecast_gpu(gpu, run, REFERENCE).hours, forecast_gpu(gpu, plain, REFERENCE).hours
     assert (longer or 0) - (shorter or 0) == pytest.approx(seconds / 3600, rel=1e-6)
     small = Gpu("x", 12 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
@@ -166,11 +160,11 @@ def test_formats_that_are_made_of_the_merged_model_take_time() -> None:
     rounding = 6 * REFERENCE.architecture.linear_parameters * 1000
     on_gpu = scoring / (memory_model.UTILISATION * gpu.flops) + SCORING_SECONDS
     cases = {
-        "fp8": (weights / forecast.MERGED_PER_SECOND, on_gpu),
+        "fp8": (weights / forecast_time.MERGED_PER_SECOND, on_gpu),
         "awq": (rounding / (memory_model.UTILISATION * gpu.flops), on_gpu),
         "gguf:q8_0": (
-            weights / forecast.GGUF_PER_SECOND,
-            scoring / (forecast.CORES * forecast.LLAMA_CPP_FLOPS),
+            weights / forecast_time.GGUF_PER_SECOND,
+            scoring / (forecast_time.CORES * forecast_time.LLAMA_CPP_FLOPS),
         ),
     }
     for name, seconds in cases.items():
@@ -278,7 +272,7 @@ def test_the_classifier_and_the_judge_take_time() -> None:
     reached = memory_model.UTILISATION * gpu.flops
     rows, answers = (
         2 * weights * 100_000 * 16 / reached,
-        2 * weights * 400 / (forecast.CORES * forecast.LLAMA_CPP_FLOPS),
+        2 * weights * 400 / (forecast_time.CORES * forecast_time.LLAMA_CPP_FLOPS),
     )
     assert more(classifier) == pytest.approx(4 * weights / DOWNLOAD_RATE + rows + answers)
     assert more(judge) == pytest.approx(2 * weights / DOWNLOAD_RATE + 200 * 2 * weights / gpu.bandwidth)

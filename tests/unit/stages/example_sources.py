@@ -17,16 +17,12 @@ def example_sources(folder: Path) -> Sources:
     base, questions = folder / "base", folder / "questions.jsonl"
     tasks = load_tasks(["arc_easy"], {"arc_easy": questions}, {"arc_easy": str(questions)})
     return Sources(
-        Pulled(DATASET, fingerprint(base), None, tasks.fingerprints()),
-        base,
+        record=Pulled(DATASET, fingerprint(base), None, tasks.fingerprints()),
+        folder=base,
         quantized=False,
         tokenizer=load_tokenizer(base),
         examples=[],
         validation=[],
-        start=None,
         original=base,
         tasks=tasks,
-        baseline=None,
-        policy=None,
-        cache_entry=None,
     )

@@ -75,7 +75,7 @@ def sources_of(settings: Settings, folder: Path) -> Sources:
     data = DatasetRecord("rows", None, "train", "text", len(EXAMPLES), {}, "0" * 64, 1, 1, 1)
     tokenizer = load_tokenizer(folder, settings.model.add_tokens)
     record = Pulled(data, "0" * 64, None, {})
-    return Sources(record, folder, False, tokenizer, EXAMPLES, [], None, None, None, None, None)  # noqa: FBT003
+    return Sources(record=record, folder=folder, quantized=False, tokenizer=tokenizer, examples=EXAMPLES, validation=[])
 
 
 def begun(settings: Settings, folder: Path, attempt: Kept) -> dict[str, torch.Tensor]:

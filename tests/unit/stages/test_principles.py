@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import structlog
@@ -209,7 +209,8 @@ def test_a_run_keeps_the_classifier_it_began_with(tmp_path: Path, monkeypatch: p
 def test_all_machines_name_the_run_by_the_same_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without the judge takes its hash and commit from process 0: else it would take its run for another."""
     record = Pulled(DATASET, "0" * 64, None, {})
-    sources = Sources(record, tmp_path, False, None, cast("Any", ()), (), None, None, None, None, None)  # noqa: FBT003 - a record
+    rows: dict[str, Any] = {"tokenizer": None, "examples": (), "validation": ()}
+    sources = Sources(record=record, folder=tmp_path, quantized=False, **rows)
     monkeypatch.setattr(pull, "_pull", lambda *_: (sources, tmp_path))
     shared = {"date of the run": "2026-01-31", "judge": ["0" * 64, "abc"]}
     attempt = make_attempt(tmp_path, processes=Second(shared))

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -336,11 +337,12 @@ def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
     """What is wrong with them is known then; the next stage reads them when it begins."""
     read = MagicMock()
     monkeypatch.setattr(pull, "read_rows", read)
-    steps = ("find_base", "_load_tasks", "fetch_rows", "load_tokenizer", "rows_with", "_check_lengths", "_wait")
-    for name in (*steps, "import_libraries", "import_client", "check_model", "check_rows"):
+    base = MagicMock(small_files=lambda: (tmp_path, False))
+    monkeypatch.setattr(pull, "base_in_background", lambda *_: nullcontext(base))
+    steps = ("_load_tasks", "fetch_rows", "load_tokenizer", "rows_with", "_check_lengths")
+    for name in (*steps, "import_libraries", "check_model", "check_rows"):
         monkeypatch.setattr(pull, name, MagicMock())
     for name, value in {
-        "_early_files": (tmp_path, False),
         "_auditing": {},
         "known_scores": {},
         "known_audit": None,
