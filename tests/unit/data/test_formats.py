@@ -96,6 +96,13 @@ def test_one_broken_line_does_not_hide_the_others(tmp_path: Path) -> None:
     assert kinds == ["good", "invalid_json", "not_an_object", "broken_utf8", "invalid_json", "invalid_json", "good"]
 
 
+def test_the_place_in_a_broken_line_is_told_once(tmp_path: Path) -> None:
+    """The line is that of the file; within it only the character is named."""
+    (_, found) = read(tmp_path / "x.jsonl", b'{"a": 1}\n{"prompt": \n')
+    assert isinstance(found, RowError)
+    assert f"{found.where}: {found.what}" == "x.jsonl:2: is not valid JSON: Expecting value at character 13"
+
+
 def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
     """A byte order mark at the start of a file is dropped."""
     for name, content in [("x.jsonl", b'{"a": "1"}'), ("x.json", b'[{"a": "1"}]'), ("x.csv", b"a\n1\n")]:
