@@ -522,7 +522,7 @@ def test_a_checkpoint_of_other_ranks_is_refused(base_folder: Path, tokenizer: An
     path = saved[-1] / "adalora.safetensors"
     state = load_file(path)
     save_file({name: tensor[:1] for name, tensor in state.items()}, path)
-    with pytest.raises(ValueError, match="is not of this model"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         run(model, tokenizer, LONGER, RESUMED, tmp_path, resume=saved[-1])
 
 
@@ -914,7 +914,7 @@ def test_metrics_are_reported_while_the_next_step_is_computed(
             seen.append("launched")
             return super().__call__(*inputs)
 
-    monkeypatch.setattr("job.training.step.CudaGraphs", Noted)
+    monkeypatch.setattr("job.training.padded_gradient.CudaGraphs", Noted)
     hooks = Hooks(
         lambda metrics: seen.append(f"step {metrics.step}"), lambda _, step: seen.append(f"saved {step}"), lambda: False
     )
