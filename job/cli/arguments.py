@@ -293,7 +293,8 @@ def _missing(given: Arguments, arguments: Sequence[Argument]) -> Iterator[Proble
         count = {0: "no run", 1: "one run"}.get(least, f"{least} runs")
         count += " or more" if most is None else ""
         name = with_flag.name if with_flag else " ".join(runs)
-        yield Problem(name, f"needs {count}, path or URI; {len(given.runs)} given")
+        what = f"needs {count}, path or URI; {len(given.runs)} given"
+        yield Problem(name, f"needs no run; remove {' '.join(given.runs)}" if most == 0 else what)
     for argument in arguments:
         if argument.choices and given.options.setdefault(argument.name, argument.choices[0]) not in argument.choices:
             yield Problem(argument.name, f"must be {' or '.join(argument.choices)}")

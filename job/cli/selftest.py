@@ -34,10 +34,11 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class ProcessEnd:
-    """One process of a run: its exit code (negative: the signal that killed it) and the last step it had saved."""
+    """One process of a run: its exit code (negative: the signal that killed it) and the last step that it had saved."""
 
     code: int
     saved: int
+    """0: none."""
 
 
 def selftest(environ: Mapping[str, str]) -> Iterator[str]:
@@ -58,7 +59,8 @@ def selftest(environ: Mapping[str, str]) -> Iterator[str]:
         resumed, ends = _run_until_done(clean | {"JOB_FAULT": FAULTS}, Path(folder) / "killed")
         for number, end in enumerate(ends, start=1):
             how = f"killed by signal {-end.code}" if end.code < 0 else f"exit code {end.code}"
-            yield f"  attempt {number}: {how}, newest checkpoint at step {end.saved}"
+            newest = f"newest checkpoint at step {end.saved}" if end.saved else "no checkpoint yet"
+            yield f"  attempt {number}: {how}, {newest}"
     expected, found = facts_of(whole), facts_of(resumed)
     wrong = sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
     for path in sorted(expected):

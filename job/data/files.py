@@ -215,7 +215,8 @@ def _only_file(folder: Path, source: str) -> Path:
         return files[0]
     if files:
         names = ", ".join(file.name for file in files[:_SHOWN_FILES]) + ", ..." * (len(files) > _SHOWN_FILES)
-        found = f"{len(files)} data files, name one, or several by a glob such as *{files[0].suffix}: {names}"
+        pattern = f"{source.rstrip('/')}/*{files[0].suffix}"
+        found = f"{len(files)} data files, name one, or several by a glob such as {pattern}: {names}"
     else:
         found = f"no data file ({', '.join(SUFFIXES)})"
         deeper = (file for below in inside if below.is_dir() for file in sorted(below.iterdir()) if reader_of(file))

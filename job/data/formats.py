@@ -243,7 +243,7 @@ class LineDecoder:
         except (ValueError, RecursionError) as error:
             if not is_valid_text(text):
                 return RowError("broken_utf8", row.where, "is neither UTF-8 nor JSON; save the file as UTF-8")
-            return RowError("invalid_json", row.where, f"is not valid JSON: {_reason(error)}")
+            return RowError("invalid_json", row.where, f"is not valid JSON: {_reason(error, line=True)}")
 
 
 def _read_json(path: Path, name: str) -> Rows:
@@ -538,8 +538,13 @@ def type_name(value: Any) -> str:
     return "an object" if isinstance(value, dict) else names.get(type(value), type(value).__name__)
 
 
-def _reason(error: Exception) -> str:
-    return "nested too deep" if isinstance(error, RecursionError) else str(error)
+def _reason(error: Exception, *, line: bool = False) -> str:
+    """What is wrong with a text, and at which place; of a single line, at which character alone."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    if line and isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos + 1}"
+    return str(error)
 
 
 _READERS: dict[str, Callable[[Path, str], Lines]] = {

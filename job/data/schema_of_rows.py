@@ -66,7 +66,12 @@ def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
     wanted = dict.fromkeys(field for schema in REQUIRED if schema in among for field in REQUIRED[schema])
     near = [(field, found) for field in wanted if (found := nearest_field(field, row.fields)) is not None]
     meant = "".join(f"; {found!a} may be a misspelt {field}" for field, found in near)
-    return f"fits no schema. It has the fields {fields}; known are {known}{meant}; JOB_DATA__FIELDS renames fields"
+    schema = next(schema for schema in ("prompt_completion", *REQUIRED) if schema in among)
+    names = ",".join(f"{field}=NAME" for field in REQUIRED[schema])
+    return (
+        f"fits no schema. It has the fields {fields}; known are {known}{meant}; "
+        f"JOB_DATA__FIELDS={names} takes them from fields of other names"
+    )
 
 
 def peek(rows: Lines, seen: Callable[[Row | RowError | Line], Row | RowError]) -> tuple[Row | None, Lines]:

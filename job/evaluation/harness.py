@@ -6,7 +6,9 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, cast
 
@@ -107,9 +109,22 @@ def _run(tasks: Tasks, lm: Any, limit: int | None) -> Any:
 
     for task in tasks.loaded["tasks"].values():
         restart_examples(task)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_figures(tasks.loaded["tasks"].values()):
         warnings.simplefilter("ignore")  # lm-eval's own are about its code
         return lm_eval.evaluate(lm=lm, task_dict=tasks.loaded, limit=limit, bootstrap_iters=0)
+
+
+@contextmanager
+def _without_figures(tasks: Iterable[Any]) -> Iterator[None]:
+    """Only lm-eval's samples are used. Its figures are not computed: its perplexity overflows where words are long."""
+    kept = list(tasks)
+    for task in kept:
+        task.aggregation = partial(dict.fromkeys, task.aggregation(), len)
+    try:
+        yield
+    finally:
+        for task in kept:
+            del task.aggregation
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ Each question has a value and a weight for each metric, and the figure is a func
 | bits_per_byte | -sum of log-likelihoods / sum of bytes / ln 2 | the difference |
 
 Where every value is 0 or 1, the comparison is that of accuracies (`statistics.compare`). Else it is a ratio of sums, by
-`paired_ratio`. Metrics with another aggregation (bleu, f1) are no function of such sums, and are left out, with a
-warning.
+`paired_ratio`. A perplexity above `LARGEST_PERPLEXITY` is given as that number: texts without spaces have words of
+hundreds of tokens, and e^710 is beyond all floats. Its comparison is by logarithms, which have no limit. Metrics with
+another aggregation (bleu, f1) are no function of such sums, and are left out, with a warning.
 
 To add an aggregation that is one: lm-eval's name of it in `AGGREGATIONS`, its figure in `aggregate`, its difference in
 `_comparison`, and the name in `job/results.schema.json`. A metric with a known aggregation needs nothing here: a task
@@ -32,6 +33,8 @@ from job.evaluation.samples import HASHES, MeasuredSample
 from job.records import MeasuredScores, Metric
 
 AGGREGATIONS = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
+LARGEST_PERPLEXITY = 1e18
+"""Largest figure that is given for a perplexity; the reader of manifests refuses greater numbers."""
 _GENERATES = {"until", "do_sample", "temperature", "top_k", "top_p"}
 _LENGTHS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
 
@@ -136,7 +139,9 @@ def aggregate(values: Sequence[tuple[float, float]], aggregation: str) -> float:
     mean = math.fsum(value for value, _ in values) / math.fsum(weight for _, weight in values)
     if aggregation == "mean":
         return mean
-    return -mean / math.log(2) if aggregation == "bits_per_byte" else math.exp(-mean)
+    if aggregation == "bits_per_byte":
+        return -mean / math.log(2)
+    return math.exp(-mean) if -mean < math.log(LARGEST_PERPLEXITY) else LARGEST_PERPLEXITY
 
 
 def compare_measured(base: Mapping[str, MeasuredScores], adapter: Mapping[str, MeasuredScores]) -> dict[str, Any]:

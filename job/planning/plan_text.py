@@ -137,7 +137,11 @@ def _gpus(plan: Plan) -> str:
     )
     rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
     lines = aligned(rows, right=(1, 3, 4, 6, 7, 8))
-    lines.append("budgets in tokens, computed; hours, which include all evaluations, and prices, assumed")
+    lines += [
+        "largest budget: the most tokens of a micro-batch that fit; without recomputing: with activations kept",
+        "keeps: what is held in memory to save time: the dequantized base, activations",
+        "hours, which include all evaluations, and prices: assumed",
+    ]
     if plan.gpus[0].gpus > 1 and plan.gpus[0].machine != "your price":
         lines.append(f"memory and USD/h of one GPU, hours and USD of {plan.gpus[0].gpus}")
     if any(gpu.fits and gpu.base_held != "gpu" for gpu in plan.gpus):

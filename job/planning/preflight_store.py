@@ -11,7 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from job.common.disk import disk_errors
-from job.errors import Unreachable
+from job.errors import JobError, Unreachable
 from job.planning.preflight import Found
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
@@ -42,9 +42,13 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
         stored = store.read(key)
         whole = [_file_round_trip(store, one, size) for one, size in files.items()]
         listed = [info.key for info in store.list(key)]
-    finally:
+    except BaseException:
         for one in (key, *files):
-            store.delete(one)
+            with suppress(JobError):  # the first request that failed says more than the last
+                store.delete(one)
+        raise
+    for one in (key, *files):
+        store.delete(one)
     right = stored is not None and stored.data == content and all(whole) and listed == sorted([key, *files])
     if not right or store.read(key) is not None:
         raise Unreachable(f"{name}: objects that were written could not be read, listed and deleted unchanged")

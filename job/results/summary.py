@@ -63,7 +63,8 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     judged = results["gate"].get("policy")
     lines += [f"policy: {line}" for line in (policy_lines(judged) if judged else ())]
     gate += [f"policy {judged['outcome']}"] if judged else []
-    lines.append(f"{', '.join([*verdicts, *gate])}; results: {where}")
+    ended = ", ".join([*verdicts, *gate])
+    lines.append("; ".join([*([ended] if ended else []), f"results: {where}"]))
     return lines
 
 

@@ -169,6 +169,8 @@ def pick(model: Model) -> str:
             return name
     ways = "; or ".join(f"for {name}, install {SERVERS[name].install}" for name in fitting)
     what = f"no server for {model.format} is installed here; give --url of a running one, or {ways}"
+    if model.format == "adapter":
+        what += "; or check an exported format, such as --served merged"
     raise SettingsError([Problem("--url", what)])
 
 

@@ -19,7 +19,7 @@ from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.samples import MeasuredSample, Sample, write_samples
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, ScoreSequences, score_questions, score_sequences
-from job.evaluation.task_metrics import aggregate, how_to_generate
+from job.evaluation.task_metrics import LARGEST_PERPLEXITY, aggregate, how_to_generate
 from job.model.adapter_files import load_adapter
 from job.model.lora import adapter_off
 from job.model.packed_attention import is_packed
@@ -238,6 +238,9 @@ def score_model(
     for task, (figures, _) in others.items():
         shown = {name: aggregate(figures.values[name], metric.aggregation) for name, metric in figures.metrics.items()}
         log.get_logger().info("evaluated", task=task, n=figures.n, **shown)
+        if limited := [name for name, value in shown.items() if value == LARGEST_PERPLEXITY]:
+            fix = "read bits_per_byte, or the comparison, which is by logarithms and has no limit"
+            log.get_logger().warning("a perplexity above 1e18 is given as 1e18", task=task, metrics=limited, fix=fix)
     return Evaluated(
         {task: scores for task, (scores, _) in found.items()},
         artifacts,

@@ -131,6 +131,8 @@ def translate(error: BaseException, what: str) -> JobError:
     if (unsent := _unsent(error, what)) is not None:
         return unsent
     message = f"{what}: {_words(error)}"
+    if isinstance(error, sdk.NoCredentialsError):
+        message += "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give the machine or pod a role"
     if isinstance(error, _DENIED):
         return AccessDenied(message)
     if isinstance(error, _MISCONFIGURED):

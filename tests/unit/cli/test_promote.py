@@ -255,7 +255,7 @@ def test_history_is_bounded(tmp_path: Path) -> None:
     ("words", "match"),
     [
         (["a"], "--to: must be given"),
-        (["a", "--rollback", "--to=x"], "--rollback: needs no run"),
+        (["a", "--rollback", "--to=x"], "--rollback: needs no run; remove a$"),
         (["--to=x"], "one run"),
         (["--rollback", "--to=x", "--key=pub.pem"], "--key: has no effect with --rollback"),
         (["--rollback", "--to=x", "--without-gate"], "--without-gate: has no effect with --rollback"),

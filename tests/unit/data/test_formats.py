@@ -96,6 +96,13 @@ def test_one_broken_line_does_not_hide_the_others(tmp_path: Path) -> None:
     assert kinds == ["good", "invalid_json", "not_an_object", "broken_utf8", "invalid_json", "invalid_json", "good"]
 
 
+def test_the_place_in_a_broken_line_is_told_once(tmp_path: Path) -> None:
+    """The line is that of the file; within it only the character is named."""
+    (_, found) = read(tmp_path / "x.jsonl", b'{"a": 1}\n{"prompt": \n')
+    assert isinstance(found, RowError)
+    assert f"{found.where}: {found.what}" == "x.jsonl:2: is not valid JSON: Expecting value at character 13"
+
+
 def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
     """A byte order mark at the start of a file is dropped."""
     for name, content in [("x.jsonl", b'{"a": "1"}'), ("x.json", b'[{"a": "1"}]'), ("x.csv", b"a\n1\n")]:
@@ -194,7 +201,7 @@ def test_a_directory_stands_for_its_only_data_file(tmp_path: Path) -> None:
     assert find_file(str(tmp_path)) == path
     write_rows(tmp_path / "rows.json", ROWS)
     with pytest.raises(
-        DataError, match=r"2 data files, name one, or several by a glob such as \*\.csv: rows\.csv, rows\.json$"
+        DataError, match=r"2 data files, name one, or several by a glob such as \S+/\*\.csv: rows\.csv, rows\.json$"
     ):
         find_file(str(tmp_path))
 
@@ -334,7 +341,7 @@ def test_globs_and_numbered_shards_are_read_in_order(tmp_path: Path) -> None:
         write_rows(tmp_path / name, ROWS)
     assert [file.name for file in find_files(str(tmp_path), "train")[0]] == sorted(names)
     write_rows(tmp_path / "test.jsonl", ROWS)
-    with pytest.raises(DataError, match=r"3 data files, name one, or several by a glob such as \*\.jsonl"):
+    with pytest.raises(DataError, match=r"3 data files, name one, or several by a glob such as \S+/\*\.jsonl"):
         find_files(str(tmp_path), "train")
     assert [file.name for file in find_files(f"{tmp_path}/rows-*.jsonl", "train")[0]] == sorted(names)
     assert len(find_files(f"{tmp_path.parent}/**/{tmp_path.name}/*.jsonl", "train")[0]) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from functools import cache
 from pathlib import Path
@@ -17,9 +18,16 @@ from job.evaluation.harness import measure
 from job.evaluation.question_lengths import check_lengths, count_questions
 from job.evaluation.samples import MeasuredSample, parse_measured, write_samples
 from job.evaluation.scorer import score_questions
-from job.evaluation.task_metrics import aggregate, compare_measured, how_to_generate, measured_from
+from job.evaluation.task_metrics import (
+    LARGEST_PERPLEXITY,
+    aggregate,
+    compare_measured,
+    how_to_generate,
+    measured_from,
+)
 from job.evaluation.tasks import check_choices, load_tasks
 from job.records import Answer, MeasuredScores, Metric
+from job.results.reader import LARGEST_NUMBER
 from tests.helpers import fill_adapter, make_model, write_jsonl
 from tests.unit.evaluation.test_task_files import write_task
 
@@ -269,3 +277,44 @@ def test_samples_are_read_again(base_folder: Path, tokenizer: Any, tmp_path: Pat
     with pytest.raises(ValueError, match="line 1, "):
         parse_measured(b"{}\n{}\n")
     assert torch.is_inference_mode_enabled() is False
+
+
+@pytest.mark.parametrize("nats", [41.5, 709.0, 710.0, 1e6])
+def test_a_perplexity_has_a_limit(nats: float) -> None:
+    """A word of so many nats, as of a text without spaces: a figure that a manifest may hold, and an exact comparison.
+
+    e^41.5 is above what the manifest's reader allows, e^710 above all floats.
+    """
+    assert LARGEST_PERPLEXITY <= LARGEST_NUMBER
+    assert aggregate([(-nats, 1.0)], "weighted_perplexity") == LARGEST_PERPLEXITY
+    assert aggregate([(-41.4, 1.0)], "perplexity") == pytest.approx(math.exp(41.4))
+    values = [((-nats - n, 1.0), (-nats - n - 2 - n / 10, 1.0)) for n in range(4)]
+    base, adapter = (
+        MeasuredScores(
+            task="texts",
+            kind="loglikelihood_rolling",
+            source="file",
+            task_hash="0",
+            version="1",
+            n=len(values),
+            num_fewshot=0,
+            metrics={"word_perplexity": Metric("weighted_perplexity", higher_is_better=False)},
+            values={"word_perplexity": tuple(pair[side] for pair in values)},
+            reused_from=None,
+        )
+        for side in (0, 1)
+    )
+    found = compare_measured({"texts": base}, {"texts": adapter})["texts"]["metrics"]["word_perplexity"]
+    assert (found["base"], found["adapter"]) == (LARGEST_PERPLEXITY, LARGEST_PERPLEXITY)
+    assert found["delta"] == pytest.approx(2.15)
+    assert (found["verdict"], found["regressed"]) == ("regressed", 4)
+
+
+def test_a_text_without_spaces_has_a_figure(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Its one word has more nats than e to that power fits into a float, where lm-eval's own perplexity fails."""
+    file = write_prose(tmp_path)
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": "天地玄黄宇宙洪荒" * n} for n in (60, 70)])
+    ((scores, _),) = run(base_folder, tokenizer, file).values()
+    values = scores.values["word_perplexity,none"]
+    assert all(-value / weight > 710 for value, weight in values)
+    assert aggregate(values, "weighted_perplexity") == LARGEST_PERPLEXITY

@@ -82,6 +82,16 @@ def test_a_store_that_refuses_is_told_by_its_verb(tmp_path: Path) -> None:
         assert len(list(store.list())) == (0 if verb != "delete" else 3)
 
 
+def test_a_store_that_refuses_everything_is_told_by_the_first_verb(tmp_path: Path) -> None:
+    """No bucket, no credentials: the error is that of the write, not of the cleaning up after it."""
+
+    def refuse(asked: str, _key: str) -> None:
+        raise AccessDenied(f"no {asked}")
+
+    with pytest.raises(AccessDenied, match="no write"):
+        round_trip(WrappedStore(LocalStore(tmp_path), before=refuse), "it")
+
+
 def test_a_store_that_loses_what_it_took_is_found_out(tmp_path: Path) -> None:
     """A write that was answered and is not there, or not what was written."""
     store = LocalStore(tmp_path)

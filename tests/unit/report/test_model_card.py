@@ -123,6 +123,9 @@ def test_it_tells_what_a_user_has_to_know(made: dict[str, Any]) -> None:
     ):
         assert told in text, told
     assert "[More Information Needed]" not in text
+    limits = text.split("## Limits")[1].split("## ")[0]
+    assert [line for line in limits.splitlines() if line and not line.startswith("- ")] == []
+    assert limits.count("\n- ") == limits.count("- ") == 4
 
 
 def test_the_code_in_it_is_code(made: dict[str, Any]) -> None:

@@ -139,6 +139,13 @@ def test_the_summary_says_it_in_five_lines() -> None:
     )
 
 
+def test_without_a_verdict_the_last_line_has_the_results_alone() -> None:
+    """A run that was scored on tasks without choices only."""
+    results = built()
+    results["evaluation"]["tasks"] = {}
+    assert summary(results, "/x/results.json")[-1] == "results: /x/results.json"
+
+
 @pytest.mark.parametrize(("quantization", "against"), [("nf4", " against the quantized base"), ("none", "")])
 def test_figures_without_an_unquantized_base_name_the_base(quantization: str, against: str) -> None:
     """Groups and generated answers are compared with the base that was trained on, and the lines say which that is."""

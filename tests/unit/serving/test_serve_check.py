@@ -226,7 +226,9 @@ def test_what_goes_wrong_has_its_code() -> None:
         assert check(keyed).holds
         with pytest.raises(SettingsError, match="whole prompt"):
             serve_check(served, [("quiz", SAMPLES[0][1].model_copy(update={"question": "the end"}))], 1)
-    with pytest.raises(SettingsError, match="no server for adapter"):
+    with pytest.raises(
+        SettingsError, match=r"no server for adapter.*or check an exported format, such as --served merged"
+    ):
         pick(Model("adapter", Path("/tmp"), "org/base", 16))
 
 

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from uuid import uuid4
 
 import pytest
-from botocore.exceptions import ClientError, ConnectTimeoutError, EndpointConnectionError
+from botocore.exceptions import ClientError, ConnectTimeoutError, EndpointConnectionError, NoCredentialsError
 
 import job.storage.base
 import job.storage.s3
@@ -142,6 +142,14 @@ def test_addresses_are_told_without_user_and_password() -> None:
         said = str(translate(kind(endpoint_url=f"http://me:{SECRET}@host:9/bucket"), "s3://bucket"))
         assert SECRET not in said
         assert "http://host:9/bucket" in said
+
+
+def test_missing_credentials_say_how_to_give_them() -> None:
+    """The SDK's own words name no remedy."""
+    found = translate(NoCredentialsError(), "s3://bucket")
+    assert type(found) is AccessDenied
+    assert "AWS_ACCESS_KEY_ID" in str(found)
+    assert "role" in str(found)
 
 
 @pytest.mark.parametrize("status", [0, 200])
