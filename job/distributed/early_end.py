@@ -55,7 +55,10 @@ def _tell(machine: Machine, run: str | None, code: int, why: str, received: Sequ
         OSError, RuntimeError, Unreachable: The store cannot be reached, or hosted.
     """
     deadline = time.monotonic() + _TELL_SECONDS
-    over = lambda: bool(received) or time.monotonic() > deadline  # noqa: E731
+
+    def over() -> bool:
+        return bool(received) or time.monotonic() > deadline
+
     host, port = split_address(machine.rendezvous)
     store = host_store(port) if machine.node_rank == 0 else _reach(Place(host=host, port=port), over)
     own: Any = None if run is None else keyspace(store, run)
