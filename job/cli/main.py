@@ -38,12 +38,14 @@ from job.settings.load import (
     environment,
     foreign_variables,
     json_schema,
+    known_machine,
     load_settings,
     secrets,
 )
 from job.storage.azure_account import azure_variables
 
 if TYPE_CHECKING:
+    from job.distributed.launcher import Machine
     from job.runs.run_log import IdleLimit
 
 
@@ -119,7 +121,10 @@ def _print(text: str) -> int:
 
 
 def _run(words: list[str]) -> int:
-    settings = load_settings(words)
+    from job.distributed.early_end import telling_other_machines
+
+    with telling_other_machines(lambda: _several_machines(known_machine(words))):
+        settings = load_settings(words)
     place = current_place()
     _configure_log(settings, place)
     _check_temporary_folder()
@@ -184,11 +189,13 @@ def _run(words: list[str]) -> int:
 
 def _launch(settings: Settings, words: list[str]) -> int | None:
     """Starts this machine's processes and returns their exit code; None if one process is enough, which is this one."""
+    from job.distributed.early_end import telling_other_machines
     from job.distributed.launcher import Machine, check_signals, count_processes, launch, noted_signals, worker_command
 
     run = settings.run
     with noted_signals() as received:
-        with current_platform().machine_checks():
+        telling = telling_other_machines(lambda: _several_machines(settings), received)
+        with telling, current_platform().machine_checks():
             processes = count_processes(run.processes)
         _share_cpus(processes)
         if processes * run.nodes == 1:
@@ -204,6 +211,17 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
         command, grace = worker_command(words), run.grace_seconds
         garbage_collection.enable()  # this process only waits from here on
         return launch(command, machine, received, run=run.id, environ=environment(), grace_seconds=grace)
+
+
+def _several_machines(settings: Settings | None) -> tuple[Machine, str | None] | None:
+    """Which of several machines this is, and the run's id; None for a run of one machine, or if it is not known."""
+    from job.distributed.launcher import Machine
+
+    if settings is None or settings.run.nodes == 1:
+        return None
+    run = settings.run
+    machine = Machine(1 if run.processes == "auto" else run.processes, run.nodes, run.node_rank, run.rendezvous)
+    return machine, None if settings.sources["run.id"] == "generated" else run.id
 
 
 def _share_cpus(processes: int) -> None:
@@ -385,7 +403,11 @@ def _report(error: Exception, platform: Platform) -> int:
     text = log.scrub(str(error) or type(error).__name__, secrets())
     logger = log.get_logger()
     if isinstance(error, JobError) and error.reported:
-        logger.info("this process ends because another process failed", exit_code=code, **_details(error))
+        # The error itself is in the log of another machine: without a warning this one would end without a word.
+        place = current_place()
+        first_elsewhere = place is not None and place.local_rank == 0 < place.rank
+        say = logger.warning if first_elsewhere else logger.info
+        say("this process ends because another process failed", exit_code=code, **_details(error))
     elif isinstance(error, JobError):
         logger.error(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
     else:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from job import log
 from job.cli.arguments import Arguments
 from job.settings.load import Settings, load_reading, secrets
 from job.storage.open import StorageOptions, storage_options
 
+_QUICK_TRIES = 4
 
-def reading(given: Arguments) -> tuple[StorageOptions, str | None]:
-    """Configures the log; returns how to reach stores, and the folder for downloads."""
+
+def reading(given: Arguments, *, quick: bool = False) -> tuple[StorageOptions, str | None]:
+    """Configures the log; returns how to reach stores, and the folder for downloads.
+
+    Args:
+        given: With the settings on the command line.
+        quick: Whether a store that does not answer is reported after about 5 s of pauses, since a person waits.
+    """
     settings: Settings = load_reading(given.settings)
     log.configure(settings.log.format, settings.log.level, secrets())
-    return storage_options(settings.storage), settings.storage.cache
+    storage = storage_options(settings.storage)
+    if quick:
+        storage = replace(storage, retries=min(storage.retries, _QUICK_TRIES))
+    return storage, settings.storage.cache

@@ -72,7 +72,7 @@ def compare_command(words: Sequence[str]) -> int:
     if "--output" in given.options:
         raise SettingsError([Problem("--output", f"is only for {HISTORY}")])
     _thresholds(given.options)  # wrong ones are refused before anything is read
-    storage, _ = reading(given)
+    storage, _ = reading(given, quick=True)
     runs, errors = [], []
     for where in given.runs:
         try:
@@ -116,7 +116,7 @@ def _history(given: Arguments) -> int:
     if alone:
         raise SettingsError([Problem(name, f"has no effect with {HISTORY}; remove it") for name in alone])
     output = given.options.get("--output")
-    storage, _ = reading(given)
+    storage, _ = reading(given, quick=True)
     runs, unreadable = find_runs(given.runs, storage)
     found = history(runs, given.options.get("--metric"), unreadable)
     if output is not None:
@@ -172,7 +172,7 @@ def report_command(words: Sequence[str]) -> int:
     output = given.options.get("--output", OUTPUT)
     if Path(output).is_dir():
         raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
-    storage, _ = reading(given)
+    storage, _ = reading(given, quick=True)
     run = read_published(open_run_or_pointer(given.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:

@@ -25,7 +25,7 @@ def status_command(words: Sequence[str]) -> int:
     """
     given = parse_arguments(words, COMMANDS["status"].arguments)
     stalled_after = _stalled_after(given)
-    storage, _ = reading(given)
+    storage, _ = reading(given, quick=True)
     status = read_status(given.runs[0], storage, stalled_after=stalled_after)
     if given.options["--format"] == "json":
         lines = [json.dumps(as_json(status), indent=2)]

@@ -40,6 +40,16 @@ def end_of(rank: int) -> str:
     return f"{END}#{rank}"
 
 
+def ended_key(machine: int) -> str:
+    """Key of the exit code of a machine."""
+    return f"machine#{machine}"
+
+
+def read_key(machine: int) -> str:
+    """Key that says that the launcher of a machine has read how the others ended."""
+    return f"read#{machine}"
+
+
 def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
     """Writes into the store that a process has failed, and, unless another one is there already, as the first failure.
 
@@ -68,7 +78,7 @@ def agree_on_end(store: Any, own: int, *, machine: int, machines: int, processes
         RuntimeError: The store cannot be reached.
     """
     deadline = time.monotonic() + seconds
-    ended, read = ([f"{what}#{number}" for number in range(machines)] for what in ("machine", "read"))
+    ended, read = ([key(number) for number in range(machines)] for key in (ended_key, read_key))
     store.set(ended[machine], str(own))
     _wait(lambda: store.check(ended), deadline)
     codes = {key: int(store.get(key)) for key in ended if store.check([key])}

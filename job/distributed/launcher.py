@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 from job import log
 from job.distributed.ends import SETTLE_SECONDS, End, agree_on_end, publish_end
 from job.distributed.ranks import LAUNCHER, Place
-from job.distributed.rendezvous import host_store, keyspace, reach_store
+from job.distributed.rendezvous import host_store, keyspace, reach_keyspace
 from job.errors import Killed, Preempted, Problem, SettingsError, error_of_process, exit_codes, gravest
 from job.preemption.stop_flag import signals_to_handle
 
@@ -121,8 +121,8 @@ def launch(
         Preempted: A signal arrived before the processes were started.
         Unreachable: This is machine 0, and its port is taken.
     """
-    host, port = _split(machine.rendezvous)
-    hosted = host_store(port) if machine.node_rank == 0 else None
+    host, port = split_address(machine.rendezvous)
+    hosted = host_store(port, run) if machine.node_rank == 0 else None
     place = Place(
         rank=machine.node_rank * machine.processes,
         world_size=machine.nodes * machine.processes,
@@ -148,7 +148,8 @@ def launch(
     return code
 
 
-def _split(rendezvous: str | None) -> tuple[str, int]:
+def split_address(rendezvous: str | None) -> tuple[str, int]:
+    """Host and port of `Machine.rendezvous`; port 0 takes a free one."""
     host, _, port = (rendezvous or "localhost:0").rpartition(":")
     return host.strip("[]"), int(port)
 
@@ -221,7 +222,7 @@ class _Ends:
             return otherwise
         try:
             if self._store is None:
-                self._store = keyspace(reach_store(self._place, _ANSWER_SECONDS), self._run)
+                self._store = reach_keyspace(self._place, self._run, _ANSWER_SECONDS)
             return what(self._store)
         except (OSError, RuntimeError) as error:
             self._unreachable = True

@@ -6,6 +6,7 @@ Waiting is done here in a loop, because torch's own client cannot be interrupted
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import time
@@ -15,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 from job import log
-from job.distributed.process_group import ProcessGroup
+from job.distributed.process_group import CHECK_SECONDS, ProcessGroup
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
 from job.errors import Killed, Problem, SettingsError, Unreachable
@@ -25,10 +26,20 @@ _CONNECT_SECONDS = 2.0
 _REACH_SECONDS = 10.0
 """How long torch's client may try to connect, which neither a signal nor the end of the launcher interrupts."""
 _ANSWER_SECONDS = 60.0
+_RUN = "run"
+"""Key, outside of the keyspaces, of the id of the run that the store is for."""
+_STRANGER = "stranger"
+"""Key, outside of the keyspaces, of why a process that came to the store does not belong to its run."""
+_STRANGER_SECONDS = 10.0
+"""How long processes that wait go on after a stranger has come: it may be left over from an earlier run."""
 
 
-def host_store(port: int) -> Any:
+def host_store(port: int, run: str | None = None) -> Any:
     """Hosts the store in this process, on all network interfaces; port 0 takes a free one.
+
+    Args:
+        port: Where to listen.
+        run: The id of the run that it is for; None if that is not known.
 
     Raises:
         Unreachable: The port is taken, by an earlier attempt that has not ended yet or by another program.
@@ -37,9 +48,22 @@ def host_store(port: int) -> Any:
 
     try:
         timeout = timedelta(seconds=_ANSWER_SECONDS)
-        return TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=timeout)
     except RuntimeError as error:
         raise Unreachable(f"cannot listen for the other processes on port {port}: {_first_line(error)}") from error
+    if run is not None:
+        store.set(_RUN, run)
+    return store
+
+
+def publish_stranger(store: Any, why: str) -> None:
+    """Tells the processes that wait at a store that one has come that does not belong to their run.
+
+    Args:
+        store: Without a keyspace.
+        why: What is wrong with it.
+    """
+    store.compare_set(_STRANGER, "", why[:2000])
 
 
 def connect_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
@@ -63,6 +87,18 @@ def reach_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
     # torch's client cannot be interrupted by a signal while it waits for the port, so it is used once the port is open.
     socket.create_connection((place.host, place.port), timeout=_CONNECT_SECONDS).close()
     return connect_store(place, seconds)
+
+
+def reach_keyspace(place: Place, run: str, seconds: float) -> Any:
+    """The keyspace of a run in a store that listens already.
+
+    Raises:
+        OSError, RuntimeError: The store cannot be reached, or is for another run.
+    """
+    store = reach_store(place, seconds)
+    if store.check([_RUN]) and store.get(_RUN).decode() != run:
+        raise RuntimeError(f"the store at {place.host}:{place.port} is for another run")
+    return keyspace(store, run)
 
 
 def keyspace(store: Any, run: str, restart: int = 0) -> Any:
@@ -96,7 +132,8 @@ def join(
 
     Raises:
         Unreachable: The store cannot be reached, or not all processes arrived within `patience`.
-        SettingsError: Two processes have the same rank, or they disagree on the world size.
+        SettingsError: Two processes have the same rank, they disagree on the world size or on the run's id, or a
+            machine that does not know the id has ended.
         Preempted: This process has to stop.
         Killed: Another process is gone, or this one's launcher, and nobody told it to stop.
     """
@@ -104,11 +141,23 @@ def join(
         yield ALONE
         return
     deadline = time.monotonic() + patience
-    store = keyspace(_reach(place, deadline, stop, report_progress), run, place.restart)
+    address = _reach(place, run, deadline, stop, report_progress)
+    with machine_checks(), _still_there(place):
+        _check_run(address, run)  # before it is one of the processes, which wait for each other at the end
+    store = keyspace(address, run, place.restart)
     joined = ProcessGroup(place, store, stop, report_progress, grace_seconds)
     try:
-        with machine_checks():
-            _await_all(joined, store, deadline, stop, report_progress)
+        with machine_checks(), _still_there(place):
+            strangers = _Strangers(address)
+
+            def check() -> None:
+                _check_launcher(place)
+                joined.check()
+                strangers.check()
+                stop.check()
+                report_progress()
+
+            _await_all(joined, store, deadline, check)
         joined.watch_peers()
         _connect(place, store, 2 * patience)
         yield joined
@@ -120,14 +169,12 @@ def join(
         joined.leave()
 
 
-def _reach(place: Place, deadline: float, stop: Stop, report_progress: Callable[[], None]) -> Any:
+def _reach(place: Place, run: str, deadline: float, stop: Stop, report_progress: Callable[[], None]) -> Any:
     """The store, once it can be reached; process 0 hosts it where no launcher does."""
     if place.rank == 0 and not place.hosted:
-        return host_store(place.port)
+        return host_store(place.port, run)
     while True:
-        if place.launcher not in {0, os.getppid()}:
-            # It would wait for as long as its patience lasts, and then be taken for a process of the next attempt.
-            raise Killed("the process that started this one is gone; start the run again to resume it")
+        _check_launcher(place)
         try:
             store = reach_store(place, _REACH_SECONDS)
         except (OSError, RuntimeError) as error:
@@ -142,9 +189,65 @@ def _reach(place: Place, deadline: float, stop: Stop, report_progress: Callable[
         time.sleep(0.2)
 
 
-def _await_all(
-    joined: ProcessGroup, store: Any, deadline: float, stop: Stop, report_progress: Callable[[], None]
-) -> None:
+@contextmanager
+def _still_there(place: Place) -> Iterator[None]:
+    """Within it, an error of torch's means that the store is gone: machine 0 has ended before all had come."""
+    try:
+        yield
+    except RuntimeError as error:
+        what = f"process 0 of this run cannot be reached any more at {place.host}:{place.port}"
+        raise Unreachable(f"{what}: {_first_line(error)}") from error
+
+
+def _check_launcher(place: Place) -> None:
+    """Raises Killed if this process's launcher is gone.
+
+    It would wait for as long as its patience lasts, and then be taken for a process of the next attempt, or keep the
+    place of one.
+    """
+    if place.launcher not in {0, os.getppid()}:
+        raise Killed("the process that started this one is gone; start the run again to resume it")
+
+
+def _check_run(store: Any, run: str) -> None:
+    """Raises SettingsError, and tells the processes that wait, if the store is for another run than this process."""
+    other = store.compare_set(_RUN, "", run).decode()
+    if other != run:
+        publish_stranger(store, f"one process has {run}, the others have {other}")
+        what = f"is {run} here and {other} on another machine at this address; set the same id on all, or another port"
+        raise SettingsError([Problem("JOB_RUN__ID", f"{what} in JOB_RUN__RENDEZVOUS")])
+
+
+class _Strangers:
+    """Raises SettingsError when a process that does not belong to the run has come, and a while later one is missing.
+
+    Not at once: a process may be left over from an earlier run that met at this address.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._asked = self._since = math.inf
+
+    def check(self) -> None:
+        """Asks the store once a second at most.
+
+        Raises:
+            SettingsError: See above.
+        """
+        now = time.monotonic()
+        if self._asked != math.inf and now - self._asked < CHECK_SECONDS:
+            return
+        self._asked = now
+        if not self._store.check([_STRANGER]):
+            return
+        self._since = min(self._since, now)
+        if now - self._since >= _STRANGER_SECONDS:
+            why = self._store.get(_STRANGER).decode()
+            what = f"must be the same on all machines, but one came to this address that has another one or none: {why}"
+            raise SettingsError([Problem("JOB_RUN__ID", what)])
+
+
+def _await_all(joined: ProcessGroup, store: Any, deadline: float, check: Callable[[], None]) -> None:
     """Waits until all processes have arrived, and checks that their ranks and world sizes fit together."""
     place = joined.place
     total = store.compare_set("world_size", "", str(place.world_size)).decode()
@@ -166,9 +269,7 @@ def _await_all(
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(here) if not store.check([key])]
             raise Unreachable(f"of {place.world_size} processes, these did not connect: {', '.join(map(str, missing))}")
-        joined.check()
-        stop.check()
-        report_progress()
+        check()
         time.sleep(0.05)
 
 

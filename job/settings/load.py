@@ -33,6 +33,7 @@ __all__ = [
     "exporters",
     "foreign_variables",
     "json_schema",
+    "known_machine",
     "load_reading",
     "load_settings",
     "new_run_id",
@@ -82,6 +83,21 @@ def load_settings(
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def known_machine(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings | None:
+    """The settings of which the valid ones say which machine of several this is; None if they do not.
+
+    For a machine whose settings are not valid, to tell the others.
+    """
+    environ = os.environ if environ is None else environ
+    request = Request(arguments, environ, detect(environ))
+    settings, wrong = _read(request, NAMES)
+    run = settings.run
+    known = run.nodes > 1 and run.rendezvous is not None and run.node_rank < run.nodes
+    if not known or wrong.keys() & {"run", "run.id", "run.nodes", "run.node_rank", "run.rendezvous"}:
+        return None
+    return None if list(find_faults(environ)) or find_place(environ) is not None else settings
 
 
 def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:

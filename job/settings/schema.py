@@ -588,7 +588,9 @@ class Storage(Group):
     timeout_seconds: ExecutionOnly[Seconds] = 60
     """Seconds that one request may take."""
     retries: ExecutionOnly[Annotated[Count, Field(le=100)]] = 8
-    """Number of tries of one request, the first included."""
+    """Number of tries of one request, the first included. The pauses between them grow from 0.3 to 16 s; with 8 tries
+    they outlast an outage of 60 s, and each more adds 16 s. A name that does not resolve and denied access fail at
+    once. `status`, `compare` and `report` try 4 times at most, `plan` twice."""
     cache: ExecutionOnly[Maybe[LocalPath]] = None
     """Local folder that keeps downloads and the quantized model; empty: a temporary one."""
 

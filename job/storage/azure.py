@@ -88,7 +88,7 @@ class AzureStore(ObstoreStore):
         headers = {"x-ms-version": _API_VERSION, "x-ms-delete-snapshots": "include", **condition}
         request = Request(address, method="DELETE", headers=headers)  # noqa: S310
         for attempt in range(self._options.retries):
-            time.sleep(min(base.PAUSES[0] * 2**attempt, base.PAUSES[-1]) if attempt else 0)
+            time.sleep(base.pause_seconds(attempt) if attempt else 0)
             try:
                 with urlopen(request, timeout=self._options.timeout_seconds):  # noqa: S310 - obstore made the address
                     return True

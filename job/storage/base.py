@@ -31,7 +31,8 @@ How to add a store:
    `open(location: Location, options: StorageOptions)`, a class method, which makes one without asking the server.
    Errors of the client library are translated there; take `byte_limit` for limits, `common.disk.atomic_write` for
    downloads, `attempts` for what the library does not repeat, `probe` for `conditional_writes`. Give the client
-   `options.timeout_seconds` and `options.retries`: it must not hang.
+   `options.timeout_seconds`: it must not hang. Send a request `options.retries` times, with pauses of `pause_seconds`;
+   what no pause helps, such as a name that does not resolve, fails at once.
 2. Name it in the table `BACKENDS` of `job/storage/location.py`: scheme -> "module:class". The client library is
    imported when such a URI is opened, and not before.
 3. Run `tests/contract`: it finds the store in the table. It needs an empty location to write to, given as
@@ -43,6 +44,7 @@ around a store: the fence of a run, and injected faults.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -64,6 +66,11 @@ MAX_BODY_ATTEMPTS = 5
 MAX_CONNECT_SECONDS = 20.0
 # Pauses (seconds) before what a client does not repeat is tried again.
 PAUSES = (0.1, 0.3, 1.0, 3.0)
+# Pauses (seconds) before the second try of a request and each later one, the last for all that follow; each gets up to
+# `_SPREAD` of itself longer, drawn at random. With the default of eight tries they add up to at least 61 s: the restart
+# of a store, or a failure of the network, often takes half a minute.
+REQUEST_PAUSES = (0.3, 1.0, 3.0, 9.0, 16.0, 16.0, 16.0)
+_SPREAD = 0.4
 # Where a local store keeps temporary files and its lock; no key may lead there, in no store.
 HIDDEN = ".store"
 LOCK = "lock"
@@ -333,6 +340,13 @@ def attempts(pauses: int | None = None) -> Iterator[None]:
     for pause in PAUSES[:pauses]:
         time.sleep(pause)
         yield
+
+
+def pause_seconds(tries: int) -> float:
+    """How long to wait before a request is sent again that has failed so many times, at least once."""
+    pauses = REQUEST_PAUSES
+    # Drawn at random, so that the machines of a run do not all ask a store again at the same moment.
+    return pauses[min(tries, len(pauses)) - 1] * random.uniform(1, 1 + _SPREAD)  # noqa: S311
 
 
 def conflict(place: str) -> Conflict:

@@ -37,7 +37,7 @@ class StorageOptions:
         storage_class: Of uploaded files; small objects, which are rewritten and read again, stay in the standard one.
         request_payer: Pay for requests to a requester-pays bucket. For S3 alone.
         timeout_seconds: How long one request, or 256 KiB of a download, may take.
-        retries: How often a request is tried at most, the first time included.
+        retries: How often a request is tried at most, the first time included; `base.REQUEST_PAUSES` are between.
     """
 
     endpoint_url: str | None = None

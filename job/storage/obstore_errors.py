@@ -117,7 +117,10 @@ _NO_CONNECTION = {
 }
 _METADATA = re.compile(r"//(169\.254\.169\.254|metadata\.google\.internal)[:/]")
 _REQUEST = re.compile(r"Error performing [A-Z]+ ")
-_REPEATED = re.compile(r"after (\d+) retries")
+# No name server knows the name: in the words of glibc, musl and macOS. "Temporary failure" is not among them.
+_HOPELESS = re.compile(
+    r"Name or service not known|Name does not resolve|nodename nor servname|No address associated|InvalidCertificate"
+)
 # obstore has classes for these, but not for all requests.
 _DENIED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _UNKNOWN_REQUEST = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}
@@ -164,10 +167,15 @@ def is_transient(error: BaseException) -> bool:
     return type(translate(error, "")) is Unreachable
 
 
-def repetitions(error: BaseException) -> int:
-    """How many times obstore sent the request again."""
-    found = _REPEATED.search(_first(error))
-    return int(found[1]) if found else 0
+def is_hopeless(error: BaseException) -> bool:
+    """Whether there was no connection for a reason that stays: a name that nobody knows, or a wrong certificate."""
+    return _HOPELESS.search(str(error)) is not None and "ConnectError" in str(error)
+
+
+def has_no_metadata(error: BaseException) -> bool:
+    """Whether credentials were to come from the cloud's metadata service, which gave no answer at all."""
+    said = _first(error)
+    return _METADATA.search(said) is not None and _STATUS.search(said) is None
 
 
 def translate(error: BaseException, what: str) -> JobError:

@@ -1,4 +1,4 @@
-"""Requests by obstore: off the main thread, repeated where obstore itself gives up, bodies checked for their end."""
+"""Requests by obstore: off the main thread, repeated with the job's own pauses, bodies checked for their end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 from job.common.threads import in_thread
 from job.errors import Problem, SettingsError
 from job.storage import base
-from job.storage.obstore_errors import FAILURES, Missing, is_refused, is_transient, repetitions
+from job.storage.obstore_errors import FAILURES, Missing, has_no_metadata, is_hopeless, is_refused, is_transient
+
+_METADATA_TRIES = 4
+"""The metadata service of a pod that has just started may not answer yet; most other machines have none."""
 
 
 class OtherContent(Exception):
@@ -18,7 +21,7 @@ class OtherContent(Exception):
 
 
 def ask(function: Callable[..., Any], *given: Any, retries: int, **options: Any) -> Any:
-    """Sends a request and repeats it on failures, also on those that obstore does not repeat, such as cut answers.
+    """Sends a request, and again after failures that may pass, such as an answer that is cut off.
 
     Raises:
         Missing: In place of obstore's FileNotFoundError.
@@ -36,11 +39,12 @@ def ask(function: Callable[..., Any], *given: Any, retries: int, **options: Any)
 
 
 def count_tries(tries: int, error: BaseException, retries: int) -> int:
-    """The number of tries of a request, those of obstore included, after a pause; raises `error` after the last."""
-    tries += 1 + repetitions(error)
-    if tries >= retries or not is_transient(error):
+    """The number of tries of a request, after a pause; raises `error` after the last, or if no other try helps."""
+    tries += 1
+    waits = is_transient(error) or (has_no_metadata(error) and tries < _METADATA_TRIES)
+    if tries >= retries or not waits or is_hopeless(error):
         raise error
-    time.sleep(min(base.PAUSES[0] * 2**tries, base.PAUSES[-1]))
+    time.sleep(base.pause_seconds(tries))
     return tries
 
 

@@ -1,10 +1,11 @@
 """What the stores of Google and Azure have in common: an `ObjectStore` by obstore, a client for both.
 
-obstore sends the requests, repeats those that may be repeated, and gets and renews credentials. This file adds what the
-contract in `base.py` asks for beyond that: confirmed absence, size limits, checksums, and durable downloads. Every
-object carries its SHA-256 as metadata, and what is read is compared with it, since obstore looks at no checksum of the
-stores. What does not fit is read again; bytes that arrive twice are what the store holds, and are returned, so that the
-caller's own hashes find the damage. Objects of other programs have no such metadata, and only their length is checked.
+obstore sends the requests, and gets and renews credentials. This file adds what the contract in `base.py` asks for
+beyond that: pauses that outlast an outage (obstore's own have no least sum), confirmed absence, size limits, checksums,
+and durable downloads. Every object carries its SHA-256 as metadata, and what is read is compared with it, since obstore
+looks at no checksum of the stores. What does not fit is read again; bytes that arrive twice are what the store holds,
+and are returned, so that the caller's own hashes find the damage. Objects of other programs have no such metadata, and
+only their length is checked.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -47,7 +49,7 @@ from job.storage.base import (
     probe,
 )
 from job.storage.location import Location, StorageOptions
-from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_refusal, is_refused, repetitions, translate
+from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_refusal, is_refused, translate
 from job.storage.obstore_listing import entries
 from job.storage.obstore_requests import OtherContent, ask, ask_once, count_tries, read_body
 
@@ -61,6 +63,8 @@ _PART_BYTES, _MAX_PARTS = 8 * MIB, 9_000
 _MAX_CONDITIONAL_BYTES = 256 * MIB
 # Only a second answer tells a damaged object from a damaged answer.
 _SURE_ATTEMPTS = 2
+# How often obstore repeats a part of a large upload or a page of Azure's listing, before all of it is repeated.
+_INNER_REPEATS = 3
 # How often a file may change while it is uploaded.
 _MAX_CHANGES = 4
 
@@ -110,14 +114,15 @@ class ObstoreStore:
         """A client for this cloud, with these options of obstore."""
         raise NotImplementedError
 
-    def _connect(self, *, patience: float = 1.0, headers: dict[str, str] | None = None) -> Any:
+    def _connect(self, *, patience: float = 1.0, headers: dict[str, str] | None = None, repeats: int = 0) -> Any:
         """A client; sends nothing yet.
 
         Args:
             patience: How many times the time limit of the settings a request may take.
             headers: To be sent with every request.
+            repeats: How often obstore itself sends a request again at most.
         """
-        seconds, retries = self._options.timeout_seconds, self._options.retries
+        seconds, repeats = self._options.timeout_seconds, min(repeats, self._options.retries - 1)
         try:
             return self._make(
                 client_options={
@@ -131,12 +136,11 @@ class ObstoreStore:
                     **({"default_headers": headers} if headers else {}),
                 },
                 retry_config={
-                    "max_retries": retries - 1,
-                    "retry_timeout": timedelta(seconds=seconds * patience * _PIECE_TIMEOUTS * retries),
-                    # A pause is drawn between the first one and `base` times the one before. The default of eight tries
-                    # has to outlast some seconds of throttling; Google takes one change of an object a second.
+                    "max_retries": repeats,
+                    "retry_timeout": timedelta(seconds=seconds * patience * _PIECE_TIMEOUTS * (1 + repeats)),
+                    # A pause is drawn between the first one and `base` times the one before.
                     "backoff": {
-                        "init_backoff": timedelta(seconds=base.PAUSES[1]),
+                        "init_backoff": timedelta(seconds=base.REQUEST_PAUSES[0]),
                         "max_backoff": timedelta(seconds=15),
                         "base": 3,
                     },
@@ -148,6 +152,11 @@ class ObstoreStore:
             raise (
                 SettingsError([Problem(self.uri, str(problem))]) if type(problem) is Unreachable else problem
             ) from error
+
+    @cached_property
+    def _repeating_client(self) -> Any:
+        """For what consists of many requests that obstore sends by itself: else one that fails would repeat all."""
+        return self._connect(repeats=_INNER_REPEATS)
 
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """See `ObjectStore.read`."""
@@ -176,7 +185,7 @@ class ObstoreStore:
         return Stored(data, tag)
 
     def _attempts(self) -> Iterator[int]:
-        """Numbers of attempts to read a body; obstore repeats within each, so after two of them time counts as well."""
+        """Numbers of attempts to read a body; `_ask` repeats within each, so after two of them time counts as well."""
         end = time.monotonic() + self._options.timeout_seconds * self._options.retries
         for attempt in range(1, self._body_attempts + 1):
             if attempt > _SURE_ATTEMPTS and time.monotonic() > end:
@@ -256,7 +265,7 @@ class ObstoreStore:
                     missing = isinstance(error, Missing)
                     if mode == "overwrite" or (missing and (mode == "create" or self._get(key) is not None)):
                         raise
-                    if tries + repetitions(error) > 0 and (tag := own()) is not None:
+                    if tries > 0 and (tag := own()) is not None:
                         return tag
                     raise conflict(f"{self.uri}/{key}") from None
                 else:
@@ -321,7 +330,7 @@ class ObstoreStore:
             # Repeated as a whole, such as when another upload of this key discarded the parts.
             self._ask(
                 obstore.put,
-                self._client,
+                self._repeating_client,
                 self._root + key,
                 path,
                 attributes=attributes,
@@ -426,7 +435,9 @@ class ObstoreStore:
                 )
 
     def _entries(self, start: str) -> Iterator[tuple[str, int]]:
-        return entries(self._client, self.uri, start, retries=self._options.retries, sorted_by_key=self.sorted_by_key)
+        # One that is sorted goes on behind the last page that came, another one begins again.
+        client, retries = self._client if self.sorted_by_key else self._repeating_client, self._options.retries
+        return entries(client, self.uri, start, retries=retries, sorted_by_key=self.sorted_by_key)
 
     def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`."""

@@ -18,9 +18,9 @@ from botocore.loaders import create_loader
 from botocore.response import StreamingBody
 
 from job.errors import Problem, SettingsError
-from job.storage.base import MAX_CONNECT_SECONDS
+from job.storage.base import MAX_CONNECT_SECONDS, pause_seconds
 from job.storage.location import StorageOptions
-from job.storage.s3_errors import FAILURES, no_credentials, translate
+from job.storage.s3_errors import FAILURES, is_transient, no_credentials, translate
 
 _MAX_CONNECTIONS = 32
 
@@ -38,7 +38,9 @@ def connect(options: StorageOptions) -> Any:
     # Many servers that speak S3 refuse the checksum headers that newer SDKs add unasked.
     checksums = "when_required" if endpoint_url else None
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": options.retries},
+        # The SDK's own pauses add up to 1 to 5 s with eight tries, and it counts all retries of a client, of which it
+        # allows a number that an outage uses up. `_register` has pauses that outlast one.
+        retries={"mode": "standard", "total_max_attempts": 1},
         connect_timeout=min(timeout_seconds, MAX_CONNECT_SECONDS),
         read_timeout=timeout_seconds,
         max_pool_connections=_MAX_CONNECTIONS,
@@ -66,16 +68,27 @@ def connect(options: StorageOptions) -> Any:
     if client.meta.endpoint_url.startswith("https:"):
         _check_certificates(session.get_config_variable("ca_bundle"))
 
+    _register(client, options)
+    return client
+
+
+def _register(client: Any, options: StorageOptions) -> None:
+    """Adds to a client the time limit of bodies, and when a request is repeated."""
+
     def pace(response_dict: dict[str, Any], **_: Any) -> None:
         body = response_dict["body"]
         if isinstance(body, StreamingBody):
             raw = vars(body)["_raw_stream"]
-            paced = vars(body)["_raw_stream"] = _Paced(raw, timeout_seconds)
+            paced = vars(body)["_raw_stream"] = _Paced(raw, options.timeout_seconds)
             # The transfer manager drops a body that it gave up on without closing its connection.
             weakref.finalize(paced, raw.close).atexit = False
 
+    def repeat(attempts: int, response: Any, caught_exception: BaseException | None, **_: Any) -> float | None:
+        again = attempts < options.retries and is_transient(response, caught_exception)
+        return pause_seconds(attempts) if again else None
+
     client.meta.events.register("before-parse.s3.GetObject", pace)
-    return client
+    client.meta.events.register("needs-retry.s3", repeat)
 
 
 def _check_certificates(place: str | None) -> None:

@@ -88,6 +88,34 @@ _TRANSIENT_CODES = {
     "ThrottlingException",
     "XAmzContentSHA256Mismatch",
 }
+# Of these an answer to any request may be one, and the same request succeeds later.
+_BUSY_CODES = {
+    "BandwidthLimitExceeded",
+    "IDPCommunicationError",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "SlowDown",
+    "ThrottledException",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequestsException",
+}
+_BUSY = {
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+}
+# There is no connection for a reason that stays.
+_HOPELESS = re.compile(
+    r"Name or service not known|Name does not resolve|nodename nor servname|No address associated|"
+    r"CERTIFICATE_VERIFY_FAILED"
+)
 _REGION = "set JOB_STORAGE__REGION to the region of the bucket"
 # Error code -> what to do about it.
 _REMEDIES = {
@@ -119,6 +147,27 @@ def is_missing(error: ClientError) -> bool:
     return status == HTTPStatus.NOT_FOUND and code != "NoSuchBucket"
 
 
+def is_transient(response: tuple[Any, dict[str, Any]] | None, error: BaseException | None) -> bool:
+    """Whether a request is worth sending again: there was no answer, or the server failed or asks to wait.
+
+    Args:
+        response: The HTTP answer and what it says, as the SDK passes both to its event `needs-retry`; None if there was
+            none.
+        error: Why there was none.
+    """
+    if response is not None:
+        answer, said = response
+        return answer.status_code in _BUSY or str(said.get("Error", {}).get("Code", "")) in _BUSY_CODES
+    if not isinstance(error, (sdk.ConnectionError, HTTPClientError)) or _unsent(error, "") is not None:
+        return False
+    return _HOPELESS.search(_cause(error)) is None
+
+
+def _cause(error: Any) -> str:
+    """Why there is no connection; the SDK's own words leave it out."""
+    return f"{error} {error.kwargs.get('error', '')}"
+
+
 def translate(error: BaseException, what: str) -> JobError:
     """Return the job's error for one of `FAILURES`, `what` being what was tried."""
     if isinstance(error, Boto3Error):
@@ -133,6 +182,8 @@ def translate(error: BaseException, what: str) -> JobError:
     message = f"{what}: {_words(error)}"
     if isinstance(error, sdk.NoCredentialsError):
         message += "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give the machine or pod a role"
+    if isinstance(error, sdk.EndpointConnectionError) and _HOPELESS.search(_cause(error)):
+        message += "; the server's name cannot be resolved; correct JOB_STORAGE__ENDPOINT_URL or JOB_STORAGE__REGION"
     if isinstance(error, _DENIED):
         return AccessDenied(message)
     if isinstance(error, _MISCONFIGURED):

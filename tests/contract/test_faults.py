@@ -40,6 +40,7 @@ def test_spoiled_answers(
     if kind == "s3" and ways == DAMAGES:
         ways = ("other tag",)  # servers with S3's API may send no checksums: records have seals, artifacts hashes
     monkeypatch.setattr(job.storage.base, "PAUSES", (0.01,) * 4)
+    monkeypatch.setattr(job.storage.base, "REQUEST_PAUSES", (0.01,) * 4)
     (tmp_path / "large").write_bytes(_LARGE)
     ends: Counter[object] = Counter()
     with clouds.imitation(kind, tmp_path) as reach:

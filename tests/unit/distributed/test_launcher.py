@@ -129,7 +129,7 @@ def test_an_end_is_a_success_only_if_it_was_one(codes: dict[int, int], data: Any
 def test_a_killed_process_is_told_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others, wherever they are, read in the store that it is gone; the error says which and how."""
     stores: list[Any] = []
-    monkeypatch.setattr(launcher, "host_store", lambda port: stores.append(host_store(port)) or stores[0])
+    monkeypatch.setattr(launcher, "host_store", lambda *given: stores.append(host_store(*given)) or stores[0])
     with pytest.raises(Killed, match="process 1 was killed by SIGKILL; the machine may be out of memory") as caught:
         run("os.kill(os.getpid(), 9) if rank else (time.sleep(0.5), sys.exit(75))")
     assert caught.value.exit_code == 1

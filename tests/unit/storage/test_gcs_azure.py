@@ -43,6 +43,7 @@ SCHEMES = ["gs", "az"]
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job.storage.base, "PAUSES", (0.01,) * 4)
+    monkeypatch.setattr(job.storage.base, "REQUEST_PAUSES", (0.01,) * 7)
 
 
 def opened(scheme: str, **options: Any) -> ObjectStore:
@@ -673,7 +674,7 @@ def test_a_failure_of_the_server_is_no_denial() -> None:
 
 def test_google_takes_one_change_of_an_object_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that is faster, as the holder of a lease may be, goes on when the second is over: no error."""
-    monkeypatch.setattr(job.storage.base, "PAUSES", (0.01, 0.03, 0.1, 0.3))
+    monkeypatch.setattr(job.storage.base, "REQUEST_PAUSES", (0.03, 0.1, 0.3, 0.9))
     seconds, last, refused = 0.2, [0.0], [0]  # a tenth of the pauses, and two seconds in place of one
 
     def before(request: Request) -> bool:

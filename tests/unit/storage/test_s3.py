@@ -31,7 +31,8 @@ URI = f"s3://{BUCKET}/run"
 
 
 @pytest.fixture(autouse=True)
-def _credentials() -> Iterator[None]:
+def _credentials(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(job.storage.base, "REQUEST_PAUSES", (0.01,) * 7)
     with credentials():
         yield
 
