@@ -1,6 +1,6 @@
-"""How the processes of a run connect: by a TCPStore at an address that all of them know.
+"""Connects the processes of a run through a TCPStore at an address that all of them know.
 
-Waiting is done here in a loop, because torch's own client cannot be interrupted by a signal while it waits.
+The functions here wait in loops, because torch's own client cannot be interrupted by a signal while it waits.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from job.preemption.stop_flag import Stop
 
 _CONNECT_SECONDS = 2.0
 _REACH_SECONDS = 10.0
-"""How long torch's client may try to connect, which neither a signal nor the end of the launcher interrupts."""
+"""How long torch's client may try to connect; neither a signal nor the end of the launcher interrupts it."""
 _ANSWER_SECONDS = 60.0
 
 
 def host_store(port: int) -> Any:
-    """Hosts the store in this process, on all network interfaces; port 0 takes a free one.
+    """Hosts the store in this process, on all network interfaces; with port 0 on any free port.
 
     Raises:
-        Unreachable: The port is taken, by an earlier attempt that has not ended yet or by another program.
+        Unreachable: The port is in use, by an earlier attempt that has not ended yet or by another program.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -43,10 +43,10 @@ def host_store(port: int) -> Any:
 
 
 def connect_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
-    """Connects to a store that is known to listen.
+    """Connects to a store that is already listening.
 
     Raises:
-        RuntimeError: It does not listen, or takes longer than `seconds` for an answer, now or in a later call.
+        RuntimeError: It is not listening, or an answer takes longer than `seconds`, now or in a later call.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -55,10 +55,10 @@ def connect_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
 
 
 def reach_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
-    """Like `connect_store`, but fails at once where nobody listens.
+    """Like `connect_store`, but fails at once if nothing is listening.
 
     Raises:
-        OSError, RuntimeError: It cannot be reached.
+        OSError, RuntimeError: The store cannot be reached.
     """
     # torch's client cannot be interrupted by a signal while it waits for the port, so it is used once the port is open.
     socket.create_connection((place.host, place.port), timeout=_CONNECT_SECONDS).close()
@@ -66,7 +66,7 @@ def reach_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
 
 
 def keyspace(store: Any, run: str, restart: int = 0) -> Any:
-    """The store with a prefix of its own for one start of one run, so that no other start's keys are seen."""
+    """The store with a prefix for one start of one run, which hides the keys of other starts."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     return PrefixStore(f"{run}/{restart}", store)
@@ -83,22 +83,22 @@ def join(
     grace_seconds: float,
     machine_checks: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Processes]:
-    """Connects to the other processes; within it they exchange values, and the failure of one ends all.
+    """Context manager in which the processes are connected: they exchange values, and the failure of one ends all.
 
     Args:
         place: Rank and world size of this process; None for a single process.
-        run: The run's id. Processes of another run at the same address are not connected to.
+        run: The run's id. Processes of another run at the same address are not connected.
         stop: This process's stop flag.
         report_progress: Reports progress to the watchdog while this process waits.
         patience: Seconds to wait for all processes: platforms start machines one after the other.
-        grace_seconds: How long the processes have to end when one of them has ended.
+        grace_seconds: Seconds in which the other processes have to end after one has ended.
         machine_checks: `Platform.machine_checks`: a machine that lacks a GPU has too few processes.
 
     Raises:
-        Unreachable: The store cannot be reached, or not all processes arrived within `patience`.
+        Unreachable: The store cannot be reached, or not all processes connected within `patience`.
         SettingsError: Two processes have the same rank, or they disagree on the world size.
         Preempted: This process has to stop.
-        Killed: Another process is gone, or this one's launcher, and nobody told it to stop.
+        Killed: Another process or this process's launcher has died, although none had to stop.
     """
     if place is None or place.world_size == 1:
         yield ALONE
@@ -121,12 +121,12 @@ def join(
 
 
 def _reach(place: Place, deadline: float, stop: Stop, report_progress: Callable[[], None]) -> Any:
-    """The store, once it can be reached; process 0 hosts it where no launcher does."""
+    """The store, once it can be reached; process 0 hosts it if no launcher does."""
     if place.rank == 0 and not place.hosted:
         return host_store(place.port)
     while True:
         if place.launcher not in {0, os.getppid()}:
-            # It would wait for as long as its patience lasts, and then be taken for a process of the next attempt.
+            # Otherwise it would go on waiting, and could join the next attempt's processes.
             raise Killed("the process that started this one is gone; start the run again to resume it")
         try:
             store = reach_store(place, _REACH_SECONDS)
@@ -145,7 +145,7 @@ def _reach(place: Place, deadline: float, stop: Stop, report_progress: Callable[
 def _await_all(
     joined: ProcessGroup, store: Any, deadline: float, stop: Stop, report_progress: Callable[[], None]
 ) -> None:
-    """Waits until all processes have arrived, and checks that their ranks and world sizes fit together."""
+    """Waits until all processes have connected, and checks that their ranks and world sizes are consistent."""
     place = joined.place
     total = store.compare_set("world_size", "", str(place.world_size)).decode()
     if total != str(place.world_size):
@@ -153,8 +153,9 @@ def _await_all(
         raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
     joined.announce()
     if store.add(f"here#{place.rank}", 1) > 1:
-        # On Kubernetes the number is the pod's own, so the other one is mostly the pod that this one replaces. If that
-        # has said why it ended, the run ends for that reason; else a retry (72) comes when the old pod is gone.
+        # On Kubernetes the rank is the pod's index, so the other process is mostly in the pod that this one replaces.
+        # If that has published why it ended, this process ends for the same reason; else with code 72, and the
+        # platform's retry starts when the old pod is gone.
         joined.check()
         what = (
             f"another process has rank {place.rank}, too; give each machine its own rank, or wait until "
@@ -173,7 +174,7 @@ def _await_all(
 
 
 def _connect(place: Place, store: Any, timeout_seconds: float) -> None:
-    """Makes the group for all-reduce: gloo for tensors on a CPU (flags, a CPU's gradients), NCCL for those on a GPU."""
+    """Creates the group for all-reduce: gloo for tensors on a CPU (flags, gradients), NCCL for tensors on a GPU."""
     import torch
     import torch.distributed as dist
 
@@ -189,7 +190,7 @@ def _connect(place: Place, store: Any, timeout_seconds: float) -> None:
 
 
 def _disconnect() -> None:
-    """Ends the group. Called after success only: after a failure it would wait for processes that are gone."""
+    """Ends the group. Called after success only: after a failure it would wait for processes that have ended."""
     import torch.distributed as dist
 
     with contextlib.suppress(RuntimeError):  # the work is done, so a failure here costs nothing

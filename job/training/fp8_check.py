@@ -1,4 +1,4 @@
-"""Refuses what cannot be trained in FP8: a machine, a compute dtype, an architecture, or the sizes of its layers."""
+"""Checks that machine, compute dtype, architecture and layer sizes allow training in FP8."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SETTING = "JOB_TRAIN__COMPUTE"
 
 
 def require_fp8(device: Any) -> None:
-    """Refuses a machine that cannot train in FP8.
+    """Checks that this machine can train in FP8.
 
     Args:
-        device: Where the model will be.
+        device: The device of training.
 
     Raises:
         SettingsError: There is no GPU, or the GPU or torch cannot multiply FP8 matrices with a scale for each row.
@@ -36,11 +36,11 @@ def require_fp8(device: Any) -> None:
 
 
 def require_fp8_model(setup: Setup | None, dtype: str | None) -> None:
-    """Refuses what cannot be computed in FP8.
+    """Checks that compute dtype and architecture allow FP8.
 
     Args:
         setup: What is trained; None if the architecture is not known.
-        dtype: The compute dtype by its name in torch; None where PEFT's own layers compute.
+        dtype: The compute dtype by its name in torch; None if PEFT's own layers compute.
 
     Raises:
         SettingsError: The dtype is not bf16, or the model is a mixture of experts.
@@ -56,15 +56,15 @@ def require_fp8_model(setup: Setup | None, dtype: str | None) -> None:
 
 
 def require_fp8_layers(setup: Setup | None, slow: str | None) -> None:
-    """Refuses layers that cannot be computed in FP8.
+    """Checks that the adapted layers can be computed in FP8.
 
     Args:
         setup: What is trained; None if the architecture is not known.
         slow: Why PEFT's own layers compute; None if the fused ones do.
 
     Raises:
-        SettingsError: PEFT's own layers compute; or the inputs or outputs of an adapted layer are not multiples of what
-            FP8 products require.
+        SettingsError: PEFT's own layers compute; or the number of inputs or outputs of an adapted layer is not a
+            multiple of `fp8.MULTIPLE`.
     """
     from job.model.fused.fp8 import MULTIPLE
 
