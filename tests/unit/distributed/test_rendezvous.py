@@ -110,7 +110,7 @@ def test_two_with_one_number_are_refused() -> None:
     keyspace(host, "run").add("here#1", 1)
     error = fail(place)
     assert isinstance(error, SettingsError)
-    assert "another process has rank 1 too" in str(error)
+    assert "another process has rank 1, too" in str(error)
 
 
 def test_one_that_replaces_another_ends_for_its_reason() -> None:
