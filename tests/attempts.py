@@ -18,10 +18,12 @@ from job.storage.local import LocalStore
 class Second(Alone):
     """The second of two processes, which is told what the first found out."""
 
-    place, leads = Place(rank=1, world_size=2, local_rank=1, local_world_size=2), False
+    place, leads = Place(rank=1, world_size=2), False
 
-    def __init__(self, told: Mapping[str, Any]) -> None:
+    def __init__(self, told: Mapping[str, Any], *, same_machine: bool = False) -> None:
         self._told = told
+        if same_machine:
+            self.place = Place(rank=1, world_size=2, local_rank=1, local_world_size=2)
 
     def share(self, what: str, value: Callable[[], Any]) -> Any:
         """What process 0 found out."""

@@ -202,7 +202,8 @@ def _varlen_kernel(  # noqa: PLR0917 - as attention has it
     """One call of the variable-length flash kernel for all segments; causal from the last key backwards."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # The backward pass of `squeeze` is a view; that of `x[0]` would copy the gradient into a tensor of zeros.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if layout.key_index is not None:
         k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
     longest = layout.longest_query, layout.longest_key

@@ -1,6 +1,7 @@
 """Injected faults: `JOB_FAULT` names what goes wrong and when, each once in the life of a run.
 
-    sigterm@step=37                 the signal, after optimizer step 37; also upload=N, stage=NAME, validation=N
+    sigterm@step=37                 the signal, after optimizer step 37, when its metrics are read (on a GPU the
+                                    next step is launched then); also upload=N, stage=NAME, validation=N
     kill@upload=3                   SIGKILL, before the third upload of an attempt; also step, stage and validation
     s3_503@2                        the second request of an attempt to the store fails as if after all retries
     corrupt@checkpoint=latest       a flipped bit in the newest checkpoint, before the next attempt restores it

@@ -176,6 +176,7 @@ def _pull(
             attempt,
             lambda: _load_tasks(attempt, settings, storage, policy, baseline),
             lambda: check_model(attempt, _early_files(attempt, early, coming)[0], checked_settings(settings, later)),
+            early.done,
         )
         start, safety = _find_start(attempt, settings, storage), _find_safety_model(attempt, settings, storage)
         rows = _row_settings(settings)
@@ -389,15 +390,23 @@ def _judge_sha256(attempt: Attempt, judge: FoundJudge | None) -> str | None:
     return judge_sha256(judge.record)
 
 
-def _checked_tasks(attempt: Attempt, load: Callable[[], Tasks], check_model: Callable[[], None]) -> Tasks:
+def _checked_tasks(
+    attempt: Attempt, load: Callable[[], Tasks], check_model: Callable[[], None], model_is_there: Callable[[], bool]
+) -> Tasks:
     """The tasks. What is wrong with them, and what the model excludes of the settings, is raised together.
 
-    Later attempts do not check the model: they have the same settings and the same model.
+    Wrong tasks are raised at once if the model's configuration is still being downloaded. Later attempts do not check
+    the model: they have the same settings and the same model.
     """
     loaded: list[Tasks] = []
+
+    def model() -> None:
+        if loaded or model_is_there():
+            check_model()
+
     checks: list[tuple[str, Callable[[], object]]] = [("questions", lambda: loaded.append(load()))]
     if attempt.recorded(Stage.PULL, Pulled) is None:
-        checks.append(("model", check_model))
+        checks.append(("model", model))
     check_all(checks)
     return loaded[0]
 

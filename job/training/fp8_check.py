@@ -1,15 +1,39 @@
-"""Checks that machine, compute dtype, architecture and layer sizes allow training in FP8."""
+"""Checks that machine, compute dtype, architecture and layer sizes allow training in FP8.
+
+The model's configuration is checked before its weights are fetched (`fp8_problems_of`), the machine when the job starts
+on it (`require_fp8`), and the loaded model before training (`require_fp8_model`, `require_fp8_layers`). Importing this
+module does not import torch.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 from job.errors import Problem, SettingsError
+from job.model.architecture import Architecture, read_config
 from job.training.execution_plan import FP8_CAPABILITY
-from job.training.gpu_capability import compute_capability
-from job.training.memory_model import Setup
+
+if TYPE_CHECKING:
+    from job.training.memory_model import Setup
 
 SETTING = "JOB_TRAIN__COMPUTE"
+
+
+def fp8_problems_of(config: Any, named: Collection[str]) -> Iterator[Problem]:
+    """Why a model cannot train in FP8 on any GPU.
+
+    Args:
+        config: The model's configuration, of transformers.
+        named: Names of the layers that get an adapter, as in PEFT's `target_modules`.
+    """
+    try:
+        architecture = read_config(config.to_dict())
+    except ValueError:
+        yield _only_fused(f"the sizes of a {config.model_type} model are not known; remove it")
+        return
+    yield from _experts(architecture)
+    yield from _sizes(architecture, named)
 
 
 def require_fp8(device: Any) -> None:
@@ -22,10 +46,11 @@ def require_fp8(device: Any) -> None:
         SettingsError: There is no GPU, or the GPU or torch cannot multiply FP8 matrices with a scale for each row.
     """
     from job.model.fused import fp8
+    from job.training import gpu_capability
 
     if device.type != "cuda":
         why: str | None = "there is no GPU"
-    elif (found := compute_capability()) < FP8_CAPABILITY:
+    elif (found := gpu_capability.compute_capability()) < FP8_CAPABILITY:
         least = "{}.{}".format(*FP8_CAPABILITY)
         why = "the GPU's compute capability is {}.{}, less than {} (Ada, Hopper)".format(*found, least)
     else:
@@ -45,14 +70,15 @@ def require_fp8_model(setup: Setup | None, dtype: str | None) -> None:
     Raises:
         SettingsError: The dtype is not bf16, or the model is a mixture of experts.
     """
+    problems = [] if setup is None else [*_experts(setup.architecture)]
     if dtype not in {None, "bfloat16"}:
         what = (
             f"is fp8, which needs bf16 for all other operations, but the compute dtype is {dtype}; set "
             "JOB_MODEL__DTYPE=bf16"
         )
-        raise SettingsError([Problem(SETTING, what)])
-    if setup is not None and setup.architecture.experts:
-        raise SettingsError([Problem(SETTING, "is fp8, which does not support a mixture's experts; remove it")])
+        problems.append(Problem(SETTING, what))
+    if problems:
+        raise SettingsError(problems)
 
 
 def require_fp8_layers(setup: Setup | None, slow: str | None) -> None:
@@ -66,18 +92,30 @@ def require_fp8_layers(setup: Setup | None, slow: str | None) -> None:
         SettingsError: PEFT's own layers compute; or the number of inputs or outputs of an adapted layer is not a
             multiple of `fp8.MULTIPLE`.
     """
+    if slow is not None:
+        raise SettingsError([_only_fused(slow)])
+    if problems := [] if setup is None else [*_sizes(setup.architecture, setup.targets)]:
+        raise SettingsError(problems)
+
+
+def _only_fused(why: str) -> Problem:
+    return Problem(SETTING, f"is fp8, which only the job's fused layers compute: {why}")
+
+
+def _experts(architecture: Architecture) -> Iterator[Problem]:
+    if architecture.experts:
+        yield Problem(SETTING, "is fp8, which does not support a mixture's experts; remove it")
+
+
+def _sizes(architecture: Architecture, named: Collection[str]) -> Iterator[Problem]:
+    """A problem if the size of a layer that gets an adapter is not a multiple of `fp8.MULTIPLE`."""
     from job.model.fused.fp8 import MULTIPLE
 
-    if slow is not None:
-        raise SettingsError([Problem(SETTING, f"is fp8, which only the job's fused layers compute: {slow}")])
-    if setup is None:
-        return
-    sizes = {name: setup.architecture.linear[name] for name in setup.targets if name in setup.architecture.linear}
     odd = ", ".join(
         f"{name} of {inputs} x {outputs}"
-        for name, (inputs, outputs) in sizes.items()
-        if inputs % MULTIPLE or outputs % MULTIPLE
+        for name, (inputs, outputs) in architecture.linear.items()
+        if name in named and (inputs % MULTIPLE or outputs % MULTIPLE)
     )
     if odd:
         what = f"is fp8, whose products need sizes that are multiples of {MULTIPLE}; this model has {odd}; remove it"
-        raise SettingsError([Problem(SETTING, what)])
+        yield Problem(SETTING, what)

@@ -11,12 +11,11 @@ from typing import Any
 
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import AdapterOptions, pattern_matches, too_high_rank
-from job.model.architecture import Architecture, read_config
 from job.model.files import in_eight_bits
 from job.model.target_modules import adapted_layers, resolve_targets
 from job.records import FP8
+from job.training.fp8_check import fp8_problems_of
 
-COMPUTE = "JOB_TRAIN__COMPUTE"
 _INIT, _PLACEMENT = "JOB_LORA__INIT", "JOB_MODEL__PLACEMENT"
 
 
@@ -52,7 +51,7 @@ def model_problems(
             _PLACEMENT, f"is {placement}, which is for 4-bit weights, and the base is published in 8 bits; take gpu"
         )
     if compute == FP8:
-        yield from _fp8(config, named)
+        yield from fp8_problems_of(config, named)
 
 
 def _first_values(
@@ -82,35 +81,3 @@ def _first_values(
     if too_high:
         most, own = min(too_high)
         yield too_high_rank(init, own, most)
-
-
-def _fp8(config: Any, named: Sequence[str]) -> Iterator[Problem]:
-    """Why this model cannot train in FP8 on any GPU."""
-    try:
-        architecture = read_config(config.to_dict())
-    except ValueError:
-        what = f"the sizes of a {config.model_type} model are not known"
-        yield Problem(COMPUTE, f"is fp8, which only the job's fused layers compute: {what}; remove it")
-        return
-    yield from fp8_problems(architecture, named)
-
-
-def fp8_problems(architecture: Architecture, named: Sequence[str]) -> Iterator[Problem]:
-    """Why a model of known sizes cannot train in FP8 on any GPU.
-
-    Args:
-        architecture: The model's sizes.
-        named: Names of the layers that get an adapter, as in PEFT's `target_modules`.
-    """
-    from job.model.fused.fp8 import MULTIPLE
-
-    if architecture.experts:
-        yield Problem(COMPUTE, "is fp8, which does not support a mixture's experts; remove it")
-    odd = ", ".join(
-        f"{name} of {inputs} x {outputs}"
-        for name, (inputs, outputs) in architecture.linear.items()
-        if name in named and (inputs % MULTIPLE or outputs % MULTIPLE)
-    )
-    if odd:
-        what = f"is fp8, whose products need sizes that are multiples of {MULTIPLE}; this model has {odd}; remove it"
-        yield Problem(COMPUTE, what)

@@ -123,6 +123,10 @@ class OptimizerStep:
         self._scaler = scaler
         self._loss_scale: torch.Tensor | None = None
         self._wait_for_sum: Callable[[], None] = lambda: None
+        self._ahead = False
+        """Whether the host has launched this step, of which the GPU has computed nothing when `meanwhile` returns."""
+        self._behind_sum: Any = None
+        """The CUDA event behind the last sum over processes; None on a CPU."""
         self.metrics: dict[str, float] = {}
         """Metrics of the last step of preferences, by TRL's names."""
         self._padded_at_most = None if plan.tile_tokens is None else LONG_ROW
@@ -174,7 +178,8 @@ class OptimizerStep:
             StepAbandoned: The step cannot be finished.
             TrainingFailed: Memory ran out, and neither an optimization nor the token budget can be reduced further.
         """
-        if not self.launched_at_once(number):
+        self._ahead = self.launched_at_once(number)
+        if not self._ahead:
             self._meanwhile()
         if self._preference is None:
             return self._from_sum(self._summed(lambda: self._own_gradient(number)))[0]
@@ -208,10 +213,24 @@ class OptimizerStep:
         try:
             self._wait_for_sum()
         except JobError as error:
-            if self._parameters.gradient.is_cuda:
-                # The present stream waits for a sum that never comes; the parameters are saved on another one.
-                torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+            self._leave_stream()
             raise StepAbandoned from error
+
+    def _leave_stream(self) -> None:
+        """Launches everything from now on, such as the copies for a checkpoint, beside what was launched so far.
+
+        That is the gradient of an abandoned step, or waits for a sum that never comes. The step before has ended: its
+        metrics were read.
+        """
+        if self._parameters.gradient.is_cuda:
+            torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+
+    def sum_has_come(self) -> bool:
+        """Whether the last sum has come, although `finish_sum` failed: what is launched behind it may have begun.
+
+        Another process may tell that it ends, and its GPU still complete what it has launched.
+        """
+        return self._behind_sum is not None and bool(self._behind_sum.query())
 
     def _summed(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Starts to sum over all processes what `compute` returns, (n,) float32; with less memory again if it ran out.
@@ -221,7 +240,7 @@ class OptimizerStep:
         With several processes `compute` puts the flat gradient in front, so that one all-reduce sums both.
 
         Raises:
-            StepAbandoned: Another process has ended.
+            StepAbandoned: Another process has ended, or there is no time for the step.
             TrainingFailed: Memory ran out, and nothing is left to reduce.
         """
         while True:
@@ -238,10 +257,11 @@ class OptimizerStep:
                 longest = self.longest_undivided(lengths_of(self._steps.examples))
                 if full and self.budget <= longest // 2 and not self.plan.droppable and not self._may_divide:
                     raise too_small("training", longest, error) from error
-            self._meanwhile()
+            self._call_meanwhile()
             try:
                 if not self._processes.agree(repeat=sums is None) and sums is not None:
                     self._wait_for_sum = self._processes.start_add_up(sums)
+                    self._behind_sum = torch.cuda.current_stream().record_event() if sums.is_cuda else None
                     return sums
                 # If a process ran out of memory and has no optimization left to drop, all of them halve the budget,
                 # once all long rows are divided.
@@ -257,8 +277,20 @@ class OptimizerStep:
                         how = {"micro_batch_tokens": self.budget, "change": "JOB_TRAIN__MICRO_BATCH_TOKENS"}
                         get_logger().warning(what, **how)
             except JobError as error:
+                self._leave_stream()
                 raise StepAbandoned from error
             free_caches()
+
+    def _call_meanwhile(self) -> None:
+        """Calls `meanwhile`, after which the GPU has ended the step before, and has this one still to compute.
+
+        Raises:
+            StepAbandoned: There is no time for it. It was launched when the end of the step before was still to come.
+        """
+        self._meanwhile()
+        if self._ahead and self._hooks.stop() and not self._hooks.fits(1.0):
+            self._leave_stream()
+            raise StepAbandoned
 
     def longest_undivided(self, lengths: Sequence[int]) -> int:
         """Tokens of the longest row that may have made up the micro-batch that ran out of memory.

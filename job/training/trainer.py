@@ -14,9 +14,10 @@ Every method of `_PlannedTrainer` that Trainer calls overrides one of the same n
 
 from __future__ import annotations
 
+import importlib
 import math
 import resource
-import sys
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ from job.common.optimizers import OPTIMIZERS, OptimizerSpec
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import TrainingFailed
+from job.log import get_logger
 from job.model.adalora import add_penalty_gradient, allocate, is_adalora
 from job.model.decomposed_init import trained_parts
 from job.model.gradient_checkpointing import recompute_activations
@@ -205,15 +207,14 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             scaler=self.accelerator.scaler,
             meanwhile=self.report_metrics,
         )
-        scales = self.accelerator.scaler is not None and self.accelerator.scaler.is_enabled()
-        self.launched_behind_sum = (
-            self.parameters.gradient.is_cuda and not (scales or self.adalora) and not OPTIMIZERS[recipe.optimizer].paged
-        )
+        self.launched_behind_sum = False
         """Whether the optimizer's step is launched before the sum over the processes is there.
 
-        Not where launching it waits for the GPU: the end of another process could not be noticed meanwhile.
+        Not in the first step of an attempt, which creates the optimizer's state: copies of it wait for the GPU.
         """
         self.counts_before: list[dict[str, Any]] = []
+        self.is_overwritten: Callable[[], bool] = lambda: False
+        """Whether an optimizer's step that was given up may have begun."""
         self.unreported: Callable[[], None] | None = None
         """Reports the metrics of the last step, once the GPU has computed them; None if that is done."""
         self.recipe = recipe
@@ -292,12 +293,18 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             try:
                 self.step.finish_sum()
             except StepAbandoned:
-                for state, counts in zip(self.optimizer.state.values(), self.counts_before, strict=False):
-                    state.update(counts)
+                restore_counts(self.optimizer, self.counts_before)
+                self.is_overwritten = self.step.sum_has_come
                 raise
         self.parameters.after_step()
         if self.adalora:
             allocate(self.model, done)
+        scaler, on_gpu = self.accelerator.scaler, self.parameters.gradient.is_cuda
+        self.launched_behind_sum = can_launch_behind_sum(
+            OPTIMIZERS[self.recipe.optimizer],
+            on_gpu=on_gpu,
+            reads_gpu=self.adalora or (scaler is not None and scaler.is_enabled()),
+        )
 
     def log_probs(self, sequences: Sequence[Example]) -> list[torch.Tensor]:
         """The log-probabilities of sequences' tokens; see `preference_gradient.TokenLogProbs`."""
@@ -475,6 +482,11 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 newest = progress(self.validations).best_step == self.state.global_step
                 write_validations(path, self.validations, None if newest else self.best)
             self.hooks.on_write(time.monotonic() - began)
+            if self.is_overwritten():
+                what = "not saved: the sum that another process was thought to have left undone has come meanwhile"
+                get_logger().warning(what, step=self.state.global_step)
+                shutil.rmtree(path)
+                return
             self.saved_step = self.state.global_step
             self.hooks.on_save(path, self.state.global_step)
 
@@ -530,22 +542,57 @@ def counts_of(optimizer: Any) -> list[dict[str, Any]]:
     ]
 
 
+def restore_counts(optimizer: Any, counts: Sequence[Mapping[str, Any]]) -> None:
+    """Puts back what `counts_of` returned before a step that was launched and is never computed."""
+    for state, before in zip(optimizer.state.values(), counts, strict=True):
+        state.update(before)
+
+
+def can_launch_behind_sum(optimizer: OptimizerSpec, *, on_gpu: bool, reads_gpu: bool) -> bool:
+    """Whether launching the optimizer's step does not wait for the GPU.
+
+    Where it waits, the end of another process could not be noticed before the sum is there, which may be never.
+
+    Args:
+        optimizer: Which.
+        on_gpu: Whether the adapter is on one.
+        reads_gpu: Whether fp16's loss scaling or AdaLoRA reads numbers of the GPU in the step.
+    """
+    return (
+        on_gpu and not reads_gpu and not optimizer.paged and (not is_bitsandbytes(optimizer) or _WAIT in vars(_bnb()))
+    )
+
+
+_WAIT = "sync_gpu"
+"""The function that bitsandbytes' optimizers call to wait for the GPU."""
+
+
+def is_bitsandbytes(optimizer: OptimizerSpec) -> bool:
+    """Whether it is one of bitsandbytes', whose state is quantized."""
+    return "qmap1" in optimizer.state
+
+
+def _bnb() -> Any:
+    """The module of bitsandbytes' optimizers, which Trainer imports only when it makes one."""
+    return importlib.import_module("bitsandbytes.optim.optimizer")
+
+
 @contextmanager
 def without_waiting(optimizer: OptimizerSpec) -> Iterator[None]:
     """Within it, bitsandbytes does not wait for the GPU after each parameter that it updates.
 
     Only a paged state needs that: the host may not touch it while the GPU does.
     """
-    module = sys.modules.get("bitsandbytes.optim.optimizer")
-    wait = getattr(module, "sync_gpu", None)
-    if module is None or wait is None or optimizer.paged:
+    module = _bnb() if is_bitsandbytes(optimizer) else None
+    wait = getattr(module, _WAIT, None)
+    if wait is None or optimizer.paged:
         yield
         return
-    module.sync_gpu = lambda _parameter: None  # type: ignore[attr-defined]
+    setattr(module, _WAIT, lambda _parameter: None)
     try:
         yield
     finally:
-        module.sync_gpu = wait  # type: ignore[attr-defined]
+        setattr(module, _WAIT, wait)
 
 
 def memory_in_use() -> int:

@@ -84,6 +84,9 @@ def measure(chosen: argparse.Namespace, began: float) -> None:
                 gpu.fit(bench, model, variant, total_steps=chosen.steps, batch=batch, processes=those)
                 for those in (ALONE, processes)
             ]
+            # What the GPU loses by a share of the rows alone, whatever the others do.
+            share = gpu.fit(bench, model, variant, total_steps=chosen.steps, batch=batch // count)
+            shares = processes.gather("speeds with a share", share["steady_tokens_per_second"])
             alone, together = (one["steady_tokens_per_second"] for one in found)
             speeds = processes.gather("speeds alone", alone)  # no two GPUs are equally fast
             losses = [one["losses"] for one in found]
@@ -93,6 +96,8 @@ def measure(chosen: argparse.Namespace, began: float) -> None:
                 alone=speeds,
                 together=together,
                 efficiency=together / sum(speeds),
+                alone_with_its_share=shares,
+                efficiency_against_that=together / sum(shares),
                 alone_milliseconds=found[0]["steady_milliseconds"],
                 milliseconds=found[1]["steady_milliseconds"],
                 worst_loss=max(abs(a / b - 1) for a, b in zip(*losses, strict=True)),

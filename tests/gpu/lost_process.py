@@ -1,8 +1,14 @@
-"""One of two GPUs' processes is killed during a step: `python tests/gpu/lost_process.py [--tiny]` prints JSON lines.
+"""One of two GPUs' processes ends during a step: `python tests/gpu/lost_process.py [--tiny]` prints JSON lines.
 
-It is killed when its gradient is on its way and the sum over the processes is not. The other process has then already
-launched its part of the sum, and clipping behind it, which never end. It must notice, save the step before, and end. A
-resumed pair of processes must end with the bits of an undisturbed one. `--tiny` rehearses it on a CPU. Budget: 90 s.
+    killed            when its gradient is on its way and the sum over the processes is not. The other process has then
+                      launched its part of the sum, and clipping and the optimizer behind it, which never begin. It must
+                      notice, save the step before, and end.
+    killed in step 1  the same where there is nothing to save yet: it must notice.
+    failed            by an error after it has launched its part of the sum, which may then come after all. What the
+                      other one saves must be whole.
+
+A resumed pair must end with the bits of an undisturbed one. `--optimizer NAME` takes another one than adamw_8bit.
+`--tiny` rehearses it on a CPU. Budget: 180 s.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +30,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path[:0] = [str(Path(__file__).parents[1] / "bench"), str(Path(__file__).parents[2])]
 
-STEPS, KILLED_IN = 8, 6
+STEPS, ENDS_IN = 8, 6
 
 
 def pair(chosen: argparse.Namespace, folder: Path, name: str, *more: str) -> list[int]:
@@ -31,7 +38,8 @@ def pair(chosen: argparse.Namespace, folder: Path, name: str, *more: str) -> lis
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, __file__, *(["--tiny"] if chosen.tiny else []), "--folder", str(folder / name), *more]
+    command = [sys.executable, __file__, *(["--tiny"] if chosen.tiny else []), "--optimizer", chosen.optimizer]
+    command += ["--folder", str(folder / name), *more]
     members = [
         subprocess.Popen(
             [*command, "--port", str(port), "--rank", str(rank)],
@@ -55,16 +63,19 @@ def train_part(chosen: argparse.Namespace) -> None:
     from job.training.config import Hooks
     from job.training.trainer import train
 
-    if chosen.kill and chosen.rank == 1:
+    if (chosen.kill or chosen.fail) and chosen.rank == 1:
         launch, calls = ProcessGroup.start_add_up, []
 
-        def killed(self: ProcessGroup, tensor: Any) -> Any:
+        def ends(self: ProcessGroup, tensor: Any) -> Any:
             calls.append(time.monotonic())
-            if len(calls) == KILLED_IN:
+            if len(calls) == chosen.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return launch(self, tensor)
+            wait = launch(self, tensor)
+            if len(calls) == chosen.fail:
+                raise RuntimeError("an error after the sum was launched")
+            return wait
 
-        ProcessGroup.start_add_up = killed  # type: ignore[method-assign]
+        ProcessGroup.start_add_up = ends  # type: ignore[method-assign]
     place = Place(chosen.rank, 2, chosen.rank, 2, "localhost", chosen.port)
     bench = gpu.Bench(chosen.tiny, chosen.folder, 4, [])
     bench.say = lambda *_, **__: None  # type: ignore[method-assign]
@@ -83,14 +94,16 @@ def train_part(chosen: argparse.Namespace) -> None:
                 model,
                 gpu.shapes.tokenizer(),
                 bench.data,
-                recipe=gpu.recipe_of(bench, gpu.BEST, STEPS, 32 if not chosen.tiny else 8),
+                recipe=replace(
+                    gpu.recipe_of(bench, gpu.BEST, STEPS, 32 if not chosen.tiny else 8), optimizer=chosen.optimizer
+                ),
                 plan=gpu.plan_of(gpu.BEST),
                 hooks=hooks,
                 folder=chosen.folder,
                 resume=chosen.resume,
                 processes=processes,
             )
-    except JobError as error:
+    except (JobError, RuntimeError) as error:
         ended = f"{type(error).__name__}: {error}"[:200]
     if chosen.rank == 0:
         state = torch.cuda.memory_reserved() if gpu.ON_GPU else None
@@ -103,8 +116,7 @@ def train_part(chosen: argparse.Namespace) -> None:
             "reserved": state,
         }
         print(json.dumps({"what": chosen.folder.name, **figures}), flush=True)
-        sys.stdout.flush()
-        os._exit(0 if ended == "whole" else 1)  # as the job ends: nothing waits for a kernel that never ends
+    os._exit(0 if ended == "whole" else 1)  # as the job ends: nothing waits for a kernel that never ends
 
 
 def main() -> int:
@@ -115,7 +127,9 @@ def main() -> int:
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     for name in ("--folder", "--resume"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--kill", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--optimizer", default="adamw_8bit")
+    for name in ("--kill", "--fail"):
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.rank is not None:
         chosen.folder.mkdir(exist_ok=True)
@@ -123,9 +137,14 @@ def main() -> int:
         return 0
     folder = Path(tempfile.mkdtemp())
     began = time.monotonic()
-    codes = [pair(chosen, folder, "undisturbed"), pair(chosen, folder, "killed", "--kill")]
-    before = folder / "killed" / f"step-{KILLED_IN - 1:08d}"
-    codes.append(pair(chosen, folder, "resumed", "--resume", str(before)))
+    codes = {"undisturbed": pair(chosen, folder, "undisturbed")}
+    for name, how in (("killed", "--kill"), ("failed", "--fail")):
+        codes[name] = pair(chosen, folder, name, how, str(ENDS_IN))
+        saved = sorted((folder / name).glob("step-*"))
+        codes[f"{name}, resumed"] = pair(
+            chosen, folder, f"{name}, resumed", *(("--resume", str(saved[-1])) if saved else ())
+        )
+    codes["killed in step 1"] = pair(chosen, folder, "killed in step 1", "--kill", "1")
     print(json.dumps({"what": "ends", "codes": codes, "seconds": round(time.monotonic() - began, 1)}))
     return 0
 

@@ -112,7 +112,7 @@ def test_a_copy_of_the_adapter_is_what_was_scored(environment: dict[str, str], w
     assert "vllm serve path/to/base --enable-lora --max-lora-rank 16 --lora-modules run=path/to/adapter-bf16" in card
     assert "library_name: peft" in card
     for page in ("artifacts/report.html", "artifacts/adapter/README.md"):
-        assert "the files of the adapter with its numbers in bf16" in (whole / page).read_text(encoding="utf-8")
+        assert "the files of the adapter with its weights in bf16" in (whole / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("what", ["number", "config", "file", "dtype", "candidate"])

@@ -172,7 +172,7 @@ class RowAttention:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
     ) -> torch.Tensor:
         """(1, heads, tokens, head size) each -> (1, tokens, heads, head size); arguments as for `packed_attention`."""
-        tensors = [x[0].transpose(0, 1) for x in (query, key, value)]
+        tensors = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
         how = self._kernel(self._layout, scaling, window)
         out, sums = _Attention.apply(*tensors, how, self.output)  # type: ignore[no-untyped-call]
         self.output = out.detach(), sums

@@ -302,7 +302,7 @@ def test_a_task_with_examples_is_never_asked_without_them(tmp_path: Path) -> Non
     rows = [{"question": f"How many are {n} and 2?", "answer": f"#### {n + 2}"} for n in range(4)]
     files = {"gsm8k": write_jsonl(tmp_path / "q.jsonl", rows)}
     with pytest.raises(
-        SettingsError, match=r"JOB_EVAL__NUM_FEWSHOT: gsm8k is asked with 5 examples, and there are none"
+        SettingsError, match=r"JOB_EVAL__NUM_FEWSHOT: gsm8k is asked with 5 examples, but its data has only questions"
     ):
         load_tasks(["gsm8k"], files, {"gsm8k": "q.jsonl"})
     (task,) = load_tasks(["gsm8k"], files, {"gsm8k": "q.jsonl"}, 0).loaded["tasks"].values()
@@ -337,7 +337,7 @@ def test_examples_come_from_a_file_of_their_own(tmp_path: Path) -> None:
         load_tasks(["gsm8k"], files, {name: path.name for name, path in files.items()})
     places, whys = zip(*((problem.where, problem.what) for problem in raised.value.problems), strict=True)
     assert places == ("e.jsonl:7", "e.jsonl:8")
-    assert "is a question of gsm8k, too" in whys[1]
+    assert "is also a question of gsm8k" in whys[1]
     alone = {"gsm8k:examples": files["gsm8k:examples"]}
     for check in (lambda: load_tasks(["gsm8k"], alone, {}), lambda: check_tasks(["gsm8k"], alone)):
         with pytest.raises(SettingsError, match="JOB_EVAL__DATA: gives examples of gsm8k, and no questions"):
@@ -373,7 +373,7 @@ def test_a_question_without_tokens_is_an_error_of_the_data(tmp_path: Path) -> No
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="z")
     rows = [row | {"choices": {"text": ["red", "42"], "label": ["A", "B"]}, "answerKey": "A"} for row in arc_rows(2)]
     file = write_jsonl(tmp_path / "q.jsonl", rows)
-    with pytest.raises(DataError, match="no tokens of its choice ' 42'") as caught:
+    with pytest.raises(DataError, match="no tokens for its choice ' 42'") as caught:
         evaluate(local_tasks(arc_easy=file), tokenizer, lambda _: pytest.fail("scored"), limit=None)
     assert len(caught.value.problems) == len(rows)
     with pytest.raises(DataError, match="no tokens for a part of it"):  # a plan finds it too

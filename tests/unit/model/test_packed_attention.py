@@ -327,3 +327,16 @@ def test_the_output_lies_as_transformers_own_does(options: dict[str, float]) -> 
         torch.nn.Module(), *rows(4, 2, 17, torch.float32), None, layout=build_layout(ALONE, CPU), **options
     )[0]
     assert found.is_contiguous()
+
+
+def test_the_kernels_gradients_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer gets the gradient in the memory order that it gave its queries in, so that no kernel has to copy it."""
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", lambda q, *_, **__: 2 * q)
+    queries = torch.ones(1, 4, 2, 8, requires_grad=True)  # (1, tokens, heads, head size)
+    contiguous: list[bool] = []
+    queries.register_hook(lambda gradient: contiguous.append(gradient.is_contiguous()))
+    inputs = [x.transpose(1, 2) for x in (queries, queries.detach(), queries.detach())]
+    _varlen_kernel(*inputs, build_layout([Segment(0, 4)], CPU), None, None).sum().backward()
+    assert contiguous == [True]

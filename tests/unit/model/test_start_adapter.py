@@ -86,7 +86,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], type[JobError], str]] = {
     "pickle": (pickled, DataError, "pickle"),
     "no configuration": (lambda folder: (folder / CONFIG).unlink(), DataError, CONFIG),
     "no JSON": (lambda folder: (folder / CONFIG).write_text("{") and None, DataError, "cannot|can be read"),
-    "cut": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 99) and None, DataError, "not a safetensors file"),
+    "cut": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 99) and None, DataError, "is no safetensors file"),
     "NaN": (weights(spoil), DataError, "not finite"),
 }
 
@@ -111,7 +111,7 @@ def test_modules_and_tokens_have_to_be_the_same(base_folder: Path, tmp_path: Pat
     load_start(model, tmp_path, NAMES)
     expected = trainable(trained)
     assert all(torch.equal(parameter, expected[name]) for name, parameter in trainable(model).items())
-    with pytest.raises(SettingsError, match=r"JOB_LORA__MODULES_TO_SAVE: is empty, and the adapter .* has lm_head"):
+    with pytest.raises(SettingsError, match=r"JOB_LORA__MODULES_TO_SAVE: is empty, but the adapter .* has lm_head"):
         check_start(tmp_path, rank=16, alpha=16)
     config(trainable_token_indices={"model.embed_tokens": [398, 399]})(tmp_path)
     with pytest.raises(SettingsError, match="does not fit JOB_MODEL__ADD_TOKENS"):

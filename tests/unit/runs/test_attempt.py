@@ -310,7 +310,7 @@ def test_what_was_published_is_verified(
         store.delete(artifact.path)
     else:
         store.write(artifact.path, change)
-    with opened() as attempt, pytest.raises(DataError, match="gone" if change is None else "differs"):
+    with opened() as attempt, pytest.raises(DataError, match="is missing" if change is None else "is damaged"):
         attempt.fetch(artifact)
 
 

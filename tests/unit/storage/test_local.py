@@ -341,7 +341,7 @@ def test_a_file_system_says_what_it_lacks(
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(*((fcntl, "flock") if call == "flock" else (Path, "replace")), unknown)
-    with pytest.raises(SettingsError, match=f"lacks {lacks}"):
+    with pytest.raises(SettingsError, match=f"does not support {lacks}"):
         store.write("a", b"1")
 
 

@@ -33,7 +33,7 @@ def test_what_was_published_is_what_is_read(store: LocalStore, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("artifact", "why"),
     [
-        (Artifact("artifacts/gone", 7, SHA256), "is gone"),
+        (Artifact("artifacts/gone", 7, SHA256), "is missing"),
         (Artifact("artifacts/file", 6, SHA256), "is damaged"),
         (Artifact("artifacts/file", 7, "0" * 64), "its SHA-256 is not the published one"),
         (Artifact("../outside", 7, SHA256), "is damaged"),

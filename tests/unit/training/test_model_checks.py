@@ -110,9 +110,9 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
             one.where: one.what for one in export_problems(config, empty, **asked, device=SimpleNamespace(type="cpu"))
         }
 
-    assert "in one tensor, which is not quantized here; leave it out" in found("fp8")["JOB_EXPORT__FORMATS"]
+    assert "in one tensor, which cannot be quantized here; leave it out" in found("fp8")["JOB_EXPORT__FORMATS"]
     assert found("merged") == found("adapter:fp16", onto="dequantized") == {}
-    assert "a mixture's experts" in found("merged", onto="dequantized")["JOB_EXPORT__MERGE_ONTO"]
+    assert "experts of a mixture" in found("merged", onto="dequantized")["JOB_EXPORT__MERGE_ONTO"]
     assert (
         "no weight of the base is quantized" in found("merged", onto="dequantized", nf4=False)["JOB_EXPORT__MERGE_ONTO"]
     )

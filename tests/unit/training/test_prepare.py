@@ -20,7 +20,7 @@ from job.model.fused import kernels, long_attention
 from job.model.fused.long_attention import FLASH, TRITON
 from job.model.packed_attention import NAME
 from job.records import PEFT, ExecutionPlan
-from job.training import cpu_plan, fp8_check, gpu_capability, long_row_plan
+from job.training import cpu_plan, gpu_capability, long_row_plan
 from job.training import prepare as prepare_module
 from job.training.config import CPU_MICRO_BATCH_TOKENS
 from job.training.fp8_check import require_fp8
@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 
 def with_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     """This machine has a GPU of that compute capability."""
-    for module in (fp8_check, gpu_capability, prepare_module):
+    for module in (gpu_capability, prepare_module):
         monkeypatch.setattr(module, "compute_capability", lambda: capability)
 
 

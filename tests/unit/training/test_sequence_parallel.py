@@ -403,7 +403,7 @@ def test_heads_that_cannot_be_shared(processes: int, *, possible: bool) -> None:
         with pytest.raises(ValueError, match="cannot share"):
             share_heads(32, 8, processes)
     why = why_not_divided(replace(REFERENCE.architecture, kv_heads=1), 3)
-    assert str(why).endswith("take a number that divides 32")
+    assert str(why).endswith("use a number that divides 32")
 
 
 PROGRAM = "import sys; from tests.unit.training.sequence_parallel_run import main; raise SystemExit(main(sys.argv[1:]))"
