@@ -10,7 +10,7 @@ IMAGE ?= qlora-job
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
 
-run-dpo: $(STAMP)  ## the demo of learning preferences, by DPO: results in runs/<run id>/
+run-dpo: $(STAMP)  ## the demo of DPO: results in runs/<run id>/
 	JOB_PRESET=demo-dpo $(BIN)/python -m job
 
 help:  ## this list
@@ -45,15 +45,15 @@ image:  ## the image: make image [IMAGE=name:tag] [BASE_IMAGE=...] [TORCH_INDEX=
 		--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py) \
 		--build-arg REVISION=$$(git describe --always --abbrev=40 --dirty --exclude='*') .
 
-image-test: $(STAMP)  ## runs the image with Docker Engine, in all the ways that are promised
+image-test: $(STAMP)  ## runs the image with Docker Engine, in every way that infra/docker/README.md describes
 	DOCKER=$(DOCKER) IMAGE=$(IMAGE) BASE_IMAGE=$(BASE_IMAGE) $(BIN)/python -m pytest -q tests/image
 
 # REGISTRY is the program of a registry, such as Debian's docker-registry: apt-get install docker-registry
 registry-test: $(STAMP)  ## pushes to a real registry, and pulls with Docker Engine
 	DOCKER=$(DOCKER) REGISTRY=$${REGISTRY:-docker-registry} $(BIN)/python -m pytest -q tests/registry
 
-# torch comes first and by version alone: which build it is (CPU, CUDA) is the machine's choice. Everything else is
-# pinned by hash. --no-deps: the locks are complete, nothing may come in beside them.
+# torch is installed first, pinned by version only, because its build (CPU, CUDA) depends on the machine. Everything else is
+# pinned by hash. --no-deps: the locks are complete, so no other package may be installed.
 LOCKS := requirements.lock requirements-dev.lock
 $(STAMP): $(LOCKS) requirements-cuda.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv
@@ -68,32 +68,32 @@ lock:  ## resolve again; needs uv on PATH or in the environment
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-# STORE=s3, gcs or azure has the runs of chaos, standstill and damage in an imitation of that store, and not in a folder.
+# STORE=s3, gcs or azure: chaos, standstill and damage use an imitation of that store instead of a folder.
 chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undisturbed one; 50 races of two attempts
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/full.py --runs $${RUNS:-100} $${STORE:+--store $$STORE}
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/race.py --races $${RACES:-50} $${STORE:+--store $$STORE}
 
-families: $(STAMP)  ## every causal model family of transformers: right packed, right one by one, or refused
+families: $(STAMP)  ## every causal model family of transformers: correct if packed, correct one by one, or refused
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.table --jobs $${JOBS:-1}
 
-standstill: $(STAMP)  ## an attempt stands still at every kind of change until its successor has published
+standstill: $(STAMP)  ## an attempt hangs before each kind of write until the next attempt has published
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/standstill.py $${STORE:+--store $$STORE}
 
 servers: $(STAMP)  ## the job against S3 servers that refuse, cut or answer otherwise
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/foreign_servers.py
 
-# SEED=1 damages other files; JOBS=8 tries in so many processes.
-damage: $(STAMP)  ## 500 damages of run folders: the same result, or a refusal with its code
+# SEED=1 damages other files; JOBS=8 uses 8 processes.
+damage: $(STAMP)  ## damages 500 run folders: the job must give the same result, or refuse with the right exit code
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/damage.py --count $${COUNT:-500} --seed $${SEED:-0} $${STORE:+--store $$STORE} --jobs $${JOBS:-1}
 
-hostile: $(STAMP)  ## hostile model folders and chat templates: refused in words, within time and memory
+hostile: $(STAMP)  ## malicious model folders and chat templates: refused with a message, within limits of time and memory
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/hostile.py
 
-# FULL=1 asks all of ARC-Easy; UNSLOTH=python is an interpreter that has Unsloth; FAMILY is llama, mistral or qwen2.
+# FULL=1 scores all of ARC-Easy; UNSLOTH=python is an interpreter that has Unsloth; FAMILY is llama, mistral or qwen2.
 # tests/bench/checkouts.py compares whole jobs of several checkouts.
-bench: $(STAMP)  ## what a CPU can measure, beside plain scripts of the same work
+bench: $(STAMP)  ## speed on this CPU, compared with plain scripts that do the same work
 	$(BIN)/python tests/bench/cpu.py --json $${JSON:-tests/bench/results/cpu.json} $${FULL:+--full} $${UNSLOTH:+--unsloth $$UNSLOTH} $${FAMILY:+--family $$FAMILY}
 
 # UNSLOTH=python is an interpreter that has Unsloth. All sections: tests/bench/gpu.py. Two GPUs: tests/bench/gpu_processes.py.
-bench-gpu: $(STAMP)  ## what this machine's GPU can do, beside plain TRL, HFLM and Unsloth, in one table
+bench-gpu: $(STAMP)  ## speed on this machine's GPU, compared with plain TRL, HFLM and Unsloth, in one table
 	UNSLOTH=$(UNSLOTH) $(BIN)/python tests/bench/gpu.py --buyers --out tests/bench/results

@@ -212,19 +212,19 @@ def _find_turns(
     template: Template,
     turns: Turns | None,
 ) -> tuple[str, tuple[Span, ...], tuple[Span, ...]] | None:
-    """(text, spans that are learned, spans that never are); None if the turns cannot be told apart.
+    """(text, learned spans, spans that are never learned); None if the spans of the turns cannot be determined.
 
     Args:
         messages: The conversation.
-        tools: Its tools.
-        text: The conversation as the template writes it.
-        template: The template.
+        tools: Tools of the conversation.
+        text: The conversation as rendered by the template.
+        template: The chat template.
         turns: Which turns are learned; None for the whole text.
     """
     ignored = [index for index, message in enumerate(messages) if _is_unlearned(message)]
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [] if turns is None else answers[-1:] if turns == "last" else answers
-    # The last turn alone is learned in the text that the model is going to read: TRL's templates write another.
+    # With `last`, only the model's own template may mark turns: TRL's training templates render another text.
     if (turns == "assistant" and template.marks) or (turns == "last" and template.marks == "own"):
         marked, spans = template.marked(messages, tools=tools)
         if len(spans) == len(answers):
@@ -236,21 +236,21 @@ def _find_turns(
         index: _turn(index, text, messages, tools, template)
         for index in sorted({*wanted, *(ignored if turns in {None, "completion"} else ())})
     }
-    found = {index: span for index, span in compared.items() if span is not None}
-    if len(found) < len(compared):
+    span_of = {index: span for index, span in compared.items() if span is not None}
+    if len(span_of) < len(compared):
         return None
-    learned = tuple(found[index] for index in wanted if index not in ignored)
+    learned = tuple(span_of[index] for index in wanted if index not in ignored)
     whole = ((0, len(text)),) if turns is None else learned
-    return text, whole, tuple(found[index] for index in ignored if index in found)
+    return text, whole, tuple(span_of[index] for index in ignored if index in span_of)
 
 
 def _unwritten(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, template: Template
 ) -> int | None:
-    """The first message that the template ignores as a whole; None if there is none.
+    """The index of the first message that the template ignores entirely; None if there is none.
 
-    Without it the text is the same. That is asked of messages whose content is not found in the text; and of short
-    ones, which may be found there by chance, unless they are of the roles that every template writes.
+    The template ignores a message if the text without it is the same. This is tested for messages whose content is not
+    in the text, and for short ones, whose content may be in the text by chance, except those of user and assistant.
     """
     for index, message in enumerate(messages):
         content = message["content"].strip() if isinstance(message["content"], str) else ""
@@ -263,35 +263,35 @@ def _unwritten(
 
 
 def _is_missed(unused: str, messages: list[dict[str, Any]]) -> bool:
-    """Whether the text lacks something without a field that the template does not write."""
+    """Whether a field that the template does not render means that the text lacks something."""
     name = unused.removeprefix("messages[].")
     last = next(message for message in reversed(messages) if message["role"] == "assistant")
     return name != unused and (name in {*_CALLS, *_NO_TEXT} or (name in _REASONING and not is_empty(last.get(name))))
 
 
 def _with_content(message: dict[str, Any]) -> dict[str, Any]:
-    """The message; if it only calls tools, with an empty content, since templates write a missing one as `None`.
+    """The message with its content as one text, which every template can render.
 
-    Parts of text become one text, which every template can write.
+    A message that only calls tools gets an empty content, because templates render a missing one as `None`.
     """
     return {**message, "content": _text_of(message.get("content"))}
 
 
 def _whole(
-    given: list[dict[str, Any]], tools: list[dict[str, Any]] | None, template: Template
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, template: Template
 ) -> tuple[list[dict[str, Any]], str]:
-    """The whole conversation, and the messages in the form that the template takes.
+    """The messages in the form that the template accepts, and the rendered conversation.
 
-    Arguments of a tool call come as JSON text, as OpenAI has them, and most templates expect an object: text would be
-    written with a second layer of quotes. The few that expect text refuse the object, and get what was given.
+    As in OpenAI's format, the arguments of a tool call are JSON text, but most templates expect an object: they would
+    quote the text a second time. The few templates that expect text refuse the object, and get the text.
     """
-    parsed = [_with_parsed_arguments(message) for message in given]
-    if parsed == given:
-        return given, template(given, tools=tools)
+    parsed = [_with_parsed_arguments(message) for message in messages]
+    if parsed == messages:
+        return messages, template(messages, tools=tools)
     try:
         return parsed, template(parsed, tools=tools)
     except TemplateRefusalError:
-        return given, template(given, tools=tools)
+        return messages, template(messages, tools=tools)
 
 
 def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_object(call: Any) -> Any:
-    """A tool call whose arguments, if they are the JSON text of an object, are that object."""
+    """The tool call; arguments that are the JSON text of an object are replaced by the object."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
@@ -319,7 +319,7 @@ def _with_object(call: Any) -> Any:
 def _unused_in_messages(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, template: Template
 ) -> list[str]:
-    """The fields of messages that the template ignores: without them the text is the same."""
+    """The fields of messages that the template ignores, so that the text is the same without them."""
     names = Counter(
         name
         for message in messages
@@ -348,18 +348,18 @@ def _turn(
     tools: list[dict[str, Any]] | None,
     template: Template,
 ) -> tuple[int, int] | None:
-    """The span of a message in `text`, which is all of `messages` rendered.
+    """The span of a message in `text`, which is the rendering of all `messages`.
 
-    It runs from where the prompt for it ends (the messages before it, and for the assistant the header that asks for
-    an answer) to where the conversation cut off behind it ends. None if a cut conversation is not how the whole one
-    begins.
+    It starts where the rendering of the messages before it ends (for the assistant, including the generation prompt),
+    and ends where the rendering up to this message ends. None if the rendering of the messages up to this one is not a
+    prefix of `text`.
     """
     through = template(messages[: index + 1], tools=tools)
     if not text.startswith(through):
         return None
     asks = messages[index]["role"] == "assistant"
     before = template(messages[:index], tools=tools, add_generation_prompt=asks) if index else ""
-    # The header may contain text that the turn lacks, such as an empty block of reasoning.
+    # The generation prompt may contain text that the turn lacks, such as an empty block of reasoning.
     return _common_length(before, through), len(through)
 
 

@@ -1,11 +1,11 @@
-"""Rows are encoded in several processes, in the order of the source, with the same result as in one.
+"""Encodes rows in several processes, in the order of the source, with the same result as in one process.
 
-This process reads rows and hands them out in chunks. A worker process encodes a chunk and sends back bytes. Workers
-are new Python processes that import neither torch nor transformers: no fork, so CUDA and threads do not matter, and
-they start in a fraction of a second. What they are sent, and send back: `worker_messages`.
+This process reads rows and distributes them in chunks. A worker process encodes a chunk and sends back bytes. Workers
+are new Python processes that import neither torch nor transformers. They are not forked, so CUDA and threads cause no
+problems, and they start in a fraction of a second. The format of the messages is in `worker_messages`.
 
-A small data set is encoded in this process alone, and so are rows that have no JSON form (dates, as Parquet has them),
-and all rows if the tokenizer cannot be sent to another process.
+Small data sets are encoded in this process only, as are rows that have no JSON form (such as dates in Parquet), and all
+rows if the tokenizer cannot be sent to another process.
 """
 
 from __future__ import annotations
@@ -48,29 +48,30 @@ from job.data.worker_messages import (
 from job.errors import DataError, JobError, Killed, Problem
 
 ROWS_ALONE = 2000
-"""Rows that this process encodes by itself before it starts others."""
+"""Number of rows that this process encodes by itself before it starts workers."""
 _CHUNK_ROWS = 500
 _CHUNK_CHARACTERS = 2 << 20
 _LOOK_SECONDS = 0.5
 _CHECKED_ROWS = 200
-"""Rows on which a worker's tokenizer is compared with the one that it was made from."""
+"""Number of rows on which a worker's tokenizer is compared with the original."""
 _WORKER_BYTES = 512 << 20
 """Memory that must be available for each worker; with a large tokenizer and a chat template it takes about half."""
 _FEWEST = 2
 _OOM_SCORE = "300"
-"""Added to a worker's score: if memory runs out, the kernel ends a worker rather than the job, which says so."""
+"""Written to a worker's oom_score_adj: if memory runs out, the kernel kills a worker rather than the job, which then
+reports it."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs to encode rows."""
+    """The data that a worker needs to encode rows."""
 
     reading: Reading
     tokenizer: TextTokenizer
     program: Program | None
     """The chat template; None for rows of texts."""
     audit: AuditSetup | None = None
-    """What the audit looks for; None for nothing."""
+    """What the audit searches for; None without an audit."""
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def open_encoding(
     alive: Callable[..., None],
     audit: AuditSetup | None = None,
 ) -> Iterator[Encoding]:
-    """Encodes rows for as long as the context lasts; the arguments are those of `dataset.load_examples`.
+    """Context manager with an `Encoding`; the arguments are those of `dataset.load_examples`.
 
     Raises:
         DataError, SettingsError: The chat template or its arguments cannot be used.
@@ -99,13 +100,13 @@ def open_encoding(
 
 
 class Encoding:
-    """Encodes rows in this process, and from some number of rows on in others too; a context that ends these.
+    """Encodes rows in this process, and after `ROWS_ALONE` rows in workers. A context manager, which ends the workers.
 
     Args:
-        setup: How.
+        setup: Sent to the workers.
         encoder: Encodes in this process.
-        processes: How many processes to use; with 1 there is this one alone.
-        alive: Called with `progress=False` while this process waits for the others; what it raises ends the work.
+        processes: Number of workers; with 1 only this process encodes.
+        alive: Called with `progress=False` while this process waits for workers; an error that it raises is passed on.
     """
 
     def __init__(self, setup: Setup, encoder: RowEncoder, processes: int, alive: Callable[..., None]) -> None:
@@ -122,12 +123,12 @@ class Encoding:
         self._stack.close()
 
     def __call__(self, rows: Lines, limit: int | None, *, together: bool = False) -> Iterator[Outcome | Bundle]:
-        """What each row gives, in order, up to the row that makes the last of `limit` examples.
+        """Yields the outcome of each row, in order, up to the row with the last of `limit` examples.
 
         Args:
             rows: The rows.
-            limit: The number of examples; None for all.
-            together: Whether rows that other processes encode may come in bundles; not with a limit.
+            limit: Maximum number of examples; None for all.
+            together: Whether the outcomes of rows from workers may be bundled; not with a limit.
 
         Raises:
             DataError: The chat template is broken, or exceeds its time or memory limit.
@@ -135,12 +136,12 @@ class Encoding:
             JobError: A worker failed.
         """
         pending: deque[tuple[int, Future[list[Outcome] | Bundle]]] = deque()
-        found, at_end = 0, False
+        examples, at_end = 0, False
         while True:
             while not at_end and len(pending) < self._depth:
                 most = _CHUNK_ROWS
-                if limit is not None:  # a row behind the last example may be a bad one, which nobody is to hear of
-                    most = min(most, limit - found - sum(count for count, _ in pending))
+                if limit is not None:  # rows after the last example are not read: problems in them are not reported
+                    most = min(most, limit - examples - sum(count for count, _ in pending))
                 if most < 1:
                     break
                 chunk = _take(rows, most)
@@ -154,16 +155,16 @@ class Encoding:
                 yield result
                 continue
             for outcome in result:
-                left = None if limit is None else limit - found
+                left = None if limit is None else limit - examples
                 kept = outcome.examples[:left]
-                found += len(kept)
+                examples += len(kept)
                 yield outcome if len(kept) == len(outcome.examples) else _with(outcome, kept)
-                if found == limit:
+                if examples == limit:
                     return
 
     @property
     def _depth(self) -> int:
-        """Chunks in work at a time: one waits for each worker, so that it never waits for this process."""
+        """Chunks submitted at a time: two for each worker, so that a worker never waits for this process."""
         return 1 if self._workers is None else 2 * self._processes
 
     def _submit(self, chunk: list[Row | RowError | Line], *, together: bool) -> Future[list[Outcome] | Bundle]:
@@ -183,11 +184,11 @@ class Encoding:
             return
         tokenizer, texts = self._setup.tokenizer, _texts(chunk)
         portable = tokenizer.portable() if tokenizer.portable is not None else ""
-        here, there = (
+        original, copied = (
             [(one.ids, one.offsets) for one in each.encode(texts, special=True, places=True)]
             for each in (tokenizer, from_portable(portable))
         )
-        if here != there:
+        if original != copied:
             log.get_logger().warning(
                 "the tokenizer gives different tokens in another process, so rows are tokenized in this process alone"
             )
@@ -207,7 +208,7 @@ def _with(outcome: Outcome, kept: tuple[Encoded | EncodedAnswers, ...]) -> Outco
 
 
 def _take(rows: Lines, most: int) -> list[Row | RowError | Line]:
-    """The next rows: up to so many, and fewer where they are long."""
+    """The next rows: at most `most`, and fewer if they are long."""
     chunk: list[Row | RowError | Line] = []
     characters = 0
     for row in islice(rows, most):
@@ -219,7 +220,7 @@ def _take(rows: Lines, most: int) -> list[Row | RowError | Line]:
 
 
 def _length(value: Any) -> int:
-    """About how many characters of text are in a value."""
+    """Approximate number of characters of text in a value."""
     if isinstance(value, str):
         return len(value)
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -227,22 +228,22 @@ def _length(value: Any) -> int:
 
 
 def _texts(chunk: Sequence[Row | RowError | Line]) -> list[str]:
-    """Some texts of rows, on which tokenizers are compared."""
-    found: list[str] = []
+    """Texts of the first rows, on which tokenizers are compared."""
+    texts: list[str] = []
 
     def collect(value: Any) -> None:
         if isinstance(value, str):
-            found.append(value.encode(errors="replace").decode())
+            texts.append(value.encode(errors="replace").decode())
         for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             collect(item)
 
     for row in map(LineDecoder(), chunk[:_CHECKED_ROWS]):
         collect(row.fields if isinstance(row, Row) else None)
-    return found or [""]
+    return texts or [""]
 
 
 class _Workers:
-    """The processes, and for each a thread of this one that waits for its answers."""
+    """The worker processes, and for each a thread of this process that waits for its answers."""
 
     def __init__(self, workers: Sequence[_Worker]) -> None:
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -251,24 +252,24 @@ class _Workers:
         self._threads = ThreadPoolExecutor(len(workers), thread_name_prefix="encoding")
 
     def submit(self, head: bytes, blob: bytes) -> Future[list[Outcome] | Bundle]:
-        """Has a chunk encoded by the next worker that is idle."""
+        """Lets the next idle worker encode a chunk."""
         return self._threads.submit(self._run, head, blob)
 
     def _run(self, head: bytes, blob: bytes) -> list[Outcome] | Bundle:
         worker = self._idle.get()
         try:
-            answer, found = worker.ask(head, blob)
-            return unpack_outcomes(answer, found) if "rows" in answer else unpack_bundle(answer, found)
+            answer, data = worker.ask(head, blob)
+            return unpack_outcomes(answer, data) if "rows" in answer else unpack_bundle(answer, data)
         finally:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """Waits for the threads; the processes have ended."""
+        """Waits for the threads. Called after the processes have ended."""
         self._threads.shutdown(cancel_futures=True)
 
 
 class _Worker:
-    """One process. What it needs is sent with the first message, since it does not read before it has started."""
+    """One worker process. Its setup is sent with the first chunk, so that nothing waits for the process to start."""
 
     def __init__(self, helper: HelperProcess, setup: bytes) -> None:
         self._helper = helper
@@ -310,30 +311,30 @@ class _Worker:
 
 @contextmanager
 def _start_workers(setup: Setup, portable: str, count: int) -> Iterator[_Workers]:
-    """The processes, which end with the context, and also when this process is killed: their input ends then."""
+    """Context manager with the workers. If this process is killed, they end as well, since their stdin ends."""
     audit = None if setup.audit is None else setup.audit.as_json()
     reading = asdict(setup.reading)
-    given = as_json({"reading": reading, "tokenizer": portable, "program": setup.program, "audit": audit})
+    message = as_json({"reading": reading, "tokenizer": portable, "program": setup.program, "audit": audit})
     with ExitStack() as stack:
-        running = [_Worker(stack.enter_context(start_helper("job.data.workers")), given) for _ in range(count)]
+        running = [_Worker(stack.enter_context(start_helper("job.data.workers")), message) for _ in range(count)]
         workers = _Workers(running)
         stack.callback(workers.close)
         for worker in running:
-            stack.callback(worker.kill)  # before all else: a thread that waits for an answer gets the end of it
+            stack.callback(worker.kill)  # called first: it ends the wait of a thread that waits for an answer
         yield workers
 
 
 def main() -> None:
-    """Encodes chunks until stdin ends, which it does with the process that started this one."""
+    """Encodes chunks until stdin ends, at the latest when the process that started this one ends."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # libraries may print to stdout, which would corrupt the answers
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
-    given, _ = receive(sys.stdin.buffer)
-    reading = Reading(**given["reading"])
-    program, audit = given["program"], given["audit"] and AuditSetup.from_json(given["audit"])
+    setup, _ = receive(sys.stdin.buffer)
+    reading = Reading(**setup["reading"])
+    program, audit = setup["program"], setup["audit"] and AuditSetup.from_json(setup["audit"])
     with run_template(program) if program is not None else nullcontext() as template:
-        encoder = RowEncoder(reading, from_portable(given["tokenizer"]), template, audit)
+        encoder = RowEncoder(reading, from_portable(setup["tokenizer"]), template, audit)
         while True:
             try:
                 chunk, blob = receive(sys.stdin.buffer)

@@ -1,6 +1,6 @@
 """Several processes as one run.
 
-`ranks` finds out which process this is, `launcher` starts the processes of a machine, `rendezvous` connects them, and
-`early_end` tells the others of a machine that ends before. `processes` is what a stage may ask of them, and
-`process_group` does it over a TCPStore and all-reduce.
+`ranks` determines rank and world size, `launcher` starts the processes of a machine, `rendezvous` connects them, and
+`early_end` tells the others of a machine that ends before. `processes` is the interface
+that stages use, and `process_group` implements it with a TCPStore and all-reduce.
 """

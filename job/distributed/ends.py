@@ -1,12 +1,12 @@
-"""How processes and machines end: what each writes into the rendezvous store, and the exit code of all together.
+"""How processes and machines end: the keys that they write to the rendezvous store, and the common exit code.
 
     end             the first failure, with which the other processes end: rank, exit code, reason
     end#RANK        how a process failed: exit code, reason
     machine#NUMBER  the exit code of a machine, from its launcher
     read#NUMBER     the launcher of a machine has read how the others ended
 
-A platform judges a run of several machines by one of them, mostly by the first that ends. Therefore the launchers
-agree: each of them ends with the most serious exit code that any machine published (`errors.gravest`).
+Most platforms take the exit code of one machine, often the first that ends, as that of the whole run. Therefore the
+launchers agree: each ends with the most serious exit code that any machine published (`errors.gravest`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from job.errors import Killed, exit_codes, gravest
 END = "end"
 """Key of the first failure."""
 SETTLE_SECONDS = 10.0
-"""How long a launcher waits for those of the other machines; a machine that is gone says nothing."""
+"""How long a launcher waits for those of the other machines; a machine that was lost publishes nothing."""
 _PAUSE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class End:
-    """How a run of several machines ended: its exit code, which process or machine that came from, and why."""
+    """How a run of several machines ended: its exit code, the process or machine that it comes from, and the reason."""
 
     code: int
     where: str = ""
@@ -36,7 +36,7 @@ class End:
 
 
 def end_of(rank: int) -> str:
-    """Key of how a process failed."""
+    """Key of a process's failure."""
     return f"{END}#{rank}"
 
 
@@ -51,9 +51,9 @@ def read_key(machine: int) -> str:
 
 
 def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
-    """Writes into the store that a process has failed, and, unless another one is there already, as the first failure.
+    """Writes a process's failure to the store, and also as the first failure unless there already is one.
 
-    If the process has already recorded its own failure, that record is kept: its launcher knows less.
+    If the process itself has already written its failure, that is kept: its launcher, which calls this too, knows less.
     """
     end = json.dumps({"process": process, "code": exit_code, "why": why[:2000]})
     store.compare_set(end_of(process), "", end)
@@ -64,12 +64,13 @@ def agree_on_end(store: Any, own: int, *, machine: int, machines: int, processes
     """The exit code of all machines, once each of them has published its own, or after `seconds`.
 
     Args:
-        store: The rendezvous store of this run. Machine 0 hosts it, so it waits until the others have read from it.
+        store: The rendezvous store of this run. Machine 0 hosts it, and therefore waits until the others have read it.
         own: The exit code of this machine.
         machine: Number of this machine.
         machines: Number of machines.
         processes: World size.
-        seconds: Longest time to wait. Machines that have not ended by then count with what their processes published.
+        seconds: Longest time to wait. For machines that have not ended by then, the failures that their processes
+            published are used.
 
     Returns:
         0 if machine 0 ended with 0, since the run is complete then; otherwise the most serious exit code.
@@ -92,18 +93,18 @@ def agree_on_end(store: Any, own: int, *, machine: int, machines: int, processes
 def _of_all(codes: dict[str, int], failed: Sequence[dict[str, Any]], machines: Sequence[str]) -> End:
     if codes.get(machines[0]) == 0:
         return End(0)
-    found = [End(_known(one["code"]), f"process {one['process']}", one["why"]) for one in failed]
+    ends = [End(_known(one["code"]), f"process {one['process']}", one["why"]) for one in failed]
     for key, code in codes.items():
         if code:
-            found.append(End(_known(code), key.replace("#", " "), f"ended with exit code {code}"))
-    if not found:
+            ends.append(End(_known(code), key.replace("#", " "), f"ended with exit code {code}"))
+    if not ends:
         return End(0)
-    code = gravest(end.code for end in found)
-    return next(end for end in found if end.code == code)
+    code = gravest(end.code for end in ends)
+    return next(end for end in ends if end.code == code)
 
 
 def _known(code: int) -> int:
-    """The exit code; that of a killed process if the table lacks it, as where another machine has another version."""
+    """The exit code; that of a killed process if it is not in the table, as with another version on another machine."""
     return code if code in exit_codes() else Killed.exit_code
 
 

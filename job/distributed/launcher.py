@@ -1,8 +1,8 @@
 """Starts one process for each GPU of this machine, forwards signals to them, and returns one exit code for all.
 
-It uses torch's elastic multiprocessing, as torchrun does. The torchrun command itself turns every exit code into 1 and
-kills the processes 30 seconds after a signal. The job also works under torchrun: where torchrun's variables are set,
-nothing is launched here.
+It uses torch's elastic multiprocessing, as torchrun does. The torchrun command is not used, because it turns every exit
+code into 1 and kills the processes 30 seconds after a signal. The job also works under torchrun: if torchrun's
+variables are set, nothing is launched here.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
 _DRIVERS = Path("/dev/nvidiactl"), Path("/dev/dxg")
-"""One of these devices exists where CUDA does: on Linux, and on Windows' subsystem for Linux."""
+"""If CUDA is available, one of these devices exists: the first on Linux, the second on Windows' subsystem for Linux."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine of a run: its processes, its number, and where machine 0 listens (`host:port`)."""
+    """This machine: its processes, the number of machines, its rank, and where machine 0 listens (`host:port`)."""
 
     processes: int
     nodes: int = 1
@@ -49,7 +49,7 @@ def count_processes(wanted: int | Literal["auto"]) -> int:
     """The number of processes to start: `wanted`; with `auto` one for each visible GPU, or one without a GPU.
 
     Raises:
-        SettingsError: More are wanted than there are visible GPUs.
+        SettingsError: `wanted` is more than the number of visible GPUs.
     """
     if wanted == 1 or not any(device.exists() for device in _DRIVERS):
         return 1 if wanted == "auto" else wanted  # before torch, which takes seconds to import
@@ -66,7 +66,7 @@ def count_processes(wanted: int | Literal["auto"]) -> int:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Within it the signals of `stop_flag.SIGNALS` are appended to the list, and do nothing else."""
+    """Context manager in which the signals of `stop_flag.SIGNALS` are only appended to the list."""
     received: list[int] = []
 
     def record(number: int, _frame: FrameType | None) -> None:
@@ -81,10 +81,10 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def check_signals(received: Sequence[int]) -> None:
-    """Ends the job if a signal arrived.
+    """Ends the job if a signal has arrived.
 
     Raises:
-        Preempted: One did.
+        Preempted: A signal has arrived.
     """
     if received:
         raise Preempted(f"stopped by {signal.Signals(received[0]).name} before the run began")
@@ -101,12 +101,12 @@ def launch(
 ) -> int:
     """Runs the command in each process of this machine, with torchrun's variables set, until all have ended.
 
-    No process is started again: retries are the platform's. When one process has ended, or a signal arrived, the
-    others get `grace_seconds` to end; then they are killed.
+    No process is restarted here: the platform retries the job. When one process has ended, or a signal has arrived, the
+    others have `grace_seconds` to end; then they are killed.
 
     Args:
-        command: What each process runs.
-        machine: How many processes, and which machine of the run this is.
+        command: The command that each process runs.
+        machine: This machine.
         received: The list of `noted_signals`; each signal in it is forwarded to every process.
         run: The run's id.
         environ: The environment of the processes, to which torchrun's variables are added.
@@ -116,10 +116,10 @@ def launch(
         0 if process 0 succeeded, otherwise the most serious exit code of this machine's processes.
 
     Raises:
-        JobError: Another machine ended with a more serious exit code, which is that of this error.
+        JobError: Another machine ended with a more serious exit code, which this error has.
         Killed: A process was killed, or ended with a code that is not in the table of exit codes.
         Preempted: A signal arrived before the processes were started.
-        Unreachable: This is machine 0, and its port is taken.
+        Unreachable: This is machine 0, and its port is in use.
     """
     host, port = split_address(machine.rendezvous)
     hosted = host_store(port, run) if machine.node_rank == 0 else None
@@ -184,7 +184,7 @@ def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str,
 
 
 class _Ends:
-    """Tells the other machines how the processes of this one end, and asks how theirs ended, in the common store."""
+    """Exchanges with the other machines, through the common store, how the processes of each have ended."""
 
     def __init__(self, machine: Machine, place: Place, hosted: Any, run: str) -> None:
         self._machine, self._place, self._run = machine, place, run
@@ -196,10 +196,10 @@ class _Ends:
         self._ask(lambda store: publish_end(store, self._place.rank + local, code, why), None)
 
     def of_all(self, own: int, seconds: float) -> int:
-        """The exit code of all machines, after at most so many seconds; `own` where the others cannot be asked.
+        """The exit code of all machines, after at most `seconds`; `own` if the store cannot be reached.
 
         Raises:
-            JobError: Another machine ended with a more serious exit code, which is that of this error.
+            JobError: Another machine ended with a more serious exit code, which this error has.
         """
         end = self._ask(
             lambda store: agree_on_end(
@@ -216,14 +216,14 @@ class _Ends:
             raise error_of_process(end.code, end.where, end.why)
         return end.code
 
-    def _ask(self, what: Callable[[Any], T], otherwise: T) -> T:
-        """What the store answers; `otherwise` if it cannot be reached, which is tried once."""
+    def _ask(self, request: Callable[[Any], T], otherwise: T) -> T:
+        """The result of `request` on the store; `otherwise` if the store cannot be reached, or could not be before."""
         if self._unreachable:
             return otherwise
         try:
             if self._store is None:
                 self._store = reach_keyspace(self._place, self._run, _ANSWER_SECONDS)
-            return what(self._store)
+            return request(self._store)
         except (OSError, RuntimeError) as error:
             self._unreachable = True
             log.get_logger().debug("the other machines cannot be reached", why=str(error))
@@ -236,8 +236,8 @@ def _watch(
     """Waits until all processes have ended, and publishes each failure as soon as it is seen.
 
     Returns:
-        Exit codes by local rank, negative for a signal; the local ranks whose signal came from here; and when this
-        machine has to end, on the clock of `time.monotonic`.
+        Exit codes by local rank, negative for a signal; the local ranks of processes that were killed by a signal from
+        this launcher; and the time by which this machine has to end, on the clock of `time.monotonic`.
     """
     forwarded, deadline, published = 0, float("inf"), set[int]()
     while True:
@@ -288,13 +288,13 @@ def _combined(codes: Mapping[int, int], late: set[int]) -> int:
 
     Args:
         codes: Exit codes by rank, negative for a signal.
-        late: Ranks that the launcher itself signalled or killed: their codes say nothing about the cause.
+        late: Ranks that the launcher itself signalled or killed; their codes are ignored, since they are not the cause.
     """
     if codes.get(0) == 0 or not any(codes.values()):
         return 0
     table = exit_codes()
-    found = [code for code in codes.values() if code in table] + [Killed.exit_code for _ in _unknown(codes, late)]
-    return gravest(found) if found else Preempted.exit_code
+    causes = [code for code in codes.values() if code in table] + [Killed.exit_code for _ in _unknown(codes, late)]
+    return gravest(causes) if causes else Preempted.exit_code
 
 
 def worker_command(words: Sequence[str]) -> list[str]:

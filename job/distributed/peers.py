@@ -1,7 +1,7 @@
-"""Notices the death of other processes on the same kernel, where no launcher tells of it, by their process ids.
+"""Detects by process id that another process on the same kernel has died, if no launcher reports it.
 
-A process that is killed publishes no reason, and without a launcher nobody does. An all-reduce fails when its
-connection breaks; waiting for a value in the store would go on until the watchdog ends it.
+A killed process publishes no reason, and without a launcher nobody else does. An all-reduce fails when its connection
+breaks, but a process that waits for a value in the store would wait until the watchdog ends it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NAMESPACE = Path("/proc/self/ns/pid")
 
 
 def identity() -> list[str]:
-    """Which kernel and PID namespace this process is in, and its process id; empty where the system does not say."""
+    """Kernel, PID namespace and process id of this process; empty if the system does not provide them."""
     try:
         return [_BOOT.read_text(encoding="ascii").strip(), str(_NAMESPACE.readlink()), str(os.getpid())]
     except OSError:
@@ -24,10 +24,10 @@ def identity() -> list[str]:
 
 
 class Peers:
-    """The other processes that this one can watch: those in its own PID namespace, where process ids mean the same.
+    """The other processes that this one can watch: those in its own PID namespace, whose process ids are valid here.
 
     Args:
-        identities: `identity()` of each, by rank.
+        identities: Rank -> `identity()` of the process.
     """
 
     def __init__(self, identities: Mapping[int, list[str]]) -> None:
@@ -44,17 +44,17 @@ class Peers:
                     continue
 
     def dead(self) -> list[int]:
-        """Ranks of those that have ended, however they ended."""
+        """Ranks of the processes that have ended, for any reason."""
         return [rank for rank, descriptor in self._descriptors.items() if descriptor is None or _readable(descriptor)]
 
     def forget(self, rank: int) -> None:
-        """Watches it no more."""
+        """Stops watching a process."""
         descriptor = self._descriptors.pop(rank)
         if descriptor is not None:
             os.close(descriptor)
 
     def close(self) -> None:
-        """Watches none any more."""
+        """Stops watching all processes."""
         for rank in list(self._descriptors):
             self.forget(rank)
 

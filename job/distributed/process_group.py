@@ -1,8 +1,8 @@
 """How several processes exchange values and sum tensors: JSON in a common TCPStore, and all-reduce.
 
 The launcher hosts the store. Nothing is pickled. No process waits for a failed one: a process that fails, or its
-launcher, writes the reason into the store, and every process that waits reads it there and ends with the same exit
-code. One that is killed where there is no launcher is noticed by those in its PID namespace.
+launcher, writes the reason to the store, and every waiting process reads it there and ends with the same exit code.
+Without a launcher, the death of a process is detected by the processes in its PID namespace (`peers`).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from job.preemption.stop_flag import Stop
 T = TypeVar("T")
 
 CHECK_SECONDS = 1.0
-"""At most this often `check` asks the store for a failure."""
+"""Shortest time between two reads of the store in `check`."""
 REASON_SECONDS = 5.0
-"""How long to wait for the reason in the store when a process is gone."""
+"""How long to wait for the reason in the store after the connection to a process broke."""
 _FAR_FUTURE = 1e9
 """Seconds that stand for "no deadline" among the flags."""
 _PART_BYTES = 4 << 20
 """torch's store closes the connection on values of more than 8 MiB."""
 _PAUSE_SECONDS = 0.0005
 _SHORT_PAUSE_SECONDS = 0.00005
-"""The first pause where there are two waits for every layer of a model."""
+"""The first pause in operations that wait twice for every layer of a model."""
 _MAX_PAUSE_SUM, _MAX_PAUSE_VALUE = 0.001, 0.03
 """Longest pause between two polls: for an all-reduce, which a step waits for, and for a value in the store.
 
-A GPU that has ended its step computes nothing during the rest of a pause."""
+After an operation has ended, the GPU is idle for the rest of the pause."""
 
 
 class ProcessGroup:
@@ -48,9 +48,9 @@ class ProcessGroup:
         place: Rank and world size of this process.
         store: The common TCPStore, with a prefix for this run and this start.
         stop: This process's stop flag; `agree` sets it when that of another process is set.
-        report_progress: Called while this process waits. Process 0 does not call it, so that its watchdog notices a
-            deadlock, where all wait for each other.
-        grace_seconds: Seconds that the other processes have to end after one of them has ended.
+        report_progress: Called while this process waits. Process 0 does not call it, so that its watchdog detects a
+            deadlock, in which all wait for each other.
+        grace_seconds: Seconds in which the other processes have to end after one has ended.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class ProcessGroup:
         self._store, self._stop, self._report_progress, self._grace = store, stop, report_progress, grace_seconds
         self._peers = Peers({})
         self._failed = False
-        """Whether this process ends because another one has failed, and not because it was asked to stop before."""
+        """Whether this process ends because another one has failed, and not because it had to stop before that."""
         self._calls = 0
-        self._checked = -math.inf  # the first time the store is asked at once
+        self._checked = -math.inf  # the first `check` reads the store
         self._sent = [0] * place.world_size
         """Number of values by rank: those this process has sent, and in process 0 those it has received from each."""
 
     def check(self) -> None:
-        """See `Processes`. Asks the store once a second at most."""
+        """See `Processes`. Reads the store at most once in `CHECK_SECONDS`."""
         if time.monotonic() - self._checked >= CHECK_SECONDS:
             self._checked = time.monotonic()
             with self._reaching():
@@ -77,13 +77,13 @@ class ProcessGroup:
                 self._check_peers()
 
     def announce(self) -> None:
-        """Says before arriving which process this is, for `watch_peers` of the others."""
+        """Publishes this process's identity, for `watch_peers` of the others. Called before the processes connect."""
         self._set(f"identity#{self.place.rank}", identity())
 
     def watch_peers(self) -> None:
-        """From now on `check` also ends this process when another one in its PID namespace is dead.
+        """Makes `check` also end this process when another one in its PID namespace has died.
 
-        Called once all have arrived.
+        Called once all processes have connected.
         """
         with self._reaching():
             keys = {rank: f"identity#{rank}" for rank in range(self.place.world_size) if rank != self.place.rank}
@@ -112,13 +112,13 @@ class ProcessGroup:
 
     def receive(self) -> list[Any]:
         """See `Processes`."""
-        found = []
+        values = []
         for rank in range(1, self.place.world_size):
             with self._reaching():
                 while self._store.check([key := f"sent#{rank}.{self._sent[rank]}"]):
-                    found.append(self._get(key))
+                    values.append(self._get(key))
                     self._sent[rank] += 1
-        return found
+        return values
 
     def agree(self, *, repeat: bool) -> bool:
         """See `Processes`."""
@@ -145,13 +145,13 @@ class ProcessGroup:
         """See `Processes`."""
         import torch.distributed as dist
 
-        if not tensor.is_cuda:  # gloo's wait would block the host, which could not look for the end of another process
+        if not tensor.is_cuda:  # gloo's wait would block the host, which then could not notice another process's end
             self.add_up(tensor)
             return lambda: None
         with self._all_there():
             work = dist.all_reduce(tensor, async_op=True)
             work.wait()  # only the current stream waits
-        # The optimizer's kernels are launched after the wait, so the GPU is idle for what is slept too long.
+        # The optimizer's kernels are launched after the wait, so the GPU is idle for as long as a pause is too long.
         return lambda: self._finish(lambda: work, _SHORT_PAUSE_SECONDS, _SHORT_PAUSE_SECONDS)
 
     def exchange(self, number: int) -> list[int]:
@@ -170,11 +170,11 @@ class ProcessGroup:
 
         with self._all_there():
             work = dist.all_gather_into_tensor(whole, own, async_op=True)
-        # Only when it is needed: until then the layer before computes.
+        # The caller waits only when it needs the weights: until then the previous layer computes.
         return lambda: self._finish(lambda: work, _SHORT_PAUSE_SECONDS)
 
     def all_to_all(self, received: Any, sent: Any, received_sizes: list[int], sent_sizes: list[int]) -> None:
-        """See `Processes`. Waits until a GPU has sent and received, so that the end of another process is noticed."""
+        """See `Processes`. Also waits for a GPU, so that the end of another process is noticed."""
         import torch
         import torch.distributed as dist
 
@@ -194,10 +194,10 @@ class ProcessGroup:
             publish_end(self._store, self.place.rank, code, str(error) or type(error).__name__)
 
     def leave(self) -> None:
-        """Waits at the end: the others for process 0, then process 0 for the others.
+        """At the end of the run, the other processes wait for process 0, and then process 0 waits for them.
 
-        Process 0 has the most left to do, and some launchers kill all processes as soon as one has ended. It waits for
-        the others because the store may end with it, or with its launcher.
+        They wait for process 0 because it has the most left to do, and some launchers kill all processes as soon as one
+        has ended. Process 0 waits for them because the store may end with it, or with its launcher.
         """
         gone = [f"gone#{rank}" for rank in range(self.place.world_size)]
         self._peers.close()
@@ -210,16 +210,16 @@ class ProcessGroup:
 
     def _check_peers(self) -> None:
         for rank in self._peers.dead():
-            if self._store.check([f"gone#{rank}"]):  # it had nothing left to do, or its error is in the store
+            if self._store.check([f"gone#{rank}"]):  # it ended regularly, or its error is in the store
                 self._peers.forget(rank)
             else:
                 raise self._lost(RuntimeError(f"process {rank} was killed, or it crashed"))
 
     def _share(self, key: str, value: Callable[[], T], *, leads: bool) -> T:
         if leads:
-            found = value()
-            self._set(key, found)
-            return found
+            own = value()
+            self._set(key, own)
+            return own
         shared: T = self._wait_for(key)
         return shared
 
@@ -228,7 +228,7 @@ class ProcessGroup:
         return f"{self._calls} {what}"
 
     def _set(self, key: str, value: Any) -> None:
-        text = json.dumps(value)  # ASCII, so a character is a byte and may be cut anywhere
+        text = json.dumps(value)  # ASCII: a character is a byte, so the text may be cut anywhere
         first, *others = [text[start : start + _PART_BYTES] for start in range(0, len(text), _PART_BYTES)]
         with self._reaching():
             for number, part in enumerate(others, start=1):
@@ -255,16 +255,16 @@ class ProcessGroup:
         """Waits for a collective operation of torch's, in pauses that double up to the longest."""
         with self._all_there():
             work = start()
-            # Not stoppable: the other processes are in the same operation, and it is how they learn of the stop.
+            # Not stoppable: the other processes take part in this operation, and may learn of the stop from it.
             self._until(work.is_completed, longest, stoppable=False, pause=pause)
             work.wait()
 
     @contextmanager
     def _all_there(self) -> Iterator[None]:
-        """Within it, an error of torch's means that another process is gone; but for a lack of memory.
+        """Context manager in which an error of torch means that another process has ended, unless memory ran out.
 
-        NCCL allocates its buffers in the first exchange, outside of torch's allocator. One process cannot repeat an
-        exchange, and the others wait in it. So they are told at once, and end with this one.
+        NCCL allocates its buffers in the first exchange, outside of torch's allocator. If memory runs out there, this
+        process cannot repeat the exchange, in which the others wait. So the error is published at once, and they end.
         """
         try:
             yield
@@ -291,9 +291,9 @@ class ProcessGroup:
 
     def _wait_at_most(self, seconds: float, ready: Callable[[], bool]) -> bool:
         deadline = time.monotonic() + seconds
-        while not (found := ready()) and time.monotonic() < deadline:
+        while not (is_ready := ready()) and time.monotonic() < deadline:
             time.sleep(0.02)
-        return found
+        return is_ready
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -307,8 +307,8 @@ class ProcessGroup:
         with contextlib.suppress(RuntimeError):
             if self._wait_at_most(REASON_SECONDS, lambda: self._store.check([END])):
                 return self._ended()
-        # One that is gone in a run that was stopped has been stopped as well. Any other one may be gone because its
-        # memory was too small, which no retry helps, so it must not be taken for a preemption, whose retry is free.
+        # If this process had to stop, the other one had to stop as well. Otherwise the other one may have run out of
+        # memory, which no retry fixes, so it must not count as a preemption, whose retry is free.
         kind = Preempted if self._stop() and not self._failed else Killed
         self._end_by("the loss of another process")
         first = (str(why).splitlines() or [""])[0]

@@ -1,4 +1,4 @@
-"""Collective operations on the processes of a run: exchange values, sum tensors, agree. Often there is only one."""
+"""Collective operations on the processes of a run: exchange values, sum tensors, agree. Many runs have one process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class Processes(Protocol):
-    """The processes of a run. All of them call the same methods in the same order, like collectives.
+    """The processes of a run. The methods are collectives: all processes call the same ones in the same order.
 
-    With several processes any method may raise what another process ended with (`JobError` and its subclasses), and
-    `Preempted` when this one has to stop while it waits.
+    With several processes any method may raise the error with which another process ended (`JobError` and its
+    subclasses), and `Preempted` if this process has to stop while it waits.
     """
 
     place: Place
@@ -32,10 +32,10 @@ class Processes(Protocol):
         """Raises the error with which another process has ended, if one has."""
 
     def share(self, what: str, value: Callable[[], T]) -> T:
-        """What `value` returns in process 0, JSON-able; the others wait for it. `what` names it in the store's keys."""
+        """The JSON-able result of `value`, which only process 0 calls; the others wait. `what` is part of its key."""
 
     def share_on_machine(self, what: str, value: Callable[[], T]) -> T:
-        """The same for each machine, where the machine's first process calls `value`."""
+        """Like `share` on each machine: the machine's first process calls `value`."""
 
     def gather(self, what: str, value: Any) -> list[Any]:
         """The JSON-able values of all processes, in the order of their ranks."""
@@ -44,40 +44,40 @@ class Processes(Protocol):
         """Sends a JSON-able value to process 0, without waiting for `receive` there."""
 
     def receive(self) -> list[Any]:
-        """The values that other processes have sent since the last call, without waiting."""
+        """The values that other processes have sent since the last call; does not wait. Not a collective."""
 
     def agree(self, *, repeat: bool) -> bool:
         """Whether any process has to repeat the current step. Also sets `stopping` if any has to stop."""
 
     def add_up(self, tensor: Any) -> None:
-        """Replaces the tensor, in place, by its sum over all processes, which wait for each other here."""
+        """Replaces the tensor, in place, by its sum over all processes; waits for the other processes."""
 
     def start_add_up(self, tensor: Any) -> Callable[[], None]:
-        """Starts `add_up`; on a GPU, what is launched afterwards waits for the sum, and the host does not.
+        """Starts `add_up`. On a GPU, work that is launched afterwards waits for the sum; the host does not.
 
         Returns:
-            Waits until the sum is there. If another process has ended it raises that process's error, and what was
-            launched on the current stream in the meantime may never run.
+            A function that waits for the sum. If another process has ended, it raises that process's error, and work
+            that was launched on the current stream in the meantime may never run.
         """
 
     def exchange(self, number: int) -> list[int]:
-        """The numbers of all processes, in the order of their ranks; fast, for what is done thousands of times."""
+        """The numbers of all processes, in the order of their ranks; faster than `gather`, for frequent use."""
 
     def gather_into(self, whole: Any, own: Any) -> Callable[[], None]:
-        """Starts to fill `whole` with the tensors `own` of all processes, of one length, one behind the other.
+        """Starts to fill `whole` with the tensors `own` of all processes, all of one length, in the order of ranks.
 
         Returns:
-            Waits until they are there: on a GPU what is launched afterwards waits.
+            A function that waits for them; on a GPU, work that is launched after it waits.
         """
 
     def all_to_all(self, received: Any, sent: Any, received_sizes: list[int], sent_sizes: list[int]) -> None:
-        """Sends each process its part of a tensor, and fills another one with the parts that all processes send here.
+        """Sends a part of `sent` to each process, and fills `received` with the parts that all processes send here.
 
         Args:
-            received: Contiguous, of one dimension: the parts that come, in the order of the ranks.
-            sent: The same of the parts that go.
-            received_sizes: Numbers in each part that comes.
-            sent_sizes: Numbers in each part that goes.
+            received: (sum of received_sizes,), contiguous: the received parts, in the order of the ranks.
+            sent: (sum of sent_sizes,), contiguous: the parts to send, in the order of the ranks.
+            received_sizes: Number of elements of each received part.
+            sent_sizes: Number of elements of each part to send.
         """
 
 
@@ -98,7 +98,7 @@ class Alone:
     share_on_machine = share
 
     def gather(self, what: str, value: Any) -> list[Any]:  # noqa: ARG002 - as in Processes
-        """The one value."""
+        """A list of this value."""
         return [value]
 
     def send(self, value: Any) -> None:
@@ -113,7 +113,7 @@ class Alone:
         return repeat
 
     def add_up(self, tensor: Any) -> None:
-        """Leaves the tensor as it is."""
+        """Does nothing: the sum over one process is the tensor itself."""
 
     def start_add_up(self, tensor: Any) -> Callable[[], None]:
         """Calls `add_up`."""
@@ -121,16 +121,16 @@ class Alone:
         return lambda: None
 
     def exchange(self, number: int) -> list[int]:
-        """The one number."""
+        """A list of this number."""
         return [number]
 
     def gather_into(self, whole: Any, own: Any) -> Callable[[], None]:
-        """Copies it."""
+        """Copies `own` to `whole`."""
         whole.copy_(own)
         return lambda: None
 
     def all_to_all(self, received: Any, sent: Any, received_sizes: list[int], sent_sizes: list[int]) -> None:  # noqa: ARG002 - as in Processes
-        """Copies it."""
+        """Copies `sent` to `received`."""
         received.copy_(sent)
 
 
@@ -142,13 +142,13 @@ def require_one_kind(processes: Processes, device: str) -> None:
 
     Args:
         processes: All processes of the run, each of which calls this.
-        device: The type of this process's, `cuda` or `cpu`.
+        device: Type of this process's device, `cuda` or `cpu`.
 
     Raises:
-        SettingsError: Some have none.
+        SettingsError: Some processes have a GPU, others do not.
     """
     devices = processes.gather("device", device)
     if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
         numbers = ", ".join(map(str, without))
-        what = f"the processes {numbers} see no GPU, the others do; start fewer processes, or give each a GPU"
+        what = f"processes without a GPU: {numbers}; the others have one; start fewer processes, or give each a GPU"
         raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])

@@ -27,18 +27,18 @@ _MAX_FILE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Place:
-    """One process among those of the run. Ranks count from 0; process 0 writes and reports.
+    """Rank and world size of a process. Ranks count from 0; process 0 writes and reports.
 
     Attributes:
-        rank: Among all processes of the run.
+        rank: Rank among all processes of the run.
         world_size: Number of processes of the run.
-        local_rank: Among those of this machine, whose ranks are consecutive.
+        local_rank: Rank among the processes of this machine, whose ranks are consecutive.
         local_world_size: Number of processes on this machine.
         host: Host of the common TCPStore.
         port: Port of the common TCPStore.
         hosted: Whether the launcher hosts the store; otherwise process 0 does.
-        launcher: Process id of this job's launcher, which started this process; 0 where another one did.
-        restart: How often torchrun has restarted the processes. Its store outlives a restart, so keys need this number.
+        launcher: Process id of this job's launcher if it started this process; 0 if another launcher did.
+        restart: Number of restarts by torchrun. Its store outlives a restart, so keys include this number.
     """
 
     rank: int = 0
@@ -58,7 +58,7 @@ class Place:
 
 
 def find_place(environ: Mapping[str, str]) -> Place | None:
-    """The place that torchrun's variables give; None if they are not set. Call `find_faults` first."""
+    """Rank and world size from torchrun's variables; None if they are not set. Call `find_faults` first."""
     if not _is_placed(environ):
         return None
     number = {name: int(environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
@@ -87,7 +87,7 @@ def find_faults(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _fault(name: str, environ: Mapping[str, str]) -> str | None:
-    """What is wrong with one variable, looked at alone; None if nothing."""
+    """The problem of a single variable; None if it is valid."""
     text = environ.get(name, "")
     if not text:
         needed = not (name == "LOCAL_WORLD_SIZE" or (name.startswith("MASTER") and environ.get("WORLD_SIZE") == "1"))
@@ -106,8 +106,7 @@ def _is_placed(environ: Mapping[str, str]) -> bool:
 def visible_gpu(environ: Mapping[str, str], local_rank: int) -> str:
     """The value of CUDA_VISIBLE_DEVICES with which the process sees only its own GPU.
 
-    A process that sees several GPUs may be spread over all of them by a library: Trainer would wrap the model in
-    DataParallel.
+    If a process sees several GPUs, libraries may use all of them: Trainer would wrap the model in DataParallel.
     """
     shown = environ.get("CUDA_VISIBLE_DEVICES")
     if shown is None:
@@ -121,9 +120,9 @@ class Machines:
     """The machines of a run, from the platform.
 
     Attributes:
-        settings: Values by dotted name of the setting.
+        settings: Dotted name of a setting -> its value.
         interface: Network interface between the machines, for NCCL and gloo.
-        fault: What is wrong with the platform's file; None if nothing.
+        fault: The problem of the platform's file; None if it is valid.
     """
 
     settings: Mapping[str, object]
@@ -147,7 +146,7 @@ def find_machines(platform: Platform) -> Machines:
     if len(hosts) == 1:
         return Machines({})
     settings = {"run.nodes": len(hosts), "run.node_rank": rank, "run.rendezvous": f"{hosts[0]}:{PORT}"}
-    # SDK v3's local mode names an interface that is not there, and NCCL would end the job.
+    # SDK v3's local mode names an interface that does not exist, with which NCCL would end the job.
     interface = config.get("network_interface_name")
-    there = isinstance(interface, str) and interface in {name for _, name in socket.if_nameindex()}
-    return Machines(settings, interface if there else None)
+    exists = isinstance(interface, str) and interface in {name for _, name in socket.if_nameindex()}
+    return Machines(settings, interface if exists else None)

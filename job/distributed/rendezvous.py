@@ -1,6 +1,6 @@
-"""How the processes of a run connect: by a TCPStore at an address that all of them know.
+"""Connects the processes of a run through a TCPStore at an address that all of them know.
 
-Waiting is done here in a loop, because torch's own client cannot be interrupted by a signal while it waits.
+The functions here wait in loops, because torch's own client cannot be interrupted by a signal while it waits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from job.preemption.stop_flag import Stop
 
 _CONNECT_SECONDS = 2.0
 _REACH_SECONDS = 10.0
-"""How long torch's client may try to connect, which neither a signal nor the end of the launcher interrupts."""
+"""How long torch's client may try to connect; neither a signal nor the end of the launcher interrupts it."""
 _ANSWER_SECONDS = 60.0
 _RUN = "run"
 """Key, outside of the keyspaces, of the id of the run that the store is for."""
@@ -42,7 +42,7 @@ def host_store(port: int, run: str | None = None) -> Any:
         run: The id of the run that it is for; None if that is not known.
 
     Raises:
-        Unreachable: The port is taken, by an earlier attempt that has not ended yet or by another program.
+        Unreachable: The port is in use, by an earlier attempt that has not ended yet or by another program.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -67,10 +67,10 @@ def publish_stranger(store: Any, why: str) -> None:
 
 
 def connect_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
-    """Connects to a store that is known to listen.
+    """Connects to a store that is already listening.
 
     Raises:
-        RuntimeError: It does not listen, or takes longer than `seconds` for an answer, now or in a later call.
+        RuntimeError: It is not listening, or an answer takes longer than `seconds`, now or in a later call.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -79,10 +79,10 @@ def connect_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
 
 
 def reach_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
-    """Like `connect_store`, but fails at once where nobody listens.
+    """Like `connect_store`, but fails at once if nothing is listening.
 
     Raises:
-        OSError, RuntimeError: It cannot be reached.
+        OSError, RuntimeError: The store cannot be reached.
     """
     # torch's client cannot be interrupted by a signal while it waits for the port, so it is used once the port is open.
     socket.create_connection((place.host, place.port), timeout=_CONNECT_SECONDS).close()
@@ -102,7 +102,7 @@ def reach_keyspace(place: Place, run: str, seconds: float) -> Any:
 
 
 def keyspace(store: Any, run: str, restart: int = 0) -> Any:
-    """The store with a prefix of its own for one start of one run, so that no other start's keys are seen."""
+    """The store with a prefix for one start of one run, which hides the keys of other starts."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     return PrefixStore(f"{run}/{restart}", store)
@@ -119,15 +119,15 @@ def join(
     grace_seconds: float,
     machine_checks: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Processes]:
-    """Connects to the other processes; within it they exchange values, and the failure of one ends all.
+    """Context manager in which the processes are connected: they exchange values, and the failure of one ends all.
 
     Args:
         place: Rank and world size of this process; None for a single process.
-        run: The run's id. Processes of another run at the same address are not connected to.
+        run: The run's id. Processes of another run at the same address are not connected.
         stop: This process's stop flag.
         report_progress: Reports progress to the watchdog while this process waits.
         patience: Seconds to wait for all processes: platforms start machines one after the other.
-        grace_seconds: How long the processes have to end when one of them has ended.
+        grace_seconds: Seconds in which the other processes have to end after one has ended.
         machine_checks: `Platform.machine_checks`: a machine that lacks a GPU has too few processes.
 
     Raises:
@@ -135,7 +135,7 @@ def join(
         SettingsError: Two processes have the same rank, they disagree on the world size or on the run's id, or a
             machine that does not know the id has ended.
         Preempted: This process has to stop.
-        Killed: Another process is gone, or this one's launcher, and nobody told it to stop.
+        Killed: Another process or this process's launcher has died, although none had to stop.
     """
     if place is None or place.world_size == 1:
         yield ALONE
@@ -256,8 +256,9 @@ def _await_all(joined: ProcessGroup, store: Any, deadline: float, check: Callabl
         raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
     joined.announce()
     if store.add(f"here#{place.rank}", 1) > 1:
-        # On Kubernetes the number is the pod's own, so the other one is mostly the pod that this one replaces. If that
-        # has said why it ended, the run ends for that reason; else a retry (72) comes when the old pod is gone.
+        # On Kubernetes the rank is the pod's index, so the other process is mostly in the pod that this one replaces.
+        # If that has published why it ended, this process ends for the same reason; else with code 72, and the
+        # platform's retry starts when the old pod is gone.
         joined.check()
         what = (
             f"another process has rank {place.rank}, too; give each machine its own rank, or wait until "
@@ -274,7 +275,7 @@ def _await_all(joined: ProcessGroup, store: Any, deadline: float, check: Callabl
 
 
 def _connect(place: Place, store: Any, timeout_seconds: float) -> None:
-    """Makes the group for all-reduce: gloo for tensors on a CPU (flags, a CPU's gradients), NCCL for those on a GPU."""
+    """Creates the group for all-reduce: gloo for tensors on a CPU (flags, gradients), NCCL for tensors on a GPU."""
     import torch
     import torch.distributed as dist
 
@@ -290,7 +291,7 @@ def _connect(place: Place, store: Any, timeout_seconds: float) -> None:
 
 
 def _disconnect() -> None:
-    """Ends the group. Called after success only: after a failure it would wait for processes that are gone."""
+    """Ends the group. Called after success only: after a failure it would wait for processes that have ended."""
     import torch.distributed as dist
 
     with contextlib.suppress(RuntimeError):  # the work is done, so a failure here costs nothing

@@ -6,11 +6,11 @@ r"""Generates answers: prompts in left-padded batches, with a key/value cache.
 The prompts of a batch are read first (prefill), in several forward passes if one would have too many tokens
 (`_read_prompts`). Then each forward pass adds one token to every answer of the batch (decoding). On a GPU such a pass
 takes as long for a hundred answers as for ten, so batches are as large as the memory for the cache allows
-(`_cache_tokens`, `_fitting_tokens`). If memory runs out all the same, what only saves time is given up for that batch
-(`answer_batch`).
+(`_cache_tokens`, `_fitting_tokens`). If memory still runs out, optimizations that only save time are switched off for
+that batch (`answer_batch`).
 
-Batches are a function of all prompts, the model, the kind of device and the number of processes (`plan_batches`), and
-a batch is computed as a whole. So a restarted evaluation computes the same bits; other batches would change only the
+Batches depend only on all prompts, the model, the kind of device and the number of processes (`plan_batches`), and a
+batch is computed as a whole. Therefore a restarted evaluation computes the same bits; other batches would change the
 last bits of the logits.
 
 Greedy decoding takes the most likely token. Sampling draws from the softmax (`Sampling`), with a random generator for
@@ -45,23 +45,23 @@ if TYPE_CHECKING:
     import torch
 
 BATCH_TOKENS = 8192
-"""The most tokens of one forward pass over prompts, with padding."""
+"""Maximum number of tokens of one forward pass over prompts, with padding."""
 CACHE_BATCHES = 4
 """A batch of one prefill pass may have this many times `BATCH_TOKENS` in its cache, prompts and answers together."""
 _CACHE_SHARE = 1 / 16
 """Share of a GPU's memory that the cache of a larger batch, read in several passes, may take; a batch read in one pass
 may take twice as much. A token of a model without shared key/value heads takes half a megabyte."""
 _FITTING_SHARE = 0.9
-"""Of the memory beside weights and forward pass, what a cache may take: the allocator cannot use all of it."""
+"""Share of the memory that weights and forward pass leave, which a cache may take: the allocator cannot use it all."""
 _CONTEXT_BYTES = 600 << 20
-"""Of the driver and the libraries' workspaces on a GPU. Assumed, as `CONTEXT_BYTES` of the forecast."""
+"""Memory of the driver and the libraries' workspaces on a GPU. Assumed, like `CONTEXT_BYTES` of the forecast."""
 _MOST_ROWS = 256
-"""The most prompts of such a larger batch: its logits have a number for each row and entry of the vocabulary."""
+"""Maximum number of prompts in a batch that is read in several passes: its logits are (prompts, vocabulary)."""
 _DRAWN_ROWS = 32
-"""Rows that are sampled at once: meanwhile each entry of the vocabulary takes about 50 bytes for each of them."""
+"""Rows that are sampled at once: each takes about 50 bytes for each entry of the vocabulary meanwhile."""
 _SLACK_TOKENS = 4
-"""When the end of an answer is searched for a stop text, this many more tokens are decoded, since the first of them may
-be a part of a character."""
+"""When the end of an answer is searched for a stop text, this many more tokens before it are decoded, because the first
+decoded token may be a part of a character."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class HowToGenerate:
     """How answers are generated.
 
     Attributes:
-        max_new_tokens: The most tokens of an answer.
+        max_new_tokens: Maximum number of tokens of an answer.
         stop: An answer is cut off before the first of these texts, as in lm-eval (`until`).
         sampling: How tokens are sampled; None for greedy decoding.
-        ends: Token ids that end an answer, beside the tokenizer's end of sequence and those that config.json names.
-        pass_tokens: The most tokens of one forward pass over prompts, with padding.
+        ends: Token ids that end an answer, besides the end of sequence of the tokenizer and of config.json.
+        pass_tokens: Maximum number of tokens of one forward pass over prompts, with padding.
     """
 
     max_new_tokens: int
@@ -108,12 +108,12 @@ number, its answers in the order of its prompts), batches in any order."""
 
 
 class AnswerCache(Keeps, Protocol):
-    """Where answers are looked up first and kept afterwards: `score_cache.ScoreCache`."""
+    """Keeps answers for a restart: `score_cache.ScoreCache`."""
 
     def load_answers(
         self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], how: HowToGenerate
     ) -> dict[int, list[Answer]]:
-        """The kept answers by number of the batch."""
+        """The cached answers by number of the batch."""
 
 
 def plan_batches(
@@ -125,18 +125,18 @@ def plan_batches(
     fitting_tokens: int | None = None,
     processes: int = 1,
 ) -> list[list[int]]:
-    """Divides prompts into batches, the longest first: little is padded, and if memory is short, it runs out at once.
+    """Divides prompts into batches, the longest first: this needs little padding, and lack of memory shows at once.
 
     Args:
         lengths: Tokens of each prompt.
-        max_new_tokens: The most tokens of an answer.
-        batch_tokens: The most tokens of one forward pass, with padding; a longer prompt gets a batch of its own.
-        cache_tokens: The most tokens, prompts and answers together, of a batch that takes several passes to read; a
-            batch that takes one pass may have twice as many. 0 if every batch has to be read in one pass, without this
+        max_new_tokens: Maximum number of tokens of an answer.
+        batch_tokens: Maximum number of tokens of one forward pass, with padding; a longer prompt is a batch by itself.
+        cache_tokens: Maximum number of tokens, prompts and answers together, of a batch that is read in several passes;
+            a batch that is read in one pass may have twice as many. 0: every batch is read in one pass, without this
             limit.
-        fitting_tokens: The most tokens, prompts and answers together, of any batch of more than one prompt; None where
-            the memory for them is not limited.
-        processes: How many share the batches; larger batches are limited so that each process gets one.
+        fitting_tokens: Maximum number of tokens, prompts and answers together, of any batch of more than one prompt;
+            None if the memory for them is not limited.
+        processes: Number of processes that share the batches; larger batches are limited so that each process gets one.
 
     Returns:
         For each batch the numbers of its prompts.
@@ -177,17 +177,17 @@ def generate(
 
     Args:
         model: A causal language model from `load_base`, with or without an adapter.
-        tokenizer: The model's.
-        prompts: Token ids of each; none is empty. With an answer, none may be longer than the model's window.
+        tokenizer: The model's tokenizer.
+        prompts: Token ids of each prompt, not empty. Prompt and answer together must fit into the model's window.
         max_new_tokens: As in `HowToGenerate`.
         stop: As in `HowToGenerate`.
-        batch_tokens: The most tokens of one forward pass over prompts; affects only the last bits of the logits.
+        batch_tokens: Maximum tokens of one forward pass over prompts; affects only the last bits of the logits.
         sampling: As in `HowToGenerate`.
         ends: As in `HowToGenerate`.
-        cache: Where answers are looked up first and kept afterwards, batch by batch.
+        cache: Answers found here are not computed again; new ones are added, batch by batch.
         answer: Answers batches; None for `answer_batches`.
-        processes: How many processes `answer` divides the batches over.
-        on_progress: Called with the number of prompts that have been answered.
+        processes: Number of processes that `answer` divides the batches over.
+        on_progress: Called with the number of prompts answered so far.
 
     Raises:
         TrainingFailed: The logits are not finite, or memory ran out.
@@ -204,13 +204,13 @@ def generate(
         fitting_tokens=fitting,
         processes=processes,
     )
-    known = {} if cache is None else cache.load_answers(prompts, batches, how)
-    missing = {number: batch for number, batch in enumerate(batches) if number not in known}
-    complete(known, (answer or answer_batches)(model, tokenizer, prompts, missing, how), cache, on_progress)
-    found = {
-        prompt: one for number, batch in enumerate(batches) for prompt, one in zip(batch, known[number], strict=True)
+    by_batch = {} if cache is None else cache.load_answers(prompts, batches, how)
+    missing = {number: batch for number, batch in enumerate(batches) if number not in by_batch}
+    complete(by_batch, (answer or answer_batches)(model, tokenizer, prompts, missing, how), cache, on_progress)
+    by_prompt = {
+        prompt: one for number, batch in enumerate(batches) for prompt, one in zip(batch, by_batch[number], strict=True)
     }
-    return [found[number] for number in range(len(prompts))]
+    return [by_prompt[number] for number in range(len(prompts))]
 
 
 def answer_batches(
@@ -238,10 +238,10 @@ def answer_batch(
     how: HowToGenerate,
     alive: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
-    """The answers to prompts that are computed together, in order; one after the other if the model cannot be packed.
+    """The answers to the prompts of a batch, in order; computed one by one if the model cannot be packed.
 
-    If memory runs out, all of them are computed once more while the base's weights are dequantized for each use, which
-    gives the same bits; if they are so already, that is the end.
+    If memory runs out, the batch is computed once more with the base's weights dequantized for each use, which gives
+    the same bits. If they already are, or memory runs out again, `TrainingFailed` is raised.
 
     Args:
         model: As for `generate`.

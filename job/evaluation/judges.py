@@ -1,6 +1,6 @@
-"""Judges: what answers a question by A or B, a model in memory or a server with OpenAI's API.
+"""Judges, which answer a question by A or B: a model in memory, or a server with OpenAI's API.
 
-To add one: a class with `choose`, and its place in `job.stages.principles.open_judge`.
+To add one: a class with `choose`, and its case in `job.stages.principles.open_judge`.
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ SECONDS = 120.0
 MAX_BYTES = 1 << 20
 TRIES = 7
 LONGEST_PAUSE = 60.0
-"""Seconds between two tries at most, also where the server asks for more."""
+"""Maximum seconds between two tries, also if the server asks for more."""
 _POLL_SECONDS = 0.2
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _DENIED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _NOT_TAKEN = {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
-"""What servers answer to a question that is longer than the model's input."""
+"""Statuses with which servers refuse a question that is longer than the model's input."""
 _TINY = "Reply with one letter, A or B."
 _SECONDS = re.compile(r"\d{1,9}", re.ASCII)
-"""A Retry-After in seconds; its other form, a date, is not heeded."""
+"""A Retry-After header in seconds; its other form, a date, is ignored."""
 _LETTER = re.compile(r"\W*(?:answer\W+)?([AB])(?:\W*$|\s*[.:,)*])", re.IGNORECASE)
-"""A reply that begins with a letter alone, such as `B`, `**A**` or `Answer: B.`; not `A better one is B`."""
+"""A reply that begins with a single letter, such as `B`, `**A**` or `Answer: B.`; not `A better one is B`."""
 
 
 class Judge(Protocol):
     """Answers questions."""
 
     def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
-        """A or B; None if it says neither, or the question does not fit."""
+        """A or B; None if the judge answers neither, or the question is too long. `alive` is called while waiting."""
 
 
 class JudgeTokenizer:
-    """How a local judge reads a question, and its tokens for the two letters.
+    """The tokenizer of a local judge, and its token ids of the letters A and B (`letters`).
 
     Args:
         folder: The judge's files.
 
     Raises:
-        DataError: It cannot be loaded.
-        SettingsError: It has no single tokens for the letters.
+        DataError: The tokenizer cannot be loaded.
+        SettingsError: The letters do not end in different tokens.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,7 +88,7 @@ class JudgeTokenizer:
         self.letters = [one[-1] for one in ids]
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a question, with what begins the answer.
+        """The token ids of a question, up to the beginning of the answer.
 
         Raises:
             DataError: The chat template cannot be used.
@@ -96,38 +96,38 @@ class JudgeTokenizer:
         if not self._templated:
             return list(self.tokenizer.encode(f"{text}\nAnswer:"))
         with naming(SETTING), readable(Path(SETTING), "has a chat template that cannot be used"):
-            asked = [{"role": "user", "content": text}]
-            rendered = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            messages = [{"role": "user", "content": text}]
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(self.tokenizer.encode(rendered, add_special_tokens=False))
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a local judge that could not be asked. Its weights are not loaded: single ones may still be missing.
+    """Checks the files of a local judge without loading the weights; single weights may still be missing.
 
     Raises:
-        DataError: It cannot be read, or lacks weights.
-        SettingsError: Its tokenizer has no single tokens for the letters.
+        DataError: The model cannot be read, or lacks weights.
+        SettingsError: Its tokenizer does not distinguish the letters A and B.
     """
     with naming(SETTING):
         if quantization_method(read_json(folder / "config.json", MAX_CONFIG_BYTES)) is None:
             config = read_config(folder)
             check_weights(folder, config, build_empty(folder, config))
         else:
-            weight_files(folder)  # a judge may be quantized otherwise than a base that is trained
+            weight_files(folder)  # a judge may have quantization methods that a base cannot have
     JudgeTokenizer(folder).encode(_TINY)
 
 
 class LocalJudge:
-    """A causal language model in memory: the letter with the higher logit, so that equal questions get equal answers.
+    """A causal language model in memory. It chooses the letter with the higher logit, so its answers are reproducible.
 
     Args:
-        folder: Its files.
-        device: Where it computes.
-        dtype: In what it computes.
+        folder: The model's files.
+        device: Where the model computes.
+        dtype: The compute dtype.
 
     Raises:
-        DataError: It cannot be loaded, or lacks weights.
-        SettingsError: Its tokenizer has no single tokens for the letters.
+        DataError: The model cannot be loaded, or lacks weights.
+        SettingsError: Its tokenizer does not distinguish the letters A and B.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -144,9 +144,9 @@ class LocalJudge:
             raise DataError([Problem(SETTING, f"{folder} lacks {len(missing)} weights, such as {missing[0][:100]}")])
         self._model, self._device = model.eval().to(device), device
         self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
-        # Else the logits of all positions would be held, the size of the vocabulary each.
-        takes = "logits_to_keep" in signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if takes else {}
+        # Otherwise the logits of all positions would be computed: (tokens, vocabulary).
+        has_option = "logits_to_keep" in signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if has_option else {}
 
     def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
         """A or B; A if both are equally likely. None if the question is longer than the model's input."""
@@ -157,7 +157,7 @@ class LocalJudge:
         if len(ids) > self._longest:
             return None
         with torch.inference_mode():
-            # One question at a time: padding and the other questions of a batch would move the last bits.
+            # One question at a time: padding and the other questions of a batch would change the last bits.
             inputs = torch.tensor([ids], device=self._device)
             logits = self._model(input_ids=inputs, **self._last_only).logits[0, -1].float()
         first, second = logits[self._reads.letters].tolist()
@@ -167,7 +167,7 @@ class LocalJudge:
 
 
 class _Busy(Unreachable):
-    """The server answers by a status that says to come again, after so many seconds if it says how many."""
+    """The server's status says to try again later, after `seconds` if it names a time."""
 
     def __init__(self, what: str, seconds: float | None) -> None:
         super().__init__(what)
@@ -187,14 +187,14 @@ class _NoRedirects(HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class ServedJudge:
-    """A server with OpenAI's API. What it answers is untrusted: of bounded size and time, and only a letter counts.
+    """A server with OpenAI's API. Its answers are untrusted: size and time are limited, and only a letter is read.
 
     Attributes:
-        url: Its address, with `/v1` or without.
-        model: The name that it knows the model by.
-        key: For its `Authorization` header; None without one.
+        url: The server's address, with or without `/v1`.
+        model: The model's name on the server.
+        key: Key for the `Authorization` header; None to send none.
         seconds: Longest wait for one answer.
-        pause: Seconds before the second try; each further one waits twice as long, or as long as the server asks for.
+        pause: Seconds before the second try; it doubles with each further try, unless the server names a time.
     """
 
     url: str
@@ -204,12 +204,12 @@ class ServedJudge:
     pause: float = 1.0
 
     def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
-        """A or B, as the reply begins. None if it begins otherwise, or the question is too long for the server.
+        """A or B if the reply begins with it, else None; also None if the question is too long for the server.
 
         Raises:
-            AccessDenied: It refuses the key.
-            SettingsError: It does not take a tiny question either, such as for a model that it does not know.
-            Unreachable: After all tries it does not answer, or with something else.
+            AccessDenied: The server refuses the key.
+            SettingsError: The server also refuses a tiny question, for example because it does not have the model.
+            Unreachable: After all tries, there is no answer, or not one of OpenAI's API.
         """
         try:
             return _letter(self._replied(text, alive))
@@ -232,20 +232,20 @@ class ServedJudge:
             try:
                 return self._reply(text, alive)
             except Unreachable as error:
-                asked = error.seconds if isinstance(error, _Busy) else None
-                _wait(min(LONGEST_PAUSE, pause if asked is None else asked), alive)
+                retry_after = error.seconds if isinstance(error, _Busy) else None
+                _wait(min(LONGEST_PAUSE, pause if retry_after is None else retry_after), alive)
                 pause *= 2
         return self._reply(text, alive)
 
     def _reply(self, text: str, alive: Callable[[], None]) -> str:
-        """One reply. `alive` is called meanwhile: a server that sends a byte now and then delays no request to stop."""
-        asked = in_thread(lambda: self._ask(text), "judge")
+        """One reply. A thread reads it and `alive` is called meanwhile, so a slow server does not delay a stop."""
+        reply = in_thread(lambda: self._ask(text), "judge")
         deadline = time.monotonic() + self.seconds
-        while not asked.done():
+        while not reply.done():
             if time.monotonic() > deadline:
                 raise Unreachable(f"{self.url}: the judge did not answer within {self.seconds:g} s")
             _wait(min(_POLL_SECONDS, self.pause), alive)
-        return asked.result()
+        return reply.result()
 
     def _ask(self, text: str) -> str:
         where = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
@@ -264,16 +264,16 @@ class ServedJudge:
         if len(content) > MAX_BYTES:
             raise Unreachable(f"{where}: the answer has more than {MAX_BYTES:,} bytes")
         try:
-            said = json.loads(content)["choices"][0]["message"]["content"]
+            reply = json.loads(content)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            said = None
-        if not isinstance(said, str):
+            reply = None
+        if not isinstance(reply, str):
             raise Unreachable(f"{where}: the answer is not one of OpenAI's API")
-        return said
+        return reply
 
     @staticmethod
     def _refusal(where: str, code: int, retry_after: str | None) -> JobError:
-        """The error for a status; nothing of the answer is shown, which could have the key in it."""
+        """The error for a status. The answer's text is not shown, since it could contain the key."""
         if code in _DENIED:
             return AccessDenied(f"{where}: the judge refuses the key (HTTP {code}); set JOB_EVAL__JUDGE_KEY")
         if code in _TRANSIENT or code >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -284,7 +284,7 @@ class ServedJudge:
 
 
 def is_encrypted(url: str) -> bool:
-    """Whether what is sent to an address cannot be read on the way: it is by https, or to this machine."""
+    """Whether data sent to an address cannot be read on the way: by https, or to this machine."""
     parts = urlsplit(url)
     return parts.scheme == "https" or parts.hostname in {"localhost", "127.0.0.1", "::1"}
 
@@ -297,5 +297,5 @@ def _wait(seconds: float, alive: Callable[[], None]) -> None:
 
 
 def _letter(reply: str) -> Choice | None:
-    found = _LETTER.match(reply)
-    return None if found is None else "A" if found[1].upper() == "A" else "B"
+    match = _LETTER.match(reply)
+    return None if match is None else "A" if match[1].upper() == "A" else "B"

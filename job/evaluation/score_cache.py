@@ -1,12 +1,12 @@
-"""Scores kept in an object store: a killed evaluation resumes, and runs on the same base share the base's scores.
+"""Keeps scores in an object store, so that a killed evaluation resumes, and runs on the same base share its scores.
 
 The key is a SHA-256 of everything that determines the bits of a score: the questions' token ids, how they are packed,
 the model's files and precision, the adapter, package versions, the hardware, and the source code that computes it
 (`CODE`). Two evaluations with the same key compute the same bits, so either may reuse the other's scores.
 
 Layout: `scores/<key>/<sha256 of the file>.jsonl`, one line for each packed sequence that was scored. Generated answers
-are kept alike, with a key over the prompts and how they are continued, and one line for each batch; probabilities that
-texts are unsafe with a key over the texts, and one line for each chunk of them.
+are kept in the same way, with a key over prompts and generation options, and one line for each batch; probabilities
+that texts are unsafe with a key over the texts, and one line for each chunk of texts.
 """
 
 from __future__ import annotations
@@ -69,16 +69,16 @@ CODE = (
 )
 """Modules whose code determines a score; their hashes are part of the key.
 
-A test compares this list with the import graph: what scoring and the model's forward pass import, without the modules
-that only carry values (`records`, `common.hashing`) or messages (`errors`).
+A test compares this list with the import graph: all modules that scoring and the model's forward pass import, except
+modules of plain values (`records`, `common.hashing`) and messages (`errors`).
 """
 
 
 def score_conditions(of_model: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything but the questions that determines a score, as JSON-able values by name.
+    """Everything except the questions that determines a score, as JSON-able values by name.
 
     Args:
-        of_model: What the caller knows: model, precision, adapter, which forward pass.
+        of_model: The caller's part of it: model, precision, adapter, forward pass.
     """
     machine = host.hardware()
     return {
@@ -94,13 +94,13 @@ def score_key(questions: Sequence[Question], sequences: Sequence[range], conditi
 
     Args:
         questions: In order.
-        sequences: Which questions are packed together. That is part of the key because the shape of a matrix product
-            decides the order in which a processor adds up, and with it the last bits of a score.
+        sequences: The range of questions of each packed sequence. Part of the key, because the shape of a matrix
+            product determines the order of additions, and with it the last bits of a score.
         conditions: From `score_conditions`.
     """
     total = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode())
     for sequence in sequences:
-        total.update(b"row")  # the separator of all keys so far
+        total.update(b"row")  # the separator; another one would invalidate all existing keys
         for question in questions[sequence.start : sequence.stop]:
             total.update(json.dumps([question.context, question.choices]).encode())
     return total.hexdigest()
@@ -113,14 +113,19 @@ def answers_key(
     conditions: Mapping[str, Any],
 ) -> str:
     """SHA-256 of what determines generated answers, hexadecimal; which prompts share a batch is part of it."""
-    asked = {"answers": [list(prompt) for prompt in prompts], "batches": list(map(list, batches)), "how": asdict(how)}
-    return hashlib.sha256(json.dumps([conditions, asked], sort_keys=True).encode()).hexdigest()
+    request = {"answers": [list(prompt) for prompt in prompts], "batches": list(map(list, batches)), "how": asdict(how)}
+    return hashlib.sha256(json.dumps([conditions, request], sort_keys=True).encode()).hexdigest()
 
 
 class _Entry(BaseModel):
-    """The scores of one packed sequence: its number, the run that computed them, and by question those of each choice.
+    """One line of a file: the scores of a packed sequence, the answers of a batch, or the probabilities of a chunk.
 
-    Or the answers of one batch, or the probabilities of one chunk, with its number: `row` is its name in the file.
+    Attributes:
+        row: Number of the sequence, batch or chunk.
+        run: Id of the run that computed it.
+        scores: For each question of the sequence, the score of each choice.
+        answers: The answers of the batch.
+        chances: For each text of the chunk, the probability that it is unsafe.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -136,9 +141,9 @@ class ScoreCache:
     """The cached scores of one evaluation.
 
     Args:
-        store: Where they are kept.
+        store: The store of the scores.
         folder: Folder of all scores in the store.
-        run: Id of this run, noted with each score that it adds.
+        run: Id of this run, which is recorded with each score that it adds.
         conditions: From `score_conditions`.
     """
 
@@ -152,7 +157,7 @@ class ScoreCache:
 
     @property
     def reused_from(self) -> str | None:
-        """The folder of the scores and the runs that computed them; None unless all of them were reused."""
+        """The scores' folder and the runs that computed them, as text; None unless all scores were reused."""
         if self._added or not self._others:
             return None
         return f"{self._store.uri}/{self._folder} (run {', '.join(sorted(self._others))})"
@@ -161,39 +166,39 @@ class ScoreCache:
         """The cached scores by number of the sequence.
 
         A file whose content does not match its name is skipped with a warning, an entry that does not match its
-        questions without one: both are computed again.
+        questions without one. Skipped scores are computed again.
         """
         self._folder = f"{self._root}/{score_key(questions, sequences, self._conditions)}"
 
         def fits(entry: _Entry) -> bool:
-            asked = questions[sequences[entry.row].start : sequences[entry.row].stop]
-            return [len(question.choices) for question in asked] == [len(choices) for choices in entry.scores]
+            packed = questions[sequences[entry.row].start : sequences[entry.row].stop]
+            return [len(question.choices) for question in packed] == [len(choices) for choices in entry.scores]
 
         return {entry.row: entry.scores for entry in self._fitting(len(sequences), fits)}
 
     def load_answers(
         self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], how: HowToGenerate
     ) -> dict[int, list[Answer]]:
-        """The cached answers by number of the batch; what does not match is computed again, as by `load`."""
+        """The cached answers by number of the batch; entries that do not match are skipped, as by `load`."""
         self._folder = f"{self._root}/{answers_key(prompts, batches, how, self._conditions)}"
         fitting = self._fitting(len(batches), lambda entry: len(entry.answers) == len(batches[entry.row]))
         return {entry.row: entry.answers for entry in fitting}
 
     def load_chances(self, texts_sha256: str, sizes: Sequence[int]) -> dict[int, list[float]]:
-        """The cached probabilities by number of the chunk; what does not match is computed again, as by `load`.
+        """The cached probabilities by number of the chunk; entries that do not match are skipped, as by `load`.
 
         Args:
-            texts_sha256: Over all texts in order.
-            sizes: How many texts each chunk has.
+            texts_sha256: SHA-256 over all texts in order.
+            sizes: Number of texts in each chunk.
         """
-        asked = json.dumps([self._conditions, {"texts": texts_sha256, "chunks": list(sizes)}], sort_keys=True)
-        self._folder = f"{self._root}/{hashlib.sha256(asked.encode()).hexdigest()}"
+        content = json.dumps([self._conditions, {"texts": texts_sha256, "chunks": list(sizes)}], sort_keys=True)
+        self._folder = f"{self._root}/{hashlib.sha256(content.encode()).hexdigest()}"
         fitting = self._fitting(len(sizes), lambda entry: len(entry.chances) == sizes[entry.row])
         return {entry.row: entry.chances for entry in fitting}
 
     def _fitting(self, parts: int, fits: Callable[[_Entry], bool]) -> Iterator[_Entry]:
-        """The entries in the folder that fit what is asked, which has so many parts."""
-        # platforms that copy a folder away add files of their own to it: only names with our ending are ours
+        """The entries in the folder whose number is below `parts` and that match, by `fits`."""
+        # Platforms that copy a folder add files of their own to it; the job's files have this ending.
         names = [info.key for info in self._store.list(f"{self._folder}/") if info.key.endswith(_ENDING)]
         for entry in (entry for name in names for entry in self._read(name)):
             if 0 <= entry.row < parts and fits(entry):
@@ -212,11 +217,11 @@ class ScoreCache:
         get_logger().warning("cached scores are invalid and computed again", key=key, why=why)
         return []
 
-    def add(self, number: int, found: list[list[ChoiceScore]] | list[Answer] | list[float]) -> None:
-        """Adds what a numbered part has (see `_Entry`); saves if the last save was `SAVE_SECONDS` ago."""
-        kind = "answers" if isinstance(found[0], Answer) else "chances" if isinstance(found[0], float) else "scores"
+    def add(self, number: int, results: list[list[ChoiceScore]] | list[Answer] | list[float]) -> None:
+        """Adds the results of a sequence, batch or chunk; saves if the last save was `SAVE_SECONDS` ago."""
+        kind = "answers" if isinstance(results[0], Answer) else "chances" if isinstance(results[0], float) else "scores"
         self._added += 1
-        self._unsaved.append(_Entry.model_validate({"row": number, "run": self._run, kind: found}))
+        self._unsaved.append(_Entry.model_validate({"row": number, "run": self._run, kind: results}))
         if time.monotonic() - self._saved_at > SAVE_SECONDS:
             self.save()
 

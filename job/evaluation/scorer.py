@@ -16,13 +16,12 @@ In a REPL:
     >>> def question(text, *choices):
     ...     ids = [tuple(tokenizer.encode(choice, add_special_tokens=False)) for choice in choices]
     ...     return Question(tuple(tokenizer.encode(text)), tuple(ids))
-    >>> asked = [question("Is it red?", " yes", " no"), question("How many?", " one", " two", " three")]
-    >>> [[round(choice.log_likelihood, 1) for choice in choices] for choices in score_questions(model, asked)]
+    >>> questions = [question("Is it red?", " yes", " no"), question("How many?", " one", " two", " three")]
+    >>> [[round(choice.log_likelihood, 1) for choice in choices] for choices in score_questions(model, questions)]
     [[..., ...], [..., ..., ...]]
 
-A run adds two things from outside: a `ScoreCache`, and `ParallelScoring`, which divides the work over processes.
-How one packed sequence is scored is in `job.evaluation.scoring`; what to change there to score in another way:
-`begin_scoring`, and nothing else.
+A run passes two more arguments: a `ScoreCache`, and `ParallelScoring`, which divides the work over processes. How one
+packed sequence is scored is in `job.evaluation.scoring`; to score in another way, change `begin_scoring` only.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ from job.log import get_logger
 from job.records import ChoiceScore, Question
 
 Scores = list[list[ChoiceScore]]
-"""For each question the scores of its choices."""
+"""For each question, the score of each choice."""
 ScoreSequences = Callable[[Any, list[Question], Mapping[int, range]], Iterator[tuple[int, Scores]]]
-"""How packed sequences are scored: model, questions, and by number the questions of each sequence -> (number, scores),
-in any order."""
+"""Scores packed sequences: (model, questions, number of a sequence -> its range of questions) -> (number of the
+sequence, scores of its questions), sequences in any order."""
 
 BATCH_TOKENS = 8192
 
@@ -62,10 +61,13 @@ def score_questions(
     Args:
         model: A causal language model from `load_base`, with or without an adapter.
         questions: Token ids of each context and of its choices.
-        batch_tokens: Tokens of one forward pass; it changes no more than the last bits of a score.
-        cache: Where scores are looked up first and kept afterwards.
-        score: How sequences are scored; `score_sequences` where it is None.
-        on_progress: Called with the number of questions that have been scored.
+        batch_tokens: Maximum tokens of one forward pass; changes only the last bits of a score.
+        cache: Scores found here are not computed again; new ones are added.
+        score: Scores sequences; None for `score_sequences`.
+        on_progress: Called with the number of questions scored so far.
+
+    Returns:
+        For each question, the score of each choice; log-likelihoods in nats.
 
     Raises:
         TrainingFailed: A score is not finite.
@@ -73,11 +75,12 @@ def score_questions(
     order = alike_together(questions)
     ordered = [questions[number] for number in order]
     sequences = plan_sequences(ordered, batch_tokens)
-    known = {} if cache is None else cache.load(ordered, sequences)
-    missing = {number: sequence for number, sequence in enumerate(sequences) if number not in known}
-    complete(known, (score or score_sequences)(model, ordered, missing), cache, on_progress)
-    found = dict(zip(order, (scores for number in range(len(sequences)) for scores in known[number]), strict=True))
-    return [found[number] for number in range(len(questions))]
+    by_sequence = {} if cache is None else cache.load(ordered, sequences)
+    missing = {number: sequence for number, sequence in enumerate(sequences) if number not in by_sequence}
+    complete(by_sequence, (score or score_sequences)(model, ordered, missing), cache, on_progress)
+    in_order = (scores for number in range(len(sequences)) for scores in by_sequence[number])
+    by_question = dict(zip(order, in_order, strict=True))
+    return [by_question[number] for number in range(len(questions))]
 
 
 def score_sequences(
@@ -87,14 +90,16 @@ def score_sequences(
     forward: Forward | None = None,
     in_fp32: Forward | None = None,
 ) -> Iterator[tuple[int, Scores]]:
-    """Scores packed sequences one after the other, in this process; on a GPU each is launched before the last is read.
+    """Scores packed sequences one after the other, in this process.
+
+    On a GPU, a sequence is launched before the results of the previous one are read.
 
     Args:
         model: As for `score_questions`.
         questions: As for `score_questions`.
-        sequences: By number the questions of each.
-        forward: What computes the logits; None for the model's own code.
-        in_fp32: What computes them once more if some are not finite, since numbers may be too large for `forward`.
+        sequences: Number of a sequence -> its range of questions.
+        forward: Computes the logits; None for the model's own code.
+        in_fp32: Recomputes a sequence whose scores are not finite, since values may be too large for `forward`.
 
     Raises:
         TrainingFailed: A score is not finite.
@@ -102,12 +107,12 @@ def score_sequences(
     model.eval()
     before: tuple[int, Callable[[], Scores], Callable[[], Scores] | None] | None = None
     for number, sequence in sequences.items():
-        asked = questions[sequence.start : sequence.stop]
-        begun = begin_scoring(model, asked, forward)
-        again = None if in_fp32 is None else partial(score_sequence, model, asked, in_fp32)
+        packed = questions[sequence.start : sequence.stop]
+        wait = begin_scoring(model, packed, forward)
+        again = None if in_fp32 is None else partial(score_sequence, model, packed, in_fp32)
         if before is not None:
             yield _checked(*before)
-        before = number, begun, again
+        before = number, wait, again
     if before is not None:
         yield _checked(*before)
 
@@ -120,7 +125,7 @@ def _checked(number: int, wait: Callable[[], Scores], again: Callable[[], Scores
             "activations are too large for fp16, so these questions are scored in fp32", sequence=number
         )
         scores = again()
-    # A model that diverged scores NaN. It has to be refused here: a maximum over NaN is still some choice.
+    # A diverged model scores NaN. It must be refused here, because a maximum over NaN still selects a choice.
     if not finite(scores):
         raise TrainingFailed(
             "the model's scores are not finite. With an adapter: it diverged; lower JOB_TRAIN__LEARNING_RATE. "

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: found by name, loaded (with the user's own questions where given), and validated before scoring."""
+"""Finds lm-eval's tasks by name, loads them (with the user's own questions, if any), and checks them before scoring."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from job.records import GroupSpec, Metric
 from job.storage.hub import hub_errors
 
 FEWSHOT_SEED = 1234
-"""With it the examples in a prompt are drawn; lm-eval's own default."""
+"""Seed with which the few-shot examples of a prompt are drawn; lm-eval's default."""
 
 
 @contextmanager
@@ -74,17 +74,17 @@ def compiled_once() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tasks:
-    """The loaded tasks, and for each where its questions come from."""
+    """The loaded tasks, and by task the source of its questions."""
 
     loaded: Any
     sources: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
-    """By task of a user's own file, or of a user's own group, the SHA-256 of the file, or of both; or of examples."""
+    """For tasks of the user's task or group files, or with the user's examples: SHA-256 of these files, by task."""
     groups: Mapping[str, GroupSpec] = field(default_factory=dict)
-    """The groups that have figures of their own."""
+    """The groups that have aggregate figures."""
 
     def metrics(self) -> dict[str, dict[str, Metric]]:
-        """By task, what is compared, by lm-eval's name of metric and filter, such as `acc,none`."""
+        """Task -> lm-eval's name of metric and filter, such as `acc,none` -> the metric that is compared."""
         return {name: _named_metrics(task) for name, task in self.loaded["tasks"].items()}
 
     def only(self, *kinds: str) -> Tasks:
@@ -108,9 +108,9 @@ class Tasks:
         }
 
     def prompts(self, limit: int | None) -> dict[str, list[str]]:
-        """By task, the text of each question as it is asked, in the order of the samples.
+        """By task, the text of each question as the model reads it, in the order of the samples.
 
-        Of tasks with a context for each choice it is all contexts and what follows them.
+        If each choice of a task has its own context, the text has all contexts and their continuations.
         """
         with compiled_once():
             return {
@@ -135,18 +135,18 @@ class Tasks:
 def load_tasks(
     names: Sequence[str], data: Mapping[str, Path], sources: Mapping[str, str], num_fewshot: int | None = None
 ) -> Tasks:
-    """Loads lm-eval's tasks, from a local file in the task's own schema where one is given, and users' own tasks.
+    """Loads lm-eval's tasks, with questions from local files if any are named, and users' own tasks.
 
     Args:
         names: lm-eval's tasks or groups of tasks, and files that describe a task (see `task_files`).
-        data: By task, a local file with its questions.
-        sources: By task, the name of that file in messages and in the manifest.
-        num_fewshot: Examples in every prompt; None for as many as each task says. Perplexity tasks have none.
+        data: Task -> local file with its questions, in the task's schema.
+        sources: Task -> name of that file in messages and in the manifest.
+        num_fewshot: Few-shot examples in every prompt; None for each task's default. Perplexity tasks have none.
 
     Raises:
         SettingsError: A task is unknown, has no metric that can be compared, or no examples for its prompts.
-        DataError: A file does not fit its task.
-        Unreachable: A task's questions have to be downloaded from the hub, and it did not answer.
+        DataError: A file does not have the schema of its task.
+        Unreachable: A task's questions must be downloaded from the hub, which did not answer.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names, own = read_files(names)
@@ -173,7 +173,7 @@ def load_tasks(
     if wrong:
         raise SettingsError(wrong)
     if few := [
-        Problem(sources[name], "holds one question; a comparison needs two") for name in rows if not rows[name][1:]
+        Problem(sources[name], "has one question; a comparison needs two") for name in rows if not rows[name][1:]
     ]:
         raise DataError(few)
     misfits = [problem for name in rows for problem in find_misfits(tasks[name], rows[name], sources[name])]
@@ -196,14 +196,14 @@ def load_tasks(
 def _with_texts(
     task: TaskFile | GroupFile, texts: Mapping[str, list[Row]], sources: Mapping[str, str]
 ) -> TaskFile | GroupFile:
-    """A task of this job with the user's own rows, if there are any."""
+    """One of this project's tasks, with the user's own rows if there are any."""
     if isinstance(task, GroupFile) or task.name not in texts:
         return task
     return replace(task, rows=dict.fromkeys(task.rows, texts[task.name]), source=sources[task.name])
 
 
 def _built(manager: Any, own: TaskFile | GroupFile, local: Mapping[str, Any]) -> Any:
-    """lm-eval's task or group of a user's file. Raises DataError where a template does not fit its first row."""
+    """lm-eval's task or group from a user's file. Raises DataError if a template fails on the first row."""
     from lm_eval.api.group import Group
 
     if isinstance(own, TaskFile):
@@ -215,12 +215,12 @@ def _built(manager: Any, own: TaskFile | GroupFile, local: Mapping[str, Any]) ->
             continue
         loaded = _load(manager, [local.get(member, member)])
         for task in [loaded["groups"][member]] if member in loaded["groups"] else loaded["tasks"].values():
-            group.add(task)  # of a tag, all its tasks
+            group.add(task)  # a tag stands for several tasks
     return group
 
 
 def _load(manager: Any, what: list[Any]) -> Any:
-    """lm-eval's tasks and groups. Raises SettingsError where a task is named twice, for instance by two groups."""
+    """lm-eval's tasks and groups. Raises SettingsError if a task is named twice, for example by two groups."""
     try:
         return manager.load(what)
     except ValueError as error:
@@ -230,7 +230,7 @@ def _load(manager: Any, what: list[Any]) -> Any:
 
 
 def _named_metrics(task: Any) -> dict[str, Metric]:
-    """What is compared of a task, by lm-eval's name of metric and filter."""
+    """The metrics of a task that are compared, by lm-eval's name of metric and filter."""
     if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
         filters = [one.name for one in task._filters]  # noqa: SLF001 - lm-eval has no public name for them
         return {f"{name},{one}": metric for one in filters for name, metric in metrics_of(task).items()}
@@ -239,10 +239,10 @@ def _named_metrics(task: Any) -> dict[str, Metric]:
 
 
 def check_choices(tasks: Tasks, needed_by: Sequence[str]) -> None:
-    """Refuses settings that are about the accuracy of choices where no task has any; logs the tasks they leave out.
+    """Refuses settings about the accuracy of choices if no task has choices; logs tasks that such settings leave out.
 
     Raises:
-        SettingsError: With all of them.
+        SettingsError: With all these settings.
     """
     if not tasks.only(MULTIPLE_CHOICE).loaded["tasks"]:
         what = "is about accuracy, and JOB_EVAL__TASKS has no multiple-choice task; add one, or remove this setting"
@@ -255,33 +255,34 @@ def check_choices(tasks: Tasks, needed_by: Sequence[str]) -> None:
 
 
 def check_gate(tasks: Tasks, metric: str, policy: Policy | None, path: str | None, only: str) -> None:
-    """Refuses a gate on what the run does not compare.
+    """Refuses a gate on metrics that the run does not compare.
 
     Args:
         tasks: From `load_tasks`.
-        metric: Of the thresholds, where there is no policy.
-        policy: The rules of `path`; None for thresholds, or no gate at all.
+        metric: JOB_GATE__METRIC; not used with a policy.
+        policy: The rules in the file `path`; None for thresholds, or no gate.
         path: The file of the policy.
-        only: Why only tasks of choices are compared, if that is so.
+        only: Why only multiple-choice tasks are compared; empty if all tasks are.
 
     Raises:
-        SettingsError: With everything that is wrong.
+        SettingsError: With all problems.
     """
-    known = tasks.metrics() | {name: dict.fromkeys(group.metrics) for name, group in tasks.groups.items()}
+    compared = tasks.metrics() | {name: dict.fromkeys(group.metrics) for name, group in tasks.groups.items()}
     if policy is not None:
         groups = {name: group.tasks for name, group in tasks.groups.items()}
-        check_policy(policy, path or "", {name: list(found) for name, found in known.items()}, groups=groups, only=only)
+        names = {name: list(metrics) for name, metrics in compared.items()}
+        check_policy(policy, path or "", names, groups=groups, only=only)
     elif metric not in CHOICES:
         measured = tasks.only(*MEASURED).metrics()
         if only:
             raise SettingsError([Problem("JOB_GATE__METRIC", f"is {metric}, which is not compared there: {only}")])
-        having = {name: named(metric, found) for name, found in measured.items()}
-        if not any(having.values()):
-            has = ", ".join(sorted({name for found in measured.values() for name in found})) or "none"
+        matching = {name: named(metric, metrics) for name, metrics in measured.items()}
+        if not any(matching.values()):
+            has = ", ".join(sorted({name for metrics in measured.values() for name in metrics})) or "none"
             what = f"is {metric}, which no task of this run has; tasks without choices have {has}"
             raise SettingsError([Problem("JOB_GATE__METRIC", what)])
-        if several := [name for name, found in having.items() if len(found) > 1]:
-            which = f"is {metric}, of which {several[0]} has several: {', '.join(having[several[0]])}"
+        if several := [name for name, names in matching.items() if len(names) > 1]:
+            which = f"is {metric}, of which {several[0]} has several: {', '.join(matching[several[0]])}"
             what = f"{which}; name one of them, or name one for each task in JOB_GATE__POLICY"
             raise SettingsError([Problem("JOB_GATE__METRIC", what)])
 
@@ -295,7 +296,7 @@ def _twice(names: Sequence[str]) -> list[str]:
 
 
 def _from_file(manager: Any, task: TaskFile) -> Any:
-    """A user's own task. Raises DataError where its templates do not fit its first row."""
+    """A user's own task. Raises DataError if a template fails on the first row."""
     splits = {split: as_dataset(rows, task.source) for split, rows in task.rows.items()}
     try:
         return manager.load([{**task.config, "custom_dataset": lambda **_: splits}])["tasks"][task.name]
@@ -305,7 +306,7 @@ def _from_file(manager: Any, task: TaskFile) -> Any:
 
 
 def _set_shots(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
-    """Sets how many examples each task's prompts have. A text whose perplexity is measured has no prompt."""
+    """Sets the number of few-shot examples of each task; 0 for perplexity tasks, which have no prompts."""
     for task in tasks.values():
         own = task.config.num_fewshot or 0
         shots = own if num_fewshot is None else num_fewshot
@@ -313,7 +314,7 @@ def _set_shots(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
 
 
 def _without_examples(name: str, task: Any) -> Problem | None:
-    """Why a task's prompts cannot have their examples; None if they can.
+    """The problem of a task that has no few-shot examples for its prompts; None if there is none.
 
     lm-eval would take the questions themselves, and show a question with its answer in its own prompt.
     """

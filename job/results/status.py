@@ -1,8 +1,8 @@
-"""The state of a run, from the records in its store alone, for `qlora-job status`.
+"""The state of a run for `qlora-job status`, from the records in its store only.
 
-An attempt writes its record (`attempts/NNNN.json`) at most every 5 seconds while it makes progress, with its stage and
-the figures of the last optimizer step (`runs.run_log.Noted`). So a run on S3 is seen as a local one is. Records of
-earlier versions lack these figures; the step is then that of the last checkpoint, and `step_from` says so.
+While it makes progress, an attempt writes its record (`attempts/NNNN.json`) at most every 5 seconds, with its stage and
+the figures of the last optimizer step (`runs.run_log.Noted`). Runs on S3 and local runs are therefore read alike.
+Records of earlier versions lack these figures; the step is then that of the last checkpoint, and `step_from` says so.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ from job.storage.open import ObjectStore, StorageOptions, open_store
 State = Literal["running", "preempted", "stalled", "finished", "failed", "not-started", "damaged"]
 
 STALLED_SECONDS = 600.0
-"""A running attempt that wrote no record for so long is `stalled`, if its record does not tell its watchdog's limit."""
+"""Seconds without a record after which a running attempt is `stalled`, if its record lacks the watchdog's limit."""
 _WATCHDOG_SHARE = 1.2
-"""The watchdog ends an attempt at up to 1.1 times its limit, and that is recorded within seconds."""
+"""An attempt is `stalled` after this multiple of its watchdog's limit. The watchdog ends it at up to 1.1 times the
+limit, and the end is recorded within seconds."""
 _READ_BACK = 20
-"""Records of so many attempts are read, newest first, for the last end and the last step."""
+"""Maximum number of attempts whose records are read, newest first, for the last end and the last step."""
 _LOOKED_AT = 10_000
-"""Objects that are looked at for runs below a folder that is none."""
+"""Maximum number of objects that are listed to find runs below a folder that is not a run."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,12 @@ class AttemptEnd:
     """How an attempt ended. `qlora-job status --format json` has these fields.
 
     Attributes:
-        attempt: Its number.
-        outcome: `preempted`, `stalled`, `failed`, `crashed` (a bug), `complete`, or `killed`: it wrote no end.
-        exit_code: Of its process; null if it was killed, completed the run, or is of a version that did not record it.
-        meaning: What the exit code means.
-        why: The error's text, without secrets; of a killed attempt what points to full main memory; null where there
-            is neither.
-        finished: When, RFC 3339 in UTC; null if it was killed.
+        attempt: Number of the attempt.
+        outcome: `preempted`, `stalled`, `failed`, `crashed` (a bug), `complete`, or `killed`: no end was recorded.
+        exit_code: Null if the attempt was killed, completed the run, or is of a version that did not record the code.
+        meaning: Meaning of the exit code.
+        why: The error's text, without secrets; for a killed attempt the evidence of full main memory; else null.
+        finished: Time of the end, RFC 3339 in UTC; null if the attempt was killed.
     """
 
     attempt: int
@@ -75,32 +75,33 @@ class AttemptEnd:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run is. `qlora-job status --format json` has these fields; null is what is not known, or does not apply.
+    """The state of a run. `qlora-job status --format json` has these fields; null: not known, or not applicable.
 
     Attributes:
         run: Path or URI of the run's folder.
-        state: `running`; `preempted`: the platform is to start the next attempt; `stalled`: no sign of life, so the
-            attempt was killed without notice, or hangs; `finished`; `failed`: the last attempt ended with an error;
-            `not-started`; `damaged`: results.json, or a file that it lists, is not whole.
-        first_stage: Whether all this is about the first stage of two, as in `JOB_TRAIN__METHOD=sft,dpo`.
+        state: `running`; `preempted`: waiting for the platform to start the next attempt; `stalled`: the attempt has
+            written no record for too long, so it was killed without notice, or hangs; `finished`; `failed`: the last
+            attempt ended with an error; `not-started`; `damaged`: results.json, or a file that it lists, is missing
+            or damaged.
+        first_stage: Whether the other fields are about the first of two stages (`JOB_TRAIN__METHOD=sft,dpo`).
         attempt: Number of the newest attempt.
-        stage: The stage that goes on, or in which the newest attempt ended.
+        stage: The current stage, or the stage in which the newest attempt ended.
         stages_done: The stages with a record, in their order; later attempts do not repeat them.
         step: The last optimizer step.
-        step_from: What `step` and the figures of the step are from: `attempt`, the newest one; `checkpoint`, from
-            which the next attempt resumes, or this one did; `training`, which is done.
-        total_steps: Number of steps; early stopping may end training before the last one.
-        loss: Of the last step; once training is done, its mean.
-        tokens_per_second: Target tokens per second of the last step; once training is done, over all steps.
-        remaining_seconds: Estimate for the steps that are left, as of the last sign of life; not for later stages.
+        step_from: Source of `step` and of the step's figures: `attempt`: the record of the newest attempt;
+            `checkpoint`: the newest checkpoint; `training`: the record of finished training.
+        total_steps: Number of planned steps; early stopping may end training earlier.
+        loss: Loss of the last step; once training is done, the mean loss of training.
+        tokens_per_second: Target tokens per second in the last step; once training is done, over all steps.
+        remaining_seconds: Estimate for the remaining steps, as of `last_sign_of_life`; without later stages.
         questions: Items scored so far outside of training: questions, rows of the safety screen, judged prompts.
-        last_sign_of_life: When the newest attempt wrote its record last, RFC 3339 in UTC.
-        silent_seconds: Seconds since then, by this machine's clock.
-        last_end: How the newest attempt that ended did so.
-        likely: Of a `stalled` run, what points to full main memory as the cause; null where nothing does.
+        last_sign_of_life: Time of the newest attempt's last record, RFC 3339 in UTC.
+        silent_seconds: Seconds since `last_sign_of_life`, by this machine's clock.
+        last_end: The end of the newest attempt that has ended.
+        likely: For a `stalled` run, evidence that full main memory is the cause; null if there is none.
         checkpoints: Steps of the checkpoints with a valid commit marker, newest first. Their files are not read.
-        gate: Of a finished run, whether its quality gate is met; null without a gate.
-        problems: Records that are damaged; the exit code is then 4.
+        gate: For a finished run, whether its quality gate is met; null without a gate.
+        problems: Damaged records; if there are any, the exit code is 4.
     """
 
     run: str
@@ -128,18 +129,19 @@ class RunStatus:
 def read_status(
     where: str, storage: StorageOptions, *, now: datetime | None = None, stalled_after: float | None = None
 ) -> RunStatus:
-    """The status of the run in a folder, given as a path or URI, which nothing is written to.
+    """Reads the status of a run; writes nothing.
 
     Args:
-        where: The folder of a run, or the `results.json` in it.
+        where: Path or URI of the run's folder, or of the `results.json` in it.
         storage: How to reach the store.
-        now: The time; None for this machine's.
-        stalled_after: After so many seconds without a sign of life a running attempt is `stalled`; None: once its own
-            watchdog would have ended it (JOB_TRAIN__STALL_SECONDS), since a long evaluation may be silent.
+        now: Current time; None for this machine's clock.
+        stalled_after: Seconds without a record after which a running attempt is `stalled`. None: the time after which
+            its own watchdog would have ended it (JOB_TRAIN__STALL_SECONDS), since long evaluations write no records.
 
     Raises:
-        SettingsError: The folder holds runs, and is none itself; or it is no path or URI.
-        AccessDenied, Unreachable: As the store says.
+        SettingsError: The folder contains runs, but is not a run; or `where` is not a path or URI.
+        AccessDenied: The store denies access.
+        Unreachable: The store cannot be reached.
     """
     now = now or datetime.now(UTC)
     store = open_store(run_folder(where), storage)
@@ -203,7 +205,15 @@ def _state(
     results: Mapping[str, Any] | None,
     stalled_after: float,
 ) -> State:
-    """The state, by the newest attempt's record; None where it has written none yet, or a damaged one."""
+    """The state of the run.
+
+    Args:
+        newest: Number of the newest attempt; 0 if there is none.
+        current: That attempt's record; None if it has written none yet, or a damaged one.
+        silent: Seconds since its last record; None if there is none.
+        results: The manifest; None if there is none.
+        stalled_after: Seconds without a record after which the attempt is `stalled`.
+    """
     if results is not None:
         return "finished"
     outcome = "running" if current is None else current.record.outcome
@@ -217,7 +227,7 @@ def _state(
 def _with_step(
     status: RunStatus, store: ObjectStore, logged: Mapping[int, LoggedAttempt], results: Mapping[str, Any] | None
 ) -> RunStatus:
-    """Adds the last step, from the best source there is."""
+    """Adds the last step: from finished training, else from the newest attempt, else from the newest checkpoint."""
     current = logged.get(status.attempt or 0)
     progress = next((n.training for one in logged.values() if (n := _noted(one)) and n.training), None)
     total = None if progress is None else progress.total_steps
@@ -237,14 +247,14 @@ def _training(logged: LoggedAttempt) -> TrainingProgress | None:
 
 
 def _trained(store: ObjectStore, results: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Steps, loss and speed of training that is done; None if it is not."""
+    """Steps, loss and speed of finished training; None if training is not finished."""
     facts: Any = results
     if facts is None:
         stored = read_record(store, stage_key(Stage.TRAIN))
         try:
             facts = {} if stored is None else unsealed(stored.data)
         except ValueError:
-            facts = {}  # the next attempt ignores it, too
+            facts = {}  # a damaged record: the next attempt ignores it, too
     training = facts.get("training")
     if not isinstance(training, dict):
         return None
@@ -258,7 +268,7 @@ def _trained(store: ObjectStore, results: Mapping[str, Any] | None) -> dict[str,
 
 
 def _parsed(store: ObjectStore, key: str, parse: Any, problems: list[Problem]) -> Any:
-    """What a file says; None if it is missing or damaged, which is added to `problems`."""
+    """The parsed file; None if it is missing, or damaged, which is added to `problems`."""
     if (stored := read_record(store, key)) is None:
         return None
     try:
@@ -269,7 +279,7 @@ def _parsed(store: ObjectStore, key: str, parse: Any, problems: list[Problem]) -
 
 
 def _logged(store: ObjectStore, numbers: list[int], problems: list[Problem]) -> dict[int, LoggedAttempt]:
-    """By number, newest first, the records of attempts, as far back as there is something to learn from them."""
+    """Records of attempts by number, newest first, back to the first that is older than the newest and had a step."""
     records: dict[int, LoggedAttempt] = {}
     for number in numbers:
         logged = _parsed(store, attempt_key(number), _parse_logged, problems)
@@ -281,10 +291,10 @@ def _logged(store: ObjectStore, numbers: list[int], problems: list[Problem]) -> 
 
 
 def _parse_logged(data: bytes) -> LoggedAttempt:
-    """An attempt's record, whose times can be read.
+    """Parses an attempt's record, and checks that its times can be read.
 
     Raises:
-        ValueError: It is none, or it was altered.
+        ValueError: The data is not such a record, or was changed.
     """
     logged = parse_logged(data)
     try:
@@ -295,10 +305,10 @@ def _parse_logged(data: bytes) -> LoggedAttempt:
 
 
 def _parse_lease(data: bytes) -> lease.LeaseRecord:
-    """A lease, whose time can be read.
+    """Parses a lease, and checks that its time can be read.
 
     Raises:
-        ValueError: It is none, or it was altered.
+        ValueError: The data is not a lease, or was changed.
     """
     record = lease.parse(data)
     _time(record.started)
@@ -306,7 +316,7 @@ def _parse_lease(data: bytes) -> lease.LeaseRecord:
 
 
 def _noted(logged: LoggedAttempt) -> Noted:
-    """When an attempt wrote its record, and at which stage; worked out for records of earlier versions."""
+    """When an attempt wrote its record, and in which stage; estimated for records of earlier versions."""
     if logged.noted is not None:
         return logged.noted
     record = logged.record
@@ -326,7 +336,7 @@ def _exit_code(logged: LoggedAttempt | None) -> int | None:
 
 
 def _last_end(logged: Mapping[int, LoggedAttempt], newest: int) -> AttemptEnd | None:
-    """The end of the newest attempt that ended; every attempt but the newest has."""
+    """The end of the newest attempt that has ended; every attempt before the newest has."""
     for number, one in logged.items():
         outcome = one.record.outcome
         if outcome == "running" and number == newest:
@@ -341,14 +351,14 @@ def _last_end(logged: Mapping[int, LoggedAttempt], newest: int) -> AttemptEnd | 
 
 
 def _why_killed(logged: Mapping[int, LoggedAttempt], number: int) -> str | None:
-    """What the next attempt found out, which could compare the kernel's counts; else what the record itself says."""
+    """Evidence of full main memory: from the next attempt, which compared the kernel's counts, else from the record."""
     next_attempt = logged.get(number + 1)
     reason = None if next_attempt is None or next_attempt.noted is None else next_attempt.noted.before
     return reason or why_killed(logged[number])
 
 
 def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | None:
-    """The manifest; None if there is none, or it is damaged. Of the files that it lists only the sizes are compared."""
+    """The manifest; None if it is missing or damaged. Only the sizes of the files that it lists are compared."""
     results: dict[str, Any] | None = _parsed(store, RESULTS, unsealed, problems)
     if results is None:
         return None
@@ -380,7 +390,7 @@ def _stages_done(store: ObjectStore) -> tuple[str, ...]:
 
 
 def _refuse_folder_of_runs(store: ObjectStore) -> None:
-    """Raises SettingsError if the folder holds runs: its path was given instead of that of one of them."""
+    """Raises SettingsError if the folder contains runs, whose path was given instead of the path of a run."""
     for info in islice(store.list(), _LOOKED_AT):
         folder, _, rest = info.key.partition("/")
         if rest in {RESULTS, LEASE} or attempt_number(rest) is not None:

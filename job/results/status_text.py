@@ -1,4 +1,4 @@
-"""The status of a run in words, as `qlora-job status` prints it."""
+"""The status of a run as text, as `qlora-job status` prints it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 def as_lines(status: RunStatus) -> list[str]:
-    """The status for people: the state, and below it what else is known."""
+    """The status as lines of text: the state, and below it everything else that is known."""
     rows = [(f"  {name}", text.replace("\N{NO-BREAK SPACE}", " ")) for name, text in _rows(status)]
     return [headline(status), *aligned(rows)]
 
 
 def headline(status: RunStatus) -> str:
-    """The state in words, which say what happens next."""
+    """The state in words, and what happens next."""
     end, silent = status.last_end, status.silent_seconds
     match status.state:
         case "running":

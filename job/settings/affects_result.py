@@ -16,20 +16,23 @@ _SAME = find_markers(Settings, SameInAllProcesses)
 
 
 def affects_result(name: str) -> bool:
-    """Whether a setting, by its dotted name, decides the result."""
+    """Whether a setting, given by its dotted name, affects the result."""
     return _EFFECTS[name].affects_result
 
 
 def decisive_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the `plain_values` of all settings those that decide the result."""
+    """The settings that affect the result, out of the `plain_values` of all settings."""
     return {name: value for name, value in values.items() if affects_result(name)}
 
 
 def common_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the `plain_values` of all settings those that all processes of a run must have alike."""
+    """The settings that must be equal in all processes of a run, out of the `plain_values` of all settings."""
     return {name: value for name, value in values.items() if affects_result(name) or name in _SAME}
 
 
 def default_settings() -> dict[str, Any]:
-    """The same with the defaults, without a preset: what a run had before a setting was added."""
+    """The settings that affect the result with their defaults and no preset.
+
+    A run that began before a setting was added has this value for it.
+    """
     return decisive_settings(plain_values(Settings()))

@@ -1,7 +1,7 @@
-"""Checks for values of settings that contradict each other, or that this machine cannot provide.
+"""Checks for settings that contradict each other, or that this machine cannot satisfy.
 
-To add a check: a function that yields a `Fault`, whose text names the fix, for each setting that has to change, and its
-line in `impossible_values`. Values that are wrong by themselves are found by the types in `schema`.
+To add a check: a function that yields a `Fault` for each setting to change, with a text that names the fix, and its
+call in `impossible_values`. Values that are invalid by themselves are refused by the types in `schema`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from job.storage.location import is_remote
 from job.storage.permissions import how_to_get_access, is_read_only
 
 Fault = tuple[str, str]
-"""(dotted name of a setting, why its value is impossible and how to fix it)."""
+"""(dotted name of a setting, why its value is impossible and the fix)."""
 _REVISIONS = find_markers(Settings, RevisionOf)
 _OWN_ADDRESS = {"gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
 _FOR_ROOT = "SageMaker mounts its folders for root; use the image that infra/sagemaker/Dockerfile builds from this one"
@@ -54,7 +54,7 @@ _FOR_ANY_STAGE = ("train.loss_on",)
 
 
 def impossible_values(settings: Settings, request: Request) -> Iterator[Fault]:
-    """Yields every value that contradicts another setting, or that this machine cannot provide.
+    """Yields every value that contradicts another setting, or that this machine cannot satisfy.
 
     Args:
         settings: All settings, each valid by itself.
@@ -92,17 +92,17 @@ def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault
                 "must be set if JOB_RUN__NODES is more than 1: host:port of machine 0, the same on all",
             )
         if run.node_rank >= run.nodes:
-            yield "run.node_rank", f"counts from 0, so it must be less than JOB_RUN__NODES, {run.nodes}; change one"
+            yield "run.node_rank", f"must be less than JOB_RUN__NODES ({run.nodes}), since it counts from 0; change one"
     several = run.nodes > 1 if place is None else place.world_size > 1
     if several and settings.sources["run.id"] == "generated":
-        yield "run.id", "must be set: each machine or process would generate another one"
+        yield "run.id", "must be set: otherwise each machine or process would generate a different one"
 
 
 def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
     output, cache = settings.run.output, settings.storage.cache
     own = copied_folder(platform.inputs) or platform.output
     if own and settings.run.nodes > 1 and Path(output).is_relative_to(own):
-        yield "run.output", "is a folder of this machine alone; with several machines set s3://bucket/prefix"
+        yield "run.output", "is a folder of this machine only; for several machines set s3://bucket/prefix"
     fix = {"fix": _FOR_ROOT} if own and Path(output).is_relative_to(own) else {}
     if not is_remote(output) and (why := _why_not_writable(Path(output) / settings.run.id, **fix)):
         yield "run.output", why
@@ -121,7 +121,7 @@ def _clouds(settings: Settings) -> Iterator[Fault]:
 
 
 def undeliverable(platform: Platform) -> Iterator[Problem]:
-    """SageMaker's result folders that cannot be written: found before training, not when the run is complete."""
+    """SageMaker's result folders that cannot be written, so that it is reported before training."""
     for folder in () if platform.delivery is None else (platform.delivery.model, platform.delivery.data):
         if why := _why_not_writable(folder, _FOR_ROOT):
             yield Problem(str(folder), why)
@@ -135,7 +135,7 @@ def _why_not_writable(path: Path, fix: str | None = None) -> str | None:
         except (FileNotFoundError, NotADirectoryError):
             if place.is_symlink():
                 return f"cannot be a folder: {place} is a broken link; give another path"
-            continue  # what matters is the nearest folder that exists
+            continue  # the nearest folder that exists decides
         except OSError as error:
             return f"cannot be written: {error.strerror}; give another path"
         if not place.is_dir():
@@ -149,7 +149,7 @@ def _why_not_writable(path: Path, fix: str | None = None) -> str | None:
 
 
 def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
-    """Revisions that are given for a path or URI, or for another repository than the one that is used."""
+    """Revisions that are set for a path or URI, or for another repository than the one that is used."""
     values = settings.model_dump(mode="json")
     for name, marker in _REVISIONS.items():
         (group, key), (subject_group, subject) = name.split("."), marker.subject.split(".")
@@ -164,15 +164,15 @@ def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
 
 
 def _other_repository(name: str, subject: str, request: Request) -> str | None:
-    """Why a revision that the user set does not belong to the repository that is used; None if it may.
+    """Why a revision that the user set does not belong to the repository that is used; None if it may belong to it.
 
-    That is so if the source of settings that gives the revision, or a weaker one that the user wrote, names another
-    repository than the strongest source does. Dropping the revision would silently unpin the run; keeping it would ask
-    the wrong repository for it.
+    It does not belong to it if the source that sets the revision, or else the next weaker source that the user wrote,
+    names another repository than the strongest source. Dropping the revision would silently unpin the run; keeping it
+    would look for it in the wrong repository.
     """
     layers = [layer.given for layer in request.layers if layer.by_user]
-    at = next((index for index, given in enumerate(layers) if name in given), len(layers))
-    written_for = next((given[subject] for given in layers[at:] if subject in given), None)
+    at = next((index for index, values in enumerate(layers) if name in values), len(layers))
+    written_for = next((values[subject] for values in layers[at:] if subject in values), None)
     used = request.strongest(subject)
     if written_for is None or used is None or same(used.value, written_for.value):
         return None
@@ -193,27 +193,27 @@ def _placement(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault
     if list(find_faults(environ)):
         return
     place, run = find_place(environ), settings.run
-    # `auto` is known when the GPUs have been counted; see `sharded_alone`.
-    known = (1 if run.processes == 1 and run.nodes == 1 else 0) if place is None else place.world_size
-    if known == 1 and (problem := sharded_alone(settings, known)) is not None:
+    # With `auto` the number is not known before the GPUs have been counted (0 here); the launcher checks it then.
+    processes = (1 if run.processes == 1 and run.nodes == 1 else 0) if place is None else place.world_size
+    if processes == 1 and (problem := sharded_alone(settings, processes)) is not None:
         yield where, problem.what
 
 
 def sharded_alone(settings: Settings, processes: int) -> Problem | None:
-    """What is wrong where the base shall be sharded over a single process; None if nothing is.
+    """The problem of a base that is to be sharded over a single process; None if there is no such problem.
 
     Args:
-        settings: Those of the run.
-        processes: Of all machines of the run.
+        settings: The run's settings.
+        processes: Number of processes on all machines of the run.
     """
     if settings.model.placement != "sharded" or processes > 1:
         return None
-    what = "is sharded, but the run has one process; start several, each with its GPU (JOB_RUN__PROCESSES; auto is one"
-    return Problem("JOB_MODEL__PLACEMENT", f"{what} for each GPU that is visible on this machine), or use gpu or host")
+    what = "is sharded, but the run has one process; start several, each with its GPU (JOB_RUN__PROCESSES=auto starts"
+    return Problem("JOB_MODEL__PLACEMENT", f"{what} one for each visible GPU), or use gpu or host")
 
 
 def _tasks(settings: Settings) -> Iterator[Fault]:
-    # A preset's file for a task that is not asked is ignored; a user's own file must be used.
+    # A preset's file for a task that is not in JOB_EVAL__TASKS is ignored; a user's own file must be used.
     source, tasks = settings.sources["eval.data"], settings.eval.tasks
     files = any(task.endswith((".yaml", ".yml")) for task in tasks)  # which may name tasks of a group
     # Names of a group's tasks begin with the group's (mmlu_anatomy); `check_tasks` checks that they are in the group.
@@ -225,15 +225,16 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
 
 
 def _prompts(settings: Settings) -> Iterator[Fault]:
-    asked, most = settings.eval.prompts, settings.eval.prompts_max_new_tokens
-    if asked is None:
+    prompts, most = settings.eval.prompts, settings.eval.prompts_max_new_tokens
+    if prompts is None:
         if not settings.sources["eval.prompts_max_new_tokens"].startswith(("default", "preset")):
             yield "eval.prompts_max_new_tokens", "has no effect without JOB_EVAL__PROMPTS; set both, or remove it"
         return
-    if isinstance(asked, int) and settings.data.validation is None:
+    if isinstance(prompts, int) and settings.data.validation is None:
         yield "eval.prompts", "is a number of validation rows; set JOB_DATA__VALIDATION, too, or name a file of prompts"
     if most >= settings.train.max_length:
-        what = f"must be less than JOB_TRAIN__MAX_LENGTH, {settings.train.max_length}, which prompt and answer share"
+        length = settings.train.max_length
+        what = f"must be less than JOB_TRAIN__MAX_LENGTH ({length}), the limit of prompt and answer together"
         yield "eval.prompts_max_new_tokens", what
 
 
@@ -252,23 +253,23 @@ def _safety(settings: Settings) -> Iterator[Fault]:
 
 
 def _judge(settings: Settings) -> Iterator[Fault]:
-    asked, names = settings.eval, ("judge", "judge_revision", "judge_model", "judge_key")
-    given = [name for name in names if settings.sources[f"eval.{name}"] != "default"]
-    if asked.principles is None:
-        for name in given:
+    evaluation, names = settings.eval, ("judge", "judge_revision", "judge_model", "judge_key")
+    set_by_user = [name for name in names if settings.sources[f"eval.{name}"] != "default"]
+    if evaluation.principles is None:
+        for name in set_by_user:
             yield f"eval.{name}", "has no effect without JOB_EVAL__PRINCIPLES; set both, or remove it"
         return
-    if asked.judge is None:
+    if evaluation.judge is None:
         yield "eval.principles", "needs a judge: set JOB_EVAL__JUDGE to a model or the address of a server"
-    if asked.prompts is None:
+    if evaluation.prompts is None:
         yield "eval.principles", "needs answers to judge; set JOB_EVAL__PROMPTS, too"
-    if is_server(asked.judge or ""):
-        if asked.judge_model is None:
+    if is_server(evaluation.judge or ""):
+        if evaluation.judge_model is None:
             yield "eval.judge_model", "must be set if JOB_EVAL__JUDGE is a server: the name of the model on it"
-        if asked.judge_revision is not None:
+        if evaluation.judge_revision is not None:
             yield "eval.judge_revision", "is a commit of a hub repository, but JOB_EVAL__JUDGE is a server; remove it"
     else:
-        for name in set(given) & {"judge_model", "judge_key"}:
+        for name in set(set_by_user) & {"judge_model", "judge_key"}:
             yield f"eval.{name}", "is for a server, but JOB_EVAL__JUDGE is not an http:// address; remove it"
 
 
@@ -283,8 +284,8 @@ def _sources(settings: Settings) -> Iterator[Fault]:
 def _validation(settings: Settings) -> Iterator[Fault]:
     data, train = settings.data, settings.train
     if settings.lora.kind == "adalora":  # its ranks are final only at the end of the schedule
-        asked = {"train.stop_after": train.stop_after is not None, "train.keep": train.keep == "best"}
-        for name in (name for name, given in asked.items() if given):
+        needs_final_ranks = {"train.stop_after": train.stop_after is not None, "train.keep": train.keep == "best"}
+        for name in (name for name, is_set in needs_final_ranks.items() if is_set):
             yield name, "does not work with JOB_LORA__KIND=adalora, whose ranks are only known at the end; remove it"
     for name, revision, validation in (
         ("data.validation", data.validation_revision, data.validation),
@@ -293,20 +294,20 @@ def _validation(settings: Settings) -> Iterator[Fault]:
         if revision is not None and not isinstance(validation, str):
             yield f"{name}_revision", f"is for a hub id, but {environment_name(name)} is not one; remove it"
     if data.validation is None:
-        given = {"train.validate_every_steps": train.validate_every_steps, "train.stop_after": train.stop_after}
-        named = [name for name, value in given.items() if value is not None]
-        for name in [*named, *(["train.keep"] if train.keep == "best" else [])]:
+        intervals = {"train.validate_every_steps": train.validate_every_steps, "train.stop_after": train.stop_after}
+        needless = [name for name, value in intervals.items() if value is not None]
+        for name in [*needless, *(["train.keep"] if train.keep == "best" else [])]:
             yield name, "needs a validation loss; set JOB_DATA__VALIDATION, such as 0.05, or remove it"
 
 
 def _gate(settings: Settings) -> Iterator[Fault]:
     gain, loss = settings.gate.min_delta, settings.gate.max_regression
     if settings.gate.policy is not None:
-        given = {"gate.min_delta": gain, "gate.max_regression": loss}
-        for name in [name for name, value in given.items() if value is not None]:
+        thresholds = {"gate.min_delta": gain, "gate.max_regression": loss}
+        for name in [name for name, value in thresholds.items() if value is not None]:
             yield name, "is a rule for all tasks, but JOB_GATE__POLICY has rules by task; remove one of the two"
         if settings.sources["gate.metric"] != "default":
-            yield "gate.metric", "is named by task in JOB_GATE__POLICY; remove it here"
+            yield "gate.metric", "has no effect with JOB_GATE__POLICY, which names the metric of each task; remove it"
         return
     if settings.sources["gate.metric"] != "default" and gain is None and loss is None:
         yield "gate.metric", "has no threshold; set JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
@@ -328,15 +329,15 @@ def _export(settings: Settings) -> Iterator[Fault]:
     if export.hub_revision is not None and export.hub is None:
         yield (
             "export.hub_revision",
-            "is a branch of JOB_EXPORT__HUB, which is not set; set it, or remove this",
+            "is a branch of JOB_EXPORT__HUB, which is not set; set JOB_EXPORT__HUB, or remove the branch",
         )
     if not needs_merge(export.formats) and settings.sources["export.merge_onto"] != "default":
         yield "export.merge_onto", "has no effect without a merged model in JOB_EXPORT__FORMATS; add one, or remove it"
-    calibrated = [name for name, found in EXPORT_FORMATS.items() if found.calibrated]
+    calibrated = [name for name, form in EXPORT_FORMATS.items() if form.calibrated]
     if not any(find_format(name).calibrated for name in export.formats):
         for name in ("export.calibration_rows", "export.quantization_steps"):
             if settings.sources[name] != "default":
-                yield name, f"has an effect with JOB_EXPORT__FORMATS={' or '.join(calibrated)} only; remove it"
+                yield name, f"has an effect only with JOB_EXPORT__FORMATS={' or '.join(calibrated)}; remove it"
 
 
 def _schedule(settings: Settings) -> Iterator[Fault]:
@@ -345,11 +346,11 @@ def _schedule(settings: Settings) -> Iterator[Fault]:
         having = " or ".join(name for name, spec in SCHEDULERS.items() if spec.has_minimum)
         yield "train.min_lr_ratio", f"has no effect with JOB_TRAIN__SCHEDULER={train.scheduler}; use {having}"
     if train.scheduler != "warmup_stable_decay" and settings.sources["train.decay_ratio"] != "default":
-        yield "train.decay_ratio", "has an effect with JOB_TRAIN__SCHEDULER=warmup_stable_decay only"
+        yield "train.decay_ratio", "has an effect only with JOB_TRAIN__SCHEDULER=warmup_stable_decay; remove it"
     if train.scheduler == "warmup_stable_decay" and (train.warmup_ratio or 0) + train.decay_ratio > 1:
-        yield "train.decay_ratio", "and JOB_TRAIN__WARMUP_RATIO are more than all steps together; lower one"
+        yield "train.decay_ratio", "and JOB_TRAIN__WARMUP_RATIO together exceed 1, the share of all steps; lower one"
     if train.warmup_ratio is not None and settings.sources["train.warmup_steps"] != "default":
-        yield "train.warmup_ratio", "is set as well as JOB_TRAIN__WARMUP_STEPS; keep one of the two"
+        yield "train.warmup_ratio", "and JOB_TRAIN__WARMUP_STEPS are both set; keep one of the two"
 
 
 def _adapter(settings: Settings) -> Iterator[Fault]:
@@ -358,7 +359,7 @@ def _adapter(settings: Settings) -> Iterator[Fault]:
         other = "USE_DORA" if lora.use_dora else "KIND=adalora"
         yield (
             "train.optimizer",
-            f"is muon, which is for matrices, and JOB_LORA__{other} trains vectors, too; use another",
+            f"is muon, which updates matrices only, but JOB_LORA__{other} trains vectors, too; use another",
         )
     if lora.kind == "adalora":
         others = ("init", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
@@ -372,12 +373,12 @@ def _adapter(settings: Settings) -> Iterator[Fault]:
         return
     for name in ("init_rank", "tinit", "tfinal", "delta_t", "orth_reg_weight"):
         if settings.sources[f"lora.{name}"] != "default":
-            yield f"lora.{name}", "has an effect with JOB_LORA__KIND=adalora only"
+            yield f"lora.{name}", "has an effect only with JOB_LORA__KIND=adalora; remove it"
     yield from _init(settings)
 
 
 def _experts(settings: Settings) -> Iterator[Fault]:
-    """What adapters of experts exclude: options that PEFT lacks for them, and merging, which leaves experts out."""
+    """What JOB_LORA__EXPERTS excludes: options that PEFT lacks for experts, and merging, which leaves experts out."""
     if not settings.lora.experts:
         return
     plain = Lora()
@@ -410,16 +411,16 @@ def _init(settings: Settings) -> Iterator[Fault]:
 
 
 def _method(settings: Settings) -> Iterator[Fault]:
-    """What contradicts the training method: rows of another schema, and settings that it would ignore."""
+    """What contradicts the training method: rows of another schema, and settings without effect."""
     train, method = settings.train, METHODS[settings.train.last_method]
     if settings.data.format != "auto" and settings.data.format not in method.schemas:
         fitting = " or ".join(methods_for(settings.data.format))
-        what = f"is {settings.data.format}, which JOB_TRAIN__METHOD={train.method} cannot learn from; {fitting} can"
+        what = f"is {settings.data.format}, which JOB_TRAIN__METHOD={train.method} cannot train on; {fitting} can"
         yield "data.format", what
     for name, methods in _ONLY_FOR.items():
-        given = not settings.sources[name].startswith(("default", "preset"))
-        learned = train.method.split(",") if name in _FOR_ANY_STAGE else [train.last_method]
-        if given and not set(learned) & set(methods):
+        set_by_user = not settings.sources[name].startswith(("default", "preset"))
+        used_methods = train.method.split(",") if name in _FOR_ANY_STAGE else [train.last_method]
+        if set_by_user and not set(used_methods) & set(methods):
             what = f"has no effect with JOB_TRAIN__METHOD={train.method}, only with {' and '.join(methods)}; remove it"
             yield name, what
     if settings.lora.start is not None or not train.is_one_stage:
@@ -446,19 +447,19 @@ def _compute(settings: Settings) -> Iterator[Fault]:
     if settings.run.device == "cpu":
         yield name, "is fp8, which a CPU does not compute; remove it, or JOB_RUN__DEVICE=cpu"
     if settings.model.dtype not in {"auto", "bf16"}:
-        yield name, f"is fp8, which needs JOB_MODEL__DTYPE=bf16 or auto, and that is {settings.model.dtype}; change one"
-    slower = {
+        yield name, f"is fp8, which needs JOB_MODEL__DTYPE=bf16 or auto, not {settings.model.dtype}; change one"
+    needs_peft = {
         "LORA__KIND": lora.kind != "lora",
         "LORA__USE_DORA": lora.use_dora,
         "LORA__MODULES_TO_SAVE": lora.modules_to_save,
         "MODEL__ADD_TOKENS": settings.model.add_tokens,
     }
-    if needed := [f"JOB_{setting}" for setting, given in slower.items() if given]:
-        others = " and ".join(needed)
-        yield name, f"is fp8, which only the job's fused layers compute, and not with {others}; remove one"
+    if excluded := [f"JOB_{setting}" for setting, is_set in needs_peft.items() if is_set]:
+        others = " and ".join(excluded)
+        yield name, f"is fp8, which needs the job's fused layers; these do not support {others}; remove one"
     if any(METHODS[method].reference for method in settings.train.method.split(",")):
         why = "its rounding would count as a difference from the reference"
-        yield name, f"is fp8, which is not for JOB_TRAIN__METHOD={settings.train.method}: {why}; remove one of the two"
+        yield name, f"is fp8, which excludes JOB_TRAIN__METHOD={settings.train.method}: {why}; remove one of the two"
 
 
 def _start(settings: Settings) -> Iterator[Fault]:

@@ -1,4 +1,4 @@
-"""The types of settings: each reads text, is lenient about spelling and strict about meaning.
+"""The types of settings. Each reads text: different spellings of a value are accepted, ambiguous values are not.
 
 Most settings arrive as text (environment, command line, SageMaker), so every type reads text. No message here repeats
 the value: a secret that was put into the wrong variable must not get into logs and failure files.
@@ -32,7 +32,7 @@ _COUNT = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _MANY_PASSES = 1e6
 _RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", re.ASCII)
-_DEPTH = 2  # group and name; what lies deeper is an item of a value
+_DEPTH = 2  # group and name; a deeper location is an item of a value
 _WHOLE, _NUMERIC = "must be a whole number, such as 16", "must be a number, such as 0.5 or 2e-4"
 _IN_WORDS: Mapping[tuple[str, object], str] = {
     **{(kind, None): _WHOLE for kind in ("int_parsing", "int_from_float", "int_type")},
@@ -83,7 +83,7 @@ def _no_flag(value: object) -> object:
 
 
 def _passes(value: object) -> object:
-    """A whole number stays an `int`, so that it is written as it was given."""
+    """A whole number stays an `int`, so that the manifest writes 2 and not 2.0."""
     try:
         number = float(str(value))
     except ValueError:
@@ -130,15 +130,15 @@ def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _layers(value: object) -> object:
-    """`0-15,20` -> each number, ascending; a list stays what it is."""
+    """`0-15,20` -> each number; a list is returned unchanged."""
     if not isinstance(value, str) or value.lstrip().startswith("["):
         return _items(value)
     numbers: list[int] = []
     for part in value.split(","):
-        found = _RANGE.fullmatch(part.strip())
-        if found is None:
-            raise ValueError("must be numbers and ranges with commas between them, such as 0-15,20")
-        first, last = int(found[1]), int(found[2] or found[1])
+        match = _RANGE.fullmatch(part.strip())
+        if match is None:
+            raise ValueError("must be numbers and ranges separated by commas, such as 0-15,20")
+        first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError("has a range whose end is before its start; swap them")
         numbers += range(first, last + 1)
@@ -167,7 +167,7 @@ def _pairs(value: object) -> object:
         return _parsed(value)
     pairs = [item.partition("=") for item in value.split(",")] if value.strip() else []
     if not all(equals for _, equals, _ in pairs):
-        raise ValueError("must be name=value pairs with commas between them, such as a=x,b=y, or a JSON object")
+        raise ValueError("must be name=value pairs separated by commas, such as a=x,b=y, or a JSON object")
     if len({name.strip() for name, _, _ in pairs}) < len(pairs):
         raise ValueError("has the same name twice; remove one")
     return {name.strip(): item.strip() for name, _, item in pairs}
@@ -195,7 +195,7 @@ def _json_object(value: object) -> object:
         value = _parsed(value) if value.lstrip().startswith("{") else {} if not value.strip() else value
     if not isinstance(value, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in value):
         raise ValueError('must be a JSON object whose keys are names, such as {"enable_thinking": false}')
-    value = dict(value)  # settings are frozen: what is copied from others is no dict
+    value = dict(value)  # a value copied from other settings, which are frozen, is a MappingProxyType
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
@@ -211,11 +211,11 @@ def _parsed(text: str) -> object:
 
 
 _ONE_SLASH = re.compile(r"[a-z][a-z0-9]+:/")
-"""As a local path it would be a folder of a machine that is lost."""
+"""`s3:/bucket`: read as a local path, it would put the results into a folder that is lost with the machine."""
 
 
 def _location(text: str) -> str:
-    """A path or hub id as it is; a URI, such as `s3://bucket/key`, checked, and without the slash at its end."""
+    """A path or hub id unchanged; a URI, such as `s3://bucket/key`, checked, and without a trailing slash."""
     if text.startswith("~"):
         raise ValueError("~ is not expanded; write the whole path")
     scheme, separator, rest = text.partition("://")
@@ -225,9 +225,7 @@ def _location(text: str) -> str:
         return text
     if scheme not in schemes():
         known = ", ".join(f"{known}://bucket/key" for known in schemes())
-        raise ValueError(
-            f"is a URI of an unknown store; known are {known}; use one of those, a path, or a hub id such as org/name"
-        )
+        raise ValueError(f"is a URI of an unknown store; use {known}, a path, or a hub id such as org/name")
     bucket, _, key = rest.rstrip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise ValueError(
@@ -240,7 +238,7 @@ def _location(text: str) -> str:
 
 
 def _sources(text: str) -> str:
-    """One place as `_location` has it, or several with amounts, each checked."""
+    """One location, checked by `_location`, or several with amounts, each location checked."""
     sources = parse_sources(text)
     if is_single(sources) and sources[0].place == text:
         return _location(text)
@@ -250,7 +248,7 @@ def _sources(text: str) -> str:
 
 
 def _https_address(secret: SecretStr) -> SecretStr:
-    """Refuses what is no https:// address with a host; the message does not quote it."""
+    """Refuses anything but an https:// address with a host; the message does not quote it."""
     try:
         parts = urlsplit(secret.get_secret_value())
         valid = parts.scheme == "https" and bool(parts.hostname) and parts.port != 0
@@ -276,16 +274,16 @@ def _local(text: str) -> str:
 def _endpoint(text: str) -> str:
     try:
         parts = urlsplit(text)
-        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # malformed brackets or port
-        fine = False
-    if not fine or "@" in text or "?" in text or "#" in text:
+        valid = False
+    if not valid or "@" in text or "?" in text or "#" in text:
         raise ValueError("must be http(s)://host[:port], without user, password, query or fragment")
     return text
 
 
 def is_server(text: str) -> bool:
-    """Whether a judge is named by the address of a server."""
+    """Whether JOB_EVAL__JUDGE is the address of a server, and not a model."""
     return text.startswith(("http://", "https://"))
 
 
@@ -321,12 +319,12 @@ def _held_out(value: object) -> object:
     if type(value) is float and 0 < value < 1:
         return value
     raise ValueError(
-        "must be a share between 0 and 1, such as 0.05, a whole number of rows of at least 2, or a source of its own"
+        "must be a share between 0 and 1, such as 0.05, a whole number of rows of at least 2, or a separate source"
     )
 
 
 def _prompts(value: object) -> object:
-    """A number of prompts, or a place."""
+    """A number of prompts, or the location of a file."""
     if isinstance(value, str):
         text = value.strip()
         if not _NUMBER.fullmatch(text):
@@ -346,7 +344,7 @@ def _judged(text: str) -> str:
     try:
         return text if text == "adapter" else _export_format(text)
     except ValueError as error:
-        raise ValueError(f"must be adapter, or an exported format, which {error}") from None
+        raise ValueError(f"must be adapter, or an exported format; a format {error}") from None
 
 
 def _public_name(text: str) -> str:
@@ -404,13 +402,13 @@ RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Location = Annotated[Text, AfterValidator(_location)]
 LocationOrServer = Annotated[Text, AfterValidator(_location_or_server)]
 DataSources = Annotated[Text, AfterValidator(_sources)]
-"""One source, or several with how much of each is used; `common.source_list` has the spelling."""
+"""One source, or several with how much of each is used; the syntax is in `common.source_list`."""
 Secret = Annotated[SecretStr, AfterValidator(_one_line)]
 SecretAddress = Annotated[Secret, AfterValidator(_https_address)]
-"""Never shown: written as asterisks, also into the manifest."""
+"""Never printed or logged; in the manifest it is written as asterisks."""
 LocalPath = Annotated[Text, AfterValidator(_local)]
 HeldOut = Annotated[int | float | Text, BeforeValidator(_held_out)]
-"""What to validate on: a share of the rows, a number of rows, or a source of its own."""
+"""What to validate on: a share of the rows, a number of rows, or a separate source."""
 Prompts = Annotated[int | Text, BeforeValidator(_prompts)]
 """A file of prompts, or a number of validation rows."""
 PublicName = Annotated[Text, AfterValidator(_public_name)]
@@ -424,7 +422,7 @@ Day = Annotated[Text, AfterValidator(_day)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
 ExportName = Annotated[Text, AfterValidator(_export_format)]
-"""A name of `common.export_formats`, with its type if it has any."""
+"""A name in `common.export_formats`, with its type if the format has types (`gguf:q8_0`)."""
 ExportFormats = Annotated[tuple[ExportName, ...], BeforeValidator(_items), AfterValidator(_unique)]
 Judged = Annotated[Text, AfterValidator(_judged)]
 """`adapter`, or the name of an exported format."""
@@ -433,7 +431,7 @@ JsonObject = Annotated[Mapping[Text, Any], BeforeValidator(_json_object)]
 Layers = Annotated[tuple[Whole, ...], BeforeValidator(_layers), Field(min_length=1), AfterValidator(_ascending)]
 Pattern = Annotated[Mapping[Text, Count], BeforeValidator(_pairs), AfterValidator(_expressions)]
 OnFinding = Annotated[Mapping[Text, Action], BeforeValidator(_on_finding), AfterValidator(_known_kinds)]
-"""Kind of finding, or `all` for those that are not named -> what becomes of rows that have one."""
+"""Kind of finding, or `all` for the kinds that are not named -> what is done with rows that have such a finding."""
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]
 
 

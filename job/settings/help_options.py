@@ -1,4 +1,4 @@
-"""Settings as options of the command line, for `--help`: each with its documentation, and its type in words."""
+"""Settings as options of the command line, for `--help`: each with its documentation and a readable type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from job.settings.schema import READING, Options, Settings
 
 
 def add_options(parser: ArgumentParser, *, reading: bool = False) -> None:
-    """Adds every setting as an option with its documentation, for `--help`; with `reading` those for readers only."""
+    """Adds every setting as an option with its documentation, for `--help`.
+
+    Args:
+        parser: Receives the options.
+        reading: Add only the settings that commands use which read published runs.
+    """
     from pydantic import create_model
     from pydantic_settings import BaseSettings, CliSettingsSource
 
@@ -39,7 +44,7 @@ _IN_WORDS = (
     (r"^\{N,NUMBER,TEXT\}$", "NUMBER|TEXT"),
     (r"^\{(\{.*\}),(.*)\}$", r"\1|\2"),
 )
-"""How `--help` writes the types that pydantic-settings names as Python does."""
+"""Names of types as pydantic-settings writes them -> as `--help` shows them."""
 _DEFAULTS = (
     (r"\(default factory:\s+_record_all\)", "(default: record)"),
     (r" \(default factory: new_run_id\)", ""),  # the field's documentation says it
@@ -50,7 +55,7 @@ _DEFAULTS = (
 
 
 def _add_in_words(parser: ArgumentParser, *names: str, **how: Any) -> Any:
-    """`add_argument`, with types and defaults in words that need no Python."""
+    """`add_argument`, with types and defaults readable without knowing Python."""
     group, _, key = names[0].removeprefix("--").partition(".")
     fields = Settings.model_fields[group].annotation.model_fields if key else Settings.model_fields  # type: ignore[union-attr]
     choices = get_args(fields[key or group].annotation)

@@ -1,4 +1,4 @@
-"""`Layer`: what one source of settings gives: values with their origin, and the problems found in it."""
+"""`Layer`: the values that one source of settings has, and the problems in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from job.errors import Problem
 
 @dataclass(frozen=True)
 class GivenValue:
-    """A raw value, and a description of where it was given."""
+    """A raw value, and the source it comes from, in words for messages."""
 
     value: object
     source: str
@@ -17,9 +17,9 @@ class GivenValue:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one source gives by dotted name, and what is wrong with it there.
+    """The values of one source by dotted name, and the problems in it.
 
-    `by_user` is whether it is what the user wrote, and not from a preset or the platform.
+    `by_user`: whether the user wrote the values; false for presets and the platform's defaults.
     """
 
     given: dict[str, GivenValue] = field(default_factory=dict)

@@ -60,12 +60,12 @@ PROJECT = "qlora-job"
 def load_settings(
     arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None, *, options: Sequence[str] = ()
 ) -> Settings:
-    """The settings that all sources add up to, by the precedence in `Settings.settings_customise_sources`.
+    """The settings from all sources, by the precedence in `Settings.settings_customise_sources`.
 
     Args:
-        arguments: The command line behind the command, without its own options.
+        arguments: The command line after the command, without the command's own options.
         environ: The environment; None for that of this process.
-        options: The command's own options, without dashes, to name the one that a mistyped setting may mean.
+        options: The command's own options, without dashes: an error about a mistyped setting may suggest one.
 
     Raises:
         SettingsError: With all problems at once, each with the place its value came from.
@@ -101,7 +101,7 @@ def known_machine(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
 
 
 def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
-    """The settings for a command that only reads published runs: how to reach them, and how to log.
+    """The settings of a command that only reads published runs: access to the store, and logging.
 
     All other settings are returned with their defaults, even if the environment sets them for a run.
 
@@ -123,14 +123,14 @@ def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | Non
 
 
 def _read(request: Request, names: Collection[str]) -> tuple[Settings, dict[str, Problem]]:
-    """Settings made of the valid values of these names, and by name a problem for each invalid one."""
+    """Settings with the valid values of these names, and by name a problem for each invalid value."""
     wrong: dict[str, Problem] = {}
     try:
         settings = Settings(_request=request)  # type: ignore[call-arg]  # not a setting: the sources find it there
     except ValidationError as error:
         for record in error.errors(include_url=False, include_input=False):
             group, both = str(record["loc"][0]), ".".join(map(str, record["loc"][:2]))
-            name = both if both in NAMES else group  # what lies deeper is an item of a value
+            name = both if both in NAMES else group  # a deeper location is an item of a value
             wrong.setdefault(name, Problem(setting_at(name, request.given[name].source), explain(record)))
     wrong = {name: problem for name, problem in wrong.items() if name in names}
     given = {name: item for name, item in request.given.items() if name in names and name not in wrong}
@@ -172,7 +172,7 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     files = _secret_files(environ.get(environment_name(SECRETS_DIR)))
     texts = [*environ.items(), *files.items()]
     named = [value for name, value in texts if _SECRET.search(name)]
-    in_urls = [found for _, value in texts for found in _LOGIN.findall(value)]
+    in_urls = [login for _, value in texts for login in _LOGIN.findall(value)]
     in_headers = [
         part
         for name, value in texts
@@ -180,12 +180,15 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
         for pair in value.split(",")
         for part in (pair.partition("=")[2].strip(), *unquote(pair.partition("=")[2]).split())
     ]
-    found = dict.fromkeys([*named, *in_urls, *in_headers])
-    return tuple(secret for secret in found if len(secret) >= _SHORTEST_SECRET)
+    values = dict.fromkeys([*named, *in_urls, *in_headers])
+    return tuple(secret for secret in values if len(secret) >= _SHORTEST_SECRET)
 
 
 def _secret_files(folder: str | None) -> dict[str, str]:
-    """The texts of the small files in JOB_SECRETS_DIR by name; of a folder that cannot be read none: it is refused."""
+    """The texts of the small files in JOB_SECRETS_DIR, by name.
+
+    Empty if the folder cannot be read: `SecretsFolder` then reports it.
+    """
     try:
         paths = [path for path in Path(folder).iterdir() if path.is_file()] if folder else []
         return {
@@ -203,37 +206,37 @@ def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> di
     The project is None if the user set the tracker's own variable for it, which the tracker reads itself.
     """
     environ = os.environ if environ is None else environ
-    given = {name for name, value in environ.items() if value}
-    found: dict[str, str | None] = {}
+    variables = {name for name, value in environ.items() if value}
+    projects: dict[str, str | None] = {}
     if settings.log.trackers == "off":
-        return found
-    if environ.get("WANDB_MODE") != "disabled" and given & {"WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"}:
-        found["wandb"] = None if "WANDB_PROJECT" in given else PROJECT
-    if "MLFLOW_TRACKING_URI" in given:
-        found["mlflow"] = None if given & {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} else PROJECT
-    return found
+        return projects
+    if environ.get("WANDB_MODE") != "disabled" and variables & {"WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"}:
+        projects["wandb"] = None if "WANDB_PROJECT" in variables else PROJECT
+    if "MLFLOW_TRACKING_URI" in variables:
+        projects["mlflow"] = None if variables & {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} else PROJECT
+    return projects
 
 
 def exporters(settings: Settings, environ: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """The exporters of figures that are asked for (see `tracking.live_metrics`), each with its arguments.
+    """The metrics exporters to start (see `tracking.live_metrics`), by name, each with its arguments.
 
-    OTLP is asked for by OpenTelemetry's own variables, which the SDK reads itself; the report to a TrainJob by those
-    that Kubeflow Trainer gives its pods.
+    OTLP is configured by OpenTelemetry's own variables, which its SDK reads itself; the report to a TrainJob by the
+    variables that Kubeflow Trainer sets in its pods.
     """
     environ = os.environ if environ is None else environ
-    found: dict[str, dict[str, Any]] = {}
+    arguments: dict[str, dict[str, Any]] = {}
     disabled = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    chosen = {name.strip() for name in (environ.get("OTEL_METRICS_EXPORTER") or "otlp").split(",")}
-    if "otlp" in chosen and not disabled and (_otlp("ENDPOINT", environ)):
-        found["otlp"] = {"protocol": _otlp("PROTOCOL", environ) or "http/protobuf"}
+    otel_exporters = {name.strip() for name in (environ.get("OTEL_METRICS_EXPORTER") or "otlp").split(",")}
+    if "otlp" in otel_exporters and not disabled and (_otlp("ENDPOINT", environ)):
+        arguments["otlp"] = {"protocol": _otlp("PROTOCOL", environ) or "http/protobuf"}
     if settings.metrics.port is not None:
-        found["prometheus"] = {"port": settings.metrics.port}
+        arguments["prometheus"] = {"port": settings.metrics.port}
     if url := environ.get("KUBEFLOW_TRAINER_SERVER_URL"):
         files = {"token": "KUBEFLOW_TRAINER_SERVER_TOKEN", "authority": "KUBEFLOW_TRAINER_SERVER_CA_CERT"}
-        found["train-job"] = {"url": url} | {name: environ.get(variable, "") for name, variable in files.items()}
+        arguments["train-job"] = {"url": url} | {name: environ.get(variable, "") for name, variable in files.items()}
     if settings.metrics.pod_annotation:
-        found["pod-annotation"] = _pod(environ)
-    return found
+        arguments["pod-annotation"] = _pod(environ)
+    return arguments
 
 
 def _pod(environ: Mapping[str, str]) -> dict[str, str]:

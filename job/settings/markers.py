@@ -1,7 +1,7 @@
-"""Markers: metadata of a setting beside its type and default, on the fields in `schema`.
+"""Markers: what a field in `schema` says about a setting beside its type, default and documentation.
 
-A marker is metadata of the field (`Annotated`); pydantic ignores it, and `find_markers` finds it. On the field of a
-group, such as `Settings.storage`, it holds for every setting of the group.
+A marker is metadata of the field (`Annotated`), which pydantic ignores and `find_markers` reads. On the field of a
+group, such as `Settings.storage`, it applies to every setting of the group.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ResultEffect:
-    """Whether the setting decides what the run computes, or only how the computation is carried out."""
+    """Whether the setting affects what the run computes, or only how the computation is carried out."""
 
     affects_result: bool
 
 
 AffectsResult = Annotated[T, ResultEffect(affects_result=True)]
-"""The setting decides the result: a run that is resumed must have the same value."""
+"""The setting affects the result: an attempt that resumes a run must have the same value."""
 ExecutionOnly = Annotated[T, ResultEffect(affects_result=False)]
-"""The setting decides how the run is carried out, never what it computes: attempts of a run may differ in it."""
+"""The setting affects how the run is carried out, never what it computes: attempts of a run may differ in it."""
 
 
 @dataclass(frozen=True)
 class BelongsTo:
-    """A preset's value of this setting applies only to the preset's own `subject`, and is dropped if that is changed.
+    """A preset's value of this setting is dropped if the setting `subject` has another value than in the preset.
 
-    Values that users set, in whatever source, are never dropped.
+    Values that users set, in any source, are never dropped.
     """
 
     subject: str
@@ -41,19 +41,22 @@ class BelongsTo:
 
 @dataclass(frozen=True)
 class RevisionOf:
-    """The setting is a revision of the hub repository that `subject` names, and invalid for any other."""
+    """The setting is a revision of the hub repository in the setting `subject`; invalid if that is a path or URI."""
 
     subject: str
 
 
 @dataclass(frozen=True)
 class SameInAllProcesses:
-    """Processes that have different values would wait for each other without end, although the result is the same."""
+    """The setting must be equal in all processes of a run, although it does not affect the result.
+
+    With different values, the processes would wait for each other forever.
+    """
 
 
 @dataclass(frozen=True)
 class SageMakerChannel:
-    """The setting may come as the SageMaker input channel of this name."""
+    """The SageMaker input channel of this name sets the setting."""
 
     name: str
 
@@ -67,11 +70,14 @@ Marker = TypeVar("Marker", ResultEffect, BelongsTo, RevisionOf, SameInAllProcess
 
 
 def find_markers(settings: type[BaseModel], kind: type[Marker]) -> dict[str, Marker]:
-    """Dotted name of each setting that has a marker of this kind -> the marker; a field's own before its group's."""
+    """Dotted name of each setting that has a marker of this kind -> the marker.
+
+    A marker on the field replaces one on its group.
+    """
     return {
         name: marker
         for name, fields in _fields(settings)
-        for marker in [next((found for field in fields for found in field.metadata if isinstance(found, kind)), None)]
+        for marker in [next((item for field in fields for item in field.metadata if isinstance(item, kind)), None)]
         if marker is not None
     }
 

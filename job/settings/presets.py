@@ -1,7 +1,7 @@
 """Presets: named sets of values that replace the defaults in `schema`.
 
-To add one: an entry here, and its name in the type of `Settings.preset`. A value for a setting in the groups `model`
-and `data`, or for another setting that is marked with `BelongsTo`, counts for the preset's own model and data only.
+To add one: an entry here, and its name in the type of `Settings.preset`. Values for the groups `model` and `data`, and
+for other settings marked with `BelongsTo`, apply only while the preset's own model or data is used.
 """
 
 from __future__ import annotations

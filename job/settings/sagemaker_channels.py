@@ -4,8 +4,8 @@
     model         JOB_MODEL__ID: the channel's folder, in the hub's layout
     evaluation    JOB_EVAL__DATA: files named after their tasks, `arc_easy.jsonl`
 
-The fields in `schema` are marked with the channel (`SageMakerChannel`). A channel of another name counts if a setting
-names a path in it: `config=/opt/ml/input/data/conf/job.yaml`.
+The fields in `schema` are marked with the channel (`SageMakerChannel`). A channel of another name is accepted if a
+setting has a path in it: `config=/opt/ml/input/data/conf/job.yaml`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from job.settings.layers import GivenValue, Layer
 
 
 def read_channels(inputs: Path | None, channels: Mapping[str, str], mentioned: Collection[str] = ()) -> Layer:
-    """The settings that channels stand for.
+    """The settings that the job's input channels set.
 
     Args:
         inputs: SageMaker's folder of inputs, with `config/inputdataconfig.json` and the channels below `data/`.
-        channels: Name of a channel -> dotted name of the setting it stands for (`SageMakerChannel` in the schema).
-        mentioned: Texts that may name a path in a channel. A channel that nothing uses is an error: its name
-            may be misspelt, and the run would train on other data.
+        channels: Name of a channel -> dotted name of the setting that it sets (`SageMakerChannel` in the schema).
+        mentioned: Texts that may contain a path in a channel. A channel that nothing uses is an error: its name may
+            be misspelt, and the run would train on other data.
     """
     layer = Layer()
     if inputs is None or not (listing := inputs / "config/inputdataconfig.json").is_file():
@@ -55,7 +55,7 @@ def read_channels(inputs: Path | None, channels: Mapping[str, str], mentioned: C
 
 
 def _unusable(channel: object) -> str | None:
-    """Why a channel cannot be used as it was requested; None when it can."""
+    """Why a channel cannot be used as it is configured; None if it can."""
     channel = channel if isinstance(channel, Mapping) else {}
     if channel.get("TrainingInputMode") == "Pipe":
         return "is a pipe, which can be read only once; set its input mode to File or FastFile"

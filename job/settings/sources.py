@@ -1,9 +1,8 @@
 """The places that settings come from, as sources of pydantic-settings; `Settings` has them in order of precedence.
 
 pydantic-settings calls the sources one after the other, the strongest first, and merges what they return. A source here
-returns raw values, which the fields' types then interpret (`field_types`), and notes in the `Request` where each value
-came from. What pydantic-settings does not report is reported by these sources: names that are no settings, and all
-problems at once instead of the first.
+returns raw values, which the fields' types then interpret (`field_types`), and records in the `Request` where each
+value came from. Unlike pydantic-settings' own sources, these report unknown names, and all problems at once.
 
 How to add a source: a subclass of `Source` with `_read`, and its place in `Settings.settings_customise_sources`.
 """
@@ -80,37 +79,37 @@ _ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     "excess_length_strategy": ("data.on_long_row",),
     "output_dir": ("run.output",),
 }
-"""Names that TRL, PEFT and axolotl have -> the settings that do the same here, where difflib would find others."""
+"""Names of options in TRL, PEFT and axolotl -> the settings that do the same here; difflib would suggest others."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One reading of the settings: where to look, and what each source gave, the strongest first."""
+    """One reading of the settings: where to look, and the values of each source, the strongest first."""
 
     arguments: Sequence[str]
     environ: Mapping[str, str]
     platform: Platform
     options: Sequence[str] = ()
-    """The command's own options, without dashes, which a mistyped name on the command line may be meant for."""
+    """The command's own options, without dashes, to suggest for a mistyped name on the command line."""
     layers: list[Layer] = field(default_factory=list)
 
     @property
     def given(self) -> dict[str, GivenValue]:
-        """Dotted name -> the value of the strongest source that gives one."""
+        """Dotted name -> the value of the strongest source that has one."""
         return {name: item for layer in reversed(self.layers) for name, item in layer.given.items() if name != CONFIG}
 
     @property
     def problems(self) -> list[Problem]:
-        """What is wrong within each source, the weakest source first."""
+        """The problems of all sources, the weakest source first."""
         return [problem for layer in reversed(self.layers) for problem in layer.problems]
 
     def strongest(self, name: str) -> GivenValue | None:
-        """The value that the sources read so far give for a setting; None if they give none."""
+        """The value of a setting in the strongest of the sources read so far; None if none has it."""
         return next((layer.given[name] for layer in self.layers if name in layer.given), None)
 
 
 class Source(PydanticBaseSettingsSource, ABC):
-    """A place that settings come from. It is read after all stronger ones, and can see in `request` what they gave."""
+    """A source of settings. It is read after all stronger sources, whose values are in `request`."""
 
     def __init__(self, settings_cls: type[BaseSettings], request: Request) -> None:
         super().__init__(settings_cls)
@@ -119,7 +118,7 @@ class Source(PydanticBaseSettingsSource, ABC):
 
     @abstractmethod
     def _read(self) -> Layer:
-        """What this source gives, by dotted name, and what is wrong with it."""
+        """The values of this source by dotted name, and the problems in it."""
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - pydantic-settings' signature
         """Required by the base class, but not called: `__call__` returns all values at once."""
@@ -157,7 +156,7 @@ def _canonical(key: str) -> str:
 
 
 def setting_at(name: str, source: str) -> str:
-    """How a message names a setting and where its value came from: `JOB_TRAIN__EPOCHS (file job.yaml)`."""
+    """A setting and the source of its value, as messages name them: `JOB_TRAIN__EPOCHS (file job.yaml)`."""
     variable = environment_name(name)
     return f"{variable} ({'environment' if source == f'environment {variable}' else source})"
 
@@ -281,7 +280,7 @@ class Hyperparameters(Source):
 class ConfigFile(Source):
     """The YAML or TOML file that `--config` or JOB_CONFIG names.
 
-    pydantic-settings' own readers are not used: they treat a missing file, and one that holds a list, as empty.
+    pydantic-settings' own readers are not used: they treat a missing file, and one that contains a list, as empty.
     """
 
     def _read(self) -> Layer:
@@ -312,15 +311,15 @@ class SageMakerChannels(Source):
 
 
 class Preset(Source):
-    """The values of the chosen preset, without those that apply to a model or data set that was replaced.
+    """The values of the selected preset, without those for a model or data set that was replaced.
 
-    A preset's revision, number of rows or need for a GPU were chosen for the model and the data that it names
-    (`BelongsTo` in the schema). For another model or data set they do not apply, and the defaults are used.
+    A preset's revision, number of rows or need for a GPU apply to the model and data that it names (`BelongsTo` in the
+    schema). With another model or data set the defaults are used instead.
     """
 
     def _read(self) -> Layer:
-        chosen = self.request.strongest("preset")
-        name = chosen.value if chosen else next(iter(PRESETS))
+        selected = self.request.strongest("preset")
+        name = selected.value if selected else next(iter(PRESETS))
         values = PRESETS.get(name, {}) if isinstance(name, str) else {}
         return Layer(
             {
@@ -348,7 +347,7 @@ class PlatformDefaults(Source):
     def _read(self) -> Layer:
         platform = self.request.platform
         folder = copied_folder(platform.inputs) or platform.output
-        said = {
+        values = {
             **find_machines(platform).settings,
             "run.id": platform.run_id,
             "run.output": folder and str(folder),
@@ -356,14 +355,14 @@ class PlatformDefaults(Source):
         }
         output = self.request.strongest("run.output")
         if folder and (output is None or Path(str(output.value)).is_relative_to(folder)):
-            said["checkpoint.settle_seconds"] = COPIED_WITHIN_SECONDS
-        given = {name: GivenValue(value, "platform") for name, value in said.items() if value is not None}
+            values["checkpoint.settle_seconds"] = COPIED_WITHIN_SECONDS
+        given = {name: GivenValue(value, "platform") for name, value in values.items() if value is not None}
         given.setdefault("run.id", GivenValue(new_run_id(), "generated"))
         return Layer(given, by_user=False)
 
 
 def _decoded(value: object, *, group: bool) -> object:
-    """A hyperparameter's value, for a group of settings or for one of them."""
+    """A hyperparameter's value; with `group`, the hyperparameter may be a JSON object of a group's settings."""
     if not isinstance(value, str):
         return value
     try:
@@ -377,14 +376,14 @@ def _decoded(value: object, *, group: bool) -> object:
 
 
 def _python_literal(text: str) -> object:
-    """What `str` made this text of, if that was None, a list, a tuple or a dict; else the text."""
+    """The value of None, a list, a tuple (returned as a list) or a dict in Python's notation; other text unchanged."""
     if text != "None" and not text.startswith(("[", "(", "{")):
         return text
     try:
-        found = ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
-    return list(found) if isinstance(found, tuple) else found
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _parse_yaml(text: str) -> object:
@@ -418,7 +417,7 @@ def _from_tree(
 
 
 def _leaves(tree: Mapping[object, object], prefix: str, groups: Collection[str]) -> Iterator[tuple[str, object]]:
-    """(dotted key, value) of a mapping whose groups may be nested mappings or dotted keys. An empty group is fine."""
+    """(dotted key, value) of a mapping whose groups may be nested mappings or dotted keys. A group may be empty."""
     for key, value in tree.items():
         if not prefix and _canonical(str(key)) in groups and (value is None or isinstance(value, Mapping)):
             yield from _leaves(value or {}, f"{key}.", groups)
@@ -434,7 +433,7 @@ def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str]
         what = f"is a group of settings; use one of its settings, such as {members[0]}"
         return Problem(where + shown, what)
     if own := _ELSEWHERE.get(_canonical(key).rpartition(".")[2]):
-        return Problem(where + shown, f"is not a setting; here that is {' or '.join(map(spell, own))}")
+        return Problem(where + shown, f"is not a setting of this job; use {' or '.join(map(spell, own))}")
     groups = {name.partition(".")[0] for name in names if "." in name}
     if group := get_close_matches(_canonical(key[:_SHOWN_NAME]), groups, n=1, cutoff=_NEAR_GROUP):
         return Problem(where + shown, f"is not a setting; the nearest is the group of settings {spell(group[0])}")
@@ -446,6 +445,6 @@ def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str]
 
 
 def _nearest(key: str, names: Collection[str]) -> list[str]:
-    """The names that a mistyped one may stand for: those of this name in any group, else the most similar one."""
+    """Suggestions for a mistyped name: settings of this name in any group, else the most similar name."""
     of_a_group = [name for name in names if "." not in key and name.rpartition(".")[2] == key]
     return of_a_group or get_close_matches(key, names, n=1)

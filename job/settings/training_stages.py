@@ -1,8 +1,8 @@
-"""Several methods in one run: `JOB_TRAIN__METHOD=sft,dpo` stands for two runs, one after the other.
+"""Several methods in one run: `JOB_TRAIN__METHOD=sft,dpo` is carried out as two runs, one after the other.
 
-The first one fine-tunes, in the folder `sft` of the run's folder. The second starts from its adapter, which is also the
-reference model of the preferences. Each is a whole run with its own checkpoints and results, so each resumes by itself;
-why, is in .github/decisions/0019-training-stages-are-runs.md.
+The first fine-tunes, in the folder `sft` of the run's folder. The second starts from the adapter of the first, which is
+also the reference model of the preferences. Each is a whole run with its own checkpoints and results, so each resumes
+by itself; the reasons are in .github/decisions/0019-training-stages-are-runs.md.
 """
 
 from __future__ import annotations
@@ -18,44 +18,44 @@ from job.settings.sources import nested
 from job.storage.location import join
 
 SUFFIX = "-sft"
-"""What the id of the first stage ends with, in logs and trackers."""
+"""Suffix of the first stage's run id, in logs and trackers."""
 _LONGEST_ID = 128
 _LEFT = {
     *("train.beta", "train.preference_loss", "train.label_smoothing", "train.desirable_weight"),
     "train.undesirable_weight",
     *FIRST_STAGE_SETTINGS.values(),
 }
-"""Settings of preferences and of two stages, which the first stage is without."""
+"""Settings of preferences and of two-stage runs; the first stage has their defaults."""
 _OF_THE_WHOLE = ("gate.", "export.", "eval.prompts", "eval.principles", "eval.judge", "sign.")
-"""Settings that begin so are left out in the first stage as well: they are about what the last one publishes."""
+"""Prefixes of settings about what the last stage publishes; the first stage has their defaults, too."""
 
 _VALIDATION = {
     *("data.validation", "data.validation_revision", "data.validation_split"),
     *("train.validate_every_steps", "train.stop_after", "train.keep"),
 }
-"""Settings that the first stage is without, too, where the rows for validation have a source: it holds pairs."""
+"""The first stage has the defaults of these, too, if JOB_DATA__VALIDATION is a source: its rows are preferences."""
 _OWN = {environment_name(name): environment_name(own) for name, own in FIRST_STAGE_SETTINGS.items()}
 
 
 def split_stages(settings: Settings) -> tuple[Settings, ...]:
-    """The settings of each stage, in their order; those of the whole are those of its last stage."""
+    """The settings of each training stage, in their order; the last stage has the settings of the run unchanged."""
     if settings.train.is_one_stage:
         return (settings,)
-    given = {name: value for name, value, _ in describe(settings)}
+    of_run = {name: value for name, value, _ in describe(settings)}
     own = {
         "run.id": f"{settings.run.id[: _LONGEST_ID - len(SUFFIX)]}{SUFFIX}",
         "train.method": SFT,
         **{
-            name: given[of_first]
+            name: of_run[of_first]
             for name, of_first in FIRST_STAGE_SETTINGS.items()
-            if name not in INHERITED or given[of_first] is not None
+            if name not in INHERITED or of_run[of_first] is not None
         },
     }
-    pairs = "data.validation" not in own and isinstance(settings.data.validation, str)
-    left = _LEFT | _VALIDATION if pairs else _LEFT
-    plain = {name: value for name, value, _ in describe(Settings())}
-    defaults = {name: value for name, value in plain.items() if name in left or name.startswith(_OF_THE_WHOLE)}
-    values = given | own | defaults
+    validates_on_pairs = "data.validation" not in own and isinstance(settings.data.validation, str)
+    reset = _LEFT | _VALIDATION if validates_on_pairs else _LEFT
+    all_defaults = {name: value for name, value, _ in describe(Settings())}
+    defaults = {name: value for name, value in all_defaults.items() if name in reset or name.startswith(_OF_THE_WHOLE)}
+    values = of_run | own | defaults
     first = Settings(**nested(values))
     sources = dict(settings.sources) | dict.fromkeys(own, f"first stage of {settings.run.id}")
     first.keep_sources(sources | dict.fromkeys(defaults, "default"))
@@ -65,10 +65,11 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
 
 @contextmanager
 def naming_its_settings(part_of: str | None) -> Iterator[None]:
-    """Within it, errors about a first stage's data name the settings that it comes from: `JOB_DATA__SFT_SOURCE`.
+    """Context manager in which errors of a first stage name the settings of that stage, such as `JOB_DATA__SFT_SOURCE`.
 
     Args:
-        part_of: The run that the stage is the first one of, as `Settings.part_of` has it; None for a run of its own.
+        part_of: `Settings.part_of` of the stage: the id of its run if it is a first stage. If None, errors are raised
+            unchanged.
     """
     try:
         yield
@@ -80,22 +81,22 @@ def naming_its_settings(part_of: str | None) -> Iterator[None]:
 
 
 def _renamed(text: str) -> str:
-    return re.sub(r"\bJOB_\w+", lambda found: _OWN.get(found[0], found[0]), text)
+    return re.sub(r"\bJOB_\w+", lambda match: _OWN.get(match[0], match[0]), text)
 
 
 def folder_of(settings: Settings) -> str:
-    """Where a run's files lie: below the output, or, for a first stage, below the run that it belongs to."""
+    """Folder of a run's files: below JOB_RUN__OUTPUT, or, for a first stage, below the folder of its run."""
     if settings.part_of is None:
         return join(settings.run.output, settings.run.id)
     return join(join(settings.run.output, settings.part_of), FIRST_STAGE)
 
 
 def start_of(settings: Settings, adapter: str) -> str | None:
-    """Where the adapter lies that training starts from: the setting, or what the stage before published.
+    """Location of the adapter that training starts from: JOB_LORA__START, or the adapter of the previous stage.
 
     Args:
-        settings: Those of a stage.
-        adapter: Where a run's adapter lies below the run's folder.
+        settings: Settings of one stage.
+        adapter: Path of the adapter within a run's folder.
     """
     if settings.train.is_one_stage:
         return settings.lora.start

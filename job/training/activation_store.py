@@ -1,7 +1,7 @@
-"""Tensors of the forward pass that wait for the backward pass: on the GPU, or in pinned host memory.
+"""Keeps tensors of the forward pass for the backward pass: on the GPU, or in pinned host memory.
 
-Copies run on a stream of their own, beside the computation: out as soon as a tensor is there, and back one tensor
-ahead, in the reverse order. A copy changes no bit.
+Copies run on their own stream, concurrently with the computation: to the host as soon as a tensor is computed, and back
+in reverse order, one group before it is needed. A copy changes no bit.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ import torch
 from job.common.pinned_memory import pin, unpin
 
 HostBuffers = dict[int, torch.Tensor]
-"""Pinned memory by place in the store, (bytes,) uint8. Kept from step to step: to pin memory takes a while."""
+"""Index of a group in the store -> its pinned memory, (bytes,) uint8. Kept from step to step: pinning is slow."""
 
 
 def pinned(size: int, device: torch.device) -> torch.Tensor:
-    """So many bytes of host memory, (size,) uint8, pinned if the device is a GPU.
+    """Host memory, (size,) uint8, pinned if the device is a GPU.
+
+    Args:
+        size: In bytes.
+        device: Where the tensors are computed.
 
     Raises:
-        RuntimeError: The machine has too little memory, or does not allow that much to be pinned; it says "out of
-            memory", so the step is repeated with less.
+        RuntimeError: The machine has too little memory, or does not allow that much to be pinned. The message contains
+            "out of memory", so that the step is repeated with less memory.
     """
     memory = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda" and size and not pin(memory, device):
@@ -34,7 +38,7 @@ def pinned(size: int, device: torch.device) -> torch.Tensor:
 
 
 def release(buffers: HostBuffers, device: torch.device) -> None:
-    """Gives pinned memory back."""
+    """Unpins and frees the buffers."""
     if device.type == "cuda":
         unpin([memory for memory in buffers.values() if len(memory)], device)
     buffers.clear()
@@ -42,7 +46,7 @@ def release(buffers: HostBuffers, device: torch.device) -> None:
 
 @cache
 def _copy_stream(device: torch.device) -> Any:
-    """One stream for all stores: a copy that is in progress after an error is done before the next one begins."""
+    """One stream for all stores: a copy that is still running after an error ends before the next store's copies."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -50,26 +54,26 @@ class ActivationStore:
     """A stack of groups of tensors, kept on the device or copied to the host. Used in a `with` statement.
 
     Args:
-        device: Where they are computed.
-        host: Buffers in host memory, which are made as they are needed; None to leave the tensors where they are.
+        device: Where the tensors are computed.
+        host: Buffers in host memory, allocated here when needed; None to keep the tensors on the device.
     """
 
     def __init__(self, device: torch.device, host: HostBuffers | None) -> None:
         self._device, self._host = device, host
         self._stream = _copy_stream(device) if host is not None and device.type == "cuda" else None
         self._kept: list[Sequence[torch.Tensor]] = []
-        """By place: the tensors themselves, or what they are copied to."""
+        """By index of the group: its tensors, or their copies in host memory."""
         self._leaving: deque[tuple[Any, Sequence[torch.Tensor]]] = deque()
-        """Tensors that are being copied out, with the event after which their memory may be used again."""
+        """Tensors that are being copied to the host, with the event after which their memory may be reused."""
         self._coming: tuple[int, Any, Sequence[torch.Tensor]] | None = None
-        """The group that is being copied back: its place, the event after which it is there, its tensors."""
+        """The group that is being copied back: its index, the event after which it is complete, its tensors."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._stream is not None:
-            # After an error, copies may be in progress from and to memory that is freed now.
+            # After an error, copies may still be running from and to memory that is freed now.
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self._kept.clear()
         self._leaving.clear()
@@ -85,7 +89,7 @@ class ActivationStore:
             for copy, tensor in zip(copies, tensors, strict=True):
                 copy.copy_(tensor)
         else:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # they have to be computed first
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # the tensors must be computed first
             with torch.cuda.stream(self._stream):
                 for copy, tensor in zip(copies, tensors, strict=True):
                     copy.copy_(tensor, non_blocking=True)
@@ -94,55 +98,55 @@ class ActivationStore:
         self._kept.append(copies)
 
     def settle(self, waiting: int = 0) -> None:
-        """Frees the device's tensors of all groups that are being copied to the host, but the last `waiting` of them.
+        """Drops the device tensors of all groups that are being copied to the host, except the last `waiting` groups.
 
-        What runs later on the current stream waits for the copies on the GPU, without the host: freed memory that it
-        writes to is no longer read.
+        Later work on the current stream waits, on the GPU, for these copies, so it cannot overwrite freed memory that
+        is still being read. The host does not wait.
         """
         while len(self._leaving) > waiting:
             done, _ = self._leaving.popleft()
             torch.cuda.current_stream(self._device).wait_event(done)
 
     def take(self) -> Sequence[torch.Tensor]:
-        """Removes the last group and returns it, on the device; starts to copy the one before it back."""
-        place = len(self._kept) - 1
+        """Removes the last group and returns it, on the device; starts to copy the group before it back."""
+        index = len(self._kept) - 1
         if self._host is None:
             return self._kept.pop()
-        if self._coming is None or self._coming[0] != place:
-            self._fetch(place)
+        if self._coming is None or self._coming[0] != index:
+            self._fetch(index)
         assert self._coming is not None  # noqa: S101 - for the type
-        _, there, tensors = self._coming
+        _, copied, tensors = self._coming
         self._coming = None
-        if there is not None:
-            torch.cuda.current_stream(self._device).wait_event(there)
+        if copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(copied)
         self._kept.pop()
-        if place:
-            self._fetch(place - 1)
+        if index:
+            self._fetch(index - 1)
         return tensors
 
-    def _fetch(self, place: int) -> None:
-        # Allocated on the current stream, where they are used; their memory may be in use there until now.
-        tensors = [torch.empty(x.shape, dtype=x.dtype, device=self._device) for x in self._kept[place]]
-        there = None
+    def _fetch(self, index: int) -> None:
+        # Allocated on the current stream, where they are used; earlier work there may still use their memory.
+        tensors = [torch.empty(x.shape, dtype=x.dtype, device=self._device) for x in self._kept[index]]
+        copied = None
         if self._stream is None:
-            for tensor, copy in zip(tensors, self._kept[place], strict=True):
+            for tensor, copy in zip(tensors, self._kept[index], strict=True):
                 tensor.copy_(copy)
         else:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
-                for tensor, copy in zip(tensors, self._kept[place], strict=True):
+                for tensor, copy in zip(tensors, self._kept[index], strict=True):
                     tensor.copy_(copy, non_blocking=True)
-                there = self._stream.record_event()
-        self._coming = place, there, tensors
+                copied = self._stream.record_event()
+        self._coming = index, copied, tensors
 
-    def _buffers(self, place: int, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Tensors like these in host memory, one behind the other in the buffer of this place."""
+    def _buffers(self, index: int, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Tensors of these shapes and dtypes in host memory, contiguous views of the buffer of this index."""
         assert self._host is not None  # noqa: S101 - for the type
         sizes = [x.numel() * x.element_size() for x in tensors]
-        if place in self._host and len(self._host[place]) < sum(sizes):  # of a shorter row
-            release({place: self._host.pop(place)}, self._device)
-        if place not in self._host:
-            self._host[place] = pinned(sum(sizes), self._device)
-        memory = self._host[place]
+        if index in self._host and len(self._host[index]) < sum(sizes):  # allocated for a shorter row
+            release({index: self._host.pop(index)}, self._device)
+        if index not in self._host:
+            self._host[index] = pinned(sum(sizes), self._device)
+        memory = self._host[index]
         parts = memory[: sum(sizes)].split_with_sizes(sizes)
         return [part.view(x.dtype).view(x.shape) for part, x in zip(parts, tensors, strict=True)]

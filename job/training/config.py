@@ -1,4 +1,4 @@
-"""What training is given, calls and returns, as plain values. No torch."""
+"""Arguments, callbacks and result of training, as plain values. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from job.records import ExecutionPlan, StepMetrics, ValidationMetrics
 
 @dataclass(frozen=True)
 class Preference:
-    """How preferences are learned: the settings of `train` that only these methods have, by the same names."""
+    """How to train on preferences: the settings of `train` that only these methods have, with the same names."""
 
     method: MethodName
     beta: float = 0.1
@@ -47,30 +47,33 @@ class Recipe:
     optimizer: str
     save_every_steps: int
     validate_every_steps: int | None = None
-    """None where nothing is validated."""
+    """None if there is no validation."""
     stop_after: int | None = None
     keep: str = "last"
     data_seed: int | None = None
-    """Of the order of the examples; None for `seed`, which is that of dropout and noise as well."""
+    """Seed of the order of the examples; None to use `seed`, which also seeds dropout and noise."""
     min_lr_ratio: float = 0.0
     decay_steps: int = 0
     """Used by the schedulers that have them, see `common/schedulers.py`."""
     neftune_noise_alpha: float = 0.0
     label_smoothing: float = 0.0
-    """Of `sft`; that of preferences is in `preference`."""
+    """For `sft`; for preferences see `preference`."""
     preference: Preference | None = None
-    """None for `sft`, where the loss is over every target token."""
+    """None for `sft`, whose loss is summed over all target tokens."""
 
 
 @dataclass(frozen=True)
 class Hooks:
     """Callbacks of training.
 
-    `on_metrics` gets the metrics of each step, `on_save` the folder of a written checkpoint and its step. `stop` says
-    whether the job has to stop; if so, `fits` says whether there is time to compute the given share of a step and to
-    save after it. `on_write` gets the seconds that it took to write a checkpoint to the local disk. `on_validation`
-    gets each validation that is made, and `on_progress` is called a few times in the course of one, and with each layer
-    of a long row.
+    Attributes:
+        on_metrics: Called with the metrics of each step.
+        on_save: Called with the folder of a written checkpoint, and its step.
+        stop: Whether the job has to stop.
+        fits: If so, whether there is time to compute the given share of a step and to save a checkpoint after it.
+        on_write: Called with the seconds that writing a checkpoint to the local disk took.
+        on_validation: Called with the metrics of each validation.
+        on_progress: Called a few times during a validation, and at each layer of a long row.
     """
 
     on_metrics: Callable[[StepMetrics], None]
@@ -97,7 +100,7 @@ class Trained:
 
 
 def total_steps(rows: int, global_batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps of the run; of a fraction of an epoch, a part of a step is a whole one."""
+    """Optimizer steps of the run. With a fraction of an epoch, the number of steps is rounded up."""
     steps = ceil(epochs * batch_plan.steps_per_epoch(rows, global_batch_size))
     return steps if max_steps is None else min(steps, max_steps)
 

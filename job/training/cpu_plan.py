@@ -1,4 +1,4 @@
-"""Whether a CPU keeps activations for the backward pass, or computes them again."""
+"""Whether activations are kept for the backward pass or recomputed, in training on a CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from job.common.resources import available_bytes
 from job.training.memory_model import Setup, activation_bytes
 
 SHARE = 0.3
-"""Share of the available memory that activations on a CPU may take by the formula, which leaves out dropout's masks
-(half as much again), gradients, optimizer states and other processes."""
+"""Share of the available memory that activations on a CPU may take by the formula. The rest is for what the formula
+leaves out: dropout's masks (half the size of the activations), gradients, optimizer states and other processes."""
 
 
 def keeps_activations(setup: Setup, tokens: int, processes: int) -> bool:
@@ -19,8 +19,8 @@ def keeps_activations(setup: Setup, tokens: int, processes: int) -> bool:
 
     Args:
         setup: What is trained.
-        tokens: Of the largest micro-batch.
-        processes: How many train on this machine.
+        tokens: Tokens of the largest micro-batch.
+        processes: Number of training processes on this machine.
     """
     return processes * activation_bytes(replace(setup, recompute=False), tokens) <= SHARE * available_bytes()
 
@@ -28,7 +28,10 @@ def keeps_activations(setup: Setup, tokens: int, processes: int) -> bool:
 def plan_activations(
     model: Any, setup: Setup | None, tokens: int, processes: int, *, recompute: bool | Literal["auto"]
 ) -> tuple[bool, str]:
-    """Whether PEFT's layers keep activations, and the reason: as set, or with `auto` on a CPU with enough memory."""
+    """Whether PEFT's layers keep activations, and the reason for the log.
+
+    By the setting; with `auto`, only on a CPU with enough memory. The reason is empty if memory was not compared.
+    """
     if recompute != "auto":
         return not recompute, ""
     if model.device.type != "cpu" or setup is None:

@@ -31,17 +31,21 @@ class _Recording:
 class CudaGraphs:
     """Called with tensors, computes the same as `work`, with one launch per call.
 
-    Only such work can be recorded: without host synchronization (no `.item()`, no shape that depends on values),
-    without random numbers, and with static addresses: besides its inputs it reads and writes only tensors that keep
-    their addresses, and only its output is used after it. What it does depends only on its inputs' shapes and values.
+    Work can be recorded only if it
+
+    - does not synchronize with the host: no `.item()`, no shape that depends on values;
+    - draws no random numbers;
+    - has static addresses: besides its inputs it reads and writes only tensors that keep their addresses, and only its
+      output is used afterwards;
+    - depends only on shapes and values of its inputs.
+
+    The tensor that a call returns is overwritten by the next call.
 
     Args:
-        work: As above. Returns one tensor.
+        work: Work as described above, which returns one tensor.
         first: Inputs for a warm-up call without recording: libraries allocate their workspaces when first called,
             which is not allowed while recording.
         leaves: Tensors whose gradients the work computes.
-
-    What a call returns is valid until the next call, which overwrites it.
     """
 
     def __init__(self, work: Work, first: tuple[torch.Tensor, ...], leaves: Sequence[torch.nn.Parameter] = ()) -> None:
@@ -61,23 +65,24 @@ class CudaGraphs:
         if shapes not in self._recordings:
             return self._run_unrecorded(inputs)
         recording = self._recordings[shapes]
-        # In place: the graph reads the addresses that it was recorded with. Same stream, so it waits for the copies.
+        # In place, because the graph reads the addresses that it was recorded with. The graph waits for the copies,
+        # which are on the same stream.
         for recorded, value in zip(recording.inputs, inputs, strict=True):
             recorded.copy_(value)
         recording.graph.replay()
         return recording.output
 
     def prepare(self, *inputs: torch.Tensor) -> None:
-        """Records the work for inputs of these shapes, without doing it."""
+        """Records the work for inputs of these shapes, without computing it."""
         shapes = tuple(x.shape for x in inputs)
         if shapes not in self._recordings and self.possible:
             self._record(shapes, inputs)
 
     def _record(self, shapes: tuple[torch.Size, ...], inputs: tuple[torch.Tensor, ...]) -> None:
-        """Records.
+        """Records the work; if that fails for another reason than memory, sets `possible` to false.
 
         Raises:
-            torch.OutOfMemoryError: There is no memory for it; recording stays possible once there is.
+            torch.OutOfMemoryError: There is too little memory; a later call may record.
         """
         graph, kept = torch.cuda.CUDAGraph(), tuple(x.clone() for x in inputs)
         forget_accumulators(self._leaves)
@@ -101,7 +106,7 @@ class CudaGraphs:
         get_logger().warning("CUDA graphs cannot be captured: kernels are launched one by one", reason=reason)
 
     def _run_unrecorded(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Does the work kernel by kernel, on the stream of the recordings."""
+        """Computes the work kernel by kernel, on the stream of the recordings."""
         current = torch.cuda.current_stream()
         # The streams wait for each other on the GPU, without the host: the recording stream for the inputs, the current
         # stream for the output.
@@ -113,11 +118,12 @@ class CudaGraphs:
 
 
 def forget_accumulators(leaves: Sequence[torch.nn.Parameter]) -> None:
-    """Has autograd make new nodes for what adds to the leaves' gradients, on the stream of their next use.
+    """Makes autograd create new AccumulateGrad nodes for the leaves, on the stream of their next use.
 
-    As long as anything keeps an earlier graph, its nodes are used again, on the stream on which they were made: the
-    default one, on which nothing can be recorded. Torch makes new ones for a leaf whose dtype has changed. Neither the
-    leaf's memory nor its gradient's changes, and the earlier graph adds to the same gradient.
+    While anything keeps an earlier autograd graph alive, its AccumulateGrad nodes are reused, on the stream on which
+    they were created: the default stream, on which nothing can be recorded. torch creates new nodes for a leaf whose
+    dtype has changed, so the dtype is changed and restored. The memory of the leaf and of its gradient stays the same,
+    and the earlier autograd graph still adds to this gradient.
     """
     for leaf in leaves:
         data = leaf.data
@@ -126,10 +132,10 @@ def forget_accumulators(leaves: Sequence[torch.nn.Parameter]) -> None:
 
 
 def _end_allocations(pool: Any) -> None:
-    """After a failed recording: tells torch's allocator that it is over, or it could free none of its memory again."""
+    """After a failed recording, ends it for torch's allocator too, which otherwise could not free memory any more."""
     device = torch.cuda.current_device()
     try:
         torch._C._cuda_endAllocateToPool(device, pool)  # noqa: SLF001 - as `torch.cuda.use_mem_pool` does
-    except RuntimeError:  # torch has done it, and says that there is nothing to end
+    except RuntimeError:  # torch has already ended it
         return
-    torch._C._cuda_releasePool(device, pool)  # noqa: SLF001 - a graph whose recording has failed does not
+    torch._C._cuda_releasePool(device, pool)  # noqa: SLF001 - a graph whose recording has failed does not release it

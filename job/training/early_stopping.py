@@ -1,6 +1,6 @@
-"""What follows from the validation losses: the best step, when training stops early, and which adapter is kept.
+"""Decisions by the validation losses: the best step, when training stops early, and which adapter is kept.
 
-Pure functions of the losses, so that a restart decides as the attempt before it did, and `verify` can decide again.
+Pure functions of the losses, so that a restart decides like the attempt before it, and `verify` can recompute them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from job.records import ValidationMetrics, ValidationRecord
 
 @dataclass(frozen=True)
 class Progress:
-    """The best validation so far: its step and loss, and how many validations came after it without a lower loss."""
+    """The step and loss of the best validation so far, and the number of validations since (`stale`)."""
 
     best_step: int
     best_loss: float
     stale: int
 
     def stopped(self, stop_after: int | None) -> bool:
-        """Whether training ends here, given the patience."""
+        """Whether training ends here; `stop_after` is JOB_TRAIN__STOP_AFTER."""
         return stop_after is not None and self.stale >= stop_after
 
 
@@ -43,18 +43,18 @@ def due_steps(every_steps: int, total_steps: int) -> list[int]:
 def validation_record(
     validations: Sequence[ValidationMetrics], *, every_steps: int, total_steps: int, stop_after: int | None, keep: str
 ) -> ValidationRecord:
-    """The manifest's `training.validation`, from all validations of a run that is complete."""
-    found = progress(validations)
+    """The manifest's `training.validation`, from all validations of a complete run."""
+    best = progress(validations)
     last = validations[-1]
-    kept = validations[-1 - found.stale] if keep == "best" else last
+    kept = validations[-1 - best.stale] if keep == "best" else last
     return ValidationRecord(
         every_steps=every_steps,
         count=len(validations),
         first_loss=validations[0].loss,
         last_loss=last.loss,
-        best_loss=found.best_loss,
-        best_step=found.best_step,
-        stale=found.stale,
+        best_loss=best.best_loss,
+        best_step=best.best_step,
+        stale=best.stale,
         stop_after=stop_after,
         planned_steps=total_steps,
         stopped_early=last.step < total_steps,

@@ -1,4 +1,4 @@
-"""Chooses the execution plan on a GPU: the token budget, where the base lies, and what is kept instead of recomputed.
+"""Chooses the execution plan on a GPU: token budget, placement of the base, and what is kept instead of recomputed.
 
 Whether something is kept or recomputed does not change the result's bits; the token budget of a micro-batch does. So
 the budget depends only on the GPU's total memory, which is the same on every machine of this kind, and the other
@@ -37,8 +37,8 @@ Source: torch 2.11, `aten/src/ATen/native/cuda/GroupedBlas.cpp`, `_grouped_mm_cu
 FP8_CAPABILITY = (8, 9)
 """The lowest compute capability with FP8 matrix products: Ada's."""
 _REST_BYTES = 4 * GIB
-"""What the formulas leave out: tiles of the loss, CUDA graphs, the adapter's copies. 4.1 GiB in the run that the
-docstring of `kept_activation_bytes` names."""
+"""Memory that the formulas leave out: tiles of the loss, CUDA graphs, the adapter's copies. 4.1 GiB in the run in the
+docstring of `kept_activation_bytes`."""
 
 
 def why_not_recorded(setup: Setup, capability: tuple[int, int], *, half: str = "bfloat16") -> str | None:
@@ -80,17 +80,20 @@ def longest_sequence(lengths: Sequence[int], global_batch_size: int, budget: int
 def kept_activation_bytes(setup: Setup, tokens: int) -> int:
     """Bytes of activations that all layers keep for the backward pass of a sequence, with fused layers.
 
-    In the compute dtype, each layer keeps for each token: the input of every norm; the inputs of the linear layers
-    behind two norms (in families with norms only behind their linear layers, these read the residual stream, which is
-    counted among the norms' inputs); queries and attention's output; queries and keys a second time where they have
-    norms; gate, up and their product, which a mixture recomputes.
+    In the compute dtype, each layer keeps for each token:
+
+    - the input of every norm;
+    - the inputs of the linear layers after two norms (in families with norms only after their linear layers, these
+      layers read the residual stream, which is already counted as an input of norms);
+    - queries and attention's output; queries and keys a second time if they have norms;
+    - gate, up and their product, which a mixture of experts recomputes.
 
     Source: counted in `model/fused`. On an H100 with Mistral-7B's shape and 3,722 tokens a sequence on average, the
     formula gives 15.0 GiB; the measured peak was 36.2 GiB, of which 4.0 were NF4 weights and 13.0 dequantized ones.
 
     Args:
         setup: What is trained.
-        tokens: Of the sequence.
+        tokens: Tokens of the sequence.
     """
     a = setup.architecture
     stream = (2 + a.norms) * a.hidden
@@ -113,7 +116,7 @@ def choose_plan(
     not_recorded: str | None = None,
     fp8: bool = False,
 ) -> ExecutionPlan:
-    """The fastest plan that fits with fused layers; the caller, which fuses them, sets `forward`.
+    """The fastest plan with fused layers that fits into memory; the caller, which fuses the layers, sets `forward`.
 
     Activations, the base's dequantized weights, both or neither are kept. If only one fits, activations are preferred:
     on an H100 keeping activations gave 13,960 target tokens/s, keeping the base 10,714, both 15,067, neither 9,861.
@@ -123,9 +126,9 @@ def choose_plan(
 
     Args:
         setup: What is trained.
-        free_bytes: Free GPU memory after the quantized model was loaded to where `setup.placement` says.
-        sequence_tokens: Of the longest packed sequence that a step will have.
-        keep_base: Whether to keep the dequantized base; None to choose. True only where `setup.placement` is `gpu`.
+        free_bytes: Free GPU memory after the quantized model was loaded according to `setup.placement`.
+        sequence_tokens: Tokens of the longest packed sequence of any step.
+        keep_base: Whether to keep the dequantized base; None to choose. True only if `setup.placement` is `gpu`.
         keep_activations: Whether to keep activations; None to choose.
         recorded: Whether the whole decoder is fused, so that its kernels can be recorded. Else transformers' own code
             runs between the fused layers, and keeps more activations.
@@ -183,23 +186,23 @@ def choose_long_rows(
     divided: tuple[int, int] | None = None,
     attention: str | None = None,
 ) -> ExecutionPlan:
-    """`plan`, with the fastest way that fits to compute long rows layer by layer.
+    """`plan`, completed with the fastest way to compute long rows layer by layer that fits into memory.
 
     Tried in this order: layer inputs and attention's output on the GPU; both in main memory; only layer inputs, on the
     GPU; only layer inputs, in main memory. Keeping attention's output saves up to a third of attention's time; keeping
-    everything on the GPU saves no time as long as the copies to main memory keep up.
+    everything on the GPU saves no time as long as the copies to main memory are as fast as the computation.
 
     Args:
-        plan: For the other rows.
+        plan: The plan for the other rows.
         setup: What is trained.
-        tokens: Of the longest micro-batch with such a row that one process computes; 0 where there is none.
-        free_bytes: Free GPU memory beside everything that the plan keeps for other rows.
+        tokens: Tokens of the longest micro-batch with a long row that one process computes alone; 0 if there is none.
+        free_bytes: Free GPU memory, without the memory that the plan keeps for other rows.
         host_bytes: Main memory available to this process.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
         copies: As in `long_row_bytes`.
         tile: Tokens of a tile.
         divided: (tokens of the longest divided row, processes that compute it together); None if no row is divided.
-        attention: The attention kernel, to which `copies` belongs; None in a forecast.
+        attention: The attention kernel that `copies` is about; None in a forecast.
     """
     tried = []
     rows = [row for row in ((tokens, 1), divided) if row is not None and row[0]]
@@ -235,12 +238,14 @@ def choose_long_rows(
 def long_row_need(
     setup: Setup, tokens: int, processes: int = 1, *, offloaded: bool, kept_attention: bool, copies: int
 ) -> int:
-    """Bytes of GPU memory that a long row needs beside base and adapter, with the formula's error and CUDA's context.
+    """Bytes of GPU memory that a long row needs in addition to base and adapter.
+
+    Includes the formula's margin of error and CUDA's context.
 
     Args:
         setup: What is trained.
-        tokens: Of the row.
-        processes: How many compute it together.
+        tokens: Tokens of the row.
+        processes: Number of processes that compute the row together.
         offloaded: As in `long_row_bytes`.
         kept_attention: As in `long_row_bytes`.
         copies: As in `long_row_bytes`.
@@ -250,12 +255,12 @@ def long_row_need(
 
 
 def held_bytes(setup: Setup, plan: ExecutionPlan, tokens: int) -> int:
-    """Bytes of GPU memory that a plan keeps between micro-batches: the dequantized base, and that of CUDA graphs.
+    """Bytes of GPU memory that a plan keeps between micro-batches: the dequantized base, and the pool of CUDA graphs.
 
     Args:
         setup: What is trained.
-        plan: As `choose_plan` made it.
-        tokens: Of the longest padded sequence.
+        plan: A plan from `choose_plan`.
+        tokens: Tokens of the longest padded sequence.
     """
     base = 2 * setup.architecture.linear_parameters * plan.kept_base
     if not plan.recorded:
@@ -267,19 +272,19 @@ def held_bytes(setup: Setup, plan: ExecutionPlan, tokens: int) -> int:
 def choose_placement(
     setup: Setup, *, memory_bytes: int, placements: Sequence[str], needs: Callable[[Setup], int]
 ) -> str:
-    """Where the base's quantized weights lie: the first placement with which the run fits on the GPU, or else the last.
+    """The first placement of the base's quantized weights with which the run fits on the GPU, else the last.
 
     Args:
         setup: What is trained.
         memory_bytes: Usable GPU memory before anything is loaded.
-        placements: Those to choose from, of `memory_model.PLACEMENTS`, the fastest first.
-        needs: The run's peak of GPU memory in bytes, with the base where the given setup's `placement` says.
+        placements: Keys of `memory_model.PLACEMENTS` to choose from, the fastest first.
+        needs: Gives the run's peak of GPU memory in bytes for a setup with a `placement`.
     """
     usable = usable_bytes(memory_bytes)
     return next((one for one in placements if needs(replace(setup, placement=one)) <= usable), placements[-1])
 
 
 def _beside(setup: Setup) -> int:
-    """Bytes that training needs beside weights, the adapter's fp32 values and activations; CUDA graphs not counted."""
+    """Bytes that training needs besides weights, the adapter's fp32 values, activations and CUDA graphs."""
     memory = training_memory(setup, 0)
     return memory.total - memory.weights - memory.activations - FP32 * setup.adapter

@@ -1,7 +1,7 @@
-"""Refuses what cannot be trained in FP8: a machine, a compute dtype, an architecture, or the sizes of its layers.
+"""Checks that machine, compute dtype, architecture and layer sizes allow training in FP8.
 
-What a model's configuration shows is refused before its weights are fetched (`fp8_problems_of`), the rest once the
-machine is there (`require_fp8`) and the model is loaded (`require_fp8_model`, `require_fp8_layers`). Importing this
+The model's configuration is checked before its weights are fetched (`fp8_problems_of`), the machine when the job starts
+on it (`require_fp8`), and the loaded model before training (`require_fp8_model`, `require_fp8_layers`). Importing this
 module does not import torch.
 """
 
@@ -24,8 +24,8 @@ def fp8_problems_of(config: Any, named: Collection[str]) -> Iterator[Problem]:
     """Why a model cannot train in FP8 on any GPU.
 
     Args:
-        config: Its configuration, of transformers.
-        named: The layers that get an adapter, as PEFT takes them.
+        config: The model's configuration, of transformers.
+        named: Names of the layers that get an adapter, as in PEFT's `target_modules`.
     """
     try:
         architecture = read_config(config.to_dict())
@@ -37,10 +37,10 @@ def fp8_problems_of(config: Any, named: Collection[str]) -> Iterator[Problem]:
 
 
 def require_fp8(device: Any) -> None:
-    """Refuses a machine that cannot train in FP8.
+    """Checks that this machine can train in FP8.
 
     Args:
-        device: Where the model will be.
+        device: The device of training.
 
     Raises:
         SettingsError: There is no GPU, or the GPU or torch cannot multiply FP8 matrices with a scale for each row.
@@ -61,11 +61,11 @@ def require_fp8(device: Any) -> None:
 
 
 def require_fp8_model(setup: Setup | None, dtype: str | None) -> None:
-    """Refuses what cannot be computed in FP8.
+    """Checks that compute dtype and architecture allow FP8.
 
     Args:
         setup: What is trained; None if the architecture is not known.
-        dtype: The compute dtype by its name in torch; None where PEFT's own layers compute.
+        dtype: The compute dtype by its name in torch; None if PEFT's own layers compute.
 
     Raises:
         SettingsError: The dtype is not bf16, or the model is a mixture of experts.
@@ -82,15 +82,15 @@ def require_fp8_model(setup: Setup | None, dtype: str | None) -> None:
 
 
 def require_fp8_layers(setup: Setup | None, slow: str | None) -> None:
-    """Refuses layers that cannot be computed in FP8.
+    """Checks that the adapted layers can be computed in FP8.
 
     Args:
         setup: What is trained; None if the architecture is not known.
         slow: Why PEFT's own layers compute; None if the fused ones do.
 
     Raises:
-        SettingsError: PEFT's own layers compute; or the inputs or outputs of an adapted layer are not multiples of what
-            FP8 products require.
+        SettingsError: PEFT's own layers compute; or the number of inputs or outputs of an adapted layer is not a
+            multiple of `fp8.MULTIPLE`.
     """
     if slow is not None:
         raise SettingsError([_only_fused(slow)])
@@ -108,7 +108,7 @@ def _experts(architecture: Architecture) -> Iterator[Problem]:
 
 
 def _sizes(architecture: Architecture, named: Collection[str]) -> Iterator[Problem]:
-    """Of the layers that get an adapter."""
+    """A problem if the size of a layer that gets an adapter is not a multiple of `fp8.MULTIPLE`."""
     from job.model.fused.fp8 import MULTIPLE
 
     odd = ", ".join(

@@ -1,4 +1,4 @@
-"""What is given up when a GPU's memory has run out, and how its memory is freed."""
+"""After a GPU's memory has run out: switches off optimizations that take memory, and frees cached memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from job.records import ExecutionPlan
 
 
 def drop_optimization(model: Any, plan: ExecutionPlan) -> ExecutionPlan:
-    """Drops the first optimization of `plan.droppable`, which takes memory and only saves time; changes no bit.
+    """Switches off the first optimization of `plan.droppable`, which takes memory and saves time; changes no bit.
 
     Args:
         model: The model that follows the plan; changed in place.
-        plan: At least one optimization is left in it. CUDA graphs, which write to memory that is freed here, are gone.
+        plan: A plan with at least one droppable optimization. Its CUDA graphs must already be released, since they
+            write to memory that is freed here.
 
     Returns:
-        The plan without it.
+        The plan without this optimization.
     """
     name = plan.droppable[0]
     plan = plan.give_up(name)

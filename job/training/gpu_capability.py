@@ -1,4 +1,4 @@
-"""What the GPU of a process can compute: fused layers, Triton's kernels."""
+"""Whether this process's GPU can run the fused layers and Triton's kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def dtype_name(model: Any) -> str:
 
 
 def why_not_fused(model: Any) -> str | None:
-    """Why PEFT's own layers have to train this model on this machine; None if the fused ones can be used."""
+    """Why this model must be trained with PEFT's own layers on this machine; None if fused layers can be used."""
     device, dtype = model.device.type, dtype_name(model)
     lowest = {"bfloat16": AMPERE, "float16": VOLTA}
     if not is_packed(model.get_base_model()):
@@ -48,15 +48,17 @@ def why_not_fused(model: Any) -> str | None:
 
 @cache  # each kind of scoring calls it, and its test launch may compile C code
 def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
-    """The kernels to use: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's.
+    """The kernels to use: Triton's if it is installed (it comes with torch for GPUs) and works, else torch's.
+
+    Triton is tested by one launch for each device and dtype in the life of the process.
 
     Args:
-        device: Where they have to run.
+        device: Where the kernels run.
         dtype: The compute dtype by its name in torch; older GPUs have no `bfloat16`.
 
     Returns:
-        The kernels (`fused.kernels.Kernels`) and their name, `triton` or `torch`. They are chosen by one test launch
-        for each device and dtype in the life of the process, and torch's by `agree_on_kernels`.
+        The kernels (`fused.kernels.Kernels`) and their name, `triton` or `torch`. Also torch's after
+        `agree_on_kernels` has found a process that cannot use Triton.
     """
     import torch
 
@@ -87,26 +89,26 @@ def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
 
 
 _TORCH_IN_ALL: set[tuple[str, str]] = set()
-"""(type of device, dtype) for which another process of the run cannot use Triton. Kept as long as the cache of
-`fast_kernels`, since training and each kind of scoring ask for kernels by themselves."""
+"""(type of device, dtype) for which another process of the run cannot use Triton. A global like the cache of
+`fast_kernels`, because training and each kind of scoring call that independently."""
 
 
 def agree_on_kernels(processes: Processes, device: Any, dtypes: Sequence[str]) -> None:
-    """Makes all processes compute by torch's operations where one of them cannot use Triton's kernels.
+    """Makes all processes use torch's operations if one of them cannot use Triton's kernels.
 
-    Triton's results differ from torch's in the last bits: replicas would compute different gradients and scores. Called
-    in all processes, before `fast_kernels` is asked for kernels that compute.
+    Triton's results differ from torch's in the last bits, so replicas would compute different gradients and scores.
+    All processes call this before they use kernels from `fast_kernels`.
 
     Args:
         processes: All processes of the run.
-        device: This process's.
-        dtypes: As for `fast_kernels`, all that are used.
+        device: Device of this process.
+        dtypes: All dtypes that `fast_kernels` will be called with.
     """
     if processes.place.world_size == 1:
         return
     own = {dtype: fast_kernels(device, dtype)[1] for dtype in dtypes} if device.type == "cuda" else {}
-    found = processes.gather("elementwise kernels", own)
-    without = {dtype for names in found for dtype, name in names.items() if name != "triton"}
+    by_process = processes.gather("elementwise kernels", own)
+    without = {dtype for names in by_process for dtype, name in names.items() if name != "triton"}
     if slower := sorted(dtype for dtype, name in own.items() if name == "triton" and dtype in without):
         _TORCH_IN_ALL.update((device.type, dtype) for dtype in slower)
         fast_kernels.cache_clear()

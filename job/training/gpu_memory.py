@@ -13,7 +13,7 @@ def free_gpu_bytes(gigabytes: float | None) -> int:
 
 
 def give_back_memory() -> None:
-    """Frees the GPU memory that torch has reserved and does not use."""
+    """Returns the GPU memory that torch has reserved but does not use to the driver."""
     import torch
 
     torch.cuda.empty_cache()

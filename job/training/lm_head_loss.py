@@ -1,10 +1,10 @@
-"""The loss over the vocabulary where TRL's fused head is too slow or not usable: on a CPU, and in a CUDA graph.
+"""The loss of the language-model head where TRL's fused head is too slow or not usable: on a CPU, and in a CUDA graph.
 
 TRL's head projects hidden states onto the vocabulary in tiles, so that the logits are never all in memory. On a GPU it
-first selects the target positions; without Triton it forms the logits of every position, twice.
+first selects the target positions; without Triton it computes the logits of every position, twice.
 
-- On a CPU in fp32, `summed_head` takes its place under TRL's `compute_loss`: torch's `linear_cross_entropy` scores only
-  the target positions, a few at a time, and computes the gradient in the same pass. On 512 positions of a vocabulary of
+- On a CPU in fp32, `summed_head` replaces it in TRL's `compute_loss`: torch's `linear_cross_entropy` scores only the
+  target positions, a few at a time, and computes the gradient in the same pass. On 512 positions of a vocabulary of
   32,000 it took 0.5 s of CPU time, TRL's head 2.0 s.
 - In a CUDA graph, `padded_loss` scores every position with TRL's kernel: selecting positions would need their number
   on the host, which is a synchronization.
@@ -27,36 +27,41 @@ from job.records import Example
 from job.training.packing import IGNORED, alone_inputs, packed_inputs
 
 POSITIONS = 256
-"""Positions whose logits are formed at a time. torch's own choice, a few dozen, reads all weights for each of them."""
+"""Number of positions whose logits are computed at a time. By default torch takes a few dozen, and reads all weights of
+the head for each of these groups."""
 VOCABULARY_CHUNK = 32768
-"""Logits of a padded sequence are formed for so many entries of the vocabulary at a time."""
+"""Number of vocabulary entries for which the logits of a padded sequence are computed at a time."""
 _linear_cross_entropy: Any = getattr(functional, "linear_cross_entropy", None)
 """torch 2.13 has it."""
 HeadLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(hidden states behind the final norm (tokens, hidden), labels (tokens,) int64) -> the summed loss, () float32."""
+"""(hidden states after the final norm (tokens, hidden), labels (tokens,) int64) -> the summed loss, () float32."""
 
 
 def can_sum(base: Any) -> bool:
-    """Whether `summed_head` gives the loss of this causal language model, on its device.
+    """Whether `summed_head` can compute the loss of this causal language model, on its device.
 
-    Its head has to be a plain linear layer, with nothing that scales or caps logits behind it, on a CPU in fp32: half
-    precision has autocast, and what is multiplied has to be of one dtype.
+    The head must be a plain linear layer whose logits are neither scaled nor capped, on a CPU in fp32: with autocast,
+    hidden states and head could have different dtypes.
     """
-    known = _linear_cross_entropy is not None and fused_decoder.knows(base) and logits_of(base) == Logits()
+    supported = _linear_cross_entropy is not None and fused_decoder.knows(base) and logits_of(base) == Logits()
     plain = type(base.get_output_embeddings()) is torch.nn.Linear
-    return known and plain and base.device.type == "cpu" and base.dtype is torch.float32
+    return supported and plain and base.device.type == "cpu" and base.dtype is torch.float32
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What a model makes of the head's outputs z: cap * tanh(scale * z / cap), or scale * z without a cap."""
+    """A model's logits from the head's outputs z: cap * tanh(scale * z / cap), or scale * z without a cap."""
 
     scale: float = 1.0
     cap: float | None = None
 
 
 def logits_of(base: Any) -> Logits:
-    """What a causal language model of a known family does to its head's outputs."""
+    """Scale and cap of the logits of a causal language model.
+
+    Raises:
+        ValueError: The model is of no known family.
+    """
     if (family := fused_decoder.family_of(base)) is None:
         raise ValueError(f"the output layer of {type(base).__name__} is not known")
     config = base.config.get_text_config(decoder=True)
@@ -68,10 +73,10 @@ def logits_of(base: Any) -> Logits:
 
 @dataclass(frozen=True, eq=False)
 class SummedHead:
-    """What TRL's `compute_loss` reads of a fused head's output, with the log-probabilities already summed.
+    """The fields of a fused head's output that TRL's `compute_loss` reads, with the log-probabilities already summed.
 
-    It sums `log_probs`, so one number serves as well as one for each position. Entropy and accuracy are collected for
-    TRL's own log, which this job does not write; zeros cost nothing.
+    `compute_loss` sums `log_probs`, so their sum can replace one number for each position. It also collects entropy and
+    accuracy for TRL's own log, which this job does not write; they are zero here.
     """
 
     log_probs: torch.Tensor
@@ -87,16 +92,18 @@ class SummedHead:
 def summed_head(
     base: Any, *, labels: torch.Tensor, fused_lm_head: bool, smoothing: float = 0.0, **inputs: Any
 ) -> SummedHead:
-    """Stands in for `base(..., fused_lm_head=True)`, where `can_sum` holds.
+    """Replaces `base(..., fused_lm_head=True)` if `can_sum(base)`.
 
     Args:
-        base: The causal language model, its adapter within.
+        base: The causal language model with its adapter.
         labels: (1, tokens) int64: token ids, or -100 where there is no target. The label of a token is predicted at the
             position before it. The first token of a segment is never a target, so none is predicted across segments.
-        fused_lm_head: True; the argument by which TRL asks for the fused head.
+        fused_lm_head: Must be true: with this argument TRL selects the fused head.
         smoothing: Label smoothing, see `smoothing_terms`.
-        inputs: `input_ids` and `position_ids`, (1, tokens) int64, `layout`, as
-            `packing.packed_inputs` makes them, and what TRL adds (`use_cache=False`).
+        inputs: `input_ids`, `position_ids` and `layout` from `packing.packed_inputs`, and `use_cache=False` from TRL.
+
+    Raises:
+        ValueError: `fused_lm_head` is false.
     """
     if not fused_lm_head:
         raise ValueError("this output layer does not compute logits")
@@ -123,19 +130,19 @@ def summed_head(
 
 
 def smoothing_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor, logits: Logits = Logits()) -> torch.Tensor:
-    """What label smoothing adds to the negative log-likelihood of each position, to be multiplied by its strength.
+    """The term that label smoothing adds to the negative log-likelihood of each position, before the factor e.
 
-    Smoothed by e, the loss of a target y is (1 - e) * -log p(y) + e * mean over the vocabulary of -log p (Szegedy et
-    al. 2016, section 7, as in transformers' LabelSmoother). The logarithm of the sum over all logits is in both terms,
-    so the loss is -log p(y) + e * (logit of y - mean of all logits); and the mean of all logits is one product with the
-    mean row of the head's weights. So no logits are formed for it, unless they are capped: then for a few positions at
-    a time.
+    With smoothing e, the loss of a target y is (1 - e) * -log p(y) + e * mean over the vocabulary of -log p (Szegedy et
+    al. 2016, section 7, as in transformers' LabelSmoother). Both parts contain the logarithm of the sum over all
+    logits, so the loss equals -log p(y) + e * (logit of y - mean of all logits). The mean of all logits is one product
+    with the mean row of the head's weights, so the logits themselves are not needed. Only if they are capped, they are
+    computed, for a few positions at a time.
 
     Args:
         hidden: (positions, hidden) in the compute dtype.
         head: The output layer, a plain linear one: `weight` (vocabulary, hidden), `bias` (vocabulary,) or None.
         targets: (positions,) int64: tokens of the vocabulary.
-        logits: What becomes of the head's outputs.
+        logits: Scale and cap of the logits.
 
     Returns:
         (positions,) float32.
@@ -152,7 +159,7 @@ def smoothing_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor, logi
 
 
 def _capped_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor, scale: float, cap: float) -> torch.Tensor:
-    """The same of a few positions by all their logits, which are computed again in the backward pass."""
+    """`smoothing_terms` of a few positions from all their logits, which are recomputed in the backward pass."""
     z = cap * torch.tanh(scale * functional.linear(hidden, head.weight, head.bias).float() / cap)
     return z.gather(-1, targets[:, None])[:, 0] - z.mean(-1)
 
@@ -160,13 +167,13 @@ def _capped_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor, scale:
 def logits_loss(
     model: Any, *, labels: torch.Tensor, smoothing: float, fused_lm_head: bool = False, **inputs: Any
 ) -> torch.Tensor:
-    """The summed loss of a packed sequence from all its logits: for label smoothing where a head is not a plain one.
+    """The summed loss of a packed sequence from all its logits: for label smoothing if the head is not a plain one.
 
     Args:
-        model: The causal language model, its adapter within.
+        model: The causal language model with its adapter.
         labels: (1, tokens) int64, as for `summed_head`.
         smoothing: Label smoothing.
-        fused_lm_head: Not used: the logits are wanted.
+        fused_lm_head: Ignored; TRL passes it.
         inputs: As in `summed_head`.
 
     Returns:
@@ -182,16 +189,16 @@ def logits_loss(
 
 @dataclass(frozen=True, eq=False)
 class SelectedHead:
-    """What `selected_head` returns, as TRL's fused head names it."""
+    """The result of `selected_head`, with the field name of TRL's fused head."""
 
     log_probs: torch.Tensor
-    """(1, tokens - 1) float32: of the token behind each position; 0 where it is no target."""
+    """(1, tokens - 1) float32: log-probability of the token after each position; 0 if that token is not a target."""
 
 
 def selected_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **inputs: Any) -> SelectedHead:
-    """Stands in for `base(..., fused_lm_head=True)` where each token's log-probability counts, and `can_sum` holds.
+    """Replaces `base(..., fused_lm_head=True)` if `can_sum(base)` and each token's log-probability is needed.
 
-    TRL's kernel, on the target positions only; its own head takes all positions where there is no Triton.
+    Uses TRL's kernel on the target positions only; without Triton, TRL's own head computes all positions.
 
     Args:
         base: As in `summed_head`.
@@ -207,23 +214,23 @@ def selected_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **inp
     following = labels[0, 1:]
     learned = (following != IGNORED).nonzero()[:, 0]
     head = base.get_output_embeddings()
-    found = ChunkedLogProbFunction.apply(
+    log_probs = ChunkedLogProbFunction.apply(
         hidden[learned], head.weight, head.bias, following[learned], 1.0, VOCABULARY_CHUNK, None, 1.0, ()
     )[0]
-    return SelectedHead(found.new_zeros(following.shape).index_put((learned,), found)[None])
+    return SelectedHead(log_probs.new_zeros(following.shape).index_put((learned,), log_probs)[None])
 
 
 def padded_loss(
     hidden: torch.Tensor, head: Any, labels: torch.Tensor, smoothing: float = 0.0, logits: Logits = Logits()
 ) -> torch.Tensor:
-    """The summed negative log-likelihood of a padded sequence, in shapes that depend on those of its inputs alone.
+    """The summed negative log-likelihood of a padded sequence; all shapes depend on the inputs' shapes only.
 
     Args:
         hidden: (length, hidden) in the compute dtype: the last hidden states.
         head: The output layer: `weight` (vocabulary, hidden), `bias` (vocabulary,) or None, in the compute dtype.
-        labels: (length,) int64: what each position is to predict, or -100 where there is no target.
+        labels: (length,) int64: the token that each position predicts, or -100 where there is no target.
         smoothing: Label smoothing, see `smoothing_terms`.
-        logits: What becomes of the head's outputs.
+        logits: Scale and cap of the logits.
 
     Returns:
         () float32.
@@ -241,7 +248,7 @@ def padded_loss(
 
 
 def head_loss(base: Any, smoothing: float, logits: Logits) -> HeadLoss:
-    """`padded_loss` by the head of this causal language model; the other arguments as there."""
+    """`padded_loss` with the head of this causal language model; `smoothing` and `logits` as there."""
     return lambda hidden, labels: padded_loss(hidden, base.get_output_embeddings(), labels, smoothing, logits)
 
 
@@ -249,19 +256,19 @@ def alone_log_probs(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor
     """The log-probabilities of one example's tokens, by the model's own forward; arguments as in `alone_loss`.
 
     Returns:
-        (tokens,) float32: that of token i + 1 at place i, 0 where it is no target, and 0 at the last place.
+        (tokens,) float32: element i is that of token i + 1, or 0 if that is not a target; the last element is 0.
     """
     learned = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
     logits = model(input_ids=input_ids).logits[0, :-1]
-    found = -functional.cross_entropy(logits[learned].float(), labels[0, 1:][learned], reduction="none")
-    return found.new_zeros(labels.shape[1]).index_put((learned,), found)
+    log_probs = -functional.cross_entropy(logits[learned].float(), labels[0, 1:][learned], reduction="none")
+    return log_probs.new_zeros(labels.shape[1]).index_put((learned,), log_probs)
 
 
 def alone_loss(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """The summed negative log-likelihood of one example by the model's own forward: right for every causal model.
+    """The summed negative log-likelihood of one example by the model's own forward, which works for every causal model.
 
     Args:
-        model: The causal language model, its adapter within; with no mask, and no positions but its own.
+        model: The causal language model with its adapter. It is called without mask and positions.
         input_ids: (1, tokens) int64.
         labels: (1, tokens) int64: token ids, or -100 where there is no target.
         smoothing: Label smoothing.
@@ -286,7 +293,7 @@ def add_head(base: Any) -> None:
 def losses_of(model: Any) -> Losses:
     """Training's two ways to compute the loss, packed and one example at a time, for the check that they agree.
 
-    Gives the model TRL's fused head where that is what training uses; the trainer does so again.
+    Adds TRL's fused head to the model if training will use it.
     """
     if not (own := can_sum(base := model.get_base_model())):
         add_head(base)

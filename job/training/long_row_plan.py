@@ -1,6 +1,6 @@
-"""Which long rows there are, by which attention kernel they are computed, and which all processes compute together.
+"""Which attention kernel computes long rows, and which of them are divided over the processes.
 
-The processes agree on both, since they affect the last bits of the result.
+The processes agree on both, because both affect the last bits of the result.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Rows:
     Attributes:
         padded: The longest padded sequence; 0 if every row is computed layer by layer.
         long: The longest micro-batch with a long row that one process computes layer by layer; 0 if all long rows are
-            divided; None if no row is computed so.
-        kernel: The attention kernel of rows that are computed layer by layer; None if none is.
+            divided; None if no row is computed layer by layer.
+        kernel: The attention kernel of rows that are computed layer by layer; None if there are no such rows.
         divided: The longest row that is divided over the processes; 0 if none is.
         above: Rows of more tokens than this are divided; None if no row may be.
-        processes: How many processes a row is divided over.
+        processes: Number of processes that a row is divided over.
     """
 
     padded: int
@@ -56,7 +56,7 @@ def plan_rows(
     offload: bool | None,
     group: Processes,
 ) -> Rows | None:
-    """How the rows are computed by fused layers; None without these. All processes call it together.
+    """How fused layers compute the rows; None without fused layers. All processes call it together.
 
     Args:
         model: The base with its adapter.
@@ -68,7 +68,7 @@ def plan_rows(
         method: A key of `METHODS`.
         sequence_parallel: `JOB_TRAIN__SEQUENCE_PARALLEL`.
         never: Why no row may be divided; empty if one may.
-        gigabytes: How much of the GPU may be used, in units of 1e9 bytes; None for all.
+        gigabytes: `JOB_TRAIN__GPU_MEMORY_GB`: usable GPU memory in units of 1e9 bytes; None for all.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
         group: All processes of the run.
     """
@@ -86,12 +86,12 @@ def plan_rows(
         own = _tokens_alone(
             model, setup, longest, group, gigabytes=gigabytes, offload=offload, never=never, kernel=kernel
         )
-    above = _agreed_limit(group, own)  # all ask, since another machine's setting may be another
+    above = _agreed_limit(group, own)  # a collective: also called if this machine's setting forbids dividing
     return rows if rows is None or above is None else _divided(rows, lengths, budget, above, group.place.world_size)
 
 
 def sharing_of(setup: Setup, longest: int, rows: Rows | None, world_size: int, never: str) -> Sharing:
-    """How many processes compute the longest row together, and how many could."""
+    """How many processes compute the longest row together, and how many could; `never` as in `Sharing`."""
     above = None if rows is None else rows.above
     return Sharing(
         processes=world_size if above is not None and longest > above else 1,
@@ -101,7 +101,7 @@ def sharing_of(setup: Setup, longest: int, rows: Rows | None, world_size: int, n
 
 
 def _undivided(model: Any, lengths: Sequence[int], budget: int, global_batch_size: int, method: str) -> Rows:
-    """The rows as one process computes them, before a kernel is chosen for long ones."""
+    """The rows as one process would compute them, before a kernel for long rows is chosen."""
     from job.model.fused import fused_decoder
     from job.training.long_rows import why_not_here
 
@@ -146,18 +146,18 @@ def _tokens_alone(
 
 
 def _agreed_limit(group: Processes, own: int) -> int | None:
-    """Rows of more tokens than this are divided, the same in all processes; None if one of them cannot take part.
+    """The number of tokens above which rows are divided, equal in all processes; None if one cannot take part.
 
     Args:
         group: All processes of the run.
-        own: What `_tokens_alone` returned in this one.
+        own: The result of `_tokens_alone` in this process.
     """
-    found = group.gather("tokens of a row that one process computes", own)
-    return min(found) if all(found) else None
+    limits = group.gather("tokens of a row that one process computes", own)
+    return min(limits) if all(limits) else None
 
 
 def _divided(rows: Rows, lengths: Sequence[int], budget: int, above: int, processes: int) -> Rows:
-    """`rows`, with those of more than `above` tokens divided over `processes`."""
+    """`rows`, where rows of more than `above` tokens are divided over `processes`."""
     alone = [length for length in lengths if LONG_ROW < length <= above]
     longest = max(lengths)
     return replace(
@@ -172,7 +172,7 @@ def _divided(rows: Rows, lengths: Sequence[int], budget: int, above: int, proces
 def _agreed_kernel(
     model: Any, setup: Setup | None, rows: Rows | None, group: Processes, *, divides: bool
 ) -> str | None:
-    """The attention kernel of long rows, the same in all processes, which each have tried theirs.
+    """The attention kernel of long rows, equal in all processes, each of which has tested its own.
 
     None if no row is computed layer by layer.
     """
@@ -191,10 +191,10 @@ def _agreed_kernel(
         )
     if group.place.world_size == 1:
         return own
-    found = group.gather("kernel of long rows", own)
-    if own is None or None in found:
+    kernels = group.gather("kernel of long rows", own)
+    if own is None or None in kernels:
         return own
-    if (agreed := slowest(found)) != own:
+    if (agreed := slowest(kernels)) != own:
         what = "attention of long rows is computed by a slower kernel, since another process cannot use the faster one"
         change = "that process's log says why it cannot"
         log.get_logger().warning(what, kernel=agreed, faster=own, change=change)

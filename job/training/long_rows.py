@@ -4,17 +4,16 @@ A row of more than `LONG_ROW` tokens does not go through the model and autograd 
 
 - The forward pass keeps only the input of each layer, and attention's output if there is memory for it, on the GPU or
   in host memory (`activation_store`). The bits are the same in either place.
-- The final norm and the loss are computed in tiles over the sequence, forward and backward of one tile before the next,
+- The final norm and the loss are computed in tiles over the sequence, each tile forward and backward before the next,
   so the fp32 gradient of the last hidden states exists for one tile at a time.
-- Then the layers are taken from last to first: each is computed again from its input, and backpropagated through at
-  once, the feed-forward half in tiles (`model.fused.tiled_layer`). Attention is not computed again where its output was
-  kept.
+- Then, from the last layer to the first, each layer is recomputed from its input and backpropagated at once, the
+  feed-forward half in tiles (`model.fused.tiled_layer`). Attention is not recomputed if its output was kept.
 
 The sequence is not padded and no CUDA graph is recorded: launching kernels one by one takes no noticeable time for a
 row of this length, and empty segments would slow attention down (`model.fused.long_attention`).
 
-A row may be divided over several processes (sequence parallelism): each does the above with a part of the tokens, and
-they exchange queries, keys, values and outputs around attention (`model.fused.sequence_parallel`).
+A row may be divided over several processes (sequence parallelism). Each process then does this for a part of the
+tokens, and they exchange queries, keys, values and outputs around attention (`model.fused.sequence_parallel`).
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class LongRows:
     Attributes:
         model: A PEFT model over a fused base, for which `why_not_here` has no reason.
         loss: Computes the summed loss of one tile of tokens.
-        check: Called before each layer in `gradient`, since a row may take minutes; may raise to end it.
+        check: Called before each layer in `gradient`, since a row may take minutes; may raise to abort the row.
         progress: Called before each layer in `summed_loss`; must not raise.
         host: Buffers in pinned host memory, kept from step to step.
     """
@@ -83,7 +82,7 @@ class LongRows:
     host: HostBuffers = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Memory that is freed while it is pinned makes later copies fail; so it is released with this object, too.
+        # Freeing memory while it is pinned would make later copies fail, so it is unpinned before this object goes.
         weakref.finalize(self, release, self.host, self.model.device).atexit = False
 
     def gradient(
@@ -93,17 +92,17 @@ class LongRows:
         plan: ExecutionPlan,
         sp_group: SequenceParallelGroup | None = None,
     ) -> torch.Tensor:
-        """Adds the gradient of `weight` times the examples' summed loss to the adapter's.
+        """Adds the gradient of `weight` times the examples' summed loss to the adapter's gradient.
 
         Args:
             examples: The micro-batch.
             weight: () float32.
             plan: The execution plan.
-            sp_group: The processes that compute the row together; None for this one alone.
+            sp_group: The processes that compute the row together; None if this process computes it alone.
 
         Returns:
-            The weighted loss, () float32, without history. With `sp_group`, loss and gradient are those of this
-            process's tokens, to be summed over the processes.
+            The weighted loss, () float32, detached. With `sp_group`, loss and gradient are those of this process's
+            tokens, to be summed over the processes.
 
         Raises:
             OtherOutOfMemory: Memory ran out in another process of `sp_group`.
@@ -153,12 +152,12 @@ class _LayerwisePass:
         self._layout = build_layout(sequence.segments, model.device)
         self._row_tokens = sequence.tokens.shape[1]
         self._arguments: list[Mapping[str, Any]] = []
-        """By layer, the arguments with which the decoder calls it beside the hidden states."""
+        """By layer, the arguments besides the hidden states with which the decoder calls it."""
 
     def forward(self) -> torch.Tensor:
         """The output of the last layer, (1, tokens, hidden); transformers' code of the decoder calls the layers."""
         ids, _, positions = self._sequence.tokens.unbind()
-        found: list[torch.Tensor] = []
+        last: list[torch.Tensor] = []  # the output of the latest layer
 
         def one(layer: Any, x: torch.Tensor, **arguments: Any) -> torch.Tensor:
             self._check()
@@ -168,7 +167,7 @@ class _LayerwisePass:
             if self._store is not None:
                 self._store.put((x, *attention.output) if self._keep_attention and attention.output else (x,))
                 self._store.settle(waiting=1)
-            found[:] = [y]
+            last[:] = [y]
             return y
 
         ahead = nullcontext() if self._store is None else before_backward(self._model)
@@ -176,7 +175,7 @@ class _LayerwisePass:
             self._decoder(input_ids=ids[None], position_ids=positions[None], layout=self._layout, use_cache=False)
         if self._store is not None:
             self._store.settle()
-        return found[0]
+        return last[0]
 
     def summed_loss(self, last: torch.Tensor) -> torch.Tensor:
         """The summed loss from the output of the last layer, () float32, without a gradient."""
@@ -184,7 +183,7 @@ class _LayerwisePass:
             return torch.stack([self._loss_of(last[:, tile], tile) for tile in self._tiles(last)]).sum()
 
     def backward(self, last: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Adds the gradient of the weighted loss to the adapter's; returns that loss, () float32.
+        """Adds the gradient of the weighted loss to the adapter's gradient; returns that loss, () float32.
 
         `last` is the output of the last layer, (1, tokens, hidden). It is overwritten with its own gradient.
         """
@@ -219,7 +218,7 @@ class _LayerwisePass:
         return loss
 
     def _attention(self, known: Output | None = None) -> RowAttention | SequenceParallelAttention:
-        """Attention of one layer over all tokens of the row; `known` is its output where the forward pass kept it."""
+        """Attention of one layer over all tokens of the row; `known` is its output if the forward pass kept it."""
         alone = RowAttention(self._layout, self._kernel, known)
         return alone if self._sp_group is None else SequenceParallelAttention(alone, self._sp_group, self._row_tokens)
 
@@ -233,7 +232,7 @@ class _LayerwisePass:
 def _own_part(sequence: PaddedSequence, sp_group: SequenceParallelGroup) -> PaddedSequence:
     """The sequence with this process's tokens only: `tokens` is (3, own tokens); `ends` and `segments` are unchanged.
 
-    Labels are already shifted, so the last token of a part has its label although the next token is elsewhere.
+    Labels are already shifted, so the last token of a part has its label although the next token is in another process.
     """
     own = parts(sequence.tokens.shape[1], sp_group.size)[sp_group.rank]
     return replace(sequence, tokens=sequence.tokens[:, own])
@@ -241,7 +240,7 @@ def _own_part(sequence: PaddedSequence, sp_group: SequenceParallelGroup) -> Padd
 
 @contextmanager
 def _in_place_of_forward(layers: Sequence[Any], call: Callable[..., Any]) -> Iterator[None]:
-    """Within it, calling a layer computes `call(layer, ...)`, and transformers' gradient checkpointing is off."""
+    """Context manager: calling a layer computes `call(layer, ...)`; transformers' gradient checkpointing is off."""
     before = [(vars(layer).get("forward"), layer.gradient_checkpointing) for layer in layers]
     for layer in layers:
         layer.forward = _bound(call, layer)

@@ -1,7 +1,7 @@
-"""What of a run's settings a model's configuration excludes: known before its weights and the data are fetched.
+"""Which settings of a run a model's configuration excludes, checked before weights and data are fetched.
 
-Pull and `plan` pass these problems to `model.base.inspect`, which adds those of the adapter and raises all of them
-together. What only the loaded model shows is refused where it is found: in `model` and in `training.prepare`.
+The stage `pull` and the command `plan` pass these problems to `model.base.inspect`, which adds those of the adapter and
+raises all of them together. What only the loaded model shows is checked later, in `model` and `training.prepare`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def model_problems(
     compute: str,
     placement: str,
 ) -> Iterator[Problem]:
-    """Yields what of the settings this model excludes, beyond what the adapter cannot be on.
+    """Yields a problem for each setting that this model excludes; problems of the adapter are not included.
 
     Args:
-        config: Its configuration, of transformers.
+        config: The model's configuration, of transformers.
         empty: The model on the meta device.
         targets: `JOB_LORA__TARGET_MODULES`; None for the default of the architecture.
         rank: `JOB_LORA__RANK`.
@@ -57,9 +57,9 @@ def model_problems(
 def _first_values(
     empty: Any, named: Sequence[str], rank: int, options: AdapterOptions, *, published: bool
 ) -> Iterator[Problem]:
-    """What the initialization of the adapter cannot begin with; `published` is whether the base's files are quantized.
+    """Problems of JOB_LORA__INIT with this base; `published`: whether the base's files are already quantized.
 
-    The same is refused when it is computed, in `decomposed_init` and `informed_init`.
+    `decomposed_init` and `informed_init` check the same when they compute the initialization.
     """
     init = options.init
     if published and init == "loftq":
@@ -72,7 +72,7 @@ def _first_values(
     too_high = []
     for name in adapted_layers(empty, named, options):
         layer = empty.get_submodule(name)
-        # GPT-2's Conv1D holds (inputs, outputs), and has no such attribute.
+        # The weight of GPT-2's Conv1D is (inputs, outputs), and it has no attribute `in_features`.
         inputs = getattr(layer, "in_features", layer.weight.shape[0])
         most = inputs if init == "eva" else min(layer.weight.shape)
         own = next((value for key, value in options.rank_pattern.items() if pattern_matches(key, name)), rank)

@@ -1,8 +1,8 @@
-"""Muon on the flat adapter: torch's own optimizer, on views of the one tensor that everything else sees.
+"""Muon on the flat parameters: torch's own Muon updates the matrices, which are views of one flat tensor.
 
-Muon (Jordan et al. 2024) orthogonalizes the momentum of one matrix at a time. The matrices of a LoRA adapter are views
-of the flat parameters, and so are their gradients and momenta of flat tensors: torch's optimizer updates them in place,
-while clipping, the sum over processes and checkpoints go on seeing one parameter with one tensor of state.
+Muon (Jordan et al. 2024) orthogonalizes the momentum of one matrix at a time. The matrices of a LoRA adapter, their
+gradients and their momenta are views of flat tensors. torch's optimizer updates these views in place; clipping, the sum
+over processes and checkpoints use the one flat parameter with its one state tensor.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _STATE = "momentum_buffer"
 class FlatMuon(torch.optim.Optimizer):
     """`torch.optim.Muon` for `FlatParameters`.
 
-    The step of a matrix is scaled to the size that AdamW's has (`match_rms_adamw`, Liu et al. 2025, section 2.2), so
-    that learning rates found with AdamW serve.
+    The update of a matrix is scaled to the size of AdamW's (`match_rms_adamw`, Liu et al. 2025, section 2.2), so that
+    learning rates found with AdamW can be used.
 
     Args:
         whole: (size,): the flat parameter, with its gradient in `.grad`.
-        views: Gives the matrices in a tensor of the shape of `whole`.
+        views: Returns the matrices as views of a tensor of the shape of `whole`.
         lr: Learning rate; a scheduler changes it in `param_groups`.
-        weight_decay: Decoupled.
+        weight_decay: Decoupled weight decay.
 
     Raises:
         SettingsError: This torch has no Muon (it came with 2.9).
@@ -61,7 +61,7 @@ class FlatMuon(torch.optim.Optimizer):
             state[_STATE] = torch.zeros_like(self._whole)
         if self._whole.grad is None:
             return
-        # Aliases, made anew at every step: loading a checkpoint puts other tensors in place of the state.
+        # The views are created at every step, because loading a checkpoint replaces the state's tensors.
         parts = zip(self._matrices, self._views(self._whole.grad), self._views(state[_STATE]), strict=True)
         for matrix, gradient, momentum in parts:
             matrix.grad = gradient

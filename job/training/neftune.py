@@ -1,8 +1,8 @@
-"""NEFTune: uniform noise on the embeddings while training.
+"""NEFTune: uniform noise on the embeddings in training.
 
-The noise is drawn from torch's generator, which every step seeds (`training/step.py`), so a resumed run draws the same.
-Each example of a packed sequence has the scale that it would have alone: transformers' own hook takes the length of the
-whole batch, so that packing would make the noise smaller.
+The noise is drawn from torch's generator, which every step seeds (`training/step.py`), so a resumed run draws the same
+noise. The scale of an example's noise depends on its own length, also in a packed sequence. transformers' own hook uses
+the length of the whole batch, so packing would make the noise smaller.
 
 Source: Jain et al. 2023, NEFTune (arXiv:2310.05914), algorithm 1.
 """
@@ -18,11 +18,14 @@ from job.model.fused.fused_decoder import decoder_of
 
 
 def add_noise(base: Any, alpha: float) -> Callable[[], None]:
-    """Adds noise to what the embedding gives, while the model is in training mode; returns what takes it away again.
+    """Adds noise to the embedding's output while the model is in training mode.
 
     Args:
         base: The causal language model.
-        alpha: The noise of an example of n tokens is uniform up to alpha / sqrt(n * width of the embedding).
+        alpha: The noise of an example of n tokens is uniform in +- alpha / sqrt(n * hidden).
+
+    Returns:
+        A function that removes the hooks.
     """
     positions: list[torch.Tensor | None] = [None]
 
@@ -30,7 +33,7 @@ def add_noise(base: Any, alpha: float) -> Callable[[], None]:
         positions[0] = inputs.get("position_ids")
 
     def noise(module: Any, _args: Any, embedded: torch.Tensor) -> torch.Tensor | None:
-        """(1, tokens, width) -> the same with noise."""
+        """(1, tokens, hidden) -> the same with noise."""
         if not module.training:
             return None
         if positions[0] is None:  # one example alone
@@ -40,7 +43,7 @@ def add_noise(base: Any, alpha: float) -> Callable[[], None]:
         scale = alpha / (lengths[..., None] * embedded.shape[-1]).float().sqrt()
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * scale.to(embedded.dtype)
 
-    # Where the decoder is a part of a model that reads images too, it may be called by itself.
+    # In a model that also reads images, the decoder may be called by itself.
     called = dict.fromkeys((base.base_model, decoder_of(base)))
     hooks = [
         *(module.register_forward_pre_hook(note, with_kwargs=True) for module in called),
@@ -57,7 +60,8 @@ def add_noise(base: Any, alpha: float) -> Callable[[], None]:
 def segment_lengths(positions: torch.Tensor) -> torch.Tensor:
     """The length of each token's segment, (1, tokens) int64, from the positions in the segments, of the same shape.
 
-    As many places as tokens are taken for the segments: their number is not known without a synchronization.
+    The intermediate tensor has one entry for each token, because the number of segments is not known on the host
+    without a synchronization.
     """
     flat = positions[0]
     segments = (flat == 0).cumsum(0) - 1

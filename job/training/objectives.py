@@ -1,11 +1,11 @@
 """The losses of preferences: pure functions of summed log-probabilities, and their metrics by TRL's names.
 
-Each is the same as in TRL 1.16: `dpo` as its DPOTrainer, `kto` as its KTOTrainer, `orpo` as its ORPOTrainer. A step's
-loss is the mean over its examples. A step is computed in parts (micro-batches, processes), so a function returns the
-contributions of the examples that it is given: added up over the parts, they are the step's loss and metrics.
+Each equals TRL 1.16: `dpo` its DPOTrainer, `kto` its KTOTrainer, `orpo` its ORPOTrainer. A step's loss is the mean over
+its examples. A step is computed in parts (micro-batches, processes), so a function returns the contributions of the
+examples in its arguments; summed over the parts, they are the step's loss and metrics.
 
-To add one: a function of the type `Objective`, entered in `OBJECTIVES` under its name in `common.methods.METHODS`, with
-the metrics that it returns in `METRICS`; and in `tests/unit/training/test_objectives.py` a comparison with TRL.
+To add one: a function of the type `Objective`, entered in `OBJECTIVES` under its name in `common.methods.METHODS`; and
+in `tests/unit/training/test_objectives.py` a comparison with TRL.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from job.records import Example
 from job.training.config import Preference
 
 Contributions = tuple[torch.Tensor, dict[str, torch.Tensor]]
-"""The part of the loss, () float32 with history, and of each metric, () float32 without."""
+"""The examples' part of the loss, () float32 with gradient history, and of each metric, () float32 without."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +30,11 @@ class Sums:
     """Log-probabilities of some examples of a step, in nats. Pairs have two columns, chosen and rejected.
 
     Attributes:
-        policy: (examples, columns) float32 with history: summed over the targets of each sequence.
+        policy: (examples, columns) float32 with gradient history: summed over the targets of each sequence.
         reference: (examples, columns) float32: the same by the reference model; zeros for a method without one.
-        lengths: (examples, columns) float32: how many targets each sequence has.
-        whole: (examples,) float32 with history: summed over all tokens of the first sequence but its first one. Only
-            for `orpo`, else zeros.
+        lengths: (examples, columns) float32: number of targets of each sequence.
+        whole: (examples,) float32 with gradient history: summed over all tokens of the first sequence except its first
+            token. Only for `orpo`, else zeros.
         desirable: (examples,) bool: the labels of single answers; all true for pairs.
         kl: () float32: KTO's estimate of the divergence from the reference over the whole step; else zero.
     """
@@ -49,12 +49,12 @@ class Sums:
 
 @dataclass(frozen=True)
 class Totals:
-    """What the examples of a whole step add up to; the same in all processes.
+    """Totals over all examples of a step; the same in all processes.
 
     Attributes:
-        examples: Pairs, or labelled answers.
-        desirable: Labelled answers that are good.
-        predicted: Tokens of all first sequences but their first ones.
+        examples: Number of pairs, or of labelled answers.
+        desirable: Number of answers labelled good.
+        predicted: Number of tokens of all first sequences, each without its first token.
     """
 
     examples: int
@@ -77,8 +77,8 @@ def totals_of(examples: Sequence[Example]) -> Totals:
 def dpo(sums: Sums, totals: Totals, options: Preference) -> Contributions:
     """Direct preference optimization (Rafailov et al. 2023, eq. 7), or IPO (Azar et al. 2024, eq. 17).
 
-    `label_smoothing` is that of conservative DPO: the share of the pairs assumed to be labelled the wrong way round.
-    IPO takes means over an answer's tokens in place of sums, as TRL does.
+    `label_smoothing` is that of conservative DPO: the assumed share of pairs whose labels are swapped. IPO uses means
+    over an answer's tokens instead of sums, as in TRL.
     """
     ratios = sums.policy - sums.reference
     if options.loss == "ipo":
@@ -97,8 +97,8 @@ def dpo(sums: Sums, totals: Totals, options: Preference) -> Contributions:
 def orpo(sums: Sums, totals: Totals, options: Preference) -> Contributions:
     """Odds ratio preference optimization (Hong et al. 2024, eq. 6): the loss on the chosen answer, plus the odds ratio.
 
-    As in TRL, the first is the mean over all tokens of prompt and answer in the step, the second takes means over an
-    answer's tokens.
+    As in TRL, the loss is the mean over all tokens of prompt and answer in the step, and the odds ratio uses means over
+    an answer's tokens.
     """
     mean = sums.policy / sums.lengths
     odds = (mean[:, 0] - mean[:, 1]) - (_log1mexp(mean[:, 0]) - _log1mexp(mean[:, 1]))
@@ -117,7 +117,7 @@ def orpo(sums: Sums, totals: Totals, options: Preference) -> Contributions:
 def _log1mexp(x: torch.Tensor) -> torch.Tensor:
     """log(1 - exp(x)) for x < 0, exact near 0 and far from it (Mächler 2012, eq. 7)."""
     near = x > -math.log(2)
-    # `where` computes both sides, and the gradient of the one that is not taken must be finite.
+    # `where` computes both branches, and the gradient of the branch that is not selected must be finite, too.
     close = torch.log(-torch.expm1(torch.where(near, x, -torch.ones_like(x))))
     far = torch.log1p(-torch.exp(torch.where(near, -torch.ones_like(x), x)))
     return torch.where(near, close, far)
@@ -126,8 +126,8 @@ def _log1mexp(x: torch.Tensor) -> torch.Tensor:
 def kto(sums: Sums, totals: Totals, options: Preference) -> Contributions:
     """Kahneman-Tversky optimization (Ethayarajh et al. 2024, eq. 8), on single answers with a label.
 
-    The mean over the good answers of a step is its `rewards/chosen`, that over the bad ones its `rewards/rejected`; a
-    metric of which a step has no answers is left out.
+    `rewards/chosen` is the mean over the good answers of a step, `rewards/rejected` the mean over the bad ones. A step
+    without good (or bad) answers lacks these metrics.
     """
     ratios = (sums.policy - sums.reference)[:, 0]
     good = sums.desirable
@@ -147,9 +147,9 @@ def kto(sums: Sums, totals: Totals, options: Preference) -> Contributions:
 
 
 def _pair_metrics(rewards: torch.Tensor, logps: torch.Tensor, totals: Totals) -> dict[str, torch.Tensor]:
-    """What all losses on pairs report; `rewards` and `logps` are (pairs, 2), without history."""
+    """The metrics of all losses on pairs; `rewards` and `logps` are (pairs, 2), detached."""
     chosen, rejected = rewards.unbind(1)
-    found = {
+    metrics = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/accuracies": (chosen > rejected).float(),
@@ -157,7 +157,7 @@ def _pair_metrics(rewards: torch.Tensor, logps: torch.Tensor, totals: Totals) ->
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, 1],
     }
-    return {name: values.sum() / totals.examples for name, values in found.items()}
+    return {name: values.sum() / totals.examples for name, values in metrics.items()}
 
 
 OBJECTIVES: Mapping[str, Objective] = {"dpo": dpo, "kto": kto, "orpo": orpo}
@@ -165,9 +165,9 @@ OBJECTIVES: Mapping[str, Objective] = {"dpo": dpo, "kto": kto, "orpo": orpo}
 
 @lru_cache(maxsize=16)
 def metric_names(method: str, totals: Totals) -> tuple[str, ...]:
-    """The metrics of a step, in order: those that its objective returns.
+    """Names of a step's metrics, in the order of its objective's result.
 
-    A process without an example of the step has nothing to compute them from, and must know them all the same.
+    Computed from empty tensors, because a process without examples in the step needs the names, too.
     """
     columns = 1 if method == "kto" else 2
     empty, flat = torch.zeros(0, columns), torch.zeros(0)

@@ -1,4 +1,4 @@
-"""Lays examples end to end in one sequence, without padding or padded to one of the run's `padded_shapes`.
+"""Concatenates examples to one sequence, without padding or padded to one of the run's `padded_shapes`.
 
 Each example is a segment: its positions start at 0, and it does not attend to other segments
 (`model/packed_attention.py`).
@@ -21,17 +21,17 @@ from job.records import Example
 from job.training.padded_shapes import ANY, Shapes
 
 IGNORED = -100
-"""The label of a token that is no target, as in torch's cross-entropy and TRL."""
+"""The label of a token that is not a target, as in torch's cross-entropy and TRL."""
 
 
 def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
-    """Lays examples end to end in one sequence without padding.
+    """Concatenates examples to one sequence without padding.
 
     Returns:
-        Inputs of the model: `input_ids`, `labels` (token ids, or -100 for all but target tokens) and `position_ids`,
-        each (1, tokens) int64, and the `layout` that keeps the examples apart. Labels are not shifted: each is at the
-        position of its own token, and the loss shifts them. Since no example's first token is a target, shifting by one
-        never pairs tokens of two examples.
+        Inputs of the model: `input_ids`, `labels` (token ids, or -100 for tokens that are not targets) and
+        `position_ids`, each (1, tokens) int64, and the `layout`, by which attention separates the examples. Labels are
+        not shifted: each is at the position of its own token, and the loss shifts them. Since no example's first token
+        is a target, shifting by one never pairs tokens of two examples.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -66,15 +66,15 @@ class PaddedSequence:
     """
 
     tokens: torch.Tensor
-    """(3, length) int64: token ids; what each position is to predict, or -100; positions. Labels are shifted."""
+    """(3, length) int64: token ids; labels, shifted to the position that predicts them, or -100; positions."""
     ends: torch.Tensor
-    """(segments + 1,) int32: where each segment starts, then the length, repeated for empty segments."""
+    """(segments + 1,) int32: the start of each segment, then the length, repeated for empty segments."""
     segments: tuple[Segment, ...]
     """The non-empty segments."""
 
 
 def blank_sequence(shape: tuple[int, int], device: torch.device) -> PaddedSequence:
-    """A sequence of padding alone, of this (length, segments)."""
+    """A sequence of padding only, of this (length, segments)."""
     length, segments = shape
     tokens = torch.zeros((3, length), dtype=torch.int64, device=device)
     tokens[1] = IGNORED
@@ -84,17 +84,17 @@ def blank_sequence(shape: tuple[int, int], device: torch.device) -> PaddedSequen
 
 
 def padded_sequence(examples: Sequence[Example], device: torch.device, shapes: Shapes = ANY) -> PaddedSequence:
-    """Lays examples end to end in one sequence and pads it to one of the shapes."""
+    """Concatenates examples to one sequence and pads it to one of the shapes."""
     return _sequence(examples, device, *shapes.of(sum(lengths_of(examples)), len(examples)))
 
 
 def unpadded_sequence(examples: Sequence[Example], device: torch.device) -> PaddedSequence:
-    """The same without padding; `ends` has no empty segments."""
+    """Concatenates examples to one sequence without padding; `ends` has no empty segments."""
     return _sequence(examples, device, sum(lengths_of(examples)), len(examples))
 
 
 def _sequence(examples: Sequence[Example], device: torch.device, length: int, slots: int) -> PaddedSequence:
-    """The examples in one sequence of this length, whose `ends` have so many slots for segments."""
+    """The examples in one sequence of this length; `ends` is (slots + 1,)."""
     ends = [0, *accumulate(len(example.input_ids) for example in examples)]
     used = ends[-1]
     tokens = np.zeros((3, length), dtype=np.int64)

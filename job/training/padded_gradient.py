@@ -1,4 +1,4 @@
-"""The loss of a padded sequence and its gradient, launched as a CUDA graph where the execution plan says so."""
+"""The loss of a padded sequence and its gradient, launched as a CUDA graph if the execution plan says so."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class PaddedGradient:
     Args:
         model: A PEFT model over a fused base.
         parameters: The adapter.
-        loss: The summed loss from hidden states behind the final norm.
-        shapes: The shapes to which sequences are padded at present.
+        loss: The summed loss from hidden states after the final norm.
+        shapes: Returns the shapes to which sequences are padded at present.
         longest: Upper bound of a segment's tokens in sequences that are not padded to these shapes.
-        record_all: Whether all shapes are recorded on the first call: with several processes, since the others would
-            wait later each time that one records.
+        record_all: Whether all shapes are recorded on the first call. Set with several processes: otherwise all would
+            wait each time that one of them records a shape.
     """
 
     def __init__(
@@ -45,16 +45,17 @@ class PaddedGradient:
         self._graphs: CudaGraphs | None = None
 
     def __call__(self, sequence: PaddedSequence, weight: torch.Tensor, *, recorded: bool) -> torch.Tensor:
-        """Adds the gradient of `weight`, () float32, times the sequence's summed loss; returns that product.
+        """Adds the gradient of the weighted loss, which is `weight`, () float32, times the sequence's summed loss.
 
-        With `recorded` it is launched as a CUDA graph; the next call then overwrites what this one returned.
+        Returns:
+            The weighted loss, () float32. With `recorded`, a CUDA graph computes it, and the next call overwrites it.
         """
         if not recorded:
             return self._add(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
         return self._recorded(weight.device)(sequence.tokens, sequence.ends, weight)
 
     def summed_loss(self, sequence: PaddedSequence) -> torch.Tensor:
-        """The summed loss of a sequence, () float32, without a gradient; its shape may be none of the run's."""
+        """The summed loss of a sequence of any shape, () float32, without a gradient."""
         return self._sum(sequence.tokens, sequence.ends, sequence.segments)
 
     @property
@@ -74,9 +75,9 @@ class PaddedGradient:
         Args:
             tokens: (3, length) int64, `PaddedSequence.tokens`.
             ends: (segments + 1,) int32, `PaddedSequence.ends`.
-            weight: () float32: what the summed loss is multiplied by.
-            segments: Used where attention is computed segment by segment; empty in a CUDA graph, which must not depend
-                on their number.
+            weight: () float32: factor of the summed loss.
+            segments: Used if attention is computed segment by segment; empty in a CUDA graph, which must not depend on
+                their number.
         """
         loss = self._sum(tokens, ends, segments) * weight
         loss.backward()  # type: ignore[no-untyped-call] # adds to the flat gradient in place
@@ -85,7 +86,7 @@ class PaddedGradient:
     def _sum(self, tokens: torch.Tensor, ends: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor:
         """The summed loss of a padded sequence, () float32; arguments as for `_add`."""
         ids, labels, positions = tokens.unbind()
-        # An earlier attempt may have had a larger budget, and so a longer padding, than this one's.
+        # An earlier attempt may have had a larger token budget, and therefore longer padding.
         longest = max(
             self._longest,
             self._shapes().longest_padding,

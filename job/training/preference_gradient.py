@@ -1,7 +1,7 @@
-"""The gradient of preferences: log-probabilities of packed sequences, and an objective of their sums.
+"""The gradient of preference objectives, which are functions of summed log-probabilities of packed sequences.
 
-The sequences of an example are neighbours in one packed sequence. They do not attend to each other, and none depends
-on what else a micro-batch holds, so neither micro-batches nor processes change more than rounding.
+The sequences of an example are next to each other in one packed sequence and do not attend to each other. None depends
+on the rest of the micro-batch, so micro-batches and processes change the result by rounding only.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from job.training.objectives import OBJECTIVES, Sums, Totals, metric_names
 from job.training.packing import alone_inputs, packed_inputs
 
 TokenLogProbs = Callable[[Sequence[Example]], list[torch.Tensor]]
-"""For each sequence the log-probabilities of its tokens, (tokens,) float32: that of token i + 1 at place i, 0 where it
-is not a target, and 0 at the last place."""
+"""Returns for each sequence the log-probabilities of its tokens, (tokens,) float32: element i is that of token i + 1,
+or 0 if that is not a target; the last element is 0."""
 
 
 def token_log_probs(model: Any, head: Any, sequences: Sequence[Example]) -> list[torch.Tensor]:
-    """`TokenLogProbs` of a model.
+    """The log-probabilities of each sequence's tokens, as `TokenLogProbs` returns them.
 
     Args:
-        model: Says whether sequences are packed, and where it is.
-        head: What is called: the model as Trainer wrapped it, or `selected_head` in its place.
-        sequences: All of them go through the model at once where it is packed, else one by one.
+        model: The PEFT model; determines the device, and whether sequences are packed.
+        head: Called to compute them: the model as Trainer wrapped it, or `selected_head` instead.
+        sequences: Computed in one packed sequence, or one by one if the model is not packed.
     """
     if not is_packed(model):
         return [alone_log_probs(head, **alone_inputs(sequence, model.device)) for sequence in sequences]
     inputs = packed_inputs(sequences, model.device)
-    found = head(**inputs, fused_lm_head=True, use_cache=False).log_probs[0]  # (tokens - 1,)
-    # The last token of a sequence predicts the first one of the next, which is never a target: 0 by the head.
-    whole = torch.cat([found, found.new_zeros(1)]).float()
+    log_probs = head(**inputs, fused_lm_head=True, use_cache=False).log_probs[0]  # (tokens - 1,)
+    # The last token of a sequence predicts the first token of the next, which is never a target, so the head gives 0.
+    whole = torch.cat([log_probs, log_probs.new_zeros(1)]).float()
     return list(torch.split(whole, [len(sequence.input_ids) for sequence in sequences]))
 
 
 def log_prob_sums(log_probs: TokenLogProbs, sequences: Sequence[Example]) -> torch.Tensor:
-    """(sequences,) float32: the log-probabilities of each sequence's targets, summed."""
-    # One sum a sequence instead of `index_add`, which adds in another order every time on a GPU.
-    return torch.stack([found.sum() for found in log_probs(sequences)])
+    """The summed log-probability of each sequence's targets, (sequences,) float32."""
+    # One sum for each sequence instead of `index_add`, whose order of additions on a GPU is not deterministic.
+    return torch.stack([of_tokens.sum() for of_tokens in log_probs(sequences)])
 
 
 def head_of(model: Any, wrapped: Any = None) -> Any:
-    """What computes log-probabilities without all logits: TRL's fused head, or a stand-in on a CPU.
+    """The callable that computes log-probabilities without all logits: TRL's fused head, or `selected_head` on a CPU.
 
     Args:
         model: A PEFT model.
-        wrapped: The same as Trainer wrapped it, if it did.
+        wrapped: The model as Trainer wrapped it; None if it did not.
     """
     base = model.get_base_model()
     if can_sum(base) and is_packed(model):
@@ -63,16 +63,16 @@ def head_of(model: Any, wrapped: Any = None) -> Any:
 
 
 def reference_log_probs(model: Any, *, fused: bool) -> Callable[[Sequence[Example]], list[list[float]]]:
-    """What computes, for each example, the summed log-probability of each of its sequences, in nats.
+    """A function that returns, for each example, the summed log-probability of each of its sequences, in nats.
 
-    By the model as it is, without training it, in the precision in which training computes.
+    Computed with the model's current weights, without gradient, in the precision of training.
 
     Args:
         model: A PEFT model.
         fused: Whether the job's fused layers compute, which need no autocast.
 
     Raises:
-        TrainingFailed: When it is called: one is not finite.
+        TrainingFailed: From the returned function: a log-probability is not finite.
     """
     base = model.get_base_model()
     if is_packed(model) and not can_sum(base):
@@ -89,8 +89,8 @@ def reference_log_probs(model: Any, *, fused: bool) -> Callable[[Sequence[Exampl
                 "the reference's log-probabilities are not finite: the base's numbers are too large for its dtype; set "
                 "JOB_MODEL__DTYPE to bf16 or fp32"
             )
-        found = iter(sums.tolist())
-        return [[next(found) for _ in example.sequences] for example in examples]
+        remaining = iter(sums.tolist())
+        return [[next(remaining) for _ in example.sequences] for example in examples]
 
     return compute
 
@@ -101,8 +101,8 @@ class PreferenceGradient:
 
     Attributes:
         options: Method and its settings.
-        log_probs: By the model in training, with history.
-        backward: Adds the gradient of a loss to the parameters'.
+        log_probs: Log-probabilities by the model that is trained, with gradient history.
+        backward: Backpropagates a loss.
     """
 
     options: Preference
@@ -110,27 +110,27 @@ class PreferenceGradient:
     backward: Callable[[torch.Tensor], None]
 
     def names(self, totals: Totals) -> tuple[str, ...]:
-        """Names of the metrics, in the order of the tensor that a micro-batch returns behind its loss."""
+        """Names of the metrics, in the order in which they follow the loss in a micro-batch's tensor."""
         return metric_names(self.options.method, totals)
 
     @property
     def estimates_kl(self) -> bool:
-        """Whether a step needs the divergence before its gradient."""
+        """Whether a step needs KTO's estimate of the divergence before its gradient."""
         return self.options.method == "kto"
 
     def kl(self, examples: Sequence[Example], totals: Totals) -> torch.Tensor:
-        """A micro-batch's part of the step's estimate, () float32: over its mismatched answers."""
+        """A micro-batch's part of the step's estimate of the divergence, () float32, from its mismatched answers."""
         with torch.no_grad():
             sums = log_prob_sums(self.log_probs, [example.sequences[1] for example in examples])
         reference = torch.tensor([example.reference[1] for example in examples], device=sums.device)
         return (sums - reference).sum() / totals.examples
 
     def __call__(self, examples: Sequence[Example], totals: Totals, kl: torch.Tensor) -> torch.Tensor:
-        """Adds a micro-batch's gradient, and returns its part of loss and metrics, (1 + metrics,) without history."""
+        """Adds a micro-batch's gradient; returns its part of loss and metrics, (1 + metrics,) float32, detached."""
         return self._computed(examples, totals, kl, self.backward)
 
     def measure(self, examples: Sequence[Example], totals: Totals, kl: torch.Tensor) -> torch.Tensor:
-        """The same without a gradient."""
+        """A micro-batch's part of loss and metrics, (1 + metrics,) float32, without a gradient."""
         with torch.no_grad():
             return self._computed(examples, totals, kl, lambda _: None)
 
@@ -146,19 +146,19 @@ class PreferenceGradient:
         sequences = [one for example in examples for one in example.sequences[:columns]]
         targets = [one.targets for one in sequences]
         device = kl.device
-        # ORPO learns the prompt too: all tokens of the first sequence are scored, and then told apart.
+        # ORPO also learns the prompt: all tokens are scored, and those of the prompt are masked afterwards.
         scored = sequences if self.options.method != "orpo" else [_all_learned(one) for one in sequences]
-        found = self.log_probs(scored)
+        log_probs = self.log_probs(scored)
         if self.options.method == "orpo":
             learned = [torch.tensor([*of_tokens[1:], False], device=device) for of_tokens in targets]
-            whole = torch.stack([one.sum() for one in found[::2]])
-            found = [one.masked_fill(~mask, 0) for one, mask in zip(found, learned, strict=True)]
+            whole = torch.stack([one.sum() for one in log_probs[::2]])
+            log_probs = [one.masked_fill(~mask, 0) for one, mask in zip(log_probs, learned, strict=True)]
         else:
             whole = torch.zeros(len(examples), device=device)
         references = [example.reference[:columns] or (0.0,) * columns for example in examples]
         labels = [example.desirable is not False for example in examples]
         return Sums(
-            policy=torch.stack([one.sum() for one in found]).view(-1, columns),
+            policy=torch.stack([one.sum() for one in log_probs]).view(-1, columns),
             reference=torch.tensor(references, device=device),
             lengths=torch.tensor([float(sum(one)) for one in targets], device=device).view(-1, columns),
             whole=whole,

@@ -1,8 +1,8 @@
-"""Prepares the model for training on this machine, by the execution plan that is chosen here and logged with reasons.
+"""Chooses the execution plan on this machine, logs it with its reasons, and prepares the model accordingly.
 
-On a GPU, the job's fused layers train more than twice as fast as PEFT's layers. Where they cannot be used (fp32, an
-old GPU, a model with unknown layers), PEFT's layers are used instead, and a warning and `training.execution` of the
-manifest give the reason. On a CPU, PEFT's layers are always used.
+On a GPU, the job's fused layers train more than twice as fast as PEFT's layers. If they cannot be used (fp32, an old
+GPU, a model with unknown layers), PEFT's layers are used, and a warning and `training.execution` of the manifest give
+the reason. On a CPU, PEFT's layers are always used.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float |
     """The token budget of a micro-batch: the setting, or a value chosen by this machine's memory.
 
     Args:
-        device: The model's.
-        micro_batch_tokens: The setting; None to choose one.
-        gigabytes: How much of the GPU may be used, in units of 1e9 bytes; None for all.
+        device: The model's device.
+        micro_batch_tokens: `JOB_TRAIN__MICRO_BATCH_TOKENS`; None to choose.
+        gigabytes: `JOB_TRAIN__GPU_MEMORY_GB`: usable GPU memory in units of 1e9 bytes; None for all.
     """
     if device.type != "cuda":
         return micro_batch_tokens or CPU_MICRO_BATCH_TOKENS
@@ -71,35 +71,35 @@ def prepare(
     sequence_parallel: Literal["auto", "off"] = "off",
     group: Processes = ALONE,
 ) -> ExecutionPlan:
-    """Chooses how this machine trains the model, and makes the model ready for it.
+    """Chooses how this machine trains the model, and prepares the model for it.
 
     Args:
         model: The base with its adapter.
         lengths: Tokens of each example.
-        global_batch_size: Examples of a step.
+        global_batch_size: Examples in a step.
         quantization: `nf4` or `none`.
         optimizer: A key of `OPTIMIZERS`.
         budget: The token budget of a micro-batch.
         keep_base: `JOB_MODEL__KEEP_DEQUANTIZED`.
         recompute: `JOB_TRAIN__GRADIENT_CHECKPOINTING`.
-        gigabytes: How much of the GPU may be used, in units of 1e9 bytes; None for all.
-        processes: How many train on this machine.
+        gigabytes: `JOB_TRAIN__GPU_MEMORY_GB`: usable GPU memory in units of 1e9 bytes; None for all.
+        processes: Number of training processes on this machine.
         random: Whether the embeddings get noise (NEFTune), which a CUDA graph would repeat unchanged.
-        slow: Why PEFT's own layers have to compute this adapter; None if they need not.
+        slow: Why this adapter requires PEFT's own layers; None if it does not.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`.
         method: A key of `METHODS`; only `sft` computes long rows layer by layer.
         longest_at: File and line of the longest row, for messages; empty if they are not known.
-        validation: Tokens of each row that is validated on.
+        validation: Tokens of each validation row.
         compute: `JOB_TRAIN__COMPUTE`.
         sequence_parallel: `JOB_TRAIN__SEQUENCE_PARALLEL`.
-        group: All processes of the run; they agree on which rows they compute together, and by which kernel.
+        group: All processes of the run; they agree on which rows they compute together, and with which kernel.
 
     Returns:
-        The plan, which the model now follows: its layers are fused as `forward` says.
+        The plan. The model's layers are already fused according to its `forward`.
 
     Raises:
-        SettingsError: The longest row cannot fit into memory. Or `compute` is fp8, and PEFT's own layers are needed,
-            or a layer's size is not a multiple that FP8 products require.
+        SettingsError: The longest row cannot fit into memory; or `compute` is fp8, but PEFT's own layers are needed,
+            or the size of a layer is not a multiple of what FP8 products require.
     """
     setup = setup_of(model, quantization, optimizer)
     setup = setup and replace(setup, placement=placement_of(model), processes=group.place.world_size)
@@ -110,7 +110,7 @@ def prepare(
         require_fp8_model(setup, dtype if slow is None else None)
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
-    longest = max(lengths)  # not of validation: it has no backward pass, whose memory the formula counts
+    longest = max(lengths)  # without validation rows: they have no backward pass, whose memory the formula counts
     lengths = [*lengths, *sorted(validation, reverse=True)[:1]]
     never = "JOB_TRAIN__NEFTUNE_NOISE_ALPHA draws noise that depends on the length of the whole row" if random else ""
     rows = plan_rows(
@@ -180,7 +180,7 @@ def _fuse(
     host_bytes: int,
     fp8: bool,
 ) -> ExecutionPlan | None:
-    """Replaces the layers' forward by fused ones, as far as free memory allows; None if no layer can be replaced."""
+    """Chooses a plan by free memory and replaces the layers' forward by fused ones; None if no layer can be fused."""
     import torch
 
     from job.model.fused import fused_decoder
@@ -221,14 +221,14 @@ def _fuse(
         plan = replace(plan, sequence_parallel=rows.processes, divided_above=rows.above)
     kernels, name = fast_kernels(model.device, dtype_name(model))
     try:
-        made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels, fp8=fp8)
+        fused = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels, fp8=fp8)
     except torch.OutOfMemoryError:  # another process took the free memory, or the setting needs too much
         plan = replace(plan, kept_base=False, reason=f"{plan.reason}, and ran out while keeping the base")
-        made = fuse_layers(model, keep_dequantized=False, kernels=kernels, fp8=fp8)
-    if made == "nothing":
+        fused = fuse_layers(model, keep_dequantized=False, kernels=kernels, fp8=fp8)
+    if fused == "nothing":
         return None
-    forward = ", ".join((f"{FUSED} {made}", name, *([FP8] if fp8 else [])))
-    return replace(plan, recorded=plan.recorded and made == "all", forward=forward)
+    forward = ", ".join((f"{FUSED} {fused}", name, *([FP8] if fp8 else [])))
+    return replace(plan, recorded=plan.recorded and fused == "all", forward=forward)
 
 
 def _refuse(
@@ -243,7 +243,7 @@ def _refuse(
     where: str,
     sharing: Sharing,
 ) -> None:
-    """Refuses rows that certainly do not fit into the GPU's memory, or on a CPU into the machine's.
+    """Refuses rows that certainly do not fit into the GPU's memory, or, on a CPU, into the machine's memory.
 
     Raises:
         SettingsError: The longest row does not fit.
@@ -274,7 +274,7 @@ def _by_peft(
     processes: int,
     recompute: bool | Literal["auto"],
 ) -> ExecutionPlan:
-    """The plan where PEFT's own layers compute, for the reason `slow`."""
+    """The plan with PEFT's own layers; `slow` is the reason for them."""
     kept, memory = plan_activations(model, setup, max(budget, longest), processes, recompute=recompute)
     plan = ExecutionPlan(
         kept_base=False,

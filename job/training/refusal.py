@@ -1,8 +1,8 @@
 """Refuses rows that cannot fit into memory, before training begins.
 
-A row is refused only if it certainly does not fit: if the way to compute it that needs least memory takes more than is
-free, after the formula's error is subtracted. A row that may fit is tried, and training ends with `TrainingFailed` if
-memory runs out.
+A row is refused only if it certainly does not fit: if even the way of computing it that needs the least memory needs
+more than is free, after the formula's margin of error is subtracted. A row that may fit is tried, and training ends
+with `TrainingFailed` if memory runs out.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _ADVICE = "lower it (JOB_DATA__ON_LONG_ROW sets what is done with longer rows)"
 
 @dataclass(frozen=True)
 class Sharing:
-    """Whether several processes compute the longest row together (`training.sequence_parallel`).
+    """How many processes compute the longest row together (`training.sequence_parallel`).
 
     Attributes:
-        processes: How many do.
-        may_divide: How many could, if JOB_TRAIN__SEQUENCE_PARALLEL allowed it.
-        never: Why no number of processes could; empty where one could.
+        processes: Number of processes that compute it.
+        may_divide: Number that could compute it if JOB_TRAIN__SEQUENCE_PARALLEL allowed it.
+        never: Why no number of processes can divide a row; empty if some number can.
     """
 
     processes: int = 1
@@ -39,11 +39,11 @@ class Sharing:
     never: str = ""
 
     def advice(self, setup: Setup, fits: Callable[[int], bool]) -> str:
-        """How more GPUs would help, to be appended to the other advice; empty if they would not.
+        """Advice about more GPUs, to be appended to the other advice; empty if they would not help.
 
         Args:
             setup: What is trained.
-            fits: Whether the row would fit if this number of processes divided it.
+            fits: Whether the row would fit if it were divided over this number of processes.
         """
         enough = enough_gpus(setup, lambda count: count > self.processes and fits(count))
         if enough is None:
@@ -72,14 +72,14 @@ def refuse_rows(
         setup: What is trained.
         longest: Tokens of the longest row.
         free_bytes: Free memory of the device, with the model loaded.
-        host_bytes: Main memory available to this process; None where the device is the CPU.
+        host_bytes: Main memory available to this process; None if the device is the CPU.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
-        copies: As in `long_row_bytes`; None where `training.long_rows` does not compute long rows.
+        copies: As in `long_row_bytes`; None if `training.long_rows` does not compute long rows.
         where: File and line of the row; empty if they are not known.
-        sharing: Whether several processes compute it together.
+        sharing: How many processes compute the row together.
 
     Raises:
-        SettingsError: It does not fit.
+        SettingsError: The row does not fit.
     """
 
     def on_device(tokens: int) -> int:
@@ -113,19 +113,19 @@ def refuse_rows(
         fix = _ADVICE
         if kept <= free_bytes:
             fix += ", set JOB_TRAIN__OFFLOAD_ACTIVATIONS=auto"
-        # The processes of a machine share its main memory, so more GPUs help only if the row fits on them without it.
+        # The processes of a machine share its main memory, so more GPUs help only if the row fits without offloading.
         _refuse(row, need, host_bytes, "the machine's memory", in_main_memory, longest, fix, more_gpus(offload=False))
 
 
 def _least(setup: Setup, tokens: int, processes: int, *, offload: bool | None, copies: int | None) -> int:
-    """The least bytes on the device that the settings allow, less the error of the formula."""
+    """The least bytes on the device that the settings allow, minus the formula's margin of error."""
     if copies is None:
         return int((1 - MARGIN) * least_activation_bytes(setup, tokens))
     need = row_bytes(setup, tokens, processes, offloaded=offload is not False, kept_attention=False, copies=copies)
     return int((1 - MARGIN) * need)
 
 
-def _refuse(  # noqa: PLR0917 - all of it is in the message
+def _refuse(  # noqa: PLR0917 - the message contains all of them
     row: str, need: int, free: int, memory: str, needs: Callable[[int], int], longest: int, fix: str, more: str
 ) -> None:
     fits = largest_budget(needs, free, longest)

@@ -6,14 +6,14 @@ import time
 from collections import deque
 
 _INTERVALS = 20
-"""Intervals between steps that the estimate is the mean of."""
+"""Number of last intervals between steps whose mean is the estimate."""
 
 
 class StepPace:
     """Estimates the remaining time from the last steps.
 
-    It goes by the wall clock from step to step, so that validations, checkpoints and waits are part of it. The first
-    step of an attempt is not: it may compile kernels and capture CUDA graphs.
+    Measured by the wall clock from step to step, so validations, checkpoints and waits are included. The first step of
+    an attempt is excluded: it may compile kernels and capture CUDA graphs.
     """
 
     def __init__(self, total_steps: int) -> None:
@@ -21,7 +21,7 @@ class StepPace:
         self._ends: deque[float] = deque(maxlen=_INTERVALS + 1)
 
     def remaining_seconds(self, step: int) -> float | None:
-        """To be called at the end of each step; None at the first, when there is nothing to measure yet."""
+        """The estimate, to be called at the end of each step; None at the first, when there is no interval yet."""
         self._ends.append(time.monotonic())
         intervals = len(self._ends) - 1
         if not intervals:

@@ -1,4 +1,4 @@
-"""How a resumed run pads its sequences, and what it says where it has to compute otherwise than its checkpoint."""
+"""Makes a resumed run compute as its checkpoint was computed, or warns that it cannot."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from job.training.padded_shapes import RunShapes, longest_shape, shapes_of_befor
 def resume_shapes(
     shapes: RunShapes, before: HowComputed | None, *, plan: ExecutionPlan, steps: Steps, budget: int
 ) -> None:
-    """Has the run pad to the checkpoint's shapes, since others change the last bits of a gradient.
+    """Sets the padded shapes to the checkpoint's, because other shapes change the last bits of a gradient.
 
-    Warns where this attempt has to compute in another way than the checkpoint was computed.
+    Warns if this attempt has to compute in another way than the checkpoint was computed.
 
     Args:
-        shapes: The run's; changed in place.
-        before: What the checkpoint recorded; None in checkpoints of older versions, which did not record it.
-        plan: Of this attempt.
-        steps: The batch plan, with the checkpoint's limit for divided rows where this attempt can divide rows.
+        shapes: The run's shapes; changed in place.
+        before: How the checkpoint was computed; None for checkpoints of older versions, which did not record it.
+        plan: The execution plan of this attempt.
+        steps: The batch plan, with the checkpoint's limit for divided rows if this attempt can divide rows.
         budget: The checkpoint's token budget.
     """
     if before is None:

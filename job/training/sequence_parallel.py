@@ -1,10 +1,10 @@
 """Which long rows all processes of a run compute together, and how much memory that takes. Pure functions, no torch.
 
-A long row (`training.long_rows`) that does not fit on one GPU is divided over N processes: each holds the hidden states
+A long row (`training.long_rows`) that does not fit on one GPU is divided over N processes: each has the hidden states
 of 1/N of its tokens, and computes attention for 1/N of the heads over all tokens (`model.fused.sequence_parallel`).
 
-Whether a row is divided affects the last bits of a gradient. So it depends on the total memory of GPU and machine, not
-on what is free at the moment, and a resumed run keeps the limit of its checkpoint.
+Whether a row is divided affects the last bits of a gradient. Therefore it depends on the total memory of GPU and
+machine, not on the memory that is free at the moment, and a resumed run keeps the limit of its checkpoint.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def why_not_divided(architecture: Architecture, processes: int) -> str | None:
     """Why this number of processes cannot share the model's attention heads; None if it can.
 
     Each process needs whole key/value heads. With more processes than key/value heads, several processes get a copy of
-    the same one, and equal parts of its query heads.
+    the same key/value head, and each an equal part of its query heads.
     """
     heads, kv_heads = architecture.heads, architecture.kv_heads
     if processes <= kv_heads or (processes % kv_heads == 0 and heads % processes == 0):
@@ -49,9 +49,9 @@ def divided_row_bytes(
 ) -> int:
     """Bytes of activations on each GPU at the peak of a divided row of `tokens`; the rest as for `long_row_bytes`.
 
-    A GPU needs what a row of `tokens / processes` tokens would take, and two things more: the kernel's fp32 gradients
-    of the queries, which cover all tokens, and second copies of queries, keys, values and attention's output, since
-    each exists by tokens and by heads while it is exchanged.
+    A GPU needs the memory of a row of `tokens / processes` tokens, and in addition: the kernel's fp32 gradients of the
+    queries, which cover all tokens; and second copies of queries, keys, values and attention's output, which exist
+    divided by tokens and divided by heads while they are exchanged.
     """
     a = setup.architecture
     own = -(-tokens // processes)
@@ -85,12 +85,12 @@ def row_memory(
     offload: bool | None = None,
     copies: int = ATTENTION_COPIES,
 ) -> Memory:
-    """Memory of each GPU for a row that is computed layer by layer, in the way that takes least GPU memory.
+    """Memory of each GPU for a row that is computed layer by layer, in the way that takes the least GPU memory.
 
     Args:
         setup: What is trained.
-        tokens: Of the row.
-        processes: How many compute it together.
+        tokens: Tokens of the row.
+        processes: Number of processes that compute the row together.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
         copies: As in `long_row_bytes`.
     """
@@ -110,7 +110,7 @@ def least_memory(
 ) -> Memory:
     """The smaller `row_memory` of two: one process computes the row, or all do.
 
-    Arguments as for `row_memory`, but `processes` is the number that may divide the row; 1 if none may.
+    Arguments as for `row_memory`, but `processes` is the number that may divide the row; 1 if it may not be divided.
     """
     ways = [row_memory(setup, tokens, n, offload=offload, copies=copies) for n in {1, processes}]
     return min(ways, key=lambda memory: memory.total)
@@ -129,9 +129,9 @@ def tokens_alone(
 
     Args:
         setup: What is trained.
-        most: Tokens of the longest row there is.
-        memory_bytes: Of the GPU, or the part of it that may be used, with nothing in it.
-        host_bytes: Of main memory that activations may fill in each process, when nothing is in it.
+        most: Tokens of the run's longest row.
+        memory_bytes: Total GPU memory, or the usable part of it.
+        host_bytes: Main memory that activations of each process may fill, of the machine's total.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
         copies: As in `long_row_bytes`.
     """
@@ -149,11 +149,11 @@ def tokens_alone(
 
 
 def enough_gpus(setup: Setup, fits: Callable[[int], bool]) -> int | None:
-    """The least number of GPUs that could compute a row together; None if none from 2 to `MOST_GPUS` could.
+    """The least number of GPUs that could compute a row together; None if no number from 2 to `MOST_GPUS` could.
 
     Args:
-        setup: What is trained; only the numbers of its attention heads are used.
-        fits: Whether the row fits into each GPU's memory if it is divided over this many.
+        setup: What is trained; only the numbers of attention heads are used.
+        fits: Whether the row fits into each GPU's memory if it is divided over this number of GPUs.
     """
     counts = (n for n in range(2, MOST_GPUS + 1) if why_not_divided(setup.architecture, n) is None)
     return next((n for n in counts if fits(n)), None)

@@ -1,4 +1,4 @@
-"""What makes training on this machine slower than it could be, each with the setting that would change it."""
+"""Finds what makes training on this machine slower than necessary, and the setting that would change it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def slower_ways(
     noise: bool,
     only_long: bool = False,
 ) -> Iterator[Slower]:
-    """What makes this plan slower than the fastest one. `training.prepare` itself warns of PEFT's layers on a GPU.
+    """What makes this plan slower than the fastest plan; `training.prepare` itself warns of PEFT's layers on a GPU.
 
     Args:
         plan: The execution plan.
@@ -46,8 +46,8 @@ def slower_ways(
         recompute: `JOB_TRAIN__GRADIENT_CHECKPOINTING`.
         method: The last one of `JOB_TRAIN__METHOD`.
         noise: Whether `JOB_TRAIN__NEFTUNE_NOISE_ALPHA` is set.
-        only_long: Whether every row is longer than `LONG_ROW`. Where these are computed layer by layer, CUDA graphs,
-            kept activations and a dequantized base would not make them faster; a kept base in FP8 would.
+        only_long: Whether every row is longer than `LONG_ROW`. If such rows are computed layer by layer, CUDA graphs,
+            kept activations and a dequantized base do not make them faster; a kept base in FP8 does.
     """
     fused = plan.forward != PEFT
     in_layers = only_long and plan.tile_tokens is not None

@@ -1,6 +1,6 @@
-"""The options that TRL's trainer gets: those that have an effect in this project's training, and no others.
+"""The options of TRL's trainer: only those that have an effect in this project's training.
 
-To add one: its value in `trl_config`, and in `OPTIONS` what it has an effect on.
+To add one: its value in `trl_config`, and its effect in `OPTIONS`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ OPTIONS = {
     **dict.fromkeys(("report_to", "disable_tqdm"), "only the job reports metrics"),
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), "off: switched on the model, by the plan"),
 }
-"""The options of SFTConfig that have an effect in `training/trainer.py`, and which effect. TRL would accept any other
-option (of packing, a data loader, an evaluation) without any effect, so `sft_config` refuses it."""
+"""Option of SFTConfig -> its effect in `training/trainer.py`. TRL would accept other options (of packing, a data
+loader, an evaluation) although they have no effect here, so `sft_config` refuses them."""
 
 
 def sft_config(**options: Any) -> SFTConfig:

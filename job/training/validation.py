@@ -1,15 +1,15 @@
 """The validation loss: the mean over the target tokens of all validation rows, without dropout and without gradient.
 
-Of preferences it is the method's loss over all validation rows, with its metrics: what TRL's trainers evaluate with all
-rows in one batch. (In several batches, ORPO's loss and KTO's depend on how the rows fall into them.)
+For preferences it is the method's loss over all validation rows, with its metrics, as TRL's trainers would evaluate all
+rows in one batch. (With several batches, the losses of ORPO and KTO depend on how the rows are divided into batches.)
 
-The rows go through the model in blocks. A block has as many rows as a training step, is packed like one, and is divided
-among the processes like one. The sum is in float64, in a fixed order: the loss is the same
-in every attempt, and depends on the token budget and on the number of processes by rounding alone.
+The rows are computed in blocks. A block has as many rows as a training step, and is packed and divided among the
+processes like a training step. The sum is in float64, in a fixed order, so the loss is the same in every attempt, and
+token budget and number of processes change it by rounding only.
 
-Between two blocks the processes agree on whether to stop, and with one process the stop flag is read between two
-micro-batches, so a validation that has to stop ends within the time of a third of a training step. The next attempt
-repeats it.
+With several processes, they agree between two blocks on whether to stop; a single process reads the stop flag between
+two micro-batches. A validation that has to stop thus ends within the time of a third of a training step. The next
+attempt repeats it.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ SummedLoss = Callable[[Sequence[Example]], torch.Tensor]
 
 
 class Validation:
-    """Computes the validation loss, as often as it is called; all processes call it together.
+    """Computes the validation loss at each call; all processes call it together.
 
     Args:
-        model: As it is trained.
+        model: The model that is trained.
         examples: The validation rows, at least one.
-        block: How many of them make a block: the global batch size.
-        step: Gives up memory for the validation as it does for a training step.
+        block: Rows in a block: the global batch size.
+        step: The training step, whose optimizations are switched off when memory runs out in a validation.
         summed_loss: The loss of one micro-batch; called without gradient.
         hooks: `stop` and `on_progress` are used.
-        processes: Those that share the work.
-        preference: Used in place of `summed_loss` for preferences.
+        processes: The processes that share the work.
+        preference: For preferences, used instead of `summed_loss`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Validation:
         preference: PreferenceGradient | None = None,
     ) -> None:
         self.budget = step.budget
-        """Tokens of a micro-batch, apart from training's: halved when memory runs out in a validation."""
+        """Token budget of validation, separate from training's: halved when memory runs out in a validation."""
         self.examples = examples
         self.target_tokens = sum(target_counts_of(examples))
         self._model, self._step, self._summed_loss = model, step, summed_loss
@@ -75,7 +75,7 @@ class Validation:
         self._blocks = [examples[start : start + block] for start in range(0, len(examples), block)]
 
     def __call__(self) -> float:
-        """The loss, in nats a target token; of preferences as the method has it.
+        """The loss, in nats for each target token; for preferences the method's loss.
 
         Raises:
             StepAbandoned: The job has to stop.
@@ -87,27 +87,27 @@ class Validation:
             return self._of_preferences(self._preference)
 
     def _weighted_loss(self, examples: Sequence[Example]) -> torch.Tensor:
-        """The summed loss of a micro-batch, each row as often as it weighs, (1,)."""
-        found = torch.zeros(1, device=self._model.device)
+        """The summed loss of a micro-batch, each row's loss times its weight, (1,)."""
+        total = torch.zeros(1, device=self._model.device)
         for part, weight in by_weight(examples):
             loss = self._summed_loss(part)
-            found = found + (loss if weight == 1 else weight * loss)
-        return found
+            total = total + (loss if weight == 1 else weight * loss)
+        return total
 
     def _of_preferences(self, preference: PreferenceGradient) -> float:
-        """The method's loss; leaves its metrics."""
+        """The method's loss; also sets `metrics`."""
         totals = totals_of(self.examples)
         kl = torch.zeros((), device=self._model.device)
         if preference.estimates_kl:
             # First, and over all rows: the loss of each depends on it.
             kl = self._summed(lambda group: preference.kl(group, totals)[None], 1)[0].clamp(min=0).float()
         names = preference.names(totals)
-        found = self._summed(lambda group: preference.measure(group, totals, kl), 1 + len(names))
-        self.metrics = dict(zip(names, found[1:].tolist(), strict=True))
-        return float(found[0])
+        loss_and_metrics = self._summed(lambda group: preference.measure(group, totals, kl), 1 + len(names))
+        self.metrics = dict(zip(names, loss_and_metrics[1:].tolist(), strict=True))
+        return float(loss_and_metrics[0])
 
     def _summed(self, compute: Callable[[Sequence[Example]], torch.Tensor], numbers: int) -> torch.Tensor:
-        """What `compute` returns for micro-batches, (numbers,), summed over all rows and processes in float64."""
+        """The results of `compute` for micro-batches, (numbers,), summed over all rows and processes in float64."""
         sums = torch.zeros(numbers, dtype=torch.float64, device=self._model.device)
         for block in self._blocks:
             sums += self._own_sum(block, compute, numbers)
@@ -121,17 +121,17 @@ class Validation:
     def _own_sum(
         self, block: Sequence[Example], compute: Callable[[Sequence[Example]], torch.Tensor], numbers: int
     ) -> torch.Tensor:
-        """This process's part of a block, (numbers,) float64; again with less memory if it ran out in any process."""
+        """This process's part of a block, (numbers,) float64; repeated with less memory after any process ran out."""
         place = self._processes.place
         lengths = lengths_of(block)
         divided, others = without_divided(lengths, self._step.divided_above)
         mine = [block[others[i]] for i in shares([lengths[i] for i in others], place.world_size)[place.rank]]
         together = [block[i] for i in divided]
         while True:
-            found, full = None, False
+            own, full = None, False
             try:
                 with taking_part(self._model):
-                    found = self._micro_batches(mine, compute, numbers, together)
+                    own = self._micro_batches(mine, compute, numbers, together)
             except JobError as error:  # another process has ended while weights were gathered
                 raise StepAbandoned from error
             except RuntimeError as error:
@@ -142,11 +142,11 @@ class Validation:
                 if full and self.budget <= longest // 2 and not self._step.plan.droppable:
                     raise too_small("a validation", longest, error) from error
             try:
-                repeat = self._processes.agree(repeat=found is None)
+                repeat = self._processes.agree(repeat=own is None)
                 if self._processes.stopping:
                     raise StepAbandoned
-                if not repeat and found is not None:
-                    return found
+                if not repeat and own is not None:
+                    return own
                 if self._processes.agree(repeat=full and not self._step.free_memory()):
                     self.budget //= 2
                     get_logger().warning("the GPU's memory ran out in a validation", micro_batch_tokens=self.budget)
@@ -168,7 +168,7 @@ class Validation:
                 for example in together:
                     sums += compute([example])
         for group in micro_batches([len(example.input_ids) for example in examples], self.budget):
-            # Several processes stop together, after a block: one that left alone would be waited for.
+            # Several processes stop together, after a block: if one left alone, the others would wait for it.
             if alone and self._hooks.stop():
                 raise StepAbandoned
             sums += compute([examples[i] for i in group])
@@ -177,7 +177,7 @@ class Validation:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Without dropout: the model in evaluation mode, and as it was afterwards."""
+    """Context manager: the model is in evaluation mode (without dropout), and afterwards in its previous mode."""
     training = model.training
     model.eval()
     try:

@@ -1,6 +1,6 @@
-"""Checks a copy of the adapter in another dtype: the adapter's own files, with its numbers rounded and no others.
+"""Checks a copy of the adapter in another dtype: it has the adapter's files, and the adapter's numbers rounded.
 
-Without torch, as all of `verify`: the rounding to bf16 and fp16 is computed on the bits.
+`verify` does not import torch, so the rounding to bf16 and fp16 is computed on the bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAMES = {"bf16": "BF16", "fp16": "F16"}
 
 
 def adapter_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
-    """What differs in the files of a copy from those of the adapter, but for the dtype."""
+    """How the files of a copy differ from the adapter's, apart from the dtype."""
     folder, kind = export_folder(export["format"]), export["format"].partition(":")[2]
     originals, files_of_copy = (
         {path.removeprefix(place): copy for path, copy in copies.items() if path.startswith(place)}
@@ -34,19 +34,19 @@ def adapter_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differe
         if name == WEIGHTS:
             yield from _rounded(folder + name, files_of_copy[name], originals[name], kind)
         elif files_of_copy[name].read_bytes() != originals[name].read_bytes():
-            yield Difference(folder + name, "the bytes of the adapter's own", "others")
+            yield Difference(folder + name, "the bytes of the adapter's own file", "other bytes")
 
 
 def _rounded(place: str, copy: Path, original: Path, kind: str) -> Iterator[Difference]:
-    """The first tensor of a copy that is not the original's in another dtype."""
+    """The first tensor of a copy that is not the original's tensor rounded to `kind`."""
     from safetensors import SafetensorError
 
     try:
-        found, whole = _tensors(copy), _tensors(original)
-        yield from find_differences(f"{place} tensors", sorted(found), sorted(whole))
-        for name in sorted(found.keys() & whole.keys()):
-            if found[name] != _in_dtype(whole[name], _NAMES[kind]):
-                yield Difference(f"{place} {name}", f"the adapter's own in {kind}", "other numbers")
+        copied, originals = _tensors(copy), _tensors(original)
+        yield from find_differences(f"{place} tensors", sorted(copied), sorted(originals))
+        for name in sorted(copied.keys() & originals.keys()):
+            if copied[name] != _in_dtype(originals[name], _NAMES[kind]):
+                yield Difference(f"{place} {name}", f"the adapter's numbers in {kind}", "other numbers")
                 return
     except (SafetensorError, KeyError, ValueError) as error:
         yield Difference(place, "tensors", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
@@ -56,24 +56,24 @@ def _tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Name -> (dtype, shape, bytes)."""
     from safetensors import deserialize
 
-    found = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
-    return {name: (one["dtype"], tuple(one["shape"]), bytes(one["data"])) for name, one in found}
+    tensors = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
+    return {name: (one["dtype"], tuple(one["shape"]), bytes(one["data"])) for name, one in tensors}
 
 
 def _in_dtype(tensor: tuple[str, tuple[int, ...], bytes], dtype: str) -> tuple[str, tuple[int, ...], bytes]:
-    """Its numbers rounded to the nearest, of two to the even one; as it is if they are no floats."""
-    held, shape, data = tensor
-    if held not in {"F32", "BF16", "F16"} or held == dtype:
+    """The tensor rounded to `dtype`, to nearest with ties to even; unchanged if its numbers are not floats."""
+    own_dtype, shape, data = tensor
+    if own_dtype not in {"F32", "BF16", "F16"} or own_dtype == dtype:
         return tensor
-    numbers = _fp32(held, data)
+    numbers = _fp32(own_dtype, data)
     if dtype == "F16":
-        with np.errstate(over="ignore"):  # infinite then, and not equal
+        with np.errstate(over="ignore"):  # a number too large for fp16 becomes infinite, and then differs
             return dtype, shape, numbers.astype("<f2").tobytes()
-    bits = numbers.view("<u4").astype(np.uint64)  # the upper half of fp32's bits is bf16
+    bits = numbers.view("<u4").astype(np.uint64)  # bf16 is the upper half of fp32's bits
     return dtype, shape, ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
 
 
-def _fp32(held: str, data: bytes) -> NDArray[np.float32]:
-    if held == "BF16":
+def _fp32(dtype: str, data: bytes) -> NDArray[np.float32]:
+    if dtype == "BF16":
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    return np.frombuffer(data, "<f4" if held == "F32" else "<f2").astype("<f4")
+    return np.frombuffer(data, "<f4" if dtype == "F32" else "<f2").astype("<f4")

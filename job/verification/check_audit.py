@@ -25,7 +25,7 @@ def check_audit(results: Mapping[str, Any], copies: Copies) -> Iterator[CheckRes
     try:
         found = parse_findings(copies[FINDINGS].read_bytes())
     except ValueError as error:
-        yield CheckResult("audit", extent, (Difference(FINDINGS, "a finding a line", str(error)),))
+        yield CheckResult("audit", extent, (Difference(FINDINGS, "one finding on each line", str(error)),))
         return
     on_finding = results["settings"].get("data.on_finding", {}).get("value") or {}
     actions = {kind: action_of(on_finding, kind) for kind in audit["checks"]}
@@ -56,19 +56,19 @@ def check_audit(results: Mapping[str, Any], copies: Copies) -> Iterator[CheckRes
 
 
 def _safety(results: Mapping[str, Any], found: Sequence[Finding]) -> Iterator[Difference]:
-    """The classifier as the settings say, and unsafe rows as it finds them: those that reach the threshold."""
+    """Whether classifier and threshold are those of the settings, and the score of each unsafe row reaches it."""
     audit, place = results["dataset"]["audit"], f"{RESULTS} dataset.audit.safety"
     safety, settings = audit.get("safety"), results["settings"]
-    asked = settings.get("data.safety_model", {}).get("value")
-    if (safety is None) != (asked is None):
-        yield Difference(place, f"JOB_DATA__SAFETY_MODEL {show(asked)}", show(safety))
+    classifier = settings.get("data.safety_model", {}).get("value")
+    if (safety is None) != (classifier is None):
+        yield Difference(place, f"JOB_DATA__SAFETY_MODEL {show(classifier)}", show(safety))
     elif safety is not None:
-        wanted = {"model": asked, "threshold": settings.get("data.unsafe_threshold", {}).get("value")}
+        expected = {"model": classifier, "threshold": settings.get("data.unsafe_threshold", {}).get("value")}
         labels = settings.get("data.unsafe_labels", {}).get("value")
         if labels is not None:
-            wanted["unsafe_labels"] = sorted(set(labels))
+            expected["unsafe_labels"] = sorted(set(labels))
         claimed = {**safety, "unsafe_labels": sorted(safety["unsafe_labels"])}
-        yield from find_differences(place, {name: claimed[name] for name in wanted}, wanted)
+        yield from find_differences(place, {name: claimed[name] for name in expected}, expected)
     if (UNSAFE in audit["checks"]) != (safety is not None):
         yield Difference(f"{RESULTS} dataset.audit.checks", "the kind unsafe with a classifier only", show(safety))
     least = 0.0 if safety is None else safety["threshold"]
@@ -81,7 +81,7 @@ def _safety(results: Mapping[str, Any], found: Sequence[Finding]) -> Iterator[Di
 
 
 def _statistics(audit: Mapping[str, Any]) -> Iterator[Difference]:
-    """Figures about the rows that contradict each other: the rows themselves are not published."""
+    """Contradictions among figures about the rows, which are not published themselves."""
     languages = audit.get("languages") or {}
     if languages and sum(languages.values()) != audit["rows"]:
         yield Difference(f"{RESULTS} dataset.audit.languages", str(audit["rows"]), str(sum(languages.values())))

@@ -1,4 +1,4 @@
-"""Checks a run's checkpoints: files match commit markers, steps rise, and the last one is the published adapter."""
+"""Checks a run's checkpoints: files match commit markers, steps increase, and the last one is the published adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from job.verification.differences import CheckResult, Copies, Difference, other_
 
 
 def read_markers(copies: Copies) -> tuple[list[Marker], list[Difference]]:
-    """The valid commit markers by rising step, and what is wrong with the others."""
+    """The valid commit markers by increasing step, and the problems of the others."""
     found, wrong = [], []
     for path in sorted(filter(is_marker, copies)):
         try:
@@ -37,10 +37,10 @@ def read_markers(copies: Copies) -> tuple[list[Marker], list[Difference]]:
 
 
 def late_markers(store: ObjectStore, keys: Iterable[str], run: str | None, last_attempt: int) -> set[str]:
-    """Those of the keys that are markers which an attempt before the last one wrote after the run was published.
+    """The keys of markers that an attempt before the last one wrote after the run was published.
 
-    It stood still on its way to do so. When its condition was looked at there was no such marker any more: the
-    checkpoint had been deleted as one of the older ones.
+    An attempt that hangs just before it writes a marker, and goes on later, can still write it: the write has the
+    condition that the marker does not exist, which holds again once the checkpoint was deleted as an old one.
     """
     late = set()
     for key in (key for key in keys if is_key(key) and is_marker(key)):
@@ -53,7 +53,7 @@ def late_markers(store: ObjectStore, keys: Iterable[str], run: str | None, last_
 
 
 def claims(marker: Marker) -> list[Artifact]:
-    """The files that a marker lists."""
+    """The files that a commit marker lists."""
     return [Artifact(marker.folder + name, file.bytes, file.sha256) for name, file in marker.files.items()]
 
 
@@ -64,19 +64,18 @@ def check_checkpoints(
     wrong: Sequence[Difference],
     run: str | None = None,
 ) -> CheckResult:
-    """Steps and attempts rise together, metrics and validations only grow, and the adapter is what was published.
+    """Checks that the checkpoints belong to this run and to each other.
 
-    Where the adapter of the best validation is published, it is compared with the best one of each checkpoint from that
-    step on.
-
-    All are of this run: a marker names the settings, data and weights that it was trained with.
+    Attempts increase with the steps, metrics and validations are beginnings of the published ones, and the adapter of
+    the published step is the published adapter. If the adapter of the best validation is published, it is compared with
+    the best adapter in each checkpoint from that step on.
 
     Args:
         results: The manifest.
-        found: The markers by rising step.
+        found: The commit markers by increasing step.
         copies: Local copies by path.
-        wrong: What is wrong with markers and files by themselves.
-        run: The run's fingerprint; None where it is not known.
+        wrong: Problems of single markers and files, to include in the result.
+        run: The run's fingerprint; None if it is not known.
     """
     differences = [*wrong]
     steps, attempts = results["training"]["steps"], [attempt["number"] for attempt in results["run"]["attempts"]]
@@ -110,35 +109,35 @@ def check_checkpoints(
 
 
 def _metrics_differ(marker: Marker, copies: Copies) -> Iterator[Difference]:
-    """A checkpoint's metrics have to be the first ones of the published metrics, apart from what was measured."""
+    """A checkpoint's metrics must be the first lines of the published metrics, apart from measured values."""
     path = marker.folder + STATE_METRICS
     if path not in copies or METRICS not in copies:
         return
     before, after = _facts(copies[path]), _facts(copies[METRICS])
     if before is None:
-        yield Difference(path, "the metrics of a step a line", "something else")
+        yield Difference(path, "the metrics of one step on each line", "something else")
     if before is None or after is None:  # check_training reports it
         return
     if len(before) != marker.step:
-        yield Difference(path, f"the metrics of {marker.step} steps", f"those of {len(before)}")
+        yield Difference(path, f"the metrics of {marker.step} steps", f"{len(before)} steps")
     for step, (one, two) in enumerate(zip(before, after, strict=False), start=1):
         if one != two:
-            yield Difference(f"{path} line {step}", f"step {step} as in {METRICS}", "another")
+            yield Difference(f"{path} line {step}", f"step {step} as in {METRICS}", "other values")
             return
 
 
 def _validations_differ(marker: Marker, copies: Copies) -> Iterator[Difference]:
-    """A checkpoint's validations have to be the first ones of the published ones, apart from what was measured."""
+    """A checkpoint's validations must be the first of the published ones, apart from measured values."""
     path = marker.folder + STATE_VALIDATIONS
     if path not in copies or VALIDATIONS not in copies:
         return
     before, after = _facts(copies[path]), _facts(copies[VALIDATIONS])
     if before is None or after is None or before != after[: len(before)]:
-        yield Difference(path, f"the first validations in {VALIDATIONS}", "others")
+        yield Difference(path, f"the first validations in {VALIDATIONS}", "other validations")
 
 
 def _facts(path: Path) -> list[dict[str, Any]] | None:
-    """The metrics of every step without what was measured; None if the file holds something else."""
+    """The metrics of every step without measured values; None if the file is not in this format."""
     try:
         return [facts_of_line(line) for line in path.read_bytes().splitlines()]
     except ValueError:
@@ -146,7 +145,7 @@ def _facts(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _adapters_differ(state: str, published: str, copies: Copies) -> Iterator[Difference]:
-    """The tensors of the last checkpoint and of the adapter have to be equal bit by bit; PEFT shortens their names."""
+    """The tensors of checkpoint and adapter must be equal bit by bit; PEFT shortens their names in the adapter."""
     from safetensors import SafetensorError, safe_open
 
     if state not in copies or published not in copies:
@@ -164,26 +163,26 @@ def _adapters_differ(state: str, published: str, copies: Copies) -> Iterator[Dif
                 if not _same(_kept_ranks(name, one.get_tensor(names[name]), kept), two.get_tensor(name))
             ]
     except (SafetensorError, TypeError, ValueError, IndexError) as error:
-        yield Difference(published, f"the tensors of {state}", f"what cannot be read: {str(error)[:200]}")
+        yield Difference(published, f"the tensors of {state}", f"an unreadable file: {str(error)[:200]}")
         return
     if other:
-        yield Difference(published, f"the tensors of {state}", f"others: {', '.join(other[:3])[:200]}")
+        yield Difference(published, f"the tensors of {state}", f"other tensors: {', '.join(other[:3])[:200]}")
 
 
 def _published(name: str) -> str:
-    """PEFT's name in the file for a tensor of the model."""
+    """PEFT's name in the adapter's file for a tensor of the model."""
     short = name.replace(".modules_to_save.default.", ".").replace(".default.", ".").removesuffix(".default")
     return short.removesuffix(".weight") if short.endswith(".lora_magnitude_vector.weight") else short
 
 
 def _kept_ranks(name: str, tensor: Any, kept: Mapping[str, list[bool]]) -> Any:
-    """The part of an AdaLoRA tensor that is published: of the ranks that are left; other tensors as they are."""
+    """The published part of an AdaLoRA tensor, which has the remaining ranks only; other tensors unchanged."""
     module, _, matrix = name.removeprefix("base_model.model.").rpartition(".")
     ranks = kept.get(f"{module}.lora_E")
     if ranks is None:
         return tensor
-    chosen = [place for place, is_kept in enumerate(ranks) if is_kept]
-    return tensor[:, chosen].copy() if matrix == "lora_B" else tensor[chosen]
+    indices = [index for index, is_kept in enumerate(ranks) if is_kept]
+    return tensor[:, indices].copy() if matrix == "lora_B" else tensor[indices]
 
 
 def _same(one: Any, two: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Checks the figures of evaluation and gate by computing them again from the samples."""
+"""Recomputes the figures of evaluation and gate from the samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SamplesByTask = dict[str, list[Sample]]
 
 
 def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
-    """Every figure of every task, from the samples."""
+    """Recomputes every figure of every task from the samples."""
     tasks = results["evaluation"]["tasks"]
     by_task: dict[str, SamplesByTask] = {}
     differences: list[Difference] = []
@@ -56,16 +56,16 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
 
 
 def _other_bound(results: Mapping[str, Any]) -> Iterator[str]:
-    """A note where near ties are counted by a bound that this version does not have."""
+    """A note if the run counted near ties by another bound than this version has."""
     near = results["evaluation"].get("near_ties")
     if near is not None and near["bound"] != BOUNDS.get(near["dtype"]):
         now = f"{BOUNDS[near['dtype']]} nats" if near["dtype"] in BOUNDS else "none"
-        what = f"near ties are counted up to {near['bound']} nats, as the run says; this version's bound for"
+        what = f"near ties are counted by the run's own bound, {near['bound']} nats; this version's bound for"
         yield f"{what} {show(near['dtype'])} is {now}"
 
 
 def _groups(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:
-    """What is wrong with the figures of groups, from the scores of their tasks, where these could be read."""
+    """Recomputes the figures of groups from the scores of those of their tasks that could be read."""
     claimed, place = results["evaluation"].get("groups", {}), f"{RESULTS} evaluation.groups"
     scored = {*adapter.scores, *adapter.measured}
     if other := sorted({task for group in claimed.values() for task in group["tasks"]} - scored):
@@ -74,7 +74,7 @@ def _groups(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> 
     try:
         found = compare_groups(groups_from(claimed), base, adapter)
     except (KeyError, ValueError, ArithmeticError):  # a figure that none of the tasks has
-        yield Difference(place, "metrics of their tasks", "others")
+        yield Difference(place, "metrics that the groups' tasks have", "other metrics")
     else:
         yield from find_differences(place, claimed, found)
 
@@ -82,7 +82,7 @@ def _groups(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> 
 def _measured(
     tasks: Mapping[str, Any], copies: Copies
 ) -> tuple[dict[str, dict[str, MeasuredScores]], list[Difference]]:
-    """By side the tasks without choices from their samples, and what is wrong with them."""
+    """The scores of tasks without choices from their samples, side -> task -> scores, and the differences."""
     sides: dict[str, dict[str, MeasuredScores]] = {"base": {}, "adapter": {}}
     wrong = []
     for side, scores in sides.items():
@@ -91,14 +91,16 @@ def _measured(
             try:
                 scores[task] = measured_from(parse_measured(copies[path].read_bytes()), task, claimed, side)
             except (KeyError, ValueError) as error:
-                what = "nothing that can be read" if isinstance(error, KeyError) else str(error)
-                wrong.append(Difference(path, "one record a question", what))
+                what = "no readable file" if isinstance(error, KeyError) else str(error)
+                wrong.append(Difference(path, "one record for each question", what))
     if wrong:
         return sides, wrong
     try:
         found = compare_measured(sides["base"], sides["adapter"])
     except (JobError, ArithmeticError) as error:
-        wrong.append(Difference(f"{RESULTS} evaluation.measured", "the same questions asked of both", str(error)))
+        wrong.append(
+            Difference(f"{RESULTS} evaluation.measured", "the same questions for base and adapter", str(error))
+        )
     else:
         wrong += find_differences(f"{RESULTS} evaluation.measured", tasks, found)
     return sides, wrong
@@ -107,7 +109,7 @@ def _measured(
 def _full_precision(
     results: Mapping[str, Any], copies: Copies, by_task: Mapping[str, SamplesByTask]
 ) -> Iterator[Difference]:
-    """The figures of the base with its original weights, from its samples; nothing where it was not scored."""
+    """Recomputes the figures of the base with its original weights, if it was scored, from its samples."""
     claimed, tasks = results["evaluation"].get("full_precision"), results["evaluation"]["tasks"]
     if claimed is None or (claimed.get("not_scored") and not claimed["tasks"]):
         return
@@ -124,13 +126,13 @@ def _full_precision(
 
 
 def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
-    """The gate's verdict from the figures; with a baseline, from the copies of its samples in this run."""
+    """Recomputes the gate's verdict from the figures; with a baseline, from the copies of its samples in this run."""
     gate, tasks = results["gate"], results["evaluation"]["tasks"]
     against, on = gate["baseline"], gate.get("on", "adapter")
     thresholds = {name: gate[name] for name in ("metric", "min_delta", "max_regression")}
     claimed = {**thresholds, "baseline": against and against["results"], "on": on}
     settings = {name: results["settings"].get(f"gate.{name}", {}).get("value") for name in claimed}
-    settings["on"] = settings["on"] or "adapter"  # which versions without this setting judged
+    settings["on"] = settings["on"] or "adapter"  # versions without this setting judged the adapter
     differences = list(find_differences(f"{RESULTS} gate", claimed, settings))
     side = _judged_side(results, on)
     if side is None:
@@ -171,21 +173,22 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
 
 
 def _policy(results: Mapping[str, Any]) -> tuple[Policy | None, list[Difference]]:
-    """The policy in the manifest, and what is wrong with it."""
-    given = (results["settings"].get("gate.policy") or {}).get("value")
+    """The policy in the manifest; None, with the differences, if it is missing or invalid."""
+    policy_file = (results["settings"].get("gate.policy") or {}).get("value")
     recorded = results["gate"].get("policy")
-    if (given is None) != (recorded is None):
-        return None, [Difference(f"{RESULTS} gate.policy", show(given), "the rules are in the gate if a file is named")]
+    if (policy_file is None) != (recorded is None):
+        what = f"JOB_GATE__POLICY {show(policy_file)}"
+        return None, [Difference(f"{RESULTS} gate.policy", "rules" if recorded else "no rules", what)]
     if recorded is None:
         return None, []
     try:
         return Policy.model_validate(recorded["asked"]), []
     except ValidationError as error:
-        return None, [Difference(f"{RESULTS} gate.policy.asked", "not a policy", f"{error.errors()[0]['msg']}")]
+        return None, [Difference(f"{RESULTS} gate.policy.asked", "a policy", f"{error.errors()[0]['msg']}")]
 
 
 def _unscored(results: Mapping[str, Any], on: str) -> bool:
-    """Whether the gate is on a format that was not made or not scored, which does not meet it."""
+    """Whether the gate judges a format that was not exported or not scored; such a format does not meet it."""
     return any(
         export["format"] == on and not export["candidates"].get(export["candidate"])
         for export in results.get("exports", ())
@@ -193,7 +196,7 @@ def _unscored(results: Mapping[str, Any], on: str) -> bool:
 
 
 def _judged_side(results: Mapping[str, Any], on: str) -> str | None:
-    """Whose answers the gate judged; None where it names a format that was not exported."""
+    """The side whose answers the gate judged; None if it names a format that was not exported."""
     if on == "adapter":
         return on
     published = {export["format"]: export["candidate"] for export in results.get("exports", ())}
@@ -201,16 +204,22 @@ def _judged_side(results: Mapping[str, Any], on: str) -> str | None:
 
 
 def read_samples(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[SamplesByTask, list[Difference]]:
-    """By task, one side's samples, and what is wrong with each side by itself."""
+    """One side's samples by task, and the differences in them.
+
+    Args:
+        tasks: Task -> its entry in the manifest.
+        side: `base`, `adapter`, `baseline`, or a side of an export.
+        copies: Local copies by path.
+    """
     by_task, wrong = {}, []
     for task, claimed in tasks.items():
         path = answers_key(task, side)
         try:
             records = parse(copies[path].read_bytes())
         except KeyError:
-            wrong.append(Difference(path, "the answers of a task", "nothing that can be read"))
+            wrong.append(Difference(path, "the answers of a task", "no readable file"))
         except ValueError as error:
-            wrong.append(Difference(path, "one record a question", str(error)))
+            wrong.append(Difference(path, "one record for each question", str(error)))
         else:
             by_task[task] = records
             wrong += find_differences(f"{RESULTS} evaluation.tasks.{task}.n", claimed["n"], len(records))
@@ -225,7 +234,13 @@ def read_samples(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[S
 
 
 def unpaired(before: SamplesByTask, after: SamplesByTask, side: str) -> Iterator[Difference]:
-    """The first question of each task in which the two sides differ."""
+    """The first question of each task that the two sides were not asked alike.
+
+    Args:
+        before: Samples of `side`, by task.
+        after: Samples of the adapter or of an export, by task.
+        side: Names the file of `before` in the difference.
+    """
     for task in before.keys() & after.keys():
         for number, (one, two) in enumerate(zip(before[task], after[task], strict=False), start=1):
             if any(getattr(one, name) != getattr(two, name) for name in ("id", *HASHES)):
@@ -235,9 +250,13 @@ def unpaired(before: SamplesByTask, after: SamplesByTask, side: str) -> Iterator
 
 
 def scores_of(by_task: SamplesByTask, tasks: Mapping[str, Any], side: str, bound: float = 0.0) -> dict[str, TaskScores]:
-    """The scores that follow from the samples; `source`, `version` and `reused_from` are the manifest's.
+    """The scores that follow from the samples; `source`, `version` and `reused_from` are taken from the manifest.
 
-    `bound` is the largest margin of a near tie in the manifest, in nats.
+    Args:
+        by_task: Samples of one side, by task.
+        tasks: Task -> its entry in the manifest.
+        side: The side's name in those entries.
+        bound: The largest margin of a near tie in the manifest, in nats.
     """
     return {
         task: task_scores(

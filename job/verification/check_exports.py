@@ -1,4 +1,4 @@
-"""Checks the exported formats of a manifest: scores, choice, and that the files are a whole model, or an adapter's."""
+"""Checks the exported formats of a manifest: scores, choice of the candidate, and files."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from job.verification.check_evaluation import SamplesByTask, read_samples, score
 from job.verification.differences import MAX_SHOWN, CheckResult, Copies, Difference, find_differences, show
 
 _ADDED = (EXPORT_CARD, SIGNATURE)
-"""What the last stage adds to the files of a format."""
+"""Files that the stage `publish` adds to those of a format."""
 
 
 def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | None:
-    """Every figure of every candidate, from the samples; the choice among them; and the published files.
+    """Recomputes every figure of every candidate from the samples, and the choice; checks the published files.
 
-    None where nothing was exported, and none was asked for.
+    Returns:
+        None if the run neither has exports nor was asked for any.
     """
     exports = results.get("exports", ())
     requested = results["settings"].get("export.formats", {}).get("value") or []
@@ -41,14 +42,14 @@ def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
     listed = {artifact["path"] for artifact in results["artifacts"]}
     folders = tuple(map(export_folder, shipped))
     differences += [
-        Difference(path, "a file of an exported format", "one of none")
+        Difference(path, "a file of an exported format", "a file of no format in the manifest")
         for path in sorted(listed)
         if path.startswith(EXPORT) and not path.startswith(folders)
     ]
     left_out = sorted(results["evaluation"].get("measured", {}))
     for number, export in enumerate(exports):
-        if (told := export.get("tasks_not_scored")) is not None:  # older versions do not say
-            differences += find_differences(f"{RESULTS} exports[{number}].tasks_not_scored", told, left_out)
+        if (not_scored := export.get("tasks_not_scored")) is not None:  # older versions do not record it
+            differences += find_differences(f"{RESULTS} exports[{number}].tasks_not_scored", not_scored, left_out)
     (base, base_wrong), (adapter, adapter_wrong) = (read_samples(tasks, one, copies) for one in ("base", "adapter"))
     if not base_wrong and not adapter_wrong:  # else reported by the check of the evaluation
         for number, export in enumerate(exports):
@@ -64,7 +65,15 @@ def _check_one(
     copies: Copies,
     others: tuple[SamplesByTask, SamplesByTask],
 ) -> Iterator[Difference]:
-    """One format: the figures of its candidates, the choice among them, and its files; `others`: base, adapter."""
+    """Checks one format: the figures of its candidates, the choice among them, and its files.
+
+    Args:
+        export: Its entry in the manifest.
+        place: Where that entry is, for differences.
+        results: The manifest.
+        copies: Local copies by path.
+        others: The samples of base and adapter.
+    """
     tasks, (base, adapter) = results["evaluation"]["tasks"], others
     scores: dict[str, dict[str, TaskScores]] = {}
     for candidate, claimed in export["candidates"].items():
@@ -86,12 +95,12 @@ def _check_one(
                 known = (results["evaluation"].get("full_precision") or {}).get("tasks", {})
                 own = {task: {**tasks[task], ORIGINAL_SIDE: one["scores"]} for task, one in known.items()}
                 original = scores_of(parsed, own, ORIGINAL_SIDE) if parsed.keys() == own.keys() else None
-            again = compare_export(*pair, scores[candidate], original)
-            yield from find_differences(f"{place}.candidates.{candidate}", claimed, again)
+            recomputed = compare_export(*pair, scores[candidate], original)
+            yield from find_differences(f"{place}.candidates.{candidate}", claimed, recomputed)
     if len(export["candidates"]) > 1 and scores.keys() == export["candidates"].keys():
-        chosen, reason = choose_candidate(scores)
+        candidate, reason = choose_candidate(scores)
         claim = {name: export[name] for name in ("candidate", "reason")}
-        yield from find_differences(place, claim, {"candidate": chosen, "reason": reason})
+        yield from find_differences(place, claim, {"candidate": candidate, "reason": reason})
     if export["candidate"] not in export["candidates"]:
         yield Difference(f"{place}.candidate", export["candidate"], "no such candidate")
     if export["format"] != MERGED and not is_adapter(export["format"]):
@@ -103,9 +112,9 @@ def _check_one(
 
 
 def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
-    """The bytes of all files, and that they are a model."""
+    """Checks the total size of a format's files, and their content."""
     folder = export_folder(export["format"])
-    if "bytes" in export:  # without the card, which is made of the manifest, and the signature
+    if "bytes" in export:  # without model card and signature, which are written later
         paths = {one["path"]: one["bytes"] for one in results["artifacts"] if one["path"].startswith(folder)}
         found = sum(size for path, size in paths.items() if path.removeprefix(folder) not in _ADDED)
         yield from find_differences(f"{folder} bytes", export["bytes"], found)
@@ -114,49 +123,50 @@ def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies
 
 
 def _calibration(export: Mapping[str, Any], results: Mapping[str, Any], place: str) -> Iterator[Difference]:
-    """The calibration rows by the batch plan; their tokens are in the data, which is not here."""
+    """Recomputes which rows of the batch plan were used for calibration; their text is not part of a run."""
     claimed = (export.get("quantization") or {}).get("calibration")
     if claimed is None:
         return
-    seed, asked = (results["settings"][name]["value"] for name in ("run.seed", "export.calibration_rows"))
-    rows = calibration_rows(seed, results["dataset"]["rows"], asked)
-    again = {"rows": len(rows), "rows_sha256": hash_rows(rows)}
-    yield from find_differences(f"{place}.quantization.calibration", {name: claimed[name] for name in again}, again)
+    seed, number = (results["settings"][name]["value"] for name in ("run.seed", "export.calibration_rows"))
+    rows = calibration_rows(seed, results["dataset"]["rows"], number)
+    recomputed = {"rows": len(rows), "rows_sha256": hash_rows(rows)}
+    recorded = {name: claimed[name] for name in recomputed}
+    yield from find_differences(f"{place}.quantization.calibration", recorded, recomputed)
 
 
 def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
-    """A model's files: a configuration in the claimed dtype and quantization, all files of the index."""
+    """Checks a model's files: dtype and quantization in its configuration, and all tensors of the index."""
     from safetensors import SafetensorError
 
     folder = export_folder(export["format"])
     names = {path.removeprefix(folder): copy for path, copy in copies.items() if path.startswith(folder)}
     try:
         config = json.loads(names["config.json"].read_bytes())
-        named = str(config.get("dtype"))
+        config_dtype = str(config.get("dtype"))
         if "model.safetensors.index.json" in names:
-            where = json.loads(names["model.safetensors.index.json"].read_bytes())["weight_map"]
+            index = json.loads(names["model.safetensors.index.json"].read_bytes())["weight_map"]
         else:
-            where = dict.fromkeys(_tensor_names(names["model.safetensors"]), "model.safetensors")
-        missing = sorted(set(where.values()) - names.keys())
-        held = {name for file in set(where.values()) & names.keys() for name in _tensor_names(names[file])}
+            index = dict.fromkeys(_tensor_names(names["model.safetensors"]), "model.safetensors")
+        missing = sorted(set(index.values()) - names.keys())
+        tensors = {name for file in set(index.values()) & names.keys() for name in _tensor_names(names[file])}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         yield Difference(folder, "a model that can be loaded", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
         return
-    yield from (Difference(f"{folder}{name}", "a file of weights", "nothing that can be read") for name in missing)
-    if not missing and held != where.keys():
-        yield Difference(folder, "the tensors that its index names", "others")
-    dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(named)
-    if not export.get("not_scored"):  # which loads it and tells its dtype
+    yield from (Difference(f"{folder}{name}", "a file of weights", "no readable file") for name in missing)
+    if not missing and tensors != index.keys():
+        yield Difference(folder, "the tensors that its index names", "other tensors")
+    dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(config_dtype)
+    if not export.get("not_scored"):  # the dtype is recorded when the export is loaded to be scored
         yield from find_differences(f"{folder}config.json dtype", export["dtype"], dtype)
-    how = export.get("quantization")
-    if how is None and "quantization_config" in config:
-        yield Difference(f"{folder}config.json", "plain weights", "quantized ones")
-    if how is not None:
-        yield from find_differences(f"{folder}config.json quantization_config", *_quantized(how, config))
+    quantization = export.get("quantization")
+    if quantization is None and "quantization_config" in config:
+        yield Difference(f"{folder}config.json", "unquantized weights", "quantized weights")
+    if quantization is not None:
+        yield from find_differences(f"{folder}config.json quantization_config", *_quantized(quantization, config))
 
 
 def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
-    """The types of the numbers in a GGUF file, where the package that reads it is installed."""
+    """Checks the types of the tensors in a GGUF file, if the package `gguf` is installed."""
     folder = export_folder(export["format"])
     named = {path.removeprefix(folder): copy for path, copy in copies.items() if path.startswith(folder)}
     files = [copy for name, copy in named.items() if name not in _ADDED]
@@ -167,22 +177,22 @@ def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference
         try:
             found = gguf_contents(files[0])
         except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
-            yield Difference(folder, "a file of GGUF", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
+            yield Difference(folder, "a GGUF file", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
             return
         yield from find_differences(f"{folder} quantization.gguf", {name: claimed.get(name) for name in found}, found)
 
 
-def _quantized(held: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How the weights are quantized: by the manifest, and by the model's own configuration."""
+def _quantized(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How the weights are quantized: by the manifest (`recorded`), and by the model's own configuration."""
     own = config.get("quantization_config")
     own = own if isinstance(own, dict) else {}
-    claimed = {name: held[name] for name in ("method", "bits", "group_size")}
+    claimed = {name: recorded[name] for name in ("method", "bits", "group_size")}
     found = {"method": own.get("quant_method"), "bits": own.get("bits"), "group_size": own.get("group_size")}
     if found["method"] == "compressed-tensors":
         groups = list((own.get("config_groups") or {}).values())
         weights = groups[0]["weights"] if len(groups) == 1 else {}
         found |= {"bits": weights.get("num_bits"), "group_size": weights.get("group_size")}
-        claimed["kept"], found["kept"] = sorted(held["kept"]), sorted(own.get("ignore") or [])
+        claimed["kept"], found["kept"] = sorted(recorded["kept"]), sorted(own.get("ignore") or [])
     return claimed, found
 
 

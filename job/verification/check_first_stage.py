@@ -1,6 +1,6 @@
-"""The first stage of a run that trained in two: verified like any other run, and compared with the second.
+"""Verifies the first stage of a run that trained in two stages, like any other run, and compares it with the second.
 
-The names of its checks begin with the name of its folder, so that one call of `verify` reports on both.
+The names of its checks begin with the name of its folder, so that one call of `verify` reports on both stages.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _CLAIM = f"{RESULTS} training.first_stage"
 def check_first_stage(
     results: Mapping[str, Any], store: ObjectStore, verify_it: Callable[[], list[CheckResult]]
 ) -> list[CheckResult]:
-    """What the manifest says of the first stage is what that published, and that verifies.
+    """Checks that the manifest agrees with the results of the first stage, and that these verify.
 
     Args:
-        results: The manifest of the whole.
-        store: Its store.
-        verify_it: Makes all checks of the first stage.
+        results: The manifest of the run.
+        store: The run's store.
+        verify_it: Runs all checks of the first stage.
 
     Returns:
-        Nothing where there is one stage.
+        An empty list if the run has one stage.
     """
     claimed = results["training"].get("first_stage")
     methods = str(results["settings"].get("train.method", {}).get("value", "sft"))
@@ -48,7 +48,7 @@ def check_first_stage(
 
 
 def _compared(results: Mapping[str, Any], claimed: Mapping[str, Any], store: ObjectStore) -> Iterator[Difference]:
-    """Its manifest has the hash and the figures, and the adapter that the second stage started from."""
+    """Compares the first stage's manifest with the run's: hash, figures, settings, and the adapter handed over."""
     try:
         stored = store.read(_PLACE)
     except TooLarge as error:
@@ -67,13 +67,13 @@ def _compared(results: Mapping[str, Any], claimed: Mapping[str, Any], store: Obj
     place = f"{RESULTS} training.start_sha256"
     yield from find_differences(place, results["training"].get("start_sha256"), adapter_hash(first))
     yield from find_differences(f"{_PLACE} run.part_of", first["run"].get("part_of"), results["run"]["id"])
-    for name, given in FIRST_STAGE_SETTINGS.items():
-        # A run of a version before this setting has none; where it is empty, the first stage has the second's.
-        wanted = results["settings"].get(given, {}).get("value")
-        if given in results["settings"] and (wanted is not None or name not in INHERITED):
+    for name, of_run in FIRST_STAGE_SETTINGS.items():
+        # Runs of versions before this setting lack it. If it is empty, the first stage has the second stage's value.
+        expected = results["settings"].get(of_run, {}).get("value")
+        if of_run in results["settings"] and (expected is not None or name not in INHERITED):
             found_value = first["settings"].get(name, {}).get("value")
-            yield from find_differences(f"{_PLACE} settings {name}", found_value, wanted)
-    model = [of["model"]["sha256"] for of in (first, results)]
+            yield from find_differences(f"{_PLACE} settings {name}", found_value, expected)
+    model = [manifest["model"]["sha256"] for manifest in (first, results)]
     yield from find_differences(f"{_PLACE} model.sha256", *model)
 
 

@@ -31,29 +31,29 @@ T = TypeVar("T")
 
 
 def check_settings(results: Mapping[str, Any], copies: Copies) -> CheckResult:
-    """`settings.json`, written at the first attempt, agrees with the manifest."""
+    """Checks that `settings.json`, which the first attempt wrote, agrees with the manifest."""
     differences: list[Difference] = []
     data = copies[SETTINGS].read_bytes() if SETTINGS in copies else None
     kept = _parsed(SETTINGS, parse_settings, data, differences)
     if kept is not None:
         claimed = {name: setting["value"] for name, setting in results["settings"].items() if name in kept}
         differences += find_differences(f"{RESULTS} settings", claimed, kept)
-    return CheckResult("settings", f"{len(kept or ())} that decide the result", tuple(differences))
+    return CheckResult("settings", f"{len(kept or ())} that affect the result", tuple(differences))
 
 
 def fingerprint_of(copies: Copies) -> str | None:
-    """What names the run: settings, data and weights, as its own records have them; None where they cannot be read."""
+    """The run's fingerprint, a hash of settings, data and weights in its records; None if these cannot be read."""
     try:
         settings = parse_settings(copies[SETTINGS].read_bytes())
         return stage_records.fingerprint(
             settings, stage_records.parse(PULL, copies[PULL].read_bytes(), adapter_of(Pulled))[0]
         )
     except (KeyError, ValueError):
-        return None  # other checks report it
+        return None  # `check_settings` and `check_stages` report it
 
 
 def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) -> CheckResult:
-    """The records of the stages agree with the manifest, and are of this run."""
+    """Checks that the records of the stages agree with the manifest, and belong to this run."""
     differences: list[Difference] = []
     pulled = _read(PULL, Pulled, copies, differences, run)
     base, adapter = (_read(path, Evaluated, copies, differences, run) for path in (BASE, ADAPTER))
@@ -111,7 +111,7 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
 
 
 def _measured_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:
-    """Whether the figures of tasks without choices follow from the stages' records."""
+    """Recomputes the figures of tasks without choices from the stages' records."""
     try:
         found = compare_measured(base.measured, adapter.measured)
     except (JobError, ValueError, ArithmeticError, KeyError) as error:
@@ -121,7 +121,7 @@ def _measured_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evalu
 
 
 def _judged_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:
-    """Whether the manifest says who judged by which rules as the record does, and the answers are those judged."""
+    """Checks that judge and rules in the manifest are those of the record, and the answers are those it judged."""
     claimed, place = results["evaluation"].get("principles"), f"{RESULTS} evaluation.principles"
     found = None if adapter.judged is None else asdict(adapter.judged)
     if claimed is not None and found is not None:
@@ -136,9 +136,9 @@ def _judged_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evaluat
 def _groups_differ(
     results: Mapping[str, Any], pulled: Pulled, base: Evaluated, adapter: Evaluated
 ) -> Iterator[Difference]:
-    """Whether all tasks that were pulled were scored, and the groups are those that were pulled, with all their tasks.
+    """Checks that all tasks of the stage `pull` were scored, and that the groups are those of `pull`, with all tasks.
 
-    Records of older versions, and of runs without groups, name no groups; their figures are checked by the samples.
+    Records of older versions, and of runs without groups, name no groups.
     """
     evaluation = results["evaluation"]
     scored = sorted([*evaluation["tasks"], *evaluation.get("measured", {})])
@@ -157,7 +157,7 @@ def _groups_differ(
 def _exports_differ(
     results: Mapping[str, Any], exported: Exported, base: Evaluated, adapter: Evaluated
 ) -> Iterator[Difference]:
-    """The manifest's exports by the record of the stage."""
+    """Compares the manifest's exports with the record of the stage `export`."""
     yield from _listed(results, exported.artifacts)
     try:
         found = exports_record(exported, base, adapter.scores)
@@ -168,9 +168,10 @@ def _exports_differ(
 
 
 def _as_pulled(dataset: Mapping[str, Any], pulled: Pulled) -> dict[str, Any]:
-    """The data set without what an earlier version that has pulled it did not record, though a later one has gone on.
+    """The manifest's data set without the figures that the version that pulled it did not record.
 
-    That is the audit, or the languages and lengths in it; every later version has recorded lengths.
+    A run may be pulled by an earlier version and completed by a later one. Early versions recorded no audit, and later
+    ones an audit without languages and lengths.
     """
     audit, claimed = pulled.dataset.audit, dataset.get("audit")
     if audit is None or claimed is None:
@@ -180,7 +181,7 @@ def _as_pulled(dataset: Mapping[str, Any], pulled: Pulled) -> dict[str, Any]:
 
 
 def _completed(claimed: Mapping[str, Any], record: Any) -> dict[str, Any]:
-    """What a manifest says of a record; fields that were added since its version have their defaults."""
+    """A record in the manifest, with the defaults of fields that were added after the manifest's version."""
     plain = [one for one in fields(record) if one.default is not MISSING_DEFAULT]
     created = {one.name: one.default_factory() for one in fields(record) if one.default_factory is not MISSING_DEFAULT}
     return {**{one.name: one.default for one in plain}, **created, **claimed}
@@ -196,19 +197,19 @@ def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Diffe
 def check_attempts(
     results: Mapping[str, Any], copies: Copies, store: ObjectStore, listed: Collection[str], run: str | None
 ) -> tuple[CheckResult, set[str]]:
-    """The records of the attempts agree with the manifest, and the last attempt held the lease.
+    """Checks that the records of the attempts agree with the manifest, and that the last attempt had the lease.
 
-    A later attempt may have started while the last one was publishing: then it holds the lease and had nothing to do.
+    A later attempt may have started while the last one was publishing; it then has the lease, and had nothing to do.
 
     Args:
         results: The manifest.
         copies: Local copies of the files that the manifest lists.
-        store: The run's own, for the files that carry a seal instead.
-        listed: Every file in the store.
-        run: The run's fingerprint; None where it is not known.
+        store: The run's store, for files that the manifest does not list because they change later; these are sealed.
+        listed: Paths of all files in the store.
+        run: The run's fingerprint; None if it is not known.
 
     Returns:
-        The result, and the sealed files that belong to the run.
+        The result, and the paths of the sealed files that belong to the run.
     """
     attempts = [AttemptRecord(**attempt) for attempt in results["run"]["attempts"]]
     last = attempts[-1]
@@ -219,7 +220,7 @@ def check_attempts(
         if logged is not None:
             differences += other_run(key, logged.run, run)
             kept = logged.record
-            # the record of an attempt that was killed says `running` for ever; the manifest says `killed`
+            # The record of a killed attempt still says `running`; the manifest says `killed`.
             kept = replace(kept, outcome="killed") if kept.outcome == "running" else kept
             differences += find_differences(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(kept))
     listed_records = {attempt_key(attempt.number) for attempt in attempts}
@@ -251,7 +252,7 @@ def check_attempts(
 
 
 def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
-    """The last attempt's record was written after the manifest; before it, if the attempt was killed right then."""
+    """Checks values that grow: the last attempt's record is newer than the manifest, or older if it was killed then."""
     ended = noted.outcome != "running"
     for name, before, after in _growing(claimed, noted):
         if after < before if ended else after > before:
@@ -271,12 +272,12 @@ def _growing(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[tuple[str
 
 
 def _going_on(*records: AttemptRecord) -> set[str]:
-    """The stage during which each record was written: its last one."""
+    """For each record, the last stage in it, during which it was written."""
     return {next(reversed(record.stage_seconds)) for record in records if record.stage_seconds}
 
 
 def _agree(where: str, claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
-    """Differences in the fields that do not change between manifest and record."""
+    """Differences in the fields that cannot change between the manifest and the last attempt's record."""
     ended = noted.outcome != "running"
     stages = claimed.stage_seconds.keys() & noted.stage_seconds.keys() - _going_on(claimed, noted)
     changing = {"outcome", "finished", "seconds", "stage_seconds", "energy_joules"}
@@ -306,12 +307,12 @@ def _parsed(key: str, parse: Callable[[bytes], T], data: bytes | None, differenc
     try:
         return parse(data)
     except ValueError as error:
-        differences.append(Difference(key, "what the job wrote", first_error(error, MAX_SHOWN)))
+        differences.append(Difference(key, "a record of the job", first_error(error, MAX_SHOWN)))
         return None
 
 
 def _read(path: str, kind: type[T], copies: Copies, differences: list[Difference], run: str | None) -> T | None:
-    """A stage's result; None if its record is missing or malformed. `run` is the run's fingerprint, if it is known."""
+    """A stage's result; None if its record is missing or malformed. `run` is the run's fingerprint, or None."""
     data = copies[path].read_bytes() if path in copies else None
     parsed = _parsed(path, lambda data: stage_records.parse(path, data, adapter_of(kind)), data, differences)
     if parsed is None:

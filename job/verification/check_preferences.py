@@ -1,4 +1,4 @@
-"""Checks what the manifest of a run that learned preferences says about its method and its reference model."""
+"""Checks method and reference model in the manifest of a run that was trained on preferences."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from job.runs.layout import LOG_PROBS, RESULTS
 from job.verification.differences import CheckResult, Copies, Difference, find_differences, show
 
 MAX_LINES = 3
-"""Wrong lines of the reference that are told."""
+"""Maximum number of wrong lines of the reference that are reported."""
 
 
 def check_preferences(results: Mapping[str, Any], copies: Copies) -> CheckResult | None:
-    """Method, strength and reference follow from the settings, and the reference has numbers for every row.
+    """Checks that method, beta and reference follow from the settings, and that the reference has every row.
 
-    The numbers themselves are the reference model's, and need its weights to be computed again.
+    The log-probabilities themselves cannot be recomputed without the weights of the reference model.
 
     Returns:
-        None where nothing is claimed or set but plain fine-tuning.
+        None if settings, manifest and files are those of plain fine-tuning.
     """
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     training, methods = results["training"], str(settings.get("train.method", "sft"))
@@ -50,9 +50,9 @@ def check_preferences(results: Mapping[str, Any], copies: Copies) -> CheckResult
 
 
 def _check_reference(copies: Copies, rows: int) -> list[Difference]:
-    """Every row, those for validation behind the others, has the log-probabilities of two answers (see `Example`)."""
+    """Every row, validation rows last, must have the log-probabilities of two answers (see `Example`)."""
     if LOG_PROBS not in copies:
-        return [Difference(LOG_PROBS, "the reference's log-probabilities", "nothing that can be read")]
+        return [Difference(LOG_PROBS, "the reference's log-probabilities", "no readable file")]
     lines = copies[LOG_PROBS].read_bytes().splitlines()
     if len(lines) != rows:
         return [Difference(LOG_PROBS, f"a line for each of {rows} rows", f"{len(lines)} lines")]

@@ -1,4 +1,4 @@
-"""Checks what the manifest says of the judgements; its answers are not repeated."""
+"""Checks the figures about judgements in the manifest. The judge itself is not asked again."""
 
 from __future__ import annotations
 
@@ -15,43 +15,45 @@ _LETTERS = ("A", "B", None)
 
 
 def check_principles(results: Mapping[str, Any], copies: Copies) -> CheckResult | None:
-    """The figures follow from the judgements, which are of the prompts that were answered.
+    """Recomputes the figures from the judgements, which must be of the prompts that were answered.
 
-    None if principles are neither set, nor in the manifest, nor among the files.
+    Returns:
+        None if principles are neither set, nor in the manifest, nor among the files.
     """
     claimed = results["evaluation"].get("principles")
-    asked = results["settings"].get("eval.principles", {}).get("value")
-    if claimed is None and asked is None and JUDGEMENTS not in copies:
+    setting = results["settings"].get("eval.principles", {}).get("value")
+    if claimed is None and setting is None and JUDGEMENTS not in copies:
         return None
     place = f"{RESULTS} evaluation.principles"
-    if claimed is None or asked is None:
-        return CheckResult("principles", "", (Difference(place, show(claimed), f"JOB_EVAL__PRINCIPLES {show(asked)}"),))
+    if claimed is None or setting is None:
+        found = f"JOB_EVAL__PRINCIPLES {show(setting)}"
+        return CheckResult("principles", "", (Difference(place, show(claimed), found),))
     try:
         differences = tuple(_differences(results, copies, claimed, place))
     except KeyError as error:
-        differences = (Difference(str(error.args[0]), "a file of the run", "nothing that can be read"),)
+        differences = (Difference(str(error.args[0]), "a file of the run", "no readable file"),)
     except ValueError as error:
-        differences = (Difference(JUDGEMENTS, "one judgement a line", str(error).splitlines()[0]),)
+        differences = (Difference(JUDGEMENTS, "one judgement on each line", str(error).splitlines()[0]),)
     return CheckResult("principles", f"{count(claimed['n'], 'pair')} of answers", differences)
 
 
 def _differences(
     results: Mapping[str, Any], copies: Copies, claimed: Mapping[str, Any], place: str
 ) -> Iterator[Difference]:
-    found = parse_judgements(copies[JUDGEMENTS].read_bytes())
+    judgements = parse_judgements(copies[JUDGEMENTS].read_bytes())
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
-    wanted = {
-        **summarize(found),
+    expected = {
+        **summarize(judgements),
         "model": settings.get("eval.judge"),
         "served": settings.get("eval.judge_model"),
         "rules_sha256": rules_sha256(claimed["rules"]),
     }
-    yield from find_differences(place, {name: claimed[name] for name in wanted}, wanted)
+    yield from find_differences(place, {name: claimed[name] for name in expected}, expected)
     base, adapter = (parse_answers(copies[prompts_key(side)].read_bytes()) for side in ("base", "adapter"))
-    if [one.where for one in found] != [one.where for one in base]:
-        yield Difference(JUDGEMENTS, "a line for each prompt", "others")
+    if [one.where for one in judgements] != [one.where for one in base]:
+        yield Difference(JUDGEMENTS, "a line for each prompt", "other prompts")
         return
-    for number, (one, first, second) in enumerate(zip(found, base, adapter, strict=True), start=1):
+    for number, (one, first, second) in enumerate(zip(judgements, base, adapter, strict=True), start=1):
         letters = (one.base_first, one.adapter_first)
         wrong = one.same != (first.answer == second.answer) or not set(letters) <= set(_LETTERS)
         if wrong or (one.same and any(letters)):

@@ -1,4 +1,4 @@
-"""Checks the answers to the prompts of JOB_EVAL__PROMPTS; what the models answer needs their weights to be repeated."""
+"""Checks the files of answers to JOB_EVAL__PROMPTS. The answers themselves cannot be recomputed without the weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ENDS = ("eos", "length")
 
 
 def check_prompts(results: Mapping[str, Any], copies: Copies) -> CheckResult | None:
-    """Both files have a line for each prompt, of the same prompts, and the manifest tells their number and hash.
+    """Checks that both files have one answer to each prompt, and that the manifest has the prompts' number and hash.
 
     Returns:
-        None where no prompts are claimed, set or there.
+        None if prompts are neither set, nor in the manifest, nor among the files.
     """
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     claimed, setting = results["evaluation"].get("prompts"), settings.get("eval.prompts")
@@ -41,12 +41,14 @@ def check_prompts(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
         differences += find_differences(place, claimed, found)
         differences += _unsafe(results, dict(zip(("base", "adapter"), sides, strict=True)))
         if base != adapter or [line.where for line in sides[0]] != [line.where for line in sides[1]]:
-            differences.append(Difference(prompts_key("adapter"), "the prompts that the base answered", "others"))
+            differences.append(
+                Difference(prompts_key("adapter"), "the prompts that the base answered", "other prompts")
+            )
     return CheckResult("prompts", f"{count(claimed['count'], 'prompt')} answered twice", tuple(differences))
 
 
 def _unsafe(results: Mapping[str, Any], sides: Mapping[str, Sequence[PromptAnswer]]) -> Iterator[Difference]:
-    """Each answer has a probability exactly if there is a classifier, and the manifest counts those that are unsafe."""
+    """Checks that each answer has a probability if, and only if, there is a classifier, and recounts unsafe answers."""
     safety = (results.get("dataset", {}).get("audit") or {}).get("safety")
     for side, lines in sides.items():
         for number, line in enumerate(lines, start=1):
@@ -64,10 +66,10 @@ def _read(path: str, copies: Copies, most: int, differences: list[Difference]) -
     try:
         lines = parse_answers(copies[path].read_bytes())
     except KeyError:
-        differences.append(Difference(path, "the answers to the prompts", "nothing that can be read"))
+        differences.append(Difference(path, "the answers to the prompts", "no readable file"))
         return []
     except ValueError as error:
-        differences.append(Difference(path, "one answer a line", str(error).splitlines()[0]))
+        differences.append(Difference(path, "one answer on each line", str(error).splitlines()[0]))
         return []
     for number, line in enumerate(lines, start=1):
         if line.ended_by not in _ENDS or (line.tokens == most) != (line.ended_by == "length") or line.tokens > most:

@@ -1,7 +1,7 @@
-"""Checks the records of pushes: each is sealed, and of the very files that the manifest lists.
+"""Checks the records of pushes: each is sealed, and lists the files that the manifest lists.
 
-The digest of an image is computed again from the files. Whether the hub or the registry still holds them is not asked:
-`verify` reads only the run's folder. `qlora-job push` asks, and pushes again what is gone.
+The digest of an image is recomputed from the files. `verify` reads only the run's folder, so it does not check whether
+the hub or the registry still has the files; `qlora-job push` does, and pushes missing files again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def check_pushes(
 
     Args:
         results: The manifest.
-        store: The run's own.
-        listed: Bytes of every file in it.
-        copies: By path, the files that are what the manifest says.
+        store: The run's store.
+        listed: Path -> bytes of every file in the store.
+        copies: Local copies by path.
     """
     keys = sorted(key for key in listed if key.startswith(PUSHED))
     if not keys:
@@ -50,9 +50,9 @@ def check_pushes(
             where = {file.path: copies[file.artifact.path] for file in files}
             digest = image_digest(files, where, results["run"]["id"], expected)
             differences += find_differences(f"{key} id", record.id, digest)
-            notes.append(f"oci: the files make {digest}; not asked whether {record.place} still holds it")
+            notes.append(f"oci: the files' digest is {digest}; not checked whether {record.place} still has it")
         else:
             notes.append(
-                f"{record.target}: pushed to {record.place} as {record.id}; not asked whether it is still there"
+                f"{record.target}: pushed to {record.place} as {record.id}; not checked whether it is still there"
             )
     return CheckResult("pushes", count(len(keys), "record"), tuple(differences), tuple(notes))

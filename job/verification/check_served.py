@@ -1,6 +1,6 @@
-"""Checks the records of `serve-check --record`: each is sealed, and quotes the answers of the run as they are.
+"""Checks the records of `serve-check --record`: each is sealed, and has the run's own answers unchanged.
 
-What the server said cannot be asked again here: `verify` reads only the run's folder.
+The server's answers are not checked: `verify` reads only the run's folder.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def check_served(
 
     Args:
         results: The manifest.
-        store: The run's own.
-        listed: Bytes of every file in it.
-        copies: By path, the files that are what the manifest says.
+        store: The run's store.
+        listed: Path -> bytes of every file in the store.
+        copies: Local copies by path.
     """
     keys = sorted(key for key in listed if key.startswith(SERVED))
     if not keys:
@@ -46,22 +46,22 @@ def check_served(
 
 
 def _differences(key: str, found: ServeCheck, results: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
-    """What a record says of the run's own answers, and they do not."""
+    """Where a record differs from the run's own answers."""
     candidates = {export["format"]: export["candidate"] for export in results.get("exports", ())}
     if found.format != "adapter" and found.format not in candidates:
-        yield Difference(f"{key} format", show(found.format), "none of this run")
+        yield Difference(f"{key} format", show(found.format), "no such format in this run")
         return
     side = "adapter" if found.format == "adapter" else export_side(found.format, candidates[found.format])
-    known: dict[str, dict[str, samples.Sample]] = {}
+    by_task: dict[str, dict[str, samples.Sample]] = {}
     for one in found.asked:
         path = answers_key(one.task, side)
-        if one.task not in known:
+        if one.task not in by_task:
             try:
                 read = samples.parse(copies[path].read_bytes()) if path in copies else []
-            except ValueError:  # the check of the evaluation says so
+            except ValueError:  # `check_evaluation` reports it
                 read = []
-            known[one.task] = {sample.id: sample for sample in read}
-        sample = known[one.task].get(one.id)
+            by_task[one.task] = {sample.id: sample for sample in read}
+        sample = by_task[one.task].get(one.id)
         if sample is None:
             yield Difference(f"{key} {one.task} {show(one.id)}", "a question of the run", f"not in {path}")
             continue

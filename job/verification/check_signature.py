@@ -33,14 +33,14 @@ def check_signature(
     if claimed is None:
         if key is None:
             return None
-        found = Difference(SIGNATURE, "a signature by the key given", "none: the run is not signed")
-        return CheckResult("signature", "none", (found,))
-    asked = key or claimed["public_key"]
+        missing = Difference(SIGNATURE, "a signature by the key given", "none: the run is not signed")
+        return CheckResult("signature", "none", (missing,))
+    public_key = key or claimed["public_key"]
     place = f"{RESULTS} signing"
-    facts = {"public_key": asked, "key_sha256": key_id(asked), "signatures": signature_paths(results)}
+    facts = {"public_key": public_key, "key_sha256": key_id(public_key), "signatures": signature_paths(results)}
     differences = list(find_differences(place, claimed, facts))
     try:
-        differences += _differences(results, manifest, store, copies, asked)
+        differences += _differences(results, manifest, store, copies, public_key)
     except SettingsError as error:
         if key is not None:
             raise
@@ -48,13 +48,13 @@ def check_signature(
     notes = (
         ()
         if key
-        else ("by the key in the manifest, which anybody could have written: give the signer's key with --key",)
+        else ("checked by the key in the manifest, which anybody could have written; use --key with the signer's key",)
     )
-    return CheckResult("signature", f"by key {key_id(asked)[:12]}", tuple(differences), notes)
+    return CheckResult("signature", f"by key {key_id(public_key)[:12]}", tuple(differences), notes)
 
 
 def signature_paths(results: Mapping[str, Any]) -> list[str]:
-    """The signatures of a signed run: the one at the top, and one in each folder that is used alone."""
+    """The signatures of a signed run: one in the run's folder, and one in each folder that is used by itself."""
     return [SIGNATURE, *(f"{folder}{SIGNATURE}" for folder in signed_folders(results))]
 
 
@@ -78,5 +78,5 @@ def _bytes(path: str, store: ObjectStore, copies: Copies) -> bytes:
         return copies[path].read_bytes()
     stored = read_record(store, path) if path == SIGNATURE else None
     if stored is None:
-        raise ValueError("nothing that can be read")
+        raise ValueError("no readable file")
     return stored.data

@@ -1,4 +1,4 @@
-"""Checks the figures of training, validation and cost by computing them again from metrics and attempts."""
+"""Recomputes the figures of training, validation and cost from metrics and attempts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 
 def check_training(results: Mapping[str, Any], copies: Copies) -> CheckResult:
-    """The totals of training from the metrics of every step, and the number of steps from the settings.
+    """Recomputes the totals of training from the metrics of every step, and the number of steps from the settings.
 
-    Where training stopped early, the number of steps follows from the validation losses (`check_validation`).
+    If training stopped early, `check_validation` checks the number of steps.
     """
     training = results["training"]
     extent = count(training["steps"], "step")
@@ -32,17 +32,17 @@ def check_training(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         history = _read_lines(copies[METRICS].read_bytes(), StepMetrics)
         found = _totals(history, results)
     except (KeyError, ValueError) as error:
-        what = "nothing to read" if isinstance(error, KeyError) else str(error)
-        return CheckResult("training", extent, (Difference(METRICS, "the metrics of a step a line", what),))
+        what = "no readable file" if isinstance(error, KeyError) else str(error)
+        return CheckResult("training", extent, (Difference(METRICS, "the metrics of one step on each line", what),))
     differences = list(find_differences(f"{RESULTS} training", {name: training[name] for name in found}, found))
     differences += _adapter(training.get("adapter"), copies)
     if [step.step for step in history] != list(range(1, len(history) + 1)):
-        differences.append(Difference(METRICS, "the steps from 1 up", "others"))
+        differences.append(Difference(METRICS, "the steps 1, 2, 3 and so on", "other steps"))
     return CheckResult("training", extent, tuple(differences))
 
 
 def _adapter(claimed: Mapping[str, Any] | None, copies: Copies) -> Iterator[Difference]:
-    """What the published adapter's own files say otherwise than the manifest; older manifests say nothing of it."""
+    """Where the published adapter's files differ from the manifest; older manifests do not describe the adapter."""
     folder = f"{ARTIFACTS}adapter/"
     if claimed is None or not {folder + CONFIG, folder + WEIGHTS} <= copies.keys():
         return  # a missing file is reported as such
@@ -51,25 +51,26 @@ def _adapter(claimed: Mapping[str, Any] | None, copies: Copies) -> Iterator[Diff
     except ValueError as error:
         yield Difference(folder, "an adapter", str(error))
         return
-    known = {name: value for name, value in found.items() if name in claimed}  # some fields came later
-    yield from find_differences(f"{RESULTS} training.adapter", {name: claimed[name] for name in known}, known)
+    common = {name: value for name, value in found.items() if name in claimed}  # older manifests lack some fields
+    yield from find_differences(f"{RESULTS} training.adapter", {name: claimed[name] for name in common}, common)
 
 
 def check_validation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
-    """From the published validation losses: when each was due, the best step, the early stop, and which step is kept.
+    """Recomputes from the published validation losses the best step, the early stop and the step whose adapter is kept.
 
-    A run without validation has none of these.
+    Also checks that each validation was due, and that a run without JOB_DATA__VALIDATION has none.
     """
     claimed, rows = results["training"].get("validation"), results["dataset"].get("validation")
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
-    asked = settings.get("data.validation") is not None
+    expected = settings.get("data.validation") is not None
+    words = {True: "a validation", False: "no validation"}
     differences = [
-        Difference(f"{RESULTS} {name}", "validation as the settings ask for", "another")
-        for name, there in (("training.validation", claimed is not None), ("dataset.validation", rows is not None))
-        if there is not asked
+        Difference(f"{RESULTS} {name}", f"{words[expected]}, as in the settings", words[not expected])
+        for name, exists in (("training.validation", claimed is not None), ("dataset.validation", rows is not None))
+        if exists is not expected
     ]
-    if (VALIDATIONS in copies) is not asked:
-        differences.append(Difference(VALIDATIONS, "validations as the settings ask for", "another"))
+    if (VALIDATIONS in copies) is not expected:
+        differences.append(Difference(VALIDATIONS, f"{words[expected]}, as in the settings", words[not expected]))
     if claimed is None or rows is None or differences:
         return CheckResult("validation", "none", tuple(differences))
     extent = count(claimed["count"], "validation")
@@ -77,15 +78,15 @@ def check_validation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         found = _read_lines(copies[VALIDATIONS].read_bytes(), ValidationMetrics)
         how = _validation_settings(settings, results["dataset"]["rows"])
     except ValueError as error:
-        return CheckResult("validation", extent, (Difference(VALIDATIONS, "a validation a line", str(error)),))
+        return CheckResult("validation", extent, (Difference(VALIDATIONS, "one validation on each line", str(error)),))
     due = due_steps(how["every_steps"], how["total_steps"])
     stop = next((n for n in range(1, len(found) + 1) if progress(found[:n]).stopped(how["stop_after"])), len(due))
     if [one.step for one in found] != due[:stop]:
-        steps = f"those of {show([one.step for one in found])}"
-        differences.append(Difference(VALIDATIONS, f"the validations of the steps {show(due[:stop])}", steps))
+        steps = f"validations at the steps {show([one.step for one in found])}"
+        differences.append(Difference(VALIDATIONS, f"validations at the steps {show(due[:stop])}", steps))
     counts = {(one.examples, one.target_tokens) for one in found}
     if counts != {(rows["rows"], rows["target_tokens"])}:
-        differences.append(Difference(VALIDATIONS, "all validation rows in each validation", "others"))
+        differences.append(Difference(VALIDATIONS, "all validation rows in each validation", "other numbers of rows"))
     computed = asdict(validation_record(found, **how))
     differences += find_differences(f"{RESULTS} training.validation", {"preference": {}} | dict(claimed), computed)
     if results["training"]["steps"] != found[-1].step:
@@ -95,7 +96,7 @@ def check_validation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
 
 
 def _validation_settings(settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The arguments of `validation_record` beside the validations.
+    """The arguments of `validation_record` apart from the validations.
 
     Raises:
         ValueError: The settings are not valid.
@@ -103,7 +104,7 @@ def _validation_settings(settings: Mapping[str, Any], rows: int) -> dict[str, An
     size, total = _planned_steps(settings, rows)
     every, patience, keep = (settings.get(f"train.{name}") for name in ("validate_every_steps", "stop_after", "keep"))
     if not (isinstance(every, int | None) and isinstance(patience, int | None) and keep in {"last", "best"}):
-        raise ValueError("no valid settings of validation")
+        raise ValueError("invalid settings of validation")
     return {
         "every_steps": every or steps_per_epoch(rows, size),
         "total_steps": total,
@@ -113,10 +114,10 @@ def _validation_settings(settings: Mapping[str, Any], rows: int) -> dict[str, An
 
 
 def _read_lines(data: bytes, kind: type[T]) -> list[T]:
-    """The steps, or validations, in a file of metrics.
+    """The steps, or validations, in a file with one of them on each line.
 
     Raises:
-        ValueError: With the first line that is none.
+        ValueError: A line is not of this kind; the message names the first.
     """
     adapter, found = adapter_of(kind), []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
@@ -131,31 +132,31 @@ def _totals(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[
     """The figures of `training` that follow from the steps.
 
     Raises:
-        ValueError: The settings are not valid, or ask for another number of steps.
+        ValueError: The settings are not valid, or require another number of steps.
     """
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     rows = results["dataset"]["rows"]
     size, planned = _planned_steps(settings, rows)
-    early = (results["training"].get("validation") or {}).get("stopped_early") is True  # by its own check
+    early = (results["training"].get("validation") or {}).get("stopped_early") is True  # `check_validation` checks it
     if len(history) > planned or (len(history) < planned and not early):
-        raise ValueError(f"{len(history)} steps, {planned} by the settings")
+        raise ValueError(f"{len(history)} steps, but {planned} by the settings")
     return training_totals(history, steps_per_epoch(rows, size), size)
 
 
 def _planned_steps(settings: Mapping[str, Any], rows: int) -> tuple[int, int]:
-    """Examples of a step, and the steps of a run that does not stop early.
+    """Examples in a step, and number of steps of a run that does not stop early.
 
     Raises:
         ValueError: The settings are not valid.
     """
     size, epochs, most = (settings.get(f"train.{name}") for name in ("global_batch_size", "epochs", "max_steps"))
     if not (isinstance(size, int) and isinstance(epochs, int | float) and isinstance(most, int | None) and size > 0):
-        raise ValueError("no valid training settings")
+        raise ValueError("invalid settings of training")
     return size, total_steps(rows, size, epochs, most)
 
 
 def check_cost(results: Mapping[str, Any]) -> CheckResult:
-    """Seconds, dollars, waste, energy and savings, from the attempts and the prices."""
+    """Recomputes seconds, dollars, waste, energy and savings from the attempts and the prices."""
     attempts = adapter_of(list[AttemptRecord]).validate_python(results["run"]["attempts"])
     on_demand = results["settings"].get("cost.on_demand_usd_per_hour", {}).get("value")
     found = compute_cost(attempts, results["training"]["seconds"], on_demand)

@@ -1,4 +1,4 @@
-"""The result of a check, and the comparison of claimed with found values."""
+"""The result of a check, and the comparison of the values in a record with those recomputed or read elsewhere."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Another version of scipy or another processor may end an iteration at slightly different digits. Relative, because p
-# values can be arbitrarily small.
+# Another version of scipy or another processor may give slightly different digits. Relative, because p values can be
+# arbitrarily small.
 TOLERANCE = 1e-7
 MAX_SHOWN = 120
 """Characters of a value or a message that are printed."""
 Copies = Mapping[str, Path]
-"""By path in the run's folder, the downloaded files that are what the manifest says."""
+"""Path in the run's folder -> the downloaded copy, of files that agree with the manifest."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One value or file that is not as claimed; `where` is the file and the place in it."""
+    """One value or file that differs from what a record of the run says.
+
+    Attributes:
+        where: The file, and the place in it.
+        claimed: What the record says.
+        found: What was recomputed or read.
+    """
 
     where: str
     claimed: str
@@ -32,7 +38,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check: what was checked, on how many items, all differences, and notes that are no differences."""
+    """One check: what was checked, on how many items, all differences, and notes, which do not fail the check."""
 
     what: str
     extent: str
@@ -80,6 +86,12 @@ def show(value: Any) -> str:
 
 
 def other_run(where: str, found: str | None, run: str | None) -> Iterator[Difference]:
-    """What a record says that names another run than this one; fingerprints are None in records of earlier versions."""
+    """A difference if a record belongs to another run.
+
+    Args:
+        where: The record.
+        found: The run's fingerprint in the record; None in records of earlier versions.
+        run: This run's fingerprint; None if it is not known.
+    """
     if found and run is not None and found != run:
-        yield Difference(where, f"a record of the run {run}", f"one of the run {found}")
+        yield Difference(where, f"a record of the run {run}", f"a record of the run {found}")

@@ -1,4 +1,4 @@
-"""Copies the files of a published run, and compares each with the size and the SHA-256 that a record claims for it."""
+"""Copies the files of a published run, and compares each with its size and SHA-256 in a record of the run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MISSING = "no such file"
 def fetch_files(
     store: ObjectStore, claims: Iterable[Artifact], listed: Mapping[str, int], folder: Path
 ) -> tuple[dict[str, Path], list[Difference]]:
-    """Copies files, also those whose content differs, but never more bytes than claimed.
+    """Copies files, also those whose content differs, but never more bytes than the record says.
 
     Args:
-        store: The run's.
+        store: The run's store.
         claims: From the manifest or a commit marker; paths and sizes are not trusted.
-        listed: Bytes of every file that the store lists, by path.
-        folder: Where the copies go, named by a hash of their path, so that no path leads out of it.
+        listed: Path -> bytes of every file in the store.
+        folder: Folder for the copies. A copy is named by a hash of its path, so that no path leads out of the folder.
 
     Returns:
         The copies by path, and all differences from the claims.
@@ -37,7 +37,7 @@ def fetch_files(
     for claim in claims:
         size = listed.get(claim.path) if is_key(claim.path) else None
         if size is None:
-            found = MISSING if is_key(claim.path) else "a name that leads elsewhere"
+            found = MISSING if is_key(claim.path) else "a path that is not allowed in a run"
             differences.append(Difference(claim.path, f"{claim.bytes} bytes", found))
         elif size != claim.bytes:
             differences.append(Difference(claim.path, f"{claim.bytes} bytes", f"{size} bytes"))
@@ -49,7 +49,7 @@ def fetch_files(
         try:
             copies[claim.path] = path = _copy(store, claim, folder)
         except (FileNotFoundError, TooLarge):
-            differences.append(Difference(claim.path, f"{claim.bytes} bytes", "a file that changes meanwhile"))
+            differences.append(Difference(claim.path, f"{claim.bytes} bytes", "a file that changed while it was read"))
         else:
             differences += _compare(claim, path)
     return copies, differences
@@ -76,5 +76,5 @@ def _compare(claim: Artifact, path: Path) -> list[Difference]:
     try:
         facts = hash_facts(path)
     except ValueError:
-        facts = "no lines of JSON"
+        facts = "lines that are not JSON"
     return [Difference(f"{claim.path} facts", claim.facts_sha256, facts)] if facts != claim.facts_sha256 else []

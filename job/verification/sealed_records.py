@@ -15,14 +15,14 @@ _Record = TypeVar("_Record")
 def read_sealed(
     store: ObjectStore, keys: Iterable[str], parse: Callable[[bytes], _Record], what: str, differences: list[Difference]
 ) -> Iterator[tuple[str, _Record]]:
-    """Yields key and record of each; for one that cannot be read, a difference is added instead.
+    """Yields (key, record) for each key; a record that cannot be read is reported in `differences` instead.
 
     Args:
         store: The run's store.
         keys: The keys of the records.
-        parse: From bytes to a record; raises ValueError or TypeError if they are no such record.
-        what: The name of such a record, for the message.
-        differences: Receives the records that cannot be read.
+        parse: Parses a record; raises ValueError or TypeError if the bytes are not such a record.
+        what: What such a record is called in a difference.
+        differences: A difference is appended for each record that cannot be read.
     """
     for key in keys:
         stored = read_record(store, key)

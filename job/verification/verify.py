@@ -1,10 +1,10 @@
-"""`verify`: checks that a published run is what its manifest says, from the run's own files alone.
+"""`verify`: checks that a published run agrees with its manifest, from the run's own files only.
 
-Every file is read once, up to the size in the manifest, and compared with its hash or seal; every figure is computed
-again from samples, metrics and attempts. That finds damage and mistakes, down to a single byte. It does not protect
-against someone who can write to the run's folder and computes the hashes and seals again; the signature of a signed
-run does, for the manifest, the artifacts and all that the manifest lists. It is not over what is written after the
-manifest: the last attempt's record, the lease, and records of pushes and served checks.
+Every file is read once, up to the size in the manifest, and compared with its hash or seal; every figure is recomputed
+from samples, metrics and attempts. This detects damage and mistakes, down to a single byte. It does not detect changes
+by somebody who can write to the run's folder and recomputes the hashes and seals. The signature of a signed run does,
+for the manifest, the artifacts and all that the manifest lists. It does not cover what is written after the manifest:
+the last attempt's record, the lease, and the records of pushes and of `serve-check`.
 
 To add a check: a function that returns a `CheckResult`, and a line in `verify`.
 """
@@ -54,17 +54,17 @@ def verify(
     nested: bool = False,
     key: str | None = None,
 ) -> list[CheckResult]:
-    """Checks a run; of one that trained in two stages, the first too.
+    """Checks a run, and the first stage of a run that trained in two stages.
 
     Args:
-        store: The run's own.
+        store: The run's store.
         work: Folder for copies of the files.
-        storage: How to reach the store, for the first of two stages.
-        nested: Whether this is the first of two stages, which has none before it, and is signed with the last one.
-        key: Public key in PEM that has to have signed the run; None if any may have, or none.
+        storage: How to reach the store of the first stage.
+        nested: Whether the run is itself a first stage: it then has no other stage before it.
+        key: Public key in PEM that must have signed the run; None accepts any signer, and unsigned runs.
 
     Returns:
-        The result of every check; only that of the manifest if it cannot be parsed.
+        The result of every check; if the manifest cannot be parsed, that of the manifest only.
 
     Raises:
         SettingsError: There is no run here.
@@ -78,7 +78,7 @@ def verify(
             CheckResult("manifest", f"{len(data):,} bytes", (Difference(RESULTS, "the job's manifest", str(error)),))
         ]
     listed = {info.key: info.bytes for info in store.list()}
-    if results["training"].get("first_stage") and not nested:  # checked by itself
+    if results["training"].get("first_stage") and not nested:  # `check_first_stage` checks these files
         listed = {key: size for key, size in listed.items() if not key.startswith(FIRST_STAGE)}
     last = results["run"]["attempts"][-1]["number"]
     own, kept = ([Artifact(**entry) for entry in results[group]] for group in ("artifacts", "evidence"))
@@ -148,7 +148,7 @@ def _seal(data: bytes) -> tuple[Difference, ...]:
     try:
         unsealed(data)
     except ValueError as error:
-        return (Difference(RESULTS, "what the job wrote", str(error)),)
+        return (Difference(RESULTS, "an unchanged manifest", str(error)),)
     return ()
 
 
@@ -157,19 +157,22 @@ def _extent(claims: list[Artifact]) -> str:
 
 
 def _out_of_place(claim: Artifact) -> Difference:
-    return Difference(claim.path, "its place in the manifest", "a file of another kind")
+    return Difference(claim.path, "a file of this group of the manifest", "a file of another kind")
 
 
 def _unclaimed(
     listed: Mapping[str, int], known: set[str], whole: set[str], late: set[str]
 ) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
-    """The files that no record lists: differences, or notes if a killed attempt may have left them behind.
+    """The files that no record lists.
 
     Args:
-        listed: Bytes of every file.
-        known: Those that a record lists.
-        whole: Folders of checkpoints, in which every file is listed.
-        late: Markers that came after the run was published.
+        listed: Path -> bytes of every file in the store.
+        known: Paths that a record lists.
+        whole: Folders of valid checkpoints, whose markers list every file.
+        late: Commit markers that were written after the run was published.
+
+    Returns:
+        Differences, and notes on files that a killed or replaced attempt may have left behind.
     """
     unknown, leftovers = [], []
     for key, size in listed.items():
@@ -180,7 +183,7 @@ def _unclaimed(
         elif is_key(key) and is_leftover(key) and not key.startswith(tuple(whole)):
             leftovers.append(f"{key} was left behind by an attempt that was killed; nothing reads it")
         else:
-            unknown.append(Difference(key, "nothing of the kind", f"a file of {size} bytes"))
+            unknown.append(Difference(key, "no such file", f"a file of {size} bytes"))
     return tuple(unknown), tuple(leftovers)
 
 

@@ -246,6 +246,5 @@ def test_several_machines_need_one_store(order: Callable[..., TrainingJob]) -> N
     assert ended.code == 2
     assert ended.failure
     assert (
-        "JOB_RUN__OUTPUT (platform): is a folder of this machine alone; with several machines set s3://"
-        in ended.failure
+        "JOB_RUN__OUTPUT (platform): is a folder of this machine only; for several machines set s3://" in ended.failure
     )

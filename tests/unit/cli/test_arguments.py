@@ -59,7 +59,10 @@ def test_help_is_asked_for_anywhere() -> None:
 def test_help_shows_documentation_and_default() -> None:
     """They are the field's own."""
     shown = " ".join(command_help("run").split())
-    assert "--train.warmup_steps N Steps in which the learning rate rises to its peak. (default: 5)" in shown
+    assert (
+        "--train.warmup_steps N Number of optimizer steps in which the learning rate rises to its peak. (default: 5)"
+        in shown
+    )
 
 
 def test_help_names_no_type_of_python() -> None:

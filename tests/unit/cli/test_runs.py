@@ -80,7 +80,7 @@ def test_a_run_on_s3_verifies(runs: Path) -> None:
         client.put_object(Bucket=BUCKET, Key="out/a/artifacts/more", Body=b"1")
         done = job("verify", f"s3://{BUCKET}/out/a", "--storage.endpoint_url", url, **CREDENTIALS)
         assert done.returncode == 4
-        assert "artifacts/more: claimed nothing of the kind, found a file of 1 bytes" in done.stdout
+        assert "artifacts/more: claimed no such file, found a file of 1 bytes" in done.stdout
 
 
 def test_compare_and_its_gate(runs: Path) -> None:

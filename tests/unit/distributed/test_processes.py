@@ -25,5 +25,5 @@ def test_all_processes_have_a_gpu_or_none_has() -> None:
     """Else they could not communicate; those without are named."""
     require_one_kind(Among("cuda", "cuda"), "cuda")
     require_one_kind(Among("cpu", "cpu"), "cpu")
-    with pytest.raises(SettingsError, match="JOB_RUN__PROCESSES: the processes 1, 3 see no GPU"):
+    with pytest.raises(SettingsError, match="JOB_RUN__PROCESSES: processes without a GPU: 1, 3"):
         require_one_kind(Among("cuda", "cpu", "cuda", "cpu"), "cuda")

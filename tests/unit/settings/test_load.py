@@ -814,7 +814,7 @@ class TestCombinations:
         base = Path(environ["SAGEMAKER_BASE_DIR"])
         hosts = {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]}
         (base / "input/config/resourceconfig.json").write_text(json.dumps(hosts))
-        assert "this machine alone" in problems([], environ)["JOB_RUN__OUTPUT (platform)"]
+        assert "this machine only" in problems([], environ)["JOB_RUN__OUTPUT (platform)"]
         assert load_settings([f"--run.output={tmp_path}/shared"], environ)
 
     def test_an_output_below_a_file(self, tmp_path: Path) -> None:
@@ -996,7 +996,7 @@ class TestMethods:
             (["--model.dtype=fp16"], "JOB_MODEL__DTYPE"),
             (
                 ["--lora.use_dora=true", "--model.add_tokens=<x>"],
-                "not with JOB_LORA__USE_DORA and JOB_MODEL__ADD_TOKENS",
+                "do not support JOB_LORA__USE_DORA and JOB_MODEL__ADD_TOKENS",
             ),
             (["--lora.kind=adalora"], "JOB_LORA__KIND"),
             (["--lora.modules_to_save=lm_head"], "JOB_LORA__MODULES_TO_SAVE"),

@@ -48,9 +48,15 @@ def test_what_is_as_claimed_is_copied(store: LocalStore, tmp_path: Path) -> None
         (Artifact("file", 10**15, SHA256), f"file: claimed {10**15} bytes, found 24 bytes"),
         (Artifact("file", 24, "0" * 64), f"file: claimed SHA-256 {'0' * 64}, found SHA-256 {SHA256}"),
         (Artifact("file", 24, SHA256, "0" * 64), f"file facts: claimed {'0' * 64}, found {FACTS}"),
-        (Artifact("../run/file", 24, SHA256), "../run/file: claimed 24 bytes, found a name that leads elsewhere"),
-        (Artifact("/etc/hostname", 24, SHA256), "/etc/hostname: claimed 24 bytes, found a name that leads elsewhere"),
-        (Artifact("", 24, SHA256), ": claimed 24 bytes, found a name that leads elsewhere"),
+        (
+            Artifact("../run/file", 24, SHA256),
+            "../run/file: claimed 24 bytes, found a path that is not allowed in a run",
+        ),
+        (
+            Artifact("/etc/hostname", 24, SHA256),
+            "/etc/hostname: claimed 24 bytes, found a path that is not allowed in a run",
+        ),
+        (Artifact("", 24, SHA256), ": claimed 24 bytes, found a path that is not allowed in a run"),
     ],
     ids=str,
 )
@@ -67,10 +73,11 @@ def test_what_changed_is_copied_all_the_same(store: LocalStore, tmp_path: Path) 
 
 @pytest.mark.parametrize("data", [b"[1]\n", b"\xff", b"no JSON"])
 def test_facts_of_what_has_none(store: LocalStore, tmp_path: Path, data: bytes) -> None:
-    """A file that is no lines of JSON cannot have the facts that were claimed."""
+    """A file whose lines are not JSON cannot have the facts that were claimed."""
     store.write("file", data)
     claim = Artifact("file", len(data), hashlib.sha256(data).hexdigest(), FACTS)
-    assert brought(store, tmp_path / "work", claim)[1] == [f"file facts: claimed {FACTS}, found no lines of JSON"]
+    found = f"file facts: claimed {FACTS}, found lines that are not JSON"
+    assert brought(store, tmp_path / "work", claim)[1] == [found]
 
 
 def test_a_file_that_grows_is_cut_off(store: LocalStore, tmp_path: Path) -> None:
@@ -79,7 +86,7 @@ def test_a_file_that_grows_is_cut_off(store: LocalStore, tmp_path: Path) -> None
     store.write("file", DATA * 2)
     copies, (difference,) = fetch_files(store, [Artifact("file", len(DATA), SHA256)], listed, tmp_path)
     assert copies == {}
-    assert difference.found == "a file that changes meanwhile"
+    assert difference.found == "a file that changed while it was read"
 
 
 def test_a_disk_that_is_too_small(store: LocalStore, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_signed_run_verifies(
     assert verify_command([str(made), "--key", keys["signer"][1]]) == 0
     assert "note" not in capsys.readouterr().out
     assert verify_command([str(made)]) == 0
-    assert "give the signer's key with --key" in capsys.readouterr().out
+    assert "use --key with the signer's key" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [push_command, serve_check_command])
@@ -182,7 +182,7 @@ def test_an_unsigned_run(tmp_path: Path, keys: dict[str, tuple[str, str]]) -> No
     with pytest.raises(VerificationError, match="the run is not signed"):
         verify_command([str(run), "--key", keys["signer"][1]])
     (run / "model.sig").write_text("{}")
-    with pytest.raises(VerificationError, match="nothing of the kind"):
+    with pytest.raises(VerificationError, match="no such file"):
         verify_command([str(run)])
 
 

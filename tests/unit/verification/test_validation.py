@@ -82,7 +82,7 @@ def test_losses_decide_where_training_stops(run: Path, tmp_path: Path) -> None:
     edit(run, lambda lines: lines[2].update(loss=3.5, examples=3))
     assert "all validation rows" in failed(run, tmp_path)["validation"]
     edit(run, lambda lines: lines.pop(1))
-    assert "the validations of the steps [0, 2, 4" in failed(run, tmp_path)["validation"]
+    assert "validations at the steps [0, 2, 4" in failed(run, tmp_path)["validation"]
 
 
 def test_checkpoints_hold_the_same_validations(run: Path, tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_the_kept_adapter_is_that_of_the_best_step(run: Path, tmp_path: Path) ->
 def test_validation_without_the_setting_is_named(run: Path, tmp_path: Path) -> None:
     """Whether there was a validation is a matter of the settings."""
     forge(run, lambda results: results["settings"]["data.validation"].update(value=None))
-    assert "as the settings ask for" in failed(run, tmp_path)["validation"]
+    assert "as in the settings" in failed(run, tmp_path)["validation"]
     shutil.rmtree(run)
     publish_run(run, {"quiz": pairs(20)})
     forge(run, lambda results: results["settings"]["data.validation"].update(value=0.1))
-    assert "as the settings ask for" in failed(run, tmp_path)["validation"]
+    assert "as in the settings" in failed(run, tmp_path)["validation"]

@@ -274,7 +274,7 @@ def test_metrics_that_are_no_metrics(run: Path, check: Checker) -> None:
     ):
         rewrite(run, "artifacts/metrics.jsonl", b"".join([lines[0], other, *lines[2:]]))
         failed = check()
-        assert f"artifacts/metrics.jsonl: claimed the metrics of a step a line, found {why}" in told(failed)
+        assert f"artifacts/metrics.jsonl: claimed the metrics of one step on each line, found {why}" in told(failed)
 
 
 def test_files_that_nobody_vouches_for_are_named(run: Path, check: Checker) -> None:
@@ -395,7 +395,7 @@ def test_a_record_of_another_run_is_named(run: Path, check: Checker, path: str) 
     facts = unsealed((run / path).read_bytes())
     own = facts["run"]
     rewrite(run, path, sealed(facts | {"run": "0" * 64}))
-    assert f"{path}: claimed a record of the run {own}, found one of the run {'0' * 64}" in told(check())
+    assert f"{path}: claimed a record of the run {own}, found a record of the run {'0' * 64}" in told(check())
     rewrite(run, path, sealed(facts | {"run": None}))
     assert check() == {} or path.startswith("stages/")
 
@@ -417,7 +417,7 @@ def test_a_marker_that_came_late_is_told_and_no_fault(
     late.parent.mkdir()
     late.write_bytes(sealed(facts | other))
     if other:
-        assert "step-00000003/COMMITTED.json: claimed nothing of the kind" in told(check())
+        assert "step-00000003/COMMITTED.json: claimed no such file" in told(check())
         return
     assert check() == {}
     (files,) = [found for found in verify(open_run(str(run)), tmp_path) if found.what == "other files"]
@@ -452,7 +452,7 @@ def test_the_adapter_is_the_last_states(run: Path, check: Checker, tmp_path: Pat
 def test_an_adapter_that_is_none(run: Path, check: Checker) -> None:
     """Bytes that are no tensors are told, not stumbled over."""
     rewrite(run, ADAPTER, b"no tensors")
-    assert "what cannot be read" in told({"checkpoints": check()["checkpoints"]})
+    assert "an unreadable file" in told({"checkpoints": check()["checkpoints"]})
 
 
 def test_checkpoints_know_the_published_steps(run: Path, check: Checker) -> None:
@@ -618,7 +618,7 @@ def test_a_run_by_another_bound_of_near_ties_verifies(
     found = {check.what: check for check in verify(open_run(str(run)), tmp_path / "work")}
     assert not [check for check in found.values() if check.differences]
     assert found["evaluation"].notes == (
-        f'near ties are counted up to {bound} nats, as the run says; this version\'s bound for "fp32" is 0.001 nats',
+        f"near ties are counted by the run's own bound, {bound} nats; this version's bound for \"fp32\" is 0.001 nats",
     )
     counted = json.loads((run / "results.json").read_bytes())["evaluation"]["near_ties"]["tasks"]["quiz"]["acc"]
     assert (counted["base"] > 0) == (bound > 1)
