@@ -601,9 +601,9 @@ class Storage(Group):
     timeout_seconds: ExecutionOnly[Seconds] = 60
     """Timeout of one request, in seconds."""
     retries: ExecutionOnly[Annotated[Count, Field(le=100)]] = 8
-    """Maximum number of attempts at one request, including the first. The pauses between them grow from 0.3 to 16 s; with 8
-    attempts they outlast an outage of 60 s, and each more adds 16 s. A name that does not resolve and denied access fail at
-    once. `status`, `compare` and `report` try 4 times at most, `plan` twice."""
+    """Maximum number of attempts at one request, including the first. The pauses between them grow from 0.3 to 16 s;
+    with 8 attempts they outlast an outage of 60 s, and each more adds 16 s. A name that does not resolve and denied
+    access fail at once. `status`, `compare` and `report` try 4 times at most, `plan` twice."""
     cache: ExecutionOnly[Maybe[LocalPath]] = None
     """Local folder that keeps downloads, the quantized model and tokenized data for the next start; empty: a temporary
     folder."""
