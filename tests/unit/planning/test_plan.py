@@ -387,7 +387,7 @@ def test_a_sharded_base_is_forecast_for_the_processes_of_the_run(
         assert not wrong
         assert all(f"the base's 4-bit weights are sharded over the {counted} GPUs" in gpu.note for gpu in plan.gpus)
         assert {gpu.gpus for gpu in plan.gpus} == {counted}
-        assert any("2026-11-29-2xh200-processes.jsonl" in line for line in plan.assumptions)
+        assert any("2026-11-30-2xh200-processes.jsonl" in line for line in plan.assumptions)
         assert f"{counted} x H100 " in as_table(plan)
 
 
