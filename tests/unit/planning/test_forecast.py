@@ -513,7 +513,7 @@ OF_4096 = Workload(1, 8, 8 * 4096, 8 * 4095, 8 * 4096**2, 4096, 8 * 4096)
             {"workload": WORK, "placements": ("sharded",), "processes": 2, "budget": 2048, "budget_by_gpu": False},
             LLAMA_70B,
             1_692,
-            0.15,
+            0.2,
         ),
     ],
 )
