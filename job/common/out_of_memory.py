@@ -1,8 +1,9 @@
-"""Recognizes that the memory of a GPU or of the machine ran out, and reports it as an error with a fix."""
+"""Recognizes that memory of a GPU or of the machine ran out, frees caches, and reports it as an error with a fix."""
 
 from __future__ import annotations
 
 import errno
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,18 @@ def ran_out(what: str, fix: str, error: BaseException) -> TrainingFailed:
         return TrainingFailed(f"the machine's memory ran out while {what}; use a machine with more memory, or {fix}")
     first = (str(error).splitlines() or [""])[0][:200]
     return TrainingFailed(f"GPU memory ran out while {what}; use a GPU with more memory, or {fix} ({first})")
+
+
+def free_caches() -> None:
+    """After memory has run out: frees the tensors of the failed work, and the memory that torch's allocator caches."""
+    gc.collect()  # the caught error's frames keep tensors alive in reference cycles
+    if (torch := sys.modules.get("torch")) is None:
+        return
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:  # torch's allocator refuses while it believes a failed recording to be in progress
+        if not out_of_memory(error):
+            raise
 
 
 def too_small(what: str, longest: int, error: BaseException) -> TrainingFailed:

@@ -151,7 +151,7 @@ class ProcessGroup:
         with self._all_there():
             work = dist.all_reduce(tensor, async_op=True)
             work.wait()  # only the current stream waits
-        # The optimizer's kernels are launched after the wait, so the GPU is idle for as long as a pause is too long.
+        # Pauses are short, so that the next step is launched while the GPU still computes the optimizer's step.
         return lambda: self._finish(lambda: work, _SHORT_PAUSE_SECONDS, _SHORT_PAUSE_SECONDS)
 
     def exchange(self, number: int) -> list[int]:

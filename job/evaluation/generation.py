@@ -27,7 +27,6 @@ In a REPL, with a model and a tokenizer as in `job.evaluation.scorer`:
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from job.common.formatting import count, size
-from job.common.out_of_memory import out_of_memory, ran_out
+from job.common.out_of_memory import free_caches, out_of_memory, ran_out
 from job.errors import TrainingFailed
 from job.evaluation.resumable import Keeps, complete
 from job.log import get_logger
@@ -268,7 +267,7 @@ def answer_batch(
         what = "out of GPU memory: a batch of answers is computed again without the base's dequantized weights"
         change = "a smaller JOB_EVAL__BATCH_TOKENS, or JOB_MODEL__KEEP_DEQUANTIZED=false"
         get_logger().warning(what, prompts=len(prompts), change=change)
-        _free_caches(model)
+        free_caches()
         try:
             return _answered(model, tokenizer, prompts, how, alive)
         except (RuntimeError, MemoryError) as error:
@@ -288,15 +287,6 @@ def _too_small(
     fewer = "JOB_EVAL__BATCH_TOKENS, so that fewer are answered at a time, or " if len(prompts) > 1 else ""
     fix = f"lower {fewer}JOB_EVAL__PROMPTS_MAX_NEW_TOKENS or the max_gen_toks of the task"
     return ran_out(what, fix, error)
-
-
-def _free_caches(model: Any) -> None:
-    """Frees the tensors of failed work, and the memory that torch's allocator caches."""
-    import torch
-
-    gc.collect()  # the error's frames keep tensors alive in reference cycles
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _answered(

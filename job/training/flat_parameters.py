@@ -89,8 +89,7 @@ class FlatParameters:
         self.gradient.zero_()
         self.whole.grad = self.gradient
         for parameter, view in zip(self._parameters, self._gradients, strict=True):
-            if parameter.grad is not view:  # setting it takes a hundred times as long as looking
-                parameter.grad = view
+            parameter.grad = view
 
     def _padded(self, parameter: torch.nn.Parameter) -> int:
         """Elements that a parameter takes in the flat tensor, including the zeros after it."""

@@ -1,13 +1,9 @@
-"""After a GPU's memory has run out: switches off optimizations that take memory, and frees cached memory."""
+"""After a GPU's memory has run out: switches off optimizations that take memory."""
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
-import torch
-
-from job.common.out_of_memory import out_of_memory
 from job.log import get_logger
 from job.model.fused.frozen_weights import forget_dequantized
 from job.model.gradient_checkpointing import recompute_activations
@@ -34,13 +30,3 @@ def drop_optimization(model: Any, plan: ExecutionPlan) -> ExecutionPlan:
     what = "out of GPU memory: an optimization that only saves time is switched off"
     get_logger().warning(what, what=name, change="a smaller JOB_TRAIN__MICRO_BATCH_TOKENS leaves memory for it")
     return plan
-
-
-def free_caches() -> None:
-    """After memory has run out: frees the tensors of the failed work, and the memory that torch's allocator caches."""
-    gc.collect()  # the caught error's frames keep tensors alive in reference cycles
-    try:
-        torch.cuda.empty_cache()
-    except RuntimeError as error:  # torch's allocator refuses while it believes a failed recording to be in progress
-        if not out_of_memory(error):
-            raise

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from job.checkpoints.trainer_state import HowComputed
-from job.common.out_of_memory import out_of_memory, too_small
+from job.common.out_of_memory import free_caches, out_of_memory, too_small
 from job.data.batch_plan import Steps, by_weight, weighted_targets
 from job.data.examples import lengths_of
 from job.distributed.processes import Processes
@@ -33,7 +33,7 @@ from job.model.placed_weights import OtherOutOfMemory, computing_together, takin
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
 from job.training.flat_parameters import FlatParameters
-from job.training.free_memory import drop_optimization, free_caches
+from job.training.free_memory import drop_optimization
 from job.training.lm_head_loss import Logits, head_loss, logits_of
 from job.training.long_rows import LongRows, has_long_row
 from job.training.memory_model import LONG_ROW
@@ -169,7 +169,7 @@ class OptimizerStep:
     def __call__(self, number: int) -> torch.Tensor:
         """Starts to compute the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
 
-        `finish_sum` has to be called before the optimizer's step.
+        `finish_sum` has to be called before the step counts as done.
 
         Returns:
             The step's loss, () float32 on the device, without history: the mean over its target tokens.

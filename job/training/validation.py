@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from job.common.out_of_memory import out_of_memory, too_small
+from job.common.out_of_memory import free_caches, out_of_memory, too_small
 from job.data.batch_plan import by_weight, micro_batches, shares, weighted_targets, without_divided
 from job.data.examples import lengths_of, target_counts_of
 from job.distributed.processes import Processes
@@ -29,7 +29,6 @@ from job.log import get_logger
 from job.model.placed_weights import OtherOutOfMemory, taking_part
 from job.records import Example
 from job.training.config import Hooks
-from job.training.free_memory import free_caches
 from job.training.objectives import totals_of
 from job.training.preference_gradient import PreferenceGradient
 from job.training.step import OptimizerStep, StepAbandoned
