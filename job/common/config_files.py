@@ -17,7 +17,7 @@ _MISFITS = (KeyError, IndexError, AttributeError, TypeError)
 
 
 class NotAllowedError(ValueError):
-    """What a file holds could be read, and is not allowed; the message quotes nothing of the file."""
+    """A file's content could be read and is not allowed; the message quotes nothing from the file."""
 
 
 def read_mapping(path: Path, parse: Callable[[str], object]) -> Mapping[object, object] | str:
@@ -60,7 +60,7 @@ def strict_yaml(content: bytes | str) -> Any:
     So is an alias of a list or mapping, since a few of them can unfold without end.
 
     Raises:
-        yaml.YAMLError, ValueError, RecursionError: It is no such document; the first may quote it.
+        yaml.YAMLError, ValueError, RecursionError: The text is not YAML; the first may quote it.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""Copies between the host and a GPU that do not wait for the work that the GPU has still to do.
+"""Copies between the host and a GPU that do not wait for queued GPU work.
 
 A copy from or to pageable memory blocks the host until the GPU has done all that was launched before. Meanwhile the
 host launches nothing, so afterwards the GPU is idle. From and to pinned memory a copy is launched like a kernel.

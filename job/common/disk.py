@@ -21,7 +21,7 @@ _UNKNOWN = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success the file written there replaces `path`, durably."""
+    """Yields a temporary path next to `path`; on success the file written there replaces `path`, durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not derived from the name, which may already be as long as the file system allows.
     temporary = path.parent / f".{uuid4().hex}.part"
@@ -50,15 +50,15 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def lacking(what: str) -> Iterator[None]:
-    """Turns the error of a file system that does not support `what` into a SettingsError."""
+def lacking(feature: str) -> Iterator[None]:
+    """Turns the error of a file system that does not support `feature` into a SettingsError."""
     try:
         yield
     except OSError as error:
         if error.errno not in {*_UNKNOWN, errno.ENOLCK, errno.EXDEV}:
             raise
         use = "use a folder on another file system, or a bucket, such as s3://bucket/prefix"
-        problem = f"this file system does not support {what} ({error.strerror}); {use}"
+        problem = f"this file system does not support {feature} ({error.strerror}); {use}"
         raise SettingsError([Problem(str(error.filename or "storage"), problem)]) from error
 
 
@@ -72,7 +72,7 @@ def sync(path: Path) -> None:
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Whether a file may not be used or can have no such name, a disk is full or fails, or too many files are open.
+    """Whether a file may not be used or has an impossible name, a disk is full or fails, or too many files are open.
 
     Such an error is about neither the content of a file nor this program, whoever happens to meet it.
     """
@@ -80,7 +80,7 @@ def is_of_the_machine(error: BaseException) -> bool:
 
 
 @contextmanager
-def disk_errors(what: str) -> Iterator[None]:
+def disk_errors(action: str) -> Iterator[None]:
     """Turns errors of a local disk into errors of the job, except `FileNotFoundError`, which passes."""
     try:
         yield
@@ -90,13 +90,13 @@ def disk_errors(what: str) -> Iterator[None]:
         message = (
             f"{error.filename} exists: a name cannot be both an object and a folder of objects; remove or rename it"
         )
-        raise SettingsError([Problem(what, message)]) from error
+        raise SettingsError([Problem(action, message)]) from error
     except OSError as error:
         if error.errno in _NO_NAME:
-            raise SettingsError([Problem(what, f"{error.strerror} ({error.filename}); give another path")]) from error
+            raise SettingsError([Problem(action, f"{error.strerror} ({error.filename}); give another path")]) from error
         if error.errno in _REFUSED:
-            raise AccessDenied(f"{what}: {error.strerror} ({error.filename})") from error
+            raise AccessDenied(f"{action}: {error.strerror} ({error.filename})") from error
         if error.errno in _FULL:
             said = ", ".join(filter(None, (error.strerror, error.filename)))
-            raise Unreachable(f"{what}: the disk is full ({said}); free space, or give it more") from error
-        raise Unreachable(f"{what}: the disk reports an error: {error}") from error
+            raise Unreachable(f"{action}: the disk is full ({said}); free space, or give it more") from error
+        raise Unreachable(f"{action}: the disk reports an error: {error}") from error

@@ -20,7 +20,7 @@ EXTRA = "qlora-job[export]"
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """What is known of a format without making it.
+    """The properties of a format that are known without making it.
 
     Attributes:
         title: In words, for the report.
@@ -105,12 +105,12 @@ def weights_bytes(name: str, linear: int, others: int, *, plain: int = 2) -> int
         plain: Bytes of one that is not quantized.
     """
     family, kind = split_name(name)
-    found = EXPORT_FORMATS[family]
+    export_format = EXPORT_FORMATS[family]
     if family == MERGED:
         return plain * (linear + others)
     if family == GGUF:  # holds the embedding and the head in blocks too, one of them in finer ones
-        return int((found.types[kind] * linear + max(found.types[kind], _GGUF_HEAD) * others) / 8)
-    return int(found.bits * linear / 8) + plain * others
+        return int((export_format.types[kind] * linear + max(export_format.types[kind], _GGUF_HEAD) * others) / 8)
+    return int(export_format.bits * linear / 8) + plain * others
 
 
 def all_names() -> list[str]:
@@ -139,10 +139,10 @@ def needs_merge(names: Iterable[str]) -> bool:
 
 
 def to_make(names: Iterable[str]) -> list[str]:
-    """The formats that are made and scored for those that were asked for, in the order in which that is done.
+    """The formats that are made and scored for the requested ones, in the order of the work.
 
     First the copies of the adapter, for which the run's own base is still in memory; then `merged`, whether or not it
-    was asked for, since the others are made from it.
+    was requested, since the others are made from it.
     """
     asked = list(names)
     return [*adapter_copies(asked), *([MERGED, *derived(asked)] if needs_merge(asked) else [])]

@@ -1,4 +1,4 @@
-"""The kinds of findings of the audit, and what becomes of rows that have one: names that settings and report know.
+"""The kinds of findings of the audit, and the actions on rows that have one: names in settings and report.
 
 How each kind is found is in `job/audit/kinds.py`, which says how to add one.
 """
@@ -12,7 +12,7 @@ from job.common.formatting import count
 
 Action = Literal["record", "skip", "error"]
 UNKNOWN_LANGUAGE = "unknown"
-"""The language of a row of which it cannot be told."""
+"""The recorded language where it could not be detected."""
 ALL = "all"
 """In `JOB_DATA__ON_FINDING`, every kind that is not named."""
 
@@ -50,23 +50,25 @@ def statistics(audit: Mapping[str, Any], long_rows: Mapping[str, int]) -> list[s
         audit: `records.AuditRecord` as JSON.
         long_rows: `records.DatasetRecord.long_rows`.
     """
-    found = []
+    sentences = []
     if languages := audit.get("languages"):
         known = [f"{name} {number:,}" for name, number in languages.items() if name != UNKNOWN_LANGUAGE]
         shown = [*known[:_LANGUAGES], *([f"{len(known) - _LANGUAGES} others"] if len(known) > _LANGUAGES else [])]
         unknown = languages.get(UNKNOWN_LANGUAGE)
         shown += [f"not told {unknown:,}"] if unknown else []
-        found.append(f"Languages of the rows, by {audit['languages_by']}: {', '.join(shown)}.")
+        sentences.append(f"Languages of the rows, by {audit['languages_by']}: {', '.join(shown)}.")
     elif why := audit.get("languages_not_checked"):
-        found.append(f"Languages were not detected: {why}.")
+        sentences.append(f"Languages were not detected: {why}.")
     for name, what in (("tokens", "Tokens"), ("target_tokens", "Target tokens")):
         if of := audit.get("lengths", {}).get(name):
-            found.append(
+            sentences.append(
                 f"{what} of an example: half have at most {of['median']:,}, 95 % at most {of['p95']:,}, "
                 f"the longest {of['max']:,}."
             )
     if truncated := long_rows.get("truncated"):
-        found.append(f"{count(truncated, 'row')} cut off, by {count(long_rows.get('tokens_cut', 0), 'token')} in all.")
+        sentences.append(
+            f"{count(truncated, 'row')} cut off, by {count(long_rows.get('tokens_cut', 0), 'token')} in all."
+        )
     if split := long_rows.get("split"):
-        found.append(f"{count(split, 'long row')} split into {count(long_rows.get('pieces', 0), 'piece')}.")
-    return found
+        sentences.append(f"{count(split, 'long row')} split into {count(long_rows.get('pieces', 0), 'piece')}.")
+    return sentences

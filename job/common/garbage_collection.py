@@ -1,6 +1,6 @@
 """Python's cyclic garbage collector, disabled while the libraries are imported.
 
-Modules live as long as the process. Traversing them again and again while they are imported takes a quarter of the
+Modules are never freed. Traversing them again and again while they are imported takes a quarter of the
 start-up time (decision 16).
 """
 

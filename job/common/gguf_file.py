@@ -1,4 +1,4 @@
-"""What a GGUF file holds, read with the package gguf, which is of the extra `export`."""
+"""The content of a GGUF file, read with the package gguf of the extra `export`."""
 
 from __future__ import annotations
 

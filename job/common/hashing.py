@@ -1,4 +1,4 @@
-"""SHA-256 of files, and seals: a JSON file that holds the hash of its own content.
+"""SHA-256 of files, and seals: a JSON file that contains the hash of its other fields.
 
 A seal detects damage in a file whose hash is stored nowhere else. It is no signature: whoever can write the file can
 also write the seal.
@@ -36,20 +36,20 @@ def hash_files(paths: Sequence[Path]) -> list[str]:
     A file that did not change since this process hashed it here is not read again: a model's weights are hashed for
     the hub's word about them, and for the model's own fingerprint.
     """
-    began, read = time.monotonic(), sum(path.stat().st_size for path in paths if _key(path.stat()) not in _hashed)
+    began, bytes_read = time.monotonic(), sum(path.stat().st_size for path in paths if _key(path.stat()) not in _hashed)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        found = list(pool.map(_hash_once, paths))
+        digests = list(pool.map(_hash_once, paths))
     seconds = time.monotonic() - began
-    if read >= _MEASURED_BYTES and read < _SLOW_BYTES_PER_SECOND * seconds:
+    if bytes_read >= _MEASURED_BYTES and bytes_read < _SLOW_BYTES_PER_SECOND * seconds:
         change = "a faster disk for it, such as a local one: JOB_STORAGE__CACHE, HF_HOME, or the path that is set"
         get_logger().warning(
             "files are read slowly",
             folder=str(paths[0].parent),
-            megabytes=read // 10**6,
-            megabytes_per_second=round(read / seconds / 1e6, 1),
+            megabytes=bytes_read // 10**6,
+            megabytes_per_second=round(bytes_read / seconds / 1e6, 1),
             change=change,
         )
-    return found
+    return digests
 
 
 def _hash_once(path: Path) -> str:

@@ -46,7 +46,7 @@ class HelperProcess:
         return lines[-1].strip()[:_LAST_CHARACTERS]
 
     def killed_for_memory(self) -> bool:
-        """Whether it was killed, and meanwhile the kernel killed a process of this container for want of main memory.
+        """Whether it was killed while the kernel killed a process of this container because memory was full.
 
         False where the kernel does not count them.
         """
@@ -62,7 +62,7 @@ def start_helper(module: str, *arguments: str, environ: Mapping[str, str] | None
     Args:
         module: Its full name.
         arguments: `sys.argv[1:]` of the process.
-        environ: Variables that the process has beside those of this one.
+        environ: Variables that the process has besides those of this one.
     """
     given = json.dumps({"path": sys.path, "environ": {**(environ or {})}})
     kills = main_memory().oom_kills

@@ -34,23 +34,23 @@ def without(*packages: str) -> Iterator[None]:
         yield
     finally:
         for name in hidden:
-            if sys.modules.get(name, name) is None:  # otherwise somebody has imported it all the same
+            if sys.modules.get(name, name) is None:  # otherwise other code has imported it anyway
                 del sys.modules[name]
 
 
 @contextmanager
 def distributions_read_when_needed() -> Iterator[None]:
-    """Puts off what `importlib.metadata.packages_distributions` reads, if asked inside the `with` block, until used.
+    """Delays the reads of `importlib.metadata.packages_distributions` in the `with` block until the result is used.
 
-    It reads the metadata of every installed package. TRL asks for it on import and uses it only to find the version of
-    vLLM or Liger, where they are installed.
+    It reads the metadata of every installed package. TRL calls it on import and uses the result only to find the
+    version of vLLM or Liger, where they are installed.
     """
-    read = importlib.metadata.packages_distributions
-    importlib.metadata.packages_distributions = lambda: _Distributions(read)
+    original = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = lambda: _Distributions(original)
     try:
         yield
     finally:
-        importlib.metadata.packages_distributions = read
+        importlib.metadata.packages_distributions = original
 
 
 class _Distributions(Mapping[str, list[str]]):

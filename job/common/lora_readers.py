@@ -2,7 +2,7 @@
 
 Read in vLLM 0.33: `PEFTHelper` (vllm/lora/peft_helper.py) requires `r`, `lora_alpha` and `target_modules`, applies
 `use_rslora`, `rank_pattern` and `alpha_pattern` as PEFT does, and refuses `modules_to_save` and DoRA; `LoRAConfig`
-knows ranks up to 512. Older releases ignore the patterns without a word. A merged model has none of these limits.
+knows ranks up to 512. Older releases ignore the patterns silently. A merged model has none of these limits.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def admitted_rank(rank: int) -> int:
 
 
 def why_not_served(settings: Mapping[str, Any]) -> list[str]:
-    """Why vLLM does not load the adapter; empty if it loads it as it was trained.
+    """Why vLLM does not load the adapter; empty if it loads it unchanged.
 
     Args:
         settings: As above.
     """
     value = {name.removeprefix("lora."): value for name, value in settings.items() if name.startswith("lora.")}
     rank = published_rank(settings)
-    found = {
+    obstacles = {
         "it is not plain LoRA (JOB_LORA__KIND=adalora)": value.get("kind") not in {None, "lora"},
         "it is DoRA (JOB_LORA__USE_DORA)": bool(value.get("use_dora")),
         "it has adapters of experts (JOB_LORA__EXPERTS), which were not tested with any release": bool(
@@ -51,7 +51,7 @@ def why_not_served(settings: Mapping[str, Any]) -> list[str]:
         "it has new tokens (JOB_MODEL__ADD_TOKENS)": bool(settings.get("model.add_tokens")),
         f"its rank of {rank} is above {MAX_RANK}": rank > MAX_RANK,
     }
-    return [reason for reason, holds in found.items() if holds]
+    return [reason for reason, holds in obstacles.items() if holds]
 
 
 def has_patterns(settings: Mapping[str, Any]) -> bool:

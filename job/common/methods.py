@@ -32,7 +32,7 @@ FIRST_STAGE_SETTINGS: Mapping[str, str] = {
 }
 """Setting, by its dotted name -> the one that gives its value to the first stage of two."""
 INHERITED = ("data.split", "data.on_long_row", "data.validation", "data.validation_split")
-"""Those of them that the first stage has in common with the second where it is given none of its own."""
+"""Those of them that the first stage takes from the second unless they are set for it."""
 
 
 @dataclass(frozen=True)

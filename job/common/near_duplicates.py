@@ -57,7 +57,7 @@ def words_of(text: str) -> list[str]:
 
 def row_hash(texts: Sequence[str]) -> bytes:
     """What a row is compared by, from the texts of its fields: the SHA-256 of its words, and its signature."""
-    # Without a single word (emoji, punctuation) the texts are compared as they are.
+    # Without a single word (emoji, punctuation) the unchanged texts are compared.
     words = (" ".join(words_of(" ".join(texts))) or "\0".join(texts)).encode()
     return sha256(words).digest() + _signature(words.split(b" "))
 

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears complete or not at all (atomically)."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ To add one:
 2. List in `state` every tensor that its `state_dict()` holds for a parameter. A checkpoint with any other tensor, shape
    or dtype is refused, because the optimizers' kernels take sizes from the parameter and addresses from the state.
 3. Give the devices on which it runs, and the optimizer that replaces it on others.
-`tests/unit/common/test_optimizers.py` covers every entry by itself: it steps the real optimizer and compares.
+`tests/unit/common/test_optimizers.py` covers each entry: it steps the real optimizer and compares.
 
 No torch: the choices are among the settings, which must answer before torch is imported.
 """
@@ -39,7 +39,7 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What the job has to know of an optimizer.
+    """The properties of an optimizer that the job needs.
 
     `state` maps the last part of a tensor's name in `state_dict()` to what it is. `block` is how many neighbouring
     numbers of a parameter share one quantization constant; the adapter's tensors are laid out so that none of these
@@ -61,7 +61,7 @@ class OptimizerSpec:
         return self._bytes({"parameter": 1, "parameter_pair": 2})
 
     def state_bytes(self, parameters: int) -> int:
-        """Bytes of the state of so many parameters, quantization constants included.
+        """Bytes of the state of `parameters` parameters, quantization constants included.
 
         Source: Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861). A paged optimizer
         holds the same; it may move to the host where the GPU is full.
@@ -70,7 +70,7 @@ class OptimizerSpec:
         return self.bytes_per_parameter * parameters + constants * -(-parameters // self.block)
 
     def _bytes(self, times: Mapping[str, int]) -> int:
-        """Bytes of one number of each tensor of these shapes, each so many times."""
+        """Bytes of one number for each tensor of these shapes, by the number of tensors of each shape."""
         return sum(times[t.shape] * _BYTES[t.dtypes[0]] for t in self.state.values() if t.shape in times)
 
 
@@ -90,7 +90,7 @@ _ADAMW_TORCH: Mapping[str, StateTensor] = {
 OPTIMIZERS: Mapping[str, OptimizerSpec] = {
     "adamw_8bit": OptimizerSpec(_ADAMW_8BIT),
     "paged_adamw_8bit": OptimizerSpec(_ADAMW_8BIT, devices=("cuda",), on_cpu="adamw_8bit", paged=True),
-    # It quantizes nothing; the same block gives the adapter the same layout whichever optimizer is chosen.
+    # It quantizes nothing; the same block gives the adapter the same layout with every optimizer.
     "adamw_torch": OptimizerSpec(_ADAMW_TORCH),
     "adamw_torch_fused": OptimizerSpec(_ADAMW_TORCH),
     "lion_8bit": OptimizerSpec({name: _ADAMW_8BIT[name] for name in ("state1", "absmax1", "qmap1")}),
@@ -118,7 +118,7 @@ def trainer_name(name: str) -> str:
 
 
 def substitute(name: str, device: str) -> tuple[str, str | None]:
-    """The optimizer that runs on this device (`cuda` or `cpu`), and a sentence that says so where it is another one."""
+    """The optimizer that runs on this device (`cuda` or `cpu`), and a sentence if it is not the requested one."""
     spec = OPTIMIZERS[name]
     if device in spec.devices or spec.on_cpu is None:
         return name, None

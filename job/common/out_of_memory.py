@@ -33,7 +33,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 def says_full(error: BaseException) -> bool:
     """`out_of_memory` of the error itself.
 
-    Libraries beside torch have no class for that, and helper processes only tell the text of their error.
+    Libraries besides torch have no class for that, and helper processes only tell the text of their error.
     """
     torch = sys.modules.get("torch")  # a heavy import; if torch is not imported, no GPU can be full
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
@@ -42,11 +42,11 @@ def says_full(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_errors(what: str, fix: str) -> Iterator[None]:
+def memory_errors(activity: str, fix: str) -> Iterator[None]:
     """Reports for which work memory ran out. A retry would fail in the same way, so the exit code forbids it.
 
     Args:
-        what: What is done within.
+        activity: What is done within.
         fix: What the user can do about it.
 
     Raises:
@@ -59,15 +59,17 @@ def memory_errors(what: str, fix: str) -> Iterator[None]:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise ran_out(what, fix, error) from error
+        raise ran_out(activity, fix, error) from error
 
 
-def ran_out(what: str, fix: str, error: BaseException) -> TrainingFailed:
-    """The error for memory that ran out; arguments as for `memory_errors`, and the error that says so."""
+def ran_out(activity: str, fix: str, error: BaseException) -> TrainingFailed:
+    """The error for memory that ran out; arguments as for `memory_errors`, and the original error."""
     if isinstance(error, MemoryError | OSError):
-        return TrainingFailed(f"the machine's memory ran out while {what}; use a machine with more memory, or {fix}")
+        return TrainingFailed(
+            f"the machine's memory ran out while {activity}; use a machine with more memory, or {fix}"
+        )
     first = (str(error).splitlines() or [""])[0][:200]
-    return TrainingFailed(f"GPU memory ran out while {what}; use a GPU with more memory, or {fix} ({first})")
+    return TrainingFailed(f"GPU memory ran out while {activity}; use a GPU with more memory, or {fix} ({first})")
 
 
 def free_caches() -> None:
@@ -82,10 +84,10 @@ def free_caches() -> None:
             raise
 
 
-def too_small(what: str, longest: int, error: BaseException) -> TrainingFailed:
+def too_small(stage: str, longest: int, error: BaseException) -> TrainingFailed:
     """The error where not even one row at a time fits, of at most `longest` tokens."""
     first = (str(error).splitlines() or [""])[0][:200]
     return TrainingFailed(
-        f"memory ran out in {what} with one row at a time, the longest of {longest:,} tokens; lower "
+        f"memory ran out in {stage} with one row at a time, the longest of {longest:,} tokens; lower "
         f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or use a GPU with more memory ({first})"
     )

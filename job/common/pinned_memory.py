@@ -1,4 +1,4 @@
-"""Main memory that a GPU copies from and to by itself, while it computes: it cannot be swapped out ("pinned")."""
+"""Pinned (page-locked) main memory: a GPU copies from and to it by DMA while it computes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pin(memory: torch.Tensor, device: torch.device) -> bool:
 
     if int(_driver().cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)) == 0:
         return True
-    # CUDA keeps the error, and the next launch would report it as its own. One that says so has taken it away.
+    # CUDA keeps the error, and the next launch would report it as its own. Reading the error clears it.
     with suppress(RuntimeError):
         torch.zeros(1, device=device)
     return False

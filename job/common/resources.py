@@ -67,7 +67,7 @@ def check_disk(folder: Path, need_bytes: int) -> None:
 
 
 def check_shared_memory(processes: int, folder: Path = Path("/dev/shm")) -> bool:  # noqa: S108 - it is looked at, not written
-    """Whether shared memory is large enough for so many processes; warns if not, since some setups need less."""
+    """Whether shared memory is large enough for this number of processes; warns if not, since some setups need less."""
     try:
         total = shutil.disk_usage(folder).total
     except OSError:
@@ -84,12 +84,12 @@ def check_shared_memory(processes: int, folder: Path = Path("/dev/shm")) -> bool
     return False
 
 
-def available_bytes(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+def available_bytes(groups: Path = CGROUPS, own_groups: Path = OWN_CGROUPS) -> int:
     """Bytes of memory available without swapping: by the kernel, and by the limits of all cgroups of this process."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    for group in _groups(groups, own):
+    for group in _groups(groups, own_groups):
         for limit, used in _FILES:
             with suppress(OSError, ValueError):  # the file is missing, or holds "max"
                 most, taken = (int((group / name).read_text()) for name in (limit, used))
@@ -115,13 +115,13 @@ class MainMemory:
     group: str = ""
 
 
-def main_memory(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> MainMemory:
-    """What is known of it now; takes less than a millisecond."""
+def main_memory(groups: Path = CGROUPS, own_groups: Path = OWN_CGROUPS) -> MainMemory:
+    """The current state of main memory; takes less than a millisecond."""
     import psutil
 
     total, kills, innermost = int(psutil.virtual_memory().total), None, None
     # The outermost first: the last one with a count is this process's own.
-    for group in sorted(_groups(groups, own), key=lambda folder: len(folder.parts)):
+    for group in sorted(_groups(groups, own_groups), key=lambda folder: len(folder.parts)):
         for limit, _ in _FILES:
             with suppress(OSError, ValueError):
                 total = min(total, int((group / limit).read_text()))
@@ -134,16 +134,16 @@ def main_memory(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> MainMemory:
     if innermost is not None:
         with suppress(OSError):
             name = f"{_BOOT.read_text().strip()}/{innermost.stat().st_ino}"
-    return MainMemory(total, available_bytes(groups, own), kills, name)
+    return MainMemory(total, available_bytes(groups, own_groups), kills, name)
 
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-def usable_cpus(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+def usable_cpus(groups: Path = CGROUPS, own_groups: Path = OWN_CGROUPS) -> int:
     """How many processors this process may keep busy: by its affinity, and by the quotas of all its cgroups."""
     count = len(os.sched_getaffinity(0))
-    for group in _groups(groups, own, "cpu"):
+    for group in _groups(groups, own_groups, "cpu"):
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
             with suppress(OSError, ValueError):  # the file is missing, or holds "max"
                 quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
@@ -152,17 +152,17 @@ def usable_cpus(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
     return count
 
 
-def _groups(groups: Path, own: Path, controller: str = "memory") -> set[Path]:
+def _groups(groups: Path, own_groups: Path, controller: str = "memory") -> set[Path]:
     """The folders of this process's cgroups and of their parents. A container sees its own cgroup at the top."""
-    found = {groups, groups / controller}
+    folders = {groups, groups / controller}
     with suppress(OSError, ValueError):
-        for line in own.read_text().splitlines():
+        for line in own_groups.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "" or controller in controllers.split(","):
                 top = groups / controller if controllers else groups
                 inner = PurePosixPath(path.lstrip("/"))
-                found |= {top / part for part in (inner, *inner.parents)}
-    return found
+                folders |= {top / part for part in (inner, *inner.parents)}
+    return folders
 
 
 def _reclaimable(statistics: Path) -> int:

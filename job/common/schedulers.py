@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over the steps of a run: what the settings say, with all shares turned into steps."""
+    """The learning rate over the steps of a run: the settings, with all shares converted to steps."""
 
     total_steps: int
     warmup_steps: int
@@ -60,7 +60,7 @@ else:
 def make_schedule(
     total_steps: int, *, warmup_steps: int, warmup_ratio: float | None, min_lr_ratio: float, decay_ratio: float
 ) -> Schedule:
-    """The schedule of a run of so many steps; warmup and decay never overlap: the warmup comes first."""
+    """The schedule of a run of `steps` steps; warmup and decay never overlap: the warmup comes first."""
     warmup = warmup_steps if warmup_ratio is None else ceil(warmup_ratio * total_steps)
     decay = min(ceil(decay_ratio * total_steps), max(0, total_steps - warmup))
     return Schedule(total_steps, warmup, min_lr_ratio, decay)

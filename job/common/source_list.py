@@ -3,7 +3,7 @@
     rows.jsonl                                  a path, URI or hub id
     a.jsonl,s3://bucket/c.parquet               several: all rows of the first, then all of the second
     a.jsonl=2x,b.jsonl=0.5x,c.jsonl=1000rows    each row twice, every second row, the first 1,000 rows
-    org/name@3f5c2a1=2x                         a revision of its own, for a hub id
+    org/name@3f5c2a1=2x                         its own revision, for a hub id
 
 A path that exists is one source, even with commas and equals signs in its name.
 """
@@ -31,7 +31,7 @@ class Source:
     Attributes:
         place: Path, URI or hub id where it is read from.
         name: What to call it in messages and records: as the user wrote it, without the amount.
-        revision: Of a hub id, if it has one of its own.
+        revision: Revision of a hub id, if the entry names one.
         times: How often each row is used; a part of 1 takes that share of the rows, evenly spaced.
         rows: The number of valid rows to take, the first ones; None for all.
     """

@@ -13,13 +13,13 @@ def visible(text: str) -> str:
     return text if text.isprintable() else json.dumps(text)
 
 
-def aligned(rows: Sequence[Row], right: Collection[int] = ()) -> list[str]:
-    """Columns as wide as their widest value, two spaces apart; those of the numbers in `right` are right-aligned."""
+def aligned(rows: Sequence[Row], right_aligned: Collection[int] = ()) -> list[str]:
+    """Columns as wide as their widest value, two spaces apart; those with an index in `right_aligned` are."""
     cells = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return [
         "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
+            cell.rjust(width) if column in right_aligned else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in cells

@@ -11,11 +11,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_thread(work: Callable[[], T], name: str, *, daemon: bool = True) -> Future[T]:
+def in_thread(function: Callable[[], T], name: str, *, daemon: bool = True) -> Future[T]:
     """Starts the work in a new thread.
 
     Args:
-        work: Is called once; what it raises is raised where the result is asked for.
+        function: Is called once; what it raises is raised again by `result()`.
         name: The thread's.
         daemon: Whether the process may end without waiting for it.
     """
@@ -24,7 +24,7 @@ def in_thread(work: Callable[[], T], name: str, *, daemon: bool = True) -> Futur
 
     def run() -> None:
         try:
-            future.set_result(context.run(work))
+            future.set_result(context.run(function))
         except BaseException as error:  # noqa: BLE001 - raised by future.result()
             future.set_exception(error)
 
