@@ -1,4 +1,4 @@
-"""A machine that ends before it has connected, such as for invalid settings, says so in the rendezvous store.
+"""A machine that ends before it has connected, such as for invalid settings, reports it in the rendezvous store.
 
 Otherwise the other machines would wait for it for JOB_TRAIN__STALL_SECONDS. Only ends that no retry helps are
 published: after any other one the platform starts the machine again, and those that wait go on with it.
@@ -26,29 +26,30 @@ _PAUSE_SECONDS = 0.1
 
 
 @contextmanager
-def telling_other_machines(
-    machine: Callable[[], tuple[Machine, str | None] | None], received: Sequence[int] = ()
+def reporting_early_end(
+    machine: Callable[[], tuple[Machine, str | None] | None], signals: Sequence[int] = ()
 ) -> Iterator[None]:
     """Within it, an error that no retry helps is published to the other machines before it is raised further.
 
     Args:
         machine: Called after such an error: this machine and the run's id, None where that is not known; None in place
             of both for a run of one machine, or if it is not known where machine 0 listens.
-        received: The list of `noted_signals`: once a signal is in it, nobody is told any more.
+        signals: The list of `recorded_signals`: once a signal is in it, the other machines are not waited for.
     """
     try:
         yield
     except JobError as error:
-        if error.retry == "no" and (found := machine()) is not None:
+        if error.retry == "no" and (machine_and_run := machine()) is not None:
             log.get_logger().warning(
-                "this machine cannot take part in the run; the other machines are told", at_most_seconds=_TELL_SECONDS
+                "this machine cannot take part in the run; the other machines are notified",
+                at_most_seconds=_TELL_SECONDS,
             )
             with contextlib.suppress(OSError, RuntimeError, Unreachable):  # it ends with its own error all the same
-                _tell(*found, error.exit_code, str(error), received)
+                _report_end(*machine_and_run, error.exit_code, str(error), signals)
         raise
 
 
-def _tell(machine: Machine, run: str | None, code: int, why: str, received: Sequence[int]) -> None:
+def _report_end(machine: Machine, run: str | None, code: int, why: str, signals: Sequence[int]) -> None:
     """Publishes the end of this machine; machine 0 hosts the store until the others have read it.
 
     Raises:
@@ -57,20 +58,20 @@ def _tell(machine: Machine, run: str | None, code: int, why: str, received: Sequ
     deadline = time.monotonic() + _TELL_SECONDS
 
     def over() -> bool:
-        return bool(received) or time.monotonic() > deadline
+        return bool(signals) or time.monotonic() > deadline
 
     host, port = split_address(machine.rendezvous)
     store = host_store(port) if machine.node_rank == 0 else _reach(Place(host=host, port=port), over)
-    own: Any = None if run is None else keyspace(store, run)
-    if own is None:
+    keys: Any = None if run is None else keyspace(store, run)
+    if keys is None:
         publish_stranger(store, f"machine {machine.node_rank} has ended: {why}")
     else:
-        own.set(ended_key(machine.node_rank), str(code))
-        own.set(read_key(machine.node_rank), "")
-        publish_end(own, machine.node_rank * machine.processes, code, why)
+        keys.set(ended_key(machine.node_rank), str(code))
+        keys.set(read_key(machine.node_rank), "")
+        publish_end(keys, machine.node_rank * machine.processes, code, why)
     if machine.node_rank == 0:
         others = [read_key(number) for number in range(1, machine.nodes)]
-        while not over() and (own is None or not own.check(others)):
+        while not over() and (keys is None or not keys.check(others)):
             time.sleep(_PAUSE_SECONDS)
 
 

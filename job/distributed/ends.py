@@ -53,19 +53,20 @@ def read_key(machine: int) -> str:
 def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
     """Writes a process's failure to the store, and also as the first failure unless there already is one.
 
-    If the process itself has already written its failure, that is kept: its launcher, which calls this too, knows less.
+    If the process itself has already written its failure, that is kept: its launcher, which calls this too, has less
+        information.
     """
     end = json.dumps({"process": process, "code": exit_code, "why": why[:2000]})
     store.compare_set(end_of(process), "", end)
     store.compare_set(END, "", end)
 
 
-def agree_on_end(store: Any, own: int, *, machine: int, machines: int, processes: int, seconds: float) -> End:
+def agree_on_end(store: Any, own_code: int, *, machine: int, machines: int, processes: int, seconds: float) -> End:
     """The exit code of all machines, once each of them has published its own, or after `seconds`.
 
     Args:
         store: The rendezvous store of this run. Machine 0 hosts it, and therefore waits until the others have read it.
-        own: The exit code of this machine.
+        own_code: The exit code of this machine.
         machine: Number of this machine.
         machines: Number of machines.
         processes: World size.
@@ -79,14 +80,14 @@ def agree_on_end(store: Any, own: int, *, machine: int, machines: int, processes
         RuntimeError: The store cannot be reached.
     """
     deadline = time.monotonic() + seconds
-    ended, read = ([key(number) for number in range(machines)] for key in (ended_key, read_key))
-    store.set(ended[machine], str(own))
+    ended, acknowledged = ([key(number) for number in range(machines)] for key in (ended_key, read_key))
+    store.set(ended[machine], str(own_code))
     _wait(lambda: store.check(ended), deadline)
     codes = {key: int(store.get(key)) for key in ended if store.check([key])}
     failed = [json.loads(store.get(key)) for key in map(end_of, range(processes)) if store.check([key])]
-    store.set(read[machine], "")
+    store.set(acknowledged[machine], "")
     if machine == 0:
-        _wait(lambda: store.check(read), deadline)
+        _wait(lambda: store.check(acknowledged), deadline)
     return _of_all(codes, failed, ended)
 
 

@@ -45,55 +45,55 @@ class Machine:
     rendezvous: str | None = None
 
 
-def count_processes(wanted: int | Literal["auto"]) -> int:
-    """The number of processes to start: `wanted`; with `auto` one for each visible GPU, or one without a GPU.
+def count_processes(requested: int | Literal["auto"]) -> int:
+    """The number of processes to start: `requested`; with `auto` one for each visible GPU, or one without a GPU.
 
     Raises:
-        SettingsError: `wanted` is more than the number of visible GPUs.
+        SettingsError: `requested` is more than the number of visible GPUs.
     """
-    if wanted == 1 or not any(device.exists() for device in _DRIVERS):
-        return 1 if wanted == "auto" else wanted  # before torch, which takes seconds to import
+    if requested == 1 or not any(device.exists() for device in _DRIVERS):
+        return 1 if requested == "auto" else requested  # before torch, which takes seconds to import
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "auto":
+    if requested == "auto":
         return max(1, gpus)
-    if gpus and wanted > gpus:
-        what = f"{wanted} is more than the {gpus} visible GPUs; lower it, or set auto"
+    if gpus and requested > gpus:
+        what = f"{requested} is more than the {gpus} visible GPUs; lower it, or set auto"
         raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
-    return wanted
+    return requested
 
 
 @contextmanager
-def noted_signals() -> Iterator[list[int]]:
+def recorded_signals() -> Iterator[list[int]]:
     """Context manager in which the signals of `stop_flag.SIGNALS` are only appended to the list."""
-    received: list[int] = []
+    signals: list[int] = []
 
     def record(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
+        signals.append(number)
 
     before = {number: signal.signal(number, record) for number in signals_to_handle()}
     try:
-        yield received
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def check_signals(received: Sequence[int]) -> None:
+def check_signals(signals: Sequence[int]) -> None:
     """Ends the job if a signal has arrived.
 
     Raises:
         Preempted: A signal has arrived.
     """
-    if received:
-        raise Preempted(f"stopped by {signal.Signals(received[0]).name} before the run began")
+    if signals:
+        raise Preempted(f"stopped by {signal.Signals(signals[0]).name} before the run began")
 
 
 def launch(
     command: Sequence[str],
     machine: Machine,
-    received: list[int],
+    signals: list[int],
     *,
     run: str,
     environ: Mapping[str, str],
@@ -107,7 +107,7 @@ def launch(
     Args:
         command: The command that each process runs.
         machine: This machine.
-        received: The list of `noted_signals`; each signal in it is forwarded to every process.
+        signals: The list of `recorded_signals`; each signal in it is forwarded to every process.
         run: The run's id.
         environ: The environment of the processes, to which torchrun's variables are added.
         grace_seconds: See above.
@@ -131,11 +131,11 @@ def launch(
         port=hosted.port if hosted else port,
         hosted=True,
     )
-    check_signals(received)
+    check_signals(signals)
     context = _start(command, place, run, environ)
     ends = _Ends(machine, place, hosted, run)
     try:
-        codes, late, deadline = _watch(context, received, grace_seconds, ends)
+        codes, late, deadline = _watch(context, signals, grace_seconds, ends)
     finally:
         context.close(signal.SIGKILL, timeout=5)
     codes = {place.rank + local: code for local, code in codes.items()}
@@ -195,8 +195,8 @@ class _Ends:
         """Publishes that a process of this machine has failed."""
         self._ask(lambda store: publish_end(store, self._place.rank + local, code, why), None)
 
-    def of_all(self, own: int, seconds: float) -> int:
-        """The exit code of all machines, after at most `seconds`; `own` if the store cannot be reached.
+    def of_all(self, own_code: int, seconds: float) -> int:
+        """The exit code of all machines, after at most `seconds`; `own_code` if the store cannot be reached.
 
         Raises:
             JobError: Another machine ended with a more serious exit code, which this error has.
@@ -204,15 +204,15 @@ class _Ends:
         end = self._ask(
             lambda store: agree_on_end(
                 store,
-                own,
+                own_code,
                 machine=self._machine.node_rank,
                 machines=self._machine.nodes,
                 processes=self._place.world_size,
                 seconds=min(SETTLE_SECONDS, seconds),
             ),
-            End(own),
+            End(own_code),
         )
-        if end.code not in {0, own}:
+        if end.code not in {0, own_code}:
             raise error_of_process(end.code, end.where, end.why)
         return end.code
 
@@ -231,7 +231,7 @@ class _Ends:
 
 
 def _watch(
-    context: Any, received: list[int], grace_seconds: float, ends: _Ends
+    context: Any, signals: list[int], grace_seconds: float, ends: _Ends
 ) -> tuple[dict[int, int], set[int], float]:
     """Waits until all processes have ended, and publishes each failure as soon as it is seen.
 
@@ -245,15 +245,15 @@ def _watch(
         ended = {local: code for local, code in codes.items() if code is not None}
         running = codes.keys() - ended.keys()
         # A process that has not installed its handlers yet is killed by the signal that was forwarded to it.
-        late = {local for local, code in ended.items() if -code in received}
+        late = {local for local, code in ended.items() if -code in signals}
         for local in sorted(local for local, code in ended.items() if code and local not in published):
             published.add(local)
             ends.publish(local, _combined({local: ended[local]}, late), _how_it_ended(ended[local]))
-        if ended or received:
+        if ended or signals:
             deadline = min(deadline, time.monotonic() + grace_seconds)
         if not running:
             return ended, late, deadline
-        for number in received[forwarded:]:
+        for number in signals[forwarded:]:
             forwarded += 1
             for local in running:
                 with contextlib.suppress(ProcessLookupError):
@@ -297,6 +297,6 @@ def _combined(codes: Mapping[int, int], late: set[int]) -> int:
     return gravest(causes) if causes else Preempted.exit_code
 
 
-def worker_command(words: Sequence[str]) -> list[str]:
+def worker_command(arguments: Sequence[str]) -> list[str]:
     """The command that each process runs: this program again, with the same arguments."""
-    return [sys.executable, "-m", "job", "run", *words]
+    return [sys.executable, "-m", "job", "run", *arguments]

@@ -1,7 +1,7 @@
 """Detects by process id that another process on the same kernel has died, if no launcher reports it.
 
-A killed process publishes no reason, and without a launcher nobody else does. An all-reduce fails when its connection
-breaks, but a process that waits for a value in the store would wait until the watchdog ends it.
+A killed process publishes no reason, and without a launcher no other process does. An all-reduce fails when its
+connection breaks, but a process that waits for a value in the store would wait until the watchdog ends it.
 """
 
 from __future__ import annotations

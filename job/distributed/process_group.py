@@ -89,18 +89,18 @@ class ProcessGroup:
             keys = {rank: f"identity#{rank}" for rank in range(self.place.world_size) if rank != self.place.rank}
             self._peers = Peers({rank: self._get(key) for rank, key in keys.items() if self._store.check([key])})
 
-    def share(self, what: str, value: Callable[[], T]) -> T:
+    def share(self, name: str, value: Callable[[], T]) -> T:
         """See `Processes`."""
-        return self._share(self._key(what), value, leads=self.leads)
+        return self._share(self._key(name), value, leads=self.leads)
 
-    def share_on_machine(self, what: str, value: Callable[[], T]) -> T:
+    def share_on_machine(self, name: str, value: Callable[[], T]) -> T:
         """See `Processes`."""
-        key = f"{self._key(what)}@{self.place.first_of_machine}"
+        key = f"{self._key(name)}@{self.place.first_of_machine}"
         return self._share(key, value, leads=self.place.local_rank == 0)
 
-    def gather(self, what: str, value: Any) -> list[Any]:
+    def gather(self, name: str, value: Any) -> list[Any]:
         """See `Processes`."""
-        key = self._key(what)
+        key = self._key(name)
         self._set(f"{key}#{self.place.rank}", value)
         return [self._wait_for(f"{key}#{rank}") for rank in range(self.place.world_size)]
 
@@ -164,12 +164,12 @@ class ProcessGroup:
         self._finish(lambda: dist.all_gather_into_tensor(numbers, own, async_op=True), _SHORT_PAUSE_SECONDS)
         return [int(one) for one in numbers]
 
-    def gather_into(self, whole: Any, own: Any) -> Callable[[], None]:
+    def gather_into(self, gathered: Any, part: Any) -> Callable[[], None]:
         """See `Processes`."""
         import torch.distributed as dist
 
         with self._all_there():
-            work = dist.all_gather_into_tensor(whole, own, async_op=True)
+            work = dist.all_gather_into_tensor(gathered, part, async_op=True)
         # The caller waits only when it needs the weights: until then the previous layer computes.
         return lambda: self._finish(lambda: work, _SHORT_PAUSE_SECONDS)
 
@@ -199,14 +199,16 @@ class ProcessGroup:
         They wait for process 0 because it has the most left to do, and some launchers kill all processes as soon as one
         has ended. Process 0 waits for them because the store may end with it, or with its launcher.
         """
-        gone = [f"gone#{rank}" for rank in range(self.place.world_size)]
+        left_keys = [f"gone#{rank}" for rank in range(self.place.world_size)]
         self._peers.close()
         with contextlib.suppress(RuntimeError):
-            self._store.set(gone[self.place.rank], "")
+            self._store.set(left_keys[self.place.rank], "")
             if self.leads:
-                self._wait_at_most(REASON_SECONDS, lambda: self._store.check(gone))
+                self._wait_at_most(REASON_SECONDS, lambda: self._store.check(left_keys))
             else:
-                self._wait_at_most(self._grace, lambda: self._store.check(gone[:1]) or self._store.check([end_of(0)]))
+                self._wait_at_most(
+                    self._grace, lambda: self._store.check(left_keys[:1]) or self._store.check([end_of(0)])
+                )
 
     def _check_peers(self) -> None:
         for rank in self._peers.dead():
@@ -223,9 +225,9 @@ class ProcessGroup:
         shared: T = self._wait_for(key)
         return shared
 
-    def _key(self, what: str) -> str:
+    def _key(self, name: str) -> str:
         self._calls += 1
-        return f"{self._calls} {what}"
+        return f"{self._calls} {name}"
 
     def _set(self, key: str, value: Any) -> None:
         text = json.dumps(value)  # ASCII: a character is a byte, so the text may be cut anywhere

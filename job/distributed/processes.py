@@ -31,13 +31,13 @@ class Processes(Protocol):
     def check(self) -> None:
         """Raises the error with which another process has ended, if one has."""
 
-    def share(self, what: str, value: Callable[[], T]) -> T:
-        """The JSON-able result of `value`, which only process 0 calls; the others wait. `what` is part of its key."""
+    def share(self, name: str, value: Callable[[], T]) -> T:
+        """The JSON-able result of `value`, which only process 0 calls; the others wait. `name` is part of its key."""
 
-    def share_on_machine(self, what: str, value: Callable[[], T]) -> T:
+    def share_on_machine(self, name: str, value: Callable[[], T]) -> T:
         """Like `share` on each machine: the machine's first process calls `value`."""
 
-    def gather(self, what: str, value: Any) -> list[Any]:
+    def gather(self, name: str, value: Any) -> list[Any]:
         """The JSON-able values of all processes, in the order of their ranks."""
 
     def send(self, value: Any) -> None:
@@ -63,8 +63,8 @@ class Processes(Protocol):
     def exchange(self, number: int) -> list[int]:
         """The numbers of all processes, in the order of their ranks; faster than `gather`, for frequent use."""
 
-    def gather_into(self, whole: Any, own: Any) -> Callable[[], None]:
-        """Starts to fill `whole` with the tensors `own` of all processes, all of one length, in the order of ranks.
+    def gather_into(self, gathered: Any, part: Any) -> Callable[[], None]:
+        """Starts to fill `gathered` with the tensors `part` of all processes, all of one length, in the order of ranks.
 
         Returns:
             A function that waits for them; on a GPU, work that is launched after it waits.
@@ -91,13 +91,13 @@ class Alone:
     def check(self) -> None:
         """Does nothing."""
 
-    def share(self, what: str, value: Callable[[], T]) -> T:  # noqa: ARG002 - as in Processes
+    def share(self, name: str, value: Callable[[], T]) -> T:  # noqa: ARG002 - as in Processes
         """Calls `value`."""
         return value()
 
     share_on_machine = share
 
-    def gather(self, what: str, value: Any) -> list[Any]:  # noqa: ARG002 - as in Processes
+    def gather(self, name: str, value: Any) -> list[Any]:  # noqa: ARG002 - as in Processes
         """A list of this value."""
         return [value]
 
@@ -124,9 +124,9 @@ class Alone:
         """A list of this number."""
         return [number]
 
-    def gather_into(self, whole: Any, own: Any) -> Callable[[], None]:
-        """Copies `own` to `whole`."""
-        whole.copy_(own)
+    def gather_into(self, gathered: Any, part: Any) -> Callable[[], None]:
+        """Copies `part` to `gathered`."""
+        gathered.copy_(part)
         return lambda: None
 
     def all_to_all(self, received: Any, sent: Any, received_sizes: list[int], sent_sizes: list[int]) -> None:  # noqa: ARG002 - as in Processes

@@ -1,4 +1,4 @@
-"""Connects the processes of a run through a TCPStore at an address that all of them know.
+"""Connects the processes of a run through a TCPStore at an address that all of them are given.
 
 The functions here wait in loops, because torch's own client cannot be interrupted by a signal while it waits.
 """
@@ -29,7 +29,7 @@ _ANSWER_SECONDS = 60.0
 _RUN = "run"
 """Key, outside of the keyspaces, of the id of the run that the store is for."""
 _STRANGER = "stranger"
-"""Key, outside of the keyspaces, of why a process that came to the store does not belong to its run."""
+"""Key, outside of the keyspaces, of why a process that connected to the store does not belong to its run."""
 _STRANGER_SECONDS = 10.0
 """How long processes that wait go on after a stranger has come: it may be left over from an earlier run."""
 
@@ -243,7 +243,7 @@ class _Strangers:
         self._since = min(self._since, now)
         if now - self._since >= _STRANGER_SECONDS:
             why = self._store.get(_STRANGER).decode()
-            what = f"must be the same on all machines, but one came to this address that has another one or none: {why}"
+            what = f"must be the same on all machines, but a machine without it or with another one connected: {why}"
             raise SettingsError([Problem("JOB_RUN__ID", what)])
 
 
@@ -252,19 +252,19 @@ def _await_all(joined: ProcessGroup, store: Any, deadline: float, check: Callabl
     place = joined.place
     total = store.compare_set("world_size", "", str(place.world_size)).decode()
     if total != str(place.world_size):
-        what = f"adds up to {place.world_size} here and to {total} on another machine; set the same number on all"
-        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
+        message = f"adds up to {place.world_size} here and to {total} on another machine; set the same number on all"
+        raise SettingsError([Problem("JOB_RUN__PROCESSES", message)])
     joined.announce()
     if store.add(f"here#{place.rank}", 1) > 1:
         # On Kubernetes the rank is the pod's index, so the other process is mostly in the pod that this one replaces.
         # If that has published why it ended, this process ends for the same reason; else with code 72, and the
         # platform's retry starts when the old pod is gone.
         joined.check()
-        what = (
+        message = (
             f"another process has rank {place.rank}, too; give each machine its own rank, or wait until "
             "the old process has ended"
         )
-        raise SettingsError([Problem("JOB_RUN__NODE_RANK", what)])
+        raise SettingsError([Problem("JOB_RUN__NODE_RANK", message)])
     here = [f"here#{rank}" for rank in range(place.world_size)]
     while not store.check(here):
         if time.monotonic() > deadline:
@@ -294,7 +294,7 @@ def _disconnect() -> None:
     """Ends the group. Called after success only: after a failure it would wait for processes that have ended."""
     import torch.distributed as dist
 
-    with contextlib.suppress(RuntimeError):  # the work is done, so a failure here costs nothing
+    with contextlib.suppress(RuntimeError):  # the work is done, so a failure here is harmless
         dist.destroy_process_group()
 
 

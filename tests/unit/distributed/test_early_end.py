@@ -14,7 +14,7 @@ import pytest
 from job import log
 from job.cli.main import _report, main
 from job.distributed import early_end, process_group, rendezvous
-from job.distributed.early_end import telling_other_machines
+from job.distributed.early_end import reporting_early_end
 from job.distributed.ends import END, SETTLE_SECONDS, agree_on_end
 from job.distributed.launcher import Machine, launch
 from job.distributed.ranks import Place
@@ -49,7 +49,7 @@ def end_of_joining(run: str, rank: int, port: int, patience: float = 60.0) -> Ba
 def end_early(machine: int, port: int, run: str | None = "r", error: JobError = WRONG) -> JobError:
     """The error with which a machine of two ends before it connects, once it has told the other one."""
     place = Machine(1, nodes=2, node_rank=machine, rendezvous=f"localhost:{port}")
-    with pytest.raises(JobError) as raised, telling_other_machines(lambda: (place, run)):
+    with pytest.raises(JobError) as raised, reporting_early_end(lambda: (place, run)):
         raise error
     return raised.value
 
@@ -136,7 +136,7 @@ def test_every_machine_says_once_why_it_ends(
 
 def test_an_end_that_a_retry_may_help_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The platform starts this machine again, and those that wait go on with it."""
-    monkeypatch.setattr(early_end, "_tell", lambda *_: pytest.fail("it was told"))
+    monkeypatch.setattr(early_end, "_report_end", lambda *_: pytest.fail("it was told"))
     end_early(1, free_port(), error=Unreachable("the store"))
 
 
@@ -146,7 +146,7 @@ def test_nobody_is_told_for_longer_than_a_while(monkeypatch: pytest.MonkeyPatch)
     assert end_early(1, free_port()) is WRONG
     monkeypatch.setattr(early_end, "_TELL_SECONDS", 600)
     place = Machine(1, nodes=2, node_rank=0, rendezvous=f"localhost:{free_port()}")
-    with pytest.raises(SettingsError), telling_other_machines(lambda: (place, "r"), [15]):
+    with pytest.raises(SettingsError), reporting_early_end(lambda: (place, "r"), [15]):
         raise WRONG
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from job.distributed import launcher
 from job.distributed.ends import END, SETTLE_SECONDS
-from job.distributed.launcher import Machine, check_signals, count_processes, launch, noted_signals
+from job.distributed.launcher import Machine, check_signals, count_processes, launch, recorded_signals
 from job.distributed.ranks import Place, find_place
 from job.distributed.rendezvous import host_store, keyspace
 from job.errors import JobError, Killed, Preempted, SettingsError, Unreachable, exit_codes
@@ -53,7 +53,7 @@ def run(tmp_path: Path) -> Callable[..., int]:
                 os.kill(os.getpid(), one)
 
         sender = threading.Thread(target=send)
-        with noted_signals() as received:
+        with recorded_signals() as received:
             sender.start()
             try:
                 command = [sys.executable, "-S", "-c", f"{RANK}notes = {str(notes)!r}\n{code}"]
@@ -233,7 +233,7 @@ def test_a_machine_that_says_nothing_is_not_waited_for_long(run: Run) -> None:
 def test_a_signal_before_the_start_starts_nothing(tmp_path: Path) -> None:
     """It is not lost on a launcher that is still reading its settings."""
     command = [sys.executable, "-S", "-c", f"open(r'{tmp_path}/x', 'w')"]
-    with noted_signals() as received:
+    with recorded_signals() as received:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Preempted, match="SIGTERM"):
             launch(command, Machine(2), received, run="r", environ=dict(os.environ), grace_seconds=5)
