@@ -2,7 +2,7 @@
 
 To add a cloud: a class with the methods of `Cloud`, and an entry in `CLOUDS` at the end of this file.
 
-Answers are validated: services may be emulated, behind a proxy, or only half started. Whatever they answer, a
+Answers are validated: services may be emulated, behind a proxy, or only half started. For every answer, a
 method here raises at most what `FAILURES` lists.
 """
 

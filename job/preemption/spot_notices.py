@@ -38,26 +38,26 @@ def watch_notices(
         return
     bases = dict.fromkeys(CLOUDS, BASE) if bases is None else bases
     clouds = [CLOUDS[name](base) for name, base in bases.items() if provider in {"auto", name}]
-    done = Event()
+    stopped = Event()
     # With a copy of the context, the thread's log lines carry the run and the attempt as well.
-    run, arguments = copy_context().run, (_watch, stop, provider, clouds, poll_seconds, done)
+    run, arguments = copy_context().run, (_watch, stop, provider, clouds, poll_seconds, stopped)
     thread = Thread(target=run, args=arguments, name="notices", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        stopped.set()
         thread.join(_JOIN_SECONDS)  # a service may answer byte by byte; the thread is a daemon, and only reads
 
 
-def _watch(stop: Stop, provider: Provider, clouds: Sequence[Cloud], poll_seconds: float | None, done: Event) -> None:
-    cloud = _find(clouds, done) if provider == "auto" else next(iter(clouds), None)
+def _watch(stop: Stop, provider: Provider, clouds: Sequence[Cloud], poll_seconds: float | None, stopped: Event) -> None:
+    cloud = _find(clouds, stopped) if provider == "auto" else next(iter(clouds), None)
     if cloud is None:
         log.get_logger().debug("no metadata service answers, so there are no spot notices")
         return
     log.get_logger().debug("polling for spot notices", provider=cloud.name)
     answered = provider == "auto"
-    while not done.is_set():
+    while not stopped.is_set():
         try:
             notice = cloud.look()
         except FAILURES as error:
@@ -73,12 +73,12 @@ def _watch(stop: Stop, provider: Provider, clouds: Sequence[Cloud], poll_seconds
                 stop.request(notice.reason, notice.seconds)
                 return
         answered = True
-        done.wait(cloud.poll_seconds if poll_seconds is None else poll_seconds)
+        stopped.wait(cloud.poll_seconds if poll_seconds is None else poll_seconds)
 
 
-def _find(clouds: Sequence[Cloud], done: Event) -> Cloud | None:
+def _find(clouds: Sequence[Cloud], stopped: Event) -> Cloud | None:
     for cloud in clouds:
-        if done.is_set():
+        if stopped.is_set():
             return None
         try:
             if cloud.present():

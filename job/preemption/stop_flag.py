@@ -36,8 +36,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 before a time limit; XCPU from them and from the kernel at a limit of CPU time."""
 
 SAME_REQUEST_SECONDS = 1.0
-"""Signals so soon after the first ask for the same thing. A process gets one twice where it is sent to all processes of
-a group or a service, and by the parent as well: from timeout, systemd, scancel, or a terminal that is closed."""
+"""Signals within this time after the first are the same request. A process gets one twice where it is sent to all
+processes of a group or a service, and by the parent as well: from timeout, systemd, scancel, or a terminal that is
+closed."""
 
 Plan = Literal["finish_step", "save_now", "too_late"]
 
@@ -122,9 +123,9 @@ class Stopwatch:
     def __init__(self, window: int = 8) -> None:
         self._kept = {name: deque[float](maxlen=window) for name in ("step", "save", "upload")}
 
-    def add(self, what: Literal["step", "save", "upload"], seconds: float) -> None:
+    def add(self, activity: Literal["step", "save", "upload"], seconds: float) -> None:
         """Adds a duration."""
-        self._kept[what].append(seconds)
+        self._kept[activity].append(seconds)
 
     @property
     def timings(self) -> Timings:
@@ -169,17 +170,17 @@ def _warn(message: str) -> int:
 def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], int] = _warn) -> Iterator[Stop]:
     """Within it each of `SIGNALS` sets the flag; a second request, by a later signal, ends the process at once.
 
-    `LAST_SECONDS` before the kill the process ends itself, with the exit code of a preemption, whatever it waits for: a
+    `LAST_SECONDS` before the kill the process ends itself, with the exit code of a preemption, even while it waits: a
     store that throttles may keep it for minutes, and what is killed (137) looks like one that ran out of memory.
 
-    Ending at once corrupts nothing, because what is published appears completely or not at all. Without a handler
+    Ending at once corrupts nothing, because publishing is atomic. Without a handler
     nothing would happen in a container: its first process ignores signals that it has no handler for. XCPU is never a
     second request, because the kernel repeats it every second of CPU time.
 
     Args:
         grace_seconds: Time between the signal and the kill; None if unknown.
         report: Called with the reason when the process ends itself before the kill; returns the exit code. It runs in
-            a thread of its own and gets most of `LAST_SECONDS`: what it writes to may be what the process waits for.
+            a separate thread and gets most of `LAST_SECONDS`: what it writes to may be what the process waits for.
     """
     stop = Stop()
     times: list[float] = []

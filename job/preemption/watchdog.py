@@ -31,22 +31,22 @@ def watch(stall_seconds: float, on_stall: Callable[[str], None]) -> Iterator[Cal
         stall_seconds: Longest time between two calls of `report_progress`.
         on_stall: Called with the message for the platform; it gets `CALLBACK_SECONDS`, and may fail.
     """
-    alive, done = Event(), Event()
-    thread = Thread(target=_guard, args=(stall_seconds, alive, done, on_stall), name="watchdog", daemon=True)
+    alive, finished = Event(), Event()
+    thread = Thread(target=_guard, args=(stall_seconds, alive, finished, on_stall), name="watchdog", daemon=True)
     thread.start()
     try:
         yield alive.set
     finally:
-        done.set()
+        finished.set()
         thread.join()
         faulthandler.cancel_dump_traceback_later()
 
 
-def _guard(stall_seconds: float, alive: Event, done: Event, on_stall: Callable[[str], None]) -> None:
+def _guard(stall_seconds: float, alive: Event, finished: Event, on_stall: Callable[[str], None]) -> None:
     silent = 0
     while silent < TICKS:
         faulthandler.dump_traceback_later(2 * stall_seconds, exit=True, file=_STDERR)
-        if done.wait(stall_seconds / TICKS):
+        if finished.wait(stall_seconds / TICKS):
             return
         silent = 0 if alive.is_set() else silent + 1
         if not silent:
@@ -56,7 +56,7 @@ def _guard(stall_seconds: float, alive: Event, done: Event, on_stall: Callable[[
 
 
 def _end(message: str, on_stall: Callable[[str], None]) -> None:
-    """Ends the process, whatever the callback does: it may block on the same log or file that stalled the job."""
+    """Ends the process even if the callback hangs: it may block on the same log or file that stalled the job."""
     faulthandler.cancel_dump_traceback_later()
     with contextlib.suppress(OSError):
         os.write(_STDERR, f"\n{message}\n".encode())
