@@ -72,7 +72,7 @@ def _counting(nvml: Any, gpus: Sequence[Any]) -> Joules | None:
 
 
 def _sampling(nvml: Any, gpus: Sequence[Any]) -> Joules:
-    """By the power, sampled in a thread of its own, between two samples their mean."""
+    """By the power, sampled in a separate thread, between two samples their mean."""
 
     def watts() -> float:
         return float(sum(nvml.nvmlDeviceGetPowerUsage(gpu) for gpu in gpus)) / 1000

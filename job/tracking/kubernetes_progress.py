@@ -48,8 +48,8 @@ class Report:
 
     Attributes:
         exporter: Its name in log lines.
-        method: Of the request.
-        content_type: Of the request.
+        method: HTTP method of the request.
+        content_type: Content type of the request.
         content: (figures, whether the run is complete) -> the request's body, to be written as JSON.
         repeats: Whether it is sent although nothing has changed, as a sign of life.
     """
@@ -65,7 +65,7 @@ def _trainer_status(figures: RunFigures, complete: bool) -> dict[str, Any]:  # n
     """`UpdateTrainJobStatusRequest` of trainer.kubeflow.org/v1alpha1; what is not known is left out.
 
     The percentage is that of the optimizer steps, and 100 only when the results are published: a preempted run is not
-    complete. The remaining time is that of training while it goes on.
+    complete. The remaining time is that of training while it runs.
     """
     training, status = figures.training, dict[str, Any]()
     values: dict[str, Any] = {"attempt": figures.attempt, "stage": figures.stage}
@@ -84,14 +84,14 @@ def _trainer_status(figures: RunFigures, complete: bool) -> dict[str, Any]:  # n
 
 def _annotation(figures: RunFigures, complete: bool) -> dict[str, Any]:  # noqa: FBT001 - a callback
     """A merge patch of the pod, with one line for people."""
-    training, words = figures.training, [figures.stage or "between two stages"]
+    training, parts = figures.training, [figures.stage or "between two stages"]
     if training is not None:
-        words[0] += f" {training.step}/{training.total_steps}"
+        parts[0] += f" {training.step}/{training.total_steps}"
         if training.loss is not None:
-            words.append(f"loss {training.loss:.4f}")
+            parts.append(f"loss {training.loss:.4f}")
         if figures.stage == "train" and training.remaining_seconds is not None:
-            words.append(f"{math.ceil(training.remaining_seconds / 60)} min left")
-    text = "complete" if complete else ", ".join(words)
+            parts.append(f"{math.ceil(training.remaining_seconds / 60)} min left")
+    text = "complete" if complete else ", ".join(parts)
     return {"metadata": {"annotations": {ANNOTATION: text}}}
 
 
@@ -141,14 +141,14 @@ class Sender:
             why = f"the server answered {error.code}"
         except URLError as error:
             why = f"the server cannot be reached: {error.reason}"
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong must not disturb the run
+        except Exception as error:  # noqa: BLE001 - no exception may disturb the run
             why = f"{type(error).__name__}: {error}"
         else:
             self._sent, self._warned = content, False
             return
         if not self._warned:  # of several failures in a row the first
             self._warned = True
-            what = "progress cannot be reported to the cluster; the run goes on and tries again"
+            what = "progress cannot be reported to the cluster; the run continues and tries again"
             log.get_logger().warning(what, exporter=self._report.exporter, why=why)
 
     def _request(self, content: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
-"""Figures of a run for monitoring, while it goes on: pushed by OTLP, scraped by Prometheus, or told to the cluster.
+"""Figures of a run for monitoring, while it runs: pushed by OTLP, scraped by Prometheus, or reported to the cluster.
 
-`trackers` records every step of an experiment. This shows where a run is now: each exporter asks for the newest figures
+`trackers` records every step of an experiment. This shows where a run is now: each exporter reads the newest figures
 when it sends them, so a step costs nothing. An exporter that fails, hangs or cannot start costs the run a warning,
 never an error, and at its end at most `FLUSH_SECONDS`.
 
 To add a figure: an entry in `GAUGES`. OTLP and Prometheus take it up; `infra/kubernetes/grafana-dashboard.json` may
-show it. What the cluster is told is in `kubernetes_progress`.
-To add an exporter: a class with `close` and an entry in `EXPORTERS` here, and what asks for it in
+show it. Reports to the cluster are in `kubernetes_progress`.
+To add an exporter: a class with `close` and an entry in `EXPORTERS` here, and its condition in
 `settings.load.exporters`.
 """
 
@@ -146,10 +146,10 @@ class LiveMetrics:
 
 
 class _Exporter(Protocol):
-    """What sends figures, or answers when it is asked for them."""
+    """Sends figures, or answers requests for them."""
 
     def close(self) -> None:
-        """Sends the last figures, and ends; called in a thread, for which nobody waits longer than `FLUSH_SECONDS`."""
+        """Sends the last figures, and ends; called in a thread that is waited for at most `FLUSH_SECONDS`."""
 
 
 class _Otlp:
@@ -179,7 +179,7 @@ class _Otlp:
                     self.unsent = self.warned = False
                 elif not self.warned and not self.closing:
                     self.warned = True
-                    what = "the collector does not accept the metrics; the run goes on, and tries again"
+                    what = "the collector does not accept the metrics; the run continues, and tries again"
                     context.run(_warn, "otlp", what)
                 return result
 
@@ -268,18 +268,18 @@ EXPORTERS: Mapping[str, Callable[..., _Exporter]] = {
 
 
 @contextmanager
-def live_metrics(asked: Mapping[str, Mapping[str, Any]], run: str) -> Iterator[LiveMetrics]:
+def live_metrics(exporters: Mapping[str, Mapping[str, Any]], run: str) -> Iterator[LiveMetrics]:
     """Context manager: exports what `figures` of the yielded object returns, until the end of the block.
 
     Args:
-        asked: By exporter (see `EXPORTERS`), its arguments.
+        exporters: By exporter (see `EXPORTERS`), its arguments.
         run: The run's id.
     """
     live, started = LiveMetrics(run), list[_Exporter]()
-    for name, options in asked.items():
+    for name, options in exporters.items():
         try:
             started.append(EXPORTERS[name](live, **options))
-        except Exception as error:  # noqa: BLE001 - whatever an exporter raises must not end the run
+        except Exception as error:  # noqa: BLE001 - no exception of an exporter may end the run
             _warn(name, "figures are not exported", why=f"{type(error).__name__}: {error}")
     try:
         yield live
@@ -298,5 +298,5 @@ def _close(exporters: Iterable[_Exporter]) -> None:
         thread.join(FLUSH_SECONDS / len(threads))
 
 
-def _warn(exporter: str, what: str, **details: str) -> None:
-    log.get_logger().warning(what, exporter=exporter, **details)
+def _warn(exporter: str, message: str, **details: str) -> None:
+    log.get_logger().warning(message, exporter=exporter, **details)

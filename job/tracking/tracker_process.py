@@ -7,7 +7,7 @@ the tracker's run open, so that the next attempt can continue it.
 The job never kills it, because the tracker may be writing its files. Without the job it ends within two minutes.
 
 To add a tracker: a class with `log` and `finish` and an entry in `TRACKERS` here, its package as an extra in
-pyproject.toml, and the variable by which a user asks for it in `settings.load.trackers`.
+pyproject.toml, and the variable by which a user enables it in `settings.load.trackers`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any, Protocol, TextIO
 Message = Mapping[str, Any]
 
 TAG = "qlora-job.run"
-"""MLflow gives runs ids of its own: this tag holds ours."""
+"""MLflow gives runs its own ids: this tag holds the job's run id."""
 _LONGEST_VALUE = 6000  # MLflow's limit for a parameter
 _LONGEST_ERROR = 300
 """Characters of an error's text."""
 _ORPHAN_SECONDS = 120.0
-"""How long the process goes on after its input has ended."""
+"""How long the process continues after its input has ended."""
 
 
 class _Tracker(Protocol):
@@ -113,7 +113,7 @@ def serve(name: str, messages: Iterator[Message], reply: Callable[[Message], Non
                 reply({"done": True})
                 return
             tracker.log(message["step"], message["figures"])
-    except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not end the run: it is reported
+    except Exception as error:  # noqa: BLE001 - no exception of a tracker may end the run: it is reported
         reply({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST_ERROR]}"})
 
 

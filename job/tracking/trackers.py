@@ -1,9 +1,9 @@
 """Experiment trackers (Weights & Biases, MLflow): they get the figures of every step, and cannot disturb the run.
 
-Each tracker has a process of its own (`tracker_process`), which gets lines of JSON from a bounded queue. One that
+Each tracker has a separate process (`tracker_process`), which gets lines of JSON from a bounded queue. One that
 fails, hangs or is too slow costs the run a warning and some figures, never an error; at the end, a few seconds.
 
-To add one: a class and its entry in `TRACKERS` of `tracker_process`, and the variables that ask for it in `trackers` of
+To add one: a class and its entry in `TRACKERS` of `tracker_process`, and the variables that enable it in `trackers` of
 `job/settings/load.py`.
 """
 
@@ -25,7 +25,7 @@ from job.errors import Preempted, Replaced
 from job.records import StepMetrics, ValidationMetrics
 
 QUEUED = 1000
-"""Messages that wait for a tracker; what comes then is left out."""
+"""Length of a tracker's queue of messages; when it is full, messages are dropped."""
 FINISH_SECONDS = 20.0
 STOP_SECONDS = 3.0
 """How long all trackers together may take to finish: at the end of a run, and when its machine is being taken away."""
@@ -75,7 +75,7 @@ class Tracking:
         self._summary = summary_of(results)
 
     def finish(self, outcome: str, seconds: float) -> None:
-        """Sends how the attempt ended, and waits for the trackers, at most so many seconds."""
+        """Sends how the attempt ended, and waits for the trackers, at most `seconds`."""
         for tracker in self._trackers:
             tracker.put({"outcome": outcome, "summary": self._summary})
             tracker.put(None)
@@ -83,7 +83,7 @@ class Tracking:
             tracker.wait(seconds / len(self._trackers))
 
     def leave(self) -> None:
-        """Ends the trackers' processes without finishing their run: another attempt goes on with it."""
+        """Ends the trackers' processes without finishing their run: another attempt continues with it."""
         for tracker in self._trackers:
             tracker.leave()
 
@@ -95,24 +95,24 @@ def tracking(
     """Context manager: yields the trackers, and reports to them at the end of the block how it ended.
 
     Args:
-        projects: By tracker that the user asked for, the project to put the run into; None where the user named one.
+        projects: By tracker that the user enabled, the project to put the run into; None where the user named one.
         run: The run's id: later attempts go on with the same run of the tracker.
         config: The settings, without secrets.
         environ: The environment of the trackers' processes, where they find their keys and addresses.
     """
-    found = Tracking(projects, run, config, environ)
+    trackers_of_run = Tracking(projects, run, config, environ)
     try:
-        yield found
+        yield trackers_of_run
     except Replaced:
-        found.leave()
+        trackers_of_run.leave()
         raise
     except Preempted:
-        found.finish("preempted", STOP_SECONDS)
+        trackers_of_run.finish("preempted", STOP_SECONDS)
         raise
     except BaseException:
-        found.finish("failed", FINISH_SECONDS)
+        trackers_of_run.finish("failed", FINISH_SECONDS)
         raise
-    found.finish("complete", FINISH_SECONDS)
+    trackers_of_run.finish("complete", FINISH_SECONDS)
 
 
 def figures_of(metrics: StepMetrics) -> dict[str, float]:
@@ -129,12 +129,12 @@ def summary_of(results: Mapping[str, Any]) -> dict[str, float]:
     summary = {
         f"cost/{name}": results["cost"][name] for name in ("seconds", "usd", "wasted_seconds", "goodput", "energy_kwh")
     }
-    for task, found in results["evaluation"]["tasks"].items():
+    for task, figures in results["evaluation"]["tasks"].items():
         for side in ("base", "adapter"):
-            summary |= {f"evaluation/{task}/{side}_{metric}": found[side][metric] for metric in ("acc", "acc_norm")}
-        summary |= {f"evaluation/{task}/{name}": found[name] for name in ("delta", "mcnemar_p")}
-    for task, found in results["evaluation"].get("measured", {}).items():
-        for metric, one in found["metrics"].items():
+            summary |= {f"evaluation/{task}/{side}_{metric}": figures[side][metric] for metric in ("acc", "acc_norm")}
+        summary |= {f"evaluation/{task}/{name}": figures[name] for name in ("delta", "mcnemar_p")}
+    for task, figures in results["evaluation"].get("measured", {}).items():
+        for metric, one in figures["metrics"].items():
             name = f"evaluation/{task}/{metric.replace(',', '_')}"
             summary |= {f"{name}_{side}": one[side] for side in ("base", "adapter")}
     return {name: float(value) for name, value in summary.items() if value is not None}
@@ -197,17 +197,17 @@ class _Tracker:
                 if "where" in answer:
                     log.get_logger().info("the run is tracked", tracker=self.name, where=answer["where"])
                 elif "error" in answer:
-                    self._complain("the tracker failed; the run goes on without it", why=answer["error"])
+                    self._complain("the tracker failed; the run continues without it", why=answer["error"])
                 else:
                     return
-        self._complain("the tracker ended; the run goes on without it")
+        self._complain("the tracker ended; the run continues without it")
 
-    def _complain(self, what: str, **details: str) -> None:
+    def _complain(self, message: str, **details: str) -> None:
         """Warns, once for each tracker."""
         if not self._quiet:
             self._quiet = True
-            _warn(self.name, what, **details)
+            _warn(self.name, message, **details)
 
 
-def _warn(tracker: str, what: str, **details: str) -> None:
-    log.get_logger().warning(what, tracker=tracker, **details)
+def _warn(tracker: str, message: str, **details: str) -> None:
+    log.get_logger().warning(message, tracker=tracker, **details)

@@ -134,10 +134,10 @@ def _post(url: str, content: Mapping[str, Any]) -> None:
         why = f"it answered {error.code}"
     except URLError as error:
         why = f"it cannot be reached: {type(error.reason).__name__}"
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong must not disturb the run
+    except Exception as error:  # noqa: BLE001 - no exception may disturb the run
         why = type(error).__name__  # the text may quote the address
     else:
         return
     log.get_logger().warning(
-        "the webhook did not accept an event; the run goes on", event_type=content["type"], why=why
+        "the webhook did not accept an event; the run continues", event_type=content["type"], why=why
     )
