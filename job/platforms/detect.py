@@ -44,7 +44,7 @@ _FOREIGN = {
         "JOB_QUEUE_NAME",
     ),
 }
-"""Who sets variables that begin with `JOB_` and are no settings -> which, in whatever place this job runs. AWS Batch,
+"""Platform that sets variables that begin with `JOB_` and are no settings -> their names, on every platform. AWS Batch,
 Slurm, Nomad, Cloud Run, Google's Batch, Azure ML and Vertex AI prefix theirs with their own names."""
 
 
@@ -75,7 +75,7 @@ class Platform:
         run_id: The platform's own name for this run, the same after every restart; None where it has none.
         resources: JSON file that lists the machines of this run; it may not exist.
         completion_index: Number of this pod in its Indexed Job; None where it has none.
-        output: Where runs lie unless the user says otherwise; None for the default.
+        output: The default folder of runs on this platform; None for the job's default.
         grace_seconds: Time between the signal to stop and the kill, where it is known.
         node: Name of the machine in its cluster, where it is known.
     """
@@ -95,11 +95,11 @@ class Platform:
 
     @contextmanager
     def machine_checks(self) -> Iterator[None]:
-        """Within it the machine is compared with the settings that ask for GPUs.
+        """Within it the machine is compared with the settings that require GPUs.
 
         Raises:
             UnfitMachine: In place of a SettingsError, on Kubernetes: the next pod may get another machine. What another
-                process reported stays as it is: it is not about this machine.
+                process reported is unchanged: it is not about this machine.
         """
         try:
             yield
@@ -118,7 +118,7 @@ class Platform:
 
 
 def detect(environ: Mapping[str, str]) -> Platform:
-    """The platform that an environment belongs to; plain Docker (or no container at all) when nothing says otherwise.
+    """The platform that an environment belongs to; plain Docker (or no container) unless a variable names another.
 
     A pod's own name changes with every retry, so the Job's template says what the Job is called (a label of the pod),
     and where the termination message goes if that is not the usual place.
