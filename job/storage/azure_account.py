@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 
 def azure_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """What AZURE_STORAGE_CONNECTION_STRING says, by variable; a variable that is set stays as it is.
+    """The fields of AZURE_STORAGE_CONNECTION_STRING by variable, without variables that are set already.
 
-    Empty where there is none, or where AZURE_STORAGE_ACCOUNT_NAME names an account beside it, which is then the one.
-    What is no connection string names no account; obstore says so if a store of Azure is opened.
+    Empty where there is none, or where AZURE_STORAGE_ACCOUNT_NAME names an account, too, which is then used.
+    A text that is no connection string names no account; obstore reports that when a store of Azure is opened.
     """
     text = environ.get("AZURE_STORAGE_CONNECTION_STRING", "")
     if not text or environ.get("AZURE_STORAGE_ACCOUNT_NAME"):
@@ -20,10 +20,10 @@ def azure_variables(environ: Mapping[str, str]) -> dict[str, str]:
     # A string with a shared access signature names the endpoint alone.
     account = account or endpoint.partition("://")[2].partition(".")[0]
     suffix, scheme = fields.get("endpointsuffix", "core.windows.net"), fields.get("defaultendpointsprotocol", "https")
-    found = {
+    variables = {
         "AZURE_STORAGE_ACCOUNT_NAME": account,
         "AZURE_STORAGE_ENDPOINT": endpoint or f"{scheme}://{account}.blob.{suffix}",
         "AZURE_STORAGE_ACCOUNT_KEY": fields.get("accountkey", ""),
         "AZURE_STORAGE_SAS_TOKEN": fields.get("sharedaccesssignature", "").removeprefix("?"),
     }
-    return {name: value for name, value in found.items() if value and not environ.get(name)} if account else {}
+    return {name: value for name, value in variables.items() if value and not environ.get(name)} if account else {}

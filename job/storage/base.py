@@ -2,17 +2,17 @@
 
 A store holds objects under keys (see `check_key`). All verbs may be called from several threads.
 
-    read(key)       the whole object and its tag, or None: the store confirmed that there is no such object.
+    read(key)       the whole object and its tag, or None: the store confirmed that the object does not exist.
                     TooLarge: it has more than `max_bytes`.
-    tag(key)        the object's tag alone, whatever its size, or None as for `read`.
+    tag(key)        the object's tag alone, for any size, or None as for `read`.
     write(key)      replaces the whole object, durably; returns its new tag. With `if_absent` or `if_tag` only if that
                     condition holds at the moment of writing.
                     Conflict: the condition does not hold. NotSupported: the store has no conditional writes.
     upload(key)     like `write`, from a file of any size. Readers see either the old object or the new one.
                     A store may be without conditions for files of more than `MAX_READ_BYTES`; it writes them plainly.
                     NotSupported: the server refuses a kind of request that this needs.
-    download(key)   into a file, which appears whole and durable, or not at all.
-                    FileNotFoundError: there is no such object. TooLarge: it has more than `max_bytes`.
+    download(key)   into a file, which appears complete and durable, or not at all.
+                    FileNotFoundError: the object does not exist. TooLarge: it has more than `max_bytes`.
     list(prefix)    keys and sizes, sorted by key, of all objects whose key begins with `prefix`, including every
                     object that was written before the call.
     delete(key)     removes the object; no error if there is none. With `if_tag` only if it has that version.
@@ -34,12 +34,12 @@ How to add a store:
    `options.timeout_seconds`: it must not hang. Send a request `options.retries` times, with pauses of `pause_seconds`;
    what no pause helps, such as a name that does not resolve, fails at once.
 2. Name it in the table `BACKENDS` of `job/storage/location.py`: scheme -> "module:class". The client library is
-   imported when such a URI is opened, and not before.
+   imported only when a URI of that scheme is opened.
 3. Run `tests/contract`: it finds the store in the table. It needs an empty location to write to, given as
    `CONTRACT_<SCHEME>=<scheme>://bucket/prefix`; a server that the tests start themselves is a line in its `PLACES`.
 
-Settings, plan, pull, `compare` and `verify` know stores by that table alone. `ForwardingStore` is the base of wrappers
-around a store: the fence of a run, and injected faults.
+Settings, plan, pull, `compare` and `verify` use stores only through that table. `ForwardingStore` is the base of
+wrappers around a store: the fence of a run, and injected faults.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ MAX_READ_BYTES = 16 * MIB
 # Of files: up to this size one connection is fast enough, and spares the training process the threads.
 ONE_CONNECTION_BYTES = 32 * MIB
 CONNECTIONS = 8
-# Clients repeat requests by themselves, so attempts to read a body multiply with theirs.
+# Clients repeat requests automatically, so attempts to read a body multiply with theirs.
 MAX_BODY_ATTEMPTS = 5
 MAX_CONNECT_SECONDS = 20.0
 # Pauses (seconds) before what a client does not repeat is tried again.
@@ -99,7 +99,7 @@ class Stored:
 
 
 class Conflict(JobError):
-    """A conditional write was refused: somebody else wrote in between. Whoever writes conditionally handles it."""
+    """A conditional write was refused: another process wrote in between. The caller handles it."""
 
 
 class TooLarge(JobError):
@@ -107,7 +107,7 @@ class TooLarge(JobError):
 
 
 class NotSupported(SettingsError):
-    """The store does not know what it was asked for, such as a conditional write."""
+    """The store does not support the request, such as a conditional write."""
 
 
 class ObjectStore(Protocol):
@@ -115,7 +115,7 @@ class ObjectStore(Protocol):
 
     @property
     def uri(self) -> str:
-        """Where the store lies: a URI without a slash at its end, or an absolute path."""
+        """Location of the store: a URI without a slash at its end, or an absolute path."""
 
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """Reads a small object into memory; None if it is confirmed to be absent. Raises `TooLarge`."""
@@ -143,11 +143,11 @@ class ObjectStore(Protocol):
         """Removes an object, if there is one. Raises `Conflict`."""
 
     def conditional_writes(self) -> bool:
-        """Tries whether conditional writes work; a JobError if nothing can be written or deleted at all."""
+        """Tries whether conditional writes work; a JobError if nothing can be written or deleted."""
 
 
 CHANGES = ("write", "upload", "delete")
-"""The verbs that change what lies in a store; `conditional_writes` only touches an object of its own."""
+"""The operations that change a store's objects; `conditional_writes` only touches a test object."""
 
 
 class ForwardingStore:
@@ -289,7 +289,7 @@ def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) ->
         store: The store, usually behind a fence.
         key: Key of the object.
         data: Its new content, unique to the writer.
-        tag: Tag of the object as it was read last; None if there was no object.
+        tag: Tag of the object when it was last read; None if there was no object.
 
     Raises:
         Unreachable: The object is changed again and again. Other errors of the store, such as `Replaced`, pass.
@@ -335,7 +335,7 @@ def delete_in_turn(store: ObjectStore, key: str) -> None:
 
 
 def attempts(pauses: int | None = None) -> Iterator[None]:
-    """Yields for each attempt at what a client does not repeat, after the first with one of so many of `PAUSES`."""
+    """Yields for each attempt at what a client does not repeat; before each repetition it waits one of `PAUSES`."""
     yield
     for pause in PAUSES[:pauses]:
         time.sleep(pause)
@@ -343,7 +343,7 @@ def attempts(pauses: int | None = None) -> Iterator[None]:
 
 
 def pause_seconds(tries: int) -> float:
-    """How long to wait before a request is sent again that has failed so many times, at least once."""
+    """Seconds to wait before a request is repeated, by the number of its failures (at least 1)."""
     pauses = REQUEST_PAUSES
     # Drawn at random, so that the machines of a run do not all ask a store again at the same moment.
     return pauses[min(tries, len(pauses)) - 1] * random.uniform(1, 1 + _SPREAD)  # noqa: S311
@@ -351,18 +351,18 @@ def pause_seconds(tries: int) -> float:
 
 def conflict(place: str) -> Conflict:
     """What a conditional change of the object at `place` raises when its condition does not hold."""
-    return Conflict(f"{place} was written by somebody else")
+    return Conflict(f"{place} was written by another process")
 
 
-def byte_limit(what: str, max_bytes: int | None) -> Callable[[int], None]:
+def byte_limit(name: str, max_bytes: int | None) -> Callable[[int], None]:
     """Return a function that takes numbers of bytes, from any thread, and raises `TooLarge` once they are too many."""
-    seen, lock = 0, Lock()
+    total, lock = 0, Lock()
 
     def allowed(count: int) -> None:
-        nonlocal seen
+        nonlocal total
         with lock:
-            seen += count
-        if max_bytes is not None and seen > max_bytes:
-            raise TooLarge(f"{what} has more than {max_bytes} bytes")
+            total += count
+        if max_bytes is not None and total > max_bytes:
+            raise TooLarge(f"{name} has more than {max_bytes} bytes")
 
     return allowed

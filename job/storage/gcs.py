@@ -2,7 +2,7 @@
 
 Credentials come from Google's own variables, which obstore reads itself: GOOGLE_APPLICATION_CREDENTIALS (a service
 account's key, or a user's own login), or the identity of the machine or of GKE's workload identity, from the metadata
-service. Another server: GOOGLE_BASE_URL, and GOOGLE_BEARER_TOKEN if it asks for no real one.
+service. Another server: GOOGLE_BASE_URL, and GOOGLE_BEARER_TOKEN if it accepts any token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class GcsStore(ObstoreStore):
         return {"version": _generation(tag)}
 
     def _delete_version(self, key: str, tag: str) -> None:
-        # obstore has no condition for this, but a client with a header of its own.
+        # obstore has no condition for this, but a client with an additional header has.
         client = self._connect(headers={"x-goog-if-generation-match": _generation(tag)})
         try:
             self._delete(client, key)

@@ -1,8 +1,8 @@
 """The Hugging Face hub: a model's files at a pinned commit, and the translation of the hub's errors into the job's.
 
-Credentials are the hub's own (HF_TOKEN, a login); its client reads them, and retries by itself.
+Credentials are the hub's own (HF_TOKEN, a login); its client reads them, and retries automatically.
 
-Nothing here imports a library while an error is handled. A download runs in a thread beside the main thread, which
+Nothing here imports a library while an error is handled. A download runs in another thread than the main thread, which
 imports `datasets` meanwhile: an import of one of its submodules in the thread would make Python give one of the two a
 half-initialised module, and an error of the hub would appear as an ImportError. Errors of libraries are therefore
 recognized by name.
@@ -40,7 +40,7 @@ _DISK = {
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
 }
 _SENSELESS = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, UnicodeDecodeError)
-"""What the hub's client raises while it reads an answer that is none of the hub's, beside a JSONDecodeError."""
+"""What the hub's client raises while it reads an answer that is none of the hub's, besides a JSONDecodeError."""
 _NO_ADDRESS = {"InvalidProxyURL", "InvalidSchema", "InvalidURL", "MissingSchema", "UnsupportedProtocol"}
 _CERTIFICATES = {"ssl", "httpx._config", "httpx2._config"}
 """Modules that read files of certificates."""
@@ -84,7 +84,7 @@ def download_model(
     Args:
         source: A path to a folder in the hub's layout, or a hub id.
         revision: Commit, tag or branch of a hub id; None for its newest commit.
-        before_weights: Called with the folder when configuration and tokenizer lie in it, and with whether weights are
+        before_weights: Called with the folder when configuration and tokenizer are in it, and with whether weights are
             going to be fetched when it returns.
 
     Returns:
@@ -104,25 +104,25 @@ def download_model(
 
     with hub_errors(f"model {source}"):
         commit = str(HfApi().resolve_revision(source, repo_type="model", revision=revision).resolved)
-        wanted: dict[str, Any] = {"revision": commit, "allow_patterns": list(MODEL_FILES)}
-        small = {**wanted, "allow_patterns": list(SMALL_FILES)}
-        missing: list[int] = []
+        request: dict[str, Any] = {"revision": commit, "allow_patterns": list(MODEL_FILES)}
+        small = {**request, "allow_patterns": list(SMALL_FILES)}
+        missing_sizes: list[int] = []
         with suppress(DryRunError):  # the hub does not answer: nothing will be downloaded, so only the cache counts
-            files = snapshot_download(source, dry_run=True, **wanted)
+            files = snapshot_download(source, dry_run=True, **request)
             if not files:
                 what = "has none of the files that are loaded, such as config.json and model.safetensors"
                 raise DataError([Problem(f"model {source}", f"{what}; GGUF and pickled weights are not supported")])
-            missing = [file.file_size or 0 for file in files if file.will_download]
-            check_disk(Path(constants.HF_HUB_CACHE), required_bytes(missing))
-        before_weights(Path(snapshot_download(source, **small)), bool(missing))
-        folder = Path(snapshot_download(source, **wanted))
-        if other := _other_bytes(folder):
-            names = ", ".join(path.name for path in other)
+            missing_sizes = [file.file_size or 0 for file in files if file.will_download]
+            check_disk(Path(constants.HF_HUB_CACHE), required_bytes(missing_sizes))
+        before_weights(Path(snapshot_download(source, **small)), bool(missing_sizes))
+        folder = Path(snapshot_download(source, **request))
+        if other_bytes := _other_bytes(folder):
+            names = ", ".join(path.name for path in other_bytes)
             log.get_logger().warning("cached files differ from the hub's hashes: downloaded again", files=names)
-            _remove(other)
-            folder = Path(snapshot_download(source, **wanted))
+            _remove(other_bytes)
+            folder = Path(snapshot_download(source, **request))
             if _other_bytes(folder):
-                _remove(other)
+                _remove(other_bytes)
                 raise Unreachable(f"model {source}: the SHA-256 of {names} is not the one that the hub gives")
     return folder, commit
 
@@ -154,17 +154,17 @@ def local_model(source: str) -> Path | None:
     if path.is_dir():
         there = sorted(one for one in path.iterdir() if any(map(one.match, (*MODEL_FILES, "*.txt"))))
         if odd := [one for one in there if not one.is_file() and not one.is_dir()]:
-            what = "is not a regular file, but a pipe, a device or a broken link"
-            raise DataError([Problem("JOB_MODEL__ID", f"{one} {what}") for one in odd[:3]])
+            message = "is not a regular file, but a pipe, a device or a broken link"
+            raise DataError([Problem("JOB_MODEL__ID", f"{one} {message}") for one in odd[:3]])
         return path
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        what = "is not a folder" if path.exists() else "does not exist"
-        raise DataError([Problem("JOB_MODEL__ID", f"{source} {what}; give the folder of a model, or a hub id")])
+        message = "is not a folder" if path.exists() else "does not exist"
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} {message}; give the folder of a model, or a hub id")])
     return None
 
 
 def is_reachable() -> bool:
-    """Whether the hub answers at all."""
+    """Whether the hub can be reached."""
     from huggingface_hub import constants, get_session
 
     try:
@@ -250,7 +250,7 @@ class _HostileAnswer(Exception):
 
 
 @cache
-def _judge_answers() -> None:
+def _check_answers() -> None:
     """Has every answer to the hub's client looked at before the client uses it; for the rest of this process.
 
     The client joins paths of its cache from what the hub answers, and a mirror or a proxy may answer anything.
@@ -266,11 +266,11 @@ def _judging_client() -> Any:
     # The library has no public name for its default; its settings and request hook are to stay.
     client = import_module("huggingface_hub.utils._http").default_client_factory()
     hooks = client.event_hooks
-    client.event_hooks = {**hooks, "response": [*hooks["response"], _judge]}
+    client.event_hooks = {**hooks, "response": [*hooks["response"], _check_answer]}
     return client
 
 
-def _judge(response: Any) -> None:
+def _check_answer(response: Any) -> None:
     """Raises `_HostileAnswer` for an answer of which the hub's client would make a path out of its cache."""
     headers, path = response.headers, response.request.url.path
     names = {"X-Repo-Commit": headers.get("X-Repo-Commit")}
@@ -283,12 +283,12 @@ def _judge(response: Any) -> None:
     elif "/resolve" not in path and "json" in headers.get("Content-Type", ""):
         response.read()
         try:
-            said = json.loads(response.content)
+            content = json.loads(response.content)
         except ValueError:
             return  # the client says it
-        if isinstance(said, dict):
-            names["sha"] = said.get("sha")
-        entries = [entry for entry in said if isinstance(entry, dict)] if isinstance(said, list) else []
+        if isinstance(content, dict):
+            names["sha"] = content.get("sha")
+        entries = [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
         files = [entry.get("path") for entry in entries]
         large = [entry["lfs"] for entry in entries if isinstance(entry.get("lfs"), dict)]
         names |= {f"oid {number}": value.get("oid") for number, value in enumerate(large)}
@@ -314,7 +314,7 @@ def hub_errors(name: str) -> Iterator[None]:
         DataError: The hub answered, and has nothing usable under this name.
     """
     try:
-        _judge_answers()
+        _check_answers()
         yield
     except JobError:
         raise
@@ -405,13 +405,14 @@ def _no_answer_of_a_hub(error: BaseException, name: str) -> JobError | None:
 
 def _disk(error: Exception, name: str) -> JobError | None:
     """The cache's disk is full, or its folder cannot be written; `datasets` reports a full disk only in the message."""
-    known = next((cause for cause in _causes(error) if isinstance(cause, OSError) and cause.errno in _DISK), error)
-    if not isinstance(known, OSError):
+    disk_error = next((cause for cause in _causes(error) if isinstance(cause, OSError) and cause.errno in _DISK), error)
+    if not isinstance(disk_error, OSError):
         return None
-    if known.errno in {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(known):
+    if disk_error.errno in {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(disk_error):
         return Unreachable(f"{name}: the disk of the cache is full; free space, or set HF_HOME to a larger disk")
-    if known.errno in _DISK:
-        what = f"{name}: {known.filename or 'the folder of the cache'} cannot be read or written ({known.strerror})"
+    if disk_error.errno in _DISK:
+        path = disk_error.filename or "the folder of the cache"
+        what = f"{name}: {path} cannot be read or written ({disk_error.strerror})"
         return SettingsError([Problem("HF_HOME", f"{what}; set it to a folder that this user may write")])
     return None
 

@@ -45,7 +45,7 @@ _POLL_SECONDS = 0.005
 _STUCK_SECONDS = 10.0
 _LOSSES = 5
 _MAX_NAME = 255
-# SageMaker, which copies a folder to S3 beside the job, leaves files with this ending alone.
+# SageMaker, which copies a folder to S3 while the job runs, leaves files with this ending alone.
 _TEMPORARY = ".part.sagemaker-ignore"
 # Staged files of killed processes are removed after a day; no upload takes that long.
 _STALE_SECONDS = 24 * 3600
@@ -118,7 +118,7 @@ class LocalStore:
                 sync(staged)
                 with self._locked(staged.name):
                     if if_tag is not None and self.tag(key) != if_tag:
-                        raise Conflict(f"{self.uri}: {key} was changed by somebody else")
+                        raise Conflict(f"{self.uri}: {key} was changed by another process")
                     self._place(staged, target, only_if_absent=if_absent)
                 return
         raise Unreachable(f"{self.uri}: cannot write {key}; the store's lock was lost {_LOSSES} times in a row")
@@ -144,7 +144,7 @@ class LocalStore:
         """See `ObjectStore.delete`. Folders that become empty go too.
 
         The object is moved into a folder that is staged as an upload is: a process that stood still, and whose lock was
-        taken, has no such folder any more and so removes nothing that was put there meanwhile.
+        taken, no longer has that folder and so removes nothing that was put there meanwhile.
         """
         with disk_errors(f"{self.uri}: cannot delete {key}"):
             path = self._path(check_key(key))
@@ -155,7 +155,7 @@ class LocalStore:
                     staged.mkdir()
                     with self._locked(staged.name):
                         if if_tag is not None and self.tag(key) not in {None, if_tag}:
-                            raise Conflict(f"{self.uri}: {key} was changed by somebody else")
+                            raise Conflict(f"{self.uri}: {key} was changed by another process")
                         self._remove(path, staged)
                     return
         raise Unreachable(f"{self.uri}: cannot delete {key}; the store's lock was lost {_LOSSES} times in a row")
@@ -257,7 +257,7 @@ class LocalStore:
 
         A process that is stopped while it holds the lock would keep everyone out. So the lock says who holds it, and
         who has waited `_STUCK_SECONDS` for one holder creates the next lock. Its first holder removes what the
-        stopped one had staged: when that one goes on, it has nothing to put in place, and begins again.
+        stopped one had staged: when that one continues, it has nothing to put in place, and begins again.
 
         Args:
             name: Unique to this use of the lock; that of the staged file, if there is one.
@@ -314,10 +314,10 @@ def _newest_lock(hidden: Path) -> Path:
     return max(hidden.glob(f"{LOCK}*"), key=_lock_number, default=hidden / LOCK)
 
 
-def _take_over_locks(hidden: Path, own: Path) -> None:
+def _take_over_locks(hidden: Path, own_lock: Path) -> None:
     """Removes the older locks, and the files that their holders had staged."""
     for path in hidden.glob(f"{LOCK}*"):
-        if _lock_number(path) < _lock_number(own):
+        if _lock_number(path) < _lock_number(own_lock):
             with suppress(FileNotFoundError):
                 staged = Path(path.read_text(encoding="utf-8", errors="replace")).name
                 if staged.endswith(_TEMPORARY):

@@ -34,7 +34,8 @@ class StorageOptions:
             from one cloud and write to another.
         region: AWS region; None for what the environment says. For S3 alone.
         kms_key_id: Key for SSE-KMS; None for the bucket's own encryption. Other stores refuse to write with one.
-        storage_class: Of uploaded files; small objects, which are rewritten and read again, stay in the standard one.
+        storage_class: Storage class of uploaded files; small objects, which are rewritten and read again, stay in the
+            standard one.
         request_payer: Pay for requests to a requester-pays bucket. For S3 alone.
         timeout_seconds: How long one request, or 256 KiB of a download, may take.
         retries: How often a request is tried at most, the first time included; `base.REQUEST_PAUSES` are between.
@@ -50,7 +51,7 @@ class StorageOptions:
 
 
 def storage_options(group: object) -> StorageOptions:
-    """The options that the settings group `storage` asks for."""
+    """The options of the settings group `storage`."""
     return StorageOptions(**{field.name: getattr(group, field.name) for field in fields(StorageOptions)})
 
 
@@ -58,7 +59,7 @@ def storage_options(group: object) -> StorageOptions:
 class Location:
     """A parsed place: `scheme://bucket/key`, or a path, whose scheme and bucket are empty and whose key is the path.
 
-    `folder` says that a URI ended in a slash, which means all that lies below it.
+    `folder` says that a URI ended in a slash, which means all objects below it.
     """
 
     scheme: str
@@ -108,7 +109,7 @@ def is_remote(place: str) -> bool:
 
 
 def schemes() -> list[str]:
-    """The schemes of URIs that are understood: those of the table, but for the empty one of paths."""
+    """The schemes of URIs that are understood: those of the table, except the empty one of paths."""
     return [scheme for scheme in BACKENDS if scheme != LOCAL]
 
 

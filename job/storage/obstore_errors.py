@@ -23,7 +23,7 @@ from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachab
 from job.storage.base import NotSupported
 
 ABSENT = {"NoSuchKey", "BlobNotFound", "ResourceNotFound"}
-"""Error codes with which the stores themselves say that there is no such object."""
+"""Error codes by which the stores report that an object does not exist."""
 REFUSED = {
     "",
     "BlobAlreadyExists",
@@ -125,7 +125,7 @@ _HOPELESS = re.compile(
 _DENIED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _UNKNOWN_REQUEST = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}
 _STATUS = re.compile(r"status code: (\d{3})")
-# Azure's objects are deleted by a batch, whose answers are told in other words.
+# Azure's objects are deleted by a batch, whose errors are worded differently.
 _BATCH_STATUS = re.compile(r"Bulk delete request failed for key .*\(code: (\d{3})\)\s*$", re.DOTALL)
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 # What the stores say in detail, such as whose permission is missing, and in general.
@@ -168,35 +168,35 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_hopeless(error: BaseException) -> bool:
-    """Whether there was no connection for a reason that stays: a name that nobody knows, or a wrong certificate."""
+    """Whether there was no connection for a permanent reason: an unknown host name, or a wrong certificate."""
     return _HOPELESS.search(str(error)) is not None and "ConnectError" in str(error)
 
 
 def has_no_metadata(error: BaseException) -> bool:
-    """Whether credentials were to come from the cloud's metadata service, which gave no answer at all."""
+    """Whether credentials were to come from the cloud's metadata service, which did not answer."""
     said = _first(error)
     return _METADATA.search(said) is not None and _STATUS.search(said) is None
 
 
-def translate(error: BaseException, what: str) -> JobError:
-    """Return the job's error for one of `FAILURES`, `what` being what was tried."""
+def translate(error: BaseException, operation: str) -> JobError:
+    """Return the job's error for one of `FAILURES`, `operation` being what was tried."""
     if (problem := next((problem for words, problem in _WRONG.items() if words in _first(error)), None)) is not None:
         return SettingsError([problem])
     found = _STATUS.search(str(error)) or _BATCH_STATUS.search(_first(error))
-    return _translate(error, what, int(found[1]) if found else 0)
+    return _translate(error, operation, int(found[1]) if found else 0)
 
 
-def _translate(error: BaseException, what: str, status: int) -> JobError:
-    words = f"{what}: {_words(error)}"
+def _translate(error: BaseException, operation: str, status: int) -> JobError:
+    message = f"{operation}: {_words(error)}"
     if (remedy := _denied(error, status)) is not None:
-        return AccessDenied(f"{words}{remedy}")
+        return AccessDenied(f"{message}{remedy}")
     if status in _UNKNOWN_REQUEST:
-        return NotSupported([Problem(what, f"the store does not support this request: {_words(error)}")])
+        return NotSupported([Problem(operation, f"the store does not support this request: {_words(error)}")])
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR or code(error) in _TRANSIENT_CODES:
-        return Unreachable(words)
+        return Unreachable(message)
     if (wrong := _wrong(error, status)) is not None:
-        return SettingsError([Problem(what, wrong)])
-    return Unreachable(f"{words}{_no_connection(error)}")
+        return SettingsError([Problem(operation, wrong)])
+    return Unreachable(f"{message}{_no_connection(error)}")
 
 
 def _no_connection(error: BaseException) -> str:
@@ -207,12 +207,12 @@ def _no_connection(error: BaseException) -> str:
 
 def _denied(error: BaseException, status: int) -> str | None:
     """What to do about it where access is denied; None where it is not."""
-    said = _OBJECT.sub("", _first(error))
+    message = _OBJECT.sub("", _first(error))
     about_credentials = _is_about_credentials(error, status)
     denied = isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in _DENIED
     remedy = _DENIED_CODES.get(code(error))
     if remedy is None and (0 < status < HTTPStatus.INTERNAL_SERVER_ERROR or denied):
-        remedy = next((fix for words, fix in _DENIED_WORDS.items() if words in said), None)
+        remedy = next((fix for words, fix in _DENIED_WORDS.items() if words in message), None)
     if remedy is None and about_credentials:
         remedy = _CREDENTIALS
     return f"; {remedy}" if remedy else "" if denied else None
@@ -231,14 +231,14 @@ def _is_about_credentials(error: BaseException, status: int) -> bool:
     """Whether obstore failed before it asked the store: the store's address and answer are not looked at."""
     if isinstance(error, InvalidPathError):
         return False
-    said = _OBJECT.sub("", _first(error))
-    request = _REQUEST.search(said)
-    if not _NO_CREDENTIALS.search(said[: request.start()] if request else said):
+    message = _OBJECT.sub("", _first(error))
+    request = _REQUEST.search(message)
+    if not _NO_CREDENTIALS.search(message[: request.start()] if request else message):
         return False
     # A token service that does not answer may do so later, but a machine without an identity has no metadata service.
     answered = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
     answered = answered and status != HTTPStatus.TOO_MANY_REQUESTS
-    return request is None or answered or (not status and _METADATA.search(said) is not None)
+    return request is None or answered or (not status and _METADATA.search(message) is not None)
 
 
 def _first(error: BaseException) -> str:

@@ -23,7 +23,7 @@ def entries(client: Any, uri: str, start: str, *, retries: int, sorted_by_key: b
 
     Args:
         client: obstore's store.
-        uri: Where it lies, for messages.
+        uri: Its URI, for messages.
         start: The beginning of whole keys.
         retries: How often a request is tried at most.
         sorted_by_key: Whether the server sorts so. Then a listing is passed on as it comes; if not, it is read to its
@@ -49,7 +49,7 @@ def _as_they_come(client: Any, uri: str, start: str, retries: int) -> Iterator[t
                     yield from (entry for entry in page if entry[0].startswith(start))
                 last, before = max(last, end), page
         except FAILURES as error:
-            tries = count_tries(tries, error, retries)  # and goes on behind what was passed on
+            tries = count_tries(tries, error, retries)  # and continues behind what was passed on
         else:
             return
 

@@ -20,7 +20,7 @@ class OtherContent(Exception):
     """An object differs from what an earlier answer said of it: it was changed, or the answer arrived damaged."""
 
 
-def ask(function: Callable[..., Any], *given: Any, retries: int, **options: Any) -> Any:
+def ask(function: Callable[..., Any], *arguments: Any, retries: int, **options: Any) -> Any:
     """Sends a request, and again after failures that may pass, such as an answer that is cut off.
 
     Raises:
@@ -31,7 +31,7 @@ def ask(function: Callable[..., Any], *given: Any, retries: int, **options: Any)
     tries = 0
     while True:
         try:
-            return ask_once(function, *given, **options)
+            return ask_once(function, *arguments, **options)
         except FAILURES as error:
             if is_refused(error) or isinstance(error, Missing):
                 raise
@@ -48,7 +48,7 @@ def count_tries(tries: int, error: BaseException, retries: int) -> int:
     return tries
 
 
-def ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+def ask_once(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Calls obstore in another thread than the main one.
 
     While obstore waits, Python runs no signal handlers in the thread that called it. If that were the main thread, a
@@ -60,11 +60,11 @@ def ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
     """
     try:
         if threading.current_thread() is not threading.main_thread():
-            return function(*given, **options)
+            return function(*arguments, **options)
         try:
-            answer = in_thread(lambda: function(*given, **options), "obstore")
+            answer = in_thread(lambda: function(*arguments, **options), "obstore")
         except RuntimeError:  # at interpreter shutdown no new thread can be started
-            return function(*given, **options)
+            return function(*arguments, **options)
         return answer.result()
     except FileNotFoundError as error:
         raise Missing(str(error)) from None
@@ -76,14 +76,14 @@ def ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
         raise SettingsError([Problem("the cloud's own variables", what)]) from None
 
 
-def read_body(found: Any) -> bytes:
+def read_body(answer: Any) -> bytes:
     """The content behind an answer.
 
     Raises:
         OtherContent: It broke off.
     """
     try:
-        return bytes(ask_once(found.bytes))
+        return bytes(ask_once(answer.bytes))
     except FAILURES as error:
         if not is_transient(error):
             raise

@@ -1,6 +1,6 @@
 """What the stores of Google and Azure have in common: an `ObjectStore` by obstore, a client for both.
 
-obstore sends the requests, and gets and renews credentials. This file adds what the contract in `base.py` asks for
+obstore sends the requests, and gets and renews credentials. This file adds what the contract in `base.py` requires
 beyond that: pauses that outlast an outage (obstore's own have no least sum), confirmed absence, size limits, checksums,
 and durable downloads. Every object carries its SHA-256 as metadata, and what is read is compared with it, since obstore
 looks at no checksum of the stores. What does not fit is read again; bytes that arrive twice are what the store holds,
@@ -155,7 +155,7 @@ class ObstoreStore:
 
     @cached_property
     def _repeating_client(self) -> Any:
-        """For what consists of many requests that obstore sends by itself: else one that fails would repeat all."""
+        """For operations of many requests that obstore repeats itself: otherwise one failure would repeat all."""
         return self._connect(repeats=_INNER_REPEATS)
 
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
@@ -168,20 +168,20 @@ class ObstoreStore:
                     return self._read(key, max_bytes, seen)
         raise Unreachable(f"{self.uri}/{key}: cannot read: the content is cut off, or different at each try")
 
-    def _read(self, key: str, max_bytes: int, seen: set[str]) -> Stored | None:
-        """The object; `seen` are the SHA-256 of answers before that did not fit their metadata.
+    def _read(self, key: str, max_bytes: int, earlier_digests: set[str]) -> Stored | None:
+        """The object; `earlier_digests` are the SHA-256 of answers before that did not fit their metadata.
 
         Raises:
-            OtherContent: The answer is damaged; its SHA-256 was added to `seen`.
+            OtherContent: The answer is damaged; its SHA-256 was added to `earlier_digests`.
         """
-        found = self._get(key)
-        if found is None:
+        answer = self._get(key)
+        if answer is None:
             return None
-        byte_limit(f"{self.uri}/{key}", max_bytes)(found.meta["size"])
-        data, tag = read_body(found), self._tag(found.meta)
-        if tag is None or len(data) != found.meta["size"]:
+        byte_limit(f"{self.uri}/{key}", max_bytes)(answer.meta["size"])
+        data, tag = read_body(answer), self._tag(answer.meta)
+        if tag is None or len(data) != answer.meta["size"]:
             raise OtherContent
-        _check(hashlib.sha256(data).hexdigest(), {found.attributes.get(_SHA256)}, seen)
+        _check(hashlib.sha256(data).hexdigest(), {answer.attributes.get(_SHA256)}, earlier_digests)
         return Stored(data, tag)
 
     def _attempts(self) -> Iterator[int]:
@@ -222,7 +222,7 @@ class ObstoreStore:
                 return stored.tag if stored is not None and stored.data == data else None
             return None
 
-        return self._put(key, data, {**attributes, _SHA256: digest}, self._mode(if_absent, if_tag), own=own)
+        return self._put(key, data, {**attributes, _SHA256: digest}, self._mode(if_absent, if_tag), own_tag=own)
 
     def _mode(self, if_absent: bool, if_tag: str | None) -> Any:  # noqa: FBT001 - as the verbs have them
         """The condition of a write, as obstore has it."""
@@ -235,20 +235,21 @@ class ObstoreStore:
         attributes: dict[str, str],
         mode: Any,
         *,
-        own: Callable[[], str | None],
+        own_tag: Callable[[], str | None],
         client: Any = None,
     ) -> str:
         """One request that writes an object; returns its tag.
 
-        A conditional write that is repeated, since its answer got lost, may be refused because of what its own first
-        try wrote. `own` tells that by the content: it returns the object's tag if the content is that of this write.
+        A conditional write that is repeated because its answer was lost may be refused because its own first try
+        succeeded. `own_tag` detects this by the content: it returns the object's tag if the content is that of this
+        write.
         """
         self._check_encryption()
         tries = 0
         with self._asking("write", key):
             while True:
                 try:
-                    put = ask_once(
+                    answer = ask_once(
                         obstore.put,
                         client or self._client,
                         self._root + key,
@@ -261,28 +262,28 @@ class ObstoreStore:
                     if not is_refused(error) and not isinstance(error, Missing):
                         tries = count_tries(tries, error, self._options.retries)
                         continue
-                    # A 404 says that a version is gone only where a version was asked for, and the store confirms it.
+                    # A 404 means that a version is gone only if a version was requested, and the store confirms it.
                     missing = isinstance(error, Missing)
                     if mode == "overwrite" or (missing and (mode == "create" or self._get(key) is not None)):
                         raise
-                    if tries > 0 and (tag := own()) is not None:
+                    if tries > 0 and (tag := own_tag()) is not None:
                         return tag
                     raise conflict(f"{self.uri}/{key}") from None
                 else:
                     # An answer without a version: the present content shows whether the write took place.
-                    if (tag := self._tag(put) or own()) is not None:
+                    if (tag := self._tag(answer) or own_tag()) is not None:
                         return tag
                     break
         raise Unreachable(
             f"{self.uri}/{key}: cannot write: the answer is not one of such a store; check the endpoint and proxies"
         )
 
-    def _ask(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    def _ask(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Sends a request that may be repeated, as often as settings say; raises what `ask` does."""
-        return ask(function, *given, retries=self._options.retries, **options)
+        return ask(function, *arguments, retries=self._options.retries, **options)
 
     def _check_encryption(self) -> None:
-        """Refuses a KMS key: ignoring it would leave objects encrypted in another way than was asked for."""
+        """Refuses a KMS key: ignoring it would leave objects encrypted with another key than the settings name."""
         if self._options.kms_key_id:
             what = f"is only for s3://; remove it, and set a default key for the bucket of {self.scheme}://"
             raise SettingsError([Problem("JOB_STORAGE__KMS_KEY_ID", what)])
@@ -311,21 +312,21 @@ class ObstoreStore:
         size = path.stat().st_size
 
         def own() -> str | None:
-            found = self._get(key)
-            same = found is not None and found.attributes.get(_SHA256) == attributes[_SHA256]
-            return self._tag(found.meta) if found is not None and same else None
+            description = self._get(key)
+            same = description is not None and description.attributes.get(_SHA256) == attributes[_SHA256]
+            return self._tag(description.meta) if description is not None and same else None
 
         if mode != "overwrite" and size <= _MAX_CONDITIONAL_BYTES:
             self._put(
-                key, path.read_bytes(), attributes, mode, own=own, client=self._connect(patience=size / _PART_BYTES)
+                key, path.read_bytes(), attributes, mode, own_tag=own, client=self._connect(patience=size / _PART_BYTES)
             )
             return
         self._check_encryption()
         with self._asking("write", key):
             if mode != "overwrite":
-                found = self._describe(key)
+                description = self._describe(key)
                 known = None if mode == "create" else mode
-                if (None if found is None else self._update(found[1])) != known:
+                if (None if description is None else self._update(description[1])) != known:
                     raise conflict(f"{self.uri}/{key}")
             # Repeated as a whole, such as when another upload of this key discarded the parts.
             self._ask(
@@ -343,19 +344,19 @@ class ObstoreStore:
         """See `ObjectStore.download`."""
         check_key(key)
         with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", key):
-            seen: set[str] = set()
+            earlier_digests: set[str] = set()
             for _ in attempts(2):
-                found = self._describe(key)
-                if found is None:
+                description = self._describe(key)
+                if description is None:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
-                byte_limit(f"{self.uri}/{key}", max_bytes)(found[0]["size"])
+                byte_limit(f"{self.uri}/{key}", max_bytes)(description[0]["size"])
                 with suppress(OtherContent), atomic_write(path) as temporary:
-                    self._fetch(key, temporary, found[0], seen)
+                    self._fetch(key, temporary, description[0], earlier_digests)
                     return
         raise Unreachable(f"{self.uri}/{key}: cannot read: it changes while it is read, or is cut off")
 
-    def _fetch(self, key: str, path: Path, meta: Any, seen: set[str]) -> None:
-        """Reads an object into a file; `seen` as for `_read`.
+    def _fetch(self, key: str, path: Path, meta: Any, earlier_digests: set[str]) -> None:
+        """Reads an object into a file; `earlier_digests` as for `_read`.
 
         Raises:
             OtherContent: It is not the one that `meta` describes, or arrived damaged.
@@ -363,19 +364,19 @@ class ObstoreStore:
         size = meta["size"]
         if size <= _PIECE_BYTES:
             try:
-                found = self.read(key, max_bytes=size)
+                stored = self.read(key, max_bytes=size)
             except TooLarge:
                 raise OtherContent from None
-            if found is None or len(found.data) != size:
+            if stored is None or len(stored.data) != size:
                 raise OtherContent
-            path.write_bytes(found.data)
+            path.write_bytes(stored.data)
             return
         digests: set[str | None] = set()
         with path.open("wb") as file:
 
             def fetch_piece(start: int) -> None:
                 data, digest = self._fetch_piece(key, meta, start)
-                # A disk with room for a part of the piece writes that part, and says so.
+                # A disk with room for a part of the piece writes that part, and returns its length.
                 if os.pwrite(file.fileno(), data, start) < len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
                 digests.add(digest)
@@ -388,7 +389,7 @@ class ObstoreStore:
                     fetch_piece(start)
         if path.stat().st_size != size:
             raise OtherContent
-        _check(hash_file(path), digests, seen)
+        _check(hash_file(path), digests, earlier_digests)
 
     def _fetch_piece(self, key: str, meta: Any, start: int) -> tuple[bytes, str | None]:
         """The bytes from `start` on, and the SHA-256 that the whole object has.
@@ -400,25 +401,25 @@ class ObstoreStore:
         end = min(start + _PIECE_BYTES, meta["size"])
         for attempt in self._attempts():
             try:
-                found = self._get(key, range=(start, end), if_match=meta["e_tag"])
+                answer = self._get(key, range=(start, end), if_match=meta["e_tag"])
             except PreconditionError:
-                found = None
-            if found is None or self._tag(found.meta) != self._tag(meta):
+                answer = None
+            if answer is None or self._tag(answer.meta) != self._tag(meta):
                 raise OtherContent
             with self._again(attempt):
-                data = read_body(found)
+                data = read_body(answer)
                 if len(data) == end - start:
-                    return data, found.attributes.get(_SHA256)
+                    return data, answer.attributes.get(_SHA256)
                 raise OtherContent
         raise Unreachable(f"{self.uri}/{key}: cannot read: the content is cut off")
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`."""
         check_prefix(prefix)
-        found, last = False, ""
+        any_entry, last = False, ""
         with self._asking("list", prefix):
             for key, size in self._entries(self._root + prefix):
-                found = True
+                any_entry = True
                 name = key.removeprefix(self._root)
                 # The consoles keep empty objects, whose names end in a slash that obstore drops, as folders.
                 if key == last or ((size == 0 or key < last) and self.tag(name) is None):
@@ -427,15 +428,16 @@ class ObstoreStore:
                     raise Unreachable(f"{self.uri}/{prefix}: cannot list: the server does not sort by key")
                 last = key
                 yield ObjectInfo(name, size)
-            # An answer of somebody else may read as an empty listing: the store has to say that it has no such object.
-            if not found and self._get(f".absent-{uuid4().hex}") is not None:
+            # The answer of a proxy may look like an empty listing: the store has to confirm that an object does not
+            # exist.
+            if not any_entry and self._get(f".absent-{uuid4().hex}") is not None:
                 raise Unreachable(
                     f"{self.uri}/{prefix}: cannot list: the answers are not those of such a store; "
                     "check the endpoint and proxies"
                 )
 
     def _entries(self, start: str) -> Iterator[tuple[str, int]]:
-        # One that is sorted goes on behind the last page that came, another one begins again.
+        # One that is sorted continues behind the last page that came, another one begins again.
         client, retries = self._client if self.sorted_by_key else self._repeating_client, self._options.retries
         return entries(client, self.uri, start, retries=retries, sorted_by_key=self.sorted_by_key)
 
@@ -465,17 +467,17 @@ class ObstoreStore:
 
     def _get(self, key: str, **options: Any) -> Any:
         """Requests an object; None only if the store itself says that there is none, not for a proxy's 404."""
-        whole = self._root + key
+        full_key = self._root + key
         for _ in attempts(2):
             try:
-                return self._ask(obstore.get, self._client, whole, options=options)
+                return self._ask(obstore.get, self._client, full_key, options=options)
             except Missing as error:
                 if code(error) in ABSENT:
                     return None
                 if code(error):
                     raise
                 # Without the store's error code another request has to confirm it.
-                if all(name != whole for name, _ in self._entries(whole)):
+                if all(name != full_key for name, _ in self._entries(full_key)):
                     return None
                 missing = error  # or it was written meanwhile
         raise missing
@@ -507,8 +509,8 @@ class ObstoreStore:
             raise translate(error, f"{self.uri}/{key}: cannot {verb}") from error
 
 
-def _check(digest: str, wanted: set[str | None], seen: set[str]) -> None:
+def _check(digest: str, expected: set[str | None], earlier_digests: set[str]) -> None:
     """Raises `OtherContent` if content does not fit its metadata, unless it arrived like this before."""
-    if not wanted <= {None, digest} and digest not in seen:
-        seen.add(digest)
+    if not expected <= {None, digest} and digest not in earlier_digests:
+        earlier_digests.add(digest)
         raise OtherContent

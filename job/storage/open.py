@@ -49,7 +49,7 @@ def open_store(place: str | Location, options: StorageOptions = _DEFAULT) -> Obj
 
 
 def fetch(place: str, folder: Path, options: StorageOptions = _DEFAULT) -> str:
-    """Downloads what lies at a URI, an object or all objects below it as a folder; a path or hub id stays as it is.
+    """Downloads an object of a URI, or all objects below it as a folder; a path or hub id is returned unchanged.
 
     With the wildcards `*`, `?` or `[` in its last part, a URI means all objects of such names in their folder.
 
@@ -81,13 +81,13 @@ def fetch(place: str, folder: Path, options: StorageOptions = _DEFAULT) -> str:
         else:
             return str(target)
     start = f"{name}/" if name else ""
-    found = {info.key.removeprefix(start): info for info in store.list(start)}
-    if not found:
+    objects = {info.key.removeprefix(start): info for info in store.list(start)}
+    if not objects:
         raise SettingsError([Problem(place, "there is no such object, and nothing below it; correct the URI")])
-    problems = _impossible_names(place, found)
+    problems = _impossible_names(place, objects)
     if problems:
         raise DataError(problems)
-    for path, info in found.items():
+    for path, info in objects.items():
         store.download(info.key, target / path, max_bytes=info.bytes)
         with disk_errors(f"{place}: cannot read {target / path}"):
             size = (target / path).stat().st_size
@@ -98,12 +98,12 @@ def fetch(place: str, folder: Path, options: StorageOptions = _DEFAULT) -> str:
 
 def _fetch_glob(place: str, location: Location, folder: Path, options: StorageOptions) -> str:
     store, target = open_store(location.parent, options), folder / "shards"
-    found = _matching(store, location.name)
-    if not found:
+    objects = _matching(store, location.name)
+    if not objects:
         raise SettingsError([Problem(place, "no object matches; correct the URI or the wildcards in it")])
-    if problems := _impossible_names(place, {info.key: info for info in found}):
+    if problems := _impossible_names(place, {info.key: info for info in objects}):
         raise DataError(problems)
-    for info in found:
+    for info in objects:
         store.download(info.key, target / info.key, max_bytes=info.bytes)
     return str(target / location.name)
 

@@ -16,9 +16,9 @@ from job.storage.base import HIDDEN, LOCK
 from job.storage.location import is_remote
 
 _TEMPORARY = ("qlora-job-", ".new-")
-"""Folders of this user alone, made by `tempfile`; those of another one are in nobody's way."""
+"""Folders of this user alone, made by `tempfile`; those of other users do no harm."""
 _MAX_FOLDERS = 20_000
-"""Below each place; what lies there is of a few users, each with many folders."""
+"""Below each place; the content is of a few users, each with many folders."""
 
 
 def check_permissions(output: str, run: str) -> None:
@@ -48,14 +48,14 @@ def _unusable(root: Path, *, folders: int = _MAX_FOLDERS) -> Iterator[Path]:
     version of the code has a folder, and this run may need none of those that are there.
     """
     for folder, inner, files in islice(os.walk(root), folders):
-        here = Path(folder)
+        path = Path(folder)
         inner[:] = [name for name in inner if not name.startswith(_TEMPORARY)]
-        if not _may(here, os.R_OK | os.W_OK | os.X_OK):
-            yield here
+        if not _may(path, os.R_OK | os.W_OK | os.X_OK):
+            yield path
         for name in files:
-            file = here / name
-            hidden = here.name == HIDDEN
-            if hidden and not name.startswith(LOCK):  # staged by a process that was killed: nobody opens it again
+            file = path / name
+            hidden = path.name == HIDDEN
+            if hidden and not name.startswith(LOCK):  # staged by a process that was killed: it is never opened again
                 continue
             if not file.is_symlink() and not _may(file, os.R_OK | (os.W_OK if hidden else 0)):
                 yield file
@@ -67,7 +67,7 @@ def _may(path: Path, mode: int) -> bool:
 
 
 def is_read_only(path: Path) -> bool:
-    """Whether nobody can write there, whatever the owner and the mode are."""
+    """Whether the file system is read-only for every user."""
     try:
         return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
     except OSError:

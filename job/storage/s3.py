@@ -148,7 +148,8 @@ class S3Store:
                 answer = error.__context__
                 if not condition or not isinstance(answer, ClientError):
                     raise
-                # A refusal may be our own success, whose answer got lost: who uploads again then replaces it by itself.
+                # A refusal may be our own success, whose answer was lost: a repeated upload then replaces the same
+                # content.
                 if _refused(answer, if_tag):
                     raise conflict(f"{self.uri}/{key}") from None
                 if code_and_status(answer)[1] not in _UNKNOWN_CONDITION:
@@ -208,7 +209,7 @@ class S3Store:
                 )
             except KeyError:  # as for uploads
                 raise _OtherSize from None
-        else:  # the transfer manager would ask for a range of its own length, which some servers refuse if it is larger
+        else:  # the transfer manager would request a range of its part size, which some servers refuse if it is larger
             found = self._read(key, MAX_READ_BYTES if max_bytes is None else max_bytes)
             path.write_bytes(b"" if found is None else found[0])
         if path.stat().st_size != size:
@@ -217,18 +218,18 @@ class S3Store:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`. Keys that end in `/` are the console's folders, not objects."""
         start = self._root + check_prefix(prefix)
-        rest: dict[str, str] = {}
+        continuation: dict[str, str] = {}
         while True:
             with self._asking("list", prefix):
-                page = self._page(start, **rest)
+                page = self._page(start, **continuation)
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):
                     yield ObjectInfo(entry["Key"].removeprefix(self._root), entry["Size"])
             if not page["IsTruncated"]:
                 return
-            if page["NextContinuationToken"] == rest.get("ContinuationToken"):
+            if page["NextContinuationToken"] == continuation.get("ContinuationToken"):
                 raise Unreachable(f"{self.uri}/{prefix}: cannot list: the server repeats the same page")
-            rest = {"ContinuationToken": page["NextContinuationToken"]}
+            continuation = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _page(self, start: str, **options: Any) -> Any:
         """Requests a page of a listing; again if the answer is none, because it was cut or is not of an S3 server.
@@ -277,7 +278,7 @@ class S3Store:
     def _get(self, key: str, **options: str) -> Any:
         """Requests an object; None only if the store itself says that there is none, not for a proxy's 404.
 
-        `NoSuchKey` says so. Some servers have other words for it, or none: then a listing has to confirm it.
+        `NoSuchKey` means absence. Some servers have other codes for it, or none: then a listing has to confirm it.
         """
         pauses = iter(base.PAUSES[:2])
         while True:
@@ -352,7 +353,7 @@ class S3Store:
         answer = self._client.put_object(Bucket=self._bucket, Key=self._root + key, Body=data, **options)
         if "ETag" in answer:
             return str(answer["ETag"])
-        # Whatever the answer was, the present content shows whether the write took place.
+        # For any answer, the present content shows whether the write took place.
         stored = self.read(key)
         if stored is None or stored.data != data:
             raise Unreachable(f"{self.uri}/{key}: the answer is not one of an S3 server, and nothing was written")
@@ -374,7 +375,7 @@ class S3Store:
 
 
 def _condition(*, if_absent: bool, if_tag: str | None) -> dict[str, str]:
-    """What a request carries that is to be refused if somebody else wrote."""
+    """The arguments of a conditional write: the store refuses it if another process wrote."""
     return {"IfNoneMatch": "*"} if if_absent else {} if if_tag is None else {"IfMatch": if_tag}
 
 

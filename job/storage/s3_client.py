@@ -135,7 +135,7 @@ def _api_descriptions() -> Any:
 
 
 class _Paced:
-    """A response's raw stream with a total time limit: the socket's timeout starts anew with every byte."""
+    """A response's raw stream with a total time limit: the socket's timeout restarts with every byte."""
 
     def __init__(self, raw: Any, seconds: float) -> None:
         self._raw = raw

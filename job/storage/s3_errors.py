@@ -28,7 +28,7 @@ FAILURES = (
     RecursionError,
     TimeoutError,
 )
-# The body of an answer broke off, stalled, or arrived damaged: worth asking again.
+# The body of an answer broke off, stalled, or arrived damaged: worth repeating.
 TRUNCATED = (
     ConnectionError,
     sdk.FlexibleChecksumError,
@@ -168,18 +168,18 @@ def _cause(error: Any) -> str:
     return f"{error} {error.kwargs.get('error', '')}"
 
 
-def translate(error: BaseException, what: str) -> JobError:
-    """Return the job's error for one of `FAILURES`, `what` being what was tried."""
+def translate(error: BaseException, operation: str) -> JobError:
+    """Return the job's error for one of `FAILURES`, `operation` being what was tried."""
     if isinstance(error, Boto3Error):
         # The transfer manager wraps the answer: as context, or as `last_exception` when its retries are used up.
         inner = getattr(error, "last_exception", None) or error.__cause__ or error.__context__
         if isinstance(inner, FAILURES):
-            return translate(inner, what)
+            return translate(inner, operation)
     if isinstance(error, ClientError):
-        return _translate_answer(error, what)
-    if (unsent := _unsent(error, what)) is not None:
+        return _translate_answer(error, operation)
+    if (unsent := _unsent(error, operation)) is not None:
         return unsent
-    message = f"{what}: {_words(error)}"
+    message = f"{operation}: {_words(error)}"
     if isinstance(error, sdk.NoCredentialsError):
         message += "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give the machine or pod a role"
     if isinstance(error, sdk.EndpointConnectionError) and _HOPELESS.search(_cause(error)):
@@ -187,27 +187,27 @@ def translate(error: BaseException, what: str) -> JobError:
     if isinstance(error, _DENIED):
         return AccessDenied(message)
     if isinstance(error, _MISCONFIGURED):
-        return SettingsError([Problem(what, _words(error))])
+        return SettingsError([Problem(operation, _words(error))])
     return Unreachable(message)
 
 
-def _unsent(error: BaseException, what: str) -> JobError | None:
+def _unsent(error: BaseException, operation: str) -> JobError | None:
     """The job's error for a request that no client can send; None for all others."""
     # The SDK asks where the bucket is when it is sent elsewhere, and asks about that question again.
     if "maximum recursion depth" in str(error):
         fix = "set JOB_STORAGE__ENDPOINT_URL to that address, such as https:// in place of http://"
-        return SettingsError([Problem(what, f"the server sends every request to another address; {fix}")])
+        return SettingsError([Problem(operation, f"the server sends every request to another address; {fix}")])
     if not isinstance(error, HTTPClientError):
         return None
     if "Invalid header value" in str(error):  # without its words, which hold it
-        return AccessDenied(f"{what}: a credential has a line break in it, or another invalid character")
+        return AccessDenied(f"{operation}: a credential has a line break in it, or another invalid character")
     if "Failed to parse" in str(error):
         return SettingsError([Problem("HTTP_PROXY or HTTPS_PROXY", "is no address of a proxy")])
     return None
 
 
-def no_credentials(error: OSError | ValueError, what: str) -> AccessDenied | None:
-    """The job's error for credentials that cannot be had; None for an error that has nothing to do with them.
+def no_credentials(error: OSError | ValueError, operation: str) -> AccessDenied | None:
+    """The job's error for credentials that cannot be obtained; None for an unrelated error.
 
     The SDK reads the token of a pod's role (IRSA, Pod Identity), or asks a process, whenever it needs fresh
     credentials, and lets through what the disk says, and that the text makes no sense.
@@ -216,36 +216,36 @@ def no_credentials(error: OSError | ValueError, what: str) -> AccessDenied | Non
     if not frames & {"botocore.credentials", "botocore.tokens"}:
         return None
     if isinstance(error, ValueError):
-        return AccessDenied(f"{what}: the credentials cannot be read: {_words(error)}")
+        return AccessDenied(f"{operation}: the credentials cannot be read: {_words(error)}")
     return AccessDenied(
-        f"{what}: the credentials come from {error.filename}, which cannot be read ({error.strerror}); mount it (a "
-        "service account with a role), and let this user read it: securityContext.fsGroup of the pod"
+        f"{operation}: the credentials come from {error.filename}, which cannot be read ({error.strerror}); mount it "
+        "(a service account with a role), and let this user read it: securityContext.fsGroup of the pod"
     )
 
 
-def _translate_answer(error: ClientError, what: str) -> JobError:
+def _translate_answer(error: ClientError, operation: str) -> JobError:
     code, status = code_and_status(error)
-    words = f"{code} (HTTP {status}): {_words(error.response.get('Error', {}).get('Message', ''))}"
-    words += f"; {_REMEDIES[code]}" if code in _REMEDIES else ""
+    reason = f"{code} (HTTP {status}): {_words(error.response.get('Error', {}).get('Message', ''))}"
+    reason += f"; {_REMEDIES[code]}" if code in _REMEDIES else ""
     transient = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
     if code in _TRANSIENT_CODES or status in transient:
-        return Unreachable(f"{what}: {words}")
+        return Unreachable(f"{operation}: {reason}")
     if code in _DENIED_CODES or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        return AccessDenied(f"{what}: {words}")
+        return AccessDenied(f"{operation}: {reason}")
     if code == "NoSuchBucket":
-        return SettingsError([Problem(what, "there is no such bucket; create it, or correct the URI")])
+        return SettingsError([Problem(operation, "there is no such bucket; create it, or correct the URI")])
     if status in {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}:
-        return NotSupported([Problem(what, f"the store does not support this request: {words}")])
+        return NotSupported([Problem(operation, f"the store does not support this request: {reason}")])
     # An error behind the status of success came after the beginning of a long answer; without a status there was none.
     passing = status < HTTPStatus.MULTIPLE_CHOICES or status >= HTTPStatus.INTERNAL_SERVER_ERROR
     if passing or status == HTTPStatus.NOT_FOUND:
-        return Unreachable(f"{what}: {words}")
-    return SettingsError([Problem(what, f"the store refuses the request: {words}")])
+        return Unreachable(f"{operation}: {reason}")
+    return SettingsError([Problem(operation, f"the store refuses the request: {reason}")])
 
 
-def _words(said: Any) -> str:
+def _words(text: Any) -> str:
     """The error's message on one line, cut off: some servers answer with a whole page.
 
     Without the user and password of an address, which the SDK's own variables may have.
     """
-    return _PASSWORD.sub("", " ".join(str(said).split()))[:_MAX_WORDS].rstrip(".")
+    return _PASSWORD.sub("", " ".join(str(text).split()))[:_MAX_WORDS].rstrip(".")

@@ -18,14 +18,14 @@ def altered(
 
     `alive` is called before each.
     """
-    found = []
+    paths = []
     for artifact in artifacts:
         alive()
         try:
             fetch_artifact(store, artifact, folder).unlink()
         except DataError:
-            found.append(artifact.path)
-    return found
+            paths.append(artifact.path)
+    return paths
 
 
 def fetch_artifact(store: ObjectStore, artifact: Artifact, folder: Path) -> Path:

@@ -49,7 +49,7 @@ class MemoryStore:
             if if_absent and known is not None:
                 raise Conflict(f"{key} exists")
             if if_tag is not None and (known is None or sha256(known).hexdigest() != if_tag):
-                raise Conflict(f"{key} was changed by somebody else")
+                raise Conflict(f"{key} was changed by another process")
             self._objects[self._root + key] = data
         return sha256(data).hexdigest()
 
@@ -77,7 +77,7 @@ class MemoryStore:
         with _LOCK:
             known = self._objects.get(self._root + check_key(key))
             if known is not None and if_tag not in {None, sha256(known).hexdigest()}:
-                raise Conflict(f"{key} was changed by somebody else")
+                raise Conflict(f"{key} was changed by another process")
             self._objects.pop(self._root + key, None)
 
     def conditional_writes(self) -> bool:
