@@ -60,7 +60,7 @@ class Finding:
 
 @dataclass
 class _Places:
-    """Places of rows, `file:17` and the like, in 12 bytes each."""
+    """Locations of rows, such as `file:17`, in 12 bytes each."""
 
     ends: dict[tuple[str, str | None], int] = field(default_factory=dict)
     name: array[int] = field(default_factory=lambda: array("I"))
@@ -136,13 +136,13 @@ class Audit:
     def findings(self, alive: Callable[[], None] = lambda: None) -> list[Finding]:
         """All findings, by row, and of a row in the order of `KINDS`."""
         kinds = list(KINDS)
-        found = [
+        findings = [
             *self._overlaps(),
             *self._duplicates(alive),
             *self._unsafe(),
             *(Finding(kind, self._places[row], row) for row, kind in self._kinds),
         ]
-        return sorted(found, key=lambda one: (one.row, kinds.index(one.kind), one.task or "", one.question or 0))
+        return sorted(findings, key=lambda one: (one.row, kinds.index(one.kind), one.task or "", one.question or 0))
 
     def _overlaps(self) -> Iterator[Finding]:
         questions = self.setup.questions
@@ -152,12 +152,14 @@ class Audit:
         for number, runs in enumerate(questions.runs):
             for run in runs:
                 of_run[run].append(number)
-        for row, found in self._found.items():
-            counts = Counter(number for run in found.runs if self._in_rows[run] <= MOST_ROWS for number in of_run[run])
+        for row, overlap in self._found.items():
+            counts = Counter(
+                number for run in overlap.runs if self._in_rows[run] <= MOST_ROWS for number in of_run[run]
+            )
             near = {number for number, count in counts.items() if count >= SHARE * len(questions.runs[number])}
-            for number in sorted(near | set(found.exact)):
+            for number in sorted(near | set(overlap.exact)):
                 task, place = questions.name(number)
-                yield Finding(OVERLAP, self._places[row], row, task, place, number in found.exact)
+                yield Finding(OVERLAP, self._places[row], row, task, place, number in overlap.exact)
 
     def _unsafe(self) -> Iterator[Finding]:
         if self._screen is None or self._texts is None or self.setup.safety is None:
@@ -173,13 +175,13 @@ class Audit:
         _, first, inverse = np.unique(identities, return_index=True, return_inverse=True)
         firsts = first[inverse]
         repeated = np.flatnonzero(firsts != np.arange(len(identities)))
-        same = {int(row): int(firsts[row]) for row in repeated}
-        for row, original in same.items():
+        first_of = {int(row): int(firsts[row]) for row in repeated}
+        for row, original in first_of.items():
             yield Finding(DUPLICATE, self._places[row], row, repeats=self._places[original])
         begins: dict[bytes, int] = {}
         for row, group in enumerate(group_rows(self._hashes, alive)):
             original = begins.setdefault(group, row)
-            if original != row and row not in same:
+            if original != row and row not in first_of:
                 yield Finding(NEAR_DUPLICATE, self._places[row], row, repeats=self._places[original])
 
 
@@ -202,32 +204,32 @@ def finish(
 
     Args:
         audit: With all rows.
-        name: Of the data, for messages.
-        alive: Called now and then; what it raises ends the work.
-        lengths: Of the examples, by what is counted.
+        name: Name of the data, for messages.
+        alive: Called periodically; an exception from it ends the work.
+        lengths: Lengths of the examples, by unit.
 
     Raises:
         DataError: There are findings of kinds whose rows are an error, or no row is left.
     """
     setup = audit.setup
-    found = audit.findings(alive)
+    findings = audit.findings(alive)
     actions = {kind: action_of(setup.on_finding, kind) for kind in KINDS}
-    if wrong := [one for one in found if actions[one.kind] == "error"]:
-        problems = [Problem(one.where, _what(one)) for one in wrong[:MAX_SHOWN]]
+    if refused := [finding for finding in findings if actions[finding.kind] == "error"]:
+        problems = [Problem(finding.where, _describe(finding)) for finding in refused[:MAX_SHOWN]]
         advice = "correct the rows, or set JOB_DATA__ON_FINDING to skip or record for these kinds"
-        raise DataError(problems, len(wrong), advice)
-    dropped = {one.row for one in found if actions[one.kind] == "skip"}
+        raise DataError(problems, len(refused), advice)
+    dropped = {finding.row for finding in findings if actions[finding.kind] == "skip"}
     rows = len(audit.of_examples and set(audit.of_examples))
     if dropped and len(dropped) == rows:
-        what = "has no row without a finding that JOB_DATA__ON_FINDING leaves out"
-        raise DataError([Problem(name, what)])
-    lines = b"".join(one.line().encode() for one in found)
+        message = "has no row without a finding that JOB_DATA__ON_FINDING leaves out"
+        raise DataError([Problem(name, message)])
+    lines = b"".join(finding.line().encode() for finding in findings)
     record = AuditRecord(
         rows=rows,
         left_out=len(dropped),
-        checks=_checks(setup, found),
-        overlap=overlapping(found),
-        findings=len(found),
+        checks=_checks(setup, findings),
+        overlap=overlapping(findings),
+        findings=len(findings),
         sha256=hashlib.sha256(lines).hexdigest(),
         bytes=len(lines),
         compared=min(rows, MOST_COMPARED),
@@ -235,51 +237,51 @@ def finish(
         languages=dict(sorted(audit.languages.items(), key=lambda one: (-one[1], one[0]))),
         languages_by=setup.language or "",
         languages_not_checked="" if setup.language else _NOT_INSTALLED.format(LANGUAGES),
-        lengths={what: quantiles(values) for what, values in (lengths or {}).items()},
+        lengths={unit: quantiles(values) for unit, values in (lengths or {}).items()},
         safety=setup.safety,
     )
     left_out = tuple(number for number, row in enumerate(audit.of_examples) if row in dropped)
     return Audited(record, lines, left_out)
 
 
-def overlapping(found: Sequence[Finding]) -> dict[str, list[int]]:
+def overlapping(findings: Sequence[Finding]) -> dict[str, list[int]]:
     """By task, the places of the questions that training rows have in them, ascending; none: left out."""
     by_task: dict[str, set[int]] = {}
-    for one in found:
-        if one.task is not None and one.question is not None:
-            by_task.setdefault(one.task, set()).add(one.question)
+    for finding in findings:
+        if finding.task is not None and finding.question is not None:
+            by_task.setdefault(finding.task, set()).add(finding.question)
     return {task: sorted(places) for task, places in sorted(by_task.items())}
 
 
-def counts(found: Sequence[Finding]) -> dict[str, tuple[int, list[str]]]:
-    """By kind, the number of rows with such a finding, and the first places."""
+def counts(findings: Sequence[Finding]) -> dict[str, tuple[int, list[str]]]:
+    """By kind, the number of rows with a finding of that kind, and the first locations."""
     places: dict[str, dict[int, str]] = {}
-    for one in found:
-        places.setdefault(one.kind, {}).setdefault(one.row, one.where)
+    for finding in findings:
+        places.setdefault(finding.kind, {}).setdefault(finding.row, finding.where)
     return {kind: (len(rows), list(rows.values())[:PLACES]) for kind, rows in places.items()}
 
 
-def _checks(setup: AuditSetup, found: Sequence[Finding]) -> dict[str, CheckRecord]:
-    by_kind, checks = counts(found), {}
+def _checks(setup: AuditSetup, findings: Sequence[Finding]) -> dict[str, CheckRecord]:
+    by_kind, checks = counts(findings), {}
     for kind in KINDS:
-        missing, by = "", "this project"
+        reason, by = "", "this project"
         if kind == UNSAFE:
             if setup.safety is None:
                 continue
             by = setup.safety.model
         if kind == OVERLAP and setup.questions is None:
-            missing = _NO_QUESTIONS
+            reason = _NO_QUESTIONS
         elif kind in setup.checkers:
             by = setup.checkers[kind] or ""
-            missing = "" if by else _NOT_INSTALLED.format(_needs(kind))
+            reason = "" if by else _NOT_INSTALLED.format(_needs(kind))
         elif kind == NEAR_DUPLICATE:
             by = "datasketch"
         rows, places = by_kind.get(kind, (0, []))
         checks[kind] = CheckRecord(
             action=action_of(setup.on_finding, kind),
-            checked_by="" if missing else by,
-            not_checked=missing,
-            rows=None if missing else rows,
+            checked_by="" if reason else by,
+            not_checked=reason,
+            rows=None if reason else rows,
             places=places,
         )
     return checks
@@ -291,14 +293,14 @@ def _needs(kind: str) -> str | None:
     return DETECTORS[kind].needs
 
 
-def _what(one: Finding) -> str:
-    """A finding in words, for an error: never what stands in the row."""
+def _describe(finding: Finding) -> str:
+    """A finding in words, for an error: never the row's text."""
     about = {
-        OVERLAP: f" (question {one.question} of {one.task})",
-        DUPLICATE: f" ({one.repeats})",
-        NEAR_DUPLICATE: f" ({one.repeats})",
-    }.get(one.kind, "")
-    return f"is a {KINDS[one.kind]}{about} (JOB_DATA__ON_FINDING)"
+        OVERLAP: f" (question {finding.question} of {finding.task})",
+        DUPLICATE: f" ({finding.repeats})",
+        NEAR_DUPLICATE: f" ({finding.repeats})",
+    }.get(finding.kind, "")
+    return f"is a {KINDS[finding.kind]}{about} (JOB_DATA__ON_FINDING)"
 
 
 def parse_findings(data: bytes) -> list[Finding]:
@@ -307,15 +309,15 @@ def parse_findings(data: bytes) -> list[Finding]:
     Raises:
         ValueError: With the first line that is none.
     """
-    found = []
+    findings = []
     for number, line in enumerate(data.splitlines(), start=1):
         try:
-            found.append(Finding(**json.loads(line)))
-            if found[-1].kind not in KINDS:
+            findings.append(Finding(**json.loads(line)))
+            if findings[-1].kind not in KINDS:
                 raise ValueError("no kind of finding")  # noqa: TRY301 - told with the line, as all else
         except (TypeError, ValueError) as error:
             raise ValueError(f"line {number}: {str(error)[:200]}") from None
-    return found
+    return findings
 
 
 def read_findings(path: Path | Any) -> list[Finding]:

@@ -49,15 +49,15 @@ def _secrets() -> Test:
     """
     plugins = import_module("detect_secrets.plugins")
     base = import_module("detect_secrets.plugins.base").RegexBasedDetector
-    found = []
+    searches = []
     for module in iter_modules(plugins.__path__):
         for kind in vars(import_module(f"detect_secrets.plugins.{module.name}")).values():
             concrete = isinstance(kind, type) and issubclass(kind, base) and not getattr(kind, "__abstractmethods__", 0)
             if concrete and kind.secret_type not in _NO_SECRETS:
-                found += [pattern.search for pattern in kind.denylist]
+                searches += [pattern.search for pattern in kind.denylist]
 
     def test(text: str) -> bool:
-        return any(search(text) for search in found)
+        return any(search(text) for search in searches)
 
     return test
 
@@ -77,20 +77,20 @@ _NOBODYS_NAME = re.compile(
     r"|(?:j|john|jane)[._-]?doe\d{0,3}",
     re.IGNORECASE,
 )
-"""What stands before the @ where nobody is meant: `username`, `your_email`, `user123`, John and Jane Doe."""
+"""Local parts (before the @) of placeholder addresses: `username`, `your_email`, `user123`, John and Jane Doe."""
 _ONE_CHARACTER = re.compile(r".@[A-Za-z0-9]\.[A-Za-z]{2,24}")
 
 
 def _emails() -> Test:
-    """Addresses that somebody may own.
+    """Addresses that may belong to a person.
 
-    Not those whose domain is an example, whose name says that nobody is meant, or whose name and domain are one
+    Not those whose domain is an example, whose local part is a placeholder, or whose name and domain are one
     character each (`a@b.co`). Whether the person behind another address is an invented one cannot be seen.
     """
 
-    def owned(found: re.Match[str]) -> bool:
-        nobody = _NOBODYS_DOMAIN.fullmatch(found[2]) or _NOBODYS_NAME.fullmatch(found[1])
-        return not (nobody or _ONE_CHARACTER.fullmatch(found[0]))
+    def owned(match: re.Match[str]) -> bool:
+        nobody = _NOBODYS_DOMAIN.fullmatch(match[2]) or _NOBODYS_NAME.fullmatch(match[1])
+        return not (nobody or _ONE_CHARACTER.fullmatch(match[0]))
 
     return lambda text: "@" in text and any(map(owned, _EMAIL.finditer(text)))
 
@@ -117,9 +117,9 @@ def _phones() -> Test:
     phones = import_module("phonenumbers")
     strict = phones.Leniency.STRICT_GROUPING
 
-    def owned(found: Any) -> bool:
-        digits = phones.national_significant_number(found.number)
-        return not (_NOBODYS_NUMBER.fullmatch(f"{found.number.country_code}{digits}") or digits in _COUNTING)
+    def owned(match: Any) -> bool:
+        digits = phones.national_significant_number(match.number)
+        return not (_NOBODYS_NUMBER.fullmatch(f"{match.number.country_code}{digits}") or digits in _COUNTING)
 
     def test(text: str) -> bool:
         if _DIGITS.search(text) is None:

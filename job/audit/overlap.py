@@ -96,8 +96,8 @@ class Runs:
         return found
 
 
-def whole(words: Sequence[str]) -> int:
-    """The hash of a whole text: of a short one not as a run, since each line of each row is hashed so."""
+def text_hash(words: Sequence[str]) -> int:
+    """The hash of a text; a short one is not hashed as a run, since each line of each row is hashed like that."""
     if len(words) < NGRAM:
         return int.from_bytes(blake2b(" ".join(words).encode(errors="replace"), digest_size=8).digest(), "little")
     return int(Runs(words).of_length(len(words))[0])
@@ -143,12 +143,12 @@ class Questions:
         lines = {line for text in texts for line in (text, *text.splitlines())}
         exact = {number for line in lines for number in self._short(line)}
         row = Runs(words)
-        hashes, known = row.of_length(NGRAM), self._known
-        if not len(hashes) or not len(known):
+        hashes, question_hashes = row.of_length(NGRAM), self._known
+        if not len(hashes) or not len(question_hashes):
             return Found(tuple(sorted(exact)))
-        places = np.searchsorted(known, hashes)
-        places[places == len(known)] = 0
-        hits = np.flatnonzero(known[places] == hashes)
+        places = np.searchsorted(question_hashes, hashes)
+        places[places == len(question_hashes)] = 0
+        hits = np.flatnonzero(question_hashes[places] == hashes)
         for at in hits.tolist():
             for number in self._by_first.get(int(hashes[at]), ()):
                 length = self.lengths[number]
@@ -157,14 +157,14 @@ class Questions:
         return Found(tuple(sorted(exact)), tuple(sorted(set(places[hits].tolist()))))
 
     def _short(self, line: str) -> Sequence[int]:
-        if not self._by_whole or len(line) > _LONGEST_SHORT:
+        if not self._by_text_hash or len(line) > _LONGEST_SHORT:
             return ()
-        found: list[int] = []
+        questions: list[int] = []
         for form in {line, _LABEL.sub("", line)}:
             words = words_of(form)
             if FEWEST_WORDS <= len(words) < NGRAM:
-                found += self._by_whole.get((len(words), whole(words)), ())
-        return found
+                questions += self._by_text_hash.get((len(words), text_hash(words)), ())
+        return questions
 
     @cached_property
     def _known(self) -> Hashes:
@@ -181,7 +181,7 @@ class Questions:
         return dict(found)
 
     @cached_property
-    def _by_whole(self) -> Mapping[tuple[int, int], Sequence[int]]:
+    def _by_text_hash(self) -> Mapping[tuple[int, int], Sequence[int]]:
         found = defaultdict(list)
         for number, (hashed, length) in enumerate(zip(self.wholes, self.lengths, strict=True)):
             if FEWEST_WORDS <= length < NGRAM:
@@ -220,7 +220,7 @@ def index_questions(prompts: Mapping[str, Sequence[str]]) -> Questions:
     return Questions(
         tuple((task, len(texts)) for task, texts in prompts.items()),
         tuple(map(len, words)),
-        tuple(map(whole, words)),
+        tuple(map(text_hash, words)),
         tuple(firsts),
         tuple(tuple(sorted({place[int(run)] for run in runs})) for runs in of_runs),
         tuple(hashes),

@@ -45,15 +45,15 @@ class AuditSetup:
         return {**asdict(self), "on_finding": dict(self.on_finding), "checkers": dict(self.checkers)}
 
     @classmethod
-    def from_json(cls, given: Mapping[str, Any]) -> AuditSetup:
+    def from_json(cls, content: Mapping[str, Any]) -> AuditSetup:
         """The inverse of `as_json`."""
         fields: dict[str, Any] = {
             name: tuple(tuple(item) if isinstance(item, list) else item for item in value)
-            for name, value in (given["questions"] or {}).items()
+            for name, value in (content["questions"] or {}).items()
         }
         questions = Questions(**fields) if fields else None
-        safety = None if given["safety"] is None else SafetyRecord(**given["safety"])
-        return cls(questions, given["on_finding"], given["checkers"], given["language"], safety)
+        safety = None if content["safety"] is None else SafetyRecord(**content["safety"])
+        return cls(questions, content["on_finding"], content["checkers"], content["language"], safety)
 
 
 def set_up(
@@ -69,10 +69,10 @@ class AuditedRow:
     """What was found in one row.
 
     Attributes:
-        identity: Of its texts; equal for rows that are the same but for case and white space.
+        identity: Hash of its texts; equal for rows that differ only in case and white space.
         hashed: Its `near_duplicates.row_hash`.
-        kinds: Of `DETECTORS`.
-        found: Of the questions.
+        kinds: Keys of `DETECTORS` that were found.
+        found: The questions that it contains.
         language: As `statistics.language_finder` has it; empty where nothing finds it out.
         text: In UTF-8, where a classifier is to score it; else empty.
     """
@@ -114,11 +114,11 @@ class RowAudit:
 
     def __call__(self, texts: Sequence[str]) -> bytes:
         """What a row has, from its texts, as `AuditedRow.to_bytes`."""
-        whole = "\n".join(texts)
-        found = Found() if self._questions is None else self._questions.look_for(texts, words_of(whole))
+        joined = "\n".join(texts)
+        overlap = Found() if self._questions is None else self._questions.look_for(texts, words_of(joined))
         same = "\0".join(" ".join(text.casefold().split()) for text in texts)
         identity = int.from_bytes(sha256(same.encode(errors="surrogatepass")).digest()[:8], "little")
-        kinds = tuple(kind for kind, test in self._tests if test(whole))
+        kinds = tuple(kind for kind, test in self._tests if test(joined))
         # A lone surrogate, which is no text, has no form in UTF-8.
-        text = whole.encode(errors="replace") if self._keeps_text else b""
-        return AuditedRow(identity, row_hash(texts), kinds, found, self._language(whole)[:8], text).to_bytes()
+        text = joined.encode(errors="replace") if self._keeps_text else b""
+        return AuditedRow(identity, row_hash(texts), kinds, overlap, self._language(joined)[:8], text).to_bytes()

@@ -31,36 +31,42 @@ CHUNK = 256
 """Texts that are scored, and kept for a restart, together; they are batched by length within."""
 
 
-def unsafe_labels(labels: Sequence[str], asked: Sequence[str] | None, *, exclusive: bool) -> tuple[str, ...]:
+def unsafe_labels(labels: Sequence[str], named: Sequence[str] | None, *, exclusive: bool) -> tuple[str, ...]:
     """The labels that mean unsafe, in the model's order.
 
     Args:
         labels: All labels of the model, in order.
-        asked: JOB_DATA__UNSAFE_LABELS; None: recognized by their names.
+        named: JOB_DATA__UNSAFE_LABELS; None: recognized by their names.
         exclusive: Whether a text has exactly one of the labels (softmax), so that one of them has to mean safe.
 
     Raises:
         SettingsError: The names do not say it, or are not the model's.
     """
     listed = ", ".join(labels[:_SHOWN]) + (", ..." if len(labels) > _SHOWN else "")
-    if asked is not None:
-        if unknown := [name for name in asked if name not in labels]:
-            what = f"names {', '.join(unknown)}, and the labels of JOB_DATA__SAFETY_MODEL are {listed}"
-            raise SettingsError([Problem(_LABELS, what)])
-        found = tuple(label for label in labels if label in asked)
-        if exclusive and len(found) == len(labels):
-            what = "names all labels of JOB_DATA__SAFETY_MODEL, of which every text has one; leave out what means safe"
-            raise SettingsError([Problem(_LABELS, what)])
-        return found
+    if named is not None:
+        if unknown := [name for name in named if name not in labels]:
+            message = f"names {', '.join(unknown)}, and the labels of JOB_DATA__SAFETY_MODEL are {listed}"
+            raise SettingsError([Problem(_LABELS, message)])
+        unsafe = tuple(label for label in labels if label in named)
+        if exclusive and len(unsafe) == len(labels):
+            message = (
+                "names all labels of JOB_DATA__SAFETY_MODEL, of which every text has one; leave out what means safe"
+            )
+            raise SettingsError([Problem(_LABELS, message)])
+        return unsafe
     if any(map(_UNNAMED.fullmatch, labels)):
-        what = f"must be given: the labels of JOB_DATA__SAFETY_MODEL have no names ({listed}); its card says which of"
-        raise SettingsError([Problem(_LABELS, f"{what} them mean unsafe")])
-    found = tuple(label for label in labels if re.sub(r"[\W\d_]", "", label).casefold() not in SAFE_NAMES)
-    if not found or (exclusive and len(found) == len(labels)):
-        which = "unsafe" if not found else "safe"
-        what = f"must be given: no label of JOB_DATA__SAFETY_MODEL ({listed}) has a name that is known to mean {which}"
-        raise SettingsError([Problem(_LABELS, what)])
-    return found
+        message = (
+            f"must be given: the labels of JOB_DATA__SAFETY_MODEL have no names ({listed}); its card says which of"
+        )
+        raise SettingsError([Problem(_LABELS, f"{message} them mean unsafe")])
+    unsafe = tuple(label for label in labels if re.sub(r"[\W\d_]", "", label).casefold() not in SAFE_NAMES)
+    if not unsafe or (exclusive and len(unsafe) == len(labels)):
+        which = "unsafe" if not unsafe else "safe"
+        message = (
+            f"must be given: no label of JOB_DATA__SAFETY_MODEL ({listed}) has a name that is known to mean {which}"
+        )
+        raise SettingsError([Problem(_LABELS, message)])
+    return unsafe
 
 
 class Texts:
