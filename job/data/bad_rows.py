@@ -35,10 +35,10 @@ class BadRows:
         remaining = MAX_SHOWN - len(self._problems)
         self._problems += [Problem(fault.where, fault.what) for fault in faults[:remaining]]
 
-    def add_problem(self, where: str, what: str) -> None:
+    def add_problem(self, where: str, message: str) -> None:
         """Adds what is wrong with a source as a whole, which cannot be skipped."""
         self._total += 1
-        self._problems.append(Problem(where, what))
+        self._problems.append(Problem(where, message))
 
     @property
     def found(self) -> bool:

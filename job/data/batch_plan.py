@@ -57,7 +57,7 @@ def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
 
 
 def without_divided(lengths: Sequence[int], above: int | None) -> tuple[list[int], list[int]]:
-    """Positions of what all processes compute together, which is of more than `above` tokens, and of all else."""
+    """Positions of the examples that all processes compute together (more than `above` tokens), and of the others."""
     longest = [i for i, length in enumerate(lengths) if above is not None and length > above]
     return longest, [i for i, length in enumerate(lengths) if above is None or length <= above]
 
@@ -67,7 +67,7 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
     Args:
         lengths: Tokens of each example.
-        budget: Tokens a micro-batch may hold; an example longer than that gets a micro-batch of its own.
+        budget: Tokens a micro-batch may hold; a longer example is the only one of its micro-batch.
 
     Returns:
         Positions into `lengths`, each exactly once, grouped.
@@ -137,7 +137,7 @@ class Steps:
         """
         lengths, weights = lengths_of(self.examples), weights_of(self.examples)  # without the tokens of all rows
         weighted = any(weight != 1 for weight in weights)
-        found = []
+        sequences = []
         for step in range(self.total):
             rows = batch(self.seed, len(lengths), self.global_batch_size, step)
             rows = tuple(rows[i] for i in without_divided([lengths[row] for row in rows], self.divided_above)[1])
@@ -147,12 +147,12 @@ class Steps:
                     parts: dict[float, list[int]] = {}
                     for i in group:
                         parts.setdefault(weights[mine[i]] if weighted else 1.0, []).append(lengths[mine[i]])
-                    found += [
+                    sequences += [
                         (sum(part), len(part))
                         for weight, part in parts.items()
                         if weight and (longest is None or max(part) <= longest)
                     ]
-        return found
+        return sequences
 
     def epoch(self, step: int) -> float:
         """How many epochs the first `step` steps are."""

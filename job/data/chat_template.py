@@ -29,7 +29,7 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 Program = dict[str, Any]
-"""A chat template and what it reads beside a conversation, JSON-able: the first line for `template_process`."""
+"""A chat template and what it reads besides a conversation, JSON-able: the first line for `template_process`."""
 
 
 class TemplateRefusalError(ValueError):
@@ -42,7 +42,7 @@ class Template(Protocol):
     Attributes:
         marks: Whether it can mark what the assistant says: None if not, `own` if the tokenizer's template has
             `{% generation %}` marks, `trl` if TRL has a training template for it. Those differ from the tokenizer's
-            template: they write each answer as it was generated, thoughts included, whatever follows it.
+            template: they write each answer as it was generated, thoughts included, regardless of what follows it.
     """
 
     @property
@@ -105,7 +105,8 @@ def open_template(
     """The tokenizer's chat template, for as long as it is needed.
 
     Args:
-        tokenizer: A `transformers.PreTrainedTokenizerFast` with a chat template, or a stand-in that renders by itself.
+        tokenizer: A `transformers.PreTrainedTokenizerFast` with a chat template, or a substitute that renders without a
+            template process.
         date: The current date as the template sees it, `YYYY-MM-DD`; None for the day in UTC.
         alive: Called repeatedly while a template takes long; an exception from it ends the wait.
         arguments: Further variables of the template, such as `enable_thinking`.
@@ -126,7 +127,7 @@ def run_program(
 
 
 def make_program(tokenizer: Any, date: str | None, arguments: Mapping[str, Any] | None) -> Program | None:
-    """The tokenizer's chat template with all that it reads beside a conversation; None for a stand-in.
+    """The tokenizer's chat template with all that it reads besides a conversation; None for a stand-in.
 
     Raises:
         DataError, SettingsError: As `open_template`.
@@ -134,13 +135,13 @@ def make_program(tokenizer: Any, date: str | None, arguments: Mapping[str, Any] 
     if not hasattr(tokenizer, "special_tokens_map"):
         return None
     try:
-        own = {"plain": tokenizer.get_chat_template(), "tools": tokenizer.get_chat_template(tools=[])}
+        templates = {"plain": tokenizer.get_chat_template(), "tools": tokenizer.get_chat_template(tools=[])}
     except ValueError as error:
         raise DataError([Problem(_WHERE, f"its tokenizer has no chat template to use: {error}")]) from error
     check_arguments(tokenizer, arguments or {})
-    marks, marked = _find_marked(own)
+    marks, marked = _find_marked(templates)
     return {
-        "templates": {"own": own, "marked": marked},
+        "templates": {"own": templates, "marked": marked},
         "special": tokenizer.special_tokens_map,
         "arguments": {**(arguments or {})},
         "date": date or f"{datetime.now(UTC):%Y-%m-%d}",
@@ -150,7 +151,7 @@ def make_program(tokenizer: Any, date: str | None, arguments: Mapping[str, Any] 
 
 @contextmanager
 def run_template(program: Program, alive: Callable[[], None] = lambda: None) -> Iterator[Template]:
-    """The template, in a process of its own; `alive` as in `open_template`.
+    """The template, in a separate process; `alive` as in `open_template`.
 
     Raises:
         JobError: The process does not start.
@@ -161,13 +162,13 @@ def run_template(program: Program, alive: Callable[[], None] = lambda: None) -> 
         yield rendering
 
 
-def _find_marked(own: Mapping[str, str]) -> tuple[Literal["own", "trl"] | None, Mapping[str, str]]:
+def _find_marked(templates: Mapping[str, str]) -> tuple[Literal["own", "trl"] | None, Mapping[str, str]]:
     """The templates that have marks, and whose they are."""
-    if all(map(_MARK.search, own.values())):
-        return "own", own
-    training = {use: _training_template(text) for use, text in own.items()}
+    if all(map(_MARK.search, templates.values())):
+        return "own", templates
+    training = {use: _training_template(text) for use, text in templates.items()}
     found = {use: text for use, text in training.items() if text is not None}
-    return ("trl", found) if len(found) == len(own) else (None, {})
+    return ("trl", found) if len(found) == len(templates) else (None, {})
 
 
 def _training_template(template: str) -> str | None:
@@ -186,15 +187,15 @@ def _training_template(template: str) -> str | None:
 
 
 class _StandIn:
-    """A stand-in's template: it renders by itself, and marks nothing."""
+    """The template of a substitute tokenizer: it renders in this process, and marks nothing."""
 
     marks = None
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def __call__(self, messages: Sequence[dict[str, Any]], **how: Any) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, **how))
+    def __call__(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, **options))
 
     def marked(self, *_: Any, **__: Any) -> Any:
         raise TemplateRefusalError("has no marks")
@@ -238,10 +239,10 @@ class _Rendering:
             raise TemplateRefusalError(answer["error"])
         return answer
 
-    def ask(self, what: Any) -> dict[str, Any]:
+    def ask(self, request: Any) -> dict[str, Any]:
         """Sends a line of JSON and returns the answer to it."""
         # Dates and bytes, as Parquet has them, have no JSON form; transformers gives templates the same placeholder.
-        line = json.dumps(what, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
+        line = json.dumps(request, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
         source = self._helper.stdout
         try:
             self._helper.stdin.write(line)
@@ -266,9 +267,9 @@ class _Rendering:
         if self._helper.killed_for_memory():
             return ran_out("a conversation was rendered", "shorten the longest rows", MemoryError())
         if code == -signal.SIGXCPU:
-            what = f"does not terminate: one conversation took more than {SECONDS} s"
+            message = f"does not terminate: one conversation took more than {SECONDS} s"
         elif code < 0 or "MemoryError" in last:
-            what = f"crashes the process that renders it ({code}): it uses too much memory, or recurses infinitely"
+            message = f"crashes the process that renders it ({code}): it uses too much memory, or recurses infinitely"
         else:
             return JobError(f"the process that renders chat templates failed: {last}")
-        return DataError([Problem(_WHERE, f"its chat template {what}; use another model")])
+        return DataError([Problem(_WHERE, f"its chat template {message}; use another model")])

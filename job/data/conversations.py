@@ -36,24 +36,24 @@ Span = tuple[int, int]
 _USED = ("messages", "tools")
 _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking", "refusal")
-"""Parts of an answer beside its content. Templates write them for the last answer only."""
+"""Parts of an answer besides its content. Templates write them for the last answer only."""
 _NO_TEXT = ("audio", "image", "images", "video", "videos")
 LEARNED = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_weight")
 """Fields that say whether a message is in the loss, in OpenAI's and other tools' formats: 0 or 1, or a flag."""
 _OTHER_MASKS = ("mask", "masked", "loss_mask", "ignore", "ignore_loss", "train_detail")
 """Fields that say the same in ways that differ from tool to tool."""
 _BY_CHANCE = 16
-"""Characters from which a text that stands in a conversation is not expected a second time there."""
+"""Length in characters from which a text of a conversation is not expected twice in it."""
 _LEARNED_IF_FALSE = ("masked", "ignore", "ignore_loss")
 """Of these, those of which false can only mean that the message is in the loss."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _OTHER_NAMES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "ai"), "assistant")}
-"""Speakers in other formats: most chat templates write any role as it is, and the model knows none of these."""
+"""Speakers in other formats: most chat templates write any role unchanged, and the model was not trained on these."""
 _OF_A_MESSAGE = ("role", "content", *LEARNED)
 
 
 def _text_of(content: Any) -> Any:
-    """A content as one text, where it is parts of text; none is empty text, and anything else stays as it is."""
+    """A content as one text, where it is parts of text; None is empty text, and anything else is unchanged."""
     if content is None:
         return ""
     parts = content if isinstance(content, list) and content else None
@@ -96,7 +96,7 @@ def check_messages(row: Row) -> list[RowError]:
 
 
 def check_role(message: dict[str, Any], where: str) -> list[RowError]:
-    """Refuses a role that is one of `_ROLES` under another name; a role of which nothing is known is the template's."""
+    """Refuses a role that is one of `_ROLES` under another name; an unknown role is left to the template."""
     role = message.get("role")
     plain = role.strip().lower() if isinstance(role, str) else None
     meant = plain if plain in _ROLES else _OTHER_NAMES.get(plain or "")
@@ -128,12 +128,12 @@ def _check_weight(message: dict[str, Any], where: str) -> list[RowError]:
     for field in LEARNED:
         value = message.get(field)
         if value is not None and not (isinstance(value, int | float) and value in {0, 1}):
-            what = "must be 0 (context only) or 1; other weights are not supported"
-            faults.append(RowError("wrong_type", f"{where} {field}", what))
+            fault = "must be 0 (context only) or 1; other weights are not supported"
+            faults.append(RowError("wrong_type", f"{where} {field}", fault))
     for field in _OTHER_MASKS:
         if not is_empty(message.get(field)) and (message[field] is not False or field not in _LEARNED_IF_FALSE):
-            what = "selects the messages to learn in an unknown way; give each message the field weight: 0 or 1"
-            faults.append(RowError("field_without_use", f"{where} {field}", what))
+            fault = "selects the messages to learn in an unknown way; give each message the field weight: 0 or 1"
+            faults.append(RowError("field_without_use", f"{where} {field}", fault))
     return faults
 
 
@@ -180,28 +180,28 @@ def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Ren
         tools, plain = without_nulls(tools), without_nulls(plain)
     given = [_with_content(message) for message in plain]
     try:
-        messages, text = _whole(given, tools, template)
+        messages, text = _render_accepted(given, tools, template)
         unused = [*left_out(row, _USED), *_unused_in_messages(messages, tools, text, template)]
         if field := next((name for name in unused if _is_missed(name, messages)), None):
             return RowError(
                 "field_without_use", place, f"has {field}, which the tokenizer's chat template does not write"
             )
         if tools is not None and _rendered(template, messages, None) == text:
-            what = "is not written by the tokenizer's chat template; use a model whose template writes tools"
-            return RowError("field_without_use", f"{row.where} tools", what)
+            fault = "is not written by the tokenizer's chat template; use a model whose template writes tools"
+            return RowError("field_without_use", f"{row.where} tools", fault)
         if (index := _unwritten(messages, tools, text, template)) is not None:
-            what = f"is not written by the tokenizer's chat template, which ignores this {messages[index]['role']!a}"
-            return RowError("field_without_use", f"{place}[{index}]", what)
-        found = _find_turns(messages, tools, text, template, turns)
+            fault = f"is not written by the tokenizer's chat template, which ignores this {messages[index]['role']!a}"
+            return RowError("field_without_use", f"{place}[{index}]", fault)
+        split_text = _find_turns(messages, tools, text, template, turns)
     except TemplateRefusalError as error:
         return RowError("bad_conversation", place, f"is refused by the tokenizer's chat template: {error}")
-    if found is None:
-        what = (
+    if split_text is None:
+        fault = (
             "cannot be split into turns: the chat template changes earlier turns when later ones follow;"
             " set JOB_TRAIN__LOSS_ON=all, or last to learn only the last turn"
         )
-        return RowError("bad_conversation", place, what)
-    text, learned, ignored = found
+        return RowError("bad_conversation", place, fault)
+    text, learned, ignored = split_text
     return Rendered(place, text, learned, ignored, tuple(unused), must_end=turns in {"assistant", "last"})
 
 
@@ -223,23 +223,23 @@ def _find_turns(
     """
     ignored = [index for index, message in enumerate(messages) if _is_unlearned(message)]
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    wanted = [] if turns is None else answers[-1:] if turns == "last" else answers
+    target_turns = [] if turns is None else answers[-1:] if turns == "last" else answers
     # With `last`, only the model's own template may mark turns: TRL's training templates render another text.
     if (turns == "assistant" and template.marks) or (turns == "last" and template.marks == "own"):
         marked, spans = template.marked(messages, tools=tools)
         if len(spans) == len(answers):
             of_turn = dict(zip(answers, spans, strict=True))
-            return marked, tuple(of_turn[index] for index in wanted if index not in ignored), ()
+            return marked, tuple(of_turn[index] for index in target_turns if index not in ignored), ()
         if turns == "assistant" and not ignored:
             return marked, spans, ()
     compared = {
         index: _turn(index, text, messages, tools, template)
-        for index in sorted({*wanted, *(ignored if turns in {None, "completion"} else ())})
+        for index in sorted({*target_turns, *(ignored if turns in {None, "completion"} else ())})
     }
     span_of = {index: span for index, span in compared.items() if span is not None}
     if len(span_of) < len(compared):
         return None
-    learned = tuple(span_of[index] for index in wanted if index not in ignored)
+    learned = tuple(span_of[index] for index in target_turns if index not in ignored)
     whole = ((0, len(text)),) if turns is None else learned
     return text, whole, tuple(span_of[index] for index in ignored if index in span_of)
 
@@ -277,7 +277,7 @@ def _with_content(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": _text_of(message.get("content"))}
 
 
-def _whole(
+def _render_accepted(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, template: Template
 ) -> tuple[list[dict[str, Any]], str]:
     """The messages in the form that the template accepts, and the rendered conversation.
@@ -363,7 +363,7 @@ def _turn(
     return _common_length(before, through), len(through)
 
 
-def _common_length(one: str, other: str) -> int:
+def _common_length(first: str, second: str) -> int:
     """Length of the common prefix of two texts."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))

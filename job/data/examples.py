@@ -94,15 +94,15 @@ class ExampleWriter:
         self._take(ids, targets, np.array([len(targets)]), [(second_at, desirable, weight)])
 
     def add_all(
-        self, ids: bytes, targets: bytes, lengths: bytes, rest: Sequence[tuple[int | None, bool | None, float]]
+        self, ids: bytes, targets: bytes, lengths: bytes, extras: Sequence[tuple[int | None, bool | None, float]]
     ) -> None:
-        """Adds examples that lie one behind the other, as `add` would one by one: the file has the same bytes.
+        """Adds concatenated examples, as `add` would one by one: the file has the same bytes.
 
         Args:
             ids: Tokens of all of them.
             targets: Targets of all of them.
             lengths: Tokens of each, int32, little-endian.
-            rest: Second sequence, label and weight of each.
+            extras: Second sequence, label and weight of each.
         """
         import numpy as np
 
@@ -117,7 +117,7 @@ class ExampleWriter:
             # Up to the example that fills the batch, which is written with it.
             stop = min(len(counts), int(ends.searchsorted(begin + _BATCH_TOKENS - self._waiting)) + 1)
             end = int(ends[stop - 1])
-            self._take(ids[4 * begin : 4 * end], targets[begin:end], counts[at:stop], rest[at:stop])
+            self._take(ids[4 * begin : 4 * end], targets[begin:end], counts[at:stop], extras[at:stop])
             at = stop
 
     def _take(
@@ -125,12 +125,12 @@ class ExampleWriter:
         ids: bytes,
         targets: bytes,
         counts: Integers,
-        rest: Sequence[tuple[int | None, bool | None, float]],
+        extras: Sequence[tuple[int | None, bool | None, float]],
     ) -> None:
         self._ids.append(ids)
         self._targets.append(targets)
         self._counts.append(counts)
-        self._rest.extend(rest)
+        self._rest.extend(extras)
         self._waiting += len(targets)
         if self._waiting >= _BATCH_TOKENS:
             with disk_errors(f"cannot write {self._path}"):
@@ -159,14 +159,14 @@ class ExampleWriter:
 
 
 class Examples(Sequence[Example]):
-    """Examples of an Arrow file, each read when it is asked for. A slice is a view of the same file.
+    """Examples of an Arrow file, each read on access. A slice is a view of the same file.
 
     Args:
         where: The file, or a buffer with its content.
         rows: Which rows of it, in this order; None for all.
 
     Raises:
-        ValueError: It is no such file.
+        ValueError: The file is not of this format.
     """
 
     def __init__(self, where: Path | Any, rows: Sequence[int] | None = None) -> None:

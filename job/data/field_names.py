@@ -45,7 +45,7 @@ def schemas_with(
 
 
 def in_own_names(faults: list[RowError], row: Row, names: Mapping[str, str]) -> Iterator[RowError]:
-    """The faults, with the rows' own name beside the field's where they differ."""
+    """The faults, with the rows' name of a field next to the schema's where they differ."""
     for fault in faults:
         field = fault.where.removeprefix(f"{row.where} ")
         name = names.get(field)

@@ -10,7 +10,7 @@ from typing import Any
 from job.data.formats import Row, RowError, is_valid_text, type_name
 
 MAX_CHARACTERS = 4 << 20
-"""Of one text in a row: more would take minutes to tokenize, and no model reads as much."""
+"""Of one text in a row: more would take minutes to tokenize, and no model reads that many."""
 MAX_WEIGHT = 1_000_000
 
 
@@ -22,11 +22,11 @@ class Rendered:
         where: The place of the row, and its longest field, which is named if the row is too long.
         text: What is tokenised.
         completions: The spans (start, end), in characters, that the model is trained to produce.
-        ignored: The spans that are never in the loss, whatever JOB_TRAIN__LOSS_ON is.
+        ignored: The spans that are never in the loss, for every JOB_TRAIN__LOSS_ON.
         unused: The fields that were left out.
         must_end: Whether it is a fault if a completion does not end with a special token that is learned.
         weight: What the loss of its target tokens is multiplied by.
-        own_texts: The row's texts without what a schema or template puts around them, where they were asked for.
+        own_texts: The row's texts without what a schema or template puts around them, where they were requested.
     """
 
     where: str
@@ -85,9 +85,9 @@ def broken_places(value: Any, place: str) -> Iterator[str]:
             yield from broken_places(item, f"{place}[{index}]")
 
 
-def left_out(row: Row, used: Container[str]) -> tuple[str, ...]:
+def left_out(row: Row, used_fields: Container[str]) -> tuple[str, ...]:
     """The fields of a row that hold something and are not among those that are used."""
-    return tuple(field for field, value in row.fields.items() if field not in used and not is_empty(value))
+    return tuple(field for field, value in row.fields.items() if field not in used_fields and not is_empty(value))
 
 
 def weight_of(row: Row) -> float | RowError:

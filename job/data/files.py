@@ -108,10 +108,11 @@ def _find_glob(pattern: str) -> list[Path]:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The files of a folder if they are shards: one name but for numbers of equal width, from 0 or 1 without gaps.
+    """The files of a folder if they are shards: one name except for numbers of equal width, from 0 or 1 without gaps.
 
     Raises:
-        DataError: Beside them is one more that cannot be read: a link to nothing, packed otherwise, or still to come.
+        DataError: The folder has a further shard that cannot be read: a broken link, another compression, or not yet
+            complete.
     """
     inside = sorted(file for file in folder.iterdir() if file.name[0] != ".")
     files = [file for file in inside if reader_of(file) and file.is_file()]
@@ -132,7 +133,7 @@ def _check_all_read(files: Sequence[Path], inside: Sequence[Path]) -> None:
     like = re.compile(rf"{re.escape(name)}\d+{re.escape(suffix)}(\..*)?", re.DOTALL)
     if more := [file for file in inside if match and file not in files and like.fullmatch(file.name)]:
         what = (
-            f"is beside {count(len(files), 'shard')} of its name and cannot be read as one of them; "
+            f"is next to {count(len(files), 'shard')} of its name and cannot be read as one of them; "
             "complete or remove it"
         )
         raise DataError([Problem(str(file), what) for file in more])
@@ -181,15 +182,17 @@ def _find_shards(folder: Path, source: str, split: str) -> list[Path]:
     shard = re.compile(rf"{re.escape(split)}-(\d{{5}})-of-(\d{{5}})(-[0-9a-f]{{16}})?(\.[a-z.]+)")
     for place in (folder, folder / "data"):
         names = [file.name for file in place.iterdir() if file.is_file() and reader_of(file)] if place.is_dir() else []
-        found = sorted(filter(None, map(shard.fullmatch, names)), key=lambda match: match[1])
-        if not found:
+        shards = sorted(filter(None, map(shard.fullmatch, names)), key=lambda match: match[1])
+        if not shards:
             continue
-        count = int(found[0][2])
-        if [int(match[1]) for match in found] != list(range(count)) or any(int(match[2]) != count for match in found):
-            have = ", ".join(match[0] for match in found[:_SHOWN_FILES])
-            what = f"has {len(found)} of the {count} shards of split {split!r} ({have}); complete it, or name one file"
-            raise DataError([Problem(source, what)])
-        return [place / match[0] for match in found]
+        count = int(shards[0][2])
+        if [int(match[1]) for match in shards] != list(range(count)) or any(int(match[2]) != count for match in shards):
+            have = ", ".join(match[0] for match in shards[:_SHOWN_FILES])
+            message = (
+                f"has {len(shards)} of the {count} shards of split {split!r} ({have}); complete it, or name one file"
+            )
+            raise DataError([Problem(source, message)])
+        return [place / match[0] for match in shards]
     return []
 
 
@@ -216,16 +219,16 @@ def _only_file(folder: Path, source: str) -> Path:
     if files:
         names = ", ".join(file.name for file in files[:_SHOWN_FILES]) + ", ..." * (len(files) > _SHOWN_FILES)
         pattern = f"{source.rstrip('/')}/*{files[0].suffix}"
-        found = f"{len(files)} data files, name one, or several by a glob such as {pattern}: {names}"
+        content = f"{len(files)} data files, name one, or several by a glob such as {pattern}: {names}"
     else:
-        found = f"no data file ({', '.join(SUFFIXES)})"
+        content = f"no data file ({', '.join(SUFFIXES)})"
         deeper = (file for below in inside if below.is_dir() for file in sorted(below.iterdir()) if reader_of(file))
         other = (f"{file.name} {words}" for file in inside if (words := _foreign(file.name)))
         if (hint := next(deeper, None)) is not None:
-            found += f"; {hint.relative_to(folder)} is one; name it"
+            content += f"; {hint.relative_to(folder)} is one; name it"
         elif (unread := next(other, None)) is not None:
-            found += f"; {unread}"
-    raise DataError([Problem(source, f"is a directory that holds {found}")])
+            content += f"; {unread}"
+    raise DataError([Problem(source, f"is a directory that holds {content}")])
 
 
 def _foreign(name: str) -> str | None:

@@ -56,7 +56,7 @@ _BINARY = (
 class Row:
     """One row: `where` is `file:line` (`file:row N` in tables, `file:[index]` in JSON lists).
 
-    Bytes that are no UTF-8 lie in `fields` as lone surrogates (PEP 383), so that the check can name the field.
+    Bytes that are not UTF-8 are in `fields` as lone surrogates (PEP 383), so that the check can name the field.
     """
 
     where: str
@@ -97,7 +97,7 @@ def read_rows(path: Path, name: str) -> Rows:
 
 
 def read_lines(path: Path, name: str) -> Lines:
-    """`read_rows` with the lines of JSONL as they are, to be decoded by a `LineDecoder`."""
+    """`read_rows` with undecoded lines of JSONL, for a `LineDecoder`."""
     reader = reader_of(path)
     if reader is None:
         raise ValueError(f"not a data file: {path}")
@@ -142,7 +142,7 @@ def _not_its_format(path: Path) -> str | None:
 
 
 def _other_encoding(head: bytes) -> str | None:
-    """UTF-16 or UTF-32, by a byte order mark or by zeros beside ASCII characters; None for neither."""
+    """UTF-16 or UTF-32, by a byte order mark or by zeros next to ASCII characters; None for neither."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or b"\0\0\0" in {head[1:4], head[:3]}:
         return "UTF-32"
     even, odd = head[0:4:2], head[1:4:2]
@@ -168,7 +168,7 @@ class _Decompressed:
         self._file.close()
 
     def read(self, most: int) -> bytes:
-        """Up to so many bytes."""
+        """Up to `size` bytes."""
         return self._counted(self._file.read(most))
 
     def readline(self, most: int) -> bytes:
@@ -228,7 +228,7 @@ def _read_jsonl(path: Path, name: str) -> Lines:
 
 
 class LineDecoder:
-    """Makes rows of lines; what is a row already stays as it is."""
+    """Makes rows of lines; returns rows unchanged."""
 
     def __init__(self) -> None:
         self._decoder = _Decoder()
@@ -288,7 +288,7 @@ def _hint(value: object) -> str:
     if len(sizes) == 1 and not nested and (dicts or len(lists) == len(items)):
         return "; it contains columns: write one object for each row (pandas: to_json with orient='records')"
     return (
-        f"; it has lists under {', '.join(map(ascii, lists[:_SHOWN_FILES]))}: write one of them to a file of its own"
+        f"; it has lists under {', '.join(map(ascii, lists[:_SHOWN_FILES]))}: write one of them to a separate file"
         if lists
         else ""
     )
@@ -311,12 +311,12 @@ class _Decoder:
         self.decode = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant).decode
 
     def _object(self, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) == len(pairs):
-            return found
+        fields = dict(pairs)
+        if len(fields) == len(pairs):
+            return fields
         keys = [key for key, _ in pairs]
-        twice = _Repeated(found)
-        twice.key = next(key for key in found if keys.count(key) > 1)
+        twice = _Repeated(fields)
+        twice.key = next(key for key in fields if keys.count(key) > 1)
         self.seen = True
         return twice
 
@@ -418,12 +418,12 @@ def _read_arrow(path: Path, name: str) -> Rows:
     most = max(FREE_BYTES, MAX_EXPANSION * path.stat().st_size)
     try:
         with pa.memory_map(str(path)) as file:
-            whole = file.read(len(_ARROW_FILE)) == _ARROW_FILE
-            if not whole:
+            is_file_format = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+            if not is_file_format:
                 _check_end(file)
             file.seek(0)
             number, expanded = 0, 0
-            for batch in _arrow_batches(file, whole=whole):
+            for batch in _arrow_batches(file, is_file_format=is_file_format):
                 batch.validate(full=True)  # offsets that point outside of their buffer would be followed
                 expanded += batch.nbytes
                 if expanded > most:
@@ -431,7 +431,7 @@ def _read_arrow(path: Path, name: str) -> Rows:
                 for index in range(batch.num_rows):
                     number += 1
                     yield _parquet_row(batch, index, f"{name}:row {number}")
-            if not whole and file.tell() < file.size():
+            if not is_file_format and file.tell() < file.size():
                 what = f"does not end at row {number}, where its table ends; give each table its own file"
                 yield RowError(UNREADABLE, name, what)
     except (pa.ArrowException, ValueError, OverflowError) as error:
@@ -461,10 +461,10 @@ def _check_names(columns: Sequence[str]) -> None:
         raise ValueError(f"it has the column {twice!r} twice, so it is ambiguous")
 
 
-def _arrow_batches(file: Any, *, whole: bool) -> Iterator[Any]:
+def _arrow_batches(file: Any, *, is_file_format: bool) -> Iterator[Any]:
     import pyarrow as pa
 
-    if not whole:
+    if not is_file_format:
         stream = pa.ipc.open_stream(file)
         _check_names(stream.schema.names)
         yield from stream
@@ -507,7 +507,7 @@ def without_nulls(value: Any) -> Any:
     """The value without the keys of its objects, at any depth, that are null.
 
     All objects of a column of a table have the same keys, so that a key which only some of them had is null in the
-    others: the arguments of each tool would stand, as null, in the calls of all the others. TRL removes them as well.
+    others: the arguments of each tool would appear, as null, in the calls of all the others. TRL removes them as well.
     """
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}

@@ -70,7 +70,7 @@ def open_dataset(
     with hub_errors(f"data set {name}"):
         commit = HfApi().resolve_revision(source, repo_type="dataset", revision=revision).resolved
         builder = load_dataset_builder(source, revision=commit)
-        # If the hub does not answer, `datasets` would use whichever revision its cache holds.
+        # If the hub does not answer, `datasets` would use any revision in its cache.
         if builder.hash != commit:
             raise Unreachable(f"data set {name}: the hub did not answer, and the cache holds another revision")
         _wait(in_thread(builder.download_and_prepare, "data set"), alive)
@@ -78,8 +78,8 @@ def open_dataset(
     return commit, (Row(f"{name}:row {number}", fields) for number, fields in enumerate(rows, 1))
 
 
-def _wait(work: Future[None], alive: Callable[[], None]) -> None:
+def _wait(future: Future[None], alive: Callable[[], None]) -> None:
     """Waits for a call that takes minutes with a large data set."""
-    while not wait([work], _LOOK_SECONDS).done:
+    while not wait([future], _LOOK_SECONDS).done:
         alive()
-    work.result()
+    future.result()

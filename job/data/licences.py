@@ -60,21 +60,21 @@ def read_licence(card: Path) -> str | None:
     try:
         with card.open("rb") as file:
             text = file.read(_MOST_BYTES).decode(errors="replace")
-        found = _METADATA.match(text)
-        if found is None or found[1].count("[") + found[1].count("{") > _MOST_BRACKETS:
+        metadata = _METADATA.match(text)
+        if metadata is None or metadata[1].count("[") + metadata[1].count("{") > _MOST_BRACKETS:
             return None
-        if any(isinstance(one, yaml.AliasEvent) for one in yaml.parse(found[1], yaml.SafeLoader)):
+        if any(isinstance(one, yaml.AliasEvent) for one in yaml.parse(metadata[1], yaml.SafeLoader)):
             return None  # YAML aliases can expand a short text into a huge one
-        given = yaml.safe_load(found[1])
+        fields = yaml.safe_load(metadata[1])
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return None
     except (KeyError, IndexError, AttributeError, TypeError):  # by PyYAML, of a value that does not fit its tag
         return None
-    if not isinstance(given, dict):
+    if not isinstance(fields, dict):
         return None
-    named = given.get("license")
-    if named == "other" and isinstance(given.get("license_name"), str):
-        named = given["license_name"]
+    named = fields.get("license")
+    if named == "other" and isinstance(fields.get("license_name"), str):
+        named = fields["license_name"]
     names = named if isinstance(named, list) else [named]
     known = [name for name in names[:8] if isinstance(name, str) and _NAME.fullmatch(name)]
     return ", ".join(known) or None

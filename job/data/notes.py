@@ -18,7 +18,7 @@ class Notes:
         for level, what, facts in earlier:
             self(level, what, **facts)
 
-    def __call__(self, level: Level, what: str, **facts: Any) -> None:
+    def __call__(self, level: Level, message: str, **facts: Any) -> None:
         """Logs a note and keeps it."""
-        self.kept.append((level, what, facts))
-        getattr(log.get_logger(), level)(what, **facts)
+        self.kept.append((level, message, facts))
+        getattr(log.get_logger(), level)(message, **facts)

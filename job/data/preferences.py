@@ -41,7 +41,7 @@ _LABELS = {"true": True, "false": False, "1": True, "0": False}
 class Answers:
     """A row as texts: each holds the prompt and one of its answers. `desirable` is the label of a single one.
 
-    `own_texts` are what it is compared by where rows are held out, if that was asked for; see `own_texts_of`.
+    `own_texts` are the texts compared when rows are held out, if they were requested; see `own_texts_of`.
     """
 
     where: str
@@ -60,7 +60,7 @@ class EncodedAnswers:
 
     @property
     def example(self) -> Example:
-        """The example: of a pair both sequences, one behind the other."""
+        """The example: of a pair both sequences, concatenated."""
         first, *others = (side.example for side in self.sides)
         if not others:
             return Example(first.input_ids, first.targets, desirable=self.desirable)
@@ -180,23 +180,23 @@ def _check_answer(fields: dict[str, Any], field: str, where: str) -> list[RowErr
 
 
 def _check_pair(fields: dict[str, Any], where: str, *, conversation: bool) -> list[RowError]:
-    """What is wrong with a pair whose two answers are good by themselves."""
-    prompt, sides = _split(fields, conversation=conversation)
-    if all(begins_with(side, prompt) for side in sides):
-        what = (
+    """What is wrong with a pair whose two answers are each valid."""
+    prompt, answers = _split(fields, conversation=conversation)
+    if all(begins_with(answer, prompt) for answer in answers):
+        message = (
             "is also the beginning of both answers, and would occur twice; remove it from the prompt or "
             "from the answers"
         )
-        return [RowError("repeated_prompt", f"{where} prompt", what)]
-    if sides[0] == sides[1]:
+        return [RowError("repeated_prompt", f"{where} prompt", message)]
+    if answers[0] == answers[1]:
         return [RowError("same_answers", f"{where} rejected", "is the same as chosen: there is no preference to learn")]
-    for field, side in zip(("chosen", "rejected"), sides, strict=True):
-        if not side or (isinstance(side, str) and not side.strip()):
-            what = "is empty after the common beginning of both answers, which is used as the prompt; give a prompt"
-            return [RowError("empty_target", f"{where} {field}", what)]
+    for field, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if not answer or (isinstance(answer, str) and not answer.strip()):
+            message = "is empty after the common beginning of both answers, which is used as the prompt; give a prompt"
+            return [RowError("empty_target", f"{where} {field}", message)]
     if conversation and not prompt:
-        what = "begins with another message than rejected, so there is no common prompt; give a prompt"
-        return [RowError("missing_field", f"{where} chosen", what)]
+        message = "begins with another message than rejected, so there is no common prompt; give a prompt"
+        return [RowError("missing_field", f"{where} chosen", message)]
     return []
 
 
@@ -228,20 +228,20 @@ def contradicting_score(fields: Mapping[str, Any]) -> str | None:
 
 def _split(fields: Mapping[str, Any], *, conversation: bool) -> tuple[Any, list[Any]]:
     """The prompt and the two answers of a pair, as texts or as messages, without the prompt in them."""
-    prompt, sides = fields.get("prompt"), [fields["chosen"], fields["rejected"]]
+    prompt, answers = fields.get("prompt"), [fields["chosen"], fields["rejected"]]
     given = prompt is not None and not is_empty(prompt)
     if given and (isinstance(prompt, list) or not conversation):
-        return prompt, sides
-    common = _common_length(*sides)
-    if not conversation and 0 < common < min(map(len, sides)) and sides[0][common - 1] == " ":
+        return prompt, answers
+    common = _common_length(*answers)
+    if not conversation and 0 < common < min(map(len, answers)) and answers[0][common - 1] == " ":
         common -= 1  # as TRL has it: tokens begin with their space
-    return sides[0][:common], [side[common:] for side in sides]
+    return answers[0][:common], [side[common:] for side in answers]
 
 
-def _common_length(one: Any, other: Any) -> int:
+def _common_length(first: Any, second: Any) -> int:
     """Of the common beginning of two texts or lists."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def texts_of_preference(row: Row, schema: str) -> list[str]:
@@ -251,10 +251,10 @@ def texts_of_preference(row: Row, schema: str) -> list[str]:
 
 
 def own_texts_of(row: Row, schema: str) -> tuple[str, ...]:
-    """What tells a good row from others where rows are held out: its prompt, so that all answers to it go together.
+    """What identifies a valid row when rows are held out: its prompt, so that all answers to it are in the same part.
 
-    A prompt of fewer words than `_WORDS` (such as the accidental common beginning of two answers) tells nothing: then
-    all texts do.
+    A prompt of fewer words than `_WORDS` (such as the accidental common beginning of two answers) does not identify it:
+    then all texts do.
     """
     fields = row.fields
     conversation = is_conversation(fields, schema)
@@ -310,7 +310,7 @@ def _text(prompt: Any, answer: Any, template: Template | None) -> tuple[str, int
 
 
 def encode_answers(
-    rows: Sequence[Answers | list[RowError]], tokenizer: TextTokenizer, *, compare: bool = False, **how: Any
+    rows: Sequence[Answers | list[RowError]], tokenizer: TextTokenizer, *, compare: bool = False, **options: Any
 ) -> Iterator[list[EncodedAnswers] | list[RowError]]:
     """Yields for each row its example, or what is wrong with its tokens; faults pass through.
 
@@ -318,24 +318,27 @@ def encode_answers(
         rows: Rendered rows and faults.
         tokenizer: The tokenizer.
         compare: Whether rows are hashed to be compared with others.
-        how: Further arguments of `encode`; `max_length` counts for each answer with its prompt.
+        options: Further arguments of `encode`; `max_length` counts for each answer with its prompt.
     """
     texts = [side for row in rows if isinstance(row, Answers) for side in row.sides]
-    encoded = encode(texts, tokenizer, loss_on="completion", **how)
+    encoded = encode(texts, tokenizer, loss_on="completion", **options)
     for row in rows:
         if not isinstance(row, Answers):
             yield row
             continue
         found = [item for _ in row.sides for item in next(encoded)]
-        sides = tuple(side for side in found if isinstance(side, Encoded))
+        sequences = tuple(side for side in found if isinstance(side, Encoded))
         if faults := [fault for fault in found if isinstance(fault, RowError)]:
             yield faults
-        elif len(sides) > 1 and (sides[0].ids, sides[0].targets) == (sides[1].ids, sides[1].targets):
+        elif len(sequences) > 1 and (sequences[0].ids, sequences[0].targets) == (
+            sequences[1].ids,
+            sequences[1].targets,
+        ):
             yield [RowError("same_answers", f"{row.where} rejected", "has the same tokens as chosen")]
         else:
             if compare:
-                sides = (replace(sides[0], compared_by=row_hash(row.own_texts)), *sides[1:])
-            yield [EncodedAnswers(sides, row.desirable, row.sides[0].unused)]
+                sequences = (replace(sequences[0], compared_by=row_hash(row.own_texts)), *sequences[1:])
+            yield [EncodedAnswers(sequences, row.desirable, row.sides[0].unused)]
 
 
 def join(first: Example, second: Example, *, desirable: bool | None = None) -> Example:

@@ -2,13 +2,13 @@
 
 | a row of the file | the prompt |
 |---|---|
-| `{"prompt": "The sky is"}` | the text as it is |
+| `{"prompt": "The sky is"}` | the unchanged text |
 | `{"instruction": "Name a colour.", "input": ""}` | Alpaca's, as training writes it |
-| `messages`, `conversations`, or a list as `prompt` | by the chat template, with the header that asks for an answer |
+| `messages`, `conversations`, or a list as `prompt` | by the chat template, with its generation prompt |
 | a line of a `.txt` file | like the rows that are trained on: a user's message, Alpaca's instruction, or a text |
 
-So a file of training rows may be given as it is: what the row answers itself (the last turn of the assistant, `output`,
-`completion`, `chosen`) is left out of the prompt and kept beside it.
+So a file of training rows may be given unchanged: what the row answers itself (the last turn of the assistant,
+`output`, `completion`, `chosen`) is left out of the prompt and kept as its reference.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def read_prompts(
         path: The file, from `find_prompts`.
         name: What to call it in messages.
         tokenizer: The model's.
-        schema: Of the rows that are trained on, which decides what a line of text is.
+        schema: Schema of the training rows, which decides what a line of text is.
         most_tokens: The longest prompt that leaves room for an answer.
         vocabulary: Rows of the model's embedding; None if that is not known.
         date: The current date as a chat template sees it.
@@ -77,10 +77,10 @@ def read_prompts(
         alive: Called while a chat template takes long.
 
     Raises:
-        DataError: With the first 20 rows that are no prompts, too long ones included; none at all, or too many.
+        DataError: With the first 20 rows that are no prompts or too long; or the file has no prompts, or too many.
     """
     encoder = text_tokenizer(tokenizer)
-    found: list[PromptRow] = []
+    prompts: list[PromptRow] = []
     faults: list[RowError] = []
     with ExitStack() as stack:
         opened: list[Template] = []
@@ -93,7 +93,7 @@ def read_prompts(
             return opened[0](messages, tools=tools, add_generation_prompt=True)
 
         for row in _rows(path, name, schema):
-            if len(found) + len(faults) >= MAX_PROMPTS:
+            if len(prompts) + len(faults) >= MAX_PROMPTS:
                 raise DataError([Problem(name, f"has more than {MAX_PROMPTS:,} prompts; give fewer")])
             prompt = row if isinstance(row, RowError) else _prompt_of(row, render)
             if isinstance(prompt, RowError):
@@ -105,20 +105,20 @@ def read_prompts(
             if (what := _wrong(ids, most_tokens, vocabulary)) is not None:
                 faults.append(RowError("prompt", row.where, what))
             else:
-                found.append(PromptRow(row.where, text, reference, tuple(ids)))
+                prompts.append(PromptRow(row.where, text, reference, tuple(ids)))
     if faults:
         problems = [Problem(fault.where, fault.what) for fault in faults[:_SHOWN]]
         more = len(faults) - len(problems)
         raise DataError(problems + ([Problem(name, f"{more} more such rows")] if more else []))
-    if not found:
+    if not prompts:
         raise DataError([Problem(name, "holds no prompts")])
-    return found
+    return prompts
 
 
 def validation_prompts(
     examples: Sequence[Example], count: int, tokenizer: Any, most_tokens: int
 ) -> Iterator[PromptRow]:
-    """The prompts of the first so many validation rows that leave room for an answer, in their order.
+    """The prompts of the first `count` validation rows that leave room for an answer, in their order.
 
     Args:
         examples: Their tokens, with the completions as targets; of a pair, the first answer counts.
@@ -127,15 +127,15 @@ def validation_prompts(
         most_tokens: The longest prompt that leaves room for an answer.
     """
     write = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    given = 0
+    yielded = 0
     for number, example in enumerate(examples, start=1):
         first = example.sequences[0]
         end = len(first.targets) - 1 - first.targets[::-1].index(True) if True in first.targets else 0
         begin = end
         while begin > 0 and first.targets[begin - 1]:
             begin -= 1
-        if 0 < begin <= most_tokens and given < count and any(_plain(first.input_ids[:begin], tokenizer)):
-            given += 1
+        if 0 < begin <= most_tokens and yielded < count and any(_plain(first.input_ids[:begin], tokenizer)):
+            yielded += 1
             prompt, answer = first.input_ids[:begin], first.input_ids[begin : end + 1]
             text = write(_plain(prompt, tokenizer, edge=True), skip_special_tokens=False)
             yield PromptRow(f"validation row {number}", text, write(answer, skip_special_tokens=True), prompt)
@@ -214,15 +214,15 @@ def _prompt_of(
         if isinstance(converted, list):
             return in_conversations(converted, row)[0]
         fields = converted.fields
-    given = fields.get("messages") if fields.get("messages") is not None else fields.get("prompt")
-    if isinstance(given, list):
-        return _of_conversation(row, given, fields, render)
-    own = next((fields[name] for name in _ANSWERS if isinstance(fields.get(name), str)), None)
-    if isinstance(given, str) and given:
-        return given, False, own
+    prompt = fields.get("messages") if fields.get("messages") is not None else fields.get("prompt")
+    if isinstance(prompt, list):
+        return _of_conversation(row, prompt, fields, render)
+    reference = next((fields[name] for name in _ANSWERS if isinstance(fields.get(name), str)), None)
+    if isinstance(prompt, str) and prompt:
+        return prompt, False, reference
     instruction, context = fields.get("instruction"), fields.get("input")
     if isinstance(instruction, str) and instruction and (context is None or isinstance(context, str)):
-        return alpaca_prompt({**fields, "input": context}), False, own
+        return alpaca_prompt({**fields, "input": context}), False, reference
     return RowError("prompt", row.where, "has no prompt: a text `prompt`, `instruction`, or a list `messages`")
 
 
@@ -235,15 +235,15 @@ def _of_conversation(
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return RowError("prompt", f"{row.where} messages[{index}]", "must be an object with role and content")
-    asked, own = list(messages), None
-    if asked and asked[-1]["role"] == "assistant":
-        texts = texts_of_messages([asked.pop()])
-        own = texts[0] if texts and isinstance(texts[0], str) else None
-    if not asked:
+    prompt, reference = list(messages), None
+    if prompt and prompt[-1]["role"] == "assistant":
+        texts = texts_of_messages([prompt.pop()])
+        reference = texts[0] if texts and isinstance(texts[0], str) else None
+    if not prompt:
         return RowError("prompt", f"{row.where} messages", "has no message to answer")
     tools = fields.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
-        return render(asked, tools), True, own
+        return render(prompt, tools), True, reference
     except ValueError as error:  # of the template, or of the tools' JSON
         return RowError("prompt", f"{row.where} messages", f"is refused by the tokenizer's chat template: {error}")

@@ -67,16 +67,16 @@ class RemarkCounts:
         self._first: dict[str, str] = {}
         self._words: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
 
-    def add(self, found: Mapping[str, Remark]) -> None:
+    def add(self, remarks: Mapping[str, Remark]) -> None:
         """Counts the remarks on one row."""
-        for kind, (where, words) in found.items():
+        for kind, (where, words) in remarks.items():
             self._rows[kind] += 1
             self._first.setdefault(kind, where)
             self._words[kind].update(words)
 
-    def add_all(self, found: Mapping[str, Tally]) -> None:
+    def add_all(self, tallies: Mapping[str, Tally]) -> None:
         """Counts the remarks on many rows."""
-        for kind, (rows, first, words) in found.items():
+        for kind, (rows, first, words) in tallies.items():
             self._rows[kind] += rows
             self._first.setdefault(kind, first)
             self._words[kind].update(dict(words))

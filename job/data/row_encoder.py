@@ -77,16 +77,16 @@ class Bundle:
     """All that rows give, put together: what one process hands to another, which then has no work for each row.
 
     Attributes:
-        canonical: What the examples say of themselves, one behind the other.
-        ids, targets: Their tokens and targets, one behind the other.
+        canonical: The canonical bytes of the examples, concatenated.
+        ids, targets: Their tokens and targets, concatenated.
         lengths: Tokens of each example, int32, little-endian.
         more: For each example second_at, desirable and weight; None where they are those of plain examples.
         ends, unused, long: Counts, in the order in which they were first met.
         remarks: What was noticed, by kind.
-        faults: Of each row that has any.
+        faults: Faults of each row that has any.
         audited: Where rows are audited, of each row with examples its place, how many it gives, and the bytes of it
             in `audits`.
-        audits: What was found in these rows, one behind the other.
+        audits: What was found in these rows, concatenated.
         longest: Tokens of the longest example, and the place of its row.
     """
 
@@ -163,28 +163,28 @@ class RowEncoder:
         Raises:
             DataError: The chat template is broken, or exceeds its time or memory limit.
         """
-        how, remarks, audited = self._reading, dict[int, dict[str, Remark]](), dict[int, bytes]()
-        rows = [rename_fields(self._decode(row), how.field_names) for row in given_rows]
+        reading, remarks, audited = self._reading, dict[int, dict[str, Remark]](), dict[int, bytes]()
+        rows = [rename_fields(self._decode(row), reading.field_names) for row in given_rows]
         rendered: list[Any] = []
         for index, row in enumerate(rows):
-            found, given = self._weighed(row)
+            found, valid_row = self._weighed(row)
             rendered.append(found)
-            if given is not None:
-                remarks[index] = self._remarks(given)
+            if valid_row is not None:
+                remarks[index] = self._remarks(valid_row)
                 if self._audit is not None:
-                    audited[index] = self._audit(audited_texts(given, how.schema))
+                    audited[index] = self._audit(audited_texts(valid_row, reading.schema))
         options: dict[str, Any] = {
-            "templated": how.templated,
-            "max_length": how.max_length,
-            "vocabulary": how.vocabulary,
-            "on_long_row": how.on_long_row,
-            "compare": how.compare,
+            "templated": reading.templated,
+            "max_length": reading.max_length,
+            "vocabulary": reading.vocabulary,
+            "on_long_row": reading.on_long_row,
+            "compare": reading.compare,
         }
         items: Iterator[list[Encoded] | list[RowError]] | Iterator[list[EncodedAnswers] | list[RowError]]
-        if how.schema in SIDES:
+        if reading.schema in SIDES:
             items = encode_answers(rendered, self._tokenizer, **options)
         else:
-            items = encode(rendered, self._tokenizer, loss_on=how.loss_on, **options)
+            items = encode(rendered, self._tokenizer, loss_on=reading.loss_on, **options)
         return [
             Outcome(
                 row.where,
@@ -200,7 +200,7 @@ class RowEncoder:
         """`_render`, with the number in the field `weight`."""
         if isinstance(row, RowError) or not self._reading.row_weights:
             return self._render(row)
-        # It has a check of its own: without JOB_DATA__ROW_WEIGHTS, a weight of 0 is a mistake.
+        # It has a separate check: without JOB_DATA__ROW_WEIGHTS, a weight of 0 is a mistake.
         text, given = self._render(replace(row, fields={k: v for k, v in row.fields.items() if k != "weight"}))
         weight = weight_of(row)
         if isinstance(weight, RowError):
@@ -216,37 +216,37 @@ class RowEncoder:
             kind, other = ("text", "messages") if template is not None else ("messages", "text")
             what = f"must be {other}, as in the first row, is {kind}"
             return [RowError("wrong_type", f"{row.where} {SIDES[schema][0]}", what)], None
-        given = row
+        original = row
         if schema == "messages" and is_sharegpt(row.fields):
             converted = as_messages(row)
             if isinstance(converted, list):
                 return converted, None
             row = converted
         if faults := check_row(row, schema):
-            faults = with_near_names(in_conversations(faults, given), given)
-            return list(in_own_names(faults, given, names)), None
+            faults = with_near_names(in_conversations(faults, original), original)
+            return list(in_own_names(faults, original, names)), None
         loss_on = self._reading.loss_on
         text = render(row, schema, template, turns=None if loss_on == "all" else loss_on)
         if isinstance(text, RowError):
-            return in_conversations([text], given), None
+            return in_conversations([text], original), None
         if self._reading.compare:
             text = replace(text, own_texts=own_texts(row, schema))
         return text, row
 
     def _remarks(self, row: Row) -> dict[str, Remark]:
         """What is noticed in a row that was rendered."""
-        found: dict[str, Remark] = {}
+        remarks: dict[str, Remark] = {}
         texts = texts_of(row, self._reading.schema)
         if control := self._control(texts):
-            found["control"] = Remark(row.where, control)
+            remarks["control"] = Remark(row.where, control)
         if missing := tuple(text for text in texts if text.strip() in MISSING):
             names = [f" {name}" for name, value in row.fields.items() if value == missing[0]]
-            found["missing"] = Remark(row.where + "".join(names[:1]), tuple(word.strip() for word in missing))
+            remarks["missing"] = Remark(row.where + "".join(names[:1]), tuple(word.strip() for word in missing))
         if (name := repeats_prompt(row, self._reading.schema)) is not None:
-            found["repeated"] = Remark(f"{row.where} {name}", (name,))
+            remarks["repeated"] = Remark(f"{row.where} {name}", (name,))
         if self._reading.schema == "preference" and (name := contradicting_score(row.fields)) is not None:
-            found["scores"] = Remark(f"{row.where} {name}", (name,))
-        return found
+            remarks["scores"] = Remark(f"{row.where} {name}", (name,))
+        return remarks
 
     def _control(self, texts: Sequence[str]) -> tuple[str, ...]:
         """The control tokens in the texts of a row, which the tokenizer encodes as such.

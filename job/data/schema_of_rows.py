@@ -22,7 +22,7 @@ def other_schema(row: Row | None, schema: Schema, among: Collection[str]) -> Sch
 
 def settle_schema(
     rows: Lines,
-    seen: Callable[[Row | RowError | Line], Row | RowError],
+    decode: Callable[[Row | RowError | Line], Row | RowError],
     schema: Schema | None,
     findings: BadRows,
     name: str,
@@ -32,12 +32,12 @@ def settle_schema(
 ) -> tuple[Schema, Lines]:
     """The schema, by name or by the first row that is an object; and the rows, that one included.
 
-    `seen` gives the row of what is read, with the schemas' names of fields.
+    `decode` returns the row of a line, with the schemas' names of fields.
     """
     if schema is not None:
         return schema, rows
     for line in rows:
-        row = seen(line)
+        row = decode(line)
         if isinstance(row, RowError):
             findings.add([row])
         elif (found := detect_schema(row.fields, among)) and (fits(row.fields, found) or not _others(row, method)):
@@ -62,23 +62,23 @@ def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
             f"has the fields {fields}, from which JOB_TRAIN__METHOD={method} does not learn; "
             f"set JOB_TRAIN__METHOD={others}"
         )
-    known = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
+    schemas = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
     wanted = dict.fromkeys(field for schema in REQUIRED if schema in among for field in REQUIRED[schema])
     near = [(field, found) for field in wanted if (found := nearest_field(field, row.fields)) is not None]
     meant = "".join(f"; {found!a} may be a misspelt {field}" for field, found in near)
     schema = next(schema for schema in ("prompt_completion", *REQUIRED) if schema in among)
     names = ",".join(f"{field}=NAME" for field in REQUIRED[schema])
     return (
-        f"fits no schema. It has the fields {fields}; known are {known}{meant}; "
+        f"fits no schema. It has the fields {fields}; known are {schemas}{meant}; "
         f"JOB_DATA__FIELDS={names} takes them from fields of other names"
     )
 
 
-def peek(rows: Lines, seen: Callable[[Row | RowError | Line], Row | RowError]) -> tuple[Row | None, Lines]:
-    """The first row that is an object, if there is one; and all rows. `seen` as for `settle_schema`."""
+def peek(rows: Lines, decode: Callable[[Row | RowError | Line], Row | RowError]) -> tuple[Row | None, Lines]:
+    """The first row that is an object, if there is one; and all rows. `decode` as for `settle_schema`."""
     before: list[Row | RowError | Line] = []
     for line in rows:
         before.append(line)
-        if isinstance(row := seen(line), Row):
+        if isinstance(row := decode(line), Row):
             return row, chain(before, rows)
     return None, iter(before)

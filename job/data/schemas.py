@@ -6,7 +6,7 @@
 | prompt_completion | prompt, completion | both, concatenated | completion |
 | messages | messages: list of {role, content}; optional: tools | the chat template | the assistant's turns |
 | messages | conversations: list of {from, value}; optional: system, tools | `job.data.sharegpt` | the same |
-| text | text | as it is | all of it |
+| text | text | unchanged | all of it |
 | preference, unpaired_preference | `job.data.preferences` | prompt and answer | the answer |
 
 Alpaca's `system` replaces the template's first sentence, and each pair of `history` becomes a turn before the
@@ -131,7 +131,7 @@ def fits(fields: Collection[str], schema: Schema) -> bool:
 
 
 def check_row(row: Row, schema: Schema) -> list[RowError]:
-    """Everything that is wrong with a row's fields, but for its length in tokens; empty if the row is valid."""
+    """Everything that is wrong with a row's fields, except its length in tokens; empty if the row is valid."""
     if broken := [
         place for field, value in row.fields.items() for place in broken_places(value, f"{row.where} {field}")
     ]:
@@ -155,7 +155,7 @@ def check_row(row: Row, schema: Schema) -> list[RowError]:
 def with_near_names(faults: Sequence[RowError], row: Row) -> list[RowError]:
     """The faults of a row, with the row's own field in that of a missing one whose name may be misspelled in the row.
 
-    A field that is not read under its name is then no fault of its own.
+    A field that is not read under its name is then not reported separately.
     """
     near: dict[str, str] = {}
     for fault in faults:
@@ -191,7 +191,7 @@ def texts_of(row: Row, schema: Schema) -> list[str]:
 
 
 def own_texts(row: Row, schema: Schema) -> tuple[str, ...]:
-    """What tells a good row from others: its texts without the system prompt, which many rows share."""
+    """What identifies a valid row: its texts without the system prompt, which many rows share."""
     if schema in SIDES:
         return own_texts_of(row, schema)
     if schema == "messages":
@@ -261,22 +261,22 @@ def _check_meaning(row: Row, schema: Schema) -> list[RowError]:
     """Fields that say what the row means, and have no place in its schema: without them it is another row."""
     faults = []
     if schema != "text":
-        used = {*REQUIRED[schema], *_OPTIONAL[schema]}
-        outside = [field for field in _MEANING if field not in used and not is_empty(row.fields.get(field))]
+        used_fields = {*REQUIRED[schema], *_OPTIONAL[schema]}
+        outside = [field for field in _MEANING if field not in used_fields and not is_empty(row.fields.get(field))]
         faults = [
             RowError(
                 "field_without_use", f"{row.where} {field}", f"is not used in the schema {schema}: {_MEANING[field]}"
             )
             for field in outside
         ]
-        faults += _check_spelling(row, used)
+        faults += _check_spelling(row, used_fields)
     if is_zero(row.fields.get("weight")):
-        what = "is 0, and weights of rows are not used; set JOB_DATA__ROW_WEIGHTS=true, or remove the row"
-        faults.append(RowError("field_without_use", f"{row.where} weight", what))
+        message = "is 0, and weights of rows are not used; set JOB_DATA__ROW_WEIGHTS=true, or remove the row"
+        faults.append(RowError("field_without_use", f"{row.where} weight", message))
     if schema not in {*SIDES, "text"}:
-        what = "is false: a bad answer would be trained on; remove the row, or set JOB_TRAIN__METHOD=kto"
+        message = "is false: a bad answer would be trained on; remove the row, or set JOB_TRAIN__METHOD=kto"
         bad = [name for name in _RATINGS if _is_no(row.fields.get(name))]
-        faults += [RowError("field_without_use", f"{row.where} {name}", what) for name in bad]
+        faults += [RowError("field_without_use", f"{row.where} {name}", message) for name in bad]
     return faults
 
 
@@ -285,12 +285,12 @@ def _is_no(label: Any) -> bool:
     return label is False or (isinstance(label, str) and label.strip().lower() == "false")
 
 
-def _check_spelling(row: Row, used: Collection[str]) -> list[RowError]:
+def _check_spelling(row: Row, used_fields: Collection[str]) -> list[RowError]:
     """Fields that would be used if their names were spelled in the way of the schema."""
     faults = []
     for field, value in row.fields.items():
         plain = field.strip().lower()
-        if plain != field and plain in used and is_empty(row.fields.get(plain)) and not is_empty(value):
+        if plain != field and plain in used_fields and is_empty(row.fields.get(plain)) and not is_empty(value):
             what = f"is not known by this name; rename it to {plain!r}"
             faults.append(RowError("field_without_use", f"{row.where} {field}", what))
     return faults

@@ -67,18 +67,18 @@ def as_messages(row: Row) -> Row | list[RowError]:
     return Row(row.where, {**others, "messages": messages})
 
 
-def in_conversations(faults: list[RowError], given: Row) -> list[RowError]:
-    """Faults of the converted row with their places in the row as it was given; others as they are."""
-    if not is_sharegpt(given.fields):
+def in_conversations(faults: list[RowError], original: Row) -> list[RowError]:
+    """Faults of the converted row with their places in the original row; others unchanged."""
+    if not is_sharegpt(original.fields):
         return faults
-    shift = 0 if is_empty(given.fields.get("system")) else 1  # the system prompt stands in front of the turns
+    shift = 0 if is_empty(original.fields.get("system")) else 1  # the system prompt comes before the turns
 
     def place(fault: RowError) -> RowError:
-        before, messages, rest = fault.where.partition(f"{given.where} messages")
+        before, messages, rest = fault.where.partition(f"{original.where} messages")
         if before or not messages:
             return fault
         rest = re.sub(r"^\[(\d+)\]", lambda found: f"[{int(found[1]) - shift}]", rest)
-        return replace(fault, where=f"{given.where} {FIELD}{rest}")
+        return replace(fault, where=f"{original.where} {FIELD}{rest}")
 
     return [place(fault) for fault in faults]
 
@@ -86,24 +86,24 @@ def in_conversations(faults: list[RowError], given: Row) -> list[RowError]:
 def _message(turn: Any, where: str) -> dict[str, Any] | RowError:
     if not isinstance(turn, dict):
         return RowError("wrong_type", where, f"must be an object, is {type_name(turn)}")
-    who, what = ("from", "value") if "from" in turn else ("role", "content")
-    speaker, value = turn.get(who), turn.get(what)
+    speaker_field, content_field = ("from", "value") if "from" in turn else ("role", "content")
+    speaker, value = turn.get(speaker_field), turn.get(content_field)
     if speaker is None:
         return RowError("missing_field", f"{where} from", "is missing")
-    others = {name: item for name, item in turn.items() if name not in {who, what}}
+    other_fields = {name: item for name, item in turn.items() if name not in {speaker_field, content_field}}
     if speaker == _CALL:
-        return _with_calls(value, others, f"{where} {what}")
+        return _with_calls(value, other_fields, f"{where} {content_field}")
     role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         known = ", ".join((*_ROLES, _CALL))
-        return RowError("wrong_type", f"{where} {who}", f"is an unknown speaker; known are {known}")
-    if not isinstance(value, str) and not (value is None and others.get("tool_calls")):
+        return RowError("wrong_type", f"{where} {speaker_field}", f"is an unknown speaker; known are {known}")
+    if not isinstance(value, str) and not (value is None and other_fields.get("tool_calls")):
         kind, why = ("missing_field", "is missing") if value is None else ("wrong_type", f"is {type_name(value)}")
-        return RowError(kind, f"{where} {what}", f"{why}; it must be text")
-    return {"role": role, "content": value, **others}
+        return RowError(kind, f"{where} {content_field}", f"{why}; it must be text")
+    return {"role": role, "content": value, **other_fields}
 
 
-def _with_calls(value: Any, others: dict[str, Any], where: str) -> dict[str, Any] | RowError:
+def _with_calls(value: Any, other_fields: dict[str, Any], where: str) -> dict[str, Any] | RowError:
     """The assistant's message that calls tools."""
     try:
         parsed = json.loads(value) if isinstance(value, str) else value
@@ -116,4 +116,4 @@ def _with_calls(value: Any, others: dict[str, Any], where: str) -> dict[str, Any
         {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
         for call in calls
     ]
-    return {"role": "assistant", "content": None, "tool_calls": made, **others}
+    return {"role": "assistant", "content": None, "tool_calls": made, **other_fields}

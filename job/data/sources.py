@@ -1,4 +1,4 @@
-"""Where rows come from: a source is checked without being read, and opened as the lines of its files or of the hub."""
+"""Sources of rows: a source is checked without being read, and opened as the lines of its files or of the hub."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION", 
     if revision is None:
         what = "a data set of the hub needs a revision, preferably a commit, so that the run can be repeated"
         if source is not None:
-            what = f"{what}; {source} is taken for one, since there is no such path here"
+            what = f"{what}; {source} is taken for one, since the path does not exist here"
         raise SettingsError([Problem(setting, what)])
     return revision
 

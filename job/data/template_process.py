@@ -44,11 +44,11 @@ def _say(answer: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _open(given: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Prepares to render, says so, and returns what answers a conversation."""
+def _open(program: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Prepares to render, reports that it is ready, and returns the function that renders a conversation."""
     from transformers.utils import chat_template_utils
 
-    day = datetime.combine(date.fromisoformat(given["date"]), time())
+    day = datetime.combine(date.fromisoformat(program["date"]), time())
 
     class Fixed:
         """The clock of the templates' `strftime_now`: always the start of the day on which the run began."""
@@ -57,15 +57,15 @@ def _open(given: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, A
 
     # Templates see no other clock. A keyword argument `strftime_now` would not arrive: callables are made text first.
     chat_template_utils.datetime = Fixed
-    templates, fixed = given["templates"], {**given["special"], **given["arguments"]}
+    templates, fixed = program["templates"], {**program["special"], **program["arguments"]}
     _limit_memory()
 
-    def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
-        tools, marked = asked["tools"], asked["marked"]
+    def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+        tools, marked = request["tools"], request["marked"]
         random.seed(0)  # for Jinja's filter `random`: a conversation has one text, in every attempt
         # As transformers' `apply_chat_template` does: many templates write a null out as "None".
         messages = [
-            {key: value for key, value in message.items() if value is not None} for message in asked["messages"]
+            {key: value for key, value in message.items() if value is not None} for message in request["messages"]
         ]
         try:
             (text,), spans = chat_template_utils.render_jinja_template(
@@ -73,13 +73,13 @@ def _open(given: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, A
                 tools=tools,
                 chat_template=templates["marked" if marked else "own"]["plain" if tools is None else "tools"],
                 return_assistant_tokens_mask=marked,
-                add_generation_prompt=asked["add_generation_prompt"],
+                add_generation_prompt=request["add_generation_prompt"],
                 **fixed,
             )
             text.encode()  # a template may write half of a surrogate pair, which is no text
         except MemoryError:
             return {OUT_OF_BOUNDS: f"takes more than {MEMORY_BYTES >> 20} MiB of memory for one conversation"}
-        except Exception as error:  # noqa: BLE001 - a template raises whatever it likes
+        except Exception as error:  # noqa: BLE001 - a template can raise any exception
             return {"error": f"{type(error).__name__}: {error}"[:500]}
         if len(text) > MAX_CHARACTERS:
             return {OUT_OF_BOUNDS: f"writes more than {MAX_CHARACTERS:,} characters for one conversation"}

@@ -51,7 +51,7 @@ def text_tokenizer(tokenizer: Any) -> TextTokenizer:
     """What reading rows needs of a `transformers.PreTrainedTokenizerFast`, or of a stand-in that has `__call__`."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {number: token.content for number, token in added.items() if token.special}
-    words = {*getattr(tokenizer, "all_special_tokens", ()), *marked.values()} - {""}
+    control_words = {*getattr(tokenizer, "all_special_tokens", ()), *marked.values()} - {""}
 
     def encode(texts: Sequence[str], *, special: bool, places: bool) -> Sequence[Any]:
         # `verbose` would warn about a row that is too long for the model, which is checked by the job.
@@ -59,28 +59,28 @@ def text_tokenizer(tokenizer: Any) -> TextTokenizer:
         if not plain:
             encodings: Sequence[Any] = tokenizer(texts, **how).encodings
             return encodings
-        tokenizer([""], **how)  # it sets the tokenizer behind it up for this call
+        tokenizer([""], **how)  # it configures the underlying tokenizer for this call
         return _encode(tokenizer.backend_tokenizer, texts, special=special, places=places)
 
     def portable() -> str:
         encode([""], special=True, places=True)
         backend = tokenizer.backend_tokenizer
-        facts = {name: getattr(found, name) for name in ("eos", "bos", "control", "edges")}
-        facts |= {"special": sorted(found.special), "split": bool(backend.encode_special_tokens)}
+        facts = {name: getattr(result, name) for name in ("eos", "bos", "control", "edges")}
+        facts |= {"special": sorted(result.special), "split": bool(backend.encode_special_tokens)}
         return json.dumps({**facts, "tokenizer": backend.to_str()})
 
     plain = _is_plain(tokenizer)
-    found = TextTokenizer(
+    result = TextTokenizer(
         encode=encode,
         name_of=getattr(tokenizer, "convert_ids_to_tokens", str),
         eos=tokenizer.eos_token_id,
         bos=getattr(tokenizer, "bos_token_id", None),
         special=frozenset(getattr(tokenizer, "all_special_ids", ())) | marked.keys(),
-        control=tuple(sorted(words, key=lambda word: (-len(word), word))),
+        control=tuple(sorted(control_words, key=lambda word: (-len(word), word))),
         edges=(getattr(tokenizer, "bos_token", None) or "", getattr(tokenizer, "eos_token", None) or ""),
         portable=portable if plain else None,
     )
-    return found
+    return result
 
 
 def from_portable(text: str) -> TextTokenizer:
@@ -123,7 +123,7 @@ def broken_tokenizer() -> Iterator[None]:
 
 
 def _is_plain(tokenizer: Any) -> bool:
-    """Whether a call of the tokenizer is one of the tokenizer behind it, and nothing else."""
+    """Whether a call of the tokenizer only calls the underlying `tokenizers.Tokenizer`."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         return False
     from transformers import PreTrainedTokenizerFast

@@ -1,12 +1,12 @@
-"""Tokens of a data set, kept by content hash beside the quantized base: a restart reads them instead of the rows.
+"""Tokens of a data set, kept by content hash next to the quantized base: a restart reads them instead of the rows.
 
 The key is a SHA-256 of everything that decides the tokens: the bytes of the data files (or the hub's commit), the
 tokenizer and its chat template, the settings, the versions of the libraries, and the source code of `job.data`. Equal
 keys give equal tokens, so any run may use them.
 
 A folder `tokens/<key>` holds Arrow files (`job.data.examples`) and `tokens.json`, sealed, which has their SHA-256,
-the record of the rows, and what is to be logged about them. It appears whole or not at all. Its files are hashed before
-they are used; a damaged folder is removed and made again.
+the record of the rows, and what is to be logged about them. It appears complete or not at all. Its files are hashed
+before they are used; a damaged folder is removed and made again.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def load_tokens(
     found_by = partial(_key, source, validation, revision=revision, split=split, **reading)
     key = found_by() if keep else None
     folder = root / "tokens" / (key or f"{uuid4()}")
-    if key is not None and (found := _find(folder)) is not None:
-        log.get_logger().info("cached tokens of an earlier start are used", folder=str(folder), rows=found.record.rows)
-        return found
+    if key is not None and (cached := _find(folder)) is not None:
+        log.get_logger().info("cached tokens of an earlier start are used", folder=str(folder), rows=cached.record.rows)
+        return cached
     if not keep:
         change = "set JOB_STORAGE__CACHE to a folder that outlives the attempt: a later start uses the tokens again"
         log.get_logger().info("rows are tokenized at every start", change=change)
@@ -115,22 +115,22 @@ def load_tokens(
         what = "no cached tokens for exactly these rows, settings and versions: rows are tokenized"
         log.get_logger().info(what, folder=str(folder.parent))
     notes = Notes()
-    with disk_errors(f"cannot write {folder}"), new_folder(folder) as new:
-        _, held, record = load_rows(
-            source, validation, revision=revision, split=split, folder=new, notes=notes, **reading
+    with disk_errors(f"cannot write {folder}"), new_folder(folder) as new_entry:
+        _, held_rows, record = load_rows(
+            source, validation, revision=revision, split=split, folder=new_entry, notes=notes, **reading
         )
         if key is not None and found_by() != key:
             raise DataError([Problem(record.source, "changed while it was read; start again when it is complete")])
-        held_out = held.rows if held is not None and not isinstance(validation, ValidationSource) else None
-        names = sorted(path.name for path in new.iterdir())
-        files = dict(zip(names, hash_files([new / name for name in names]), strict=True))
+        held_out = held_rows.rows if held_rows is not None and not isinstance(validation, ValidationSource) else None
+        names = sorted(path.name for path in new_entry.iterdir())
+        files = dict(zip(names, hash_files([new_entry / name for name in names]), strict=True))
         index = _Index(files=files, record=record, held_out=held_out, notes=notes.kept)
-        (new / INDEX).write_bytes(data := sealed(index.model_dump(mode="json")))
+        (new_entry / INDEX).write_bytes(data := sealed(index.model_dump(mode="json")))
     if (folder / INDEX).read_bytes() == data:
         return open_tokens(folder)
-    if (found := _find(folder, replay=False)) is None:  # another process was first
+    if (cached := _find(folder, replay=False)) is None:  # another process was first
         raise RuntimeError(f"{folder} was removed while it was written")
-    return found
+    return cached
 
 
 def open_tokens(folder: Path) -> Tokens:
@@ -167,7 +167,7 @@ def _find(folder: Path, *, replay: bool = True) -> Tokens | None:
     try:
         index = _read_index(folder)
         _verify(folder, index)
-        found = _open(folder, index)
+        cached = _open(folder, index)
     except (OSError, ValueError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:300]
         log.get_logger().warning("cached tokens are damaged: rows are tokenized again", folder=str(folder), why=why)
@@ -175,7 +175,7 @@ def _find(folder: Path, *, replay: bool = True) -> Tokens | None:
         return None
     if replay:
         Notes(index.notes)
-    return found
+    return cached
 
 
 def _verify(folder: Path, index: _Index) -> None:
@@ -243,7 +243,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _content(place: str, revision: str | None, split: str) -> list[str]:
-    """What stands for the content of a source: the SHA-256 of its files in order, or the hub's commit."""
+    """What identifies the content of a source: the SHA-256 of its files in order, or the hub's commit."""
     if is_hub_id(place):
         return [resolve_dataset(place, revision)]
     files, _ = find_files(place, split)

@@ -25,7 +25,7 @@ _LAST_TOKENS = 4
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example as bytes, which other processes hand over and Arrow files hold as they are, and what it was made from.
+    """An example as bytes, which processes exchange and Arrow files hold unchanged, and what it was made from.
 
     Attributes:
         text: The text; of several examples of one row only the first has it.
@@ -34,7 +34,7 @@ class Encoded:
         end: The last special token among the last few targets, which tells a model to stop; None if there is none.
         unused: The fields of the row that were left out.
         long: Counts of what was done because the row is too long.
-        where: Where the row stands.
+        where: Location of the row, for messages.
         compared_by: The row's `near_duplicates.row_hash`, where rows are compared.
         weight: As in `Rendered`.
     """
@@ -131,7 +131,7 @@ def encode(
 def _pieces(
     ids: list[int], targets: bytes, max_length: int, on_long_row: OnLongRow
 ) -> tuple[list[tuple[list[int], bytes]], tuple[tuple[str, int], ...]]:
-    """(ids, targets) of each example that a row gives, and what there is to count if it is too long.
+    """(ids, targets) of each example of a row, and what is counted if the row is too long.
 
     A piece begins with the last token of the piece before it, which is no target there: every token is a target once.
     """
@@ -152,7 +152,7 @@ def _tokenize(
     """The encodings of the rendered rows, in order: of many texts at once, and of fewer where they are long."""
     texts = iter([row for row in rows if isinstance(row, Rendered)])
     while batch := _take(texts):
-        # Where all tokens are targets, nobody asks where in the text they stand, which takes time to find out.
+        # Where all tokens are targets, their offsets in the text are not needed, and computing them takes time.
         places = not everything or any(row.ignored or row.must_end for row in batch)
         yield from tokenizer.encode([row.text for row in batch], special=not templated, places=places)
 
@@ -188,7 +188,7 @@ def _ids_and_targets(
         # The text ends with the token that the tokenizer puts behind as well.
         if ids[-2:] == [eos, eos] and encoding.special_tokens_mask[-1]:
             ids, targets = ids[:-1], targets[:-1]
-        # As a token, not by writing its text behind the row's: a tokenizer may strip what stands before it.
+        # As a token, not by writing its text behind the row's: a tokenizer may strip what precedes it.
         if ids[-1:] != [eos]:
             ids = [*ids, eos]
             targets.append(1)
@@ -241,12 +241,12 @@ def _check_turns(row: Rendered, encoding: Any, special: frozenset[int]) -> RowEr
     for index, (first, stop) in enumerate(row.completions):
         if ends.get(index) not in special:
             shown = row.text[max(first, stop - _SHOWN) : stop]
-            what = (
+            message = (
                 f"would be learned without an end: learned turn {index + 1} ends with {shown!a}, and with"
                 " no special token that ends a turn; use"
                 " JOB_TRAIN__LOSS_ON=completion or all, or a model whose chat template ends each turn"
             )
-            return RowError("turn_without_end", row.where, what)
+            return RowError("turn_without_end", row.where, message)
     return None
 
 

@@ -35,7 +35,7 @@ FINDINGS = "findings.jsonl"
 
 @dataclass(frozen=True)
 class ValidationSource:
-    """Validation rows in a source of their own: where it lies here, its name in messages, hub revision and split."""
+    """Validation rows in a separate source: its location here, its name in messages, hub revision and split."""
 
     place: str
     name: str
@@ -43,7 +43,7 @@ class ValidationSource:
     split: str
 
 
-def what_to_validate_on(
+def validation_source_of(
     validation: float | str | None,
     *,
     source: str,
@@ -55,7 +55,7 @@ def what_to_validate_on(
 
     Args:
         validation: The setting: a share, a number of rows, a source, or None.
-        source: The training source; another split of the same hub data set needs no revision of its own.
+        source: The training source; another split of the same hub data set needs no separate revision.
         source_revision: Its revision.
         validation_revision: The revision of the validation source.
         validation_split: The split of the validation source.
@@ -89,7 +89,7 @@ class _Rows:
 
 @dataclass
 class _Judge:
-    """Finishes the audit of the training source when its rows are read, and leaves out those that are to be left out.
+    """Finishes the audit of the training source when its rows are read, and leaves out those with findings to skip.
 
     `audited` is the result where it is known from before; then nothing is collected.
     """
@@ -111,22 +111,22 @@ class _Judge:
 
     def __call__(self, examples: Examples, record: DatasetRecord, rows: _Rows | None) -> tuple[Examples, DatasetRecord]:
         """The examples that stay, and the record with what was found; the same are left out of `rows`."""
-        found = self.audited
+        audited = self.audited
         if self.collected is not None:
             counted = {"tokens": examples.lengths, "target_tokens": examples.target_counts}
-            found = finish(self.collected, record.source, self.alive, counted)
-        if found is None:
+            audited = finish(self.collected, record.source, self.alive, counted)
+        if audited is None:
             return examples, record
-        _note_audit(self.note, found.record, record.source)
+        _note_audit(self.note, audited.record, record.source)
         if self.folder is not None:
-            (self.folder / FINDINGS).write_bytes(found.findings)
+            (self.folder / FINDINGS).write_bytes(audited.findings)
         file = None if self.folder is None else self.folder / EXAMPLES
-        return _without(examples, replace(record, audit=found.record), found.left_out, rows, file)
+        return _without(examples, replace(record, audit=audited.record), audited.left_out, rows, file)
 
-    def paired(self, examples: Examples, record: DatasetRecord, how: Mapping[str, Any]) -> Examples:
-        """The examples with a second sequence each, where this has waited for the audit; `how` goes to `paired`."""
+    def paired(self, examples: Examples, record: DatasetRecord, options: Mapping[str, Any]) -> Examples:
+        """The examples with a second sequence each, where this has waited for the audit; `options` goes to `paired`."""
         if self.leaves_out and record.format == "unpaired_preference":
-            return paired(examples, [range(len(examples))], **how)
+            return paired(examples, [range(len(examples))], **options)
         return examples
 
 
@@ -148,10 +148,10 @@ def load_rows(
     """The training examples, the validation examples (None without `validation`), and the record of both.
 
     Args:
-        source: Where the training rows lie, as for `load_examples`.
-        validation: A share (below 1) or a number of the rows to hold out; or a source of its own; None for neither.
-        revision: Of the training source.
-        split: Of the training source.
+        source: Location of the training rows, as for `load_examples`.
+        validation: A share (below 1) or a number of the rows to hold out; or a separate source; None for neither.
+        revision: Revision of the training source.
+        split: Split of the training source.
         alive: As for `load_examples`.
         on_example: As for `load_examples`, with the examples of the training source.
         folder: Where the examples are written, to EXAMPLES and VALIDATION, and what the audit found, to FINDINGS; None
@@ -178,33 +178,37 @@ def load_rows(
         more = {**reading, "pair": False} if judge.leaves_out else reading
         examples, record = judge(*load_examples(source, on_example=on_example, **own_source, **more), None)
         return judge.paired(examples, record, pairing), None, record
-    rows, held = _Rows(on_example), _Rows(None)
+    rows, validation_rows = _Rows(on_example), _Rows(None)
     errors: list[DataError] = []
 
-    def read(place: str | Sequence[Source], keep: _Rows, **how: Any) -> tuple[Examples, DatasetRecord] | None:
+    def read(place: str | Sequence[Source], keep: _Rows, **options: Any) -> tuple[Examples, DatasetRecord] | None:
         try:
             # Labelled answers that are held out are paired among themselves, so once it is known which they are.
             pair = isinstance(validation, ValidationSource) and not (judge.leaves_out and keep is rows)
-            return load_examples(place, on_example=keep.add, compare=True, pair=pair, **{**reading, **how})
+            return load_examples(place, on_example=keep.add, compare=True, pair=pair, **{**reading, **options})
         except DataError as error:
             errors.append(error)
             return None
 
-    found = read(source, rows, **own_source)
-    own = None
+    from_training = read(source, rows, **own_source)
+    from_validation = None
     if isinstance(validation, ValidationSource):
         where = {"name": validation.name, "revision": validation.revision, "split": validation.split, "limit": None}
-        own = read(validation.place, held, file=None if folder is None else folder / VALIDATION, **where)
+        from_validation = read(
+            validation.place, validation_rows, file=None if folder is None else folder / VALIDATION, **where
+        )
     if errors:
         raise combine([("rows", error) for error in errors])
-    if found is None:  # its error is raised above
+    if from_training is None:  # its error is raised above
         raise AssertionError
-    examples, record = judge(*found, rows)
+    examples, record = judge(*from_training, rows)
     if isinstance(validation, ValidationSource):
-        if own is None:
+        if from_validation is None:
             raise AssertionError
-        described = replace(record, validation=_own_source((record, rows), (own[1], held), note, alive))
-        return judge.paired(examples, record, pairing), own[0], described
+        described = replace(
+            record, validation=_own_source((record, rows), (from_validation[1], validation_rows), note, alive)
+        )
+        return judge.paired(examples, record, pairing), from_validation[0], described
     sides = hold_out(rows.hashes, validation, record.source, alive)
     parts = [[i for i, side in enumerate(sides) if side is wanted] for wanted in (False, True)]
     if record.format == "unpaired_preference":
@@ -228,7 +232,7 @@ def _note_audit(note: Notes, record: AuditRecord, name: str) -> None:
 def _without(
     examples: Examples, record: DatasetRecord, left_out: Sequence[int], rows: _Rows | None, file: Path | None
 ) -> tuple[Examples, DatasetRecord]:
-    """The examples without some, in the place of the file with all of them, and the record of what is left."""
+    """The examples without some of them, replacing the file of all, and the record of the remaining ones."""
     if not left_out:
         return examples, record
     gone = frozenset(left_out)
@@ -241,31 +245,31 @@ def _without(
     if beside is not None and file is not None:
         with disk_errors(f"cannot write {file}"):
             beside.replace(file)
-    kept = writer.examples() if file is None else Examples(file)
+    remaining = writer.examples() if file is None else Examples(file)
     if rows is not None:
         rows.leave_out(left_out)
-    lengths = kept.lengths
-    return kept, replace(
+    lengths = remaining.lengths
+    return remaining, replace(
         record,
-        rows=len(kept),
+        rows=len(remaining),
         sha256=sha256(f"left out 1\0{record.sha256}{list(left_out)}".encode()).hexdigest(),
         tokens=sum(lengths),
-        target_tokens=sum(kept.target_counts),
+        target_tokens=sum(remaining.target_counts),
         longest=max(lengths),
         longest_at=record.longest_at if max(lengths) == record.longest else "",
     )
 
 
 def _part(examples: Examples, record: DatasetRecord, rows: _Rows, part: list[int]) -> tuple[Examples, DatasetRecord]:
-    """Some of the examples, and the record as it is of them alone."""
-    chosen = examples.take(part)
-    lengths = chosen.lengths
-    return chosen, replace(
+    """Some of the examples, and the record of these alone."""
+    part_examples = examples.take(part)
+    lengths = part_examples.lengths
+    return part_examples, replace(
         record,
-        rows=len(chosen),
+        rows=len(part_examples),
         sha256=sha256(b"".join([b"rows 1\0", *(rows.sha256[i] for i in part)])).hexdigest(),
         tokens=sum(lengths),
-        target_tokens=sum(chosen.target_counts),
+        target_tokens=sum(part_examples.target_counts),
         longest=max(lengths),
         longest_at=record.longest_at if max(lengths) == record.longest else "",
     )
@@ -277,28 +281,31 @@ def _facts(record: DatasetRecord) -> dict[str, Any]:
 
 
 def _own_source(
-    training: tuple[DatasetRecord, _Rows], own: tuple[DatasetRecord, _Rows], note: Notes, alive: Callable[..., None]
+    training: tuple[DatasetRecord, _Rows],
+    validation: tuple[DatasetRecord, _Rows],
+    note: Notes,
+    alive: Callable[..., None],
 ) -> ValidationRows:
-    """The record of a validation source of its own, from the records and the rows of both sources.
+    """The record of a separate validation source, from the records and the rows of both sources.
 
     Raises:
         DataError: Its rows are of another schema than those trained on.
     """
-    (record, rows), (found, held) = training, own
-    if found.format != record.format:
+    (record, rows), (validation_record, validation_rows) = training, validation
+    if validation_record.format != record.format:
         what = (
-            f"has rows of the schema {found.format}, and the training data of {record.format}; use the "
+            f"has rows of the schema {validation_record.format}, and the training data of {record.format}; use the "
             "same schema for both"
         )
-        raise DataError([Problem(found.source, what)])
-    exact, near = count_overlap(rows.hashes, held.hashes, alive)
+        raise DataError([Problem(validation_record.source, what)])
+    exact, near = count_overlap(rows.hashes, validation_rows.hashes, alive)
     if exact or near:
         note(
             "warning",
             "validation rows are also trained on, so the validation loss is too optimistic",
-            source=found.source,
+            source=validation_record.source,
             duplicates=exact,
             near_duplicates=near,
-            of=found.rows,
+            of=validation_record.rows,
         )
-    return ValidationRows(**_facts(found), held_out=False, duplicates=exact, near_duplicates=near)
+    return ValidationRows(**_facts(validation_record), held_out=False, duplicates=exact, near_duplicates=near)

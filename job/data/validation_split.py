@@ -11,7 +11,7 @@
    with a number of rows, the groups in the order of their places, as long as they fit.
 
 So neither the order of the rows nor the run's seed matters. With a share, whether a row without near-duplicates is held
-out does not depend on the other rows. A group that is larger than all that is to be held out stays in training.
+out does not depend on the other rows. A group larger than the requested number of rows stays in training.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from job.common.near_duplicates import RowHashes, group_rows
 from job.errors import DataError, Problem
 
 
-def hold_out(rows: RowHashes, wanted: float, name: str, alive: Callable[[], None] = lambda: None) -> list[bool]:
+def hold_out(rows: RowHashes, share_or_count: float, name: str, alive: Callable[[], None] = lambda: None) -> list[bool]:
     """Which rows are held out for validation.
 
     Args:
         rows: All rows.
-        wanted: A share of the rows (below 1), or their number.
-        name: Of the source, for messages.
-        alive: Called now and then; what it raises ends the work.
+        share_or_count: A share of the rows (below 1), or their number.
+        name: Name of the source, for messages.
+        alive: Called periodically; an exception from it ends the work.
 
     Returns:
         For each row whether it is held out: at least one is, and at least one is not.
@@ -40,31 +40,31 @@ def hold_out(rows: RowHashes, wanted: float, name: str, alive: Callable[[], None
         DataError: There are too few rows, or all of them are near-duplicates of each other.
     """
     total = len(rows.digests)
-    most = wanted * total if wanted < 1 else wanted
-    if wanted >= total:
-        what = f"has {total:,} rows, so {wanted:,} of them cannot be held out; lower JOB_DATA__VALIDATION"
+    most = share_or_count * total if share_or_count < 1 else share_or_count
+    if share_or_count >= total:
+        what = f"has {total:,} rows, so {share_or_count:,} of them cannot be held out; lower JOB_DATA__VALIDATION"
         raise DataError([Problem(name, what)])
     groups = group_rows(rows, alive)
     sizes = Counter(groups)
     places = {group: sha256(b"validation\0" + group).digest() for group in sizes}
     fitting = [group for group in sorted(sizes, key=places.__getitem__) if sizes[group] <= most]
-    if wanted < 1:
-        held = {group for group in fitting if int.from_bytes(places[group][:8], "big") < wanted * 2**64}
+    if share_or_count < 1:
+        held_groups = {group for group in fitting if int.from_bytes(places[group][:8], "big") < share_or_count * 2**64}
     else:
-        held, room = set(), int(wanted)
+        held_groups, room = set(), int(share_or_count)
         for group in fitting:
             if sizes[group] <= room:
-                held.add(group)
+                held_groups.add(group)
                 room -= sizes[group]
-    if not held:
+    if not held_groups:
         largest = max(sizes.values())
-        why = (
+        reason = (
             f"its {total:,} rows form {len(sizes):,} groups of near-duplicates, the largest of {largest:,} rows, and"
             " none could be held out for validation"
         )
-        fix = "raise JOB_DATA__VALIDATION, or set it to a source of its own"
-        raise DataError([Problem(name, f"{why}; {fix}")])
-    return [group in held for group in groups]
+        fix = "raise JOB_DATA__VALIDATION, or set it to a separate source"
+        raise DataError([Problem(name, f"{reason}; {fix}")])
+    return [group in held_groups for group in groups]
 
 
 def count_overlap(training: RowHashes, validation: RowHashes, alive: Callable[[], None]) -> tuple[int, int]:

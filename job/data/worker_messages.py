@@ -1,4 +1,4 @@
-"""What the processes that encode rows send each other: JSON with a block of bytes behind it, no pickles."""
+"""Messages between the processes that encode rows: JSON followed by a block of bytes, no pickles."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _exactly(source: BinaryIO | IO[bytes], count: int) -> bytes:
 
 
 def pack_rows(chunk: Sequence[Row | RowError | Line], *, together: bool) -> tuple[bytes, bytes] | None:
-    """The rows as a message, lines as they are; None where a value is of no type that JSON has, such as a date."""
+    """The rows as a message, lines undecoded; None if a value has a type that JSON lacks, such as a date."""
     if not all(_is_plain(row.fields) for row in chunk if isinstance(row, Row)):
         return None
     lines: list[bytes] = []
@@ -76,22 +76,22 @@ def _is_plain(value: Any) -> bool:
 
 def unpack_rows(chunk: dict[str, Any], blob: bytes) -> list[Row | RowError | Line]:
     """The rows of a message that `pack_rows` made."""
-    found: list[Row | RowError | Line] = []
+    rows: list[Row | RowError | Line] = []
     at = 0
-    for where, first, *rest in chunk["rows"]:
+    for where, first, *fault in chunk["rows"]:
         if isinstance(first, int):
-            found.append(Line(where, blob[at : at + first]))
+            rows.append(Line(where, blob[at : at + first]))
             at += first
         else:
-            found.append(Row(where, first) if isinstance(first, dict) else RowError(first, where, rest[0]))
-    return found
+            rows.append(Row(where, first) if isinstance(first, dict) else RowError(first, where, fault[0]))
+    return rows
 
 
-def pack_bundle(found: Bundle) -> tuple[dict[str, Any], bytes]:
+def pack_bundle(bundle: Bundle) -> tuple[dict[str, Any], bytes]:
     """The rows of a chunk together as a message."""
-    blobs = [getattr(found, name) for name in _BLOBS]
-    rest = {name: value for name, value in vars(found).items() if name not in _BLOBS}
-    faults = [[[fault.kind, fault.where, fault.what] for fault in row] for row in found.faults]
+    blobs = [getattr(bundle, name) for name in _BLOBS]
+    rest = {name: value for name, value in vars(bundle).items() if name not in _BLOBS}
+    faults = [[[fault.kind, fault.where, fault.what] for fault in row] for row in bundle.faults]
     return {**rest, "faults": faults, "sizes": list(map(len, blobs))}, b"".join(blobs)
 
 
@@ -106,7 +106,7 @@ def unpack_bundle(answer: dict[str, Any], blob: bytes) -> Bundle:
 
 
 def pack_outcomes(outcomes: Sequence[Outcome]) -> tuple[dict[str, Any], bytes]:
-    """The outcomes as JSON, and behind it the texts and tokens."""
+    """The outcomes as JSON, followed by the texts and tokens."""
     blob: list[bytes] = []
 
     def pack(side: Encoded) -> list[Any]:
@@ -115,24 +115,24 @@ def pack_outcomes(outcomes: Sequence[Outcome]) -> tuple[dict[str, Any], bytes]:
         sizes = len(text), len(side.targets), len(side.compared_by)
         return [*sizes, side.end, side.unused, side.long, side.where, side.weight]
 
-    def pack_example(one: Encoded | EncodedAnswers) -> list[Any]:
-        if isinstance(one, Encoded):
-            return [pack(one)]
-        return [[pack(side) for side in one.sides], one.desirable, one.unused]
+    def pack_example(example: Encoded | EncodedAnswers) -> list[Any]:
+        if isinstance(example, Encoded):
+            return [pack(example)]
+        return [[pack(side) for side in example.sides], example.desirable, example.unused]
 
-    def pack_audited(one: Outcome) -> int:
-        blob.append(one.audited)
-        return len(one.audited)
+    def pack_audited(outcome: Outcome) -> int:
+        blob.append(outcome.audited)
+        return len(outcome.audited)
 
     rows = [
         [
-            one.where,
-            [pack_example(example) for example in one.examples],
-            [[fault.kind, fault.where, fault.what] for fault in one.faults],
-            one.remarks,
-            pack_audited(one),
+            outcome.where,
+            [pack_example(example) for example in outcome.examples],
+            [[fault.kind, fault.where, fault.what] for fault in outcome.faults],
+            outcome.remarks,
+            pack_audited(outcome),
         ]
-        for one in outcomes
+        for outcome in outcomes
     ]
     return {"rows": rows}, b"".join(blob)
 
@@ -161,8 +161,8 @@ def unpack_outcomes(answer: dict[str, Any], blob: bytes) -> list[Outcome]:
             weight,
         )
 
-    def unpack_example(one: list[Any]) -> Encoded | EncodedAnswers:
-        sides, *rest = one
+    def unpack_example(packed: list[Any]) -> Encoded | EncodedAnswers:
+        sides, *rest = packed
         if not rest:
             return unpack(sides)
         return EncodedAnswers(tuple(map(unpack, sides)), rest[0], tuple(rest[1]))

@@ -48,7 +48,7 @@ from job.data.worker_messages import (
 from job.errors import DataError, JobError, Killed, Problem
 
 ROWS_ALONE = 2000
-"""Number of rows that this process encodes by itself before it starts workers."""
+"""Number of rows that this process encodes before it starts workers."""
 _CHUNK_ROWS = 500
 _CHUNK_CHARACTERS = 2 << 20
 _LOOK_SECONDS = 0.5
@@ -158,7 +158,7 @@ class Encoding:
                 left = None if limit is None else limit - examples
                 kept = outcome.examples[:left]
                 examples += len(kept)
-                yield outcome if len(kept) == len(outcome.examples) else _with(outcome, kept)
+                yield outcome if len(kept) == len(outcome.examples) else _with_examples(outcome, kept)
                 if examples == limit:
                     return
 
@@ -203,8 +203,8 @@ class Encoding:
         return future.result()
 
 
-def _with(outcome: Outcome, kept: tuple[Encoded | EncodedAnswers, ...]) -> Outcome:
-    return Outcome(outcome.where, kept, outcome.faults, outcome.remarks, outcome.audited)
+def _with_examples(outcome: Outcome, examples: tuple[Encoded | EncodedAnswers, ...]) -> Outcome:
+    return Outcome(outcome.where, examples, outcome.faults, outcome.remarks, outcome.audited)
 
 
 def _take(rows: Lines, most: int) -> list[Row | RowError | Line]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from job.common.near_duplicates import MOST_COMPARED, RowHashes, group_rows, row_hash
-from job.data.training_and_validation import ValidationSource, load_rows, what_to_validate_on
+from job.data.training_and_validation import ValidationSource, load_rows, validation_source_of
 from job.data.validation_split import count_overlap, hold_out
 from job.errors import DataError
 from job.records import DatasetRecord, Example
@@ -261,12 +261,12 @@ def test_another_split_of_the_same_data_set_has_its_revision() -> None:
     """A hub id that is the training source's too needs no second revision."""
     how: dict[str, Any] = {"source": "a/b", "source_revision": "c0ffee", "validation_split": "test"}
     for own, expected in ((None, "c0ffee"), ("f00d", "f00d")):
-        found = what_to_validate_on("a/b", validation_revision=own, **how)
+        found = validation_source_of("a/b", validation_revision=own, **how)
         assert found == ValidationSource("a/b", "a/b", expected, "test")
-    other = what_to_validate_on("c/d", validation_revision=None, **how)
+    other = validation_source_of("c/d", validation_revision=None, **how)
     assert isinstance(other, ValidationSource)
     assert other.revision is None
-    assert what_to_validate_on(0.1, validation_revision=None, **how) == 0.1
+    assert validation_source_of(0.1, validation_revision=None, **how) == 0.1
 
 
 @pytest.mark.long
