@@ -1,7 +1,7 @@
 """Checks for settings that contradict each other, or that this machine cannot satisfy.
 
 To add a check: a function that yields a `Fault` for each setting to change, with a text that names the fix, and its
-call in `impossible_values`. Values that are invalid by themselves are refused by the types in `schema`.
+call in `impossible_values`. Values that are invalid on their own are refused by the types in `schema`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def impossible_values(settings: Settings, request: Request) -> Iterator[Fault]:
     """Yields every value that contradicts another setting, or that this machine cannot satisfy.
 
     Args:
-        settings: All settings, each valid by itself.
+        settings: All settings, each valid on its own.
         request: The values by source, and the environment.
     """
     yield from _processes(settings, request.environ)
@@ -200,7 +200,7 @@ def _placement(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault
 
 
 def sharded_alone(settings: Settings, processes: int) -> Problem | None:
-    """The problem of a base that is to be sharded over a single process; None if there is no such problem.
+    """The problem of a base sharded over a single process; None if it is not.
 
     Args:
         settings: The run's settings.
@@ -415,21 +415,25 @@ def _method(settings: Settings) -> Iterator[Fault]:
     train, method = settings.train, METHODS[settings.train.last_method]
     if settings.data.format != "auto" and settings.data.format not in method.schemas:
         fitting = " or ".join(methods_for(settings.data.format))
-        what = f"is {settings.data.format}, which JOB_TRAIN__METHOD={train.method} cannot train on; {fitting} can"
-        yield "data.format", what
+        message = f"is {settings.data.format}, which JOB_TRAIN__METHOD={train.method} cannot train on; {fitting} can"
+        yield "data.format", message
     for name, methods in _ONLY_FOR.items():
         set_by_user = not settings.sources[name].startswith(("default", "preset"))
         used_methods = train.method.split(",") if name in _FOR_ANY_STAGE else [train.last_method]
         if set_by_user and not set(used_methods) & set(methods):
-            what = f"has no effect with JOB_TRAIN__METHOD={train.method}, only with {' and '.join(methods)}; remove it"
-            yield name, what
+            message = (
+                f"has no effect with JOB_TRAIN__METHOD={train.method}, only with {' and '.join(methods)}; remove it"
+            )
+            yield name, message
     if settings.lora.start is not None or not train.is_one_stage:
         yield from _start(settings)
     if train.is_one_stage:
         for name in FIRST_STAGE_SETTINGS.values():
             if not settings.sources[name].startswith(("default", "preset")):
-                what = f"has no effect with JOB_TRAIN__METHOD={train.method}, only with two, such as sft,dpo; remove it"
-                yield name, what
+                message = (
+                    f"has no effect with JOB_TRAIN__METHOD={train.method}, only with two, such as sft,dpo; remove it"
+                )
+                yield name, message
     elif settings.data.sft_source is None:
         yield "data.sft_source", f"must be set with JOB_TRAIN__METHOD={train.method}: the data of the first stage"
     if train.label_smoothing and train.preference_loss != "sigmoid":
@@ -465,15 +469,15 @@ def _compute(settings: Settings) -> Iterator[Fault]:
 def _start(settings: Settings) -> Iterator[Fault]:
     """Options of a new adapter that exclude continuing from an existing one: they would change what it computes."""
     lora = settings.lora
-    why = (
+    reason = (
         ""
         if settings.train.is_one_stage
         else f", as JOB_TRAIN__METHOD={settings.train.method} does after its first stage"
     )
     if lora.kind != "lora":
-        yield "lora.kind", f"is {lora.kind}, which cannot start from an adapter{why}; use lora"
+        yield "lora.kind", f"is {lora.kind}, which cannot start from an adapter{reason}; use lora"
     if lora.init not in {"default", "gaussian", "orthogonal"}:
         yield (
             "lora.init",
-            f"is {lora.init}, which initializes a new adapter, and training continues from one{why}; remove it",
+            f"is {lora.init}, which initializes a new adapter, and training continues from one{reason}; remove it",
         )

@@ -431,7 +431,7 @@ JsonObject = Annotated[Mapping[Text, Any], BeforeValidator(_json_object)]
 Layers = Annotated[tuple[Whole, ...], BeforeValidator(_layers), Field(min_length=1), AfterValidator(_ascending)]
 Pattern = Annotated[Mapping[Text, Count], BeforeValidator(_pairs), AfterValidator(_expressions)]
 OnFinding = Annotated[Mapping[Text, Action], BeforeValidator(_on_finding), AfterValidator(_known_kinds)]
-"""Kind of finding, or `all` for the kinds that are not named -> what is done with rows that have such a finding."""
+"""Kind of finding, or `all` for the kinds that are not named -> what is done with rows that have it."""
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]
 
 

@@ -54,15 +54,15 @@ _DEFAULTS = (
 )
 
 
-def _add_in_words(parser: ArgumentParser, *names: str, **how: Any) -> Any:
+def _add_in_words(parser: ArgumentParser, *names: str, **options: Any) -> Any:
     """`add_argument`, with types and defaults readable without knowing Python."""
     group, _, key = names[0].removeprefix("--").partition(".")
     fields = Settings.model_fields[group].annotation.model_fields if key else Settings.model_fields  # type: ignore[union-attr]
     choices = get_args(fields[key or group].annotation)
     if any(isinstance(choice, str) and "," in choice for choice in choices):
-        how["metavar"] = f"{{{'|'.join(choices)}}}"
+        options["metavar"] = f"{{{'|'.join(choices)}}}"
     for pattern, word in _IN_WORDS:
-        how["metavar"] = re.sub(pattern, word, how["metavar"])
+        options["metavar"] = re.sub(pattern, word, options["metavar"])
     for pattern, text in _DEFAULTS:
-        how["help"] = re.sub(pattern, text, how["help"])
-    return parser.add_argument(*names, **how)
+        options["help"] = re.sub(pattern, text, options["help"])
+    return parser.add_argument(*names, **options)

@@ -72,13 +72,15 @@ def load_settings(
     """
     environ = os.environ if environ is None else environ
     request = Request(arguments, environ, detect(environ), options)
-    settings, wrong = _read(request, NAMES)
-    problems = [*request.problems, *wrong.values()]
+    settings, invalid = _read(request, NAMES)
+    problems = [*request.problems, *invalid.values()]
     if fault := find_machines(request.platform).fault:
         problems.append(Problem("resourceconfig.json", fault))
     problems += undeliverable(request.platform)
     faults = impossible_values(settings, request)
-    problems += [Problem(setting_at(name, settings.sources[name]), what) for name, what in faults if name not in wrong]
+    problems += [
+        Problem(setting_at(name, settings.sources[name]), what) for name, what in faults if name not in invalid
+    ]
     problems += [Problem(f"{variable} (environment)", what) for variable, what in find_faults(environ)]
     if problems:
         raise SettingsError(problems)
@@ -110,35 +112,35 @@ def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | Non
     """
     environ = os.environ if environ is None else environ
     request = Request(arguments, environ, detect(environ))
-    settings, wrong = _read(request, READING)
+    settings, invalid = _read(request, READING)
     groups = " and ".join(sorted({f"{environment_name(name.partition('.')[0])}__..." for name in READING}))
     useless = [
         Problem(setting_at(name, item.source), f"has no effect on this command; only {groups} have")
         for name, item in request.given.items()
         if item.source == "command line" and name not in READING
     ]
-    if problems := [*request.problems, *useless, *wrong.values()]:
+    if problems := [*request.problems, *useless, *invalid.values()]:
         raise SettingsError(problems)
     return settings
 
 
 def _read(request: Request, names: Collection[str]) -> tuple[Settings, dict[str, Problem]]:
     """Settings with the valid values of these names, and by name a problem for each invalid value."""
-    wrong: dict[str, Problem] = {}
+    invalid: dict[str, Problem] = {}
     try:
         settings = Settings(_request=request)  # type: ignore[call-arg]  # not a setting: the sources find it there
     except ValidationError as error:
         for record in error.errors(include_url=False, include_input=False):
             group, both = str(record["loc"][0]), ".".join(map(str, record["loc"][:2]))
             name = both if both in NAMES else group  # a deeper location is an item of a value
-            wrong.setdefault(name, Problem(setting_at(name, request.given[name].source), explain(record)))
-    wrong = {name: problem for name, problem in wrong.items() if name in names}
-    given = {name: item for name, item in request.given.items() if name in names and name not in wrong}
-    if wrong or len(names) < len(NAMES):
+            invalid.setdefault(name, Problem(setting_at(name, request.given[name].source), explain(record)))
+    invalid = {name: problem for name, problem in invalid.items() if name in names}
+    given = {name: item for name, item in request.given.items() if name in names and name not in invalid}
+    if invalid or len(names) < len(NAMES):
         # No validator involves two settings, so the remaining values are valid, and combinations can be checked.
         settings = Settings(**nested({name: item.value for name, item in given.items()}))
     settings.keep_sources({name: item.source for name, item in given.items()})
-    return settings, wrong
+    return settings, invalid
 
 
 def current_platform(environ: Mapping[str, str] | None = None) -> Platform:
@@ -171,7 +173,7 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     environ = os.environ if environ is None else environ
     files = _secret_files(environ.get(environment_name(SECRETS_DIR)))
     texts = [*environ.items(), *files.items()]
-    named = [value for name, value in texts if _SECRET.search(name)]
+    secret_values = [value for name, value in texts if _SECRET.search(name)]
     in_urls = [login for _, value in texts for login in _LOGIN.findall(value)]
     in_headers = [
         part
@@ -180,7 +182,7 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
         for pair in value.split(",")
         for part in (pair.partition("=")[2].strip(), *unquote(pair.partition("=")[2]).split())
     ]
-    values = dict.fromkeys([*named, *in_urls, *in_headers])
+    values = dict.fromkeys([*secret_values, *in_urls, *in_headers])
     return tuple(secret for secret in values if len(secret) >= _SHORTEST_SECRET)
 
 

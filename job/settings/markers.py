@@ -1,4 +1,4 @@
-"""Markers: what a field in `schema` says about a setting beside its type, default and documentation.
+"""Markers: what a field in `schema` says about a setting besides its type, default and documentation.
 
 A marker is metadata of the field (`Annotated`), which pydantic ignores and `find_markers` reads. On the field of a
 group, such as `Settings.storage`, it applies to every setting of the group.

@@ -55,7 +55,7 @@ def read_channels(inputs: Path | None, channels: Mapping[str, str], mentioned: C
 
 
 def _unusable(channel: object) -> str | None:
-    """Why a channel cannot be used as it is configured; None if it can."""
+    """Why a channel's configuration cannot be used; None if it can."""
     channel = channel if isinstance(channel, Mapping) else {}
     if channel.get("TrainingInputMode") == "Pipe":
         return "is a pipe, which can be read only once; set its input mode to File or FastFile"

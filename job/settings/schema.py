@@ -370,8 +370,8 @@ class Train(Group):
     max_steps: AffectsResult[Maybe[Count]] = None
     """Maximum number of optimizer steps; empty: the steps of all epochs."""
     learning_rate: AffectsResult[NotNegative] = 2e-4
-    """Peak learning rate. With 0 the adapter stays as it is, which shows what the evaluation measures without training.
-    """
+    """Peak learning rate. With 0 the adapter does not change, which shows what the evaluation measures without
+    training."""
     scheduler: AffectsResult[SchedulerName] = "linear"
     """Schedule of the learning rate after the warmup."""
     warmup_steps: AffectsResult[Whole] = 5
@@ -486,7 +486,7 @@ class Eval(Group):
     beginning, as lm-eval does."""
     full_precision: AffectsResult[Literal["auto", "off"]] = "auto"
     """Whether a base that is quantized for training is also scored with its original weights, in 16 bits (fp32 on a
-    CPU), so that the results show the cost of quantization. `auto`: if they fit into memory beside the quantized base.
+    CPU), so that the results show the cost of quantization. `auto`: if they fit into memory next to the quantized base.
     """
     precision: AffectsResult[Literal["auto", "model"]] = "auto"
     """Precision in which questions are scored if the model computes in bf16. `auto`: on a GPU, products in fp16 and
@@ -519,7 +519,7 @@ class Export(Group):
     """Export: the model in other formats than the adapter, each scored on the questions of the run."""
 
     formats: AffectsResult[ExportFormats] = ()
-    """Formats to publish beside the adapter, separated by commas; empty: none. `adapter:bf16`, `adapter:fp16`: the
+    """Formats to publish besides the adapter, separated by commas; empty: none. `adapter:bf16`, `adapter:fp16`: the
     adapter again, in 16 bits. `merged`: the whole model with the adapter merged into its weights, in safetensors, in 16
     bits if the base or the computation is. The others quantize the linear layers of the merged model: `fp8` and `w4a16`
     in the format of compressed-tensors, which vLLM reads; `gptq` and `awq` to 4-bit integers in the layouts of these

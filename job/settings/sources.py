@@ -133,10 +133,10 @@ class Source(PydanticBaseSettingsSource, ABC):
         return nested({name: item.value for name, item in layer.given.items() if name != CONFIG})
 
 
-def nested(given: Mapping[str, object]) -> dict[str, Any]:
+def nested(values: Mapping[str, object]) -> dict[str, Any]:
     """Values by dotted name as a tree, group -> name -> value."""
     tree: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in values.items():
         group, _, key = name.rpartition(".")
         # A mapping such as eval.data is one value; as a dict, pydantic-settings would merge it with a weaker source's.
         whole = MappingProxyType(value) if isinstance(value, dict) else value
@@ -171,8 +171,8 @@ class CommandLine(Source):
     def _read(self) -> Layer:
         layer = Layer()
         arguments = self.request.arguments
-        rest = iter(enumerate(arguments, start=1))
-        for position, argument in rest:
+        remaining = iter(enumerate(arguments, start=1))
+        for position, argument in remaining:
             if not argument.startswith("--"):
                 # The argument is not repeated, since it may be a secret.
                 where = f"command line, argument {position}"
@@ -181,7 +181,7 @@ class CommandLine(Source):
             key, equals, value = argument.removeprefix("--").partition("=")
             follower = arguments[position] if position < len(arguments) else "--"
             if not equals and not follower.startswith("--"):
-                value = next(rest)[1]
+                value = next(remaining)[1]
             name = _canonical(key)
             if name not in self.names and name != CONFIG:
                 known = (*self.names, CONFIG, *self.request.options)
@@ -198,15 +198,17 @@ class Environment(Source):
 
     def _read(self) -> Layer:
         environ, platform = self.request.environ, self.request.platform
-        own = {variable: text for variable, text in environ.items() if variable.startswith("JOB_")}
-        known = (*self.names, CONFIG, SECRETS_DIR)
-        variables = {environment_name(name) for name in known}
-        found = _by_variable(EnvSettingsSource(self.settings_cls), {v: own[v] for v in own.keys() & variables})
+        job_variables = {variable: text for variable, text in environ.items() if variable.startswith("JOB_")}
+        names = (*self.names, CONFIG, SECRETS_DIR)
+        variables = {environment_name(name) for name in names}
+        found = _by_variable(
+            EnvSettingsSource(self.settings_cls), {v: job_variables[v] for v in job_variables.keys() & variables}
+        )
         return Layer(
             {name: GivenValue(value, f"environment {environment_name(name)}") for name, value in found.items()},
             [
-                _unknown("environment ", variable, known, environment_name)
-                for variable in sorted(own.keys() - variables)
+                _unknown("environment ", variable, names, environment_name)
+                for variable in sorted(job_variables.keys() - variables)
                 if not platform.sets(variable)
             ],
         )
@@ -233,13 +235,13 @@ class SecretsFolder(Source):
             what = "is a folder with a file that is not text, or has more than 16 MiB; correct it"
             return Layer(problems=[Problem(f"{variable} (environment)", what)])
         texts = {name.upper(): text for name, text in reader.env_vars.items() if text is not None}
-        known = (*self.names, CONFIG)
-        variables = {environment_name(name) for name in known}
+        names = (*self.names, CONFIG)
+        variables = {environment_name(name) for name in names}
         found = _by_variable(reader, {name: texts[name] for name in texts.keys() & variables})
         unknown = sorted(name for name in texts if name.startswith("JOB_") and name not in variables)
         return Layer(
             {name: GivenValue(value, f"secret {environment_name(name)}") for name, value in found.items()},
-            [_unknown("secret ", name, known, environment_name) for name in unknown],
+            [_unknown("secret ", name, names, environment_name) for name in unknown],
         )
 
 
@@ -266,15 +268,15 @@ class Hyperparameters(Source):
         content = read_mapping(path, json.loads)
         if isinstance(content, str):
             return Layer(problems=[Problem(source, content)])
-        known = (*self.names, CONFIG)
-        groups = {name.partition(".")[0] for name in known if "." in name}
-        own = {
+        names = (*self.names, CONFIG)
+        groups = {name.partition(".")[0] for name in names if "." in name}
+        hyperparameters = {
             key: _decoded(value, group=_canonical(str(key)) in groups)
             for key, value in content.items()
             if not str(key).startswith(_SAGEMAKER_PREFIXES)
         }
         # Here a name may be written without its dot, as tuners and templates do: train-learning-rate.
-        return _from_tree(own, source, known, {name.replace(".", "_"): name for name in known})
+        return _from_tree(hyperparameters, source, names, {name.replace(".", "_"): name for name in names})
 
 
 class ConfigFile(Source):
@@ -336,9 +338,9 @@ class Preset(Source):
         return belongs is None or stronger is None or same(stronger.value, preset.get(belongs.subject))
 
 
-def same(one: object, other: object) -> bool:
+def same(first: object, second: object) -> bool:
     """Whether two raw values of a model or data set are the same text."""
-    return str(one).strip() == str(other).strip()
+    return str(first).strip() == str(second).strip()
 
 
 class PlatformDefaults(Source):
@@ -427,20 +429,22 @@ def _leaves(tree: Mapping[object, object], prefix: str, groups: Collection[str])
 
 def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str], str]) -> Problem:
     """The problem of an unknown name, with the nearest known one in the spelling of that source."""
-    shown = ascii(key[:_SHOWN_NAME])[1:-1]
+    written_name = ascii(key[:_SHOWN_NAME])[1:-1]
     members = [spell(name) for name in names if name.startswith(_canonical(key) + ".")]
     if members:
         what = f"is a group of settings; use one of its settings, such as {members[0]}"
-        return Problem(where + shown, what)
+        return Problem(where + written_name, what)
     if own := _ELSEWHERE.get(_canonical(key).rpartition(".")[2]):
-        return Problem(where + shown, f"is not a setting of this job; use {' or '.join(map(spell, own))}")
+        return Problem(where + written_name, f"is not a setting of this job; use {' or '.join(map(spell, own))}")
     groups = {name.partition(".")[0] for name in names if "." in name}
     if group := get_close_matches(_canonical(key[:_SHOWN_NAME]), groups, n=1, cutoff=_NEAR_GROUP):
-        return Problem(where + shown, f"is not a setting; the nearest is the group of settings {spell(group[0])}")
+        return Problem(
+            where + written_name, f"is not a setting; the nearest is the group of settings {spell(group[0])}"
+        )
     if nearest := _nearest(_canonical(key[:_SHOWN_NAME]), names):
-        return Problem(where + shown, f"is not a setting; the nearest is {' or '.join(map(spell, nearest))}")
+        return Problem(where + written_name, f"is not a setting; the nearest is {' or '.join(map(spell, nearest))}")
     return Problem(
-        where + shown, "is not a setting, and none has a similar name; `qlora-job config` lists all settings"
+        where + written_name, "is not a setting, and none has a similar name; `qlora-job config` lists all settings"
     )
 
 

@@ -2,7 +2,7 @@
 
 The first fine-tunes, in the folder `sft` of the run's folder. The second starts from the adapter of the first, which is
 also the reference model of the preferences. Each is a whole run with its own checkpoints and results, so each resumes
-by itself; the reasons are in .github/decisions/0019-training-stages-are-runs.md.
+alone; the reasons are in .github/decisions/0019-training-stages-are-runs.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
     if settings.train.is_one_stage:
         return (settings,)
     of_run = {name: value for name, value, _ in describe(settings)}
-    own = {
+    first_stage = {
         "run.id": f"{settings.run.id[: _LONGEST_ID - len(SUFFIX)]}{SUFFIX}",
         "train.method": SFT,
         **{
@@ -51,13 +51,13 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
             if name not in INHERITED or of_run[of_first] is not None
         },
     }
-    validates_on_pairs = "data.validation" not in own and isinstance(settings.data.validation, str)
+    validates_on_pairs = "data.validation" not in first_stage and isinstance(settings.data.validation, str)
     reset = _LEFT | _VALIDATION if validates_on_pairs else _LEFT
     all_defaults = {name: value for name, value, _ in describe(Settings())}
     defaults = {name: value for name, value in all_defaults.items() if name in reset or name.startswith(_OF_THE_WHOLE)}
-    values = of_run | own | defaults
+    values = of_run | first_stage | defaults
     first = Settings(**nested(values))
-    sources = dict(settings.sources) | dict.fromkeys(own, f"first stage of {settings.run.id}")
+    sources = dict(settings.sources) | dict.fromkeys(first_stage, f"first stage of {settings.run.id}")
     first.keep_sources(sources | dict.fromkeys(defaults, "default"))
     first.keep_whole(settings.run.id)
     return first, settings
