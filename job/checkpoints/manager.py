@@ -82,12 +82,12 @@ class Marker(BaseModel):
 
 
 def render_marker(marker: Marker) -> bytes:
-    """The marker as JSON, sealed with a hash of its own content."""
+    """The marker as JSON, sealed with the hash of its content."""
     return sealed(marker.model_dump())
 
 
 def parse_marker(data: bytes) -> Marker:
-    """The inverse of `render_marker`; the bytes may come from anybody.
+    """The inverse of `render_marker`; the bytes are not trusted.
 
     Raises:
         ValueError: It is no marker, it names files outside its folder, or it was altered.
@@ -137,20 +137,22 @@ def steps(store: ObjectStore) -> list[int]:
     return [step for step, names in _names(store).items() if COMMITTED in names]
 
 
-def prune(store: ObjectStore, keep: int, *, own: Collection[int], verified: int, fresh: Collection[int] = ()) -> None:
+def prune(
+    store: ObjectStore, keep: int, *, own_steps: Collection[int], verified: int, fresh: Collection[int] = ()
+) -> None:
     """Deletes all but the newest `keep` checkpoints that are fit for use, each marker before its files.
 
     Args:
         store: The run's.
         keep: How many to keep, at least 1.
-        own: Steps that this attempt committed: they are fit.
+        own_steps: Steps that this attempt committed: they are fit.
         verified: Step that this attempt restored, 0 if none. Checkpoints up to it are fit for use. A later one that
             is not this attempt's own was incomplete when it began, or was written late by a replaced attempt.
         fresh: Steps committed so recently that a copy of the folder (SageMaker's in S3) may not have them yet. They
             are kept and not counted, so that an older checkpoint stays until they are copied.
     """
     found = _names(store)
-    fit = [step for step, names in found.items() if COMMITTED in names and (step <= verified or step in own)]
+    fit = [step for step, names in found.items() if COMMITTED in names and (step <= verified or step in own_steps)]
     kept = {*[step for step in fit if step not in fresh][: max(keep, 1)], *(step for step in fit if step in fresh)}
     for step, names in found.items():
         # Without a single one that is fit, the rest is evidence.
@@ -190,7 +192,7 @@ def publisher(
         publish(store, folder, step=step, epoch=epoch, world_size=world_size, software=software, run=run)
         now = committed[step] = time.monotonic()
         fresh = [step for step, when in committed.items() if now - when < settle_seconds]
-        prune(store, keep, own=committed.keys(), verified=verified, fresh=fresh)
+        prune(store, keep, own_steps=committed.keys(), verified=verified, fresh=fresh)
         on_committed(step, time.monotonic() - began)
 
     return publish_and_prune
@@ -229,7 +231,7 @@ def restore(
 
     Args:
         store: The run's.
-        folder: Where to put it; it gets a folder of its own in there.
+        folder: The parent of the checkpoint's new folder.
         software: Versions of this process. A checkpoint of others is used, and the difference is logged: the run goes
             on, but is no longer bit-identical to one that was never interrupted.
         check: Looks into a folder whose bytes are right, given its step; raises ValueError if it cannot be used.
@@ -237,7 +239,7 @@ def restore(
         run: The run's fingerprint; a checkpoint with another one is not used. None accepts any.
 
     Raises:
-        JobError: Whatever the store says, apart from absence; or the disk is too small.
+        JobError: Any error of the store except that an object does not exist; or the disk is too small.
     """
     skipped: list[Skipped] = []
     for step in steps(store):
@@ -251,14 +253,14 @@ def restore(
         before = marker.software
         if changed := sorted(k for k in software if before.get(k) != software[k]):
             versions = [f"{k} {before.get(k, 'unknown')} before, {software[k]} now" for k in changed]
-            what = "checkpoint was written with other software versions: the last bits of the result may change"
-            get_logger().warning(what, changed=versions)
+            message = "checkpoint was written with other software versions: the last bits of the result may change"
+            get_logger().warning(message, changed=versions)
         if marker.world_size != world_size:
-            what = (
+            message = (
                 "checkpoint was written by another number of processes: each step has the same examples, "
                 "but the last bits change"
             )
-            get_logger().warning(what, processes=world_size, before=marker.world_size)
+            get_logger().warning(message, processes=world_size, before=marker.world_size)
         return Restored(target, step, tuple(skipped))
     if skipped:
         get_logger().error("no valid checkpoint: training starts again from step 0", skipped=[s.step for s in skipped])
@@ -287,20 +289,20 @@ def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str 
         Those that were not whole.
 
     Raises:
-        JobError: Whatever the store says, apart from absence; or the disk is too small.
+        JobError: Any error of the store except that an object does not exist; or the disk is too small.
     """
-    damaged, whole = [], 0
+    damaged, valid = [], 0
     for step, names in _names(store).items():
         if COMMITTED not in names:
             continue
         try:
-            if whole >= max(keep, 1):
+            if valid >= max(keep, 1):
                 _delete(store, step, names)
                 continue
             marker = _read_marker(store, step, run)
             if marker.epoch != epoch:
                 shutil.rmtree(_download(store, marker, folder, lambda _folder, _step: None))
-            whole += 1
+            valid += 1
         except NotWhole as error:
             get_logger().warning("checkpoint is incomplete or damaged, and is deleted", step=step, why=str(error))
             _delete(store, step, names)
@@ -315,7 +317,7 @@ def _delete(store: ObjectStore, step: int, names: Iterable[str]) -> None:
 
 
 def _download(store: ObjectStore, marker: Marker, folder: Path, check: Callable[[Path, int], None]) -> Path:
-    """Downloads into a folder beside the final one, verifies every byte, and only then renames it.
+    """Downloads into a folder next to the final one, verifies every byte, and only then renames it.
 
     Args:
         store: The run's.
@@ -325,7 +327,7 @@ def _download(store: ObjectStore, marker: Marker, folder: Path, check: Callable[
 
     Raises:
         NotWhole: It cannot be used.
-        JobError: Whatever the store says, apart from absence; or the disk is too small.
+        JobError: Any error of the store except that an object does not exist; or the disk is too small.
     """
     target = folder / step_name(marker.step)
     partial = target.with_name(target.name + ".partial")
@@ -391,15 +393,15 @@ def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
     """
     prefix = marker.folder
     there = {info.key.removeprefix(prefix): info.bytes for info in store.list(prefix)}
-    needed = 0
+    total = 0
     for name, file in marker.files.items():
         size = there.get(name, 0)
         if name in there and size != file.bytes:
             raise NotWhole(f"{name} has {size} bytes, the marker says {file.bytes}")
-        needed += size
-    if needed + SPARE_BYTES > free:
+        total += size
+    if total + SPARE_BYTES > free:
         raise Unreachable(
-            f"{store.uri}: the checkpoint of step {marker.step} has {needed} bytes and the disk {free} free; "
+            f"{store.uri}: the checkpoint of step {marker.step} has {total} bytes and the disk {free} free; "
             "give the machine a larger disk, or set JOB_STORAGE__CACHE to a folder on one"
         )
 

@@ -20,7 +20,7 @@ from job.records import StepMetrics, ValidationMetrics
 ADAPTER, OPTIMIZER, PROGRESS, METRICS = "adapter.safetensors", "optimizer.safetensors", "progress.json", "metrics.jsonl"
 TRAINER = "trainer_state.json"  # Trainer reads its step from it, under this name
 ADALORA = "adalora.safetensors"
-"""What AdaLoRA's allocator remembers, where the adapter is of this kind."""
+"""The state of AdaLoRA's allocator, for adapters of that kind."""
 FILES = frozenset({ADAPTER, OPTIMIZER, PROGRESS, METRICS, TRAINER})
 VALIDATIONS, BEST = "validation.jsonl", "best.safetensors"
 OPTIONAL = frozenset({VALIDATIONS, BEST})
@@ -30,14 +30,14 @@ and is not the checkpoint's own."""
 _MOST_TOKENS, _MOST_PROCESSES = 1 << 24, 1_000_000
 """What a checkpoint may say at most of a row's or a sequence's tokens, and of processes."""
 _EMPTY_SEGMENTS = 64
-"""A padded sequence has at most so many segments more than tokens; generous, since versions round up otherwise."""
+"""How many more segments than tokens a padded sequence may have; generous, since versions round up differently."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class HowComputed:
-    """What decides the last bits of a gradient beside recipe, software and hardware.
+    """What determines the last bits of a gradient besides recipe, software and hardware.
 
     `forward` and `tile_tokens` are those of `records.ExecutionPlan`. `padded` has the shapes (length, segments) that
     packed sequences are padded to with the token budget of the newest step; None where none is padded.
@@ -53,7 +53,7 @@ class HowComputed:
 
 @dataclass(frozen=True)
 class _Progress:
-    """What `progress.json` holds; `optimizer` is what `split_optimizer_state` leaves beside the tensors.
+    """What `progress.json` holds; `optimizer` is what `split_optimizer_state` leaves besides the tensors.
 
     `computed` is None in checkpoints of older versions.
     """

@@ -239,7 +239,7 @@ def test_a_replaced_attempt_commits_nothing(two: LocalStore, tmp_path: Path) -> 
 def commit_and_prune(store: ObjectStore, tmp_path: Path, step: int, epoch: int) -> None:
     """What training does at every save."""
     commit(store, tmp_path, step, epoch)
-    prune(store, 1, own=[step], verified=20)
+    prune(store, 1, own_steps=[step], verified=20)
 
 
 # Restoring what is damaged.
@@ -583,7 +583,7 @@ def test_foreign_names_are_left_alone(two: LocalStore, tmp_path: Path) -> None:
     littered = Littered(two)
     assert restored_step(littered, tmp_path) == 20
     commit(littered, tmp_path, 30)
-    prune(littered, 1, own=[30], verified=0)
+    prune(littered, 1, own_steps=[30], verified=0)
     assert steps(littered) == [30]
 
 
@@ -620,7 +620,7 @@ def test_keep_counts_checkpoints(two: LocalStore, tmp_path: Path) -> None:
     commit(two, tmp_path, 30)
     commit(two, tmp_path, 40)
     two.delete("checkpoints/step-00000030/COMMITTED.json")
-    prune(two, 2, own=[40, 30, 20, 10], verified=0)
+    prune(two, 2, own_steps=[40, 30, 20, 10], verified=0)
     assert (kept(two), steps(two)) == ([40, 20], [40, 20])
     assert vouched_files_are_there(two)
 
@@ -628,7 +628,7 @@ def test_keep_counts_checkpoints(two: LocalStore, tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [-1, 0, 1])
 def test_the_last_one_is_never_deleted(two: LocalStore, tmp_path: Path, keep: int) -> None:
     """Whatever `keep` says, one checkpoint stays."""
-    prune(two, keep, own=[20, 10], verified=0)
+    prune(two, keep, own_steps=[20, 10], verified=0)
     assert kept(two) == [20]
     assert restored_step(two, tmp_path) == 20
 
@@ -637,10 +637,10 @@ def test_the_restored_one_stays_until_a_newer_is_committed(two: LocalStore, tmp_
     """A damaged newer checkpoint does not push out the whole one that was restored; a new one pushes out both."""
     two.write(f"{NEWEST}0001/progress.json", b"?")
     verified = restored_step(two, tmp_path)
-    prune(two, 1, own=[], verified=verified)
+    prune(two, 1, own_steps=[], verified=verified)
     assert restored_step(two, tmp_path) == 10
     commit(two, tmp_path, 15, epoch=2)
-    prune(two, 1, own=[15], verified=verified)
+    prune(two, 1, own_steps=[15], verified=verified)
     assert kept(two) == [15]
     assert restored_step(two, tmp_path) == 15
 
@@ -651,7 +651,7 @@ def test_a_step_committed_anew_counts(two: LocalStore, tmp_path: Path) -> None:
     verified = restored_step(two, tmp_path)
     commit(two, tmp_path, 20, epoch=2)
     commit(two, tmp_path, 30, epoch=2)
-    prune(two, 2, own=[20, 30], verified=verified)
+    prune(two, 2, own_steps=[20, 30], verified=verified)
     assert kept(two) == [30, 20]
     two.delete("checkpoints/step-00000030/COMMITTED.json")
     assert restored_step(two, tmp_path) == 20
@@ -661,18 +661,18 @@ def test_the_fresh_do_not_count(two: LocalStore, tmp_path: Path) -> None:
     """A checkpoint that a copy of the folder may not have yet stays, and lets no older one go."""
     commit(two, tmp_path, 30)
     commit(two, tmp_path, 40)
-    prune(two, 1, own=[20, 30, 40], verified=10, fresh=[30, 40])
+    prune(two, 1, own_steps=[20, 30, 40], verified=10, fresh=[30, 40])
     assert kept(two) == [40, 30, 20]
-    prune(two, 1, own=[20, 30, 40], verified=10, fresh=[40])
+    prune(two, 1, own_steps=[20, 30, 40], verified=10, fresh=[40])
     assert kept(two) == [40, 30]
-    prune(two, 1, own=[20, 30, 40], verified=10)
+    prune(two, 1, own_steps=[20, 30, 40], verified=10)
     assert kept(two) == [40]
 
 
 def test_the_fresh_alone_let_nothing_go(two: LocalStore, tmp_path: Path) -> None:
     """Before any checkpoint has settled, the one that was restored stays."""
     commit(two, tmp_path, 30, epoch=2)
-    prune(two, 1, own=[30], verified=20, fresh=[30])
+    prune(two, 1, own_steps=[30], verified=20, fresh=[30])
     assert kept(two) == [30, 20]
 
 
@@ -703,7 +703,13 @@ def test_a_late_copy_always_has_a_whole_checkpoint(
         commit(store, folder, step)
         committed[step] = now
         written |= {info.key: now for info in store.list() if info.key not in written}
-        prune(store, keep, own=committed, verified=0, fresh=[s for s, when in committed.items() if now - when < settle])
+        prune(
+            store,
+            keep,
+            own_steps=committed,
+            verified=0,
+            fresh=[s for s, when in committed.items() if now - when < settle],
+        )
         here = {info.key for info in store.list()}
         for info in list(copy.list()):
             if info.key not in here:
@@ -719,7 +725,7 @@ def test_a_late_copy_always_has_a_whole_checkpoint(
 
 def test_without_any_that_is_fit_nothing_is_deleted(two: LocalStore) -> None:
     """As long as this attempt knows of no whole checkpoint, what there is stays for people to look at."""
-    prune(two, 1, own=[], verified=0)
+    prune(two, 1, own_steps=[], verified=0)
     assert steps(two) == [20, 10]
 
 
@@ -729,10 +735,10 @@ def test_pruning_that_fails(two: LocalStore, tmp_path: Path, moment: str, n: int
     """Whichever request fails: what is still committed is whole, the newest is, and the next pruning tidies up."""
     commit(two, tmp_path, 30)
     with pytest.raises(Unreachable):
-        prune(WrappedStore(two, **{moment: FailNth(n, Unreachable("503"))}), 1, own=[30], verified=0)
+        prune(WrappedStore(two, **{moment: FailNth(n, Unreachable("503"))}), 1, own_steps=[30], verified=0)
     assert vouched_files_are_there(two)
     assert restored_step(two, tmp_path) == 30
-    prune(two, 1, own=[30], verified=0)
+    prune(two, 1, own_steps=[30], verified=0)
     assert kept(two) == [30]
 
 
