@@ -52,10 +52,10 @@ def add_penalty_gradient(model: Any, scale: float = 1.0) -> None:
         parameter.grad.add_(gradient, alpha=weight / len(matrices))
 
 
-def allocate(model: Any, done: int) -> None:
-    """Lets PEFT take ranks away, after `done` optimizer steps, while the parameters have the last step's gradients.
+def allocate(model: Any, step: int) -> None:
+    """Lets PEFT take ranks away, after `step` optimizer steps, while the parameters have the last step's gradients.
 
-    A step that was skipped because fp16 overflowed says nothing of importance, and is left out.
+    A step that was skipped because fp16 overflowed has no information on importance, and is left out.
     """
     gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
     if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
@@ -65,7 +65,7 @@ def allocate(model: Any, done: int) -> None:
     exact = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(mode=False)
     try:
-        model.base_model.update_and_allocate(done)
+        model.base_model.update_and_allocate(step)
     finally:
         torch.use_deterministic_algorithms(mode=exact)
 
@@ -84,18 +84,18 @@ def restore_allocator(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         ValueError: A tensor is not of this model; nothing was restored.
     """
     parameters = dict(model.base_model.model.named_parameters())
-    found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in (*_MEANS, _PATTERN)}
+    state: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in (*_MEANS, _PATTERN)}
     for place, tensor in tensors.items():
         kind, _, name = place.partition("/")
         parameter = parameters.get(name)
         shape = None if parameter is None else parameter.shape if kind in _MEANS else parameter.shape[:1]
-        if kind not in found or tensor.shape != shape:
+        if kind not in state or tensor.shape != shape:
             raise ValueError(f"AdaLoRA's {place} belongs to another model")
-        found[kind][name] = tensor
+        state[kind][name] = tensor
     allocator = model.base_model.rankallocator
     for kind in _MEANS:
-        setattr(allocator, kind, {n: tensor.to(parameters[n].device) for n, tensor in found[kind].items()})
-    # PEFT computes these anew in every step, and only wants to find the names.
+        setattr(allocator, kind, {n: tensor.to(parameters[n].device) for n, tensor in state[kind].items()})
+    # PEFT computes these again in every step, and only needs the names to exist.
     allocator.ipt = dict(allocator.exp_avg_ipt)
-    pattern = {name: kept.tolist() for name, kept in found[_PATTERN].items()}
+    pattern = {name: kept.tolist() for name, kept in state[_PATTERN].items()}
     model.peft_config["default"].rank_pattern = pattern or None

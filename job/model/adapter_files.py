@@ -29,7 +29,7 @@ def save_adapter(
         folder: Is made where it does not exist.
         base: By what name the base can be had; no path of this machine.
         revision: Commit of the base, where `base` is a hub id.
-        names: Of the tensors in the file; None for those of the loaded model.
+        names: Names of the tensors in the file; None for those of the loaded model.
     """
     from safetensors.torch import load_file, save_file
 
@@ -38,19 +38,19 @@ def save_adapter(
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    written = portable_config(json.loads(path.read_text(encoding="utf-8")))
+    adapter_config = portable_config(json.loads(path.read_text(encoding="utf-8")))
     names = names or PublishedNames("")
     saved = load_file(weights)
-    if names.ambiguous or written.pop("exclude_modules", None):
+    if names.ambiguous or adapter_config.pop("exclude_modules", None):
         # By full name, so that no other layer of that name is meant, which older PEFT has no other way to say.
         published = [names.published(name).removeprefix(PREFIX) for name in saved if ".lora_" in name]
-        written["target_modules"] = sorted({name.rpartition(".lora_")[0] for name in published})
+        adapter_config["target_modules"] = sorted({name.rpartition(".lora_")[0] for name in published})
     if (tensors := {names.filed(name): tensor for name, tensor in saved.items()}).keys() != saved.keys():
         save_file(tensors, weights, metadata={"format": "pt"})
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(adapter_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def portable_config(written: Mapping[str, Any]) -> dict[str, Any]:
+def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What readers need of an adapter_config.json: `CONFIG_KEYS`, and all else that is not as PEFT has it by default.
 
     PEFT writes all its fields, and older releases refuse fields that they do not know. So fields with default values
@@ -59,13 +59,13 @@ def portable_config(written: Mapping[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig
 
     usual = json.loads(json.dumps(LoraConfig().to_dict(), default=list))
-    kept = {key: value for key, value in written.items() if key in CONFIG_KEYS or value != usual.get(key)}
-    kept.pop("peft_version", None)  # no field of a configuration before PEFT 0.18; the manifest has it
-    if isinstance(targets := kept["target_modules"], list):
-        kept["target_modules"] = sorted(targets)  # PEFT keeps a set, in another order every time
-    if kept.get("modules_to_save"):
-        kept["modules_to_save"] = sorted(kept["modules_to_save"])
-    return kept
+    portable = {key: value for key, value in config.items() if key in CONFIG_KEYS or value != usual.get(key)}
+    portable.pop("peft_version", None)  # no field of a configuration before PEFT 0.18; the manifest has it
+    if isinstance(targets := portable["target_modules"], list):
+        portable["target_modules"] = sorted(targets)  # PEFT keeps a set, in another order every time
+    if portable.get("modules_to_save"):
+        portable["modules_to_save"] = sorted(portable["modules_to_save"])
+    return portable
 
 
 def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) -> None:
@@ -99,7 +99,7 @@ def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) 
 def _take_ranks_away(model: Any, pattern: Mapping[str, list[bool]]) -> None:
     """Gives AdaLoRA's layers the ranks of a saved adapter: by the name of `lora_E`, which are left.
 
-    PEFT makes the parameters anew for that, in the dtype of the base.
+    PEFT creates the parameters again for that, in the dtype of the base.
     """
     import torch
 

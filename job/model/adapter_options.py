@@ -74,7 +74,7 @@ class AdapterOptions:
 
     @property
     def bytes_beside(self) -> int:
-        """Bytes for each of the adapter's numbers that training keeps beside gradients and the optimizer's state.
+        """Bytes for each of the adapter's numbers that training keeps besides gradients and the optimizer's state.
 
         AdaLoRA: three means of importance in fp32. A decomposition: where it is frozen, and the values there.
         """
@@ -104,7 +104,7 @@ _INIT_SHARE = 1.5
 def make_options(
     lora: Mapping[str, Any], total_steps: int, added_tokens: Sequence[str] | None = None
 ) -> AdapterOptions:
-    """The options that the settings' group `lora` says, by its names; for a run of so many optimizer steps.
+    """The options of the settings' group `lora`, by its names; for a run of `steps` optimizer steps.
 
     `added_tokens` is `JOB_MODEL__ADD_TOKENS`.
     """
@@ -162,7 +162,7 @@ def too_few_steps(options: AdapterOptions) -> Iterator[Problem]:
 
 
 def too_high_rank(init: str, rank: int, most: int) -> Problem:
-    """What is said of a rank that an initialization cannot have in a layer that is `most` wide."""
+    """The message for a rank that an initialization cannot have in a layer that is `most` wide."""
     of = "layers' inputs" if init == "eva" else "layers"
     return Problem(
         "JOB_LORA__RANK", f"{init} needs a rank of at most the width of the {of}, {most} here, and not {rank}; lower it"

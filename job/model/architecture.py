@@ -1,4 +1,4 @@
-"""The shape of a language model, read from its config.json: what it takes to count its weights and operations."""
+"""The shape of a language model, read from its config.json: what is needed to count its weights and operations."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Architecture:
         joined: Whether queries, keys and values are one linear layer, and gate and up another.
         not_recorded: Why the decoder cannot be recorded as a CUDA graph although it is fused; None if it can.
         caps_scores: Whether attention's scores are capped.
-        experts: Of a mixture, how many feed-forward layers a layer has; 0 where it is none.
-        chosen: Of a mixture, to how many of them a token goes.
+        experts: Number of experts in each layer of a mixture; 0 for other models.
+        chosen: Number of experts that compute each token of a mixture.
     """
 
     hidden: int
@@ -70,7 +70,7 @@ class Architecture:
 
     @property
     def triton_copies(self) -> int:
-        """How many heads' fp32 gradients take as much as what that keeps instead: a number for each head and token."""
+        """How many heads' fp32 gradients take the memory of what is kept instead: a number for each head and token."""
         return -(-self.heads // self.head_size)
 
     @property
@@ -95,7 +95,7 @@ class Architecture:
 
     @property
     def feed_forward(self) -> dict[str, tuple[int, int]]:
-        """The same of one feed-forward layer; nothing of a mixture, whose experts are no linear layers."""
+        """The same of one feed-forward layer; none for a mixture, whose experts are no linear layers."""
         if self.experts:
             return {}
         first = {"gate_proj": self.intermediate, "up_proj": self.intermediate}
@@ -112,7 +112,7 @@ class Architecture:
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """What `JOB_LORA__TARGET_MODULES` may name instead of layers, and the layers that each stands for."""
+        """What `JOB_LORA__TARGET_MODULES` may name instead of layers, and the layers that each name includes."""
         everything = tuple(self.linear)
         attention, mlp = tuple(self.attention), tuple(self.feed_forward)
         return {"auto": everything, "all-linear": everything, "attention": attention, "mlp": mlp}
@@ -172,7 +172,7 @@ class Architecture:
         """Weights of the adapters of all experts, of gate and up as one matrix, and of down.
 
         Args:
-            rank: Of each.
+            rank: Rank of each.
             layers: Numbers of the layers whose experts have one; None for all.
         """
         count = self.layers if layers is None else len(layers)

@@ -53,22 +53,22 @@ def load_base(
 
     Args:
         folder: A local folder in the hub's layout; weights in safetensors only, never pickles.
-        quantization: `nf4` or `none`. Weights that lie there quantized by bitsandbytes are taken as they are.
+        quantization: `nf4` or `none`. Weights that bitsandbytes has quantized already are used unchanged.
         double_quantization: Whether the quantization constants are quantized too.
         dtype: What the 4-bit weights are dequantized to, and what the other weights are held in.
         device: Where the model is placed.
         max_length: Longest sequence in tokens; a model with fewer positions is refused.
         quantized: Whether the folder holds the quantized base, as it was saved.
         targets: Layers that will get an adapter; checked to exist before weights are loaded.
-        rank: Of the adapter, which is checked as well.
-        options: Of the adapter.
-        placement: Where the 4-bit weights of the decoder's layers lie: `gpu` for the device, `sharded` or `host`. In
-            the last two a layer goes there as soon as it is loaded.
+        rank: Rank of the adapter; checked as well.
+        options: The adapter's options.
+        placement: Where the 4-bit weights of the decoder's layers are kept: `gpu` for the device, `sharded` or `host`.
+            In the last two a layer goes there as soon as it is loaded.
         group: The processes that load the same base now, where `placement` is `sharded`.
 
     Raises:
         DataError: The folder holds no complete model.
-        SettingsError: As `inspect`; or there are no such weights.
+        SettingsError: As `inspect`; or the weights do not exist.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -79,17 +79,17 @@ def load_base(
     config, empty = inspect(folder, max_length=max_length, targets=targets, rank=rank, options=options)
     check_weights(folder, config, empty)
     packed_attention.register()
-    how = {}
+    quantization_options = {}
     if quantization == "nf4" and not quantized and not getattr(config, "quantization_config", None):
-        # what lies there quantized, be it the job's own cache or the user's, says how by itself
-        how["quantization_config"] = BitsAndBytesConfig(
+        # weights that are already quantized, in the job's cache or the user's folder, name their quantization
+        quantization_options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=double_quantization,
             bnb_4bit_compute_dtype=dtype,
         )
     apart = quantized and experts.has_files(folder)
-    kinds = experts.kinds_of(empty) if how or apart else experts.Kinds()
+    kinds = experts.kinds_of(empty) if quantization_options or apart else experts.Kinds()
     with ExitStack() as stack:
         stack.enter_context(readable(folder))
         if kinds:
@@ -106,7 +106,7 @@ def load_base(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **how,
+            **quantization_options,
         )
         if apart:
             experts.load_experts(model, folder, device)
@@ -124,7 +124,7 @@ def load_base(
             module.p = 0.0  # type: ignore[attr-defined]
         if any("jitter" in name and isinstance(value, float) and value for name, value in vars(module).items()):
             # A router that adds noise in training, or draws experts at random (Phi-MoE): it stays in evaluation mode.
-            # Its rate is left as it is, since some routers evaluate by it.
+            # Its rate is unchanged, since some routers evaluate by it.
             module.training = False
             module.train = MethodType(_train_parts, module)
     packed_attention.use(model, packed_attention.NAME)
@@ -145,11 +145,11 @@ def _check_loaded(folder: Path, model: Any, loading_info: dict[str, Any]) -> Non
         DataError: It is.
     """
     if missing := sorted(loading_info["missing_keys"]):  # transformers would silently initialize them at random
-        what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
-        raise DataError([Problem("JOB_MODEL__ID", what)])
+        message = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
+        raise DataError([Problem("JOB_MODEL__ID", message)])
     if unused := sorted(loading_info["unexpected_keys"]):
-        what = "weights of the base are not used: its config.json describes a model without them"
-        log.get_logger().warning(what, folder=str(folder), weights=len(unused), first=unused[:5])
+        message = "weights of the base are not used: its config.json describes a model without them"
+        log.get_logger().warning(message, folder=str(folder), weights=len(unused), first=unused[:5])
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if (
         getattr(model.config, "tie_word_embeddings", False)
@@ -163,8 +163,8 @@ def _check_loaded(folder: Path, model: Any, loading_info: dict[str, Any]) -> Non
         )
     layers = {name: module for name, module in model.named_modules() if _is_bitsandbytes(module)}
     if plain := [name for name, layer in layers.items() if not is_quantized(layer.weight)]:
-        what = f"{folder} has a config.json for quantized weights, but those of {plain[0]} are not quantized"
-        raise DataError([Problem("JOB_MODEL__ID", what)])
+        message = f"{folder} has a config.json for quantized weights, but those of {plain[0]} are not quantized"
+        raise DataError([Problem("JOB_MODEL__ID", message)])
 
 
 def inspect(
@@ -176,14 +176,14 @@ def inspect(
     options: AdapterOptions = PLAIN_LORA,
     problems: Callable[[Any, Any], Iterable[Problem]] = lambda _config, _empty: (),
 ) -> tuple[Any, Any]:
-    """What is known of a model without its weights: its configuration, and the model on the meta device.
+    """A model without its weights: its configuration, and the model on the meta device.
 
     Args:
         folder: Holds config.json at least.
         max_length: Longest sequence in tokens.
         targets: Names of the layers to adapt, as `resolve_targets` takes them.
-        rank: Of the adapter.
-        options: Of the adapter.
+        rank: The adapter's rank.
+        options: The adapter's options.
         problems: What else of the settings this model excludes, by its configuration and the model on the meta device.
 
     Raises:
@@ -214,8 +214,8 @@ def _train_parts(module: Any, mode: bool = True) -> Any:  # noqa: FBT001, FBT002
 def _set_dtype(model: Any, dtype: torch.dtype) -> None:
     """Casts what is not quantized in a base that came quantized: transformers leaves it in the dtype of the file.
 
-    Otherwise a base saved in bf16 would compute in bf16 whatever was asked for, on GPUs that have no bf16 too. What the
-    model's class keeps in fp32 is cast to that.
+    Otherwise a base saved in bf16 would compute in bf16 in spite of the requested dtype, on GPUs that have no bf16 too.
+    What the model's class keeps in fp32 is cast to that.
     """
     held_in = dtype_by_name(model, dtype)
     for name, parameter in model.named_parameters():
@@ -240,7 +240,7 @@ def is_quantized(parameter: Any) -> bool:
 
 
 def _dropouts() -> tuple[type, ...]:
-    """Dropout modules of torch: rates that a model's class sets by itself, not by its configuration."""
+    """Dropout modules of torch: rates that a model's class sets, not its configuration."""
     from torch import nn
 
     return nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout

@@ -1,9 +1,9 @@
-"""PiSSA and OLoRA: an adapter that begins with a part of the base's weights, on a base that stays as it is.
+"""PiSSA and OLoRA: an adapter that begins with a part of the base's weights, on an unchanged base.
 
 Both begin with B0 A0, a part of the weights W (PiSSA: the largest singular values, OLoRA: the first columns of QR), and
 take it away from the base, so that the model computes the same at first. PEFT writes the rest, W - s B0 A0, into the
-base. Here the base is needed as it is: it is evaluated by itself, may be quantized, and is what readers of the adapter
-have. So the adapter takes the part away: it has twice the rank, half of it trained and half of it frozen,
+base. Here the base must not change: it is evaluated without the adapter, may be quantized, and is what readers of the
+adapter have. So the adapter takes the part away: it has twice the rank, half of it trained and half of it frozen,
 
     y = W x + s B A x - s B0 A0 x = W x + s [B, -B0] [A; A0] x
 
@@ -11,7 +11,7 @@ which is plain LoRA, computed and published as such. PEFT converts a finished Pi
 (`path_initial_model_for_weight_conversion`); a test holds that training is PEFT's own.
 
 On a quantized base, W is the dequantized weight. QPiSSA quantizes the rest W - s B0 A0 instead of W, with a smaller
-quantization error; this advantage is given up here.
+quantization error; this advantage is lost here.
 
 Source: Meng et al. 2024, PiSSA (arXiv:2404.02948), section 3; Buyukakyuz 2024, OLoRA (arXiv:2406.01775), section 3.
 """

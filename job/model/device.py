@@ -26,7 +26,7 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def choose_device(wanted: str = "auto") -> torch.device:
+def choose_device(device: str = "auto") -> torch.device:
     """The GPU of this process, which sees no other (`cli` sees to that), else the CPU.
 
     Raises:
@@ -34,9 +34,9 @@ def choose_device(wanted: str = "auto") -> torch.device:
     """
     import torch
 
-    if wanted != "cpu" and torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    if wanted == "gpu":
+    if device == "gpu":
         what = "is gpu, but torch finds no GPU; give the job a GPU, or set JOB_RUN__DEVICE=cpu to run without one"
         raise SettingsError([Problem("JOB_RUN__DEVICE", what)])
     return torch.device("cpu")

@@ -195,18 +195,18 @@ def plain_shapes(model: Any) -> Iterator[None]:
 
     hidden = []
     for _, module, name in _all_quantized(model):
-        weight, how = packed(module, name), module.parametrizations[name][0]
+        weight, parametrization = packed(module, name), module.parametrizations[name][0]
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         state = weight.quant_state
         shape = torch.zeros(1, dtype=state.dtype, device=weight.device).expand(state.shape)
         module._parameters[name] = torch.nn.Parameter(shape, requires_grad=False)  # noqa: SLF001 - replaces one, registers none
-        hidden.append((module, name, weight, how))
+        hidden.append((module, name, weight, parametrization))
     try:
         yield
     finally:
-        for module, name, weight, how in hidden:
+        for module, name, weight, parametrization in hidden:
             module._parameters[name] = weight  # noqa: SLF001
-            parametrize.register_parametrization(module, name, how, unsafe=True)
+            parametrize.register_parametrization(module, name, parametrization, unsafe=True)
 
 
 def has_files(folder: Path) -> bool:
@@ -224,15 +224,15 @@ def left_plain(folder: Path) -> bool:
 
 
 def save_experts(model: Any, folder: Path) -> bool:
-    """Writes each tensor of quantized experts to a file of its own, with the keys of bitsandbytes' `state_dict`.
+    """Writes each tensor of quantized experts to a separate file, with the keys of bitsandbytes' `state_dict`.
 
     Returns:
         Whether there are any.
     """
     from safetensors.torch import save_file
 
-    found = _all_quantized(model)
-    for number, (path, module, name) in enumerate(found):
+    experts = _all_quantized(model)
+    for number, (path, module, name) in enumerate(experts):
         weight = packed(module, name)
         if (bring := getattr(weight.quant_state, "bring", None)) is not None:
             bring()
@@ -240,17 +240,17 @@ def save_experts(model: Any, folder: Path) -> bool:
         tensors |= {f"{path}.{name}.{key}": value for key, value in weight.quant_state.as_dict(packed=True).items()}
         tensors = {key: value.to("cpu").contiguous() for key, value in tensors.items()}
         save_file(tensors, folder / FILES.format(number), metadata={"format": "pt"})
-    return bool(found)
+    return bool(experts)
 
 
 def without_experts(model: Any) -> dict[str, Any]:
     """The model's `state_dict` without the tensors that `save_experts` writes."""
-    held = {f"{path}.{name}" for path, _, name in _all_quantized(model)}
-    within = tuple(f"{name}." for name in held)
+    expert_names = {f"{path}.{name}" for path, _, name in _all_quantized(model)}
+    within = tuple(f"{name}." for name in expert_names)
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if name not in held and not (within and name.startswith(within))
+        if name not in expert_names and not (within and name.startswith(within))
     }
 
 
@@ -268,17 +268,17 @@ def load_experts(model: Any, folder: Path, device: Any) -> None:
     from bitsandbytes.nn import Params4bit
     from safetensors.torch import load_file
 
-    wanted = {f"{path}.{name}": (module, name) for path, module, name in _empty(model)}
+    missing = {f"{path}.{name}": (module, name) for path, module, name in _empty(model)}
     for file in sorted(folder.glob(FILES.format(0).replace("00000", "*"))):
         tensors = load_file(file, device=str(device))
-        (full,) = tensors.keys() & wanted.keys()
-        module, name = wanted.pop(full)
+        (full,) = tensors.keys() & missing.keys()
+        module, name = missing.pop(full)
         stats = {key.removeprefix(f"{full}."): value for key, value in tensors.items() if key != full}
         made = Params4bit.from_prequantized(tensors[full], stats, requires_grad=False, device=device)
         made._is_hf_initialized = True  # noqa: SLF001
         setattr(module, name, made)
-    if wanted:
-        what = f"{folder} lacks the experts {', '.join(sorted(wanted)[:5])}; fetch or quantize the model again"
+    if missing:
+        what = f"{folder} lacks the experts {', '.join(sorted(missing)[:5])}; fetch or quantize the model again"
         raise DataError([Problem("JOB_MODEL__ID", what)])
 
 

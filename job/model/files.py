@@ -21,7 +21,7 @@ from job.errors import DataError, JobError, Problem, SettingsError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SOURCE_CONFIG = "source_config.json"
-"""The base's own config.json, beside the one that the quantized base was saved with, which may be of another class."""
+"""The base's own config.json, next to the one that the quantized base was saved with, which may be of another class."""
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 256 << 20
 MAX_TOKENIZER_BYTES = {"tokenizer.json": 256 << 20, "chat_template.jinja": 16 << 20, "tokenizer_config.json": 16 << 20}
@@ -51,11 +51,11 @@ _NEVER_ZERO = {"num_attention_heads", "hidden_size", "n_head", "n_embd", "vocab_
 _PLAIN_NUMBERS = {"F64", "F32", "F16", "BF16"}
 """Types of safetensors whose numbers are the weights themselves."""
 _PACKED_WEIGHTS = 8
-"""A weight file of a quantized model has at most so many times fewer numbers than the model."""
+"""The largest factor by which a quantized model's files have fewer numbers than the model."""
 
 
 @contextmanager
-def readable(folder: Path, what: str = "has no model that can be loaded") -> Iterator[None]:
+def readable(folder: Path, message: str = "has no model that can be loaded") -> Iterator[None]:
     """Turns exceptions of libraries about a missing or broken model into a DataError.
 
     Transformers raises nearly every built-in exception for some broken file. Errors of the machine, such as too little
@@ -75,7 +75,7 @@ def readable(folder: Path, what: str = "has no model that can be loaded") -> Ite
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        raise DataError([Problem("JOB_MODEL__ID", f"{folder} {what}: {first[:300]}")]) from error
+        raise DataError([Problem("JOB_MODEL__ID", f"{folder} {message}: {first[:300]}")]) from error
 
 
 def check_sizes(folder: Path) -> None:
@@ -97,20 +97,20 @@ def read_json(path: Path, most: int, setting: str = "JOB_MODEL__ID") -> dict[str
         DataError: It is missing, larger than `most` bytes, or no JSON object.
     """
 
-    def wrong(why: str) -> DataError:
-        return DataError([Problem(setting, f"{path.parent} has no {path.name} that can be read: {why}")])
+    def wrong(reason: str) -> DataError:
+        return DataError([Problem(setting, f"{path.parent} has no {path.name} that can be read: {reason}")])
 
     try:
         if (size := path.stat().st_size) > most:
             raise wrong(f"it has {size} bytes, more than {most}")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if is_of_the_machine(error):
             raise
         raise wrong(str(error)) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise wrong("it holds no object")
-    return found
+    return content
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -123,21 +123,21 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     if not (folder / INDEX).is_file():
         raise DataError([Problem("JOB_MODEL__ID", f"{folder} has no weights in safetensors ({WEIGHTS}, or {INDEX})")])
-    named = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+    file_of = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of or not all(isinstance(name, str) for name in file_of.values()):
         raise DataError([Problem("JOB_MODEL__ID", f"{folder / INDEX} lists no weight files")])
     problems = []
-    for name in sorted(set(named.values())):
+    for name in sorted(set(file_of.values())):
         if name != Path(name).name or not name.endswith(".safetensors") or "\\" in name or "\0" in name:
-            why = "is not a safetensors file of its own folder"
+            reason = "is not a safetensors file in its folder"
         elif not (folder / name).is_file():
-            why = "is missing"
+            reason = "is missing"
         else:
             continue
-        problems.append(Problem("JOB_MODEL__ID", f"{INDEX} in {folder} names {name[:200]!r}, which {why}"))
+        problems.append(Problem("JOB_MODEL__ID", f"{INDEX} in {folder} names {name[:200]!r}, which {reason}"))
     if problems:
         raise DataError(problems)
-    return [folder / name for name in sorted(set(named.values()))]
+    return [folder / name for name in sorted(set(file_of.values()))]
 
 
 def fingerprint(folder: Path) -> str:
@@ -252,21 +252,21 @@ def _numbers(config: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, flo
 
 def _cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
     """Without steering keys, at any depth, and with every rate of dropout at zero."""
-    kept: dict[str, Any] = {}
+    cleaned: dict[str, Any] = {}
     for key, value in config.items():
         if key in _STEERING or (key.startswith("_") and key.endswith(("_implementation", "_internal", "_autoset"))):
             continue
         if isinstance(value, dict):
-            kept[key] = _cleaned(value)
+            cleaned[key] = _cleaned(value)
         elif isinstance(value, float) and any(word in key for word in _RANDOM):
-            kept[key] = 0.0
+            cleaned[key] = 0.0
         else:
-            kept[key] = value
-    return kept
+            cleaned[key] = value
+    return cleaned
 
 
 def silence(config: Any) -> None:
-    """Sets every rate of dropout in a configuration to zero: classes have defaults of their own.
+    """Sets every rate of dropout in a configuration to zero: classes have their own defaults.
 
     Not a router's noise: Phi-MoE chooses experts by that number when it evaluates, too (see `base.load_base`).
     """
@@ -320,17 +320,17 @@ def _scaled_weights(folder: Path) -> list[str]:
     """Weights that are integers, or floating-point numbers of 8 bits and less: they mean something with scales only."""
     from safetensors import safe_open
 
-    found = []
+    scaled = []
     for path in weight_files(folder):
         with readable(folder), safe_open(path, framework="pt") as file:
             kinds = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - no mapping
         # GPT-2's files hold masks of bytes, which are no weights
-        found += [
+        scaled += [
             f"{name} ({kind})"
             for name, kind in kinds.items()
             if kind.startswith(("F4", "F6", "F8")) or (name.endswith(".weight") and kind not in _PLAIN_NUMBERS)
         ]
-    return found
+    return scaled
 
 
 def check_weights(folder: Path, config: Any, empty: Any) -> None:
@@ -342,13 +342,13 @@ def check_weights(folder: Path, config: Any, empty: Any) -> None:
         DataError: They are.
     """
     if not getattr(config, "quantization_config", None) and (scaled := _scaled_weights(folder)):
-        what = (
+        message = (
             f"holds {len(scaled)} quantized weights, such as {scaled[0]}, but its config.json does not "
             "say how they are quantized"
         )
-        raise DataError([Problem("JOB_MODEL__ID", f"{folder} {what}; give the original, unquantized model")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{folder} {message}; give the original, unquantized model")])
     packed = _PACKED_WEIGHTS if getattr(config, "quantization_config", None) else 1
     described = sum(parameter.numel() for parameter in empty.parameters())
     if described > 2 * packed * (held := weights_held(folder)):
-        what = f"has a config.json that describes {described:,} weights, and its files hold {held:,}"
-        raise DataError([Problem("JOB_MODEL__ID", f"{folder} {what}")])
+        message = f"has a config.json that describes {described:,} weights, and its files hold {held:,}"
+        raise DataError([Problem("JOB_MODEL__ID", f"{folder} {message}")])

@@ -35,7 +35,7 @@ _SETTING = "JOB_LORA__INIT"
 
 
 def too_few_targets(rank: int) -> Problem:
-    """What is said where no micro-batch of the first rows has as many target tokens as ranks."""
+    """The message where no micro-batch of the first rows has as many target tokens as ranks."""
     what = (
         f"eva needs at least as many target tokens in one micro-batch as the rank, {rank}; lower JOB_LORA__RANK, or "
         "use another"
@@ -50,7 +50,7 @@ def init_eva(
 
     Args:
         model: A PEFT model with plain LoRA layers of one rank, its adapter fresh.
-        batches: Of each the token ids and the labels, (1, tokens) int64; `IGNORED` for tokens that do not count.
+        batches: (token ids, labels) of each, (1, tokens) int64; `IGNORED` for tokens that do not count.
         forward: Computes the base on the batch of this number.
 
     Raises:
@@ -88,7 +88,7 @@ def init_eva(
             how: dict[str, Any] = {"show_progress_bar": False, "gather_distributed_inputs": False}
             initialize_lora_eva_weights(model, loader, forward_fn=run, **how)
     finally:
-        # Ranks and names are as they were; readers of the adapter shall compute no first values.
+        # Ranks and names are unchanged; readers of the adapter must not compute initial values.
         config.init_lora_weights, config.eva_config = True, None
         for name, value in before.items():
             setattr(config, name, value)
@@ -113,12 +113,12 @@ def init_loftq(model: Any, folder: Path, alive: Callable[[], None] = lambda: Non
     if any(layer.get_base_layer().weight.is_floating_point() for layer in layers.values()):
         raise SettingsError([Problem(_SETTING, "loftq needs weights in 4 bits; set JOB_MODEL__QUANTIZATION=nf4")])
     with readable(folder):
-        whole = AutoModelForCausalLM.from_pretrained(
+        unquantized = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", device_map={"": "cpu"}, use_safetensors=True, trust_remote_code=False
         )
     for name, layer in layers.items():
         alive()
-        own = whole.get_submodule(name)
+        own = unquantized.get_submodule(name)
         weight = own.weight.T if isinstance(own, Conv1D) else own.weight  # GPT-2's Conv1D holds (inputs, outputs)
         if not weight.is_floating_point():
             what = "loftq needs the unquantized base, but JOB_MODEL__ID has quantized weights; use another"

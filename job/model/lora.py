@@ -28,18 +28,18 @@ def add_adapter(
 ) -> Any:
     """Adds a new LoRA adapter in fp32 to the base; its initial weights depend only on the seed.
 
-    The adapter stays in fp32 whatever the base's dtype: rounding would make a resumed run differ from an uninterrupted
-    one.
+    The adapter stays in fp32 for every dtype of the base: rounding would make a resumed run differ from an
+    uninterrupted one.
 
     Args:
         model: transformers' causal language model. Of a multimodal model, the text part is adapted.
         rank: Rank r of the update.
         alpha: The update is multiplied by alpha / rank.
-        dropout: Of the adapter's input.
+        dropout: Rate of dropout on the adapter's input.
         target_modules: As `resolve_targets` takes them.
-        seed: Of the initial weights.
+        seed: Seed of the initial weights.
         options: What else PEFT's configuration may say.
-        token_ids: Of the new tokens, for which the base has rows.
+        token_ids: Ids of the new tokens; the base has rows for them.
 
     Raises:
         SettingsError: The model lacks one of them, or PEFT cannot adapt it.
@@ -55,7 +55,7 @@ def add_adapter(
     torch.manual_seed(seed)
     # Half of the ranks of a decomposition are frozen; alpha grows with them, so the scale is that of the trained half.
     times = 2 if options.decomposed else 1
-    how: dict[str, Any] = {
+    config_options: dict[str, Any] = {
         "lora_alpha": times * alpha,
         "lora_dropout": dropout,
         "target_modules": sorted(targets),
@@ -68,11 +68,11 @@ def add_adapter(
         "trainable_token_indices": token_rows(model, options.modules_to_save, token_ids),
     }
     if options.experts:
-        how["target_parameters"] = expert_targets(model, options.layers)
+        config_options["target_parameters"] = expert_targets(model, options.layers)
     if options.adalora is not None:
         chosen = {"deltaT": options.adalora.delta_t, **asdict(options.adalora)}
         del chosen["delta_t"]
-        config: LoraConfig = AdaLoraConfig(**how, **chosen)
+        config: LoraConfig = AdaLoraConfig(**config_options, **chosen)
     else:
         config = LoraConfig(
             r=times * rank,
@@ -81,7 +81,7 @@ def add_adapter(
             init_lora_weights=_OWN_INIT.get(options.init, True),
             rank_pattern={key: times * value for key, value in options.rank_pattern.items()},
             alpha_pattern={key: times * value for key, value in options.alpha_pattern.items()},
-            **how,
+            **config_options,
         )
     try:
         with plain_shapes(model):
@@ -115,9 +115,9 @@ def count_parameters(
     Raises:
         SettingsError: As `add_adapter`.
     """
-    # At most so many rows: a vocabulary that has some to spare grows by fewer.
+    # An upper bound of the rows: a vocabulary with unused rows grows by fewer.
     grow_embeddings(model, model.get_input_embeddings().weight.shape[0] + len(options.added_tokens))
-    made = add_adapter(
+    adapted = add_adapter(
         model,
         rank=rank,
         alpha=rank,
@@ -127,8 +127,8 @@ def count_parameters(
         options=options,
         token_ids=range(len(options.added_tokens)),  # which rows they are does not change their number
     )
-    # AdaLoRA's ranknum is a constant; on the meta device PEFT forgets to say so.
-    return sum(parameter.numel() for name, parameter in trainable(made).items() if ".ranknum." not in name)
+    # AdaLoRA's ranknum is a constant; on the meta device PEFT does not mark it as one.
+    return sum(parameter.numel() for name, parameter in trainable(adapted).items() if ".ranknum." not in name)
 
 
 def trainable(model: Any) -> dict[str, Any]:

@@ -28,16 +28,16 @@ def held(model: Any) -> Held:
 
     Of a mixture the experts are among them, which are no linear layers.
     """
-    found: Counter[tuple[str, bool]] = Counter()
+    numbers: Counter[tuple[str, bool]] = Counter()
     for weight in model.parameters():
         if (state := getattr(weight, "quant_state", None)) is not None:
-            found[state.quant_type, state.nested] += state.shape.numel()
+            numbers[state.quant_type, state.nested] += state.shape.numel()
         elif type(weight).__name__ == "Int8Params":
-            found["int8", False] += weight.numel()
-    if not found:
+            numbers["int8", False] += weight.numel()
+    if not numbers:
         return Held("none", double=False, weights=0)
-    (kind, double), _ = found.most_common(1)[0]
-    return Held(kind, double, found.total())
+    (kind, double), _ = numbers.most_common(1)[0]
+    return Held(kind, double, numbers.total())
 
 
 def describe_model(

@@ -21,10 +21,10 @@ from job.model.packed_layout import Layout
 NAME = "flat"
 """Name of this attention in transformers. A model with it is called with a `layout` and no mask."""
 CHECKED = "flat-checked"
-"""The same, but each layer is also handed the mask that transformers would make for it; see `AskedMask`."""
+"""The same, but each layer also gets the mask that transformers would make for it; see `AskedMask`."""
 _MOST_KEYS = 16
-"""How many times the keys of a sequence may be copied for the variable-length kernel, to lie behind each other for each
-segment; where prefixes are so long and shared by so many that it would be more, blocks run one by one."""
+"""How many times the keys of a sequence may be copied for the variable-length kernel, to be contiguous for each
+segment; where long prefixes shared by many segments need more copies, blocks run one by one."""
 WIDEST_HEAD = 256
 """The variable-length kernel takes no wider heads, and those of queries and values alike."""
 
@@ -68,7 +68,7 @@ def packed_attention(  # the signature is transformers'
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
-    **others: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one packed sequence, for transformers' attention interface.
 
@@ -79,29 +79,29 @@ def packed_attention(  # the signature is transformers'
         attention_mask: None; within the check of a model, what it would have been.
         layout: The segments.
         scaling: Factor of the scores; 1/sqrt(head size) where it is None.
-        dropout: Of attention's weights; must be 0.
-        sliding_window: Each query sees its last so many keys, itself included; None for all.
+        dropout: Rate of dropout on attention weights; must be 0.
+        sliding_window: Number of keys before and including a query that it sees; None for all.
         softcap: Scores become softcap * tanh(score / softcap).
         s_aux: (heads,): for each head a score that takes its share of the softmax and gives no value (a "sink").
         is_causal: Must not be False.
         position_bias: Must be None.
-        others: What models hand to all their layers; a name not known to be without effect is refused.
+        options: What models hand to all their layers; a name not known to be without effect is refused.
 
     Returns:
         (1, tokens, heads, value's head size) in the dtype of `query`, and None for the weights that are never formed.
 
     Raises:
-        Unpackable: The layer asks for anything else.
+        Unpackable: The layer requests anything else.
     """
-    asks = {
-        "a mask of its own": attention_mask is not None and not isinstance(attention_mask, AskedMask),
+    requested = {
+        "a custom mask": attention_mask is not None and not isinstance(attention_mask, AskedMask),
         "dropout of attention": dropout != 0,
         "attention in both directions": is_causal is False,
         "a bias of positions": position_bias is not None,
     }
-    asks |= {name: True for name, value in others.items() if name not in _NO_ARITHMETIC and value is not None}
-    if wanted := [name for name, wants in asks.items() if wants]:
-        raise Unpackable(f"its attention asks for {', '.join(wanted)}")
+    requested |= {name: True for name, value in options.items() if name not in _NO_ARITHMETIC and value is not None}
+    if wanted := [name for name, wants in requested.items() if wants]:
+        raise Unpackable(f"its attention requests {', '.join(wanted)}")
     if isinstance(attention_mask, AskedMask):
         _compare(attention_mask, sliding_window)
     # A window that no segment fills changes nothing: the same kernel as without one, and so the same bits.
@@ -116,11 +116,11 @@ def packed_attention(  # the signature is transformers'
     return _block_by_block(query, key, value, layout, scaling, window), None
 
 
-def _compare(asked: AskedMask, window: int | None) -> None:
-    if not asked.plain:
-        raise Unpackable("its attention asks for a mask that is not causal alone")
-    if asked.window != window:
-        raise Unpackable(f"its layers are told a window of {window}, and their masks have one of {asked.window}")
+def _compare(mask: AskedMask, window: int | None) -> None:
+    if not mask.plain:
+        raise Unpackable("its attention requests a mask that is not causal alone")
+    if mask.window != window:
+        raise Unpackable(f"its layers get a window of {window}, and their masks have one of {mask.window}")
 
 
 def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -243,7 +243,7 @@ def _asked_mask(
     use_vmap: bool = False,
     **_shapes: Any,
 ) -> AskedMask:
-    """Finds out by trying which keys a mask of transformers lets a query see; in the place of making the mask."""
+    """Finds which keys a mask function of transformers lets a query see from a few pairs, without making the mask."""
     last = max(q_length - 1, 2 * (local_size or 0))
     positions = torch.arange(last + 1, device=device)
 
@@ -251,15 +251,15 @@ def _asked_mask(
         sees = torch.as_tensor(mask_function(0, 0, torch.tensor(query, device=device), positions))
         return cast("list[int]", positions[sees.expand(positions.shape)].tolist())
 
-    other = AskedMask(None, plain=False)
+    irregular = AskedMask(None, plain=False)
     if use_vmap:  # a function of the model's own is part of it
-        return other
+        return irregular
     try:
         for query in (last, last // 2):
             if seen_by(query) != list(range(max(0, query + 1 - (local_size or last + 1)), query + 1)):
-                return other
+                return irregular
     except (IndexError, RuntimeError):  # it looks into tensors as long as the input, so it is made from the input
-        return other
+        return irregular
     return AskedMask(local_size)
 
 

@@ -104,15 +104,15 @@ class Layout:
             ValueError: They are not in this order.
         """
         sizes = [s.end - s.start for s in self.segments]
-        own = np.repeat(np.array([s.end for s in self.segments], np.int32), sizes)
-        ends, last = own.copy(), {s.start: s.end for s in self.segments}
+        segment_ends = np.repeat(np.array([s.end for s in self.segments], np.int32), sizes)
+        ends, last = segment_ends.copy(), {s.start: s.end for s in self.segments}
         for s in reversed(self.segments):  # those that see a segment come behind it
             if s.prefix_start < s.prefix_end:
                 part = ends[s.prefix_start : s.prefix_end]
                 np.maximum(part, last[s.start], out=part)
                 last[s.prefix_start] = max(last[s.prefix_start], last[s.start])
-        # Exactly if as many see a token as lie between it and the last that does, all in between are among them.
-        if int((ends - own).sum(dtype=np.int64)) != sum(
+        # If the number of queries that see a token equals its distance to the last of them, all between see it.
+        if int((ends - segment_ends).sum(dtype=np.int64)) != sum(
             n * sum(map(len, s)) for n, s in zip(sizes, self.seen, strict=True)
         ):
             raise ValueError("a segment sees one that is not the last before it without a prefix")
@@ -120,7 +120,7 @@ class Layout:
 
     @cached_property
     def depths(self) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """(tokens,): how many tokens each sees beside itself."""
+        """(tokens,): how many tokens each sees besides itself."""
         sizes = [sum(map(len, seen)) for seen in self.seen]
         parts = zip(sizes, self.segments, strict=True)
         return np.concatenate([np.arange(size, size + s.end - s.start, dtype=np.int32) for size, s in parts])
@@ -170,9 +170,9 @@ def _seen(segments: Sequence[Segment]) -> tuple[tuple[range, ...], ...]:
     return tuple(by_start.values())
 
 
-def _keys(segments: Sequence[Segment], seen: Sequence[Sequence[range]]) -> list[int]:
+def _keys(segments: Sequence[Segment], visible: Sequence[Sequence[range]]) -> list[int]:
     """How many keys the last query of each segment sees."""
-    return [sum(map(len, before)) + s.end - s.start for before, s in zip(seen, segments, strict=True)]
+    return [sum(map(len, before)) + s.end - s.start for before, s in zip(visible, segments, strict=True)]
 
 
 def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:

@@ -52,7 +52,7 @@ class Agreement:
     coarse, and the one for leaks, whose operations and shapes are the same on both sides, is the sharp one.
 
     Attributes:
-        leak: Relative error of a token's logits when only the sequence beside it changes.
+        leak: Relative error of a token's logits when only the sequence next to it changes.
         logits: Relative error of a token's logits, packed against alone.
         gradient: Relative error of the adapter's gradient, packed against alone; see `_distance`.
         tokens: Share of the tokens whose error must be within `leak` and `logits`; the `FIRST` tokens behind another
@@ -103,24 +103,24 @@ def choose_packing(
     training = model.training
     model.eval()
     try:
-        found = _find_out(model, _taken(examples), max_length, losses)
+        packing = _test_packing(model, _selected_examples(examples), max_length, losses)
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)
-    use(base, NAME if found.packed else PLAIN)
-    if not found.packed:
-        log.get_logger().warning("examples are computed one at a time, which is slower", why=found.reason)
-    return found
+    use(base, NAME if packing.packed else PLAIN)
+    if not packing.packed:
+        log.get_logger().warning("examples are computed one at a time, which is slower", why=packing.reason)
+    return packing
 
 
-def _taken(examples: Sequence[Example]) -> list[Example]:
+def _selected_examples(examples: Sequence[Example]) -> list[Example]:
     """Three examples, with different first tokens if there are such, cut to a few tokens."""
     few = sorted(examples[:64], key=lambda example: len(example.input_ids) < SHORT)[:3]
     few += [few[-1]] * (3 - len(few))
     return [Example(e.input_ids[: TOKENS - 7 * i], e.targets[: TOKENS - 7 * i]) for i, e in enumerate(few)]
 
 
-def _find_out(model: Any, examples: Sequence[Example], max_length: int, losses: Losses | None) -> Packing:
+def _test_packing(model: Any, examples: Sequence[Example], max_length: int, losses: Losses | None) -> Packing:
     base = model.get_base_model()
     use(base, PLAIN)
     sequences = [list(example.input_ids) for example in examples]
@@ -136,19 +136,19 @@ def _find_out(model: Any, examples: Sequence[Example], max_length: int, losses: 
         use(base, NAME)
         to = _agreement(base)
         leak, logits = _compare(model, sequences, alone, to)
-        errors = {"logits with another sequence beside": (leak, to.leak), "logits": (logits, to.logits)}
+        errors = {"logits with another sequence alongside": (leak, to.leak), "logits": (logits, to.logits)}
         if losses is not None and leak <= to.leak and logits <= to.logits:
             apart = _distance(_gradient(model, lambda: [losses.packed(examples)]), gradient, to)
             errors["the adapter's gradient"] = (apart, to.gradient)
     except _PASSING:
         raise
     except Exception as failed:  # noqa: BLE001 - of a stranger's code, which was not written for this
-        said = str(failed) if isinstance(failed, Unpackable) else f"{type(failed).__name__}: {failed}"
-        return Packing(packed=False, reason=(said.splitlines() or ["it fails"])[0][:300])
-    said = ", ".join(f"{name} {error:.0e}" for name, (error, _) in errors.items())
+        message = str(failed) if isinstance(failed, Unpackable) else f"{type(failed).__name__}: {failed}"
+        return Packing(packed=False, reason=(message.splitlines() or ["it fails"])[0][:300])
+    message = ", ".join(f"{name} {error:.0e}" for name, (error, _) in errors.items())
     if wrong := [name for name, (error, most) in errors.items() if not error <= most]:  # NaN is wrong too
-        return Packing(packed=False, reason=f"packed and alone, results differ in {' and '.join(wrong)}: {said}")
-    return Packing(packed=True, reason=f"packed and alone, results are the same: {said}")
+        return Packing(packed=False, reason=f"packed and alone, results differ in {' and '.join(wrong)}: {message}")
+    return Packing(packed=True, reason=f"packed and alone, results are the same: {message}")
 
 
 @contextmanager
@@ -169,37 +169,37 @@ def _reference(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Ten
 
     Raises:
         DataError: They are not finite.
-        SettingsError: They depend on what comes after.
+        SettingsError: They depend on later tokens.
     """
     name = type(model.get_base_model()).__name__
-    first, prefix, one, other = _parts(sequences)
-    logits = [_logits(model, ids) for ids in (first, prefix + one, prefix + other)]
+    first, prefix, first_continuation, second_continuation = _parts(sequences)
+    logits = [_logits(model, ids) for ids in (first, prefix + first_continuation, prefix + second_continuation)]
     if not all(bool(found.isfinite().all()) for found in logits):
         dtype = str(model.get_base_model().dtype).removeprefix("torch.")
         what = f"the base's logits are not finite in {dtype}: its weights are broken, or too large for that type"
         raise DataError([Problem("JOB_MODEL__ID", what)])
-    if _sees_ahead(model, first, logits[0], [*prefix, *one, *other]):
+    if _attends_to_later_tokens(model, first, logits[0], [*prefix, *first_continuation, *second_continuation]):
         what = f"{name} is not a causal language model: its logits for a token depend on later tokens"
         raise SettingsError([Problem("JOB_MODEL__ID", what)])
     return logits
 
 
-def _sees_ahead(model: Any, ids: Sequence[int], logits: torch.Tensor, others: Sequence[int]) -> bool:
+def _attends_to_later_tokens(model: Any, ids: Sequence[int], logits: torch.Tensor, other_tokens: Sequence[int]) -> bool:
     """Whether the logits of the first half of a sequence depend on the tokens of the second.
 
     Without them the shapes are others, and so is the rounding, which large weights that cancel may multiply. So where
-    the half alone differs, other tokens stand in the second half: there only the tokens are others.
+    the half alone differs, the second half is filled with other tokens: then only the tokens differ.
 
     Args:
         model: The base with its adapter.
         ids: The sequence.
         logits: (tokens, vocabulary) fp32, those of the sequence.
-        others: Tokens to put into the second half.
+        other_tokens: Tokens to put into the second half.
     """
     half, to = max(1, len(ids) // 2), _agreement(model.get_base_model())
     if _worst([_token_error(_logits(model, ids[:half]), logits[:half], to)]) <= to.logits:
         return False
-    tail = list(islice(cycle(others), len(ids) - half))
+    tail = list(islice(cycle(other_tokens), len(ids) - half))
     if tail == list(ids[half:]):
         return True
     changed = _logits(model, [*ids[:half], *tail])[:half]
@@ -245,24 +245,24 @@ def _compare(
     The first is by the same operations on numbers of the same shape, so that even in half precision hardly anything
     but a leak from one sequence into the next makes a difference.
     """
-    first, prefix, one, other = _parts(sequences)
-    a, b, c, d = len(first), len(prefix), len(one), len(other)
+    first, prefix, computed, expected = _parts(sequences)
+    a, b, c, d = len(first), len(prefix), len(computed), len(expected)
     segments = [Segment(0, a), Segment(a, a + b), Segment(a + b, a + b + c, a, a + b)]
     segments.append(Segment(a + b + c, a + b + c + d, a, a + b))
     positions = [*range(a), *range(b), *range(b, b + c), *range(b, b + d)]
-    behind = [*prefix, *one, *other]
-    found = _packed_logits(model, segments, [*first, *behind], positions)
+    behind = [*prefix, *computed, *expected]
+    packed = _packed_logits(model, segments, [*first, *behind], positions)
     changed = _packed_logits(model, segments, [*first[::-1], *behind], positions)
     shared, end = a + b, a + b + c
     pairs = [
-        (found[:a], alone[0]),
-        (found[a:end], alone[1]),
-        (torch.cat([found[a:shared], found[end:]]), alone[2]),
+        (packed[:a], alone[0]),
+        (packed[a:end], alone[1]),
+        (torch.cat([packed[a:shared], packed[end:]]), alone[2]),
     ]
-    # The first tokens behind have to agree, whatever the share: a convolution of a single layer reaches no further.
-    behind_it = [_token_error(found[i : i + 1], changed[i : i + 1], to) for i in range(a, a + FIRST)]
-    leak = _worst([_token_error(found[a:], changed[a:], to), *behind_it])
-    return leak, _worst([_token_error(one, other, to) for one, other in pairs])
+    # The first tokens behind have to agree, for every share: a convolution of a single layer reaches no further.
+    behind_it = [_token_error(packed[i : i + 1], changed[i : i + 1], to) for i in range(a, a + FIRST)]
+    leak = _worst([_token_error(packed[a:], changed[a:], to), *behind_it])
+    return leak, _worst([_token_error(computed, expected, to) for computed, expected in pairs])
 
 
 def _worst(errors: Sequence[float]) -> float:
@@ -270,16 +270,16 @@ def _worst(errors: Sequence[float]) -> float:
     return max(float("inf") if math.isnan(error) else error for error in errors)
 
 
-def _token_error(found: torch.Tensor, expected: torch.Tensor, to: Agreement) -> float:
+def _token_error(computed: torch.Tensor, expected: torch.Tensor, to: Agreement) -> float:
     """Relative error of a token's logits: the largest within the share of tokens that must meet the tolerance.
 
     It is relative to the norm of the expected logits without their mean: a constant added to all logits of a token does
     not change the softmax.
     """
-    if found.shape != expected.shape:
+    if computed.shape != expected.shape:
         return float("inf")
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=1e-6)
-    errors = (found - expected).norm(dim=-1) / spread
+    errors = (computed - expected).norm(dim=-1) / spread
     return float(errors.quantile(to.tokens))
 
 
@@ -287,20 +287,20 @@ def _gradient(model: Any, losses: Callable[[], Sequence[torch.Tensor]]) -> list[
     """The adapter's gradient of the sum of the losses, one fp32 tensor for each of its parameters."""
     model.zero_grad(set_to_none=True)
     model.train()
-    for module in model.modules():  # the adapter's own dropout, which would draw anew for each
+    for module in model.modules():  # the adapter's own dropout, which would draw new numbers for each
         if isinstance(module, torch.nn.Dropout):
             module.eval()
     for loss in losses():
         loss.backward()  # type: ignore[no-untyped-call]
-    found = [
+    gradients = [
         (torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()).float() for p in trainable(model).values()
     ]
     model.zero_grad(set_to_none=True)
     model.eval()
-    return found
+    return gradients
 
 
-def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | None, to: Agreement) -> float:
+def _distance(computed: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | None, to: Agreement) -> float:
     """Relative error of the gradient as a whole; in full precision of each parameter's too, the largest of them.
 
     Of each, since Adam takes steps of one size however small a gradient is. What is nearly 0 (that of queries
@@ -308,7 +308,7 @@ def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | 
     """
     if expected is None:
         return 0.0
-    errors = [float((f - e).norm()) for f, e in zip(found, expected, strict=True)]
+    errors = [float((f - e).norm()) for f, e in zip(computed, expected, strict=True)]
     sizes = [float(e.norm()) for e in expected]
     whole = max(math.hypot(*sizes), 1e-12)
     own = [error / max(size, NEGLIGIBLE * whole) for error, size in zip(errors, sizes, strict=True)]
@@ -324,7 +324,7 @@ def _depends_on_length(config: Any, max_length: int) -> str | None:
         owners = (part.get("original_max_position_embeddings"), getattr(text, "original_max_position_embeddings", None))
         whole = next((length for length in owners if length), getattr(text, "max_position_embeddings", 0))
         if kind not in SAFE_ROPE and (kind not in {"dynamic", "longrope"} or max_length > whole):
-            return f"its rotary positions ({kind}) depend on the longest sequence beside"
+            return f"its rotary positions ({kind}) depend on the longest sequence alongside"
     if getattr(text, "attn_temperature_tuning", False):  # Llama 4, from `floor_scale` tokens on
         return "the temperature of its attention depends on the place in the packed sequence"
     return None

@@ -1,4 +1,4 @@
-"""Loads a base whose 4-bit weights do not all lie on the device, and saves it: see `placed_weights` for where they lie.
+"""Loads and saves a base whose 4-bit weights are not all on the device: see `placed_weights` for where they are kept.
 
 While transformers and bitsandbytes load and quantize, hooks see each weight as it is registered. When a decoder layer
 is complete, its bytes move to their source and leave the device. At the end each weight becomes a view into a slot of
@@ -26,7 +26,7 @@ from job.model.placed_weights import ALIGNMENT, PLACED, AllGather, LayerSource, 
 
 @dataclass
 class _Layer:
-    """The quantized weights of a layer as they are loaded: how many there will be, and those that are here."""
+    """The quantized weights of a layer as they are loaded: how many there will be, and those loaded so far."""
 
     expected: int
     weights: list[tuple[Any, str, Any]]
@@ -53,12 +53,14 @@ class Placing:
             return
         if (layer := self._layer_of(module)) is None:
             return
-        found = self._layers.get(layer)
-        if found is None:
-            found = self._layers[layer] = _Layer(self._count(layer), [])
-        found.weights.append((module, name, weight))
-        if len(found.weights) == found.expected:
-            self._place([weight for *_, weight in found.weights], [(module, name) for module, name, _ in found.weights])
+        loading = self._layers.get(layer)
+        if loading is None:
+            loading = self._layers[layer] = _Layer(self._count(layer), [])
+        loading.weights.append((module, name, weight))
+        if len(loading.weights) == loading.expected:
+            self._place(
+                [weight for *_, weight in loading.weights], [(module, name) for module, name, _ in loading.weights]
+            )
 
     def _count(self, layer: Any) -> int:
         """How many quantized weights a layer will have: its linear layers', and those of experts."""
@@ -95,13 +97,13 @@ class Placing:
 
     def _layer_of(self, module: Any) -> Any:
         """The outermost element of a list of modules that it is in, such as a decoder's layer; None if in none."""
-        found = None
+        outermost = None
         while module in self._parents:
             parent, _ = self._parents[module]
             if isinstance(parent, torch.nn.ModuleList):
-                found = module
+                outermost = module
             module = parent
-        return found
+        return outermost
 
     def _place(self, weights: Sequence[Any], modules: Sequence[tuple[Any, str]]) -> None:
         parts = [_parts(weight) for weight in weights]
@@ -143,15 +145,15 @@ def _parts(weight: Any) -> list[torch.Tensor]:
 
 
 def _laid_out(parts: Sequence[Sequence[torch.Tensor]]) -> tuple[list[list[_Piece]], int]:
-    """Tensors one behind the other, each aligned, and the bytes that they take."""
-    at, found = 0, []
+    """Tensors laid out contiguously, each aligned, and the bytes that they take."""
+    at, layout = 0, []
     for tensors in parts:
         pieces = []
         for tensor in tensors:
             pieces.append(_Piece(at, tensor.shape, tensor.dtype))
             at += -(-pieces[-1].bytes // ALIGNMENT) * ALIGNMENT
-        found.append(pieces)
-    return found, at
+        layout.append(pieces)
+    return layout, at
 
 
 def _placed_state(state: Any, bring: Callable[[], None]) -> Any:
@@ -186,10 +188,10 @@ def _placed_kind(kind: Any) -> Any:
 
     def to(state: Any, device: Any) -> None:
         if torch.device(device).type != state.constants.device.type:
-            raise RuntimeError(f"weights that come to {state.constants.device} layer by layer cannot move to {device}")
+            raise RuntimeError(f"weights loaded layer by layer to {state.constants.device} cannot move to {device}")
 
     def copied(state: Any, memo: dict[int, Any]) -> Any:
-        # PEFT copies a layer for DoRA's norms. The copy stays as it is; its weight is copied after its state.
+        # PEFT copies a layer for DoRA's norms. The copy is not placed; its weight is copied after its state.
         plain = kind.__new__(kind)
         plain.absmax = state.absmax.clone()
         for name in vars(state).keys() - {"bring", "constants"}:
@@ -227,17 +229,17 @@ def placing(
         placement: `host` or `sharded`.
         device: Where the model computes.
         group: The processes of the run, all of which load the same model now.
-        experts: Parameters beside linear layers' that will be quantized.
+        experts: Parameters besides linear layers' that will be quantized.
     """
-    made = Placing(open_source(placement, device, group), device, experts)
+    placing_hooks = Placing(open_source(placement, device, group), device, experts)
     with ExitStack() as stack:
         stack.enter_context(layer_by_layer())
         for hook, register in (
-            (made.module_registered, torch_module.register_module_module_registration_hook),
-            (made.parameter_registered, torch_module.register_module_parameter_registration_hook),
+            (placing_hooks.module_registered, torch_module.register_module_module_registration_hook),
+            (placing_hooks.parameter_registered, torch_module.register_module_parameter_registration_hook),
         ):
             stack.callback(register(hook).remove)
-        yield made
+        yield placing_hooks
 
 
 def _without_threads(load: Callable[..., Any], _pool: Any, *args: Any, **options: Any) -> Any:
@@ -245,7 +247,7 @@ def _without_threads(load: Callable[..., Any], _pool: Any, *args: Any, **options
 
 
 def save_quantized(model: Any, folder: Path, *, shard: str) -> None:
-    """Writes a quantized base as transformers does, of which only one file is in memory at a time.
+    """Writes a quantized base as transformers does, with only one file in memory at a time.
 
     Args:
         model: transformers' model, with placed weights or without.
@@ -254,21 +256,21 @@ def save_quantized(model: Any, folder: Path, *, shard: str) -> None:
     """
     # transformers would cut them into single experts, which packed tensors cannot be; nor is the rest renamed then.
     mixture = save_experts(model, folder)
-    how, state = {"max_shard_size": shard, "save_original_format": not mixture}, without_experts(model)
+    save_options, state = {"max_shard_size": shard, "save_original_format": not mixture}, without_experts(model)
     if getattr(model, PLACED, None) is None:
         with _replaced(model, "state_dict", lambda *_, **__: dict(state)):
-            model.save_pretrained(folder, **how)
+            model.save_pretrained(folder, **save_options)
         return
     from transformers import modeling_utils
 
-    whole = modeling_utils.safe_save_file
+    write_file = modeling_utils.safe_save_file
     bring = {
         name: found
         for path, module in model.named_modules()
         if (found := layer_of(getattr(module, "weight", None))) is not None
         for name in (f"{path}.weight", f"{path}.weight.absmax", f"{path}.weight.nested_absmax")
     }
-    # What a slot holds is there when it is needed. Until then a tensor of the same size, whose memory nobody touches.
+    # What a slot holds is there when it is needed. Until then a tensor of the same size whose memory is never touched.
     names = {name: torch.empty_like(one, device="cpu") if name in bring else one for name, one in state.items()}
 
     def save_file(tensors: dict[str, torch.Tensor], *args: Any, **options: Any) -> None:
@@ -276,13 +278,13 @@ def save_quantized(model: Any, folder: Path, *, shard: str) -> None:
             if name in bring:
                 bring[name]()
                 tensors[name] = state[name].to("cpu", copy=True)
-        whole(tensors, *args, **options)
+        write_file(tensors, *args, **options)
 
     with (
         _replaced(model, "state_dict", lambda *_, **__: dict(names)),
         _replaced(modeling_utils, "safe_save_file", save_file),
     ):
-        model.save_pretrained(folder, **how)
+        model.save_pretrained(folder, **save_options)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A base whose 4-bit weights do not all lie on the device: sharded over processes, or held in main memory.
+"""A base whose 4-bit weights are not all on the device: sharded over processes, or held in main memory.
 
     on the device   slot 0: layer 0, 2, 4, ...      slot 1: layer 1, 3, 5, ...      (the packed bytes of one layer each)
     elsewhere       `host`: all layers in main memory.      `sharded`: 1/N of each layer on the device of each process.
@@ -17,7 +17,7 @@ orders this by streams: a copy begins after what was launched before it, and wha
 Sharded, all processes have to take part in every gather. They compute different numbers of sequences, and may run out
 of memory in the middle of one. So they work in rounds, within `taking_part`: in each round every process says which
 layer it needs, or none, and each layer that any of them needs is gathered by all. A process that has finished or
-failed takes part in further rounds, without asking for a layer, until no process asks for one.
+failed takes part in further rounds, without requesting a layer, until no process requests one.
 
 To add a placement: a class like `_Host`, its line in `open_source` and in `placement_of`, and what `PLACEMENTS` in
 `training.memory_model` says.
@@ -58,8 +58,8 @@ class AllGather(Protocol):
     def exchange(self, number: int) -> list[int]:
         """All-gather of one number: those of all processes, by rank."""
 
-    def gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> Wait:
-        """Starts an all-gather: fills `whole`, (processes * n,), with every process's `own`, (n,), in one dtype."""
+    def gather_into(self, gathered: torch.Tensor, part: torch.Tensor) -> Wait:
+        """Starts an all-gather: fills `gathered`, (processes * n,), with every process's `part`, (n,), in one dtype."""
 
 
 class OtherOutOfMemory(RuntimeError):
@@ -76,7 +76,7 @@ class LayerSource(Protocol):
         """Takes the next layer, (bytes,) uint8 on the device; returns the bytes of a slot that it is fetched into."""
 
     def ready(self, size: int) -> None:
-        """All layers are there, the largest of so many bytes."""
+        """All layers are kept, the largest of `largest` bytes."""
 
     def fetch(self, number: int, slot: torch.Tensor) -> Wait:
         """Starts to fill a slot with a layer, after what was launched before."""
@@ -100,16 +100,16 @@ class _Host:
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def keep(self, layer: torch.Tensor) -> int:
-        kept = torch.empty(layer.shape, dtype=layer.dtype, device="cpu")
+        copy = torch.empty(layer.shape, dtype=layer.dtype, device="cpu")
         if self._stream is not None:  # before it is filled: that is faster, too
-            if pin(kept, self._device):
-                self._pinned.append(kept)
+            if pin(copy, self._device):
+                self._pinned.append(copy)
             elif not self._layers:
                 get_logger().warning(
                     "main memory cannot be pinned, so layers are copied to the GPU slowly; raise ulimit -l"
                 )
-        self._layers.append(kept.copy_(layer))
-        return kept.numel()
+        self._layers.append(copy.copy_(layer))
+        return copy.numel()
 
     def ready(self, size: int) -> None:
         """Nothing is left to do."""
@@ -180,17 +180,17 @@ class _Shares:
         self._aside_filled()
         self._own, self._aside = [], None
 
-    def _round(self, needed: int, slot: torch.Tensor | None) -> tuple[set[int], Wait]:
+    def _round(self, layer: int, slot: torch.Tensor | None) -> tuple[set[int], Wait]:
         """Gathers what any process needs; returns what all say, and how to wait for this one's layer."""
         filled: Wait = _nothing
-        numbers = set(self._group.exchange(needed))
+        numbers = set(self._group.exchange(layer))
         for number in sorted(numbers - {_NONE, _AT_BARRIER}):
             own = self._own[number]
-            into = slot if number == needed else self._aside
+            into = slot if number == layer else self._aside
             if into is self._aside:
                 self._aside_filled()  # before it is filled again
             wait = self._group.gather_into(into[: own.numel() * self._count], own)  # type: ignore[index]
-            if number == needed:
+            if number == layer:
                 filled = wait
             else:
                 self._aside_filled = wait
@@ -247,7 +247,7 @@ class PlacedWeights:
         slot = self.slot(number)
         if self._holds[slot] == number:
             return
-        self._wait(slot)  # where it was fetched in vain, it must not be written twice at once
+        self._wait(slot)  # a fetch that was not used must end first: two must not write at the same time
         self._holds[slot] = None
         self._filling[slot] = self.source.fetch(number, self.slots[slot])
         self._holds[slot] = number
@@ -271,7 +271,7 @@ class PlacedWeights:
             self._wait(number)  # nothing may be on its way into memory that is freed
         self.source.release()
         for slot in self.slots:
-            slot.untyped_storage().resize_(0)  # the weights' tensors are views of it, and may live on
+            slot.untyped_storage().resize_(0)  # the weights' tensors are views of it, and may still be referenced
 
 
 @contextmanager
@@ -320,23 +320,23 @@ def computing_together(model: Any, group: AllGather) -> Iterator[Callable[[], No
     """
     placed = getattr(model, PLACED, None)
     shares = placed.source if placed is not None and isinstance(placed.source, _Shares) else None
-    missing = False
+    layer_missing = False
 
     def barrier() -> None:
-        nonlocal missing
+        nonlocal layer_missing
         if shares is not None:
             shares.barrier()  # processes that are not there yet may still need layers of this one
         elif _NONE in group.exchange(_AT_BARRIER):
-            missing = True
+            layer_missing = True
             raise OtherOutOfMemory
 
     try:
         yield barrier
         barrier()
     except RuntimeError as error:
-        # With sharded weights `taking_part` tells the others. Otherwise they are told here, in place of this process's
-        # next barrier.
-        if shares is None and not missing and out_of_memory(error):
+        # With sharded weights `taking_part` tells the others. Otherwise they are told here, instead of by this
+        # process's next barrier.
+        if shares is None and not layer_missing and out_of_memory(error):
             group.exchange(_NONE)
         raise
 
@@ -365,13 +365,13 @@ def release(model: Any) -> None:
 
 
 def placement_of(model: Any) -> str:
-    """Where the 4-bit weights of a model's layers lie: `gpu` for its device, `sharded` or `host`."""
+    """Where the 4-bit weights of a model's layers are kept: `gpu` for its device, `sharded` or `host`."""
     if (placed := getattr(model, PLACED, None)) is None:
         return "gpu"
     return "sharded" if isinstance(placed.source, _Shares) else "host"
 
 
 def layer_of(weight: Any) -> Callable[[], None] | None:
-    """A function that copies a placed weight's layer to the device; None for a weight that always lies there."""
+    """A function that copies a placed weight's layer to the device; None for a weight that is always there."""
     found: Callable[[], None] | None = getattr(getattr(weight, "quant_state", None), "bring", None)
     return found

@@ -19,7 +19,7 @@ from job.model.whole_modules import refuse_renamed
 class PublishedNames:
     """The class that the base's config.json names, and what its modules are called that an adapter is on.
 
-    transformers loads the text part of some multimodal checkpoints (Qwen3.5, Llama 4) as a class of its own. The class
+    transformers loads the text part of some multimodal checkpoints (Qwen3.5, Llama 4) as a separate class. The class
     that readers load by config.json has that part under another name, and PEFT ignores tensors of unknown names.
     """
 
@@ -53,7 +53,7 @@ def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -
 
     Raises:
         DataError: config.json is missing or invalid.
-        SettingsError: PEFT would not load the adapter into that class as it was trained.
+        SettingsError: PEFT would not load the same adapter into that class.
     """
     base = model.get_base_model()
     adapted = [name for name, module in base.named_modules() if hasattr(module, "lora_A")]
@@ -61,7 +61,7 @@ def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -
     published = [names.published(PREFIX + name).removeprefix(PREFIX) for name in adapted]
     whole = [name for name in saved_tensors(model) if ".lora_" not in name]
     files = tensor_files(base if reader is None else reader, published, whole)
-    # In another class these lie elsewhere than the layers with an adapter, which is all that is compared with it.
+    # In another class these modules are elsewhere, and only layers with an adapter are compared with it.
     refuse_renamed(whole if reader is not None else [n for n in whole if files[n] is None], names.architecture)
     if lost := [name for name, file in files.items() if file is None]:
         what = f"PEFT could not load the adapter of {lost[0]} into {names.architecture}: it renames the tensors"
@@ -77,27 +77,33 @@ def _published_class(
     from transformers import AutoModelForImageTextToText
 
     base = model.get_base_model()
-    own = PublishedNames(type(base).__name__)
+    text_names = PublishedNames(type(base).__name__)
     kept = quantized and (folder / SOURCE_CONFIG).is_file()
-    if not kept and own.architecture in (base.config.architectures or []):
-        return own, None
+    if not kept and text_names.architecture in (base.config.architectures or []):
+        return text_names, None
     config = read_config(folder, SOURCE_CONFIG if kept else "config.json")
     classes = AutoModelForImageTextToText._model_mapping  # noqa: SLF001 - from_config's own question
     published = classes[type(config)].__name__ if type(config) in classes else None
-    if published in {None, own.architecture} or published not in (config.architectures or []):
-        return own, None
+    if published in {None, text_names.architecture} or published not in (config.architectures or []):
+        return text_names, None
     with readable(folder), torch.device("meta"):
-        other = AutoModelForImageTextToText.from_config(config, attn_implementation="eager", trust_remote_code=False)
-    theirs = {name: _shape(module) for name, module in other.named_modules() if name.startswith(text_part(other))}
+        multimodal = AutoModelForImageTextToText.from_config(
+            config, attn_implementation="eager", trust_remote_code=False
+        )
+    theirs = {
+        name: _shape(module) for name, module in multimodal.named_modules() if name.startswith(text_part(multimodal))
+    }
     for ours, prefix in _prefixes(adapted[0], theirs):
         renamed = {prefix + name.removeprefix(ours): base.get_submodule(name) for name in adapted}
         if all(theirs.get(name) == _shape(module) for name, module in renamed.items()):
             targets = model.peft_config["default"].target_modules
-            return PublishedNames(published, ours, prefix, excluded(other, targets) is not None), other
+            return PublishedNames(published, ours, prefix, excluded(multimodal, targets) is not None), multimodal
     log.get_logger().warning(
-        "the adapter names its modules differently from the class of the base", named=own.architecture, base=published
+        "the adapter names its modules differently from the class of the base",
+        named=text_names.architecture,
+        base=published,
     )
-    return own, None
+    return text_names, None
 
 
 def _shape(module: Any) -> tuple[int, int] | None:
@@ -106,10 +112,10 @@ def _shape(module: Any) -> tuple[int, int] | None:
     return None if None in found else found  # type: ignore[return-value]
 
 
-def _prefixes(name: str, others: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _prefixes(name: str, published_names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """What to take from the front of a module's name, and what to put there, to get one of the others' names."""
     parts = name.split(".")
     for taken in range(len(parts)):
         rest = ".".join(parts[taken:])
         ours = name.removesuffix(rest)
-        yield from ((ours, other.removesuffix(rest)) for other in others if f".{other}".endswith(f".{rest}"))
+        yield from ((ours, other.removesuffix(rest)) for other in published_names if f".{other}".endswith(f".{rest}"))

@@ -1,6 +1,6 @@
 """The adapter that training starts from: found, checked without the base's weights, and put into the model.
 
-It has to be a plain LoRA adapter in safetensors, of the rank and scale that the settings ask for: another scale would
+It has to be a plain LoRA adapter in safetensors, of the rank and scale of the settings: another scale would
 change what it computes, and another rank cannot be loaded.
 """
 
@@ -28,7 +28,7 @@ _SETTING = "JOB_LORA__START"
 _SAME = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 """Options of `JOB_LORA__...` by PEFT's names, which have to be the same; absent is as given here."""
 _INITS = {True, None, "gaussian", "orthogonal"}
-"""Values of `init_lora_weights` that leave the base as it is; others, such as `pissa`, belong to a changed base."""
+"""Values of `init_lora_weights` that leave the base unchanged; others, such as `pissa`, belong to a changed base."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ def find_start(place: str, folder: Path, storage: StorageOptions, commit: str | 
         place: A path, the URI of a folder in a store, or a hub id, with `@` and a revision behind it or without.
         folder: Where to put what is downloaded from a store.
         storage: Options of the store.
-        commit: Of the hub, found by the first attempt of a run: a branch, or none, may be at another by now.
+        commit: Commit on the hub, found by the first attempt of a run: a branch, or none, may be at another by now.
 
     Raises:
         DataError: There is no adapter in safetensors.
         Unreachable, AccessDenied, SettingsError: As the store or the hub says.
     """
     if is_remote(place):
-        found = Path(fetch(place.rstrip("/") + "/", folder, storage))
+        downloaded = Path(fetch(place.rstrip("/") + "/", folder, storage))
     elif (local := local_start(place)) is not None:
         return FoundStart(local, None)
     else:
@@ -63,9 +63,9 @@ def find_start(place: str, folder: Path, storage: StorageOptions, commit: str | 
         with hub_errors(f"adapter {place}"):
             wanted = commit or revision or None
             commit = str(HfApi().resolve_revision(name, repo_type="model", revision=wanted).resolved)
-            found = Path(snapshot_download(name, revision=commit, allow_patterns=[CONFIG, WEIGHTS]))
-        return FoundStart(_with_adapter(found, place), commit)
-    return FoundStart(_with_adapter(found, place), None)
+            downloaded = Path(snapshot_download(name, revision=commit, allow_patterns=[CONFIG, WEIGHTS]))
+        return FoundStart(_with_adapter(downloaded, place), commit)
+    return FoundStart(_with_adapter(downloaded, place), None)
 
 
 def local_start(place: str) -> Path | None:
@@ -82,13 +82,13 @@ def local_start(place: str) -> Path | None:
     return None
 
 
-def _with_adapter(found: Path, place: str) -> Path:
+def _with_adapter(folder: Path, place: str) -> Path:
     """The folder, if an adapter's files are in it; `place` names it in messages. Raises DataError if they are not."""
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (found / name).is_file()]:
-        pickled = (found / "adapter_model.bin").exists()
-        what = "; its weights are a pickle, which can run anybody's code: save it as safetensors" if pickled else ""
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+        pickled = (folder / "adapter_model.bin").exists()
+        what = "; its weights are a pickle, which can run arbitrary code: save it as safetensors" if pickled else ""
         raise DataError([Problem(_SETTING, f"{place} has no {' and no '.join(missing)}{what}")])
-    return found
+    return folder
 
 
 def hash_start(folder: Path) -> str:
@@ -111,11 +111,11 @@ def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, An
         SettingsError: It needs other settings, or is of another kind.
     """
     config = read_json(folder / CONFIG, MAX_CONFIG_BYTES, _SETTING)
-    problems = [Problem(_SETTING, what) for what in _other_kind(config)]
+    problems = [Problem(_SETTING, message) for message in _other_kind(config)]
     ours, theirs = ((said.get("modules_to_save") or []) for said in (options or {}, config))
     if not _same_modules(ours, theirs):
-        what = f"is {', '.join(ours) or 'empty'}, but the adapter of {_SETTING} has {', '.join(theirs) or 'none'}"
-        problems.append(Problem("JOB_LORA__MODULES_TO_SAVE", f"{what}; set the same"))
+        message = f"is {', '.join(ours) or 'empty'}, but the adapter of {_SETTING} has {', '.join(theirs) or 'none'}"
+        problems.append(Problem("JOB_LORA__MODULES_TO_SAVE", f"{message}; set the same"))
     wanted = {"r": rank, "lora_alpha": alpha} | {
         name: (options or {}).get(name, usual) for name, usual in _SAME.items()
     }
@@ -123,8 +123,8 @@ def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, An
         found = config.get(field) or _SAME.get(field)
         if found != (value or _SAME.get(field)):
             name = {"r": "RANK", "lora_alpha": "ALPHA"}.get(field, field.upper())
-            what = f"is {value!r}, but the adapter of {_SETTING} has {str(found)[:100]}; set the same"
-            problems.append(Problem(f"JOB_LORA__{name}", what))
+            message = f"is {value!r}, but the adapter of {_SETTING} has {str(found)[:100]}; set the same"
+            problems.append(Problem(f"JOB_LORA__{name}", message))
     if problems:
         raise SettingsError(problems)
     _check_finite(folder / WEIGHTS)
@@ -138,20 +138,20 @@ def load_start(model: Any, folder: Path, names: PublishedNames) -> None:
     """
     theirs = read_json(folder / CONFIG, MAX_CONFIG_BYTES, _SETTING).get("trainable_token_indices")
     if (theirs or None) != (model.peft_config["default"].trainable_token_indices or None):
-        what = f"does not fit JOB_MODEL__ADD_TOKENS: it trains the rows of {json.dumps(theirs)[:200]}"
-        raise SettingsError([Problem(_SETTING, what)])
+        message = f"does not fit JOB_MODEL__ADD_TOKENS: it trains the rows of {json.dumps(theirs)[:200]}"
+        raise SettingsError([Problem(_SETTING, message)])
     try:
         load_adapter(model, folder, names)
     except ValueError as error:
-        what = f"does not fit JOB_MODEL__ID and JOB_LORA__TARGET_MODULES: {error}"
-        raise SettingsError([Problem(_SETTING, what)]) from error
+        message = f"does not fit JOB_MODEL__ID and JOB_LORA__TARGET_MODULES: {error}"
+        raise SettingsError([Problem(_SETTING, message)]) from error
 
 
-def _same_modules(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+def _same_modules(targets: Sequence[str], adapter_targets: Sequence[str]) -> bool:
     """Whether both name the same modules; an adapter's file may have their full names, or their ends."""
     return all(
         any(a == b or a.endswith(f".{b}") or b.endswith(f".{a}") for b in others)
-        for names, others in ((ours, theirs), (theirs, ours))
+        for names, others in ((targets, adapter_targets), (adapter_targets, targets))
         for a in names
     )
 

@@ -30,18 +30,18 @@ def resolve_targets(model: Any, targets: Sequence[str] | str | None) -> list[str
     layers, modules = linear_layers(model), dict(model.named_modules())
     inside = {name for name in layers if in_group(targets, [type(modules[outer]).__name__ for outer in _around(name)])}
     outside = {name.rpartition(".")[2] for name in layers.keys() - inside}
-    found = set()
+    resolved = set()
     for name in inside:
         *_, holder, leaf = ("", *name.split("."))
         if not leaf.isdigit() and not _is_refused(model, leaf):
-            found.add(f"{holder}.{leaf}" if leaf in outside else leaf)  # GPT-2 calls two layers c_proj
-    if not found:
+            resolved.add(f"{holder}.{leaf}" if leaf in outside else leaf)  # GPT-2 calls two layers c_proj
+    if not resolved:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
         what = f"{type(model).__name__} has no linear layers in modules of the kind {targets}; set it to names of {has}"
         if any(True for _ in expert_tensors(model)):
             what = f"{what}; for adapters on its experts set JOB_LORA__EXPERTS=true"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
-    return sorted(found)
+    return sorted(resolved)
 
 
 def _around(name: str) -> list[str]:
@@ -126,7 +126,7 @@ def _packed(layer: Any) -> bool:
 def linear_layers(model: Any) -> dict[str, Any]:
     """The linear layers of the model's text part that an adapter can go on, by full name.
 
-    Not the head, whose weights the loss takes as they are. GPT-2's `Conv1D` is a linear layer by another name.
+    Not the head, whose weights the loss uses directly. GPT-2's `Conv1D` is a linear layer by another name.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -176,7 +176,7 @@ def find_targets(model: Any) -> list[str]:
 
     Of Llama's family they are the seven of the reference recipe. Left out is what PEFT refuses to adapt, since the
     model's code uses its weights without calling it, what PEFT could not load again (`tensor_files`), and what bears
-    the head's name (BLT has a second model within, with a head of its own).
+    the head's name (BLT contains a second model, which has a head).
 
     Raises:
         SettingsError: There are none.
@@ -203,17 +203,17 @@ def check_targets(model: Any, targets: Sequence[str]) -> None:
     ]
     if missing:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
-        what = f"the model has no linear {', '.join(missing)}; it has {has}"
-        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
+        message = f"the model has no linear {', '.join(missing)}; it has {has}"
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", message)])
     if refused := [target for target in targets if _is_refused(model, target.rpartition(".")[2])]:
-        what = f"PEFT does not adapt {', '.join(refused)} of {type(model).__name__}, whose code does not call them"
-        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", f"{what}; leave them out")])
+        message = f"PEFT does not adapt {', '.join(refused)} of {type(model).__name__}, whose code does not call them"
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", f"{message}; leave them out")])
     named = {name for name in layers if any(name == target or name.endswith(f".{target}") for target in targets)}
     if lost := sorted(_lost(model, named)):
-        what = (
+        message = (
             f"PEFT could not load the adapter of {', '.join(lost)} again, since it renames the tensors; leave them out"
         )
-        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", message)])
 
 
 def _lost(model: Any, layers: Iterable[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Under which names an adapter's tensors lie in its file, so that PEFT loads each where it belongs."""
+"""Names of an adapter's tensors in its file, so that PEFT loads each into its module."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ PREFIX = "base_model.model."
 """What PEFT puts before the name of every tensor."""
 
 
-def tensor_files(model: Any, layers: Iterable[str], whole: Iterable[str] = ()) -> dict[str, str | None]:
-    """Under which name each tensor of an adapter has to lie in the file, for PEFT to load it where it belongs.
+def tensor_files(model: Any, layers: Iterable[str], whole_modules: Iterable[str] = ()) -> dict[str, str | None]:
+    """The name that each tensor of an adapter must have in the file, for PEFT to load it into its module.
 
     PEFT applies the renamings by which transformers loads a base's checkpoint to the adapter's tensors as well, and
     ignores what has no place in the model afterwards. So a tensor has to bear its module's name, or the name that the
-    checkpoint has for it, whichever of them arrives.
+    checkpoint has for it.
 
     Args:
         model: The base as readers load it, without an adapter; it may be on the meta device.
         layers: Full names of the modules that an adapter is on.
-        whole: Names of further tensors, with PEFT's prefix.
+        whole_modules: Names of further tensors, with PEFT's prefix.
 
     Returns:
         The name of each tensor in the loaded model, as PEFT's files have it -> in the file; None where neither arrives.
     """
-    names = [f"{PREFIX}{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"] + list(whole)
+    names = [f"{PREFIX}{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"] + list(whole_modules)
     files = {name: name for name in names}
     if lost := set(names) - _arriving(model, files):
         files |= {name: PREFIX + _as_in_checkpoint(model, name.removeprefix(PREFIX)) for name in lost}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 BATCH_TOKENS = 8192
-"""Tokens of a forward pass at most, padding included, but for a single window that is longer."""
+"""Tokens of a forward pass at most, padding included, except for a single window that is longer."""
 OVERLAP = 32
 """Tokens that a window shares with the one before it."""
 LONGEST_WINDOW = 4096
@@ -55,12 +55,12 @@ class Labels:
             raise SettingsError([Problem(setting, f"{what} (...ForSequenceClassification)")])
         if (method := quantization_method(config)) is not None:
             raise SettingsError([Problem(setting, f"{folder} is quantized as {method}; give the unquantized model")])
-        found = config.get("id2label")
-        if not isinstance(found, dict) or not found:
+        id2label = config.get("id2label")
+        if not isinstance(id2label, dict) or not id2label:
             count = config.get("num_labels", 2)  # as transformers has it
-            found = {number: f"LABEL_{number}" for number in range(count if isinstance(count, int) else 2)}
-        by_number = {int(number): str(name) for number, name in found.items() if str(number).isdecimal()}
-        if sorted(by_number) != list(range(len(found))) or len(set(by_number.values())) < len(found):
+            id2label = {number: f"LABEL_{number}" for number in range(count if isinstance(count, int) else 2)}
+        by_number = {int(number): str(name) for number, name in id2label.items() if str(number).isdecimal()}
+        if sorted(by_number) != list(range(len(id2label))) or len(set(by_number.values())) < len(id2label):
             raise DataError([Problem(setting, f"{folder} has a config.json whose id2label is not a list of labels")])
         self.names = tuple(by_number[number] for number in range(len(by_number)))
         kind = config.get("problem_type")
@@ -75,7 +75,7 @@ class TextClassifier:
     Args:
         folder: Its files, which `Labels` has accepted.
         labels: Their names.
-        chosen: Which of them are asked for.
+        chosen: Which of them are scored.
         device: Where it computes.
         setting: The setting that names it, for messages.
 
@@ -84,12 +84,14 @@ class TextClassifier:
         SettingsError: It has no fast tokenizer.
     """
 
-    def __init__(self, folder: Path, labels: Labels, chosen: Sequence[str], device: torch.device, setting: str) -> None:
+    def __init__(
+        self, folder: Path, labels: Labels, label_names: Sequence[str], device: torch.device, setting: str
+    ) -> None:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self._labels, self._device = labels, device
-        self._columns = [labels.names.index(name) for name in chosen]
+        self._columns = [labels.names.index(name) for name in label_names]
         self._name = setting
         if not (folder / "tokenizer.json").is_file():
             raise SettingsError([Problem(setting, f"{folder} has no tokenizer.json; save its tokenizer as a fast one")])
@@ -106,12 +108,12 @@ class TextClassifier:
                     output_loading_info=True,
                 )
         if missing := sorted(map(str, info["missing_keys"])):  # which transformers would fill with random numbers
-            what = f"{folder} lacks {len(missing)} weights, such as {missing[0][:100]}"
-            raise DataError([Problem(setting, f"{what}; give a model that was trained to classify")])
+            message = f"{folder} lacks {len(missing)} weights, such as {missing[0][:100]}"
+            raise DataError([Problem(setting, f"{message}; give a model that was trained to classify")])
         rows, ids = model.get_input_embeddings().num_embeddings, self._tokenizer.get_vocab().values()
         if max(ids, default=0) >= rows:
-            what = f"{folder} has a tokenizer with the id {max(ids)}, and a model of {rows} tokens"
-            raise DataError([Problem(setting, f"{what}; tokenizer and model do not belong together")])
+            message = f"{folder} has a tokenizer with the id {max(ids)}, and a model of {rows} tokens"
+            raise DataError([Problem(setting, f"{message}; tokenizer and model do not belong together")])
         self._padding = self._padding_id(model, rows)
         self._model: Any = model.eval().to(device)
         self._window = self._longest(model)
@@ -136,7 +138,7 @@ class TextClassifier:
         return int(min(most))
 
     def release(self) -> None:
-        """Gives its memory back: on a GPU the job plans training by what is free."""
+        """Frees its memory: on a GPU the job plans training by the free memory."""
         import torch
 
         self._model = None
@@ -147,7 +149,7 @@ class TextClassifier:
         """(number of the text, token ids) of each window, in order."""
         special = self._tokenizer.num_special_tokens_to_add()
         overlap = min(OVERLAP, max(0, (self._window - special) // 4))
-        found = self._tokenizer(
+        encoded = self._tokenizer(
             list(texts),
             truncation=True,
             max_length=self._window,
@@ -156,7 +158,7 @@ class TextClassifier:
             return_attention_mask=False,
             return_token_type_ids=False,
         )
-        return list(zip(found["overflow_to_sample_mapping"], found["input_ids"], strict=True))
+        return list(zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True))
 
     def scores(self, texts: Sequence[str], alive: Callable[[], None] = lambda: None) -> list[float]:
         """The probability of the chosen labels for each text: of all together if exclusive, else of the likeliest.
@@ -165,7 +167,7 @@ class TextClassifier:
 
         Args:
             texts: At least one token each; an empty text scores 0.
-            alive: Called before each forward pass; what it raises ends the work.
+            alive: Called before each forward pass; an exception from it ends the work.
 
         Raises:
             DataError: The model computes numbers that are not finite.
@@ -182,8 +184,10 @@ class TextClassifier:
             longest = len(windows[start][1])
             batch = windows[start : start + max(1, BATCH_TOKENS // longest)]
             start += len(batch)
-            ids = torch.tensor([one + [self._padding] * (longest - len(one)) for _, one in batch], device=self._device)
-            lengths = torch.tensor([[len(one)] for _, one in batch], device=self._device)
+            ids = torch.tensor(
+                [window + [self._padding] * (longest - len(window)) for _, window in batch], device=self._device
+            )
+            lengths = torch.tensor([[len(window)] for _, window in batch], device=self._device)
             mask = (torch.arange(longest, device=self._device)[None] < lengths).long()
             with torch.inference_mode():
                 logits = self._model(input_ids=ids, attention_mask=mask).logits.double()

@@ -26,7 +26,7 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
     """The tokenizer in the model's folder, with new tokens. It never runs code of the model's repository.
 
     Raises:
-        DataError: It cannot be loaded, or the config.json beside it is broken.
+        DataError: It cannot be loaded, or the config.json next to it is broken.
         SettingsError: It has no end-of-sequence token, or a new token is none.
     """
     from transformers import AutoTokenizer
@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
             id=tokenizer.eos_token_id,
         )
     model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    if getattr(model, "dropout", None):  # tokens drawn anew in every attempt would be other data each time
+    if getattr(model, "dropout", None):  # tokens drawn again in every attempt would be other data each time
         log.get_logger().warning(
             "the tokenizer's dropout is switched off, so that a text always gives the same tokens", was=model.dropout
         )
@@ -65,7 +65,7 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
 def _check_against_file(folder: Path, tokenizer: Any) -> None:
     """Compares the tokens of a few texts with those that the model's tokenizer.json gives.
 
-    Transformers 5 builds the tokenizers of some classes anew from the file's vocabulary, by the rules of the class. If
+    Transformers 5 rebuilds the tokenizers of some classes from the file's vocabulary, by the rules of the class. If
     the file has other rules, words are split otherwise than the model learned them, or spaces vanish
     (huggingface/transformers#45488 and #45920). tokenizer_config.json or the architecture names the class.
 
@@ -75,20 +75,22 @@ def _check_against_file(folder: Path, tokenizer: Any) -> None:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    file, used = folder / "tokenizer.json", getattr(tokenizer, "backend_tokenizer", None)
-    if used is None or type(tokenizer) is PreTrainedTokenizerFast or not file.is_file():  # that class takes it as it is
+    file, backend = folder / "tokenizer.json", getattr(tokenizer, "backend_tokenizer", None)
+    if (
+        backend is None or type(tokenizer) is PreTrainedTokenizerFast or not file.is_file()
+    ):  # that class takes it as it is
         return
-    own = Tokenizer.from_file(str(file))
-    own.no_truncation()
-    own.no_padding()
+    from_file = Tokenizer.from_file(str(file))
+    from_file.no_truncation()
+    from_file.no_padding()
     kind = type(tokenizer).__name__
     for text in _PROBES:
-        found, expected = (one.encode(text, add_special_tokens=False).ids for one in (used, own))
-        if found == expected:
+        tokens, expected = (one.encode(text, add_special_tokens=False).ids for one in (backend, from_file))
+        if tokens == expected:
             continue
-        if own.decode(expected).strip() == text.strip() != used.decode(found).strip():
+        if from_file.decode(expected).strip() == text.strip() != backend.decode(tokens).strip():
             what = (
-                f"is ignored by this version of transformers: its class {kind} gives {used.decode(found)!r} of"
+                f"is ignored by this version of transformers: its class {kind} gives {backend.decode(tokens)!r} of"
                 f" {text!r}, and the model would learn that; give a base whose tokenizer fits its class"
             )
             raise DataError([Problem(str(file), what)])
@@ -96,7 +98,7 @@ def _check_against_file(folder: Path, tokenizer: Any) -> None:
             "the tokenizer splits text differently from the model's tokenizer.json: its class has additional rules",
             tokenizer_class=kind,
             text=text,
-            tokens=found,
+            tokens=tokens,
             tokens_of_file=expected,
         )
         return

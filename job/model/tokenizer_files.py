@@ -14,12 +14,12 @@ TOKENIZER_FILES = (
     *("added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "*.model"),
 )
-"""Names of files that make a tokenizer. All are of kinds that the quantized cache keeps beside the weights: a restart
+"""Names of files that make a tokenizer. All are of kinds that the quantized cache keeps next to the weights: a restart
 publishes the same ones."""
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
-    """Adds new tokens to a tokenizer, in place: each is found in a text as it is spelled, and becomes one id.
+    """Adds new tokens to a tokenizer, in place: each is matched in a text exactly as spelled, and becomes one id.
 
     Raises:
         SettingsError: It has one of them already, or cuts one apart nevertheless.
@@ -39,7 +39,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
 def rows_with(vocabulary: int | None, tokenizer: Any, added_tokens: Sequence[str] | None) -> int | None:
     """Rows of the embedding once there is room for the new tokens.
 
-    Those of a tokenizer that has more tokens than the base anyway, which is another model's, stay as they are: its rows
+    Those of a tokenizer that has more tokens than the base anyway, which is another model's, are unchanged: its rows
     of data are refused.
 
     Args:
@@ -86,12 +86,12 @@ def _write_tokens(folder: Path, ids: Mapping[str, int]) -> bool:
     from transformers import AutoTokenizer
 
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    whole, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if not whole.is_file():
+    tokenizer_file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not tokenizer_file.is_file():
         return False
-    tokenizer = json.loads(whole.read_text(encoding="utf-8"))
+    tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
     tokenizer["added_tokens"] += [{"id": number, "content": token, **flags} for token, number in ids.items()]
-    whole.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    tokenizer_file.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     if config.is_file() and "added_tokens_decoder" in (said := json.loads(config.read_text(encoding="utf-8"))):
         said["added_tokens_decoder"] |= {str(number): {"content": token, **flags} for token, number in ids.items()}
         config.write_text(json.dumps(said, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
@@ -113,6 +113,6 @@ def tokenizer_files(base: Path) -> list[Path]:
 
 
 def _belongs(file: Path, base: Path) -> bool:
-    """Whether a file lies in the base's folder, or is a blob of the hub's cache, to which its folders link."""
+    """Whether a file is in the base's folder, or is a blob of the hub's cache, to which its folders link."""
     blobs = file.parent
     return file.is_relative_to(base) or (blobs.name == "blobs" and blobs.parent.name.startswith("models--"))

@@ -1,8 +1,8 @@
-"""Modules that are trained and saved whole beside the adapter, and rows of new tokens. PEFT's wrappers compute both.
+"""Modules that are trained and saved whole besides the adapter, and rows of new tokens. PEFT's wrappers compute both.
 
 A module trained whole (`modules_to_save`) is a copy in fp32; the base keeps its own. Of new tokens only their rows in
 the embedding and in the output layer are trained (`trainable_token_indices`), which takes a few numbers instead of the
-whole matrix. Both lie in the adapter's file: whoever loads it with PEFT gets them, after making room for the new
+whole matrix. Both are in the adapter's file: PEFT loads them, after the reader has added rows for the new
 tokens in the base.
 """
 
@@ -22,7 +22,7 @@ def check_whole(model: Any, options: AdapterOptions, adapted: Collection[str]) -
 
     Args:
         model: The base.
-        options: What was asked for.
+        options: The adapter's options.
         adapted: Full names of the layers that get an adapter.
     """
     if options.added_tokens and getattr(model.get_output_embeddings(), "bias", None) is not None:
@@ -84,7 +84,7 @@ def grow_embeddings(model: Any, rows: int) -> None:
 
     Args:
         model: The base, without an adapter.
-        rows: How many there have to be; a vocabulary that has as many stays as it is.
+        rows: The least number of rows; a vocabulary that has as many is unchanged.
     """
     import torch
 
@@ -112,8 +112,8 @@ def token_rows(model: Any, modules_to_save: Sequence[str], tokens: Sequence[int]
 def prepare_wrappers(model: Any) -> None:
     """Makes PEFT's wrappers fit what calls them here.
 
-    - A module trained whole is in fp32 like the adapter, and the model around it may be in half precision: what goes in
-      is cast, and what comes out, too, but for the output layer, whose logits stay in fp32.
+    - A module trained whole is in fp32 like the adapter, and the model around it may be in half precision: inputs and
+      outputs are cast, except for the output layer, whose logits stay in fp32.
     - The fused loss reads weight and bias of the output layer, and PEFT's wrapper of its rows has no bias.
     """
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper

@@ -2,14 +2,14 @@
 
 One kernel computes the gradients of keys and values: a thread block takes a block of keys, and loops over the queries
 that see it. The other computes the gradient of the queries: a thread block takes a block of queries, and loops over the
-keys that it sees. So every number is summed by one thread block in one order, whichever block runs first. In return,
-scores and their gradients are computed twice: 7 matrix products instead of 5. On an H200 this is faster than a single
-kernel whose sums over thread blocks are put in order, as in deterministic FlashAttention.
+keys that it sees. So every number is summed by one thread block in one order, regardless of which block runs first. In
+return, scores and their gradients are computed twice: 7 matrix products instead of 5. On an H200 this is faster than a
+single kernel whose sums over thread blocks are put in order, as in deterministic FlashAttention.
 
 Blocks of queries, keys, values and gradients are loaded through tensor descriptors (TMA on a Hopper GPU), which return
 zeros behind the end of a segment.
 
-Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), algorithm 2, with its two loops in kernels of their own.
+Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), algorithm 2, with its two loops in separate kernels.
 """
 
 from __future__ import annotations
@@ -87,28 +87,28 @@ def _keys_kernel(
     factor = scale * _LOG2E
     # Three ranges of queries: those at the block's own positions, which see a part of it; those that see all of it; and
     # the last ones, for which a part of it is outside of the window, or whose block is cut by the end of the segment.
-    whole = tl.minimum(start + N, length)
+    masked_end = tl.minimum(start + N, length)
     end = length
     to_whole = length
     if WINDOW:
         end = tl.minimum(length, start + N - 1 + window)
         to_whole = tl.minimum(length, start + window)
-    rest = whole + tl.maximum(to_whole - whole, 0) // M * M
+    unmasked_end = masked_end + tl.maximum(to_whole - masked_end, 0) // M * M
     for shared in range(SHARED):
         own = head * SHARED + shared
         q_own = tl.make_tensor_descriptor(q + own * q_head, [length, SIZE], [q_token, 1], [M, SIZE])
         g_own = tl.make_tensor_descriptor(g + own * g_head, [length, SIZE], [g_token, 1], [M, SIZE])
         sums_own, delta_own = sums + own * total, delta + own * total
         to_k, to_v = _add_queries(
-            to_k, to_v, k_block, v_block, q_own, g_own, sums_own, delta_own, start, whole, key, length,
+            to_k, to_v, k_block, v_block, q_own, g_own, sums_own, delta_own, start, masked_end, key, length,
             factor, window, True, WINDOW, M,
         )  # fmt: skip
         to_k, to_v = _add_queries(
-            to_k, to_v, k_block, v_block, q_own, g_own, sums_own, delta_own, whole, rest, key, length,
+            to_k, to_v, k_block, v_block, q_own, g_own, sums_own, delta_own, masked_end, unmasked_end, key, length,
             factor, window, False, WINDOW, M,
         )  # fmt: skip
         to_k, to_v = _add_queries(
-            to_k, to_v, k_block, v_block, q_own, g_own, sums_own, delta_own, rest, end, key, length,
+            to_k, to_v, k_block, v_block, q_own, g_own, sums_own, delta_own, unmasked_end, end, key, length,
             factor, window, True, WINDOW, M,
         )  # fmt: skip
     place = row * d_token + head * d_head + column[None]
@@ -160,7 +160,7 @@ def _queries_kernel(
     v_own = tl.make_tensor_descriptor(v + shared * v_head, [length, SIZE], [v_token, 1], [N, SIZE])
     to_q = tl.zeros([M, SIZE], tl.float32)
     factor = scale * _LOG2E
-    # Three ranges of keys: those of which the window hides some from some queries, those that all queries of the block
+    # Three ranges of keys: those that the window hides from some queries, those that all queries of the block
     # see, and those at the block's own positions.
     high = start // N * N
     end = tl.minimum(start + M, length)
@@ -243,13 +243,13 @@ def attention_gradient(
     """
     if by_key.keys % by_key.queries:
         raise ValueError(f"the keys of a block, {by_key.keys}, have to be a multiple of its queries, {by_key.queries}")
-    # At each call: Triton keeps the allocator for each thread, and autograd calls this from threads of its own.
+    # At each call: Triton keeps the allocator for each thread, and autograd calls this from its own threads.
     triton.set_allocator(allocator(query.device))
     tokens, heads, size = query.shape
     tensors = [x if _is_aligned(x) else x.contiguous() for x in (query, key, value, gradient)]
     out = out if out.stride(2) == 1 else out.contiguous()
     sums = sums.contiguous()
-    found = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     delta = torch.empty_like(sums)
     _dot_kernel[triton.cdiv(tokens, 64), heads](
         tensors[3], out, delta, tokens, *tensors[3].stride()[:2], *out.stride()[:2], SIZE=size, BLOCK=64
@@ -260,19 +260,19 @@ def attention_gradient(
         strides = [stride for x in own for stride in x.stride()[:2]]
         common = (*own, sums[:, start:], delta[:, start:])
         limit = length if window is None else min(window, length)
-        how = {"SHARED": heads // key.shape[1], "WINDOW": limit < length, "SIZE": size}
-        dq, dk, dv = (x[start:end] for x in found)
+        options = {"SHARED": heads // key.shape[1], "WINDOW": limit < length, "SIZE": size}
+        dq, dk, dv = (x[start:end] for x in gradients)
         _keys_kernel[(triton.cdiv(length, by_key.keys) * key.shape[1],)](
             *(*common, dk, dv, length, tokens, *strides, *dk.stride()[:2], scale, limit),
-            **how,
+            **options,
             **_options(by_key),
         )
         _queries_kernel[(triton.cdiv(length, by_query.queries) * heads,)](
             *(*common, dq, length, tokens, *strides, *dq.stride()[:2], scale, limit),
-            **how,
+            **options,
             **_options(by_query),
         )
-    return found[0], found[1], found[2]
+    return gradients[0], gradients[1], gradients[2]
 
 
 def allocator(device: torch.device) -> Callable[[int, int, Any], torch.Tensor]:

@@ -50,8 +50,8 @@ def drop(x: torch.Tensor, state: torch.Tensor, number: int, rate: float) -> torc
 
     Args:
         x: In the compute dtype.
-        state: Of `new_state`.
-        number: Of the layer.
+        state: The result of `new_state`.
+        number: Index of the layer.
         rate: The probability that an entry is dropped.
     """
     kept = x.float() * (1 / (1 - rate))

@@ -91,18 +91,18 @@ class FusedExperts:
     wrappers: Sequence[Any] = field(default=())
     """PEFT's modules of the adapters, which say whether they are switched off."""
 
-    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The layer's output; called as transformers calls its experts.
 
         Args:
             x: (tokens, hidden).
-            chosen: The experts of each token, (tokens, experts per token) int64.
+            expert_ids: The experts of each token, (tokens, experts per token) int64.
             weights: The router's weights of these, of the same shape.
 
         Returns:
             (tokens, hidden) in the dtype of x.
         """
-        ids, order = chosen.reshape(-1).sort(stable=True)
+        ids, order = expert_ids.reshape(-1).sort(stable=True)
         experts = torch.arange(self.count, device=ids.device, dtype=ids.dtype)
         routing = _Routing(order, order.argsort(), torch.searchsorted(ids, experts, right=True, out_int32=True))
         off = any(wrapper.disable_adapters for wrapper in self.wrappers)
@@ -144,39 +144,42 @@ class _Experts(torch.autograd.Function):
         x: torch.Tensor,
         p: torch.Tensor,
         routing: _Routing,
-        how: FusedExperts,
+        layer: FusedExperts,
         adapters: Sequence[_Adapter | None],
         *trained: torch.Tensor,
     ) -> torch.Tensor:
         per_token = p.shape[-1]
-        z = _product(x[routing.order // per_token], how.weights[0], adapters[0], routing)
-        y = _product(how.gate(z), how.weights[1], adapters[1], routing)
+        z = _product(x[routing.order // per_token], layer.weights[0], adapters[0], routing)
+        y = _product(layer.gate(z), layer.weights[1], adapters[1], routing)
         ctx.save_for_backward(x, p, z, *trained)
-        ctx.routing, ctx.how, ctx.adapters = routing, how, adapters
+        ctx.routing, ctx.how, ctx.adapters = routing, layer, adapters
         return (y[routing.inverse].view(-1, per_token, y.shape[-1]) * p[..., None]).sum(1).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         x, p, z, *_trained = ctx.saved_tensors  # reading these lets autograd detect that a parameter was changed
-        routing, how, (first, second) = ctx.routing, ctx.how, ctx.adapters
+        routing, layer, (first, second) = ctx.routing, ctx.how, ctx.adapters
         per_token, order = p.shape[-1], routing.order
         with torch.enable_grad():
             z.requires_grad_()
-            h = how.gate(z)
+            h = layer.gate(z)
         share = p.reshape(-1)[order].to(z.dtype)[:, None]
         g = gradient.to(z.dtype)[order // per_token]
-        dh, low = _input_gradient(g, how.weights[1], second, routing)
-        found = []
+        dh, low = _input_gradient(g, layer.weights[1], second, routing)
+        adapter_gradients = []
         if second is not None:
-            found = _adapter_gradients(second, h.detach() * share, g, low, routing)
+            adapter_gradients = _adapter_gradients(second, h.detach() * share, g, low, routing)
         dp = (dh * h.detach()).sum(-1, dtype=torch.float32)[routing.inverse].view(p.shape).to(p.dtype)
         (dz,) = torch.autograd.grad(h, z, dh.mul_(share))
         z.requires_grad_(requires_grad=False)
-        dx, low = _input_gradient(dz, how.weights[0], first, routing)
+        dx, low = _input_gradient(dz, layer.weights[0], first, routing)
         if first is not None:
-            found = [*_adapter_gradients(first, x[order // per_token], dz, low, routing), *found]
+            adapter_gradients = [
+                *_adapter_gradients(first, x[order // per_token], dz, low, routing),
+                *adapter_gradients,
+            ]
         dx = dx[routing.inverse].view(-1, per_token, dx.shape[-1]).sum(1)
-        return dx.to(x.dtype), dp, None, None, None, *found
+        return dx.to(x.dtype), dp, None, None, None, *adapter_gradients
 
 
 def _product(x: torch.Tensor, weight: Weight, adapter: _Adapter | None, routing: _Routing) -> torch.Tensor:
@@ -218,14 +221,14 @@ def _adapter_gradients(
 
 
 def _frozen_weights(module: Any, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """(experts, outputs, inputs) of one of `_NAMES`: in `dtype` if they are quantized, else as they are."""
+    """(experts, outputs, inputs) of one of `_NAMES`: in `dtype` if they are quantized, else unchanged."""
     quantized = packed(module, name)
     weights = getattr(module, name).detach() if quantized is None else dequantized_weight(quantized, dtype)
     return weights.transpose(1, 2) if module.is_transposed else weights
 
 
 def fits(module: Any) -> bool:
-    """Whether the job computes a module's experts: they have a gate, and neither biases nor norms of their own."""
+    """Whether the job computes a module's experts: they have a gate, and neither biases nor norms."""
     own = module.has_bias or not module.has_gate or getattr(module, "has_post_expert_norm", False)
     return not own and {name for _, _, name in expert_tensors(module)} == set(_NAMES)
 
@@ -240,7 +243,7 @@ def why_not_adapted(model: Any) -> str:
     if not modules:
         return "has no experts that transformers holds in one tensor for each layer"
     if not all(fits(module) for module in modules):
-        return "has experts that the job does not support: with biases, with norms of their own, or without a gate"
+        return "has experts that the job does not support: with biases, with norms, or without a gate"
     return ""
 
 
@@ -305,8 +308,10 @@ def _gate(gated: Callable[..., torch.Tensor], z: torch.Tensor) -> torch.Tensor:
     return gated(*z.chunk(2, -1))
 
 
-def _forward(fused: FusedExperts, _module: Any, x: torch.Tensor, chosen: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    return fused(x, chosen, p)
+def _forward(
+    fused: FusedExperts, _module: Any, x: torch.Tensor, expert_ids: torch.Tensor, p: torch.Tensor
+) -> torch.Tensor:
+    return fused(x, expert_ids, p)
 
 
 def _modules(model: Any) -> list[Any]:

@@ -1,16 +1,16 @@
 """FP8 products with the frozen weights, in training: twice the operations a second of bf16, on GPUs that have them.
 
 Each operand is a matrix in e4m3 (one sign bit, 4 of exponent, 3 of mantissa) whose rows have one scale each, so that
-the largest number of a row becomes the largest of e4m3. A row lies along the dimension that a product sums over: only
+the largest number of a row becomes the largest of e4m3. A row is along the dimension that a product sums over: only
 then can the scales be applied to the sums afterwards. With x of (tokens, inputs), a frozen weight W of (outputs,
 inputs) and g of (tokens, outputs):
 
     y = x W'    rows are tokens of x, and outputs of W
     dx = g W    rows are tokens of g, and inputs of W'
 
-So the weights are held twice, once along each dimension: one byte each, together as much as once in bf16. Hopper's FP8
-products need both operands with the summed dimension contiguous, so the second copy would be needed with one common
-scale, too. Gradients are in e4m3 as well: with one scale for each token, e4m3's longer mantissa is worth more than
+So the weights are held twice, once along each dimension: one byte each, together the size of one copy in bf16. Hopper's
+FP8 products need both operands with the summed dimension contiguous, so the second copy would be needed with one common
+scale, too. Gradients are in e4m3 as well: with one scale for each token, e4m3's longer mantissa matters more than
 e5m2's wider range.
 
 Layers with a common input have one gradient of it, dx = g1 W1 + g2 W2 + ...: here one product, whose rows are those of
@@ -41,7 +41,7 @@ SMALLEST = 2.0**-100
 """A row whose largest number is less is scaled as if it were this: a row of zeros has no scale, and the reciprocal of
 this is still a number of fp32."""
 MULTIPLE = 16
-"""Of which inputs and outputs of a layer must be multiples, for the GPU's products."""
+"""Inputs and outputs of a layer must be multiples of this, for the GPU's products."""
 FAST_ACCUMULATION = True
 """Whether Hopper's matrix units add up a whole row of products in their own registers, of fewer bits than fp32, instead
 of moving the sums to fp32 registers every 128 products."""
@@ -101,7 +101,7 @@ class FrozenProducts:
     """The products with the frozen weights of layers that have a common input.
 
     Args:
-        layers: Of each, the weight and the bias are used.
+        layers: Linear layers; the weight and the bias of each are used.
         quantize: How rows are quantized.
         keep: Whether the quantized weights are kept, or made for each use. The bits are the same.
     """
@@ -154,7 +154,7 @@ class FrozenProducts:
 
 
 def why_not_here(device: torch.device) -> str | None:
-    """Why torch cannot compute such a product on this GPU; None if it can. Tries some, since no query tells.
+    """Why torch cannot compute such a product on this GPU; None if it can. Tries some, since there is no query for it.
 
     Sequences have any number of tokens: a packed one that is not padded, the last tile of a long row.
     """

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None, fp8: bool = False) -> str:
-    """Replaces the forward of the layers with an adapter, and of what lies between them, by that of `fused_decoder`.
+    """Replaces the forward of the layers with an adapter, and of the modules between them, by that of `fused_decoder`.
 
     Args:
         model: A PEFT model over a base that is used packed.
         keep_dequantized: Whether the base's weights are dequantized once and kept, or for each use. The products are
             the same, bit by bit; keeping them takes two bytes a weight and saves a pass over memory for each product.
-        kernels: What norms, SwiGLU and rotary positions are computed by; None leaves them as they are.
+        kernels: What norms, SwiGLU and rotary positions are computed by; None leaves them unchanged.
         fp8: Whether training computes the products with these weights in FP8. Then what is kept is their FP8 copies,
             which take two bytes a weight, too; without training mode they are dequantized for each use.
 
@@ -93,7 +93,7 @@ class FrozenWeight:
 
 
 def _weight_of(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """(outputs, inputs) of a linear layer: in `dtype` if it is quantized, else as it is."""
+    """(outputs, inputs) of a linear layer: in `dtype` if it is quantized, else unchanged."""
     if getattr(layer.weight, "quant_state", None) is None:
         weight: torch.Tensor = layer.weight
         return weight  # itself, no copy: what is frozen may be shared
@@ -144,13 +144,13 @@ def without_dequantized(model: Any) -> Iterator[bool]:
     Yields whether there was any.
     """
     before = _kept(model)
-    for kept in before:
-        kept.forget()
+    for weight in before:
+        weight.forget()
     try:
         yield bool(before)
     finally:
-        for kept in before:
-            kept.keep()
+        for weight in before:
+            weight.keep()
 
 
 def _kept(model: Any) -> list[Any]:

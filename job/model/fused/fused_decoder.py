@@ -34,12 +34,12 @@ def fits(module: Any) -> bool:
 
 
 def family_of(base: Any) -> Family | None:
-    """By what the whole decoder of a causal language model is computed here; None if it is of no known family."""
+    """The `Family` that computes the whole decoder of a causal language model; None if it is not supported."""
     return fused_family(base.config.to_dict())
 
 
 def knows(base: Any) -> bool:
-    """Whether a causal language model is of a family whose decoder is computed here."""
+    """Whether a causal language model's family is supported, so that its whole decoder is computed here."""
     return family_of(base) is not None
 
 
@@ -57,13 +57,13 @@ def attention_with_cache(base: Any) -> str | None:
 
 
 def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels: Kernels | None) -> bool:
-    """Puts the forward of this module into layers with an adapter, and into what lies between them in known decoders.
+    """Replaces the forward of layers with an adapter, and of the modules between them in supported decoders.
 
     Args:
         base: A causal language model; its layers get fresh copies of the trained weights at every call of it.
         weights: PEFT's layer with an adapter -> its frozen weight in `dtype`.
         dtype: The compute dtype.
-        kernels: What norms, SwiGLU and rotary positions are computed by; None leaves them as they are.
+        kernels: What norms, SwiGLU and rotary positions are computed by; None leaves them unchanged.
 
     Returns:
         Whether the decoder is known.
@@ -111,7 +111,7 @@ def _refresh(copies: list[torch.Tensor], trained: list[torch.Tensor], scaled: li
     """Copies the trained weights before a forward pass; in one operation for all, so it need not know what changed.
 
     In place: the addresses stay, which a CUDA graph has recorded. Without autograd: the copies are no function of the
-    trained weights to it, whose gradients `lora_forward` gives by itself.
+    trained weights to it, whose gradients `lora_forward` computes.
     """
     with torch.no_grad():
         torch._foreach_copy_(copies, trained)
@@ -195,7 +195,7 @@ def _attention(
     """(rows, tokens, hidden) -> the same; `position_embeddings` are cosine and sine, each (rows, tokens, head size).
 
     With a layout it is one row, a packed sequence. Without one, texts are generated: the mask, (rows, 1, tokens, keys),
-    is the one that transformers makes for `attention_with_cache`, and the cache holds what came before.
+    is the one that transformers makes for `attention_with_cache`, and the cache holds the tokens before.
     """
     query, key, value = _heads(family, module, hidden_states)
     if not family.some_rotate or module.use_rope:

@@ -5,7 +5,7 @@ backward pass sums the gradient of the queries in no fixed order. Elsewhere it i
 deterministic mode, called so that it uses all of a GPU's streaming multiprocessors (SMs).
 
 In that mode the flash kernel's backward pass gives every thread block that adds to the gradient of the queries an fp32
-copy of its own, and sums the copies in a fixed order. For b segments and h heads it launches ceil(SMs / (b h)) blocks
+separate copy, and sums the copies in a fixed order. For b segments and h heads it launches ceil(SMs / (b h)) blocks
 for each segment and head, and as many copies. Two things follow for a row that is alone in its micro-batch:
 
 - Empty segments count in b, but have no work. With eight segments, as in a padded sequence, a row with 32 heads is
@@ -63,7 +63,7 @@ take more steps than they prefetch, and the last block is not full."""
 _TOLERANCE = 0.02
 """Largest relative difference from flash's results; both round to bf16's 8 bits."""
 _BLOCK_TOKENS, _BLOCK_TOLERANCE = 64, 0.1
-"""The same for each block of tokens by itself: gradients of the last keys are too small to show in the whole."""
+"""The same for each block of tokens separately: gradients of the last keys are too small to show in the whole."""
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
 
@@ -82,7 +82,7 @@ def choose_kernel(
 
     Args:
         architecture: The model's.
-        dtype: Of queries, keys and values.
+        dtype: Dtype of queries, keys and values.
         device: Where it has to run.
         windowed: Whether some layers have a sliding window, for which the kernels are compiled separately.
         processes: How many may divide a row. If that leaves fewer query heads for each key/value head, the kernels are
@@ -120,7 +120,7 @@ def _why_not_triton(
                     return "its results differ from call to call"
                 if (why := _difference(found, expected)) is not None:
                     return why
-    except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler, cuDNN or the loader raises
+    except Exception as error:  # noqa: BLE001 - Triton, its compiler, cuDNN and the loader raise many types
         return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
     return None
 
@@ -131,16 +131,16 @@ def _heads_of_calls(a: Architecture, processes: int) -> list[tuple[int, int]]:
     if processes > a.kv_heads:
         try:
             calls.append(share_heads(a.heads, a.kv_heads, processes).counts(0))
-        except ValueError:  # so many processes divide no row
+        except ValueError:  # the heads cannot be divided by this number of processes
             return calls
     return calls if calls[-1][0] // calls[-1][1] != a.heads // a.kv_heads else calls[:1]
 
 
-def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
+def _difference(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
     """What is wrong with the results of `_both_passes`, compared with flash's; None if they are close enough."""
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(results, expected, strict=True):
         # The second result, the log-sum-exp, is (heads, tokens); transposed, all have tokens first.
-        ours, flash = (x.float().T if x is sums else x.float() for x, sums in ((one, found[1]), (other, expected[1])))
+        ours, flash = (x.float().T if x is sums else x.float() for x, sums in ((one, results[1]), (other, expected[1])))
         # `not <=` instead of `>`, so that NaN is an error.
         if not (error := float((ours - flash).norm() / flash.norm())) <= _TOLERANCE:
             return f"its results differ from flash's by {error:.1%}"
@@ -182,11 +182,11 @@ class RowAttention:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd calls it so
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Kernel, known: Output | None
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: Kernel, computed: Output | None
     ) -> Output:
-        out, sums = how.forward(query, key, value) if known is None else known
+        out, sums = kernel.forward(query, key, value) if computed is None else computed
         ctx.save_for_backward(query, key, value, out, sums)
-        ctx.how = how
+        ctx.how = kernel
         ctx.mark_non_differentiable(sums)
         return out, sums
 
@@ -230,19 +230,19 @@ class FlashKernel:
         unused = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
         gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
         for first in range(0, heads, group):
-            own = slice(first, first + group)
+            query_heads = slice(first, first + group)
             shared = slice(first // shared_by, (first + group) // shared_by)
-            places = own, shared, shared
-            found = torch.ops.aten._flash_attention_backward(  # noqa: SLF001 - as above
-                gradient[:, own],
+            places = query_heads, shared, shared
+            head_gradients = torch.ops.aten._flash_attention_backward(  # noqa: SLF001 - as above
+                gradient[:, query_heads],
                 *(x[:, place] for x, place in zip((query, key, value), places, strict=True)),
-                out[:, own],
-                sums[own],
+                out[:, query_heads],
+                sums[query_heads],
                 *self._lengths(offsets),
                 *unused,
                 **self._options(),
             )
-            for whole, place, part in zip(gradients, places, found, strict=True):
+            for whole, place, part in zip(gradients, places, head_gradients, strict=True):
                 whole[:, place] = part
         return gradients
 
@@ -263,14 +263,14 @@ class TritonKernel:
         """As `Kernel.forward`."""
         if len(self.layout.segments) > 1 or self.window is not None:
             return FlashKernel(self.layout, self.scaling, self.window).forward(query, key, value)
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001 - as sdpa does
+        outputs = torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001 - as sdpa does
             *(x.transpose(0, 1)[None] for x in (query, key, value)),
             attn_bias=None,
             compute_log_sumexp=True,
             is_causal=True,
             scale=self.scaling,
         )
-        return found[0][0].transpose(0, 1).contiguous(), found[1].reshape(query.shape[1], query.shape[0])
+        return outputs[0][0].transpose(0, 1).contiguous(), outputs[1].reshape(query.shape[1], query.shape[0])
 
     def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """As `Kernel.backward`."""
@@ -331,15 +331,15 @@ class CpuKernel:
 
     def _blocks(self, *tensors: torch.Tensor) -> list[tuple[slice, dict[str, Any], list[torch.Tensor]]]:
         """(range of tokens, the kernel's options, the tensors as (1, heads, tokens, head size)) for each segment."""
-        found = []
+        blocks = []
         for block in self.layout.blocks(self.window):
-            own = slice(block.start, block.end)
+            tokens = slice(block.start, block.end)
             mask = block.mask
             if mask is not None:  # the kernel takes an additive mask
                 mask = torch.zeros(mask.shape, dtype=tensors[0].dtype).masked_fill(~mask, float("-inf"))
             how = {"attn_mask": mask, "scale": self.scaling}
-            found.append((own, how, [x[own].transpose(0, 1)[None] for x in tensors]))
-        return found
+            blocks.append((tokens, how, [x[tokens].transpose(0, 1)[None] for x in tensors]))
+        return blocks
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Output:
         """As `Kernel.forward`."""
@@ -360,12 +360,12 @@ class CpuKernel:
         heads, shared_by = query.shape[1], query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(shared_by, dim=1) for x in (key, value))
         gradients = [torch.empty_like(query) for _ in range(3)]
-        for own, how, (g, q, k, v, o) in self._blocks(gradient, query, key, value, out):
+        for tokens, how, (g, q, k, v, o) in self._blocks(gradient, query, key, value, out):
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # noqa: SLF001 - as above
-                g, q, k, v, o, sums[None, :, own].contiguous(), 0.0, how["attn_mask"] is None, **how
+                g, q, k, v, o, sums[None, :, tokens].contiguous(), 0.0, how["attn_mask"] is None, **how
             )
             for whole, part in zip(gradients, found, strict=True):
-                whole[own] = part[0].transpose(0, 1)
+                whole[tokens] = part[0].transpose(0, 1)
         grouped = [x.view(x.shape[0], heads // shared_by, shared_by, -1).sum(2) for x in gradients[1:]]
         return gradients[0], *grouped
 

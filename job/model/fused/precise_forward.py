@@ -16,7 +16,7 @@ The products are summed in fp32. NF4 weights are dequantized to fp16, not by way
 positions are in fp32. A number that is too large for fp16 becomes infinite, and the scores of its question NaN; then
 `job.evaluation.scorer` computes them again by the same pass in fp32.
 
-Decoders like Llama's are computed by `scoring_decoder`. In others the modules of the model stay as they are, and their
+Decoders like Llama's are computed by `scoring_decoder`. In others the modules of the model are unchanged, and their
 `forward` is replaced while the pass runs.
 """
 
@@ -58,7 +58,7 @@ PreciseForward = Callable[[torch.Tensor, torch.Tensor, "Layout", torch.Tensor], 
 """As `job.evaluation.scoring.Forward`; the logits are fp32."""
 LARGEST = 6e4
 """Queries and keys of a larger absolute value count as too large for fp16, and become NaN. Infinite numbers elsewhere
-turn into NaN by themselves; but an infinite key could give a score of -inf, which attention would silently ignore."""
+turn into NaN anyway; but an infinite key could give a score of -inf, which attention would silently ignore."""
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 _MISSING = object()
 _HEAD_ROWS = 32768
@@ -127,7 +127,8 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
 
     Args:
         model: As for `why_not_precise`, in evaluation mode; its adapter may be switched off and on again.
-        dtype: Of the factors of matrix products, and of queries, keys and values: fp16, or fp32 to round none of them.
+        dtype: Dtype of the factors of matrix products, and of queries, keys and values: fp16, or fp32 to round none of
+            them.
         kernels: The kernels for SwiGLU, norms and rotary positions.
         keep: Whether the weights are converted now and kept (`copies_bytes`), or converted for each use: the bits are
             the same.
@@ -212,14 +213,14 @@ def tested_attention(model: Any, kernels: Kernels) -> tuple[HeadSizes, bool] | N
 def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool, apart: bool = False) -> Product:
     """The product of linear layers with a common input, of which all, some or none have an adapter.
 
-    With `apart` each keeps a weight matrix of its own: a common one would take much memory when it is dequantized.
+    With `apart` each keeps a separate weight matrix: a common one would take much memory when it is dequantized.
     """
     adapted = [module for module in modules if _has_adapter(module)]
     inner = [module.get_base_layer() if _has_adapter(module) else module for module in modules]
     weights = [_weight(layer, dtype, keep=False) for layer in inner]
     biases = [layer.bias for layer in inner]
     bias = None
-    if any(one is not None for one in biases):
+    if any(product is not None for product in biases):
         parts = zip(biases, inner, strict=True)
         device = inner[0].weight.device
         bias = torch.cat([torch.zeros(o.out_features, device=device) if b is None else b.detach() for b, o in parts])
@@ -239,14 +240,14 @@ def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool, apart: bo
                 column += rank
             row += layer.out_features
     outputs = [layer.out_features for layer in inner]
-    whole = [(weights, b, sum(outputs))]
+    products = [(weights, b, sum(outputs))]
     if apart:
         parts_of_b = [None] * len(inner) if b is None else b.split_with_sizes(outputs)
-        whole = [([weight], part, rows) for weight, part, rows in zip(weights, parts_of_b, outputs, strict=True)]
-    makes: list[Weight] = [partial(_side_by_side, *one) for one in whole]
+        products = [([weight], part, rows) for weight, part, rows in zip(weights, parts_of_b, outputs, strict=True)]
+    makes: list[Weight] = [partial(_side_by_side, *product) for product in products]
     if keep:
-        makes = [partial(_itself, make()) for make in makes]
-    sizes = [rows for _, _, rows in whole]
+        makes = [partial(_identity, make()) for make in makes]
+    sizes = [rows for _, _, rows in products]
     return Product(makes, sizes, a, bias, inner[0].in_features, adapted[0] if adapted else None)
 
 
@@ -262,25 +263,25 @@ def _side_by_side(weights: Sequence[Weight], b: torch.Tensor | None, outputs: in
         return weights[0]()
     part = weights[0]()
     inputs = part.shape[1]
-    whole = part.new_empty(outputs, inputs + (0 if b is None else b.shape[1]))
+    stacked = part.new_empty(outputs, inputs + (0 if b is None else b.shape[1]))
     row = 0
     for number, weight in enumerate(weights):
         if number:
             part = weight()
-        whole[row : row + len(part), :inputs] = part
+        stacked[row : row + len(part), :inputs] = part
         row += len(part)
     if b is not None:
-        whole[:, inputs:] = b
-    return whole
+        stacked[:, inputs:] = b
+    return stacked
 
 
-def _itself(kept: torch.Tensor) -> torch.Tensor:
-    return kept
+def _identity(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
-def _with_sums_in_fp32(forward: PreciseForward, *given: Any) -> torch.Tensor:
+def _with_sums_in_fp32(forward: PreciseForward, *inputs: Any) -> torch.Tensor:
     with _sums_in_fp32():
-        return forward(*given)
+        return forward(*inputs)
 
 
 def _base(model: Any) -> Any:
@@ -341,9 +342,9 @@ def _sums_in_fp32() -> Iterator[None]:
         matmul.allow_fp16_reduced_precision_reduction = before
 
 
-def _in_fp32(forward: Callable[..., torch.Tensor], *given: Any, **named: Any) -> torch.Tensor:
+def _in_fp32(forward: Callable[..., torch.Tensor], *inputs: Any, **options: Any) -> torch.Tensor:
     """The embedding's rows in fp32, which makes the residual stream and the rotary angles fp32, too."""
-    return forward(*given, **named).float()
+    return forward(*inputs, **options).float()
 
 
 def _weight(layer: Any, dtype: torch.dtype, *, keep: bool) -> Weight:
@@ -385,14 +386,14 @@ def _alone(common: CommonInput, x: torch.Tensor) -> torch.Tensor:
 
 
 def _linear_layer(
-    layer: Any, own: torch.dtype, dtype: torch.dtype, *, keep: bool
+    layer: Any, weight_dtype: torch.dtype, dtype: torch.dtype, *, keep: bool
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The forward of a linear layer without an adapter.
 
-    A layer that another library quantized computes by itself, in `own`, the dtype that the model was loaded in.
+    A layer that another library quantized keeps its own forward, in `weight_dtype`, the dtype the model was loaded in.
     """
     if _is_foreign(layer):
-        return partial(_by_itself, layer.forward, own)
+        return partial(_own_forward, layer.forward, weight_dtype)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     return partial(_product, _weight(layer, dtype, keep=keep), bias)
 
@@ -408,8 +409,10 @@ def _product(weight: Weight, bias: torch.Tensor | None, x: torch.Tensor) -> torc
     return functional.linear(x.to(factor.dtype), factor, bias)
 
 
-def _by_itself(forward: Callable[[torch.Tensor], torch.Tensor], own: torch.dtype, x: torch.Tensor) -> torch.Tensor:
-    return forward(x.to(own)).to(x.dtype)
+def _own_forward(
+    forward: Callable[[torch.Tensor], torch.Tensor], weight_dtype: torch.dtype, x: torch.Tensor
+) -> torch.Tensor:
+    return forward(x.to(weight_dtype)).to(x.dtype)
 
 
 def _output_layer(layer: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:

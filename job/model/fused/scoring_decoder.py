@@ -187,7 +187,7 @@ def attention_fails(operations: Operations, heads: HeadSizes, device: torch.devi
 def _why_not_attend(operations: Operations, heads: HeadSizes, device: torch.device) -> str:
     """Why attention fails its test, empty if it passes: a small tree of segments, compared with torch's in fp32."""
     # More tokens than one program of the kernel computes. Two roots; the first has two children, one of which has a
-    # child of its own.
+    # separate child.
     segments = [
         Segment(0, 100),
         Segment(100, 150, 0, 100),
@@ -200,14 +200,14 @@ def _why_not_attend(operations: Operations, heads: HeadSizes, device: torch.devi
     made = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half().to(device)
     query, key, value = made.split_with_sizes([heads.queries, heads.keys, heads.keys], 1)
     exact = torch.empty(query.shape, device=device)
-    found = torch.empty(query.shape, dtype=made.dtype, device=device)
+    computed = torch.empty(query.shape, dtype=made.dtype, device=device)
     scaling = heads.size**-0.5
     for window in (None, 40) if heads.windowed else (None,):
         TorchOperations().attend(query.float(), key.float(), value.float(), layout, scaling, window, exact)
         try:
-            operations.attend(query, key, value, layout, scaling, window, found)
-            error = float((found - exact).abs().max())
-        except Exception as problem:  # noqa: BLE001 - whatever Triton, its compiler or the driver raises
+            operations.attend(query, key, value, layout, scaling, window, computed)
+            error = float((computed - exact).abs().max())
+        except Exception as problem:  # noqa: BLE001 - Triton, its compiler and the driver raise many types
             return " ".join(f"{type(problem).__name__}: {problem}".split())[:_LONGEST_REASON]
         if not error < _LARGEST_ERROR:  # `not <`, so that NaN is an error
             return f"its results differ from torch's by {error:.3g}"
@@ -338,9 +338,9 @@ class Decoder:
         self.operations.add_norm(x, update, model.norm.weight, model.norm.variance_epsilon, out)
         return self.head(out)
 
-    def _normed(self, norm: Any, x: torch.Tensor, update: torch.Tensor | None, into: Product) -> torch.Tensor:
-        buffer = into.buffer(x.shape[0], x.new_empty(0, dtype=self.dtype))
-        self.operations.add_norm(x, update, norm.weight, norm.variance_epsilon, buffer[:, : into.inputs])
+    def _normed(self, norm: Any, x: torch.Tensor, update: torch.Tensor | None, product: Product) -> torch.Tensor:
+        buffer = product.buffer(x.shape[0], x.new_empty(0, dtype=self.dtype))
+        self.operations.add_norm(x, update, norm.weight, norm.variance_epsilon, buffer[:, : product.inputs])
         return buffer
 
     def _attention(
@@ -349,12 +349,12 @@ class Decoder:
         """Attention of one layer: [x | h] of its projections -> a buffer with the output projection's x on the left."""
         attention, config = layer.module.self_attn, self.base.config
         size, heads, groups = attention.head_dim, config.num_attention_heads, config.num_key_value_heads
-        found = layer.heads(buffer).view(buffer.shape[0], heads + 2 * groups, size)
-        self.operations.turn(found[:, : heads + groups], cosine, sine)
-        query, key, value = found.split_with_sizes([heads, groups, groups], 1)
+        projected = layer.heads(buffer).view(buffer.shape[0], heads + 2 * groups, size)
+        self.operations.turn(projected[:, : heads + groups], cosine, sine)
+        query, key, value = projected.split_with_sizes([heads, groups, groups], 1)
         owner = {"layer": attention, "model": config, None: None}[self.window]
         window = getattr(owner, "sliding_window", None)
-        buffer = layer.out.buffer(buffer.shape[0], found)
+        buffer = layer.out.buffer(buffer.shape[0], projected)
         out = buffer[:, : layer.out.inputs].view(buffer.shape[0], heads, size)
         self.attend(query, key, value, layout, attention.scaling, window, out)
         return buffer

@@ -82,7 +82,8 @@ def share_heads(heads: int, kv_heads: int, processes: int) -> HeadPartition:
         processes: How many compute the row.
 
     Raises:
-        ValueError: These heads cannot be shared by so many; see `training.sequence_parallel.why_not_divided`.
+        ValueError: These heads cannot be divided by the number of processes; see
+            `training.sequence_parallel.why_not_divided`.
     """
     shared_by = heads // kv_heads
     if processes <= kv_heads:
@@ -159,22 +160,22 @@ def to_heads(sp_group: SequenceParallelGroup, tokens: int, sent: Sequence[Sequen
     return found.view(tokens, number, size)
 
 
-def to_tokens(sp_group: SequenceParallelGroup, whole: torch.Tensor, numbers: Sequence[int]) -> list[torch.Tensor]:
+def to_tokens(sp_group: SequenceParallelGroup, by_heads: torch.Tensor, numbers: Sequence[int]) -> list[torch.Tensor]:
     """From a split by heads back to a split by tokens: one all-to-all.
 
     Args:
         sp_group: The processes.
-        whole: (all tokens, own heads, head size), contiguous.
+        by_heads: (all tokens, own heads, head size), contiguous.
         numbers: How many heads each rank has.
 
     Returns:
         By rank, (own tokens, heads of that rank, head size).
     """
-    tokens, heads, size = whole.shape
+    tokens, heads, size = by_heads.shape
     by_rank = parts(tokens, sp_group.size)
     own = _size(by_rank[sp_group.rank])
     sizes = [own * number * size for number in numbers]
-    found = sp_group.exchange(whole.view(-1), sizes, [_size(part) * heads * size for part in by_rank])
+    found = sp_group.exchange(by_heads.view(-1), sizes, [_size(part) * heads * size for part in by_rank])
     return [part.view(own, -1, size) for part in found.split_with_sizes(sizes)]
 
 

@@ -61,7 +61,7 @@ LAYERS = {
 """By class name: layers that only add attention and feed-forward layer to the residual stream."""
 
 Tokenwise = Callable[[torch.Tensor], torch.Tensor]
-"""(1, tokens, hidden) -> (1, tokens, hidden), each token by itself."""
+"""(1, tokens, hidden) -> (1, tokens, hidden), each token independently."""
 
 
 def is_known(layer: Any) -> bool:
@@ -77,7 +77,7 @@ def forward_layer(
     Args:
         layer: A decoder layer for which `is_known`.
         x: (1, tokens, hidden), not changed.
-        arguments: What the decoder hands to its layers beside `x`.
+        arguments: What the decoder hands to its layers besides `x`.
         attend: See `Layout.attend`.
         tile: Tokens of a tile.
 
@@ -111,7 +111,7 @@ def backward_layer(
         arguments: As for the forward pass.
         attend: As for the forward pass.
         tile: As for the forward pass.
-        needs_input: Whether the gradient of `x` is wanted; else None is returned.
+        needs_input: Whether to compute the gradient of `x`; else None is returned.
     """
     x = x.detach().requires_grad_(needs_input)
     with torch.enable_grad():

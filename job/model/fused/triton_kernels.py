@@ -59,13 +59,13 @@ def _gated_gradient_kernel(
 ):
     program = tl.program_id(0)
     row, at = (program // per_row).to(tl.int64), (program % per_row) * BLOCK + tl.arange(0, BLOCK)
-    inside, here = at < width, row * width + at
-    d = tl.load(gradient + here, mask=inside, other=0.0).to(tl.float32)
+    inside, position = at < width, row * width + at
+    d = tl.load(gradient + position, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
     value, slope = _activation(g, TANH)
-    tl.store(to_gate + here, (d * u * slope).to(to_gate.dtype.element_ty), mask=inside)
-    tl.store(to_up + here, (d * value).to(to_up.dtype.element_ty), mask=inside)
+    tl.store(to_gate + position, (d * u * slope).to(to_gate.dtype.element_ty), mask=inside)
+    tl.store(to_up + position, (d * value).to(to_up.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -102,12 +102,12 @@ def _turn_kernel(
 
 
 @triton.jit
-def _largest_of(part, row, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _largest_of(part, row, largest, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     for start in range(0, WIDTH, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = tl.load(part + row * WIDTH + at, mask=at < WIDTH, other=0.0).to(tl.float32)
-        seen = tl.maximum(seen, tl.abs(x))
-    return seen
+        largest = tl.maximum(largest, tl.abs(x))
+    return largest
 
 
 @triton.jit
@@ -206,7 +206,7 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.tanh = tanh
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        # Views: rows of a half of a wider tensor lie apart from each other.
+        # Views: the rows of half of a wider tensor are not adjacent in memory.
         rows = [x.view(-1, x.shape[-1]) for x in (gate, up)]
         width = gate.shape[-1]
         per_row = triton.cdiv(width, _BLOCK)
@@ -267,7 +267,7 @@ class _NormAroundOne(torch.autograd.Function):
 
 
 def _warps(columns: int) -> int:
-    """For rows that wide: so many that the registers of a thread hold its part of them."""
+    """For rows that wide: as many as keep a thread's part of a row in its registers."""
     return 4 if columns <= _TILE else 8
 
 
@@ -337,13 +337,15 @@ def quantize(parts: Sequence[torch.Tensor]) -> Rows:
     """
     if len(parts) > _MOST_PARTS:
         return quantize([torch.cat(list(parts), 1)])
-    given = [part.contiguous() for part in parts]
-    widths = [part.shape[1] for part in given]
-    given += [given[0]] * (_MOST_PARTS - len(given))  # not read: their width is 0
+    contiguous = [part.contiguous() for part in parts]
+    widths = [part.shape[1] for part in contiguous]
+    contiguous += [contiguous[0]] * (_MOST_PARTS - len(contiguous))  # not read: their width is 0
     widths += [0] * (_MOST_PARTS - len(widths))
-    rows = given[0].shape[0]
-    values = torch.empty((rows, sum(widths)), dtype=FORMAT, device=given[0].device)
-    scale = torch.empty((rows, 1), dtype=torch.float32, device=given[0].device)
+    rows = contiguous[0].shape[0]
+    values = torch.empty((rows, sum(widths)), dtype=FORMAT, device=contiguous[0].device)
+    scale = torch.empty((rows, 1), dtype=torch.float32, device=contiguous[0].device)
     block = min(_ROW_BLOCK, triton.next_power_of_2(max(widths)))
-    _quantize_kernel[(rows,)](*given, values, scale, *widths, LIMIT=LARGEST, LEAST=SMALLEST, BLOCK=block, num_warps=8)
+    _quantize_kernel[(rows,)](
+        *contiguous, values, scale, *widths, LIMIT=LARGEST, LEAST=SMALLEST, BLOCK=block, num_warps=8
+    )
     return Rows(values, scale)

@@ -27,7 +27,7 @@ _ROWS = 64
 """Queries that one program of the attention kernel computes."""
 _KEYS = 32
 """Keys that such a program loads at a time; half as many if heads are wider than `_WIDE_HEAD`. `_STAGES` such blocks of
-keys and values fit into the 64 KiB of a T4's shared memory, beside the queries."""
+keys and values fit into the 64 KiB of a T4's shared memory, next to the queries."""
 _STAGES = 2
 _WIDE_HEAD = 128
 
@@ -107,10 +107,10 @@ def _attention_kernel(
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     row = tile * ROWS + tl.arange(0, ROWS)
-    there = row < tokens
+    in_range = row < tokens
     column = tl.arange(0, WIDTH)
     own = row.to(tl.int64)[:, None] * stride + head * SIZE + column[None, :]
-    q = tl.load(query + own, mask=there[:, None] & (column < SIZE)[None, :], other=0.0)
+    q = tl.load(query + own, mask=in_range[:, None] & (column < SIZE)[None, :], other=0.0)
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -127,7 +127,7 @@ def _attention_kernel(
         scores = tl.dot(q, tl.trans(k)) * scale
         sees = (token[None, :] <= row[:, None]) & (row[:, None] < until[None, :])
         if WINDOWED:
-            depth = tl.load(depths + row, mask=there, other=0)
+            depth = tl.load(depths + row, mask=in_range, other=0)
             sees &= tl.load(depths + token, mask=inside, other=0)[None, :] > depth[:, None] - window
         scores = tl.where(sees, scores, float("-inf"))
         larger = tl.maximum(most, tl.max(scores, 1))
@@ -139,7 +139,7 @@ def _attention_kernel(
         most = larger
     to = out + row.to(tl.int64)[:, None] * out_stride + head * SIZE + column[None, :]
     found = (sums / total[:, None]).to(out.dtype.element_ty)
-    tl.store(to, found, mask=there[:, None] & (column < SIZE)[None, :])
+    tl.store(to, found, mask=in_range[:, None] & (column < SIZE)[None, :])
 
 
 def attention(

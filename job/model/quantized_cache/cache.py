@@ -74,7 +74,7 @@ def find(entry: CacheEntry, alive: Callable[[], None]) -> Path | None:
                 entry.store.delete(key)  # its content is wrong, so no run can use it
     except (Preempted, Replaced):
         raise
-    except (OSError, JobError) as error:  # of this machine's disk, or of a store that may refuse what is beside the run
+    except (OSError, JobError) as error:  # of the disk, or of a store that refuses keys outside of the run
         warn("cannot be fetched", entry.folder, error)
     return None
 
@@ -82,8 +82,8 @@ def find(entry: CacheEntry, alive: Callable[[], None]) -> Path | None:
 class _Damaged(Exception):
     """What the store has is not a whole base; `keys` are those of objects whose bytes were seen to be wrong."""
 
-    def __init__(self, why: str, keys: Sequence[str] = ()) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, keys: Sequence[str] = ()) -> None:
+        super().__init__(reason)
         self.keys = keys
 
 
@@ -114,7 +114,7 @@ def _fetch(entry: CacheEntry, store: ObjectStore, alive: Callable[[], None]) -> 
 
 
 def save(model: Any, source: Path, entry: CacheEntry) -> CachedBase:
-    """Saves a freshly quantized base with its tokenizer; if that fails, logs a warning and goes on.
+    """Saves a freshly quantized base with its tokenizer; if that fails, logs a warning and continues.
 
     Args:
         model: transformers' model, quantized, nothing added to it yet.
@@ -142,7 +142,7 @@ def save(model: Any, source: Path, entry: CacheEntry) -> CachedBase:
             (folder / INDEX).write_bytes(data := sealed(index))
         own = CachedBase(entry.key, hashlib.sha256(data).hexdigest())
         return own if cached_base(entry) == own else CachedBase()
-    except Exception as error:  # noqa: BLE001 - safetensors and transformers raise whatever they like
+    except Exception as error:  # noqa: BLE001 - safetensors and transformers raise many types
         warn("cannot be kept", entry.folder, error)
         return CachedBase()
 
@@ -175,13 +175,13 @@ def publishing(
         return not (ended.is_set() or stop())
 
     with ThreadPoolExecutor(1, thread_name_prefix="base") as pool:
-        done = pool.submit(copy_context().run, _publish, entry, entry.store, keep_going)
+        upload = pool.submit(copy_context().run, _publish, entry, entry.store, keep_going)
         try:
             yield
         except BaseException:
             ended.set()
             raise
-    done.result()
+    upload.result()
 
 
 def _publish(entry: CacheEntry, store: ObjectStore, keep_going: Callable[[], bool]) -> None:
@@ -203,12 +203,12 @@ def _publish(entry: CacheEntry, store: ObjectStore, keep_going: Callable[[], boo
         log.get_logger().info("the quantized base is kept", uri=f"{store.uri}/{key_of(entry, '')}")
 
 
-def _is_whole(entry: CacheEntry, store: ObjectStore, there: Mapping[str, int]) -> bool:
+def _is_whole(entry: CacheEntry, store: ObjectStore, sizes: Mapping[str, int]) -> bool:
     """Whether the index in the store names files that are all there, in their sizes."""
-    if key_of(entry, INDEX) not in there or (stored := store.read(key_of(entry, INDEX))) is None:
+    if key_of(entry, INDEX) not in sizes or (stored := store.read(key_of(entry, INDEX))) is None:
         return False
     try:
         index = parse_index(stored.data)
     except ValueError:
         return False
-    return all(there.get(key_of(entry, f"{file.sha256}/{name}")) == file.bytes for name, file in index.items())
+    return all(sizes.get(key_of(entry, f"{file.sha256}/{name}")) == file.bytes for name, file in index.items())

@@ -1,8 +1,8 @@
 """Where cached quantized bases are stored, and when one is complete.
 
-A base is a folder in the hub's layout, its tokenizer beside it. `base.json` comes last and holds the hash of each file:
-without it there is no base. In a store the files lie under their hashes, so that two runs that put the same base there
-at once never mix.
+A base is a folder in the hub's layout, its tokenizer next to it. `base.json` comes last and holds the hash of each
+file: without it there is no base. In a store the files are named by their hashes, so that two runs that put the same
+base there at once never mix.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def key_of(entry: CacheEntry, name: str) -> str:
     return f"bases/{entry.key}/{name}"
 
 
-def warn(what: str, where: object, error: Exception) -> None:
+def warn(message: str, where: object, error: Exception) -> None:
     """Logs what is wrong with a cached base; the job continues without it."""
     why = (str(error).splitlines() or [type(error).__name__])[0][:300]
-    log.get_logger().warning(f"the quantized base {what}", where=str(where), why=why)
+    log.get_logger().warning(f"the quantized base {message}", where=str(where), why=why)

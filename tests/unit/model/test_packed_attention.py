@@ -291,7 +291,7 @@ def test_what_is_not_computed_is_refused(asked: dict[str, Any]) -> None:
     """Nothing that a layer hands over is dropped in silence."""
     inputs, mask = rows(4, 2, 17, torch.float32), asked.get("attention_mask")
     others = {name: value for name, value in asked.items() if name != "attention_mask"}
-    with pytest.raises(Unpackable, match="asks for"):
+    with pytest.raises(Unpackable, match="requests"):
         packed_attention(torch.nn.Module(), *inputs, mask, layout=build_layout(ALONE, CPU), **others)
 
 

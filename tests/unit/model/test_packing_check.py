@@ -75,7 +75,7 @@ def test_a_leak_into_a_few_tokens_is_found_out_in_half_precision(tmp_path: Path,
     layers = ["full_attention", "full_attention", "full_attention", "conv"]
     found = check(family("lfm2", tmp_path, dtype, layer_types=layers))
     assert not found.packed
-    assert "another sequence beside" in found.reason
+    assert "another sequence alongside" in found.reason
 
 
 def _likelihood(model: Any, context: tuple[int, ...], choice: tuple[int, ...]) -> torch.Tensor:
