@@ -17,7 +17,7 @@ from job.records import TaskScores
 DEQUANTIZED = "dequantized"
 """The candidate of `merged` that is taken where accuracies are equal."""
 _AT_WORST = ("delta", "ci95", "holm_p", "verdict")
-"""What the manifest has of a comparison in which all near ties fell one way."""
+"""The manifest's fields of a comparison in which all near ties are decided one way."""
 
 
 def compare_tasks(
@@ -37,20 +37,20 @@ def compare_tasks(
     Raises:
         DataError: The questions or prompts of a task differ.
     """
-    found = _compare(base, adapter)
+    compared = _compare(base, adapter)
     fewer = {name: frozenset(places) for name, places in (overlap or {}).items() if name in adapter and places}
     enough = {name for name in fewer if adapter[name].n - len(fewer[name]) > 1}
     if enough:
         less = {name: fewer[name] for name in enough}
-        rest = _compare(
+        without_overlap = _compare(
             *({name: _without(one, less.get(name)) for name, one in side.items()} for side in (base, adapter))
         )
         kept = {"source", "task_hash", "version"}
     for name in sorted(fewer):
-        found[name]["without_overlap"] = (
-            {key: value for key, value in rest[name].items() if key not in kept} if name in enough else None
+        compared[name]["without_overlap"] = (
+            {key: value for key, value in without_overlap[name].items() if key not in kept} if name in enough else None
         )
-    return found
+    return compared
 
 
 def _without(scores: TaskScores, places: frozenset[int] | None) -> TaskScores:
@@ -130,15 +130,15 @@ def compare_near_ties(
     Raises:
         DataError: The questions or prompts of a task differ.
     """
-    sides, bound = (base, adapter), BOUNDS.get(dtype) if bound is None else bound
-    if bound is None or not adapter or any(side[name].close is None for side in sides for name in adapter):
+    models, bound = (base, adapter), BOUNDS.get(dtype) if bound is None else bound
+    if bound is None or not adapter or any(model[name].close is None for model in models for name in adapter):
         return None
-    told = _compare(base, adapter)
+    compared = _compare(base, adapter)
     ends = [
         _compare(
             *(
-                {name: at_worst(side[name], bound, right=right) for name in adapter}
-                for side, right in zip(sides, (not gained, gained), strict=True)
+                {name: at_worst(model[name], bound, right=right) for name in adapter}
+                for model, right in zip(models, (not gained, gained), strict=True)
             )
         )
         for gained in (False, True)
@@ -146,8 +146,8 @@ def compare_near_ties(
 
     def of_metric(name: str, close: str, pick: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
         low, high = ({key: pick(end[name])[key] for key in _AT_WORST} for end in ends)
-        verdict = pick(told[name])["verdict"]
-        counts = (near_ties(getattr(side[name], close), bound) for side in sides)
+        verdict = pick(compared[name])["verdict"]
+        counts = (near_ties(getattr(model[name], close), bound) for model in models)
         return {
             **dict(zip(("base", "adapter"), counts, strict=True)),
             "lowest": low,
@@ -160,7 +160,7 @@ def compare_near_ties(
             "acc": of_metric(name, "close", lambda task: task),
             "acc_norm": of_metric(name, "close_norm", lambda task: task["acc_norm"]) if found["acc_norm"] else None,
         }
-        for name, found in told.items()
+        for name, found in compared.items()
     }
     return {"dtype": dtype, "bound": bound, "tasks": tasks}
 
@@ -189,7 +189,7 @@ def compare_full_precision(
 ) -> dict[str, Any]:
     """The base with its original weights, by task: its scores, and how the other two compare with it.
 
-    `base_versus_original` is what quantization cost, `adapter_versus_original` what is left of it after training. What
+    `base_versus_original` is what quantization cost, `adapter_versus_original` what remains of it after training. What
     training gave, the adapter against the quantized base, is `compare_tasks(base, adapter)`.
 
     Raises:
@@ -327,7 +327,7 @@ def gate_failures(
             continue
         low = found["ci95"][0] if found.get("higher_is_better", True) else -found["ci95"][1]
         if min_delta is not None and low < min_delta:
-            reasons.append(f"{name}: {metric} may have gained only {low:+.4f}, the gate asks for {min_delta:+.4f}")
+            reasons.append(f"{name}: {metric} may have gained only {low:+.4f}, the gate requires {min_delta:+.4f}")
         if max_regression is not None and low < -max_regression:
             reasons.append(f"{name}: {metric} may have lost {-low:.4f}, the gate allows {max_regression:.4f}")
     return reasons

@@ -1,8 +1,8 @@
 """Groups of tasks: lm-eval's, such as mmlu, and users' own (`task_files`), with one aggregate for all their tasks.
 
 The aggregate of a metric is lm-eval's: its mean over the tasks that have the metric, weighted by their numbers of
-questions if the group's file says so. Tasks of nested groups count directly. Two models are compared by the aggregate.
-For the test, the questions are a random sample and the tasks are fixed:
+questions if the group's file requests it. Tasks of nested groups count directly. Two models are compared by the
+aggregate. For the test, the questions are a random sample and the tasks are fixed:
 
 | where | test and interval |
 |---|---|
@@ -38,8 +38,8 @@ def read_groups(groups: Mapping[str, Any], metrics_of: Mapping[str, Mapping[str,
         SettingsError: A group has aggregates, and none of them is of a mean over questions; or its tasks do not agree
             on whether a higher figure is better.
     """
-    found: dict[str, GroupSpec] = {}
-    wrong: list[Problem] = []
+    specs: dict[str, GroupSpec] = {}
+    problems: list[Problem] = []
     for name, group in groups.items():
         if not group.has_aggregation:
             continue
@@ -47,30 +47,30 @@ def read_groups(groups: Mapping[str, Any], metrics_of: Mapping[str, Mapping[str,
         metrics: dict[str, bool] = {}
         better: dict[str, bool] = {}
         left_out = []
-        for asked in group.aggregate_metric_list:
-            known = {
+        for aggregate in group.aggregate_metric_list:
+            directions = {
                 key: metric.higher_is_better
                 for task in tasks
                 for key, metric in metrics_of[task].items()
                 if metric.aggregation == "mean"
             }
-            of_metric = [key for key in known if key.partition(",")[0] == asked.metric]
-            if asked.filter_list is not None:
-                of_metric = [key for key in of_metric if key.partition(",")[2] in asked.filter_list]
-            wrong += _at_odds(name, of_metric, tasks, metrics_of)
-            metrics.update(dict.fromkeys(sorted(of_metric), bool(asked.weight_by_size)))
-            better.update({key: known[key] for key in of_metric})
-            left_out += [] if of_metric else [asked.metric]
+            of_metric = [key for key in directions if key.partition(",")[0] == aggregate.metric]
+            if aggregate.filter_list is not None:
+                of_metric = [key for key in of_metric if key.partition(",")[2] in aggregate.filter_list]
+            problems += _at_odds(name, of_metric, tasks, metrics_of)
+            metrics.update(dict.fromkeys(sorted(of_metric), bool(aggregate.weight_by_size)))
+            better.update({key: directions[key] for key in of_metric})
+            left_out += [] if of_metric else [aggregate.metric]
         if not metrics:
             what = f"{name} has no metric that is an average over questions ({', '.join(left_out)}); name its tasks"
-            wrong.append(Problem("JOB_EVAL__TASKS", what))
+            problems.append(Problem("JOB_EVAL__TASKS", what))
         elif left_out:
             why = "they are not averages over the questions of its tasks"
             get_logger().warning("metrics of a group are left out", group=name, metrics=left_out, why=why)
-        found[name] = GroupSpec(group.version, tasks, metrics, better)
-    if wrong:
-        raise SettingsError(wrong)
-    return found
+        specs[name] = GroupSpec(group.version, tasks, metrics, better)
+    if problems:
+        raise SettingsError(problems)
+    return specs
 
 
 def _at_odds(
@@ -127,7 +127,7 @@ def groups_from(claimed: Mapping[str, Any]) -> dict[str, GroupSpec]:
 
 
 def _values(scored: Evaluated, task: str, metric: str) -> list[float] | None:
-    """A task's value of a metric for each question; None if it has no such metric."""
+    """A task's value of a metric for each question; None if it does not have the metric."""
     if task in scored.scores:
         given = getattr(scored.scores[task], CHOICE_METRICS[metric]) if metric in CHOICE_METRICS else None
         return None if given is None else [float(value) for value in given]

@@ -41,7 +41,7 @@ def evaluate(
         tasks: From `load_tasks`; others than multiple-choice ones are left out, and are for `measure`.
         tokenizer: The model's.
         score: Called once, with the questions of all tasks; not without any.
-        limit: The first so many questions of each task; None for all.
+        limit: Number of questions of each task, from the first; None for all.
         cut_to: lm-eval's `max_length`: a question that has more tokens with a choice loses its beginning; None for any
             length.
 
@@ -52,13 +52,13 @@ def evaluate(
         SettingsError: A task does not grade choices as right or wrong.
         DataError: The tokenizer makes no tokens of a question or a choice.
     """
-    chosen = tasks.only(MULTIPLE_CHOICE)
-    if not chosen.loaded["tasks"]:
+    multiple_choice = tasks.only(MULTIPLE_CHOICE)
+    if not multiple_choice.loaded["tasks"]:
         return {}
-    results = _run(chosen, _scoring_model(tokenizer, score, cut_to), limit)
+    results = _run(multiple_choice, _scoring_model(tokenizer, score, cut_to), limit)
     return {
         name: _task_result(task, tasks.sources[name], results["samples"][name])
-        for name, task in chosen.loaded["tasks"].items()
+        for name, task in multiple_choice.loaded["tasks"].items()
     }
 
 
@@ -74,7 +74,7 @@ def measure(
     cut_to: int | None = None,
     seed: int = 0,
 ) -> dict[str, tuple[MeasuredScores, list[MeasuredSample]]]:
-    """Runs the tasks that are measured by metrics of their own: generated answers, perplexities, likelihoods.
+    """Runs the tasks without choices: generated answers, perplexities, likelihoods.
 
     Args:
         tasks: From `load_tasks`; multiple-choice ones are left out, and are for `evaluate`.
@@ -83,8 +83,8 @@ def measure(
         generate: Called once for each way to generate, with the prompts that are answered in that way.
         limit: As for `evaluate`.
         max_length: Tokens of a window of a text whose perplexity is measured, and lm-eval's `max_length`.
-        cut_to: As for `evaluate`; of a prompt so many tokens are kept that its answer fits behind them.
-        seed: Of sampled answers.
+        cut_to: As for `evaluate`; a prompt keeps as many of its last tokens as leave room for the answer.
+        seed: Seed of sampled answers.
 
     Returns:
         By task: its figures and its samples.
@@ -92,14 +92,14 @@ def measure(
     Raises:
         DataError: The tokenizer makes no tokens of a text.
     """
-    chosen = tasks.only(*MEASURED)
-    if not chosen.loaded["tasks"]:
+    measured_tasks = tasks.only(*MEASURED)
+    if not measured_tasks.loaded["tasks"]:
         return {}
     lm = _scoring_model(tokenizer, score, cut_to, Generating(generate, max_length, seed))
-    results = _run(chosen, lm, limit)
+    results = _run(measured_tasks, lm, limit)
     return {
         name: _measured_result(task, tasks.sources[name], results["samples"][name])
-        for name, task in chosen.loaded["tasks"].items()
+        for name, task in measured_tasks.loaded["tasks"].items()
     }
 
 
@@ -117,13 +117,13 @@ def _run(tasks: Tasks, lm: Any, limit: int | None) -> Any:
 @contextmanager
 def _without_figures(tasks: Iterable[Any]) -> Iterator[None]:
     """Only lm-eval's samples are used. Its figures are not computed: its perplexity overflows where words are long."""
-    kept = list(tasks)
-    for task in kept:
+    tasks_without_figures = list(tasks)
+    for task in tasks_without_figures:
         task.aggregation = partial(dict.fromkeys, task.aggregation(), len)
     try:
         yield
     finally:
-        for task in kept:
+        for task in tasks_without_figures:
             del task.aggregation
 
 
@@ -173,7 +173,7 @@ def _scoring_model(  # noqa: C901 - the methods of its class are counted
                 self.encoded = {}
 
         def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
-            # lm-eval asks for one choice at a time, those of a question one after the other with the same context
+            # lm-eval requests one choice at a time, those of a question one after the other with the same context
             grouped = [list(group) for _, group in groupby(requests, key=lambda request: request[1])]
             questions = [Question(tuple(g[0][1]), tuple(tuple(request[2]) for request in g)) for g in grouped]
             _check_tokens(requests)
@@ -211,14 +211,14 @@ def _encoded(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> dict[str, list
         return {text: list(tokenizer.encode(text)) for text in texts}
     tokenizer.encode(texts[0])  # switches off truncation and padding that tokenizer.json may have set
     parts = [texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS)]
-    # Threads, since the library lets go of Python's lock meanwhile; its own are switched off for the sake of forks.
+    # Threads, since the library releases the GIL meanwhile; its own threads are switched off because of forks.
     with ThreadPoolExecutor(usable_cpus()) as pool:
         found = [one for part in pool.map(backend.encode_batch, parts) for one in part]
     return {text: one.ids for text, one in zip(texts, found, strict=True)}
 
 
 def _windows(lm: Any, text: str, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """A text in windows of so many tokens, by lm-eval: what is given, and what is predicted; every token once."""
+    """(context, predicted tokens) of each of lm-eval's windows of a text, of at most `max_length` tokens."""
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     ids = lm.tok_encode(text)
@@ -226,18 +226,18 @@ def _windows(lm: Any, text: str, max_length: int) -> Iterator[tuple[list[int], l
 
 
 def _generated(tokenizer: Any, requests: Sequence[Any], generating: Generating, cut_to: int | None) -> list[str]:
-    """The answers to lm-eval's requests, in order; those that ask for the same way to generate, together."""
+    """The answers to lm-eval's requests, in order; those with the same generation options together."""
     ends = tokenizer.decode([tokenizer.eos_token_id])
     groups: dict[HowToGenerate, list[int]] = {}
     for number, request in enumerate(requests):
-        how = how_to_generate(request.task_name, request.args[1], seed=generating.seed)
-        groups.setdefault(replace(how, stop=(*how.stop, ends)), []).append(number)
+        options = how_to_generate(request.task_name, request.args[1], seed=generating.seed)
+        groups.setdefault(replace(options, stop=(*options.stop, ends)), []).append(number)
     answers: dict[int, str] = {}
-    for how, numbers in groups.items():
+    for options, numbers in groups.items():
         prompts = [_prompt_ids(tokenizer, requests[number].args[0]) for number in numbers]
         if cut_to is not None:
-            prompts = [prompt[-max(1, cut_to - how.max_new_tokens) :] for prompt in prompts]
-        found = generating.generate(prompts, how)
+            prompts = [prompt[-max(1, cut_to - options.max_new_tokens) :] for prompt in prompts]
+        found = generating.generate(prompts, options)
         answers.update({number: answer.text for number, answer in zip(numbers, found, strict=True)})
     return [answers[number] for number in range(len(requests))]
 
@@ -252,21 +252,21 @@ def _cut(questions: Sequence[Question], most: int) -> list[Question]:
     """The questions without the beginning of those that are too long, exactly as lm-eval's HFLM cuts them.
 
     It keeps the last `most + 1` tokens of context and choice, of which the last one is not read. Each choice of such a
-    question then has a context of its own.
+    question then has its own context.
     """
-    kept: list[Question] = []
+    shortened: list[Question] = []
     long = 0
     for question in questions:
         if len(question.context) + max(map(len, question.choices)) <= most + 1:
-            kept.append(question)
+            shortened.append(question)
             continue
         long += 1
-        kept += [Question(question.context[-(most + 1 - len(choice)) :], (choice,)) for choice in question.choices]
+        shortened += [Question(question.context[-(most + 1 - len(choice)) :], (choice,)) for choice in question.choices]
     if long:
         log.get_logger().warning(
             "questions were too long: their beginning was cut off", questions=long, max_length=most
         )
-    return kept
+    return shortened
 
 
 def _check_tokens(requests: Sequence[Any]) -> None:
@@ -275,14 +275,14 @@ def _check_tokens(requests: Sequence[Any]) -> None:
     Raises:
         DataError: With all of them.
     """
-    wrong = [
+    problems = [
         Problem(f"question {context[-80:]!r}", f"the tokenizer returns no tokens for {what}")
         for (context, choice), context_ids, choice_ids in requests
         for what, ids in (("it", context_ids), (f"its choice {choice!r}", choice_ids))
         if not ids
     ]
-    if wrong:
-        raise DataError(wrong)
+    if problems:
+        raise DataError(problems)
 
 
 def _task_result(task: Any, source: str, results: list[dict[str, Any]]) -> tuple[TaskScores, list[Sample]]:
@@ -307,23 +307,23 @@ def _measured_result(
     task: Any, source: str, results: list[dict[str, Any]]
 ) -> tuple[MeasuredScores, list[MeasuredSample]]:
     """Figures and samples of one task; lm-eval gives a question once for each of its filters."""
-    known = metrics_of(task)
-    if left_out := sorted({name for result in results for name in result["metrics"]} - known.keys()):
+    metric_of = metrics_of(task)
+    if left_out := sorted({name for result in results for name in result["metrics"]} - metric_of.keys()):
         log.get_logger().warning(
             "metrics are left out: they are not averages over questions", task=task.task_name, metrics=left_out
         )
     by_doc: dict[int, list[dict[str, Any]]] = {}
     for result in results:
         by_doc.setdefault(result["doc_id"], []).append(result)
-    samples = [_measured_sample(by_doc[number], known) for number in sorted(by_doc)]
-    metrics = {name: known[name.partition(",")[0]] for name in samples[0].values}
+    samples = [_measured_sample(by_doc[number], metric_of) for number in sorted(by_doc)]
+    metrics = {name: metric_of[name.partition(",")[0]] for name in samples[0].values}
     how: dict[str, Any] = {"task": task.task_name, "kind": task.OUTPUT_TYPE, "source": source}
     how |= {"version": str(task.VERSION), "num_fewshot": task.config.num_fewshot or 0}
     return measured_scores(samples, metrics, **how), samples
 
 
 def _measured_sample(results: Sequence[dict[str, Any]], metrics: Mapping[str, Metric]) -> MeasuredSample:
-    """One question, from what lm-eval has of it by each of its filters."""
+    """One question, from lm-eval's result of each of its filters."""
     first = results[0]
     values = {
         f"{name},{result['filter']}": _weighted(result[name])
@@ -348,7 +348,7 @@ def _weighted(value: Any) -> tuple[float, float]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it: a tuple as a list, what JSON does not know as text."""
+    """The value as JSON has it: a tuple as a list, a type that JSON lacks as text."""
     return json.loads(json.dumps(value, default=str))
 
 

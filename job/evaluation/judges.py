@@ -43,7 +43,7 @@ SECONDS = 120.0
 MAX_BYTES = 1 << 20
 TRIES = 7
 LONGEST_PAUSE = 60.0
-"""Maximum seconds between two tries, also if the server asks for more."""
+"""Maximum seconds between two tries, even if the server's Retry-After is longer."""
 _POLL_SECONDS = 0.2
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _DENIED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
@@ -169,8 +169,8 @@ class LocalJudge:
 class _Busy(Unreachable):
     """The server's status says to try again later, after `seconds` if it names a time."""
 
-    def __init__(self, what: str, seconds: float | None) -> None:
-        super().__init__(what)
+    def __init__(self, message: str, seconds: float | None) -> None:
+        super().__init__(message)
         self.seconds = seconds
 
 

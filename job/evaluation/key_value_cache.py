@@ -25,16 +25,16 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
         most: The most tokens of a row, prompt and answer together.
     """
 
-    def __init__(self, read: Sequence[DynamicLayer], longest: int, most: int) -> None:
+    def __init__(self, layers: Sequence[DynamicLayer], longest: int, most: int) -> None:
         super().__init__()
         self._most = most
         tokens = min(longest + RESERVED_TOKENS, most)
-        self.dtype, self.device, self.is_initialized = read[0].dtype, read[0].device, True
+        self.dtype, self.device, self.is_initialized = layers[0].dtype, layers[0].device, True
         self._reserved = [
-            _joined([layer.keys for layer in read], longest, tokens),
-            _joined([layer.values for layer in read], longest, tokens),
+            _joined([layer.keys for layer in layers], longest, tokens),
+            _joined([layer.values for layer in layers], longest, tokens),
         ]
-        for layer in read:
+        for layer in layers:
             layer.keys = layer.values = None  # frees them, although the caller still holds the layers
         self._show(longest)
 
@@ -69,24 +69,24 @@ def reserve(caches: Sequence[DynamicCache], longest: int, most: int) -> DynamicC
     """Joins the caches of parts of a batch to one of all rows, with reserved memory.
 
     Args:
-        caches: Of the parts, in the order of the rows. They are emptied.
+        caches: Caches of the parts of the batch, in the order of the rows. They are emptied.
         longest: Tokens to which the prompts are padded.
         most: The most tokens of a row, prompt and answer together.
     """
-    whole = caches[0]
+    joined = caches[0]
     # Layer by layer, freeing each part's, so that only one layer's keys and values are in memory twice.
     for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         if layers[0].is_initialized:  # layers that share the keys and values of another one stay empty
-            whole.layers[number] = ReservedLayer(layers, longest, most)
-    return whole
+            joined.layers[number] = ReservedLayer(layers, longest, most)
+    return joined
 
 
 def _joined(parts: Sequence[torch.Tensor], longest: int, tokens: int) -> torch.Tensor:
     """(rows of all parts, heads, tokens, head size); prompts are padded in front with zeros to `longest` tokens."""
     rows, (_, heads, _, width) = sum(len(part) for part in parts), parts[0].shape
-    whole = parts[0].new_zeros(rows, heads, tokens, width)
+    joined = parts[0].new_zeros(rows, heads, tokens, width)
     start = 0
     for part in parts:
-        whole[start : start + len(part), :, longest - part.shape[-2] : longest] = part
+        joined[start : start + len(part), :, longest - part.shape[-2] : longest] = part
         start += len(part)
-    return whole
+    return joined

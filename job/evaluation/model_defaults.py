@@ -37,14 +37,14 @@ Fields of sampling (temperature, top_k and so on) are not among them: the task s
 """
 
 
-def with_model_defaults(how: HowToGenerate, folder: Path, model: Any, tokenizer: Any) -> HowToGenerate:
+def with_model_defaults(options: HowToGenerate, folder: Path, model: Any, tokenizer: Any) -> HowToGenerate:
     """Adds all tokens that end an answer: the tokenizer's, and those of config.json and generation_config.json.
 
     All of them, so that the way to generate is equal for a base in the quantized cache, whose generation_config.json
     may name what only config.json named before. Fields of that file that would change greedy answers are not applied;
     the log names them once.
     """
-    return replace(how, ends=tuple(sorted({*end_tokens(model, tokenizer), *_read(folder)})))
+    return replace(options, ends=tuple(sorted({*end_tokens(model, tokenizer), *_read(folder)})))
 
 
 @cache

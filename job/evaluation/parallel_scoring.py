@@ -75,11 +75,13 @@ class ParallelScoring:
         tokenizer: Any,
         prompts: Sequence[Sequence[int]],
         batches: Mapping[int, Sequence[int]],
-        how: HowToGenerate,
+        options: HowToGenerate,
     ) -> Iterator[tuple[int, list[Answer]]]:
         """Answers batches (see `generation.AnswerBatches`); gives each as soon as any process has answered it."""
         parts = {number: list(batch) for number, batch in batches.items()}
-        yield from self._divided(_Work(parts, prompts=[tuple(prompt) for prompt in prompts], how=how), model, tokenizer)
+        yield from self._divided(
+            _Work(parts, prompts=[tuple(prompt) for prompt in prompts], how=options), model, tokenizer
+        )
 
     def finish(self) -> None:
         """In process 0: lets the others return from `help`."""
@@ -96,15 +98,15 @@ class ParallelScoring:
         """What this process computes and, in between and afterwards, what the others have sent."""
         if self.processes.place.world_size > 1:
             self.processes.share("questions", lambda: adapter_of(_Work).dump_json(work).decode())
-        left = len(work.parts)
+        remaining = len(work.parts)
         for computed in self._own_share(work, model, tokenizer):
             arrived = [computed, *self._received(work)]
-            left -= len(arrived)
+            remaining -= len(arrived)
             yield from arrived
-        while left:
+        while remaining:
             arrived = self._received(work)
             self.alive(progress=bool(arrived))
-            left -= len(arrived)
+            remaining -= len(arrived)
             yield from arrived
             if not arrived:
                 time.sleep(_POLL_SECONDS)
@@ -122,18 +124,18 @@ class ParallelScoring:
         # finished. As an error of the job it ends them, like any other.
         words = memory_errors("sequences were scored", self.lower)
         with taking_part(model), words if place.world_size > 1 else nullcontext():
-            own = list(work.parts)[place.rank :: place.world_size]
-            if not own:  # `scoring` may load a model first
+            numbers = list(work.parts)[place.rank :: place.world_size]
+            if not numbers:  # `scoring` may load a model first
                 return
             self.alive()
             if work.how is None:  # all at once, so that a GPU computes one sequence while the host prepares the next
                 for found in self.scoring(
-                    model, work.questions, {number: range(*work.parts[number]) for number in own}
+                    model, work.questions, {number: range(*work.parts[number]) for number in numbers}
                 ):
                     yield found
                     self.alive()
                 return
-            for number in own:
+            for number in numbers:
                 self.alive()
                 batch = {number: work.parts[number]}
                 yield from answer_batches(model, tokenizer, work.prompts, batch, work.how, alive=self.alive)

@@ -21,9 +21,9 @@ Roles: every rule of a `critical` or `guarded` task has to be met. Rules of a `s
 nothing alone. `critical` and `supporting` tasks enter `combined`; `guarded` ones, which are there to lose nothing, do
 not.
 
-Each rule is met, missed, or inconclusive where the questions cannot tell. Where every answer is right or wrong, that is
-tested by their counts (`statistics.one_sided_p`); else by Student's t, from the interval in the manifest. The p values
-of all rules are adjusted together by Holm's method.
+Each rule is met, missed, or inconclusive where there are too few questions. Where every answer is right or wrong, that
+is tested by their counts (`statistics.one_sided_p`); else by Student's t, from the interval in the manifest. The p
+values of all rules are adjusted together by Holm's method.
 
 To add a kind of rule: a field of `Rules`, and its entry in `KINDS`.
 """
@@ -59,7 +59,7 @@ class _Strict(BaseModel):
 
 
 class Rules(_Strict):
-    """Thresholds; of accuracies, 0.01 is one percentage point. None asks for nothing."""
+    """Thresholds; of accuracies, 0.01 is one percentage point. None requires nothing."""
 
     min_gain: Gain | None = None
     """The true gain is shown to be larger than this."""
@@ -141,21 +141,21 @@ def check_policy(
         SettingsError: With everything that is wrong with it.
     """
     problems = []
-    for name, asked in policy.tasks.items():
+    for name, rules in policy.tasks.items():
         if name not in tasks:
             near = ", ".join(sorted(tasks)[:_SHOWN])
             problems.append(f"tasks.{name}: is not scored by this run; it scores {near}")
             continue
-        found = named(asked.metric, tasks[name])
+        found = named(rules.metric, tasks[name])
         if len(found) != 1:
-            what = "has no metric" if not found else "has several metrics"
-            problems.append(f"tasks.{name}: {what} {asked.metric}; it has {', '.join(tasks[name])}")
+            fault = "has no metric" if not found else "has several metrics"
+            problems.append(f"tasks.{name}: {fault} {rules.metric}; it has {', '.join(tasks[name])}")
         elif only and (name in groups or not set(tasks[name]) <= {f"{metric},none" for metric in CHOICES}):
             problems.append(
                 f"tasks.{name}: is compared only where the gate judges the adapter against the base; {only}"
             )
     if policy.combined is not None:
-        pooled = {name for name, asked in policy.tasks.items() if asked.role != "guarded"}
+        pooled = {name for name, rules in policy.tasks.items() if rules.role != "guarded"}
         asked_of = {name: set(groups.get(name, [name])) for name in sorted(pooled)}
         problems += [
             f"combined: would count the questions of {', '.join(both[:_SHOWN])} twice, for {one} and for {other}"
@@ -163,7 +163,7 @@ def check_policy(
             if (both := sorted(asked_of[one] & asked_of[other]))
         ]
     if problems:
-        raise SettingsError([Problem(f"{SETTING} ({path})", what) for what in problems])
+        raise SettingsError([Problem(f"{SETTING} ({path})", fault) for fault in problems])
 
 
 def _words(error: Any) -> str:
@@ -178,16 +178,16 @@ def _words(error: Any) -> str:
 
 
 def _faults(policy: Policy) -> Iterator[str]:
-    for name, asked in policy.tasks.items():
-        if not any(True for _ in _asked(asked)):
+    for name, rules in policy.tasks.items():
+        if not any(True for _ in _thresholds_of(rules)):
             yield f"tasks.{name}: has no rule; give {', '.join(KINDS)}"
     if policy.combined is None:
-        if all(asked.role == "supporting" for asked in policy.tasks.values()):
+        if all(rules.role == "supporting" for rules in policy.tasks.values()):
             yield "no rule decides the verdict: give a task the role critical or guarded, or set combined"
         return
-    if not any(True for _ in _asked(policy.combined)):
+    if not any(True for _ in _thresholds_of(policy.combined)):
         yield f"combined: has no rule; give {', '.join(KINDS)}"
-    pooled = {asked.metric for asked in policy.tasks.values() if asked.role != "guarded"}
+    pooled = {rules.metric for rules in policy.tasks.values() if rules.role != "guarded"}
     if not pooled:
         yield "combined: no task is critical or supporting"
     if len(pooled) > 1:
@@ -259,7 +259,7 @@ class Spread:
         """
         from scipy.stats import t
 
-        if self.error == 0 and not self.exact:  # a few grades that are all alike: nothing is known of their spread
+        if self.error == 0 and not self.exact:  # a few equal grades: their spread is unknown
             return 1.0
         return self.error * float(t.ppf(1 - alpha / 2, self.freedom) + t.ppf(power, self.freedom))
 
@@ -273,7 +273,7 @@ KINDS: Mapping[str, float | None] = {
 without a test, which is known from the number of questions."""
 
 
-def _asked(rules: Rules) -> Iterator[tuple[str, float]]:
+def _thresholds_of(rules: Rules) -> Iterator[tuple[str, float]]:
     for kind in KINDS:
         if (threshold := getattr(rules, kind)) is not None:
             yield kind, threshold
@@ -290,15 +290,15 @@ def judge_policy(policy: Policy, tasks: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         `asked` is the policy itself; `rules` has one entry for each rule; `outcome` is passed, failed or inconclusive.
     """
-    found = {name: _evidence(tasks.get(name), asked.metric) for name, asked in policy.tasks.items()}
+    evidence = {name: _evidence(tasks.get(name), task_rules.metric) for name, task_rules in policy.tasks.items()}
     rules = [
-        _judged(name, asked.role, rule, found[name], policy.alpha)
-        for name, asked in policy.tasks.items()
-        for rule in _asked(asked)
+        _judged(name, task_rules.role, rule, evidence[name], policy.alpha)
+        for name, task_rules in policy.tasks.items()
+        for rule in _thresholds_of(task_rules)
     ]
     if policy.combined is not None:
-        pooled = _pooled([found[name] for name, asked in policy.tasks.items() if asked.role != "guarded"])
-        rules += [_judged(None, "combined", rule, pooled, policy.alpha) for rule in _asked(policy.combined)]
+        pooled = _pooled([evidence[name] for name, task_rules in policy.tasks.items() if task_rules.role != "guarded"])
+        rules += [_judged(None, "combined", rule, pooled, policy.alpha) for rule in _thresholds_of(policy.combined)]
     tested = [rule for rule in rules if rule["p_met"] is not None]
     for key in ("met", "missed"):
         for rule, adjusted in zip(tested, statistics.holm([rule[f"p_{key}"] for rule in tested]), strict=True):
@@ -337,26 +337,26 @@ def sentence(rule: Mapping[str, Any]) -> str:
     if rule["kind"] == "max_detectable_effect":
         return (
             f"its {rule['n']} questions can detect a difference of {rule['found']:.4f} or more; "
-            f"the policy asks for {rule['threshold']:.4f}"
+            f"the policy requires {rule['threshold']:.4f}"
         )
-    wanted = (
+    requirement = (
         f"a gain above {rule['threshold']:+.4f}"
         if rule["kind"] == "min_gain"
         else f"a loss below {rule['threshold']:.4f}"
     )
-    what = {
-        "met": f"{wanted} is shown",
-        "missed": f"{wanted} is required, and the opposite was shown",
-        "inconclusive": f"{wanted} is asked for, and {rule['n']} questions cannot tell",
+    outcome = {
+        "met": f"{requirement} is shown",
+        "missed": f"{requirement} is required, and the opposite was shown",
+        "inconclusive": f"{requirement} is required, and {rule['n']} questions cannot tell",
     }[rule["outcome"]]
     p = rule["holm_p_met"] if rule["outcome"] != "missed" else rule["holm_p_missed"]
-    return f"{what} (difference {rule['found']:+.4f}, p = {p:.2g} after Holm)"
+    return f"{outcome} (difference {rule['found']:+.4f}, p = {p:.2g} after Holm)"
 
 
-def named(metric: str, known: Iterable[str]) -> list[str]:
-    """The metrics that a name stands for: lm-eval's name of metric and filter, or of the metric alone."""
-    known = list(known)
-    return [metric] if metric in known else [name for name in known if name.partition(",")[0] == metric]
+def named(metric: str, names: Iterable[str]) -> list[str]:
+    """The metrics that a name refers to: lm-eval's name of metric and filter, or of the metric alone."""
+    names = list(names)
+    return [metric] if metric in names else [name for name in names if name.partition(",")[0] == metric]
 
 
 def of_metric(task: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
@@ -370,18 +370,18 @@ def of_metric(task: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
 
 
 def _evidence(task: Mapping[str, Any] | None, metric: str) -> Counts | Spread | None:
-    found = None if task is None else of_metric(task, metric)
-    if found is None or task is None:
+    comparison = None if task is None else of_metric(task, metric)
+    if comparison is None or task is None:
         return None
-    n = found.get("n", task.get("n"))
-    if found.get("test", "mcnemar") == "mcnemar":
-        return Counts(n, found["improved"], found["regressed"])
+    n = comparison.get("n", task.get("n"))
+    if comparison.get("test", "mcnemar") == "mcnemar":
+        return Counts(n, comparison["improved"], comparison["regressed"])
     from scipy.stats import t
 
-    (low, high), freedom = found["ci95"], found.get("freedom", n - 1)
+    (low, high), freedom = comparison["ci95"], comparison.get("freedom", n - 1)
     error = (high - low) / 2 / float(t.ppf(0.975, freedom))
-    gain = found["delta"] if found["higher_is_better"] else -found["delta"]
-    return Spread(n, gain, error, freedom, exact=found.get("aggregation", "mean") != "mean")
+    gain = comparison["delta"] if comparison["higher_is_better"] else -comparison["delta"]
+    return Spread(n, gain, error, freedom, exact=comparison.get("aggregation", "mean") != "mean")
 
 
 def _pooled(evidence: Sequence[Counts | Spread | None]) -> Counts | Spread | None:
@@ -390,27 +390,27 @@ def _pooled(evidence: Sequence[Counts | Spread | None]) -> Counts | Spread | Non
     Without any difference the improved ones of all discordant pairs are binomial with 1/2 in the pooled table too, so
     the exact test holds for it.
     """
-    known = [one for one in evidence if one is not None]
-    if len(known) < len(evidence):
+    available = [sample for sample in evidence if sample is not None]
+    if len(available) < len(evidence):
         return None
-    counts = [one for one in known if isinstance(one, Counts)]
-    if len(counts) == len(known):
-        return Counts(*(sum(getattr(one, name) for one in counts) for name in ("n", "improved", "regressed")))
-    spreads = [one.spread if isinstance(one, Counts) else one for one in known]
-    n = sum(one.n for one in spreads)
-    parts = [(one.n * one.error / n) ** 2 for one in spreads]
-    freedom: float = sum(one.freedom for one in spreads)
+    counts = [sample for sample in available if isinstance(sample, Counts)]
+    if len(counts) == len(available):
+        return Counts(*(sum(getattr(sample, name) for sample in counts) for name in ("n", "improved", "regressed")))
+    spreads = [sample.spread if isinstance(sample, Counts) else sample for sample in available]
+    n = sum(sample.n for sample in spreads)
+    parts = [(sample.n * sample.error / n) ** 2 for sample in spreads]
+    freedom: float = sum(sample.freedom for sample in spreads)
     if any(parts):
-        freedom = sum(parts) ** 2 / sum(part**2 / one.freedom for part, one in zip(parts, spreads, strict=True))
-    gain = sum(one.n * one.gain / n for one in spreads)
-    return Spread(n, gain, sum(parts) ** 0.5, freedom, all(one.exact for one in spreads))
+        freedom = sum(parts) ** 2 / sum(part**2 / sample.freedom for part, sample in zip(parts, spreads, strict=True))
+    gain = sum(sample.n * sample.gain / n for sample in spreads)
+    return Spread(n, gain, sum(parts) ** 0.5, freedom, all(sample.exact for sample in spreads))
 
 
 def _judged(
-    task: str | None, role: str, asked: tuple[str, float], evidence: Counts | Spread | None, alpha: float
+    task: str | None, role: str, requirement: tuple[str, float], evidence: Counts | Spread | None, alpha: float
 ) -> dict[str, Any]:
     """One rule, (kind, threshold), before Holm's adjustment."""
-    kind, threshold = asked
+    kind, threshold = requirement
     rule: dict[str, Any] = {
         "task": task,
         "role": role,
@@ -424,7 +424,7 @@ def _judged(
         "holm_p_missed": None,
         "outcome": "inconclusive",
     }
-    if evidence is None:  # what was not measured is not met, whatever on_inconclusive says
+    if evidence is None:  # what was not measured is not met, regardless of on_inconclusive
         return {**rule, "outcome": "missed"}
     sign = KINDS[kind]
     if sign is None:

@@ -61,12 +61,12 @@ def _split(parent: Node, child: Node, size: int) -> Node:
     return first
 
 
-def common_start(one: Ids, other: Ids) -> int:
+def common_start(first: Ids, second: Ids) -> int:
     """The length of the longest common prefix."""
-    least, most = 0, min(len(one), len(other))
+    least, most = 0, min(len(first), len(second))
     while least < most:  # comparing slices is much faster than comparing token by token
         middle = (least + most + 1) // 2
-        if one[least:middle] == other[least:middle]:
+        if first[least:middle] == second[least:middle]:
             least = middle
         else:
             most = middle - 1
@@ -78,12 +78,12 @@ def walk(root: Node) -> Iterator[tuple[Node, Node, int]]:
 
     So all descendants of a node follow it without a gap, as `packed_layout.Layout` requires.
     """
-    left = [(child, root, 0) for child in reversed(root.children.values())]
-    while left:
-        node, parent, depth = left.pop()
+    stack = [(child, root, 0) for child in reversed(root.children.values())]
+    while stack:
+        node, parent, depth = stack.pop()
         yield node, parent, depth
         below = depth + len(node.tokens)
-        left += [(child, node, below) for child in reversed(node.children.values())]
+        stack += [(child, node, below) for child in reversed(node.children.values())]
 
 
 def places(node: Node, ids: Sequence[int]) -> Iterator[int]:

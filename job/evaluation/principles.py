@@ -32,28 +32,28 @@ def read_principles(path: Path) -> tuple[str, ...]:
     """The rules in a file: a YAML list of texts (`.yaml`, `.yml`), else a rule on each line that is not empty.
 
     Raises:
-        DataError: There is no such file, it cannot be read, or it holds no rules.
+        DataError: The file does not exist, cannot be read, or has no rules.
     """
 
-    def wrong(what: str) -> DataError:
-        return DataError([Problem(SETTING, f"{path} {what}")])
+    def wrong(message: str) -> DataError:
+        return DataError([Problem(SETTING, f"{path} {message}")])
 
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise wrong(f"cannot be read: {getattr(error, 'strerror', None) or 'no such name is possible'}") from error
+        raise wrong(f"cannot be read: {getattr(error, 'strerror', None) or 'the name is impossible'}") from error
     if len(data) > MAX_FILE_BYTES:
         raise wrong(f"is larger than {MAX_FILE_BYTES:,} bytes")
     try:
         text = data.decode("utf-8-sig")
-        found = strict_yaml(text) if path.suffix in {".yaml", ".yml"} else text.splitlines()
+        content = strict_yaml(text) if path.suffix in {".yaml", ".yml"} else text.splitlines()
     except (ValueError, RecursionError, YAMLError) as error:  # YAML's own errors quote the file
-        what = f"is not valid ({type(error).__name__}); give a YAML list of texts, or a rule on each line"
-        raise wrong(what) from None
-    if not isinstance(found, list) or not all(isinstance(rule, str) for rule in found):
+        message = f"is not valid ({type(error).__name__}); give a YAML list of texts, or a rule on each line"
+        raise wrong(message) from None
+    if not isinstance(content, list) or not all(isinstance(rule, str) for rule in content):
         raise wrong("must be a list of texts")
-    rules = tuple(" ".join(rule.split()) for rule in found if rule.strip())
+    rules = tuple(" ".join(rule.split()) for rule in content if rule.strip())
     if not 0 < len(rules) <= MAX_RULES:
         raise wrong(f"holds {len(rules)} rules; give 1 to {MAX_RULES}")
     return rules
@@ -90,19 +90,22 @@ def summarize(judgements: Sequence[Judgement]) -> dict[str, Any]:
     """
     from scipy.stats import binomtest
 
-    found = [preference(one) for one in judgements]
-    adapter, base = found.count("adapter"), found.count("base")
+    preferences = [preference(judgement) for judgement in judgements]
+    adapter, base = preferences.count("adapter"), preferences.count("base")
     decided = adapter + base
     return {
-        "n": len(found),
+        "n": len(preferences),
         "adapter": adapter,
         "base": base,
-        "ties": found.count("tie"),
-        "same": sum(one.same for one in judgements),
+        "ties": preferences.count("tie"),
+        "same": sum(judgement.same for judgement in judgements),
         "inconsistent": sum(
-            not one.same and one.base_first is not None and one.base_first == one.adapter_first for one in judgements
+            not judgement.same and judgement.base_first is not None and judgement.base_first == judgement.adapter_first
+            for judgement in judgements
         ),
-        "undecided": sum(not one.same and None in {one.base_first, one.adapter_first} for one in judgements),
+        "undecided": sum(
+            not judgement.same and None in {judgement.base_first, judgement.adapter_first} for judgement in judgements
+        ),
         "share": adapter / decided if decided else None,
         "ci95": list(wilson_interval(adapter, decided)) if decided else None,
         "p": float(binomtest(adapter, decided, 0.5).pvalue) if decided else None,
@@ -124,8 +127,8 @@ def parse_judgements(data: bytes) -> list[Judgement]:
     return [_LINE.validate_python(from_json(line, allow_inf_nan=False)) for line in data.split(b"\n") if line]
 
 
-def verdict_words(found: Mapping[str, Any], *, alpha: float = 0.05) -> str:
+def verdict_words(figures: Mapping[str, Any], *, alpha: float = 0.05) -> str:
     """What the figures mean, in a word."""
-    if found["p"] is None or found["p"] >= alpha:
+    if figures["p"] is None or figures["p"] >= alpha:
         return "inconclusive"
-    return "adapter preferred" if found["share"] > 0.5 else "base preferred"  # noqa: PLR2004 - half of the pairs
+    return "adapter preferred" if figures["share"] > 0.5 else "base preferred"  # noqa: PLR2004 - half of the pairs

@@ -1,4 +1,4 @@
-"""Files of questions (JOB_EVAL__DATA): read, put in the place of a task's own data set, and checked row by row."""
+"""Files of questions (JOB_EVAL__DATA): read, used instead of a task's data set, and checked row by row."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def _misfit(where: str, name: str, error: Exception) -> Problem:
 
 def find_misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
     """Rows of which the task cannot make a question with one right choice or more."""
-    for where, given in _located(list(task.eval_docs), rows, f"{source}:question"):
+    for where, doc in _located(list(task.eval_docs), rows, f"{source}:question"):
         if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
             try:
-                fits = task.doc_to_text(given) != "" or task.OUTPUT_TYPE == "loglikelihood_rolling"
-                task.doc_to_target(given)
+                fits = task.doc_to_text(doc) != "" or task.OUTPUT_TYPE == "loglikelihood_rolling"
+                task.doc_to_target(doc)
             except Exception as error:  # noqa: BLE001 - as below
                 yield _misfit(where, task.task_name, error)
             else:
@@ -98,7 +98,7 @@ def find_misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Proble
                     yield Problem(where, f"has no question for {task.task_name}")
             continue
         try:
-            text, choices, target = task.doc_to_text(given), task.doc_to_choice(given), task.doc_to_target(given)
+            text, choices, target = task.doc_to_text(doc), task.doc_to_choice(doc), task.doc_to_target(doc)
             gold = text if task.multiple_input else target
             golds = [
                 choices.index(g) if isinstance(g, str) else int(g) for g in (gold if isinstance(gold, list) else [gold])
@@ -112,7 +112,7 @@ def find_misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Proble
             if not fits:
                 what = "has no question, fewer than two choices, an empty choice, or no right choice"
                 yield Problem(where, f"{what} for {task.task_name}")
-            elif not _labelled(given.get("choices")):
+            elif not _labelled(doc.get("choices")):
                 yield Problem(where, "has a choices.label that does not give each of choices.text one label")
 
 
@@ -121,12 +121,12 @@ def find_example_misfits(task: Any, examples: Sequence[Row], source: str) -> Ite
 
     lm-eval would show these in their own prompts, with the answer: it expects examples of another split.
     """
-    asked, few = {_identity(task, given) for _, given in _located(list(task.eval_docs), (), "")}, task.fewshot_cfg
-    for where, given in _located(list(task.fewshot_docs()), examples, f"{source}:example"):
+    questions, few = {_identity(task, doc) for _, doc in _located(list(task.eval_docs), (), "")}, task.fewshot_cfg
+    for where, doc in _located(list(task.fewshot_docs()), examples, f"{source}:example"):
         try:
-            task.doc_to_text(given, few.doc_to_text)
-            task.doc_to_target(given, few.doc_to_target)
-            is_asked = _identity(task, given) in asked
+            task.doc_to_text(doc, few.doc_to_text)
+            task.doc_to_target(doc, few.doc_to_target)
+            is_asked = _identity(task, doc) in questions
         except Exception as error:  # noqa: BLE001 - as above
             yield _misfit(where, task.task_name, error)
         else:
@@ -140,7 +140,7 @@ def find_example_misfits(task: Any, examples: Sequence[Row], source: str) -> Ite
 def _located(docs: Sequence[Any], rows: Sequence[Row], kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The place of each document, and its fields that are given.
 
-    A task may filter rows, and then a document's number is all that is known of its place. The data set fills fields
+    A task may filter rows, and then only a document's number says where it is. The data set fills fields
     that a row lacks with null, which a template would render as "None".
     """
     for number, doc in enumerate(docs):
@@ -148,14 +148,14 @@ def _located(docs: Sequence[Any], rows: Sequence[Row], kind: str) -> Iterator[tu
         yield where, {field: value for field, value in doc.items() if value is not None}
 
 
-def _identity(task: Any, given: dict[str, Any]) -> str:
+def _identity(task: Any, doc: dict[str, Any]) -> str:
     """What is asked, with its choices: the same of two rows that differ only in what is not asked, such as an id."""
-    choices = task.doc_to_choice(given) if task.OUTPUT_TYPE == MULTIPLE_CHOICE else None
-    return json.dumps([task.doc_to_text(given), choices], default=str)
+    choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == MULTIPLE_CHOICE else None
+    return json.dumps([task.doc_to_text(doc), choices], default=str)
 
 
 def _labelled(choices: Any) -> bool:
-    """Whether choices of ARC's kind, texts beside their labels, have one label each: the answer names one."""
+    """Whether choices of ARC's kind, texts next to their labels, have one label each: the answer names one."""
     texts, labels = (choices.get(name) if isinstance(choices, dict) else None for name in ("text", "label"))
     if not isinstance(texts, list) or not isinstance(labels, list):
         return True  # another task's kind

@@ -36,7 +36,7 @@ def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[in
     """
     count = tokens = reads = 0
     answered = (0, 0)
-    asked: list[Question] = []
+    questions: list[Question] = []
     for task in tasks.loaded["tasks"].values():
         restart_examples(task)
         for doc in islice(task.eval_docs, limit):
@@ -51,9 +51,9 @@ def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[in
                 what = "the tokenizer returns no tokens for a part of it"
                 raise DataError([Problem(f"question {question_id(doc, count)}", what)])
             count += 1
-            asked += scored
-    tokens += tokens_to_compute(asked, BATCH_TOKENS)
-    return count, tokens, reads + sum(map(reads_of, asked)), *answered
+            questions += scored
+    tokens += tokens_to_compute(questions, BATCH_TOKENS)
+    return count, tokens, reads + sum(map(reads_of, questions)), *answered
 
 
 @compiled_once()
@@ -67,7 +67,7 @@ def check_lengths(
     Args:
         tasks: From `load_tasks`.
         tokenizer: The model's.
-        limit: The first so many questions of each task; None for all.
+        limit: Number of questions of each task, from the first; None for all.
         max_length: The most tokens of a question with one of its choices, which is also that of a training example.
         cut: Whether a longer question loses its beginning, as lm-eval has it, instead of being refused.
         vocabulary: Rows of the model's embedding; None if that is not known.
@@ -76,22 +76,24 @@ def check_lengths(
         DataError: With the first 20 of them, and their number.
     """
     problems: list[Problem] = []
-    known = len(tokenizer) if vocabulary is None else vocabulary
+    vocabulary_size = len(tokenizer) if vocabulary is None else vocabulary
     for name, task in tasks.loaded["tasks"].items():
         extra = len(str(task.config.description or "").encode()) + _SLACK_BYTES
         restart_examples(task)
         for number, doc in enumerate(islice(task.eval_docs, limit)):
             size = len(json.dumps(doc, default=str, ensure_ascii=False).encode(errors="surrogatepass"))
-            what = None
+            message = None
             if task.OUTPUT_TYPE != MULTIPLE_CHOICE or task.config.num_fewshot:
-                what = _too_large(task, doc, size) or _does_not_fit(task, doc, tokenizer, max_length, known, cut=cut)
+                message = _too_large(task, doc, size) or _does_not_fit(
+                    task, doc, tokenizer, max_length, vocabulary_size, cut=cut
+                )
                 if task.OUTPUT_TYPE == MULTIPLE_CHOICE:
-                    what = what or _unknown_token(task, doc, tokenizer, known)
-            elif size + extra > max_length or known < len(tokenizer):
-                what = _too_large(task, doc, size) or _too_long(task, doc, tokenizer, max_length, cut=cut)
-                what = what or _unknown_token(task, doc, tokenizer, known)
-            if what is not None:
-                problems.append(Problem(f"{tasks.sources[name]} question {question_id(doc, number)[:80]}", what))
+                    message = message or _unknown_token(task, doc, tokenizer, vocabulary_size)
+            elif size + extra > max_length or vocabulary_size < len(tokenizer):
+                message = _too_large(task, doc, size) or _too_long(task, doc, tokenizer, max_length, cut=cut)
+                message = message or _unknown_token(task, doc, tokenizer, vocabulary_size)
+            if message is not None:
+                problems.append(Problem(f"{tasks.sources[name]} question {question_id(doc, number)[:80]}", message))
     if problems:
         raise DataError(problems)
 

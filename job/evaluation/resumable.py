@@ -11,7 +11,7 @@ T = TypeVar("T")
 class Keeps(Protocol):
     """A cache of computed parts: `score_cache.ScoreCache`."""
 
-    def add(self, number: int, found: list[Any]) -> None:
+    def add(self, number: int, results: list[Any]) -> None:
         """Adds a part to the cache."""
 
     def save(self) -> None:
@@ -19,27 +19,27 @@ class Keeps(Protocol):
 
 
 def complete(
-    known: dict[int, list[T]],
+    results: dict[int, list[T]],
     computed: Iterator[tuple[int, list[T]]],
     cache: Keeps | None,
     on_progress: Callable[[int], None],
 ) -> dict[int, list[T]]:
-    """Adds the missing parts to `known`, and returns it.
+    """Adds the missing parts to `results`, and returns it.
 
     Args:
-        known: Number of a part -> the result for each of its questions.
+        results: Number of a part -> the result for each of its questions.
         computed: The missing parts with their numbers, in any order.
         cache: Receives the computed parts; may be None.
         on_progress: Called with the number of finished questions.
     """
-    on_progress(sum(map(len, known.values())))
+    on_progress(sum(map(len, results.values())))
     try:
         for number, found in computed:
-            known[number] = found
+            results[number] = found
             if cache is not None:
                 cache.add(number, found)
-            on_progress(sum(map(len, known.values())))
+            on_progress(sum(map(len, results.values())))
     finally:
         if cache is not None:
             cache.save()  # also after an error or a request to stop
-    return known
+    return results

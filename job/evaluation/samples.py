@@ -36,13 +36,13 @@ class Sample(BaseModel):
         id: The row's own id, else its number.
         question: The prompt; for tasks with several contexts, the words that continue them.
         choices: As text.
-        log_likelihoods: Of each choice given the question, in nats.
+        log_likelihoods: Log-likelihood of each choice given the question, in nats.
         choice_lengths: In characters.
         prediction: Index of the likeliest choice.
         prediction_norm: Index of the choice with the largest log-likelihood per character.
         gold: The right choice as the task gives it: an index, several indices, or text.
         acc: 1 where `prediction` is right.
-        acc_norm: 1 where `prediction_norm` is right; None where the task has no such metric.
+        acc_norm: 1 where `prediction_norm` is right; None where the task does not have that metric.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
@@ -107,7 +107,7 @@ def parse_measured(data: bytes) -> list[MeasuredSample]:
     """The samples of a task without choices in a file of JSON lines.
 
     Raises:
-        ValueError: With the first line that is not such a sample.
+        ValueError: With the first line that is not a sample.
     """
     return _parse(data, MeasuredSample)
 
@@ -134,15 +134,15 @@ def contradiction(sample: Sample) -> str | None:
     normalized = [value / length for value, length in zip(sample.log_likelihoods, sample.choice_lengths, strict=True)]
     golds = sample.gold if isinstance(sample.gold, list) else [sample.gold]
     indices = all(isinstance(gold, int) for gold in golds)
-    for name, values, prediction, right in (
+    for name, values, prediction, correct in (
         ("acc", sample.log_likelihoods, sample.prediction, sample.acc),
         ("acc_norm", normalized, sample.prediction_norm, sample.acc_norm),
     ):
         best = values.index(max(values))
         if prediction != best:
             return f"predicts choice {prediction} by {name}, and choice {best} is the likeliest"
-        if indices and right is not None and right != (best in golds):
-            return f"has {name} {right:g}, with choice {best} for {sample.gold}"
+        if indices and correct is not None and correct != (best in golds):
+            return f"has {name} {correct:g}, with choice {best} for {sample.gold}"
     return None
 
 

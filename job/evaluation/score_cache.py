@@ -109,11 +109,15 @@ def score_key(questions: Sequence[Question], sequences: Sequence[range], conditi
 def answers_key(
     prompts: Sequence[Sequence[int]],
     batches: Sequence[Sequence[int]],
-    how: HowToGenerate,
+    options: HowToGenerate,
     conditions: Mapping[str, Any],
 ) -> str:
     """SHA-256 of what determines generated answers, hexadecimal; which prompts share a batch is part of it."""
-    request = {"answers": [list(prompt) for prompt in prompts], "batches": list(map(list, batches)), "how": asdict(how)}
+    request = {
+        "answers": [list(prompt) for prompt in prompts],
+        "batches": list(map(list, batches)),
+        "how": asdict(options),
+    }
     return hashlib.sha256(json.dumps([conditions, request], sort_keys=True).encode()).hexdigest()
 
 
@@ -177,10 +181,10 @@ class ScoreCache:
         return {entry.row: entry.scores for entry in self._fitting(len(sequences), fits)}
 
     def load_answers(
-        self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], how: HowToGenerate
+        self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], options: HowToGenerate
     ) -> dict[int, list[Answer]]:
         """The cached answers by number of the batch; entries that do not match are skipped, as by `load`."""
-        self._folder = f"{self._root}/{answers_key(prompts, batches, how, self._conditions)}"
+        self._folder = f"{self._root}/{answers_key(prompts, batches, options, self._conditions)}"
         fitting = self._fitting(len(batches), lambda entry: len(entry.answers) == len(batches[entry.row]))
         return {entry.row: entry.answers for entry in fitting}
 
@@ -207,14 +211,14 @@ class ScoreCache:
 
     def _read(self, key: str) -> list[_Entry]:
         name = key.rpartition("/")[2].partition(".")[0]
-        why = "its content does not match the hash in its name"
+        reason = "its content does not match the hash in its name"
         try:
             stored = self._store.read(key)
             if stored is not None and hashlib.sha256(stored.data).hexdigest() == name:
                 return [_Entry.model_validate_json(line) for line in stored.data.splitlines()]
         except (ValidationError, TooLarge) as error:
-            why = str(error).splitlines()[0]
-        get_logger().warning("cached scores are invalid and computed again", key=key, why=why)
+            reason = str(error).splitlines()[0]
+        get_logger().warning("cached scores are invalid and computed again", key=key, why=reason)
         return []
 
     def add(self, number: int, results: list[list[ChoiceScore]] | list[Answer] | list[float]) -> None:

@@ -5,7 +5,7 @@
     positions:              0 1   2 3 4   5   5 6   2 3 4 5   6    as if each choice were alone in a sequence
 
 a and b are choices of the first question, e is a choice of the second; each lacks its last token, since nothing is
-predicted from it. If each choice were scored in a sequence of its own, a question with k choices would compute its
+predicted from it. If each choice were scored in a separate sequence, a question with k choices would compute its
 context k times, and few-shot examples would be computed once for each choice of each question. With causal attention
 the keys and values of a token do not depend on what follows. So every common prefix is computed once, and sequences
 become a tree (`prefix_tree`). Up to rounding, the log-likelihoods are those of scoring each choice alone, for a
@@ -134,13 +134,13 @@ def begin_scoring(
             build_layout(packed.segments, device),
             given(packed.reads),
         )  # (reads, vocabulary)
-        read = given(packed.predicted_by)  # (choice tokens,): which logits predict each of them
+        predicted_by = given(packed.predicted_by)  # (choice tokens,): which logits predict each of them
         token = given(packed.targets)  # (choice tokens,)
         # fp32 before the softmax: bf16 has 8 bits of precision, so a log-probability near -10 would be rounded to
         # multiples of 1/16, more than what often separates two choices. float64 after it, so that the sum over a
         # choice's tokens adds no error, however long the choice is.
-        log_probs = logits.float().log_softmax(-1)[read, token].double()
-        greedy = logits.argmax(-1)[read] == token
+        log_probs = logits.float().log_softmax(-1)[predicted_by, token].double()
+        greedy = logits.argmax(-1)[predicted_by] == token
         waited = to_host(log_probs, greedy)
     return lambda: list(_by_question(questions, *waited()))
 
@@ -160,7 +160,7 @@ def _own_forward(
 
 
 def _score_alone(model: Any, context: Sequence[int], choice: Sequence[int]) -> ChoiceScore:
-    """Scores one choice after its context, in a forward pass of its own with the model's own attention.
+    """Scores one choice after its context, in a separate forward pass with the model's own attention.
 
     Used for models whose answers change when examples are packed (see `packed_attention.is_packed`).
     """

@@ -52,7 +52,7 @@ def compare(base: Sequence[bool], adapter: Sequence[bool], *, alpha: float = 0.0
         base: One entry a question, true where the base model is right.
         adapter: The same questions in the same order, for the adapter.
         alpha: Level of the two-sided test behind the verdict and the minimum detectable effect. The interval is 95 %
-            whatever alpha is.
+            for every alpha.
 
     Raises:
         ValueError: The lists differ in length or are empty.
@@ -232,7 +232,7 @@ def paired_ratio(
 
     Args:
         differences: One for each question: after less before.
-        weights: Of the same questions; above 0.
+        weights: Weights of the same questions; above 0.
         level: Confidence level, a fraction.
     """
     from math import fsum
@@ -265,8 +265,8 @@ def stratified(differences: Sequence[Sequence[float]], shares: Sequence[float]) 
     Medicine 24, 729-740. Without it, a few questions that all changed alike would count as known without error.
 
     Args:
-        differences: Of each stratum, after less before; two at least in each.
-        shares: Of each stratum in the mean; they add up to 1.
+        differences: For each stratum, the differences (after less before); at least two.
+        shares: Weight of each stratum in the mean; they add up to 1.
     """
     from math import fsum
 
@@ -274,7 +274,7 @@ def stratified(differences: Sequence[Sequence[float]], shares: Sequence[float]) 
     parts = [share**2 * square for share, square in zip(shares, squares, strict=True)]
     variance, centre = fsum(parts), fsum(share * mean for share, mean in zip(shares, means, strict=True))
     delta = fsum(share * fsum(d) / len(d) for share, d in zip(shares, differences, strict=True))
-    if variance == 0:  # all alike in each stratum, which says nothing of how they spread
+    if variance == 0:  # all equal in each stratum, so their spread is unknown
         return Stratified(delta, (delta, delta), 1.0, float(sum(freedoms)))
     freedom = variance**2 / fsum(part**2 / own for part, own in zip(parts, freedoms, strict=True))
     _, interval, p = _by_t(centre, variance**0.5, freedom, 0.95)
@@ -331,7 +331,7 @@ def standard_error(correct: Sequence[bool]) -> float:
     return float((accuracy * (1 - accuracy) / (n - 1)) ** 0.5)
 
 
-def wilson_interval(right: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+def wilson_interval(correct: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of one accuracy; always within 0 and 1.
 
     E. B. Wilson (1927), Probable inference, the law of succession, and statistical inference, Journal of the American
@@ -340,5 +340,5 @@ def wilson_interval(right: int, n: int, *, level: float = 0.95) -> tuple[float, 
     """
     from scipy.stats import binomtest
 
-    found = binomtest(right, n).proportion_ci(level, method="wilson")
+    found = binomtest(correct, n).proportion_ci(level, method="wilson")
     return float(found.low), float(found.high)

@@ -1,4 +1,4 @@
-r"""Tasks that users describe themselves: a YAML file in lm-eval's format, with its data beside it.
+r"""Tasks that users describe themselves: a YAML file in lm-eval's format, with its data next to it.
 
     task: my_arithmetic
     output_type: generate_until
@@ -14,7 +14,7 @@ r"""Tasks that users describe themselves: a YAML file in lm-eval's format, with 
     metric_list:
       - {metric: exact_match, aggregation: mean, higher_is_better: true}
 
-A file may also describe a group, of tasks in files beside it or of lm-eval's, and how its figure is computed:
+A file may also describe a group, of tasks in files next to it or of lm-eval's, and how its figure is computed:
 
     group: my_group
     task: [my_arithmetic.yaml, arc_easy]
@@ -89,11 +89,11 @@ class TaskFile:
 
     Attributes:
         name: Its own.
-        path: Of the file, as the settings name it.
+        path: Path of the file, as in the settings.
         config: What lm-eval takes, without the data.
         rows: By split.
         source: Where the questions are.
-        sha256: Of the file.
+        sha256: SHA-256 of the file, hexadecimal.
     """
 
     name: str
@@ -110,10 +110,10 @@ class GroupFile:
 
     Attributes:
         name: Its own.
-        path: Of the file, as the settings name it.
+        path: Path of the file, as in the settings.
         config: What lm-eval takes, without the tasks.
-        members: lm-eval's names of tasks and groups, and the tasks of files beside it.
-        sha256: Of the file.
+        members: lm-eval's names of tasks and groups, and the tasks of files next to it.
+        sha256: SHA-256 of the file, hexadecimal.
     """
 
     name: str
@@ -213,7 +213,7 @@ def _is_filters(value: Any) -> bool:
 def _inside(file: Path, folder: Path) -> bool:
     try:
         return file.resolve().is_relative_to(folder.resolve())
-    except (ValueError, OSError, RuntimeError):  # no such name is possible, or links that lead in a circle
+    except (ValueError, OSError, RuntimeError):  # an impossible name, or links that lead in a circle
         return False
 
 
@@ -221,18 +221,18 @@ def _read_task(path: Path, text: bytes, config: Mapping[Any, Any]) -> TaskFile:
     if wrong := list(_wrong(config)):
         raise SettingsError([Problem(str(path), what) for what in wrong])
     places = _places(path, config)
-    asked = str(config.get("test_split") or config.get("validation_split"))
+    scored_split = str(config.get("test_split") or config.get("validation_split"))
     rows, faults = {}, []
     for split, files in places.items():
         found = [row for file in files for row in read_rows(file, str(file))]
         faults += [Problem(row.where, row.what) for row in found if isinstance(row, RowError)]
         rows[split] = [row for row in found if isinstance(row, Row)]
-    few = [split for split, found in rows.items() if len(found) < (2 if split == asked else 1)]
+    few = [split for split, found in rows.items() if len(found) < (2 if split == scored_split else 1)]
     faults += [Problem(str(places[split][0]), "holds too few rows; a comparison needs two questions") for split in few]
     if faults:
         raise DataError(faults)
     kept = {name: value for name, value in config.items() if not name.startswith("dataset_")}
-    source = ", ".join(map(str, places[asked]))
+    source = ", ".join(map(str, places[scored_split]))
     return TaskFile(config["task"], str(path), kept, rows, source, hashlib.sha256(text).hexdigest())
 
 
@@ -247,7 +247,7 @@ def _read(path: Path) -> bytes:
         raise SettingsError([Problem(str(path), f"has more than {MAX_BYTES:,} bytes")])
     if text.count(b"[") + text.count(b"{") > MAX_BRACKETS:
         raise SettingsError(
-            [Problem(str(path), f"has more than {MAX_BRACKETS:,} brackets; put the data into a file beside it")]
+            [Problem(str(path), f"has more than {MAX_BRACKETS:,} brackets; put the data into a file next to it")]
         )
     return text
 
@@ -294,7 +294,7 @@ def _wrong_fields(config: Mapping[Any, Any]) -> Iterator[str]:
     if isinstance(config.get("dataset_path"), str) and config["dataset_path"] not in FORMATS:
         yield (
             f"dataset_path: is {config['dataset_path']!r}; it is one of {', '.join(FORMATS)}, with the "
-            "data in a file beside it"
+            "data in a file next to it"
         )
 
 
@@ -343,30 +343,30 @@ def _mappings(value: Any) -> list[dict[str, Any]]:
 
 def _places(path: Path, config: Mapping[str, Any]) -> dict[str, list[Path]]:
     """By split its files, all below the folder of the task. Raises SettingsError with all that are not."""
-    given = config["dataset_kwargs"]["data_files"]
-    asked = {str(config[name]) for name in SPLITS if config.get(name)}
+    files_by_split = config["dataset_kwargs"]["data_files"]
+    splits = {str(config[name]) for name in SPLITS if config.get(name)}
     if isinstance(few := config.get("fewshot_config"), dict) and few.get("split"):
-        asked.add(str(few["split"]))
-    if not isinstance(given, dict):
-        given = dict.fromkeys(asked, given)  # as `datasets` has it for one split
-    wrong, places = [], {}
-    for split in sorted(asked):
-        names = given.get(split)
+        splits.add(str(few["split"]))
+    if not isinstance(files_by_split, dict):
+        files_by_split = dict.fromkeys(splits, files_by_split)  # as `datasets` has it for one split
+    faults, places = [], {}
+    for split in sorted(splits):
+        names = files_by_split.get(split)
         places[split] = [path.parent / str(name) for name in (names if isinstance(names, list) else [names])]
         if names is None:
-            wrong.append(f"dataset_kwargs.data_files: has no file for the split {split}")
+            faults.append(f"dataset_kwargs.data_files: has no file for the split {split}")
             continue
         for file in places[split]:
             relative = PurePosixPath(*file.parts[len(path.parent.parts) :])
             inside = _inside(file, path.parent) and ".." not in relative.parts
             if "://" in str(file) or not inside:
-                wrong.append(f"dataset_kwargs.data_files: {file.name[:80]!r} is not in the folder of the task")
+                faults.append(f"dataset_kwargs.data_files: {file.name[:80]!r} is not in the folder of the task")
             elif not file.is_file():
-                wrong.append(f"dataset_kwargs.data_files: {file} does not exist")
+                faults.append(f"dataset_kwargs.data_files: {file} does not exist")
             elif reader_of(file) is None:
-                wrong.append(
+                faults.append(
                     f"dataset_kwargs.data_files: {file} has an unknown format; known are ({', '.join(FORMATS)})"
                 )
-    if wrong:
-        raise SettingsError([Problem(str(path), what) for what in wrong])
+    if faults:
+        raise SettingsError([Problem(str(path), what) for what in faults])
     return places

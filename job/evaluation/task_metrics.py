@@ -1,4 +1,4 @@
-"""Tasks that are measured by metrics of their own: generated answers (exact_match), perplexities, likelihoods.
+"""Tasks without choices: generated answers (exact_match), perplexities, likelihoods.
 
 Each question has a value and a weight for each metric, and the figure is a function of their sums:
 
@@ -43,28 +43,28 @@ def metrics_of(task: Any) -> dict[str, Metric]:
     """The metrics of one of lm-eval's tasks that can be compared by question, by name."""
     from lm_eval.api.registry import get_aggregation
 
-    known = {id(get_aggregation(name)): name for name in AGGREGATIONS}
+    aggregation_names = {id(get_aggregation(name)): name for name in AGGREGATIONS}
     better = task.higher_is_better()
     return {
-        metric: Metric(known[id(function)], bool(better.get(metric, True)))
+        metric: Metric(aggregation_names[id(function)], bool(better.get(metric, True)))
         for metric, function in task.aggregation().items()
-        if id(function) in known
+        if id(function) in aggregation_names
     }
 
 
-def how_to_generate(task: str, given: Mapping[str, Any], *, seed: int = 0) -> HowToGenerate:
+def how_to_generate(task: str, generation_kwargs: Mapping[str, Any], *, seed: int = 0) -> HowToGenerate:
     """A task's `generation_kwargs`, as lm-eval reads them.
 
     Raises:
-        SettingsError: They ask for what is not done here, such as beams or penalties.
+        SettingsError: They request what is not supported here, such as beams or penalties.
     """
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-    other = {name: value for name, value in given.items() if name not in _GENERATES | _LENGTHS}
+    other = {name: value for name, value in generation_kwargs.items() if name not in _GENERATES | _LENGTHS}
     unknown = [name for name, value in other.items() if not (name == "num_beams" and value == 1)]
-    asked = normalize_gen_kwargs(dict(given))
-    stop, temperature = handle_stop_sequences(asked.get("until"), eos=None), asked.get("temperature", 0.0)
-    draws = bool(asked.get("do_sample"))
+    options = normalize_gen_kwargs(dict(generation_kwargs))
+    stop, temperature = handle_stop_sequences(options.get("until"), eos=None), options.get("temperature", 0.0)
+    draws = bool(options.get("do_sample"))
     if draws and not temperature > 0:
         unknown.append(f"do_sample with a temperature of {temperature}")
     if unknown:
@@ -75,8 +75,10 @@ def how_to_generate(task: str, given: Mapping[str, Any], *, seed: int = 0) -> Ho
         raise SettingsError([Problem("JOB_EVAL__TASKS", f"{what}and top_p")])
     sampling = None
     if draws:
-        sampling = Sampling(float(temperature), int(asked.get("top_k") or 0), float(asked.get("top_p") or 1.0), seed)
-    return HowToGenerate(int(asked["max_gen_toks"]), tuple(map(str, stop)), sampling)
+        sampling = Sampling(
+            float(temperature), int(options.get("top_k") or 0), float(options.get("top_p") or 1.0), seed
+        )
+    return HowToGenerate(int(options["max_gen_toks"]), tuple(map(str, stop)), sampling)
 
 
 def measured_scores(
@@ -119,7 +121,7 @@ def measured_from(
     """The figures that follow from published samples; what they do not say is the manifest's.
 
     Args:
-        samples: Of one side.
+        samples: Samples of one model.
         task: Its name.
         claimed: The task in the manifest's `evaluation.measured`.
         side: `base` or `adapter`.
@@ -154,13 +156,13 @@ def compare_measured(base: Mapping[str, MeasuredScores], adapter: Mapping[str, M
     Raises:
         DataError: The questions, prompts or metrics of a task differ.
     """
-    wrong = [
+    unpaired = [
         name
         for name, scores in adapter.items()
         if name not in base or (base[name].task_hash, base[name].metrics) != (scores.task_hash, scores.metrics)
     ]
-    if wrong:
-        raise DataError([Problem(name, "the base answered other questions than the adapter") for name in wrong])
+    if unpaired:
+        raise DataError([Problem(name, "the base answered other questions than the adapter") for name in unpaired])
     names = [(task, metric) for task, scores in adapter.items() for metric in scores.metrics]
     compared = [
         _comparison(base[task].values[metric], adapter[task].values[metric], adapter[task].metrics[metric])

@@ -1,4 +1,4 @@
-"""What the names in JOB_EVAL__TASKS stand for: lm-eval's tasks and groups, and tasks in files of users' own.
+"""What the names in JOB_EVAL__TASKS refer to: lm-eval's tasks and groups, and tasks in users' files.
 
 No task is loaded here, so that wrong names are found before a run begins.
 """
@@ -21,7 +21,7 @@ from job.evaluation.task_files import GroupFile, TaskFile, is_task_file, own_tas
 
 MULTIPLE_CHOICE = "multiple_choice"
 MEASURED = ("generate_until", "loglikelihood_rolling", "loglikelihood")
-"""Kinds of tasks that are measured by metrics of their own, such as exact_match or perplexity: see `measured`."""
+"""Kinds of tasks without choices, whose metrics are such as exact_match or perplexity: see `measured`."""
 T = TypeVar("T")
 KINDS = (MULTIPLE_CHOICE, *MEASURED)
 
@@ -32,19 +32,21 @@ def read_files(names: Sequence[str]) -> tuple[list[str], list[TaskFile | GroupFi
     return [name for name in names if not is_task_file(name)], files
 
 
-def names_of_ours(own: Sequence[TaskFile | GroupFile]) -> list[str]:
+def names_of_ours(user_tasks: Sequence[TaskFile | GroupFile]) -> list[str]:
     """The names of tasks that come with this job."""
-    return [task.name for task in own if task.name in own_tasks()]
+    return [task.name for task in user_tasks if task.name in own_tasks()]
 
 
-def members_of(own: Sequence[TaskFile | GroupFile]) -> list[str]:
+def members_of(user_tasks: Sequence[TaskFile | GroupFile]) -> list[str]:
     """lm-eval's tasks and groups that users' groups name."""
-    return [name for group in own if isinstance(group, GroupFile) for name in group.members if isinstance(name, str)]
+    return [
+        name for group in user_tasks if isinstance(group, GroupFile) for name in group.members if isinstance(name, str)
+    ]
 
 
-def member_files(own: Sequence[TaskFile | GroupFile]) -> list[TaskFile]:
+def member_files(user_tasks: Sequence[TaskFile | GroupFile]) -> list[TaskFile]:
     """The tasks of files that users' groups name."""
-    groups = [group for group in own if isinstance(group, GroupFile)]
+    groups = [group for group in user_tasks if isinstance(group, GroupFile)]
     return [task for group in groups for task in group.members if isinstance(task, TaskFile)]
 
 
@@ -57,7 +59,7 @@ def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
 
     Raises:
         SettingsError: With all that is wrong.
-        DataError: The data beside a user's own task cannot be read.
+        DataError: The data next to a user's own task cannot be read.
     """
     names, own = read_files(names)
     names += members_of(own)
@@ -78,7 +80,7 @@ def _are_known(names: frozenset[str]) -> bool:
     """
     spec = find_spec("lm_eval")
     folders = spec.submodule_search_locations if spec else None
-    known = set()
+    found_names = set()
     for file in Path(folders[0], "tasks").rglob("*.yaml") if folders else ():
         if file.stem in names:
             try:
@@ -87,8 +89,8 @@ def _are_known(names: frozenset[str]) -> bool:
                 continue  # not certain, for instance because of lm-eval's own tags, such as !function
             own = isinstance(found, dict) and found.get("task") == file.stem and not {"class", "group"} & found.keys()
             if own and found.get("output_type") == MULTIPLE_CHOICE:
-                known.add(file.stem)
-    return known == names
+                found_names.add(file.stem)
+    return found_names == names
 
 
 def import_tasks() -> None:
@@ -112,23 +114,23 @@ def open_index(names: tuple[str, ...]) -> Any:
 
 
 def tasks_of(index: Mapping[str, Any], names: Iterable[str]) -> set[str]:
-    """The tasks that names of lm-eval stand for: tasks, and those of groups and tags, also of nested ones."""
-    left = list(names)
-    found: set[str] = set()
-    seen: set[str] = set()
-    while left:
-        name = left.pop()
-        if name in seen or name not in index:
+    """The tasks that names of lm-eval refer to: tasks, and those of groups and tags, also of nested ones."""
+    pending = list(names)
+    tasks: set[str] = set()
+    visited: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name in visited or name not in index:
             continue
-        seen.add(name)
+        visited.add(name)
         entry = index[name]
         if entry.kind.name not in {"GROUP", "TAG"}:
-            found.add(name)
+            tasks.add(name)
             continue
         members = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
         members = [members] if isinstance(members, str) else members or []
-        left += [str(one.get("group") or one.get("task")) if isinstance(one, dict) else str(one) for one in members]
-    return found
+        pending += [str(one.get("group") or one.get("task")) if isinstance(one, dict) else str(one) for one in members]
+    return tasks
 
 
 def without_examples(data: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
@@ -150,12 +152,12 @@ def check_data(names: Sequence[str], data: Iterable[str]) -> None:
 
     Tasks of lm-eval's groups are asked where the group is. Its whole index is read only for these.
     """
-    other = [name for name in data if name not in names]
-    if other:
-        inside = tasks_of(open_index((*names, *other)).task_index, names)
-        other = [name for name in other if name not in inside]
-    if other:
-        what = f"gives questions of {', '.join(other)}, and JOB_EVAL__TASKS does not name that task"
+    unnamed = [name for name in data if name not in names]
+    if unnamed:
+        inside = tasks_of(open_index((*names, *unnamed)).task_index, names)
+        unnamed = [name for name in unnamed if name not in inside]
+    if unnamed:
+        what = f"gives questions of {', '.join(unnamed)}, and JOB_EVAL__TASKS does not name that task"
         raise SettingsError([Problem("JOB_EVAL__DATA", what)])
 
 

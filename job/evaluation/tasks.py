@@ -114,7 +114,7 @@ class Tasks:
         """
         with compiled_once():
             return {
-                name: [_asked(task, doc) for doc in islice(task.eval_docs, limit)]
+                name: [_question_text(task, doc) for doc in islice(task.eval_docs, limit)]
                 for name, task in self.loaded["tasks"].items()
             }
 
@@ -149,22 +149,26 @@ def load_tasks(
         Unreachable: A task's questions must be downloaded from the hub, which did not answer.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    names, own = read_files(names)
+    names, user_tasks = read_files(names)
     data, examples = without_examples(data)
-    check_data((*names, *members_of(own), *names_of_ours(own)), data)
+    check_data((*names, *members_of(user_tasks), *names_of_ours(user_tasks)), data)
     texts = {name: read_questions(data[name], sources[name]) for name in data if name in own_tasks()}
     data = {name: path for name, path in data.items() if name not in texts}
-    own = [_with_texts(task, texts, sources) for task in own]
-    manager = open_index((*names, *members_of(own), *data))
-    check_names(manager.task_index, (*names, *members_of(own)), data)
-    if twice := _twice([*names, *(one.name for one in own), *(task.name for task in member_files(own))]):
+    user_tasks = [_with_texts(task, texts, sources) for task in user_tasks]
+    manager = open_index((*names, *members_of(user_tasks), *data))
+    check_names(manager.task_index, (*names, *members_of(user_tasks)), data)
+    if twice := _twice(
+        [*names, *(user_task.name for user_task in user_tasks), *(task.name for task in member_files(user_tasks))]
+    ):
         raise SettingsError([Problem("JOB_EVAL__TASKS", f"names {name} twice") for name in twice])
     rows = {name: read_questions(data[name], sources[name]) for name in data}
-    shown = {name: read_questions(path, sources[name + EXAMPLES]) for name, path in examples.items()}
-    local = {name: task_with_rows(manager, name, rows[name], sources[name], shown.get(name)) for name in rows}
-    missing = [name for name in (*names, *members_of(own)) if name not in local]
+    examples_of = {name: read_questions(path, sources[name + EXAMPLES]) for name, path in examples.items()}
+    local = {name: task_with_rows(manager, name, rows[name], sources[name], examples_of.get(name)) for name in rows}
+    missing = [name for name in (*names, *members_of(user_tasks)) if name not in local]
     with hub_errors(f"questions of {', '.join(missing)}"), in_their_groups(manager, local):
-        loaded = _load(manager, [*(local.get(name, name) for name in names), *(_built(manager, o, local) for o in own)])
+        loaded = _load(
+            manager, [*(local.get(name, name) for name in names), *(_built(manager, o, local) for o in user_tasks)]
+        )
     tasks, rows = loaded["tasks"], rows | texts
     _set_shots(tasks, num_fewshot)
     wrong = [
@@ -177,14 +181,14 @@ def load_tasks(
     ]:
         raise DataError(few)
     misfits = [problem for name in rows for problem in find_misfits(tasks[name], rows[name], sources[name])]
-    for name in () if misfits else shown:
-        misfits += find_example_misfits(tasks[name], shown[name], sources[name + EXAMPLES])
+    for name in () if misfits else examples_of:
+        misfits += find_example_misfits(tasks[name], examples_of[name], sources[name + EXAMPLES])
     if misfits:
         raise DataError(misfits)
-    users = [*(one for one in own if isinstance(one, TaskFile)), *member_files(own)]
+    users = [*(user_task for user_task in user_tasks if isinstance(user_task, TaskFile)), *member_files(user_tasks)]
     places = dict(sources) | {task.name: task.source for task in users}
-    files = {task.name: task.sha256 for task in users} | {name: _hash(rows) for name, rows in shown.items()}
-    for group in own:
+    files = {task.name: task.sha256 for task in users} | {name: _hash(rows) for name, rows in examples_of.items()}
+    for group in user_tasks:
         if isinstance(group, GroupFile):
             members = loaded["groups"][group.name].get_all_tasks()
             files |= {task.task_name: files.get(task.task_name, "") + group.sha256 for task in members}
@@ -202,27 +206,27 @@ def _with_texts(
     return replace(task, rows=dict.fromkeys(task.rows, texts[task.name]), source=sources[task.name])
 
 
-def _built(manager: Any, own: TaskFile | GroupFile, local: Mapping[str, Any]) -> Any:
+def _built(manager: Any, user_task: TaskFile | GroupFile, local: Mapping[str, Any]) -> Any:
     """lm-eval's task or group from a user's file. Raises DataError if a template fails on the first row."""
     from lm_eval.api.group import Group
 
-    if isinstance(own, TaskFile):
-        return _from_file(manager, own)
-    group = Group.from_config(dict(own.config))
-    for member in own.members:
+    if isinstance(user_task, TaskFile):
+        return _from_file(manager, user_task)
+    group = Group.from_config(dict(user_task.config))
+    for member in user_task.members:
         if isinstance(member, TaskFile):
             group.add(_from_file(manager, member))
             continue
         loaded = _load(manager, [local.get(member, member)])
         for task in [loaded["groups"][member]] if member in loaded["groups"] else loaded["tasks"].values():
-            group.add(task)  # a tag stands for several tasks
+            group.add(task)  # a tag names several tasks
     return group
 
 
-def _load(manager: Any, what: list[Any]) -> Any:
+def _load(manager: Any, names: list[Any]) -> Any:
     """lm-eval's tasks and groups. Raises SettingsError if a task is named twice, for example by two groups."""
     try:
-        return manager.load(what)
+        return manager.load(names)
     except ValueError as error:
         if str(error).startswith("Duplicate task"):
             raise SettingsError([Problem("JOB_EVAL__TASKS", f"names a task twice: {error}")]) from error
@@ -279,12 +283,12 @@ def check_gate(tasks: Tasks, metric: str, policy: Policy | None, path: str | Non
         matching = {name: named(metric, metrics) for name, metrics in measured.items()}
         if not any(matching.values()):
             has = ", ".join(sorted({name for metrics in measured.values() for name in metrics})) or "none"
-            what = f"is {metric}, which no task of this run has; tasks without choices have {has}"
-            raise SettingsError([Problem("JOB_GATE__METRIC", what)])
+            message = f"is {metric}, which no task of this run has; tasks without choices have {has}"
+            raise SettingsError([Problem("JOB_GATE__METRIC", message)])
         if several := [name for name, names in matching.items() if len(names) > 1]:
             which = f"is {metric}, of which {several[0]} has several: {', '.join(matching[several[0]])}"
-            what = f"{which}; name one of them, or name one for each task in JOB_GATE__POLICY"
-            raise SettingsError([Problem("JOB_GATE__METRIC", what)])
+            message = f"{which}; name one of them, or name one for each task in JOB_GATE__POLICY"
+            raise SettingsError([Problem("JOB_GATE__METRIC", message)])
 
 
 def _hash(rows: Sequence[Row]) -> str:
@@ -322,15 +326,15 @@ def _without_examples(name: str, task: Any) -> Problem | None:
         return None
     few = task.fewshot_cfg
     if few.split is None and few.samples is None and not (task.has_training_docs() or task.has_validation_docs()):
-        what = f"{name} is asked with {shots} examples, but its data has only questions"
+        message = f"{name} is asked with {shots} examples, but its data has only questions"
         give = f"give a file of examples, JOB_EVAL__DATA={name}{EXAMPLES}=..."
         return Problem(
             "JOB_EVAL__NUM_FEWSHOT",
-            f"{what}; {give}; 0 asks without examples, which gives other figures than {name}'s default",
+            f"{message}; {give}; 0 asks without examples, which gives other figures than {name}'s default",
         )
     if (there := len(list(task.fewshot_docs()))) <= shots:
-        what = f"{name} is asked with {shots} examples, and there are {there}; one more than that is needed"
-        return Problem("JOB_EVAL__NUM_FEWSHOT", what)
+        message = f"{name} is asked with {shots} examples, and there are {there}; one more than that is needed"
+        return Problem("JOB_EVAL__NUM_FEWSHOT", message)
     return None
 
 
@@ -339,7 +343,7 @@ def restart_examples(task: Any) -> None:
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
 
 
-def _asked(task: Any, doc: Any) -> str:
+def _question_text(task: Any, doc: Any) -> str:
     """The text of a question without examples; of a text whose likelihood is measured, the text."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return str(task.doc_to_target(doc))

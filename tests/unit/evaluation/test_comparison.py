@@ -87,7 +87,7 @@ def test_a_point_above_the_gate_is_not_enough() -> None:
     assert tasks["t"]["delta"] == pytest.approx(0.004)
     (reason,) = comparison.gate_failures(tasks, "acc", 0.0, None) or []
     assert reason.startswith("t: acc may have gained only -0.00")
-    assert reason.endswith("the gate asks for +0.0000")
+    assert reason.endswith("the gate requires +0.0000")
 
 
 def test_the_gate_looks_at_the_metric_it_was_told() -> None:
