@@ -1,7 +1,7 @@
 """The format `adapter:TYPE`: the published adapter with its numbers in 16 bits, in PEFT's layout, half as large.
 
 Whoever loads the adapter reads this folder the same way. PEFT makes fp32 of it, vLLM the dtype that it serves in, and
-llama.cpp's converter the type that it is asked for. So what is lost is lost in this rounding, and it is scored as PEFT
+llama.cpp's converter the requested type. So what is lost is lost in this rounding, and it is scored as PEFT
 computes it: with the rounded numbers in fp32, on the base of the run.
 """
 
@@ -23,7 +23,7 @@ def write_adapter_copy(files: Sequence[Path], folder: Path, kind: str) -> None:
     """Writes the copy: the same numbers give the same bytes.
 
     Args:
-        files: Of the published adapter, one of them `adapter_model.safetensors`; all others are copied as they are.
+        files: Files of the published adapter, one of them `adapter_model.safetensors`; all others are copied unchanged.
         folder: Is made.
         kind: Dtype of the copy, `bf16` or `fp16`; numbers that are no floats keep theirs.
 

@@ -4,7 +4,7 @@ All three are the same quantization (integers, symmetric, a scale for each group
 optimizes by the layers' outputs on calibration rows), in three layouts: that of compressed-tensors, of GPTQ, of AWQ.
 
 The calibration rows are joined in the order of the batch plan, and cut into sequences of one length. Tensors that are
-not quantized are those of the merged model, bit for bit; in `gptq` and `awq`, whose kernels want it, in fp16.
+not quantized are those of the merged model, bit for bit; in `gptq` and `awq`, whose kernels require it, in fp16.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def group_size(empty: Any) -> int | None:
 
 
 def calibration_sequences(rows: Sequence[Sequence[int]], longest: int = LONGEST) -> list[list[int]]:
-    """The rows joined in their order, and cut into sequences of one length; what is left at the end is left out."""
+    """The rows joined in their order, and cut into sequences of one length; the incomplete last one is left out."""
     joined = [token for row in rows for token in row]
     length = min(longest, len(joined))
     return [joined[start : start + length] for start in range(0, len(joined) - length + 1, length)]
@@ -99,7 +99,7 @@ def make_four_bit(
     Args:
         layout: How the weights are written.
         inputs: What it is made from.
-        run: (task, folder for its files, alive) quantizes; by default in a process of its own.
+        run: (task, folder for its files, alive) quantizes; by default in a separate process.
 
     Raises:
         CannotMake: auto-round cannot quantize this model.
@@ -124,7 +124,7 @@ def make_four_bit(
     )
     (run or run_process)(task, inputs.work, inputs.alive)
     (made,) = (path.parent for path in (inputs.work / "made").rglob("config.json"))
-    layers, kept = _write(layout, inputs, made, empty)
+    layers, kept_layers = _write(layout, inputs, made, empty)
     return QuantizationRecord(
         method=layout.method,
         scheme="W4A16",
@@ -134,12 +134,12 @@ def make_four_bit(
         library="auto-round",
         version=version("auto-round"),
         layers=layers,
-        kept=kept,
+        kept=kept_layers,
     )
 
 
 def run_process(task: Task, work: Path, alive: Callable[..., None]) -> None:
-    """Runs auto-round in a process of its own, which ends when this function does.
+    """Runs auto-round in a separate process, which ends when this function does.
 
     Raises:
         CannotMake: It ended with an error.
@@ -174,8 +174,8 @@ def _cpu_seconds(pid: int) -> float:
     return float(times.user + times.system)
 
 
-def _write(layout: Layout, inputs: DerivedInputs, made: Path, empty: Any) -> tuple[int, list[str]]:
-    """Writes the format's files from what auto-round made and from the merged model's.
+def _write(layout: Layout, inputs: DerivedInputs, quantized_folder: Path, empty: Any) -> tuple[int, list[str]]:
+    """Writes the format's files from auto-round's output and from the merged model.
 
     Returns:
         How many layers are quantized, and the linear layers that are not.
@@ -185,29 +185,37 @@ def _write(layout: Layout, inputs: DerivedInputs, made: Path, empty: Any) -> tup
     """
     source = inputs.merged
     merged = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
-    own = {name: (file, shape, dtype) for file in weight_files(made) for name, shape, dtype in read_header(file)}
-    layers = {name.removesuffix(f".{layout.packed}") for name in own if name.endswith(f".{layout.packed}")}
+    quantized_tensors = {
+        name: (file, shape, dtype)
+        for file in weight_files(quantized_folder)
+        for name, shape, dtype in read_header(file)
+    }
+    layers = {
+        name.removesuffix(f".{layout.packed}") for name in quantized_tensors if name.endswith(f".{layout.packed}")
+    }
     # Only what holds quantized weights: auto-round also writes a head that is tied to the embeddings, as a copy.
-    own = {name: found for name, found in own.items() if name.rpartition(".")[0] in layers}
-    plain = {name: found for name, found in merged.items() if name.removesuffix(".weight") not in layers}
+    quantized_tensors = {
+        name: tensor for name, tensor in quantized_tensors.items() if name.rpartition(".")[0] in layers
+    }
+    plain = {name: tensor for name, tensor in merged.items() if name.removesuffix(".weight") not in layers}
     config = read_json(source / "config.json", MAX_CONFIG_BYTES)
     main: torch.dtype = torch.float16 if layout.half else getattr(torch, config["dtype"])
     tensors = {}
-    for name, (file, shape, dtype) in {**own, **plain}.items():
+    for name, (file, shape, dtype) in {**quantized_tensors, **plain}.items():
         same = not dtype.is_floating_point or (name in plain and not layout.half)
         tensors[name] = (file, shape, dtype if same else main)
 
     def written(name: str) -> torch.Tensor:
         file, _, dtype = tensors[name]
-        found = read_tensor(file, name)
-        cast = found.to(dtype).contiguous()
-        if found.isfinite().all() and not cast.isfinite().all():
+        tensor = read_tensor(file, name)
+        cast = tensor.to(dtype).contiguous()
+        if tensor.isfinite().all() and not cast.isfinite().all():
             raise CannotMake(f"{name} has numbers that are too large for fp16")
         return cast
 
     inputs.folder.mkdir(parents=True)
     write_weights(inputs.folder, {name: (s, d) for name, (_, s, d) in tensors.items()}, written, alive=inputs.alive)
-    config["quantization_config"] = read_json(made / "config.json", MAX_CONFIG_BYTES)["quantization_config"]
+    config["quantization_config"] = read_json(quantized_folder / "config.json", MAX_CONFIG_BYTES)["quantization_config"]
     config["dtype"] = str(main).removeprefix("torch.")
     (inputs.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in sorted(source.iterdir()):
@@ -217,11 +225,11 @@ def _write(layout: Layout, inputs: DerivedInputs, made: Path, empty: Any) -> tup
     return len(layers), [name for name in linear if name not in layers]
 
 
-def load_gptq(folder: Path, how: HowToScore) -> ExportedModel:
+def load_gptq(folder: Path, scoring: HowToScore) -> ExportedModel:
     """Loads by auto-round's quantizer in transformers: that of GPTQ itself needs packages with their own kernels."""
     from transformers import AutoRoundConfig
 
-    # `g_idx` is the order of the inputs, which the layout asks for and which is the plain one here
+    # `g_idx` is the order of the inputs, which the layout requires; here it is the identity
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # which is on purpose
-        return load_quantized(folder, how, quantization_config=AutoRoundConfig(), ignored=".g_idx")
+        return load_quantized(folder, scoring, quantization_config=AutoRoundConfig(), ignored=".g_idx")

@@ -1,7 +1,7 @@
 """The process in which auto-round quantizes a model, started by `job.export.autoround`.
 
 auto-round changes transformers where it is imported, runs for minutes to hours without a place to stop at, and ends the
-interpreter when it refuses something. So it has a process of its own, which the job can end at any moment.
+interpreter when it refuses something. So it runs in a separate process, which the job can end at any moment.
 
 It reads a `Task` from the file that is its argument. When its input ends, the job has ended, and so does it.
 """
@@ -20,18 +20,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be quantized, and how.
+    """What to quantize, and how.
 
     Attributes:
         merged: Folder of the model.
-        output: Folder in which auto-round makes one, with a name of its own.
+        output: Folder in which auto-round makes a folder; it chooses that folder's name.
         layout: How the weights are written, by auto-round's name: `llm_compressor`, `auto_gptq`, `auto_awq`.
         group_size: Weights that share a scale.
         sequences: Token ids of the calibration, all of one length.
         steps: In which the rounding of a decoder layer is optimized; 0 rounds to the nearest.
-        seed: Of the order in which sequences are taken.
+        seed: Seed of the order of the sequences.
         device: `cpu`, or `cuda:0`.
-        threads: Of torch, which decide the last bits on a CPU.
+        threads: Number of torch's threads, which determines the last bits on a CPU.
     """
 
     merged: str
@@ -51,7 +51,7 @@ BATCH = 8
 
 def main() -> None:
     """Quantizes, and ends with the exit code of what it raises."""
-    os.dup2(2, 1)  # nobody reads what libraries print, and a pipe that is full would stop them
+    os.dup2(2, 1)  # the output of libraries is not read, and a full pipe would block them
     task = Task(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     Thread(target=_end_with_the_job, daemon=True).start()
     import auto_round  # noqa: F401
@@ -78,7 +78,7 @@ def quantize(task: Task) -> None:
     rows = [torch.tensor([tokens]) for tokens in task.sequences]
     # With a mask: without one auto-round takes repeated tokens at a sequence's end for padding.
     calibration: list[Any] = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
-    made = AutoRound(
+    quantizer = AutoRound(
         task.merged,
         tokenizer=AutoTokenizer.from_pretrained(task.merged, trust_remote_code=False),
         scheme="W4A16",
@@ -97,4 +97,4 @@ def quantize(task: Task) -> None:
         disable_model_free=True,
         trust_remote_code=False,
     )
-    made.quantize_and_save(task.output, format=task.layout)
+    quantizer.quantize_and_save(task.output, format=task.layout)

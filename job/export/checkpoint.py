@@ -44,7 +44,7 @@ def read_header(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
 
 
 def parameter_names(names: Iterable[str], empty: Any) -> dict[str, str]:
-    """Name in the base's files -> name of the parameter that transformers loads it into as it is.
+    """Name in the base's files -> name of the parameter that transformers loads it into unchanged.
 
     Without those that transformers makes a parameter of together with others.
     """

@@ -6,8 +6,8 @@ How to add a format:
    refuses before training what it cannot make (`check`).
 2. Add it to `DERIVED`, and to `EXPORT_FORMATS` in `job/common/export_formats.py` (a test compares the two). A format
    with types, such as `gguf:q4_k_m`, has one entry in each; its functions get the type.
-3. If transformers does not load such a folder by itself, write a `load` for it. What cannot be scored on a machine
-   says so by `cannot_score`: it is published as not scored, and the gate cannot judge it.
+3. If transformers cannot load such a folder, write a `load` for it. What cannot be scored on a machine
+   is named by `cannot_score`: the format is published as not scored, and the gate cannot judge it.
 
 All else follows from the table: calibration rows, scoring, publication, manifest, report and `verify`.
 """
@@ -42,11 +42,11 @@ class DerivedInputs:
     """What a format is made from.
 
     Attributes:
-        merged: Folder of the merged model, as it is or would be published, with tokenizer.
-        kind: The type of the format that was asked for, such as `q4_k_m`; empty if it has none.
+        merged: Folder of the merged model, as published or publishable, with tokenizer.
+        kind: The requested type of the format, such as `q4_k_m`; empty if it has none.
         folder: To be made, for the files of the format and nothing else.
         work: To be made, for temporary files; it is removed by the caller.
-        calibration: Token ids of the calibration rows, as they were trained on.
+        calibration: Token ids of the calibration rows, as in training.
         device: Where it may compute.
         seed: JOB_RUN__SEED.
         alive: Called often, at most seconds apart; may raise what ends the job. `progress=False` only says that one

@@ -6,7 +6,7 @@ shape (outputs, inputs), row by row:
     scale = max |W| / 448            rounded to the dtype of the merged model
     Q     = W / scale                computed in fp32, limited to +-448, rounded to the nearest E4M3
 
-A reader multiplies Q by its scale, and each token's input by a scale of its own. Nothing is calibrated. In memory is
+A reader multiplies Q by its scale, and each token's input by that token's scale. Nothing is calibrated. In memory is
 one file of the result and one tensor in fp32.
 """
 
@@ -51,15 +51,15 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
 
     source = inputs.merged
     empty = build_empty(source, read_config(source))
-    chosen, kept = set(quantizable(empty)), kept_linear(empty)
-    found = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
-    modules = {name: parameter.removesuffix(".weight") for name, parameter in parameter_names(found, empty).items()}
+    chosen, kept_layers = set(quantizable(empty)), kept_linear(empty)
+    tensors = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
+    modules = {name: parameter.removesuffix(".weight") for name, parameter in parameter_names(tensors, empty).items()}
     quantized = {name for name, module in modules.items() if module in chosen and name.endswith(".weight")}
     scheme = preset_name_to_scheme(SCHEME, ["Linear"])
     packing = CompressionFormat.float_quantized.value
     compressor = BaseCompressor.get_value_from_registry(packing)
     shapes = {}
-    for name, (_, shape, dtype) in found.items():
+    for name, (_, shape, dtype) in tensors.items():
         shapes[name] = (shape, torch.float8_e4m3fn if name in quantized else dtype)
         if name in quantized:
             shapes[name + _SCALE] = ((shape[0], 1), dtype)
@@ -67,8 +67,8 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
     def written(name: str) -> torch.Tensor:
         weight_of = name.removesuffix(_SCALE)
         if weight_of not in quantized:
-            return read_tensor(found[name][0], name).contiguous()
-        file, _, dtype = found[weight_of]
+            return read_tensor(tensors[name][0], name).contiguous()
+        file, _, dtype = tensors[weight_of]
         weight = read_tensor(file, weight_of).float()
         lowest, highest = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
         # Rounded before it is used: transformers holds it in the model's dtype, vLLM in fp32, and both read the same.
@@ -81,14 +81,14 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
 
     inputs.folder.mkdir(parents=True)
     write_weights(inputs.folder, shapes, written, alive=inputs.alive)
-    how = QuantizationConfig(
+    quantization = QuantizationConfig(
         config_groups={"group_0": scheme},
         quantization_status=QuantizationStatus.COMPRESSED,
         format=packing,
-        ignore=kept,
+        ignore=kept_layers,
     )
     config = read_json(source / "config.json", MAX_CONFIG_BYTES)
-    config["quantization_config"] = json.loads(how.model_dump_json())
+    config["quantization_config"] = json.loads(quantization.model_dump_json())
     (inputs.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in sorted(source.iterdir()):
         if path.name != "config.json" and not path.name.startswith("model."):
@@ -102,5 +102,5 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
         library=METHOD,
         version=version(METHOD),
         layers=len(quantized),
-        kept=kept,
+        kept=kept_layers,
     )

@@ -9,8 +9,8 @@ hang without the job. Why these ways:
   digits. The converter and the choice of types that it brings along are used here; the blocks are llama.cpp's own.
 - Blocks are made as `llama-quantize` makes them without an importance matrix: nothing is calibrated, so no row of the
   training data decides what the file holds.
-- llama.cpp's server tells probabilities of sampled tokens only, so each token of a choice is one request, which forces
-  that token. That costs the same forward passes as generating the choice.
+- llama.cpp's server reports probabilities of sampled tokens only, so each token of a choice is one request, which
+  forces that token. That costs the same forward passes as generating the choice.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _STALLED_SECONDS = 900.0
 _POLL_SECONDS = 1.0
 _WITHOUT_NETWORK = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _MARGIN = 8
-"""Tokens of llama.cpp's context beyond the longest question: it wants room for the one that it samples."""
+"""Tokens of llama.cpp's context beyond the longest question: it needs room for the one that it samples."""
 _PROBES = (
     *("Hello, world!", " leading space", "  two spaces", "trailing space ", "a\nb\n\nc", "\ttab", "\n", "   "),
     *(
@@ -102,7 +102,7 @@ _PROBES = (
 
 @dataclass(frozen=True)
 class Converted:
-    """What is known of a GGUF file.
+    """The properties of a GGUF file.
 
     Attributes:
         family: llama.cpp's name of the architecture.
@@ -152,30 +152,30 @@ def make_gguf(inputs: DerivedInputs) -> QuantizationRecord:
         answer = next(answer for answer in answers if "bytes" not in answer)
     if "made" not in answer:
         raise CannotMake(_reason(answer))
-    made = answer["made"]
-    held = TYPES[inputs.kind]
+    contents = answer["made"]
+    gguf_type = TYPES[inputs.kind]
     return QuantizationRecord(
         method=GGUF,
         scheme=inputs.kind.upper(),
-        bits=held.bits,
-        group_size=held.block,
-        activations=held.activations,
+        bits=gguf_type.bits,
+        group_size=gguf_type.block,
+        activations=gguf_type.activations,
         library="llama.cpp in xllamacpp",
         version=version("xllamacpp"),
-        layers=made["quantized"],
+        layers=contents["quantized"],
         kept=[],
         gguf=GgufRecord(
-            architecture=made["family"],
-            pre_tokenizer=made["pre_tokenizer"],
+            architecture=contents["family"],
+            pre_tokenizer=contents["pre_tokenizer"],
             converter=f"auto-round {version('auto-round')}",
-            types=made["types"],
-            bits_per_weight=made["bits_per_weight"],
-            tokenized_otherwise=made["differing"],
+            types=contents["types"],
+            bits_per_weight=contents["bits_per_weight"],
+            tokenized_otherwise=contents["differing"],
         ),
     )
 
 
-def load_scored(folder: Path, how: HowToScore) -> ExportedModel:
+def load_scored(folder: Path, scoring: HowToScore) -> ExportedModel:
     """Loads the file of a folder in llama.cpp, on the processor, to be scored a question at a time.
 
     Raises:
@@ -184,12 +184,12 @@ def load_scored(folder: Path, how: HowToScore) -> ExportedModel:
     (file,) = folder.glob("*.gguf")
     kind = file.stem.partition("-")[2]
     stack = ExitStack()
-    threads = max(1, len(os.sched_getaffinity(0)) // how.processes)
-    model = stack.enter_context(load_gguf(file, max_length=how.max_length, threads=threads, alive=how.alive))
+    threads = max(1, len(os.sched_getaffinity(0)) // scoring.processes)
+    model = stack.enter_context(load_gguf(file, max_length=scoring.max_length, threads=threads, alive=scoring.alive))
     facts = {
         "llama.cpp": version("xllamacpp"),
         "instructions": model.instructions,
-        "context": how.max_length,
+        "context": scoring.max_length,
         "asked_by": code_hashes("job.export.llama_cpp_process", "job.export.llama_cpp_server"),
     }
     return ExportedModel(
@@ -235,9 +235,9 @@ def load_gguf(file: Path, *, max_length: int, threads: int, alive: Callable[...,
     """Loads a file in llama.cpp while the context is open.
 
     Args:
-        file: Of GGUF.
+        file: GGUF file.
         max_length: Most tokens of a question with its longest choice.
-        threads: Of the processor. Scores have the same bits with any number of them.
+        threads: Number of CPU threads. Scores have the same bits with any number of them.
         alive: Called while waiting; may raise what ends the job.
 
     Raises:
@@ -322,10 +322,10 @@ class _Answers:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def send_line(self, what: Mapping[str, Any]) -> None:
+    def send_line(self, request: Mapping[str, Any]) -> None:
         """Asks; a process that has ended is noticed by the answer."""
         with suppress(OSError):
-            self._helper.stdin.write(json.dumps(what).encode() + b"\n")
+            self._helper.stdin.write(json.dumps(request).encode() + b"\n")
             self._helper.stdin.flush()
 
     def _end(self) -> str:

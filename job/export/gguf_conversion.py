@@ -38,7 +38,7 @@ _TRIAL = 32
 
 
 def import_converter() -> Any:
-    """llama.cpp's converter, a package of its own in auto-round's folder; that of auto-round is not imported.
+    """llama.cpp's converter, a separate package in auto-round's folder; auto-round itself is not imported.
 
     Raises:
         Refused: It is not installed.
@@ -63,7 +63,7 @@ def _run_no_code() -> None:
 def _without_code(
     load: Any,
     *args: Any,
-    trust_remote_code: object = None,  # noqa: ARG001 - what the converter asks for counts for nothing
+    trust_remote_code: object = None,  # noqa: ARG001 - the type that the converter requests is ignored
     local_files_only: object = None,  # noqa: ARG001
     **options: Any,
 ) -> Any:
@@ -84,15 +84,15 @@ def convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], file
     hparams = conversion.ModelBase.load_hparams(source, is_mistral_format=False)
     family = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     try:
-        known = conversion.get_model_class(family)
+        model_class = conversion.get_model_class(family)
     except NotImplementedError:
         raise Refused(f"llama.cpp's converter does not know the family {family}") from None
-    selector = _type_selector(hparams, file_type, known.model_arch)
+    selector = _type_selector(hparams, file_type, model_class.model_arch)
 
-    class Converted(known):  # type: ignore[misc, valid-type]
+    class Converted(model_class):  # type: ignore[misc, valid-type]
         """The family's own class, with three of its methods answered here."""
 
-        model_arch = known.model_arch
+        model_arch = model_class.model_arch
         pre: str | None = None
 
         def get_vocab_base_pre(self, tokenizer: Any) -> str:
@@ -148,14 +148,14 @@ def _type_selector(hparams: Mapping[str, Any], file_type: str, arch: Any) -> Any
     return selector(text, _file_type(file_type), arch, has_tied_embeddings=tied)
 
 
-def _that_fits(wanted: Any, columns: int) -> Any:
-    """The type for rows of so many numbers, as llama.cpp's quantizer replaces one whose blocks do not divide them."""
+def _that_fits(gguf_type: Any, columns: int) -> Any:
+    """The type for rows of `columns` numbers, as llama.cpp's quantizer replaces one whose blocks do not divide them."""
     import gguf
 
     types = gguf.GGMLQuantizationType
     instead = {types.Q2_K: types.Q4_0, types.Q3_K: types.Q4_0, types.Q4_K: types.Q5_0}
     instead |= {types.Q5_K: types.Q5_1, types.Q6_K: types.Q8_0}
-    for found in (wanted, instead.get(wanted, types.F16)):
+    for found in (gguf_type, instead.get(gguf_type, types.F16)):
         if columns % gguf.GGML_QUANT_SIZES[found][0] == 0:
             return found
     return types.F16
@@ -212,7 +212,7 @@ def _sentencepiece(folder: Path, rows: int) -> tuple[list[bytes], list[float], l
     of the first merge that makes it.
 
     Raises:
-        FileNotFoundError: It was made otherwise; the converter then goes on to look for one of its other kinds.
+        FileNotFoundError: It was made otherwise; the converter then continues to look for one of its other kinds.
     """
     import gguf
 
@@ -230,7 +230,7 @@ def _sentencepiece(folder: Path, rows: int) -> tuple[list[bytes], list[float], l
         tokens.append(text)
         scores.append(-float(ranks.get(text, len(ranks))))
         kinds.append(int(kind))
-    for number in range(len(tokens), rows):  # llama.cpp wants a token for each row of the embedding
+    for number in range(len(tokens), rows):  # llama.cpp requires a token for each row of the embedding
         tokens.append(f"[PAD{number}]".encode())
         scores.append(-float(len(ranks)))
         kinds.append(int(gguf.TokenType.UNUSED))
@@ -280,7 +280,7 @@ def _first_that_agrees(model: Any, tokenizer: Mapping[str, Any]) -> dict[str, An
 
 
 def _vocabulary_pairs(model: Any) -> dict[str, Any]:
-    """The keys and values about the vocabulary, as the converter writes them; `model` is left as it was."""
+    """The keys and values about the vocabulary, as the converter writes them; `model` is unchanged afterwards."""
     import gguf
 
     writer = model.gguf_writer

@@ -1,8 +1,8 @@
 """The process that makes GGUF files and scores them in llama.cpp, started by `job.export.gguf`.
 
-A process of its own, because both run code that must not take the job with it: llama.cpp ends the process on a failed
+A separate process, because both run code that must not end the job: llama.cpp ends its process on a failed
 assertion, and the converter reads files of a model with functions that differ from family to family. It has no network:
-the hub's client is told that it is offline, and code that comes with a model is never run.
+the hub's client is set to offline mode, and code that comes with a model is never run.
 
 It reads JSON lines from stdin and answers on stdout. The first line says what to do:
 
@@ -33,12 +33,12 @@ Say = Callable[[Mapping[str, Any]], None]
 
 
 def main() -> None:
-    """Does what the first line asks for, and answers until stdin ends."""
+    """Does what the first line of stdin requests, and answers until stdin ends."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
-        os.dup2(2, 1)  # libraries print: whatever they print is no answer
+        os.dup2(2, 1)  # libraries print, and their output is no answer
 
-        def say(what: Mapping[str, Any]) -> None:
-            answers.write(json.dumps(what) + "\n")
+        def say(message: Mapping[str, Any]) -> None:
+            answers.write(json.dumps(message) + "\n")
             answers.flush()
 
         asked = json.loads(sys.stdin.readline())
@@ -59,21 +59,21 @@ def _check(*, source: str, tokenizer: Mapping[str, Any], say: Say) -> None:
 
 
 def _make(*, source: str, file: str, file_type: str, tokenizer: Mapping[str, Any], say: Say) -> None:
-    """Writes the file, says now and then that it goes on, and in the end what the file holds."""
+    """Writes the file, reports progress periodically, and in the end what the file holds."""
     model = convertible(Path(source), file_type, tokenizer, Path(file))
-    found = try_vocabulary(model, tokenizer)
-    with _told_while_it_grows(Path(file), say), tempfile.TemporaryDirectory() as place:
+    vocabulary = try_vocabulary(model, tokenizer)
+    with _reporting_growth(Path(file), say), tempfile.TemporaryDirectory() as place:
         # the converter guesses a name, a version and more from the folder's name, which must not decide the bytes
         model.dir_model_card = Path(place, NAME)
         model.dir_model_card.symlink_to(Path(source).absolute(), target_is_directory=True)
         model.write()
-    # What llama.cpp does not load is told here, and not when it is scored.
+    # A file that llama.cpp cannot load fails here, and not when it is scored.
     Served(Path(file), threads=1, context=256).tokenize("a")
-    say({"made": {**found, **gguf_contents(Path(file)), "quantized": quantized_tensors(Path(file))}})
+    say({"made": {**vocabulary, **gguf_contents(Path(file)), "quantized": quantized_tensors(Path(file))}})
 
 
 @contextmanager
-def _told_while_it_grows(file: Path, say: Say) -> Iterator[None]:
+def _reporting_growth(file: Path, say: Say) -> Iterator[None]:
     """Says every few seconds that a file has grown: the converter says nothing, and may write for an hour."""
     done = threading.Event()
 
@@ -95,7 +95,7 @@ def _told_while_it_grows(file: Path, say: Say) -> Iterator[None]:
 
 
 def _score(*, file: str, threads: int, context: int, say: Say) -> None:
-    """Loads a file, says so, and scores a question a line."""
+    """Loads a file, reports that it is loaded, and scores one question for each line."""
     served = Served(Path(file), threads=threads, context=context)
     say({"loaded": system_info()})
     for line in sys.stdin:

@@ -42,8 +42,8 @@ class Served:
     """A GGUF file in llama.cpp's server, which answers one request at a time.
 
     Args:
-        file: Of a model.
-        threads: Of the processor.
+        file: GGUF file of a model.
+        threads: Number of CPU threads.
         context: Most tokens of a question with a choice.
 
     Raises:
@@ -53,7 +53,7 @@ class Served:
     def __init__(self, file: Path, *, threads: int, context: int) -> None:
         xllamacpp = _llama_cpp()
         self._key = token_hex(16)
-        self._whole: int | None = None
+        self._reported: int | None = None
         options = xllamacpp.CommonParams()
         options.model.path = str(file)
         options.api_keys = [self._key]  # the server listens, if only on this machine
@@ -61,7 +61,7 @@ class Served:
         options.n_parallel = 1
         options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
         # One request at a time, nothing kept of earlier ones, and attention whose sums do not depend on the number of
-        # threads: a question's scores have the same bits whatever was asked before it.
+        # threads: a question's scores have the same bits regardless of earlier questions.
         options.cache_ram_mib = 0
         options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         options.warmup = options.fit_params = False
@@ -84,14 +84,14 @@ class Served:
     def score(self, context: Sequence[int], choice: Sequence[int], *, anew: bool) -> tuple[float, bool]:
         """Log-likelihood of a choice after a context (natural logarithm), and whether it is the greedy continuation.
 
-        One request a token: the token is forced by a bias on its logit, and llama.cpp tells its probability before any
-        bias, a softmax in fp32 over the logits of the whole vocabulary. It costs one token's forward pass, since the
-        tokens before it are in llama.cpp's cache.
+        One request a token: the token is forced by a bias on its logit, and llama.cpp reports its probability before
+        any bias, a softmax in fp32 over the logits of the whole vocabulary. It costs one token's forward pass, since
+        the tokens before it are in llama.cpp's cache.
 
         Args:
             context: Token ids.
             choice: Token ids.
-            anew: Whether to compute the context again. The first choice of a question does: what is left of another
+            anew: Whether to compute the context again. The first choice of a question does: what remains of another
                 question's context would change how many tokens are computed together, and with it the last bits.
 
         Raises:
@@ -100,18 +100,18 @@ class Served:
         total, greedy = 0.0, True
         for number, token in enumerate(choice):
             before = [*context, *choice[:number]]
-            found = self._probabilities(before, token, most=1, cached=number > 0 or not anew)
-            if not found:
-                # llama.cpp tells nothing of a token that ends within a character: it is read among all, beside another
-                found = self._probabilities(before, self._told(), most=_ALL, cached=True)
-            total += max(found[token], LEAST)
-            greedy = greedy and next(iter(found)) == token
+            log_probabilities = self._probabilities(before, token, most=1, cached=number > 0 or not anew)
+            if not log_probabilities:
+                # llama.cpp reports no probability of a token that ends within a character: the list of all has it
+                log_probabilities = self._probabilities(before, self._reported_token(), most=_ALL, cached=True)
+            total += max(log_probabilities[token], LEAST)
+            greedy = greedy and next(iter(log_probabilities)) == token
         return total, greedy
 
     def _probabilities(self, before: Sequence[int], forced: int, *, most: int, cached: bool) -> dict[int, float]:
         """Log-probabilities after some tokens: of the most probable ones, in that order, and of the one that is forced.
 
-        Empty if llama.cpp tells none, which is so for a forced token that ends within a character.
+        Empty if llama.cpp reports none, which happens for a forced token that ends within a character.
 
         Raises:
             Refused: llama.cpp answered something else.
@@ -128,26 +128,30 @@ class Served:
             }
         )
         try:
-            told = answer["choices"][0]["logprobs"]
+            logprobs = answer["choices"][0]["logprobs"]
             if answer["usage"]["prompt_tokens"] != len(before):
                 raise Refused(f"llama.cpp read {answer['usage']['prompt_tokens']} tokens instead of {len(before)}")
-            if told is None:
+            if logprobs is None:
                 return {}
-            (sampled,) = told["content"]
-            found = {int(one["id"]): float(one["logprob"]) for one in sampled["top_logprobs"]}
+            (sampled,) = logprobs["content"]
+            log_probabilities = {int(one["id"]): float(one["logprob"]) for one in sampled["top_logprobs"]}
             if sampled["id"] != forced:
                 raise Refused(f"llama.cpp scored token {sampled['id']} instead of token {forced}")
         except (KeyError, IndexError, TypeError, ValueError):
             raise Refused(f"llama.cpp did not score a token: {json.dumps(answer)[:300]}") from None
-        return {**found, forced: float(sampled["logprob"])} if forced not in found else found
+        return (
+            {**log_probabilities, forced: float(sampled["logprob"])}
+            if forced not in log_probabilities
+            else log_probabilities
+        )
 
-    def _told(self) -> int:
-        """A token of which llama.cpp tells the probability: a whole character."""
-        if self._whole is None:
-            self._whole = self.tokenize("a")[-1]
-        return self._whole
+    def _reported_token(self) -> int:
+        """A token whose probability llama.cpp reports: a complete character."""
+        if self._reported is None:
+            self._reported = self.tokenize("a")[-1]
+        return self._reported
 
 
 def system_info() -> str:
-    """What llama.cpp says of the processor's instructions that it uses: they decide the last bits of a score."""
+    """llama.cpp's list of the CPU instructions that it uses: they determine the last bits of a score."""
     return re.sub(r"\s+", " ", str(_llama_cpp().get_system_info())).strip(" |")

@@ -5,8 +5,8 @@
 computed in fp32, one tensor at a time, and rounded once to the dtype of the base's file. W is one of two:
 
     original       the weights in the base's files
-    dequantized    what the quantized base in memory stands for, bit for bit: the weights that the adapter was trained
-                   on. Weights without an adapter are dequantized, too, if they were quantized in training.
+    dequantized    the values that the quantized base in memory represents, bit for bit: those that the adapter was
+                   trained on. Weights without an adapter are dequantized, too, if they were quantized in training.
 
 The result has the names, the shapes and the other tensors of the base's own checkpoint, so that what loads the base
 loads it. In memory are at any time one file of the result and one tensor in fp32.
@@ -14,7 +14,7 @@ loads it. In memory are at any time one file of the result and one tensor in fp3
 A module that was trained whole takes the place of the base's, and so do the rows of new tokens: `whole_parameters`.
 
 An adapter that begins with a part of the base (`decomposed_init`: PiSSA, OLoRA) is plain LoRA of twice the rank, on a
-base that stays as it is, and merges as such.
+unchanged base, and merges as such.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ BESIDE = (
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     "chat_template.json",
 )
-"""Files of the base that are copied as they are, beside those of the tokenizer."""
+"""Files of the base that are copied unchanged, besides those of the tokenizer."""
 _ADAPTER = "default"
 _ROUNDED = {torch.float32, torch.float64}
 """Dtypes of a base's files that are not kept: its weights are rounded to the dtype that the run computes in."""
@@ -69,7 +69,7 @@ class _Tensor:
     """A tensor of the result: its name and file in the base's checkpoint, and the dtype that it is written in.
 
     `module` is the full name of the loaded model's module whose weight it is, if that is adapted or quantized.
-    `transposed` is whether it lies in the file as (inputs, outputs), as GPT-2's do. `whole` is the name of a parameter
+    `transposed` is whether the file has it as (inputs, outputs), as GPT-2's do. `whole` is the name of a parameter
     that was trained whole, or in some of its rows, and takes this one's place.
     """
 
@@ -115,13 +115,13 @@ def short_name(dtype: torch.dtype) -> str:
     return next((short for short, name in DTYPES.items() if name == long), long)
 
 
-def candidates(model: Any, source: Path, asked: str) -> Candidates:
-    """The weights to merge onto; refuses what cannot be merged, or was asked for in vain.
+def candidates(model: Any, source: Path, onto: str) -> Candidates:
+    """The weights to merge onto; refuses what cannot be merged, or a value of the setting without effect.
 
     Args:
         model: The PEFT model.
         source: Folder of the base's own files.
-        asked: JOB_EXPORT__MERGE_ONTO.
+        onto: JOB_EXPORT__MERGE_ONTO.
 
     Raises:
         SettingsError: With all problems.
@@ -131,11 +131,11 @@ def candidates(model: Any, source: Path, asked: str) -> Candidates:
     in_four_bits = any(is_quantized(module.weight) for _, module in _weighted(base))
     published_quantized = quantization_method(read_json(source / "config.json", MAX_CONFIG_BYTES)) is not None
     experts = any(packed(module, name) is not None for _, module, name in expert_tensors(base))
-    if why := why_not_onto(asked, published_quantized=published_quantized, quantized=in_four_bits, experts=experts):
+    if why := why_not_onto(onto, published_quantized=published_quantized, quantized=in_four_bits, experts=experts):
         raise _refused(why, "merge_onto")
     size = plan_merge(model, source).bytes
-    if asked != BEST:
-        return Candidates((asked,), size, f"JOB_EXPORT__MERGE_ONTO is {asked}")
+    if onto != BEST:
+        return Candidates((onto,), size, f"JOB_EXPORT__MERGE_ONTO is {onto}")
     if not in_four_bits:
         return Candidates((ORIGINAL,), size, "no weight of the base is quantized")
     if published_quantized:
@@ -147,20 +147,20 @@ def candidates(model: Any, source: Path, asked: str) -> Candidates:
     return Candidates((ORIGINAL, DEQUANTIZED), size)
 
 
-def why_not_onto(asked: str, *, published_quantized: bool, quantized: bool, experts: bool) -> str:
+def why_not_onto(onto: str, *, published_quantized: bool, quantized: bool, experts: bool) -> str:
     """Why JOB_EXPORT__MERGE_ONTO cannot be what it is; empty if it can.
 
     Args:
-        asked: The setting.
+        onto: The setting.
         published_quantized: Whether the base's own files are quantized.
         quantized: Whether weights of the loaded base are.
         experts: Whether a mixture's experts are among these.
     """
-    if asked == ORIGINAL and published_quantized:
+    if onto == ORIGINAL and published_quantized:
         return "is original, but the base is only published quantized; use dequantized"
-    if asked == DEQUANTIZED and not quantized:
+    if onto == DEQUANTIZED and not quantized:
         return "is dequantized, but no weight of the base is quantized; use original"
-    if asked == DEQUANTIZED and experts:
+    if onto == DEQUANTIZED and experts:
         what = "is dequantized, but experts of a mixture can only be written in the layout of the original base"
         return f"{what}; use original"
     return ""
@@ -173,60 +173,65 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
         SettingsError: There is none, or more than one, or it is made of several; or the adapter cannot be merged.
         DataError: The base's files cannot be read.
     """
-    base, said = model.get_base_model(), read_config(source)
-    empty = build_empty(source, said)
-    changed, whole = dict(_weighted(base)), trained_whole(base)
+    base, config = model.get_base_model(), read_config(source)
+    empty = build_empty(source, config)
+    changed, whole_parameters = dict(_weighted(base)), trained_whole(base)
     problems = list(_unmergeable(model, empty, changed))
-    found = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
-    parameters = parameter_names(found, empty)
+    tensors_of_base = {
+        name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)
+    }
+    parameters = parameter_names(tensors_of_base, empty)
     by_parameter = Counter(parameters.values())
     if lost := [name for name in changed if by_parameter[f"{name}.weight"] != 1]:
-        what = f"the weight of {lost[0]} is not one tensor in the base's files, so it cannot be merged into them"
-        problems.append(f"{what}; remove merged, or the layer from JOB_LORA__TARGET_MODULES")
-    replaced = _replaced(whole, empty)
-    if lost := sorted(whole.keys() - {replaced[name] for name in parameters.values() if name in replaced}):
-        what = f"{lost[0]} was trained whole, and is not one tensor in the base's files, so it cannot be merged into"
-        problems.append(f"{what} them; remove merged, or the module from JOB_LORA__MODULES_TO_SAVE")
+        message = f"the weight of {lost[0]} is not one tensor in the base's files, so it cannot be merged into them"
+        problems.append(f"{message}; remove merged, or the layer from JOB_LORA__TARGET_MODULES")
+    replaced = _replaced(whole_parameters, empty)
+    if lost := sorted(whole_parameters.keys() - {replaced[name] for name in parameters.values() if name in replaced}):
+        message = f"{lost[0]} was trained whole, and is not one tensor in the base's files, so it cannot be merged into"
+        problems.append(f"{message} them; remove merged, or the module from JOB_LORA__MODULES_TO_SAVE")
     if problems:
         raise _refused("; ".join(problems))
     modules = {
         name: p.removesuffix(".weight") for name, p in parameters.items() if p.removesuffix(".weight") in changed
     }
-    kept = {name: rest for name, rest in found.items() if not _is_quantization_constant(name, modules)}
-    own = _main_dtype((shape, dtype) for _, shape, dtype in kept.values())
-    target = base.dtype if own in _ROUNDED else own
+    merged_tensors = {
+        name: rest for name, rest in tensors_of_base.items() if not _is_quantization_constant(name, modules)
+    }
+    main_dtype = _main_dtype((shape, dtype) for _, shape, dtype in merged_tensors.values())
+    target = base.dtype if main_dtype in _ROUNDED else main_dtype
     held_in = dtype_by_name(base, target)
 
     def written_in(name: str, dtype: torch.dtype) -> torch.dtype:
         if not dtype.is_floating_point:  # packed 4-bit weights, or a mask of the base's own
             return target if name in modules else dtype
-        return held_in(parameters.get(name, name)) if own in _ROUNDED and dtype in _ROUNDED else dtype
+        return held_in(parameters.get(name, name)) if main_dtype in _ROUNDED and dtype in _ROUNDED else dtype
 
     tensors = []
-    for name, (file, shape, dtype) in kept.items():
+    for name, (file, shape, dtype) in merged_tensors.items():
         plain = empty.get_submodule(modules[name]) if name in modules else None
         # packed weights have another shape in the file, and new tokens make more rows
         own_name = replaced.get(parameters.get(name, ""))
-        made = whole[own_name].shape if own_name else shape if plain is None else tuple(plain.weight.shape)
+        made = whole_parameters[own_name].shape if own_name else shape if plain is None else tuple(plain.weight.shape)
         transposed = plain is not None and _is_conv1d(plain)
         tensors.append(_Tensor(name, file, made, written_in(name, dtype), modules.get(name), transposed, own_name))
-    rows = grown_vocabulary(base, said)
+    rows = grown_vocabulary(base, config)
     if rows is not None:
         shapes = {parameters[tensor.name]: tensor.shape for tensor in tensors if tensor.name in parameters}
-        if why := why_not_grown(source, said, rows, shapes):
+        if why := why_not_grown(source, config, rows, shapes):
             raise _refused(f"with new tokens (JOB_MODEL__ADD_TOKENS) {why}; remove merged")
     return MergePlan(source, tuple(tensors), target, rows)
 
 
-def _replaced(whole: Mapping[str, WholeParameter], empty: Any) -> dict[str, str]:
+def _replaced(whole_parameters: Mapping[str, WholeParameter], empty: Any) -> dict[str, str]:
     """Name of a parameter -> name of the one trained whole that takes its place, in the files of tied ones as well."""
     by_weight: dict[int, str] = {}
     every = [(name, id(parameter)) for name, parameter in empty.named_parameters(remove_duplicate=False)]
     for name, weight in every:
-        if name in whole:
+        if name in whole_parameters:
             by_weight.setdefault(weight, name)
     tied = {name: by_weight[weight] for name, weight in every if weight in by_weight}
-    return {**tied, **{name: name for name in whole}}  # in the files they may differ, and then they are not tied
+    # Tied parameters may differ in the files, and then they are not tied.
+    return {**tied, **{name: name for name in whole_parameters}}
 
 
 def write_merged(
@@ -275,7 +280,7 @@ def write_merged(
 
 
 def _written(
-    tensor: _Tensor, modules: Mapping[str, Any], whole: Mapping[str, WholeParameter], onto: str, model: Any
+    tensor: _Tensor, modules: Mapping[str, Any], whole_parameters: Mapping[str, WholeParameter], onto: str, model: Any
 ) -> torch.Tensor:
     """A tensor of the result, contiguous on the CPU."""
     from peft.tuners.lora import LoraLayer
@@ -283,7 +288,7 @@ def _written(
     module = None if tensor.module is None else modules[tensor.module]
     takes_original = module is None or onto == ORIGINAL or not is_quantized(module.weight)
     if tensor.whole is not None:
-        made = whole[tensor.whole].of(read_tensor(tensor.file, tensor.name))
+        made = whole_parameters[tensor.whole].of(read_tensor(tensor.file, tensor.name))
         return _finite(made.to(tensor.dtype).contiguous(), tensor.whole)
     if takes_original and not isinstance(module, LoraLayer):
         return read_tensor(tensor.file, tensor.name).to(tensor.dtype).contiguous()
@@ -325,11 +330,11 @@ def merge_weight(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     from peft.tuners.lora import Linear
 
     if isinstance(layer, AdaLoraLayer):
-        # PEFT's layer of a 4-bit base has no method of its own for it, nor this attribute.
+        # PEFT's layer of a 4-bit base has no method for it, nor this attribute.
         layer.fan_in_fan_out = getattr(layer, "fan_in_fan_out", False)
         return _upright(SVDLinear.get_delta_weight(layer, _ADAPTER).detach(), layer).add_(weight)
     if not layer.use_dora.get(_ADAPTER, False):
-        # In place: the update is a tensor of its own, and a sum has the same bits in either order.
+        # In place: the update is a separate tensor, and a sum has the same bits in either order.
         return _upright(layer.get_delta_weight(_ADAPTER).detach(), layer).add_(weight)
     # DoRA takes the norm of the weight that it is merged into, from its own base layer: so it gets one in fp32.
     plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -345,7 +350,7 @@ def merge_weight(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _upright(delta: torch.Tensor, layer: Any) -> torch.Tensor:
-    """(outputs, inputs), from a layer whose weights may lie the other way."""
+    """(outputs, inputs), from a layer whose weights may be transposed."""
     return delta.T if layer.fan_in_fan_out else delta
 
 
@@ -376,12 +381,12 @@ def _weighted(base: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _unmergeable(model: Any, empty: Any, changed: Mapping[str, Any]) -> Iterator[str]:
-    """What PEFT would merge wrong, or not at all, in words."""
+    """What PEFT would merge wrongly or leave out, in words."""
     from peft.tuners.lora import LoraLayer
 
     config = model.peft_config[_ADAPTER]
     if config.bias != "none" or getattr(config, "lora_bias", False):
-        yield "the adapter has biases of its own, which cannot be merged"
+        yield "the adapter has biases, which cannot be merged"
     if getattr(config, "target_parameters", None):
         yield "the adapter is also on experts (JOB_LORA__EXPERTS), which cannot be merged"
         return
@@ -405,7 +410,7 @@ def _unmergeable(model: Any, empty: Any, changed: Mapping[str, Any]) -> Iterator
 
 
 def _is_quantization_constant(name: str, modules: Mapping[str, str]) -> bool:
-    """Whether a tensor belongs to the 4-bit weight of one of these, which bitsandbytes lays beside it."""
+    """Whether a tensor belongs to the 4-bit weight of one of these, which bitsandbytes lays next to it."""
     weight, dot, _ = name.partition(".weight.")
     return bool(dot) and f"{weight}.weight" in modules
 
@@ -428,7 +433,7 @@ def _is_conv1d(module: Any) -> bool:
 def _config(of_base: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The base's config.json for weights in `dtype`: without quantization, code of a repository, or a path."""
     dropped = {"quantization_config", "auto_map", "_name_or_path"}
-    named = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
     config: dict[str, Any] = {}
     for key, value in of_base.items():
         if key in dropped:
@@ -436,13 +441,13 @@ def _config(of_base: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         if isinstance(value, dict) and key.endswith("_config"):
             config[key] = _config(value, dtype) if {"dtype", "torch_dtype"} & value.keys() else _without(value, dropped)
         else:
-            config[key] = named if key == "torch_dtype" else value
-    return {**config, "dtype": named}
+            config[key] = dtype_name if key == "torch_dtype" else value
+    return {**config, "dtype": dtype_name}
 
 
 def _without(part: Mapping[str, Any], dropped: set[str]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if key not in dropped}
 
 
-def _refused(what: str, name: str = "formats") -> SettingsError:
-    return SettingsError([Problem(f"JOB_EXPORT__{name.upper()}", what)])
+def _refused(message: str, name: str = "formats") -> SettingsError:
+    return SettingsError([Problem(f"JOB_EXPORT__{name.upper()}", message)])

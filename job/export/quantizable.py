@@ -28,7 +28,7 @@ def quantizable(empty: Any) -> list[str]:
 
 
 def kept_linear(empty: Any) -> list[str]:
-    """Full names of all other linear layers, which readers have to be told of."""
+    """Full names of all other linear layers, which the configuration has to list for readers."""
     from torch import nn
 
     chosen = set(quantizable(empty))

@@ -25,7 +25,7 @@ class HowToScore:
         compute_dtype: That of the run, for a GPU that does not compute in the dtype of the files.
         max_length: Longest sequence in tokens.
         packed: Whether sequences are packed, as in the run's other evaluations.
-        processes: Of this run on this machine, which share its processor.
+        processes: Number of processes of this run on this machine, which share its CPU.
         alive: Called while another program computes; may raise what ends the job.
     """
 
@@ -66,37 +66,37 @@ def gpu_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[1]
 
 
-def load_exported(folder: Path, how: HowToScore) -> ExportedModel:
+def load_exported(folder: Path, scoring: HowToScore) -> ExportedModel:
     """Loads the model in the dtype of its files, in which `from_pretrained` loads it, too.
 
     Args:
-        folder: Of the exported model.
-        how: Device, dtype and packing.
+        folder: Folder of the exported model.
+        scoring: Device, dtype and packing.
 
     Raises:
         DataError: The folder holds no complete model.
     """
-    dtype, scored_in = _dtypes(folder, how)
+    dtype, scored_in = _dtypes(folder, scoring)
     model = load_base(
         folder,
         quantization="none",
         double_quantization=False,
         dtype=scored_in,
-        device=how.device,
-        max_length=how.max_length,
+        device=scoring.device,
+        max_length=scoring.max_length,
     )
-    use(model, NAME if how.packed else PLAIN)
+    use(model, NAME if scoring.packed else PLAIN)
     return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: release(model))
 
 
-def load_quantized(folder: Path, how: HowToScore, *, ignored: str = "\0", **given: Any) -> ExportedModel:
+def load_quantized(folder: Path, scoring: HowToScore, *, ignored: str = "\0", **options: Any) -> ExportedModel:
     """Loads a model whose config.json says how its weights are quantized, by transformers' own quantizer of that kind.
 
     Args:
-        folder: Of the exported model.
-        how: Device, dtype and packing.
+        folder: Folder of the exported model.
+        scoring: Device, dtype and packing.
         ignored: Ending of the names of tensors that the model need not have a place for.
-        given: Arguments of `from_pretrained`.
+        options: Arguments of `from_pretrained`.
 
     Raises:
         DataError: The folder holds no complete model.
@@ -104,17 +104,17 @@ def load_quantized(folder: Path, how: HowToScore, *, ignored: str = "\0", **give
     from transformers import AutoModelForCausalLM
 
     register()
-    dtype, scored_in = _dtypes(folder, how)
+    dtype, scored_in = _dtypes(folder, scoring)
     with readable(folder):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=scored_in,
             attn_implementation=PLAIN,
-            device_map={"": how.device},
+            device_map={"": scoring.device},
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **given,
+            **options,
         )
     # transformers would fill what is missing with random numbers, and leave out what it has no place for
     more = {name for name in loaded["unexpected_keys"] if not name.endswith(ignored)}
@@ -123,12 +123,12 @@ def load_quantized(folder: Path, how: HowToScore, *, ignored: str = "\0", **give
         what = f"{folder.name} does not have the weights of {type(model).__name__}: {', '.join(wrong[:5])}"
         raise DataError([Problem("JOB_EXPORT__FORMATS", what)])
     model.config.use_cache = False
-    use(model, NAME if how.packed else PLAIN)
+    use(model, NAME if scoring.packed else PLAIN)
     return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: release(model))
 
 
-def _dtypes(folder: Path, how: HowToScore) -> tuple[torch.dtype, torch.dtype]:
+def _dtypes(folder: Path, scoring: HowToScore) -> tuple[torch.dtype, torch.dtype]:
     """The dtype of the files' weights that are not quantized, and that in which the model is to compute."""
     dtype: torch.dtype = getattr(torch, read_json(folder / "config.json", MAX_CONFIG_BYTES)["dtype"])
-    computes = how.device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(False)  # noqa: FBT003
-    return dtype, dtype if computes else how.compute_dtype
+    computes = scoring.device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(False)  # noqa: FBT003
+    return dtype, dtype if computes else scoring.compute_dtype

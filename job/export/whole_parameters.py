@@ -41,20 +41,20 @@ def trained_whole(base: Any) -> dict[str, WholeParameter]:
     """
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    found = {}
+    parameters = {}
     for name, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for own, tensor in module.modules_to_save[_ADAPTER].state_dict().items():
-                found[f"{name}.{own}"] = WholeParameter(tuple(tensor.shape), partial(_whole, tensor))
+                parameters[f"{name}.{own}"] = WholeParameter(tuple(tensor.shape), partial(_as_trained, tensor))
         elif isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter is None:
             layer = module.token_adapter
             weight, rows = layer.get_base_layer().weight, layer.trainable_tokens_delta[_ADAPTER]
             made = partial(_with_rows, weight, rows, layer.token_indices[_ADAPTER])
-            found[f"{name}.weight"] = WholeParameter(tuple(weight.shape), made)
-    return found
+            parameters[f"{name}.weight"] = WholeParameter(tuple(weight.shape), made)
+    return parameters
 
 
-def _whole(trained: torch.Tensor, _in_file: torch.Tensor) -> torch.Tensor:
+def _as_trained(trained: torch.Tensor, _in_file: torch.Tensor) -> torch.Tensor:
     return trained.detach().float().cpu()
 
 
@@ -85,30 +85,30 @@ def grown_vocabulary(base: Any, config: Any) -> int | None:
     return rows if rows != config.get_text_config(decoder=True).vocab_size else None
 
 
-def with_vocabulary(said: Mapping[str, Any], config: Any, rows: int) -> dict[str, Any]:
-    """The contents of config.json, for a vocabulary of so many rows.
+def with_vocabulary(content: Mapping[str, Any], config: Any, rows: int) -> dict[str, Any]:
+    """The contents of config.json, for a vocabulary of `rows` rows.
 
     Args:
-        said: The base's config.json.
+        content: The base's config.json.
         config: The same as transformers reads it.
-        rows: Of the embedding.
+        rows: Number of rows of the embedding.
     """
     text = config.get_text_config(decoder=True)
     key = text.attribute_map.get("vocab_size", "vocab_size")
     part = next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
     if part is None:
-        return {**said, key: rows}
-    return {**said, part: {**said.get(part, {}), key: rows}}
+        return {**content, key: rows}
+    return {**content, part: {**content.get(part, {}), key: rows}}
 
 
 def why_not_grown(source: Path, config: Any, rows: int, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Why a vocabulary of so many rows gives a model that transformers does not load, in words; nothing if it does.
+    """Why a vocabulary of `rows` rows gives a model that transformers does not load, in words; nothing if it does.
 
     Args:
         source: Folder of the base's own files.
         config: The base's own, which is not changed.
-        rows: Of the embedding.
-        shapes: Of the result's tensors by the name of their parameter.
+        rows: Number of rows of the embedding.
+        shapes: Shapes of the result's tensors by the name of their parameter.
     """
     changed = deepcopy(config)
     changed.get_text_config(decoder=True).vocab_size = rows
