@@ -95,7 +95,7 @@ class Attempt:
     training: TrainingProgress | None = None
     """The last step as the run log shows it; whoever counts steps sets it before `step_done`."""
     questions: int = 0
-    """Questions of the evaluation that goes on which are scored, by this attempt or before it."""
+    """Questions of the current evaluation that this attempt or an earlier one has scored."""
     run: str | None = None
     """Fingerprint of the run, which its records and checkpoints carry; None until something was pulled."""
     stall_seconds: float | None = None
@@ -156,7 +156,7 @@ class Attempt:
         self.stop.check()
 
     def step_done(self, step: int, seconds: float) -> None:
-        """Counts an optimizer step, and now and then notes in the store how far the attempt is."""
+        """Counts an optimizer step, and periodically notes in the store how far the attempt is."""
         self.report_progress()
         self.steps += 1
         self.step_seconds += seconds
@@ -168,7 +168,7 @@ class Attempt:
         self.faults.at("step", step)
 
     def validated(self, metrics: ValidationMetrics) -> None:
-        """Tells that a validation was made; its checkpoint, if there is to be one, is written after this."""
+        """Reports that a validation was made; a checkpoint of it would be written afterwards."""
         self.report_progress()
         self.on_validation(metrics)
         self._note_if_due()
@@ -177,12 +177,12 @@ class Attempt:
     def figures(self) -> RunFigures:
         """Where the run is now; asked from threads that watch it."""
         stage, elapsed = self._stage, time.monotonic() - self._began
-        new = self.step_seconds - self.repeated_seconds
+        new_seconds = self.step_seconds - self.repeated_seconds
         return RunFigures(
             self.number,
             tuple(one.value for one in Stage),
             None if stage is None else stage[0],
-            min(1.0, max(0.0, new) / elapsed) if elapsed else 0.0,
+            min(1.0, max(0.0, new_seconds) / elapsed) if elapsed else 0.0,
             self.training,
         )
 
@@ -226,12 +226,12 @@ class Attempt:
         return self.stage_seconds | {name: self.stage_seconds.get(name, 0.0) + time.monotonic() - began}
 
     def stage(
-        self, stage: Stage, kind: type[T], work: Callable[[], T | None], objection: Callable[[T], str] = lambda _: ""
+        self, stage: Stage, kind: type[T], compute: Callable[[], T | None], objection: Callable[[T], str] = lambda _: ""
     ) -> T:
         """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
 
         A record counts while everything is there that the stage published, byte for byte: a copy of the run may be
-        without some of it. And only if there is no `objection` to it, in words, which process 0 asks for.
+        without some of it. And only if process 0 gets no `objection` to it (a text).
         If a stage is done again, so are those that build on it.
 
         All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
@@ -244,7 +244,7 @@ class Attempt:
                 log.get_logger().info("stage was finished by an earlier attempt", stage=name)
             return adapter.validate_json(kept)
         with self.timed(stage):
-            result = work()
+            result = compute()
             record = "" if result is None else adapter.dump_json(result).decode()
             if self.processes.leads:
                 self.keep(name, record)
@@ -257,7 +257,7 @@ class Attempt:
         self.run = fingerprint(self.settings, pulled)
 
     def recorded(self, name: str, kind: type[T]) -> T | None:
-        """The record of a stage that an earlier attempt finished, or one beside them, such as `layout.BASE`.
+        """The record of a stage that an earlier attempt finished, or a further record, such as `layout.BASE`.
 
         None where there is none, or none that counts: damaged, or of another run.
         """
@@ -278,26 +278,26 @@ class Attempt:
         if stored is None:
             return None
         try:
-            found, run = stage_records.parse(key, stored.data, adapter)
+            record, run = stage_records.parse(key, stored.data, adapter)
         except ValueError as error:
             log.get_logger().warning("record is damaged and ignored", stage=name, why=str(error))
             return None
-        own = fingerprint(self.settings, found) if isinstance(found, Pulled) else self.run
+        own = fingerprint(self.settings, record) if isinstance(record, Pulled) else self.run
         if run not in {None, "", own} and own is not None:
             log.get_logger().warning("record is ignored: it belongs to a run with other settings or data", stage=name)
             return None
-        return found
+        return record
 
     def _kept(self, name: str, adapter: TypeAdapter[Any], objection: Callable[[Any], str]) -> str | None:
         """The record of a stage, if there is one that counts."""
-        found = self._read_record(name, adapter)
-        if found is not None and (why := objection(found)):
+        record = self._read_record(name, adapter)
+        if record is not None and (why := objection(record)):
             log.get_logger().warning("stage is done again", stage=name, why=why)
-        elif found is not None:
-            artifacts = getattr(found, "artifacts", ())
+        elif record is not None:
+            artifacts = getattr(record, "artifacts", ())
             gone = missing(self.store, artifacts) or self.damaged(artifacts)
             if not gone:
-                return adapter.dump_json(found).decode()
+                return adapter.dump_json(record).decode()
             what = "stage is done again: files that it published are missing"
             log.get_logger().warning(what, stage=name, gone=gone)
         for later in BUILT_ON.get(name, ()):
@@ -386,14 +386,14 @@ class Attempt:
             self.note("running")
 
 
-def published_once(attempt: Attempt, name: str, kind: type[FirstValues | Referenced], what: str) -> str:
+def published_once(attempt: Attempt, name: str, kind: type[FirstValues | Referenced], name_in_log: str) -> str:
     """The file that a run computes once, as JSON of its `Artifact`; nothing if no attempt published it whole.
 
     Args:
         attempt: This one.
-        name: Of the record, such as `layout.REFERENCE`.
+        name: Name of the record, such as `layout.REFERENCE`.
         kind: The record's class.
-        what: What the file holds, in the plural, for the log.
+        name_in_log: What the file holds, in the plural, for the log.
     """
     record = attempt.recorded(name, kind)
     if record is None:
@@ -401,9 +401,9 @@ def published_once(attempt: Attempt, name: str, kind: type[FirstValues | Referen
     try:
         attempt.fetch(record.artifacts[0])
     except DataError as error:
-        log.get_logger().warning(f"{what} are computed again", why=str(error))
+        log.get_logger().warning(f"{name_in_log} are computed again", why=str(error))
         return ""
-    log.get_logger().info(f"{what} of an earlier attempt are used again")
+    log.get_logger().info(f"{name_in_log} of an earlier attempt are used again")
     return json.dumps(asdict(record.artifacts[0]))
 
 

@@ -109,7 +109,7 @@ class Faults:
                 _fire(fault, self._store)
 
     def _due(self, event: str, when: int | str) -> list[Fault]:
-        with self._lock:  # uploads have a thread of their own
+        with self._lock:  # uploads run in a separate thread
             due = [fault for fault in self._armed if (fault.event, fault.when) == (event, when)]
             self._armed = [fault for fault in self._armed if fault not in due]
             return due
@@ -128,7 +128,7 @@ def arm(faults: tuple[Fault, ...], store: ObjectStore) -> Faults:
 def faulty(store: ObjectStore, faults: Faults) -> ObjectStore:
     """A store whose requests fire the armed faults; the store itself where none is armed.
 
-    A checkpoint that is to be corrupted is corrupted here, before anybody can restore it; where there is none yet, the
+    The checkpoint to corrupt is corrupted here, before an attempt can restore it; where there is none yet, the
     fault waits for the next attempt.
     """
     if not faults:

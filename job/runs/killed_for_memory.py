@@ -37,12 +37,14 @@ def why_killed(before: LoggedAttempt, now: MainMemory | None = None) -> str | No
     if now is not None and now.group == was.group:
         kills = (now.oom_kills or 0) - (was.oom_kills or 0)
     if kills > 0:
-        what = "since its last record the kernel has killed a process of this container or service because main memory"
-        return f"{what} was full ({count(kills, 'time')} by oom_kill in memory.events)"
+        reason = (
+            "since its last record the kernel has killed a process of this container or service because main memory"
+        )
+        return f"{reason} was full ({count(kills, 'time')} by oom_kill in memory.events)"
     if was.available_bytes < LITTLE_SHARE * was.total_bytes:
         left = f"{size(was.available_bytes, ' ')} of {size(was.total_bytes, ' ')} of main memory"
         return f"at its last record it had {left} left, so it was likely killed because main memory was full"
     if noted.loading:
-        what = "it was killed while the model was loaded, which needs much main memory"
-        return f"{what}: if its exit code was 137, or its pod says OOMKilled, main memory was full"
+        reason = "it was killed while the model was loaded, which needs much main memory"
+        return f"{reason}: if its exit code was 137, or its pod says OOMKilled, main memory was full"
     return None

@@ -11,14 +11,14 @@
     checkpoints/step-00000040/0003/<file>        a checkpoint's files, by the attempt that wrote them
     checkpoints/step-00000040/COMMITTED.json     its commit marker, written after them
     artifacts/...                                the results: adapter, metrics, answers, report
-    artifacts/export/<format>/<file>             the model in a format that was asked for
+    artifacts/export/<format>/<file>             the model in a requested format
     scores/...                                   answers of an evaluation that is going on
     faults/<fault>                               injected faults that have fired
     pushed/<target>-<hash of its place>.json     where the complete run was pushed, written after the manifest
     served/<format>-<server>.json                what serve-check --record found, written after the manifest
-    sft/...                                      the first stage of JOB_TRAIN__METHOD=sft,dpo: a whole run of its own
+    sft/...                                      the first stage of JOB_TRAIN__METHOD=sft,dpo: a complete run
 
-How to add a stage: name it in `Stage` at its place in the order (and in `BUILT_ON` if another one works with what it
+How to add a stage: name it in `Stage` at its position in the order (and in `BUILT_ON` if another one works with what it
 publishes), then call it in `job/pipeline.py`. Faults, logs, times and costs know it by the enum.
 """
 
@@ -50,7 +50,7 @@ BUILT_ON: Mapping[str, tuple[Stage, ...]] = {Stage.TRAIN: (Stage.EVALUATE_ADAPTE
 
 RESULTS = "results.json"
 SIGNATURE = "model.sig"
-"""Name of a signature, by OpenSSF Model Signing: at the top of a signed run, and in the folders that are handed on."""
+"""Name of a signature, by OpenSSF Model Signing: at the top of a signed run, and in the folders that are used alone."""
 SETTINGS = "settings.json"
 LEASE = "lease.json"
 SCORES = "scores"
@@ -65,7 +65,7 @@ FULL_PRECISION = "full-precision"
 UPLOADED = "export-files"
 DERIVED_EXPORT = "export-"
 FIRST_VALUES = "first-values"
-"""Records beside those of the stages: which quantized base a run began with, whether its sequences are packed, the
+"""Records besides those of the stages: which quantized base a run began with, whether its sequences are packed, the
 log-probabilities by the reference model, with which preferences are compared, the scores of the base before it is
 quantized, the exported files in the store, each exported format that was made from the merged model (the beginning of
 its name), and the adapter's first values."""
@@ -108,12 +108,12 @@ def run_folder(where: str) -> str:
 
 
 def stage_key(name: str) -> str:
-    """Where the record of a stage lies."""
+    """Key of the record of a stage."""
     return f"{STAGES}{name}.json"
 
 
 def attempt_key(number: int) -> str:
-    """Where the run log's record of an attempt lies."""
+    """Key of the run log's record of an attempt."""
     return f"{ATTEMPTS}{number:04d}.json"
 
 
@@ -139,7 +139,7 @@ def fault_key(fault: str) -> str:
 
 
 def answers_key(task: str, side: str) -> str:
-    """Where the answers to a task lie, one question a line.
+    """Key of the answers to a task, one question on each line.
 
     Sides: `base`, `adapter`, `baseline`, `ORIGINAL_SIDE`, `export_side`.
     """
@@ -147,7 +147,7 @@ def answers_key(task: str, side: str) -> str:
 
 
 def prompts_key(side: str) -> str:
-    """Where the answers to JOB_EVAL__PROMPTS lie, one prompt a line; sides: `base`, `adapter`."""
+    """Key of the answers to JOB_EVAL__PROMPTS, one prompt on each line; sides: `base`, `adapter`."""
     return f"{PROMPTS}{side}.jsonl"
 
 
@@ -161,7 +161,7 @@ def export_side(export: str, candidate: str) -> str:
 
 
 def export_folder(export: str) -> str:
-    """Where the files of an exported format lie; a prefix of keys."""
+    """Prefix of the keys of an exported format's files."""
     return f"{EXPORT}{_plain(export)}/"
 
 
@@ -181,12 +181,12 @@ def step_name(step: int) -> str:
 
 
 def marker_key(step: int) -> str:
-    """Where the commit marker of a step's checkpoint lies."""
+    """Key of the commit marker of a step's checkpoint."""
     return f"{CHECKPOINTS}{step_name(step)}/{COMMITTED}"
 
 
 def checkpoint_folder(step: int, epoch: int) -> str:
-    """Where the files lie that one attempt (`epoch`, the lease's) wrote at a step; a prefix of keys."""
+    """Prefix of the keys of the files that one attempt (`epoch`, the lease's) wrote at a step."""
     return f"{CHECKPOINTS}{step_name(step)}/{epoch:04d}/"
 
 
@@ -197,7 +197,7 @@ def checkpoint_part(key: str) -> tuple[int, str] | None:
 
 
 def facts_of(results: Mapping[str, Any]) -> dict[str, str]:
-    """Path -> hash of what identical runs share: every artifact but those that tell when the run was."""
+    """Path -> hash of what identical runs share: every artifact except those with times."""
     return {
         artifact["path"]: artifact["facts_sha256"] or artifact["sha256"]
         for artifact in results["artifacts"]

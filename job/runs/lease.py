@@ -12,7 +12,7 @@ the new holder would write, or no other attempt uses it (see `checkpoints`: no a
 The fence (`fenced`) is a store that asks the lease before every change, so that no stage has to remember to ask.
 
 If the store has no conditional writes, two attempts that start at the same moment may both continue until the one that
-wrote first finds the other's name in the lease, before its next change of the store. The log says so.
+wrote first finds the other's name in the lease, before its next change of the store. The log reports it.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Lease:
 
 
 def take(store: ObjectStore, holder: str) -> Lease:
-    """Takes the run over from whichever attempt held it before.
+    """Takes the run over from the attempt that held it before, if any.
 
     Args:
         store: The run's own.
@@ -172,30 +172,34 @@ def take(store: ObjectStore, holder: str) -> Lease:
             "publish until one of them notices; let your scheduler run one attempt at a time",
             store=store.uri,
         )
-    mine = f"{holder}/{uuid4().hex}"
+    own_holder = f"{holder}/{uuid4().hex}"
     before, tag = _read_or_refuse(store)
-    # Where the lease was removed, numbers go on after the attempts that the run log knows.
+    # If the lease was removed, numbers continue after the attempts in the run log.
     first = 1 if before else 1 + max(attempt_numbers(store), default=0)
     for _ in range(_TRIES):
         epoch = before.epoch + 1 if before else first
-        record = LeaseRecord(epoch=epoch, holder=mine, started=timestamp(to="seconds"), heartbeat=0)
+        record = LeaseRecord(epoch=epoch, holder=own_holder, started=timestamp(to="seconds"), heartbeat=0)
         try:
             if conditional:
-                written = store.write(LEASE, _render(record), if_absent=before is None, if_tag=tag or None)
+                own_tag = store.write(LEASE, _render(record), if_absent=before is None, if_tag=tag or None)
             else:
-                written = store.write(LEASE, _render(record))
+                own_tag = store.write(LEASE, _render(record))
         except Conflict:
-            found, tag = _read_or_refuse(store)
-            if record.same_holder(found):
-                written = tag  # our own write, whose answer got lost
-            elif before is not None and before.same_holder(found):
-                before = found  # the one before is alive and renewed its lease in between
+            stored, tag = _read_or_refuse(store)
+            if record.same_holder(stored):
+                own_tag = tag  # our own write, whose answer got lost
+            elif before is not None and before.same_holder(stored):
+                before = stored  # the one before is alive and renewed its lease in between
                 continue
             else:
-                winner = f"attempt {found.epoch} ({found.holder})" if found else "somebody who removed the lease"
+                winner = (
+                    f"attempt {stored.epoch} ({stored.holder})"
+                    if stored
+                    else "another process, which removed the lease"
+                )
                 raise Replaced(f"{store.uri}: {winner} started at the same time and took the run's lease") from None
         get_logger().info("this attempt owns the run", epoch=record.epoch, replaces=before and before.holder)
-        return Lease(store, record, written, conditional=conditional)
+        return Lease(store, record, own_tag, conditional=conditional)
     raise Unreachable(
         f"{store.uri}/{LEASE}: another attempt renews its lease faster than it can be taken over; end "
         "that attempt, or try again"
@@ -205,7 +209,7 @@ def take(store: ObjectStore, holder: str) -> Lease:
 def check_same_store(store: ObjectStore, holder: str, alive: Callable[[], None], seconds: float = SEEN_SECONDS) -> None:
     """Checks, on a machine that does not hold the lease, that it sees the lease of the one that does.
 
-    A machine whose JOB_RUN__OUTPUT is a folder of its own would find no checkpoint when the run resumes, and wait for
+    A machine whose JOB_RUN__OUTPUT is a local folder would find no checkpoint when the run resumes, and wait for
     the others without end.
 
     Args:
@@ -285,7 +289,7 @@ def _render(record: LeaseRecord) -> bytes:
 def fenced(store: ObjectStore, lease: Lease | None) -> ObjectStore:
     """`store`, but nothing in it changes unless `lease` is still held: else `Replaced` is raised.
 
-    Without a lease nothing changes at all: of several processes one holds it, and a change by another one is a bug.
+    Without a lease no write is allowed: one of several processes holds it, and a write by another one is a bug.
 
     A small object, which may be a marker, a record or the manifest, is preceded by a conditional write
     (`Lease.confirm`); a file or a removal by a read (`Lease.check`), because what makes files count is a small object

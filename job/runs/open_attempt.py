@@ -52,7 +52,7 @@ def open_attempt(
         processes: Those that make this attempt; process 0 holds the lease for all.
         usd_per_hour: Price of this machine; None where it is not known.
         idle: Decides, from the attempts before, with which error a stopped attempt ends; None for no limit.
-        stall_seconds: Of the watchdog, for `qlora-job status`; None where it is not known.
+        stall_seconds: Limit of the watchdog, for `qlora-job status`; None if unknown.
 
     Raises:
         NoProgress: The attempt was stopped, as were too many before it, and none of them got any further.
@@ -71,7 +71,7 @@ def open_attempt(
         check_same_store(store, holder, lambda: _alive(processes, stop, report_progress))
     with work_folder(cache, store.uri, number, cleans=processes.place.local_rank == 0) as work:
         logged = read_logged(store, number) if processes.leads else []
-        earlier = [one.record for one in logged]
+        earlier = [logged_attempt.record for logged_attempt in logged]
         attempt = Attempt(
             fenced(store, lease),
             work,
@@ -88,7 +88,7 @@ def open_attempt(
             killed_before=_why_killed(logged),
         )
         if idle is not None and processes.leads:  # its exit code takes precedence over those of the others
-            furthest = max((one.reached for one in logged), default=(0, 0))
+            furthest = max((logged_attempt.reached for logged_attempt in logged), default=(0, 0))
             idle.before, idle.progressed = attempt.idle_before, lambda: attempt.reached() > furthest
             idle.record_stall = lambda message: _note_failure(attempt, Stalled(message), idle)
         attempt.note("running")
@@ -110,7 +110,7 @@ def _alive(processes: Processes, stop: Stop, report_progress: Callable[[], None]
 
 
 def _why_killed(logged: Sequence[LoggedAttempt]) -> str | None:
-    """Why the newest of earlier attempts was likely killed for want of main memory, which is logged with the fix."""
+    """Why the newest of earlier attempts was likely killed (main memory was full), to be logged with the fix."""
     if not logged or logged[-1].record.outcome != "killed":
         return None
     if (why := why_killed(logged[-1], main_memory())) is not None:

@@ -25,7 +25,7 @@ QUESTIONS = "questions"
 NOTED = "noted"
 """A field of the file that is not in the manifest either: see `Noted`."""
 _GAPS = 20
-"""So many attempts before the one that publishes are looked for; older ones have ended long ago."""
+"""Number of attempts before the publishing one that are looked for; older ones have ended long ago."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Noted:
 
     Attributes:
         at: When it was written, RFC 3339 in UTC, by the clock of the attempt's machine.
-        stage: The stage that goes on, or that an error ended; None between two, such as while the model is loaded.
+        stage: The current stage, or the one that an error ended; None between two, such as while the model is loaded.
         training: The last optimizer step of this attempt; None before its first one.
         exit_code: With which it ended; None while it runs, or if it completed the run.
         why: The error it ended with, in at most `LONGEST_WHY` characters and without secrets.
-        stall_seconds: Of the attempt's watchdog; None in records of earlier versions.
+        stall_seconds: Limit of the attempt's watchdog; None in records of earlier versions.
         memory: The main memory where process 0 runs; None in records of earlier versions.
         loading: Whether the model was being loaded.
         before: Why the attempt before this one was likely killed; None where it was not, or nothing is known.
@@ -107,7 +107,7 @@ class IdleLimit:
 
 
 def idle_pause(idle: int) -> float:
-    """Seconds to wait before an attempt that follows so many without progress, in a row."""
+    """Seconds to wait before an attempt, by the number of consecutive attempts without progress before it."""
     return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(idle - 1, _DOUBLINGS)) if idle > 0 else 0.0
 
 
@@ -176,7 +176,7 @@ def close_run_log(store: ObjectStore, epoch: int, started: str, run: str | None 
     An attempt that was replaced while it stood still may be about to write its record. Every record that is noted as
     running is changed here, and one that lacks is made, so the condition of that write fails and it ends as replaced.
     An attempt whose record was removed or is damaged gets one without times, too: checkpoints may name it. So does one
-    with the record of another run or attempt. A record of an attempt that is still to come is nobody's, and goes.
+    with the record of another run or attempt. A record of a later attempt than this one is stale, and is removed.
 
     Args:
         store: The run's own, fenced.

@@ -21,18 +21,23 @@ from job.storage.base import Stored, read_record
 from job.storage.open import Conflict, ObjectStore
 
 
-def agree_on_settings(processes: Processes, mine: Mapping[str, Any]) -> None:
+def agree_on_settings(processes: Processes, settings: Mapping[str, Any]) -> None:
     """Refuses a process whose settings differ from those of process 0: machines are started one by one.
 
     Raises:
         SettingsError: With every setting that is different here.
     """
-    first, own = (json.loads(json.dumps(given)) for given in (processes.share("settings", lambda: mine), mine))
-    if different := [name for name in own if own[name] != first.get(name)]:
+    first, own_values = (
+        json.loads(json.dumps(given)) for given in (processes.share("settings", lambda: settings), settings)
+    )
+    if different := [name for name in own_values if own_values[name] != first.get(name)]:
         rank = processes.place.rank
         what = "is {!r} in process {} and {!r} in process 0; set the same value on all machines"
         raise SettingsError(
-            [Problem(environment_name(name), what.format(own[name], rank, first.get(name))) for name in different]
+            [
+                Problem(environment_name(name), what.format(own_values[name], rank, first.get(name)))
+                for name in different
+            ]
         )
 
 
@@ -59,7 +64,7 @@ def compare_settings(
     """A run is one experiment: refuses an attempt whose settings would give another result.
 
     A run that an earlier version began does not know the settings that have been added since. It worked as their
-    defaults say, so with the defaults it goes on, under the name (`stage_records.fingerprint`) that it always had.
+    defaults say, so with the defaults it continues, under the name (`stage_records.fingerprint`) that it always had.
     Where `settings.json` is gone or damaged, the record of the pull says whether the settings are the run's.
 
     Args:

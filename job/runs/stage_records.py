@@ -24,7 +24,7 @@ T = TypeVar("T")
 RUN = "run"
 """The field of a record that holds the fingerprint."""
 _ATTEMPT = "attempt"
-"""The field that makes a record unlike all others, so that a late removal can tell it from the one it was meant for."""
+"""The unique field of a record, by which a late removal distinguishes it from the one it was meant for."""
 _KEY = "written_to"
 """The field with the record's own place: the evaluations of base and adapter have records of one form."""
 _MAX_WORDS = 200
@@ -43,13 +43,13 @@ def identity(pulled: Pulled) -> dict[str, Any]:
     """
 
     def facts(record: Any) -> dict[str, Any]:
-        own = [
+        names = [
             field.name
             for field in fields(record)
             if (field.default is MISSING and field.default_factory is MISSING)
             or (field.metadata.get(NAMES_THE_RUN) and getattr(record, field.name) != field.default)
         ]
-        return {name: plain(getattr(record, name)) for name in own}
+        return {name: plain(getattr(record, name)) for name in names}
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -84,7 +84,7 @@ def parse(key: str, data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:
     `key` is where the data was read.
 
     Raises:
-        ValueError: It is no such record, it was cut or altered, or it is the one of another place.
+        ValueError: It is not a record of this kind, was cut or altered, or belongs to another key.
     """
     try:
         facts = from_json(data)
@@ -102,6 +102,6 @@ def parse(key: str, data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:
         raise ValueError(first_error(error, _MAX_WORDS)) from None
 
 
-def _compare_places(key: str, written: str) -> None:
-    if written != key:
-        raise ValueError(f"was written for {written}")
+def _compare_places(key: str, recorded_key: str) -> None:
+    if recorded_key != key:
+        raise ValueError(f"was written for {recorded_key}")

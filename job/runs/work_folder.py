@@ -39,24 +39,24 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
             if number is not None and int(number[0]) < attempt:
                 _remove_unless_used(left)
     with tempfile.TemporaryDirectory(prefix=f"{of_run}{attempt}-", dir=parent, ignore_cleanup_errors=True) as name:
-        held = _open_lock(Path(name))
+        lock = _open_lock(Path(name))
         try:
             with suppress(OSError):  # a file system without locks
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield Path(name)
         finally:
-            os.close(held)
+            os.close(lock)
 
 
 def _remove_unless_used(folder: Path) -> None:
-    """Removes a folder unless a process holds its lock, such as a replaced attempt that still goes on."""
+    """Removes a folder unless a process holds its lock, such as a replaced attempt that still runs."""
     with suppress(OSError):  # another process removes it, or the file system has no locks
-        held = _open_lock(folder)
+        lock = _open_lock(folder)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
         finally:
-            os.close(held)
+            os.close(lock)
 
 
 def _open_lock(folder: Path) -> int:
