@@ -25,7 +25,7 @@ def adapter_facts(config: Path, weights: Path) -> dict[str, Any]:
         ranks = [shape[0] for name, shape in shapes.items() if ".lora_A" in name]
         sizes = [prod(shape) for shape in shapes.values()]
         kind = str(settings["peft_type"]).lower()
-        whole = sorted(settings.get("modules_to_save") or [])
+        whole_modules = sorted(settings.get("modules_to_save") or [])
         rows = (settings.get("trainable_token_indices") or {}).values()
         trained_tokens = len({token for tokens in rows for token in tokens})
     except (SafetensorError, AttributeError, TypeError, KeyError, IndexError) as error:
@@ -37,7 +37,7 @@ def adapter_facts(config: Path, weights: Path) -> dict[str, Any]:
         "modules": len(ranks),
         "ranks": sum(ranks),
         "parameters": sum(sizes),
-        "modules_to_save": whole,
+        "modules_to_save": whole_modules,
         "trained_tokens": trained_tokens,
     }
 

@@ -20,9 +20,9 @@ from job.storage.open import ObjectStore
 _Record = TypeVar("_Record")
 
 
-def write_serve_check(store: ObjectStore, found: ServeCheck) -> None:
-    """Records it in the run, in the place of an earlier one of this format by this kind of server."""
-    store.write(served_key(found.format, found.server), sealed(asdict(found)))
+def write_serve_check(store: ObjectStore, serve_check: ServeCheck) -> None:
+    """Records it in the run; it replaces an earlier one of this format and kind of server."""
+    store.write(served_key(serve_check.format, serve_check.server), sealed(asdict(serve_check)))
 
 
 def parse_push(data: bytes) -> Pushed:

@@ -95,16 +95,16 @@ def check_questions(baseline: Baseline, questions: Mapping[str, Sequence[tuple[s
     Raises:
         DataError: With the first difference of each task.
     """
-    wrong = []
-    for task, asked in questions.items():
+    faults = []
+    for task, own_questions in questions.items():
         earlier = baseline.tasks.get(task)
         if earlier is None:
-            wrong.append(f"run {baseline.run} was not asked {task}")
-        elif earlier.questions != list(asked):
-            wrong.append(f"{task}: {_first_difference(earlier.questions, asked)}")
+            faults.append(f"run {baseline.run} was not asked {task}")
+        elif earlier.questions != list(own_questions):
+            faults.append(f"{task}: {_first_difference(earlier.questions, own_questions)}")
         elif metric == "acc_norm" and earlier.scores.correct_norm is None:
-            wrong.append(f"{task} has no acc_norm")
-    _refuse(wrong)
+            faults.append(f"{task} has no acc_norm")
+    _refuse(faults)
 
 
 def check_prompts(baseline: Baseline, base: Mapping[str, TaskScores]) -> None:
@@ -118,7 +118,7 @@ def check_prompts(baseline: Baseline, base: Mapping[str, TaskScores]) -> None:
 
 
 def warn_of_other_dtype(baseline: Baseline, dtype: str) -> None:
-    """Says so if this run is scored in another dtype than the baseline: the gate's difference then includes theirs."""
+    """Warns if this run is scored in another dtype than the baseline: the gate's difference then includes theirs."""
     if baseline.dtype != dtype:
         what = "the baseline was scored in another dtype, so what the gate compares includes the difference of the two"
         get_logger().warning(what, setting=SETTING, baseline=baseline.dtype, dtype=dtype)
@@ -133,6 +133,6 @@ def _first_difference(before: Sequence[tuple[str, str]], now: Sequence[tuple[str
     return f"other questions: number {number + 1} is {what}"
 
 
-def _refuse(wrong: Sequence[str]) -> None:
-    if wrong:
-        raise DataError([Problem(SETTING, f"{what}, so the two runs cannot be compared") for what in wrong])
+def _refuse(faults: Sequence[str]) -> None:
+    if faults:
+        raise DataError([Problem(SETTING, f"{what}, so the two runs cannot be compared") for what in faults])

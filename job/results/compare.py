@@ -36,19 +36,19 @@ def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
         DataError: They have no task in common, or were asked other questions.
         VerificationError: The samples of one are not what its manifest says.
     """
-    one, two = a.results, b.results
+    results_a, results_b = a.results, b.results
     return {
         "a": _run(a),
         "b": _run(b),
         "differs": {
-            "settings": _settings(one["settings"], two["settings"]),
-            **{group: _differing(_flat(one[group]), _flat(two[group])) for group in GROUPS},
-            "scoring": _differing(scored_in(one), scored_in(two)),
+            "settings": _settings(results_a["settings"], results_b["settings"]),
+            **{group: _differing(_flat(results_a[group]), _flat(results_b[group])) for group in GROUPS},
+            "scoring": _differing(scored_in(results_a), scored_in(results_b)),
         },
-        "training": _both(_training(one), _training(two)),
+        "training": _both(_training(results_a), _training(results_b)),
         "cost": {
-            **_both(one["cost"], two["cost"]),
-            "attempts": _pair(*(len(r["run"]["attempts"]) for r in (one, two))),
+            **_both(results_a["cost"], results_b["cost"]),
+            "attempts": _pair(*(len(r["run"]["attempts"]) for r in (results_a, results_b))),
         },
         **_tasks(a, b),
         "exports": _exports(a, b),
@@ -61,7 +61,7 @@ def _run(run: PublishedRun) -> dict[str, Any]:
 
 
 def _training(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What training did, without where the metrics of a first stage lie."""
+    """The figures of training, without the path of a first stage's metrics."""
     training, first = results["training"], results["training"].get("first_stage") or {}
     return {**training, "first_stage": {name: value for name, value in first.items() if name != "metrics"}}
 
@@ -98,23 +98,23 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
     samples = read_samples(a), read_samples(b)
     measured = read_measured(a), read_measured(b)
     names = [name for name in samples[0] if name in samples[1]]
-    both = [name for name in measured[0] if name in measured[1]]
-    if not names and not both:
+    common_measured = [name for name in measured[0] if name in measured[1]]
+    if not names and not common_measured:
         raise DataError([Problem("evaluation", f"runs {a.id} and {b.id} have no task in common")])
-    wrong = []
+    problems = []
     for name in names:
-        one, two = (side[name] for side in samples)
-        if [sample.id for sample in one.samples] != [sample.id for sample in two.samples]:
-            counts = f"{one.scores.n} and {two.scores.n} of them"
-            wrong.append(Problem(name, f"the runs were asked other questions, {counts}"))
-        elif one.scores.task_hash != two.scores.task_hash:
-            hashes = " and ".join(side.scores.task_hash[:12] for side in (one, two))
-            wrong.append(
+        samples_a, samples_b = (side[name] for side in samples)
+        if [sample.id for sample in samples_a.samples] != [sample.id for sample in samples_b.samples]:
+            counts = f"{samples_a.scores.n} and {samples_b.scores.n} of them"
+            problems.append(Problem(name, f"the runs were asked other questions, {counts}"))
+        elif samples_a.scores.task_hash != samples_b.scores.task_hash:
+            hashes = " and ".join(side.scores.task_hash[:12] for side in (samples_a, samples_b))
+            problems.append(
                 Problem(name, f"the questions of the two runs have different texts; their hashes are {hashes}")
             )
-    if wrong:
-        raise DataError(wrong)
-    same = {
+    if problems:
+        raise DataError(problems)
+    same_predictions = {
         name: {
             metric: all(
                 getattr(sample, field) == getattr(other, field)
@@ -124,32 +124,44 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
         }
         for name in names
     }
-    sides = {"base": "a", "adapter": "b"}
+    renamed = {"base": "a", "adapter": "b"}
     tasks = compare_tasks(*({name: side[name].scores for name in names} for side in samples))
-    others = [{name: side[name] for name in both} for side in measured]
+    measured_pair = [{name: side[name] for name in common_measured} for side in measured]
     evaluated = (
         Evaluated({name: side[name].scores for name in names}, [], other)
-        for side, other in zip(samples, others, strict=True)
+        for side, other in zip(samples, measured_pair, strict=True)
     )
     groups, alone = _groups(a.results, b.results, *evaluated)
     return {
         "tasks": {
-            name: {**{sides.get(key, key): value for key, value in task.items()}, "same_predictions": same[name]}
+            name: {
+                **{renamed.get(key, key): value for key, value in task.items()},
+                "same_predictions": same_predictions[name],
+            }
             for name, task in tasks.items()
         },
         "measured": {
-            name: {**found, "metrics": {metric: _as_sides(one, sides) for metric, one in found["metrics"].items()}}
-            for name, found in compare_measured(*others).items()
+            name: {
+                **found,
+                "metrics": {metric: _as_sides(comparison, renamed) for metric, comparison in found["metrics"].items()},
+            }
+            for name, found in compare_measured(*measured_pair).items()
         },
         "groups": {
-            name: {**found, "metrics": {metric: _as_sides(one, sides) for metric, one in found["metrics"].items()}}
+            name: {
+                **found,
+                "metrics": {metric: _as_sides(comparison, renamed) for metric, comparison in found["metrics"].items()},
+            }
             for name, found in groups.items()
         },
         "groups_not_compared": alone,
         "bases": {name: _pair(*(_bases(run.results, name) for run in (a, b))) for name in names},
         "same_adapter": _adapter(a) is not None and _adapter(a) == _adapter(b),
         "only": _pair(
-            *(sorted({*side, *other} - {*names, *both}) for side, other in zip(samples, measured, strict=True))
+            *(
+                sorted({*side, *other} - {*names, *common_measured})
+                for side, other in zip(samples, measured, strict=True)
+            )
         ),
     }
 
@@ -164,46 +176,49 @@ def _groups(
     """
     specs = [groups_from(results["evaluation"].get("groups", {})) for results in (one, two)]
     scored = {*b.scores, *b.measured}
-    same = {
+    common = {
         name: spec for name, spec in specs[0].items() if spec == specs[1].get(name) and scored.issuperset(spec.tasks)
     }
     try:
-        found = compare_groups(same, a, b)
+        found = compare_groups(common, a, b)
     except (KeyError, ValueError, ArithmeticError):
         raise VerificationError([Problem("evaluation.groups", "has a metric that none of its tasks has")]) from None
-    return found, sorted({*specs[0], *specs[1]} - same.keys())
+    return found, sorted({*specs[0], *specs[1]} - common.keys())
 
 
 def _exports(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
-    """By format, what each run has of it, None where it has none; and by task, B's answers paired with A's.
+    """By format, the export of each run, None where it has none; and by task, B's answers paired with A's.
 
     Raises:
         VerificationError: The samples of one are not what its manifest says.
     """
-    one, two = ({export["format"]: export for export in run.results.get("exports", ())} for run in (a, b))
-    shown = [{name: _export(export) for name, export in side.items()} for side in (one, two)]
+    exports_a, exports_b = ({export["format"]: export for export in run.results.get("exports", ())} for run in (a, b))
+    shown = [{name: _export(export) for name, export in side.items()} for side in (exports_a, exports_b)]
     return {
         name: {
             **_pair(*(side.get(name) for side in shown)),
-            "paired": _pairs(a, b, one[name], two[name]) if name in one and name in two else {},
+            "paired": _pairs(a, b, exports_a[name], exports_b[name]) if name in exports_a and name in exports_b else {},
         }
-        for name in dict.fromkeys([*one, *two])
+        for name in dict.fromkeys([*exports_a, *exports_b])
     }
 
 
-def _pairs(a: PublishedRun, b: PublishedRun, one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
+def _pairs(
+    a: PublishedRun, b: PublishedRun, export_a: Mapping[str, Any], export_b: Mapping[str, Any]
+) -> dict[str, Any]:
     """By task, the format of run B against that of run A; none where one of them was not scored."""
-    if not all(export["candidates"].get(export["candidate"]) for export in (one, two)):
+    if not all(export["candidates"].get(export["candidate"]) for export in (export_a, export_b)):
         return {}
     samples = [
-        read_samples(run, export_side(export["format"], export["candidate"])) for run, export in ((a, one), (b, two))
+        read_samples(run, export_side(export["format"], export["candidate"]))
+        for run, export in ((a, export_a), (b, export_b))
     ]
-    same = [
+    common = [
         name
         for name, found in samples[0].items()
         if name in samples[1] and found.questions == samples[1][name].questions
     ]
-    found = compare_tasks(*({name: side[name].scores for name in same} for side in samples))
+    found = compare_tasks(*({name: side[name].scores for name in common} for side in samples))
     return {name: _paired(task) for name, task in found.items()}
 
 
@@ -227,25 +242,25 @@ def _bases(results: Mapping[str, Any], task: str) -> dict[str, Any]:
     """
     own = results["evaluation"]["tasks"][task]
     training = _paired(own)
-    found = {"original": None, "quantization": None, "base": own["base"]["acc"], "training": training, "both": None}
+    figures = {"original": None, "quantization": None, "base": own["base"]["acc"], "training": training, "both": None}
     if results["model"]["quantization"] == "none":
-        return {**found, "original": own["base"]["acc"], "both": training}
-    if (one := original_tasks(results).get(task)) is None:
-        return found
+        return {**figures, "original": own["base"]["acc"], "both": training}
+    if (original := original_tasks(results).get(task)) is None:
+        return figures
     return {
-        **found,
-        "original": one["scores"]["acc"],
-        "quantization": _paired(one["base_versus_original"]["acc"]),
-        "both": _paired(one["adapter_versus_original"]["acc"]),
+        **figures,
+        "original": original["scores"]["acc"],
+        "quantization": _paired(original["base_versus_original"]["acc"]),
+        "both": _paired(original["adapter_versus_original"]["acc"]),
     }
 
 
-def _paired(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: found[name] for name in ("delta", "ci95", "holm_p", "verdict")}
+def _paired(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: comparison[name] for name in ("delta", "ci95", "holm_p", "verdict")}
 
 
-def _as_sides(found: Mapping[str, Any], sides: Mapping[str, str]) -> dict[str, Any]:
-    return {sides.get(key, key): value for key, value in found.items()}
+def _as_sides(comparison: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in comparison.items()}
 
 
 def _adapter(run: PublishedRun) -> str | None:
@@ -284,7 +299,7 @@ def gate_reasons(
 
 
 def judge_by_policy(compared: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The outcome of a policy's rules, with B in the place of the adapter and A in that of the base.
+    """The outcome of a policy's rules, with B as the adapter and A as the base.
 
     Args:
         compared: From `compare`.
@@ -298,11 +313,14 @@ def judge_by_policy(compared: Mapping[str, Any], path: str) -> dict[str, Any]:
         name: [f"{metric},none" for metric in CHOICES if of_metric(task, metric)] for name, task in tasks.items()
     }
     policy = read_policy(path)
-    others = {**measured, **compared.get("groups", {})}
+    other_tasks = {**measured, **compared.get("groups", {})}
     groups = {name: group["tasks"] for name, group in compared.get("groups", {}).items()}
     check_policy(
-        policy, path, metric_names | {name: list(group["metrics"]) for name, group in others.items()}, groups=groups
+        policy,
+        path,
+        metric_names | {name: list(group["metrics"]) for name, group in other_tasks.items()},
+        groups=groups,
     )
-    judged = judge_policy(policy, {**tasks, **others})
+    judged = judge_policy(policy, {**tasks, **other_tasks})
     passed = passes(policy, judged)
     return {"policy": judged, "passed": passed, "reasons": [] if passed else reasons(judged)}

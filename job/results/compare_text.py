@@ -45,48 +45,48 @@ def as_markdown(compared: Mapping[str, Any]) -> list[str]:
 
 def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], list[list[str]]]]:
     """(title, column names, rows) of every table."""
-    both = ("", "A", "B")
+    header = ("", "A", "B")
     yield (
         "Runs",
-        both,
+        header,
         [_row(name, compared["a"][name], compared["b"][name]) for name in ("run", "results", "finished")],
     )
     yield "Adapters", _TASK_COLUMNS, list(_task_rows(compared["tasks"]))
     if any(one["original"] is not None for pair in compared.get("bases", {}).values() for one in pair.values()):
-        yield "Each adapter and its own bases, acc", both, list(_base_rows(compared["bases"]))
+        yield "Each adapter and its own bases, acc", header, list(_base_rows(compared["bases"]))
     if compared.get("groups"):
         yield "Groups of tasks", _GROUP_COLUMNS, list(_group_rows(compared["groups"]))
     if compared.get("measured"):
         yield "Metrics of other tasks", _METRIC_COLUMNS, list(_metric_rows(compared["measured"]))
     if compared.get("exports"):
-        yield "Exported formats, acc", both, list(_export_rows(compared["exports"]))
+        yield "Exported formats, acc", header, list(_export_rows(compared["exports"]))
     differing = [
         _row(f"{group}.{name}" if group != "settings" else name, *pair.values())
         for group, found in compared["differs"].items()
         for name, pair in found.items()
     ]
-    yield "What differs", both, differing
+    yield "What differs", header, differing
     for group in ("training", "cost"):
         pairs = {name: (pair["a"], pair["b"]) for name, pair in compared[group].items()}
-        yield group.capitalize(), both, [_row(name, *pair) for name, pair in pairs.items() if pair != (None, None)]
+        yield group.capitalize(), header, [_row(name, *pair) for name, pair in pairs.items() if pair != (None, None)]
 
 
 def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
     for name, task in tasks.items():
         for metric in ("acc", "acc_norm"):
-            found = of_metric(task, metric)
-            if found is None:
+            comparison = of_metric(task, metric)
+            if comparison is None:
                 continue
-            low, high = found["ci95"]
+            low, high = comparison["ci95"]
             yield [
                 f"{name}, {metric}",
                 f"{task['n']:,}",
                 *(f"{100 * task[side][metric]:.2f} %" for side in ("a", "b")),
-                f"{100 * found['delta']:+.2f}",
+                f"{100 * comparison['delta']:+.2f}",
                 f"{100 * low:+.2f} to {100 * high:+.2f}",
-                *(str(found[key]) for key in ("improved", "regressed")),
-                *(f"{found[key]:.2g}" for key in ("mcnemar_p", "holm_p")),
-                "no difference" if task["same_predictions"][metric] else found["verdict"],
+                *(str(comparison[key]) for key in ("improved", "regressed")),
+                *(f"{comparison[key]:.2g}" for key in ("mcnemar_p", "holm_p")),
+                "no difference" if task["same_predictions"][metric] else comparison["verdict"],
             ]
 
 
@@ -109,12 +109,12 @@ def _of_base(value: Any) -> str:
 def _export_rows(exports: Mapping[str, Any]) -> Iterator[list[str]]:
     for name, pair in exports.items():
         runs = [pair[side] or {"bytes": None, "tasks": {}} for side in ("a", "b")]
-        if any(one["bytes"] is not None for one in runs):  # older versions did not record them
-            yield _row(f"{name}, bytes", *(one["bytes"] for one in runs))
-        for task in dict.fromkeys(task for one in runs for task in one["tasks"]):
-            found = [one["tasks"].get(task, {}) for one in runs]
-            yield [f"{name}, {task}", *(_of_base(one.get("acc")) for one in found)]
-            yield [f"{name}, {task}, less adapter", *(_of_base(one.get("versus_adapter")) for one in found)]
+        if any(export["bytes"] is not None for export in runs):  # older versions did not record them
+            yield _row(f"{name}, bytes", *(export["bytes"] for export in runs))
+        for task in dict.fromkeys(task for export in runs for task in export["tasks"]):
+            found = [export["tasks"].get(task, {}) for export in runs]
+            yield [f"{name}, {task}", *(_of_base(export.get("acc")) for export in found)]
+            yield [f"{name}, {task}, less adapter", *(_of_base(export.get("versus_adapter")) for export in found)]
             if task in pair["paired"]:
                 yield [f"{name}, {task}, B less A", "", _of_base(pair["paired"][task])]
 
@@ -131,18 +131,18 @@ def _metric_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
             yield [f"{name}, {metric}", f"{task['n']:,}", *_metric_cells(found)]
 
 
-def _metric_cells(found: Mapping[str, Any]) -> list[str]:
+def _metric_cells(comparison: Mapping[str, Any]) -> list[str]:
     """Both figures of a metric, and how they compare."""
-    low, high = found["ci95"]
-    ratio = "ln of the ratio " * (found.get("aggregation") in {"perplexity", "weighted_perplexity"})
+    low, high = comparison["ci95"]
+    ratio = "ln of the ratio " * (comparison.get("aggregation") in {"perplexity", "weighted_perplexity"})
     return [
-        *(f"{found[side]:.4g}" for side in ("a", "b")),
-        "higher" if found["higher_is_better"] else "lower",
-        f"{ratio}{found['delta']:+.4g}",
+        *(f"{comparison[side]:.4g}" for side in ("a", "b")),
+        "higher" if comparison["higher_is_better"] else "lower",
+        f"{ratio}{comparison['delta']:+.4g}",
         f"{low:+.4g} to {high:+.4g}",
-        *(str(found[key]) for key in ("improved", "regressed")),
-        *(f"{found[key]:.2g}" for key in ("p", "holm_p")),
-        found["verdict"],
+        *(str(comparison[key]) for key in ("improved", "regressed")),
+        *(f"{comparison[key]:.2g}" for key in ("p", "holm_p")),
+        comparison["verdict"],
     ]
 
 

@@ -45,12 +45,12 @@ def _read(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
 
     Of exported models, which are many gigabytes, only the sizes are compared.
     """
-    found = read_record(store, RESULTS)
-    if found is None:
+    stored = read_record(store, RESULTS)
+    if stored is None:
         return None, []
     try:
-        unsealed(found.data)
-        results: dict[str, Any] = json.loads(found.data)
+        unsealed(stored.data)
+        results: dict[str, Any] = json.loads(stored.data)
         artifacts = [Artifact(**entry) for entry in results["artifacts"]]
     except (ValueError, KeyError, TypeError) as error:
         return None, [f"{RESULTS}: {str(error)[:_MAX_WORDS]}"]

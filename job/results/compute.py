@@ -37,12 +37,12 @@ def compute_spent(results: Mapping[str, Any], recorded: Mapping[str, Any] | None
     tokens = dataset["tokens"] * training["examples"] / dataset["rows"]
     referenced = dataset["tokens"] if training.get("reference") else 0
     spent = (tokens * (4 * base + 6 * adapter) + referenced * 2 * base) / PETA
-    known, source = _pretraining_tokens(results, recorded)
-    before = None if known is None else 6 * base * known / PETA
+    pretraining_tokens, source = _pretraining_tokens(results, recorded)
+    before = None if pretraining_tokens is None else 6 * base * pretraining_tokens / PETA
     return {
         "tokens": tokens,
         "training_pflop": spent,
-        "pretraining_tokens": known,
+        "pretraining_tokens": pretraining_tokens,
         "pretraining_source": source,
         "pretraining_pflop": before,
         "share": None if not before else spent / before,

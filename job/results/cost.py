@@ -97,13 +97,13 @@ def _savings(seconds: float, wasted: float, usd: float | None, on_demand: float 
     """
     if usd is None or not on_demand or not seconds > wasted:
         return None
-    same, needed = on_demand * seconds / HOUR, on_demand * (seconds - wasted) / HOUR
+    same, useful = on_demand * seconds / HOUR, on_demand * (seconds - wasted) / HOUR
     return {
         "on_demand_usd_per_hour": on_demand,
         "usd": same - usd,
         "percent": 100 * (1 - usd / same),
-        "net_usd": needed - usd,
-        "net_percent": 100 * (1 - usd / needed),
+        "net_usd": useful - usd,
+        "net_percent": 100 * (1 - usd / useful),
     }
 
 

@@ -23,18 +23,18 @@ def deliver(store: ObjectStore, results: Mapping[str, Any], folders: Delivery) -
     Raises:
         DataError: An artifact is missing, or not what the manifest says.
     """
-    wrong = []
+    problems = []
     for artifact in results["artifacts"]:
         target = _place(artifact["path"], folders)
         try:
             store.download(artifact["path"], target, max_bytes=artifact["bytes"])
         except FileNotFoundError:
-            wrong.append(Problem(artifact["path"], "is in the manifest, but not in the store"))
+            problems.append(Problem(artifact["path"], "is in the manifest, but not in the store"))
             continue
         if hash_file(target) != artifact["sha256"]:
-            wrong.append(Problem(artifact["path"], "is damaged: its SHA-256 is not that of the manifest"))
-    if wrong:
-        raise DataError(wrong)
+            problems.append(Problem(artifact["path"], "is damaged: its SHA-256 is not that of the manifest"))
+    if problems:
+        raise DataError(problems)
     store.download(RESULTS, folders.model / RESULTS)  # last: when it exists, so do all other files
     log.get_logger().info("results are delivered", model=str(folders.model), data=str(folders.data))
 
@@ -42,7 +42,7 @@ def deliver(store: ObjectStore, results: Mapping[str, Any], folders: Delivery) -
 def model_path(path: str) -> str | None:
     """Where an artifact goes in a folder or repository of a model; None for one that is no part of the model.
 
-    The adapter lies at the top, where tools that load or serve a model look for it, and each exported format in a
+    The adapter is at the top, where tools that load or serve a model look for it, and each exported format in a
     folder of its name.
 
     Raises:

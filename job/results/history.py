@@ -110,7 +110,7 @@ def find_runs(places: Sequence[str], storage: StorageOptions) -> tuple[list[Publ
     Raises:
         JobError: One or more places cannot be read; the error lists them all.
     """
-    found: dict[str, PublishedRun] = {}
+    runs: dict[str, PublishedRun] = {}
     unreadable: dict[str, str] = {}
     errors: list[tuple[str, JobError]] = []
     for place in places:
@@ -121,12 +121,12 @@ def find_runs(places: Sequence[str], storage: StorageOptions) -> tuple[list[Publ
                 except VerificationError as error:
                     unreadable[store.uri] = f"{store.uri} cannot be read: {_first_line(error)}"
                 else:
-                    found.setdefault(run.sha256, run)
+                    runs.setdefault(run.sha256, run)
         except JobError as error:
             errors.append((place, error))
     if errors:
         raise combine(errors)
-    return list(found.values()), tuple(unreadable.values())
+    return list(runs.values()), tuple(unreadable.values())
 
 
 def _first_line(error: JobError) -> str:
@@ -167,10 +167,10 @@ def history(runs: Sequence[PublishedRun], metric: str | None, unreadable: Sequen
     Args:
         runs: In any order; at least one.
         metric: `task/metric`, such as `arc_easy/acc`; None for the accuracy of the newest run's first task.
-        unreadable: From `find_runs`: what is left out besides.
+        unreadable: From `find_runs`: further runs that are left out.
 
     Raises:
-        SettingsError: The newest run has no such metric.
+        SettingsError: The newest run does not have the metric.
         DataError: There is no run.
     """
     if not runs:
@@ -224,12 +224,12 @@ def _outcome(value: float, limits: Limits | None) -> Literal["within", "above", 
 
 def _metrics(results: Mapping[str, Any]) -> Iterator[str]:
     """`task/metric` of every metric of the adapter."""
-    for task, found in results["evaluation"]["tasks"].items():
+    for task, comparison in results["evaluation"]["tasks"].items():
         yield f"{task}/acc"
-        if found["adapter"].get("acc_norm") is not None:
+        if comparison["adapter"].get("acc_norm") is not None:
             yield f"{task}/acc_norm"
-    for task, found in results["evaluation"].get("measured", {}).items():
-        yield from (f"{task}/{metric}" for metric in found["metrics"])
+    for task, comparison in results["evaluation"].get("measured", {}).items():
+        yield from (f"{task}/{metric}" for metric in comparison["metrics"])
 
 
 def _task(results: Mapping[str, Any], task: str) -> Any:
@@ -242,20 +242,20 @@ def _value(task: Mapping[str, Any], metric: str) -> float | None:
     return None if found is None else float(found)
 
 
-def as_json(found: History) -> dict[str, Any]:
+def as_json(result: History) -> dict[str, Any]:
     """The history as a dictionary for JSON."""
-    return {**asdict(found), "out": found.out, "verdict": found.verdict}
+    return {**asdict(result), "out": result.out, "verdict": result.verdict}
 
 
-def as_lines(found: History, *, markdown: bool = False) -> list[str]:
+def as_lines(result: History, *, markdown: bool = False) -> list[str]:
     """The history as a table, in plain text or Markdown, and the verdict below it."""
-    head = ("finished", "run", "base", found.metric, "change")
+    head = ("finished", "run", "base", result.metric, "change")
     rows = []
-    for before, point in zip((None, *found.points), found.points, strict=False):
+    for before, point in zip((None, *result.points), result.points, strict=False):
         change = "" if before is None else f"{point.value - before.value:+.6g}"
         rows.append((point.finished, point.run, point.base, f"{point.value:.6g}", change))
     table = tables.markdown(head, rows) if markdown else tables.plain(head, rows)
-    limits = found.limits
+    limits = result.limits
     lines = [] if limits is None else [f"mean {limits.centre:.6g}, limits {limits.low:.6g} to {limits.high:.6g}"]
-    left_out = [f"left out: {tables.visible(reason)}" for reason in found.left_out]
-    return [*table, "", *lines, *left_out, tables.visible(found.verdict)]
+    left_out = [f"left out: {tables.visible(reason)}" for reason in result.left_out]
+    return [*table, "", *lines, *left_out, tables.visible(result.verdict)]

@@ -3,7 +3,7 @@
 | file | its hash is in |
 |---|---|
 | `artifacts/...` | `artifacts` of the manifest |
-| `checkpoints/step-.../<epoch>/...` | `COMMITTED.json` beside that folder |
+| `checkpoints/step-.../<epoch>/...` | `COMMITTED.json` next to that folder |
 | `results.json`, `lease.json`, `attempts/` of the last attempt | itself (a seal): they are written last |
 | `model.sig`, a signature | nothing: it is over the manifest and the artifacts |
 | `pushed/...`, `served/...`, written after the manifest | itself (a seal) |
@@ -62,11 +62,11 @@ def collect(store: ObjectStore, work: Path, last_attempt: int) -> list[Artifact]
         work: Folder for temporary copies of the files, which are small.
         last_attempt: Number of the attempt that publishes.
     """
-    found = []
+    evidence = []
     for info in store.list():
         if is_key(info.key) and is_evidence(info.key, last_attempt):
             path = work / info.key
             store.download(info.key, path, max_bytes=info.bytes)
-            found.append(Artifact(info.key, path.stat().st_size, hash_file(path)))
+            evidence.append(Artifact(info.key, path.stat().st_size, hash_file(path)))
             path.unlink()
-    return found
+    return evidence

@@ -98,7 +98,7 @@ def pointer_place(where: str, storage: StorageOptions) -> Place:
     if is_remote(where):
         return Place(open_store(location.parent, storage), name)
     if Path(where).is_dir():
-        raise SettingsError([Problem(where, "is a folder; name a file, such as one beside it")])
+        raise SettingsError([Problem(where, "is a folder; name a file, such as one next to it")])
     return Place(open_store(str(Path(where).absolute().parent), storage), name)
 
 
@@ -145,18 +145,18 @@ def check_place(place: Place) -> None:
         AccessDenied, Unreachable: The store refused the request, or did not answer.
     """
     if place.store.tag(RESULTS) is not None:
-        what = (
+        message = (
             "is in the folder of a run, which would no longer verify with another file in it; give a "
             "place outside of it"
         )
-        raise SettingsError([Problem(place.uri, what)])
+        raise SettingsError([Problem(place.uri, message)])
     if not place.store.conditional_writes():
-        what = (
+        message = (
             "is in a store without conditional writes, where two promotions at the same time would "
             "both seem to succeed; "
             "use a store that has them: S3, Google's, Azure's or a local folder"
         )
-        raise SettingsError([Problem(place.uri, what)])
+        raise SettingsError([Problem(place.uri, message)])
 
 
 def require_gate_held(results: Mapping[str, Any], *, without_gate: bool = False) -> None:
@@ -183,21 +183,21 @@ def promote(place: Place, run: PublishedRun) -> tuple[Promoted, Promoted | None]
     Raises:
         PointerMoved: Another process replaced it meanwhile.
         VerificationError: The run's manifest lists no adapter, or the pointer was altered.
-        SettingsError: The file in its place is no pointer.
+        SettingsError: The file there is not a pointer.
     """
-    known, tag = read_pointer(place)
+    pointer, tag = read_pointer(place)
     adapter = next((one["sha256"] for one in run.results["artifacts"] if one["path"] == WEIGHTS), None)
     if adapter is None:
         raise VerificationError([Problem(f"{run.store.uri}/{RESULTS}", f"lists no {WEIGHTS}")])
-    new = Promoted(run.store.uri, run.id, run.results["seal"], adapter, timestamp())
-    if known is None:
-        _write(place, Pointer(new), tag)
-        return new, None
-    before = known.current
-    if (before.run, before.manifest_seal) == (new.run, new.manifest_seal):
+    promoted = Promoted(run.store.uri, run.id, run.results["seal"], adapter, timestamp())
+    if pointer is None:
+        _write(place, Pointer(promoted), tag)
+        return promoted, None
+    before = pointer.current
+    if (before.run, before.manifest_seal) == (promoted.run, promoted.manifest_seal):
         return before, before
-    _write(place, Pointer(new, (*known.previous, before), known.rolled_back), tag)
-    return new, before
+    _write(place, Pointer(promoted, (*pointer.previous, before), pointer.rolled_back), tag)
+    return promoted, before
 
 
 def roll_back(place: Place, storage: StorageOptions) -> tuple[Promoted, Promoted]:
@@ -211,18 +211,18 @@ def roll_back(place: Place, storage: StorageOptions) -> tuple[Promoted, Promoted
         SettingsError: There is no pointer, or no previous run in it.
         VerificationError: The previous run is missing, or is not the one that was promoted.
     """
-    known, tag = read_pointer(place)
-    if known is None or not known.previous:
-        what = "there is no pointer" if known is None else "pointed to no run before, so it cannot be moved back"
-        raise SettingsError([Problem(place.uri, what)])
-    *earlier, back = known.previous
+    pointer, tag = read_pointer(place)
+    if pointer is None or not pointer.previous:
+        message = "there is no pointer" if pointer is None else "pointed to no run before, so it cannot be moved back"
+        raise SettingsError([Problem(place.uri, message)])
+    *earlier, back = pointer.previous
     store = open_run(back.run, storage)
     found = read_complete(store)
     if found is None or found["seal"] != back.manifest_seal:
-        what = "is not the run that was promoted: it was removed, is incomplete, or was replaced by another run"
-        raise VerificationError([Problem(back.run, what)])
-    _write(place, Pointer(back, tuple(earlier), (*known.rolled_back, known.current)), tag)
-    return back, known.current
+        message = "is not the run that was promoted: it was removed, is incomplete, or was replaced by another run"
+        raise VerificationError([Problem(back.run, message)])
+    _write(place, Pointer(back, tuple(earlier), (*pointer.rolled_back, pointer.current)), tag)
+    return back, pointer.current
 
 
 def _write(place: Place, pointer: Pointer, tag: str | None) -> None:
@@ -239,7 +239,7 @@ def _write(place: Place, pointer: Pointer, tag: str | None) -> None:
         now_there, _ = read_pointer(place)
         where = "" if now_there is None else f", to {now_there.current.text}"
         raise PointerMoved(
-            f"{place.uri} was moved by somebody else at the same time{where}; nothing was changed: check "
+            f"{place.uri} was moved by another process at the same time{where}; nothing was changed: check "
             "whether that is the run you want, and repeat the command if not"
         ) from None
 

@@ -1,4 +1,4 @@
-"""What is known of public base models by their names, and by which name a base is known.
+"""Facts about public base models by name, and the public name of a base.
 
 To add one: an entry in `PUBLIC_BASES`, with the source of the figures.
 """

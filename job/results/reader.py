@@ -65,16 +65,16 @@ def read_bytes(store: ObjectStore) -> bytes:
         raise VerificationError([Problem(RESULTS, str(error))]) from None
     if stored is not None:
         return stored.data
-    found = [info.key for info in islice(store.list(), _LOOKED_AT)]
-    if inside := next((key for key in found if key.count("/") == 1 and key.endswith(f"/{RESULTS}")), None):
-        what = (
+    keys = [info.key for info in islice(store.list(), _LOOKED_AT)]
+    if inside := next((key for key in keys if key.count("/") == 1 and key.endswith(f"/{RESULTS}")), None):
+        message = (
             "contains runs, but is not a run itself; give one of them, such as "
             f"{store.uri}/{inside.removesuffix(RESULTS)}"
         )
-        raise SettingsError([Problem(store.uri, what)])
-    if found:
-        what = f"is missing in {store.uri}: the run is not complete, or it was removed"
-        raise VerificationError([Problem(RESULTS, what)])
+        raise SettingsError([Problem(store.uri, message)])
+    if keys:
+        message = f"is missing in {store.uri}: the run is not complete, or it was removed"
+        raise VerificationError([Problem(RESULTS, message)])
     raise SettingsError([Problem(store.uri, "is not a run; give the folder of a run, or its results.json")])
 
 
@@ -130,7 +130,7 @@ def read_published(store: ObjectStore) -> PublishedRun:
 
 @dataclass(frozen=True)
 class TaskSamples:
-    """The adapter's samples of one task: the file as it was published, its content, and the figures that follow."""
+    """The adapter's samples of one task: the published bytes, their content, and the figures that follow."""
 
     data: bytes
     samples: list[Sample]
@@ -149,14 +149,14 @@ def read_samples(run: PublishedRun, side: str = "adapter") -> dict[str, TaskSamp
         VerificationError: With everything that is missing, changed or malformed.
     """
     listed = {artifact["path"]: artifact for artifact in run.results["artifacts"]}
-    found, wrong = {}, []
+    samples_of, problems = {}, []
     for task, claimed in run.results["evaluation"]["tasks"].items():
         path = answers_key(task, side)
         try:
             data = _read_whole(run.store, path, listed.get(path))
             parsed = samples.parse(data)
         except (ValueError, TooLarge) as error:
-            wrong.append(Problem(f"{run.store.uri}/{path}", str(error)))
+            problems.append(Problem(f"{run.store.uri}/{path}", str(error)))
         else:
             scores = samples.task_scores(
                 parsed,
@@ -165,10 +165,10 @@ def read_samples(run: PublishedRun, side: str = "adapter") -> dict[str, TaskSamp
                 version=claimed["version"],
                 num_fewshot=claimed.get("num_fewshot", 0),
             )
-            found[task] = TaskSamples(data, parsed, scores)
-    if wrong:
-        raise VerificationError(wrong)
-    return found
+            samples_of[task] = TaskSamples(data, parsed, scores)
+    if problems:
+        raise VerificationError(problems)
+    return samples_of
 
 
 def read_measured(run: PublishedRun) -> dict[str, MeasuredScores]:
@@ -178,17 +178,17 @@ def read_measured(run: PublishedRun) -> dict[str, MeasuredScores]:
         VerificationError: With everything that is missing, changed or malformed.
     """
     listed = {artifact["path"]: artifact for artifact in run.results["artifacts"]}
-    found, wrong = {}, []
+    scores_of, problems = {}, []
     for task, claimed in run.results["evaluation"].get("measured", {}).items():
         path = answers_key(task, "adapter")
         try:
             parsed = samples.parse_measured(_read_whole(run.store, path, listed.get(path)))
-            found[task] = measured_from(parsed, task, claimed, "adapter")
+            scores_of[task] = measured_from(parsed, task, claimed, "adapter")
         except (ValueError, TooLarge) as error:
-            wrong.append(Problem(f"{run.store.uri}/{path}", str(error)))
-    if wrong:
-        raise VerificationError(wrong)
-    return found
+            problems.append(Problem(f"{run.store.uri}/{path}", str(error)))
+    if problems:
+        raise VerificationError(problems)
+    return scores_of
 
 
 def _read_whole(store: ObjectStore, path: str, listed: Mapping[str, Any] | None) -> bytes:

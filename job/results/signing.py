@@ -85,16 +85,16 @@ def load_private_key(path: str, password: str | None) -> EllipticCurvePrivateKey
     try:
         key = serialization.load_pem_private_key(data, None if password is None else password.encode())
     except TypeError:  # a superfluous or a missing password: the library tells them apart only in its message
-        what = f"{path} is not encrypted; leave it out" if password else "is needed: the key is encrypted"
-        raise SettingsError([Problem("JOB_SIGN__PASSWORD", what)]) from None
+        message = f"{path} is not encrypted; leave it out" if password else "is needed: the key is encrypted"
+        raise SettingsError([Problem("JOB_SIGN__PASSWORD", message)]) from None
     except ValueError:
-        what = f"{path} is not a private key in PEM format" + (
+        message = f"{path} is not a private key in PEM format" + (
             ", or JOB_SIGN__PASSWORD is not its password" if password else ""
         )
-        raise SettingsError([Problem("JOB_SIGN__KEY", what)]) from None
+        raise SettingsError([Problem("JOB_SIGN__KEY", message)]) from None
     except UnsupportedAlgorithm:  # another curve, or a cipher that this OpenSSL does not have
-        what = f"{path} is a kind of key that is not supported; {_HOW_TO_MAKE}"
-        raise SettingsError([Problem("JOB_SIGN__KEY", what)]) from None
+        message = f"{path} is a kind of key that is not supported; {_HOW_TO_MAKE}"
+        raise SettingsError([Problem("JOB_SIGN__KEY", message)]) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _HASHES:
         raise SettingsError(
             [Problem("JOB_SIGN__KEY", f"{path} is a kind of key that is not supported; {_HOW_TO_MAKE}")]

@@ -2,7 +2,7 @@
 
 While it makes progress, an attempt writes its record (`attempts/NNNN.json`) at most every 5 seconds, with its stage and
 the figures of the last optimizer step (`runs.run_log.Noted`). Runs on S3 and local runs are therefore read alike.
-Records of earlier versions lack these figures; the step is then that of the last checkpoint, and `step_from` says so.
+Records of earlier versions lack these figures; the step is then that of the last checkpoint, as `step_from` records.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> Run
     sign = noted.at if noted else holder.started if holder and holder.epoch == newest else None
     silent = None if sign is None else max(0.0, (now - _time(sign)).total_seconds())
     checkpoints = _checkpoints(store, problems)
-    done = _stages_done(store)
+    stages_done = _stages_done(store)
     if stalled_after is None:
         watched = None if noted is None else noted.stall_seconds
         stalled_after = STALLED_SECONDS if watched is None else _WATCHDOG_SHARE * watched
@@ -185,7 +185,7 @@ def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> Run
         state=state,
         attempt=newest or None,
         stage=None if noted is None or state == "finished" else noted.stage,
-        stages_done=done,
+        stages_done=stages_done,
         questions=current.questions or None if current and noted and state == "running" else None,
         last_sign_of_life=sign,
         silent_seconds=silent,
@@ -294,7 +294,7 @@ def _parse_logged(data: bytes) -> LoggedAttempt:
     """Parses an attempt's record, and checks that its times can be read.
 
     Raises:
-        ValueError: The data is not such a record, or was changed.
+        ValueError: The data is not a record of this kind, or was changed.
     """
     logged = parse_logged(data)
     try:
@@ -337,16 +337,16 @@ def _exit_code(logged: LoggedAttempt | None) -> int | None:
 
 def _last_end(logged: Mapping[int, LoggedAttempt], newest: int) -> AttemptEnd | None:
     """The end of the newest attempt that has ended; every attempt before the newest has."""
-    for number, one in logged.items():
-        outcome = one.record.outcome
+    for number, logged_attempt in logged.items():
+        outcome = logged_attempt.record.outcome
         if outcome == "running" and number == newest:
             continue
-        code = _exit_code(one)
+        code = _exit_code(logged_attempt)
         meaning = exit_codes().get(code, (None, None))[0] if code is not None else None
-        why = None if one.noted is None else one.noted.why
+        why = None if logged_attempt.noted is None else logged_attempt.noted.why
         if outcome in {"running", "killed"}:
             outcome, why = "killed", _why_killed(logged, number)
-        return AttemptEnd(number, outcome, code, meaning, why, one.record.finished)
+        return AttemptEnd(number, outcome, code, meaning, why, logged_attempt.record.finished)
     return None
 
 

@@ -28,28 +28,28 @@ def headline(status: RunStatus) -> str:
     end, silent = status.last_end, status.silent_seconds
     match status.state:
         case "running":
-            words = "running"
+            text = "running"
         case "preempted":
-            words = "preempted, waiting for the next attempt"
+            text = "preempted, waiting for the next attempt"
         case "stalled":
-            words = (
+            text = (
                 "stalled (no sign of life)" if silent is None else f"stalled (no sign of life for {duration(silent)})"
             )
-            words += ": the attempt was killed without notice, or hangs"
+            text += ": the attempt was killed without notice, or hangs"
         case "finished":
-            words = "finished" + {None: "", True: ", gate met", False: ", gate not met"}[status.gate]
+            text = "finished" + {None: "", True: ", gate met", False: ", gate not met"}[status.gate]
         case "failed" if end is not None and end.exit_code is not None:
             retry = exit_codes().get(end.exit_code, (None, "no"))[1]
             then = "correct the cause before the next attempt" if retry == "no" else "the next attempt resumes the run"
-            words = f"failed with code {end.exit_code} ({end.meaning}); {then}"
+            text = f"failed with code {end.exit_code} ({end.meaning}); {then}"
         case "failed":
-            words = "failed (the version of the job that ran it did not record the exit code)"
+            text = "failed (the version of the job that ran it did not record the exit code)"
         case "not-started":
-            words = "not started, or not a run: there is no record of an attempt"
+            text = "not started, or not a run: there is no record of an attempt"
         case "damaged":
-            words = "damaged: files of the results are missing or damaged; start the run again to repair it"
+            text = "damaged: files of the results are missing or damaged; start the run again to repair it"
     part = "first stage (sft) of two: " if status.first_stage else ""
-    return f"{part}{words}".replace("\N{NO-BREAK SPACE}", " ")
+    return f"{part}{text}".replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,9 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     against = "" if results["model"]["quantization"] == "none" else " against the quantized base"
     grouped = results["evaluation"].get("groups", {})
     for name, group in grouped.items():
-        lines += [f"{name}, {group_line(metric, one, against)}" for metric, one in group["metrics"].items()]
+        lines += [
+            f"{name}, {group_line(metric, comparison, against)}" for metric, comparison in group["metrics"].items()
+        ]
     for name, task in results["evaluation"]["tasks"].items():
         before, after, delta, low, high = (
             100 * x for x in (task["base"]["acc"], task["adapter"]["acc"], task["delta"], *task["ci95"])
@@ -40,12 +42,14 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
             lines.append(f"training rows contain {task['n'] - rest['n']:,} of these questions: {figures}")
     for name, found in results["evaluation"].get("measured", {}).items():
         start = f"{name}, {found['n']:,} questions"
-        lines += [f"{start}: {measured_line(metric, one, against)}" for metric, one in found["metrics"].items()]
+        lines += [
+            f"{start}: {measured_line(metric, comparison, against)}" for metric, comparison in found["metrics"].items()
+        ]
     if why := (results["evaluation"].get("full_precision") or {}).get("not_scored"):
         lines.append(f"the unquantized base was not scored: {why}")
-    for name, one in original_tasks(results).items():
-        taken, left = (_difference(one[f"{side}_versus_original"]["acc"]) for side in ("base", "adapter"))
-        before = f"{name}, unquantized base: {100 * one['scores']['acc']:.2f} %"
+    for name, comparison in original_tasks(results).items():
+        taken, left = (_difference(comparison[f"{side}_versus_original"]["acc"]) for side in ("base", "adapter"))
+        before = f"{name}, unquantized base: {100 * comparison['scores']['acc']:.2f} %"
         lines.append(f"{before}; quantization {taken}, adapter against it {left}")
     lines += [_export_line(export) for export in results.get("exports", ())]
     lines.append(_cost_line(cost, len(results["run"]["attempts"])))
@@ -53,8 +57,8 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         lines.append(f"report: {where.removesuffix(RESULTS)}{REPORT}")
     # A group speaks for its tasks, which may be many
     members = {task for group in grouped.values() for task in group["tasks"]}
-    of_groups = [(name, *one) for name, group in grouped.items() for one in group["metrics"].items()]
-    verdicts = [f"{name} {metric} {one['verdict']}{against}" for name, metric, one in of_groups]
+    of_groups = [(name, *item) for name, group in grouped.items() for item in group["metrics"].items()]
+    verdicts = [f"{name} {metric} {comparison['verdict']}{against}" for name, metric, comparison in of_groups]
     verdicts += [
         f"{name} {verdict_in_words(name, results)}" for name in results["evaluation"]["tasks"] if name not in members
     ]
@@ -76,7 +80,7 @@ _AGAINST_BOTH = {
     ("regressed", "improved"): "worse than the quantized base but better than the unquantized one",
     ("regressed", "inconclusive"): "worse than the quantized base and inconclusive against the unquantized one",
 }
-"""What is said where the verdicts against the quantized and the unquantized base differ."""
+"""The note where the verdicts against the quantized and the unquantized base differ."""
 
 
 def verdict_in_words(name: str, results: Mapping[str, Any]) -> str:
@@ -90,34 +94,35 @@ def verdict_in_words(name: str, results: Mapping[str, Any]) -> str:
     return verdict
 
 
-def _difference(found: Mapping[str, Any]) -> str:
+def _difference(comparison: Mapping[str, Any]) -> str:
     """A paired difference in points with its interval and verdict."""
-    delta, low, high = (f"{100 * x:+.2f}" for x in (found["delta"], *found["ci95"]))
-    return f"{delta} ({low} to {high}, {found['verdict']})"
+    delta, low, high = (f"{100 * x:+.2f}" for x in (comparison["delta"], *comparison["ci95"]))
+    return f"{delta} ({low} to {high}, {comparison['verdict']})"
 
 
-def group_line(name: str, found: Mapping[str, Any], against: str = "") -> str:
+def group_line(name: str, figures: Mapping[str, Any], against: str = "") -> str:
     """A figure of a group of tasks: its size and weights, both figures, the difference, and the verdict."""
-    weights = "questions" if found["weight_by_size"] else "tasks"
-    low, high = found["ci95"]
+    weights = "questions" if figures["weight_by_size"] else "tasks"
+    low, high = figures["ci95"]
     return (
-        f"{found['tasks']} tasks, {found['n']:,} questions, all {weights} weighing the same: {name} "
-        f"{found['base']:.4g} -> {found['adapter']:.4g} ({found['delta']:+.4g}, 95 % interval {low:+.4g} to "
-        f"{high:+.4g}), {found['verdict']}{against}, {found['improved']} better and {found['regressed']} worse, "
-        f"p = {found['p']:.2g}"
+        f"{figures['tasks']} tasks, {figures['n']:,} questions, all {weights} weighing the same: {name} "
+        f"{figures['base']:.4g} -> {figures['adapter']:.4g} ({figures['delta']:+.4g}, 95 % interval {low:+.4g} to "
+        f"{high:+.4g}), {figures['verdict']}{against}, {figures['improved']} better and {figures['regressed']} worse, "
+        f"p = {figures['p']:.2g}"
     )
 
 
-def measured_line(name: str, found: Mapping[str, Any], against: str = "") -> str:
+def measured_line(name: str, comparison: Mapping[str, Any], against: str = "") -> str:
     """A metric of a task without choices: both figures, which way is better, the difference, and the verdict."""
-    better = "higher" if found["higher_is_better"] else "lower"
-    low, high = found["ci95"]
-    interval = f"{found['delta']:+.4g}, 95 % interval {low:+.4g} to {high:+.4g}"
-    if found["aggregation"] in {"perplexity", "weighted_perplexity"}:
+    better = "higher" if comparison["higher_is_better"] else "lower"
+    low, high = comparison["ci95"]
+    interval = f"{comparison['delta']:+.4g}, 95 % interval {low:+.4g} to {high:+.4g}"
+    if comparison["aggregation"] in {"perplexity", "weighted_perplexity"}:
         interval = f"ln of the ratio {interval}"
     return (
-        f"{name} {found['base']:.4g} -> {found['adapter']:.4g} ({better} is better; {interval}), "
-        f"{found['verdict']}{against}, {found['improved']} better and {found['regressed']} worse, p = {found['p']:.2g}"
+        f"{name} {comparison['base']:.4g} -> {comparison['adapter']:.4g} ({better} is better; {interval}), "
+        f"{comparison['verdict']}{against}, {comparison['improved']} better and {comparison['regressed']} worse, "
+        f"p = {comparison['p']:.2g}"
     )
 
 
@@ -128,20 +133,20 @@ def _export_line(export: Mapping[str, Any]) -> str:
     if export.get("not_scored"):
         return f"{export['format']}: published, not scored: {export['not_scored']}"
     if is_adapter(export["format"]):
-        found = [
-            f"{task} {100 * one['scores']['acc']:.2f} % "
-            f"({100 * one['versus_adapter']['acc']['delta']:+.2f} against the adapter)"
-            for task, one in export["candidates"][export["candidate"]].items()
+        scores = [
+            f"{task} {100 * figures['scores']['acc']:.2f} % "
+            f"({100 * figures['versus_adapter']['acc']['delta']:+.2f} against the adapter)"
+            for task, figures in export["candidates"][export["candidate"]].items()
         ]
-        return f"{export['format']}: {'; '.join(found)}; published"
-    found = [
-        f"{task} onto {candidate} weights {100 * one['scores']['acc']:.2f} % "
-        f"({100 * one['versus_adapter']['acc']['delta']:+.2f} against the adapter)"
+        return f"{export['format']}: {'; '.join(scores)}; published"
+    scores = [
+        f"{task} onto {candidate} weights {100 * figures['scores']['acc']:.2f} % "
+        f"({100 * figures['versus_adapter']['acc']['delta']:+.2f} against the adapter)"
         for candidate, tasks in export["candidates"].items()
-        for task, one in tasks.items()
+        for task, figures in tasks.items()
     ]
     outcome = "published" if export.get("published", True) else "not published, but the source of other formats"
-    return f"{export['format']}: {'; '.join(found)}; {outcome}: {export['candidate']} ({export['reason']})"
+    return f"{export['format']}: {'; '.join(scores)}; {outcome}: {export['candidate']} ({export['reason']})"
 
 
 def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:
