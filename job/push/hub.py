@@ -67,19 +67,19 @@ class HubTarget:
 
         Raises:
             AccessDenied: There is no token, or it may not write there.
-            SettingsError: The repository is public, and it is to be private.
+            SettingsError: The repository is public, and the settings require a private one.
             Unreachable: The hub does not answer.
         """
         api = _api()
         with _push_errors(self.repo):
-            who = api.whoami()
-            if _role(who) == "read":
+            account = api.whoami()
+            if _role(account) == "read":
                 raise AccessDenied(f"{SETTING}: HF_TOKEN may only read; give one that may write to {self.repo}")
             if (public := self._is_public(api)) is not None:
                 self._refuse_public(public=public)
                 api.auth_check(self.repo, write=True)
                 return f"{self.repo} exists ({'public' if public else 'private'}), and this token may write to it"
-        self._check_namespace(who)
+        self._check_namespace(account)
         return f"{self.repo} does not exist, and will be created as {'private' if self.private else 'public'}"
 
     def changes(self, content: PushContent) -> list[tuple[Change, str, int]]:
@@ -87,19 +87,20 @@ class HubTarget:
         api = _api()
         with _push_errors(self.repo):
             there = _tree(api, self.repo, self.branch or MAIN) if self._is_public(api) is not None else {}
-        found: list[tuple[Change, str, int]] = [("delete", path, 0) for path in _stale(there, content)]
+        changes: list[tuple[Change, str, int]] = [("delete", path, 0) for path in _stale(there, content)]
         for file in content.files:
             entry = there.get(file.path)
             change: Change = "new" if entry is None else "same" if _is_same(entry, file, content) else "changed"
-            found.append((change, file.path, file.bytes))
-        return sorted(found, key=lambda row: row[1])
+            changes.append((change, file.path, file.bytes))
+        return sorted(changes, key=lambda row: row[1])
 
     def push(self, content: PushContent) -> str:
         """Makes the commit, unless it has been made; returns its hash.
 
         Raises:
             AccessDenied: There is no token, or it may not write there.
-            SettingsError: The repository is public, and it is to be private; or the hub takes no such name or file.
+            SettingsError: The repository is public, and the settings require a private one; or the hub refuses a name
+                or file.
             DataError: A file is not what was published, or the commit does not hold the same files.
             Unreachable: The hub does not answer, or others commit all the time.
         """
@@ -125,7 +126,7 @@ class HubTarget:
         )
 
     def _is_public(self, api: Any) -> bool | None:
-        """None if there is no such repository, or none that this token may see."""
+        """None if the repository does not exist, or this token may not see it."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
@@ -140,14 +141,16 @@ class HubTarget:
             what = f"{self.repo} is public; make it private, or set JOB_EXPORT__HUB_PRIVATE=false"
             raise SettingsError([Problem(SETTING, what)])
 
-    def _check_namespace(self, who: Mapping[str, Any]) -> None:
+    def _check_namespace(self, account: Mapping[str, Any]) -> None:
         """Refuses a repository that is not there, where this token could not make it."""
         namespace = self.repo.partition("/")[0]
-        roles = {org.get("name"): org.get("roleInOrg") for org in who.get("orgs") or ()} | {who.get("name"): "admin"}
+        roles = {org.get("name"): org.get("roleInOrg") for org in account.get("orgs") or ()} | {
+            account.get("name"): "admin"
+        }
         if namespace not in roles or roles[namespace] in _READERS:
             what = f"{namespace} is neither the user of HF_TOKEN nor an organization that it may write to"
             raise AccessDenied(f"{SETTING}: {self.repo} does not exist, and cannot be created: {what}")
-        scoped = _access(who).get("fineGrained", {}).get("scoped")
+        scoped = _access(account).get("fineGrained", {}).get("scoped")
         if scoped is not None and not any(
             scope.get("entity", {}).get("name") == namespace and "repo.write" in scope.get("permissions", ())
             for scope in scoped
@@ -182,7 +185,7 @@ class HubTarget:
             operations += added
         content.alive()
         title, description = _message(content)
-        made = api.create_commit(
+        commit = api.create_commit(
             self.repo,
             operations,
             commit_message=title,
@@ -190,20 +193,20 @@ class HubTarget:
             revision=self.branch,
             parent_commit=head,
         )
-        return str(made.oid)
+        return str(commit.oid)
 
     def _require_same(self, api: Any, commit: str, content: PushContent) -> None:
         """Compares what the commit holds with the manifest."""
-        there = _tree(api, self.repo, commit)
-        wrong = [
+        repo_files = _tree(api, self.repo, commit)
+        problems = [
             Problem(f"{self.repo}/{file.path}", f"is not in commit {commit[:12]}; does a .gitignore there exclude it?")
-            if file.path not in there
+            if file.path not in repo_files
             else Problem(f"{self.repo}/{file.path}", f"has other bytes in commit {commit[:12]} than in the run")
             for file in content.files
-            if file.path not in there or not _is_same(there[file.path], file, content)
+            if file.path not in repo_files or not _is_same(repo_files[file.path], file, content)
         ]
-        if wrong:
-            raise DataError(wrong)
+        if problems:
+            raise DataError(problems)
 
 
 def _api() -> Any:
@@ -211,7 +214,7 @@ def _api() -> Any:
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    disable_progress_bars()  # they would stand among the lines of the log
+    disable_progress_bars()  # they would appear among the lines of the log
     return HfApi()
 
 
@@ -220,13 +223,13 @@ def _message(content: PushContent) -> tuple[str, str]:
     return f"qlora-job: run {content.run}", f"SHA-256 of the list of all files: {content.sha256}"
 
 
-def _access(who: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = (who.get("auth") or {}).get("accessToken") or {}
+def _access(account: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = (account.get("auth") or {}).get("accessToken") or {}
     return found
 
 
-def _role(who: Mapping[str, Any]) -> str:
-    return str(_access(who).get("role", ""))
+def _role(account: Mapping[str, Any]) -> str:
+    return str(_access(account).get("role", ""))
 
 
 def _tree(api: Any, repo: str, revision: str) -> dict[str, Any]:
@@ -245,11 +248,13 @@ def _is_same(entry: Any, file: PushFile, content: PushContent) -> bool:
     return bool(hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == entry.blob_id)
 
 
-def _stale(there: Mapping[str, Any], content: PushContent) -> list[str]:
-    """Files that lie in the folder of a pushed format and are not part of it, such as shards of an earlier run."""
+def _stale(repo_files: Mapping[str, Any], content: PushContent) -> list[str]:
+    """Files in the folder of a pushed format that are not part of it, such as shards of an earlier run."""
     folders = {file.path.partition("/")[0] for file in content.files if "/" in file.path}
     pushed = {file.path for file in content.files}
-    return sorted(path for path in there if "/" in path and path.partition("/")[0] in folders and path not in pushed)
+    return sorted(
+        path for path in repo_files if "/" in path and path.partition("/")[0] in folders and path not in pushed
+    )
 
 
 def _groups(files: tuple[PushFile, ...]) -> Iterator[list[PushFile]]:

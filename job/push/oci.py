@@ -64,11 +64,11 @@ class OciTarget:
         return self.reference
 
     def check(self) -> str:
-        """Begins an upload and gives it up again, which shows that this registry takes one; returns that in words.
+        """Begins and cancels an upload, which shows that this registry accepts one; returns that in words.
 
         Raises:
             AccessDenied: The credentials do not suffice.
-            SettingsError: There is no such registry or repository.
+            SettingsError: The registry or repository does not exist.
             Unreachable: The registry does not answer.
         """
         with _registry_errors(self.reference):
@@ -81,14 +81,14 @@ class OciTarget:
 
     def changes(self, content: PushContent) -> list[tuple[str, str, int]]:
         """(`new` or `same`, path, bytes) of every file: whether the registry has its layer."""
-        found = []
+        changes = []
         with _registry_errors(self.reference):
             registry, container = self._registry()
             for group in layers_of(content.files):
                 copies = {file.path: content.fetch(file, content.work) for file in group}
                 there = registry.blob_exists(layer_blob(group, copies).descriptor, container)
-                found += [("same" if there else "new", f"{FOLDER}/{file.path}", file.bytes) for file in group]
-        return sorted(found, key=lambda row: row[1])
+                changes += [("same" if there else "new", f"{FOLDER}/{file.path}", file.bytes) for file in group]
+        return sorted(changes, key=lambda row: row[1])
 
     def push(self, content: PushContent) -> str:
         """Uploads what the registry does not have, then sets the tag; returns the digest of the index.
@@ -113,7 +113,7 @@ class OciTarget:
             _put_manifest(registry, container, image.index, str(container.tag))
             if (found := _tagged(registry, container)) != image.index.digest:
                 raise Unreachable(
-                    f"{SETTING}: {self.reference} was moved to {found} by somebody else during the "
+                    f"{SETTING}: {self.reference} was moved to {found} by another process during the "
                     "push; push the run again"
                 )
         return image.index.digest
@@ -165,14 +165,14 @@ def _connect(container: Any, *, plain: bool) -> Any:
     from urllib3.util import Retry
 
     class Client(Registry):  # type: ignore[misc]  # oras has no types
-        """The client of oras, but denials are told at once, and no request waits for ever."""
+        """The client of oras, except that denials are raised at once, and every request has a timeout."""
 
-        def do_request(self, url: str, method: str = "GET", **given: Any) -> Any:
+        def do_request(self, url: str, method: str = "GET", **options: Any) -> Any:
             """One request, with a second try once it is known how to log in."""
             own = _host(url) == home  # an upload may be sent to another host, which gets no credentials
-            headers = {**(given.pop("headers", None) or {}), **(_authorization(self.auth) if own else {})}
-            how = {**given, "timeout": _TIMEOUT}
-            response = self.session.request(method, url, headers=headers, **how)
+            headers = {**(options.pop("headers", None) or {}), **(_authorization(self.auth) if own else {})}
+            request_options = {**options, "timeout": _TIMEOUT}
+            response = self.session.request(method, url, headers=headers, **request_options)
             if own and response.status_code in _REFUSED:
                 try:
                     headers, changed = self.auth.authenticate_request(response, headers, refresh=True)
@@ -183,9 +183,9 @@ def _connect(container: Any, *, plain: bool) -> Any:
                 ):  # oras has no credentials, or the registry names no realm
                     changed = False
                 if changed:
-                    if hasattr(given.get("data"), "seek"):
-                        given["data"].seek(0)  # the refused request has read it
-                    response = self.session.request(method, url, headers=headers, **how)
+                    if hasattr(options.get("data"), "seek"):
+                        options["data"].seek(0)  # the refused request has read it
+                    response = self.session.request(method, url, headers=headers, **request_options)
             if response.status_code >= HTTPStatus.BAD_REQUEST and method != "HEAD":
                 response.raise_for_status()
             if response.status_code in _REFUSED or response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -271,7 +271,7 @@ def _upload_whole(registry: Any, container: Any, blob: Blob, path: Path) -> None
 
 
 def _put_manifest(registry: Any, container: Any, blob: Blob, reference: str) -> None:
-    """As the very bytes that the digest is of."""
+    """The exact bytes of the digest."""
     url = f"{registry.prefix}://{container.manifest_url(reference)}"
     registry.do_request(url, "PUT", data=blob.data, headers={"Content-Type": blob.media_type})
 
@@ -314,7 +314,7 @@ def _translated(answer: Any, reference: str) -> JobError:
         codes = ", ".join(str(one.get("code")) for one in answer.json()["errors"])
     except (ValueError, KeyError, TypeError, AttributeError):
         codes = ""
-    known = {HTTPStatus.NOT_FOUND: "; is there such a repository? some registries need it to be created first"}.get(
+    known = {HTTPStatus.NOT_FOUND: "; does the repository exist? some registries need it to be created first"}.get(
         status, ""
     )
     return SettingsError(

@@ -1,8 +1,8 @@
 """An image without a program that holds the files of a run, as the target `oci` pushes it.
 
-Its files lie under `/models`: the adapter at the top, each exported format in a folder. It has the media types of plain
+Its files are under `/models`: the adapter at the top, each exported format in a folder. It has the media types of plain
 images, so that every registry and container runtime takes it: an index of two manifests, for amd64 and arm64, with the
-same layers. A large file is a layer of its own; all small ones share one. Everything in it is determined by the files:
+same layers. A large file has its own layer; all small ones share one. Everything in it is determined by the files:
 the same run has the same digest every time, and `verify` computes it again.
 """
 
@@ -27,7 +27,7 @@ MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar"
 OWN_LAYER = 16 << 20
-"""Bytes from which a file is a layer of its own: what changes often is small, and what is large is uploaded once."""
+"""Bytes from which a file has its own layer: files that change often are small, and large ones are uploaded once."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def write_layer(files: Sequence[PushFile], copies: Mapping[str, Path], target: I
     """Writes a layer: a tar file whose bytes depend on names and contents alone.
 
     Args:
-        files: Of the layer.
-        copies: By path, where each of them lies.
+        files: Files of the layer.
+        copies: By path, the local copy of each.
         target: Written to from start to end, never sought in.
     """
     with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT) as tar:

@@ -2,7 +2,7 @@
 
 What is pushed are the adapter, its card and the exported formats, each file compared with the manifest on its way. A
 run is pushed after its manifest is written, so that a target never holds what the store does not; the push is recorded
-in the store, below `pushed/`. A restart pushes what is not recorded, and a target finds by itself what an earlier
+in the store, below `pushed/`. A restart pushes what is not recorded, and a target finds out what an earlier
 attempt did before it was killed.
 
 How to add a target:
@@ -73,35 +73,35 @@ class Target(Protocol):
 
 def targets(export: Export) -> tuple[Target, ...]:
     """Those that the settings name."""
-    found: list[Target] = []
+    targets_of_settings: list[Target] = []
     if export.hub is not None:
-        found.append(HubTarget(export.hub, export.hub_revision, export.hub_private))
+        targets_of_settings.append(HubTarget(export.hub, export.hub_revision, export.hub_private))
     if export.oci is not None:
-        found.append(OciTarget(export.oci, export.oci_plain_http))
-    return tuple(found)
+        targets_of_settings.append(OciTarget(export.oci, export.oci_plain_http))
+    return tuple(targets_of_settings)
 
 
-def check_targets(chosen: Sequence[Target]) -> dict[str, str]:
+def check_targets(push_targets: Sequence[Target]) -> dict[str, str]:
     """Asks every target whether a push would be allowed; returns what was found, by setting.
 
     Raises:
         AccessDenied, SettingsError, Unreachable: With what is wrong with all of them.
     """
-    found, errors = {}, list[tuple[str, JobError]]()
-    for target in chosen:
+    findings, errors = {}, list[tuple[str, JobError]]()
+    for target in push_targets:
         try:
-            found[target.setting] = target.check()
+            findings[target.setting] = target.check()
         except JobError as error:
             errors.append((target.setting, error))
     if errors:
         raise combine(errors)
-    return found
+    return findings
 
 
 def push_run(
     store: ObjectStore,
     results: Mapping[str, Any],
-    chosen: Sequence[Target],
+    push_targets: Sequence[Target],
     *,
     alive: Callable[[], None] = lambda: None,
     again: bool = False,
@@ -111,7 +111,7 @@ def push_run(
     Args:
         store: The run's own.
         results: Its manifest.
-        chosen: Where to.
+        push_targets: Where to.
         alive: Called between files; may raise what ends the job.
         again: Also asks targets to which the store says that it has been pushed.
 
@@ -119,14 +119,16 @@ def push_run(
         JobError: As the target says, of all that failed; the others have been pushed to.
         DataError: A file in the store is not what the manifest says.
     """
-    done, errors = [], list[tuple[str, JobError]]()
-    for target in chosen:
+    pushes, errors = [], list[tuple[str, JobError]]()
+    for target in push_targets:
         with tempfile.TemporaryDirectory(prefix="qlora-job-push-", ignore_cleanup_errors=True) as work:
             content = content_of(store, results, Path(work), alive)
-            known = recorded(store, target.kind, target.place)
-            if known is not None and known.files_sha256 == content.sha256 and not again:
-                log.get_logger().info("the run is already pushed", target=target.kind, place=target.place, id=known.id)
-                done.append(known)
+            earlier = recorded(store, target.kind, target.place)
+            if earlier is not None and earlier.files_sha256 == content.sha256 and not again:
+                log.get_logger().info(
+                    "the run is already pushed", target=target.kind, place=target.place, id=earlier.id
+                )
+                pushes.append(earlier)
                 continue
             log.get_logger().info(
                 "pushing", target=target.kind, place=target.place, files=len(content.files), bytes=content.bytes
@@ -136,13 +138,13 @@ def push_run(
             except JobError as error:
                 errors.append((target.setting, error))
                 continue
-        if pushed != known:
+        if pushed != earlier:
             store.write(pushed_key(target.kind, target.place), sealed(asdict(pushed)))
         log.get_logger().info("pushed", target=target.kind, place=target.place, id=pushed.id)
-        done.append(pushed)
+        pushes.append(pushed)
     if errors:
         raise combine(errors)
-    return done
+    return pushes
 
 
 def content_of(
