@@ -43,33 +43,33 @@ def serve_check(served: Served, samples: Sequence[tuple[str, Sample]], count: in
         AccessDenied, Unreachable: As the server answers.
     """
     client, way = served.client, SERVERS[served.server].way
-    chosen = [(task, sample) for task, sample in samples if _has_its_prompt(sample)][:count]
-    if not chosen:
+    questions = [(task, sample) for task, sample in samples if _has_its_prompt(sample)][:count]
+    if not questions:
         what = "has no task whose records contain the whole prompt; tasks with several contexts cannot be checked"
         raise SettingsError([Problem("RUN", what)])
     began = time.monotonic()
-    asked = []
-    for task, sample in chosen:
+    compared = []
+    for task, sample in questions:
         question, choices = str(sample.question), list(sample.choices or ())
         answer = WAYS[way](client, served.model, question, choices)
         pairs = zip(answer.log_likelihoods or (), sample.log_likelihoods, strict=False)
         difference = max((abs(a - b) for a, b in pairs), default=None)
         near = margin(sample.log_likelihoods)
-        asked.append(Asked(task, sample.id, sample.prediction, answer.prediction, near, difference))
+        compared.append(Asked(task, sample.id, sample.prediction, answer.prediction, near, difference))
     seconds = time.monotonic() - began
     speeds = [
         client.stream(
             "/v1/completions",
             {"model": served.model, "prompt": sample.question, "max_tokens": _WRITTEN, "temperature": 0},
         )
-        for _, sample in chosen[:_TIMED]
+        for _, sample in questions[:_TIMED]
     ]
     rates = [speed.tokens_per_second for speed in speeds if speed.tokens_per_second is not None]
     return ServeCheck(
         server=served.server,
         way=way,
         format=served.format,
-        asked=tuple(asked),
+        asked=tuple(compared),
         seconds=seconds,
         first_token=statistics.median(speed.first_token for speed in speeds),
         tokens_per_second=statistics.median(rates) if rates else None,
@@ -83,57 +83,57 @@ def _has_its_prompt(sample: Sample) -> bool:
     return hashlib.sha256(sample.question.encode()).hexdigest() == sample.prompt_hash
 
 
-def as_json(found: ServeCheck) -> dict[str, Any]:
+def as_json(result: ServeCheck) -> dict[str, Any]:
     """The result as JSON-able values."""
-    rest = {name: getattr(found, name) for name in ("server", "way", "format", "when", "seconds", "first_token")}
+    rest = {name: getattr(result, name) for name in ("server", "way", "format", "when", "seconds", "first_token")}
     return {
         **rest,
-        "tokens_per_second": found.tokens_per_second,
-        "holds": found.holds,
-        "alike": found.alike,
-        "compared": len(found.compared),
-        "different": [one.id for one in found.different],
-        "questions": [asdict(one) for one in found.asked],
+        "tokens_per_second": result.tokens_per_second,
+        "holds": result.holds,
+        "alike": result.alike,
+        "compared": len(result.compared),
+        "different": [one.id for one in result.different],
+        "questions": [asdict(one) for one in result.asked],
     }
 
 
-def as_lines(found: ServeCheck) -> list[str]:
+def as_lines(result: ServeCheck) -> list[str]:
     """The result as a table for people."""
-    near = len(found.compared) - found.alike - len(found.different)
-    gaps = [one.difference for one in found.asked if one.difference is not None]
-    how = {"echo": "log-likelihoods", "forced": "log-likelihoods", "greedy": "greedy answers"}[found.way]
-    rate = "" if found.tokens_per_second is None else f", {found.tokens_per_second:.1f} tokens/s after it"
+    near = len(result.compared) - result.alike - len(result.different)
+    gaps = [one.difference for one in result.asked if one.difference is not None]
+    how = {"echo": "log-likelihoods", "forced": "log-likelihoods", "greedy": "greedy answers"}[result.way]
+    rate = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s after it"
     lines = [
-        f"server             {found.server}, asked for {how}",
-        f"served             {found.format}",
-        f"questions          {len(found.asked)} in {found.seconds:.1f} s, {len(found.compared)} with a prediction",
-        f"same predictions   {found.alike} of {len(found.compared)}; {near} differ in a near tie (below {NEAR} nats)",
+        f"server             {result.server}, asked for {how}",
+        f"served             {result.format}",
+        f"questions          {len(result.asked)} in {result.seconds:.1f} s, {len(result.compared)} with a prediction",
+        f"same predictions   {result.alike} of {len(result.compared)}; {near} differ in a near tie (below {NEAR} nats)",
     ]
     if gaps:
         lines.append(
             f"log-likelihoods    differ by {statistics.median(gaps):.4f} nats (median), {max(gaps):.4f} (most)"
         )
-    lines.append(f"first token        after {found.first_token * 1000:.0f} ms (median){rate}, one request at a time")
-    lines += [f"  {o.task} {o.id}: recorded choice {o.recorded}, served {o.served}" for o in found.different[:20]]
-    lines.append("holds" if found.holds else "differs")
+    lines.append(f"first token        after {result.first_token * 1000:.0f} ms (median){rate}, one request at a time")
+    lines += [f"  {o.task} {o.id}: recorded choice {o.recorded}, served {o.served}" for o in result.different[:20]]
+    lines.append("holds" if result.holds else "differs")
     return lines
 
 
-def require_alike(found: ServeCheck) -> None:
+def require_alike(result: ServeCheck) -> None:
     """Raises an error unless the server answers as the records say.
 
     Raises:
         VerificationError: It does not.
     """
-    if found.holds:
+    if result.holds:
         return
-    if not found.compared:
+    if not result.compared:
         what = "no greedy answer begins with one of the choices, so nothing could be compared"
-        raise VerificationError([Problem(found.server, what)])
+        raise VerificationError([Problem(result.server, what)])
     raise VerificationError(
         [
-            Problem(f"{one.task} {one.id}", f"recorded choice {one.recorded}, {found.server} predicts {one.served}")
-            for one in found.compared
+            Problem(f"{one.task} {one.id}", f"recorded choice {one.recorded}, {result.server} predicts {one.served}")
+            for one in result.compared
             if not one.alike
         ]
     )

@@ -46,8 +46,8 @@ class Client:
         """The JSON that answers a request.
 
         Raises:
-            AccessDenied: The server wants another key.
-            SettingsError: It does not take such a request.
+            AccessDenied: The server refuses the key.
+            SettingsError: The server does not support the request.
             Unreachable: It does not answer, or with something else.
         """
         with self._open(path, body) as answer:
@@ -89,14 +89,14 @@ class Client:
         try:
             return urlopen(Request(where, data, headers), timeout=SECONDS)  # noqa: S310 - see above
         except HTTPError as error:
-            said = error.read(300).decode(errors="replace")
+            text = error.read(300).decode(errors="replace")
             if error.code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
                 raise AccessDenied(
                     f"{where}: the server requires a key (HTTP {error.code}); set OPENAI_API_KEY"
                 ) from None
             if error.code in _TRANSIENT or error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                raise Unreachable(f"{where}: the server answered with HTTP {error.code}: {said}") from None
-            raise SettingsError([Problem(where, f"the server refuses (HTTP {error.code}): {said}")]) from None
+                raise Unreachable(f"{where}: the server answered with HTTP {error.code}: {text}") from None
+            raise SettingsError([Problem(where, f"the server refuses (HTTP {error.code}): {text}")]) from None
         except (URLError, OSError, ValueError) as error:
             raise Unreachable(f"{where}: no server answers ({error})") from error
 

@@ -1,12 +1,13 @@
 """The servers that can be asked: one table.
 
-How to add a server: an entry in `SERVERS`, with how it tells log-probabilities, what has to be installed and, if
+How to add a server: an entry in `SERVERS`, with how it reports log-probabilities, what has to be installed and, if
 `serve-check` is to start it, its command line. Of the three ways to ask, `echo` and `forced` compare log-likelihoods
-with the records, `greedy` only what the server writes by itself.
+with the records, `greedy` only the server's greedy answers.
 
     echo       one request for the question and one a choice: the server repeats them, with the log-probability of every
                token
-    forced     one request a token: a bias on its logit forces it, and the server tells its probability before the bias
+    forced     one request a token: a bias on its logit forces it, and the server reports its probability without the
+               bias
     greedy     one request a question: the most probable continuation, which may begin with one of the choices
 """
 
@@ -66,7 +67,7 @@ class Server:
     """A kind of server.
 
     Attributes:
-        way: How it tells log-probabilities; see the top of this file.
+        way: How it reports log-probabilities; see the top of this file.
         serves: Whether it serves a format.
         owner: What it calls itself in `/v1/models`.
         install: What to install, and how, if it is missing.
@@ -105,7 +106,7 @@ def _vllm(model: Model, port: int) -> list[str]:
 
 
 def _transformers(model: Model, port: int) -> list[str]:
-    """By this Python's own transformers: the version that scored the model, whose dependencies `needs` asks for."""
+    """By this Python's own transformers: the version that scored the model, with the dependencies in `needs`."""
     module = [sys.executable, "-m", "transformers.cli.transformers"]
     return [*module, "serve", str(model.folder), "--host", "127.0.0.1", "--port", str(port)]
 
@@ -120,8 +121,7 @@ SERVERS: Mapping[str, Server] = {
         "echo",
         lambda name: not _is_gguf(name),
         "vllm",
-        "vLLM in an environment of its own, with its program on PATH (it needs other versions of "
-        "packages than the job)",
+        "vLLM in a separate environment, with its program on PATH (it needs other versions of packages than the job)",
         program="vllm",
         command=_vllm,
     ),
@@ -138,19 +138,19 @@ SERVERS: Mapping[str, Server] = {
 
 
 def recognized(client: Client) -> str:
-    """Which kind of server listens at an address, by what it says in `/v1/models`; transformers' says nothing."""
+    """The kind of server at an address, from its `/v1/models`; transformers' server does not name itself."""
     models = client.get("/v1/models").get("data") or [{}]
     owner = str(models[0].get("owned_by", ""))
     return next((name for name, server in SERVERS.items() if server.owner and server.owner == owner), "transformers")
 
 
-def model_name(client: Client, wanted: str | None) -> str:
-    """The name by which a server knows the model: the one that was asked for, else the last that it lists.
+def model_name(client: Client, requested: str | None) -> str:
+    """The server's name of the model: the requested one, else the last that it lists.
 
     vLLM lists the base first, and adapters after it.
     """
-    if wanted is not None:  # the server says so itself if it has none of this name
-        return wanted
+    if requested is not None:  # the server itself refuses an unknown name
+        return requested
     names = [str(model.get("id")) for model in client.get("/v1/models").get("data") or []]
     if not names:
         raise SettingsError([Problem(client.url, "does not serve any model")])
@@ -175,7 +175,7 @@ def pick(model: Model) -> str:
 
 
 def _program(name: str) -> str | None:
-    """On PATH, or beside this Python."""
+    """On PATH, or next to this Python."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
@@ -203,7 +203,7 @@ def started(name: str, model: Model) -> Iterator[tuple[Client, str]]:
     client = Client(f"http://127.0.0.1:{port}")
     with ExitStack() as stack:
         log = stack.enter_context(tempfile.TemporaryFile())
-        # No request to the hub: the files are here, and a server that asks for new versions starts late.
+        # No request to the hub: the files are here, and a server that checks for new versions starts late.
         quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", **({} if model.base else {"HF_HUB_OFFLINE": "1"})}
         process = subprocess.Popen(  # noqa: S603 - a server of the table, with a folder that was made here
             server.command(model, port), stdout=log, stderr=log, env={**environment(), **quiet}
