@@ -12,7 +12,7 @@ from job.common.formatting import enumeration
 def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each kind of finding of the audit: what it is, in how many rows, where, and what became of the rows."""
     record = dataset.get("audit") or {"checks": {}}
-    words = {"record": "kept", "skip": "left out", "error": "none"}
+    outcome_words = {"record": "kept", "skip": "left out", "error": "none"}
     return [
         {
             "kind": kind,
@@ -20,7 +20,7 @@ def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
             "rows": check["rows"],
             "places": _by_file(check["places"]),
             "more": max(0, (check["rows"] or 0) - len(check["places"])),
-            "became": words[check["action"]] if check["rows"] else "",
+            "became": outcome_words[check["action"]] if check["rows"] else "",
             "checked_by": check["checked_by"],
             "not_checked": check["not_checked"],
         }
@@ -61,12 +61,12 @@ def audit_sentence(dataset: Mapping[str, Any]) -> str:
     """What the audit found, in a sentence or two for the model card; empty for runs without one."""
     kinds = audit(dataset)
     findings = [f"{kind['title'][0].lower()}{kind['title'][1:]}: {kind['rows']:,}" for kind in kinds if kind["rows"]]
-    missing = [kind["kind"].replace("_", "-") for kind in kinds if kind["not_checked"]]
+    not_checked = [kind["kind"].replace("_", "-") for kind in kinds if kind["not_checked"]]
     parts = []
     if kinds:
         parts.append(f"The audit of the data found {'; '.join(findings) or 'nothing'}.")
-    if missing:
-        parts.append(f"It could not check {enumeration(missing)}.")
+    if not_checked:
+        parts.append(f"It could not check {enumeration(not_checked)}.")
     return " ".join(parts)
 
 
@@ -77,7 +77,7 @@ def _plural(title: str) -> str:
 
 
 def _by_file(places: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Places such as `file:17`, one after the other of the same file as one: the file, and what comes after it."""
+    """Places such as `file:17`, grouped by file: the file, and the places in it."""
     files: list[tuple[str, list[str]]] = []
     for place in places:
         file, colon, number = place.rpartition(":")

@@ -46,18 +46,18 @@ def changed_answers(
         if before["id"] != after["id"]:
             raise ValueError(f"the records are not of the same questions: {before['id']!r} and {after['id']!r}")
         if after["acc"] > before["acc"]:
-            better.append(_changed(before, after, right=after["prediction"]))
+            better.append(_changed(before, after, correct=after["prediction"]))
         elif after["acc"] < before["acc"]:
-            worse.append(_changed(before, after, right=before["prediction"]))
+            worse.append(_changed(before, after, correct=before["prediction"]))
     return better, worse
 
 
-def _changed(before: Mapping[str, Any], after: Mapping[str, Any], right: int) -> ChangedAnswer:
-    """The prediction of the model that is right marks the right choice, in whatever form the task gives `gold`."""
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any], correct: int) -> ChangedAnswer:
+    """The correct model's prediction is the right choice; tasks give `gold` in different forms."""
     texts = before.get("choices") or [f"choice {number}" for number in range(1, len(before["log_likelihoods"]) + 1)]
     choices = tuple(
         ShownChoice(
-            _cut(str(text), MAX_CHOICE), index == right, index == before["prediction"], index == after["prediction"]
+            _cut(str(text), MAX_CHOICE), index == correct, index == before["prediction"], index == after["prediction"]
         )
         for index, text in enumerate(texts)
     )

@@ -95,10 +95,10 @@ def line_chart(
 
     Args:
         title: Heading.
-        unit: Of the values.
+        unit: Unit of the values.
         points: By rising step.
         write: Formats a value.
-        marks: Steps to mark with a vertical line; 2.5 lies between steps 2 and 3.
+        marks: Steps to mark with a vertical line; 2.5 is between steps 2 and 3.
         from_zero: Whether the value axis begins at zero instead of near the smallest value.
         second: Points of another value, drawn on the same axes.
         dot: The step of the point of `second` to mark.
@@ -169,22 +169,22 @@ def control_chart(
 
 
 def interval_chart(
-    given: Sequence[tuple[str, str, str, float, float, float]], write: Callable[[float], str], *, zero: bool
+    intervals: Sequence[tuple[str, str, str, float, float, float]], write: Callable[[float], str], *, zero: bool
 ) -> IntervalChart:
     """A chart of intervals.
 
     Args:
-        given: (label, kind, text, low, estimate, high), from the top.
+        intervals: (label, kind, text, low, estimate, high), from the top.
         write: Formats a value on the axis.
         zero: Whether the axis must include zero.
     """
-    bounds = [value for *_, low, _, high in given for value in (low, high)] + [0.0] * zero
+    bounds = [value for *_, low, _, high in intervals for value in (low, high)] + [0.0] * zero
     ticks = nice_ticks(min(bounds), max(bounds), most=5)
     left, right = ticks[0], ticks[-1]
     return IntervalChart(
         tuple(
             Interval(label, kind, text, *(_share(value, left, right) for value in (low, at, high)))
-            for label, kind, text, low, at, high in given
+            for label, kind, text, low, at, high in intervals
         ),
         tuple(Tick(_share(tick, left, right), write(tick)) for tick in ticks),
         _share(0.0, left, right) if left <= 0 <= right else None,

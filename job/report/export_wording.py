@@ -34,21 +34,21 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             "rows": [
                 {
                     "task": task,
-                    "n": one["n"],
+                    "n": figures["n"],
                     "candidate": export["format"]
                     if is_adapter(export["format"])
                     else f"{export['format']} onto {candidate}",
                     "published": candidate == export["candidate"] and export.get("published", True),
                     "base": tasks[task]["base"]["acc"],
                     "adapter": tasks[task]["adapter"]["acc"],
-                    "acc": one["scores"]["acc"],
-                    "versus_base": one["versus_base"]["acc"],
-                    "versus_adapter": one["versus_adapter"]["acc"],
+                    "acc": figures["scores"]["acc"],
+                    "versus_base": figures["versus_base"]["acc"],
+                    "versus_adapter": figures["versus_adapter"]["acc"],
                     "original": original[task]["scores"]["acc"] if task in original else None,
-                    "versus_original": one["versus_original"]["acc"] if "versus_original" in one else None,
+                    "versus_original": figures["versus_original"]["acc"] if "versus_original" in figures else None,
                 }
                 for candidate, found in export["candidates"].items()
-                for task, one in found.items()
+                for task, figures in found.items()
             ],
         }
         for export in results.get("exports", ())

@@ -120,7 +120,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any], si
     model, dataset, name = results["model"], results["dataset"], export["format"]
     base, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
     has_public_name = revision is not None or settings.get("model.name") is not None
-    shown = next(one for one in export_wording.exports(results) if one["format"] == name)
+    entry = next(one for one in export_wording.exports(results) if one["format"] == name)
     merged = next((one for one in results["exports"] if one["format"] == MERGED), {"reason": ""})
     quantization = export.get("quantization")
     folder = export_folder(name)
@@ -131,9 +131,9 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any], si
         "export_card.md",
         escape=False,
         title=title,
-        sentence=shown["sentence"],
-        rows=[row for row in shown["rows"] if row["published"]],
-        original=any(row["versus_original"] for row in shown["rows"]),
+        sentence=entry["sentence"],
+        rows=[row for row in entry["rows"] if row["published"]],
+        original=any(row["versus_original"] for row in entry["rows"]),
         export=export,
         merged_reason=merged["reason"],
         model=model,
@@ -161,7 +161,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any], si
         scope=wording.scope(results["evaluation"]["tasks"]),
         licence=licence,
     )
-    scored = {row["task"]: row["acc"] for row in shown["rows"] if row["published"]}
+    scored = {row["task"]: row["acc"] for row in entry["rows"] if row["published"]}
     tags = ["quantized", quantization["method"]] if quantization else ["lora"] if is_adapter(name) else ["merged"]
     metadata = _export_metadata(
         results, scored, title=title, licence=licence, base=base if has_public_name else None, tags=tags

@@ -13,7 +13,7 @@ MAX_TEXT = 2000
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """An answer, and whether it was cut off at the most tokens that were asked for.
+    """An answer, and whether it was cut off at the maximum number of new tokens.
 
     `unsafe` is the probability that it is unsafe, where a classifier scored it.
     """
@@ -45,14 +45,14 @@ def shown_prompts(base: Sequence[PromptAnswer], adapter: Sequence[PromptAnswer])
     Raises:
         ValueError: The files are not of the same prompts.
     """
-    found = []
+    prompts = []
     for before, after in zip(base, adapter, strict=True):
         if (before.where, before.prompt) != (after.where, after.prompt):
             raise ValueError(f"the answers are not to the same prompts: {before.where!r} and {after.where!r}")
         prompt = before.prompt if len(before.prompt) <= MAX_TEXT else f"… {before.prompt[-MAX_TEXT:]}"
         reference = None if before.reference is None else _cut(before.reference)
-        found.append(ShownPrompt(before.where, prompt, reference, _shown(before), _shown(after)))
-    return found
+        prompts.append(ShownPrompt(before.where, prompt, reference, _shown(before), _shown(after)))
+    return prompts
 
 
 def _shown(answer: PromptAnswer) -> ShownAnswer:

@@ -66,7 +66,7 @@ class _Answer(BaseModel):
 
 @dataclass(frozen=True)
 class ReportData:
-    """What the report shows beside the manifest: metrics of every step; by task, the samples of base and adapter.
+    """What the report shows besides the manifest: metrics of every step; by task, the samples of base and adapter.
 
     `validations` is empty where nothing was validated, `first_stage` (metrics of its steps) where there was one stage,
     `prompts` where none were asked.
@@ -105,11 +105,11 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
     def answers(path: str) -> Records:
         return [_Answer.model_validate(from_json(line, allow_inf_nan=False)).model_dump() for line in lines(path)]
 
-    sides = {
+    samples_by_side = {
         task: (answers(answers_key(task, "base")), answers(answers_key(task, "adapter")))
         for task in results["evaluation"]["tasks"]
     }
-    for pair in sides.values():
+    for pair in samples_by_side.values():
         changed_answers(*pair)  # here, and not while the page is made: it is the files that are wrong
 
     def metrics(path: str) -> list[Any]:
@@ -117,7 +117,9 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
 
     validations = metrics(VALIDATIONS) if results["training"].get("validation") else []
     before = metrics(f"{FIRST_STAGE}{METRICS}") if first else []
-    return ReportData(metrics(METRICS), sides, tuple(validations), tuple(before), read_prompts(results, fetch))
+    return ReportData(
+        metrics(METRICS), samples_by_side, tuple(validations), tuple(before), read_prompts(results, fetch)
+    )
 
 
 def read_prompts(results: Mapping[str, Any], fetch: Callable[[Artifact], Path]) -> tuple[ShownPrompt, ...]:
@@ -204,11 +206,13 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
     return text.encode("utf-8", errors="replace")
 
 
-def render_history(found: History) -> bytes:
+def render_history(history: History) -> bytes:
     """The control chart of `compare --history` as a page, UTF-8 HTML."""
-    limits = None if found.limits is None else (found.limits.low, found.limits.centre, found.limits.high)
-    chart = charts.control_chart([(point.finished[:10], point.value) for point in found.points], limits, "{:g}".format)
-    return render("history.html", escape=True, history=found, chart=chart).encode("utf-8", errors="replace")
+    limits = None if history.limits is None else (history.limits.low, history.limits.centre, history.limits.high)
+    chart = charts.control_chart(
+        [(point.finished[:10], point.value) for point in history.points], limits, "{:g}".format
+    )
+    return render("history.html", escape=True, history=history, chart=chart).encode("utf-8", errors="replace")
 
 
 def own_settings(settings: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -248,7 +252,7 @@ def _value(results: Mapping[str, Any], setting: str) -> Any:
 
 def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.IntervalChart]:
     """Two charts of a task: the accuracies by metric and side, and the differences by metric."""
-    sides = [
+    accuracies = [
         _accuracy_span(f"{name}, {row['metric']}", side, accuracy, interval)
         for row in rows
         for side, name, accuracy, interval in row["sides"]
@@ -257,7 +261,7 @@ def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.IntervalChart]:
         _difference_span(f"{name}, {row['metric']}", found) for row in rows for name, found in row["differences"]
     ]
     return {
-        "accuracy": charts.interval_chart(sides, _percent_tick, zero=False),
+        "accuracy": charts.interval_chart(accuracies, _percent_tick, zero=False),
         "difference": charts.interval_chart(differences, _points_tick, zero=True),
     }
 
@@ -265,15 +269,15 @@ def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.IntervalChart]:
 def _export_intervals(exports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, charts.IntervalChart]]:
     """By task, charts of the exported models: their accuracies below the adapter's, and what each has lost to it."""
     rows = [row for export in exports for row in export["rows"]]
-    found = {}
+    charts_by_task = {}
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
-        n, sides = of_task[0]["n"], [("adapter", "adapter", of_task[0]["adapter"])]
-        sides += [(row["candidate"], "export", row["acc"]) for row in of_task]
+        n, accuracies = of_task[0]["n"], [("adapter", "adapter", of_task[0]["adapter"])]
+        accuracies += [(row["candidate"], "export", row["acc"]) for row in of_task]
         versus = [(row["candidate"], row["versus_adapter"]) for row in of_task]
-        found[task] = {
+        charts_by_task[task] = {
             "accuracy": charts.interval_chart(
-                [_accuracy_span(*side, wilson_interval(round(side[2] * n), n)) for side in sides],
+                [_accuracy_span(*side, wilson_interval(round(side[2] * n), n)) for side in accuracies],
                 _percent_tick,
                 zero=False,
             ),
@@ -281,7 +285,7 @@ def _export_intervals(exports: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
                 [_difference_span(f"{name}, against adapter", one) for name, one in versus], _points_tick, zero=True
             ),
         }
-    return found
+    return charts_by_task
 
 
 def _group_differences(groups: Mapping[str, Any]) -> charts.IntervalChart | None:
@@ -305,11 +309,11 @@ def _accuracy_span(
     return label, kind, text, interval[0], accuracy, interval[1]
 
 
-def _difference_span(label: str, found: Mapping[str, Any]) -> tuple[str, str, str, float, float, float]:
+def _difference_span(label: str, comparison: Mapping[str, Any]) -> tuple[str, str, str, float, float, float]:
     """A paired difference with its interval, as `charts.interval_chart` takes it."""
-    low, high = found["ci95"]
-    text = f"{formatting.points(found['delta'])} points ({_range(found['ci95'], formatting.points)})"
-    return label, found["verdict"], text, low, found["delta"], high
+    low, high = comparison["ci95"]
+    text = f"{formatting.points(comparison['delta'])} points ({_range(comparison['ci95'], formatting.points)})"
+    return label, comparison["verdict"], text, low, comparison["delta"], high
 
 
 def _percent_tick(value: float) -> str:
@@ -330,7 +334,7 @@ def _lines(evidence: ReportData, marks: list[float], validation: Mapping[str, An
     """Charts of losses, learning rate, speed and memory by step; without those that were not measured."""
     metrics = evidence.metrics
     validated = [(found.step, found.loss) for found in evidence.validations]
-    kept = validation["kept_step"] if validation else None
+    kept_step = validation["kept_step"] if validation else None
 
     def measured(name: str) -> list[tuple[int, float]]:
         return [(step.step, value) for step in metrics if (value := step.measured.get(name)) is not None]
@@ -350,7 +354,7 @@ def _lines(evidence: ReportData, marks: list[float], validation: Mapping[str, An
             marks=marks,
             from_zero=False,
             second=validated,
-            dot=kept,
+            dot=kept_step,
         ),
         *(
             charts.line_chart(
@@ -361,7 +365,7 @@ def _lines(evidence: ReportData, marks: list[float], validation: Mapping[str, An
                 marks=marks,
                 from_zero=False,
                 second=preferred(name, evidence.validations),
-                dot=kept,
+                dot=kept_step,
             )
             for name, title, unit in PREFERENCE_CHARTS
         ),

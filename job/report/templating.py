@@ -49,7 +49,7 @@ def code(value: object) -> str:
 
 
 def fenced(text: object) -> str:
-    """Text as a block of code in Markdown, whatever is in it: the fence is longer than any run of backticks."""
+    """Any text as a block of code in Markdown: the fence is longer than any run of backticks."""
     longest = max(map(len, re.findall("`+", str(text))), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

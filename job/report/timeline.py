@@ -45,11 +45,11 @@ class AttemptBar:
 def bars(attempts: Sequence[Mapping[str, Any]]) -> list[AttemptBar]:
     """One bar for each attempt. The axis leaves out the time between attempts, which is not paid for; see `waited`."""
     total = sum(attempt["seconds"] for attempt in attempts) or 1.0
-    found: list[AttemptBar] = []
+    attempt_bars: list[AttemptBar] = []
     elapsed = 0.0
     ended: str | None = None
     for attempt in attempts:
-        found.append(
+        attempt_bars.append(
             AttemptBar(
                 number=attempt["number"],
                 outcome=attempt["outcome"],
@@ -67,11 +67,11 @@ def bars(attempts: Sequence[Mapping[str, Any]]) -> list[AttemptBar]:
         )
         elapsed += attempt["seconds"]
         ended = attempt["finished"]
-    return found
+    return attempt_bars
 
 
 def restarts(attempts: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Where training continued in another attempt: 20.5 lies between steps 20 and 21."""
+    """Where training continued in another attempt: 20.5 is between steps 20 and 21."""
     trained = [bar for bar in bars(attempts) if bar.steps]
     return [bar.first_step - 0.5 for bar in trained[1:]]
 

@@ -119,7 +119,7 @@ def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[
         f"{figure(record['first_loss'])} before training, {figure(record['last_loss'])} after step {training['steps']}"
     )
     lowest = f"lowest after step {record['best_step']} ({figure(record['best_loss'])})"
-    where = "held out of the training data" if validation_rows["held_out"] else "of a source of their own"
+    where = "held out of the training data" if validation_rows["held_out"] else "of a separate source"
     unit = "" if record.get("preference") else ", in nats a token"
     sentences = [f"Loss on {count(validation_rows['rows'], 'validation row')} {where}{unit}: {losses}, {lowest}."]
     if "rewards/accuracies" in record.get("preference", {}):
@@ -131,12 +131,14 @@ def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[
             f"{count(record['stale'], 'validation')} in a row had not lowered the loss."
         )
     if record["keep"] == "best":
-        what = (
+        choice = (
             f"that of step {record['kept_step']:,}"
             if record["kept_step"]
             else "untrained, since no step lowered the loss"
         )
-        sentences.append(f"The adapter is {what}, selected on validation; accuracy is reported on the test questions.")
+        sentences.append(
+            f"The adapter is {choice}, selected on validation; accuracy is reported on the test questions."
+        )
     elif record["stopped_early"]:
         sentences.append("The adapter is that of the last step; accuracy is reported on the test questions.")
     if overlap := validation_rows["duplicates"] + validation_rows["near_duplicates"]:
@@ -145,22 +147,22 @@ def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[
 
 
 def quantization_cost(name: str, results: Mapping[str, Any]) -> list[str]:
-    """Sentences on what quantization cost, what training gave and what is left; or why that is not known."""
+    """Sentences on the cost of quantization, the gain of training and the sum of both; or why they are unknown."""
     full_precision = results["evaluation"].get("full_precision")
     if full_precision is None:
         return []
     if why := full_precision.get("not_scored"):
         return [f"What quantization cost is not known, since the unquantized base was not scored: {why}."]
     one, gain = full_precision["tasks"][name], results["evaluation"]["tasks"][name]
-    cost, left = one["base_versus_original"]["acc"], one["adapter_versus_original"]["acc"]
+    cost, remaining = one["base_versus_original"]["acc"], one["adapter_versus_original"]["acc"]
     quantization = f"Quantization to {results['model']['quantization'].upper()} {_change(cost, 'cost', _INTERVAL)}"
     sentences = [
         f"Unquantized, the base answers {percent(one['scores']['acc'])} right.",
-        f"{quantization}; training {_change(gain, 'lost')}; the adapter is {_stands(left)}.",
+        f"{quantization}; training {_change(gain, 'lost')}; the adapter is {_difference_to_original(remaining)}.",
     ]
-    if gain["verdict"] == "improved" and left["verdict"] == "regressed":
+    if gain["verdict"] == "improved" and remaining["verdict"] == "regressed":
         sentences.append("Training regained only a part of what quantization cost.")
-    if gain["verdict"] == "improved" and left["verdict"] == "inconclusive":
+    if gain["verdict"] == "improved" and remaining["verdict"] == "inconclusive":
         sentences.append("It is not shown that training gained more than quantization cost.")
     return sentences
 
@@ -171,7 +173,7 @@ def _change(comparison: Mapping[str, Any], lost: str, unit: str = "") -> str:
     return f"{word} {_amount(comparison, unit=unit)}"
 
 
-def _stands(comparison: Mapping[str, Any]) -> str:
+def _difference_to_original(comparison: Mapping[str, Any]) -> str:
     """`2.95 points below the unquantized base (1.47 to 4.44)`."""
     word = "below" if comparison["delta"] < 0 else "above" if comparison["delta"] else "from"
     return _amount(comparison, after=f" {word} the unquantized base")
@@ -222,18 +224,18 @@ def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
     task = results["evaluation"]["tasks"][name]
     if "without_overlap" not in task:
         return []
-    rest = task["without_overlap"]
-    if rest is None:
+    comparison = task["without_overlap"]
+    if comparison is None:
         return ["Training rows contain its questions, and fewer than two questions are left without these."]
-    low, high = map(points, rest["ci95"])
+    low, high = map(points, comparison["ci95"])
     base = _base(results, "base model")
-    what = {"improved": "better", "regressed": "worse"}.get(rest["verdict"], "no difference shown")
+    what = {"improved": "better", "regressed": "worse"}.get(comparison["verdict"], "no difference shown")
     figures = (
-        f"the {base} answers {percent(rest['base']['acc'])} right and the adapter "
-        f"{percent(rest['adapter']['acc'])}: {points(rest['delta'])} percentage points (95 % interval "
+        f"the {base} answers {percent(comparison['base']['acc'])} right and the adapter "
+        f"{percent(comparison['adapter']['acc'])}: {points(comparison['delta'])} percentage points (95 % interval "
         f"{low} to {high}, {what})."
     )
-    return [f"Training rows contain {task['n'] - rest['n']:,} of these questions. Without them, {figures}"]
+    return [f"Training rows contain {task['n'] - comparison['n']:,} of these questions. Without them, {figures}"]
 
 
 def near_ties(name: str, results: Mapping[str, Any]) -> list[str]:
@@ -242,14 +244,16 @@ def near_ties(name: str, results: Mapping[str, Any]) -> list[str]:
     if near is None:
         return []
     task = near["tasks"][name]["acc"]
-    what = f"two likeliest choices at most {near['bound']:g} nats apart, which rounding in {near['dtype']} may decide"
+    definition = (
+        f"two likeliest choices at most {near['bound']:g} nats apart, which rounding in {near['dtype']} may decide"
+    )
     if not task["base"] + task["adapter"]:
-        return [f"No question is a near tie ({what})."]
+        return [f"No question is a near tie ({definition})."]
     low, high = (points(task[end]["delta"]) for end in ("lowest", "highest"))
     verdict = "holds" if task["holds"] else "would not hold"
     counts = f"{task['base']:,} of the base's answers and {task['adapter']:,} of the adapter's"
     extremes = f"between {low} and {high} points; in the worst case the verdict {verdict}"
-    return [f"Near ties ({what}) are {counts}. Depending on them, the difference is {extremes}."]
+    return [f"Near ties ({definition}) are {counts}. Depending on them, the difference is {extremes}."]
 
 
 def principles(results: Mapping[str, Any]) -> str:
@@ -285,13 +289,13 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
         comparison = of_metric(task, metric)
         if comparison is None:
             continue
-        sides = [("base", "base", task["base"][metric]), ("adapter", "adapter", task["adapter"][metric])]
+        labelled = [("base", "base", task["base"][metric]), ("adapter", "adapter", task["adapter"][metric])]
         differences = [("difference", comparison)]
         if original is not None:
-            sides = [
+            labelled = [
                 ("original", "unquantized", original["scores"][metric]),
                 ("base", "quantized", task["base"][metric]),
-                sides[1],
+                labelled[1],
             ]
             differences = [
                 ("quantization", original["base_versus_original"][metric]),
@@ -301,10 +305,10 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "metric": metric,
-                **{key: accuracy for key, _, accuracy in sides},
+                **{key: accuracy for key, _, accuracy in labelled},
                 "sides": [
                     (key, said, accuracy, wilson_interval(round(accuracy * task["n"]), task["n"]))
-                    for key, said, accuracy in sides
+                    for key, said, accuracy in labelled
                 ],
                 "differences": differences,
                 "comparison": comparison,

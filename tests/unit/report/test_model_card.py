@@ -170,7 +170,7 @@ def test_what_is_not_plain_lora_is_said(made: dict[str, Any]) -> None:
     assert "| adapter options | use_dora True, rank_pattern {'q_proj': 4} |\n| LoRA on | " in text
     assert "after 10 % of the steps of warmup |" in text
     assert "vLLM 0.33 applies this; older releases may silently ignore it" in text
-    assert "vLLM cannot serve this adapter as it was trained: it is DoRA" in text
+    assert "vLLM cannot serve this adapter unchanged: it is DoRA" in text
     plain = read(made).text
     assert "adapter options" not in plain
     assert "vLLM 0.33" not in plain
