@@ -28,7 +28,8 @@ class AuxiliaryModel:
     Attributes:
         name: What it does, as the plan calls it.
         texts: Their number.
-        tokens: Of all texts, those for the CPU included; counted by the base's tokenizer or estimated from characters.
+        tokens: Tokens of all texts, including those for the CPU; counted by the base's tokenizer or estimated from
+            characters.
         on_processor: How many of them the CPU computes, while the GPU is idle.
         passes: Forward passes on the GPU.
         weights: Weights that every token is multiplied by; None if unknown, or if another machine computes.
@@ -56,9 +57,9 @@ def screening(rows: int, tokens: int, answers: int, answer_tokens: int, weights:
 
     Args:
         rows: Rows to train and to validate on.
-        tokens: Of all of them.
-        answers: Of base and adapter, to JOB_EVAL__PROMPTS.
-        answer_tokens: Of each, at most.
+        tokens: Number of tokens of all of them.
+        answers: Number of answers of base and adapter to JOB_EVAL__PROMPTS.
+        answer_tokens: Largest number of tokens of an answer.
         weights: As `AuxiliaryModel` has it.
     """
     generated = answers * answer_tokens
@@ -69,22 +70,22 @@ def screening(rows: int, tokens: int, answers: int, answer_tokens: int, weights:
     )
 
 
-def judging(asked: int, tokens: int, weights: int | None, value_bytes: int, *, served: bool) -> AuxiliaryModel:
+def judging(judgements: int, tokens: int, weights: int | None, value_bytes: int, *, served: bool) -> AuxiliaryModel:
     """The judge, which reads one question at a time: each pair of answers in both orders.
 
     Args:
-        asked: Questions.
-        tokens: Of all of them, with answers that are as long as they may be.
+        judgements: Questions.
+        tokens: Number of tokens of all of them, with answers of the largest length.
         weights: As `AuxiliaryModel` has it.
         value_bytes: As above.
         served: Whether it is a server's.
     """
-    told = "at most; equal answers are not judged"
+    note = "at most; equal answers are not judged"
     if served:
-        told = "at most; the server's time is not in the hours"
+        note = "at most; the server's time is not in the hours"
     elif weights is None:
-        told = "at most; the size of its weights is unknown: not in the hours"
-    return AuxiliaryModel("judge", asked, tokens, 0, asked, None if served else weights, value_bytes, told)
+        note = "at most; the size of its weights is unknown: not in the hours"
+    return AuxiliaryModel("judge", judgements, tokens, 0, judgements, None if served else weights, value_bytes, note)
 
 
 def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int | None:
@@ -92,7 +93,7 @@ def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int
 
     Args:
         folder: With its config.json.
-        weight_bytes: Of its files; None if they are unknown.
+        weight_bytes: Bytes of its weight files; None if unknown.
         heads: Whether it has an output layer over the vocabulary, which is computed once a text.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Stands in for a tokenizer that cannot be downloaded: tokens of equal length, which is right only on average."""
+"""A substitute for a tokenizer that cannot be downloaded: tokens of equal length, which is right only on average."""
 
 from __future__ import annotations
 

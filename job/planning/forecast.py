@@ -1,6 +1,6 @@
 """Forecast of a run: steps, memory, disk, and for each GPU whether it fits, hours and dollars.
 
-`forecast_input` describes the run, `forecast_memory` and `forecast_time` compute, `forecast_notes` words what is said
+`forecast_input` describes the run, `forecast_memory` and `forecast_time` compute, `forecast_notes` writes what is said
 of a GPU. The formulas are in `training.memory_model`, with their sources. Every estimate says whether it is computed,
 measured or assumed.
 """
@@ -63,7 +63,7 @@ class GpuForecast:
     `budget_recomputing` and `budget_keeping` are the largest micro-batches that fit, in tokens, with activations
     recomputed and kept; 0 where not even the longest example fits. `keeps` names what the job would keep in memory
     instead of recomputing it (base, activations); `hours` are computed for that, and `usd` for all `gpus` together.
-    `usd_per_hour` is the price of one GPU, or the run's as it was set. `base_held` is the base's placement.
+    `usd_per_hour` is the price of one GPU, or of the run if it was set. `base_held` is the base's placement.
     """
 
     name: str
@@ -108,20 +108,22 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
 
 
 def _of_the_operations(run: RunShape, setup: Setup) -> Iterator[Estimate]:
-    basis, both = run.setup_basis, _weaker(run.setup_basis, run.workload_basis)
+    basis, weaker_basis = run.setup_basis, _weaker(run.setup_basis, run.workload_basis)
     if run.workload is not None:
         flops = memory_model.training_flops(setup, run.workload.tokens, run.workload.squares)
-        yield Estimate("training", flops, "FLOP", both, "with recomputation" if setup.recompute else "")
+        yield Estimate("training", flops, "FLOP", weaker_basis, "with recomputation" if setup.recompute else "")
     if run.first_stage is not None and (before := run.first_stage.workload) is not None:
         flops = memory_model.training_flops(setup, before.tokens, before.squares)
         yield Estimate("training, first stage", flops, "FLOP", _weaker(basis, run.first_stage.workload_basis))
     if run.validation is not None:
         held_out = run.validation
         validating = held_out.count * memory_model.evaluation_flops(setup, held_out.tokens, held_out.target_tokens)
-        yield Estimate("validation, all", validating, "FLOP", both, "forward passes; an early stop saves some")
+        yield Estimate("validation, all", validating, "FLOP", weaker_basis, "forward passes; an early stop saves some")
     if run.reference is not None:
         passes = memory_model.evaluation_flops(setup, run.reference.tokens, run.reference.target_tokens)
-        yield Estimate("reference, once", passes, "FLOP", both, "log-probabilities of all rows, before training")
+        yield Estimate(
+            "reference, once", passes, "FLOP", weaker_basis, "log-probabilities of all rows, before training"
+        )
     if run.questions is not None:
         scoring = run.evaluations * memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
         times = {2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
@@ -130,38 +132,38 @@ def _of_the_operations(run: RunShape, setup: Setup) -> Iterator[Estimate]:
 
 
 def _of_training_memory(run: RunShape, setup: Setup) -> Iterator[Estimate]:
-    basis, both = run.setup_basis, _weaker(run.setup_basis, run.workload_basis)
+    basis, weaker_basis = run.setup_basis, _weaker(run.setup_basis, run.workload_basis)
     memory = training_memory(replace(run, divide=False), setup, run.micro_batch)
     bits = "NF4, " if setup.quantization == "nf4" else ""
     elsewhere = {"sharded": f"; layers sharded over {run.processes} GPUs", "host": "; layers in main memory"}
-    base = f"{bits}embedding and output layer as they are{elsewhere.get(setup.placement, '')}"
+    base = f"{bits}embedding and output layer unchanged{elsewhere.get(setup.placement, '')}"
     yield Estimate("memory: base", memory.weights, "bytes", basis, base)
     yield Estimate("memory: adapter", memory.adapter, "bytes", basis, "fp32, and autocast's copy")
     yield Estimate("memory: gradients", memory.gradients, "bytes", basis, "fp32")
     yield Estimate("memory: optimizer", memory.optimizer, "bytes", basis, setup.optimizer)
-    yield from _of_the_activations(run, setup, memory.activations, both)
+    yield from _of_the_activations(run, setup, memory.activations, weaker_basis)
     yield Estimate(
         "peak in training",
         memory.total,
         "bytes",
-        both,
+        weaker_basis,
         f"+- {memory_model.MARGIN:.0%}, and the driver's context; with more memory, more is kept",
     )
 
 
-def _of_the_activations(run: RunShape, setup: Setup, activations: int, both: Basis) -> Iterator[Estimate]:
+def _of_the_activations(run: RunShape, setup: Setup, activations: int, basis: Basis) -> Iterator[Estimate]:
     how = "recomputed" if setup.recompute else "kept"
     tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
     if computed_in_tiles(run, run.micro_batch):
         tokens = f"a row of {run.micro_batch:,} tokens, in tiles"
         if run.offload is not False:
             host = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
-            yield Estimate("main memory: activations", host, "bytes", both, "where they do not fit on the GPU")
-    yield Estimate("memory: activations", activations, "bytes", both, tokens)
+            yield Estimate("main memory: activations", host, "bytes", basis, "where they do not fit on the GPU")
+    yield Estimate("memory: activations", activations, "bytes", basis, tokens)
     if (over := gpus_for_a_row(run, setup)) > 1 and computed_in_tiles(run, run.micro_batch):
         shared = row_memory(setup, run.micro_batch, over, offload=run.offload, copies=run.attention_copies).activations
         note = f"of each of {over} GPUs, if the row does not fit on one"
-        yield Estimate("memory: activations, divided", shared, "bytes", both, note)
+        yield Estimate("memory: activations, divided", shared, "bytes", basis, note)
 
 
 def _of_evaluation(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
@@ -201,13 +203,13 @@ def _of_the_data(run: RunShape) -> Iterator[Estimate]:
         yield Estimate("optimizer steps, first stage", before.steps, "", basis)
         yield Estimate("tokens, first stage", before.tokens, "", basis, "all epochs")
     if run.workload is not None:
-        work, basis = run.workload, run.workload_basis
-        yield Estimate("examples", work.rows, "", basis)
-        yield Estimate("optimizer steps", work.steps, "", basis)
-        yield Estimate("tokens", work.tokens, "", basis, "all epochs")
-        yield Estimate("target tokens", work.target_tokens, "", basis, "tokens that the loss counts")
-        yield Estimate("longest example", work.longest, "tokens", basis)
-        yield Estimate("largest step", work.largest_step, "tokens", basis, "no micro-batch is larger")
+        workload, basis = run.workload, run.workload_basis
+        yield Estimate("examples", workload.rows, "", basis)
+        yield Estimate("optimizer steps", workload.steps, "", basis)
+        yield Estimate("tokens", workload.tokens, "", basis, "all epochs")
+        yield Estimate("target tokens", workload.target_tokens, "", basis, "tokens that the loss counts")
+        yield Estimate("longest example", workload.longest, "tokens", basis)
+        yield Estimate("largest step", workload.largest_step, "tokens", basis, "no micro-batch is larger")
     if run.validation is not None:
         yield Estimate("validation rows", run.validation.rows, "", run.workload_basis)
         yield Estimate("validations", run.validation.count, "", run.workload_basis, "before, during and after training")
@@ -232,7 +234,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     divided_over = gpus_of_longest_row(run, setup, usable) if fits else 1
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     priced = run.processes if run.usd_per_hour is None else 1  # the user's is that of all machines
-    kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
+    keeps = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
     if fits:
         note = why_slower(gpu, run, setup, execution, hours)
     else:
@@ -242,7 +244,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         memory_bytes=gpu.memory_bytes,
         fits=fits,
         note=note,
-        keeps=", ".join(name for name, is_kept in kept.items() if is_kept) if fits else "",
+        keeps=", ".join(name for name, is_kept in keeps.items() if is_kept) if fits else "",
         budget_recomputing=largest_micro_batch(run, replace(setup, recompute=True), usable),
         budget_keeping=largest_micro_batch(run, replace(setup, recompute=False), usable),
         hours=hours,

@@ -65,7 +65,7 @@ class RunShape:
         reference: The log-probabilities of the reference, as dpo and kto need them; None likewise.
         first_stage: What is trained before, as in JOB_TRAIN__METHOD=sft,dpo; its download is in this one's.
         full_precision: Whether the base with its original weights is scored too, where it fits.
-        placements: Where the base's 4-bit weights may lie, the fastest first; see `memory_model.PLACEMENTS`.
+        placements: Where the base's 4-bit weights may be kept, the fastest first; see `memory_model.PLACEMENTS`.
         processes: That share the work, each with a GPU.
         processes_here: Those of one machine.
         tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.

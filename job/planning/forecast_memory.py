@@ -65,7 +65,7 @@ def peak_bytes(run: RunShape, setup: Setup) -> int:
 
 
 def computed_in_tiles(run: RunShape, tokens: int) -> bool:
-    """Whether a micro-batch of so many tokens has a row that is computed layer by layer."""
+    """Whether a micro-batch of `tokens` tokens has a row that is computed layer by layer."""
     long = run.workload is not None and run.workload.longest > LONG_ROW
     return run.tiles and long and tokens > LONG_ROW
 
@@ -87,7 +87,7 @@ def gpus_of_longest_row(run: RunShape, setup: Setup, usable: int) -> int:
 
 
 def training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
-    """Memory of training with micro-batches of so many tokens."""
+    """Memory of training with micro-batches of `tokens` tokens."""
     if computed_in_tiles(run, tokens):
         how: dict[str, Any] = {"offload": run.offload, "copies": run.attention_copies}
         return least_memory(setup, tokens, gpus_for_a_row(run, setup), **how)
@@ -125,7 +125,7 @@ def quantized_base_bytes(setup: Setup) -> int:
 
 
 def scores_original_base(gpu: Gpu, run: RunShape, setup: Setup) -> bool:
-    """Whether the base with its original weights is asked for, and fits beside the quantized one."""
+    """Whether the base with its original weights is to be scored, and fits next to the quantized one."""
     return run.full_precision and original_base_bytes(run, setup) <= free_for_original_base(gpu, setup)
 
 

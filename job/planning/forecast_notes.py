@@ -1,4 +1,4 @@
-"""What `plan` says of a GPU beside its figures: why a run does not fit, what slows it down, and what would help."""
+"""What `plan` says of a GPU besides its figures: why a run does not fit, what slows it down, and what would help."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _without_flash(gpu: Gpu, setup: Setup) -> str:
 
 
 def _left_out(gpu: Gpu, run: RunShape, setup: Setup) -> str:
-    """Of the unquantized base, where it is asked for and does not fit."""
+    """The note on the unquantized base, where it is to be scored and does not fit."""
     if not run.full_precision or scores_original_base(gpu, run, setup):
         return ""
     takes = size(original_base_bytes(run, setup), " ")
@@ -139,10 +139,10 @@ def _base_elsewhere(gpu: Gpu, run: RunShape, setup: Setup) -> str:
     return f"{memory_model.copies_in_main_memory(setup, run.processes_here)}{faster}"
 
 
-def _gpus_to_shard(setup: Setup, usable: int, needs: Callable[[Setup], int]) -> int | None:
+def _gpus_to_shard(setup: Setup, usable: int, bytes_needed: Callable[[Setup], int]) -> int | None:
     """How many GPUs of `usable` bytes are enough for a sharded base; None where `MOST_GPUS` are too few."""
     sharded = (replace(setup, placement="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
-    return next((one.processes for one in sharded if needs(one) <= usable), None)
+    return next((one.processes for one in sharded if bytes_needed(one) <= usable), None)
 
 
 def _reading_original(gpu: Gpu, run: RunShape, setup: Setup, hours: float | None) -> str:

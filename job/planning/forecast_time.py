@@ -66,24 +66,24 @@ def hours_of_run(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan
 
 
 def _training_seconds(
-    gpu: Gpu, run: RunShape, work: Workload, setup: Setup, execution: ExecutionPlan | None, *, division: Division
+    gpu: Gpu, run: RunShape, workload: Workload, setup: Setup, execution: ExecutionPlan | None, *, division: Division
 ) -> float:
     """Seconds of all optimizer steps, validations and the reference."""
     speed: dict[str, Any] = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
-    used, training = memory_model.UTILISATION, 0.0
+    utilisation, training = memory_model.UTILISATION, 0.0
     if execution is not None:
-        used, training = _fused_utilisation(gpu, run, setup, execution)
+        utilisation, training = _fused_utilisation(gpu, run, setup, execution)
     # Of the busiest GPU; each reads all weights for its own micro-batches.
-    micro_batches = max(work.steps, ceil(work.tokens / division.parts / run.micro_batch))
-    flops = round(memory_model.training_flops(setup, work.tokens, work.squares) / division.parts)
+    micro_batches = max(workload.steps, ceil(workload.tokens / division.parts / run.micro_batch))
+    flops = round(memory_model.training_flops(setup, workload.tokens, workload.squares) / division.parts)
     passes = (3 if setup.recompute else 2) * micro_batches
-    own = memory_model.seconds(flops, passes, setup, used=used, transfers=2 * micro_batches, **speed)
+    own = memory_model.seconds(flops, passes, setup, used=utilisation, transfers=2 * micro_batches, **speed)
     training += own / division.training
     for rows in filter(None, (run.validation, run.reference)):  # passes of the training path, with its micro-batches
         forward = rows.count * memory_model.evaluation_flops(setup, rows.tokens, rows.target_tokens) // division.gpus
-        at_once = division.gpus * min(run.micro_batch, max(work.largest_step, rows.longest))
+        at_once = division.gpus * min(run.micro_batch, max(workload.largest_step, rows.longest))
         passes = rows.count * ceil(rows.tokens / at_once)
-        training += memory_model.seconds(forward, passes, setup, used=used, **speed) / division.scoring
+        training += memory_model.seconds(forward, passes, setup, used=utilisation, **speed) / division.scoring
     return training
 
 
@@ -121,24 +121,24 @@ def _fused_utilisation(gpu: Gpu, run: RunShape, setup: Setup, execution: Executi
     """(share of the data sheet's operations a second that fused layers reach in training, seconds of recording)."""
     a, recorded = setup.architecture, execution.recorded and run.recorded
     if computed_in_tiles(run, run.micro_batch):
-        used = memory_model.LONG_ROW_UTILISATION["triton" if a.attends_by_triton(gpu.capability) else "flash"]
+        utilisation = memory_model.LONG_ROW_UTILISATION["triton" if a.attends_by_triton(gpu.capability) else "flash"]
     elif recorded:
-        used = memory_model.FUSED_UTILISATION
+        utilisation = memory_model.FUSED_UTILISATION
     else:  # before Ampere, attention goes segment by segment: not measured, and assumed to be no faster than PEFT's
-        used = memory_model.UNRECORDED_UTILISATION if gpu.capability >= AMPERE else memory_model.UTILISATION
+        utilisation = memory_model.UNRECORDED_UTILISATION if gpu.capability >= AMPERE else memory_model.UTILISATION
     if a.experts and a.expert_width < memory_model.FINE_EXPERTS:
-        used = min(used, memory_model.FINE_EXPERTS_UTILISATION)
+        utilisation = min(utilisation, memory_model.FINE_EXPERTS_UTILISATION)
     seconds = memory_model.RECORDING_SECONDS if recorded and not computed_in_tiles(run, run.micro_batch) else 0.0
-    return used * (memory_model.FP8_SPEEDUP if run.fp8 else 1.0), seconds
+    return utilisation * (memory_model.FP8_SPEEDUP if run.fp8 else 1.0), seconds
 
 
-def _division(gpu: Gpu, run: RunShape, work: Workload, setup: Setup) -> Division:
+def _division(gpu: Gpu, run: RunShape, workload: Workload, setup: Setup) -> Division:
     """How the work is divided over the GPUs of the run."""
     over = gpus_of_longest_row(run, setup, memory_model.usable_bytes(gpu.memory_bytes))
     return divide(
         run.processes,
-        step_rows=min(run.step_rows, work.rows),
-        step_tokens=work.tokens / work.steps,
+        step_rows=min(run.step_rows, workload.rows),
+        step_tokens=workload.tokens / workload.steps,
         rows_divided=over > 1,
     )
 

@@ -14,7 +14,7 @@ from job.common.export_formats import needs_merge
 from job.common.lora_readers import why_not_served
 from job.data.examples import lengths_of
 from job.data.prompts import find_prompts, read_prompts
-from job.data.training_and_validation import what_to_validate_on
+from job.data.training_and_validation import validation_source_of
 from job.errors import Problem, named_by, raise_problems
 from job.evaluation.policy import CHOICES, read_policy
 from job.evaluation.tasks import Tasks, check_gate
@@ -79,18 +79,18 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
     adapted, adapter = run_check("adapter", lambda: _preview_adapter(s, model))
     tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
     loaded: list[Tasks] = []
-    asked, questions = run_check("questions", lambda: _preview_questions(s, tokenizer, loaded.append, where))
+    question_check, questions = run_check("questions", lambda: _preview_questions(s, tokenizer, loaded.append, where))
     tasks = loaded[0] if loaded else None
     rows = _check_rows(s, model, tokenizer, tasks, show=show, where=where)
-    others = [*rows.steps, *check_other_inputs(s, storage, tasks)]
+    other_checks = [*rows.steps, *check_other_inputs(s, storage, tasks)]
     screened, safety = _check_safety_model(s, where)
     prompted, prompts = _check_prompts(s, rows.data, tokenizer, folder, storage)
     ruled, judge = _check_principles(s, where)
     return Preflight(
         checks=[
             *(stored, modelled, adapted, tokenized),
-            *(*rows.read, *rows.audited, *screened, asked),
-            *(*others, *prompted, *ruled),
+            *(*rows.read, *rows.audited, *screened, question_check),
+            *(*other_checks, *prompted, *ruled),
         ],
         store_seconds=seconds,
         model=model,
@@ -121,28 +121,28 @@ def _check_rows(
 ) -> _RowChecks:
     """Reads the rows of each training stage and reports their audit, and whether AdaLoRA has enough steps."""
     architecture = model.architecture if model else None
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         **where,
         "tokenizer": tokenizer,
         "vocabulary": rows_with(architecture.vocabulary if architecture else None, tokenizer, s.model.add_tokens),
         "audit": set_up(index_questions(tasks.prompts(s.eval.limit)) if tasks else None, s.data.on_finding),
         "show": show,
     }
-    check, data = run_check("data", lambda: _preview_rows(s, **how))
-    read, steps, first_data = [check], list[PreflightResult](), None
+    check, data = run_check("data", lambda: _preview_rows(s, **options))
+    row_checks, steps, first_data = [check], list[PreflightResult](), None
     if s.lora.kind == "adalora" and data is not None and not data.estimated:
         steps = [run_check("steps", partial(_check_steps, s, len(data.examples)))[0]]
     if not s.train.is_one_stage:
-        how["folder"] = where["folder"] / "first"
+        options["folder"] = where["folder"] / "first"
         earlier, _ = split_stages(s)
-        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, **how))
-        read.append(check)
+        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, **options))
+        row_checks.append(check)
     audited = [
         run_check(name, partial(report_audit, one.audit, one.long_rows))[0]
         for name, one in (("audit", data), ("audit of the first stage", first_data))
         if one is not None and one.audit is not None
     ]
-    return _RowChecks(read, audited, steps, data, first_data)
+    return _RowChecks(row_checks, audited, steps, data, first_data)
 
 
 def _check_safety_model(s: Settings, where: Mapping[str, Any]) -> tuple[list[PreflightResult], AuxiliaryFacts | None]:
@@ -233,14 +233,14 @@ def _check_steps(s: Settings, rows: int) -> Found[None]:
     )
 
 
-def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
-    """The rows of a stage of training; `how` goes to `preview_data`."""
+def _preview_rows(s: Settings, **options: Any) -> Found[DataFacts]:
+    """The rows of a stage of training; `options` goes to `preview_data`."""
     with naming_its_settings(s.part_of):
         return preview_data(
             s.data.source,
             max_length=s.train.max_length,
             revision=s.data.revision,
-            validation=what_to_validate_on(
+            validation=validation_source_of(
                 s.data.validation,
                 source=s.data.source,
                 source_revision=s.data.revision,
@@ -259,7 +259,7 @@ def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
             field_names=s.data.fields,
             on_long_row=s.data.on_long_row,
             row_weights=s.data.row_weights,
-            **how,
+            **options,
         )
 
 
@@ -268,21 +268,21 @@ def _preview_prompts(
 ) -> Found[tuple[int, ...]]:
     """The tokens of each prompt. A file is read as the job will; of a number of validation rows all tokens count.
 
-    Whether there are fewer of these than asked for the job says.
+    The job reports if there are fewer of these than requested.
     """
-    asked, most = s.eval.prompts, s.train.max_length - s.eval.prompts_max_new_tokens
-    if isinstance(asked, int):
+    source, most = s.eval.prompts, s.train.max_length - s.eval.prompts_max_new_tokens
+    if isinstance(source, int):
         held = "rows" if data is None else f"{len(data.validation):,} rows"
-        lengths = () if data is None else tuple(lengths_of(data.validation)[:asked])
-        return "ok", f"{asked:,} of the {held} for validation", lengths
+        lengths = () if data is None else tuple(lengths_of(data.validation)[:source])
+        return "ok", f"{source:,} of the {held} for validation", lengths
     with named_by("JOB_EVAL__PROMPTS", ": "):
-        path = find_prompts(fetch(asked or "", folder / "prompts", storage))
+        path = find_prompts(fetch(source or "", folder / "prompts", storage))
     if tokenizer is None or data is None:
-        raise NotChecked(f"{asked}: the prompts depend on the model and the data, which could not be read")
+        raise NotChecked(f"{source}: the prompts depend on the model and the data, which could not be read")
     how: dict[str, Any] = {"date": s.data.date, "template_arguments": s.data.chat_template_arguments}
-    prompts = read_prompts(path, asked or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **how)
+    prompts = read_prompts(path, source or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **how)
     lengths = tuple(len(prompt.ids) for prompt in prompts)
-    return "ok", f"{len(prompts):,} in {asked}, the longest of {max(lengths):,} tokens", lengths
+    return "ok", f"{len(prompts):,} in {source}, the longest of {max(lengths):,} tokens", lengths
 
 
 def check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Tasks | None) -> Iterator[PreflightResult]:
@@ -300,13 +300,11 @@ def check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Tasks
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
-    if (chosen := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
-        yield PreflightResult(
-            "serving", "note", f"vLLM cannot serve this adapter as it was trained: {'; '.join(reasons)}"
-        )
+    if (push_targets := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
+        yield PreflightResult("serving", "note", f"vLLM cannot serve this adapter unchanged: {'; '.join(reasons)}")
     if settings.sign.key is not None:
         yield run_check("signature", lambda: _check_key(settings.sign))[0]
-    for target in chosen:
+    for target in push_targets:
         yield run_check(target.kind, lambda target=target: ("ok", target.check(), None))[0]  # type: ignore[misc]
     if start is not None:
         yield run_check("start", check_start_adapter)[0]
@@ -336,7 +334,7 @@ def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
-    """A round trip in the run's own store; for a local output in a folder beside the run, which is removed again."""
+    """A round trip in the run's own store; for a local output in a folder next to the run, which is removed again."""
     place = join(output, run)
     return round_trip(open_store(place, storage), place) if is_remote(place) else local_round_trip(Path(output), place)
 

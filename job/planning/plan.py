@@ -36,7 +36,7 @@ from job.settings.load import Settings
 from job.storage.hub import MAX_FILE
 from job.training import memory_model
 
-SHARED_MEMORY = PreflightResult("shared memory", "ok", "one process needs none; several want 1 GiB in /dev/shm")
+SHARED_MEMORY = PreflightResult("shared memory", "ok", "one process needs none; several need 1 GiB in /dev/shm")
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,24 @@ class Plan:
 def make_plan(settings: Settings, show: int = 0) -> Plan:
     """Makes all checks, then forecasts from what they read, or from known sizes of public models and data."""
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-") as folder:
-        seen = check_run_inputs(settings, Path(folder), show)
-    checks = [*seen.checks]
+        preflight = check_run_inputs(settings, Path(folder), show)
+    checks = [*preflight.checks]
     # As a run on this machine would count them; a plan for another machine names the number.
     processes = count_processes("auto") if settings.run.processes == "auto" else settings.run.processes
     alone = [*_sharded_alone(settings, processes)]
     checks += alone
-    run = shape_of_run(settings, seen, checks, processes)
+    run = shape_of_run(settings, preflight, checks, processes)
     gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
     memory = [SHARED_MEMORY, *_main_memory(settings, run)]
-    checks += [_licence(settings, seen), _disk(settings, run), *memory, *_large_files(settings, run)]
+    checks += [_licence(settings, preflight), _disk(settings, run), *memory, *_large_files(settings, run)]
     return Plan(
         title=f"{settings.model.id} on {settings.data.source}, to {settings.run.output.rstrip('/')}/{settings.run.id}",
         checks=tuple(checks),
-        figures=(*_measured(seen), *estimates(run)),
+        figures=(*_measured(preflight), *estimates(run)),
         gpus=() if run.setup is None or alone else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
         largest_step=run.workload.largest_step if run.workload else None,
         assumptions=_assumptions(settings, run.processes),
-        shown=tuple(row for data in (seen.first_data, seen.data) if data for row in data.shown),
+        shown=tuple(row for data in (preflight.first_data, preflight.data) if data for row in data.shown),
     )
 
 
@@ -87,17 +87,19 @@ def _with_memory_limit(gpu: Gpu, gigabytes: float | None) -> Gpu:
     return gpu if gigabytes is None else replace(gpu, memory_bytes=min(gpu.memory_bytes, int(gigabytes * 1e9)))
 
 
-def _measured(seen: Preflight) -> list[Estimate]:
+def _measured(preflight: Preflight) -> list[Estimate]:
     """The estimates that were measured."""
     what = "a write, a read, a list, a delete, and conditional writes"
-    return [] if seen.store_seconds is None else [Estimate("storage", seen.store_seconds, "s", "measured", what)]
+    return (
+        [] if preflight.store_seconds is None else [Estimate("storage", preflight.store_seconds, "s", "measured", what)]
+    )
 
 
-def _licence(settings: Settings, seen: Preflight) -> PreflightResult:
-    """The licences of data and model by their cards, else by name; the hub is asked for the model's if it answered."""
+def _licence(settings: Settings, preflight: Preflight) -> PreflightResult:
+    """The licences of data and model by their cards, else by name."""
     data = settings.data
-    found = [
-        seen.data.licence if seen.data is not None else None,
+    licences = [
+        preflight.data.licence if preflight.data is not None else None,
         *(
             find_licence(one.place, one.revision or data.revision, "dataset")
             if Path(one.place).exists()
@@ -105,24 +107,26 @@ def _licence(settings: Settings, seen: Preflight) -> PreflightResult:
             for one in parse_sources(data.source)
         ),
     ]
-    licence = found[0] or "; ".join(sorted({one for one in found if one})) or "unknown; check that you may train on it"
+    licence = (
+        licences[0] or "; ".join(sorted({one for one in licences if one})) or "unknown; check that you may train on it"
+    )
     limits = ": no commercial use of the data, nor of models that are trained on it" if "-nc" in licence else ""
     # A model that was looked at is here, or the hub answers.
-    base = find_licence(settings.model.id, settings.model.revision, "model") if seen.model is not None else None
+    base = find_licence(settings.model.id, settings.model.revision, "model") if preflight.model is not None else None
     return PreflightResult(
         "licence", "note", f"{data.source}: {licence}{limits}; {settings.model.id}: {base or 'unknown'}"
     )
 
 
 def _sharded_alone(settings: Settings, processes: int) -> Iterator[PreflightResult]:
-    """What is wrong where the base is to be sharded over a single process, which `auto` may come to."""
+    """The problem of a base sharded over a single process, which `auto` may choose."""
     if (problem := sharded_alone(settings, processes * settings.run.nodes)) is not None:
         error = SettingsError([problem])
         yield PreflightResult("placement", "wrong", str(error), error)
 
 
 def _disk(settings: Settings, run: RunShape) -> PreflightResult:
-    """Whether this machine's disk has enough space; the machine with the GPU needs as much."""
+    """Whether this machine's disk has enough space; the machine with the GPU needs the same."""
     folder = Path(settings.storage.cache or tempfile.gettempdir())
     checkpoint = checkpoint_bytes(run.setup.adapter, run.setup.optimizer) if run.setup else 0
     need = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
@@ -135,7 +139,7 @@ def _disk(settings: Settings, run: RunShape) -> PreflightResult:
 
 
 def _main_memory(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:
-    """Whether this machine or its container has memory for a base that lies there; a run's machine needs as much."""
+    """Whether this machine or its container has memory for a base kept there; a run's machine needs the same."""
     if settings.model.placement != "host" or run.setup is None:
         return
     need = run.processes_here * memory_model.packed_bytes(run.setup)

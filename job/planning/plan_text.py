@@ -24,13 +24,13 @@ _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": F
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"))
 
 
-def plan_command(words: Sequence[str]) -> int:
+def plan_command(argv: Sequence[str]) -> int:
     """`plan`: prints the whole plan, also if something is wrong.
 
     Raises:
         JobError: The most severe error of the plan, after printing it.
     """
-    rest, form = _take_format(list(words))
+    rest, form = _take_format(list(argv))
     rest, show = _take_show(rest)
     settings = load_settings(rest, options=("format", "show"))
     log.configure(settings.log.format, settings.log.level, secrets(), run=settings.run.id)
@@ -41,31 +41,31 @@ def plan_command(words: Sequence[str]) -> int:
     return 0 if printed else JobError.exit_code
 
 
-def _take_format(words: list[str]) -> tuple[list[str], str]:
+def _take_format(argv: list[str]) -> tuple[list[str], str]:
     """The words without `--format FORM` or `--format=FORM`, and the format; by default the first in `FORMATS`."""
-    rest, form = _take_option(words, "--format")
+    rest, form = _take_option(argv, "--format")
     form = next(iter(FORMATS)) if form is None else form
     if form not in FORMATS:
         raise SettingsError([Problem("--format", f"must be {' or '.join(FORMATS)}")])
     return rest, form
 
 
-def _take_show(words: list[str]) -> tuple[list[str], int]:
+def _take_show(argv: list[str]) -> tuple[list[str], int]:
     """The words without `--show N` or `--show=N`, and N; by default 0."""
-    rest, count = _take_option(words, "--show")
+    rest, count = _take_option(argv, "--show")
     if count is not None and not (count.isascii() and count.isdecimal() and 0 < int(count) <= _MOST_SHOWN):
         raise SettingsError([Problem("--show", f"must be the number of rows to show, 1 to {_MOST_SHOWN:,}")])
     return rest, int(count or 0)
 
 
-def _take_option(words: list[str], name: str) -> tuple[list[str], str | None]:
+def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
     """The words without an option and its value, and the value; None where the option is not given."""
-    at = next((index for index, word in enumerate(words) if word.partition("=")[0] == name), None)
+    at = next((index for index, word in enumerate(argv) if word.partition("=")[0] == name), None)
     if at is None:
-        return words, None
-    _, equals, value = words[at].partition("=")
+        return argv, None
+    _, equals, value = argv[at].partition("=")
     end = at + (1 if equals else 2)
-    return words[:at] + words[end:], value if equals else "".join(words[at + 1 : end])
+    return argv[:at] + argv[end:], value if equals else "".join(argv[at + 1 : end])
 
 
 def as_json(plan: Plan) -> str:
@@ -108,7 +108,7 @@ def _figures(figures: Sequence[Estimate]) -> str:
     if not figures:
         return "No figures: model and data are unknown."
     rows = [(figure.name, _value(figure), figure.basis, figure.note) for figure in figures]
-    return "\n".join(aligned(rows, right=(1,)))
+    return "\n".join(aligned(rows, right_aligned=(1,)))
 
 
 def _value(figure: Estimate) -> str:
@@ -136,7 +136,7 @@ def _gpus(plan: Plan) -> str:
         "machine",
     )
     rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
-    lines = aligned(rows, right=(1, 3, 4, 6, 7, 8))
+    lines = aligned(rows, right_aligned=(1, 3, 4, 6, 7, 8))
     lines += [
         "largest budget: the most tokens of a micro-batch that fit; without recomputing: with activations kept",
         "keeps: what is held in memory to save time: the dequantized base, activations",

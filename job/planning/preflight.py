@@ -38,22 +38,22 @@ Found = tuple[State, str, T]
 
 
 def run_check(
-    name: str, work: Callable[[], Found[T]], *, unreachable: State = "not checked"
+    name: str, check: Callable[[], Found[T]], *, unreachable: State = "not checked"
 ) -> tuple[PreflightResult, T | None]:
     """Makes one check and catches its errors, so that the other checks are made too.
 
     Args:
         name: What is checked, as it is printed.
-        work: Makes the check.
+        check: Makes the check.
         unreachable: State for a service that does not answer. By default that is no error, because this machine's
             network may differ from the job's.
     """
     try:
-        state, what, found = work()
+        state, text, value = check()
     except NotChecked as reason:
         return PreflightResult(name, "not checked", str(reason)), None
     except Unreachable as error:
         return PreflightResult(name, unreachable, str(error), error if unreachable == "wrong" else None), None
     except JobError as error:
         return PreflightResult(name, "wrong", str(error), error), None
-    return PreflightResult(name, state, what), found
+    return PreflightResult(name, state, text), value

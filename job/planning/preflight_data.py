@@ -93,12 +93,12 @@ def preview_data(
         reading: Further arguments of `load_rows`.
     """
     split = reading["split"]
-    found = [
+    downloads = [
         _of_the_data(one.place, one.revision or revision, storage, split=split, online=online)
         for one in parse_sources(source)
     ]
-    download = sum(size for size, _ in found)
-    licence = "; ".join(sorted({licence for _, licence in found if licence})) or None
+    download = sum(size for size, _ in downloads)
+    licence = "; ".join(sorted({licence for _, licence in downloads if licence})) or None
     if download > MAX_BYTES:
         raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
     shown: list[ShownRow] = []
@@ -128,11 +128,11 @@ def preview_data(
         processes=usable_cpus(),
         **reading,
     )
-    what = f"{record.rows:,} rows in the schema {record.format}"
+    text = f"{record.rows:,} rows in the schema {record.format}"
     if record.validation is not None:
-        what += f", {record.validation.rows:,} for validation"
+        text += f", {record.validation.rows:,} for validation"
     if record.skipped:
-        what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
+        text += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
     facts = DataFacts(
         examples,
         tokenizer is None,
@@ -146,25 +146,27 @@ def preview_data(
         record.long_rows,
     )
     if tokenizer is not None:
-        return "ok", what, facts
+        return "ok", text, facts
     long = sum(length > max_length for length in lengths_of(examples))
-    return "note", f"{what}; tokens are estimated{f', so {long} rows may be too long' if long else ''}", facts
+    return "note", f"{text}; tokens are estimated{f', so {long} rows may be too long' if long else ''}", facts
 
 
 def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[None]:
     """A sentence with the audit's findings by kind, what it could not check, and statistics of the rows."""
-    found = [
+    findings = [
         f"{check.rows:,} {kind} ({', '.join(check.places[:_PLACES])}{', ...' * (check.rows > _PLACES)})"
         f"{_ACTIONS[check.action]}"
         for kind, check in record.checks.items()
         if check.rows
     ]
-    missing = [f"{kind} not checked: {check.not_checked}" for kind, check in record.checks.items() if check.not_checked]
+    not_checked = [
+        f"{kind} not checked: {check.not_checked}" for kind, check in record.checks.items() if check.not_checked
+    ]
     if record.too_short:
-        missing.append(f"{record.too_short:,} questions of one or two words were not searched for")
-    what = "; ".join([*(found or ["nothing found"]), *missing])
+        not_checked.append(f"{record.too_short:,} questions of one or two words were not searched for")
+    what = "; ".join([*(findings or ["nothing found"]), *not_checked])
     text = " ".join([f"{record.rows:,} rows: {what}.", *statistics(asdict(record), long_rows)])
-    return "note" if found or missing else "ok", text, None
+    return "note" if findings or not_checked else "ok", text, None
 
 
 def _of_the_data(

@@ -121,24 +121,24 @@ def preview_adapter(
     names = ", ".join(found)
     linear, all_ = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))
     facts = AdapterFacts(found, count_parameters(empty, rank=rank, target_modules=found, options=options))
-    what = f"LoRA on {names}"
+    text = f"LoRA on {names}"
     if options != PLAIN:
         said = ", ".join(f"{name}={value}" for name, value in described(options).items() if name != "adalora")
-        what = f"{what}; {said}; {facts.parameters:,} parameters"
+        text = f"{text}; {said}; {facts.parameters:,} parameters"
     if options.not_fused:
-        what = f"{what}; on a GPU at less than half the speed, by PEFT's own layers: {options.not_fused}"
+        text = f"{text}; on a GPU at less than half the speed, by PEFT's own layers: {options.not_fused}"
     elif fused_family(known := config.to_dict()) is None:
-        what = f"{what}; on a GPU only these layers are fused, not the whole decoder of {config.model_type}"
+        text = f"{text}; on a GPU only these layers are fused, not the whole decoder of {config.model_type}"
     elif why := why_not_recorded(known):
-        what = f"{what}; on a GPU all of {config.model_type}'s decoder is fused, without CUDA graphs: {why}"
+        text = f"{text}; on a GPU all of {config.model_type}'s decoder is fused, without CUDA graphs: {why}"
     if quantization == "none" or linear >= MOSTLY * all_:
-        return "ok", what, facts
+        return "ok", text, facts
     stays = "the rest, such as embeddings, stays in 16 bit"
-    return "note", f"{what}; {linear:,} of {all_:,} weights can be held as {quantization}, {stays}", facts
+    return "note", f"{text}; {linear:,} of {all_:,} weights can be held as {quantization}, {stays}", facts
 
 
 def find_tokenizer(model: ModelFacts | None, added_tokens: Sequence[str] | None = None) -> Found[Any]:
-    """The tokenizer beside the model, with new tokens."""
+    """The tokenizer next to the model, with new tokens."""
     if model is None:
         raise NotChecked(
             "the model's files cannot be fetched; tokens are estimated from characters where there is text"
@@ -186,13 +186,13 @@ def preview_safety_model(
         storage: How to reach stores.
     """
     with naming(SAFETY_SETTING):
-        found, held, download = _auxiliary_model(
+        model_folder, weight_bytes, download = _auxiliary_model(
             place, revision, "safety", online=online, folder=folder, storage=storage
         )
-        known = Labels(found, SAFETY_SETTING)
+        known = Labels(model_folder, SAFETY_SETTING)
     chosen = unsafe_labels(known.names, labels, exclusive=known.exclusive)
     what = f"{place}: unsafe is a probability of at least {threshold:g} for {', '.join(chosen)}"
-    facts = AuxiliaryFacts(download, count_weights(found, held, heads=False))
+    facts = AuxiliaryFacts(download, count_weights(model_folder, weight_bytes, heads=False))
     return "ok", f"{what}; the job scores the rows, the plan does not", facts
 
 
@@ -215,17 +215,17 @@ def preview_judge(
         folder: Folder for copies from a store.
         storage: How to reach stores.
     """
-    found = read_principles(Path(rules))
-    what = f"{len(found)} rules; each pair of answers is judged twice by {judge}"
-    asked = ceil(len(question(found, "", "", "")) / CHARACTERS_PER_TOKEN)
+    rules_read = read_principles(Path(rules))
+    text = f"{len(rules_read)} rules; each pair of answers is judged twice by {judge}"
+    rule_tokens = ceil(len(question(rules_read, "", "", "")) / CHARACTERS_PER_TOKEN)
     if is_server(judge):
-        facts = AuxiliaryFacts(0, None, asked, served=True)
-        return "ok", f"{what}, which the plan does not contact; its time is not forecast", facts
+        facts = AuxiliaryFacts(0, None, rule_tokens, served=True)
+        return "ok", f"{text}, which the plan does not contact; its time is not forecast", facts
     with naming("JOB_EVAL__JUDGE"):
-        place, held, download = _auxiliary_model(
+        model_folder, weight_bytes, download = _auxiliary_model(
             judge, revision, "judge", online=online, folder=folder, storage=storage
         )
-    return "ok", what, AuxiliaryFacts(download, count_weights(place, held, heads=True), asked)
+    return "ok", text, AuxiliaryFacts(download, count_weights(model_folder, weight_bytes, heads=True), rule_tokens)
 
 
 def _auxiliary_model(
@@ -236,28 +236,28 @@ def _auxiliary_model(
     Small files of a store are copied to the folder `name` below `folder`.
 
     Raises:
-        DataError, SettingsError: There is nothing at its place, or no weights in safetensors.
+        DataError, SettingsError: There is nothing at `place`, or no weights in safetensors.
     """
-    held: int | None
+    weight_bytes: int | None
     if is_remote(place):
         (folder / name).mkdir()
-        found, weights = _fetch_small_files(place, folder / name, storage)
-        held = download = size(place, storage)
+        model_folder, weights = _fetch_small_files(place, folder / name, storage)
+        weight_bytes = download = size(place, storage)
     elif (local := local_model(place)) is not None:
         files = weight_files(local)
-        found, weights, held, download = local, len(files), sum(file.stat().st_size for file in files), 0
+        model_folder, weights, weight_bytes, download = local, len(files), sum(file.stat().st_size for file in files), 0
     else:
-        found, weights, held, _ = _of_the_hub(place, revision, online=online)
-        download = held or 0
+        model_folder, weights, weight_bytes, _ = _of_the_hub(place, revision, online=online)
+        download = weight_bytes or 0
     if not weights:
         raise DataError([Problem("JOB_MODEL__ID", f"{place} has no weights in safetensors")])
-    return found, held, download
+    return model_folder, weight_bytes, download
 
 
-def _config(place: Path, source: str) -> dict[str, Any]:
+def _config(folder: Path, source: str) -> dict[str, Any]:
     """The model's config.json."""
     try:
-        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError([Problem("JOB_MODEL__ID", f"{source} has no config.json that can be read: {error}")]) from error
     if not isinstance(config, dict):
@@ -268,9 +268,9 @@ def _config(place: Path, source: str) -> dict[str, Any]:
 def _of_the_hub(source: str, revision: str | None, *, online: Online) -> tuple[Path, int, int | None, str]:
     """(folder, number of weight files, bytes to fetch, where it was found, as a sentence)."""
     if online():
-        place, files = peek_model(source, revision)
+        folder, files = peek_model(source, revision)
         weights = sum(name.endswith(".safetensors") for name in files)
-        return place, weights, sum(files.values()), f"{source} can be fetched from the hub"
+        return folder, weights, sum(files.values()), f"{source} can be fetched from the hub"
     cached = cached_model(source, revision)
     if cached is None or not (cached / "config.json").exists():
         raise NotChecked(f"{source} is not in the cache, and {HUB_UNREACHABLE}")
@@ -280,12 +280,12 @@ def _of_the_hub(source: str, revision: str | None, *, online: Online) -> tuple[P
 def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tuple[Path, int]:
     """Copies everything but the weights; returns the folder and the number of weight files."""
     store = open_store(source, storage)
-    found = list(store.list())
-    if not found:
+    objects = list(store.list())
+    if not objects:
         raise SettingsError([Problem("JOB_MODEL__ID", f"there is nothing at {source}; correct the URI")])
     target = folder / "model"
     target.mkdir()
-    for info in found:
+    for info in objects:
         if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
             store.download(info.key, target / info.key)
-    return target, sum(info.key.endswith(".safetensors") for info in found)
+    return target, sum(info.key.endswith(".safetensors") for info in objects)

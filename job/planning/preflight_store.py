@@ -24,7 +24,7 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
     """Tests a store with the kinds of requests that the job makes; returns the seconds that they took.
 
     A small object is written and read, files of 0 and of `FILE_BYTES` bytes are uploaded and downloaded, all are listed
-    and deleted, and conditional writes are tested. All objects have names of their own.
+    and deleted, and conditional writes are tested. All objects have unique names.
 
     Args:
         store: The store.
@@ -40,15 +40,15 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
     try:
         store.write(key, content)
         stored = store.read(key)
-        whole = [_file_round_trip(store, one, size) for one, size in files.items()]
+        whole = [_file_round_trip(store, object_key, size) for object_key, size in files.items()]
         listed = [info.key for info in store.list(key)]
     except BaseException:
-        for one in (key, *files):
+        for object_key in (key, *files):
             with suppress(JobError):  # the first request that failed says more than the last
-                store.delete(one)
+                store.delete(object_key)
         raise
-    for one in (key, *files):
-        store.delete(one)
+    for object_key in (key, *files):
+        store.delete(object_key)
     right = stored is not None and stored.data == content and all(whole) and listed == sorted([key, *files])
     if not right or store.read(key) is not None:
         raise Unreachable(f"{name}: objects that were written could not be read, listed and deleted unchanged")

@@ -1,4 +1,4 @@
-"""What `plan` knows of a run, as the forecast takes it: from the checks, else from known sizes of models and data."""
+"""The input of the forecast: the run's sizes, from the checks, else from known sizes of models and data."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ SMALL_GPU_TOKENS = 4096
 """Token budget for which memory is forecast if none is set: what the job uses on GPUs of 11 to 40 GiB."""
 
 
-def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResult], processes: int = 1) -> RunShape:
-    """What is known about the run: from the checks, or from the tables of known sizes if they read nothing.
+def shape_of_run(
+    settings: Settings, preflight: Preflight, checks: list[PreflightResult], processes: int = 1
+) -> RunShape:
+    """The run's sizes: from the checks, or from the tables of known sizes if the checks read nothing.
 
     `processes` is their number on one machine.
     """
-    setup, model_basis = _setup(settings, seen, checks)
-    workload, data_basis = _workload(settings, seen.data)
-    questions, questions_basis = _questions(settings, seen)
-    download = seen.model.download_bytes if seen.model else None
+    setup, model_basis = _setup(settings, preflight, checks)
+    workload, data_basis = _workload(settings, preflight.data)
+    questions, questions_basis = _questions(settings, preflight)
+    download = preflight.model.download_bytes if preflight.model else None
     if download is None:
         download = 2 * setup.architecture.parameters if setup else 0  # weights are published in half precision
     run = RunShape(
@@ -51,18 +53,19 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         setup_basis=model_basis,
         workload=workload,
         workload_basis=data_basis,
-        validation=_validation(settings, seen.data, workload),
+        validation=_validation(settings, preflight.data, workload),
         merges=_merges(settings),
         derived=tuple(derived(settings.export.formats)),
         adapter_copies=len(adapter_copies(settings.export.formats)),
         quantizing_tokens=_quantizing_tokens(settings, workload),
-        reference=_reference(settings, seen.data),
+        reference=_reference(settings, preflight.data),
         questions=questions,
         questions_basis=questions_basis,
-        answered=_answered(settings, seen),
+        answered=_answered(settings, preflight),
         budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
         scoring_budget=settings.eval.batch_tokens,
-        download_bytes=download + sum(one.download_bytes for one in (seen.data, seen.safety, seen.judge) if one),
+        download_bytes=download
+        + sum(one.download_bytes for one in (preflight.data, preflight.safety, preflight.judge) if one),
         usd_per_hour=settings.cost.usd_per_hour,
         fused=settings.model.dtype != "fp32" and adapter_options(settings).not_fused is None,
         fused_from=AMPERE if settings.model.dtype == "bf16" else VOLTA,
@@ -74,7 +77,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         processes=processes * settings.run.nodes,
         processes_here=processes,
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
-        auxiliary=_auxiliary(settings, seen, workload),
+        auxiliary=_auxiliary(settings, preflight, workload),
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
         tiles=_tiles(settings, setup),
         recorded=_recorded(settings),
@@ -85,12 +88,12 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
     if settings.train.is_one_stage:
         return run
     first, _ = split_stages(settings)
-    workload, data_basis = _workload(first, seen.first_data)
+    workload, data_basis = _workload(first, preflight.first_data)
     earlier = replace(
         run,
         workload=workload,
         workload_basis=data_basis,
-        validation=_validation(first, seen.first_data, workload),
+        validation=_validation(first, preflight.first_data, workload),
         reference=None,
         download_bytes=0,
         merges=0,
@@ -102,7 +105,7 @@ def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResu
         recorded=_recorded(first),
         step_rows=first.train.global_batch_size,
     )
-    more = seen.first_data.download_bytes if seen.first_data else 0
+    more = preflight.first_data.download_bytes if preflight.first_data else 0
     return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)
 
 
@@ -117,10 +120,10 @@ def _recorded(settings: Settings) -> bool:
     return settings.train.last_method == "sft" and settings.train.neftune_noise_alpha == 0
 
 
-def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -> tuple[Setup | None, Basis]:
+def _setup(settings: Settings, preflight: Preflight, checks: list[PreflightResult]) -> tuple[Setup | None, Basis]:
     """Model, adapter and optimizer; None if the model is unknown, or lacks a layer that LoRA should adapt."""
-    basis: Basis = "computed" if seen.model is not None else "assumed"
-    architecture = seen.model.architecture if seen.model else known.ARCHITECTURES.get(settings.model.id)
+    basis: Basis = "computed" if preflight.model is not None else "assumed"
+    architecture = preflight.model.architecture if preflight.model else known.ARCHITECTURES.get(settings.model.id)
     if architecture is None:
         return None, basis
     named, options = settings.lora.target_modules, adapter_options(settings)
@@ -128,7 +131,7 @@ def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -
     rank = settings.lora.rank if options.adalora is None else options.adalora.init_r
     missing = [name for name in targets if name not in architecture.linear]
     if missing:
-        if seen.model is None:  # else the check named "adapter" has inspected the layers themselves
+        if preflight.model is None:  # else the check named "adapter" has inspected the layers themselves
             what = f"the model has no linear {', '.join(missing)}; it has {', '.join(sorted(architecture.linear))}"
             error = SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
             checks.append(PreflightResult("adapter", "wrong", str(error), error))
@@ -142,17 +145,17 @@ def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -
         value_bytes=memory_model.FP32 if settings.model.dtype == "fp32" else HALF_PRECISION,
         optimizer=settings.train.optimizer,
         recompute=settings.train.gradient_checkpointing is not False,
-        counted=seen.adapter.parameters if seen.adapter and options != PLAIN else None,
+        counted=preflight.adapter.parameters if preflight.adapter and options != PLAIN else None,
         expert_adapter=architecture.expert_adapter_parameters(rank, options.layers) if options.experts else 0,
         dora=options.use_dora,
         bytes_beside=options.bytes_beside,
         merged_rows=2 * architecture.vocabulary if options.added_tokens else 0,
-        plain_experts=seen.model is not None and architecture.experts > 0 and left_plain(seen.model.folder),
+        plain_experts=preflight.model is not None and architecture.experts > 0 and left_plain(preflight.model.folder),
     ), basis
 
 
 def _placements(settings: Settings, processes: int) -> tuple[str, ...]:
-    """Where the base may lie with so many processes on a machine; see `stages.placement`."""
+    """The possible placements of the base with `processes` processes on a machine; see `stages.placement`."""
     if settings.model.placement != "auto":
         return (settings.model.placement,)
     if settings.model.quantization == "none" or settings.model.keep_dequantized is True:
@@ -214,38 +217,41 @@ def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
     )
 
 
-def _auxiliary(settings: Settings, seen: Preflight, workload: Workload | None) -> tuple[AuxiliaryModel, ...]:
-    """The classifier and the judge, as far as it is known what they read."""
-    found, answer = [], settings.eval.prompts_max_new_tokens
-    if seen.safety is not None and workload is not None:
+def _auxiliary(settings: Settings, preflight: Preflight, workload: Workload | None) -> tuple[AuxiliaryModel, ...]:
+    """The classifier and the judge, as far as their inputs are known."""
+    models, answer = [], settings.eval.prompts_max_new_tokens
+    if preflight.safety is not None and workload is not None:
         seen_rows = workload.steps * settings.train.global_batch_size
         rows, tokens = workload.rows, round(workload.rows * workload.tokens / seen_rows)
-        if read := [data for data in (seen.first_data, seen.data) if data is not None]:
+        if read := [data for data in (preflight.first_data, preflight.data) if data is not None]:
             counts = [data.audit.rows if data.audit else len(data.examples) for data in read]
             each = [sum(lengths_of(data.examples)) / len(data.examples) for data in read]
             rows, tokens = sum(counts), round(sum(map(mul, counts, each)))
-        found.append(screening(rows, tokens, 2 * len(seen.prompts), answer, seen.safety.weights))
-    if seen.judge is not None and seen.prompts:
-        asked = 2 * len(seen.prompts)
-        tokens = 2 * sum(seen.prompts) + asked * (2 * answer + seen.judge.question_tokens)
+        models.append(screening(rows, tokens, 2 * len(preflight.prompts), answer, preflight.safety.weights))
+    if preflight.judge is not None and preflight.prompts:
+        asked = 2 * len(preflight.prompts)
+        tokens = 2 * sum(preflight.prompts) + asked * (2 * answer + preflight.judge.question_tokens)
         wide = HALF_PRECISION  # on a GPU
-        found.append(judging(asked, tokens, seen.judge.weights, wide, served=seen.judge.served))
-    return tuple(found)
+        models.append(judging(asked, tokens, preflight.judge.weights, wide, served=preflight.judge.served))
+    return tuple(models)
 
 
-def _answered(settings: Settings, seen: Preflight) -> tuple[int, int]:
+def _answered(settings: Settings, preflight: Preflight) -> tuple[int, int]:
     """Tokens of the longest prompt that is answered, and of it with the answer, as far as they are known.
 
     A longer question of a task loses its beginning, or is refused.
     """
-    found, most = [(0, 0)], settings.train.max_length
-    if seen.questions is not None:
-        answer, whole = seen.questions.answered - seen.questions.prompt, min(seen.questions.answered, most)
-        found.append((max(0, whole - answer), whole))
+    lengths, most = [(0, 0)], settings.train.max_length
+    if preflight.questions is not None:
+        answer, whole = (
+            preflight.questions.answered - preflight.questions.prompt,
+            min(preflight.questions.answered, most),
+        )
+        lengths.append((max(0, whole - answer), whole))
     if settings.eval.prompts is not None:
-        answer, longest = settings.eval.prompts_max_new_tokens, max(seen.prompts, default=0)
-        found.append((longest, longest + answer))
-    return max(found, key=itemgetter(1))
+        answer, longest = settings.eval.prompts_max_new_tokens, max(preflight.prompts, default=0)
+        lengths.append((longest, longest + answer))
+    return max(lengths, key=itemgetter(1))
 
 
 def _merges(settings: Settings) -> int:
@@ -264,10 +270,10 @@ def _quantizing_tokens(settings: Settings, workload: Workload | None) -> int:
     return settings.export.quantization_steps * at_once
 
 
-def _questions(settings: Settings, seen: Preflight) -> tuple[known.TaskTokens | None, Basis]:
+def _questions(settings: Settings, preflight: Preflight) -> tuple[known.TaskTokens | None, Basis]:
     """Counted from the questions; else from known tasks; else None."""
-    if seen.questions is not None:
-        return seen.questions, "computed" if seen.tokenizer is not None else "assumed"
+    if preflight.questions is not None:
+        return preflight.questions, "computed" if preflight.tokenizer is not None else "assumed"
     tables = [known.TASK_TOKENS.get(task) for task in settings.eval.tasks]
     limited = [table.first(settings.eval.limit) for table in tables if table is not None]
     if len(limited) < len(tables):

@@ -16,7 +16,7 @@ SCORING_EFFICIENCY = 0.96
 """By `MEASURED`: 0.963 to 1.007."""
 LONG_ROW_EFFICIENCY = 0.92
 """Of a row that all GPUs compute together: 64,000 tokens on two H200s, 8,506 target tokens a second
-(`2026-11-29-2xh200-sequence-parallel.jsonl`), beside 4,617 on one (`2026-11-29-h200-long-rows-cudnn.jsonl`)."""
+(`2026-11-29-2xh200-sequence-parallel.jsonl`), against 4,617 on one (`2026-11-29-h200-long-rows-cudnn.jsonl`)."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Division:
 
     Attributes:
         gpus: Their number.
-        parts: Of how many equal parts the busiest GPU has one: fewer than GPUs where a step has too few rows.
+        parts: Number of parts into which the work is divided: fewer than GPUs where a step has too few rows.
         training: Share of the speed of that many GPUs that training reaches.
         scoring: The same of scoring questions and rows.
     """
@@ -37,7 +37,7 @@ class Division:
 
 
 def divide(gpus: int, *, step_rows: int, step_tokens: float, rows_divided: bool) -> Division:
-    """How the work is divided over so many GPUs.
+    """How the work is divided over `gpus` GPUs.
 
     Args:
         gpus: Their number.
@@ -54,10 +54,10 @@ def divide(gpus: int, *, step_rows: int, step_tokens: float, rows_divided: bool)
 
 
 def training_efficiency(tokens: float) -> float:
-    """Share of N GPUs' speed with so many tokens of a step for each of them.
+    """Share of N GPUs' speed by the tokens of a step for each of them.
 
     Between the two points of `TRAINING_EFFICIENCY` the time that is lost, as a share, is linear in 1 / tokens. With
-    fewer tokens the lost time of a step is assumed to stay as it is, with more its share.
+    fewer tokens the lost time of a step is assumed to be constant, with more its share.
     """
     (few, low), (many, high) = TRAINING_EFFICIENCY
     lost_few, lost_many = 1 / low - 1, 1 / high - 1

@@ -12,7 +12,7 @@ from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
 
 OPEN, CLOSE = "⟦", "⟧"
-"""What stands around target tokens where there is no terminal to mark them."""
+"""Marks around target tokens where the output is not a terminal."""
 _REVERSE, _RESET = "\x1b[7m", "\x1b[0m"
 _INDENT = "  "
 
@@ -40,7 +40,7 @@ def show_row(item: Encoded | EncodedAnswers, tokenizer: Any) -> ShownRow:
 def _pieces(ids: Sequence[int], targets: Sequence[bool], tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """The text of each run of tokens with the same target: what it adds to the text of all tokens before it.
 
-    Decoded by itself, a run would lose the space that its first token begins with in some tokenizers.
+    Decoded alone, a run would lose the space that its first token begins with in some tokenizers.
     """
     before, end = "", 0
     for target, run in groupby(targets):
@@ -66,7 +66,7 @@ def _marked(text: str, *, target: bool, terminal: bool) -> str:
         return text
     if not terminal:
         return f"{OPEN}{text}{CLOSE}"
-    # Line by line: reverse video that goes on over a line break fills the rest of the line.
+    # Line by line: reverse video that continues over a line break fills the rest of the line.
     return "\n".join(f"{_REVERSE}{line}{_RESET}" if line else line for line in text.split("\n"))
 
 
@@ -75,8 +75,8 @@ def _escaped(text: str) -> str:
     return re.sub(r".", _escape, text)
 
 
-def _escape(found: re.Match[str]) -> str:
-    character = found[0]
+def _escape(match: re.Match[str]) -> str:
+    character = match[0]
     if character.isprintable() and character not in {OPEN, CLOSE}:
         return character
     return ascii(character)[1:-1]
