@@ -23,17 +23,17 @@ def check_audit(results: Mapping[str, Any], copies: Copies) -> Iterator[CheckRes
         yield CheckResult("audit", extent, (Difference(FINDINGS, "the findings", "nothing that can be read"),))
         return
     try:
-        found = parse_findings(copies[FINDINGS].read_bytes())
+        findings = parse_findings(copies[FINDINGS].read_bytes())
     except ValueError as error:
         yield CheckResult("audit", extent, (Difference(FINDINGS, "one finding on each line", str(error)),))
         return
     on_finding = results["settings"].get("data.on_finding", {}).get("value") or {}
     actions = {kind: action_of(on_finding, kind) for kind in audit["checks"]}
-    by_kind = counts(found)
+    by_kind = counts(findings)
     computed = {
-        "findings": len(found),
-        "left_out": len({one.row for one in found if actions.get(one.kind) == "skip"}),
-        "overlap": overlapping(found),
+        "findings": len(findings),
+        "left_out": len({finding.row for finding in findings if actions.get(finding.kind) == "skip"}),
+        "overlap": overlapping(findings),
         "checks": {
             kind: {
                 "action": actions[kind],
@@ -48,14 +48,14 @@ def check_audit(results: Mapping[str, Any], copies: Copies) -> Iterator[CheckRes
     }
     claimed = {**{name: audit[name] for name in ("findings", "left_out", "overlap")}, "checks": checks}
     differences = list(find_differences(f"{RESULTS} dataset.audit", claimed, computed))
-    if unknown := sorted({one.kind for one in found} - set(checks)):
+    if unknown := sorted({finding.kind for finding in findings} - set(checks)):
         differences.append(Difference(FINDINGS, "findings of the manifest's kinds", ", ".join(unknown)))
     differences += _statistics(audit)
-    differences += _safety(results, found)
+    differences += _safety(results, findings)
     yield CheckResult("audit", extent, tuple(differences))
 
 
-def _safety(results: Mapping[str, Any], found: Sequence[Finding]) -> Iterator[Difference]:
+def _safety(results: Mapping[str, Any], findings: Sequence[Finding]) -> Iterator[Difference]:
     """Whether classifier and threshold are those of the settings, and the score of each unsafe row reaches it."""
     audit, place = results["dataset"]["audit"], f"{RESULTS} dataset.audit.safety"
     safety, settings = audit.get("safety"), results["settings"]
@@ -72,11 +72,11 @@ def _safety(results: Mapping[str, Any], found: Sequence[Finding]) -> Iterator[Di
     if (UNSAFE in audit["checks"]) != (safety is not None):
         yield Difference(f"{RESULTS} dataset.audit.checks", "the kind unsafe with a classifier only", show(safety))
     least = 0.0 if safety is None else safety["threshold"]
-    for one in found:
-        scored = isinstance(one.score, float) and least <= one.score <= 1
-        if scored != (one.kind == UNSAFE):
+    for finding in findings:
+        scored = isinstance(finding.score, float) and least <= finding.score <= 1
+        if scored != (finding.kind == UNSAFE):
             yield Difference(
-                FINDINGS, f"a score of {least:g} to 1 for each unsafe row", f"{show(one.score)} {one.kind}"
+                FINDINGS, f"a score of {least:g} to 1 for each unsafe row", f"{show(finding.score)} {finding.kind}"
             )
 
 

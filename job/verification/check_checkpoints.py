@@ -22,24 +22,24 @@ from job.verification.differences import CheckResult, Copies, Difference, other_
 
 def read_markers(copies: Copies) -> tuple[list[Marker], list[Difference]]:
     """The valid commit markers by increasing step, and the problems of the others."""
-    found, wrong = [], []
+    markers, differences = [], []
     for path in sorted(filter(is_marker, copies)):
         try:
             marker = parse_marker(copies[path].read_bytes())
         except ValueError as error:
-            wrong.append(Difference(path, "a commit marker", str(error)))
+            differences.append(Difference(path, "a commit marker", str(error)))
             continue
         if path != marker_key(marker.step):
-            wrong.append(Difference(path, "the step of its folder", f"step {marker.step}"))
+            differences.append(Difference(path, "the step of its folder", f"step {marker.step}"))
         else:
-            found.append(marker)
-    return sorted(found, key=lambda marker: marker.step), wrong
+            markers.append(marker)
+    return sorted(markers, key=lambda marker: marker.step), differences
 
 
 def late_markers(store: ObjectStore, keys: Iterable[str], run: str | None, last_attempt: int) -> set[str]:
     """The keys of markers that an attempt before the last one wrote after the run was published.
 
-    An attempt that hangs just before it writes a marker, and goes on later, can still write it: the write has the
+    An attempt that hangs just before it writes a marker, and continues later, can still write it: the write has the
     condition that the marker does not exist, which holds again once the checkpoint was deleted as an old one.
     """
     late = set()
@@ -59,9 +59,9 @@ def claims(marker: Marker) -> list[Artifact]:
 
 def check_checkpoints(
     results: Mapping[str, Any],
-    found: Sequence[Marker],
+    markers: Sequence[Marker],
     copies: Copies,
-    wrong: Sequence[Difference],
+    marker_differences: Sequence[Difference],
     run: str | None = None,
 ) -> CheckResult:
     """Checks that the checkpoints belong to this run and to each other.
@@ -72,16 +72,16 @@ def check_checkpoints(
 
     Args:
         results: The manifest.
-        found: The commit markers by increasing step.
+        markers: The commit markers by increasing step.
         copies: Local copies by path.
-        wrong: Problems of single markers and files, to include in the result.
+        marker_differences: Problems of single markers and files, to include in the result.
         run: The run's fingerprint; None if it is not known.
     """
-    differences = [*wrong]
+    differences = [*marker_differences]
     steps, attempts = results["training"]["steps"], [attempt["number"] for attempt in results["run"]["attempts"]]
-    kept = (results["training"].get("validation") or {"kept_step": steps})["kept_step"]
+    kept_step = (results["training"].get("validation") or {"kept_step": steps})["kept_step"]
     epoch = 0
-    for marker in found:
+    for marker in markers:
         place = marker_key(marker.step)
         differences += other_run(place, marker.run, run)
         if marker.step > steps:
@@ -92,19 +92,19 @@ def check_checkpoints(
         epoch = marker.epoch
         differences += _metrics_differ(marker, copies)
         differences += _validations_differ(marker, copies)
-        if marker.step == kept:
+        if marker.step == kept_step:
             differences += _adapters_differ(marker.folder + ADAPTER, WEIGHTS, copies)
-        elif marker.step > kept and BEST in marker.files:
+        elif marker.step > kept_step and BEST in marker.files:
             differences += _adapters_differ(marker.folder + BEST, WEIGHTS, copies)
     packages = results["software"]["packages"]
     notes = [
         f"the checkpoint of step {marker.step} was written by other versions of {', '.join(changed)}"
-        for marker in found
+        for marker in markers
         if (changed := sorted(name for name in packages if marker.software.get(name) != packages[name]))
     ]
-    if found and found[-1].step < steps:
-        notes.append(f"the newest is of step {found[-1].step}: whether the adapter follows from it cannot be checked")
-    extent = f"{len(found)}, {', '.join(f'step {marker.step}' for marker in found)}" if found else "none"
+    if markers and markers[-1].step < steps:
+        notes.append(f"the newest is of step {markers[-1].step}: whether the adapter follows from it cannot be checked")
+    extent = f"{len(markers)}, {', '.join(f'step {marker.step}' for marker in markers)}" if markers else "none"
     return CheckResult("checkpoints", extent, tuple(differences), tuple(notes))
 
 
@@ -151,22 +151,28 @@ def _adapters_differ(state: str, published: str, copies: Copies) -> Iterator[Dif
     if state not in copies or published not in copies:
         return
     try:
-        with safe_open(copies[state], framework="np") as one, safe_open(copies[published], framework="np") as two:
-            names = {_published(name): name for name in one.keys()}  # noqa: SIM118 - no mapping
+        with (
+            safe_open(copies[state], framework="np") as state_tensors,
+            safe_open(copies[published], framework="np") as published_tensors,
+        ):
+            names = {_published(name): name for name in state_tensors.keys()}  # noqa: SIM118 - no mapping
             config = copies.get(f"{published.rpartition('/')[0]}/{CONFIG}")
-            kept = published_rank_pattern(config) if config is not None else {}
-            other = sorted(names.keys() ^ set(two.keys()))
-            both = sorted(names.keys() & set(two.keys()))
-            other += [
+            rank_pattern = published_rank_pattern(config) if config is not None else {}
+            different_names = sorted(names.keys() ^ set(published_tensors.keys()))
+            both = sorted(names.keys() & set(published_tensors.keys()))
+            different_names += [
                 name
                 for name in both
-                if not _same(_kept_ranks(name, one.get_tensor(names[name]), kept), two.get_tensor(name))
+                if not _same(
+                    _kept_ranks(name, state_tensors.get_tensor(names[name]), rank_pattern),
+                    published_tensors.get_tensor(name),
+                )
             ]
     except (SafetensorError, TypeError, ValueError, IndexError) as error:
         yield Difference(published, f"the tensors of {state}", f"an unreadable file: {str(error)[:200]}")
         return
-    if other:
-        yield Difference(published, f"the tensors of {state}", f"other tensors: {', '.join(other[:3])[:200]}")
+    if different_names:
+        yield Difference(published, f"the tensors of {state}", f"other tensors: {', '.join(different_names[:3])[:200]}")
 
 
 def _published(name: str) -> str:
@@ -175,15 +181,15 @@ def _published(name: str) -> str:
     return short.removesuffix(".weight") if short.endswith(".lora_magnitude_vector.weight") else short
 
 
-def _kept_ranks(name: str, tensor: Any, kept: Mapping[str, list[bool]]) -> Any:
+def _kept_ranks(name: str, tensor: Any, rank_pattern: Mapping[str, list[bool]]) -> Any:
     """The published part of an AdaLoRA tensor, which has the remaining ranks only; other tensors unchanged."""
     module, _, matrix = name.removeprefix("base_model.model.").rpartition(".")
-    ranks = kept.get(f"{module}.lora_E")
+    ranks = rank_pattern.get(f"{module}.lora_E")
     if ranks is None:
         return tensor
     indices = [index for index, is_kept in enumerate(ranks) if is_kept]
     return tensor[:, indices].copy() if matrix == "lora_B" else tensor[indices]
 
 
-def _same(one: Any, two: Any) -> bool:
-    return bool(one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes())
+def _same(first: Any, second: Any) -> bool:
+    return bool(first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes())

@@ -39,8 +39,8 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         bound = (results["evaluation"].get("near_ties") or {}).get("bound", 0.0)
         scored = {side: scores_of(records, tasks, side, bound) for side, records in by_task.items()}
         overlap = (results["dataset"].get("audit") or {}).get("overlap")
-        found = compare_tasks(scored["base"], scored["adapter"], overlap=overlap)
-        differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
+        computed = compare_tasks(scored["base"], scored["adapter"], overlap=overlap)
+        differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, computed)
         differences += _full_precision(results, copies, by_task)
         if (near := results["evaluation"].get("near_ties")) is not None:  # older versions did not look for them
             found_near = compare_near_ties(scored["base"], scored["adapter"], scored_in(results)["dtype"], bound)
@@ -50,7 +50,7 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     of_measured, wrong = _measured(measured, copies)
     differences += wrong
     differences += _groups(results, *(Evaluated(scored[side], [], of_measured[side]) for side in ("base", "adapter")))
-    questions += sum(found["n"] for found in measured.values())
+    questions += sum(computed["n"] for computed in measured.values())
     extent = f"{count(len(tasks) + len(measured), 'task')}, {count(questions, 'question')} answered twice"
     return CheckResult("evaluation", extent, tuple(differences), tuple(_other_bound(results)))
 
@@ -83,27 +83,27 @@ def _measured(
     tasks: Mapping[str, Any], copies: Copies
 ) -> tuple[dict[str, dict[str, MeasuredScores]], list[Difference]]:
     """The scores of tasks without choices from their samples, side -> task -> scores, and the differences."""
-    sides: dict[str, dict[str, MeasuredScores]] = {"base": {}, "adapter": {}}
-    wrong = []
-    for side, scores in sides.items():
+    scores_by_side: dict[str, dict[str, MeasuredScores]] = {"base": {}, "adapter": {}}
+    differences = []
+    for side, scores in scores_by_side.items():
         for task, claimed in tasks.items():
             path = answers_key(task, side)
             try:
                 scores[task] = measured_from(parse_measured(copies[path].read_bytes()), task, claimed, side)
             except (KeyError, ValueError) as error:
                 what = "no readable file" if isinstance(error, KeyError) else str(error)
-                wrong.append(Difference(path, "one record for each question", what))
-    if wrong:
-        return sides, wrong
+                differences.append(Difference(path, "one record for each question", what))
+    if differences:
+        return scores_by_side, differences
     try:
-        found = compare_measured(sides["base"], sides["adapter"])
+        computed = compare_measured(scores_by_side["base"], scores_by_side["adapter"])
     except (JobError, ArithmeticError) as error:
-        wrong.append(
+        differences.append(
             Difference(f"{RESULTS} evaluation.measured", "the same questions for base and adapter", str(error))
         )
     else:
-        wrong += find_differences(f"{RESULTS} evaluation.measured", tasks, found)
-    return sides, wrong
+        differences += find_differences(f"{RESULTS} evaluation.measured", tasks, computed)
+    return scores_by_side, differences
 
 
 def _full_precision(
@@ -148,19 +148,21 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
             claimed = {task: {**found, side: found["adapter"]} for task, found in tasks.items()}
             tasks = compare_tasks(scores_of(before, tasks, "base"), scores_of(after, claimed, side))
     if against is not None and tasks:
-        earlier, wrong = read_samples(tasks, "baseline", copies)
-        ours, ours_wrong = read_samples(tasks, side, copies)
-        wrong += ours_wrong or unpaired(earlier, ours, "baseline")
-        wrong += find_differences(f"{RESULTS} gate.baseline.tasks", sorted(against["tasks"]), sorted(tasks))
-        differences += wrong
-        if not wrong:
-            pair = scores_of(earlier, against["tasks"], "base"), scores_of(ours, against["tasks"], "adapter")
+        earlier, baseline_differences = read_samples(tasks, "baseline", copies)
+        own_samples, own_differences = read_samples(tasks, side, copies)
+        baseline_differences += own_differences or unpaired(earlier, own_samples, "baseline")
+        baseline_differences += find_differences(
+            f"{RESULTS} gate.baseline.tasks", sorted(against["tasks"]), sorted(tasks)
+        )
+        differences += baseline_differences
+        if not baseline_differences:
+            pair = scores_of(earlier, against["tasks"], "base"), scores_of(own_samples, against["tasks"], "adapter")
             against = {**against, "tasks": compare_tasks(*pair)}
     if side == "adapter":
         evaluation = results["evaluation"]
         tasks = {**tasks, **evaluation.get("measured", {}), **evaluation.get("groups", {})}
-    policy, wrong = _policy(results)
-    differences += wrong
+    policy, policy_differences = _policy(results)
+    differences += policy_differences
     if not differences:
         differences += find_differences(
             f"{RESULTS} gate", {"on": on, **gate}, judge(tasks, **thresholds, on=on, baseline=against, policy=policy)
@@ -211,26 +213,26 @@ def read_samples(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[S
         side: `base`, `adapter`, `baseline`, or a side of an export.
         copies: Local copies by path.
     """
-    by_task, wrong = {}, []
+    by_task, differences = {}, []
     for task, claimed in tasks.items():
         path = answers_key(task, side)
         try:
             records = parse(copies[path].read_bytes())
         except KeyError:
-            wrong.append(Difference(path, "the answers of a task", "no readable file"))
+            differences.append(Difference(path, "the answers of a task", "no readable file"))
         except ValueError as error:
-            wrong.append(Difference(path, "one record for each question", str(error)))
+            differences.append(Difference(path, "one record for each question", str(error)))
         else:
             by_task[task] = records
-            wrong += find_differences(f"{RESULTS} evaluation.tasks.{task}.n", claimed["n"], len(records))
+            differences += find_differences(f"{RESULTS} evaluation.tasks.{task}.n", claimed["n"], len(records))
             checked = ((f"{path} line {n}", contradiction(record)) for n, record in enumerate(records, start=1))
-            found = [
+            contradictions = [
                 Difference(where, "the answer that follows from its likelihoods", what)
                 for where, what in checked
                 if what
             ]
-            wrong += found[:_MAX_SHOWN]
-    return by_task, wrong
+            differences += contradictions[:_MAX_SHOWN]
+    return by_task, differences
 
 
 def unpaired(before: SamplesByTask, after: SamplesByTask, side: str) -> Iterator[Difference]:

@@ -27,7 +27,7 @@ def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
     """Recomputes every figure of every candidate from the samples, and the choice; checks the published files.
 
     Returns:
-        None if the run neither has exports nor was asked for any.
+        None if the run has no exports and its settings request none.
     """
     exports = results.get("exports", ())
     requested = results["settings"].get("export.formats", {}).get("value") or []
@@ -63,7 +63,7 @@ def _check_one(
     place: str,
     results: Mapping[str, Any],
     copies: Copies,
-    others: tuple[SamplesByTask, SamplesByTask],
+    base_and_adapter: tuple[SamplesByTask, SamplesByTask],
 ) -> Iterator[Difference]:
     """Checks one format: the figures of its candidates, the choice among them, and its files.
 
@@ -72,9 +72,9 @@ def _check_one(
         place: Where that entry is, for differences.
         results: The manifest.
         copies: Local copies by path.
-        others: The samples of base and adapter.
+        base_and_adapter: The samples of base and adapter.
     """
-    tasks, (base, adapter) = results["evaluation"]["tasks"], others
+    tasks, (base, adapter) = results["evaluation"]["tasks"], base_and_adapter
     scores: dict[str, dict[str, TaskScores]] = {}
     for candidate, claimed in export["candidates"].items():
         side = export_side(export["format"], candidate)
@@ -86,14 +86,14 @@ def _check_one(
         found, wrong = read_samples(tasks, side, copies)
         yield from wrong or unpaired(found, adapter, side)
         if not wrong:
-            named = {task: {**tasks[task], side: one["scores"]} for task, one in claimed.items()}
+            named = {task: {**tasks[task], side: figures["scores"]} for task, figures in claimed.items()}
             scores[candidate] = scores_of(found, named, side)
             pair = scores_of(base, tasks, "base"), scores_of(adapter, tasks, "adapter")
             original = None
-            if any("versus_original" in one for one in claimed.values()):
+            if any("versus_original" in figures for figures in claimed.values()):
                 parsed, _ = read_samples(tasks, ORIGINAL_SIDE, copies)  # reported by the check of the evaluation
                 known = (results["evaluation"].get("full_precision") or {}).get("tasks", {})
-                own = {task: {**tasks[task], ORIGINAL_SIDE: one["scores"]} for task, one in known.items()}
+                own = {task: {**tasks[task], ORIGINAL_SIDE: figures["scores"]} for task, figures in known.items()}
                 original = scores_of(parsed, own, ORIGINAL_SIDE) if parsed.keys() == own.keys() else None
             recomputed = compare_export(*pair, scores[candidate], original)
             yield from find_differences(f"{place}.candidates.{candidate}", claimed, recomputed)
@@ -104,7 +104,7 @@ def _check_one(
     if export["candidate"] not in export["candidates"]:
         yield Difference(f"{place}.candidate", export["candidate"], "no such candidate")
     if export["format"] != MERGED and not is_adapter(export["format"]):
-        merged = next((one["candidate"] for one in results["exports"] if one["format"] == MERGED), None)
+        merged = next((figures["candidate"] for figures in results["exports"] if figures["format"] == MERGED), None)
         yield from find_differences(f"{place}.candidate", export["candidate"], merged)
     if export.get("published", True):
         yield from _files(export, results, copies)
@@ -184,16 +184,20 @@ def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference
 
 def _quantized(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """How the weights are quantized: by the manifest (`recorded`), and by the model's own configuration."""
-    own = config.get("quantization_config")
-    own = own if isinstance(own, dict) else {}
+    model_config = config.get("quantization_config")
+    model_config = model_config if isinstance(model_config, dict) else {}
     claimed = {name: recorded[name] for name in ("method", "bits", "group_size")}
-    found = {"method": own.get("quant_method"), "bits": own.get("bits"), "group_size": own.get("group_size")}
-    if found["method"] == "compressed-tensors":
-        groups = list((own.get("config_groups") or {}).values())
+    computed = {
+        "method": model_config.get("quant_method"),
+        "bits": model_config.get("bits"),
+        "group_size": model_config.get("group_size"),
+    }
+    if computed["method"] == "compressed-tensors":
+        groups = list((model_config.get("config_groups") or {}).values())
         weights = groups[0]["weights"] if len(groups) == 1 else {}
-        found |= {"bits": weights.get("num_bits"), "group_size": weights.get("group_size")}
-        claimed["kept"], found["kept"] = sorted(recorded["kept"]), sorted(own.get("ignore") or [])
-    return claimed, found
+        computed |= {"bits": weights.get("num_bits"), "group_size": weights.get("group_size")}
+        claimed["kept"], computed["kept"] = sorted(recorded["kept"]), sorted(model_config.get("ignore") or [])
+    return claimed, computed
 
 
 def _tensor_names(path: Path) -> list[str]:

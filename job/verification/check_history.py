@@ -59,15 +59,15 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
     base, adapter = (_read(path, Evaluated, copies, differences, run) for path in (BASE, ADAPTER))
     trained = _read(TRAIN, Trained, copies, differences, run)
     if pulled is not None:
-        found = {"sha256": pulled.model_sha256, "revision": pulled.model_revision}
+        recorded = {"sha256": pulled.model_sha256, "revision": pulled.model_revision}
         differences += find_differences(
             f"{RESULTS} dataset",
             _completed(_as_pulled(results["dataset"], pulled), pulled.dataset),
             asdict(pulled.dataset),
         )
-        found |= {"licence": pulled.model_licence}
-        claimed = {name: results["model"].get(name) for name in found}
-        differences += find_differences(f"{RESULTS} model", claimed, found)
+        recorded |= {"licence": pulled.model_licence}
+        claimed = {name: results["model"].get(name) for name in recorded}
+        differences += find_differences(f"{RESULTS} model", claimed, recorded)
         prompts = None if pulled.prompts is None else asdict(pulled.prompts)
         differences += find_differences(f"{RESULTS} evaluation.prompts", results["evaluation"].get("prompts"), prompts)
     if trained is not None and pulled is not None:
@@ -188,7 +188,7 @@ def _completed(claimed: Mapping[str, Any], record: Any) -> dict[str, Any]:
 
 
 def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Difference]:
-    """The artifacts of a stage that the manifest lists differently or not at all."""
+    """The artifacts of a stage that the manifest lists differently or lacks."""
     listed = {artifact["path"]: artifact for artifact in results["artifacts"]}
     pairs = ((listed.get(artifact.path, {"path": None}), asdict(artifact)) for artifact in artifacts)
     return [one for claimed, found in pairs for one in find_differences(f"{RESULTS} artifacts", claimed, found)]
@@ -282,12 +282,12 @@ def _agree(where: str, claimed: AttemptRecord, noted: AttemptRecord) -> Iterator
     stages = claimed.stage_seconds.keys() & noted.stage_seconds.keys() - _going_on(claimed, noted)
     changing = {"outcome", "finished", "seconds", "stage_seconds", "energy_joules"}
     changing |= set() if ended else {"steps", "last_step", "repeated_steps", "repeated_seconds"}
-    one, two = (
+    manifest_fields, attempt_fields = (
         {name: value for name, value in asdict(record).items() if name not in changing}
         | {"stage_seconds": {stage: record.stage_seconds[stage] for stage in stages}}
         for record in (claimed, noted)
     )
-    yield from find_differences(where, one, two)
+    yield from find_differences(where, manifest_fields, attempt_fields)
 
 
 def _sealed(store: ObjectStore, key: str) -> bytes | None:

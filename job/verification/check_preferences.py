@@ -34,13 +34,13 @@ def check_preferences(results: Mapping[str, Any], copies: Copies) -> CheckResult
     if method is None:
         return CheckResult("preferences", "", (Difference(f"{RESULTS} settings", "a method of training", show(name)),))
     start = "base" if settings.get("lora.start") is None and name == methods else "start"
-    found = {
+    expected = {
         "method": name,
         "beta": None if name == "sft" else settings.get("train.beta"),
         "reference": start if method.reference else None,
     }
     claimed["reference"] = training.get("reference")
-    differences = list(find_differences(f"{RESULTS} training", claimed, found))
+    differences = list(find_differences(f"{RESULTS} training", claimed, expected))
     rows, validation = results["dataset"]["rows"], results["dataset"].get("validation")
     if method.reference:
         differences += _check_reference(copies, rows + (validation["rows"] if validation else 0))

@@ -50,12 +50,12 @@ def _differences(
     }
     yield from find_differences(place, {name: claimed[name] for name in expected}, expected)
     base, adapter = (parse_answers(copies[prompts_key(side)].read_bytes()) for side in ("base", "adapter"))
-    if [one.where for one in judgements] != [one.where for one in base]:
+    if [judgement.where for judgement in judgements] != [judgement.where for judgement in base]:
         yield Difference(JUDGEMENTS, "a line for each prompt", "other prompts")
         return
-    for number, (one, first, second) in enumerate(zip(judgements, base, adapter, strict=True), start=1):
-        letters = (one.base_first, one.adapter_first)
-        wrong = one.same != (first.answer == second.answer) or not set(letters) <= set(_LETTERS)
-        if wrong or (one.same and any(letters)):
+    for number, (judgement, first, second) in enumerate(zip(judgements, base, adapter, strict=True), start=1):
+        letters = (judgement.base_first, judgement.adapter_first)
+        wrong = judgement.same != (first.answer == second.answer) or not set(letters) <= set(_LETTERS)
+        if wrong or (judgement.same and any(letters)):
             what = "a choice in each order, and none where both answers are the same"
-            yield Difference(f"{JUDGEMENTS} line {number}", what, show([one.same, *letters]))
+            yield Difference(f"{JUDGEMENTS} line {number}", what, show([judgement.same, *letters]))

@@ -29,34 +29,34 @@ def check_prompts(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
     if claimed is None or setting is None:
         return CheckResult("prompts", "", (Difference(place, show(claimed), f"JOB_EVAL__PROMPTS {show(setting)}"),))
     differences: list[Difference] = []
-    sides = [_read(prompts_key(side), copies, claimed["max_new_tokens"], differences) for side in ("base", "adapter")]
+    answers = [_read(prompts_key(side), copies, claimed["max_new_tokens"], differences) for side in ("base", "adapter")]
     if not differences:
-        base, adapter = ([(line.prompt, line.reference) for line in side] for side in sides)
-        found = {
+        base, adapter = ([(line.prompt, line.reference) for line in side] for side in answers)
+        computed = {
             "source": setting if isinstance(setting, str) else "validation rows",
             "count": len(base),
             "max_new_tokens": settings.get("eval.prompts_max_new_tokens"),
             "sha256": prompts_sha256(base),
         }
-        differences += find_differences(place, claimed, found)
-        differences += _unsafe(results, dict(zip(("base", "adapter"), sides, strict=True)))
-        if base != adapter or [line.where for line in sides[0]] != [line.where for line in sides[1]]:
+        differences += find_differences(place, claimed, computed)
+        differences += _unsafe(results, dict(zip(("base", "adapter"), answers, strict=True)))
+        if base != adapter or [line.where for line in answers[0]] != [line.where for line in answers[1]]:
             differences.append(
                 Difference(prompts_key("adapter"), "the prompts that the base answered", "other prompts")
             )
     return CheckResult("prompts", f"{count(claimed['count'], 'prompt')} answered twice", tuple(differences))
 
 
-def _unsafe(results: Mapping[str, Any], sides: Mapping[str, Sequence[PromptAnswer]]) -> Iterator[Difference]:
+def _unsafe(results: Mapping[str, Any], answers_by_side: Mapping[str, Sequence[PromptAnswer]]) -> Iterator[Difference]:
     """Checks that each answer has a probability if, and only if, there is a classifier, and recounts unsafe answers."""
     safety = (results.get("dataset", {}).get("audit") or {}).get("safety")
-    for side, lines in sides.items():
+    for side, lines in answers_by_side.items():
         for number, line in enumerate(lines, start=1):
             if (line.unsafe is None) != (safety is None) or not 0 <= (line.unsafe or 0) <= 1:
                 what = "a probability that the answer is unsafe" if safety else "no score without a classifier"
                 yield Difference(f"{prompts_key(side)} line {number}", what, show(line.unsafe))
                 break
-    counted = safety and {side: count_unsafe(lines, safety["threshold"]) for side, lines in sides.items()}
+    counted = safety and {side: count_unsafe(lines, safety["threshold"]) for side, lines in answers_by_side.items()}
     yield from find_differences(
         f"{RESULTS} evaluation.unsafe_answers", results["evaluation"].get("unsafe_answers"), counted
     )

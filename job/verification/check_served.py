@@ -33,37 +33,46 @@ def check_served(
     if not keys:
         return None
     differences, notes = list[Difference](), []
-    for key, found in read_sealed(store, keys, parse_serve_check, "the record of a serve check", differences):
-        if key != served_key(found.format, found.server):
-            differences.append(Difference(key, "the record of this format and server", show(found.format)))
+    for key, serve_check in read_sealed(store, keys, parse_serve_check, "the record of a serve check", differences):
+        if key != served_key(serve_check.format, serve_check.server):
+            differences.append(Difference(key, "the record of this format and server", show(serve_check.format)))
             continue
-        differences += _differences(key, found, results, copies)
-        says = "holds" if found.holds else "differs"
+        differences += _differences(key, serve_check, results, copies)
+        says = "holds" if serve_check.holds else "differs"
         notes.append(
-            f"{found.format} by {found.server}: {says}, {found.alike} of {len(found.compared)} predictions as recorded"
+            f"{serve_check.format} by {serve_check.server}: {says}, {serve_check.alike} of {len(serve_check.compared)} "
+            "predictions as recorded"
         )
     return CheckResult("served", count(len(keys), "record"), tuple(differences), tuple(notes))
 
 
-def _differences(key: str, found: ServeCheck, results: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
+def _differences(key: str, serve_check: ServeCheck, results: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
     """Where a record differs from the run's own answers."""
     candidates = {export["format"]: export["candidate"] for export in results.get("exports", ())}
-    if found.format != "adapter" and found.format not in candidates:
-        yield Difference(f"{key} format", show(found.format), "no such format in this run")
+    if serve_check.format != "adapter" and serve_check.format not in candidates:
+        yield Difference(f"{key} format", show(serve_check.format), "no such format in this run")
         return
-    side = "adapter" if found.format == "adapter" else export_side(found.format, candidates[found.format])
+    side = (
+        "adapter"
+        if serve_check.format == "adapter"
+        else export_side(serve_check.format, candidates[serve_check.format])
+    )
     by_task: dict[str, dict[str, samples.Sample]] = {}
-    for one in found.asked:
-        path = answers_key(one.task, side)
-        if one.task not in by_task:
+    for question in serve_check.asked:
+        path = answers_key(question.task, side)
+        if question.task not in by_task:
             try:
                 read = samples.parse(copies[path].read_bytes()) if path in copies else []
             except ValueError:  # `check_evaluation` reports it
                 read = []
-            by_task[one.task] = {sample.id: sample for sample in read}
-        sample = by_task[one.task].get(one.id)
+            by_task[question.task] = {sample.id: sample for sample in read}
+        sample = by_task[question.task].get(question.id)
         if sample is None:
-            yield Difference(f"{key} {one.task} {show(one.id)}", "a question of the run", f"not in {path}")
+            yield Difference(f"{key} {question.task} {show(question.id)}", "a question of the run", f"not in {path}")
             continue
-        yield from find_differences(f"{key} {one.task} {one.id} recorded", one.recorded, sample.prediction)
-        yield from find_differences(f"{key} {one.task} {one.id} margin", one.margin, margin(sample.log_likelihoods))
+        yield from find_differences(
+            f"{key} {question.task} {question.id} recorded", question.recorded, sample.prediction
+        )
+        yield from find_differences(
+            f"{key} {question.task} {question.id} margin", question.margin, margin(sample.log_likelihoods)
+        )

@@ -48,13 +48,13 @@ def check_signature(
     notes = (
         ()
         if key
-        else ("checked by the key in the manifest, which anybody could have written; use --key with the signer's key",)
+        else ("checked by the key in the manifest, which is not authenticated; use --key with the signer's key",)
     )
     return CheckResult("signature", f"by key {key_id(public_key)[:12]}", tuple(differences), notes)
 
 
 def signature_paths(results: Mapping[str, Any]) -> list[str]:
-    """The signatures of a signed run: one in the run's folder, and one in each folder that is used by itself."""
+    """The signatures of a signed run: one in the run's folder, and one in each folder that is used alone."""
     return [SIGNATURE, *(f"{folder}{SIGNATURE}" for folder in signed_folders(results))]
 
 

@@ -63,35 +63,42 @@ def check_validation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     claimed, rows = results["training"].get("validation"), results["dataset"].get("validation")
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     expected = settings.get("data.validation") is not None
-    words = {True: "a validation", False: "no validation"}
+    descriptions = {True: "a validation", False: "no validation"}
     differences = [
-        Difference(f"{RESULTS} {name}", f"{words[expected]}, as in the settings", words[not expected])
+        Difference(f"{RESULTS} {name}", f"{descriptions[expected]}, as in the settings", descriptions[not expected])
         for name, exists in (("training.validation", claimed is not None), ("dataset.validation", rows is not None))
         if exists is not expected
     ]
     if (VALIDATIONS in copies) is not expected:
-        differences.append(Difference(VALIDATIONS, f"{words[expected]}, as in the settings", words[not expected]))
+        differences.append(
+            Difference(VALIDATIONS, f"{descriptions[expected]}, as in the settings", descriptions[not expected])
+        )
     if claimed is None or rows is None or differences:
         return CheckResult("validation", "none", tuple(differences))
     extent = count(claimed["count"], "validation")
     try:
-        found = _read_lines(copies[VALIDATIONS].read_bytes(), ValidationMetrics)
-        how = _validation_settings(settings, results["dataset"]["rows"])
+        validations = _read_lines(copies[VALIDATIONS].read_bytes(), ValidationMetrics)
+        options = _validation_settings(settings, results["dataset"]["rows"])
     except ValueError as error:
         return CheckResult("validation", extent, (Difference(VALIDATIONS, "one validation on each line", str(error)),))
-    due = due_steps(how["every_steps"], how["total_steps"])
-    stop = next((n for n in range(1, len(found) + 1) if progress(found[:n]).stopped(how["stop_after"])), len(due))
-    if [one.step for one in found] != due[:stop]:
-        steps = f"validations at the steps {show([one.step for one in found])}"
+    due = due_steps(options["every_steps"], options["total_steps"])
+    stop = next(
+        (n for n in range(1, len(validations) + 1) if progress(validations[:n]).stopped(options["stop_after"])),
+        len(due),
+    )
+    if [validation.step for validation in validations] != due[:stop]:
+        steps = f"validations at the steps {show([validation.step for validation in validations])}"
         differences.append(Difference(VALIDATIONS, f"validations at the steps {show(due[:stop])}", steps))
-    counts = {(one.examples, one.target_tokens) for one in found}
+    counts = {(validation.examples, validation.target_tokens) for validation in validations}
     if counts != {(rows["rows"], rows["target_tokens"])}:
         differences.append(Difference(VALIDATIONS, "all validation rows in each validation", "other numbers of rows"))
-    computed = asdict(validation_record(found, **how))
+    computed = asdict(validation_record(validations, **options))
     differences += find_differences(f"{RESULTS} training.validation", {"preference": {}} | dict(claimed), computed)
-    if results["training"]["steps"] != found[-1].step:
+    if results["training"]["steps"] != validations[-1].step:
         where = f"{RESULTS} training.steps"
-        differences.append(Difference(where, show(results["training"]["steps"]), f"{found[-1].step} by the losses"))
+        differences.append(
+            Difference(where, show(results["training"]["steps"]), f"{validations[-1].step} by the losses")
+        )
     return CheckResult("validation", extent, tuple(differences))
 
 
@@ -119,13 +126,13 @@ def _read_lines(data: bytes, kind: type[T]) -> list[T]:
     Raises:
         ValueError: A line is not of this kind; the message names the first.
     """
-    adapter, found = adapter_of(kind), []
+    adapter, records = adapter_of(kind), []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         try:
-            found.append(adapter.validate_json(line))
+            records.append(adapter.validate_json(line))
         except ValueError as error:
             raise ValueError(f"line {number}: {first_error(error, MAX_SHOWN)}") from None
-    return found
+    return records
 
 
 def _totals(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,35 +46,35 @@ class CheckResult:
     notes: tuple[str, ...] = ()
 
 
-def find_differences(where: str, claimed: Any, found: Any) -> Iterator[Difference]:
+def find_differences(where: str, claimed: Any, computed: Any) -> Iterator[Difference]:
     """Every leaf in which two JSON-able values differ; floats may differ in the last digits.
 
     Args:
         where: File and place of the claim; the path to the leaf is appended.
         claimed: The value in the file.
-        found: The value computed or read elsewhere.
+        computed: The value computed or read elsewhere.
     """
-    if isinstance(claimed, Mapping) and isinstance(found, Mapping):
-        for key in dict.fromkeys([*claimed, *found]):
+    if isinstance(claimed, Mapping) and isinstance(computed, Mapping):
+        for key in dict.fromkeys([*claimed, *computed]):
             place = f"{where}{'.' if ' ' in where else ' '}{key}"
-            if key not in found:
+            if key not in computed:
                 yield Difference(place, show(claimed[key]), "nothing")
             elif key not in claimed:
-                yield Difference(place, "nothing", show(found[key]))
+                yield Difference(place, "nothing", show(computed[key]))
             else:
-                yield from find_differences(place, claimed[key], found[key])
-    elif isinstance(claimed, list | tuple) and isinstance(found, list | tuple) and len(claimed) == len(found):
-        for number, pair in enumerate(zip(claimed, found, strict=True)):
+                yield from find_differences(place, claimed[key], computed[key])
+    elif isinstance(claimed, list | tuple) and isinstance(computed, list | tuple) and len(claimed) == len(computed):
+        for number, pair in enumerate(zip(claimed, computed, strict=True)):
             yield from find_differences(f"{where}[{number}]", *pair)
-    elif not _same(claimed, found):
-        yield Difference(where, show(claimed), show(found))
+    elif not _same(claimed, computed):
+        yield Difference(where, show(claimed), show(computed))
 
 
-def _same(claimed: Any, found: Any) -> bool:
-    if bool in (kinds := {type(claimed), type(found)}) or not kinds <= {int, float}:
-        return len(kinds) == 1 and bool(claimed == found)
+def _same(claimed: Any, computed: Any) -> bool:
+    if bool in (kinds := {type(claimed), type(computed)}) or not kinds <= {int, float}:
+        return len(kinds) == 1 and bool(claimed == computed)
     try:
-        return math.isclose(claimed, found, rel_tol=TOLERANCE) if float in kinds else bool(claimed == found)
+        return math.isclose(claimed, computed, rel_tol=TOLERANCE) if float in kinds else bool(claimed == computed)
     except OverflowError:  # a whole number beyond all floats
         return False
 
@@ -85,13 +85,13 @@ def show(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def other_run(where: str, found: str | None, run: str | None) -> Iterator[Difference]:
+def other_run(where: str, recorded_run: str | None, run: str | None) -> Iterator[Difference]:
     """A difference if a record belongs to another run.
 
     Args:
         where: The record.
-        found: The run's fingerprint in the record; None in records of earlier versions.
+        recorded_run: The run's fingerprint in the record; None in records of earlier versions.
         run: This run's fingerprint; None if it is not known.
     """
-    if found and run is not None and found != run:
-        yield Difference(where, f"a record of the run {run}", f"a record of the run {found}")
+    if recorded_run and run is not None and recorded_run != run:
+        yield Difference(where, f"a record of the run {run}", f"a record of the run {recorded_run}")

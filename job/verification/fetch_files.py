@@ -33,7 +33,7 @@ def fetch_files(
     Raises:
         Unreachable: The disk is too small for the copies.
     """
-    good, differences = [], []
+    accepted, differences = [], []
     for claim in claims:
         size = listed.get(claim.path) if is_key(claim.path) else None
         if size is None:
@@ -42,10 +42,10 @@ def fetch_files(
         elif size != claim.bytes:
             differences.append(Difference(claim.path, f"{claim.bytes} bytes", f"{size} bytes"))
         else:
-            good.append(claim)
-    check_disk(folder, sum(claim.bytes for claim in good))
+            accepted.append(claim)
+    check_disk(folder, sum(claim.bytes for claim in accepted))
     copies = {}
-    for claim in good:
+    for claim in accepted:
         try:
             copies[claim.path] = path = _copy(store, claim, folder)
         except (FileNotFoundError, TooLarge):

@@ -13,15 +13,19 @@ _Record = TypeVar("_Record")
 
 
 def read_sealed(
-    store: ObjectStore, keys: Iterable[str], parse: Callable[[bytes], _Record], what: str, differences: list[Difference]
+    store: ObjectStore,
+    keys: Iterable[str],
+    parse: Callable[[bytes], _Record],
+    expected: str,
+    differences: list[Difference],
 ) -> Iterator[tuple[str, _Record]]:
     """Yields (key, record) for each key; a record that cannot be read is reported in `differences` instead.
 
     Args:
         store: The run's store.
         keys: The keys of the records.
-        parse: Parses a record; raises ValueError or TypeError if the bytes are not such a record.
-        what: What such a record is called in a difference.
+        parse: Parses a record; raises ValueError or TypeError if the bytes are not a record of that kind.
+        expected: Name of the kind of record in a difference.
         differences: A difference is appended for each record that cannot be read.
     """
     for key in keys:
@@ -29,4 +33,4 @@ def read_sealed(
         try:
             yield key, parse(b"" if stored is None else stored.data)
         except (ValueError, TypeError) as error:
-            differences.append(Difference(key, what, str(error)[:200]))
+            differences.append(Difference(key, expected, str(error)[:200]))

@@ -2,7 +2,7 @@
 
 Every file is read once, up to the size in the manifest, and compared with its hash or seal; every figure is recomputed
 from samples, metrics and attempts. This detects damage and mistakes, down to a single byte. It does not detect changes
-by somebody who can write to the run's folder and recomputes the hashes and seals. The signature of a signed run does,
+by a person who can write to the run's folder and recomputes the hashes and seals. The signature of a signed run does,
 for the manifest, the artifacts and all that the manifest lists. It does not cover what is written after the manifest:
 the last attempt's record, the lease, and the records of pushes and of `serve-check`.
 
@@ -81,13 +81,13 @@ def verify(
     if results["training"].get("first_stage") and not nested:  # `check_first_stage` checks these files
         listed = {key: size for key, size in listed.items() if not key.startswith(FIRST_STAGE)}
     last = results["run"]["attempts"][-1]["number"]
-    own, kept = ([Artifact(**entry) for entry in results[group]] for group in ("artifacts", "evidence"))
-    copies, wrong = fetch_files(store, own, listed, work)
-    more, kept_wrong = fetch_files(store, kept, listed, work)
+    artifacts, evidence = ([Artifact(**entry) for entry in results[group]] for group in ("artifacts", "evidence"))
+    copies, artifact_differences = fetch_files(store, artifacts, listed, work)
+    more, evidence_differences = fetch_files(store, evidence, listed, work)
     copies |= more
-    found, marker_wrong = check_checkpoints.read_markers(copies)
-    states = [claim for marker in found for claim in check_checkpoints.claims(marker)]
-    more, states_wrong = fetch_files(store, states, listed, work)
+    markers, marker_differences = check_checkpoints.read_markers(copies)
+    states = [claim for marker in markers for claim in check_checkpoints.claims(marker)]
+    more, state_differences = fetch_files(store, states, listed, work)
     copies |= more
     run = fingerprint_of(copies)
     attempts, sealed = check_attempts(results, copies, store, listed, run)
@@ -97,18 +97,18 @@ def verify(
         *sealed,
         *([SIGNATURE] if results.get("signing") else []),
         *(key for key in listed if key.startswith((PUSHED, SERVED))),
-        *(claim.path for claim in (*own, *kept, *states)),
+        *(claim.path for claim in (*artifacts, *evidence, *states)),
     }
     misplaced = [
-        *(_out_of_place(claim) for claim in own if not claim.path.startswith(ARTIFACTS)),
-        *(_out_of_place(claim) for claim in kept if not is_evidence(claim.path, last)),
+        *(_out_of_place(claim) for claim in artifacts if not claim.path.startswith(ARTIFACTS)),
+        *(_out_of_place(claim) for claim in evidence if not is_evidence(claim.path, last)),
     ]
     late = check_checkpoints.late_markers(store, listed.keys() - expected_keys, run, last)
-    unknown, leftovers = _unclaimed(listed, expected_keys, {marker.folder for marker in found}, late)
+    unknown, leftovers = _unclaimed(listed, expected_keys, {marker.folder for marker in markers}, late)
     return [
         CheckResult("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
-        CheckResult("artifacts", _extent(own), tuple(wrong)),
-        CheckResult("evidence", _extent(kept), tuple(kept_wrong)),
+        CheckResult("artifacts", _extent(artifacts), tuple(artifact_differences)),
+        CheckResult("evidence", _extent(evidence), tuple(evidence_differences)),
         CheckResult("other files", f"{count(len(listed), 'file')} in all", (*misplaced, *unknown), leftovers),
         check_evaluation(results, copies),
         check_gate(results, copies),
@@ -133,7 +133,7 @@ def verify(
         check_settings(results, copies),
         check_stages(results, copies, run),
         attempts,
-        check_checkpoints.check_checkpoints(results, found, copies, [*marker_wrong, *states_wrong], run),
+        check_checkpoints.check_checkpoints(results, markers, copies, [*marker_differences, *state_differences], run),
         *(() if nested else check_first_stage(results, store, lambda: _verify_first_stage(store, work, storage))),
     ]
 
@@ -161,14 +161,14 @@ def _out_of_place(claim: Artifact) -> Difference:
 
 
 def _unclaimed(
-    listed: Mapping[str, int], known: set[str], whole: set[str], late: set[str]
+    listed: Mapping[str, int], expected_keys: set[str], complete_folders: set[str], late: set[str]
 ) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
     """The files that no record lists.
 
     Args:
         listed: Path -> bytes of every file in the store.
-        known: Paths that a record lists.
-        whole: Folders of valid checkpoints, whose markers list every file.
+        expected_keys: Paths that a record lists.
+        complete_folders: Folders of valid checkpoints, whose markers list every file.
         late: Commit markers that were written after the run was published.
 
     Returns:
@@ -176,11 +176,11 @@ def _unclaimed(
     """
     unknown, leftovers = [], []
     for key, size in listed.items():
-        if key in known:
+        if key in expected_keys:
             continue
         if key in late:
             leftovers.append(f"{key} was written by an attempt that had been replaced; nothing reads it")
-        elif is_key(key) and is_leftover(key) and not key.startswith(tuple(whole)):
+        elif is_key(key) and is_leftover(key) and not key.startswith(tuple(complete_folders)):
             leftovers.append(f"{key} was left behind by an attempt that was killed; nothing reads it")
         else:
             unknown.append(Difference(key, "no such file", f"a file of {size} bytes"))
