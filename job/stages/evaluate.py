@@ -1,4 +1,4 @@
-"""The two evaluations of every run: of the base, with the adapter switched off, and of the adapter as it was published.
+"""The two evaluations of every run: of the base, with the adapter switched off, and of the published adapter.
 
 Like all stages they return their result in process 0, and None in the others, which help to score.
 """
@@ -62,25 +62,25 @@ def evaluate_base(
     facts = {**forward_facts(loaded, unnamed), **precision_facts(precision, loaded.model.device)}
     cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
     with adapter_off(loaded.model):
-        found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base", scoring=scoring)
+        evaluated = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base", scoring=scoring)
         own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(facts))
         answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="base", cache=own)
-    if found is None:
+    if evaluated is None:
         return None
-    found = replace(
-        found,
-        artifacts=[*found.artifacts, *answers],
+    evaluated = replace(
+        evaluated,
+        artifacts=[*evaluated.artifacts, *answers],
         generation=generation_rules(settings, sources, loaded.model),
         precision=precision,
         unsafe_answers=unsafe,
     )
     if (origin := cache.reused_from) is None:
-        return found
+        return evaluated
     log.get_logger().info("base evaluation is reused", origin=origin)
     return replace(
-        found,
-        scores={task: replace(s, reused_from=origin) for task, s in found.scores.items()},
-        measured={task: replace(s, reused_from=origin) for task, s in found.measured.items()},
+        evaluated,
+        scores={task: replace(s, reused_from=origin) for task, s in evaluated.scores.items()},
+        measured={task: replace(s, reused_from=origin) for task, s in evaluated.measured.items()},
     )
 
 
@@ -96,18 +96,18 @@ def evaluate_adapter(
     adapted["adapter"] = [artifact.sha256 for artifact in weights]
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     scoring = scoring_in(base.precision, lambda: loaded.model, settings.train.gpu_memory_gb)
-    found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter", scoring=scoring)
+    evaluated = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter", scoring=scoring)
     own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", cache=own)
-    if found is None:
+    if evaluated is None:
         return None
     judgements, pair = [], {}
     if sources.judge is not None:
         pair = {"base": published_answers(base.artifacts, "base"), "adapter": published_answers(answers, "adapter")}
         judgements = [judge_answers(attempt, settings.eval, settings.run, sources.judge, pair)]
     return replace(
-        found,
-        artifacts=[*found.artifacts, *answers, *judgements],
+        evaluated,
+        artifacts=[*evaluated.artifacts, *answers, *judgements],
         generation=generation_rules(settings, sources, loaded.model),
         precision=base.precision,
         judged=None if sources.judge is None else sources.judge.record,
@@ -123,26 +123,31 @@ def generation_rules(settings: Settings, sources: Sources, model: Any) -> dict[s
     be compared only if both were generated alike.
     """
     chosen = {} if sources.tasks is None else sources.tasks.only("generate_until").loaded["tasks"]
-    ways = {
+    options_by_task = {
         name: how_to_generate(name, task.config.generation_kwargs or {}, seed=settings.run.seed)
         for name, task in chosen.items()
     }
     if settings.eval.prompts is not None:
-        ways["JOB_EVAL__PROMPTS"] = HowToGenerate(settings.eval.prompts_max_new_tokens)
-    whole = {name: with_model_defaults(how, sources.folder, model, sources.tokenizer) for name, how in ways.items()}
+        options_by_task["JOB_EVAL__PROMPTS"] = HowToGenerate(settings.eval.prompts_max_new_tokens)
+    whole = {
+        name: with_model_defaults(how, sources.folder, model, sources.tokenizer)
+        for name, how in options_by_task.items()
+    }
     return {name: seal(asdict(how)) for name, how in whole.items()}
 
 
-def other_generation(found: Evaluated, wanted: Mapping[str, str]) -> str:
-    """What was generated otherwise than `wanted`, in words; empty if nothing was."""
-    other = sorted(name for name in {*found.generation, *wanted} if found.generation.get(name) != wanted.get(name))
+def other_generation(evaluated: Evaluated, expected: Mapping[str, str]) -> str:
+    """What was generated otherwise than `expected`, in words; empty if nothing was."""
+    other = sorted(
+        name for name in {*evaluated.generation, *expected} if evaluated.generation.get(name) != expected.get(name)
+    )
     return (
         f"the answers of {', '.join(other)} were generated by the rules of another version of the job" if other else ""
     )
 
 
 def other_answers_judged(adapter: Evaluated, base: Evaluated) -> str:
-    """Says so if the judge was asked about other answers than the base's; empty if not, or if it is not known."""
+    """A text if the judge compared other answers than the base's; empty if not, or if unknown."""
     judged = adapter.judged_answers.get("base")
     if judged is None or judged == published_answers(base.artifacts, "base").sha256:
         return ""
@@ -204,26 +209,26 @@ def score_model(
                 on_progress=on_progress,
             )
 
-    def answer(prompts: list[tuple[int, ...]], how: HowToGenerate) -> list[Answer]:
+    def answer(prompts: list[tuple[int, ...]], options: HowToGenerate) -> list[Answer]:
         return generate_answers(
             attempt,
             model,
             sources.tokenizer,
             prompts,
-            how=with_model_defaults(how, sources.folder, model, sources.tokenizer),
+            options=with_model_defaults(options, sources.folder, model, sources.tokenizer),
             batch_tokens=settings.eval.batch_tokens,
             cache=cache,
             parallel=parallel,
-            shown="answers",
+            title="answers",
         )
 
     cut_to = settings.train.max_length if settings.eval.long_questions == "cut" else None
-    asked: dict[str, Any] = {"limit": settings.eval.limit, "cut_to": cut_to}
-    found = evaluate(sources.tasks, sources.tokenizer, score, **asked)
-    others: Mapping[str, tuple[MeasuredScores, list[MeasuredSample]]] = {}
+    options: dict[str, Any] = {"limit": settings.eval.limit, "cut_to": cut_to}
+    multiple_choice = evaluate(sources.tasks, sources.tokenizer, score, **options)
+    measured_tasks: Mapping[str, tuple[MeasuredScores, list[MeasuredSample]]] = {}
     if measured:
-        asked |= {"max_length": settings.train.max_length, "seed": settings.run.seed}
-        others = measure(sources.tasks, sources.tokenizer, score, answer, **asked)
+        options |= {"max_length": settings.train.max_length, "seed": settings.run.seed}
+        measured_tasks = measure(sources.tasks, sources.tokenizer, score, answer, **options)
     parallel.finish()
 
     def published(task: str, samples: Sequence[Sample] | Sequence[MeasuredSample]) -> Artifact:
@@ -231,18 +236,18 @@ def score_model(
         write_samples(attempt.work / key, samples)
         return attempt.publish(attempt.work / key, key)
 
-    artifacts = [published(task, samples) for task, (_, samples) in found.items()]
-    artifacts += [published(task, samples) for task, (_, samples) in others.items()]
-    for task, (scores, _) in found.items():
+    artifacts = [published(task, samples) for task, (_, samples) in multiple_choice.items()]
+    artifacts += [published(task, samples) for task, (_, samples) in measured_tasks.items()]
+    for task, (scores, _) in multiple_choice.items():
         log.get_logger().info("evaluated", task=task, n=scores.n, acc=scores.acc, acc_norm=scores.acc_norm)
-    for task, (figures, _) in others.items():
+    for task, (figures, _) in measured_tasks.items():
         shown = {name: aggregate(figures.values[name], metric.aggregation) for name, metric in figures.metrics.items()}
         log.get_logger().info("evaluated", task=task, n=figures.n, **shown)
         if limited := [name for name, value in shown.items() if value == LARGEST_PERPLEXITY]:
             fix = "read bits_per_byte, or the comparison, which is by logarithms and has no limit"
             log.get_logger().warning("a perplexity above 1e18 is given as 1e18", task=task, metrics=limited, fix=fix)
     return Evaluated(
-        {task: scores for task, (scores, _) in found.items()},
+        {task: scores for task, (scores, _) in multiple_choice.items()},
         artifacts,
-        {task: figures for task, (figures, _) in others.items()},
+        {task: figures for task, (figures, _) in measured_tasks.items()},
     )

@@ -1,4 +1,4 @@
-"""Export: makes the formats that were asked for, scores every one on the run's questions, publishes the best.
+"""Export: makes the requested formats, scores every one on the run's questions, publishes the best.
 
 First copies of the adapter in other dtypes: they are scored on the run's base, which is still in memory. Then the
 merge, of which there may be two candidates: both are scored, and one is chosen. All other formats are made from that
@@ -69,7 +69,7 @@ from job.storage.open import storage_options
 
 _OF_QUANTIZED, _NOT_MADE = "quantization", "not made"
 _ON_BASE = "base"
-"""The one candidate of a copy of the adapter: it is scored on the base of the run, quantized as it was in training."""
+"""The one candidate of a copy of the adapter: it is scored on the base of the run, quantized as in training."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ def export(
     *,
     precision: ScoringPrecision | None = None,
 ) -> Exported | None:
-    """Makes, scores and publishes all formats. The model in memory is given up: no stage after this one uses it.
+    """Makes, scores and publishes all formats. The model in memory is freed: no later stage uses it.
 
     `precision` is that in which base and adapter were scored; None in records of older versions.
     """
     dtype = loaded.model.get_base_model().dtype
-    how = HowToScore(
+    scoring = HowToScore(
         loaded.model.device,
         dtype,
         settings.train.max_length,
@@ -140,41 +140,41 @@ def export(
         attempt.processes.place.local_world_size,
         attempt.alive,
     )
-    own = _Export(attempt, settings, sources, how, precision)
-    found = [_adapter_copy(own, name, loaded, trained) for name in adapter_copies(settings.export.formats)]
+    context = _Export(attempt, settings, sources, scoring, precision)
+    records = [_adapter_copy(context, name, loaded, trained) for name in adapter_copies(settings.export.formats)]
     if needs_merge(settings.export.formats):
         load_published_adapter(attempt, loaded, trained)
-        merged, only = _make_merged(own, loaded)
+        merged, only = _make_merged(context, loaded)
     release(loaded.model)
     if needs_merge(settings.export.formats):
-        found += _whole_models(own, merged, only)
+        records += _whole_models(context, merged, only)
     if not attempt.processes.leads:
         return None
-    made = [one for one in found if one is not None]
+    made = [one for one in records if one is not None]
     artifacts = [artifact for one in made for artifact in one.artifacts]
     return Exported([one.record for one in made], artifacts, precision)
 
 
-def _whole_models(own: _Export, merged: Mapping[str, _Files], only: str) -> Iterator[_Made | None]:
+def _whole_models(context: _Export, merged: Mapping[str, _Files], only: str) -> Iterator[_Made | None]:
     """All formats that are no adapter: the merged model, and those that are made from it."""
-    attempt, settings = own.attempt, own.settings
-    scored = {name: _score(own, MERGED, name, files) for name, files in merged.items()}
-    record = _choose(own, merged, scored, only)
-    chosen = attempt.processes.share("merged model", lambda: "" if record is None else record.candidate)
+    attempt, settings = context.attempt, context.settings
+    scored = {name: _score(context, MERGED, name, files) for name, files in merged.items()}
+    record = _choose(context, merged, scored, only)
+    candidate = attempt.processes.share("merged model", lambda: "" if record is None else record.candidate)
     if record is not None:
         artifacts = [artifact for one in scored.values() if one.found for artifact in one.found.artifacts]
-        artifacts += _publish(attempt, merged[chosen], MERGED) if record.published else []
+        artifacts += _publish(attempt, merged[candidate], MERGED) if record.published else []
         yield _Made(record, artifacts)
     for name, files in merged.items():
-        if name != chosen and attempt.processes.place.local_rank == 0:
+        if name != candidate and attempt.processes.place.local_rank == 0:
             shutil.rmtree(files.folder, ignore_errors=True)  # the formats to come need the disk
     for name in derived(settings.export.formats):
-        yield _derived(own, name, chosen, merged[chosen])
+        yield _derived(context, name, candidate, merged[candidate])
 
 
-def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> _Made | None:
+def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained) -> _Made | None:
     """A copy of the adapter in another dtype: made, scored on the run's base, published. None in processes but 0."""
-    attempt, (_, kind) = own.attempt, split_name(name)
+    attempt, (_, kind) = context.attempt, split_name(name)
     folder = attempt.work / "candidates" / derived_export(name)
 
     def make() -> dict[str, Any]:
@@ -185,23 +185,30 @@ def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> 
             return {_NOT_MADE: str(error)}
         return _as_json(_Files.of(folder))
 
-    told = attempt.processes.share_on_machine(name, make)
-    scored_in = own.precision.dtype if own.precision else short_name(own.how.compute_dtype)
+    answer = attempt.processes.share_on_machine(name, make)
+    scored_in = context.precision.dtype if context.precision else short_name(context.how.compute_dtype)
     record = ExportRecord(name, _ON_BASE, "a copy of the adapter", kind, scored_in, {})
-    if why := told.get(_NOT_MADE):  # the same on all machines: they have the same adapter
-        return _not_made(own, replace(record, dtype="", scored_in=""), why)
-    files = _from_json(told)
+    if why := answer.get(_NOT_MADE):  # the same on all machines: they have the same adapter
+        return _not_made(context, replace(record, dtype="", scored_in=""), why)
+    files = _from_json(answer)
     _agree(attempt, name, [files.hashes])
     load_adapter(loaded.model, files.folder, loaded.names)
     # `adapter` hashes all files: the same key is the same adapter.
     facts = {**forward_facts(loaded, loaded.record), "adapter": dict(files.hashes)}
-    facts |= precision_facts(own.precision, own.how.device)
+    facts |= precision_facts(context.precision, context.how.device)
     log.get_logger().info("evaluating", export=name, candidate=_ON_BASE, dtype=record.scored_in)
-    cache = ScoreCache(attempt.store, SCORES, own.settings.run.id, score_conditions(facts))
+    cache = ScoreCache(attempt.store, SCORES, context.settings.run.id, score_conditions(facts))
     side = export_side(name, _ON_BASE)
-    scoring = scoring_in(own.precision, lambda: loaded.model, own.settings.train.gpu_memory_gb)
+    scoring = scoring_in(context.precision, lambda: loaded.model, context.settings.train.gpu_memory_gb)
     scored = score_model(
-        attempt, own.settings, own.sources, loaded.model, cache=cache, side=side, scoring=scoring, measured=False
+        attempt,
+        context.settings,
+        context.sources,
+        loaded.model,
+        cache=cache,
+        side=side,
+        scoring=scoring,
+        measured=False,
     )
     if scored is None:
         return None
@@ -210,26 +217,26 @@ def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> 
     return _Made(record, [*scored.artifacts, *_publish(attempt, files, name)])
 
 
-def _not_made(own: _Export, record: ExportRecord, why: str) -> _Made | None:
+def _not_made(context: _Export, record: ExportRecord, why: str) -> _Made | None:
     """A format that cannot be made, as was found after training: the run is not lost for that."""
-    log.get_logger().warning("an export failed; the run goes on without it", export=record.format, why=why)
-    if not own.attempt.processes.leads:
+    log.get_logger().warning("an export failed; the run continues without it", export=record.format, why=why)
+    if not context.attempt.processes.leads:
         return None
     return _Made(replace(record, scores={record.candidate: {}}, published=False, not_made=why), [])
 
 
-def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
+def _make_merged(context: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
     """The candidates of the merge, on this machine's disk; and why there is only one, where that is so."""
-    attempt = own.attempt
+    attempt = context.attempt
 
     def make() -> dict[str, Any]:
-        original = own.sources.original
+        original = context.sources.original
         if original is None:
-            storage = storage_options(own.settings.storage)
-            original = fetch_original(attempt, own.settings.model.id, storage, own.sources.record)
-        merges = check_export(attempt, own.settings.export, own.settings.gate.on, original, loaded)
+            storage = storage_options(context.settings.storage)
+            original = fetch_original(attempt, context.settings.model.id, storage, context.sources.record)
+        merges = check_export(attempt, context.settings.export, context.settings.gate.on, original, loaded)
         plan = plan_merge(loaded.model, original)
-        made = {}
+        files_by_candidate = {}
         for name in merges.names:
             folder = attempt.work / "candidates" / MERGED / name
             write_merged(
@@ -237,12 +244,12 @@ def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
                 plan,
                 name,
                 folder,
-                tokenizer=own.sources.tokenizer,
-                added_tokens=own.settings.model.add_tokens,
+                tokenizer=context.sources.tokenizer,
+                added_tokens=context.settings.model.add_tokens,
                 alive=attempt.alive,
             )
-            made[name] = _as_json(_Files.of(folder))
-        return {"only": merges.only, "made": made}
+            files_by_candidate[name] = _as_json(_Files.of(folder))
+        return {"only": merges.only, "made": files_by_candidate}
 
     with taking_part(loaded.model):  # the base's weights may be sharded over all processes
         written = make() if attempt.processes.place.local_rank == 0 else {}
@@ -252,23 +259,23 @@ def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
     return found, told["only"]
 
 
-def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made | None:
+def _derived(context: _Export, name: str, candidate: str, merged: _Files) -> _Made | None:
     """A format that is made from the merged model: made, scored, published. None in all processes but 0."""
-    attempt, settings = own.attempt, own.settings
+    attempt, settings = context.attempt, context.settings
     origin = seal({"files": dict(merged.hashes)})
     known = attempt.recorded(derived_export(name), DerivedExport) if attempt.processes.leads else None
     whole = known is not None and known.merged == origin and not attempt.damaged(known.artifacts)
     if attempt.processes.share("format of before", lambda: whole):
         log.get_logger().info("format was exported by an earlier attempt", export=name)
         return None if known is None else _Made(known.export, known.artifacts)
-    found, kind = derived_format(name)
+    export_format, kind = derived_format(name)
     work = attempt.work / "candidates" / derived_export(name)
 
     def make() -> dict[str, Any]:
         rows, calibration = list[tuple[int, ...]](), None
         if find_format(name).calibrated:
             rows, calibration = calibration_examples(
-                own.sources.examples, settings.run.seed, settings.export.calibration_rows
+                context.sources.examples, settings.run.seed, settings.export.calibration_rows
             )
         log.get_logger().info("quantizing", export=name, calibration_rows=len(rows))
         inputs = DerivedInputs(
@@ -277,7 +284,7 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made |
             folder=work / "files",
             work=work / "work",
             calibration=rows,
-            device=own.how.device,
+            device=context.how.device,
             seed=settings.run.seed,
             alive=attempt.alive,
             steps=settings.export.quantization_steps,
@@ -285,9 +292,9 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made |
         work.mkdir(parents=True)
         try:
             with memory_errors(f"{name} was made", "leave it out of JOB_EXPORT__FORMATS"):
-                record = replace(found.make(inputs), calibration=calibration)
+                record = replace(export_format.make(inputs), calibration=calibration)
         except CannotMake as error:
-            if os.strerror(errno.ENOSPC) in str(error):  # of a process of its own: another machine can make it
+            if os.strerror(errno.ENOSPC) in str(error):  # of a separate process: another machine can make it
                 raise Unreachable(
                     f"{name} cannot be written, since the disk is full: {error}; free space, or give "
                     "the machine a larger disk"
@@ -296,14 +303,16 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made |
         shutil.rmtree(inputs.work, ignore_errors=True)
         return {**_as_json(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}
 
-    told = attempt.processes.share_on_machine(name, make)
-    failures = attempt.processes.gather(f"failures of {name}", told.get(_NOT_MADE, ""))
+    answer = attempt.processes.share_on_machine(name, make)
+    failures = attempt.processes.gather(f"failures of {name}", answer.get(_NOT_MADE, ""))
     record = ExportRecord(name, candidate, "made from the merged model that was selected", "", "", {})
     if why := next(filter(None, failures), ""):
-        return _not_made(own, record, why)
-    files = _from_json(told)
+        return _not_made(context, record, why)
+    files = _from_json(answer)
     _agree(attempt, name, [files.hashes])
-    scored = _score(own, name, candidate, files, load=found.load, cannot=found.cannot_score(own.how.device))
+    scored = _score(
+        context, name, candidate, files, load=export_format.load, cannot=export_format.cannot_score(context.how.device)
+    )
     if not attempt.processes.leads:
         return None
     record = replace(
@@ -312,7 +321,7 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made |
         scored_in=scored.scored_in,
         scores={candidate: scored.found.scores if scored.found else {}},
         bytes=files.bytes,
-        quantization=_quantization(told[_OF_QUANTIZED]),
+        quantization=_quantization(answer[_OF_QUANTIZED]),
         not_scored=scored.not_scored,
     )
     log.get_logger().info("exported", export=name, candidate=candidate, bytes=files.bytes)
@@ -323,7 +332,7 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made |
 
 
 def _score(
-    own: _Export,
+    context: _Export,
     name: str,
     candidate: str,
     files: _Files,
@@ -331,33 +340,33 @@ def _score(
     load: Callable[[Path, HowToScore], ExportedModel] = load_exported,
     cannot: str = "",
 ) -> _Scored:
-    """Loads the files as a model of their own, and scores it on all questions; not if it cannot be scored here."""
+    """Loads the files as a separate model, and scores it on all questions; not if it cannot be scored here."""
     if cannot:
         log.get_logger().warning("an exported format is not scored", export=name, why=cannot)
         return _Scored(None, "", "", cannot)
-    exported = load(files.folder, own.how)
+    exported = load(files.folder, context.how)
     scored_in, scoring, facts = exported.scored_in, exported.scoring, dict(exported.facts)
-    if scoring is None and own.precision is not None and is_precise(own.precision):
+    if scoring is None and context.precision is not None and is_precise(context.precision):
         # compressed-tensors finishes loading in the first forward pass, and wraps the modules then
         score_sequence(exported.model, [Question((0,), ((0,),))])
         if why := why_not_precise(exported.model):
             log.get_logger().warning("an exported format is not scored in fp16 as the base was", export=name, why=why)
         else:
             if not has_foreign_layers(exported.model):  # which multiply in the dtype of the model
-                scored_in = own.precision.dtype
-            scoring = scoring_in(own.precision, lambda: exported.model, own.settings.train.gpu_memory_gb)
-            facts |= precision_facts(own.precision, own.how.device)
+                scored_in = context.precision.dtype
+            scoring = scoring_in(context.precision, lambda: exported.model, context.settings.train.gpu_memory_gb)
+            facts |= precision_facts(context.precision, context.how.device)
     # `exported` hashes all files: the same key is the same model.
-    facts |= {"exported": dict(files.hashes), "dtype": exported.scored_in, "packed": own.how.packed}
-    attempt = own.attempt
-    cache = ScoreCache(attempt.store, SCORES, own.settings.run.id, score_conditions(facts))
+    facts |= {"exported": dict(files.hashes), "dtype": exported.scored_in, "packed": context.how.packed}
+    attempt = context.attempt
+    cache = ScoreCache(attempt.store, SCORES, context.settings.run.id, score_conditions(facts))
     side = export_side(name, candidate)
     log.get_logger().info("evaluating", export=name, candidate=candidate, dtype=scored_in)
     try:
-        found = score_model(
+        evaluated = score_model(
             attempt,
-            own.settings,
-            own.sources,
+            context.settings,
+            context.sources,
             exported.model,
             cache=cache,
             side=side,
@@ -367,27 +376,27 @@ def _score(
         )
     finally:
         exported.close()
-    return _Scored(found, exported.dtype, scored_in)
+    return _Scored(evaluated, exported.dtype, scored_in)
 
 
 def _choose(
-    own: _Export, merged: Mapping[str, _Files], scored: Mapping[str, _Scored], only: str
+    context: _Export, merged: Mapping[str, _Files], scored: Mapping[str, _Scored], only: str
 ) -> ExportRecord | None:
     """Which candidate of the merge is published, and why; None in all processes but 0."""
-    if not own.attempt.processes.leads:
+    if not context.attempt.processes.leads:
         return None
     scores = {name: one.found.scores for name, one in scored.items() if one.found}
-    chosen, reason = (next(iter(scores)), only) if len(scores) == 1 else choose_candidate(scores)
-    log.get_logger().info("exported", export=MERGED, candidate=chosen, reason=reason)
+    candidate, reason = (next(iter(scores)), only) if len(scores) == 1 else choose_candidate(scores)
+    log.get_logger().info("exported", export=MERGED, candidate=candidate, reason=reason)
     return ExportRecord(
         MERGED,
-        chosen,
+        candidate,
         reason,
-        scored[chosen].dtype,
-        scored[chosen].scored_in,
+        scored[candidate].dtype,
+        scored[candidate].scored_in,
         scores,
-        published=MERGED in own.settings.export.formats,
-        bytes=merged[chosen].bytes,
+        published=MERGED in context.settings.export.formats,
+        bytes=merged[candidate].bytes,
     )
 
 
@@ -409,25 +418,25 @@ def _as_json(files: _Files) -> dict[str, Any]:
     return {"folder": str(files.folder.absolute()), "hashes": dict(files.hashes)}
 
 
-def _from_json(told: Mapping[str, Any]) -> _Files:
-    return _Files(Path(told["folder"]), told["hashes"])
+def _from_json(content: Mapping[str, Any]) -> _Files:
+    return _Files(Path(content["folder"]), content["hashes"])
 
 
-def _quantization(told: Mapping[str, Any]) -> QuantizationRecord:
-    return adapter_of(QuantizationRecord).validate_python(told)
+def _quantization(content: Mapping[str, Any]) -> QuantizationRecord:
+    return adapter_of(QuantizationRecord).validate_python(content)
 
 
-def _publish(attempt: Attempt, chosen: _Files, name: str) -> list[Artifact]:
+def _publish(attempt: Attempt, files: _Files, name: str) -> list[Artifact]:
     """Uploads the files of a format, without those that an earlier attempt uploaded."""
     known = attempt.recorded(UPLOADED, Uploaded) or Uploaded([])
     gone = set(attempt.damaged(known.artifacts))
-    there = {artifact.path: artifact for artifact in known.artifacts if artifact.path not in gone}
-    found = []
-    for file, sha256 in chosen.hashes.items():
+    uploaded = {artifact.path: artifact for artifact in known.artifacts if artifact.path not in gone}
+    artifacts = []
+    for file, sha256 in files.hashes.items():
         attempt.alive()
         key = export_folder(name) + file
-        if key not in there or there[key].sha256 != sha256:
-            there[key] = attempt.publish(chosen.folder / file, key)
-            attempt.keep(UPLOADED, json.dumps(asdict(Uploaded(list(there.values())))))
-        found.append(there[key])
-    return found
+        if key not in uploaded or uploaded[key].sha256 != sha256:
+            uploaded[key] = attempt.publish(files.folder / file, key)
+            attempt.keep(UPLOADED, json.dumps(asdict(Uploaded(list(uploaded.values())))))
+        artifacts.append(uploaded[key])
+    return artifacts

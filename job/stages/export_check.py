@@ -42,7 +42,7 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
         loaded: The model, with any adapter.
 
     Raises:
-        SettingsError: The base or the adapter cannot be exported as asked for, or the gate judges a format that this
+        SettingsError: The base or the adapter cannot be exported as requested, or the gate judges a format that this
             machine cannot score.
         DataError: The base's files cannot be read.
         Unreachable: The disk or the memory is too small.
@@ -97,7 +97,7 @@ def check_gpu_memory(device: Any, merged_bytes: int) -> None:
 
     Args:
         device: The GPU.
-        merged_bytes: Of the merged model, at least.
+        merged_bytes: Lower bound of the bytes of the merged model.
 
     Raises:
         Unreachable: They do. A retry may get a machine with more.
@@ -121,7 +121,7 @@ def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> No
 
     Args:
         model: The model that will be freed.
-        merged_bytes: Of the merged model.
+        merged_bytes: Bytes of the merged model.
         sizes: Bytes of each format that is made from the merged model.
 
     Raises:
@@ -129,16 +129,16 @@ def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> No
     """
     on_gpu = model.device.type == "cuda"
     # (bytes that are held at once while a format is made or scored, the format)
-    needs = [(min(SHARD, merged_bytes), MERGED) if on_gpu else (merged_bytes, MERGED)]
+    needed_bytes = [(min(SHARD, merged_bytes), MERGED) if on_gpu else (merged_bytes, MERGED)]
     for name, size_ in sizes.items():
         if find_format(name).calibrated:
-            needs.append((merged_bytes, name))
+            needed_bytes.append((merged_bytes, name))
         elif split_name(name)[0] == GGUF:  # on the processor
-            needs.append((size_, name))
+            needed_bytes.append((size_, name))
     if on_gpu:
         check_gpu_memory(model.device, merged_bytes)
     held = 0 if on_gpu else sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    need, name = max(needs)
+    need, name = max(needed_bytes)
     if (free := available_bytes() + held) < need:
         raise Unreachable(
             f"JOB_EXPORT__FORMATS: {name} takes {size(need, ' ')} of this machine's memory, and {size(free, ' ')} are "

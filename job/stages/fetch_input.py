@@ -20,7 +20,7 @@ LATER = "later/"
 
 
 def fetch_input(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
-    """The path of an input on this machine; a path or a hub id stays as it is.
+    """The path of an input on this machine; a path or a hub id is returned unchanged.
 
     Args:
         attempt: Its work folder gets the copy; its watchdog is reset.

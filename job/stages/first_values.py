@@ -28,19 +28,19 @@ from job.training.packing import alone_inputs, packed_inputs
 INFORMED = ("eva", "loftq")
 """Values of `JOB_LORA__INIT` that are computed here."""
 EVA_TOKENS, EVA_BATCHES = 1024, 32
-"""EVA sees the first sequences of the run, in so many micro-batches of so many tokens. Fixed, since its numbers must
-not depend on how a machine carries out training."""
+"""EVA reads the first sequences of the run, in this number of micro-batches of this many tokens. Fixed, since the
+values must not depend on how a machine carries out training."""
 
 NAME = "the adapter's first values"
 
 
 def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> None:
-    """Fills a fresh adapter where `JOB_LORA__INIT` asks for it; called in all processes, before layers are fused.
+    """Initializes a new adapter as `JOB_LORA__INIT` says; called in all processes, before layers are fused.
 
     Args:
         attempt: Where the values are published.
         init: `JOB_LORA__INIT`.
-        sources: Of them the folders of the base.
+        sources: Sources of the run, with the folders of the base.
         model: The base with the adapter.
         steps: The run's batch plan.
 
@@ -126,12 +126,12 @@ def _eva(attempt: Attempt, model: Any, steps: Steps) -> None:
 
 def eva_batches(steps: Steps, *, packed: bool) -> list[list[Example]]:
     """The first sequences of the run by its batch plan, in micro-batches; of one sequence each where none is packed."""
-    found = list[list[Example]]()
+    batches = list[list[Example]]()
     for step in range(steps.total):
         sequences = [sequence for example in steps.of(step) for sequence in example.sequences]
         lengths = [len(sequence.input_ids) for sequence in sequences]
         groups = micro_batches(lengths, EVA_TOKENS) if packed else [[number] for number in range(len(sequences))]
-        found += [[sequences[number] for number in group] for group in groups]
-        if len(found) >= EVA_BATCHES:
+        batches += [[sequences[number] for number in group] for group in groups]
+        if len(batches) >= EVA_BATCHES:
             break
-    return found[:EVA_BATCHES]
+    return batches[:EVA_BATCHES]

@@ -1,7 +1,7 @@
 """The third evaluation: the base with its original weights, before it is quantized, on the same questions.
 
-Without it a gain of training cannot be told from a loss by quantization that training makes up for. It is part of the
-stage that evaluates the base, and comes first in it; it is a model of its own, loaded beside the quantized base and
+Without it a gain of training cannot be distinguished from a recovered loss of quantization. It is part of the
+stage that evaluates the base, and comes first in it; it is a separate model, loaded next to the quantized base and
 freed again. Its scores are cached like the base's, so that other runs with the same base need not load it.
 """
 
@@ -42,7 +42,7 @@ from job.training.setup_of_model import setup_of
 def evaluate_bases(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
 ) -> Evaluated | None:
-    """Scores the base with its original weights, if that is asked for and possible, and then as it is trained on.
+    """Scores the base with its original weights, if that is set and possible, and then the base of training.
 
     `shared` is the store that contains all runs: base scores are cached there for other runs with the same base.
 
@@ -51,12 +51,14 @@ def evaluate_bases(
     """
     precision = choose_precision(attempt, settings.eval, sources, loaded, settings.train.gpu_memory_gb)
     original = _evaluate_original(attempt, settings, sources, loaded, shared=shared, precision=precision)
-    found = evaluate_base(attempt, settings, sources, loaded, shared=shared, precision=precision)
+    evaluated = evaluate_base(attempt, settings, sources, loaded, shared=shared, precision=precision)
     if loaded.model.device.type == "cuda":
         give_back_memory()  # of the converted weights: the recording of a CUDA graph cannot use what torch has cached
-    if found is None or original is None:
-        return found
-    return replace(found, artifacts=[*found.artifacts, *original.artifacts], full_precision=original.full_precision)
+    if evaluated is None or original is None:
+        return evaluated
+    return replace(
+        evaluated, artifacts=[*evaluated.artifacts, *original.artifacts], full_precision=original.full_precision
+    )
 
 
 def _evaluate_original(
@@ -68,18 +70,18 @@ def _evaluate_original(
     shared: ObjectStore,
     precision: ScoringPrecision,
 ) -> Evaluated | None:
-    """The evaluation of the original base, as `full_precision` and `artifacts` of a record without scores of its own.
+    """The evaluation of the original base, as `full_precision` and `artifacts` of a record without other scores.
 
     None where there is nothing to score: the base is not quantized, or the setting is off; and in all processes but 0.
     """
     if settings.eval.full_precision == "off" or loaded.record.quantization == "none":
         return None
-    known = attempt.recorded(FULL_PRECISION, Evaluated) if attempt.processes.leads else None
-    if known is not None and (_scored_otherwise(known, precision) or attempt.damaged(known.artifacts)):
-        known = None
-    if attempt.processes.share("original base of before", lambda: known is not None):
+    recorded = attempt.recorded(FULL_PRECISION, Evaluated) if attempt.processes.leads else None
+    if recorded is not None and (_scored_otherwise(recorded, precision) or attempt.damaged(recorded.artifacts)):
+        recorded = None
+    if attempt.processes.share("original base of before", lambda: recorded is not None):
         log.get_logger().info("the original base was evaluated by an earlier attempt")
-        return known
+        return recorded
     folder = attempt.processes.share_on_machine("original base", lambda: str(_folder(attempt, settings, sources)))
     if why := _why_not(attempt, settings, loaded, Path(folder)):
         log.get_logger().warning("the original base is not scored, so the cost of quantization is not known", why=why)
@@ -102,12 +104,12 @@ def _evaluate_original(
     return done
 
 
-def _scored_otherwise(known: Evaluated, precision: ScoringPrecision) -> bool:
+def _scored_otherwise(recorded: Evaluated, precision: ScoringPrecision) -> bool:
     """Whether an earlier attempt, on a machine of another kind, scored it otherwise than the base will be."""
-    found = known.full_precision
+    found = recorded.full_precision
     if found is None or not found.scores:
         return False
-    sums = found.dtype if known.precision is None else known.precision.sums  # None by older versions, as trained
+    sums = found.dtype if recorded.precision is None else recorded.precision.sums  # None by older versions, as trained
     return (found.dtype, sums) != (precision.dtype, precision.sums)
 
 
@@ -124,7 +126,7 @@ def _why_not(attempt: Attempt, settings: Settings, loaded: Loaded, folder: Path)
         return "the base is only published quantized"
     need, free = _need(settings, loaded), _free(attempt, settings, loaded)
     short = (
-        f"it takes {size(need, ' ')} beside the quantized base, and {size(free, ' ')} are free" if need > free else ""
+        f"it takes {size(need, ' ')} next to the quantized base, and {size(free, ' ')} are free" if need > free else ""
     )
     return next(filter(None, attempt.processes.gather("memory for the original base", short)), "")
 
@@ -167,7 +169,7 @@ def _score(
         "packed": loaded.packing.packed,
         **precision_facts(precision, device),
     }
-    kept = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
+    score_cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
 
     @cache
     def original() -> Any:
@@ -193,13 +195,13 @@ def _score(
     scoring = scoring_in(precision, original, settings.train.gpu_memory_gb) or as_trained
 
     try:
-        found = score_model(
-            attempt, settings, sources, None, cache=kept, side=ORIGINAL_SIDE, scoring=scoring, measured=False
+        evaluated = score_model(
+            attempt, settings, sources, None, cache=score_cache, side=ORIGINAL_SIDE, scoring=scoring, measured=False
         )
     finally:
         if original.cache_info().currsize:
             release(original())
-    if found is None or (origin := kept.reused_from) is None:
-        return found
+    if evaluated is None or (origin := score_cache.reused_from) is None:
+        return evaluated
     log.get_logger().info("evaluation of the original base is reused", origin=origin)
-    return replace(found, scores={task: replace(s, reused_from=origin) for task, s in found.scores.items()})
+    return replace(evaluated, scores={task: replace(s, reused_from=origin) for task, s in evaluated.scores.items()})

@@ -1,6 +1,6 @@
-"""Checks, before a run takes its lease, of what is known without the store and the network: paths and names.
+"""Checks, before a run takes its lease, of what needs neither the store nor the network: paths and names.
 
-All that is wrong is told together, and a run that cannot begin leaves nothing behind.
+All problems are reported together, and a run that cannot begin leaves no files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from job.common.export_formats import EXTRA, not_installed
 from job.common.source_list import parse_sources
 from job.data.prompts import find_prompts
 from job.data.sources import check_source
-from job.data.training_and_validation import ValidationSource, what_to_validate_on
+from job.data.training_and_validation import ValidationSource, validation_source_of
 from job.errors import Problem, SettingsError, check_all, named_by, raise_problems
 from job.evaluation.policy import read_policy
 from job.evaluation.question_files import find_questions
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 
 def check_inputs(
-    settings: Settings, later: Sequence[Settings] = (), *, begun: bool = False, processes: int | None = None
+    settings: Settings, later: Sequence[Settings] = (), *, has_record: bool = False, processes: int | None = None
 ) -> None:
     """Refuses paths that are not there, data sets of the hub without a revision, unknown tasks, too few processes.
 
     Args:
         settings: Those of the run.
         later: Those of the stages after it.
-        begun: Whether an earlier attempt has found the model and the tasks. A later one may have the quantized base
-            from a cache, and then it needs no model.
+        has_record: Whether an earlier attempt recorded the stage `pull`. Then the quantized base may come from a cache,
+            and the model is not needed.
         processes: How many the run has on all machines; None to leave out what depends on it.
 
     Raises:
@@ -53,18 +53,18 @@ def check_inputs(
     checks += [(place, partial(find_questions, place)) for place in settings.eval.data.values()]
     if isinstance(settings.eval.prompts, str):
         checks.append((settings.eval.prompts, partial(_check_prompts, settings.eval.prompts)))
-    if not begun:
+    if not has_record:
         checks.append((settings.model.id, partial(_check_model, settings.model.id)))
-    named: list[tuple[str | None, Callable[[str], object]]] = [
+    path_checks: list[tuple[str | None, Callable[[str], object]]] = [
         (settings.data.safety_model, lambda _: safety.check_local(settings.data)),
         (settings.eval.principles, lambda _: principles.check_local(settings.eval)),
         (settings.lora.start, local_start),
         (settings.gate.baseline, check_run),
         (settings.gate.policy, read_policy),
     ]
-    checks += [(place, partial(check, place)) for place, check in named if place is not None]
+    checks += [(place, partial(check, place)) for place, check in path_checks if place is not None]
     checks = [(place, check) for place, check in checks if not is_remote(place)]
-    if not begun:
+    if not has_record:
         checks.append(("tasks", partial(check_tasks, settings.eval.tasks, settings.eval.data)))
     last = later[-1] if later else settings
     checks.append(("export", partial(_check_extra, last.export.formats)))
@@ -80,7 +80,7 @@ def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tup
         data, check = stage.data, naming_its_settings(stage.part_of)(check_source)
         for one in parse_sources(data.source):
             yield one.place, partial(check, one.place, one.revision or data.revision, data.split)
-        validation = what_to_validate_on(
+        validation = validation_source_of(
             data.validation,
             source=data.source,
             source_revision=data.revision,

@@ -41,8 +41,8 @@ from job.training.speed_advice import slower_ways
 
 
 @dataclass(frozen=True)
-class _Way:
-    """How this process computes, as it is chosen before the base is loaded.
+class _ModelSetup:
+    """How this process computes, chosen before the base is loaded.
 
     Attributes:
         device: The torch device where the model computes.
@@ -50,8 +50,8 @@ class _Way:
         steps: All optimizer steps.
         options: The adapter's.
         budget: Token budget of a micro-batch, the same in all processes.
-        placement: Where the base's 4-bit weights lie, likewise.
-        why_placed: Why, in words; empty if they lie on the GPU.
+        placement: Where the base's 4-bit weights are kept, likewise.
+        why_placed: Why, in words; empty if they are on the GPU.
     """
 
     device: Any
@@ -70,7 +70,7 @@ def load(
     decided: Packing | None = None,
     begin: Callable[[Any, Steps], None] | None = None,
 ) -> Loaded:
-    """Loads the quantized base and adds a new adapter; every process loads a copy of its own.
+    """Loads the quantized base and adds a new adapter; every process loads its own copy.
 
     `decided` is what an earlier attempt of the run decided about packing. It is kept, because it affects the
     result's bits. `begin`, called with the model and the batch plan, may give the new adapter other first values,
@@ -80,26 +80,29 @@ def load(
         SettingsError: The settings do not fit the model or this machine.
         DataError: The model's folder cannot be loaded.
     """
-    way = _choose(settings, sources, processes)
-    base, kept_base = _load_base(settings, sources, processes, way)
-    model = _add_adapter(base, settings, sources, way.options)
+    setup = _choose(settings, sources, processes)
+    base, kept_base = _load_base(settings, sources, processes, setup)
+    model = _add_adapter(base, settings, sources, setup.options)
     names = find_published_names(model, sources.folder, quantized=sources.quantized)
     if sources.start is not None:
         load_start(model, sources.start, names)
     record = _describe(model, settings, sources, names)
     log.get_logger().info(
-        "model is loaded", device=str(way.device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
+        "model is loaded",
+        device=str(setup.device),
+        dtype=record.dtype,
+        trainable_parameters=record.trainable_parameters,
     )
     packing = _packing(model, settings, sources, processes, decided)
     if begin is not None:
         seed = settings.run.seed if settings.data.seed is None else settings.data.seed
-        begin(model, Steps(sources.examples, seed, settings.train.global_batch_size, way.steps))
-    plan = _prepare(model, settings, sources, processes, way=way, packing=packing)
-    _tell_slower_ways(plan, settings, sources, on_gpu=way.device.type == "cuda")
+        begin(model, Steps(sources.examples, seed, settings.train.global_batch_size, setup.steps))
+    plan = _prepare(model, settings, sources, processes, setup=setup, packing=packing)
+    _log_slower_ways(plan, settings, sources, on_gpu=setup.device.type == "cuda")
     loaded = Loaded(
         model=model,
         record=record,
-        micro_batch_tokens=way.budget,
+        micro_batch_tokens=setup.budget,
         plan=plan,
         kept_base=kept_base,
         packing=packing,
@@ -109,7 +112,7 @@ def load(
     return loaded
 
 
-def _choose(settings: Settings, sources: Sources, processes: Processes) -> _Way:
+def _choose(settings: Settings, sources: Sources, processes: Processes) -> _ModelSetup:
     """Chooses device, dtype, kernels, micro-batches and placement, on which all processes agree."""
     device, train = choose_device(settings.run.device), settings.train
     if device.type == "cuda":
@@ -133,7 +136,7 @@ def _choose(settings: Settings, sources: Sources, processes: Processes) -> _Way:
         scoring_tokens=settings.eval.batch_tokens,
         options=options,
     )
-    return _Way(
+    return _ModelSetup(
         device=device,
         dtype=dtype,
         steps=steps,
@@ -144,23 +147,25 @@ def _choose(settings: Settings, sources: Sources, processes: Processes) -> _Way:
     )
 
 
-def _load_base(settings: Settings, sources: Sources, processes: Processes, way: _Way) -> tuple[Any, CachedBase]:
+def _load_base(
+    settings: Settings, sources: Sources, processes: Processes, setup: _ModelSetup
+) -> tuple[Any, CachedBase]:
     """(the quantized base, where a restart finds it: it is written to the cache if there is one)."""
     base = load_base(
         sources.folder,
         quantization=settings.model.quantization,
         double_quantization=settings.model.double_quantization,
-        dtype=way.dtype,
-        device=way.device,
+        dtype=setup.dtype,
+        device=setup.device,
         max_length=settings.train.max_length,
         quantized=sources.quantized,
         targets=settings.lora.target_modules,
         rank=settings.lora.rank,
-        options=way.options,
-        placement=way.placement,
+        options=setup.options,
+        placement=setup.placement,
         group=processes,
     )
-    if way.device.type == "cpu":
+    if setup.device.type == "cpu":
         keep_freed_memory()  # only after loading, whose temporary memory returns to the system
     with taking_part(base):
         if sources.cache_entry is None or sources.quantized:
@@ -201,7 +206,7 @@ def _describe(model: Any, settings: Settings, sources: Sources, names: Published
 
 
 def _prepare(
-    model: Any, settings: Settings, sources: Sources, processes: Processes, *, way: _Way, packing: Packing
+    model: Any, settings: Settings, sources: Sources, processes: Processes, *, setup: _ModelSetup, packing: Packing
 ) -> ExecutionPlan:
     """The execution plan, with all reasons; the model's layers are fused as it says."""
     train = settings.train
@@ -211,13 +216,13 @@ def _prepare(
         global_batch_size=train.global_batch_size,
         quantization=settings.model.quantization,
         optimizer=train.optimizer,
-        budget=way.budget,
+        budget=setup.budget,
         keep_base=settings.model.keep_dequantized,
         recompute=train.gradient_checkpointing,
         gigabytes=train.gpu_memory_gb,
         processes=processes.place.local_world_size,
         random=train.neftune_noise_alpha > 0,
-        slow=way.options.not_fused,
+        slow=setup.options.not_fused,
         offload=train.offload_activations,
         method=train.last_method,
         longest_at=sources.record.dataset.longest_at,
@@ -228,7 +233,7 @@ def _prepare(
     )
     if train.last_method != "sft" and plan.recorded:
         plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {train.last_method}")
-    plan = replace(plan, reason="; ".join(filter(None, (plan.reason, way.why_placed))))
+    plan = replace(plan, reason="; ".join(filter(None, (plan.reason, setup.why_placed))))
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
     return plan
@@ -248,10 +253,10 @@ def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
     raise SettingsError([Problem("JOB_MODEL__ID", what)])
 
 
-def _tell_slower_ways(plan: ExecutionPlan, settings: Settings, sources: Sources, *, on_gpu: bool) -> None:
+def _log_slower_ways(plan: ExecutionPlan, settings: Settings, sources: Sources, *, on_gpu: bool) -> None:
     """Logs a line for each thing that makes training slower than it could be, with what would change it."""
     train = settings.train
-    for one in slower_ways(
+    for slowdown in slower_ways(
         plan,
         on_gpu=on_gpu,
         quantized=settings.model.quantization != "none",
@@ -261,7 +266,7 @@ def _tell_slower_ways(plan: ExecutionPlan, settings: Settings, sources: Sources,
         noise=train.neftune_noise_alpha > 0,
         only_long=min(lengths_of(sources.examples)) > LONG_ROW,
     ):
-        log.get_logger().info(f"slower than it could be: {one.what}", change=one.change)
+        log.get_logger().info(f"slower than it could be: {slowdown.what}", change=slowdown.change)
 
 
 def _packing(

@@ -1,4 +1,4 @@
-"""Chooses where the base's 4-bit weights lie, before they are loaded: as set, or the fastest placement that fits."""
+"""Chooses the placement of the base's 4-bit weights before they are loaded: as set, or the fastest that fits."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ def decide_placement(
     Raises:
         SettingsError: JOB_MODEL__PLACEMENT is `host`, with too little main memory.
     """
-    asked, world, setup = model.placement, processes.place, None
+    requested, world, setup = model.placement, processes.place, None
     if model.quantization != "none":
         setup = setup_before_loading(model, train, lora, sources.folder, options)
     need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
     # Measured once for each machine: a process that measured later would count what another has already loaded.
     available = processes.share_on_machine("available main memory", available_bytes)
     free = int(MAIN_MEMORY_SHARE * available)
-    raise_problems(_too_little_main_memory(asked, setup, world.local_world_size, available))
-    if asked != "auto":
-        return asked, "" if asked == "gpu" else f"JOB_MODEL__PLACEMENT is {asked}"
+    raise_problems(_too_little_main_memory(requested, setup, world.local_world_size, available))
+    if requested != "auto":
+        return requested, "" if requested == "gpu" else f"JOB_MODEL__PLACEMENT is {requested}"
     placement, why = "gpu", ""
     if device.type == "cuda" and setup is not None and model.keep_dequantized is not True:
         setup = replace(setup, processes=world.world_size)
@@ -103,14 +103,14 @@ def decide_placement(
 def placement_problems(
     model: Model, train: Train, lora: Lora, *, folder: Path, processes: int, options: AdapterOptions
 ) -> Iterator[Problem]:
-    """Yields what `decide_placement` would refuse for want of main memory, as far as that is so already.
+    """Yields the problems of main memory that `decide_placement` would raise, as far as they can be known already.
 
     Args:
         model: Settings of the base.
         train: Settings of training.
         lora: Settings of the adapter.
-        folder: Of the base's config.json.
-        processes: Of this machine; each will have a copy.
+        folder: Folder of the base's config.json.
+        processes: Number of processes on this machine; each will have a copy.
         options: The adapter's.
     """
     if model.placement == "host":
@@ -118,9 +118,9 @@ def placement_problems(
         yield from _too_little_main_memory(model.placement, setup, processes, available_bytes())
 
 
-def _too_little_main_memory(asked: str, setup: Setup | None, processes: int, available: int) -> Iterator[Problem]:
+def _too_little_main_memory(requested: str, setup: Setup | None, processes: int, available: int) -> Iterator[Problem]:
     free = int(MAIN_MEMORY_SHARE * available)
-    if setup is None or asked != "host" or packed_bytes(setup) * processes <= free:
+    if setup is None or requested != "host" or packed_bytes(setup) * processes <= free:
         return
     copies = copies_in_main_memory(setup, processes)
     left = f"of {size(available, ' ')} that are left on this machine or in its container"
@@ -160,11 +160,11 @@ def _fastest_that_fits(
     tiles = tiles and max(lengths) > LONG_ROW and compute_capability() >= AMPERE
     copies = attention_copies(setup.architecture, compute_capability()) if tiles else 0
 
-    def needs(there: Setup) -> int:
-        scoring = evaluation_bytes(there, scoring_tokens, scoring_tokens // 2)
+    def needs(sharded_setup: Setup) -> int:
+        scoring = evaluation_bytes(sharded_setup, scoring_tokens, scoring_tokens // 2)
         if tiles and tokens > LONG_ROW:
-            return max(least_memory(there, tokens, divide_over, offload=offload, copies=copies).total, scoring)
-        return max(training_memory(there, tokens).total, scoring)
+            return max(least_memory(sharded_setup, tokens, divide_over, offload=offload, copies=copies).total, scoring)
+        return max(training_memory(sharded_setup, tokens).total, scoring)
 
     memory = free_gpu_bytes(gigabytes) + CONTEXT_BYTES  # `usable_bytes` subtracts the context, which exists by now
     placement = choose_placement(setup, memory_bytes=memory, placements=placements, needs=needs)

@@ -14,7 +14,7 @@ from job.evaluation.task_names import import_tasks
 
 _NOT_NEEDED = ("chardet", "scipy", "sklearn", "wandb")
 """Optional to transformers, PEFT, TRL and requests. The job's own statistics import scipy when they are first computed,
-and wandb belongs to a process of its own; sklearn needs scipy. Nothing is here that another thread may import
+and wandb runs in a separate process; sklearn needs scipy. Nothing is here that another thread may import
 meanwhile, as boto3, which accelerate imports."""
 
 

@@ -38,11 +38,11 @@ from job.storage.location import is_remote
 T = TypeVar("T")
 
 _CODE = ("job.evaluation.judges", "job.evaluation.principles")
-"""Modules whose code decides a judgement, beside those of all scores."""
+"""Modules whose code decides a judgement, besides those of all scores."""
 CHECK_SECONDS = 30.0
 """Longest wait for a server's answer before training."""
 _CHOICES = ("A", "B", None)
-"""A choice as it is kept: its number here."""
+"""The number that stores each choice: its index here."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ def find_judge(options: Eval, source: str, revision: str | None) -> FoundJudge:
     Args:
         options: JOB_EVAL__PRINCIPLES and JOB_EVAL__JUDGE are given.
         source: JOB_EVAL__JUDGE, or the path of a copy.
-        revision: Of a hub repository; None for its newest commit.
+        revision: Revision of a hub repository; None for its newest commit.
 
     Raises:
         DataError, SettingsError: It is not there, or has no weights in safetensors; or the rules cannot be read.
         Unreachable, AccessDenied: The hub cannot be used.
     """
     rules, name = read_principles(Path(options.principles or "")), options.judge or ""
-    known = (list(rules), rules_sha256(rules))
+    rule_facts = (list(rules), rules_sha256(rules))
     if is_server(name):
-        return FoundJudge(JudgeRecord(name, options.judge_model, None, None, *known), None)
+        return FoundJudge(JudgeRecord(name, options.judge_model, None, None, *rule_facts), None)
     with naming(SETTING):
         folder, found = download_model(source, revision)
-        return FoundJudge(JudgeRecord(name, None, found, fingerprint(folder), *known), folder)
+        return FoundJudge(JudgeRecord(name, None, found, fingerprint(folder), *rule_facts), folder)
 
 
 def check_judge(options: Eval, judge: FoundJudge, alive: Callable[[], None]) -> None:
@@ -120,7 +120,7 @@ def judge_answers(
     """Asks the judge for each prompt twice, and publishes what it says.
 
     Args:
-        attempt: Where it is published. What was answered is kept, so that a restart asks for the rest only.
+        attempt: Where it is published. Answers are kept, so that a restart requests only the missing ones.
         options: How a server is asked.
         run: The device, and the run's name.
         judge: Who judges.
@@ -134,14 +134,14 @@ def judge_answers(
     """
     sides = [parse_answers(attempt.fetch(one).read_bytes()) for one in (answers["base"], answers["adapter"])]
     pairs = list(zip(*sides, strict=True))
-    asked = [number for number, (base, adapter) in enumerate(pairs) if base.answer != adapter.answer]
+    to_judge = [number for number, (base, adapter) in enumerate(pairs) if base.answer != adapter.answer]
     texts = sha256(json.dumps([[base.prompt, base.answer, adapter.answer] for base, adapter in pairs]).encode())
     facts = {**score_conditions({"judge": asdict(judge.record)}), "judge code": code_hashes(*_CODE)}
 
     def opened(device: str) -> tuple[ScoreCache, dict[int, list[float]]]:
         """What was kept of the judgements on a device, which decides their last bits."""
         cache = ScoreCache(attempt.store, SCORES, run.id, {**facts, "device": device})
-        return cache, cache.load_chances(texts.hexdigest(), [2] * len(asked))
+        return cache, cache.load_chances(texts.hexdigest(), [2] * len(to_judge))
 
     devices = _devices(run.device, judge)
     caches = {device: opened(device) for device in devices}
@@ -150,28 +150,28 @@ def judge_answers(
     before = attempt.questions
 
     def judged_on(device: str) -> dict[int, list[float]]:
-        cache, known = caches[device]
+        cache, known_chances = caches[device]
 
         def on_progress(numbers: int) -> None:
             attempt.questions = before + numbers // 2
             show_progress(numbers // 2)
 
         def compute() -> Iterator[tuple[int, list[float]]]:
-            if len(known) == len(asked):
+            if len(known_chances) == len(to_judge):
                 return
             asking = open_judge(options, judge, device)
-            for part, number in enumerate(asked):
-                if part not in known:
+            for part, number in enumerate(to_judge):
+                if part not in known_chances:
                     base, adapter = pairs[number]
                     orders = ((base, adapter), (adapter, base))
                     texts = [question(judge.record.rules, base.prompt, a.answer, b.answer) for a, b in orders]
                     yield part, [float(_CHOICES.index(asking.choose(text, attempt.alive))) for text in texts]
 
-        with log.progress("judged", len(asked), every=max(1, len(asked) // 10)) as show_progress:
-            return complete(dict(known), compute(), cache, on_progress)
+        with log.progress("judged", len(to_judge), every=max(1, len(to_judge) // 10)) as show_progress:
+            return complete(dict(known_chances), compute(), cache, on_progress)
 
     found = _on_one_device(devices, judged_on)
-    said = {number: [_CHOICES[int(choice)] for choice in found[part]] for part, number in enumerate(asked)}
+    said = {number: [_CHOICES[int(choice)] for choice in found[part]] for part, number in enumerate(to_judge)}
     judgements = [_judgement(base, said.get(number)) for number, (base, _) in enumerate(pairs)]
     counts = {word: [preference(one) for one in judgements].count(word) for word in ("adapter", "base", "tie")}
     log.get_logger().info("judged answers", judge=judge.record.model, **counts)
@@ -179,15 +179,15 @@ def judge_answers(
     return attempt.publish(attempt.work / JUDGEMENTS, JUDGEMENTS)
 
 
-def _judgement(base: PromptAnswer, said: Sequence[str | None] | None) -> Judgement:
-    return Judgement(base.where, said is None, *(said or (None, None)))
+def _judgement(base: PromptAnswer, verdicts: Sequence[str | None] | None) -> Judgement:
+    return Judgement(base.where, verdicts is None, *(verdicts or (None, None)))
 
 
-def _devices(wanted: str, judge: FoundJudge) -> list[str]:
+def _devices(device: str, judge: FoundJudge) -> list[str]:
     """Where the judge may compute, best first, as JOB_RUN__DEVICE; a server's own device is not known."""
     if judge.folder is None:
         return ["server"]
-    found = choose_device(wanted).type
+    found = choose_device(device).type
     return ["cpu"] if found == "cpu" else [found, "cpu"]
 
 

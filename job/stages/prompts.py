@@ -22,7 +22,7 @@ from job.stages.safety import score_answers
 def answer_prompts(
     attempt: Attempt, options: Eval, sources: Sources, model: Any, *, side: str, cache: ScoreCache
 ) -> tuple[list[Artifact], int | None]:
-    """Publishes the answers of the model as it is now; all processes call it, and process 0 returns the file.
+    """Publishes the answers of the model in its current state; all processes call it, and process 0 returns the file.
 
     Also how many answers are unsafe, where JOB_DATA__SAFETY_MODEL scores them.
 
@@ -32,7 +32,7 @@ def answer_prompts(
         sources: The prompts, in process 0.
         model: The base, or the base with the adapter.
         side: `base` or `adapter`.
-        cache: Of its own: that of the scores says whether all scores are reused, which answers do not bear on.
+        cache: A separate one: that of the scores records whether all scores are reused, independently of answers.
 
     Raises:
         TrainingFailed: The logits are not finite.
@@ -44,19 +44,19 @@ def answer_prompts(
     if not attempt.processes.leads:
         parallel.help(model, sources.tokenizer)
         return [], None
-    asked = [prompt.ids for prompt in sources.prompts]
+    prompts = [prompt.ids for prompt in sources.prompts]
     asks = HowToGenerate(options.prompts_max_new_tokens)
-    how = with_model_defaults(asks, sources.folder, model, sources.tokenizer)
+    with_defaults = with_model_defaults(asks, sources.folder, model, sources.tokenizer)
     answers = generate_answers(
         attempt,
         model,
         sources.tokenizer,
-        asked,
-        how=how,
+        prompts,
+        options=with_defaults,
         batch_tokens=options.batch_tokens,
         cache=cache,
         parallel=parallel,
-        shown="prompts",
+        title="prompts",
     )
     parallel.finish()
     key = prompts_key(side)
@@ -66,7 +66,7 @@ def answer_prompts(
         count = sum(score >= sources.safety.record.threshold for score in unsafe)
     write_answers(attempt.work / key, sources.prompts, answers, unsafe)
     log.get_logger().info(
-        "answered prompts", side=side, prompts=len(asked), **({} if count is None else {"unsafe": count})
+        "answered prompts", side=side, prompts=len(prompts), **({} if count is None else {"unsafe": count})
     )
     return [attempt.publish(attempt.work / key, key)], count
 
@@ -77,11 +77,11 @@ def generate_answers(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    how: HowToGenerate,
+    options: HowToGenerate,
     batch_tokens: int,
     cache: ScoreCache,
     parallel: ParallelScoring,
-    shown: str,
+    title: str,
 ) -> list[Answer]:
     """`generate` by all processes of the run, called in process 0 while the others `help`.
 
@@ -90,18 +90,18 @@ def generate_answers(
         model: As for `generate`.
         tokenizer: As for `generate`.
         prompts: As for `generate`.
-        how: How they are answered.
+        options: How they are answered.
         batch_tokens: Tokens of a forward pass.
         cache: Where answers are kept, so that a restart computes the others only.
         parallel: Divides the batches over the processes.
-        shown: The log's name of the progress.
+        title: The log's name of the progress.
 
     Raises:
         TrainingFailed: The logits are not finite.
         Preempted: The job was asked to stop; the answers to finished batches are kept.
     """
     before = attempt.questions
-    with log.progress(shown, len(prompts), every=max(1, len(prompts) // 10)) as show_progress:
+    with log.progress(title, len(prompts), every=max(1, len(prompts) // 10)) as show_progress:
 
         def on_progress(answered: int) -> None:
             attempt.questions = before + answered
@@ -111,10 +111,10 @@ def generate_answers(
             model,
             tokenizer,
             prompts,
-            max_new_tokens=how.max_new_tokens,
-            stop=how.stop,
-            sampling=how.sampling,
-            ends=how.ends,
+            max_new_tokens=options.max_new_tokens,
+            stop=options.stop,
+            sampling=options.sampling,
+            ends=options.ends,
             batch_tokens=batch_tokens,
             cache=cache,
             answer=parallel.answer,

@@ -138,7 +138,7 @@ def _sign_run(
     """Publishes the signature of the whole run, before the manifest, whose presence makes it complete.
 
     An attempt that is killed in between leaves the signature of a manifest that was never written. The next attempt's
-    manifest has other times, so that it writes a signature of its own in its place, or removes it if there is no key.
+    manifest has other times, so that it replaces the signature, or removes it if there is no key.
     """
     if key is None:
         delete_in_turn(attempt.store, SIGNATURE)
@@ -148,7 +148,7 @@ def _sign_run(
 
 
 def _sign_folders(attempt: Attempt, results: Mapping[str, Any], key: EllipticCurvePrivateKey | None) -> dict[str, Any]:
-    """Publishes the signatures of the folders that are handed on by themselves; returns the manifest with them."""
+    """Publishes the signatures of the folders that are used alone; returns the manifest with them."""
     signed, folders = dict(results), signing.signed_folders(results)
     for folder in folders:
         path = f"{folder}{SIGNATURE}"
@@ -157,7 +157,7 @@ def _sign_folders(attempt: Attempt, results: Mapping[str, Any], key: EllipticCur
         else:
             files = signing.files_of(results, folder)
             content = signing.sign(key, folder.rstrip("/").rpartition("/")[2], files)
-            signed = _with(signed, _uploaded(attempt, path, content))
+            signed = _with_artifact(signed, _uploaded(attempt, path, content))
     if key is None:
         return signed
     pem = signing.public_key(key)
@@ -209,7 +209,7 @@ def publish_report_and_card(
         JobError: The store does not accept a file.
     """
     signer = None if key is None else signing.key_id(signing.public_key(key))
-    complete = _with(
+    complete = _with_artifact(
         results,
         _published(
             attempt,
@@ -221,10 +221,10 @@ def publish_report_and_card(
         if export.get("published", True):
             card = export_folder(export["format"]) + EXPORT_CARD
             render = partial(model_card.render_export_card, results, export, signer)
-            complete = _with(complete, _published(attempt, card, render))
-    complete = _with(complete, _published(attempt, BOM, partial(bom.build, complete)))
+            complete = _with_artifact(complete, _published(attempt, card, render))
+    complete = _with_artifact(complete, _published(attempt, BOM, partial(bom.build, complete)))
     complete = _sign_folders(attempt, complete, key)
-    return _with(
+    return _with_artifact(
         complete,
         _published(
             attempt, REPORT, lambda: report.render_report(complete, report.read_report_data(complete, attempt.fetch))
@@ -254,6 +254,6 @@ def _uploaded(attempt: Attempt, key: str, content: bytes) -> Artifact:
     return attempt.publish(path, key)
 
 
-def _with(results: Mapping[str, Any], artifact: Artifact | None) -> dict[str, Any]:
+def _with_artifact(results: Mapping[str, Any], artifact: Artifact | None) -> dict[str, Any]:
     listed = [*results["artifacts"], *([] if artifact is None else [asdict(artifact)])]
     return {**results, "artifacts": sorted(listed, key=lambda entry: entry["path"])}

@@ -56,10 +56,10 @@ class _Shared:
 
     Attributes:
         record: The record.
-        folder: Of the base's files.
+        folder: Folder of the base's files.
         quantized: Whether these are a quantized base of the cache.
-        tokens: Of the tokenized rows.
-        start: Of the adapter that training starts from; None without one.
+        tokens: Folder of the tokenized rows.
+        start: Folder of the adapter that training starts from; None without one.
     """
 
     record: Pulled
@@ -100,14 +100,14 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
 def _pull_for_machine(
     attempt: Attempt, settings: Settings, storage: StorageOptions, date: str, later: Sequence[Settings]
 ) -> Sources:
-    """The inputs as this process uses them: pulled by itself, or by the first process of its machine."""
+    """The inputs as this process uses them: pulled by it or by the first process of its machine."""
     processes = attempt.processes
     if processes.place.local_world_size == 1:
         return _pull(attempt, settings, storage, date, later)[0]
     if processes.place.local_rank:
         import_libraries()  # while the first process downloads
     elif processes.place.rank:  # another machine, whose files process 0 has not seen
-        check_inputs(settings, later, begun=True)
+        check_inputs(settings, later, has_record=True)
     sources = _pull(attempt, settings, storage, date, later) if processes.place.local_rank == 0 else None
     shared = processes.share_on_machine("sources", lambda: _write_shared(*sources) if sources else None)
     if sources:
@@ -145,14 +145,14 @@ def _read_shared(shared: _Shared, added_tokens: Sequence[str] | None) -> Sources
 
 @dataclass(frozen=True)
 class _Checked:
-    """What is known before the base's weights are downloaded.
+    """The inputs that are available before the base's weights are downloaded.
 
     Attributes:
         tasks: The tasks with their questions.
         start: The adapter that training starts from; None for a new one.
         safety: The classifier of JOB_DATA__SAFETY_MODEL; None without one.
         rows: What to train on, and what to validate on, as `fetch_rows` returns them.
-        folder: Of the base's configuration and tokenizer.
+        folder: Folder of the base's configuration and tokenizer.
         tokenizer: The base's.
         vocabulary: Rows of its embedding; None if that is not known.
     """
@@ -253,8 +253,8 @@ def _read_all_rows(
 ) -> tuple[Tokens, list[PromptRow]]:
     """The rows of this training stage as tokens, and the prompts; those of later stages are read to check them."""
     rows, tokenizer = _row_settings(settings), checked.tokenizer
-    how: dict[str, Any] = {"date": date, "vocabulary": checked.vocabulary, "alive": alive}
-    auditing = {**how, **_auditing(attempt, settings, storage, checked.tasks, checked.safety)}
+    options: dict[str, Any] = {"date": date, "vocabulary": checked.vocabulary, "alive": alive}
+    auditing = {**options, **_auditing(attempt, settings, storage, checked.tasks, checked.safety)}
     as_published = {**auditing, "audited": known_audit(attempt), **known_scores(attempt)}
     tokens = read_rows(attempt, rows, *checked.rows, tokenizer, **as_published)
     check_rows(attempt, checked.folder, checked_settings(settings, later), tokens)
@@ -266,7 +266,7 @@ def _read_all_rows(
         tokens=tokens,
         tokenizer=tokenizer,
         fetched=checked.rows,
-        how=how,
+        reading=options,
         auditing=as_published,
     )
     # In the first attempt only: later ones need not check these rows, nor score them again.
@@ -331,12 +331,12 @@ def _with_licences(
     if earlier is not None:
         known = earlier.dataset  # what an earlier version did not record, the manifest must not have either
         return replace(dataset, licences=known.licences, longest_at=known.longest_at), earlier.model_licence
-    found = {
+    licences = {
         one.place: find_licence(one.place, one.revision or settings.data.revision, "dataset")
         for one in parse_sources(settings.data.source)
     }
     model_licence = find_licence(settings.model.id, revision, "model")
-    return replace(dataset, licences={place: name for place, name in found.items() if name}), model_licence
+    return replace(dataset, licences={place: name for place, name in licences.items() if name}), model_licence
 
 
 def _groups(attempt: Attempt, tasks: Tasks) -> dict[str, GroupSpec] | None:
@@ -350,12 +350,12 @@ def _places(attempt: Attempt, settings: Settings, later: Sequence[Settings]) -> 
     texts = (settings.data.source, *(stage.data.source for stage in later))
     data = {source.place for text in texts for source in parse_sources(text)}
     validation = validation_of(settings.data)
-    own = {validation.name} if isinstance(validation, ValidationSource) else set()
+    validation_place = {validation.name} if isinstance(validation, ValidationSource) else set()
     prompts = {settings.eval.prompts} if isinstance(settings.eval.prompts, str) else set()
     safety = {settings.data.safety_model} if settings.data.safety_model is not None else set()
     judges = {settings.eval.judge} if settings.eval.judge is not None and attempt.processes.leads else set()
     judge = {place for place in judges if not is_server(place)}
-    return {settings.model.id, *data, *own, *prompts, *safety, *judge, *settings.eval.data.values()}
+    return {settings.model.id, *data, *validation_place, *prompts, *safety, *judge, *settings.eval.data.values()}
 
 
 def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> FoundStart | None:
@@ -382,14 +382,16 @@ def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOpt
     if audit is not None and audit.safety is not None:
         # the hub may have a newer commit since the first attempt, a branch or tag too
         data = data.model_copy(update={"safety_revision": audit.safety.revision or data.safety_revision})
-    found: SafetyModel = wait_for(attempt, in_thread(lambda: find_safety_model(data, source, place), "safety model"))
-    if earlier is not None and earlier.safety_sha256 != found.record.sha256:  # before it scores anything
+    safety_model: SafetyModel = wait_for(
+        attempt, in_thread(lambda: find_safety_model(data, source, place), "safety model")
+    )
+    if earlier is not None and earlier.safety_sha256 != safety_model.record.sha256:  # before it scores anything
         what = (
             "its content has changed since the first attempt of this run; restore it, or start a new run "
             "with another JOB_RUN__ID"
         )
         raise DataError([Problem("JOB_DATA__SAFETY_MODEL", what)])
-    return found
+    return safety_model
 
 
 def _find_judge(attempt: Attempt, settings: Settings, storage: StorageOptions) -> FoundJudge | None:

@@ -100,22 +100,22 @@ def with_audit_of_before(attempt: Attempt, dataset: DatasetRecord) -> DatasetRec
     before, now = None if earlier is None else earlier.dataset.audit, dataset.audit
     if earlier is None or before is None or now is None or before == now:
         return dataset
-    other = [
+    other_tools = [
         f"rows with a finding of the kind {kind} were searched for by {check.checked_by or 'nothing'} "
         f"when this run began, and by {now.checks[kind].checked_by or 'nothing'} here"
         for kind, check in before.checks.items()
         if kind in now.checks and check.action == "skip" and check.checked_by != now.checks[kind].checked_by
     ]
     if identity(replace(earlier, dataset=dataset)) == identity(earlier):
-        if other:
-            what = "the audit used other tools than when this run began, but leaves out the same rows; nothing to do"
-            log.get_logger().warning(what, tools=other)
+        if other_tools:
+            message = "the audit used other tools than when this run began, but leaves out the same rows; nothing to do"
+            log.get_logger().warning(message, tools=other_tools)
         return replace(dataset, audit=before)
-    if not other:
+    if not other_tools:
         return dataset  # the data itself has changed, which the comparison of the whole record reports
-    what = f"{'; '.join(other)}: other rows would be trained on"
+    message = f"{'; '.join(other_tools)}: other rows would be trained on"
     advice = "install the tools with which the run began, or start a new run"
-    raise SettingsError([Problem("JOB_DATA__ON_FINDING", what)], advice=advice)
+    raise SettingsError([Problem("JOB_DATA__ON_FINDING", message)], advice=advice)
 
 
 def publish_findings(attempt: Attempt, sources: Sources) -> None:
@@ -129,12 +129,14 @@ def publish_findings(attempt: Attempt, sources: Sources) -> None:
         return
     if attempt.damaged([Artifact(FINDINGS, record.bytes, record.sha256)]):
         if hash_file(sources.findings) != record.sha256:
-            what = "is missing, and the audit's tools on this machine find other things than those of the first attempt"
+            message = (
+                "is missing, and the audit's tools on this machine find other things than those of the first attempt"
+            )
             raise DataError(
                 [
                     Problem(
                         f"{attempt.store.uri}/{FINDINGS}",
-                        f"{what}; install the tools of the first attempt, or start a new run",
+                        f"{message}; install the tools of the first attempt, or start a new run",
                     )
                 ]
             )

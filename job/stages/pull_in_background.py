@@ -51,7 +51,7 @@ class ComingBase:
         return files
 
     def alive(self, *, progress: bool = True) -> None:
-        """As `Attempt.alive`, for what goes on meanwhile: an error of the weights ends it."""
+        """As `Attempt.alive`, for work during the download: an error of the weights ends it."""
         self.attempt.alive(progress=progress)
         if self.found.done():
             self.found.result()
@@ -77,13 +77,13 @@ def base_in_background(attempt: Attempt, base: BaseSettings, storage: StorageOpt
         if missing:
             may_download.result()
 
-    found = in_thread(lambda: find_base(attempt, base, storage, before_weights), "model")
+    coming = in_thread(lambda: find_base(attempt, base, storage, before_weights), "model")
     try:
-        yield ComingBase(attempt, early, may_download, found)
+        yield ComingBase(attempt, early, may_download, coming)
     except JobError as error:
         may_download.cancel()
         if isinstance(error, Preempted):
-            wait([found], _CLEANUP_SECONDS)  # the thread removes a quantized base that it has copied in part
+            wait([coming], _CLEANUP_SECONDS)  # the thread removes a quantized base that it has copied in part
         raise
 
 

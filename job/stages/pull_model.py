@@ -94,20 +94,20 @@ def find_base(
             whether weights have to be downloaded; returns when these files are checked.
 
     Raises:
-        DataError, SettingsError: There is no usable model at its place.
+        DataError, SettingsError: There is no usable model at JOB_MODEL__ID.
         Unreachable, AccessDenied: The hub or a store cannot be used.
     """
-    earlier, kept = attempt.recorded(Stage.PULL, Pulled), attempt.recorded(BASE, CachedBase)
+    earlier, kept_base = attempt.recorded(Stage.PULL, Pulled), attempt.recorded(BASE, CachedBase)
     if (
         earlier is not None
-        and kept is not None
-        and kept.key is not None
+        and kept_base is not None
+        and kept_base.key is not None
         and (
             base.init != "loftq" or attempt.recorded(FIRST_VALUES, FirstValues) is not None
         )  # else the unquantized base is needed
         and (locations := _cache_locations(attempt, base, storage))
     ):
-        noted = entry_at(kept.key, *locations, kept.index_sha256)
+        noted = entry_at(kept_base.key, *locations, kept_base.index_sha256)
         if (folder := find(noted, attempt.alive_in_thread)) is not None:
             return BaseFiles(folder, earlier.model_revision, earlier.model_sha256, noted, quantized=True, original=None)
     source = base.model.id

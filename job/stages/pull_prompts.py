@@ -30,7 +30,7 @@ def find_prompt_rows(
     tokens: Tokens,
     tokenizer: Any,
     fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
-    how: Mapping[str, Any],
+    reading: Mapping[str, Any],
     auditing: Mapping[str, Any],
 ) -> list[PromptRow]:
     """The prompts of JOB_EVAL__PROMPTS; an empty list if it is not set.
@@ -43,8 +43,8 @@ def find_prompt_rows(
         tokens: The tokenized training and validation rows.
         tokenizer: The model's.
         fetched: The training and validation data, as `fetch_rows` returned them.
-        how: Further arguments of `read_prompts`, or of `read_rows`.
-        auditing: Further arguments of `read_rows`, in place of `how`, if the audit left rows out.
+        reading: Further arguments of `read_prompts`, or of `read_rows`.
+        auditing: Further arguments of `read_rows`, in place of `reading`, if the audit left rows out.
 
     Raises:
         DataError: The prompts cannot be read, or there are none.
@@ -55,8 +55,8 @@ def find_prompt_rows(
     if isinstance(place, int):
         # Reading the rows again gives the same ones only if the audit leaves out the same.
         left_out = tokens.record.audit is not None and tokens.record.audit.left_out
-        again = auditing if left_out else how
-        return _prompts_of_rows(attempt, options, rows, fetched, tokens=tokens, tokenizer=tokenizer, how=again)
+        again = auditing if left_out else reading
+        return _prompts_of_rows(attempt, options, rows, fetched, tokens=tokens, tokenizer=tokenizer, reading=again)
     return read_prompts(
         find_prompts(fetch_input(attempt, place, "prompts", storage)),
         place,
@@ -64,7 +64,7 @@ def find_prompt_rows(
         schema=tokens.record.format,
         most_tokens=_longest_prompt(options, rows),
         template_arguments=rows.data.chat_template_arguments,
-        **how,
+        **reading,
     )
 
 
@@ -76,32 +76,32 @@ def _prompts_of_rows(
     *,
     tokens: Tokens,
     tokenizer: Any,
-    how: Mapping[str, Any],
+    reading: Mapping[str, Any],
 ) -> list[PromptRow]:
     """The prompts of the first JOB_EVAL__PROMPTS validation rows; arguments as for `find_prompt_rows`.
 
     Raises:
         DataError: The rows have no prompts.
     """
-    asked, held = int(options.prompts or 0), tokens.validation or ()
+    count, rows_held_out = int(options.prompts or 0), tokens.validation or ()
     if rows.train.rows_loss_on == "all" and rows.train.last_method == SFT:
         # If all tokens are targets, the targets do not show where the prompt ends. So the rows are read again with the
         # completion's tokens as targets.
         train = rows.train.model_copy(update={"loss_on": "completion"})
-        again = read_rows(attempt, replace(rows, train=train), *fetched, tokenizer, **how)
-        if [again.record.rows, len(again.validation or ())] != [tokens.record.rows, len(held)]:
-            what = "some rows cannot be split into prompt and completion; give a file of prompts instead of a number"
-            raise DataError([Problem("JOB_EVAL__PROMPTS", what)])
-        held = again.validation or ()
+        again = read_rows(attempt, replace(rows, train=train), *fetched, tokenizer, **reading)
+        if [again.record.rows, len(again.validation or ())] != [tokens.record.rows, len(rows_held_out)]:
+            message = "some rows cannot be split into prompt and completion; give a file of prompts instead of a number"
+            raise DataError([Problem("JOB_EVAL__PROMPTS", message)])
+        rows_held_out = again.validation or ()
     most = _longest_prompt(options, rows)
-    found = list(validation_prompts(held, asked, tokenizer, most))
-    if not found:
-        what = f"no validation row of the schema {tokens.record.format} has a prompt of at most {most:,} tokens"
-        raise DataError([Problem("JOB_EVAL__PROMPTS", f"{what}; give a file of prompts instead of a number")])
-    if len(found) < asked:
-        what, change = "there are fewer prompts than JOB_EVAL__PROMPTS", "a larger JOB_DATA__VALIDATION has more"
-        log.get_logger().warning(what, prompts=len(found), asked=asked, change=change)
-    return found
+    prompts = list(validation_prompts(rows_held_out, count, tokenizer, most))
+    if not prompts:
+        message = f"no validation row of the schema {tokens.record.format} has a prompt of at most {most:,} tokens"
+        raise DataError([Problem("JOB_EVAL__PROMPTS", f"{message}; give a file of prompts instead of a number")])
+    if len(prompts) < count:
+        message, change = "there are fewer prompts than JOB_EVAL__PROMPTS", "a larger JOB_DATA__VALIDATION has more"
+        log.get_logger().warning(message, prompts=len(prompts), asked=count, change=change)
+    return prompts
 
 
 def _longest_prompt(options: Eval, rows: RowSettings) -> int:

@@ -11,7 +11,7 @@ from job.common.resources import usable_cpus
 from job.common.source_list import Source, locate_sources, parse_sources
 from job.data.hub_dataset import check_hub_dataset
 from job.data.token_cache import Tokens, load_tokens
-from job.data.training_and_validation import ValidationSource, what_to_validate_on
+from job.data.training_and_validation import ValidationSource, validation_source_of
 from job.records import Pulled
 from job.runs.attempt import Attempt
 from job.runs.layout import Stage
@@ -42,8 +42,8 @@ class RowSettings:
 
 
 def validation_of(data: Data) -> float | ValidationSource | None:
-    """What to validate on: a share or a number of the rows, or a source of its own; None for nothing."""
-    return what_to_validate_on(
+    """What to validate on: a share or a number of the rows, or a separate source; None for nothing."""
+    return validation_source_of(
         data.validation,
         source=data.source,
         source_revision=data.revision,
@@ -78,7 +78,7 @@ def fetch_rows(
         attempt: Its work folder gets the copies.
         rows: The settings.
         storage: How to reach stores.
-        below: `LATER` for a later training stage: stands before the names of the copies' folders.
+        below: `LATER` for a later training stage: prefix of the names of the copies' folders.
 
     Raises:
         DataError, SettingsError, Unreachable, AccessDenied, Preempted: As `fetch_input`.
@@ -110,7 +110,7 @@ def read_rows(
     source: str | Sequence[Source],
     validation: float | ValidationSource | None,
     tokenizer: Any,
-    **how: Any,
+    **options: Any,
 ) -> Tokens:
     """The tokenized rows for training and for validation.
 
@@ -120,7 +120,7 @@ def read_rows(
         source: As `fetch_rows` returns it.
         validation: As `fetch_rows` returns it.
         tokenizer: The model's.
-        how: Further arguments of `load_tokens`.
+        options: Further arguments of `load_tokens`.
 
     Raises:
         DataError, SettingsError, Unreachable, AccessDenied, Preempted: As `load_tokens`.
@@ -148,5 +148,5 @@ def read_rows(
             on_long_row=data.on_long_row,
             row_weights=data.row_weights,
             seed=rows.seed,
-            **how,
+            **options,
         )

@@ -31,7 +31,7 @@ from job.storage.open import ObjectStore
 from job.training.preference_gradient import reference_log_probs
 
 CODE = ("job.training.lm_head_loss", "job.training.packing", "job.training.preference_gradient")
-"""Modules whose code decides these numbers, beside those that decide scores."""
+"""Modules whose code decides these numbers, besides those that decide scores."""
 
 NAME = "the reference's log-probabilities"
 
@@ -80,7 +80,10 @@ def _compute(attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, sh
     def score(_model: Any, _questions: list[Question], sequences: Mapping[int, range]) -> Iterator[tuple[int, Scores]]:
         for number, part in sequences.items():
             sums = compute(examples[part.start : part.stop])
-            yield number, [[ChoiceScore(one, greedy=False) for one in of_row] for of_row in sums]
+            yield (
+                number,
+                [[ChoiceScore(log_probability, greedy=False) for log_probability in of_row] for of_row in sums],
+            )
 
     lower = "lower JOB_TRAIN__MICRO_BATCH_TOKENS or JOB_TRAIN__MAX_LENGTH"
     parallel = ParallelScoring(attempt.processes, attempt.alive, score, lower)
@@ -89,7 +92,7 @@ def _compute(attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, sh
             parallel.help(model)
             return None
         # As questions: each sequence is an answer to nothing. What of it is a target is in the hash of the data.
-        rows = [Question((), tuple(one.input_ids for one in example.sequences)) for example in examples]
+        rows = [Question((), tuple(sequence.input_ids for sequence in example.sequences)) for example in examples]
         cache = ScoreCache(shared, SCORES, run_id, _conditions(sources, loaded))
         with log.progress("reference rows", len(rows), every=max(1, len(rows) // 10)) as tell:
 

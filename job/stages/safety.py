@@ -25,7 +25,7 @@ from job.storage.hub import download_model, local_model
 from job.storage.open import ObjectStore
 
 _CODE = ("job.model.text_classifier", "job.audit.safety")
-"""Modules whose code decides a score, beside those of all scores."""
+"""Modules whose code decides a score, besides those of all scores."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def check_local(data: Data) -> None:
     """`check_labels` of a classifier that is named by its path; one on the hub is not looked up.
 
     Raises:
-        DataError, SettingsError: As `check_labels`, or there is no such folder.
+        DataError, SettingsError: As `check_labels`, or the folder does not exist.
     """
     with naming(SETTING):
         folder = None if data.safety_model is None else local_model(data.safety_model)
@@ -85,7 +85,7 @@ def screen_rows(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Ob
         attempt: Its watchdog gets beats; its count of questions is what is scored, as progress.
         safety: The classifier.
         settings: The device, and the run's name.
-        shared: The store that contains all runs: a restart, or another run with the same rows, goes on with the scores.
+        shared: The store that contains all runs: a restart, or another run with the same rows, reuses the scores.
     """
     return partial(_screen, attempt, safety, settings, shared)
 
@@ -95,7 +95,7 @@ def _screen(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Object
     sizes = texts.sizes
     conditions = {**score_conditions({"classifier": _facts(safety)}), "classifier code": code_hashes(*_CODE)}
     cache = ScoreCache(shared, SCORES, settings.id, conditions)
-    known = cache.load_chances(texts.sha256, sizes)
+    known_chances = cache.load_chances(texts.sha256, sizes)
     before = attempt.questions
     with log.progress("rows scored", len(texts), every=max(1, len(texts) // 10)) as show_progress:
 
@@ -104,18 +104,18 @@ def _screen(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Object
             show_progress(scored)
 
         def compute() -> Iterator[tuple[int, list[float]]]:
-            if len(known) == len(sizes):
+            if len(known_chances) == len(sizes):
                 return
             classifier = _load(safety, settings.device)
             try:
                 for number, chunk in enumerate(texts.chunks()):
-                    if number not in known:
+                    if number not in known_chances:
                         yield number, classifier.scores(chunk, attempt.alive)
             finally:
                 classifier.release()
 
         # Other machines of the run score the same rows; one of them keeps the scores.
-        scored = complete(dict(known), compute(), cache if attempt.processes.leads else None, on_progress)
+        scored = complete(dict(known_chances), compute(), cache if attempt.processes.leads else None, on_progress)
     return [score for number in range(len(sizes)) for score in scored[number]]
 
 
@@ -137,5 +137,5 @@ def _load(safety: SafetyModel, device: str) -> TextClassifier:
 
 
 def _facts(safety: SafetyModel) -> dict[str, object]:
-    """What decides a score: of the labels the chosen ones, whatever the threshold is."""
+    """What determines a score: of the labels the chosen ones; not the threshold."""
     return {"sha256": safety.record.sha256, "labels": safety.record.unsafe_labels}

@@ -29,14 +29,14 @@ _KEPT_SHARE = 0.5
 
 
 def choose_precision(
-    attempt: Attempt, wanted: Eval, sources: Sources, loaded: Loaded, gigabytes: float | None
+    attempt: Attempt, evaluation: Eval, sources: Sources, loaded: Loaded, gigabytes: float | None
 ) -> ScoringPrecision:
     """Chooses the precision, the same in all processes. Tries on rows of the training data whether fp16 overflows.
 
     `gigabytes` is JOB_TRAIN__GPU_MEMORY_GB.
     """
     with taking_part(loaded.model):  # the base's weights may be sharded over all processes
-        why = why_as_trained(wanted, loaded) or _too_large(sources, loaded, wanted.batch_tokens, gigabytes)
+        why = why_as_trained(evaluation, loaded) or _too_large(sources, loaded, evaluation.batch_tokens, gigabytes)
     if why := next(filter(None, attempt.processes.gather("scoring precision", why)), ""):
         log.get_logger().info("questions are scored in the dtype of training", dtype=loaded.record.dtype, why=why)
         return ScoringPrecision(loaded.record.dtype, loaded.record.dtype, why)
@@ -44,7 +44,7 @@ def choose_precision(
     return ScoringPrecision("fp16", "fp32", "nearer to fp32 than bf16")
 
 
-def agree_on_attention(processes: Processes, wanted: Eval, loaded: Loaded) -> None:
+def agree_on_attention(processes: Processes, evaluation: Eval, loaded: Loaded) -> None:
     """Makes all processes score by torch's attention where Triton's fails its test in one of them.
 
     A score must not depend on which process computes it. Called in all processes, after `agree_on_kernels` and before
@@ -56,7 +56,7 @@ def agree_on_attention(processes: Processes, wanted: Eval, loaded: Loaded) -> No
     if processes.place.world_size == 1:
         return
     tested = None
-    if not why_as_trained(wanted, loaded):
+    if not why_as_trained(evaluation, loaded):
         kernels, _ = fast_kernels(loaded.model.device, "float16")
         tested = tested_attention(loaded.model, kernels)
     failed = processes.gather("attention of scoring", tested is not None and tested[1])
@@ -67,11 +67,11 @@ def agree_on_attention(processes: Processes, wanted: Eval, loaded: Loaded) -> No
             log.get_logger().warning(what, change="that process's log says why it cannot")
 
 
-def why_as_trained(wanted: Eval, loaded: Loaded) -> str:
+def why_as_trained(evaluation: Eval, loaded: Loaded) -> str:
     """Why questions have to be scored in the dtype of training here, in words; empty if they can be in fp16."""
     from job.model.fused.precise_forward import why_not_precise
 
-    if wanted.precision == "model":
+    if evaluation.precision == "model":
         return "JOB_EVAL__PRECISION is model"
     if not _on_gpu(loaded.model):
         return "fp16 is slow on a CPU"
@@ -86,20 +86,20 @@ def _on_gpu(model: Any) -> bool:
     return bool(model.device.type == "cuda")
 
 
-def other_precision(base: Evaluated, wanted: Eval, loaded: Loaded) -> str:
+def other_precision(base: Evaluated, evaluation: Eval, loaded: Loaded) -> str:
     """Why a base that was scored cannot be compared with what will be scored here, in words; empty if it can."""
-    was, here = base.precision, loaded.record.dtype
+    was, trained_in = base.precision, loaded.record.dtype
     if was is None:  # in records of older versions, which do not tell
         return ""
     if not is_precise(was):  # an earlier attempt may have been on a machine of another kind
-        why = f"the base was scored in {was.dtype}, and the adapter would be in {here} here"
-        return "" if was.dtype == here else why
-    why = why_as_trained(wanted, loaded)
+        why = f"the base was scored in {was.dtype}, and the adapter would be in {trained_in} here"
+        return "" if was.dtype == trained_in else why
+    why = why_as_trained(evaluation, loaded)
     return f"the base was scored in fp16, which cannot be done here for the adapter: {why}" if why else ""
 
 
 def _too_large(sources: Sources, loaded: Loaded, batch_tokens: int, gigabytes: float | None) -> str:
-    """Says so if weights of the base, or what it computes, are too large for fp16; empty if not."""
+    """A text if weights or activations of the base are too large for fp16; empty if not."""
     from job.model.fused.precise_forward import fits_fp16
 
     if not fits_fp16(loaded.model):
@@ -121,7 +121,7 @@ def scoring_in(
 
     Args:
         precision: As chosen; None for the dtype of training.
-        model: Gives the model, which is asked for when the first sequence is scored: its adapter is then the one that
+        model: Returns the model; called when the first sequence is scored: its adapter is then the one that
             is scored.
         gigabytes: JOB_TRAIN__GPU_MEMORY_GB.
     """

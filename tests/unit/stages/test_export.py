@@ -238,7 +238,7 @@ def test_what_cannot_be_exported_is_refused_before_training(
         with pytest.raises(Unreachable, match="of disk are free"):
             check(attempt, world.settings(), base, loaded)
         loaded.model.peft_config["default"].bias = "all"
-        with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: the adapter has biases of its own"):
+        with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: the adapter has biases, which"):
             check(attempt, world.settings(), base, loaded)
 
 

@@ -70,13 +70,13 @@ def test_every_wrong_path_is_told_with_its_setting(tmp_path: Path, monkeypatch: 
 def test_a_later_attempt_needs_no_model(tmp_path: Path, no_tasks: list[Any]) -> None:
     """The quantized base may be in a cache, and the tasks were found before; data is read in every attempt."""
     gone = settings(f"--model.id={tmp_path}/gone")
-    check_inputs(gone, begun=True)
+    check_inputs(gone, has_record=True)
     assert no_tasks == []
     with pytest.raises(DataError, match=r"JOB_MODEL__ID: .* does not exist"):
         check_inputs(gone)
     assert no_tasks == [(("arc_easy",), gone.eval.data)]
     with pytest.raises(DataError, match=r"JOB_DATA__SOURCE: .* does not exist"):
-        check_inputs(settings(f"--data.source={tmp_path}/gone.jsonl"), begun=True)
+        check_inputs(settings(f"--data.source={tmp_path}/gone.jsonl"), has_record=True)
 
 
 def test_both_stages_data_is_looked_at(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_what_lies_in_a_store_is_not_asked_for() -> None:
         "--eval.data=arc_easy=s3://bucket/q.jsonl",
     )
     check_inputs(settings(*remote, "--lora.start=s3://bucket/adapter"))
-    with pytest.raises(SettingsError, match="rows is taken for one, since there is no such path here"):
+    with pytest.raises(SettingsError, match="rows is taken for one, since the path does not exist here"):
         check_inputs(settings("--data.source=rows"))
 
 
