@@ -30,7 +30,7 @@ class Argument:
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     runs: tuple[int, int | None] | None = None
-    """Of a flag that changes how many runs are given: at least and at most so many. None: one for each positional."""
+    """Of a flag that changes the number of runs: (smallest, largest). None: one run for each positional argument."""
 
     @property
     def positional(self) -> bool:
@@ -249,54 +249,54 @@ class Arguments:
     settings: list[str] = field(default_factory=list)
 
 
-def parse_arguments(words: Sequence[str], arguments: Sequence[Argument]) -> Arguments:
+def parse_arguments(argv: Sequence[str], arguments: Sequence[Argument]) -> Arguments:
     """Parses the words after a command that reads published runs.
 
     Raises:
         SettingsError: With all problems together.
     """
-    given, problems = Arguments(), []
-    known = {argument.name: argument for argument in arguments if not argument.positional}
-    rest = iter(words)
-    for word in rest:
+    parsed, problems = Arguments(), []
+    options = {argument.name: argument for argument in arguments if not argument.positional}
+    remaining = iter(argv)
+    for word in remaining:
         name, equals, value = word.partition("=")
         if not word.startswith("--"):
-            given.runs.append(word)
-        elif name in known and not known[name].takes_value and not equals:
-            given.flags.add(name)
-        elif name in known or "." in name:
-            value = value if equals else next(rest, "")
+            parsed.runs.append(word)
+        elif name in options and not options[name].takes_value and not equals:
+            parsed.flags.add(name)
+        elif name in options or "." in name:
+            value = value if equals else next(remaining, "")
             if not value:
                 problems.append(Problem(name, f"needs a value: {name} VALUE"))
             elif "." in name:
-                given.settings.append(f"{name}={value}")
+                parsed.settings.append(f"{name}={value}")
             else:
-                given.options[name] = value
+                parsed.options[name] = value
         else:
-            near = get_close_matches(name, known, n=1)
+            near = get_close_matches(name, options, n=1)
             problems.append(Problem(name, f"is unknown; the nearest is {near[0]}" if near else "is unknown"))
-    wrong = list(_missing(given, arguments))
-    if problems and len(given.runs) > sum(argument.positional for argument in arguments):
-        wrong = wrong[1:]  # the run that is one too many may be the value of the unknown option
-    problems += wrong
+    missing = list(_missing(parsed, arguments))
+    if problems and len(parsed.runs) > sum(argument.positional for argument in arguments):
+        missing = missing[1:]  # the run that is one too many may be the value of the unknown option
+    problems += missing
     if problems:
         raise SettingsError(problems)
-    return given
+    return parsed
 
 
-def _missing(given: Arguments, arguments: Sequence[Argument]) -> Iterator[Problem]:
+def _missing(parsed: Arguments, arguments: Sequence[Argument]) -> Iterator[Problem]:
     """The problems with the number of runs and with choices; sets defaults of choices in `given.options`."""
     runs = [argument.name for argument in arguments if argument.positional]
-    with_flag = next((argument for argument in arguments if argument.runs and argument.name in given.flags), None)
+    with_flag = next((argument for argument in arguments if argument.runs and argument.name in parsed.flags), None)
     least, most = (with_flag and with_flag.runs) or (len(runs), len(runs))
-    if len(given.runs) < least or (most is not None and len(given.runs) > most):
+    if len(parsed.runs) < least or (most is not None and len(parsed.runs) > most):
         count = {0: "no run", 1: "one run"}.get(least, f"{least} runs")
         count += " or more" if most is None else ""
         name = with_flag.name if with_flag else " ".join(runs)
-        what = f"needs {count}, path or URI; {len(given.runs)} given"
-        yield Problem(name, f"needs no run; remove {' '.join(given.runs)}" if most == 0 else what)
+        what = f"needs {count}, path or URI; {len(parsed.runs)} given"
+        yield Problem(name, f"needs no run; remove {' '.join(parsed.runs)}" if most == 0 else what)
     for argument in arguments:
-        if argument.choices and given.options.setdefault(argument.name, argument.choices[0]) not in argument.choices:
+        if argument.choices and parsed.options.setdefault(argument.name, argument.choices[0]) not in argument.choices:
             yield Problem(argument.name, f"must be {' or '.join(argument.choices)}")
 
 
@@ -315,15 +315,15 @@ def command_help(name: str) -> str:
         epilog=_epilog(name, command),
         formatter_class=RawDescriptionHelpFormatter,
     )
-    own = parser.add_argument_group("arguments")
+    group = parser.add_argument_group("arguments")
     for argument in command.arguments:
         text = argument.help.replace("%", "%%")
         if argument.positional:
-            own.add_argument(argument.name, help=text)
+            group.add_argument(argument.name, help=text)
         elif argument.takes_value:
-            own.add_argument(argument.name, help=text, metavar=argument.metavar, choices=argument.choices or None)
+            group.add_argument(argument.name, help=text, metavar=argument.metavar, choices=argument.choices or None)
         else:
-            own.add_argument(argument.name, help=text, action="store_true")
+            group.add_argument(argument.name, help=text, action="store_true")
     if command.settings != "none":
         from job.settings.help_options import add_options
 

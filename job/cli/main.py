@@ -88,7 +88,7 @@ TERMINATION_BYTES = 4096
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    argv = list(sys.argv[1:] if arguments is None else arguments)
     platform = current_platform()
     for name, value in azure_variables(environment()).items():
         os.environ[name] = value  # for obstore
@@ -96,47 +96,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = environment().get("JOB_LOG__FORMAT", "")
     log.configure(asked if asked in {"json", "console"} else "auto", "info", secrets())
     try:
-        return _dispatch(words)
+        return _dispatch(argv)
     except Exception as error:  # noqa: BLE001 - this is the one handler
         return _report(_of_the_job(error), platform)
 
 
-def _dispatch(words: list[str]) -> int:
-    if words and words[0] in {"-h", "--help", "help"}:
+def _dispatch(argv: list[str]) -> int:
+    if argv and argv[0] in {"-h", "--help", "help"}:
         return _print(USAGE)
-    if words and words[0] == "--version":
+    if argv and argv[0] == "--version":
         return _print(f"qlora-job {__version__}\n")
-    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        near = "".join(f"; the nearest is {name}" for name in get_close_matches(words[0], COMMANDS, n=1))
-        raise SettingsError([Problem(words[0], f"is not a command{near}; commands are {', '.join(COMMANDS)}")])
-    command = words.pop(0) if words and words[0] in COMMANDS else "run"
-    if {"-h", "--help"} & set(words):
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = "".join(f"; the nearest is {name}" for name in get_close_matches(argv[0], COMMANDS, n=1))
+        raise SettingsError([Problem(argv[0], f"is not a command{near}; commands are {', '.join(COMMANDS)}")])
+    command = argv.pop(0) if argv and argv[0] in COMMANDS else "run"
+    if {"-h", "--help"} & set(argv):
         return _print(command_help(command))
-    return _FUNCTIONS[command](words)
+    return _FUNCTIONS[command](argv)
 
 
 def _print(text: str) -> int:
-    """The exit code of a command that does no more: text that nobody gets is no success."""
+    """The exit code of a command that only prints: text that could not be written is no success."""
     return 0 if log.print_result(text) else JobError.exit_code
 
 
-def _run(words: list[str]) -> int:
-    from job.distributed.early_end import telling_other_machines
+def _run(argv: list[str]) -> int:
+    from job.distributed.early_end import reporting_early_end
 
-    with telling_other_machines(lambda: _several_machines(known_machine(words))):
-        settings = load_settings(words)
+    with reporting_early_end(lambda: _several_machines(known_machine(argv))):
+        settings = load_settings(argv)
     place = current_place()
     _configure_log(settings, place)
     _check_temporary_folder()
     if place is None:  # else the launcher, or every process of torchrun, would log it again
         _note_foreign_variables()
-    _tell_libraries(find_machines(current_platform()).interface)
+    _configure_libraries(find_machines(current_platform()).interface)
     if settings.run.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else libraries would use a GPU if there is one
     from job.runs.fault_injection import parse
 
     faults = parse(settings.fault or "")
-    if place is None and (code := _launch(settings, words)) is not None:
+    if place is None and (code := _launch(settings, argv)) is not None:
         return code
     _hide_other_gpus(place)
     from job.common.resources import check_shared_memory
@@ -187,19 +187,26 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _launch(settings: Settings, words: list[str]) -> int | None:
+def _launch(settings: Settings, argv: list[str]) -> int | None:
     """Starts this machine's processes and returns their exit code; None if one process is enough, which is this one."""
-    from job.distributed.early_end import telling_other_machines
-    from job.distributed.launcher import Machine, check_signals, count_processes, launch, noted_signals, worker_command
+    from job.distributed.early_end import reporting_early_end
+    from job.distributed.launcher import (
+        Machine,
+        check_signals,
+        count_processes,
+        launch,
+        recorded_signals,
+        worker_command,
+    )
 
     run = settings.run
-    with noted_signals() as received:
-        telling = telling_other_machines(lambda: _several_machines(settings), received)
+    with recorded_signals() as signals:
+        telling = reporting_early_end(lambda: _several_machines(settings), signals)
         with telling, current_platform().machine_checks():
             processes = count_processes(run.processes)
         _share_cpus(processes)
         if processes * run.nodes == 1:
-            check_signals(received)
+            check_signals(signals)
             return None
         from job.pipeline import finished
 
@@ -208,9 +215,9 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
             return 0
         # With one machine the rank is ignored: the pods of an Indexed Job may be independent runs.
         machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)
-        command, grace = worker_command(words), run.grace_seconds
+        command, grace = worker_command(argv), run.grace_seconds
         garbage_collection.enable()  # this process only waits from here on
-        return launch(command, machine, received, run=run.id, environ=environment(), grace_seconds=grace)
+        return launch(command, machine, signals, run=run.id, environ=environment(), grace_seconds=grace)
 
 
 def _several_machines(settings: Settings | None) -> tuple[Machine, str | None] | None:
@@ -257,17 +264,17 @@ def _check_temporary_folder() -> None:
         ) from None
 
 
-def _tell_libraries(interface: str | None) -> None:
+def _configure_libraries(interface: str | None) -> None:
     """Sets the variables that libraries read when they are imported, unless the user has set them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP's threads would spin while they wait: beside other processes a CPU then needs four times as long.
+    # OpenMP's threads would spin while they wait: with other busy processes a CPU then needs four times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Warnings of torch's C++ code, such as about an address that does not answer, would be plain text among JSON lines.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # bitsandbytes has torch compile functions for devices without kernels of their own. The decorator alone imports
-    # torch's compiler, 600 modules; nothing of the job is compiled.
+    # bitsandbytes has torch compile functions for devices that have no kernels in the library. The decorator alone
+    # imports torch's compiler, 600 modules; nothing of the job is compiled.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # TRL and MLflow send telemetry when training starts, unless it is disabled.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -289,11 +296,11 @@ def _hide_other_gpus(place: Place | None) -> None:
             del os.environ[name]
 
 
-def _config(words: list[str]) -> int:
-    if "--schema" in words:
+def _config(argv: list[str]) -> int:
+    if "--schema" in argv:
         return _print(json.dumps(json_schema(), indent=2) + "\n")
     rows = [
-        (name, json.dumps(value), source) for name, value, source in describe(load_settings(words, options=("schema",)))
+        (name, json.dumps(value), source) for name, value, source in describe(load_settings(argv, options=("schema",)))
     ]
     _note_foreign_variables()
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -301,63 +308,63 @@ def _config(words: list[str]) -> int:
     return _print("".join(lines))
 
 
-def _plan(words: list[str]) -> int:
-    _tell_libraries(None)
+def _plan(argv: list[str]) -> int:
+    _configure_libraries(None)
     _note_foreign_variables()
     with log.silence_stdout():
         from job.planning.plan_text import plan_command
 
-    return plan_command(words)
+    return plan_command(argv)
 
 
-def _selftest(words: list[str]) -> int:
-    if words:
+def _selftest(argv: list[str]) -> int:
+    if argv:
         raise SettingsError([Problem("selftest", "takes no arguments and no settings; remove them")])
     from job.cli.selftest import selftest
 
     return max((_print(line + "\n") for line in selftest(environment())), default=0)
 
 
-def _draw_report(words: list[str]) -> int:
+def _draw_report(argv: list[str]) -> int:
     from job.cli.runs import report_command
 
-    return report_command(words)
+    return report_command(argv)
 
 
-def _verify(words: list[str]) -> int:
+def _verify(argv: list[str]) -> int:
     from job.cli.runs import verify_command
 
-    return verify_command(words)
+    return verify_command(argv)
 
 
-def _compare(words: list[str]) -> int:
+def _compare(argv: list[str]) -> int:
     from job.cli.runs import compare_command
 
-    return compare_command(words)
+    return compare_command(argv)
 
 
-def _push(words: list[str]) -> int:
+def _push(argv: list[str]) -> int:
     from job.cli.push import push_command
 
-    return push_command(words)
+    return push_command(argv)
 
 
-def _promote(words: list[str]) -> int:
+def _promote(argv: list[str]) -> int:
     from job.cli.promote import promote_command
 
-    return promote_command(words)
+    return promote_command(argv)
 
 
-def _status(words: list[str]) -> int:
+def _status(argv: list[str]) -> int:
     from job.cli.status import status_command
 
-    return status_command(words)
+    return status_command(argv)
 
 
-def _serve_check(words: list[str]) -> int:
+def _serve_check(argv: list[str]) -> int:
     from job.cli.serve_check import serve_check_command
 
-    return serve_check_command(words)
+    return serve_check_command(argv)
 
 
 _FUNCTIONS = {
@@ -377,10 +384,10 @@ _FUNCTIONS = {
 
 
 def _of_the_job(error: Exception) -> Exception:
-    """A file that may not be read, or a disk that fails, where nobody closer to it has put that into words."""
+    """A file that may not be read, or a disk that fails, where no other code has made it an error of the job."""
     from job.common.disk import disk_errors, is_of_the_machine
 
-    # Libraries in Rust, such as safetensors, raise classes of their own, whose text ends with the error's number.
+    # Libraries in Rust, such as safetensors, raise their own classes, whose text ends with the error's number.
     if not isinstance(error, JobError) and (found := re.search(r"\(os error (\d+)\)$", str(error))):
         number = int(found[1])
         if is_of_the_machine(by_number := OSError(number, os.strerror(number))):
@@ -435,7 +442,7 @@ def _report_to_platform(platform: Platform, error: Exception, text: str) -> None
 
 
 def _details(error: JobError) -> dict[str, Any]:
-    """The fields of the log line, beside the class of the error."""
+    """The fields of the log line, besides the class of the error."""
     problems = getattr(error, "problems", None)
     if problems is None:
         return {"why": str(error)}

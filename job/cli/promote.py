@@ -18,33 +18,34 @@ from job.storage.open import is_remote
 from job.verification.verify import require_verified, verify
 
 
-def promote_command(words: Sequence[str]) -> int:
+def promote_command(argv: Sequence[str]) -> int:
     """`promote RUN --to PLACE`, or `promote --rollback --to PLACE`: prints what the pointer points to now.
 
     Raises:
-        SettingsError: The place cannot hold a pointer, there is no such run, or nothing to go back to.
+        SettingsError: The place cannot hold a pointer, the run does not exist, or there is no earlier run to go back
+            to.
         VerificationError: The run is not what its manifest says.
         GateError: Its quality gate is not met, or it has none.
-        PointerMoved: Somebody else moved the pointer at the same time.
+        PointerMoved: Another process moved the pointer at the same time.
     """
-    given = parse_arguments(words, COMMANDS["promote"].arguments)
-    storage, cache = reading(given)
-    if "--to" not in given.options:
+    parsed = parse_arguments(argv, COMMANDS["promote"].arguments)
+    storage, cache = reading(parsed)
+    if "--to" not in parsed.options:
         raise SettingsError([Problem("--to", "must be given: the pointer, such as s3://bucket/models/current")])
-    alone = [name for name in ("--key", "--without-gate") if name in given.options or name in given.flags]
-    if "--rollback" in given.flags and alone:
+    alone = [name for name in ("--key", "--without-gate") if name in parsed.options or name in parsed.flags]
+    if "--rollback" in parsed.flags and alone:
         what = "has no effect with --rollback; remove it"
         raise SettingsError([Problem(name, what) for name in alone])
-    key = signer(given)
-    place = pointer_place(given.options["--to"], storage)
+    key = signer(parsed)
+    place = pointer_place(parsed.options["--to"], storage)
     check_place(place)
-    if "--rollback" in given.flags:
+    if "--rollback" in parsed.flags:
         current, before = roll_back(place, storage)
         lines = [f"{place.uri} points to {current.text} again", f"moved back from {before.text}"]
         return _print(lines)
-    store = open_run(given.runs[0], storage)
+    store = open_run(parsed.runs[0], storage)
     run = read_published(store)
-    require_gate_held(run.results, without_gate="--without-gate" in given.flags)
+    require_gate_held(run.results, without_gate="--without-gate" in parsed.flags)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         require_verified(verify(store, Path(work), storage, key=key))
     if read_published(store).sha256 != run.sha256:

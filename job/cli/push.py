@@ -30,7 +30,7 @@ _OWN = ("hub", "hub_revision", "hub_private", "oci", "oci_plain_http")
 """Settings that are the run's own, unless the command line names a place."""
 
 
-def push_command(words: Sequence[str]) -> int:
+def push_command(argv: Sequence[str]) -> int:
     """`push RESULTS`: verifies the run, then pushes it, or prints what would be pushed.
 
     Raises:
@@ -39,56 +39,58 @@ def push_command(words: Sequence[str]) -> int:
         GateError: Its quality gate is not met.
         JobError: As the target says.
     """
-    given = parse_arguments(words, COMMANDS["push"].arguments)
-    storage, _ = reading(given)
-    store, key = open_run_or_pointer(given.runs[0], storage), signer(given)
+    parsed = parse_arguments(argv, COMMANDS["push"].arguments)
+    storage, _ = reading(parsed)
+    store, key = open_run_or_pointer(parsed.runs[0], storage), signer(parsed)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", ignore_cleanup_errors=True) as work:
         require_verified(verify(store, Path(work), storage, key=key))
     results = read_published(store).results
-    chosen = _targets(given, results)
-    if "--despite-gate" not in given.flags:
+    push_targets = _targets(parsed, results)
+    if "--despite-gate" not in parsed.flags:
         require_gate(results)
-    if "--dry-run" in given.flags:
+    if "--dry-run" in parsed.flags:
         with tempfile.TemporaryDirectory(prefix="qlora-job-", ignore_cleanup_errors=True) as work:
             content = content_of(store, results, Path(work))
-            lines = [line for target in chosen for line in _preview(target, target.changes(content), target.check())]
+            lines = [
+                line for target in push_targets for line in _preview(target, target.changes(content), target.check())
+            ]
     else:
-        pushed = push_run(store, results, chosen, again=True)
+        pushed = push_run(store, results, push_targets, again=True)
         lines = [f"{one.target}: {one.place} holds the run as {one.id}" for one in pushed]
     return 0 if log.print_result("".join(f"{visible(line)}\n" for line in lines)) else JobError.exit_code
 
 
-def _preview(target: Target, changes: Sequence[tuple[str, str, int]], found: str) -> list[str]:
+def _preview(target: Target, changes: Sequence[tuple[str, str, int]], access: str) -> list[str]:
     rows = [f"  {change:<8} {size(bytes_, ' ') if bytes_ else '':>10}  {path}" for change, path, bytes_ in changes]
     total = sum(bytes_ for change, _, bytes_ in changes if change in {"new", "changed"})
     return [
         f"{target.kind}: {target.place}",
-        f"  {found}",
+        f"  {access}",
         *rows,
         f"  to upload: {size(total, ' ')}; nothing was written",
     ]
 
 
-def _targets(given: Arguments, results: Mapping[str, Any]) -> tuple[Target, ...]:
+def _targets(parsed: Arguments, results: Mapping[str, Any]) -> tuple[Target, ...]:
     """Those of the command line, else those of the run's own settings.
 
     Raises:
         SettingsError: There are none, or a name is none.
     """
-    values: dict[str, Any] = {n: given.options[option] for option, n in _OPTIONS.items() if option in given.options}
+    values: dict[str, Any] = {n: parsed.options[option] for option, n in _OPTIONS.items() if option in parsed.options}
     if not values.keys() & set(TARGETS):
         own = {name.removeprefix("export."): setting["value"] for name, setting in results["settings"].items()}
         values = {name: own[name] for name in _OWN if name in own} | values
-    values |= {name: value for flag, (name, value) in _FLAGS.items() if flag in given.flags}
+    values |= {name: value for flag, (name, value) in _FLAGS.items() if flag in parsed.flags}
     try:
-        chosen = targets(Export.model_validate(values))
+        configured = targets(Export.model_validate(values))
     except ValidationError as error:
         options = {name: option for option, name in _OPTIONS.items()}
         records = error.errors(include_url=False, include_input=False)
         problems = [Problem(options.get(str(r["loc"][-1]), "--hub"), explain(r)) for r in records]
         raise SettingsError(problems) from None
-    if not chosen:
+    if not configured:
         raise SettingsError(
             [Problem("--hub or --oci", "must be given: the run's own settings name no repository or image to push to")]
         )
-    return chosen
+    return configured

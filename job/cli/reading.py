@@ -12,14 +12,14 @@ from job.storage.open import StorageOptions, storage_options
 _QUICK_TRIES = 4
 
 
-def reading(given: Arguments, *, quick: bool = False) -> tuple[StorageOptions, str | None]:
+def reading(parsed: Arguments, *, quick: bool = False) -> tuple[StorageOptions, str | None]:
     """Configures the log; returns how to reach stores, and the folder for downloads.
 
     Args:
-        given: With the settings on the command line.
+        parsed: With the settings on the command line.
         quick: Whether a store that does not answer is reported after about 5 s of pauses, since a person waits.
     """
-    settings: Settings = load_reading(given.settings)
+    settings: Settings = load_reading(parsed.settings)
     log.configure(settings.log.format, settings.log.level, secrets())
     storage = storage_options(settings.storage)
     if quick:

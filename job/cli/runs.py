@@ -35,46 +35,48 @@ HISTORY = "--history"
 THRESHOLDS = {"--metric": "metric", "--min-delta": "min_delta", "--max-regression": "max_regression"}
 
 
-def verify_command(words: Sequence[str]) -> int:
+def verify_command(argv: Sequence[str]) -> int:
     """`verify RESULTS`: prints every check.
 
     Raises:
         VerificationError: Something differs.
     """
-    given = parse_arguments(words, COMMANDS["verify"].arguments)
-    storage, cache = reading(given)
+    parsed = parse_arguments(argv, COMMANDS["verify"].arguments)
+    storage, cache = reading(parsed)
     if cache is not None:
         with disk_errors(f"cannot make the folder {cache}"):
             Path(cache).mkdir(parents=True, exist_ok=True)
-    key = signer(given)
-    store = open_run_or_pointer(given.runs[0], storage)
+    key = signer(parsed)
+    store = open_run_or_pointer(parsed.runs[0], storage)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         checks = verify(store, Path(work), storage, key=key)
-    code = _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
+    code = _print(
+        [json.dumps(as_json(store.uri, checks), indent=2)] if _is_format(parsed, "json") else as_lines(checks)
+    )
     require_verified(checks)
     return code
 
 
-def signer(given: Arguments) -> str | None:
+def signer(parsed: Arguments) -> str | None:
     """The public key in PEM that `--key` names; None without it. Raises SettingsError if the file holds none."""
-    return load_public_key(given.options["--key"]) if "--key" in given.options else None
+    return load_public_key(parsed.options["--key"]) if "--key" in parsed.options else None
 
 
-def compare_command(words: Sequence[str]) -> int:
+def compare_command(argv: Sequence[str]) -> int:
     """`compare A B`: prints both side by side. `compare --history RUN...`: prints a metric over all of them.
 
     Raises:
         GateError: B does not pass, or the newest run of the history is out of the control limits.
     """
-    given = parse_arguments(words, COMMANDS["compare"].arguments)
-    if HISTORY in given.flags:
-        return _history(given)
-    if "--output" in given.options:
+    parsed = parse_arguments(argv, COMMANDS["compare"].arguments)
+    if HISTORY in parsed.flags:
+        return _history(parsed)
+    if "--output" in parsed.options:
         raise SettingsError([Problem("--output", f"is only for {HISTORY}")])
-    _thresholds(given.options)  # wrong ones are refused before anything is read
-    storage, _ = reading(given, quick=True)
+    _thresholds(parsed.options)  # wrong ones are refused before anything is read
+    storage, _ = reading(parsed, quick=True)
     runs, errors = [], []
-    for where in given.runs:
+    for where in parsed.runs:
         try:
             runs.append(read_published(open_run_or_pointer(where, storage)))
         except JobError as error:
@@ -82,51 +84,51 @@ def compare_command(words: Sequence[str]) -> int:
     if errors:
         raise combine(errors)
     compared = compare(*runs)
-    compared["gate"] = gate = _gate(given, compared)
-    if _is(given, "json"):
+    compared["gate"] = gate = _gate(parsed, compared)
+    if _is_format(parsed, "json"):
         code = _print([json.dumps(compared, indent=2)])
     else:
-        code = _print(as_markdown(compared) if _is(given, "markdown") else as_text(compared))
+        code = _print(as_markdown(compared) if _is_format(parsed, "markdown") else as_text(compared))
     if gate is not None and gate["reasons"]:
         raise GateError("; ".join(gate["reasons"]))
     return code
 
 
-def _gate(given: Arguments, compared: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a policy or the thresholds say of B against A; None if neither is asked for."""
-    if (path := given.options.get("--policy")) is not None:
-        if given.options.keys() & THRESHOLDS.keys():
+def _gate(parsed: Arguments, compared: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The verdict of a policy or of thresholds on B against A; None if neither is given."""
+    if (path := parsed.options.get("--policy")) is not None:
+        if parsed.options.keys() & THRESHOLDS.keys():
             raise SettingsError(
                 [Problem("--policy", "has rules by task; remove either this, or --metric and the thresholds")]
             )
         return judge_by_policy(compared, path)
-    if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
-        thresholds = _thresholds(given.options)
+    if parsed.flags or parsed.options.keys() & THRESHOLDS.keys():  # a threshold implies a gate
+        thresholds = _thresholds(parsed.options)
         reasons = gate_reasons(compared, **thresholds)
         return {**thresholds, "passed": not reasons, "reasons": reasons}
     return None
 
 
-def _history(given: Arguments) -> int:
+def _history(parsed: Arguments) -> int:
     alone = [
         name
         for name in ("--gate", "--min-delta", "--max-regression", "--policy")
-        if name in given.flags | given.options.keys()
+        if name in parsed.flags | parsed.options.keys()
     ]
     if alone:
         raise SettingsError([Problem(name, f"has no effect with {HISTORY}; remove it") for name in alone])
-    output = given.options.get("--output")
-    storage, _ = reading(given, quick=True)
-    runs, unreadable = find_runs(given.runs, storage)
-    found = history(runs, given.options.get("--metric"), unreadable)
+    output = parsed.options.get("--output")
+    storage, _ = reading(parsed, quick=True)
+    runs, unreadable = find_runs(parsed.runs, storage)
+    computed = history(runs, parsed.options.get("--metric"), unreadable)
     if output is not None:
-        _write_page(output, render_history(found))
-    if _is(given, "json"):
-        code = _print([json.dumps(history_json(found), indent=2)])
+        _write_page(output, render_history(computed))
+    if _is_format(parsed, "json"):
+        code = _print([json.dumps(history_json(computed), indent=2)])
     else:
-        code = _print(history_lines(found, markdown=_is(given, "markdown")))
-    if found.out:
-        raise GateError(found.verdict)
+        code = _print(history_lines(computed, markdown=_is_format(parsed, "markdown")))
+    if computed.out:
+        raise GateError(computed.verdict)
     return code
 
 
@@ -151,29 +153,29 @@ def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
         raise SettingsError([Problem(names[str(r["loc"][0])], explain(r)) for r in records]) from None
 
 
-def _is(given: Arguments, name: str) -> bool:
-    return given.options["--format"] == name
+def _is_format(parsed: Arguments, name: str) -> bool:
+    return parsed.options["--format"] == name
 
 
 def _print(lines: Iterable[str]) -> int:
-    """The exit code if nothing else is wrong: a result that nobody gets is no success."""
+    """The exit code if nothing else is wrong: a result that could not be written is no success."""
     return 0 if log.print_result("\n".join(lines) + "\n") else JobError.exit_code
 
 
-def report_command(words: Sequence[str]) -> int:
-    """`report RESULTS`: writes the HTML report again, with what was recorded of the run since it was published.
+def report_command(argv: Sequence[str]) -> int:
+    """`report RESULTS`: writes the HTML report again, with the records made since the run was published.
 
     Raises:
         SettingsError: It is not clear which run, or there is none.
         VerificationError: The manifest is not what the job wrote.
         DataError: What was published is gone, or was altered.
     """
-    given = parse_arguments(words, COMMANDS["report"].arguments)
-    output = given.options.get("--output", OUTPUT)
+    parsed = parse_arguments(argv, COMMANDS["report"].arguments)
+    output = parsed.options.get("--output", OUTPUT)
     if Path(output).is_dir():
         raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
-    storage, _ = reading(given, quick=True)
-    run = read_published(open_run_or_pointer(given.runs[0], storage))
+    storage, _ = reading(parsed, quick=True)
+    run = read_published(open_run_or_pointer(parsed.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:
             evidence = read_report_data(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))

@@ -54,14 +54,14 @@ def selftest(environ: Mapping[str, str]) -> Iterator[str]:
     clean = kept | SETTINGS
     with tempfile.TemporaryDirectory(prefix="qlora-job-selftest-") as folder:
         yield "an uninterrupted run ..."
-        whole, _ = _run_until_done(clean, Path(folder) / "whole")
+        uninterrupted, _ = _run_until_done(clean, Path(folder) / "whole")
         yield f"the same run with {FAULTS} ..."
         resumed, ends = _run_until_done(clean | {"JOB_FAULT": FAULTS}, Path(folder) / "killed")
         for number, end in enumerate(ends, start=1):
             how = f"killed by signal {-end.code}" if end.code < 0 else f"exit code {end.code}"
             newest = f"newest checkpoint at step {end.saved}" if end.saved else "no checkpoint yet"
             yield f"  attempt {number}: {how}, {newest}"
-    expected, found = facts_of(whole), facts_of(resumed)
+    expected, found = facts_of(uninterrupted), facts_of(resumed)
     wrong = sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
     for path in sorted(expected):
         yield f"  {'differs' if path in wrong else 'same   '}  {expected[path][:12]}  {path}"
@@ -77,7 +77,7 @@ def _run_until_done(environ: Mapping[str, str], output: Path) -> tuple[dict[str,
     while not ends or ends[-1].code != 0:
         if len(ends) == MAX_ATTEMPTS:
             raise JobError(f"the run was not complete after {MAX_ATTEMPTS} attempts")
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "job", "run"],
             env={**environ, **settings},
             capture_output=True,
@@ -85,8 +85,8 @@ def _run_until_done(environ: Mapping[str, str], output: Path) -> tuple[dict[str,
             check=False,
         )
         saved = [int(path.parent.name.removeprefix("step-")) for path in output.rglob(COMMITTED)]
-        ends.append(ProcessEnd(done.returncode, max(saved, default=0)))
-        if done.returncode > 0 and done.returncode != os.EX_TEMPFAIL:
-            raise JobError(f"a run ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        ends.append(ProcessEnd(process.returncode, max(saved, default=0)))
+        if process.returncode > 0 and process.returncode != os.EX_TEMPFAIL:
+            raise JobError(f"a run ended with exit code {process.returncode}:\n{process.stderr[-2000:]}")
     results: dict[str, Any] = json.loads((output / "selftest" / RESULTS).read_text(encoding="utf-8"))
     return results, ends

@@ -35,7 +35,7 @@ from job.verification.verify import require_verified, verify
 QUESTIONS = 50
 
 
-def serve_check_command(words: Sequence[str]) -> int:
+def serve_check_command(argv: Sequence[str]) -> int:
     """`serve-check RESULTS`: prints how a server answers the run's questions, and how fast.
 
     Raises:
@@ -44,46 +44,46 @@ def serve_check_command(words: Sequence[str]) -> int:
         DataError: A file of the run is not what was published.
         AccessDenied, Unreachable: As the server answers.
     """
-    given = parse_arguments(words, COMMANDS["serve-check"].arguments)
-    storage, cache = reading(given)
-    store = open_run_or_pointer(given.runs[0], storage)
-    if (key := signer(given)) is not None:
+    parsed = parse_arguments(argv, COMMANDS["serve-check"].arguments)
+    storage, cache = reading(parsed)
+    store = open_run_or_pointer(parsed.runs[0], storage)
+    if (key := signer(parsed)) is not None:
         with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as checked:
             require_verified(verify(store, Path(checked), storage, key=key))
     run = read_published(store)
-    count, server = _count(given), given.options.get("--server")
+    count, server = _count(parsed), parsed.options.get("--server")
     if server is not None and server not in SERVERS:
         raise SettingsError([Problem("--server", f"must be {' or '.join(SERVERS)}")])
-    shipped, side = _served(given, run.results)
+    shipped, side = _served(parsed, run.results)
     with ExitStack() as stack:
         folder = tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True)
         work = Path(stack.enter_context(folder))
-        asked = _records(run, side, work)
-        if url := given.options.get("--url"):
+        questions = _records(run, side, work)
+        if url := parsed.options.get("--url"):
             client = Client(url.rstrip("/").removesuffix("/v1"), environment().get("OPENAI_API_KEY"))
-            name = model_name(client, given.options.get("--model"))
+            name = model_name(client, parsed.options.get("--model"))
             server = server or recognized(client)
         else:
             model = _fetched(run, shipped, work)
             server = server or pick(model)
             client, name = stack.enter_context(started(server, model))
-        found = serve_check(Served(client, server, name, shipped), asked, count)
-    if "--record" in given.flags:
-        write_serve_check(run.store, found)
-    code = _print(given, found)
-    require_alike(found)
+        result = serve_check(Served(client, server, name, shipped), questions, count)
+    if "--record" in parsed.flags:
+        write_serve_check(run.store, result)
+    code = _print(parsed, result)
+    require_alike(result)
     return code
 
 
-def _print(given: Arguments, found: ServeCheck) -> int:
-    text = json.dumps(as_json(found), indent=2) if given.options["--format"] == "json" else None
-    lines = [text] if text is not None else [visible(line) for line in as_lines(found)]
+def _print(parsed: Arguments, result: ServeCheck) -> int:
+    text = json.dumps(as_json(result), indent=2) if parsed.options["--format"] == "json" else None
+    lines = [text] if text is not None else [visible(line) for line in as_lines(result)]
     return 0 if log.print_result("\n".join(lines) + "\n") else JobError.exit_code
 
 
-def _count(given: Arguments) -> int:
+def _count(parsed: Arguments) -> int:
     try:
-        count = int(given.options.get("--questions", str(QUESTIONS)))
+        count = int(parsed.options.get("--questions", str(QUESTIONS)))
     except ValueError:
         count = 0
     if count < 1:
@@ -91,11 +91,11 @@ def _count(given: Arguments) -> int:
     return count
 
 
-def _served(given: Arguments, results: Mapping[str, Any]) -> tuple[str, str]:
+def _served(parsed: Arguments, results: Mapping[str, Any]) -> tuple[str, str]:
     """What is served, and the side of its records."""
     exports = {export["format"]: export["candidate"] for export in results.get("exports", ())}
     judged = (results["settings"].get("gate.on") or {}).get("value", "adapter")
-    shipped = given.options.get("--served", judged)
+    shipped = parsed.options.get("--served", judged)
     if shipped == "adapter":
         return shipped, shipped
     if shipped not in exports:
@@ -107,7 +107,7 @@ def _served(given: Arguments, results: Mapping[str, Any]) -> tuple[str, str]:
 def _records(run: PublishedRun, side: str, work: Path) -> list[tuple[str, Sample]]:
     """(task, record) of every question, verified."""
     listed = {artifact["path"]: Artifact(**artifact) for artifact in run.results["artifacts"]}
-    found = []
+    records = []
     for task in run.results["evaluation"]["tasks"]:
         artifact = listed.get(answers_key(task, side))
         if artifact is None or artifact.bytes > MAX_SAMPLES_BYTES:
@@ -118,12 +118,12 @@ def _records(run: PublishedRun, side: str, work: Path) -> list[tuple[str, Sample
             parsed = samples.parse(fetch_artifact(run.store, artifact, work).read_bytes())
         except ValueError as error:
             raise DataError([Problem(artifact.path, str(error))]) from error
-        found += [(task, sample) for sample in parsed]
-    return found
+        records += [(task, sample) for sample in parsed]
+    return records
 
 
 def _fetched(run: PublishedRun, shipped: str, work: Path) -> Model:
-    """The verified files of what is served, in a folder here."""
+    """The verified files of the served model, in a local folder."""
     prefix = ADAPTER if shipped == "adapter" else export_folder(shipped)
     files = [Artifact(**one) for one in run.results["artifacts"] if one["path"].startswith(prefix)]
     for artifact in files:

@@ -15,7 +15,7 @@ from job.results.status import as_json, read_status
 from job.results.status_text import as_lines
 
 
-def status_command(words: Sequence[str]) -> int:
+def status_command(argv: Sequence[str]) -> int:
     """`status RUN`: prints how the run is; nothing is written to its store.
 
     Raises:
@@ -23,11 +23,11 @@ def status_command(words: Sequence[str]) -> int:
         VerificationError: A record of the run is damaged; what the others say is printed before.
         AccessDenied, Unreachable: As the store says.
     """
-    given = parse_arguments(words, COMMANDS["status"].arguments)
-    stalled_after = _stalled_after(given)
-    storage, _ = reading(given, quick=True)
-    status = read_status(given.runs[0], storage, stalled_after=stalled_after)
-    if given.options["--format"] == "json":
+    parsed = parse_arguments(argv, COMMANDS["status"].arguments)
+    stalled_after = _stalled_after(parsed)
+    storage, _ = reading(parsed, quick=True)
+    status = read_status(parsed.runs[0], storage, stalled_after=stalled_after)
+    if parsed.options["--format"] == "json":
         lines = [json.dumps(as_json(status), indent=2)]
     else:
         lines = [visible(line) for line in as_lines(status)]
@@ -37,11 +37,11 @@ def status_command(words: Sequence[str]) -> int:
     return 0 if printed else JobError.exit_code
 
 
-def _stalled_after(given: Arguments) -> float | None:
-    if "--stalled-after" not in given.options:
+def _stalled_after(parsed: Arguments) -> float | None:
+    if "--stalled-after" not in parsed.options:
         return None
     try:
-        seconds = float(given.options["--stalled-after"])
+        seconds = float(parsed.options["--stalled-after"])
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:

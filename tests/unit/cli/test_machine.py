@@ -30,7 +30,7 @@ def test_transformers_reports_nothing_to_kubeflow(monkeypatch: pytest.MonkeyPatc
     environ = {name: value for name, value in os.environ.items() if name != "DISABLE_KUBEFLOW_INTEGRATION"}
     monkeypatch.setattr(os, "environ", {**environ, "KUBEFLOW_TRAINER_SERVER_URL": "https://trainer"})
     assert is_kubeflow_available()
-    main_module._tell_libraries(None)
+    main_module._configure_libraries(None)
     assert not is_kubeflow_available()
 
 
