@@ -29,7 +29,7 @@ def draw_all() -> tuple[tuple[Person, ...], list[Row], list[Row], list[Row]]:
 
 
 def render_data() -> dict[str, bytes]:
-    """Return the data files by name, as the bytes that lie in the repository."""
+    """Return the data files by name, as the bytes in the repository."""
     _, questions, instructions, preferences = draw_all()
     files = {"instructions.jsonl": instructions, "preferences.jsonl": preferences, "questions.jsonl": questions}
     return {name: "".join(json.dumps(row) + "\n" for row in rows).encode() for name, rows in files.items()}
@@ -64,17 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--check", action="store_true", help="compare the data files in OUT, write nothing")
     choice.add_argument("--data-only", action="store_true", help="write the data files, not the base model")
-    asked = parser.parse_args(arguments)
-    if asked.check:
-        different = find_differences(asked.out)
+    parsed = parser.parse_args(arguments)
+    if parsed.check:
+        different = find_differences(parsed.out)
         if different:
-            sys.stderr.write(f"not what this script makes: {', '.join(different)} (in {asked.out})\n")
+            sys.stderr.write(f"not what this script makes: {', '.join(different)} (in {parsed.out})\n")
         return 1 if different else 0
-    asked.out.mkdir(parents=True, exist_ok=True)
+    parsed.out.mkdir(parents=True, exist_ok=True)
     for name, content in render_data().items():
-        (asked.out / name).write_bytes(content)
-    if not asked.data_only:
-        write_base(asked.out / "base")
+        (parsed.out / name).write_bytes(content)
+    if not parsed.data_only:
+        write_base(parsed.out / "base")
     return 0
 
 

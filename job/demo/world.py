@@ -1,4 +1,4 @@
-"""The invented world: people, where they live, their trade and their pet, and the prose that tells of it.
+"""The invented world: people, where they live, their trade and their pet, and prose about them.
 
 Everything is drawn from a seed. A person is either practised (the instruction data asks about them) or held out (the
 questions ask about them, the instruction data never names them). Both are in the prose that the base model reads.
@@ -34,7 +34,7 @@ BREAK_SHARE = 0.10
 
 @dataclass(frozen=True)
 class Attribute:
-    """What is told of everybody: its possible values, and sentences that end in one."""
+    """A fact that every person has: its possible values, and sentences that end in one."""
 
     values: tuple[str, ...]
     sentences: tuple[str, ...]
@@ -118,14 +118,14 @@ def write_edition(world: tuple[Person, ...], draw: Random, breaks: Random) -> li
 
 
 def _portrait(person: Person, draw: Random, breaks: Random) -> str:
-    said = []
+    sentences = []
     for attribute, value in zip(ATTRIBUTES, person.values, strict=True):
         sentence = draw.choice(attribute.sentences)
         if breaks.random() < BREAK_SHARE:
             sentence = sentence.replace(" {value}", f"{breaks.choice(BREAKS)} {{value}}")
-        said.append(sentence.format(name=person.name, value=value))
-    draw.shuffle(said)
-    return " ".join(said)
+        sentences.append(sentence.format(name=person.name, value=value))
+    draw.shuffle(sentences)
+    return " ".join(sentences)
 
 
 def begin_sentence(attribute: Attribute, name: str, draw: Random) -> str:
