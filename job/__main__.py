@@ -17,7 +17,7 @@ def run() -> NoReturn:
     downloading. `main` has flushed and closed everything that matters when it returns.
     """
     garbage_collection.disable()
-    _open_what_is_closed()
+    _open_closed_streams()
     _undo_inherited_signals()
     from job.cli.main import main
 
@@ -32,7 +32,7 @@ def run() -> NoReturn:
     os._exit(code)
 
 
-def _open_what_is_closed() -> None:
+def _open_closed_streams() -> None:
     """Opens each standard stream that was closed when the process began: where nothing is kept, or comes from.
 
     Else the next file that is opened, such as a checkpoint's, would take its number, and what libraries and other

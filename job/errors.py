@@ -19,7 +19,7 @@ The table exists once, here. README, Kubernetes' podFailurePolicy and the SageMa
 `exit_codes()`. Codes 65 to 77 are those of BSD's sysexits.h where it has a matching one.
 
 To add one: a subclass of `JobError` with its code, meaning and `retry`, and an entry in `_KINDS`, the most serious kind
-first. The tests then name every place that has to know it.
+first. The tests then name every place that needs it.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class NoProgress(JobError):
 
 
 class UnfitMachine(JobError):
-    """The machine has no GPU that works, or too old a driver, though the settings ask for a GPU.
+    """The machine has no GPU that works, or too old a driver, though the settings require a GPU.
 
     Only where a retry may get another machine, on Kubernetes; elsewhere it is a `SettingsError`. `entrypoint.sh` ends
     with this code, too.
@@ -224,7 +224,7 @@ def combine(errors: Sequence[tuple[str, JobError]]) -> JobError:
     """One error with the problems of several: of the most serious kind, which has its exit code.
 
     Args:
-        errors: At least one, with the name of what is wrong, which stands before an error that lists no problems.
+        errors: At least one, with the name of what is wrong, a prefix for errors that list no problems.
     """
     if len(errors) == 1:
         return errors[0][1]
@@ -246,22 +246,22 @@ def check_all(checks: Iterable[tuple[str, Callable[[], object]]]) -> None:
     """Makes all checks, and raises what they find as one error.
 
     Args:
-        checks: Of each the name of what is checked, which stands before an error that lists no problems, and a function
-            that raises what is wrong.
+        checks: (name, function) of each check. The function raises what is wrong; the name is a prefix for errors
+            that list no problems.
 
     Raises:
         JobError: As `combine`. Preempted or Replaced at once, since then nothing further matters.
     """
-    found: list[tuple[str, JobError]] = []
+    errors: list[tuple[str, JobError]] = []
     for name, check in checks:
         try:
             check()
         except (Preempted, Replaced):
             raise
         except JobError as error:
-            found.append((name, error))
-    if found:
-        raise combine(found)
+            errors.append((name, error))
+    if errors:
+        raise combine(errors)
 
 
 def raise_problems(problems: Iterable[Problem]) -> None:
@@ -274,7 +274,7 @@ def raise_problems(problems: Iterable[Problem]) -> None:
 def named_by(setting: str, between: str = " ") -> Iterator[None]:
     """Within it, problems of a place name the setting that gives it: `JOB_DATA__SOURCE: /x.jsonl does not exist`.
 
-    `between` stands between the place and what is wrong with it.
+    `between` separates the place from what is wrong with it.
     """
     try:
         yield
@@ -284,7 +284,7 @@ def named_by(setting: str, between: str = " ") -> Iterator[None]:
 
 @contextmanager
 def naming(setting: str, instead_of: str = "JOB_MODEL__ID") -> Iterator[None]:
-    """Within it, problems that would name one setting name another: for a second model beside JOB_MODEL__ID."""
+    """Within it, problems that would name one setting name another: for a second model besides JOB_MODEL__ID."""
     try:
         yield
     except (DataError, SettingsError) as error:

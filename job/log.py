@@ -34,11 +34,11 @@ QUIET = (
 
 _context: ContextVar[Mapping[str, Any]] = ContextVar("fields on every line", default=MappingProxyType({}))
 _loggers_are_set_up = True
-"""Whether structlog makes its loggers as `configure` asked for; true as well if nobody asked."""
+"""Whether structlog makes its loggers as `configure` set; true also if `configure` was not called."""
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
-    """Writes to whatever `sys.stderr` is now: a progress bar replaces it, so that lines appear above the bar."""
+    """Writes to the current `sys.stderr`: a progress bar replaces it, so that lines appear above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -194,7 +194,7 @@ def silence_stdout() -> Iterator[None]:
 def print_result(text: str) -> bool:
     """Prints to stdout, where results go; whether what was printed is somewhere.
 
-    Where nobody reads it any more, as behind `| head`, or stdout was closed when the process began, nothing is lost.
+    Where its reader has ended, as behind `| head`, or stdout was closed when the process began, nothing is lost.
     That a disk is full is logged. Characters that stdout has no bytes for are printed as escapes.
     """
     if sys.stdout is None:
@@ -216,21 +216,21 @@ class Progress(Protocol):
     """Shows how far a stage is."""
 
     def __call__(self, done: int, **figures: Any) -> None:
-        """`done` of the total; `figures` are shown beside it."""
+        """`done` of the total; `figures` are shown next to it."""
 
 
 @contextmanager
-def progress(what: str, total: int, every: int = 1) -> Iterator[Progress]:
+def progress(title: str, total: int, every: int = 1) -> Iterator[Progress]:
     """A progress bar at a terminal; elsewhere a log line every `every` units, and one for the last.
 
     Args:
-        what: Name of the units, in the line and at the bar.
+        title: Name of the units, in the line and at the bar.
         total: Number of units.
         every: Units between two log lines.
     """
     logger = get_logger()
     ours = [handler.formatter for handler in logging.root.handlers if isinstance(handler, _CurrentStderr)]
-    # JSON that was asked for at a terminal stays JSON: one line each, steps included.
+    # JSON that was set for a terminal stays JSON: one line each, steps included.
     console = any(isinstance(lines, _Lines) and not lines.as_json for lines in ours) and sys.stderr.isatty()
     if console and logging.getLogger("job").isEnabledFor(logging.INFO):
         from rich.console import Console
@@ -239,7 +239,7 @@ def progress(what: str, total: int, every: int = 1) -> Iterator[Progress]:
 
         columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
         with Bar(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total, figures="")
+            task = bar.add_task(title, total=total, figures="")
 
             def show(done: int, **figures: Any) -> None:
                 bar.update(task, completed=done, figures="  ".join(_short(*figure) for figure in figures.items()))
@@ -253,13 +253,13 @@ def progress(what: str, total: int, every: int = 1) -> Iterator[Progress]:
         nonlocal reported
         if done - reported >= every or done == total:
             reported = done
-            logger.info(what, done=done, total=total, **figures)
+            logger.info(title, done=done, total=total, **figures)
 
     yield report
 
 
 def _short(name: str, value: Any) -> str:
-    """A figure in a short form, to fit beside a bar."""
+    """A figure in a short form, to fit next to a bar."""
     if name == "memory_bytes":
         return f"{value / (1 << 30):.1f} GiB"
     if name == "tokens_per_second":

@@ -140,7 +140,7 @@ def _run_stage(
     processes.share("inputs", lambda: _check_inputs(settings, later, processes.place.world_size))
     with _attempt(settings, stop, report_progress, faults, processes, idle=idle, last=not later) as (
         attempt,
-        tell_results,
+        report_results,
     ):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage), later)
@@ -160,7 +160,7 @@ def _run_stage(
                 adapter=adapter,
                 exported=exported,
             )
-        tell_results(results)
+        report_results(results)
     if processes.leads:
         _hand_over(attempt.store, results, delivery, () if later else targets(settings.export), alive)
     return require_gate(results)
@@ -184,10 +184,10 @@ def _finished(
 def _check_inputs(settings: Settings, later: Sequence[Settings], processes: int) -> None:
     """Refuses wrong paths and names before the run takes its lease, so that nothing is left behind."""
     begun = _store(settings).read(stage_key(Stage.PULL)) is not None
-    check_inputs(settings, later, begun=begun, processes=processes)
+    check_inputs(settings, later, has_record=begun, processes=processes)
     chosen = () if later else targets(settings.export)
     if chosen and (reasons := why_not_served(plain_values(settings))):
-        log.get_logger().warning("vLLM cannot serve this adapter as it was trained", reasons=reasons)
+        log.get_logger().warning("vLLM cannot serve this adapter unchanged", reasons=reasons)
     try:
         check_targets(chosen)
     except JobError as error:
@@ -195,7 +195,7 @@ def _check_inputs(settings: Settings, later: Sequence[Settings], processes: int)
             raise
         # A target that is away for a while is no reason to let a machine that trains wait.
         log.get_logger().warning(
-            "the run could not be pushed now; it goes on, and is pushed at its end", why=str(error)
+            "the run could not be pushed now; it continues, and is pushed at its end", why=str(error)
         )
 
 
@@ -213,20 +213,20 @@ def finished(
         JobError: It cannot be pushed.
     """
     store = _store(settings)
-    if (done := read_complete(store)) is None:
+    if (results := read_complete(store)) is None:
         check_permissions(settings.run.output, folder_of(settings))
         return None
     compare_settings(store, decisive_settings(plain_values(settings)), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
-    _hand_over(store, done, delivery, targets(settings.export), alive)
-    return require_gate(done)
+    _hand_over(store, results, delivery, targets(settings.export), alive)
+    return require_gate(results)
 
 
 def _hand_over(
     store: ObjectStore,
     results: dict[str, Any],
     delivery: Delivery | None,
-    chosen: Sequence[Target],
+    push_targets: Sequence[Target],
     alive: Callable[[], None],
 ) -> None:
     """Delivers a complete run to the platform and its targets, and prints its summary, the last that a user sees.
@@ -236,12 +236,12 @@ def _hand_over(
     try:
         if delivery:
             deliver(store, results, delivery)
-        if chosen and results["gate"]["passed"] is False:
+        if push_targets and results["gate"]["passed"] is False:
             log.get_logger().warning(
-                "the run is not pushed: its quality gate is not met", places=[target.place for target in chosen]
+                "the run is not pushed: its quality gate is not met", places=[target.place for target in push_targets]
             )
         else:
-            push_run(store, results, chosen, alive=alive)
+            push_run(store, results, push_targets, alive=alive)
     finally:
         # the results are published, whether or not this can be printed
         log.print_result("\n".join(summary(results, f"{store.uri}/{RESULTS}")) + "\n")
@@ -263,7 +263,7 @@ def _attempt(
     `last`: no other run follows, as in `JOB_TRAIN__METHOD=sft,dpo`.
 
     Yields:
-        The attempt, and what is to be called with its results, for the trackers and the webhook.
+        The attempt, and the function to call with its results, for the trackers and the webhook.
     """
     store = _store(settings)
     armed = arm(faults if processes.leads else (), store)
@@ -280,13 +280,13 @@ def _attempt(
         idle=idle or IdleLimit(settings.run.max_idle_attempts),
         stall_seconds=settings.train.stall_seconds,
     )
-    asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
+    tracker_options = trackers(settings) if processes.leads else {}  # process 0 reports for all
     watched = exporters(settings) if processes.leads else {}
     webhook = settings.notify.webhook if processes.leads else None
     with (
         notifying(None if webhook is None else webhook.get_secret_value(), settings.run.id) as notifier,
         live_metrics(watched, settings.run.id) as live,
-        tracking(asked, settings.run.id, plain_values(settings), environment()) as track,
+        tracking(tracker_options, settings.run.id, plain_values(settings), environment()) as track,
         opening as attempt,
     ):
         live.figures = attempt.figures
@@ -307,12 +307,12 @@ def _attempt(
             attempt.on_metrics, attempt.on_validation = track.step, track.validation
             attempt.joules = energy.open_meter(gpus)
 
-        def tell_results(results: Mapping[str, Any]) -> None:
+        def report_results(results: Mapping[str, Any]) -> None:
             track.results(results)
             live.complete = last
             notifier.gate_passed = results["gate"]["passed"]
 
-        yield attempt, tell_results
+        yield attempt, report_results
 
 
 @memory_errors("loading the model", "set JOB_MODEL__QUANTIZATION=nf4")

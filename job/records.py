@@ -19,7 +19,7 @@ class Example:
 
     `targets[i]` says whether token `i` is a target token, predicted from the tokens before it; the first never is.
 
-    An example of preferences may be of two sequences, one behind the other in `input_ids` and `targets`, which do not
+    An example of preferences may have two sequences, concatenated in `input_ids` and `targets`, which do not
     attend to each other: the chosen and the rejected answer of a pair, or for KTO the answer and a mismatched one.
     """
 
@@ -36,7 +36,7 @@ class Example:
 
     @property
     def sequences(self) -> tuple[Example, ...]:
-        """The sequences, each as an example of its own."""
+        """The sequences, each as a separate example."""
         at = self.second_at
         if at is None:
             return (self,)
@@ -77,7 +77,7 @@ class ValidationRows(RowsRecord):
     """The rows that are validated on and never trained on."""
 
     held_out: bool
-    """Whether they are rows of the training source, held out of training; else they have a source of their own."""
+    """Whether they are rows of the training source, held out of training; else they have a separate source."""
     duplicates: int
     near_duplicates: int
     """Rows that are a training row word for word, and others that nearly are; none among rows that are held out."""
@@ -159,7 +159,7 @@ class DatasetRecord(RowsRecord):
     licences: dict[str, str] = field(default_factory=dict)
     """Source -> its licence, where its card or this project knows one."""
     longest_at: str = ""
-    """Where the longest row stands, as in messages about rows; empty where it is not known."""
+    """Location of the longest row, as in messages about rows; empty if unknown."""
 
 
 @dataclass(frozen=True)
@@ -205,20 +205,21 @@ class ExecutionPlan:
 
     `forward` affects the last bits of results. The others trade time for memory, and change no bit:
 
-    base_held: Where the frozen base's quantized weights lie: `gpu` (on this process's device), `sharded` (over the
+    base_held: Where the frozen base's quantized weights are kept: `gpu` (on this process's device), `sharded` (over the
         devices of all processes), or `host` (in main memory).
     kept_base: The base's dequantized weights (in FP8: its weights in that format) are kept in memory, instead of made
         for each use.
     kept_activations: Activations are kept for the backward pass, instead of computed again in it.
     recorded: The GPU's kernels are recorded once for each shape of its inputs and launched together (CUDA graphs).
-    offloaded: What the layers keep of a long row lies in pinned host memory until the backward pass, not on the GPU.
+    offloaded: The saved activations of a long row are in pinned host memory until the backward pass, not on the GPU.
     kept_attention: Attention's output is kept of a long row, instead of computed again in the backward pass.
 
     So does `tile_tokens` affect the last bits: of long rows the feed-forward layers and the loss are computed in tiles
-    of so many tokens (`training.long_rows`). None where no row is that long, or the model cannot be computed so. And so
-    does `attention`, the kernel of long rows, a key of `long_attention.KERNELS`; None there and in older records, where
-    it was `flash`. And `sequence_parallel` and `divided_above`: a long row of more than `divided_above` tokens was
-    computed by so many processes together (`training.sequence_parallel`). 1 and None where no row would have been.
+    of this many tokens (`training.long_rows`). None where no row is that long, or the model cannot be computed so. And
+    so does `attention`, the kernel of long rows, a key of `long_attention.KERNELS`; None there and in older records,
+    where it was `flash`. And `sequence_parallel` and `divided_above`: a long row of more than `divided_above` tokens
+    was computed by this many processes together (`training.sequence_parallel`). 1 and None where no row would have
+    been.
     """
 
     kept_base: bool
@@ -268,16 +269,16 @@ class ExecutionPlan:
     def droppable(self) -> tuple[str, ...]:
         """What can be given up when the GPU's memory runs out, in this order. The bits stay the same.
 
-        `on_gpu` is that what is kept of long rows lies on the GPU.
+        `on_gpu` is whether the saved activations of long rows are on the GPU.
         """
-        kept = {
+        keeps = {
             "on_gpu": self.tile_tokens is not None and self.may_offload and not self.offloaded,
             "kept_base": self.kept_base,
             "kept_activations": self.kept_activations,
             "recorded": self.recorded,
             "kept_attention": self.kept_attention,
         }
-        return tuple(name for name, is_kept in kept.items() if self.fused and is_kept)
+        return tuple(name for name, is_kept in keeps.items() if self.fused and is_kept)
 
     def give_up(self, name: str) -> ExecutionPlan:
         """The plan without one of those in `droppable`.
@@ -293,7 +294,7 @@ class ExecutionPlan:
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """What the validation losses of a run come to. A loss is the mean over the target tokens of all validation rows.
+    """The result of a run's validation losses. A loss is the mean over the target tokens of all validation rows.
 
     `stale` counts the validations since the best one. `every_steps` are the optimizer steps between two validations,
     and `planned_steps` those of the whole schedule, which a run that stopped early did not all do.
@@ -340,7 +341,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class FirstStage:
-    """The first stage of a run that trains in two: a whole run of its own, in the folder `sft` of the run's folder.
+    """The first stage of a run that trains in two: a complete run, in the folder `sft` of the run's folder.
 
     Its figures are those of its manifest, whose hash names everything in it. `metrics` are those of its steps, as a
     file of this run. `run_seconds` and `usd` are what that whole run took.
@@ -430,7 +431,7 @@ class Answer:
     """What a model generated after a prompt.
 
     Attributes:
-        text: Without the stop text and what may stand behind it, and without special tokens.
+        text: Without the stop text and what follows it, and without special tokens.
         tokens: How many were generated, those of the stop text included, a token that ends the text not.
         ended_by: `eos`, `stop` or `length`.
     """
@@ -476,7 +477,7 @@ class TaskScores:
     close: tuple[Close, ...] | None = None
     """Questions with a small margin by `acc`; None in records of versions that did not look for them."""
     close_norm: tuple[Close, ...] | None = None
-    """The same by `acc_norm`; None also where the task has no such metric."""
+    """The same by `acc_norm`; None also where the task does not have that metric."""
 
 
 @dataclass(frozen=True)
@@ -543,7 +544,7 @@ class TrainingProgress:
     Attributes:
         step: The step, from 1.
         total_steps: How many there are; early stopping may end training before the last one.
-        loss: Of the step; None where it is not finite.
+        loss: Loss of the step; None where it is not finite.
         tokens_per_second: Target tokens per second of the step.
         remaining_seconds: Estimate for the steps that are left, without the stages after training; None until there
             are two steps to measure.
@@ -563,7 +564,7 @@ class RunFigures:
     Attributes:
         attempt: Number of the attempt, from 1.
         stages: The names of all stages.
-        stage: The one that goes on; None between two.
+        stage: The current one; None between two.
         goodput: Share of the attempt's time in optimizer steps that no earlier attempt had done.
         training: The last step of this attempt; None before its first one.
     """
@@ -673,7 +674,7 @@ class Judgement:
 
     Attributes:
         where: As in `PromptRow`.
-        same: Whether both answers are the same text, of which nothing is asked.
+        same: Whether both answers are the same text; the judge is then not asked.
         base_first: What it says where the base's answer is A: `A` or `B`; None if neither, or not asked.
         adapter_first: The same where the adapter's answer is A.
     """
@@ -702,7 +703,7 @@ class JudgeRecord:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """What is to be computed for a group of tasks.
+    """What to compute for a group of tasks.
 
     Attributes:
         version: The group's version in lm-eval.
@@ -778,14 +779,14 @@ class Evaluated:
     measured: dict[str, MeasuredScores] = field(default_factory=dict)
     """Tasks that have no choices."""
     full_precision: FullPrecision | None = None
-    """In the record of the base, if that is quantized and JOB_EVAL__FULL_PRECISION asks for it; else None."""
+    """In the record of the base, if that is quantized and JOB_EVAL__FULL_PRECISION is set; else None."""
     generation: dict[str, str] = field(default_factory=dict)
     """By what was answered, a task or JOB_EVAL__PROMPTS, a hash of how answers are generated and what ends them.
 
     Versions may do that otherwise. Empty in records of older versions.
     """
     judged: JudgeRecord | None = None
-    """In the record of the adapter, where JOB_EVAL__PRINCIPLES asks for it: who judged its answers and the base's."""
+    """In the record of the adapter, where JOB_EVAL__PRINCIPLES is set: who judged its answers and the base's."""
     judged_answers: dict[str, str] = field(default_factory=dict)
     """By side, SHA-256 of the file of answers that was judged; empty where nothing was, and in older records."""
     precision: ScoringPrecision | None = None
@@ -872,7 +873,7 @@ class ExportRecord:
     not_scored: str = ""
     """Why it was not scored, if it was not."""
     not_made: str = ""
-    """Why it could not be made, if it was tried in vain: a run that has trained is not lost for that."""
+    """Why making it failed, if it did: the failure does not end a run that has trained."""
 
 
 @dataclass(frozen=True)
@@ -921,7 +922,7 @@ class Pushed:
 NEAR = 0.2
 """Nats between the two best choices of a record below which another rounding may change the prediction."""
 GREEDY_SHARE = 0.9
-"""Of the greedy answers that begin with a choice, so many have to begin with the predicted one: the likeliest choice as
+"""Share of the greedy answers that begin with a choice which must begin with the predicted one: the likeliest choice as
 a whole need not be the one that begins with the likeliest token."""
 
 
@@ -956,7 +957,7 @@ class ServeCheck:
     """How a server answered the run's questions.
 
     Attributes:
-        server: Of the table in `job/serving/servers.py`.
+        server: Key of the table in `job/serving/servers.py`.
         way: How it was asked, see there.
         format: `adapter`, or the exported format.
         asked: Questions in order.

@@ -1053,7 +1053,7 @@ began, laps = time.perf_counter(), []
 def lap(name): laps.append((name, round(time.perf_counter() - began, 2), len(sys.modules)))
 if sys.argv[1] == "now":
     import job.cli.main
-    job.cli.main._tell_libraries(None)
+    job.cli.main._configure_libraries(None)
 lap("command line")
 import torch
 lap("torch")

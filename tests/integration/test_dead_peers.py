@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from job.distributed.launcher import Machine, launch, noted_signals
+from job.distributed.launcher import Machine, launch, recorded_signals
 from job.errors import Killed
 from tests.forked import ROOT, free_port
 from tests.waiting import wait_for
@@ -126,7 +126,7 @@ def test_under_the_launcher_all_end_with_the_helper(tmp_path: Path, how: str) ->
     thread = threading.Thread(target=strike)
     command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path)]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with noted_signals() as received:
+    with recorded_signals() as received:
         thread.start()
         try:
             code, why = launch(command, Machine(2), received, run="r", environ=environ, grace_seconds=10), ""

@@ -443,7 +443,7 @@ def test_a_gate_that_is_not_met_ends_with_3(inputs: Inputs, unfinished: str) -> 
         ended = run(inputs, unfinished, **changes)
         assert ended.code == 3
         assert ended.results["gate"]["passed"] is False
-        assert "the gate asks for +0.9000" in ended.results["gate"]["reasons"][0]
+        assert "the gate requires +0.9000" in ended.results["gate"]["reasons"][0]
         (error,) = errors(ended)
         assert (error["event"], error["exit_code"]) == ("GateError", 3)
         begun = [line["stage"] for line in ended.lines if line["event"] == "stage begins"]

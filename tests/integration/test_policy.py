@@ -90,7 +90,7 @@ def test_a_policy_that_cannot_tell_fails_unless_it_says_otherwise(environment: d
     policy = environment["JOB_GATE__POLICY"]
     compared = warm.run(["compare", str(folder), str(other), "--policy", policy], environment)
     assert compared.returncode == 0, compared.stderr
-    assert "policy: said (critical), a gain above +0.0000 is asked for" in compared.stdout
+    assert "policy: said (critical), a gain above +0.0000 is required" in compared.stdout
     Path(policy).write_text(yaml.safe_dump({"tasks": {"other": {"role": "critical", "min_gain": 0.0}}}))
     refused = warm.run(["compare", str(folder), str(other), "--policy", policy], environment)
     assert refused.returncode == 2

@@ -44,9 +44,9 @@ def test_the_webhook_is_told_whether_the_gate_is_met(tmp_path: Path, monkeypatch
     results = {"cost": cost, "evaluation": {"tasks": {}}, "gate": {"passed": False}}
     with pipeline._attempt(load_settings([], environ), Stop(), lambda: None, (), ALONE, idle=None, last=True) as (
         _,
-        tell_results,
+        report_results,
     ):
-        tell_results(results)
+        report_results(results)
     assert seen[0].gate_passed is False
 
 
