@@ -49,7 +49,7 @@ RUN mkdir -p /opt/job/triton \
  && python -c 'import re, torch; arch = [int(n) for n in re.findall(r"sm_(\d+)", getattr(torch._C, "_cuda_getArchFlags", str)() or "")]; \
       print(torch.version.cuda or "none", max(60, min(arch, default=0)) / 10)' >/opt/job/cuda
 # When Triton first uses a GPU it compiles a C file. Compiling it here keeps the compiler out of the image. There is no
-# driver, so it is linked against a stand-in for its library, which needs the functions that the file calls: without them
+# driver, so it is linked against a stub of its library, which needs the functions that the file calls: without them
 # the linker leaves the library out, and on a GPU the file cannot be loaded. The first, failing try tells their names.
 RUN set -e; if [ -d /opt/torch/site-packages/triton ]; then \
       export TRITON_LIBCUDA_PATH=/build TRITON_CACHE_DIR=/opt/job/triton LD_LIBRARY_PATH=/build; \

@@ -32,16 +32,16 @@ AS_GIVEN = (
     *("instance", "count", "volume_gb", "spot", "max_run", "max_wait", "retries"),
     *("fast_file", "copied", "isolated", "volume_kms_key"),
 )
-# What AWS says of a request that came too soon, whatever its HTTP status, and of credentials that it does not know.
+# AWS's codes for throttled requests, with any HTTP status, and for unknown credentials.
 THROTTLED = re.compile(r"Throttl|TooManyRequests|RequestLimitExceeded|SlowDown|ServiceUnavailable|InternalFailure")
 REFUSED = re.compile(
     "Denied|Expired|NotAuthorized|Unauthorized|AuthFailure|UnrecognizedClient|InvalidClientTokenId|OptInRequired"
     "|InvalidAccessKeyId|InvalidSignature|SignatureDoesNotMatch|IncompleteSignature|MissingAuthenticationToken|InvalidToken"
 )
 HINTS = {
-    "ResourceLimitExceeded": "ask for more in Service Quotas, SageMaker: '<instance> for (spot) training job usage'",
+    "ResourceLimitExceeded": "request more in Service Quotas, SageMaker: '<instance> for (spot) training job usage'",
     "ResourceInUse": "a job of this name exists; wait a second and start again",
-    "ValidationException": "SageMaker does not take the request as it is; --dry-run shows it",
+    "ValidationException": "SageMaker refuses the request; --dry-run shows it",
 }
 
 
@@ -74,7 +74,7 @@ def meaning(error: ClientError) -> int:
 
 
 def launch(given: argparse.Namespace) -> int:
-    """Checks the order, sends it, and follows the job if that was asked for."""
+    """Checks the order, sends it, and follows the job with --wait."""
     session = boto3.Session(profile_name=given.profile, region_name=given.region)
     if session.region_name is None:
         return fail(["no AWS region: give --region"], SETTINGS)
@@ -98,7 +98,7 @@ def launch(given: argparse.Namespace) -> int:
 def see_through(order: Order, sagemaker: Any, logs: Any, screen: Screen, pause: float) -> int:
     """Follows the job to its end, and says what that means."""
     stop = f"aws sagemaker stop-training-job --region {order.region} --training-job-name {order.job}"
-    goes_on = f"the job goes on, and is no longer followed; to stop it: {stop}"
+    goes_on = f"the job continues, and is no longer followed; to stop it: {stop}"
     try:
         job = follow(sagemaker, logs, order.job, screen, pause)
     except KeyboardInterrupt:
@@ -142,7 +142,7 @@ def outputs(session: Any, stack: str) -> dict[str, str]:
 
 
 def by_digest(session: Any, image: str) -> str:
-    """An image of ECR that was named by its tag, named by its digest; any other name as it is."""
+    """The name of an ECR image by digest instead of tag; any other name unchanged."""
     match = re.fullmatch(r"((\d{12})\.dkr\.ecr\.[^/]+/([^:@]+)):([^:@]+)", image)
     if match is None:
         return image

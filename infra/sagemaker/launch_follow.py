@@ -120,7 +120,7 @@ def outcome(job: Mapping[str, Any], results: str, again: str) -> tuple[int, list
 
     Args:
         job: Its description.
-        results: Where the run's files lie.
+        results: Location of the run's files.
         again: How to go on with the run.
     """
     lines = [*_price(job)]

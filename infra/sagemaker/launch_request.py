@@ -25,7 +25,7 @@ NO_SECRETS = (
 
 @dataclass(frozen=True)
 class Order:
-    """What the user asked for. `root` is `s3://bucket/prefix`: everything of all runs lies below it.
+    """The user's request. `root` is `s3://bucket/prefix`: the files of all runs are below it.
 
     `copied`: SageMaker copies the run's folder to S3; else the job publishes to S3 itself, and verifies it.
     """
@@ -57,7 +57,7 @@ class Order:
 
     @property
     def results(self) -> str:
-        """Where the run's files will lie."""
+        """Location of the run's files."""
         if self.copied:
             return f"{self.root}/checkpoints/{self.run}/{self.run}"
         return f"{self.settings.get('run.output', self.root + '/runs')}/{self.run}"
@@ -151,11 +151,11 @@ def problems(order: Order) -> Iterator[str]:
         ),
         (
             order.count == 1 or not order.copied,
-            "--copied: each machine has a folder of its own, and a run needs one for all; drop it, or --count",
+            "--copied: each machine has its own folder, and a run needs one for all; drop it, or --count",
         ),
         (
             order.copied or not order.isolated,
-            "--isolated: such a container reaches no S3 and cannot publish by itself; add --copied",
+            "--isolated: such a container cannot reach S3, so it cannot publish; add --copied",
         ),
         (
             all(uri.startswith("s3://") for uri in order.channels.values()),

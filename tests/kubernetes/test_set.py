@@ -74,7 +74,7 @@ def start(command, place, run, environ):
     return SimpleNamespace(subprocess_handlers=handlers, pids=lambda: {{0: pid}}, close=child.kill)
 
 launcher._start = start
-with launcher.noted_signals() as received:
+with launcher.recorded_signals() as received:
     try:
         place = launcher.Machine(1, nodes=2, node_rank=rank, rendezvous=address)
         code = launcher.launch([], place, received, run="r", environ={{}}, grace_seconds={GRACE})
