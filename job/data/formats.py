@@ -168,7 +168,7 @@ class _Decompressed:
         self._file.close()
 
     def read(self, most: int) -> bytes:
-        """Up to `size` bytes."""
+        """Up to `most` bytes."""
         return self._counted(self._file.read(most))
 
     def readline(self, most: int) -> bytes:
