@@ -1,6 +1,6 @@
 """Durable checkpoints: a checkpoint exists when its commit marker does, and is used only when every byte is right.
 
-    checkpoints/step-00000040/0003/<files>     first, in a folder of the attempt's own: 0003 is its epoch
+    checkpoints/step-00000040/0003/<files>     first, in the attempt's own folder: 0003 is its epoch
     checkpoints/step-00000040/COMMITTED.json   last: sizes and SHA-256 of the files, step, epoch, software
 
 No attempt writes a file where another one does, so a late request of an attempt that was replaced can damage nothing.
@@ -143,7 +143,7 @@ def prune(
     """Deletes all but the newest `keep` checkpoints that are fit for use, each marker before its files.
 
     Args:
-        store: The run's.
+        store: The run's store.
         keep: How many to keep, at least 1.
         own_steps: Steps that this attempt committed: they are fit.
         verified: Step that this attempt restored, 0 if none. Checkpoints up to it are fit for use. A later one that
@@ -175,7 +175,7 @@ def publisher(
     """Returns a function that uploads the folder of a step, commits it, and deletes checkpoints no longer needed.
 
     Args:
-        store: The run's.
+        store: The run's store.
         epoch: The lease's: which attempt this is.
         world_size: Number of processes.
         software: Versions of this process.
@@ -210,7 +210,7 @@ class Skipped:
 class Restored:
     """A verified checkpoint on the local disk, or none: then `folder` is None and `step` is 0.
 
-    `skipped` are the newer ones that were not whole, newest first.
+    `skipped` are the newer ones that were not intact, newest first.
     """
 
     folder: Path | None
@@ -227,14 +227,14 @@ def restore(
     world_size: int = 1,
     run: str | None = None,
 ) -> Restored:
-    """Downloads the newest checkpoint that is whole.
+    """Downloads the newest intact checkpoint.
 
     Args:
-        store: The run's.
+        store: The run's store.
         folder: The parent of the checkpoint's new folder.
-        software: Versions of this process. A checkpoint of others is used, and the difference is logged: the run goes
-            on, but is no longer bit-identical to one that was never interrupted.
-        check: Looks into a folder whose bytes are right, given its step; raises ValueError if it cannot be used.
+        software: Versions of this process. A checkpoint of others is used, and the difference is logged: the run
+            continues, but is no longer bit-identical to one that was never interrupted.
+        check: Checks a folder with verified bytes, given its step; raises ValueError if it cannot be used.
         world_size: Number of processes now; that another number wrote a checkpoint is logged as well.
         run: The run's fingerprint; a checkpoint with another one is not used. None accepts any.
 
@@ -246,7 +246,7 @@ def restore(
         try:
             marker = _read_marker(store, step, run)
             target = _download(store, marker, folder, check)
-        except NotWhole as error:
+        except UnusableCheckpoint as error:
             skipped.append(Skipped(step, str(error)))
             get_logger().warning("checkpoint is incomplete or damaged, trying an older one", step=step, why=str(error))
             continue
@@ -267,26 +267,26 @@ def restore(
     return Restored(None, 0, tuple(skipped))
 
 
-class NotWhole(Exception):
+class UnusableCheckpoint(Exception):
     """Why a checkpoint cannot be used."""
 
 
 def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str | None, keep: int) -> list[Skipped]:
-    """Leaves the newest `keep` checkpoints that are whole: what is published vouches for every file of the run.
+    """Leaves the newest `keep` intact checkpoints: the manifest covers every file of the run.
 
     Restoring looks at the newest ones alone, and at none once training is done. Those that this attempt wrote are not
     read back: their hashes were taken from the files that it uploaded. Older ones are deleted as well: an earlier
     attempt that was suspended while it deleted them might finish doing so later.
 
     Args:
-        store: The run's.
+        store: The run's store.
         folder: For copies, which are deleted.
         epoch: Number of this attempt.
         run: The run's fingerprint.
         keep: How many to keep, at least 1.
 
     Returns:
-        Those that were not whole.
+        Those that were not intact.
 
     Raises:
         JobError: Any error of the store except that an object does not exist; or the disk is too small.
@@ -303,7 +303,7 @@ def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str 
             if marker.epoch != epoch:
                 shutil.rmtree(_download(store, marker, folder, lambda _folder, _step: None))
             valid += 1
-        except NotWhole as error:
+        except UnusableCheckpoint as error:
             get_logger().warning("checkpoint is incomplete or damaged, and is deleted", step=step, why=str(error))
             _delete(store, step, names)
             damaged.append(Skipped(step, str(error)))
@@ -320,13 +320,13 @@ def _download(store: ObjectStore, marker: Marker, folder: Path, check: Callable[
     """Downloads into a folder next to the final one, verifies every byte, and only then renames it.
 
     Args:
-        store: The run's.
+        store: The run's store.
         marker: The checkpoint's.
         folder: The checkpoint becomes a folder in it.
         check: As for `restore`.
 
     Raises:
-        NotWhole: It cannot be used.
+        UnusableCheckpoint: It cannot be used.
         JobError: Any error of the store except that an object does not exist; or the disk is too small.
     """
     target = folder / step_name(marker.step)
@@ -349,29 +349,29 @@ def _check_content(folder: Path, step: int, check: Callable[[Path, int], None]) 
     try:
         check(folder, step)
     except ValueError as error:
-        raise NotWhole(f"its hashes match, but its content is invalid: {error}") from None
+        raise UnusableCheckpoint(f"its hashes match, but its content is invalid: {error}") from None
 
 
 def _read_marker(store: ObjectStore, step: int, run: str | None) -> Marker:
     """Parses a marker, trusting nothing in it; the sizes it declares are checked against what is there.
 
     Raises:
-        NotWhole: It is none, is damaged, or of another step or run.
+        UnusableCheckpoint: It is none, is damaged, or of another step or run.
     """
     try:
         stored = store.read(marker_key(step), max_bytes=MAX_MARKER_BYTES)
     except TooLarge:
-        raise NotWhole(f"the marker has more than {MAX_MARKER_BYTES} bytes") from None
+        raise UnusableCheckpoint(f"the marker has more than {MAX_MARKER_BYTES} bytes") from None
     if stored is None:
-        raise NotWhole("the marker is missing")
+        raise UnusableCheckpoint("the marker is missing")
     try:
         marker = parse_marker(stored.data)
     except ValueError as error:
-        raise NotWhole(str(error)) from None
+        raise UnusableCheckpoint(str(error)) from None
     if marker.step != step:
-        raise NotWhole(f"the marker is of step {marker.step}")
+        raise UnusableCheckpoint(f"the marker is of step {marker.step}")
     if run is not None and marker.run not in {None, run}:
-        raise NotWhole("it was trained with other settings, data or weights than this run's")
+        raise UnusableCheckpoint("it was trained with other settings, data or weights than this run's")
     return marker
 
 
@@ -379,11 +379,11 @@ def _fetch_file(store: ObjectStore, key: str, path: Path, file: MarkedFile) -> N
     try:
         store.download(key, path, max_bytes=file.bytes)
     except FileNotFoundError:
-        raise NotWhole(f"{path.name} is missing") from None
+        raise UnusableCheckpoint(f"{path.name} is missing") from None
     except TooLarge:
-        raise NotWhole(f"{path.name} is larger than the marker says") from None
+        raise UnusableCheckpoint(f"{path.name} is larger than the marker says") from None
     if hash_file(path) != file.sha256:
-        raise NotWhole(f"{path.name} has another SHA-256 than the marker")
+        raise UnusableCheckpoint(f"{path.name} has another SHA-256 than the marker")
 
 
 def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
@@ -397,7 +397,7 @@ def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
     for name, file in marker.files.items():
         size = there.get(name, 0)
         if name in there and size != file.bytes:
-            raise NotWhole(f"{name} has {size} bytes, the marker says {file.bytes}")
+            raise UnusableCheckpoint(f"{name} has {size} bytes, the marker says {file.bytes}")
         total += size
     if total + SPARE_BYTES > free:
         raise Unreachable(
