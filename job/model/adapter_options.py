@@ -104,7 +104,7 @@ _INIT_SHARE = 1.5
 def make_options(
     lora: Mapping[str, Any], total_steps: int, added_tokens: Sequence[str] | None = None
 ) -> AdapterOptions:
-    """The options of the settings' group `lora`, by its names; for a run of `steps` optimizer steps.
+    """The options of the settings' group `lora`, by its names; for a run of `total_steps` optimizer steps.
 
     `added_tokens` is `JOB_MODEL__ADD_TOKENS`.
     """

@@ -76,7 +76,7 @@ class LayerSource(Protocol):
         """Takes the next layer, (bytes,) uint8 on the device; returns the bytes of a slot that it is fetched into."""
 
     def ready(self, size: int) -> None:
-        """All layers are kept, the largest of `largest` bytes."""
+        """All layers are kept, the largest of `size` bytes."""
 
     def fetch(self, number: int, slot: torch.Tensor) -> Wait:
         """Starts to fill a slot with a layer, after what was launched before."""
