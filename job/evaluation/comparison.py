@@ -290,7 +290,7 @@ def judge(
 def judged_by(tasks: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """The tasks that a metric of the gate is about: those with choices, or the others that have it; never groups.
 
-    A task that has several of the name is among them, though the gate cannot judge it: it is never left out unsaid.
+    A task that has several of the name is among them, though the gate cannot judge it: it is never silently left out.
     """
     if metric in CHOICES:
         return {name: task for name, task in tasks.items() if "metrics" not in task}
