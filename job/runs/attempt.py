@@ -93,13 +93,13 @@ class Attempt:
     """Seconds in optimizer steps, those that were repeated included."""
     last_step: int = 0
     training: TrainingProgress | None = None
-    """The last step as the run log shows it; whoever counts steps sets it before `step_done`."""
+    """The last step for the run log; the caller sets it before `step_done`."""
     questions: int = 0
     """Questions of the current evaluation that this attempt or an earlier one has scored."""
     run: str | None = None
     """Fingerprint of the run, which its records and checkpoints carry; None until something was pulled."""
     stall_seconds: float | None = None
-    """Of the watchdog: after so long without progress the attempt ends."""
+    """Limit of the watchdog in seconds: an attempt without progress for this long ends."""
     idle_before: int = 0
     """Attempts before this one, in a row, without progress; 0 in all processes but the first."""
     killed_before: str | None = None
@@ -175,7 +175,7 @@ class Attempt:
         self.faults.at("validation", metrics.step)
 
     def figures(self) -> RunFigures:
-        """Where the run is now; asked from threads that watch it."""
+        """The current figures of the run; called by monitoring threads."""
         stage, elapsed = self._stage, time.monotonic() - self._began
         new_seconds = self.step_seconds - self.repeated_seconds
         return RunFigures(
@@ -218,7 +218,7 @@ class Attempt:
             log.get_logger().info("stage is done", stage=name, seconds=round(seconds[name], 2))
 
     def _stages_so_far(self) -> dict[str, float]:
-        """Seconds by stage, the one that is going on included: a killed attempt is known by its last note."""
+        """Seconds by stage, including the current one: a killed attempt is known by its last note."""
         stage = self._stage  # notes are written by the publisher's thread too
         if stage is None:
             return dict(self.stage_seconds)
@@ -228,14 +228,13 @@ class Attempt:
     def stage(
         self, stage: Stage, kind: type[T], compute: Callable[[], T | None], objection: Callable[[T], str] = lambda _: ""
     ) -> T:
-        """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
+        """The stage's result: read from its record if an earlier attempt finished it, else computed now.
 
-        A record counts while everything is there that the stage published, byte for byte: a copy of the run may be
-        without some of it. And only if process 0 gets no `objection` to it (a text).
+        A record is valid while all files that the stage published exist unchanged (a copy of the run may lack some),
+        and if process 0 gets no `objection` to it (a text).
         If a stage is done again, so are those that build on it.
 
-        All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
-        None.
+        All processes compute; process 0's result is shared with all of them. The others may return None.
         """
         name, adapter = stage.value, adapter_of(kind)
         kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter, objection))
@@ -253,13 +252,13 @@ class Attempt:
         return adapter.validate_json(record)
 
     def identify(self, pulled: Pulled) -> None:
-        """Says what was pulled: from here on records of other runs are not believed."""
+        """Sets the run's fingerprint from what was pulled: from here on, records of other runs are ignored."""
         self.run = fingerprint(self.settings, pulled)
 
     def recorded(self, name: str, kind: type[T]) -> T | None:
         """The record of a stage that an earlier attempt finished, or a further record, such as `layout.BASE`.
 
-        None where there is none, or none that counts: damaged, or of another run.
+        None if there is no valid one: missing, damaged, or of another run.
         """
         found = self._read_record(name, adapter_of(kind))
         if isinstance(found, Pulled):
@@ -289,7 +288,7 @@ class Attempt:
         return record
 
     def _kept(self, name: str, adapter: TypeAdapter[Any], objection: Callable[[Any], str]) -> str | None:
-        """The record of a stage, if there is one that counts."""
+        """The record of a stage, if there is a valid one."""
         record = self._read_record(name, adapter)
         if record is not None and (why := objection(record)):
             log.get_logger().warning("stage is done again", stage=name, why=why)
@@ -387,7 +386,7 @@ class Attempt:
 
 
 def published_once(attempt: Attempt, name: str, kind: type[FirstValues | Referenced], name_in_log: str) -> str:
-    """The file that a run computes once, as JSON of its `Artifact`; nothing if no attempt published it whole.
+    """The file that a run computes once, as JSON of its `Artifact`; empty if no attempt published it completely.
 
     Args:
         attempt: This one.

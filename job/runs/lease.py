@@ -41,8 +41,8 @@ MAX_EPOCH = 10**9 - 1
 _PAUSES = (0.1, 0.4, 1.0)
 """Seconds before a lease that cannot be read is read again: an answer may have been cut on its way."""
 SEEN_SECONDS = 60.0
-"""Seconds after which a machine of a network file system sees what another one has written: NFS keeps folders so long
-(`acdirmax`)."""
+"""Seconds after which a machine of a network file system sees what another one has written: NFS caches folders for
+this time (`acdirmax`)."""
 # A holder renews its lease a few times a minute, so that a conflict with it hardly ever happens twice in a row.
 _TRIES = 20
 
@@ -131,10 +131,10 @@ class Lease:
             self._raise_if_lost()
 
     def _look(self) -> None:
-        """Reads who holds the lease now. Only a whole lease that names another attempt says that this one is replaced.
+        """Reads who holds the lease now. Only a valid lease that names another attempt means that this one is replaced.
 
         Raises:
-            Unreachable: There is no whole lease, however often it is read.
+            Unreachable: No valid lease could be read in several tries.
         """
         try:
             now, tag = _read_again(self._store)
@@ -157,12 +157,12 @@ def take(store: ObjectStore, holder: str) -> Lease:
     """Takes the run over from the attempt that held it before, if any.
 
     Args:
-        store: The run's own.
+        store: The run's store.
         holder: Name of this attempt for people, such as the host's; it is made unique here.
 
     Raises:
         Replaced: Another attempt started at the same time, and was faster.
-        DataError: `lease.json` is none.
+        DataError: `lease.json` is not a lease.
         Unreachable: The store does not answer, or the holder before renews too fast.
     """
     conditional = store.conditional_writes()
@@ -187,7 +187,7 @@ def take(store: ObjectStore, holder: str) -> Lease:
         except Conflict:
             stored, tag = _read_or_refuse(store)
             if record.same_holder(stored):
-                own_tag = tag  # our own write, whose answer got lost
+                own_tag = tag  # our own write, whose answer was lost
             elif before is not None and before.same_holder(stored):
                 before = stored  # the one before is alive and renewed its lease in between
                 continue
@@ -213,7 +213,7 @@ def check_same_store(store: ObjectStore, holder: str, alive: Callable[[], None],
     the others without end.
 
     Args:
-        store: The run's own, as this machine sees it.
+        store: The run's store, as this machine sees it.
         holder: `Lease.holder` on the machine that holds it.
         alive: Called between two looks.
         seconds: How long to look: a network file system may show a new file late.
@@ -256,7 +256,7 @@ def _read(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
 
 
 def _read_again(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
-    """Like `_read`, but asks again, a few times, while the answer is no lease."""
+    """Like `_read`, but reads again, a few times, while the file is not a valid lease."""
     for pause in _PAUSES:
         try:
             return _read(store)
@@ -266,7 +266,7 @@ def _read_again(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
 
 
 def parse(data: bytes) -> LeaseRecord:
-    """What a `lease.json` says.
+    """The content of a `lease.json`.
 
     Raises:
         ValueError: It is no lease, or it was altered.

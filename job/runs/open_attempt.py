@@ -42,7 +42,7 @@ def open_attempt(
     """Takes the run's lease and begins its next attempt; writes the attempt's end into the run log.
 
     Args:
-        store: The run's own.
+        store: The run's store.
         settings: Value by dotted name of the settings that decide the result; an earlier attempt's must be the same.
         defaults: Their defaults, which count for what an earlier version did not have as a setting.
         cache: Folder for temporary files; None for the system's.

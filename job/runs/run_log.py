@@ -81,8 +81,8 @@ class LoggedAttempt:
 class IdleLimit:
     """Whether an attempt that is stopped is one of too many in a row that made no progress.
 
-    Whoever begins the attempt says how many there were before it (`before`), and how to ask whether this one got
-    further (`progressed`); until then it counts as one that did, since there is no record of it either.
+    The creator of the attempt sets the number of attempts before it (`before`), and the function that returns whether
+    this one got further (`progressed`); until then it counts as one that did, since it has no record yet.
     `record_stall` writes the end of an attempt that stalls into the run log, with the message.
     """
 
@@ -98,7 +98,7 @@ class IdleLimit:
 
     @property
     def message(self) -> str:
-        """What `NoProgress` says."""
+        """The message of `NoProgress`."""
         what = f"{self.before + 1} attempts in a row were stopped without progress of the run"
         return (
             f"{what} (JOB_RUN__MAX_IDLE_ATTEMPTS={self.limit}); give attempts more time between "
@@ -145,7 +145,7 @@ def parse_logged(data: bytes) -> LoggedAttempt:
     """An attempt's file.
 
     Raises:
-        ValueError: It is none, or it was altered.
+        ValueError: It is not a record, or it was altered.
     """
     facts = unsealed(data)
     record = adapter_of(AttemptRecord).validate_python(facts)
@@ -171,15 +171,15 @@ def read_logged(store: ObjectStore, epoch: int) -> list[LoggedAttempt]:
 
 
 def close_run_log(store: ObjectStore, epoch: int, started: str, run: str | None = None) -> list[AttemptRecord]:
-    """Like `read_run_log`, and ends all records before `epoch` for good: a manifest is going to hold their hashes.
+    """Like `read_run_log`, and ends all records before `epoch` permanently: a manifest will hold their hashes.
 
-    An attempt that was replaced while it stood still may be about to write its record. Every record that is noted as
-    running is changed here, and one that lacks is made, so the condition of that write fails and it ends as replaced.
+    An attempt that was replaced while it was suspended may be about to write its record. Every record that is noted as
+    running is changed here, and a missing one is created, so the condition of that write fails and it ends as replaced.
     An attempt whose record was removed or is damaged gets one without times, too: checkpoints may name it. So does one
     with the record of another run or attempt. A record of a later attempt than this one is stale, and is removed.
 
     Args:
-        store: The run's own, fenced.
+        store: The run's store, fenced.
         epoch: Number of the attempt that publishes.
         started: When that attempt began.
         run: Fingerprint of the run.

@@ -45,7 +45,7 @@ def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     """Stores the settings that the run begins with, once the model and data that they name were found.
 
     Args:
-        store: The run's own.
+        store: The run's store.
         settings: What `compare_settings` returned when the attempt began.
 
     Raises:
@@ -68,7 +68,7 @@ def compare_settings(
     Where `settings.json` is gone or damaged, the record of the pull says whether the settings are the run's.
 
     Args:
-        store: The run's own.
+        store: The run's store.
         settings: Value by dotted name of the settings that decide the result.
         defaults: Their defaults.
 
