@@ -58,7 +58,7 @@ def collect(store: ObjectStore, work: Path, last_attempt: int) -> list[Artifact]
     """The manifest's `evidence`: reads and hashes every file that belongs there.
 
     Args:
-        store: The run's own.
+        store: The run's store.
         work: Folder for temporary copies of the files, which are small.
         last_attempt: Number of the attempt that publishes.
     """
