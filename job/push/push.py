@@ -109,7 +109,7 @@ def push_run(
     """Pushes a complete run to each target, one after the other, and records it in the store.
 
     Args:
-        store: The run's own.
+        store: The run's store.
         results: Its manifest.
         push_targets: Where to.
         alive: Called between files; may raise what ends the job.
