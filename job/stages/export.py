@@ -2,10 +2,10 @@
 
 First copies of the adapter in other dtypes: they are scored on the run's base, which is still in memory. Then the
 merge, of which there may be two candidates: both are scored, and one is chosen. All other formats are made from that
-one, whether or not it is published itself. What is scored are the very files that are published, loaded as a model of
-their own.
+one, whether or not it is published itself. What is scored are the very files that are published, loaded as separate
+models.
 
-A restart copies and merges again, takes up the scores that are kept, and uploads only what is not in the store. A
+A restart copies and merges again, reuses the cached scores, and uploads only what is not in the store. A
 format made from the merged model that is complete in the store is not made again.
 """
 
@@ -109,7 +109,7 @@ class _Made:
 
 @dataclass(frozen=True)
 class _Export:
-    """What every step of the stage works with."""
+    """The inputs of every step of the stage."""
 
     attempt: Attempt
     settings: Settings
@@ -218,7 +218,7 @@ def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained)
 
 
 def _not_made(context: _Export, record: ExportRecord, why: str) -> _Made | None:
-    """A format that cannot be made, as was found after training: the run is not lost for that."""
+    """A format that cannot be made, as was found after training: the run continues."""
     log.get_logger().warning("an export failed; the run continues without it", export=record.format, why=why)
     if not context.attempt.processes.leads:
         return None
@@ -401,7 +401,7 @@ def _choose(
 
 
 def _agree(attempt: Attempt, name: str, hashes: list[Mapping[str, str]]) -> None:
-    """Refuses files of other bytes on other machines: scores are shared among them.
+    """Refuses files that differ between machines: scores are shared among them.
 
     Raises:
         Unreachable: They differ.
