@@ -60,7 +60,7 @@ else:
 def make_schedule(
     total_steps: int, *, warmup_steps: int, warmup_ratio: float | None, min_lr_ratio: float, decay_ratio: float
 ) -> Schedule:
-    """The schedule of a run of `total_steps` optimizer steps; warmup and decay never overlap: the warmup comes first."""
+    """The schedule of a run of `total_steps` steps; warmup and decay never overlap: the warmup comes first."""
     warmup = warmup_steps if warmup_ratio is None else ceil(warmup_ratio * total_steps)
     decay = min(ceil(decay_ratio * total_steps), max(0, total_steps - warmup))
     return Schedule(total_steps, warmup, min_lr_ratio, decay)
