@@ -177,15 +177,16 @@ def test_a_run_keeps_the_judge_it_began_with(tmp_path: Path, monkeypatch: pytest
 def test_rows_of_prompts_are_audited_like_those_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where rows were left out, those that are read again for their prompts get the same audit; else none."""
     given: list[dict[str, Any]] = []
-    monkeypatch.setattr(pull_prompts, "_prompts_of_rows", lambda *_, how, **__: given.append(how) or [])
-    own, how, auditing = settings(tmp_path, "org/judge"), {"date": "today"}, {"date": "today", "audit": "setup"}
+    monkeypatch.setattr(pull_prompts, "_prompts_of_rows", lambda *_, reading, **__: given.append(reading) or [])
+    own, row_options, auditing = settings(tmp_path, "org/judge"), {"date": "today"}, {"date": "today", "audit": "setup"}
     for audit in (None, audited(left_out=0), audited(left_out=2)):
         tokens: Any = SimpleNamespace(record=replace(DATASET, audit=audit))
         attempt = make_attempt(tmp_path)
-        reading: dict[str, Any] = {"tokenizer": None, "fetched": ("x", None), "how": how, "auditing": auditing}
+        arguments: dict[str, Any] = {"tokenizer": None, "fetched": ("x", None)}
+        arguments |= {"reading": row_options, "auditing": auditing}
         rows = pull._row_settings(own)
-        find_prompt_rows(attempt, own.eval, rows, StorageOptions(), tokens=tokens, **reading)
-    assert given == [how, how, auditing]
+        find_prompt_rows(attempt, own.eval, rows, StorageOptions(), tokens=tokens, **arguments)
+    assert given == [row_options, row_options, auditing]
 
 
 def test_a_run_keeps_the_classifier_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
