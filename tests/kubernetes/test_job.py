@@ -246,7 +246,7 @@ def test_wrong_data(tmp_path: Path) -> None:
 def test_gate_not_met(tmp_path: Path) -> None:
     """The Job fails at once, for its quality; the results are there."""
     ended = play(tmp_path, JOB_GATE__MIN_DELTA="0.9")
-    assert "the gate asks for" in failed_at_once(ended, 3)
+    assert "the gate requires" in failed_at_once(ended, 3)
     assert ended.results["gate"]["passed"] is False
 
 
