@@ -102,11 +102,13 @@ def as_lines(result: ServeCheck) -> list[str]:
     near = len(result.compared) - result.alike - len(result.different)
     gaps = [one.difference for one in result.asked if one.difference is not None]
     how = {"echo": "log-likelihoods", "forced": "log-likelihoods", "greedy": "greedy answers"}[result.way]
+    unclear = len(result.asked) - len(result.compared)
+    left_out = f"; the answers to {unclear} begin with none of the choices" if unclear else ""
     rate = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s after it"
     lines = [
         f"server             {result.server}, asked for {how}",
         f"served             {result.format}",
-        f"questions          {len(result.asked)} in {result.seconds:.1f} s, {len(result.compared)} with a prediction",
+        f"questions          {len(result.asked)} in {result.seconds:.1f} s, {len(result.compared)} compared{left_out}",
         f"same predictions   {result.alike} of {len(result.compared)}; {near} differ in a near tie (below {NEAR} nats)",
     ]
     if gaps:
