@@ -32,7 +32,7 @@ def read_files(names: Sequence[str]) -> tuple[list[str], list[TaskFile | GroupFi
     return [name for name in names if not is_task_file(name)], files
 
 
-def names_of_ours(user_tasks: Sequence[TaskFile | GroupFile]) -> list[str]:
+def bundled_task_names(user_tasks: Sequence[TaskFile | GroupFile]) -> list[str]:
     """The names of tasks that come with this job."""
     return [task.name for task in user_tasks if task.name in own_tasks()]
 
@@ -64,7 +64,7 @@ def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
     names, own = read_files(names)
     names += members_of(own)
     data, _ = without_examples(dict.fromkeys(data))
-    check_data((*names, *names_of_ours(own)), data)
+    check_data((*names, *bundled_task_names(own)), data)
     data = [name for name in data if name not in own_tasks()]
     if _are_known(frozenset((*names, *data))):
         return

@@ -34,11 +34,11 @@ from job.evaluation.task_names import (
     KINDS,
     MEASURED,
     MULTIPLE_CHOICE,
+    bundled_task_names,
     check_data,
     check_names,
     member_files,
     members_of,
-    names_of_ours,
     open_index,
     read_files,
     without_examples,
@@ -151,7 +151,7 @@ def load_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names, user_tasks = read_files(names)
     data, examples = without_examples(data)
-    check_data((*names, *members_of(user_tasks), *names_of_ours(user_tasks)), data)
+    check_data((*names, *members_of(user_tasks), *bundled_task_names(user_tasks)), data)
     texts = {name: read_questions(data[name], sources[name]) for name in data if name in own_tasks()}
     data = {name: path for name, path in data.items() if name not in texts}
     user_tasks = [_with_texts(task, texts, sources) for task in user_tasks]
