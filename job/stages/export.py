@@ -39,10 +39,13 @@ from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scoring import score_sequence
 from job.export.adapter_copy import write_adapter_copy
 from job.export.formats import DerivedInputs, derived_format
-from job.export.merge import plan_merge, release, short_name, write_merged
+from job.export.merge import write_merged
+from job.export.merge_plan import plan_merge
 from job.export.quantizable import CannotMake
 from job.export.scoring import ExportedModel, HowToScore, load_exported
 from job.model.adapter_files import load_adapter
+from job.model.device import short_name
+from job.model.free_model import free_model
 from job.model.fused.precise_forward import has_foreign_layers, why_not_precise
 from job.model.placed_weights import taking_part
 from job.records import (
@@ -128,7 +131,7 @@ def export(
     if needs_merge(settings.export.formats):
         load_published_adapter(attempt, loaded, trained)
         merged, only = _make_merged(own, loaded)
-    release(loaded.model)
+    free_model(loaded.model)
     if needs_merge(settings.export.formats):
         formats += _whole_models(own, merged, only)
     if not attempt.processes.leads:
