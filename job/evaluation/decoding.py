@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from job.evaluation.key_value_cache import can_be_reserved, new_cache, reserve
 from job.evaluation.token_sampling import Draws, choose_tokens
@@ -223,23 +224,24 @@ def _pass(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Te
     return logits
 
 
+class _OnlyChosenToken(LogitsProcessor):  # type: ignore[misc]
+    """Chooses the next token of one answer, adds it, and makes it the only possible one for transformers."""
+
+    def __init__(self, row: Row, end: AnswerEnd, alive: Callable[[], None]) -> None:
+        self._row, self._end, self._alive = row, end, alive
+        self.ended = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - as transformers calls it
+        """Scores of which only that of the chosen token is above minus infinity; `scores` are (1, vocabulary)."""
+        (token,) = choose_tokens(scores, [self._row.draws])
+        self.ended = self._end.add(self._row, token)
+        self._alive()
+        return torch.full_like(scores, float("-inf")).index_fill(1, torch.tensor([token], device=scores.device), 0)
+
+
 def _answer_alone(model: Any, row: Row, end: AnswerEnd, alive: Callable[[], None]) -> None:
     """Answers one prompt with transformers' own generation, which knows the cache of every kind of model."""
-    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-
-    class OnlyChosenToken(LogitsProcessor):  # type: ignore[misc]
-        """Makes the chosen token the only possible one. Defined here because its base class is a heavy import."""
-
-        ended = False
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - as transformers calls it
-            (token,) = choose_tokens(scores, [row.draws])
-            self.ended = end.add(row, token)
-            alive()
-            return torch.full_like(scores, float("-inf")).index_fill(1, torch.tensor([token], device=scores.device), 0)
-
-    processor = OnlyChosenToken()
-    base = base_of(model)
+    processor, base = _OnlyChosenToken(row, end, alive), base_of(model)
     # Replaced, not passed: `generate` would merge the model's own configuration, with any penalties, into one passed.
     before, base.generation_config = base.generation_config, GenerationConfig()
     ids = torch.tensor([row.prompt], device=model.device)

@@ -155,9 +155,9 @@ def check_policy(
             near = ", ".join(sorted(tasks)[:_SHOWN])
             problems.append(f"tasks.{name}: is not scored by this run; it scores {near}")
             continue
-        found = named(asked.metric, tasks[name])
-        if len(found) != 1:
-            what = "has no metric" if not found else "has several metrics"
+        metrics = named(asked.metric, tasks[name])
+        if len(metrics) != 1:
+            what = "has no metric" if not metrics else "has several metrics"
             problems.append(f"tasks.{name}: {what} {asked.metric}; it has {', '.join(tasks[name])}")
         elif only and (name in groups or not set(tasks[name]) <= {f"{metric},none" for metric in CHOICES}):
             problems.append(
@@ -215,5 +215,5 @@ def of_metric(task: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
         names = named(metric, task["metrics"])
         return task["metrics"][names[0]] if len(names) == 1 else None
     name = metric.removesuffix(",none")
-    found: Mapping[str, Any] | None = task if name == "acc" else task["acc_norm"] if name == "acc_norm" else None
-    return found
+    comparison: Mapping[str, Any] | None = task if name == "acc" else task["acc_norm"] if name == "acc_norm" else None
+    return comparison

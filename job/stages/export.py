@@ -146,16 +146,16 @@ def _whole_models(own: _Export, merged: Mapping[str, ExportFiles], only: str) ->
     attempt, settings = own.attempt, own.settings
     scored = {name: _score(own, MERGED, name, files) for name, files in merged.items()}
     record = _choose(own, merged, scored, only)
-    chosen = attempt.processes.share("merged model", lambda: "" if record is None else record.candidate)
+    candidate = attempt.processes.share("merged model", lambda: "" if record is None else record.candidate)
     if record is not None:
         artifacts = [artifact for one in scored.values() if one.evaluated for artifact in one.evaluated.artifacts]
-        artifacts += publish_files(attempt, merged[chosen], MERGED) if record.published else []
+        artifacts += publish_files(attempt, merged[candidate], MERGED) if record.published else []
         yield _Made(record, artifacts)
     for name, files in merged.items():
-        if name != chosen and attempt.processes.place.local_rank == 0:
+        if name != candidate and attempt.processes.place.local_rank == 0:
             shutil.rmtree(files.folder, ignore_errors=True)  # the formats to come need the disk
     for name in derived(settings.export.formats):
-        yield _derived(own, name, chosen, merged[chosen])
+        yield _derived(own, name, candidate, merged[candidate])
 
 
 def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> _Made | None:
@@ -375,15 +375,15 @@ def _choose(
     if not own.attempt.processes.leads:
         return None
     scores = {name: one.evaluated.scores for name, one in scored.items() if one.evaluated}
-    chosen, reason = (next(iter(scores)), only) if len(scores) == 1 else choose_candidate(scores)
-    log.get_logger().info("exported", export=MERGED, candidate=chosen, reason=reason)
+    candidate, reason = (next(iter(scores)), only) if len(scores) == 1 else choose_candidate(scores)
+    log.get_logger().info("exported", export=MERGED, candidate=candidate, reason=reason)
     return ExportRecord(
         MERGED,
-        chosen,
+        candidate,
         reason,
-        scored[chosen].dtype,
-        scored[chosen].scored_in,
+        scored[candidate].dtype,
+        scored[candidate].scored_in,
         scores,
         published=MERGED in own.settings.export.formats,
-        bytes=merged[chosen].bytes,
+        bytes=merged[candidate].bytes,
     )
