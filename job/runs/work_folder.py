@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -46,6 +47,18 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
             yield Path(name)
         finally:
             os.close(held)
+
+
+@contextmanager
+def folder_for(what: str, cache: str | None) -> Iterator[Path]:
+    """A folder like `work_folder`, for what is no attempt's, such as a push or a verification.
+
+    Args:
+        what: Names it: what killed processes left of the same name is removed.
+        cache: As for `work_folder`: copies of published files may be too large for the system's temporary files.
+    """
+    with work_folder(cache, what, int(time.time()), cleans=True) as folder:
+        yield folder
 
 
 def _remove_unless_used(folder: Path) -> None:
