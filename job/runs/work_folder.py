@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
+from job.common.disk import disk_errors
+
 PREFIX = "qlora-job-"
 
 
@@ -32,7 +34,8 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
         cleans: Whether to remove what earlier attempts at the run left here; one process of a machine does.
     """
     parent = Path(cache or tempfile.gettempdir())
-    parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(f"cannot make the folder {parent}"):
+        parent.mkdir(parents=True, exist_ok=True)
     of_run = f"{PREFIX}{sha256(run.encode()).hexdigest()[:12]}-"
     if cleans:
         for left in parent.glob(f"{of_run}*"):

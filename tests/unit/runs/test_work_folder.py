@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from job.errors import SettingsError
 from job.runs.work_folder import folder_for, work_folder
 
 KILLED = """
@@ -43,6 +46,13 @@ def test_a_killed_push_leaves_nothing_for_good(tmp_path: Path) -> None:
     with folder_for("push of s3://bucket/run", str(tmp_path / "cache")) as folder:
         assert not left.exists()
         assert folder.is_dir()
+
+
+def test_a_cache_below_a_file_is_a_mistake_in_the_settings(tmp_path: Path) -> None:
+    """Commands make the folder without having looked at it before."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="cannot make the folder"), folder_for("a push", f"{tmp_path}/file/cache"):
+        pass
 
 
 def test_what_is_in_use_or_of_another_run_stays(tmp_path: Path) -> None:
