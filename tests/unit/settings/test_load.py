@@ -353,6 +353,11 @@ class TestRunId:
         environ = {"TRAINING_JOB_NAME": "a", "JOB_TYPO": "1"}
         assert current_platform(environ).failure_file == Path("/opt/ml/output/failure")
 
+    @pytest.mark.parametrize("run_id", ["bases", "scores"])
+    def test_an_id_that_is_a_shared_folder(self, run_id: str) -> None:
+        """Below JOB_RUN__OUTPUT both lie side by side, and the shared ones may be deleted."""
+        assert "runs share" in problems([f"--run.id={run_id}"])["JOB_RUN__ID (command line)"]
+
     @pytest.mark.parametrize("run_id", ["-a", ".a", "a/b", "a b", "a" * 129, "ä", "a\nb"])
     def test_an_id_that_is_no_folder_name(self, run_id: str) -> None:
         """The id is a folder, an object key and a label, so it holds only what all of them allow."""
