@@ -370,7 +370,7 @@ class TestWithGpu:
         assert done.events[-1].startswith("nvidia-smi does not answer")
 
     def test_a_signal_while_the_machine_is_checked_is_a_preemption(self, start: Start, tmp_path: Path) -> None:
-        """Process 1 of a container ignores SIGTERM unless it handles it: it would be killed after the grace period."""
+        """Bash would end with 143, which a Job counts as a failure."""
         parent = "#!/bin/sh\nparent() { awk '/^PPid/ { print $2 }' /proc/$1/status; }\n"
         tool(tmp_path / "bin/nvidia-smi", f"{parent}kill -TERM $(parent $(parent $PPID))\nsleep 0.2\n")
         done = start()
