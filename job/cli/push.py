@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,6 +18,7 @@ from job.push.push import TARGETS, Target, content_of, push_run, targets
 from job.results.completed import require_gate
 from job.results.promotion import open_run_or_pointer
 from job.results.reader import read_published
+from job.runs.work_folder import folder_for
 from job.settings.field_types import explain
 from job.settings.schema import Export
 from job.verification.verify import require_verified, verify
@@ -40,22 +39,22 @@ def push_command(argv: Sequence[str]) -> int:
         JobError: As the target says.
     """
     parsed = parse_arguments(argv, COMMANDS["push"].arguments)
-    storage, _ = reading(parsed)
+    storage, cache = reading(parsed)
     store, key = open_run_or_pointer(parsed.runs[0], storage), signer(parsed)
-    with tempfile.TemporaryDirectory(prefix="qlora-job-", ignore_cleanup_errors=True) as work:
-        require_verified(verify(store, Path(work), storage, key=key))
+    with folder_for(f"verification of {store.uri}", cache) as work:
+        require_verified(verify(store, work, storage, key=key))
     results = read_published(store).results
     push_targets = _targets(parsed, results)
     if "--despite-gate" not in parsed.flags:
         require_gate(results)
     if "--dry-run" in parsed.flags:
-        with tempfile.TemporaryDirectory(prefix="qlora-job-", ignore_cleanup_errors=True) as work:
-            content = content_of(store, results, Path(work))
+        with folder_for(f"push of {store.uri}", cache) as work:
+            content = content_of(store, results, work)
             lines = [
                 line for target in push_targets for line in _preview(target, target.changes(content), target.check())
             ]
     else:
-        pushed = push_run(store, results, push_targets, again=True)
+        pushed = push_run(store, results, push_targets, cache=cache, again=True)
         lines = [f"{one.target}: {one.place} holds the run as {one.id}" for one in pushed]
     return 0 if log.print_result("".join(f"{visible(line)}\n" for line in lines)) else JobError.exit_code
 

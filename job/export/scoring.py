@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from job.errors import DataError, Problem
-from job.export.merge import release, short_name
 from job.model.base import PLAIN, load_base
+from job.model.device import short_name
 from job.model.files import MAX_CONFIG_BYTES, read_json, readable
+from job.model.free_model import free_model
 from job.model.packed_attention import NAME, register, use
 
 
@@ -25,7 +26,7 @@ class HowToScore:
         compute_dtype: That of the run, for a GPU that does not compute in the dtype of the files.
         max_length: Longest sequence in tokens.
         packed: Whether sequences are packed, as in the run's other evaluations.
-        processes: Number of processes of this run on this machine, which share its CPU.
+        processes: Of this run on this machine, which share its processor.
         alive: Called while another program computes; may raise what ends the job.
     """
 
@@ -70,7 +71,7 @@ def load_exported(folder: Path, scoring: HowToScore) -> ExportedModel:
     """Loads the model in the dtype of its files, in which `from_pretrained` loads it, too.
 
     Args:
-        folder: Folder of the exported model.
+        folder: Of the exported model.
         scoring: Device, dtype and packing.
 
     Raises:
@@ -86,14 +87,14 @@ def load_exported(folder: Path, scoring: HowToScore) -> ExportedModel:
         max_length=scoring.max_length,
     )
     use(model, NAME if scoring.packed else PLAIN)
-    return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: release(model))
+    return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: free_model(model))
 
 
 def load_quantized(folder: Path, scoring: HowToScore, *, ignored: str = "\0", **options: Any) -> ExportedModel:
     """Loads a model whose config.json says how its weights are quantized, by transformers' own quantizer of that kind.
 
     Args:
-        folder: Folder of the exported model.
+        folder: Of the exported model.
         scoring: Device, dtype and packing.
         ignored: Ending of the names of tensors that the model need not have a place for.
         options: Arguments of `from_pretrained`.
@@ -124,7 +125,7 @@ def load_quantized(folder: Path, scoring: HowToScore, *, ignored: str = "\0", **
         raise DataError([Problem("JOB_EXPORT__FORMATS", what)])
     model.config.use_cache = False
     use(model, NAME if scoring.packed else PLAIN)
-    return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: release(model))
+    return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: free_model(model))
 
 
 def _dtypes(folder: Path, scoring: HowToScore) -> tuple[torch.dtype, torch.dtype]:

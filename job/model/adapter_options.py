@@ -129,7 +129,7 @@ def check_options(options: AdapterOptions, *, rank: int, layers: int, adapted: C
     """What of the options this model cannot have.
 
     Args:
-        options: What was asked for.
+        options: The adapter's options.
         rank: `JOB_LORA__RANK`.
         layers: Number of the decoder's layers.
         adapted: Full names of the modules that get an adapter.

@@ -16,7 +16,6 @@ Settings check, plan, job and command follow from that.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +30,7 @@ from job.push.oci import OciTarget
 from job.records import Pushed
 from job.results.after_run import parse_push
 from job.runs.layout import pushed_key
+from job.runs.work_folder import folder_for
 from job.settings.schema import Export
 from job.storage.base import read_record
 from job.storage.open import ObjectStore
@@ -103,15 +103,17 @@ def push_run(
     results: Mapping[str, Any],
     push_targets: Sequence[Target],
     *,
+    cache: str | None = None,
     alive: Callable[[], None] = lambda: None,
     again: bool = False,
 ) -> list[Pushed]:
     """Pushes a complete run to each target, one after the other, and records it in the store.
 
     Args:
-        store: The run's store.
+        store: The run's own.
         results: Its manifest.
         push_targets: Where to.
+        cache: Where copies of the files are made; None for the system's folder for temporary files.
         alive: Called between files; may raise what ends the job.
         again: Also asks targets to which the store says that it has been pushed.
 
@@ -121,8 +123,8 @@ def push_run(
     """
     pushes, errors = [], list[tuple[str, JobError]]()
     for target in push_targets:
-        with tempfile.TemporaryDirectory(prefix="qlora-job-push-", ignore_cleanup_errors=True) as work:
-            content = content_of(store, results, Path(work), alive)
+        with folder_for(f"push of {store.uri} to {target.place}", cache) as work:
+            content = content_of(store, results, work, alive)
             earlier = recorded(store, target.kind, target.place)
             if earlier is not None and earlier.files_sha256 == content.sha256 and not again:
                 log.get_logger().info(

@@ -8,15 +8,8 @@ from typing import Any
 from job.errors import DataError, Problem, SettingsError, VerificationError
 from job.evaluation.comparison import compare_tasks, gate_failures, judged_by, original_tasks, without_metric
 from job.evaluation.groups import compare_groups, groups_from
-from job.evaluation.policy import (
-    CHOICES,
-    check_policy,
-    judge_policy,
-    of_metric,
-    passes,
-    read_policy,
-    reasons,
-)
+from job.evaluation.policy import CHOICES, check_policy, of_metric, read_policy
+from job.evaluation.policy_verdict import judge_policy, passes, reasons
 from job.evaluation.task_metrics import compare_measured
 from job.records import Evaluated
 from job.results.reader import PublishedRun, read_measured, read_samples, scored_in

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from job.common import tables
-from job.evaluation.policy import (
-    lines,
-    of_metric,
-)
+from job.evaluation.policy import of_metric
+from job.evaluation.policy_verdict import lines
 
 _COMPARED = ("difference", "95 % interval", "better", "worse", "p", "Holm p", "verdict")
 _TASK_COLUMNS = ("task", "questions", "A", "B", *_COMPARED)

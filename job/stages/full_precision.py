@@ -1,7 +1,7 @@
 """The third evaluation: the base with its original weights, before it is quantized, on the same questions.
 
 Without it a gain of training cannot be distinguished from a recovered loss of quantization. It is part of the
-stage that evaluates the base, and comes first in it; it is a separate model, loaded next to the quantized base and
+stage that evaluates the base, and comes first in it; it is a separate model, loaded beside the quantized base and
 freed again. Its scores are cached like the base's, so that other runs with the same base need not load it.
 """
 
@@ -20,9 +20,10 @@ from job.common.out_of_memory import out_of_memory
 from job.common.resources import available_bytes
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_sequences
-from job.export.merge import release, short_name
 from job.model.base import PLAIN, load_base
+from job.model.device import short_name
 from job.model.files import MAX_CONFIG_BYTES, quantization_method, read_json
+from job.model.free_model import free_model
 from job.model.packed_attention import NAME, use
 from job.model.whole_modules import grow_embeddings
 from job.records import Evaluated, FullPrecision, Question, ScoringPrecision
@@ -126,7 +127,7 @@ def _why_not(attempt: Attempt, settings: Settings, loaded: Loaded, folder: Path)
         return "the base is only published quantized"
     need, free = _need(settings, loaded), _free(attempt, settings, loaded)
     short = (
-        f"it takes {size(need, ' ')} next to the quantized base, and {size(free, ' ')} are free" if need > free else ""
+        f"it takes {size(need, ' ')} beside the quantized base, and {size(free, ' ')} are free" if need > free else ""
     )
     return next(filter(None, attempt.processes.gather("memory for the original base", short)), "")
 
@@ -200,7 +201,7 @@ def _score(
         )
     finally:
         if original.cache_info().currsize:
-            release(original())
+            free_model(original())
     if evaluated is None or (origin := score_cache.reused_from) is None:
         return evaluated
     log.get_logger().info("evaluation of the original base is reused", origin=origin)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from job.common.formatting import size
 from job.common.optimizers import OPTIMIZERS
-from job.model.architecture import Architecture
+from job.model.architecture import Architecture, key_value_bytes
 
 NF4_BLOCK, DOUBLE_BLOCK = 64, 256
 """Weights per quantization constant; with double quantization, constants per second-level constant."""
@@ -345,21 +345,20 @@ def evaluation_bytes(setup: Setup, tokens: int, reads: int) -> int:
 def generation_bytes(setup: Setup, prompt: int, tokens: int) -> int:
     """Bytes at the peak of answering one prompt of so many tokens, which has `tokens` with its answer.
 
-    More prompts are answered at a time where they fit (`evaluation/generation.py`). The cache has keys and values of
-    all layers. Reading the prompt is a forward pass as in scoring; where the decoder is not fused, attention's scores
-    are there as a whole, in the compute dtype, as probabilities, and in fp32. Each step of decoding repeats one layer's
-    keys and values for all heads of the queries.
+    More prompts are answered at a time where they fit (`evaluation/generation_batches.py`). The cache has keys and
+    values of all layers. Reading the prompt is a forward pass as in scoring; where the decoder is not fused,
+    attention's scores are there as a whole, in the compute dtype, as probabilities, and in fp32. Each step of decoding
+    repeats one layer's keys and values for all heads of the queries.
     """
     a, size = setup.architecture, setup.value_bytes
     scores = 0 if a.fused else a.heads * prompt**2 * (2 * size + FP32)
-    step = 2 * a.queries * size * tokens + a.vocabulary * (size + 2 * FP32)
+    step = key_value_bytes(1, a.queries, size) * tokens + a.vocabulary * (size + 2 * FP32)
     return _held_in_evaluation(setup) + cache_bytes(setup, tokens) + max(_forward_bytes(setup, prompt) + scores, step)
 
 
 def cache_bytes(setup: Setup, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens, in the compute dtype."""
-    a = setup.architecture
-    return 2 * a.layers * a.keys * setup.value_bytes * tokens
+    """Bytes of the keys and values of so many tokens in all layers, in the compute dtype."""
+    return key_value_bytes(setup.architecture.layers, setup.architecture.keys, setup.value_bytes) * tokens
 
 
 def _held_in_evaluation(setup: Setup) -> int:

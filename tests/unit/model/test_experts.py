@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from job.distributed.processes import ALONE
 from job.errors import SettingsError
-from job.export.merge import DEQUANTIZED, ORIGINAL, candidates
+from job.export.merge_plan import DEQUANTIZED, ORIGINAL, candidates
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import AdapterOptions
 from job.model.architecture import read_config

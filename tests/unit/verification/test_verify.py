@@ -18,7 +18,7 @@ from job.common.hashing import sealed, unsealed
 from job.errors import AccessDenied, SettingsError, VerificationError
 from job.evaluation import near_ties
 from job.evaluation.groups import compare_groups
-from job.evaluation.policy import sentence
+from job.evaluation.policy_verdict import sentence
 from job.records import Evaluated, GroupSpec
 from job.report.report import read_report_data, render_report
 from job.results import manifest
