@@ -37,6 +37,7 @@ __all__ = [
     "load_reading",
     "load_settings",
     "new_run_id",
+    "output_folder",
     "plain_values",
     "preset_values",
     "redacted",
@@ -120,6 +121,13 @@ def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | Non
     if problems := [*request.problems, *useless, *wrong.values()]:
         raise SettingsError(problems)
     return settings
+
+
+def output_folder(environ: Mapping[str, str] | None = None) -> str:
+    """Where runs are (JOB_RUN__OUTPUT), for a command that only reads them; the default if the value is not valid."""
+    environ = os.environ if environ is None else environ
+    settings, _ = _read(Request((), environ, detect(environ)), {"run.output"})
+    return settings.run.output
 
 
 def _read(request: Request, names: Collection[str]) -> tuple[Settings, dict[str, Problem]]:
