@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from job.common import tables
+from job.common.formatting import at_least
 from job.evaluation.policy import (
     lines,
     of_metric,
@@ -68,6 +69,10 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
     yield "What differs", both, differing
     for group in ("training", "cost"):
         pairs = {name: (pair["a"], pair["b"]) for name, pair in compared[group].items()}
+        exact = pairs.pop("repeated_steps_exact", None)
+        if exact is not None:
+            steps = zip(pairs["repeated_steps"], exact, strict=True)
+            pairs["repeated_steps"] = tuple(at_least(number or 0, exact=is_exact) for number, is_exact in steps)
         yield group.capitalize(), both, [_row(name, *pair) for name, pair in pairs.items() if pair != (None, None)]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from job.common import hashing
+from job.common.bad_row_reasons import with_reasons
 from job.common.host import git_commit, hardware, software
 from job.evaluation.comparison import compare_export, compare_full_precision
 from job.evaluation.principles import summarize
@@ -84,7 +85,7 @@ def build(
             },
             "settings": settings,
             "model": asdict(model),
-            "dataset": asdict(dataset),
+            "dataset": with_reasons(asdict(dataset)),
             "training": asdict(training),
             "evaluation": {
                 "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
