@@ -34,6 +34,7 @@ __all__ = [
     "foreign_variables",
     "json_schema",
     "known_machine",
+    "known_place",
     "load_reading",
     "load_settings",
     "new_run_id",
@@ -99,6 +100,20 @@ def known_machine(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
     if not known or wrong.keys() & {"run", "run.id", "run.nodes", "run.node_rank", "run.rendezvous"}:
         return None
     return None if list(find_faults(environ)) or find_place(environ) is not None else settings
+
+
+def known_place(
+    arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> tuple[Place, str | None] | None:
+    """Rank and world size as another launcher has set them, and the run's id, None where no valid one is given.
+
+    For a process whose settings are not valid, to tell the others. None for a single process, or without a launcher.
+    """
+    environ = os.environ if environ is None else environ
+    if list(find_faults(environ)) or (place := find_place(environ)) is None or place.world_size == 1:
+        return None
+    settings, wrong = _read(Request(arguments, environ, detect(environ)), {"run.id"})
+    return place, None if wrong or settings.sources["run.id"] == "generated" else settings.run.id
 
 
 def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
