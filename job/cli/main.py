@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if words and words[0] in {"-h", "--help", "help"}:
-        return _print(USAGE)
+        return _print(command_help(words[1]) if words[1:] and words[1] in COMMANDS else USAGE)
     if words and words[0] == "--version":
         return _print(f"qlora-job {__version__}\n")
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
@@ -295,6 +295,8 @@ def _hide_other_gpus(place: Place | None) -> None:
 
 def _config(words: list[str]) -> int:
     if "--schema" in words:
+        if len(words) > 1:
+            raise SettingsError([Problem("--schema", "prints the schema of all settings; remove the other arguments")])
         return _print(json.dumps(json_schema(), indent=2) + "\n")
     rows = [
         (name, json.dumps(value), source) for name, value, source in describe(load_settings(words, options=("schema",)))

@@ -33,6 +33,7 @@ from job.results.compute import compute_spent
 from job.results.cost import compute_cost
 
 SCHEMA = Path(__file__).parents[1].joinpath("results.schema.json")
+VERSION = "1.0"
 
 
 def build(
@@ -74,7 +75,7 @@ def build(
     """
     return _with_compute(
         {
-            "schema_version": "1.0",
+            "schema_version": VERSION,
             "run": {
                 "id": run_id,
                 **({} if part_of is None else {"part_of": part_of}),
@@ -194,7 +195,8 @@ def validate(results: Mapping[str, Any]) -> None:
     kind = jsonschema.validators.extend(standard, type_checker=types)
     errors = list(kind(schema, format_checker=standard.FORMAT_CHECKER).iter_errors(results))
     if errors:
-        raise ValueError("\n".join(f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors))
+        lines = (f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors)
+        raise ValueError("\n".join(line.removeprefix(": ") for line in lines))
 
 
 def sealed(results: Mapping[str, Any]) -> dict[str, Any]:
