@@ -71,8 +71,8 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
         pairs = {name: (pair["a"], pair["b"]) for name, pair in compared[group].items()}
         exact = pairs.pop("repeated_steps_exact", None)
         if exact is not None:
-            steps = zip(pairs["repeated_steps"], exact, strict=True)
-            pairs["repeated_steps"] = tuple(at_least(number or 0, exact=is_exact) for number, is_exact in steps)
+            a, b = (at_least(n or 0, exact=e) for n, e in zip(pairs["repeated_steps"], exact, strict=True))
+            pairs["repeated_steps"] = a, b
         yield group.capitalize(), both, [_row(name, *pair) for name, pair in pairs.items() if pair != (None, None)]
 
 
