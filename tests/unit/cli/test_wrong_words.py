@@ -65,7 +65,7 @@ def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("report good --output folder", 2, "--output folder: is a folder; name a file, such as folder/report.html"),
         ("compare --history good --output folder", 2, "--output folder: is a folder; name a file"),
         ("compare good good --policy none", 2, "--policy (none): cannot be read: No such file or directory"),
-        ("verify good --storage.cache file.dat", 2, "JOB_STORAGE__CACHE: cannot make the folder file.dat: file.dat exists"),
+        ("verify good --storage.cache file.dat", 2, "JOB_STORAGE__CACHE: cannot make the folder file.dat"),
         ("config --schema --foo", 2, "--schema: prints the schema of all settings; remove the other arguments"),
     ],
 )
