@@ -119,8 +119,10 @@ class OptimizerBehindSum:
     def __init__(self, gradient_sum: LaunchedSum, spec: OptimizerSpec, *, on_gpu: bool, reads_gpu: bool) -> None:
         self._sum, self._spec, self._on_gpu, self._reads_gpu = gradient_sum, spec, on_gpu, reads_gpu
         self._launches_behind = False
-        """Whether the next step is launched before the sum is there. Not the first step of an attempt, which creates the
-        optimizer's state: copies of it wait for the GPU."""
+        """Whether the next step is launched before the sum is there.
+
+        Not the first step of an attempt, which creates the optimizer's state: copies of it wait for the GPU.
+        """
         self._counts: list[dict[str, Any]] = []
         self.may_have_begun: Callable[[], bool] = lambda: False
         """Whether an optimizer's step that was given up may have begun."""
@@ -229,7 +231,7 @@ class DeferredMetrics:
         self._clock = time.monotonic()
 
     def step_begins(self) -> None:
-        """Starts the clock of a step. Where the step before is still to be reported, it has not ended: its report does."""
+        """Starts the clock of a step, unless the step before has not ended: then its report will."""
         if self._report is None:
             self._clock = time.monotonic()
 
