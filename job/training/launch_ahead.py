@@ -3,12 +3,13 @@
 A GPU computes, in order, what the host has launched on a CUDA stream. The host waits for it only where it reads a
 number. Nothing here changes what is computed; on a CPU every call returns when its work is done.
 
-One GPU. In 3 the host waits for the GPU; from everything else it returns at once:
+One GPU. The host waits for it in 3 alone (and, in fp16, in the optimizer's step, whose loss scaling reads a number):
 
 1. It launches the gradient of step 5, while the GPU computes step 4.
 2. It lays out the first sequence of step 6 (`MicroBatchGradient.lay_out`).
 3. It reads the loss and the gradient's norm of step 4, and reports them (`DeferredMetrics.report`). So step 4 has
-   ended. If the job has to stop by now, and step 5 does not fit before the deadline, step 5 is abandoned.
+   ended. If the job has to stop by now, and step 5 does not fit before the deadline, step 5 is abandoned
+   (`StepAbandoned`).
 4. It launches clipping, the optimizer's step, and copies of the loss and the norm of step 5 to the host
    (`DeferredMetrics.defer`), which it reads in the next step.
 
@@ -18,7 +19,7 @@ anything of the next one is launched.
 
 Several GPUs. Between 3 and 4:
 
-- The processes agree, on their CPUs, that none of them ran out of memory.
+- The processes agree, on their CPUs, that none of them ran out of memory. If one has ended, step 5 is abandoned.
 - The host launches the sum of the gradients over the processes (`LaunchedSum.start`). What it launches later waits for
   this sum on the GPU.
 
@@ -27,12 +28,12 @@ another process has ended. Where launching the optimizer's step would wait for t
 host waits for the sum before that step is launched; so it does in the first step of an attempt, which creates the
 optimizer's state (`OptimizerBehindSum`).
 
-A process is lost. The sum never ends, so clipping and the optimizer's step, which are launched, never begin: parameters
-and moments are those of step 4. What the host itself counted for the optimizer's step is undone (`restore_counts`).
-The step is abandoned (`StepAbandoned`), and step 4 is saved from another CUDA stream, because whatever is launched on
-this one waits for the sum (`leave_stream`). A process that ends with an error may have launched its part of the sum
-before. Then the sum may come after all, and the optimizer's step begins while step 4 is saved; so the trainer asks
-afterwards, and deletes a checkpoint that may be of both (`OptimizerBehindSum.may_have_begun`).
+A process is lost after the sum was launched. The sum never ends, so clipping and the optimizer's step, which were
+launched, never begin: parameters and moments are those of step 4. What the host itself counted for the optimizer's step
+is undone (`restore_counts`). Step 5 is abandoned, and step 4 is saved from another CUDA stream, because whatever is
+launched on this one waits for the sum (`leave_stream`). A process that ends with an error may have launched its part of
+the sum before. Then the sum may come after all, and the optimizer's step begins while step 4 is saved; so the trainer
+asks afterwards, and deletes a checkpoint that may be of both (`OptimizerBehindSum.may_have_begun`).
 """
 
 from __future__ import annotations

@@ -88,6 +88,7 @@ class MicroBatchGradient:
         self._device = parameters.gradient.device
         self._packed_gradient, self._shapes, self._scaler = packed_gradient, shapes, scaler
         self._loss_scale: torch.Tensor | None = None
+        """() float32; None without fp16's loss scaling."""
         self._laid_out: _LaidOut | None = None
         self._was_long = False
         """Whether the last micro-batch was computed layer by layer (`LongRows`)."""
@@ -107,9 +108,9 @@ class MicroBatchGradient:
         self._long_rows = LongRows(model, loss, self._check, hooks.on_progress)
 
     def begin_step(self) -> None:
-        """Takes over what fp16's loss scaling multiplies losses by in this step.
+        """Gets the factor by which fp16's loss scaling multiplies losses; called before a step's first micro-batch.
 
-        Not read on the host, which would wait for the GPU. The scaler has to scale something in each step, or the
+        It stays on the GPU: the host would have to wait for it. The scaler has to scale something in each step, or the
         optimizer step refuses to take the factor out of the gradient again.
         """
         enabled = self._scaler is not None and self._scaler.is_enabled()
@@ -122,7 +123,7 @@ class MicroBatchGradient:
             That loss, () float32, without history. The next call may overwrite it.
 
         Raises:
-            StepAbandoned: The job has to stop, and a row is too long to be finished before.
+            StepAbandoned: The job has to stop, and the time left is too short for the step with this long row.
             OtherOutOfMemory: Memory ran out in another process, within `together`.
         """
         if not is_packed(self._model):

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from job.errors import TrainingFailed, Unreachable
 from job.model.lora import trainable
 from job.training.config import Hooks, StepAbandoned
 from job.training.launch_ahead import (
+    LaunchedSum,
     can_launch_behind_sum,
     counts_of,
     is_bitsandbytes,
@@ -283,3 +285,37 @@ def test_what_cannot_be_launched_behind_a_sum(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delattr("bitsandbytes.optim.optimizer.sync_gpu")
     can = {name for name, spec in OPTIMIZERS.items() if can_launch_behind_sum(spec, on_gpu=True, reads_gpu=False)}
     assert can == {"adamw_torch", "adamw_torch_fused", "muon"}
+
+
+def test_a_lost_sum_is_left_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: an event is recorded behind the sum; when the sum is lost, what is launched next is on a new stream."""
+    seen: list[str] = []
+    come = False
+
+    class Stream:
+        def record_event(self) -> Any:
+            seen.append("event")
+            return SimpleNamespace(query=lambda: come)
+
+    class Lost(Beside):
+        def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
+            seen.append("sum")
+            return self.lost
+
+        def lost(self) -> None:
+            raise Unreachable("process 1: the hub is silent")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: seen.append("new stream"))
+    launched = LaunchedSum(Lost(), torch.device("cuda"))
+    launched.finish()
+    assert not launched.has_come()
+    launched.start(cast("torch.Tensor", SimpleNamespace(is_cuda=True)))
+    with pytest.raises(StepAbandoned) as raised:
+        launched.finish()
+    assert isinstance(raised.value.__cause__, Unreachable)
+    assert seen == ["sum", "event", "new stream"]
+    assert not launched.has_come()
+    come = True
+    assert launched.has_come()
