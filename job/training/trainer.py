@@ -159,6 +159,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         for name, parameter in trainable(model).items():
             parameter.data = exact[name]
         self.recipe, self.hooks, self.folder, self.leads = recipe, hooks, folder, processes.leads
+        # The rows, the adapter, and its loss.
         self.steps = steps_of(examples, recipe, processes)
         self.parameters = flat_adapter(model, OPTIMIZERS[recipe.optimizer].block)
         base = model.get_base_model()
@@ -188,6 +189,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             on_gpu=self.parameters.gradient.is_cuda,
             reads_gpu=self.adalora or (scaler is not None and scaler.is_enabled()),
         )
+        # The validations, which are computed like steps.
         self.validations = ValidationHistory(model, recipe)
         self.validation = Validation(
             model,
