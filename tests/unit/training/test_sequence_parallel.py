@@ -219,7 +219,7 @@ def test_the_watchdog_hears_of_each_layer(base_folder: Path) -> None:
     layers = len(model.get_base_model().model.layers)
     assert len(heard) == 2 * layers
     with torch.no_grad():
-        made.summed_loss(EXAMPLES[-1:])
+        made.micro_batch.summed_loss(EXAMPLES[-1:])
     assert len(heard) == 3 * layers
 
 
