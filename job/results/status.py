@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from job.checkpoints import manager
+from job.checkpoints.commit_marker import parse_marker
 from job.common.formatting import count, timestamp
 from job.common.hashing import unsealed
 from job.common.validation import first_error
@@ -388,7 +389,7 @@ def _gate(results: Mapping[str, Any] | None) -> bool | None:
 
 def _checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]:
     steps = manager.steps(store)
-    return tuple(step for step in steps if _parsed(store, marker_key(step), manager.parse_marker, problems) is not None)
+    return tuple(step for step in steps if _parsed(store, marker_key(step), parse_marker, problems) is not None)
 
 
 def _stages_done(store: ObjectStore) -> tuple[str, ...]:
