@@ -179,9 +179,11 @@ def load_tasks(
     misfits = [problem for name in rows for problem in find_misfits(tasks[name], rows[name], sources[name])]
     for name in () if misfits else shown:
         misfits += find_example_misfits(tasks[name], shown[name], sources[name + EXAMPLES])
+    users = [*(one for one in own if isinstance(one, TaskFile)), *member_files(own)]
+    for user in (user for user in users if user.name not in rows):
+        misfits += _file_misfits(tasks[user.name], user)
     if misfits:
         raise DataError(misfits)
-    users = [*(one for one in own if isinstance(one, TaskFile)), *member_files(own)]
     places = dict(sources) | {task.name: task.source for task in users}
     files = {task.name: task.sha256 for task in users} | {name: _hash(rows) for name, rows in shown.items()}
     for group in own:
@@ -303,6 +305,16 @@ def _from_file(manager: Any, task: TaskFile) -> Any:
     except Exception as error:  # templates may raise anything, and a field may be of another kind than lm-eval expects
         first = (str(error).splitlines() or [""])[0][:300]
         raise DataError([Problem(task.path, f"is not a task of lm-eval: {type(error).__name__}: {first}")]) from error
+
+
+def _file_misfits(task: Any, user: TaskFile) -> Iterator[Problem]:
+    """Rows of a task file of which the task cannot make questions, or examples where its prompts have some."""
+    split = task.config.test_split or task.config.validation_split
+    yield from find_misfits(task, user.rows[split], user.source)
+    few = task.fewshot_cfg
+    if task.config.num_fewshot and few.split != split and few.samples is None:
+        examples = user.rows.get(few.split or task.config.training_split, ())
+        yield from find_example_misfits(task, examples, user.path, apart=False)
 
 
 def _set_shots(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
