@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 SUMMED_BESIDE = 64
-"""How many numbers a step may sum over the processes in one all-reduce with the gradient: its loss and its metrics."""
+"""The most numbers that a step may sum over the processes in one all-reduce with the gradient: its loss and metrics."""
 
 
 class FlatParameters:
@@ -20,8 +20,8 @@ class FlatParameters:
     Args:
         parameters: Of any shapes, of one dtype (fp32) on one device. Their values are kept; they become views of
             the flat tensor.
-        block: `OptimizerSpec.block`: an 8-bit optimizer quantizes so many neighbouring numbers with one constant, and
-            no such block may span two parameters.
+        block: `OptimizerSpec.block`: an 8-bit optimizer quantizes blocks of this many neighbouring numbers, each with
+            one constant, and no block may span two parameters.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], block: int) -> None:
@@ -57,7 +57,7 @@ class FlatParameters:
 
     @property
     def parameters(self) -> Sequence[torch.nn.Parameter]:
-        """Those whose values and gradients lie here."""
+        """The parameters whose values and gradients are parts of the flat tensors."""
         return self._parameters
 
     def freeze(self, index: int, trained: torch.Tensor) -> None:

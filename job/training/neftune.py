@@ -43,7 +43,7 @@ def add_noise(base: Any, alpha: float) -> Callable[[], None]:
         scale = alpha / (lengths[..., None] * embedded.shape[-1]).float().sqrt()
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * scale.to(embedded.dtype)
 
-    # In a model that also reads images, the decoder may be called by itself.
+    # In a model that also reads images, the decoder may be called without the rest of the model.
     called = dict.fromkeys((base.base_model, decoder_of(base)))
     hooks = [
         *(module.register_forward_pre_hook(note, with_kwargs=True) for module in called),

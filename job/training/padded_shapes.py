@@ -54,14 +54,14 @@ class Shapes:
     def of(self, tokens: int, examples: int) -> tuple[int, int]:
         """The shape of a sequence with this number of tokens and examples: the shortest that it fits into.
 
-        If it fits into none, a shape of its own.
+        If it fits into none, its own length and number of segments, rounded up.
         """
         fitting = (shape for shape in self.shapes if tokens <= shape[0] and examples < shape[1])
         return next(fitting, (padded_length(tokens), padded_segments(examples)))
 
 
 ANY = Shapes()
-"""Each sequence has a shape of its own, by its length."""
+"""No shapes are chosen: each sequence is padded by `padded_length` and `padded_segments`."""
 
 
 def choose_shapes(sequences: Sequence[tuple[int, int]], recording_tokens: int) -> Shapes:

@@ -30,7 +30,7 @@ OPTIONS = {
     "seed": "the seed that Trainer sets in its constructor",
     **dict.fromkeys(("logging_steps", "logging_nan_inf_filter"), "log() is called after every step, with its own loss"),
     **dict.fromkeys(("save_strategy", "save_steps"), "when _save_checkpoint() is called"),
-    "ignore_data_skip": "the plan seeks by itself",
+    "ignore_data_skip": "the batch plan starts at the step of the checkpoint",
     **dict.fromkeys(("remove_unused_columns", "max_length", "dataset_kwargs"), "TRL leaves the data set alone"),
     **dict.fromkeys(("report_to", "disable_tqdm"), "only the job reports metrics"),
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), "off: switched on the model, by the plan"),

@@ -13,8 +13,8 @@ With g the gradient of y, and writing h = x A' (kept) and k = s g B, both (token
 
 W, the bias and s are frozen, so nothing else is computed, and of the forward pass only x and h are kept: x is one
 tensor for all layers that read it. Layers with a common input (queries, keys and values; gate and up) are one
-operation: their A's lie one below the other in one matrix, so that x is read once for all of them, forward and back.
-With dropout each layer's adapter reads a d(x) of its own, which the backward pass makes again (`dropout.py`):
+operation: their A's are one below the other in one matrix, so that x is read once for all of them, forward and back.
+With dropout each layer's adapter reads another d(x), which the backward pass computes again (`dropout.py`):
 
     h = d(x) A'        dA = k' d(x)        dx = g W + d(k A)
 
@@ -43,8 +43,8 @@ class _Adapted(torch.autograd.Function):
     """The formula above for all layers with a common input, with gradients for x, A and B alone.
 
     `trained` are the fp32 A's and then the B's: autograd has to see them to give them their gradients. What is
-    multiplied are their copies in the compute dtype, which `inputs` holds; those of B have the scale in them, s B, so
-    that the forward pass needs no multiplication of its own for it.
+    multiplied are their copies in the compute dtype, which `common` holds; those of B already
+    contain the scale, s B, so that the forward pass need not do so.
     """
 
     @staticmethod
