@@ -184,6 +184,8 @@ def load_tasks(
         misfits += _file_misfits(tasks[user.name], user)
     if misfits:
         raise DataError(misfits)
+    if unshown := [problem for name, task in tasks.items() if (problem := _without_prompt(name, task))]:
+        raise SettingsError(unshown)
     places = dict(sources) | {task.name: task.source for task in users}
     files = {task.name: task.sha256 for task in users} | {name: _hash(rows) for name, rows in shown.items()}
     for group in own:
@@ -342,6 +344,19 @@ def _without_examples(name: str, task: Any) -> Problem | None:
         )
     if (there := len(list(task.fewshot_docs()))) <= shots:
         what = f"{name} is asked with {shots} examples, and there are {there}; one more than that is needed"
+        return Problem("JOB_EVAL__NUM_FEWSHOT", what)
+    return None
+
+
+def _without_prompt(name: str, task: Any) -> Problem | None:
+    """The problem of a task of whose examples lm-eval makes no prompt, such as one with several right answers each."""
+    shots = task.config.num_fewshot
+    try:
+        if shots:
+            task.fewshot_context(next(iter(task.eval_docs)), num_fewshot=shots)
+    except Exception as error:  # noqa: BLE001 - a task's templates and functions may raise anything
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        what = f"lm-eval cannot ask {name} with {shots} examples ({said}); 0 asks without examples"
         return Problem("JOB_EVAL__NUM_FEWSHOT", what)
     return None
 

@@ -222,6 +222,15 @@ def test_examples_with_missing_fields_are_named(tmp_path: Path) -> None:
     load_tasks([str(path)], {}, {}, 0)
 
 
+def test_examples_of_which_no_prompt_is_made_are_refused(tmp_path: Path) -> None:
+    """lm-eval shows no example with several right answers, which would end the run as a bug when it is asked."""
+    changes = {"doc_to_text": "{{question}}", "doc_to_target": "{{[0, 1]}}", "doc_to_choice": ["a", "b"]}
+    path = write_task(tmp_path, **CHOICE | changes)
+    with pytest.raises(SettingsError, match="cannot ask sums with 2 examples"):
+        load_tasks([str(path)], {}, {})
+    load_tasks([str(path)], {}, {}, 0)
+
+
 def test_texts_for_forgetting_come_with_the_job(tmp_path: Path) -> None:
     """`forgetting` names texts of this project, or the user's own; where they lie on the disk is not recorded."""
     check_tasks(["forgetting"], {})
