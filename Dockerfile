@@ -87,6 +87,9 @@ COPY --from=build /opt/job /opt/job
 COPY entrypoint.sh /opt/job/
 # Works for any user id and with a read-only root file system: libraries write below /tmp (HOME). NVIDIA's runtime would
 # refuse to start the container on an old driver; the entrypoint checks the driver instead, and says what to do.
+# /usr/local/nvidia is where GKE mounts driver and nvidia-smi; NVIDIA's images of CUDA 12.8.1 and newer do not look there.
+ENV PATH=$PATH:/usr/local/nvidia/bin \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 ENV HOME=/tmp USER=job PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 NVIDIA_DISABLE_REQUIRE=true
 ARG VERSION=
 ARG REVISION=

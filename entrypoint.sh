@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # Starts the job: reads secrets from files, checks GPUs and driver, and replaces itself by the job. What it refuses, it
-# refuses before torch is loaded, with exit code 2 (settings); on Kubernetes with 72 where another node may serve. The job
-# itself decides how many processes to start.
+# refuses before torch is loaded, with exit code 2 (settings); on Kubernetes with 72 where another node may serve.
 set -euo pipefail && umask 002 # so that user ids of one group can take turns with a volume
 here=$(dirname "$(readlink -f "$0")")
 secrets=(AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AZURE_CLIENT_SECRET AZURE_STORAGE_ACCOUNT_KEY
-  AZURE_STORAGE_CONNECTION_STRING AZURE_STORAGE_SAS_TOKEN HF_TOKEN MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN WANDB_API_KEY)
+  AZURE_STORAGE_CONNECTION_STRING AZURE_STORAGE_SAS_TOKEN HF_TOKEN MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN OCI_PASSWORD WANDB_API_KEY)
 wrong='' open='' problem='' remedy='' rebuild='or build the image for older GPUs and drivers: infra/docker/README.md'
 
 say() { # level, message: a log line in the job's format, which a line break in a path must not end
@@ -19,6 +18,7 @@ refuse() { # message, code: logs it, writes it to where Kubernetes and SageMaker
   done
   exit "${2-2}"
 }
+trap 'refuse "stopped by a signal before the job began; a restart begins it" 75' TERM INT # else 143, a failure
 ours=' run train compare config plan promote push report selftest serve-check status verify '
 # SageMaker's SDK runs `chmod` in the image: a first word that is a program, and no command of the job, is run.
 if [[ -n ${1-} && $1 != -* && $ours != *" $1 "* ]] && program=$(type -P -- "$1"); then exec "$program" "${@:2}"; fi

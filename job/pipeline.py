@@ -162,7 +162,8 @@ def _run_stage(
             )
         tell_results(results)
     if processes.leads:
-        _hand_over(attempt.store, results, delivery, () if later else targets(settings.export), alive)
+        chosen = () if later else targets(settings.export)
+        _hand_over(attempt.store, results, delivery, chosen, alive, cache=settings.storage.cache)
     return require_gate(results)
 
 
@@ -213,12 +214,12 @@ def finished(
         JobError: It cannot be pushed.
     """
     store = _store(settings)
-    if (done := read_complete(store)) is None:
+    if (done := read_complete(store, settings.storage.cache)) is None:
         check_permissions(settings.run.output, folder_of(settings))
         return None
     compare_settings(store, decisive_settings(plain_values(settings)), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
-    _hand_over(store, done, delivery, targets(settings.export), alive)
+    _hand_over(store, done, delivery, targets(settings.export), alive, cache=settings.storage.cache)
     return require_gate(done)
 
 
@@ -228,6 +229,8 @@ def _hand_over(
     delivery: Delivery | None,
     chosen: Sequence[Target],
     alive: Callable[[], None],
+    *,
+    cache: str | None,
 ) -> None:
     """Delivers a complete run to the platform and its targets, and prints its summary, the last that a user sees.
 
@@ -241,7 +244,7 @@ def _hand_over(
                 "the run is not pushed: its quality gate is not met", places=[target.place for target in chosen]
             )
         else:
-            push_run(store, results, chosen, alive=alive)
+            push_run(store, results, chosen, cache=cache, alive=alive)
     finally:
         # the results are published, whether or not this can be printed
         log.print_result("\n".join(summary(results, f"{store.uri}/{RESULTS}")) + "\n")
@@ -300,7 +303,7 @@ def _attempt(
         if settings.train.compute == FP8:
             require_fp8(device)
         if processes.leads:
-            withdraw_incomplete(attempt.store)
+            withdraw_incomplete(attempt.store, str(attempt.work))
         track.start()
         gpus = [name for seen in processes.gather("names of the GPUs", energy.visible_gpus()) for name in seen]
         if processes.leads:

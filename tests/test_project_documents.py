@@ -23,7 +23,14 @@ DECISIONS = sorted((ROOT / ".github/decisions").glob("0*.md"))
 PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *DECISIONS]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCKER = (ROOT / "infra/docker/README.md").read_text(encoding="utf-8")
-STORES = (ROOT / "infra/storage/README.md").read_text(encoding="utf-8")
+BENCH = (ROOT / "tests/bench/README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "tests/bench/results"
+GUIDES = sorted(
+    path
+    for pattern in ("README.md", "infra/*/README.md", "job/*/README.md", "tests/bench/README.md")
+    for path in ROOT.glob(pattern)
+)
+"""The pages for users."""
 
 
 def test_exit_codes_in_the_readme() -> None:
@@ -35,12 +42,12 @@ def test_exit_codes_in_the_readme() -> None:
     assert rows == expected
 
 
-def test_the_published_claim_in_the_readme() -> None:
+def test_the_published_claim() -> None:
     """The table of discordances is what our statistics say, and its middle is where the verdict turns."""
     asked = 2376
     before, after = 1896, 1929
     assert [k for k in range(asked) if f"{100 * k / asked:.2f}" in {"79.80", "81.19"}] == [before, after]
-    found = re.findall(r"^\| (\d+) \| (\d+) \| (.+?) % \| (.+?) \| (.+?) \| (\w+) \|$", README, re.MULTILINE)
+    found = re.findall(r"^\| (\d+) \| (\d+) \| (.+?) % \| (.+?) \| (.+?) \| (\w+) \|$", BENCH, re.MULTILINE)
     pairs = [(int(better), int(worse)) for better, worse, *_ in found]
     expected = []
     for better, worse in pairs:
@@ -51,15 +58,14 @@ def test_the_published_claim_in_the_readme() -> None:
         expected.append((str(better), str(worse), share, f"{p:.4g}", interval, verdict(p, (low, high))))
     assert found == expected
     last = max(better + worse for (better, worse), row in zip(pairs, found, strict=True) if row[-1] == "improved")
-    assert f"Up to {last} changed answers, {100 * last / asked:.1f} % of the questions" in README
+    assert f"Up to {last} changed answers, {100 * last / asked:.1f} % of the questions" in BENCH
     assert (last + 2) in {better + worse for better, worse in pairs}  # the next one there can be is none
 
 
 def test_settings_in_the_documents() -> None:
-    """Every `JOB_` name in the READMEs of the project, Docker and the stores, and in Docker's files, is a setting."""
-    known = {environment_name(name) for name in NAMES} | {"JOB_CONFIG", "JOB_SECRETS_DIR", "JOB_GROUP__NAME"}
-    files = (ROOT / "infra/docker").glob("*.yaml")
-    texts = [README, DOCKER, STORES, *(path.read_text(encoding="utf-8") for path in files)]
+    """Every `JOB_` name in the pages for users, and in Docker's files, is a setting."""
+    known = {environment_name(name) for name in NAMES} | {"JOB_CONFIG", "JOB_SECRETS_DIR"}
+    texts = [path.read_text(encoding="utf-8") for path in [*GUIDES, *(ROOT / "infra/docker").glob("*.yaml")]]
     assert {name for text in texts for name in re.findall(r"JOB_[A-Z_]+[A-Z]", text)} <= known
 
 
@@ -124,13 +130,41 @@ def test_paths_in_the_documents(path: Path) -> None:
     assert path.name[:2] == "00" or named_paths(path.read_text(encoding="utf-8"))
 
 
-def test_links_within_the_readme() -> None:
-    """Every link to a section of the README leads to a heading."""
-    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    links = re.findall(r"\]\(#([^)]+)\)", README)
-    assert links
-    assert set(links) <= anchors
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_of_the_guides(page: Path) -> None:
+    """Every link of a page for users leads to a file or folder of the project, and its anchor to a heading there."""
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    wrong = []
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
+            wrong.append(link)
+    assert not wrong
+
+
+def test_every_guide_is_linked_from_the_readme() -> None:
+    """A user finds every page from the README."""
+    assert {path.relative_to(ROOT).as_posix() for path in GUIDES} - {"README.md"} <= set(
+        re.findall(r"\]\(([\w./-]+)", README)
+    )
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_tables_of_the_guides(page: Path) -> None:
+    """Every row of a table has as many cells as its first row."""
+    tables = re.findall(r"(?:^\|.*\|\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for table in tables:
+        rows = [len(re.sub(r"`[^`]*`", "", row).split("|")) for row in table.splitlines()]
+        assert len(set(rows)) == 1, table
 
 
 def test_where_to_change_what() -> None:
@@ -170,11 +204,64 @@ def test_every_decision_is_in_the_index() -> None:
     ]
 
 
-def test_the_figures_of_the_cpu_in_the_readme() -> None:
+def test_files_of_figures() -> None:
+    """Every file of results and every script that a figure names is there."""
+    for text in (README, BENCH):
+        names = re.findall(r"`(20[\w-]+\.(?:jsonl?|txt))`", text)
+        assert names
+        assert not [name for name in names if not (RESULTS / name).exists()]
+    scripts = re.findall(r"`(\w+\.py)", BENCH)
+    assert scripts
+    assert not [name for name in scripts if not (ROOT / "tests/bench" / name).exists()]
+
+
+def test_the_figures_of_the_gpu() -> None:
+    """README's table of figures, and the tables it is taken from, have the numbers of the files that they name."""
+    (name,) = set(re.findall(r"`(\S+-bench-gpu\.json)`", README))
+    found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+    def last(what: str, key: str, **where: object) -> float:
+        return [one[key] for one in found if one["what"] == what and all(one[k] == v for k, v in where.items())][-1]
+
+    def best(what: str, key: str) -> float:
+        return max(one[key] for one in found if one["what"] == what)
+
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| (.+?) \| (\S+) \| (.*?) \|", README, re.MULTILINE)}
+    rate = f"{last('buyers', 'tokens_per_second', rows='alpaca'):,.0f}"
+    trl = last("plain TRL", "tokens_per_second")
+    alone = (RESULTS / "2026-11-30-h200-unsloth.jsonl").read_text(encoding="utf-8").splitlines()
+    unsloth = max(one["tokens_per_second"] for one in map(json.loads, alone) if one["what"] == "unsloth")
+    peers = f"{trl:.0f} plain TRL; {unsloth:,.0f} Unsloth"
+    assert rows["training, target tokens a second, CUDA graphs captured"] == (rate, peers)
+    scores = f"{last('score', 'questions_per_second'):,.0f}"
+    hflm = f"{best('HFLM', 'questions_per_second'):.0f}"
+    assert rows["evaluation, ARC-Easy, questions a second"] == (scores, f"{hflm} lm-eval's HFLM")
+    long = f"{last('long row', 'tokens_per_second', tokens=64000):,.0f}"
+    assert rows["training on a row of 64,000 tokens, target tokens a second"][0] == long
+    restart = f"{last('restart', 'first_step_seconds', attempt='restarted'):.1f}"
+    assert rows["from a kill to the next step, the demo, seconds"][0] == restart
+    section = BENCH.partition("### On one GPU")[2].partition("\n### ")[0]
+    assert all(f" {figure} " in section for figure in (rate, scores, hflm, long, restart))
+    lines = [
+        json.loads(line)
+        for file in ("2026-11-29-h200-placement.jsonl", "2026-11-29-h200-long-rows-cudnn.jsonl")
+        for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()
+    ]
+    for row, key, value in (
+        ("a row of 343,000 tokens in 80 GB, target tokens a second", "what", "cap80"),
+        ("Llama-70B's shape on 80 GB, target tokens a second", "way", "70B, gpu, 80 GB"),
+        ("the same on 24 GB, weights in main memory", "way", "70B, host, 24 GB"),
+    ):
+        measured = [line["tokens_per_second"] for line in lines if line.get(key) == value][-1]
+        assert rows[row][0] == f"{measured:.0f}"
+        assert f"| {measured:.0f}" in BENCH
+
+
+def test_the_figures_of_the_cpu() -> None:
     """The table of what was measured on a CPU is what the named file of results has."""
-    section = README.partition("## Speed")[2]
+    section = BENCH.partition("### On a CPU")[2].partition("\n### ")[0]
     (name,) = re.findall(r"`(\S+-cpu\.json)`", section)
-    results = json.loads((ROOT / "tests/bench/results" / name).read_text(encoding="utf-8"))
+    results = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     assert results["date"][:10] in section
     ratios = {row["what"]: row["ratio"] for row in results["rows"]}
     table = {
@@ -190,3 +277,7 @@ def test_the_figures_of_the_cpu_in_the_readme() -> None:
         ours, other, ratio = map(float, table[what])
         assert ratio == pytest.approx(ratios[row], abs=0.051)
         assert ours / other == pytest.approx(ratio, rel=0.03)
+    quoted = re.findall(r"training (\S+) target tokens a second, TRL (\S+), Unsloth (\S+); evaluation (\S+) ", README)
+    names = ("training, NF4, target tokens a second", "the same", "evaluation, questions a second, same predictions")
+    (ours, trl, _), (_, unsloth, _), (scored, _, _) = (table[name] for name in names)
+    assert quoted == [(ours, trl, unsloth, scored)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from job import log
 from job.cli.arguments import COMMANDS, parse_arguments
@@ -14,6 +12,7 @@ from job.common.tables import visible
 from job.errors import JobError, Problem, SettingsError, VerificationError
 from job.results.promotion import check_place, pointer_place, promote, require_gate_held, roll_back
 from job.results.reader import open_run, read_published
+from job.runs.work_folder import folder_for
 from job.storage.open import is_remote
 from job.verification.verify import require_verified, verify
 
@@ -45,8 +44,8 @@ def promote_command(words: Sequence[str]) -> int:
     store = open_run(given.runs[0], storage)
     run = read_published(store)
     require_gate_held(run.results, without_gate="--without-gate" in given.flags)
-    with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        require_verified(verify(store, Path(work), storage, key=key))
+    with folder_for(f"promotion of {store.uri}", cache) as work:
+        require_verified(verify(store, work, storage, key=key))
     if read_published(store).sha256 != run.sha256:
         raise VerificationError([Problem(store.uri, "was replaced while it was verified; repeat the command")])
     if is_remote(place.store.uri) and not is_remote(store.uri):

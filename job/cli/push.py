@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,6 +18,7 @@ from job.push.push import TARGETS, Target, content_of, push_run, targets
 from job.results.completed import require_gate
 from job.results.promotion import open_run_or_pointer
 from job.results.reader import read_published
+from job.runs.work_folder import folder_for
 from job.settings.field_types import explain
 from job.settings.schema import Export
 from job.verification.verify import require_verified, verify
@@ -40,20 +39,20 @@ def push_command(words: Sequence[str]) -> int:
         JobError: As the target says.
     """
     given = parse_arguments(words, COMMANDS["push"].arguments)
-    storage, _ = reading(given)
+    storage, cache = reading(given)
     store, key = open_run_or_pointer(given.runs[0], storage), signer(given)
-    with tempfile.TemporaryDirectory(prefix="qlora-job-", ignore_cleanup_errors=True) as work:
-        require_verified(verify(store, Path(work), storage, key=key))
+    with folder_for(f"verification of {store.uri}", cache) as work:
+        require_verified(verify(store, work, storage, key=key))
     results = read_published(store).results
     chosen = _targets(given, results)
     if "--despite-gate" not in given.flags:
         require_gate(results)
     if "--dry-run" in given.flags:
-        with tempfile.TemporaryDirectory(prefix="qlora-job-", ignore_cleanup_errors=True) as work:
-            content = content_of(store, results, Path(work))
+        with folder_for(f"push of {store.uri}", cache) as work:
+            content = content_of(store, results, work)
             lines = [line for target in chosen for line in _preview(target, target.changes(content), target.check())]
     else:
-        pushed = push_run(store, results, chosen, again=True)
+        pushed = push_run(store, results, chosen, cache=cache, again=True)
         lines = [f"{one.target}: {one.place} holds the run as {one.id}" for one in pushed]
     return 0 if log.print_result("".join(f"{visible(line)}\n" for line in lines)) else JobError.exit_code
 

@@ -25,6 +25,7 @@ from job.results.history import find_runs, history
 from job.results.promotion import open_run_or_pointer
 from job.results.reader import read_published
 from job.results.signing import load_public_key
+from job.runs.work_folder import folder_for
 from job.settings.field_types import explain
 from job.settings.schema import Gate
 from job.storage.verified_download import fetch_artifact
@@ -43,13 +44,10 @@ def verify_command(words: Sequence[str]) -> int:
     """
     given = parse_arguments(words, COMMANDS["verify"].arguments)
     storage, cache = reading(given)
-    if cache is not None:
-        with disk_errors(f"cannot make the folder {cache}"):
-            Path(cache).mkdir(parents=True, exist_ok=True)
     key = signer(given)
     store = open_run_or_pointer(given.runs[0], storage)
-    with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        checks = verify(store, Path(work), storage, key=key)
+    with folder_for(f"verification of {store.uri}", cache) as work:
+        checks = verify(store, work, storage, key=key)
     code = _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
     require_verified(checks)
     return code

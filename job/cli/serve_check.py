@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +24,7 @@ from job.results.promotion import open_run_or_pointer
 from job.results.public_bases import public_base
 from job.results.reader import MAX_SAMPLES_BYTES, PublishedRun, read_published
 from job.runs.layout import ADAPTER, answers_key, export_folder, export_side
+from job.runs.work_folder import folder_for
 from job.serving.check import Served, as_json, as_lines, require_alike, serve_check
 from job.serving.client import Client
 from job.serving.servers import SERVERS, Model, model_name, pick, recognized, started
@@ -48,16 +48,15 @@ def serve_check_command(words: Sequence[str]) -> int:
     storage, cache = reading(given)
     store = open_run_or_pointer(given.runs[0], storage)
     if (key := signer(given)) is not None:
-        with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as checked:
-            require_verified(verify(store, Path(checked), storage, key=key))
+        with folder_for(f"verification of {store.uri}", cache) as checked:
+            require_verified(verify(store, checked, storage, key=key))
     run = read_published(store)
     count, server = _count(given), given.options.get("--server")
     if server is not None and server not in SERVERS:
         raise SettingsError([Problem("--server", f"must be {' or '.join(SERVERS)}")])
     shipped, side = _served(given, run.results)
     with ExitStack() as stack:
-        folder = tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True)
-        work = Path(stack.enter_context(folder))
+        work = stack.enter_context(folder_for(f"serving of {store.uri}", cache))
         asked = _records(run, side, work)
         if url := given.options.get("--url"):
             client = Client(url.rstrip("/").removesuffix("/v1"), environment().get("OPENAI_API_KEY"))

@@ -132,7 +132,10 @@ class Gcp:
         Maintenance terminates a machine with a GPU, but may be announced an hour ahead. Only a change to the announced
         state counts: an attempt that starts in that hour, on the same machine, would otherwise stop at once each time.
         """
-        if self._read("preempted") == "TRUE":
+        preempted = self._read("preempted")
+        if preempted is None:  # GKE's own server, which workload identity puts before Google's, has `id` but not this
+            raise ValueError("it does not tell this container of a preemption, as on GKE: only SIGTERM does")
+        if preempted == "TRUE":
             return Notice("Google's notice of preemption", self.notice_seconds)
         before, event = self._maintenance, self._read("maintenance-event")
         if event in {None, before}:

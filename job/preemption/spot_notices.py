@@ -64,7 +64,8 @@ def _watch(stop: Stop, provider: Provider, clouds: Sequence[Cloud], poll_seconds
             log.get_logger().debug("no usable answer of the metadata service", provider=cloud.name, why=str(error))
             if not answered:  # the user has named this provider, so it should answer
                 fix = "check JOB_RUN__SPOT_NOTICES; on EC2 a container needs a hop limit of 2"
-                log.get_logger().warning("the metadata service does not answer", provider=cloud.name, fix=fix)
+                what = "the metadata service gives no usable answer"
+                log.get_logger().warning(what, provider=cloud.name, why=str(error), fix=fix)
         else:
             if notice is not None:
                 log.get_logger().warning(

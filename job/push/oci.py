@@ -8,7 +8,7 @@ the registry has all else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -194,8 +194,12 @@ def _connect(container: Any, *, plain: bool) -> Any:
 
     address = f"{'http' if plain else 'https'}://{container.registry}/v2/"
     home = _host(address)
-    challenge = requests.get(address, timeout=_TIMEOUT).headers.get("Www-Authenticate", "")
-    client = Client(insecure=plain, auth_backend="basic" if challenge.lower().startswith("basic") else "token")
+    environ = environment()
+    trust = _certificates(environ)
+    challenge = requests.get(address, timeout=_TIMEOUT, verify=trust).headers.get("Www-Authenticate", "")
+    kind = "basic" if challenge.lower().startswith("basic") else "token"
+    client = Client(insecure=plain, auth_backend=kind, tls_verify=trust)
+    client.session.verify = trust
     again = Retry(
         _TRIES,
         backoff_factor=0.5,
@@ -205,7 +209,6 @@ def _connect(container: Any, *, plain: bool) -> Any:
     )
     for scheme in ("http://", "https://"):
         client.session.mount(scheme, HTTPAdapter(max_retries=again))
-    environ = environment()
     user, password = environ.get("OCI_USERNAME"), environ.get("OCI_PASSWORD")
     if user and password:
         client.auth.set_basic_auth(user, password)
@@ -216,6 +219,16 @@ def _connect(container: Any, *, plain: bool) -> Any:
         login.registry = _DOCKER_LOGIN if container.registry in _DOCKER_HUB.values() else container.registry
         client.auth.load_configs(login, configs)
     return client
+
+
+def _certificates(environ: Mapping[str, str]) -> str | bool:
+    """The file or folder of certificates to trust, by the names of requests and of the job's other clients."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
+        if path := environ.get(name):
+            if not Path(path).exists():
+                raise SettingsError([Problem(name, f"names no certificates: there is no {path}")])
+            return path
+    return True
 
 
 def _host(url: str) -> tuple[str, str, int]:
@@ -296,6 +309,8 @@ def _registry_errors(reference: str) -> Iterator[None]:
         raise _translated(error.response, reference) from error
     except (requests.exceptions.SSLError, requests.exceptions.InvalidURL) as error:
         what = f"{reference}: {type(error).__name__}: is it a registry with TLS? See JOB_EXPORT__OCI_PLAIN_HTTP"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            what = f"{reference}: its certificate is not trusted; name the file with its authority's in SSL_CERT_FILE"
         raise SettingsError([Problem(SETTING, what)]) from error
     except (requests.RequestException, ValueError) as error:
         raise Unreachable(f"{SETTING}: {reference}: the registry cannot be reached ({type(error).__name__})") from error

@@ -16,7 +16,6 @@ Settings check, plan, job and command follow from that.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +30,7 @@ from job.push.oci import OciTarget
 from job.records import Pushed
 from job.results.after_run import parse_push
 from job.runs.layout import pushed_key
+from job.runs.work_folder import folder_for
 from job.settings.schema import Export
 from job.storage.base import read_record
 from job.storage.open import ObjectStore
@@ -103,6 +103,7 @@ def push_run(
     results: Mapping[str, Any],
     chosen: Sequence[Target],
     *,
+    cache: str | None = None,
     alive: Callable[[], None] = lambda: None,
     again: bool = False,
 ) -> list[Pushed]:
@@ -112,6 +113,7 @@ def push_run(
         store: The run's own.
         results: Its manifest.
         chosen: Where to.
+        cache: Where copies of the files are made; None for the system's folder for temporary files.
         alive: Called between files; may raise what ends the job.
         again: Also asks targets to which the store says that it has been pushed.
 
@@ -121,8 +123,8 @@ def push_run(
     """
     done, errors = [], list[tuple[str, JobError]]()
     for target in chosen:
-        with tempfile.TemporaryDirectory(prefix="qlora-job-push-", ignore_cleanup_errors=True) as work:
-            content = content_of(store, results, Path(work), alive)
+        with folder_for(f"push of {store.uri} to {target.place}", cache) as work:
+            content = content_of(store, results, work, alive)
             known = recorded(store, target.kind, target.place)
             if known is not None and known.files_sha256 == content.sha256 and not again:
                 log.get_logger().info("the run is already pushed", target=target.kind, place=target.place, id=known.id)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from job import log
@@ -14,6 +12,7 @@ from job.errors import GateError
 from job.records import Artifact
 from job.runs.attempt import missing
 from job.runs.layout import EXPORT, RESULTS, SIGNATURE
+from job.runs.work_folder import folder_for
 from job.storage.base import delete_in_turn, read_record
 from job.storage.open import ObjectStore
 from job.storage.verified_download import altered
@@ -21,26 +20,26 @@ from job.storage.verified_download import altered
 _MAX_WORDS = 200
 
 
-def read_complete(store: ObjectStore) -> dict[str, Any] | None:
-    """The manifest of a run that is complete; None for any other run."""
-    results, damaged_files = _read(store)
+def read_complete(store: ObjectStore, cache: str | None = None) -> dict[str, Any] | None:
+    """The manifest of a run that is complete; None for any other run. `cache` is where copies of its files are made."""
+    results, damaged_files = _read(store, cache)
     return None if damaged_files else results
 
 
-def withdraw_incomplete(store: ObjectStore) -> None:
-    """Removes a manifest that is damaged, or lists files that are missing or damaged.
+def withdraw_incomplete(store: ObjectStore, cache: str | None = None) -> None:
+    """Removes a manifest that is damaged, or lists files that are missing or damaged; `cache` as in `read_complete`.
 
     A platform may have copied the folder while the run ended.
 
     Raises:
         Replaced: Another attempt owns the run.
     """
-    if gone := _read(store)[1]:
+    if gone := _read(store, cache)[1]:
         log.get_logger().warning("the manifest lists files that are missing or damaged: the run continues", gone=gone)
         delete_in_turn(store, RESULTS)
 
 
-def _read(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
+def _read(store: ObjectStore, cache: str | None = None) -> tuple[dict[str, Any] | None, list[str]]:
     """The manifest, if there is one, and what is damaged in it, or listed in it but missing or damaged.
 
     Of exported models, which are many gigabytes, only the sizes are compared.
@@ -58,9 +57,9 @@ def _read(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
         return results, [SIGNATURE]
     if gone := missing(store, artifacts):
         return results, gone
-    with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
+    with folder_for(f"completion of {store.uri}", cache) as folder:
         small = [artifact for artifact in artifacts if not artifact.path.startswith(EXPORT)]
-        return results, altered(store, small, Path(folder))
+        return results, altered(store, small, folder)
 
 
 def require_gate(results: Mapping[str, Any]) -> dict[str, Any]:

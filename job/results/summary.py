@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from job.common.export_formats import is_adapter
+from job.common.formatting import count
 from job.evaluation.comparison import original_tasks
 from job.evaluation.policy import lines as policy_lines
 from job.runs.layout import REPORT, RESULTS
@@ -14,9 +15,9 @@ from job.runs.layout import REPORT, RESULTS
 def summary(results: Mapping[str, Any], where: str) -> list[str]:
     """The outcome in a few lines: training, accuracy, cost, the report; and in the last, verdict and results."""
     training, cost = results["training"], results["cost"]
-    trained = f"{training['steps']} steps on {results['dataset']['rows']:,} examples, loss {training['loss']:.3f}"
+    work = f"{count(training['steps'], 'step')} on {count(results['dataset']['rows'], 'example')}"
     speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
-    lines = [f"{results['model']['id']} + LoRA, {trained}, {speed}"]
+    lines = [f"{results['model']['id']} + LoRA, {work}, loss {training['loss']:.3f}, {speed}"]
     if first := training.get("first_stage"):
         lines.append(f"before that {first['steps']} steps of {first['method']}, loss {first['loss']:.3f}")
     if rewards := training.get("preference"):

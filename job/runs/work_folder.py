@@ -12,10 +12,13 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+
+from job.common.disk import disk_errors
 
 PREFIX = "qlora-job-"
 
@@ -31,7 +34,8 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
         cleans: Whether to remove what earlier attempts at the run left here; one process of a machine does.
     """
     parent = Path(cache or tempfile.gettempdir())
-    parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(f"cannot make the folder {parent}"):
+        parent.mkdir(parents=True, exist_ok=True)
     of_run = f"{PREFIX}{sha256(run.encode()).hexdigest()[:12]}-"
     if cleans:
         for left in parent.glob(f"{of_run}*"):
@@ -46,6 +50,18 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
             yield Path(name)
         finally:
             os.close(held)
+
+
+@contextmanager
+def folder_for(what: str, cache: str | None) -> Iterator[Path]:
+    """A folder like `work_folder`, for what is no attempt's, such as a push or a verification.
+
+    Args:
+        what: Names it: what killed processes left of the same name is removed.
+        cache: As for `work_folder`: copies of published files may be too large for the system's temporary files.
+    """
+    with work_folder(cache, what, int(time.time()), cleans=True) as folder:
+        yield folder
 
 
 def _remove_unless_used(folder: Path) -> None:

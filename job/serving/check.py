@@ -102,11 +102,13 @@ def as_lines(found: ServeCheck) -> list[str]:
     near = len(found.compared) - found.alike - len(found.different)
     gaps = [one.difference for one in found.asked if one.difference is not None]
     how = {"echo": "log-likelihoods", "forced": "log-likelihoods", "greedy": "greedy answers"}[found.way]
+    unclear = len(found.asked) - len(found.compared)
+    left_out = f"; the answers to {unclear} begin with none of the choices" if unclear else ""
     rate = "" if found.tokens_per_second is None else f", {found.tokens_per_second:.1f} tokens/s after it"
     lines = [
         f"server             {found.server}, asked for {how}",
         f"served             {found.format}",
-        f"questions          {len(found.asked)} in {found.seconds:.1f} s, {len(found.compared)} with a prediction",
+        f"questions          {len(found.asked)} in {found.seconds:.1f} s, {len(found.compared)} compared{left_out}",
         f"same predictions   {found.alike} of {len(found.compared)}; {near} differ in a near tie (below {NEAR} nats)",
     ]
     if gaps:

@@ -214,6 +214,13 @@ _ONE_SLASH = re.compile(r"[a-z][a-z0-9]+:/")
 """`s3:/bucket`: read as a local path, it would put the results into a folder that is lost with the machine."""
 
 
+def _not_shared(run_id: str) -> str:
+    """Refuses the names of the folders beside the runs: whoever deletes what runs share would delete the run."""
+    if run_id in {"bases", "scores"}:
+        raise ValueError(f"{run_id} is the name of a folder that runs share; give the run another id")
+    return run_id
+
+
 def _location(text: str) -> str:
     """A path or hub id unchanged; a URI, such as `s3://bucket/key`, checked, and without a trailing slash."""
     if text.startswith("~"):
@@ -400,7 +407,7 @@ Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Seconds = Annotated[Real, Field(gt=0, le=30 * 86400)]
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_printable)]
-RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"), AfterValidator(_not_shared)]
 Location = Annotated[Text, AfterValidator(_location)]
 LocationOrServer = Annotated[Text, AfterValidator(_location_or_server)]
 DataSources = Annotated[Text, AfterValidator(_sources)]

@@ -180,7 +180,8 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
         for pair in value.split(",")
         for part in (pair.partition("=")[2].strip(), *unquote(pair.partition("=")[2]).split())
     ]
-    values = dict.fromkeys([*named, *in_urls, *in_headers])
+    # The longest first: one that begins another would leave the rest of it to be read.
+    values = sorted(dict.fromkeys([*named, *in_urls, *in_headers]), key=len, reverse=True)
     return tuple(secret for secret in values if len(secret) >= _SHORTEST_SECRET)
 
 

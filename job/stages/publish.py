@@ -69,7 +69,8 @@ def publish(
         exported: The other formats, with their evaluations.
         gpus: Those of all processes.
     """
-    if (done := read_complete(attempt.store)) is not None:  # an earlier attempt published it and was then killed
+    # an earlier attempt published it and was then killed
+    if (done := read_complete(attempt.store, str(attempt.work))) is not None:
         return done
     manager.close_checkpoints(
         attempt.store,

@@ -1130,7 +1130,7 @@ def main() -> int:
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--buyers", action="store_true", help=f"the sections {' '.join(BUYERS)}")
-    parser.add_argument("--add", action="store_true", help="to the findings that lie in --out")
+    parser.add_argument("--add", action="store_true", help="to the findings in --out")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=540, help="no section begins later than this")
     parser.add_argument("--arc", type=Path, help="ARC-Easy's test questions, JSON lines; with --alpaca")
@@ -1138,6 +1138,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", tempfile.gettempdir())))
     given = parser.parse_args()
     began = time.monotonic()
+    given.out.mkdir(parents=True, exist_ok=True)
     kept = given.out / "gpu.json"
     findings = json.loads(kept.read_text()) if given.add and kept.exists() else []
     if (given.arc is None) != (given.alpaca is None):

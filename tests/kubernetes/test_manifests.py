@@ -240,6 +240,18 @@ def test_the_pod_is_restricted(name: str) -> None:
     check_restricted(overlay(name))
 
 
+def test_the_pod_fits_a_machine_with_gke_s_default_disk() -> None:
+    """Of 100 GB GKE leaves 47,093,746,742 bytes to pods; volumes on the disk may hold no more than the limit."""
+    gib = {"Gi": 1 << 30}
+    pod, resources = pod_spec(build("base")), container(build("base"))["resources"]
+    disk = {name: resources[name]["ephemeral-storage"] for name in ("requests", "limits")}
+    asked, limit = (int(size[:-2]) * gib[size[-2:]] for size in disk.values())
+    volumes = [volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume]
+    on_disk = [volume["sizeLimit"] for volume in volumes if volume.get("medium") != "Memory"]
+    assert asked <= 47_093_746_742
+    assert sum(int(size[:-2]) * gib[size[-2:]] for size in on_disk) <= limit
+
+
 def test_the_user_is_the_image_s() -> None:
     """The pods run as the user that the image was made and tested for."""
     dockerfile = (KUBERNETES.parents[1] / "Dockerfile").read_text(encoding="utf-8")

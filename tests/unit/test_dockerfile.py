@@ -11,6 +11,19 @@ ROOT = Path(__file__).parents[2]
 BITSANDBYTES = "venv/lib/python3.12/site-packages/bitsandbytes"
 
 
+@pytest.mark.parametrize("base", [None, "/opt/amazon/efa/lib"])
+def test_the_driver_is_found_where_gke_mounts_it(base: str | None) -> None:
+    """Whatever the base image says; an empty entry would mean the folder in which the job runs."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
+    (line,) = (line for line in text.splitlines() if line.startswith("ENV ") and "LD_LIBRARY_PATH=" in line)
+    before = {"PATH": "/opt/venv/bin:/usr/bin:/bin"} | ({} if base is None else {"LD_LIBRARY_PATH": base})
+    script = f'export {line.removeprefix("ENV ")}; echo "$PATH"; echo "$LD_LIBRARY_PATH"'
+    done = subprocess.run(["sh", "-c", script], env=before, check=True, capture_output=True, text=True)
+    programs, libraries = (path.split(":") for path in done.stdout.splitlines())
+    assert programs == [*before["PATH"].split(":"), "/usr/local/nvidia/bin"]
+    assert libraries == ["/usr/local/nvidia/lib64", *([] if base is None else [base])]
+
+
 @pytest.mark.parametrize(
     ("built", "kept"),
     [

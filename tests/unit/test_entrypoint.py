@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from job.cli.arguments import COMMANDS
-from job.errors import UnfitMachine
+from job.errors import Preempted, UnfitMachine
 from job.settings.load import secrets
 from tests.waiting import wait_for
 
@@ -368,6 +368,15 @@ class TestWithGpu:
             os.kill(int((tmp_path / "hangs").read_text()), signal.SIGKILL)
         assert (done.code, done.started) == (UnfitMachine.exit_code, None)
         assert done.events[-1].startswith("nvidia-smi does not answer")
+
+    def test_a_signal_while_the_machine_is_checked_is_a_preemption(self, start: Start, tmp_path: Path) -> None:
+        """Bash would end with 143, which a Job counts as a failure."""
+        parent = "#!/bin/sh\nparent() { awk '/^PPid/ { print $2 }' /proc/$1/status; }\n"
+        tool(tmp_path / "bin/nvidia-smi", f"{parent}kill -TERM $(parent $(parent $PPID))\nsleep 0.2\n")
+        done = start()
+        assert (done.code, done.started) == (Preempted.exit_code, None)
+        assert "stopped by a signal" in done.events[-1]
+        assert (tmp_path / "termination-log").read_text() == done.events[-1]
 
     def test_torch_without_cuda_is_refused(self, start: Start, tmp_path: Path) -> None:
         """An image that was built with another torch says so."""

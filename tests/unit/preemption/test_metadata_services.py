@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from job.preemption.metadata_services import CLOUDS, FAILURES, Azure, Cloud, Ec2, Gcp, ask
 from tests import metadata_server
-from tests.metadata_server import MACHINE, Imitation, Reply, instance_action, scheduled_event, serve
+from tests.metadata_server import MACHINE, NOT_FOUND, Imitation, Reply, instance_action, scheduled_event, serve
 
 ACTION, REBALANCE = "spot/instance-action", "events/recommendations/rebalance"
 
@@ -142,7 +142,21 @@ class TestGcp:
 
         with serve(router) as service:
             cloud = Gcp(service.url)
-            assert (cloud.present(), cloud.look()) == (False, None)
+            assert not cloud.present()
+            with pytest.raises(ValueError, match="does not tell"):
+                cloud.look()
+
+    def test_a_server_that_hides_preemptions_says_so(self) -> None:
+        """GKE's server for workload identity has the machine's id, and 404 for a preemption: no notice ever comes."""
+
+        def gke(service: Imitation, method: str, path: str, headers: dict[str, str]) -> Reply:
+            return metadata_server.gcp(service, method, path, headers) if path.endswith("/id") else NOT_FOUND
+
+        with serve(gke) as service:
+            cloud = Gcp(service.url)
+            assert cloud.present()
+            with pytest.raises(ValueError, match="only SIGTERM"):
+                cloud.look()
 
     def test_maintenance_that_ends_the_machine(self, gcp: Imitation) -> None:
         """A machine with a GPU is not migrated but ended: the job stops when that is announced."""

@@ -18,6 +18,7 @@ from job.common.hashing import sealed
 from job.errors import AccessDenied, DataError, GateError, JobError, SettingsError, Unreachable, VerificationError
 from job.push.hub import HubTarget
 from job.push.push import check_targets, push_run, recorded
+from job.results.completed import read_complete
 from job.results.delivery import model_path
 from job.results.reader import read_published
 from job.storage.local import LocalStore
@@ -57,6 +58,19 @@ def push(store: LocalStore, target: HubTarget | None = None, *, again: bool = Fa
     """Pushes a run, and returns the commit."""
     (pushed,) = push_run(store, read_published(store).results, [target or HubTarget(REPO)], again=again)
     return pushed.id
+
+
+def test_copies_of_files_are_made_in_the_cache_alone(
+    hub: Hub, run: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod's /tmp is small, or in memory, and exported models are not; nothing of them is left."""
+    cache = tmp_path / "disk/cache"
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path / "no-such-folder"))
+        results = read_published(run).results
+        push_run(run, results, [HubTarget(REPO)], cache=str(cache))
+        assert read_complete(run, str(cache)) == results
+    assert not list(cache.iterdir())
 
 
 def expected(store: LocalStore) -> dict[str, bytes]:

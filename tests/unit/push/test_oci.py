@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
+import ssl
 import tarfile
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -18,6 +20,7 @@ from job.push.oci_image import image_digest, layers_of, write_layer
 from job.records import Artifact
 from job.settings.load import load_settings
 from tests.unit.storage.test_hub import serving
+from tests.unit.tracking.test_kubernetes_progress import files as certificate  # noqa: F401 - a fixture
 
 CONTENT = {"README.md": b"# card\n", "adapter_model.safetensors": b"w" * 600, "merged/config.json": b"{}"}
 
@@ -93,6 +96,50 @@ def test_refusals_have_their_codes(status: int, kind: type[JobError], monkeypatc
 
     with serving(Registry) as address, pytest.raises(kind):
         OciTarget(f"{address.removeprefix('http://')}/lab/model:first").check()
+
+
+class Registry(BaseHTTPRequestHandler):
+    """Takes uploads."""
+
+    def do_GET(self) -> None:
+        """Is one; also takes back an upload."""
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        """Begins an upload."""
+        self.send_response(202)
+        self.send_header("Location", "/v2/lab/model/blobs/uploads/1")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_DELETE = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_an_authority_of_one_s_own_is_trusted_by_the_usual_variables(
+    certificate: Path,  # noqa: F811 - the fixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As for stores and the hub; without one the message names the variable, and does not advise against TLS."""
+    monkeypatch.setattr("job.push.oci._LOCAL", re.compile("nothing"))
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate / "ca.crt", certificate / "key")
+    with serving(Registry, context) as address:
+        target = OciTarget(f"{address.removeprefix('http://')}/lab/model:first")
+        with pytest.raises(SettingsError, match=r"certificate is not trusted.*SSL_CERT_FILE"):
+            target.check()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "ca.crt"))
+        assert "accepts uploads" in target.check()
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
+        with pytest.raises(SettingsError, match=r"SSL_CERT_FILE.*there is no"):
+            target.check()
 
 
 def test_nobody_listens() -> None:

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from job.runs.work_folder import work_folder
+import pytest
+
+from job.errors import SettingsError
+from job.runs.work_folder import folder_for, work_folder
 
 KILLED = """
 import os, signal, sys
@@ -35,6 +38,21 @@ def test_the_next_attempt_removes_what_killed_ones_left(tmp_path: Path) -> None:
     with work_folder(str(tmp_path / "cache"), "s3://bucket/run", 3, cleans=True) as folder:
         assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_killed_push_leaves_nothing_for_good(tmp_path: Path) -> None:
+    """What belongs to no attempt is numbered by the time, so that the next one of its name removes it."""
+    left = killed(tmp_path / "cache", "push of s3://bucket/run", 1)
+    with folder_for("push of s3://bucket/run", str(tmp_path / "cache")) as folder:
+        assert not left.exists()
+        assert folder.is_dir()
+
+
+def test_a_cache_below_a_file_is_a_mistake_in_the_settings(tmp_path: Path) -> None:
+    """Commands make the folder without having looked at it before."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="cannot make the folder"), folder_for("a push", f"{tmp_path}/file/cache"):
+        pass
 
 
 def test_what_is_in_use_or_of_another_run_stays(tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ def test_log_likelihoods_are_those_of_the_records(kind: type[OpenAI], name: str)
     assert found.tokens_per_second is not None
     assert as_json(found)["alike"] == 5
     assert as_lines(found)[-1] == "holds"
+    assert as_lines(found)[2].endswith("5 compared")
 
 
 @pytest.mark.parametrize("kind", [OpenAI, Llama])
@@ -205,6 +206,7 @@ def test_greedy_answers_are_compared_where_they_are_a_choice() -> None:
     with listening(Transformers, said={**right, QUESTIONS[0]: "I do not know"}) as served:
         found = check(served)
     assert (found.way, found.holds, len(found.compared)) == ("greedy", True, 5)
+    assert "5 compared; the answers to 1 begin with none of the choices" in as_lines(found)[2]
     others = {sample.question: CHOICES[(sample.prediction + 1) % 3] for _, sample in SAMPLES}
     with listening(Transformers, said=others) as served, pytest.raises(VerificationError, match="recorded choice"):
         require_alike(check(served))

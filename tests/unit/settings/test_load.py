@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from job.errors import MAX_SHOWN, SettingsError
+from job.log import scrub
 from job.settings.load import (
     Settings,
     current_platform,
@@ -351,6 +352,11 @@ class TestRunId:
         """The failure file has to be found to report that the settings are wrong."""
         environ = {"TRAINING_JOB_NAME": "a", "JOB_TYPO": "1"}
         assert current_platform(environ).failure_file == Path("/opt/ml/output/failure")
+
+    @pytest.mark.parametrize("run_id", ["bases", "scores"])
+    def test_an_id_that_is_a_shared_folder(self, run_id: str) -> None:
+        """Below JOB_RUN__OUTPUT both lie side by side, and the shared ones may be deleted."""
+        assert "runs share" in problems([f"--run.id={run_id}"])["JOB_RUN__ID (command line)"]
 
     @pytest.mark.parametrize("run_id", ["-a", ".a", "a/b", "a b", "a" * 129, "ä", "a\nb"])
     def test_an_id_that_is_no_folder_name(self, run_id: str) -> None:
@@ -1355,6 +1361,13 @@ def test_files_may_be_of_tasks_of_a_group() -> None:
     assert set(found.eval.data) == {"mmlu_anatomy", "mmlu_virology"}
 
 
+def test_a_secret_that_begins_with_another_is_hidden_whole() -> None:
+    """Whichever comes first in the environment."""
+    names = {"HF_TOKEN": "01234567", "WANDB_API_KEY": "01234567-the-rest"}
+    for environ in (names, dict(reversed(names.items()))):
+        assert scrub("01234567-the-rest, 01234567", secrets(environ)) == "***, ***"
+
+
 def test_secrets_in_files_are_kept_out_of_the_log(tmp_path: Path) -> None:
     """As Kubernetes mounts them, by links into a folder; other files are not looked for in the log."""
     (tmp_path / "..data").mkdir()
@@ -1377,7 +1390,7 @@ def test_every_secret_setting_is_kept_out_of_the_log() -> None:
         if "SecretStr" in f"{field.annotation} {field.metadata}"
     ]
     assert {"JOB_EVAL__JUDGE_KEY", "JOB_SIGN__PASSWORD"} <= set(named)
-    assert secrets({name: f"value-of-{name}" for name in named}) == tuple(f"value-of-{name}" for name in named)
+    assert set(secrets({name: f"value-of-{name}" for name in named})) == {f"value-of-{name}" for name in named}
 
 
 def test_few_packages_are_imported() -> None:

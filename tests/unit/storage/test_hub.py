@@ -144,9 +144,11 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(hub: type[BaseHTTPRequestHandler] = Hub) -> Iterator[str]:
+def serving(hub: type[BaseHTTPRequestHandler] = Hub, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """The address of a hub that runs meanwhile."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
