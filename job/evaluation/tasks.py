@@ -179,9 +179,13 @@ def load_tasks(
     misfits = [problem for name in rows for problem in find_misfits(tasks[name], rows[name], sources[name])]
     for name in () if misfits else shown:
         misfits += find_example_misfits(tasks[name], shown[name], sources[name + EXAMPLES])
+    users = [*(one for one in own if isinstance(one, TaskFile)), *member_files(own)]
+    for user in (user for user in users if user.name not in rows):
+        misfits += _file_misfits(tasks[user.name], user)
     if misfits:
         raise DataError(misfits)
-    users = [*(one for one in own if isinstance(one, TaskFile)), *member_files(own)]
+    if unshown := [problem for name, task in tasks.items() if (problem := _without_prompt(name, task))]:
+        raise SettingsError(unshown)
     places = dict(sources) | {task.name: task.source for task in users}
     files = {task.name: task.sha256 for task in users} | {name: _hash(rows) for name, rows in shown.items()}
     for group in own:
@@ -305,6 +309,16 @@ def _from_file(manager: Any, task: TaskFile) -> Any:
         raise DataError([Problem(task.path, f"is not a task of lm-eval: {type(error).__name__}: {first}")]) from error
 
 
+def _file_misfits(task: Any, user: TaskFile) -> Iterator[Problem]:
+    """Rows of a task file of which the task cannot make questions, or examples where its prompts have some."""
+    split = task.config.test_split or task.config.validation_split
+    yield from find_misfits(task, user.rows[split], user.source)
+    few = task.fewshot_cfg
+    if task.config.num_fewshot and few.split != split and few.samples is None:
+        examples = user.rows.get(few.split or task.config.training_split, ())
+        yield from find_example_misfits(task, examples, user.path, apart=False)
+
+
 def _set_shots(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
     """Sets the number of few-shot examples of each task; 0 for perplexity tasks, which have no prompts."""
     for task in tasks.values():
@@ -330,6 +344,19 @@ def _without_examples(name: str, task: Any) -> Problem | None:
         )
     if (there := len(list(task.fewshot_docs()))) <= shots:
         what = f"{name} is asked with {shots} examples, and there are {there}; one more than that is needed"
+        return Problem("JOB_EVAL__NUM_FEWSHOT", what)
+    return None
+
+
+def _without_prompt(name: str, task: Any) -> Problem | None:
+    """The problem of a task of whose examples lm-eval makes no prompt, such as one with several right answers each."""
+    shots = task.config.num_fewshot
+    try:
+        if shots:
+            task.fewshot_context(next(iter(task.eval_docs)), num_fewshot=shots)
+    except Exception as error:  # noqa: BLE001 - a task's templates and functions may raise anything
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        what = f"lm-eval cannot ask {name} with {shots} examples ({said}); 0 asks without examples"
         return Problem("JOB_EVAL__NUM_FEWSHOT", what)
     return None
 

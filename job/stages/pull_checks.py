@@ -74,7 +74,8 @@ def check_model(attempt: Attempt, folder: Path, settings: CheckedSettings) -> No
     here = attempt.processes.place.local_world_size
 
     def problems(config: Any, empty: Any) -> Iterator[Problem]:
-        yield from model_problems(config, empty, **named, compute=train.compute, placement=model.placement)
+        how: dict[str, Any] = {"compute": train.compute, "placement": model.placement, "optimizer": train.optimizer}
+        yield from model_problems(config, empty, **named, **how)
         yield from placement_problems(model, train, lora, folder=folder, processes=here, options=options)
         if needs_merge(export.formats):
             from job.export.model_checks import export_problems
