@@ -20,90 +20,18 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
-
+from job.checkpoints.commit_marker import MAX_MARKER_BYTES, MarkedFile, Marker, parse_marker, render_marker
 from job.common.disk import disk_errors
-from job.common.hashing import hash_file, seal, sealed
+from job.common.hashing import hash_file
 from job.errors import Unreachable
 from job.log import get_logger
-from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_folder, checkpoint_part, marker_key, step_name
+from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_part, marker_key, step_name
 from job.storage.base import write_in_turn
-from job.storage.open import ObjectStore, TooLarge, check_key, is_key
+from job.storage.open import ObjectStore, TooLarge, is_key
 
-MAX_MARKER_BYTES = 256 * 1024
 # Left on the disk after a restore, for the checkpoints of the steps to come.
 SPARE_BYTES = 64 << 20
-_MAX_WORDS = 200
-
-
-def _plain_name(name: str) -> str:
-    """Returns `name` if it names a file directly in its folder, and does not begin with a dot.
-
-    Raises:
-        ValueError: It leads elsewhere.
-    """
-    if "/" in name or name.startswith("."):
-        raise ValueError(f"{name[:_MAX_WORDS]!r} is not the name of a file in the checkpoint's folder")
-    return check_key(name)
-
-
-class MarkedFile(BaseModel):
-    """What a file of the checkpoint must be."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class Marker(BaseModel):
-    """The content of a commit marker. `epoch` is the lease's: which attempt wrote it.
-
-    `run` is the fingerprint of the settings, data and weights that it was trained with; None in markers of earlier
-    versions.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    step: int = Field(ge=0)
-    epoch: int = Field(ge=0, lt=10**9)
-    world_size: int = Field(ge=1)
-    software: dict[str, str]
-    files: dict[Annotated[str, AfterValidator(_plain_name)], MarkedFile] = Field(min_length=1, max_length=100)
-    run: str | None = Field(default=None, max_length=_MAX_WORDS)
-
-    @property
-    def folder(self) -> str:
-        """The folder of the files that it lists; a prefix of keys."""
-        return checkpoint_folder(self.step, self.epoch)
-
-
-def render_marker(marker: Marker) -> bytes:
-    """The marker as JSON, sealed with the hash of its content."""
-    return sealed(marker.model_dump())
-
-
-def parse_marker(data: bytes) -> Marker:
-    """The inverse of `render_marker`; the bytes are not trusted.
-
-    Raises:
-        ValueError: It is no marker, it names files outside its folder, or it was altered.
-    """
-    try:
-        facts = dict(from_json(data))
-        claimed = facts.pop("seal", None)
-        marker = Marker.model_validate(facts)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise ValueError(f"the marker is malformed: {first['msg'][:_MAX_WORDS]}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the marker is malformed: {str(error)[:_MAX_WORDS]}") from None
-    if claimed != seal(facts):
-        raise ValueError("the marker was altered: its seal does not match its content")
-    return marker
 
 
 def publish(
@@ -143,7 +71,7 @@ def prune(
     """Deletes all but the newest `keep` checkpoints that are fit for use, each marker before its files.
 
     Args:
-        store: The run's store.
+        store: The run's.
         keep: How many to keep, at least 1.
         own_steps: Steps that this attempt committed: they are fit.
         verified: Step that this attempt restored, 0 if none. Checkpoints up to it are fit for use. A later one that
@@ -175,7 +103,7 @@ def publisher(
     """Returns a function that uploads the folder of a step, commits it, and deletes checkpoints no longer needed.
 
     Args:
-        store: The run's store.
+        store: The run's.
         epoch: The lease's: which attempt this is.
         world_size: Number of processes.
         software: Versions of this process.
@@ -230,7 +158,7 @@ def restore(
     """Downloads the newest intact checkpoint.
 
     Args:
-        store: The run's store.
+        store: The run's.
         folder: The parent of the checkpoint's new folder.
         software: Versions of this process. A checkpoint of others is used, and the difference is logged: the run
             continues, but is no longer bit-identical to one that was never interrupted.
@@ -279,7 +207,7 @@ def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str 
     attempt that was suspended while it deleted them might finish doing so later.
 
     Args:
-        store: The run's store.
+        store: The run's.
         folder: For copies, which are deleted.
         epoch: Number of this attempt.
         run: The run's fingerprint.
@@ -317,10 +245,10 @@ def _delete(store: ObjectStore, step: int, names: Iterable[str]) -> None:
 
 
 def _download(store: ObjectStore, marker: Marker, folder: Path, check: Callable[[Path, int], None]) -> Path:
-    """Downloads into a folder next to the final one, verifies every byte, and only then renames it.
+    """Downloads into a folder beside the final one, verifies every byte, and only then renames it.
 
     Args:
-        store: The run's store.
+        store: The run's.
         marker: The checkpoint's.
         folder: The checkpoint becomes a folder in it.
         check: As for `restore`.

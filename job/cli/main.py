@@ -39,6 +39,7 @@ from job.settings.load import (
     foreign_variables,
     json_schema,
     known_machine,
+    known_place,
     load_settings,
     secrets,
 )
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     if argv and argv[0] in {"-h", "--help", "help"}:
-        return _print(USAGE)
+        return _print(command_help(argv[1]) if argv[1:] and argv[1] in COMMANDS else USAGE)
     if argv and argv[0] == "--version":
         return _print(f"qlora-job {__version__}\n")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
@@ -121,21 +122,24 @@ def _print(text: str) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    from job.distributed.early_end import reporting_early_end
+    from job.distributed.early_end import telling_the_others
+    from job.distributed.launcher import check_signals, recorded_signals
+    from job.runs.fault_injection import parse
 
-    with reporting_early_end(lambda: _several_machines(known_machine(argv))):
-        settings = load_settings(argv)
-    place = current_place()
-    _configure_log(settings, place)
-    _check_temporary_folder()
+    with recorded_signals() as received:
+        find = lambda: known_place(argv) or _several_machines(known_machine(argv))  # noqa: E731
+        with telling_the_others(find, received):
+            settings = load_settings(argv)
+            place = current_place()
+            _configure_log(settings, place)
+            _check_temporary_folder()
+            faults = parse(settings.fault or "")
+        check_signals(received)
     if place is None:  # else the launcher, or every process of torchrun, would log it again
         _note_foreign_variables()
     _configure_libraries(find_machines(current_platform()).interface)
     if settings.run.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else libraries would use a GPU if there is one
-    from job.runs.fault_injection import parse
-
-    faults = parse(settings.fault or "")
     if place is None and (code := _launch(settings, argv)) is not None:
         return code
     _hide_other_gpus(place)
@@ -189,7 +193,7 @@ def _run(argv: list[str]) -> int:
 
 def _launch(settings: Settings, argv: list[str]) -> int | None:
     """Starts this machine's processes and returns their exit code; None if one process is enough, which is this one."""
-    from job.distributed.early_end import reporting_early_end
+    from job.distributed.early_end import telling_the_others
     from job.distributed.launcher import (
         Machine,
         check_signals,
@@ -201,7 +205,7 @@ def _launch(settings: Settings, argv: list[str]) -> int | None:
 
     run = settings.run
     with recorded_signals() as signals:
-        telling = reporting_early_end(lambda: _several_machines(settings), signals)
+        telling = telling_the_others(lambda: _several_machines(settings), signals)
         with telling, current_platform().machine_checks():
             processes = count_processes(run.processes)
         _share_cpus(processes)
@@ -267,7 +271,7 @@ def _check_temporary_folder() -> None:
 def _configure_libraries(interface: str | None) -> None:
     """Sets the variables that libraries read when they are imported, unless the user has set them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP's threads would spin while they wait: with other busy processes a CPU then needs four times as long.
+    # OpenMP's threads would spin while they wait: beside other processes a CPU then needs four times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -298,6 +302,8 @@ def _hide_other_gpus(place: Place | None) -> None:
 
 def _config(argv: list[str]) -> int:
     if "--schema" in argv:
+        if len(argv) > 1:
+            raise SettingsError([Problem("--schema", "prints the schema of all settings; remove the other arguments")])
         return _print(json.dumps(json_schema(), indent=2) + "\n")
     rows = [
         (name, json.dumps(value), source) for name, value, source in describe(load_settings(argv, options=("schema",)))
@@ -442,7 +448,7 @@ def _report_to_platform(platform: Platform, error: Exception, text: str) -> None
 
 
 def _details(error: JobError) -> dict[str, Any]:
-    """The fields of the log line, besides the class of the error."""
+    """The fields of the log line, beside the class of the error."""
     problems = getattr(error, "problems", None)
     if problems is None:
         return {"why": str(error)}

@@ -14,7 +14,7 @@ from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.cli.reading import reading
 from job.common.disk import disk_errors
-from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine
+from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine, naming
 from job.report.report import read_report_data, render_history, render_report
 from job.results.after_run import read_after_run
 from job.results.compare import compare, gate_reasons, judge_by_policy
@@ -99,7 +99,8 @@ def _gate(parsed: Arguments, compared: Mapping[str, Any]) -> dict[str, Any] | No
             raise SettingsError(
                 [Problem("--policy", "has rules by task; remove either this, or --metric and the thresholds")]
             )
-        return judge_by_policy(compared, path)
+        with naming("--policy", "JOB_GATE__POLICY"):
+            return judge_by_policy(compared, path)
     if parsed.flags or parsed.options.keys() & THRESHOLDS.keys():  # a threshold implies a gate
         thresholds = _thresholds(parsed.options)
         reasons = gate_reasons(compared, **thresholds)
@@ -116,6 +117,8 @@ def _history(parsed: Arguments) -> int:
     if alone:
         raise SettingsError([Problem(name, f"has no effect with {HISTORY}; remove it") for name in alone])
     output = parsed.options.get("--output")
+    if output is not None:
+        _refuse_folder(output)
     storage, _ = reading(parsed, quick=True)
     runs, unreadable = find_runs(parsed.runs, storage)
     computed = history(runs, parsed.options.get("--metric"), unreadable)
@@ -128,6 +131,11 @@ def _history(parsed: Arguments) -> int:
     if computed.out:
         raise GateError(computed.verdict)
     return code
+
+
+def _refuse_folder(output: str) -> None:
+    if Path(output).is_dir():
+        raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
 
 
 def _write_page(output: str, page: bytes) -> None:
@@ -170,8 +178,7 @@ def report_command(argv: Sequence[str]) -> int:
     """
     parsed = parse_arguments(argv, COMMANDS["report"].arguments)
     output = parsed.options.get("--output", OUTPUT)
-    if Path(output).is_dir():
-        raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
+    _refuse_folder(output)
     storage, _ = reading(parsed, quick=True)
     run = read_published(open_run_or_pointer(parsed.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from job.audit.audit import Audit, Audited, finish
 from job.audit.rows import AuditSetup
@@ -175,6 +175,7 @@ def load_rows(
         # Labelled answers are paired once it is known which of them stay.
         more = {**reading, "pair": False} if judge.leaves_out else reading
         examples, record = judge(*load_examples(source, on_example=on_example, **own_source, **more), None)
+        _check_weights(examples, record.source)
         return judge.paired(examples, record, pairing), None, record
     rows, validation_rows = _Rows(on_example), _Rows(None)
     errors: list[DataError] = []
@@ -203,6 +204,8 @@ def load_rows(
     if isinstance(validation, ValidationSource):
         if from_validation is None:
             raise AssertionError
+        _check_weights(examples, record.source)
+        _check_weights(from_validation[0], from_validation[1].source, "validate")
         described = replace(
             record, validation=_own_source((record, rows), (from_validation[1], validation_rows), note, alive)
         )
@@ -212,10 +215,19 @@ def load_rows(
     if record.format == "unpaired_preference":
         examples = paired(examples, parts, **pairing)
     (training, trained), (kept, described) = (_part(examples, record, rows, part) for part in parts)
+    _check_weights(training, record.source)
+    _check_weights(kept, record.source, "validate")
     facts = {**_facts(described), "skipped": {}}
     held_out = ValidationRows(**facts, held_out=True, duplicates=0, near_duplicates=0)
     note("info", "rows are held out for validation", rows=len(kept), of=len(examples), source=record.source)
     return training, kept, replace(trained, validation=held_out)
+
+
+def _check_weights(examples: Examples, name: str, to: Literal["train", "validate"] = "train") -> None:
+    """Refuses rows that all weigh 0: a run on them would learn nothing, or report a validation loss of 0."""
+    if not any(examples.weights):
+        what = f"has {len(examples):,} rows to {to} on, and their field weight is 0 in each (JOB_DATA__ROW_WEIGHTS)"
+        raise DataError([Problem(name, f"{what}; give some of them a weight above 0")])
 
 
 def _note_audit(note: Notes, record: AuditRecord, name: str) -> None:

@@ -142,6 +142,9 @@ def _scoring_model(  # noqa: C901 - the methods of its class are counted
     """An lm-eval model whose log-likelihoods come from `score`. It tokenizes as lm-eval's own HFLM does."""
     from lm_eval.api.model import TemplateLM
 
+    prefix = int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
+    begin = str(tokenizer.decode([prefix]))
+
     class ScoringModel(TemplateLM):  # type: ignore[misc]
         """Defined here because its base is a heavy import."""
 
@@ -157,16 +160,17 @@ def _scoring_model(  # noqa: C901 - the methods of its class are counted
 
         @property
         def prefix_token_id(self) -> int:
-            return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
+            return prefix
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: FBT001 - lm-eval's signature
             if add_special_tokens is None and (known := self.encoded.get(string)) is not None:
                 return known  # not copied: lm-eval changes none of them
-            special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-            return list(tokenizer.encode(string, **special))
+            if add_special_tokens is None:
+                return _ids(tokenizer, string, begin)
+            return list(tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
-            self.encoded = _encoded(tokenizer, [request.args for request in requests])
+            self.encoded = _encoded(tokenizer, [request.args for request in requests], begin)
             try:
                 return super().loglikelihood(requests, disable_tqdm=True)
             finally:
@@ -200,21 +204,32 @@ def _scoring_model(  # noqa: C901 - the methods of its class are counted
     return ScoringModel()
 
 
-def _encoded(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
+def _ids(tokenizer: Any, text: str, begin: str) -> list[int]:
+    """The tokens of a text as HFLM has them: special tokens are not added to a text that begins with `begin`.
+
+    Else a task whose prompts begin with the text of the beginning-of-sequence token would be scored with two of them.
+    """
+    special = {"add_special_tokens": False} if begin and text.startswith(begin) else {}
+    return list(tokenizer.encode(text, **special))
+
+
+def _encoded(tokenizer: Any, pairs: Iterable[tuple[str, str]], begin: str) -> dict[str, list[int]]:
     """The tokens of the texts that lm-eval tokenizes of contexts with their choices, each text once and all together.
 
-    It tokenizes each context alone, without spaces at its end, and again before each choice.
+    It tokenizes each context alone, without spaces at its end, and again before each choice. `begin`: as for `_ids`.
     """
     texts = list(dict.fromkeys(text for a, b in pairs if a for text in (a.rstrip(), a + b)))
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not texts or not hasattr(backend, "encode_batch"):  # one in Python, which gains nothing by a list
-        return {text: list(tokenizer.encode(text)) for text in texts}
+        return {text: _ids(tokenizer, text, begin) for text in texts}
     tokenizer.encode(texts[0])  # switches off truncation and padding that tokenizer.json may have set
+    begun = {text: _ids(tokenizer, text, begin) for text in texts if begin and text.startswith(begin)}
+    texts = [text for text in texts if text not in begun]
     parts = [texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS)]
     # Threads, since the library releases the GIL meanwhile; its own threads are switched off because of forks.
     with ThreadPoolExecutor(usable_cpus()) as pool:
         found = [one for part in pool.map(backend.encode_batch, parts) for one in part]
-    return {text: one.ids for text, one in zip(texts, found, strict=True)}
+    return begun | {text: one.ids for text, one in zip(texts, found, strict=True)}
 
 
 def _windows(lm: Any, text: str, max_length: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,47 +87,95 @@ def _misfit(where: str, name: str, error: Exception) -> Problem:
 
 def find_misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
     """Rows of which the task cannot make a question with one right choice or more."""
-    for where, doc in _located(list(task.eval_docs), rows, f"{source}:question"):
-        if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
-            try:
-                fits = task.doc_to_text(doc) != "" or task.OUTPUT_TYPE == "loglikelihood_rolling"
-                task.doc_to_target(doc)
-            except Exception as error:  # noqa: BLE001 - as below
-                yield _misfit(where, task.task_name, error)
-            else:
-                if not fits:
-                    yield Problem(where, f"has no question for {task.task_name}")
-            continue
+    docs = list(task.eval_docs)
+    # Some tasks ask nothing: the likeliest of several sentences is the right one (BLiMP).
+    silent = task.OUTPUT_TYPE == MULTIPLE_CHOICE and not any(map(partial(_asks, task), docs))
+    for where, doc in _located(docs, rows, f"{source}:question"):
         try:
-            text, choices, target = task.doc_to_text(doc), task.doc_to_choice(doc), task.doc_to_target(doc)
-            gold = text if task.multiple_input else target
-            golds = [
-                choices.index(g) if isinstance(g, str) else int(g) for g in (gold if isinstance(gold, list) else [gold])
-            ]
-            fits = (
-                text != "" and len(choices) > 1 and all(choices) and golds and all(0 <= g < len(choices) for g in golds)
-            )
+            text, choices, target = _parts(task, doc)
+            if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
+                fits = text != "" or task.OUTPUT_TYPE == "loglikelihood_rolling"
+                fits = fits and (target != "" or task.OUTPUT_TYPE != "loglikelihood")
+            else:
+                gold = text if task.multiple_input else target
+                golds = [
+                    choices.index(g) if isinstance(g, str) else int(g)
+                    for g in (gold if isinstance(gold, list) else [gold])
+                ]
+                several = len(choices) > 1 and all(choices)
+                fits = (text != "" or silent) and several and golds and all(0 <= g < len(choices) for g in golds)
         except Exception as error:  # noqa: BLE001 - a task's templates and functions may raise anything
             yield _misfit(where, task.task_name, error)
-        else:
-            if not fits:
-                what = "has no question, fewer than two choices, an empty choice, or no right choice"
-                yield Problem(where, f"{what} for {task.task_name}")
-            elif not _labelled(doc.get("choices")):
-                yield Problem(where, "has a choices.label that does not give each of choices.text one label")
+            continue
+        if not fits:
+            what = "has no question, fewer than two choices, an empty choice, or no right choice"
+            what = what if task.OUTPUT_TYPE == MULTIPLE_CHOICE else "has no question, or nothing to answer it with,"
+            yield Problem(where, f"{what} for {task.task_name}")
+        elif task.OUTPUT_TYPE == MULTIPLE_CHOICE and not _labelled(doc.get("choices")):
+            yield Problem(where, "has a choices.label that does not give each of choices.text one label")
 
 
-def find_example_misfits(task: Any, examples: Sequence[Row], source: str) -> Iterator[Problem]:
+def _asks(task: Any, doc: dict[str, Any]) -> bool:
+    try:
+        return bool(task.doc_to_text(doc) != "")
+    except Exception:  # noqa: BLE001 - as in `find_misfits`, which names the row
+        return False
+
+
+def _parts(task: Any, doc: dict[str, Any], how: Any = None) -> tuple[Any, Any, Any]:
+    """(question, choices, target) of a document as lm-eval makes them; choices None where the task has none.
+
+    The data set fills fields that a row lacks with null. A template may ask whether such a field is there, but must not
+    write it, since it would write "None".
+
+    Args:
+        task: The task.
+        doc: The document.
+        how: The task's `fewshot_cfg`, for a document that is shown as an example; then choices are None.
+
+    Raises:
+        Exception: Whatever the task's templates and functions raise; of a field that is null, as if it were missing.
+    """
+    given = _without_nulls(doc)
+    try:
+        return _made(task, given, how)
+    except Exception as error:
+        if len(given) == len(doc):
+            raise
+        try:
+            made = _made(task, doc, how)
+            empty = _made(task, {field: "" if value is None else value for field, value in doc.items()}, how)
+        except Exception:  # noqa: BLE001 - as above
+            raise error from None
+        written, otherwise = (json.dumps(parts, default=str).count("None") for parts in (made, empty))
+        if any(part is None for part in made[::2]) or written > otherwise:
+            raise
+        return made
+
+
+def _made(task: Any, doc: dict[str, Any], how: Any) -> tuple[Any, Any, Any]:
+    if how is not None:
+        return task.doc_to_text(doc, how.doc_to_text), None, task.doc_to_target(doc, how.doc_to_target)
+    choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == MULTIPLE_CHOICE else None
+    return task.doc_to_text(doc), choices, task.doc_to_target(doc)
+
+
+def _without_nulls(doc: dict[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in doc.items() if value is not None}
+
+
+def find_example_misfits(task: Any, examples: Sequence[Row], source: str, *, apart: bool = True) -> Iterator[Problem]:
     """Examples that the task's prompts cannot have, or that are questions too.
 
-    lm-eval would show these in their own prompts, with the answer: it expects examples of another split.
+    lm-eval would show these in their own prompts, with the answer: it expects examples of another split. From one split
+    it leaves the question itself out: `apart` is then false.
     """
-    questions, few = {_identity(task, doc) for _, doc in _located(list(task.eval_docs), (), "")}, task.fewshot_cfg
+    docs = list(task.eval_docs) if apart else []
+    questions = {_identity(task, _without_nulls(doc)) for doc in docs}
     for where, doc in _located(list(task.fewshot_docs()), examples, f"{source}:example"):
         try:
-            task.doc_to_text(doc, few.doc_to_text)
-            task.doc_to_target(doc, few.doc_to_target)
-            is_asked = _identity(task, doc) in questions
+            _parts(task, doc, task.fewshot_cfg)
+            is_asked = apart and _identity(task, _without_nulls(doc)) in questions
         except Exception as error:  # noqa: BLE001 - as above
             yield _misfit(where, task.task_name, error)
         else:
@@ -138,14 +187,12 @@ def find_example_misfits(task: Any, examples: Sequence[Row], source: str) -> Ite
 
 
 def _located(docs: Sequence[Any], rows: Sequence[Row], kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The place of each document, and its fields that are given.
+    """The place of each document, and the document.
 
-    A task may filter rows, and then only a document's number says where it is. The data set fills fields
-    that a row lacks with null, which a template would render as "None".
+    A task may filter rows, and then only a document's number says where it is.
     """
     for number, doc in enumerate(docs):
-        where = rows[number].where if len(docs) == len(rows) else f"{kind} {number + 1}"
-        yield where, {field: value for field, value in doc.items() if value is not None}
+        yield rows[number].where if len(docs) == len(rows) else f"{kind} {number + 1}", doc
 
 
 def _identity(task: Any, doc: dict[str, Any]) -> str:
@@ -155,7 +202,7 @@ def _identity(task: Any, doc: dict[str, Any]) -> str:
 
 
 def _labelled(choices: Any) -> bool:
-    """Whether choices of ARC's kind, texts next to their labels, have one label each: the answer names one."""
+    """Whether choices of ARC's kind, texts beside their labels, have one label each: the answer names one."""
     texts, labels = (choices.get(name) if isinstance(choices, dict) else None for name in ("text", "label"))
     if not isinstance(texts, list) or not isinstance(labels, list):
         return True  # another task's kind

@@ -114,7 +114,7 @@ class Tasks:
         """
         with compiled_once():
             return {
-                name: [_question_text(task, doc) for doc in islice(task.eval_docs, limit)]
+                name: [_asked(task, doc) for doc in islice(task.eval_docs, limit)]
                 for name, task in self.loaded["tasks"].items()
             }
 
@@ -183,9 +183,13 @@ def load_tasks(
     misfits = [problem for name in rows for problem in find_misfits(tasks[name], rows[name], sources[name])]
     for name in () if misfits else examples_of:
         misfits += find_example_misfits(tasks[name], examples_of[name], sources[name + EXAMPLES])
+    users = [*(user_task for user_task in user_tasks if isinstance(user_task, TaskFile)), *member_files(user_tasks)]
+    for user in (user for user in users if user.name not in rows):
+        misfits += _file_misfits(tasks[user.name], user)
     if misfits:
         raise DataError(misfits)
-    users = [*(user_task for user_task in user_tasks if isinstance(user_task, TaskFile)), *member_files(user_tasks)]
+    if unshown := [problem for name, task in tasks.items() if (problem := _without_prompt(name, task))]:
+        raise SettingsError(unshown)
     places = dict(sources) | {task.name: task.source for task in users}
     files = {task.name: task.sha256 for task in users} | {name: _hash(rows) for name, rows in examples_of.items()}
     for group in user_tasks:
@@ -309,6 +313,16 @@ def _from_file(manager: Any, task: TaskFile) -> Any:
         raise DataError([Problem(task.path, f"is not a task of lm-eval: {type(error).__name__}: {first}")]) from error
 
 
+def _file_misfits(task: Any, user: TaskFile) -> Iterator[Problem]:
+    """Rows of a task file of which the task cannot make questions, or examples where its prompts have some."""
+    split = task.config.test_split or task.config.validation_split
+    yield from find_misfits(task, user.rows[split], user.source)
+    few = task.fewshot_cfg
+    if task.config.num_fewshot and few.split != split and few.samples is None:
+        examples = user.rows.get(few.split or task.config.training_split, ())
+        yield from find_example_misfits(task, examples, user.path, apart=False)
+
+
 def _set_shots(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
     """Sets the number of few-shot examples of each task; 0 for perplexity tasks, which have no prompts."""
     for task in tasks.values():
@@ -338,12 +352,25 @@ def _without_examples(name: str, task: Any) -> Problem | None:
     return None
 
 
+def _without_prompt(name: str, task: Any) -> Problem | None:
+    """The problem of a task of whose examples lm-eval makes no prompt, such as one with several right answers each."""
+    shots = task.config.num_fewshot
+    try:
+        if shots:
+            task.fewshot_context(next(iter(task.eval_docs)), num_fewshot=shots)
+    except Exception as error:  # noqa: BLE001 - a task's templates and functions may raise anything
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        what = f"lm-eval cannot ask {name} with {shots} examples ({said}); 0 asks without examples"
+        return Problem("JOB_EVAL__NUM_FEWSHOT", what)
+    return None
+
+
 def restart_examples(task: Any) -> None:
     """Has the task draw the same examples as the last time: they are drawn question by question."""
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
 
 
-def _question_text(task: Any, doc: Any) -> str:
+def _asked(task: Any, doc: Any) -> str:
     """The text of a question without examples; of a text whose likelihood is measured, the text."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return str(task.doc_to_target(doc))

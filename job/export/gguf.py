@@ -136,6 +136,9 @@ def check_gguf(source: Path, alive: Callable[..., None]) -> str:
         return _reason(answer)
     if differing := answer["checked"]["differing"]:
         log.get_logger().warning("llama.cpp tokenizes some texts differently from the tokenizer", texts=differing)
+    if (window := answer["checked"]["lost_window"]) is not None:
+        what = "llama.cpp has no sliding window for this family: beyond it, the GGUF file computes otherwise"
+        log.get_logger().warning(what, window=window)
     return ""
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,10 +48,26 @@ def import_converter() -> Any:
     found = find_spec("auto_round")
     if found is None or not found.submodule_search_locations:
         raise Refused("the package auto-round is not installed; install qlora-job[export]")
-    place = str(Path(found.submodule_search_locations[0], "export", "export_to_gguf"))
-    if place not in sys.path:
-        sys.path.insert(0, place)
+    place = Path(found.submodule_search_locations[0], "export", "export_to_gguf")
+    _add_new_names(place / "conversion")
+    if str(place) not in sys.path:
+        sys.path.insert(0, str(place))
     return import_module("conversion")
+
+
+def _add_new_names(folder: Path) -> None:
+    """Gives the package gguf the names of families and tensors that only the converter knows, which is newer.
+
+    One file holds the classes of several families, and all of them fail if gguf lacks one name: without DFLASH, those
+    of Qwen do. The names get no value, so that `convertible` refuses the families that they belong to.
+    """
+    import gguf
+
+    for file in folder.glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for kind, name in re.findall(r"\bgguf\.(MODEL_ARCH|MODEL_TENSOR)\.([A-Z0-9_]+)", text):
+            if not hasattr(getattr(gguf, kind), name):
+                setattr(getattr(gguf, kind), name, None)
 
 
 def _run_no_code() -> None:
@@ -71,6 +89,24 @@ def _without_code(
     return load(*args, **options, trust_remote_code=False, local_files_only=True)
 
 
+def _class_of(conversion: Any, hparams: dict[str, Any]) -> Any:
+    """The converter's class for a configuration.
+
+    Raises:
+        Refused: It has none, or llama.cpp would compute another model.
+    """
+    family = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+    try:
+        known = conversion.get_model_class(family)
+    except NotImplementedError:
+        raise Refused(f"llama.cpp's converter does not know the family {family}") from None
+    if known.model_arch is None:
+        raise Refused(f"the package gguf {version('gguf')} does not know the family {family}; a later one may")
+    if (why := computed_otherwise(family, {**hparams, **hparams.get("text_config", {})})) is not None:
+        raise Refused(f"llama.cpp would compute another model: {why}")
+    return known
+
+
 def convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], file: Path) -> Any:
     """The converter's object for a folder, with what is added to it here.
 
@@ -82,11 +118,7 @@ def convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], file
     conversion = import_converter()
     _run_no_code()
     hparams = conversion.ModelBase.load_hparams(source, is_mistral_format=False)
-    family = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
-    try:
-        model_class = conversion.get_model_class(family)
-    except NotImplementedError:
-        raise Refused(f"llama.cpp's converter does not know the family {family}") from None
+    model_class = _class_of(conversion, hparams)
     selector = _type_selector(hparams, file_type, model_class.model_arch)
 
     class Converted(model_class):  # type: ignore[misc, valid-type]
@@ -113,7 +145,10 @@ def convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], file
             return _that_fits(selector.select_qtype(new_name, n_dims), self.columns)
 
         def set_vocab(self) -> None:
-            super().set_vocab()
+            try:
+                super().set_vocab()
+            except ModuleNotFoundError:  # that of Phi-3 reads tokenizer.model by itself, with the package sentencepiece
+                self._set_vocab_sentencepiece()
             template = tokenizer["chat_template"]
             pairs = self.gguf_writer.kv_data[0]
             pairs.pop(gguf.Keys.Tokenizer.CHAT_TEMPLATE, None)  # the converter may have read another of several files
@@ -128,6 +163,34 @@ def convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], file
         hparams={key: value for key, value in hparams.items() if key != "quantization_config"},
         model_name=NAME,
     )
+
+
+_LARGE = {"Gemma2ForCausalLM": 46, "Gemma3ForCausalLM": 62, "Gemma3ForConditionalGeneration": 62}
+"""Layers of the families' models of 27B, whose scale of the scores llama.cpp takes from the hidden size."""
+
+
+def computed_otherwise(family: str, hparams: Mapping[str, Any]) -> str | None:
+    """What a model does that llama.cpp does not do in this family, and that a file cannot tell it; None if nothing.
+
+    Published models of these families follow these rules; a changed configuration may not.
+
+    Args:
+        family: The class of transformers.
+        hparams: The configuration of the text part.
+    """
+    if family in _LARGE:
+        layers, head = hparams["num_hidden_layers"], hparams.get("head_dim", 256)
+        if layers == _LARGE[family]:
+            head = hparams["hidden_size"] // hparams["num_attention_heads"]
+        if (scale := hparams.get("query_pre_attn_scalar", head)) != head:
+            return f"query_pre_attn_scalar is {scale}, and it divides scores by the square root of {head}"
+        every = 2 if family == "Gemma2ForCausalLM" else 6
+        kinds = ["sliding_attention" if number % every else "full_attention" for number in range(1, layers + 1)]
+        if hparams.get("layer_types", kinds) != kinds:
+            return f"layer_types differ from a full attention in every {every}th layer"
+    if family == "Qwen3MoeForCausalLM" and not hparams.get("norm_topk_prob"):
+        return "norm_topk_prob is false, and it normalizes the weights of the experts"
+    return None
 
 
 def _file_type(name: str) -> Any:
@@ -212,7 +275,7 @@ def _sentencepiece(folder: Path, rows: int) -> tuple[list[bytes], list[float], l
     of the first merge that makes it.
 
     Raises:
-        FileNotFoundError: It was made otherwise; the converter then continues to look for one of its other kinds.
+        FileNotFoundError: It was made otherwise; the converter then goes on to look for one of its other kinds.
     """
     import gguf
 
@@ -268,6 +331,23 @@ def try_vocabulary(model: Any, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
         "pre_tokenizer": "" if pre is None else pre.value,
         "differing": differing,
     }
+
+
+def lost_window(model: Any) -> int | None:
+    """The tokens of the model's sliding window, if the file does not have it; None if it does, or there is none.
+
+    llama.cpp has no window for some families, such as Mistral: it attends to all earlier tokens.
+
+    Args:
+        model: From `convertible`; the writer gets the family's parameters.
+    """
+    window, longest = (model.hparams.get(name) for name in ("sliding_window", "max_position_embeddings"))
+    kinds = model.hparams.get("layer_types") or ["sliding_attention"]
+    if not window or model.hparams.get("use_sliding_window") is False or "sliding_attention" not in kinds:
+        return None
+    model.set_gguf_parameters()
+    written = any(key.endswith(".attention.sliding_window") for key in model.gguf_writer.kv_data[0])
+    return None if written or (longest is not None and window >= longest) else int(window)
 
 
 def _first_that_agrees(model: Any, tokenizer: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from job.common.gguf_file import gguf_contents, quantized_tensors
-from job.export.gguf_conversion import NAME, convertible, try_vocabulary
+from job.export.gguf_conversion import NAME, convertible, lost_window, try_vocabulary
 from job.export.llama_cpp_server import Refused, Served, system_info
 
 _TOLD_SECONDS = 5.0
@@ -55,7 +55,7 @@ def main() -> None:
 def _check(*, source: str, tokenizer: Mapping[str, Any], say: Say) -> None:
     """Whether a folder can be converted: its family is known, and llama.cpp tokenizes as the tokenizer does."""
     model = convertible(Path(source), "f16", tokenizer, Path(tempfile.gettempdir()))
-    say({"checked": try_vocabulary(model, tokenizer)})
+    say({"checked": {**try_vocabulary(model, tokenizer), "lost_window": lost_window(model)}})
 
 
 def _make(*, source: str, file: str, file_type: str, tokenizer: Mapping[str, Any], say: Say) -> None:

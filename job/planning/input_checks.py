@@ -214,6 +214,7 @@ def _problems_of_model(s: Settings, config: Any, empty: Any) -> Iterator[Problem
         options=adapter_options(s),
         compute=s.train.compute,
         placement=s.model.placement,
+        optimizer=s.train.optimizer,
     )
     if needs_merge(s.export.formats):
         from job.export.model_checks import export_problems

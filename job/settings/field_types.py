@@ -398,8 +398,10 @@ FlagOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)]
 Whole = Annotated[int, BeforeValidator(_no_flag), Field(ge=0, lt=2**32)]
 Count = Annotated[int, BeforeValidator(_no_flag), Field(gt=0, lt=2**32)]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
+_MOST = 1e18
+"""Largest number in a manifest: the reader of manifests refuses larger ones."""
 Passes = Annotated[int | float, BeforeValidator(_passes), Field(gt=0)]
-Real = Annotated[float, BeforeValidator(_no_flag)]
+Real = Annotated[float, BeforeValidator(_no_flag), Field(ge=-_MOST, le=_MOST)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from job import log
+from job.common.bad_row_reasons import by_reason
 from job.common.resources import check_disk, required_bytes
 from job.common.source_list import Source, parse_sources
 from job.common.validation import adapter_of
@@ -188,7 +189,7 @@ def _pull(
         files = base.files()
     attempt.alive()
     dataset, licence = _with_licences(attempt, settings, tokens.record, files.revision)
-    log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
+    log.get_logger().info("data is ready", rows=dataset.rows, skipped=by_reason(dataset.skipped), tokens=dataset.tokens)
     judge, start, safety = pull_judge(attempt, settings.eval, storage), checked.start, checked.safety
     record = Pulled(
         dataset=dataset,

@@ -38,11 +38,11 @@ class CheckedSettings:
 
     Attributes:
         model: Settings of the base.
-        lora: Settings of the adapter.
-        train: Settings of this training stage.
+        lora: Of the adapter.
+        train: Of this training stage.
         device: `JOB_RUN__DEVICE`.
-        seed: Seed of the order of the rows.
-        export: Settings of the last training stage, which exports.
+        seed: Of the order of the rows.
+        export: Of the last training stage, which exports.
         judged: `JOB_GATE__ON` of that stage.
     """
 
@@ -59,7 +59,7 @@ def check_model(attempt: Attempt, folder: Path, settings: CheckedSettings) -> No
     """Refuses settings that the model's configuration excludes, before its weights and the data are downloaded.
 
     Args:
-        attempt: Gives the number of processes on this machine, and the work folder for exports.
+        attempt: Of its processes the number on this machine counts; exports are written to its work folder.
         folder: Holds the model's config.json.
         settings: What is checked.
 
@@ -74,7 +74,8 @@ def check_model(attempt: Attempt, folder: Path, settings: CheckedSettings) -> No
     here = attempt.processes.place.local_world_size
 
     def problems(config: Any, empty: Any) -> Iterator[Problem]:
-        yield from model_problems(config, empty, **adapter_options, compute=train.compute, placement=model.placement)
+        how: dict[str, Any] = {"compute": train.compute, "placement": model.placement, "optimizer": train.optimizer}
+        yield from model_problems(config, empty, **adapter_options, **how)
         yield from placement_problems(model, train, lora, folder=folder, processes=here, options=options)
         if needs_merge(export.formats):
             from job.export.model_checks import export_problems
@@ -94,7 +95,7 @@ def check_rows(attempt: Attempt, folder: Path, settings: CheckedSettings, tokens
 
     Args:
         attempt: Its processes may divide a row.
-        folder: Folder of the base's config.json.
+        folder: Of the base's config.json.
         settings: What is checked.
         tokens: The rows.
 
@@ -133,11 +134,11 @@ def step_problems(settings: CheckedSettings, examples: Sequence[Example]) -> Ite
 def refuse_long_row(attempt: Attempt, folder: Path, settings: CheckedSettings, longest: int, where: str) -> None:
     """Refuses a row that could not be trained on if the GPU held nothing but what it must, while the weights come.
 
-    `training.prepare` refuses more, when it knows what is free next to the model, and the attention kernel.
+    `training.prepare` refuses more, when it knows what is free beside the model, and the attention kernel.
 
     Args:
         attempt: Its processes may divide the row.
-        folder: Folder of the base's config.json.
+        folder: Of the base's config.json.
         settings: What is checked.
         longest: Tokens of the longest row.
         where: File and line of the row; empty if they are not known.

@@ -2,7 +2,7 @@
 
 Credentials are the hub's own (HF_TOKEN, a login); its client reads them, and retries automatically.
 
-Nothing here imports a library while an error is handled. A download runs in another thread than the main thread, which
+Nothing here imports a library while an error is handled. A download runs in a thread beside the main thread, which
 imports `datasets` meanwhile: an import of one of its submodules in the thread would make Python give one of the two a
 half-initialised module, and an error of the hub would appear as an ImportError. Errors of libraries are therefore
 recognized by name.
@@ -40,7 +40,7 @@ _DISK = {
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
 }
 _SENSELESS = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, UnicodeDecodeError)
-"""What the hub's client raises while it reads an answer that is none of the hub's, besides a JSONDecodeError."""
+"""What the hub's client raises while it reads an answer that is none of the hub's, beside a JSONDecodeError."""
 _NO_ADDRESS = {"InvalidProxyURL", "InvalidSchema", "InvalidURL", "MissingSchema", "UnsupportedProtocol"}
 _CERTIFICATES = {"ssl", "httpx._config", "httpx2._config"}
 """Modules that read files of certificates."""
@@ -157,7 +157,7 @@ def local_model(source: str) -> Path | None:
             message = "is not a regular file, but a pipe, a device or a broken link"
             raise DataError([Problem("JOB_MODEL__ID", f"{one} {message}") for one in odd[:3]])
         return path
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         message = "is not a folder" if path.exists() else "does not exist"
         raise DataError([Problem("JOB_MODEL__ID", f"{source} {message}; give the folder of a model, or a hub id")])
     return None

@@ -13,10 +13,13 @@ from job.errors import Problem, SettingsError
 from job.model.adapter_options import AdapterOptions, pattern_matches, too_high_rank
 from job.model.files import in_eight_bits
 from job.model.target_modules import adapted_layers, resolve_targets
+from job.model.whole_modules import modules_named
 from job.records import FP8
 from job.training.fp8_check import fp8_problems_of
 
 _INIT, _PLACEMENT = "JOB_LORA__INIT", "JOB_MODEL__PLACEMENT"
+_MATRIX = 2
+"""Dimensions of what muon updates."""
 
 
 def model_problems(
@@ -28,6 +31,7 @@ def model_problems(
     options: AdapterOptions,
     compute: str,
     placement: str,
+    optimizer: str,
 ) -> Iterator[Problem]:
     """Yields a problem for each setting that this model excludes; problems of the adapter are not included.
 
@@ -39,6 +43,7 @@ def model_problems(
         options: The adapter's other options.
         compute: `JOB_TRAIN__COMPUTE`.
         placement: `JOB_MODEL__PLACEMENT`.
+        optimizer: `JOB_TRAIN__OPTIMIZER`.
     """
     try:
         named = resolve_targets(empty, targets)
@@ -52,6 +57,22 @@ def model_problems(
         )
     if compute == FP8:
         yield from fp8_problems_of(config, named)
+    if optimizer == "muon":
+        yield from _no_matrices(empty, options.modules_to_save)
+
+
+def _no_matrices(empty: Any, modules_to_save: Sequence[str]) -> Iterator[Problem]:
+    """Problems of modules that are trained whole with an optimizer that updates matrices only."""
+    for name in modules_to_save:
+        parts = {
+            f"{full}.{part}": parameter.shape
+            for full in modules_named(empty, name)
+            for part, parameter in empty.get_submodule(full).named_parameters()
+            if parameter.ndim != _MATRIX
+        }
+        for part, shape in list(parts.items())[:1]:
+            what = f"is muon, which updates matrices only, and JOB_LORA__MODULES_TO_SAVE={name} also trains {part}"
+            yield Problem("JOB_TRAIN__OPTIMIZER", f"{what}, of shape {tuple(shape)}; change one of the two")
 
 
 def _first_values(

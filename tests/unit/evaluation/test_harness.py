@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from string import ascii_letters
@@ -437,9 +438,36 @@ def test_texts_are_tokenized_together_as_they_are_one_by_one(tokenizer: Any) -> 
     """Contexts with and without spaces at their end, choices, an empty context: the tokens that `encode` gives."""
     pairs = [(f"What is {n}?", f" It is {m}.") for n in range(70) for m in range(4)]
     pairs += [("two  ", " spaces"), ("a\n", "b"), ("", "nothing before"), ("again", ""), ("\u00e9\u4e2d", "\u6587")]
-    found = harness._encoded(tokenizer, pairs)
+    found = harness._encoded(tokenizer, pairs, "<s>")
     assert set(found) == {text for a, b in pairs if a for text in (a.rstrip(), a + b)}
     assert all(ids == tokenizer.encode(text) for text, ids in found.items())
     slow = SimpleNamespace(encode=lambda text: [len(text)])
-    assert harness._encoded(slow, [("ab ", "c")]) == {"ab": [2], "ab c": [4]}
-    assert harness._encoded(tokenizer, [("", "x")]) == {}
+    assert harness._encoded(slow, [("ab ", "c")], "<s>") == {"ab": [2], "ab c": [4]}
+    assert harness._encoded(tokenizer, [("", "x")], "<s>") == {}
+
+
+@pytest.mark.parametrize("begin", ["", "<s>", "</s>", " <s>"])
+@pytest.mark.parametrize("bos", [True, False])
+def test_prompts_that_begin_with_a_special_token_are_tokenized_as_lm_eval_does(
+    tokenizer: Any, begin: str, *, bos: bool
+) -> None:
+    """Scored prompts and texts: the tokens of HFLM's own code, which never puts the first one in front twice."""
+    from lm_eval.models.huggingface import HFLM
+
+    known = deepcopy(tokenizer)
+    if not bos:
+        known.bos_token = None
+    asked: list[Question] = []
+
+    def score(questions: list[Question]) -> list[list[ChoiceScore]]:
+        asked.extend(questions)
+        return [[ChoiceScore(-1.0, greedy=False) for _ in one.choices] for one in questions]
+
+    lm = harness._scoring_model(known, score, None, harness.Generating(lambda *_: [], 64, 0))
+    hflm = SimpleNamespace(add_bos_token=None, tokenizer=known, prefix_token_id=lm.prefix_token_id)
+    text = f"{begin}What is it?"
+    lm.loglikelihood([SimpleNamespace(args=(text, " This."))])
+    lm.loglikelihood_rolling([SimpleNamespace(args=(text,))])
+    scored, read = asked
+    assert [*scored.context, *scored.choices[0]] == HFLM.tok_encode(hflm, f"{text} This.")
+    assert list(read.choices[0]) == HFLM.tok_encode(hflm, text)

@@ -168,6 +168,69 @@ def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         read_task_file(str(write_task(tmp_path, questions=1)))
 
 
+CHOICE: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{% if hint %}{{hint}}: {% endif %}{{question}}",
+    "doc_to_choice": "choices",
+    "doc_to_target": "gold",
+    "generation_kwargs": None,
+    "metric_list": [{"metric": "acc"}],
+}
+LIKELIHOOD = {"output_type": "loglikelihood", "generation_kwargs": None, "metric_list": [{"metric": "acc"}]}
+ROW: dict[str, Any] = {"question": "Which?", "choices": ["None of these", "b"], "gold": 1, "answer": "c", "hint": "H"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "bad", "good"),
+    [
+        (
+            CHOICE,
+            [
+                *({"choices": given} for given in (["a", ""], ["a"], None, [])),
+                *({"gold": given} for given in (2, -1, None)),
+                *({"question": given, "hint": None} for given in (None, "")),
+            ],
+            [{"hint": None}, {"answer": None}],
+        ),
+        (CHOICE | {"doc_to_text": ""}, [{"choices": ["a", ""]}], [{"question": None}]),
+        ({}, [{"question": None}, {"answer": None}], [{"answer": ""}, {"hint": None}]),
+        (LIKELIHOOD | {"doc_to_target": "{{answer}}"}, [{"answer": None}, {"answer": ""}], [{"gold": None}]),
+    ],
+)
+def test_rows_that_make_no_question_are_named(
+    tmp_path: Path, changes: dict[str, Any], bad: list[dict[str, Any]], good: list[dict[str, Any]]
+) -> None:
+    """Before a model is loaded, with file and line; a field that a template does not write may be null."""
+    path = write_task(tmp_path, **changes, num_fewshot=0)
+    fitting = [ROW, *(ROW | change for change in good)]
+    write_jsonl(tmp_path / "test.jsonl", [*fitting, *(ROW | change for change in bad)])
+    with pytest.raises(DataError) as caught:
+        load_tasks([str(path)], {}, {})
+    lines = [problem.where.removeprefix(f"{tmp_path}/test.jsonl:") for problem in caught.value.problems]
+    assert lines == [str(len(fitting) + number + 1) for number in range(len(bad))]
+    write_jsonl(tmp_path / "test.jsonl", fitting)
+    load_tasks([str(path)], {}, {})
+
+
+def test_examples_with_missing_fields_are_named(tmp_path: Path) -> None:
+    """An example whose answer is null would be shown with the answer None, where the prompts have examples."""
+    path = write_task(tmp_path)
+    rows = [{"question": f"what is {n}?", "answer": None if n == 2 else str(n)} for n in range(5)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    with pytest.raises(DataError, match=r"train\.jsonl:3: does not match"):
+        load_tasks([str(path)], {}, {})
+    load_tasks([str(path)], {}, {}, 0)
+
+
+def test_examples_of_which_no_prompt_is_made_are_refused(tmp_path: Path) -> None:
+    """lm-eval shows no example with several right answers, which would end the run as a bug when it is asked."""
+    changes = {"doc_to_text": "{{question}}", "doc_to_target": "{{[0, 1]}}", "doc_to_choice": ["a", "b"]}
+    path = write_task(tmp_path, **CHOICE | changes)
+    with pytest.raises(SettingsError, match="cannot ask sums with 2 examples"):
+        load_tasks([str(path)], {}, {})
+    load_tasks([str(path)], {}, {}, 0)
+
+
 def test_texts_for_forgetting_come_with_the_job(tmp_path: Path) -> None:
     """`forgetting` names texts of this project, or the user's own; where they lie on the disk is not recorded."""
     check_tasks(["forgetting"], {})

@@ -27,6 +27,7 @@ from job.model.packed_attention import use
 from job.model.tokenizer import load_tokenizer
 from job.records import ChoiceScore, Question
 from tests import warm
+from tests.families.models import make_model
 from tests.helpers import make_base
 
 QUESTIONS = [
@@ -115,6 +116,27 @@ def test_llama_cpp_scores_as_transformers_does(base: Path, files: dict[str, Path
     assert furthest(found["q8_0"], reference(dequantized, QUESTIONS)) < 0.05  # activations in 8 bits
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *((family, {}) for family in ("granite", "llama", "olmo2", "qwen3", "smollm3")),
+        ("qwen3_moe", {"norm_topk_prob": True}),
+    ],
+)
+def test_llama_cpp_computes_other_families_as_transformers_does(
+    base: Path, tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    """The families of the fused layers whose vocabulary may be the toy base's."""
+    folder = Path(shutil.copytree(base, tmp_path / "merged"))
+    (folder / "model.safetensors").unlink()
+    make_model(family, folder, **changes)
+    assert check_gguf(folder, waited) == ""
+    make_gguf(inputs(folder, "f16", tmp_path / "f16"))
+    found = scored(tmp_path / "f16" / "model-f16.gguf", QUESTIONS)
+    assert furthest(found, reference(loaded(folder), QUESTIONS)) < 4e-3
+
+
 def test_a_greedy_choice_is_found(base: Path, files: dict[str, Path]) -> None:
     """What the model would write itself is greedy, and the same with another last token is not."""
     model, context = loaded(base), list(QUESTIONS[0].context)
@@ -169,7 +191,10 @@ def test_what_is_converted_is_tokenized_alike(base: Path) -> None:
     assert check_gguf(base, waited) == ""
 
 
-def test_a_vocabulary_of_sentencepiece_needs_no_sentencepiece(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "architecture"), [("mistral", "MistralForCausalLM"), ("phi3", "Phi3ForCausalLM")])
+def test_a_vocabulary_of_sentencepiece_needs_no_sentencepiece(
+    base: Path, tmp_path: Path, family: str, architecture: str
+) -> None:
     """A tokenizer such as Mistral's, with bytes for unknown characters: llama.cpp joins in the order of its merges."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
@@ -189,7 +214,8 @@ def test_a_vocabulary_of_sentencepiece_needs_no_sentencepiece(base: Path, tmp_pa
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 1, "eos_token_id": 2}), encoding="utf-8")
+    config |= {"bos_token_id": 1, "eos_token_id": 2, "model_type": family, "architectures": [architecture]}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tokenizer = load_tokenizer(folder)
     assert len(tokenizer.encode("the answer")) < 8
     assert check_gguf(folder, waited) == ""

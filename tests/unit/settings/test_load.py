@@ -511,11 +511,11 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("train.learning_rate", ["-1e-4", "nan", "inf", "-inf", "fast"]),
     ("train.scheduler", ["step"]),
     ("train.warmup_steps", ["-1"]),
-    ("train.weight_decay", ["-0.1"]),
+    ("train.weight_decay", ["-0.1", "1e19"]),
     ("train.warmup_ratio", ["-0.1", "1.5", "x"]),
     ("train.min_lr_ratio", ["-0.1", "1.1", "0.1"]),  # the last has no effect on a linear schedule
     ("train.decay_ratio", ["-0.1", "1.1", "0.2"]),
-    ("train.neftune_noise_alpha", ["-1", "inf"]),
+    ("train.neftune_noise_alpha", ["-1", "inf", "1e19"]),
     ("data.seed", ["-1", "x"]),
     ("train.max_grad_norm", ["-1", "inf"]),
     ("train.global_batch_size", ["0", "-32"]),

@@ -33,14 +33,15 @@ def problems(folder: Path, family: str, **changes: Any) -> dict[str, str]:
     config.save_pretrained(folder)
     options = changes.pop("options", PLAIN)
     max_length, compute = changes.pop("max_length", 64), changes.pop("compute", "dtype")
-    where = changes.pop("placement", "gpu")
+    run = {"compute": compute, "placement": changes.pop("placement", "gpu")}
+    run["optimizer"] = changes.pop("optimizer", "adamw_8bit")
     how: dict[str, Any] = {"targets": None, "rank": 4, "options": options} | changes
     try:
         inspect(
             folder,
             max_length=max_length,
             **how,
-            problems=lambda config, empty: model_problems(config, empty, **how, compute=compute, placement=where),
+            problems=lambda config, empty: model_problems(config, empty, **how, **run),
         )
     except SettingsError as error:
         return {problem.where: problem.what for problem in error.problems}
@@ -72,6 +73,12 @@ IN_8_BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True}
             "published in 8 bits; take gpu",
         ),
         ("llama", {"options": AdapterOptions(experts=True)}, "JOB_LORA__EXPERTS", "LlamaForCausalLM has no experts"),
+        (
+            "llama",
+            {"optimizer": "muon", "options": AdapterOptions(modules_to_save=("lm_head", "norm"))},
+            "JOB_TRAIN__OPTIMIZER",
+            "JOB_LORA__MODULES_TO_SAVE=norm also trains model.norm.weight, of shape (64,)",
+        ),
         ("mamba2", {"targets": ["out_proj"]}, "JOB_LORA__TARGET_MODULES", "PEFT does not adapt out_proj"),
     ],
 )

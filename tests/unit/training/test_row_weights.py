@@ -10,6 +10,7 @@ import pytest
 
 from job.data.batch_plan import by_weight, weighted_targets
 from job.data.dataset import load_examples
+from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError
 from job.training.trainer import Hooks, train
 from tests.helpers import READING, alpaca_rows, fill_adapter, make_examples, make_model, write_jsonl
@@ -115,3 +116,26 @@ def test_rows_say_what_they_weigh(tokenizer: Any, tmp_path: Path) -> None:
     assert [str(problem).partition(": ")[0].rpartition("/")[2] for problem in caught.value.problems] == [
         f"bad.jsonl:{line} weight" for line in range(1, 5)
     ]
+
+
+@pytest.mark.parametrize("validation", [None, 2, "own"])
+def test_rows_that_all_weigh_nothing_are_refused(tokenizer: Any, tmp_path: Path, validation: Any) -> None:
+    """To train on, or to validate on, where the loss would be 0 whatever the model; one row that weighs is enough."""
+    reading = {name: value for name, value in READING.items() if name not in {"revision", "split"}}
+
+    def load(name: str, *weighing: int) -> Any:
+        rows = [row | {"weight": int(number in weighing)} for number, row in enumerate(alpaca_rows(8))]
+        return str(write_jsonl(tmp_path / name, rows))
+
+    def read(source: str, held_out: Any) -> Any:
+        how: dict[str, Any] = {"revision": None, "split": "train", "row_weights": True, "tokenizer": tokenizer}
+        return load_rows(source, held_out, **how, **reading)
+
+    nothing, own = load("nothing.jsonl"), load("own.jsonl", 3)
+    source = ValidationSource(own, own, None, "train") if validation == "own" else validation
+    with pytest.raises(DataError, match=r"rows to train on, and their field weight is 0 in each"):
+        read(nothing, source)
+    if validation == "own":
+        with pytest.raises(DataError, match=r"nothing.jsonl: has 8 rows to validate on"):
+            read(own, replace(source, place=nothing, name=nothing))
+    read(load("all.jsonl", *range(8)), source)

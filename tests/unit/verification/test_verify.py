@@ -362,6 +362,17 @@ def test_a_record_with_a_seal_is_no_other_attempts(run: Path, check: Checker) ->
     assert "results.json run.attempts[1].number: claimed 2, found 1" in told(check())
 
 
+def test_a_manifest_of_an_earlier_version_says_nothing_of_steps_that_no_record_has(run: Path, check: Checker) -> None:
+    """It has 0 where a killed attempt may have done steps that were repeated; it verifies as it was written."""
+
+    def as_before(results: dict[str, Any]) -> None:
+        assert results["cost"].pop("repeated_steps_exact") is False
+        results["cost"]["repeated_steps"] = 0
+
+    forge(run, as_before)
+    assert check() == {}
+
+
 def test_no_attempt_can_be_left_out(run: Path, check: Checker) -> None:
     """An attempt that the ledger has and the manifest has not, as its seconds and dollars would be nice to lose."""
     forge(run, lambda results: (results["run"]["attempts"].pop(0), results["cost"].update(seconds=60.5)))
