@@ -56,13 +56,22 @@ def how_to_generate(task: str, given: Mapping[str, Any], *, seed: int = 0) -> Ho
     """A task's `generation_kwargs`, as lm-eval reads them.
 
     Raises:
-        SettingsError: They ask for what is not done here, such as beams or penalties.
+        SettingsError: They ask for what is not done here, such as beams or penalties, or for what is impossible.
     """
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
     other = {name: value for name, value in given.items() if name not in _GENERATES | _LENGTHS}
     unknown = [name for name, value in other.items() if not (name == "num_beams" and value == 1)]
-    asked = normalize_gen_kwargs(dict(given))
+    try:
+        asked = normalize_gen_kwargs(dict(given))
+        most, top_k, top_p = int(asked["max_gen_toks"]), int(asked.get("top_k") or 0), float(asked.get("top_p") or 1.0)
+    except (TypeError, ValueError) as error:
+        what = f"{task} has generation_kwargs that are no numbers: {error}"
+        raise SettingsError([Problem("JOB_EVAL__TASKS", what)]) from error
+    if most < 1 or top_k < 0 or not 0 < top_p <= 1:
+        what = f"{task} asks to generate at most {most} tokens, with top_k {top_k} and top_p {top_p}"
+        limits = "at least 1, 0 and more than 0 are needed, and top_p is at most 1"
+        raise SettingsError([Problem("JOB_EVAL__TASKS", f"{what}; {limits}")])
     stop, temperature = handle_stop_sequences(asked.get("until"), eos=None), asked.get("temperature", 0.0)
     draws = bool(asked.get("do_sample"))
     if draws and not temperature > 0:
@@ -75,8 +84,8 @@ def how_to_generate(task: str, given: Mapping[str, Any], *, seed: int = 0) -> Ho
         raise SettingsError([Problem("JOB_EVAL__TASKS", f"{what}and top_p")])
     sampling = None
     if draws:
-        sampling = Sampling(float(temperature), int(asked.get("top_k") or 0), float(asked.get("top_p") or 1.0), seed)
-    return HowToGenerate(int(asked["max_gen_toks"]), tuple(map(str, stop)), sampling)
+        sampling = Sampling(float(temperature), top_k, top_p, seed)
+    return HowToGenerate(most, tuple(map(str, stop)), sampling)
 
 
 def measured_scores(
