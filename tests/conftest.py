@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -88,10 +90,31 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_log_context() -> Iterator[None]:
-    """What a test binds to its log lines (run, attempt) is not on another one's."""
+def _fresh_logging() -> Iterator[None]:
+    """What a test sets up by `log.configure`, as every command does, and binds to its lines is not another test's."""
+    _as_if_never_configured()  # a fixture of a module or the session may have called a command
+    levels = {name: logging.getLogger(name).level for name in log.QUIET}
     yield
+    _as_if_never_configured()
+    for name, level in levels.items():
+        _set_level(name, level)
+
+
+def _as_if_never_configured() -> None:
     log.clear_context()
+    log._loggers_are_set_up = True
+    # pytest adds and removes its own handlers around each phase of a test
+    logging.root.handlers[:] = [one for one in logging.root.handlers if not isinstance(one, log._CurrentStderr)]
+    logging.captureWarnings(capture=False)
+    _set_level("job", logging.NOTSET)
+    if "structlog" in sys.modules and sys.modules["structlog"].is_configured():
+        sys.modules["structlog"].reset_defaults()
+
+
+def _set_level(name: str, level: int) -> None:
+    logger = logging.getLogger(name)
+    if logger.level != level:  # else the cache of every logger would be cleared for nothing
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,90 +20,18 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
-
+from job.checkpoints.commit_marker import MAX_MARKER_BYTES, MarkedFile, Marker, parse_marker, render_marker
 from job.common.disk import disk_errors
-from job.common.hashing import hash_file, seal, sealed
+from job.common.hashing import hash_file
 from job.errors import Unreachable
 from job.log import get_logger
-from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_folder, checkpoint_part, marker_key, step_name
+from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_part, marker_key, step_name
 from job.storage.base import write_in_turn
-from job.storage.open import ObjectStore, TooLarge, check_key, is_key
+from job.storage.open import ObjectStore, TooLarge, is_key
 
-MAX_MARKER_BYTES = 256 * 1024
 # Left on the disk after a restore, for the checkpoints of the steps to come.
 SPARE_BYTES = 64 << 20
-_MAX_WORDS = 200
-
-
-def _plain_name(name: str) -> str:
-    """Returns `name` if it names a file directly in its folder, and does not begin with a dot.
-
-    Raises:
-        ValueError: It leads elsewhere.
-    """
-    if "/" in name or name.startswith("."):
-        raise ValueError(f"{name[:_MAX_WORDS]!r} is not the name of a file in the checkpoint's folder")
-    return check_key(name)
-
-
-class MarkedFile(BaseModel):
-    """What a file of the checkpoint must be."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class Marker(BaseModel):
-    """The content of a commit marker. `epoch` is the lease's: which attempt wrote it.
-
-    `run` is the fingerprint of the settings, data and weights that it was trained with; None in markers of earlier
-    versions.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    step: int = Field(ge=0)
-    epoch: int = Field(ge=0, lt=10**9)
-    world_size: int = Field(ge=1)
-    software: dict[str, str]
-    files: dict[Annotated[str, AfterValidator(_plain_name)], MarkedFile] = Field(min_length=1, max_length=100)
-    run: str | None = Field(default=None, max_length=_MAX_WORDS)
-
-    @property
-    def folder(self) -> str:
-        """The folder of the files that it lists; a prefix of keys."""
-        return checkpoint_folder(self.step, self.epoch)
-
-
-def render_marker(marker: Marker) -> bytes:
-    """The marker as JSON, sealed with a hash of its own content."""
-    return sealed(marker.model_dump())
-
-
-def parse_marker(data: bytes) -> Marker:
-    """The inverse of `render_marker`; the bytes may come from anybody.
-
-    Raises:
-        ValueError: It is no marker, it names files outside its folder, or it was altered.
-    """
-    try:
-        facts = dict(from_json(data))
-        claimed = facts.pop("seal", None)
-        marker = Marker.model_validate(facts)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise ValueError(f"the marker is malformed: {first['msg'][:_MAX_WORDS]}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the marker is malformed: {str(error)[:_MAX_WORDS]}") from None
-    if claimed != seal(facts):
-        raise ValueError("the marker was altered: its seal does not match its content")
-    return marker
 
 
 def publish(

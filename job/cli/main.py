@@ -39,6 +39,7 @@ from job.settings.load import (
     foreign_variables,
     json_schema,
     known_machine,
+    known_place,
     load_settings,
     secrets,
 )
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if words and words[0] in {"-h", "--help", "help"}:
-        return _print(USAGE)
+        return _print(command_help(words[1]) if words[1:] and words[1] in COMMANDS else USAGE)
     if words and words[0] == "--version":
         return _print(f"qlora-job {__version__}\n")
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
@@ -121,21 +122,24 @@ def _print(text: str) -> int:
 
 
 def _run(words: list[str]) -> int:
-    from job.distributed.early_end import telling_other_machines
+    from job.distributed.early_end import telling_the_others
+    from job.distributed.launcher import check_signals, noted_signals
+    from job.runs.fault_injection import parse
 
-    with telling_other_machines(lambda: _several_machines(known_machine(words))):
-        settings = load_settings(words)
-    place = current_place()
-    _configure_log(settings, place)
-    _check_temporary_folder()
+    with noted_signals() as received:
+        find = lambda: known_place(words) or _several_machines(known_machine(words))  # noqa: E731
+        with telling_the_others(find, received):
+            settings = load_settings(words)
+            place = current_place()
+            _configure_log(settings, place)
+            _check_temporary_folder()
+            faults = parse(settings.fault or "")
+        check_signals(received)
     if place is None:  # else the launcher, or every process of torchrun, would log it again
         _note_foreign_variables()
     _tell_libraries(find_machines(current_platform()).interface)
     if settings.run.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else libraries would use a GPU if there is one
-    from job.runs.fault_injection import parse
-
-    faults = parse(settings.fault or "")
     if place is None and (code := _launch(settings, words)) is not None:
         return code
     _hide_other_gpus(place)
@@ -189,12 +193,12 @@ def _run(words: list[str]) -> int:
 
 def _launch(settings: Settings, words: list[str]) -> int | None:
     """Starts this machine's processes and returns their exit code; None if one process is enough, which is this one."""
-    from job.distributed.early_end import telling_other_machines
+    from job.distributed.early_end import telling_the_others
     from job.distributed.launcher import Machine, check_signals, count_processes, launch, noted_signals, worker_command
 
     run = settings.run
     with noted_signals() as received:
-        telling = telling_other_machines(lambda: _several_machines(settings), received)
+        telling = telling_the_others(lambda: _several_machines(settings), received)
         with telling, current_platform().machine_checks():
             processes = count_processes(run.processes)
         _share_cpus(processes)
@@ -291,6 +295,8 @@ def _hide_other_gpus(place: Place | None) -> None:
 
 def _config(words: list[str]) -> int:
     if "--schema" in words:
+        if len(words) > 1:
+            raise SettingsError([Problem("--schema", "prints the schema of all settings; remove the other arguments")])
         return _print(json.dumps(json_schema(), indent=2) + "\n")
     rows = [
         (name, json.dumps(value), source) for name, value, source in describe(load_settings(words, options=("schema",)))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from job import log
 from job.cli.arguments import Arguments
-from job.settings.load import Settings, load_reading, secrets
-from job.storage.open import StorageOptions, storage_options
+from job.errors import JobError, Problem, raise_problems
+from job.runs.layout import LEASE, RESULTS
+from job.settings.load import Settings, load_reading, output_folder, secrets
+from job.storage.open import StorageOptions, open_store, storage_options
 
 _QUICK_TRIES = 4
 
@@ -18,10 +23,26 @@ def reading(given: Arguments, *, quick: bool = False) -> tuple[StorageOptions, s
     Args:
         given: With the settings on the command line.
         quick: Whether a store that does not answer is reported after about 5 s of pauses, since a person waits.
+
+    Raises:
+        SettingsError: A setting is wrong, or a run is named by its id instead of its path.
     """
     settings: Settings = load_reading(given.settings)
     log.configure(settings.log.format, settings.log.level, secrets())
     storage = storage_options(settings.storage)
     if quick:
         storage = replace(storage, retries=min(storage.retries, _QUICK_TRIES))
+    raise_problems(_named_by_id(given.runs, storage))
     return storage, settings.storage.cache
+
+
+def _named_by_id(runs: Iterable[str], storage: StorageOptions) -> Iterator[Problem]:
+    """Names that are no path, but the id of a run in the folder of JOB_RUN__OUTPUT."""
+    for name in runs:
+        if "/" in name.rstrip("/") or Path(name).exists():
+            continue
+        path = f"{output_folder().rstrip('/')}/{name.rstrip('/')}"
+        with suppress(JobError):  # then the command itself says what is wrong with the name
+            store = open_store(path, replace(storage, retries=1))
+            if store.tag(RESULTS) is not None or store.tag(LEASE) is not None:
+                yield Problem(name, f"is no path, but the id of a run; give its path, {path}")

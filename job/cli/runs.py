@@ -14,7 +14,7 @@ from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.cli.reading import reading
 from job.common.disk import disk_errors
-from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine
+from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine, naming
 from job.report.report import read_report_data, render_history, render_report
 from job.results.after_run import read_after_run
 from job.results.compare import compare, gate_reasons, judge_by_policy
@@ -97,7 +97,8 @@ def _gate(given: Arguments, compared: Mapping[str, Any]) -> dict[str, Any] | Non
             raise SettingsError(
                 [Problem("--policy", "has rules by task; remove either this, or --metric and the thresholds")]
             )
-        return judge_by_policy(compared, path)
+        with naming("--policy", "JOB_GATE__POLICY"):
+            return judge_by_policy(compared, path)
     if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
         thresholds = _thresholds(given.options)
         reasons = gate_reasons(compared, **thresholds)
@@ -114,6 +115,8 @@ def _history(given: Arguments) -> int:
     if alone:
         raise SettingsError([Problem(name, f"has no effect with {HISTORY}; remove it") for name in alone])
     output = given.options.get("--output")
+    if output is not None:
+        _refuse_folder(output)
     storage, _ = reading(given, quick=True)
     runs, unreadable = find_runs(given.runs, storage)
     found = history(runs, given.options.get("--metric"), unreadable)
@@ -126,6 +129,11 @@ def _history(given: Arguments) -> int:
     if found.out:
         raise GateError(found.verdict)
     return code
+
+
+def _refuse_folder(output: str) -> None:
+    if Path(output).is_dir():
+        raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
 
 
 def _write_page(output: str, page: bytes) -> None:
@@ -168,8 +176,7 @@ def report_command(words: Sequence[str]) -> int:
     """
     given = parse_arguments(words, COMMANDS["report"].arguments)
     output = given.options.get("--output", OUTPUT)
-    if Path(output).is_dir():
-        raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
+    _refuse_folder(output)
     storage, _ = reading(given, quick=True)
     run = read_published(open_run_or_pointer(given.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:

@@ -25,6 +25,13 @@ def count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+def at_least(number: int, *, exact: bool) -> str:
+    """`7`, `at least 7`, or `unknown` where none is known and there may be some."""
+    if exact:
+        return f"{number:,}"
+    return f"at least {number:,}" if number else "unknown"
+
+
 def percent(fraction: float, digits: int = 2) -> str:
     """0.798 -> `79.80 %`, with a space that does not break."""
     return f"{100 * fraction:.{digits}f}\N{NO-BREAK SPACE}%"

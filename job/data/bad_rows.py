@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
+from job.common.bad_row_reasons import by_reason
 from job.data.formats import UNREADABLE, RowError
 from job.errors import MAX_SHOWN, DataError, Problem
 
@@ -54,5 +55,5 @@ class BadRows:
 
     def nothing_left(self, name: str) -> DataError:
         """The error that no row was selected, and why."""
-        skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items()))
-        return DataError([Problem(name, f"has no valid row (skipped: {skipped})" if skipped else "has no rows")])
+        skipped = "; ".join(f"{count}: {why}" for why, count in by_reason(self.skipped).items())
+        return DataError([Problem(name, f"has no valid row (skipped {skipped})" if skipped else "has no rows")])

@@ -1,47 +1,37 @@
-"""Reads the training data: rows are checked, rendered, tokenized and hashed, before any model is loaded."""
+"""Reads the training data, before any model is loaded: from sources to tokenized examples and their record.
+
+`load_examples` calls the steps in order:
+
+    schema_of_rows     which schema the rows have
+    dataset_checks     whether settings and tokenizer fit it; what is logged about the data set as a whole
+    workers            rows become examples, in several processes (`row_encoder`)
+    collect_examples   the examples of all sources, each as often as it says, counted and hashed
+"""
 
 from __future__ import annotations
 
-import struct
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from hashlib import sha256
-from math import ceil
-from operator import itemgetter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from job.audit.audit import Audit
-from job.audit.rows import AuditSetup
-from job.common.disk import disk_errors
 from job.common.methods import METHODS, MethodName
 from job.common.source_list import Source
 from job.data.bad_rows import BadRows, OnBadRow
-from job.data.batch_plan import epoch_order
-from job.data.chat_template import uses_date
+from job.data.collect_examples import CollectedExamples, Collector, SourceReader
+from job.data.dataset_checks import check_ends, check_settings, check_tokenizer, note_date, note_unexpected
 from job.data.examples import Examples, ExampleWriter
-from job.data.field_names import rename_fields, schemas_with
-from job.data.formats import Line, LineDecoder, Lines, Row, RowError
+from job.data.field_names import schemas_with
+from job.data.formats import Lines
 from job.data.notes import Notes
-from job.data.preferences import SIDES, EncodedAnswers, is_conversation, with_partners
-from job.data.remarks import RemarkCounts
-from job.data.row_encoder import PLAIN, Bundle, Outcome, Reading
-from job.data.schema_of_rows import other_schema, peek, settle_schema
+from job.data.preferences import SIDES, EncodedAnswers, is_conversation, paired
+from job.data.row_encoder import Reading
+from job.data.schema_of_rows import peek, settle_schema
 from job.data.schemas import FIELDS, Schema
-from job.data.sources import open_source, watched
 from job.data.tokenization import Encoded, LossOn, OnLongRow
-from job.data.workers import Encoding, open_encoding
-from job.errors import DataError, Problem, SettingsError
-from job.records import DatasetRecord, DataSourceRecord
-
-_DIGEST = b"examples 1\0"
-_ONE = (
-    "all sources must have the same schema: convert one of them, or set JOB_DATA__FORMAT if a schema was "
-    "detected wrongly"
-)
+from job.data.workers import open_encoding
+from job.records import DatasetRecord
 
 
 def load_examples(
@@ -124,29 +114,18 @@ def load_examples(
         Unreachable: The hub did not answer.
         AccessDenied: The hub refused.
     """
-    note = notes or Notes()
-    parts = _one_part(source, name)
-    name = name or ", ".join(part.name for part in parts)
-
-    def open_part(part: Source) -> _Opened:
-        opened = open_source(part.place, part.revision or revision, split, part.name, note=note, alive=alive)
-        return _Opened(*opened[:2], watched(opened[2], alive))
-
-    decode = LineDecoder()
-
-    def decoded(row: Row | RowError | Line) -> Row | RowError:
-        return rename_fields(decode(row), field_names or {})
-
-    findings = BadRows(on_bad_row, skip_long=on_long_row == "skip")
-    opened = open_part(parts[0])
-    among = schemas_with(field_names or {}, METHODS[method].schemas, FIELDS)
-    schema, rows = settle_schema(opened.rows, decoded, schema, findings, name, method=method, among=among)
-    first, rows = peek(rows, decoded)
-    conversations = schema in SIDES and first is not None and is_conversation(first.fields, schema)
-    templated = schema == "messages" or conversations
-    _check_tokenizer(tokenizer, name, templated=templated)
-    _check_fit(schema, loss_on, template_arguments, on_long_row, templated=templated)
-    _note_date(note, tokenizer, date, templated=templated)
+    note, names = notes or Notes(), field_names or {}
+    sources = [Source(source, name or source)] if isinstance(source, str) else source
+    name = name or ", ".join(one.name for one in sources)
+    reader = SourceReader(revision=revision, split=split, field_names=names, note=note, alive=alive)
+    bad_rows = BadRows(on_bad_row, skip_long=on_long_row == "skip")
+    first = reader.open(sources[0])
+    among = schemas_with(names, METHODS[method].schemas, FIELDS)
+    schema, rows = settle_schema(first.rows, reader.decode, schema, bad_rows, name, method=method, among=among)
+    templated, rows = _uses_template(schema, rows, reader)
+    check_tokenizer(tokenizer, name, templated=templated)
+    check_settings(schema, loss_on, template_arguments, on_long_row, templated=templated)
+    note_date(note, tokenizer, date, templated=templated)
     reading = Reading(
         schema=schema,
         templated=templated,
@@ -154,357 +133,68 @@ def load_examples(
         max_length=max_length,
         vocabulary=vocabulary,
         on_long_row=on_long_row,
-        field_names=field_names or {},
+        field_names=names,
         compare=compare,
         row_weights=row_weights,
     )
-    with ExitStack() as stack:
-        taken = _Taken(stack.enter_context(ExampleWriter(file)), on_example, audit)
-        encoding = open_encoding(
-            reading,
-            tokenizer,
-            date=date,
-            template_arguments=template_arguments,
-            processes=processes,
-            alive=alive,
-            audit=taken.audit_setup,
-        )
-        parts_reader = _PartsReader(
-            open_part=open_part,
-            decoded=decoded,
-            encode=stack.enter_context(encoding),
+    encoding = open_encoding(
+        reading,
+        tokenizer,
+        date=date,
+        template_arguments=template_arguments,
+        processes=processes,
+        alive=alive,
+        audit=None if audit is None else audit.setup,
+    )
+    with ExampleWriter(file) as writer, encoding as encode:
+        collected = CollectedExamples(writer, on_example, audit)
+        collector = Collector(
+            reader,
+            encode,
+            collected,
+            bad_rows,
             schema=schema,
             method=method,
             limit=limit,
-            one_by_one=on_example is not None,
-            hashed=not isinstance(source, str),
+            hash_each=not isinstance(source, str),
         )
-        opened, records = _take_parts(parts_reader, parts, replace(opened, rows=rows), taken, findings)
-        findings.raise_problems()
-        if not taken.rows:
-            raise findings.nothing_left(name)
+        last, records = collector.collect(sources, replace(first, rows=rows))
+        bad_rows.raise_problems()
+        if not collected.rows:
+            raise bad_rows.nothing_left(name)
         if templated:
-            _check_ends(note, taken.ends, tokenizer, name)
-        _note_findings(note, taken, name, schema, limit)
-    examples = taken.writer.examples()
+            check_ends(note, collected.ends, tokenizer, name)
+        note_unexpected(note, collected, name, schema, limit)
+    examples = writer.examples()
     if schema == "unpaired_preference" and pair:
         examples = paired(examples, [range(len(examples))], seed, max_length, file)
+    by_split = last.commit or last.chosen_by_split or any(record.revision for record in records)
     return examples, DatasetRecord(
         source=name,
-        revision=opened.commit if isinstance(source, str) else None,
-        split=split if opened.commit or opened.chosen or any(record.revision for record in records) else None,
+        revision=last.commit if isinstance(source, str) else None,
+        split=split if by_split else None,
         format=schema,
-        rows=len(examples),
-        skipped=dict(sorted(findings.skipped.items())),
-        sha256=taken.digest.hexdigest(),
-        tokens=sum(examples.lengths),
-        target_tokens=sum(examples.target_counts),
-        longest=max(examples.lengths),
+        skipped=dict(sorted(bad_rows.skipped.items())),
         sources=records,
-        long_rows=dict(sorted(taken.long_rows.items())),
-        longest_at=taken.longest[1],
+        **_facts(examples, collected),
     )
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """A source that is open: its commit (None for files), whether the split chose its files, and its rows."""
-
-    commit: str | None
-    chosen: bool
-    rows: Lines
-
-
-@dataclass(frozen=True)
-class _PartsReader:
-    """How the rows of all sources are read.
-
-    Attributes:
-        open_part: Opens a source.
-        decoded: Gives the row of what is read, with the schema's names of fields.
-        encode: Makes examples of rows.
-        schema: Of all sources.
-        method: What the rows are for.
-        limit: As of `load_examples`, for sources that do not say how many rows they give.
-        one_by_one: Whether each example is looked at, so that rows are not encoded in bundles.
-        hashed: Whether each source gets a record with a digest of its own.
-    """
-
-    open_part: Callable[[Source], _Opened]
-    decoded: Callable[[Row | RowError | Line], Row | RowError]
-    encode: Encoding
-    schema: Schema
-    method: MethodName
-    limit: int | None
-    one_by_one: bool
-    hashed: bool
+def _facts(examples: Examples, collected: CollectedExamples) -> dict[str, Any]:
+    """What the record says of the examples themselves."""
+    return {
+        "rows": len(examples),
+        "sha256": collected.digest.hexdigest(),
+        "tokens": sum(examples.lengths),
+        "target_tokens": sum(examples.target_counts),
+        "longest": max(examples.lengths),
+        "long_rows": dict(sorted(collected.long_rows.items())),
+        "longest_at": collected.longest[1],
+    }
 
 
-def _take_parts(
-    reader: _PartsReader, parts: Sequence[Source], opened: _Opened, taken: _Taken, findings: BadRows
-) -> tuple[_Opened, list[DataSourceRecord]]:
-    """Takes the examples of all sources: the last source that was opened, and the record of each.
-
-    `opened` is the first source. A further one with rows of another schema is a finding, and gives no examples.
-    """
-    records: list[DataSourceRecord] = []
-    for part in parts:
-        if part is not parts[0]:
-            opened = reader.open_part(part)
-            first, rows = peek(opened.rows, reader.decoded)
-            opened = replace(opened, rows=rows)
-            if (other := other_schema(first, reader.schema, METHODS[reader.method].schemas)) is not None:
-                what = f"has rows of the schema {other}, and {parts[0].name} of {reader.schema}; {_ONE}"
-                findings.add_problem(part.name, what)
-                continue
-        own = sha256(_DIGEST) if reader.hashed else None
-        before = taken.rows
-        _take_part(reader, part, opened.rows, taken, own=own, findings=findings)
-        records += _records(part, opened.commit, taken.rows - before, own, findings)
-    return opened, records
-
-
-def _take_part(
-    reader: _PartsReader, part: Source, rows: Lines, taken: _Taken, *, own: Any | None, findings: BadRows
-) -> None:
-    """Takes the examples of a source as often as it says; it is read again each time, and the last time in part."""
-    for turn in range(ceil(part.times)):
-        share = min(part.times - turn, Fraction(1))
-        taken.begin(again=turn > 0)
-        most, lines = part.rows or reader.limit, reader.open_part(part).rows if turn else rows
-        together = share == 1 and most is None and not reader.one_by_one
-        outcomes = reader.encode(lines, most, together=together)
-        _take_share(outcomes, share, taken, own, None if turn else findings)
-
-
-def paired(
-    examples: Examples, sides: Sequence[Sequence[int]], seed: int, max_length: int, file: Path | None
-) -> Examples:
-    """Labelled examples with a second sequence each, in the place of the file without.
-
-    `sides` are the rows to train and to validate on: each gets its second sequence from a row of the same side.
-    """
-    cycles = [tuple(side[place] for place in epoch_order(seed, len(side), 0)) for side in sides]
-    beside = None if file is None else file.with_name(f"paired-{file.name}")
-    with ExampleWriter(beside) as writer:
-        for example in with_partners(examples, cycles, max_length):
-            ids = struct.pack(f"<{len(example.input_ids)}i", *example.input_ids)
-            writer.add(ids, bytes(example.targets), example.second_at, example.desirable)
-    if beside is not None and file is not None:
-        with disk_errors(f"cannot write {file}"):
-            beside.replace(file)
-        return Examples(file)
-    return writer.examples()
-
-
-def _note_date(note: Notes, tokenizer: Any, date: str | None, *, templated: bool) -> None:
-    if templated and uses_date(tokenizer):
-        note("info", "the chat template can write the date; JOB_DATA__DATE sets it", date=date or "today")
-
-
-def _note_unused(note: Notes, unused: Counter[str], name: str, schema: Schema) -> None:
-    if "weight" in unused:
-        what = "rows have weights that are not used; set JOB_DATA__ROW_WEIGHTS=true, or remove them"
-        note("warning", what, source=name, rows=unused["weight"])
-    if unused:
-        note("info", "fields that are not used", source=name, schema=schema, rows=dict(sorted(unused.items())))
-
-
-def _note_findings(note: Notes, taken: _Taken, name: str, schema: Schema, limit: int | None) -> None:
-    """Notes what is more than one would expect, as control tokens and unused fields, or less: rows, kinds of labels."""
-    taken.remarks.note(note, name, taken.rows)
-    _note_unused(note, taken.unused, name, schema)
-    if limit is not None and taken.rows < limit:
-        note("warning", "there are fewer rows than JOB_DATA__LIMIT", source=name, rows=taken.rows, limit=limit)
-    if len(taken.labels) == 1 and None not in taken.labels:
-        label = next(iter(taken.labels))
-        note(
-            "warning",
-            "all answers have the same label, so training cannot learn a difference",
-            source=name,
-            label=label,
-        )
-
-
-def _one_part(source: str | Sequence[Source], name: str | None) -> Sequence[Source]:
-    return [Source(source, name or source)] if isinstance(source, str) else source
-
-
-class _Taken:
-    """The examples that were taken, and what is counted of them."""
-
-    def __init__(
-        self,
-        writer: ExampleWriter,
-        on_example: Callable[[Encoded | EncodedAnswers], None] | None,
-        audit: Audit | None,
-    ) -> None:
-        self._on_example = on_example
-        self._audit = audit
-        self.writer = writer
-        self.digest = sha256(_DIGEST)
-        self.ends: Counter[int | None] = Counter()
-        self.unused: Counter[str] = Counter()
-        self.labels: Counter[bool | None] = Counter()
-        self.long_rows: Counter[str] = Counter()
-        self.longest: tuple[int, str] = (0, "")
-        self.remarks = RemarkCounts()
-
-    @property
-    def audit_setup(self) -> AuditSetup | None:
-        """What the audit looks for; None where rows are not audited."""
-        return None if self._audit is None else self._audit.setup
-
-    @property
-    def rows(self) -> int:
-        """How many examples there are."""
-        return len(self.writer.lengths)
-
-    def add(self, item: Encoded | EncodedAnswers, canonical: bytes) -> None:
-        """Adds an example; `canonical` is what it says of itself."""
-        ids, targets, more = item.parts()
-        self.writer.add(ids, targets, *more)
-        self.labels[more[1]] += 1
-        self.digest.update(canonical)
-        self.ends[item.end] += 1
-        if item.unused:
-            self.unused.update(item.unused)
-        if item.long:
-            self.long_rows.update(dict(item.long))
-        if self._on_example is not None:
-            self._on_example(item)
-
-    def add_all(self, bundle: Bundle) -> None:
-        """Adds the examples of many rows, and counts what they count; not for `on_example`."""
-        count = len(bundle.lengths) // 4
-        more = bundle.more or [PLAIN] * count
-        self.writer.add_all(bundle.ids, bundle.targets, bundle.lengths, more)
-        self.labels.update(one[1] for one in more)
-        self.digest.update(bundle.canonical)
-        self.ends.update(dict(bundle.ends))
-        self.unused.update(dict(bundle.unused))
-        self.long_rows.update(dict(bundle.long))
-        self.remarks.add_all(bundle.remarks)
-        self.note_longest(bundle.longest)
-        at = 0
-        for where, examples, size in bundle.audited:
-            self.audited(where, bundle.audits[at : at + size], examples)
-            at += size
-
-    def note_longest(self, one: tuple[int, str]) -> None:
-        """Keeps the tokens of the longest example and the place of its row: the first of several."""
-        self.longest = max(self.longest, one, key=itemgetter(0))
-
-    def begin(self, *, again: bool) -> None:
-        """Says that the rows of the next source come, or those of the last one again."""
-        if self._audit is not None:
-            self._audit.begin(again=again)
-
-    def audited(self, where: str, data: bytes, examples: int) -> None:
-        """Adds what the audit found in a row, of which so many examples were taken."""
-        if self._audit is not None and examples:
-            self._audit.add(where, data, examples)
-
-
-def _take_share(
-    outcomes: Iterator[Outcome | Bundle], share: Fraction, taken: _Taken, own: Any | None, findings: BadRows | None
-) -> None:
-    """Adds a share of the examples to those taken, evenly spaced, so that their number is exact.
-
-    Args:
-        outcomes: What the rows of a source give.
-        share: How many of the examples, up to 1; bundles are for 1 alone.
-        taken: Where they are added.
-        own: The digest of the source; None for none.
-        findings: Where faults are added; None where they have been added before.
-    """
-    good = 0
-    for outcome in outcomes:
-        if isinstance(outcome, Bundle):
-            if findings is not None:
-                for faults in outcome.faults:
-                    findings.add(list(faults))
-            taken.add_all(outcome)
-            if own is not None:
-                own.update(outcome.canonical)
-            continue
-        taken.remarks.add(outcome.remarks)
-        if outcome.faults and findings is not None:
-            findings.add(list(outcome.faults))
-        before = taken.rows
-        for item in outcome.examples:
-            good += 1
-            if share == 1 or int(good * share) > int((good - 1) * share):
-                canonical = item.canonical()
-                taken.add(item, canonical)
-                taken.note_longest((len(item.parts()[1]), outcome.where))
-                if own is not None:
-                    own.update(canonical)
-        taken.audited(outcome.where, outcome.audited, taken.rows - before)
-
-
-def _records(
-    part: Source, commit: str | None, rows: int, digest: Any | None, findings: BadRows
-) -> list[DataSourceRecord]:
-    """The record of one of several sources, none without a digest; that it gives too little is a finding."""
-    if digest is None:
-        return []
-    if part.rows is not None and rows < part.rows:
-        findings.add_problem(part.name, f"has {rows:,} valid rows, and {part.rows:,} were requested")
-    elif not rows and not findings.found:
-        findings.add_problem(part.name, "gives no row")
-    return [DataSourceRecord(part.name, commit, rows, digest.hexdigest())]
-
-
-def _check_ends(note: Notes, ends: Counter[int | None], tokenizer: Any, name: str) -> None:
-    """Refuses data in which no conversation has its end in the loss; logs the end if it is an unusual token."""
-    eos = tokenizer.eos_token_id
-    if not hasattr(tokenizer, "all_special_ids") or eos in ends:
-        return
-    known = {token: count for token, count in ends.items() if token is not None}
-    if not known:
-        what = (
-            "would teach the model never to stop: the tokenizer's chat template writes no end-of-sequence token after"
-            f" an answer; use a model whose template ends each message with {tokenizer.eos_token!r} or another special"
-            " token, or rows of another schema"
-        )
-        raise DataError([Problem(name, what)])
-    word = tokenizer.convert_ids_to_tokens(max(known, key=lambda token: known[token]))
-    note(
-        "warning",
-        "answers do not end with the end of sequence; serve the adapter with this token as a stop token",
-        ends_with=word,
-        end_of_sequence=tokenizer.eos_token,
-    )
-
-
-def _check_tokenizer(tokenizer: Any, name: str, *, templated: bool) -> None:
-    if templated:
-        if not tokenizer.chat_template:
-            what = (
-                "holds messages, and the model's tokenizer has no chat template to render them; use an instruct model"
-            )
-            raise DataError([Problem(name, what)])
-    elif tokenizer.eos_token_id is None:
-        raise DataError([Problem(name, "cannot be terminated: the model's tokenizer has no end-of-sequence token")])
-
-
-def _check_fit(
-    schema: Schema, loss_on: LossOn, arguments: Mapping[str, Any] | None, on_long_row: OnLongRow, *, templated: bool
-) -> None:
-    """Refuses settings that mean something for other schemas alone than that of the rows."""
-    problems = []
-    if loss_on in {"assistant", "last"} and schema != "messages":
-        what = f"is {loss_on}, which learns turns of messages, and the rows are of the schema {schema}; use completion"
-        problems.append(Problem("JOB_TRAIN__LOSS_ON", what))
-    if arguments and not templated:
-        what = f"is for rows of messages, and the rows are of the schema {schema}; remove it"
-        problems.append(Problem("JOB_DATA__CHAT_TEMPLATE_ARGUMENTS", what))
-    if on_long_row == "split" and schema != "text":
-        what = f"is split, which is for plain text, and the rows are of the schema {schema}; use skip or truncate"
-        problems.append(Problem("JOB_DATA__ON_LONG_ROW", what))
-    if on_long_row == "truncate" and schema in SIDES:
-        what = "is truncate, which would cut answers that are to be compared; use skip"
-        problems.append(Problem("JOB_DATA__ON_LONG_ROW", what))
-    if problems:
-        raise SettingsError(problems)
+def _uses_template(schema: Schema, rows: Lines, reader: SourceReader) -> tuple[bool, Lines]:
+    """Whether a chat template renders the rows, by the schema and the first row; and the rows, that one included."""
+    first, rows = peek(rows, reader.decode)
+    conversation = schema in SIDES and first is not None and is_conversation(first.fields, schema)
+    return schema == "messages" or conversation, rows

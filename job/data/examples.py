@@ -13,8 +13,9 @@ The file is in Arrow's IPC file format, so other tools read it as well: `pyarrow
 
 from __future__ import annotations
 
+import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -260,6 +261,27 @@ class Examples(Sequence[Example]):
         return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment] # how Python marks a class with `__eq__` as not hashable
+
+
+def rewrite_examples(examples: Iterable[Example], file: Path | None) -> Examples:
+    """Writes examples in the place of a file, or to memory without one.
+
+    They may be made from those of the same file: the new file is written beside it, and takes its place when it is
+    whole.
+
+    Raises:
+        Unreachable: The disk is full or cannot be written.
+    """
+    beside = None if file is None else file.with_name(f"new-{file.name}")
+    with ExampleWriter(beside) as writer:
+        for example in examples:
+            ids = struct.pack(f"<{len(example.input_ids)}i", *example.input_ids)
+            writer.add(ids, bytes(example.targets), example.second_at, example.desirable, example.weight)
+    if beside is None or file is None:
+        return writer.examples()
+    with disk_errors(f"cannot write {file}"):
+        beside.replace(file)
+    return Examples(file)
 
 
 class _Batch:

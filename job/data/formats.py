@@ -259,6 +259,9 @@ def _read_json(path: Path, name: str) -> Rows:
         return
     text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     del content
+    if not text.strip():
+        yield RowError(UNREADABLE, name, "is empty; it must be a list of objects")
+        return
     try:
         value = decoder.decode(text)
     except (ValueError, RecursionError) as error:

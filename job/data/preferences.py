@@ -17,11 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from job.common.near_duplicates import row_hash
+from job.data.batch_plan import epoch_order
 from job.data.chat_template import Template, TemplateRefusalError
 from job.data.conversations import check_role
+from job.data.examples import Examples, rewrite_examples
 from job.data.fields import Rendered, check_target, check_text, is_empty, left_out
 from job.data.formats import Row, RowError, type_name
 from job.data.text_tokenizer import TextTokenizer
@@ -362,3 +365,23 @@ def with_partners(examples: Sequence[Example], cycles: Sequence[tuple[int, ...]]
         ids = (example.input_ids[:prompt] + other.input_ids[others:])[:max_length]
         targets = (example.targets[:prompt] + other.targets[others:])[:max_length]
         yield join(example, Example(ids, targets), desirable=example.desirable)
+
+
+def paired(
+    examples: Examples, sides: Sequence[Sequence[int]], seed: int, max_length: int, file: Path | None
+) -> Examples:
+    """Labelled examples with a second sequence each (`with_partners`).
+
+    Args:
+        examples: Without second sequences.
+        sides: The numbers of the examples to train on, and of those to validate on: each gets its second sequence from
+            an example of the same side.
+        seed: The run's, which decides the order of the first epoch.
+        max_length: Maximum number of tokens of a second sequence.
+        file: The file that `examples` lie in, which is replaced; None if they are in memory.
+
+    Raises:
+        Unreachable: The disk is full or cannot be written.
+    """
+    cycles = [tuple(side[place] for place in epoch_order(seed, len(side), 0)) for side in sides]
+    return rewrite_examples(with_partners(examples, cycles, max_length), file)

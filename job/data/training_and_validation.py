@@ -5,7 +5,6 @@ Without `JOB_DATA__VALIDATION` this is `dataset.load_examples`, and datasketch i
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
@@ -15,13 +14,12 @@ from typing import Any, Literal
 from job.audit.audit import Audit, Audited, finish
 from job.audit.rows import AuditSetup
 from job.audit.safety import Screen
-from job.common.disk import disk_errors
 from job.common.near_duplicates import RowHashes
 from job.common.source_list import Source
-from job.data.dataset import load_examples, paired
-from job.data.examples import Examples, ExampleWriter
+from job.data.dataset import load_examples
+from job.data.examples import Examples, rewrite_examples
 from job.data.notes import Notes
-from job.data.preferences import EncodedAnswers
+from job.data.preferences import EncodedAnswers, paired
 from job.data.tokenization import Encoded
 from job.data.validation_split import count_overlap, hold_out
 from job.errors import DataError, Problem, combine
@@ -244,16 +242,7 @@ def _without(
     if not left_out:
         return examples, record
     gone = frozenset(left_out)
-    beside = None if file is None else file.with_name(f"kept-{file.name}")
-    with ExampleWriter(beside) as writer:
-        for number, example in enumerate(examples):
-            if number not in gone:
-                ids = struct.pack(f"<{len(example.input_ids)}i", *example.input_ids)
-                writer.add(ids, bytes(example.targets), example.second_at, example.desirable, example.weight)
-    if beside is not None and file is not None:
-        with disk_errors(f"cannot write {file}"):
-            beside.replace(file)
-    kept = writer.examples() if file is None else Examples(file)
+    kept = rewrite_examples((example for number, example in enumerate(examples) if number not in gone), file)
     if rows is not None:
         rows.leave_out(left_out)
     lengths = kept.lengths

@@ -1,7 +1,9 @@
-"""A machine that ends before it has connected, such as for invalid settings, says so in the rendezvous store.
+"""A machine or process that ends before it has connected, such as for invalid settings, tells the rendezvous store.
 
-Otherwise the other machines would wait for it for JOB_TRAIN__STALL_SECONDS. Only ends that no retry helps are
-published: after any other one the platform starts the machine again, and those that wait go on with it.
+Otherwise the others would wait for it for JOB_TRAIN__STALL_SECONDS. Where this job launches the processes, the launcher
+of a machine reads the settings first and speaks for all of them; under torchrun and the like each process does. Only
+ends that no retry helps are published: after any other one the platform starts the machine again, and those that wait
+go on with it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from job import log
-from job.distributed.ends import ended_key, publish_end, read_key
+from job.distributed.ends import ended_key, gone_key, publish_end, read_key
 from job.distributed.launcher import Machine, split_address
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import host_store, keyspace, publish_stranger, reach_store
@@ -26,30 +28,31 @@ _PAUSE_SECONDS = 0.1
 
 
 @contextmanager
-def telling_other_machines(
-    machine: Callable[[], tuple[Machine, str | None] | None], received: Sequence[int] = ()
+def telling_the_others(
+    find: Callable[[], tuple[Machine | Place, str | None] | None], received: Sequence[int] = ()
 ) -> Iterator[None]:
-    """Within it, an error that no retry helps is published to the other machines before it is raised further.
+    """Within it, an error that no retry helps is published to the others before it is raised further.
 
     Args:
-        machine: Called after such an error: this machine and the run's id, None where that is not known; None in place
-            of both for a run of one machine, or if it is not known where machine 0 listens.
+        find: Called after such an error: this machine, or this process if another launcher has started it, and the
+            run's id, None where that is not known; None in place of both for a run of one machine or process, or if it
+            is not known where the first one listens.
         received: The list of `noted_signals`: once a signal is in it, nobody is told any more.
     """
     try:
         yield
     except JobError as error:
-        if error.retry == "no" and (found := machine()) is not None:
-            log.get_logger().warning(
-                "this machine cannot take part in the run; the other machines are told", at_most_seconds=_TELL_SECONDS
-            )
+        if error.retry == "no" and (found := find()) is not None:
+            one, others = ("machine", "machines") if isinstance(found[0], Machine) else ("process", "processes")
+            what = f"this {one} cannot take part in the run; the other {others} are told"
+            log.get_logger().warning(what, at_most_seconds=_TELL_SECONDS)
             with contextlib.suppress(OSError, RuntimeError, Unreachable):  # it ends with its own error all the same
                 _tell(*found, error.exit_code, str(error), received)
         raise
 
 
-def _tell(machine: Machine, run: str | None, code: int, why: str, received: Sequence[int]) -> None:
-    """Publishes the end of this machine; machine 0 hosts the store until the others have read it.
+def _tell(member: Machine | Place, run: str | None, code: int, why: str, received: Sequence[int]) -> None:
+    """Publishes the end of this machine or process; where the first one hosts the store, until the others have read it.
 
     Raises:
         OSError, RuntimeError, Unreachable: The store cannot be reached, or hosted.
@@ -59,17 +62,24 @@ def _tell(machine: Machine, run: str | None, code: int, why: str, received: Sequ
     def over() -> bool:
         return bool(received) or time.monotonic() > deadline
 
-    host, port = split_address(machine.rendezvous)
-    store = host_store(port) if machine.node_rank == 0 else _reach(Place(host=host, port=port), over)
-    own: Any = None if run is None else keyspace(store, run)
-    if own is None:
-        publish_stranger(store, f"machine {machine.node_rank} has ended: {why}")
+    if isinstance(member, Machine):
+        host, port = split_address(member.rendezvous)
+        place, hosts, name = Place(host=host, port=port), member.node_rank == 0, f"machine {member.node_rank}"
+        rank, ended = member.node_rank * member.processes, {ended_key(member.node_rank): str(code)}
+        own_end, others = read_key(member.node_rank), [read_key(number) for number in range(1, member.nodes)]
     else:
-        own.set(ended_key(machine.node_rank), str(code))
-        own.set(read_key(machine.node_rank), "")
-        publish_end(own, machine.node_rank * machine.processes, code, why)
-    if machine.node_rank == 0:
-        others = [read_key(number) for number in range(1, machine.nodes)]
+        place, hosts, name = member, member.rank == 0 and not member.hosted, f"process {member.rank}"
+        rank, ended = member.rank, {}
+        own_end, others = gone_key(rank), [gone_key(number) for number in range(1, member.world_size)]
+    store = host_store(place.port) if hosts else _reach(place, over)
+    own: Any = None if run is None else keyspace(store, run, place.restart)
+    if own is None:
+        publish_stranger(store, f"{name} has ended: {why}")
+    else:
+        publish_end(own, rank, code, why)
+        for key, value in {**ended, own_end: ""}.items():
+            own.set(key, value)
+    if hosts:
         while not over() and (own is None or not own.check(others)):
             time.sleep(_PAUSE_SECONDS)
 

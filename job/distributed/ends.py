@@ -4,6 +4,7 @@
     end#RANK        how a process failed: exit code, reason
     machine#NUMBER  the exit code of a machine, from its launcher
     read#NUMBER     the launcher of a machine has read how the others ended
+    gone#RANK       a process has ended, or is about to; if it failed, its failure is in the store
 
 Most platforms take the exit code of one machine, often the first that ends, as that of the whole run. Therefore the
 launchers agree: each ends with the most serious exit code that any machine published (`errors.gravest`).
@@ -43,6 +44,11 @@ def end_of(rank: int) -> str:
 def ended_key(machine: int) -> str:
     """Key of the exit code of a machine."""
     return f"machine#{machine}"
+
+
+def gone_key(rank: int) -> str:
+    """Key that says that a process has ended regularly, or has written its failure."""
+    return f"gone#{rank}"
 
 
 def read_key(machine: int) -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from job.common.out_of_memory import ran_out, says_full
-from job.distributed.ends import END, end_of, publish_end
+from job.distributed.ends import END, end_of, gone_key, publish_end
 from job.distributed.peers import Peers, identity
 from job.distributed.ranks import Place
 from job.errors import JobError, Killed, Preempted, error_of_process
@@ -199,7 +199,7 @@ class ProcessGroup:
         They wait for process 0 because it has the most left to do, and some launchers kill all processes as soon as one
         has ended. Process 0 waits for them because the store may end with it, or with its launcher.
         """
-        gone = [f"gone#{rank}" for rank in range(self.place.world_size)]
+        gone = [gone_key(rank) for rank in range(self.place.world_size)]
         self._peers.close()
         with contextlib.suppress(RuntimeError):
             self._store.set(gone[self.place.rank], "")
@@ -210,7 +210,7 @@ class ProcessGroup:
 
     def _check_peers(self) -> None:
         for rank in self._peers.dead():
-            if self._store.check([f"gone#{rank}"]):  # it ended regularly, or its error is in the store
+            if self._store.check([gone_key(rank)]):  # it ended regularly, or its error is in the store
                 self._peers.forget(rank)
             else:
                 raise self._lost(RuntimeError(f"process {rank} was killed, or it crashed"))

@@ -10,8 +10,9 @@ from typing import Any
 from job.errors import DataError, Problem
 from job.evaluation import statistics
 from job.evaluation.near_ties import BOUNDS, at_worst, near_ties
-from job.evaluation.policy import CHOICES, Policy, judge_policy, named, of_metric, passes
-from job.evaluation.policy import reasons as policy_reasons
+from job.evaluation.policy import CHOICES, Policy, named, of_metric
+from job.evaluation.policy_verdict import judge_policy, passes
+from job.evaluation.policy_verdict import reasons as policy_reasons
 from job.records import TaskScores
 
 DEQUANTIZED = "dequantized"

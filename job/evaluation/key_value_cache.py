@@ -60,6 +60,11 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
         self._show(tokens)
 
 
+def new_cache(model: Any) -> DynamicCache:
+    """An empty cache with the kinds of layers that the model's configuration asks for."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
 def can_be_reserved(cache: DynamicCache) -> bool:
     """Whether `reserve` takes this cache. Not, for instance, with sliding-window layers: these have dropped tokens."""
     return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -1,4 +1,4 @@
-"""JOB_GATE__POLICY: a file with rules for several tasks, and the one verdict that they give.
+"""JOB_GATE__POLICY: a file with rules for several tasks; `policy_verdict` gives their one verdict.
 
 A policy in YAML:
 
@@ -21,17 +21,12 @@ Roles: every rule of a `critical` or `guarded` task has to be met. Rules of a `s
 nothing alone. `critical` and `supporting` tasks enter `combined`; `guarded` ones, which are there to lose nothing, do
 not.
 
-Each rule is met, missed, or inconclusive where the questions cannot tell. Where every answer is right or wrong, that is
-tested by their counts (`statistics.one_sided_p`); else by Student's t, from the interval in the manifest. The p values
-of all rules are adjusted together by Holm's method.
-
 To add a kind of rule: a field of `Rules`, and its entry in `KINDS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,14 +35,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from job.common.config_files import strict_yaml
 from job.errors import Problem, SettingsError
-from job.evaluation import statistics
 
 SETTING = "JOB_GATE__POLICY"
 _MAX_BYTES = 1 << 20
 _SHOWN = 10
 """Names in a message."""
 
-Outcome = Literal["met", "missed", "inconclusive"]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Gain = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 CHOICES = ("acc", "acc_norm")
@@ -83,6 +76,22 @@ class Policy(_Strict):
     on_inconclusive: Literal["fail", "pass"] = "fail"
     combined: Rules | None = None
     tasks: Annotated[dict[str, TaskRules], Field(min_length=1)]
+
+
+KINDS: Mapping[str, float | None] = {
+    "min_gain": 1.0,
+    "max_loss": -1.0,
+    "max_detectable_effect": None,
+}
+"""By kind of rule, what its threshold is multiplied by to be the margin that the gain has to be above; None for a rule
+without a test, which is known from the number of questions."""
+
+
+def asked_of(rules: Rules) -> Iterator[tuple[str, float]]:
+    """(kind, threshold) of each rule that is set."""
+    for kind in KINDS:
+        if (threshold := getattr(rules, kind)) is not None:
+            yield kind, threshold
 
 
 def read_policy(path: str) -> Policy:
@@ -146,9 +155,9 @@ def check_policy(
             near = ", ".join(sorted(tasks)[:_SHOWN])
             problems.append(f"tasks.{name}: is not scored by this run; it scores {near}")
             continue
-        found = named(asked.metric, tasks[name])
-        if len(found) != 1:
-            what = "has no metric" if not found else "has several metrics"
+        metrics = named(asked.metric, tasks[name])
+        if len(metrics) != 1:
+            what = "has no metric" if not metrics else "has several metrics"
             problems.append(f"tasks.{name}: {what} {asked.metric}; it has {', '.join(tasks[name])}")
         elif only and (name in groups or not set(tasks[name]) <= {f"{metric},none" for metric in CHOICES}):
             problems.append(
@@ -156,11 +165,11 @@ def check_policy(
             )
     if policy.combined is not None:
         pooled = {name for name, asked in policy.tasks.items() if asked.role != "guarded"}
-        asked_of = {name: set(groups.get(name, [name])) for name in sorted(pooled)}
+        tasks_of = {name: set(groups.get(name, [name])) for name in sorted(pooled)}
         problems += [
             f"combined: would count the questions of {', '.join(both[:_SHOWN])} twice, for {one} and for {other}"
-            for one, other in combinations(asked_of, 2)
-            if (both := sorted(asked_of[one] & asked_of[other]))
+            for one, other in combinations(tasks_of, 2)
+            if (both := sorted(tasks_of[one] & tasks_of[other]))
         ]
     if problems:
         raise SettingsError([Problem(f"{SETTING} ({path})", what) for what in problems])
@@ -179,178 +188,19 @@ def _words(error: Any) -> str:
 
 def _faults(policy: Policy) -> Iterator[str]:
     for name, asked in policy.tasks.items():
-        if not any(True for _ in _asked(asked)):
+        if not any(True for _ in asked_of(asked)):
             yield f"tasks.{name}: has no rule; give {', '.join(KINDS)}"
     if policy.combined is None:
         if all(asked.role == "supporting" for asked in policy.tasks.values()):
             yield "no rule decides the verdict: give a task the role critical or guarded, or set combined"
         return
-    if not any(True for _ in _asked(policy.combined)):
+    if not any(True for _ in asked_of(policy.combined)):
         yield f"combined: has no rule; give {', '.join(KINDS)}"
     pooled = {asked.metric for asked in policy.tasks.values() if asked.role != "guarded"}
     if not pooled:
         yield "combined: no task is critical or supporting"
     if len(pooled) > 1:
         yield "combined: its tasks have different metrics; give them the same"
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a rule looks at where every answer is right or wrong: paired answers to the same questions."""
-
-    n: int
-    improved: int
-    regressed: int
-
-    @property
-    def gain(self) -> float:
-        """The observed difference, a fraction; positive where it is better."""
-        return (self.improved - self.regressed) / self.n
-
-    def above(self, margin: float) -> tuple[float, float]:
-        """One-sided p values against "the true gain is at most `margin`", and against "at least `margin`"."""
-        return (
-            statistics.one_sided_p(self.improved, self.regressed, self.n, margin),
-            statistics.one_sided_p(self.regressed, self.improved, self.n, -margin),
-        )
-
-    def detectable(self, alpha: float) -> float:
-        """The smallest difference that the test detects with a probability of 80 %."""
-        return statistics.minimum_detectable_effect(self.n, self.improved + self.regressed, alpha=alpha)
-
-    @property
-    def spread(self) -> Spread:
-        """The same as a mean of -1, 0 and 1."""
-        variance = ((self.improved + self.regressed) / self.n - self.gain**2) / (self.n - 1)
-        return Spread(self.n, self.gain, max(0.0, variance) ** 0.5, self.n - 1)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """What a rule looks at elsewhere: an estimate of the gain with its standard error, for a t test.
-
-    Attributes:
-        n: Questions.
-        gain: The estimate; positive where it is better.
-        error: Its standard error.
-        freedom: Degrees of freedom, by Satterthwaite where several tasks are pooled.
-        exact: Whether an error of 0 shows that all is equal: of likelihoods it does, of a few grades it does not.
-    """
-
-    n: int
-    gain: float
-    error: float
-    freedom: float
-    exact: bool = False
-
-    def above(self, margin: float) -> tuple[float, float]:
-        """As `Counts.above`."""
-        from scipy.stats import t
-
-        excess = self.gain - margin
-        if self.error == 0:
-            return (float(excess <= 0), float(excess >= 0)) if self.exact else (1.0, 1.0)
-        return float(t.sf(excess / self.error, self.freedom)), float(t.cdf(excess / self.error, self.freedom))
-
-    def detectable(self, alpha: float, power: float = 0.8) -> float:
-        """As `Counts.detectable`, by the usual approximation: the sum of two quantiles, times the standard error.
-
-        1, the largest threshold that a rule can have, where the error shows nothing.
-        """
-        from scipy.stats import t
-
-        if self.error == 0 and not self.exact:  # a few grades that are all alike: nothing is known of their spread
-            return 1.0
-        return self.error * float(t.ppf(1 - alpha / 2, self.freedom) + t.ppf(power, self.freedom))
-
-
-KINDS: Mapping[str, float | None] = {
-    "min_gain": 1.0,
-    "max_loss": -1.0,
-    "max_detectable_effect": None,
-}
-"""By kind of rule, what its threshold is multiplied by to be the margin that the gain has to be above; None for a rule
-without a test, which is known from the number of questions."""
-
-
-def _asked(rules: Rules) -> Iterator[tuple[str, float]]:
-    for kind in KINDS:
-        if (threshold := getattr(rules, kind)) is not None:
-            yield kind, threshold
-
-
-def judge_policy(policy: Policy, tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's `gate.policy`: every rule with its outcome, and the verdict.
-
-    Args:
-        policy: The rules.
-        tasks: By task or group, the comparison as `comparison.compare_tasks`, `measured.compare_measured` or
-            `groups.compare_groups` gives it.
-
-    Returns:
-        `asked` is the policy itself; `rules` has one entry for each rule; `outcome` is passed, failed or inconclusive.
-    """
-    found = {name: _evidence(tasks.get(name), asked.metric) for name, asked in policy.tasks.items()}
-    rules = [
-        _judged(name, asked.role, rule, found[name], policy.alpha)
-        for name, asked in policy.tasks.items()
-        for rule in _asked(asked)
-    ]
-    if policy.combined is not None:
-        pooled = _pooled([found[name] for name, asked in policy.tasks.items() if asked.role != "guarded"])
-        rules += [_judged(None, "combined", rule, pooled, policy.alpha) for rule in _asked(policy.combined)]
-    tested = [rule for rule in rules if rule["p_met"] is not None]
-    for key in ("met", "missed"):
-        for rule, adjusted in zip(tested, statistics.holm([rule[f"p_{key}"] for rule in tested]), strict=True):
-            rule[f"holm_p_{key}"] = adjusted
-            if adjusted < policy.alpha:
-                rule["outcome"] = key
-    decisive = [rule["outcome"] for rule in rules if rule["role"] != "supporting"]
-    outcome = "failed" if "missed" in decisive else "inconclusive" if "inconclusive" in decisive else "passed"
-    return {"asked": policy.model_dump(), "rules": rules, "outcome": outcome}
-
-
-def passes(policy: Policy, judged: Mapping[str, Any]) -> bool:
-    """Whether the gate is met."""
-    return judged["outcome"] == "passed" or (judged["outcome"] == "inconclusive" and policy.on_inconclusive == "pass")
-
-
-def reasons(judged: Mapping[str, Any]) -> list[str]:
-    """Why a policy is not met: one sentence for each decisive rule that is not."""
-    return [
-        f"{rule['task'] or 'all tasks together'}: {sentence(rule)}"
-        for rule in judged["rules"]
-        if rule["role"] != "supporting" and rule["outcome"] != "met"
-    ]
-
-
-def lines(judged: Mapping[str, Any]) -> list[str]:
-    """Every rule with its role and outcome in words, and the verdict last."""
-    rules = [f"{rule['task'] or 'all tasks together'} ({rule['role']}), {sentence(rule)}" for rule in judged["rules"]]
-    return [*rules, judged["outcome"]]
-
-
-def sentence(rule: Mapping[str, Any]) -> str:
-    """A rule of the manifest and its outcome in words."""
-    if rule["n"] is None:
-        return f"was not scored by the metric of its rule {rule['kind']}"
-    if rule["kind"] == "max_detectable_effect":
-        return (
-            f"its {rule['n']} questions can detect a difference of {rule['found']:.4f} or more; "
-            f"the policy asks for {rule['threshold']:.4f}"
-        )
-    wanted = (
-        f"a gain above {rule['threshold']:+.4f}"
-        if rule["kind"] == "min_gain"
-        else f"a loss below {rule['threshold']:.4f}"
-    )
-    what = {
-        "met": f"{wanted} is shown",
-        "missed": f"{wanted} is required, and the opposite was shown",
-        "inconclusive": f"{wanted} is asked for, and {rule['n']} questions cannot tell",
-    }[rule["outcome"]]
-    p = rule["holm_p_met"] if rule["outcome"] != "missed" else rule["holm_p_missed"]
-    return f"{what} (difference {rule['found']:+.4f}, p = {p:.2g} after Holm)"
 
 
 def named(metric: str, known: Iterable[str]) -> list[str]:
@@ -365,70 +215,5 @@ def of_metric(task: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
         names = named(metric, task["metrics"])
         return task["metrics"][names[0]] if len(names) == 1 else None
     name = metric.removesuffix(",none")
-    found: Mapping[str, Any] | None = task if name == "acc" else task["acc_norm"] if name == "acc_norm" else None
-    return found
-
-
-def _evidence(task: Mapping[str, Any] | None, metric: str) -> Counts | Spread | None:
-    found = None if task is None else of_metric(task, metric)
-    if found is None or task is None:
-        return None
-    n = found.get("n", task.get("n"))
-    if found.get("test", "mcnemar") == "mcnemar":
-        return Counts(n, found["improved"], found["regressed"])
-    from scipy.stats import t
-
-    (low, high), freedom = found["ci95"], found.get("freedom", n - 1)
-    error = (high - low) / 2 / float(t.ppf(0.975, freedom))
-    gain = found["delta"] if found["higher_is_better"] else -found["delta"]
-    return Spread(n, gain, error, freedom, exact=found.get("aggregation", "mean") != "mean")
-
-
-def _pooled(evidence: Sequence[Counts | Spread | None]) -> Counts | Spread | None:
-    """All questions as one sample; None if a task has no evidence.
-
-    Without any difference the improved ones of all discordant pairs are binomial with 1/2 in the pooled table too, so
-    the exact test holds for it.
-    """
-    known = [one for one in evidence if one is not None]
-    if len(known) < len(evidence):
-        return None
-    counts = [one for one in known if isinstance(one, Counts)]
-    if len(counts) == len(known):
-        return Counts(*(sum(getattr(one, name) for one in counts) for name in ("n", "improved", "regressed")))
-    spreads = [one.spread if isinstance(one, Counts) else one for one in known]
-    n = sum(one.n for one in spreads)
-    parts = [(one.n * one.error / n) ** 2 for one in spreads]
-    freedom: float = sum(one.freedom for one in spreads)
-    if any(parts):
-        freedom = sum(parts) ** 2 / sum(part**2 / one.freedom for part, one in zip(parts, spreads, strict=True))
-    gain = sum(one.n * one.gain / n for one in spreads)
-    return Spread(n, gain, sum(parts) ** 0.5, freedom, all(one.exact for one in spreads))
-
-
-def _judged(
-    task: str | None, role: str, asked: tuple[str, float], evidence: Counts | Spread | None, alpha: float
-) -> dict[str, Any]:
-    """One rule, (kind, threshold), before Holm's adjustment."""
-    kind, threshold = asked
-    rule: dict[str, Any] = {
-        "task": task,
-        "role": role,
-        "kind": kind,
-        "threshold": threshold,
-        "n": evidence and evidence.n,
-        "found": evidence and evidence.gain,
-        "p_met": None,
-        "p_missed": None,
-        "holm_p_met": None,
-        "holm_p_missed": None,
-        "outcome": "inconclusive",
-    }
-    if evidence is None:  # what was not measured is not met, whatever on_inconclusive says
-        return {**rule, "outcome": "missed"}
-    sign = KINDS[kind]
-    if sign is None:
-        effect = evidence.detectable(alpha)
-        return {**rule, "found": effect, "outcome": "met" if effect <= threshold else "inconclusive"}
-    met, missed = evidence.above(sign * threshold)
-    return {**rule, "p_met": met, "p_missed": missed}
+    comparison: Mapping[str, Any] | None = task if name == "acc" else task["acc_norm"] if name == "acc_norm" else None
+    return comparison

@@ -28,8 +28,9 @@ from typing import Any
 
 from job.errors import DataError, Problem, SettingsError
 from job.evaluation import statistics
-from job.evaluation.generation import HowToGenerate, Sampling
+from job.evaluation.generation import HowToGenerate
 from job.evaluation.samples import HASHES, MeasuredSample
+from job.evaluation.token_sampling import Sampling
 from job.records import MeasuredScores, Metric
 
 AGGREGATIONS = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")

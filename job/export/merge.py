@@ -8,8 +8,8 @@ computed in fp32, one tensor at a time, and rounded once to the dtype of the bas
     dequantized    what the quantized base in memory stands for, bit for bit: the weights that the adapter was trained
                    on. Weights without an adapter are dequantized, too, if they were quantized in training.
 
-The result has the names, the shapes and the other tensors of the base's own checkpoint, so that what loads the base
-loads it. In memory are at any time one file of the result and one tensor in fp32.
+Which tensors are written, and what cannot be merged, is in `merge_plan`. In memory are at any time one file of the
+result and one tensor in fp32.
 
 A module that was trained whole takes the place of the base's, and so do the rows of new tokens: `whole_parameters`.
 
@@ -20,213 +20,28 @@ base that stays as it is, and merges as such.
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from job.errors import Problem, SettingsError, TrainingFailed
-from job.export.checkpoint import parameter_names, read_header, read_tensor, write_weights
-from job.export.whole_parameters import (
-    WholeParameter,
-    grown_vocabulary,
-    trained_whole,
-    why_not_grown,
-    with_vocabulary,
-)
-from job.model.base import dtype_by_name, is_quantized
-from job.model.device import DTYPES
-from job.model.experts import expert_tensors, packed
-from job.model.files import (
-    MAX_CONFIG_BYTES,
-    build_empty,
-    quantization_method,
-    read_config,
-    read_json,
-    weight_files,
-)
+from job.errors import TrainingFailed
+from job.export.checkpoint import read_tensor, write_weights
+from job.export.merge_plan import ADAPTER, ORIGINAL, MergedTensor, MergePlan, adapted_or_quantized
+from job.export.whole_parameters import WholeParameter, trained_whole, with_vocabulary
+from job.model.base import is_quantized
+from job.model.device import short_name
+from job.model.files import MAX_CONFIG_BYTES, read_config, read_json
 from job.model.fused.frozen_weights import dequantized
 from job.model.tokenizer_files import copy_tokenizer
 
-ORIGINAL, DEQUANTIZED, BEST = "original", "dequantized", "best"
 BESIDE = (
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     "chat_template.json",
 )
 """Files of the base that are copied as they are, beside those of the tokenizer."""
-_ADAPTER = "default"
-_ROUNDED = {torch.float32, torch.float64}
-"""Dtypes of a base's files that are not kept: its weights are rounded to the dtype that the run computes in."""
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor of the result: its name and file in the base's checkpoint, and the dtype that it is written in.
-
-    `module` is the full name of the loaded model's module whose weight it is, if that is adapted or quantized.
-    `transposed` is whether it lies in the file as (inputs, outputs), as GPT-2's do. `whole` is the name of a parameter
-    that was trained whole, or in some of its rows, and takes this one's place.
-    """
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    module: str | None
-    transposed: bool
-    whole: str | None = None
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """What is written: the tensors in the order of the base's files, and the dtype of most of them.
-
-    `vocabulary` are the rows of the embedding, if new tokens made it larger than the base's.
-    """
-
-    source: Path
-    tensors: tuple[_Tensor, ...]
-    dtype: torch.dtype
-    vocabulary: int | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors)
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The ways to make a format, the bytes that each takes, and why there is only one of them, where that is so."""
-
-    names: tuple[str, ...]
-    bytes_each: int
-    only: str = ""
-
-
-def short_name(dtype: torch.dtype) -> str:
-    """A dtype as the settings write it, such as `bf16`."""
-    long = str(dtype).removeprefix("torch.")
-    return next((short for short, name in DTYPES.items() if name == long), long)
-
-
-def candidates(model: Any, source: Path, asked: str) -> Candidates:
-    """The weights to merge onto; refuses what cannot be merged, or was asked for in vain.
-
-    Args:
-        model: The PEFT model.
-        source: Folder of the base's own files.
-        asked: JOB_EXPORT__MERGE_ONTO.
-
-    Raises:
-        SettingsError: With all problems.
-        DataError: The base's files cannot be read.
-    """
-    base = model.get_base_model()
-    in_four_bits = any(is_quantized(module.weight) for _, module in _weighted(base))
-    published_quantized = quantization_method(read_json(source / "config.json", MAX_CONFIG_BYTES)) is not None
-    experts = any(packed(module, name) is not None for _, module, name in expert_tensors(base))
-    if why := why_not_onto(asked, published_quantized=published_quantized, quantized=in_four_bits, experts=experts):
-        raise _refused(why, "merge_onto")
-    size = plan_merge(model, source).bytes
-    if asked != BEST:
-        return Candidates((asked,), size, f"JOB_EXPORT__MERGE_ONTO is {asked}")
-    if not in_four_bits:
-        return Candidates((ORIGINAL,), size, "no weight of the base is quantized")
-    if published_quantized:
-        return Candidates((DEQUANTIZED,), size, "the base is only published quantized")
-    if experts:
-        return Candidates(
-            (ORIGINAL,), size, "experts of a mixture can only be written in the layout of the original base"
-        )
-    return Candidates((ORIGINAL, DEQUANTIZED), size)
-
-
-def why_not_onto(asked: str, *, published_quantized: bool, quantized: bool, experts: bool) -> str:
-    """Why JOB_EXPORT__MERGE_ONTO cannot be what it is; empty if it can.
-
-    Args:
-        asked: The setting.
-        published_quantized: Whether the base's own files are quantized.
-        quantized: Whether weights of the loaded base are.
-        experts: Whether a mixture's experts are among these.
-    """
-    if asked == ORIGINAL and published_quantized:
-        return "is original, but the base is only published quantized; use dequantized"
-    if asked == DEQUANTIZED and not quantized:
-        return "is dequantized, but no weight of the base is quantized; use original"
-    if asked == DEQUANTIZED and experts:
-        what = "is dequantized, but experts of a mixture can only be written in the layout of the original base"
-        return f"{what}; use original"
-    return ""
-
-
-def plan_merge(model: Any, source: Path) -> MergePlan:
-    """Finds the tensor in the base's files of every weight that is adapted, trained whole or quantized.
-
-    Raises:
-        SettingsError: There is none, or more than one, or it is made of several; or the adapter cannot be merged.
-        DataError: The base's files cannot be read.
-    """
-    base, said = model.get_base_model(), read_config(source)
-    empty = build_empty(source, said)
-    changed, whole = dict(_weighted(base)), trained_whole(base)
-    problems = list(_unmergeable(model, empty, changed))
-    found = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
-    parameters = parameter_names(found, empty)
-    by_parameter = Counter(parameters.values())
-    if lost := [name for name in changed if by_parameter[f"{name}.weight"] != 1]:
-        what = f"the weight of {lost[0]} is not one tensor in the base's files, so it cannot be merged into them"
-        problems.append(f"{what}; remove merged, or the layer from JOB_LORA__TARGET_MODULES")
-    replaced = _replaced(whole, empty)
-    if lost := sorted(whole.keys() - {replaced[name] for name in parameters.values() if name in replaced}):
-        what = f"{lost[0]} was trained whole, and is not one tensor in the base's files, so it cannot be merged into"
-        problems.append(f"{what} them; remove merged, or the module from JOB_LORA__MODULES_TO_SAVE")
-    if problems:
-        raise _refused("; ".join(problems))
-    modules = {
-        name: p.removesuffix(".weight") for name, p in parameters.items() if p.removesuffix(".weight") in changed
-    }
-    kept = {name: rest for name, rest in found.items() if not _is_quantization_constant(name, modules)}
-    own = _main_dtype((shape, dtype) for _, shape, dtype in kept.values())
-    target = base.dtype if own in _ROUNDED else own
-    held_in = dtype_by_name(base, target)
-
-    def written_in(name: str, dtype: torch.dtype) -> torch.dtype:
-        if not dtype.is_floating_point:  # packed 4-bit weights, or a mask of the base's own
-            return target if name in modules else dtype
-        return held_in(parameters.get(name, name)) if own in _ROUNDED and dtype in _ROUNDED else dtype
-
-    tensors = []
-    for name, (file, shape, dtype) in kept.items():
-        plain = empty.get_submodule(modules[name]) if name in modules else None
-        # packed weights have another shape in the file, and new tokens make more rows
-        own_name = replaced.get(parameters.get(name, ""))
-        made = whole[own_name].shape if own_name else shape if plain is None else tuple(plain.weight.shape)
-        transposed = plain is not None and _is_conv1d(plain)
-        tensors.append(_Tensor(name, file, made, written_in(name, dtype), modules.get(name), transposed, own_name))
-    rows = grown_vocabulary(base, said)
-    if rows is not None:
-        shapes = {parameters[tensor.name]: tensor.shape for tensor in tensors if tensor.name in parameters}
-        if why := why_not_grown(source, said, rows, shapes):
-            raise _refused(f"with new tokens (JOB_MODEL__ADD_TOKENS) {why}; remove merged")
-    return MergePlan(source, tuple(tensors), target, rows)
-
-
-def _replaced(whole: Mapping[str, WholeParameter], empty: Any) -> dict[str, str]:
-    """Name of a parameter -> name of the one trained whole that takes its place, in the files of tied ones as well."""
-    by_weight: dict[int, str] = {}
-    every = [(name, id(parameter)) for name, parameter in empty.named_parameters(remove_duplicate=False)]
-    for name, weight in every:
-        if name in whole:
-            by_weight.setdefault(weight, name)
-    tied = {name: by_weight[weight] for name, weight in every if weight in by_weight}
-    return {**tied, **{name: name for name in whole}}  # in the files they may differ, and then they are not tied
 
 
 def write_merged(
@@ -254,7 +69,7 @@ def write_merged(
         TrainingFailed: A merged weight is not finite in its dtype.
     """
     by_name = {tensor.name: tensor for tensor in plan.tensors}
-    modules = dict(_weighted(model.get_base_model()))
+    modules = dict(adapted_or_quantized(model.get_base_model()))
     whole = trained_whole(model.get_base_model())
 
     def written(name: str) -> torch.Tensor:
@@ -263,10 +78,10 @@ def write_merged(
 
     folder.mkdir(parents=True)
     write_weights(folder, {t.name: (t.shape, t.dtype) for t in plan.tensors}, written, alive=alive)
-    said = read_json(plan.source / "config.json", MAX_CONFIG_BYTES)
+    of_base = read_json(plan.source / "config.json", MAX_CONFIG_BYTES)
     if plan.vocabulary is not None:
-        said = with_vocabulary(said, read_config(plan.source), plan.vocabulary)
-    config = _config(said, plan.dtype)
+        of_base = with_vocabulary(of_base, read_config(plan.source), plan.vocabulary)
+    config = _config(of_base, plan.dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(plan.source, folder, tokenizer, added_tokens)
     for name in BESIDE:
@@ -275,7 +90,7 @@ def write_merged(
 
 
 def _written(
-    tensor: _Tensor, modules: Mapping[str, Any], whole: Mapping[str, WholeParameter], onto: str, model: Any
+    tensor: MergedTensor, modules: Mapping[str, Any], whole: Mapping[str, WholeParameter], onto: str, model: Any
 ) -> torch.Tensor:
     """A tensor of the result, contiguous on the CPU."""
     from peft.tuners.lora import LoraLayer
@@ -327,18 +142,18 @@ def merge_weight(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     if isinstance(layer, AdaLoraLayer):
         # PEFT's layer of a 4-bit base has no method of its own for it, nor this attribute.
         layer.fan_in_fan_out = getattr(layer, "fan_in_fan_out", False)
-        return _upright(SVDLinear.get_delta_weight(layer, _ADAPTER).detach(), layer).add_(weight)
-    if not layer.use_dora.get(_ADAPTER, False):
+        return _upright(SVDLinear.get_delta_weight(layer, ADAPTER).detach(), layer).add_(weight)
+    if not layer.use_dora.get(ADAPTER, False):
         # In place: the update is a tensor of its own, and a sum has the same bits in either order.
-        return _upright(layer.get_delta_weight(_ADAPTER).detach(), layer).add_(weight)
+        return _upright(layer.get_delta_weight(ADAPTER).detach(), layer).add_(weight)
     # DoRA takes the norm of the weight that it is merged into, from its own base layer: so it gets one in fp32.
     plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-    how: dict[str, Any] = {"r": layer.r[_ADAPTER], "lora_alpha": layer.lora_alpha[_ADAPTER]}
-    made = Linear(plain, _ADAPTER, config=LoraConfig(**how, use_dora=True, init_lora_weights=False), **how)
-    made.scaling[_ADAPTER] = layer.scaling[_ADAPTER]
+    how: dict[str, Any] = {"r": layer.r[ADAPTER], "lora_alpha": layer.lora_alpha[ADAPTER]}
+    made = Linear(plain, ADAPTER, config=LoraConfig(**how, use_dora=True, init_lora_weights=False), **how)
+    made.scaling[ADAPTER] = layer.scaling[ADAPTER]
     for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        getattr(made, part)[_ADAPTER].weight = getattr(layer, part)[_ADAPTER].weight
+        getattr(made, part)[ADAPTER].weight = getattr(layer, part)[ADAPTER].weight
     made.merge(safe_merge=True)
     merged: torch.Tensor = plain.weight.detach()
     return merged
@@ -347,82 +162,6 @@ def merge_weight(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 def _upright(delta: torch.Tensor, layer: Any) -> torch.Tensor:
     """(outputs, inputs), from a layer whose weights may lie the other way."""
     return delta.T if layer.fan_in_fan_out else delta
-
-
-def release(model: Any) -> None:
-    """Frees the memory of a model that is used no more: others still hold references to it, and there is one GPU."""
-    from job.model.fused.frozen_weights import forget_dequantized
-    from job.model.placed_weights import release as release_placed
-
-    forget_dequantized(model)
-    release_placed(model)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _weighted(base: Any) -> Iterator[tuple[str, Any]]:
-    """(full name, module) of the layers that are adapted, or whose weight is quantized."""
-    from peft.tuners.lora import LoraLayer
-
-    inner = set()
-    for name, module in base.named_modules():
-        if isinstance(module, LoraLayer):
-            inner.add(module.get_base_layer())
-            yield name, module
-        elif module not in inner and is_quantized(getattr(module, "weight", None)):
-            yield name, module
-
-
-def _unmergeable(model: Any, empty: Any, changed: Mapping[str, Any]) -> Iterator[str]:
-    """What PEFT would merge wrong, or not at all, in words."""
-    from peft.tuners.lora import LoraLayer
-
-    config = model.peft_config[_ADAPTER]
-    if config.bias != "none" or getattr(config, "lora_bias", False):
-        yield "the adapter has biases of its own, which cannot be merged"
-    if getattr(config, "target_parameters", None):
-        yield "the adapter is also on experts (JOB_LORA__EXPERTS), which cannot be merged"
-        return
-    shared = Counter(id(parameter) for _, parameter in empty.named_parameters(remove_duplicate=False))
-    for name, module in changed.items():
-        weight = module.weight
-        if is_quantized(weight) and getattr(weight, "quant_state", None) is None:
-            yield f"{name} is quantized to 8 bits; only 4-bit and unquantized bases can be merged"
-            return
-        if isinstance(module, LoraLayer):
-            kind = type(module).__name__
-            if kind not in {"Linear", "Linear4bit", "SVDLinear", "SVDLinear4bit"}:
-                yield f"{name} has an adapter of PEFT's kind {kind}, which cannot be merged"
-                return
-            if shared[id(empty.get_submodule(name).weight)] > 1:
-                yield (
-                    f"the weight of {name} is shared with another module, which has no adapter and would change, too; "
-                    "remove merged, or the layer from JOB_LORA__TARGET_MODULES"
-                )
-                return
-
-
-def _is_quantization_constant(name: str, modules: Mapping[str, str]) -> bool:
-    """Whether a tensor belongs to the 4-bit weight of one of these, which bitsandbytes lays beside it."""
-    weight, dot, _ = name.partition(".weight.")
-    return bool(dot) and f"{weight}.weight" in modules
-
-
-def _main_dtype(tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> torch.dtype:
-    """The floating-point dtype of most numbers; fp32 where there are none."""
-    numbers: Counter[torch.dtype] = Counter()
-    for shape, dtype in tensors:
-        if dtype.is_floating_point:
-            numbers[dtype] += math.prod(shape)
-    return max(numbers, key=lambda dtype: (numbers[dtype], str(dtype)), default=torch.float32)
-
-
-def _is_conv1d(module: Any) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
 
 
 def _config(of_base: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -442,7 +181,3 @@ def _config(of_base: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 def _without(part: Mapping[str, Any], dropped: set[str]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if key not in dropped}
-
-
-def _refused(what: str, name: str = "formats") -> SettingsError:
-    return SettingsError([Problem(f"JOB_EXPORT__{name.upper()}", what)])

@@ -8,7 +8,7 @@ from typing import Any
 from job.common.export_formats import derived, needs_merge
 from job.errors import Problem
 from job.export.formats import derived_format
-from job.export.merge import why_not_onto
+from job.export.merge_plan import why_not_onto
 from job.model.experts import can_quantize
 from job.model.files import in_eight_bits
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from job.errors import DataError, Problem
-from job.export.merge import release, short_name
 from job.model.base import PLAIN, load_base
+from job.model.device import short_name
 from job.model.files import MAX_CONFIG_BYTES, read_json, readable
+from job.model.free_model import free_model
 from job.model.packed_attention import NAME, register, use
 
 
@@ -86,7 +87,7 @@ def load_exported(folder: Path, how: HowToScore) -> ExportedModel:
         max_length=how.max_length,
     )
     use(model, NAME if how.packed else PLAIN)
-    return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: release(model))
+    return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: free_model(model))
 
 
 def load_quantized(folder: Path, how: HowToScore, *, ignored: str = "\0", **given: Any) -> ExportedModel:
@@ -124,7 +125,7 @@ def load_quantized(folder: Path, how: HowToScore, *, ignored: str = "\0", **give
         raise DataError([Problem("JOB_EXPORT__FORMATS", what)])
     model.config.use_cache = False
     use(model, NAME if how.packed else PLAIN)
-    return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: release(model))
+    return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: free_model(model))
 
 
 def _dtypes(folder: Path, how: HowToScore) -> tuple[torch.dtype, torch.dtype]:

@@ -179,6 +179,17 @@ class Architecture:
         return count * self.experts * rank * (2 * self.hidden + 3 * self.expert_width)
 
 
+def key_value_bytes(layers: int, width: int, number_bytes: int) -> int:
+    """Bytes of one token's keys and values in a key/value cache.
+
+    Args:
+        layers: Layers that have keys and values of their own.
+        width: Of all keys of a layer together, which is also that of its values: heads of keys times their size.
+        number_bytes: Bytes of one number of the cache.
+    """
+    return 2 * layers * width * number_bytes
+
+
 def read_config(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a model's config.json describes.
 

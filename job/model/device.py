@@ -11,6 +11,13 @@ if TYPE_CHECKING:
 
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Name in the settings -> torch's name."""
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """A dtype as the settings write it, such as `bf16`; torch's name of one that no setting has."""
+    long = str(dtype).removeprefix("torch.")
+    return next((short for short, name in DTYPES.items() if name == long), long)
 
 
 def make_deterministic() -> None:

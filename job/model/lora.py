@@ -131,6 +131,11 @@ def count_parameters(
     return sum(parameter.numel() for name, parameter in trainable(made).items() if ".ranknum." not in name)
 
 
+def base_of(model: Any) -> Any:
+    """The causal language model without PEFT's wrapper; a model without an adapter itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def trainable(model: Any) -> dict[str, Any]:
     """The adapter's parameters by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

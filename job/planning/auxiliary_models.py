@@ -12,7 +12,8 @@ from typing import Any
 from job.model.files import quantization_method
 from job.model.text_classifier import BATCH_TOKENS
 from job.planning.gpu_prices import Gpu
-from job.training.memory_model import FP32, UTILISATION
+from job.planning.time_model import UTILISATION
+from job.training.memory_model import FP32
 
 FP32_SHARE = 1 / 16
 """Operations a second in fp32, as a share of those in half precision: by the data sheets of A100 and H100. Others have

@@ -1,8 +1,8 @@
 """Forecast of a run: steps, memory, disk, and for each GPU whether it fits, hours and dollars.
 
 `forecast_input` describes the run, `forecast_memory` and `forecast_time` compute, `forecast_notes` words what is said
-of a GPU. The formulas are in `training.memory_model`, with their sources. Every estimate says whether it is computed,
-measured or assumed.
+of a GPU. The formulas are in `training.memory_model` and `time_model`, with their sources. Every estimate says whether
+it is computed, measured or assumed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from job.common.export_formats import GGUF, MERGED, find_format
 from job.common.formatting import size
 from job.common.resources import checkpoint_bytes, required_bytes
+from job.planning import time_model
 from job.planning.forecast_input import Basis, RunShape
 from job.planning.forecast_memory import (
     answer_bytes,
@@ -110,20 +111,20 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
 def _of_the_operations(run: RunShape, setup: Setup) -> Iterator[Estimate]:
     basis, both = run.setup_basis, _weaker(run.setup_basis, run.workload_basis)
     if run.workload is not None:
-        flops = memory_model.training_flops(setup, run.workload.tokens, run.workload.squares)
+        flops = time_model.training_flops(setup, run.workload.tokens, run.workload.squares)
         yield Estimate("training", flops, "FLOP", both, "with recomputation" if setup.recompute else "")
     if run.first_stage is not None and (before := run.first_stage.workload) is not None:
-        flops = memory_model.training_flops(setup, before.tokens, before.squares)
+        flops = time_model.training_flops(setup, before.tokens, before.squares)
         yield Estimate("training, first stage", flops, "FLOP", _weaker(basis, run.first_stage.workload_basis))
     if run.validation is not None:
         held_out = run.validation
-        validating = held_out.count * memory_model.evaluation_flops(setup, held_out.tokens, held_out.target_tokens)
+        validating = held_out.count * time_model.evaluation_flops(setup, held_out.tokens, held_out.target_tokens)
         yield Estimate("validation, all", validating, "FLOP", both, "forward passes; an early stop saves some")
     if run.reference is not None:
-        passes = memory_model.evaluation_flops(setup, run.reference.tokens, run.reference.target_tokens)
+        passes = time_model.evaluation_flops(setup, run.reference.tokens, run.reference.target_tokens)
         yield Estimate("reference, once", passes, "FLOP", both, "log-probabilities of all rows, before training")
     if run.questions is not None:
-        scoring = run.evaluations * memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
+        scoring = run.evaluations * time_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
         times = {2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
         note = "one of them by the unquantized base, where it fits" if run.full_precision else ""
         yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis), note)

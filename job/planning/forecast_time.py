@@ -7,6 +7,7 @@ from math import ceil
 from typing import Any
 
 from job.common.export_formats import GGUF, MERGED, find_format
+from job.planning import time_model
 from job.planning.auxiliary_models import seconds as auxiliary_seconds
 from job.planning.forecast_input import EVALUATIONS, HALF_PRECISION, RunShape
 from job.planning.forecast_memory import (
@@ -70,20 +71,20 @@ def _training_seconds(
 ) -> float:
     """Seconds of all optimizer steps, validations and the reference."""
     speed: dict[str, Any] = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
-    used, training = memory_model.UTILISATION, 0.0
+    used, training = time_model.UTILISATION, 0.0
     if execution is not None:
         used, training = _fused_utilisation(gpu, run, setup, execution)
     # Of the busiest GPU; each reads all weights for its own micro-batches.
     micro_batches = max(work.steps, ceil(work.tokens / division.parts / run.micro_batch))
-    flops = round(memory_model.training_flops(setup, work.tokens, work.squares) / division.parts)
+    flops = round(time_model.training_flops(setup, work.tokens, work.squares) / division.parts)
     passes = (3 if setup.recompute else 2) * micro_batches
-    own = memory_model.seconds(flops, passes, setup, used=used, transfers=2 * micro_batches, **speed)
+    own = time_model.seconds(flops, passes, setup, used=used, transfers=2 * micro_batches, **speed)
     training += own / division.training
     for rows in filter(None, (run.validation, run.reference)):  # passes of the training path, with its micro-batches
-        forward = rows.count * memory_model.evaluation_flops(setup, rows.tokens, rows.target_tokens) // division.gpus
+        forward = rows.count * time_model.evaluation_flops(setup, rows.tokens, rows.target_tokens) // division.gpus
         at_once = division.gpus * min(run.micro_batch, max(work.largest_step, rows.longest))
         passes = rows.count * ceil(rows.tokens / at_once)
-        training += memory_model.seconds(forward, passes, setup, used=used, **speed) / division.scoring
+        training += time_model.seconds(forward, passes, setup, used=used, **speed) / division.scoring
     return training
 
 
@@ -91,11 +92,11 @@ def _evaluation_seconds(
     gpu: Gpu, run: RunShape, questions: TaskTokens, setup: Setup, execution: ExecutionPlan | None, *, division: Division
 ) -> float:
     """Seconds in which one model scores all questions."""
-    used = memory_model.UTILISATION if execution is None else memory_model.SCORING_UTILISATION
-    flops = memory_model.evaluation_flops(setup, questions.tokens, questions.reads) // division.gpus
+    used = time_model.UTILISATION if execution is None else time_model.SCORING_UTILISATION
+    flops = time_model.evaluation_flops(setup, questions.tokens, questions.reads) // division.gpus
     passes = ceil(questions.tokens / division.gpus / run.scoring_budget)
-    computing = memory_model.seconds(flops, passes, setup, used=used, rate=gpu.flops, bandwidth=gpu.bandwidth)
-    return computing / division.scoring + memory_model.SCORING_SECONDS
+    computing = time_model.seconds(flops, passes, setup, used=used, rate=gpu.flops, bandwidth=gpu.bandwidth)
+    return computing / division.scoring + time_model.SCORING_SECONDS
 
 
 def _exporting_seconds(gpu: Gpu, run: RunShape, setup: Setup) -> float:
@@ -106,7 +107,7 @@ def _exporting_seconds(gpu: Gpu, run: RunShape, setup: Setup) -> float:
     for name in run.derived:
         if find_format(name).calibrated:
             flops = quantizing_flops(run, setup)
-            exporting += memory_model.seconds(flops, 0, setup, rate=gpu.flops, bandwidth=gpu.bandwidth)
+            exporting += time_model.seconds(flops, 0, setup, rate=gpu.flops, bandwidth=gpu.bandwidth)
         else:
             exporting += converting_seconds(name, setup)
     return exporting + _gguf_formats(run) * llama_cpp_seconds(run, setup)
@@ -121,15 +122,15 @@ def _fused_utilisation(gpu: Gpu, run: RunShape, setup: Setup, execution: Executi
     """(share of the data sheet's operations a second that fused layers reach in training, seconds of recording)."""
     a, recorded = setup.architecture, execution.recorded and run.recorded
     if computed_in_tiles(run, run.micro_batch):
-        used = memory_model.LONG_ROW_UTILISATION["triton" if a.attends_by_triton(gpu.capability) else "flash"]
+        used = time_model.LONG_ROW_UTILISATION["triton" if a.attends_by_triton(gpu.capability) else "flash"]
     elif recorded:
-        used = memory_model.FUSED_UTILISATION
+        used = time_model.FUSED_UTILISATION
     else:  # before Ampere, attention goes segment by segment: not measured, and assumed to be no faster than PEFT's
-        used = memory_model.UNRECORDED_UTILISATION if gpu.capability >= AMPERE else memory_model.UTILISATION
-    if a.experts and a.expert_width < memory_model.FINE_EXPERTS:
-        used = min(used, memory_model.FINE_EXPERTS_UTILISATION)
-    seconds = memory_model.RECORDING_SECONDS if recorded and not computed_in_tiles(run, run.micro_batch) else 0.0
-    return used * (memory_model.FP8_SPEEDUP if run.fp8 else 1.0), seconds
+        used = time_model.UNRECORDED_UTILISATION if gpu.capability >= AMPERE else time_model.UTILISATION
+    if a.experts and a.expert_width < time_model.FINE_EXPERTS:
+        used = min(used, time_model.FINE_EXPERTS_UTILISATION)
+    seconds = time_model.RECORDING_SECONDS if recorded and not computed_in_tiles(run, run.micro_batch) else 0.0
+    return used * (time_model.FP8_SPEEDUP if run.fp8 else 1.0), seconds
 
 
 def _division(gpu: Gpu, run: RunShape, work: Workload, setup: Setup) -> Division:
@@ -168,5 +169,5 @@ def llama_cpp_seconds(run: RunShape, setup: Setup) -> float:
     """Seconds in which llama.cpp scores all questions."""
     if run.questions is None:
         return 0.0
-    flops = memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
+    flops = time_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
     return flops / (CORES * LLAMA_CPP_FLOPS)

@@ -14,7 +14,7 @@ from job.common.source_list import parse_sources
 from job.data.licences import LICENCES, find_licence
 from job.distributed.launcher import count_processes
 from job.errors import JobError, SettingsError, combine
-from job.planning import scaling
+from job.planning import scaling, time_model
 from job.planning.auxiliary_models import FP32_SHARE
 from job.planning.forecast import Estimate, GpuForecast, estimates, forecast_gpu
 from job.planning.forecast_input import RunShape
@@ -158,7 +158,7 @@ def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
 
 _RESULTS = "tests/bench/results"
 _GENERATED = "sample answers (JOB_EVAL__PROMPTS): the time in which they are generated is not in the hours"
-_FP8 = f"speed with JOB_TRAIN__COMPUTE=fp8: {memory_model.FP8_SPEEDUP:g} times that of bf16, measured on an H200"
+_FP8 = f"speed with JOB_TRAIN__COMPUTE=fp8: {time_model.FP8_SPEEDUP:g} times that of bf16, measured on an H200"
 
 
 def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
@@ -170,7 +170,7 @@ def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
         f"{LLAMA_CPP_FLOPS / 1e9:.0f} GFLOP/s"
     )
     beside = (
-        f"safety screen, judge: {memory_model.UTILISATION:.0%} of the data sheet's operations a second, in fp32 "
+        f"safety screen, judge: {time_model.UTILISATION:.0%} of the data sheet's operations a second, in fp32 "
         f"{FP32_SHARE:.0%} of these"
     )
     first = f"JOB_TRAIN__METHOD={settings.train.method}: hours and dollars of both stages, other figures of the last"
@@ -192,13 +192,13 @@ def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
 def _speed() -> str:
     """The speeds of one GPU."""
     shares = (
-        (memory_model.FUSED_UTILISATION, "with CUDA graphs"),
-        (memory_model.UNRECORDED_UTILISATION, "by fused layers without"),
-        (memory_model.LONG_ROW_UTILISATION["triton"], "on long rows by cuDNN and Triton"),
-        (memory_model.LONG_ROW_UTILISATION["flash"], "by flash attention"),
-        (memory_model.FINE_EXPERTS_UTILISATION, "with narrow experts"),
-        (memory_model.UTILISATION, "by PEFT's layers"),
-        (memory_model.SCORING_UTILISATION, "in an evaluation"),
+        (time_model.FUSED_UTILISATION, "with CUDA graphs"),
+        (time_model.UNRECORDED_UTILISATION, "by fused layers without"),
+        (time_model.LONG_ROW_UTILISATION["triton"], "on long rows by cuDNN and Triton"),
+        (time_model.LONG_ROW_UTILISATION["flash"], "by flash attention"),
+        (time_model.FINE_EXPERTS_UTILISATION, "with narrow experts"),
+        (time_model.UTILISATION, "by PEFT's layers"),
+        (time_model.SCORING_UTILISATION, "in an evaluation"),
     )
     named = ", ".join(f"{share:.0%} {how}" for share, how in shares)
     return f"speed: of the data sheet's operations a second {named}; measured on H100 and H200 ({_RESULTS})"

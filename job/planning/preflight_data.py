@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from job.common import formatting
+from job.common.bad_row_reasons import by_reason
 from job.common.findings import statistics
 from job.common.resources import usable_cpus
 from job.common.source_list import locate_sources, parse_sources
@@ -132,7 +133,7 @@ def preview_data(
     if record.validation is not None:
         what += f", {record.validation.rows:,} for validation"
     if record.skipped:
-        what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
+        what += f"; skipped {'; '.join(f'{count}: {why}' for why, count in by_reason(record.skipped).items())}"
     facts = DataFacts(
         examples,
         tokenizer is None,

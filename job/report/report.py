@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import from_json
 
 from job.common import formatting
+from job.common.bad_row_reasons import by_reason
 from job.common.validation import adapter_of
 from job.evaluation.comparison import original_tasks
 from job.evaluation.prompt_answers import parse_answers
@@ -27,7 +28,7 @@ from job.report.prompts import ShownPrompt, shown_prompts
 from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
 from job.results.after_run import AfterRun
-from job.results.cost import OUTSIDE
+from job.results.cost import OUTSIDE, repeated_steps
 from job.results.history import History
 from job.runs.layout import FIRST_STAGE, METRICS, REPORT, VALIDATIONS, Stage, answers_key, prompts_key
 from job.settings.load import preset_values
@@ -139,6 +140,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
     """
     tasks, attempts = results["evaluation"]["tasks"], results["run"]["attempts"]
     accuracies = {name: wording.accuracies(name, results) for name in tasks}
+    repeated, all_exact, repeats_exact = repeated_steps(results)
     text = render(
         "report.html",
         escape=True,
@@ -151,6 +153,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         signing=results.get("signing"),
         groups=results["evaluation"].get("groups", {}),
         group_chart=_group_differences(results["evaluation"].get("groups", {})),
+        skipped=by_reason(results["dataset"]["skipped"]),
         learned=wording.learned(results["training"]),
         fp8=wording.in_fp8(results["training"]),
         tasks=tasks,
@@ -192,7 +195,9 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         lines=_lines(evidence, restarts(attempts), results["training"].get("validation")),
         validation=wording.validation(results["training"], results["dataset"]),
         restarts=restarts(attempts),
-        bars=bars(attempts),
+        bars=bars(attempts, repeats_exact),
+        repeated=repeated,
+        repeated_exact=all_exact,
         by_stage=by_stage(attempts),
         stage_names=STAGE_NAMES,
         preset=_value(results, "preset"),

@@ -9,7 +9,19 @@ from typing import Any
 
 from job.common import formatting
 
-FILTERS = ("count", "dollars", "duration", "enumeration", "figure", "moment", "p_value", "percent", "points", "size")
+FILTERS = (
+    "at_least",
+    "count",
+    "dollars",
+    "duration",
+    "enumeration",
+    "figure",
+    "moment",
+    "p_value",
+    "percent",
+    "points",
+    "size",
+)
 
 
 def render(template: str, *, escape: bool, **context: Any) -> str:

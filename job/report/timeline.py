@@ -40,15 +40,21 @@ class AttemptBar:
     last_step: int
     steps: int
     repeated_steps: int
+    repeats_exact: bool
 
 
-def bars(attempts: Sequence[Mapping[str, Any]]) -> list[AttemptBar]:
-    """One bar for each attempt. The axis leaves out the time between attempts, which is not paid for; see `waited`."""
+def bars(attempts: Sequence[Mapping[str, Any]], exact: Sequence[bool] | None = None) -> list[AttemptBar]:
+    """One bar for each attempt. The axis leaves out the time between attempts, which is not paid for; see `waited`.
+
+    Args:
+        attempts: Of the manifest.
+        exact: Of each attempt, whether its `repeated_steps` are exact (`cost.repeated_steps`); None if all are.
+    """
     total = sum(attempt["seconds"] for attempt in attempts) or 1.0
     found: list[AttemptBar] = []
     elapsed = 0.0
     ended: str | None = None
-    for attempt in attempts:
+    for attempt, repeats_exact in zip(attempts, exact or [True] * len(attempts), strict=True):
         found.append(
             AttemptBar(
                 number=attempt["number"],
@@ -63,6 +69,7 @@ def bars(attempts: Sequence[Mapping[str, Any]]) -> list[AttemptBar]:
                 last_step=attempt["last_step"],
                 steps=attempt["steps"],
                 repeated_steps=attempt["repeated_steps"],
+                repeats_exact=repeats_exact,
             )
         )
         elapsed += attempt["seconds"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from job.common.formatting import count, enumeration, figure, p_value, percent, points
 from job.common.methods import METHODS
-from job.evaluation import policy
+from job.evaluation import policy_verdict
 from job.evaluation.comparison import original_tasks
 from job.evaluation.policy import of_metric
 from job.evaluation.principles import verdict_words
@@ -319,7 +319,7 @@ def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
         {
             "task": rule["task"] or "critical and supporting tasks together",
             "role": rule["role"],
-            "text": policy.sentence(rule),
+            "text": policy_verdict.sentence(rule),
             "outcome": rule["outcome"],
         }
         for rule in gate.get("policy", {}).get("rules", ())

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from job.common.bad_row_reasons import with_reasons
 from job.errors import DataError, Problem, SettingsError, VerificationError
 from job.evaluation.comparison import compare_tasks, gate_failures, judged_by, original_tasks, without_metric
 from job.evaluation.groups import compare_groups, groups_from
-from job.evaluation.policy import (
-    CHOICES,
-    check_policy,
-    judge_policy,
-    of_metric,
-    passes,
-    read_policy,
-    reasons,
-)
+from job.evaluation.policy import CHOICES, check_policy, of_metric, read_policy
+from job.evaluation.policy_verdict import judge_policy, passes, reasons
 from job.evaluation.task_metrics import compare_measured
 from job.records import Evaluated
+from job.results.cost import repeated_steps
 from job.results.reader import PublishedRun, read_measured, read_samples, scored_in
 from job.runs.layout import WEIGHTS, export_side
 
@@ -42,12 +37,12 @@ def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
         "b": _run(b),
         "differs": {
             "settings": _settings(one["settings"], two["settings"]),
-            **{group: _differing(_flat(one[group]), _flat(two[group])) for group in GROUPS},
+            **{group: _differing(*map(_flat, pair)) for group, pair in _grouped(one, two).items()},
             "scoring": _differing(scored_in(one), scored_in(two)),
         },
         "training": _both(_training(one), _training(two)),
         "cost": {
-            **_both(one["cost"], two["cost"]),
+            **_both(*({**r["cost"], **_repeats(r)} for r in (one, two))),
             "attempts": _pair(*(len(r["run"]["attempts"]) for r in (one, two))),
         },
         **_tasks(a, b),
@@ -58,6 +53,18 @@ def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
 def _run(run: PublishedRun) -> dict[str, Any]:
     record = run.results["run"]
     return {"run": run.id, "results": run.store.uri, "sha256": run.sha256, "finished": record["finished"]}
+
+
+def _grouped(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], ...]]:
+    """Each of `GROUPS` in both manifests; versions differ in how they name the reasons for skipped rows."""
+    found = {group: (one[group], two[group]) for group in GROUPS}
+    return {**found, "dataset": tuple(map(with_reasons, found["dataset"]))}
+
+
+def _repeats(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Repeated steps as a manifest of this version has them, also of one of an earlier version."""
+    number, exact, _ = repeated_steps(results)
+    return {"repeated_steps": number if number or exact else None, "repeated_steps_exact": exact}
 
 
 def _training(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from job.common import tables
-from job.evaluation.policy import (
-    lines,
-    of_metric,
-)
+from job.common.formatting import at_least
+from job.evaluation.policy import of_metric
+from job.evaluation.policy_verdict import lines
 
 _COMPARED = ("difference", "95 % interval", "better", "worse", "p", "Holm p", "verdict")
 _TASK_COLUMNS = ("task", "questions", "A", "B", *_COMPARED)
@@ -68,6 +67,10 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
     yield "What differs", both, differing
     for group in ("training", "cost"):
         pairs = {name: (pair["a"], pair["b"]) for name, pair in compared[group].items()}
+        exact = pairs.pop("repeated_steps_exact", None)
+        if exact is not None:
+            a, b = (at_least(n or 0, exact=e) for n, e in zip(pairs["repeated_steps"], exact, strict=True))
+            pairs["repeated_steps"] = a, b
         yield group.capitalize(), both, [_row(name, *pair) for name, pair in pairs.items() if pair != (None, None)]
 
 

@@ -6,17 +6,21 @@ loading. Evaluation resumes from cached scores, and saving a checkpoint is work:
 
     usd          = sum over attempts of seconds / 3600 * price of the attempt's machine
     goodput      = seconds in optimizer steps, each counted once / seconds of all attempts
+
+An attempt that was killed without notice is known by its last note (`Attempt.note`), seconds earlier. Its seconds, with
+all that is computed from them, are therefore lower bounds, and so are repeated steps unless `exact_repeats`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from job.records import AttemptRecord
 from job.runs.layout import Stage
 
 WORK = tuple(stage.value for stage in Stage if stage != Stage.PULL)
+_AFTER_TRAINING = frozenset(WORK[WORK.index(Stage.TRAIN) + 1 :])
 OUTSIDE = "outside stages"
 HOUR = 3600.0
 JOULES_PER_KWH = 3.6e6
@@ -40,11 +44,13 @@ def compute_cost(
     usd = _sum(_usd(attempt.seconds, price) for attempt, price in zip(attempts, prices, strict=True))
     wasted_usd = _sum(_usd(lost, price) for lost, price in zip(wasted, prices, strict=True))
     joules = [attempt.energy_joules for attempt in attempts if attempt.energy_joules is not None]
+    repeated, exact = sum(attempt.repeated_steps for attempt in attempts), all(exact_repeats(attempts))
     return {
         "seconds": seconds,
         "usd": usd,
         "goodput": min(1.0, training_seconds / seconds) if seconds else None,
-        "repeated_steps": sum(attempt.repeated_steps for attempt in attempts),
+        "repeated_steps": repeated if repeated or exact else None,
+        "repeated_steps_exact": exact,
         "wasted_seconds": sum(wasted),
         "wasted_usd": wasted_usd,
         "energy_joules": sum(joules) if joules else None,
@@ -63,6 +69,41 @@ def compute_cost(
         ],
         "savings": _savings(seconds, sum(wasted), usd, on_demand_usd_per_hour),
     }
+
+
+def exact_repeats(attempts: Sequence[AttemptRecord], *, first_step_noted: bool = True) -> list[bool]:
+    """Of each attempt, whether its `repeated_steps` are all that it repeated; otherwise they are a lower bound.
+
+    Steps that a killed attempt did after its last note are in no record. A later attempt that does them again counts
+    them as new, unless a record of another attempt reaches as far.
+
+    Args:
+        attempts: All attempts of the run, in order.
+        first_step_noted: Whether each attempt has noted its first step at once, as it does since the manifest has
+            `repeated_steps_exact`; if so, a killed attempt without a step in its record has done none.
+    """
+    exact, furthest, unrecorded = list[bool](), 0, False
+    for attempt in attempts:
+        own = _may_have_done_more(attempt, first_step_noted=first_step_noted)
+        later_repeats = own and (unrecorded or attempt.last_step < furthest)
+        exact.append(not later_repeats and (not unrecorded or attempt.last_step <= furthest))
+        furthest, unrecorded = max(furthest, attempt.last_step), unrecorded or own
+    return exact
+
+
+def _may_have_done_more(attempt: AttemptRecord, *, first_step_noted: bool) -> bool:
+    """Whether an attempt may have done steps that its record lacks."""
+    if attempt.outcome != "killed" or _AFTER_TRAINING & attempt.stage_seconds.keys():
+        return False
+    lost = not attempt.seconds  # its record was damaged or removed
+    return lost or not first_step_noted or attempt.last_step > 0
+
+
+def repeated_steps(results: Mapping[str, Any]) -> tuple[int, bool, list[bool]]:
+    """The repeated steps that a manifest of any version knows of, whether these are all, and that of each attempt."""
+    attempts = [AttemptRecord(**attempt) for attempt in results["run"]["attempts"]]
+    exact = exact_repeats(attempts, first_step_noted="repeated_steps_exact" in results["cost"])
+    return sum(attempt.repeated_steps for attempt in attempts), all(exact), exact
 
 
 def _wasted(attempts: Sequence[AttemptRecord]) -> list[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from job.common import hashing
+from job.common.bad_row_reasons import with_reasons
 from job.common.host import git_commit, hardware, software
 from job.evaluation.comparison import compare_export, compare_full_precision
 from job.evaluation.principles import summarize
@@ -32,6 +33,7 @@ from job.results.compute import compute_spent
 from job.results.cost import compute_cost
 
 SCHEMA = Path(__file__).parents[1].joinpath("results.schema.json")
+VERSION = "1.0"
 
 
 def build(
@@ -73,7 +75,7 @@ def build(
     """
     return _with_compute(
         {
-            "schema_version": "1.0",
+            "schema_version": VERSION,
             "run": {
                 "id": run_id,
                 **({} if part_of is None else {"part_of": part_of}),
@@ -84,7 +86,7 @@ def build(
             },
             "settings": settings,
             "model": asdict(model),
-            "dataset": asdict(dataset),
+            "dataset": with_reasons(asdict(dataset)),
             "training": asdict(training),
             "evaluation": {
                 "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
@@ -193,7 +195,8 @@ def validate(results: Mapping[str, Any]) -> None:
     kind = jsonschema.validators.extend(standard, type_checker=types)
     errors = list(kind(schema, format_checker=standard.FORMAT_CHECKER).iter_errors(results))
     if errors:
-        raise ValueError("\n".join(f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors))
+        lines = (f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors)
+        raise ValueError("\n".join(line.removeprefix(": ") for line in lines))
 
 
 def sealed(results: Mapping[str, Any]) -> dict[str, Any]:

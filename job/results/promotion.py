@@ -269,5 +269,8 @@ def _pointer_at(where: str, storage: StorageOptions) -> Pointer | None:
         return None
     try:
         return read_pointer(pointer_place(where, storage))[0]
+    except SettingsError:
+        what = f"is a file, but neither {RESULTS} nor a pointer that `promote` wrote; give the folder of a run"
+        raise SettingsError([Problem(where, what)]) from None
     except AccessDenied:  # access may be limited to the run's own folder: reading that reports what is missing
         return None

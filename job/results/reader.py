@@ -25,6 +25,7 @@ MAX_SAMPLES_BYTES = 512 << 20
 LARGEST_NUMBER = 10**18
 """Largest number in a manifest: far above every size, time and price, and small enough for arithmetic in floats."""
 _SHOWN = 3
+_UPDATE = "use the newest version of qlora-job"
 _LOOKED_AT = 10_000
 """Objects of a store that are looked at for a run, where its own place has none."""
 
@@ -82,16 +83,24 @@ def parse(data: bytes) -> dict[str, Any]:
     """A manifest that fits the schema. The seal is not checked.
 
     Raises:
-        ValueError: It does not, or holds a number beyond `LARGEST_NUMBER`.
+        ValueError: It does not, is of a later version, or holds a number beyond `LARGEST_NUMBER`.
     """
-    results = from_json(data, allow_inf_nan=False)
+    try:
+        results = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        what = f"is damaged: no JSON ({error})" if data.strip() else "is empty"
+        raise ValueError(f"{what}; copy it again, or start its run again, which repairs it") from None
+    if isinstance(results, dict) and results.get("schema_version", manifest.VERSION) != manifest.VERSION:
+        found = str(results["schema_version"])[:40]
+        raise ValueError(f"is a manifest of version {found}; this job reads version {manifest.VERSION}; {_UPDATE}")
     if (place := _too_large(results)) is not None:
         raise ValueError(f"{place[:200]} is a number above 10^18")
     try:
         manifest.validate(results)
     except ValueError as error:
         lines = [line[:300] for line in str(error).splitlines()]
-        raise ValueError("does not match the schema: " + "; ".join(lines[:_SHOWN])) from None
+        newer = f"; {_UPDATE}, in case a later one wrote it" if "Additional properties" in str(error) else ""
+        raise ValueError("does not match the schema: " + "; ".join(lines[:_SHOWN]) + newer) from None
     return dict(results)
 
 

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 from job.checkpoints import manager
+from job.checkpoints.commit_marker import parse_marker
 from job.common.formatting import count, timestamp
 from job.common.hashing import unsealed
 from job.common.validation import first_error
@@ -37,7 +39,7 @@ from job.runs.layout import (
 )
 from job.runs.run_log import LoggedAttempt, Noted, parse_logged
 from job.storage.base import read_record
-from job.storage.open import ObjectStore, StorageOptions, open_store
+from job.storage.open import ObjectStore, StorageOptions, is_remote, open_store
 
 State = Literal["running", "preempted", "stalled", "finished", "failed", "not-started", "damaged"]
 
@@ -139,12 +141,15 @@ def read_status(
             its own watchdog would have ended it (JOB_TRAIN__STALL_SECONDS), since long evaluations write no records.
 
     Raises:
-        SettingsError: The folder contains runs, but is not a run; or `where` is not a path or URI.
+        SettingsError: The folder contains runs, but is not a run; or `where` is a file, or not a path or URI.
         AccessDenied: The store denies access.
         Unreachable: The store cannot be reached.
     """
     now = now or datetime.now(UTC)
-    store = open_store(run_folder(where), storage)
+    folder = run_folder(where)
+    if not is_remote(where) and Path(folder).is_file():
+        raise SettingsError([Problem(where, f"is a file; give the folder of a run, or the {RESULTS} in it")])
+    store = open_store(folder, storage)
     status = _read(store, now, stalled_after)
     if status.state != "not-started":
         return status
@@ -180,6 +185,9 @@ def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> Run
     state, last_end = _state(newest, current, silent, results, stalled_after), _last_end(logged, newest)
     if state == "finished" and problems:
         state = "damaged"
+    elif state == "damaged" and not problems:
+        what = "is missing, although an attempt has completed the run; start the run again, which writes it"
+        problems.append(Problem(f"{store.uri}/{RESULTS}", what))
     status = RunStatus(
         run=store.uri,
         state=state,
@@ -381,7 +389,7 @@ def _gate(results: Mapping[str, Any] | None) -> bool | None:
 
 def _checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]:
     steps = manager.steps(store)
-    return tuple(step for step in steps if _parsed(store, marker_key(step), manager.parse_marker, problems) is not None)
+    return tuple(step for step in steps if _parsed(store, marker_key(step), parse_marker, problems) is not None)
 
 
 def _stages_done(store: ObjectStore) -> tuple[str, ...]:

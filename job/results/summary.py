@@ -8,7 +8,7 @@ from typing import Any
 from job.common.export_formats import is_adapter
 from job.common.formatting import count
 from job.evaluation.comparison import original_tasks
-from job.evaluation.policy import lines as policy_lines
+from job.evaluation.policy_verdict import lines as policy_lines
 from job.runs.layout import REPORT, RESULTS
 
 

@@ -164,7 +164,10 @@ class Attempt:
             self.repeated_steps += 1
             self.repeated_seconds += seconds
         self.last_step = step
-        self._note_if_due()
+        if self.steps == 1:  # so that a record without a step is one of an attempt that did none, even if it is killed
+            self.note("running")
+        else:
+            self._note_if_due()
         self.faults.at("step", step)
 
     def validated(self, metrics: ValidationMetrics) -> None:

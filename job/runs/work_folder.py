@@ -34,7 +34,7 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
         cleans: Whether to remove what earlier attempts at the run left here; one process of a machine does.
     """
     parent = Path(cache or tempfile.gettempdir())
-    with disk_errors(f"cannot make the folder {parent}"):
+    with disk_errors(f"{'JOB_STORAGE__CACHE: ' if cache else ''}cannot make the folder {parent}"):
         parent.mkdir(parents=True, exist_ok=True)
     of_run = f"{PREFIX}{sha256(run.encode()).hexdigest()[:12]}-"
     if cleans:

@@ -34,9 +34,11 @@ __all__ = [
     "foreign_variables",
     "json_schema",
     "known_machine",
+    "known_place",
     "load_reading",
     "load_settings",
     "new_run_id",
+    "output_folder",
     "plain_values",
     "preset_values",
     "redacted",
@@ -100,6 +102,20 @@ def known_machine(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
     return None if list(find_faults(environ)) or find_place(environ) is not None else settings
 
 
+def known_place(
+    arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> tuple[Place, str | None] | None:
+    """Rank and world size as another launcher has set them, and the run's id, None where no valid one is given.
+
+    For a process whose settings are not valid, to tell the others. None for a single process, or without a launcher.
+    """
+    environ = os.environ if environ is None else environ
+    if list(find_faults(environ)) or (place := find_place(environ)) is None or place.world_size == 1:
+        return None
+    settings, wrong = _read(Request(arguments, environ, detect(environ)), {"run.id"})
+    return place, None if wrong or settings.sources["run.id"] == "generated" else settings.run.id
+
+
 def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
     """The settings of a command that only reads published runs: access to the store, and logging.
 
@@ -120,6 +136,13 @@ def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | Non
     if problems := [*request.problems, *useless, *wrong.values()]:
         raise SettingsError(problems)
     return settings
+
+
+def output_folder(environ: Mapping[str, str] | None = None) -> str:
+    """Where runs are (JOB_RUN__OUTPUT), for a command that only reads them; the default if the value is not valid."""
+    environ = os.environ if environ is None else environ
+    settings, _ = _read(Request((), environ, detect(environ)), {"run.output"})
+    return settings.run.output
 
 
 def _read(request: Request, names: Collection[str]) -> tuple[Settings, dict[str, Problem]]:

@@ -29,7 +29,7 @@ from job.common.export_formats import (
     needs_merge,
     split_name,
 )
-from job.common.hashing import hash_files, seal
+from job.common.hashing import seal
 from job.common.out_of_memory import memory_errors
 from job.common.validation import adapter_of
 from job.data.calibration import calibration_examples
@@ -39,10 +39,13 @@ from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scoring import score_sequence
 from job.export.adapter_copy import write_adapter_copy
 from job.export.formats import DerivedInputs, derived_format
-from job.export.merge import plan_merge, release, short_name, write_merged
+from job.export.merge import write_merged
+from job.export.merge_plan import plan_merge
 from job.export.quantizable import CannotMake
 from job.export.scoring import ExportedModel, HowToScore, load_exported
 from job.model.adapter_files import load_adapter
+from job.model.device import short_name
+from job.model.free_model import free_model
 from job.model.fused.precise_forward import has_foreign_layers, why_not_precise
 from job.model.placed_weights import taking_part
 from job.records import (
@@ -55,13 +58,13 @@ from job.records import (
     Question,
     ScoringPrecision,
     Trained,
-    Uploaded,
 )
 from job.runs.attempt import Attempt
-from job.runs.layout import ADAPTER, SCORES, UPLOADED, derived_export, export_folder, export_side
+from job.runs.layout import ADAPTER, SCORES, derived_export, export_side
 from job.settings.load import Settings
 from job.stages.evaluate import forward_facts, load_published_adapter, score_model
 from job.stages.export_check import check_export
+from job.stages.export_files import ExportFiles, publish_files, require_same_files
 from job.stages.handoff import Loaded, Sources
 from job.stages.pull_model import fetch_original
 from job.stages.scoring_precision import is_precise, precision_facts, scoring_in
@@ -73,27 +76,10 @@ _ON_BASE = "base"
 
 
 @dataclass(frozen=True)
-class _Files:
-    """Files on this machine's disk: their folder, and by name their SHA-256."""
-
-    folder: Path
-    hashes: Mapping[str, str]
-
-    @classmethod
-    def of(cls, folder: Path) -> _Files:
-        files = sorted(folder.iterdir())
-        return cls(folder, {path.name: sha256 for path, sha256 in zip(files, hash_files(files), strict=True)})
-
-    @property
-    def bytes(self) -> int:
-        return sum((self.folder / name).stat().st_size for name in self.hashes)
-
-
-@dataclass(frozen=True)
 class _Scored:
     """A candidate's scores (None in all processes but 0), and in which dtypes they were computed; or why not."""
 
-    found: Evaluated | None
+    evaluated: Evaluated | None
     dtype: str
     scored_in: str
     not_scored: str = ""
@@ -141,35 +127,35 @@ def export(
         attempt.alive,
     )
     own = _Export(attempt, settings, sources, how, precision)
-    found = [_adapter_copy(own, name, loaded, trained) for name in adapter_copies(settings.export.formats)]
+    formats = [_adapter_copy(own, name, loaded, trained) for name in adapter_copies(settings.export.formats)]
     if needs_merge(settings.export.formats):
         load_published_adapter(attempt, loaded, trained)
         merged, only = _make_merged(own, loaded)
-    release(loaded.model)
+    free_model(loaded.model)
     if needs_merge(settings.export.formats):
-        found += _whole_models(own, merged, only)
+        formats += _whole_models(own, merged, only)
     if not attempt.processes.leads:
         return None
-    made = [one for one in found if one is not None]
+    made = [one for one in formats if one is not None]
     artifacts = [artifact for one in made for artifact in one.artifacts]
     return Exported([one.record for one in made], artifacts, precision)
 
 
-def _whole_models(own: _Export, merged: Mapping[str, _Files], only: str) -> Iterator[_Made | None]:
+def _whole_models(own: _Export, merged: Mapping[str, ExportFiles], only: str) -> Iterator[_Made | None]:
     """All formats that are no adapter: the merged model, and those that are made from it."""
     attempt, settings = own.attempt, own.settings
     scored = {name: _score(own, MERGED, name, files) for name, files in merged.items()}
     record = _choose(own, merged, scored, only)
-    chosen = attempt.processes.share("merged model", lambda: "" if record is None else record.candidate)
+    candidate = attempt.processes.share("merged model", lambda: "" if record is None else record.candidate)
     if record is not None:
-        artifacts = [artifact for one in scored.values() if one.found for artifact in one.found.artifacts]
-        artifacts += _publish(attempt, merged[chosen], MERGED) if record.published else []
+        artifacts = [artifact for one in scored.values() if one.evaluated for artifact in one.evaluated.artifacts]
+        artifacts += publish_files(attempt, merged[candidate], MERGED) if record.published else []
         yield _Made(record, artifacts)
     for name, files in merged.items():
-        if name != chosen and attempt.processes.place.local_rank == 0:
+        if name != candidate and attempt.processes.place.local_rank == 0:
             shutil.rmtree(files.folder, ignore_errors=True)  # the formats to come need the disk
     for name in derived(settings.export.formats):
-        yield _derived(own, name, chosen, merged[chosen])
+        yield _derived(own, name, candidate, merged[candidate])
 
 
 def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> _Made | None:
@@ -183,15 +169,15 @@ def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> 
             write_adapter_copy(published, folder, kind)
         except CannotMake as error:
             return {_NOT_MADE: str(error)}
-        return _as_json(_Files.of(folder))
+        return ExportFiles.of(folder).as_json()
 
-    told = attempt.processes.share_on_machine(name, make)
+    made = attempt.processes.share_on_machine(name, make)
     scored_in = own.precision.dtype if own.precision else short_name(own.how.compute_dtype)
     record = ExportRecord(name, _ON_BASE, "a copy of the adapter", kind, scored_in, {})
-    if why := told.get(_NOT_MADE):  # the same on all machines: they have the same adapter
+    if why := made.get(_NOT_MADE):  # the same on all machines: they have the same adapter
         return _not_made(own, replace(record, dtype="", scored_in=""), why)
-    files = _from_json(told)
-    _agree(attempt, name, [files.hashes])
+    files = ExportFiles.from_json(made)
+    require_same_files(attempt, name, [files])
     load_adapter(loaded.model, files.folder, loaded.names)
     # `adapter` hashes all files: the same key is the same adapter.
     facts = {**forward_facts(loaded, loaded.record), "adapter": dict(files.hashes)}
@@ -207,7 +193,7 @@ def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> 
         return None
     record = replace(record, scores={_ON_BASE: scored.scores}, bytes=files.bytes)
     log.get_logger().info("exported", export=name, candidate=_ON_BASE, bytes=files.bytes)
-    return _Made(record, [*scored.artifacts, *_publish(attempt, files, name)])
+    return _Made(record, [*scored.artifacts, *publish_files(attempt, files, name)])
 
 
 def _not_made(own: _Export, record: ExportRecord, why: str) -> _Made | None:
@@ -218,7 +204,7 @@ def _not_made(own: _Export, record: ExportRecord, why: str) -> _Made | None:
     return _Made(replace(record, scores={record.candidate: {}}, published=False, not_made=why), [])
 
 
-def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
+def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, ExportFiles], str]:
     """The candidates of the merge, on this machine's disk; and why there is only one, where that is so."""
     attempt = own.attempt
 
@@ -241,92 +227,104 @@ def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
                 added_tokens=own.settings.model.add_tokens,
                 alive=attempt.alive,
             )
-            made[name] = _as_json(_Files.of(folder))
+            made[name] = ExportFiles.of(folder).as_json()
         return {"only": merges.only, "made": made}
 
     with taking_part(loaded.model):  # the base's weights may be sharded over all processes
         written = make() if attempt.processes.place.local_rank == 0 else {}
-    told = attempt.processes.share_on_machine("exported", lambda: written)
-    found = {name: _from_json(one) for name, one in told["made"].items()}
-    _agree(attempt, MERGED, [files.hashes for files in found.values()])
-    return found, told["only"]
+    shared = attempt.processes.share_on_machine("exported", lambda: written)
+    candidates = {name: ExportFiles.from_json(files) for name, files in shared["made"].items()}
+    require_same_files(attempt, MERGED, list(candidates.values()))
+    return candidates, shared["only"]
 
 
-def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made | None:
+def _derived(own: _Export, name: str, candidate: str, merged: ExportFiles) -> _Made | None:
     """A format that is made from the merged model: made, scored, published. None in all processes but 0."""
-    attempt, settings = own.attempt, own.settings
+    attempt = own.attempt
     origin = seal({"files": dict(merged.hashes)})
     known = attempt.recorded(derived_export(name), DerivedExport) if attempt.processes.leads else None
     whole = known is not None and known.merged == origin and not attempt.damaged(known.artifacts)
     if attempt.processes.share("format of before", lambda: whole):
         log.get_logger().info("format was exported by an earlier attempt", export=name)
         return None if known is None else _Made(known.export, known.artifacts)
-    found, kind = derived_format(name)
+    derived_by, _ = derived_format(name)
     work = attempt.work / "candidates" / derived_export(name)
-
-    def make() -> dict[str, Any]:
-        rows, calibration = list[tuple[int, ...]](), None
-        if find_format(name).calibrated:
-            rows, calibration = calibration_examples(
-                own.sources.examples, settings.run.seed, settings.export.calibration_rows
-            )
-        log.get_logger().info("quantizing", export=name, calibration_rows=len(rows))
-        inputs = DerivedInputs(
-            merged=merged.folder,
-            kind=kind,
-            folder=work / "files",
-            work=work / "work",
-            calibration=rows,
-            device=own.how.device,
-            seed=settings.run.seed,
-            alive=attempt.alive,
-            steps=settings.export.quantization_steps,
-        )
-        work.mkdir(parents=True)
-        try:
-            with memory_errors(f"{name} was made", "leave it out of JOB_EXPORT__FORMATS"):
-                record = replace(found.make(inputs), calibration=calibration)
-        except CannotMake as error:
-            if os.strerror(errno.ENOSPC) in str(error):  # of a process of its own: another machine can make it
-                raise Unreachable(
-                    f"{name} cannot be written, since the disk is full: {error}; free space, or give "
-                    "the machine a larger disk"
-                ) from error
-            return {_NOT_MADE: str(error)}
-        shutil.rmtree(inputs.work, ignore_errors=True)
-        return {**_as_json(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}
-
-    told = attempt.processes.share_on_machine(name, make)
-    failures = attempt.processes.gather(f"failures of {name}", told.get(_NOT_MADE, ""))
+    made = attempt.processes.share_on_machine(name, lambda: _make_derived(own, name, merged, work))
+    failures = attempt.processes.gather(f"failures of {name}", made.get(_NOT_MADE, ""))
     record = ExportRecord(name, candidate, "made from the merged model that was selected", "", "", {})
     if why := next(filter(None, failures), ""):
         return _not_made(own, record, why)
-    files = _from_json(told)
-    _agree(attempt, name, [files.hashes])
-    scored = _score(own, name, candidate, files, load=found.load, cannot=found.cannot_score(own.how.device))
+    files = ExportFiles.from_json(made)
+    require_same_files(attempt, name, [files])
+    cannot = derived_by.cannot_score(own.how.device)
+    scored = _score(own, name, candidate, files, load=derived_by.load, cannot=cannot)
     if not attempt.processes.leads:
         return None
     record = replace(
         record,
         dtype=scored.dtype,
         scored_in=scored.scored_in,
-        scores={candidate: scored.found.scores if scored.found else {}},
+        scores={candidate: scored.evaluated.scores if scored.evaluated else {}},
         bytes=files.bytes,
-        quantization=_quantization(told[_OF_QUANTIZED]),
+        quantization=adapter_of(QuantizationRecord).validate_python(made[_OF_QUANTIZED]),
         not_scored=scored.not_scored,
     )
     log.get_logger().info("exported", export=name, candidate=candidate, bytes=files.bytes)
-    artifacts = [*(scored.found.artifacts if scored.found else []), *_publish(attempt, files, name)]
+    artifacts = [*(scored.evaluated.artifacts if scored.evaluated else []), *publish_files(attempt, files, name)]
     attempt.keep(derived_export(name), json.dumps(asdict(DerivedExport(origin, record, artifacts))))
     shutil.rmtree(work, ignore_errors=True)
     return _Made(record, artifacts)
+
+
+def _make_derived(own: _Export, name: str, merged: ExportFiles, work: Path) -> dict[str, Any]:
+    """Makes a format from the merged model, in the first process of a machine.
+
+    Returns:
+        As JSON, for the other processes: `ExportFiles.as_json` and the record of the quantization, or why the format
+        cannot be made.
+
+    Raises:
+        Unreachable: The disk is full.
+        TrainingFailed: Memory ran out.
+    """
+    settings, (derived_by, kind) = own.settings, derived_format(name)
+    rows, calibration = list[tuple[int, ...]](), None
+    if find_format(name).calibrated:
+        rows, calibration = calibration_examples(
+            own.sources.examples, settings.run.seed, settings.export.calibration_rows
+        )
+    log.get_logger().info("quantizing", export=name, calibration_rows=len(rows))
+    inputs = DerivedInputs(
+        merged=merged.folder,
+        kind=kind,
+        folder=work / "files",
+        work=work / "work",
+        calibration=rows,
+        device=own.how.device,
+        seed=settings.run.seed,
+        alive=own.attempt.alive,
+        steps=settings.export.quantization_steps,
+    )
+    work.mkdir(parents=True)
+    try:
+        with memory_errors(f"{name} was made", "leave it out of JOB_EXPORT__FORMATS"):
+            record = replace(derived_by.make(inputs), calibration=calibration)
+    except CannotMake as error:
+        if os.strerror(errno.ENOSPC) in str(error):  # of a process of its own: another machine can make it
+            raise Unreachable(
+                f"{name} cannot be written, since the disk is full: {error}; free space, or give "
+                "the machine a larger disk"
+            ) from error
+        return {_NOT_MADE: str(error)}
+    shutil.rmtree(inputs.work, ignore_errors=True)
+    return {**ExportFiles.of(inputs.folder).as_json(), _OF_QUANTIZED: asdict(record)}
 
 
 def _score(
     own: _Export,
     name: str,
     candidate: str,
-    files: _Files,
+    files: ExportFiles,
     *,
     load: Callable[[Path, HowToScore], ExportedModel] = load_exported,
     cannot: str = "",
@@ -354,7 +352,7 @@ def _score(
     side = export_side(name, candidate)
     log.get_logger().info("evaluating", export=name, candidate=candidate, dtype=scored_in)
     try:
-        found = score_model(
+        evaluated = score_model(
             attempt,
             own.settings,
             own.sources,
@@ -367,67 +365,25 @@ def _score(
         )
     finally:
         exported.close()
-    return _Scored(found, exported.dtype, scored_in)
+    return _Scored(evaluated, exported.dtype, scored_in)
 
 
 def _choose(
-    own: _Export, merged: Mapping[str, _Files], scored: Mapping[str, _Scored], only: str
+    own: _Export, merged: Mapping[str, ExportFiles], scored: Mapping[str, _Scored], only: str
 ) -> ExportRecord | None:
     """Which candidate of the merge is published, and why; None in all processes but 0."""
     if not own.attempt.processes.leads:
         return None
-    scores = {name: one.found.scores for name, one in scored.items() if one.found}
-    chosen, reason = (next(iter(scores)), only) if len(scores) == 1 else choose_candidate(scores)
-    log.get_logger().info("exported", export=MERGED, candidate=chosen, reason=reason)
+    scores = {name: one.evaluated.scores for name, one in scored.items() if one.evaluated}
+    candidate, reason = (next(iter(scores)), only) if len(scores) == 1 else choose_candidate(scores)
+    log.get_logger().info("exported", export=MERGED, candidate=candidate, reason=reason)
     return ExportRecord(
         MERGED,
-        chosen,
+        candidate,
         reason,
-        scored[chosen].dtype,
-        scored[chosen].scored_in,
+        scored[candidate].dtype,
+        scored[candidate].scored_in,
         scores,
         published=MERGED in own.settings.export.formats,
-        bytes=merged[chosen].bytes,
+        bytes=merged[candidate].bytes,
     )
-
-
-def _agree(attempt: Attempt, name: str, hashes: list[Mapping[str, str]]) -> None:
-    """Refuses files of other bytes on other machines: scores are shared among them.
-
-    Raises:
-        Unreachable: They differ.
-    """
-    mine = [dict(one) for one in hashes]
-    if any(other != mine for other in attempt.processes.gather(f"files of {name}", mine)):
-        raise Unreachable(
-            f"the machines of this run computed different bytes of {name}; use the same kind of GPU in all"
-        )
-
-
-def _as_json(files: _Files) -> dict[str, Any]:
-    """As JSON, for the other processes of the machine."""
-    return {"folder": str(files.folder.absolute()), "hashes": dict(files.hashes)}
-
-
-def _from_json(told: Mapping[str, Any]) -> _Files:
-    return _Files(Path(told["folder"]), told["hashes"])
-
-
-def _quantization(told: Mapping[str, Any]) -> QuantizationRecord:
-    return adapter_of(QuantizationRecord).validate_python(told)
-
-
-def _publish(attempt: Attempt, chosen: _Files, name: str) -> list[Artifact]:
-    """Uploads the files of a format, without those that an earlier attempt uploaded."""
-    known = attempt.recorded(UPLOADED, Uploaded) or Uploaded([])
-    gone = set(attempt.damaged(known.artifacts))
-    there = {artifact.path: artifact for artifact in known.artifacts if artifact.path not in gone}
-    found = []
-    for file, sha256 in chosen.hashes.items():
-        attempt.alive()
-        key = export_folder(name) + file
-        if key not in there or there[key].sha256 != sha256:
-            there[key] = attempt.publish(chosen.folder / file, key)
-            attempt.keep(UPLOADED, json.dumps(asdict(Uploaded(list(there.values())))))
-        found.append(there[key])
-    return found

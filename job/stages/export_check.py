@@ -20,7 +20,7 @@ from job.common.resources import available_bytes, check_disk, required_bytes
 from job.errors import Problem, SettingsError, Unreachable
 from job.export.checkpoint import SHARD
 from job.export.formats import derived_format
-from job.export.merge import Candidates, candidates
+from job.export.merge_plan import Candidates, candidates
 from job.export.model_checks import format_problems
 from job.export.quantizable import quantizable
 from job.export.scoring import gpu_bytes

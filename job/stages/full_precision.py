@@ -20,9 +20,10 @@ from job.common.out_of_memory import out_of_memory
 from job.common.resources import available_bytes
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_sequences
-from job.export.merge import release, short_name
 from job.model.base import PLAIN, load_base
+from job.model.device import short_name
 from job.model.files import MAX_CONFIG_BYTES, quantization_method, read_json
+from job.model.free_model import free_model
 from job.model.packed_attention import NAME, use
 from job.model.whole_modules import grow_embeddings
 from job.records import Evaluated, FullPrecision, Question, ScoringPrecision
@@ -198,7 +199,7 @@ def _score(
         )
     finally:
         if original.cache_info().currsize:
-            release(original())
+            free_model(original())
     if found is None or (origin := kept.reused_from) is None:
         return found
     log.get_logger().info("evaluation of the original base is reused", origin=origin)

@@ -1,7 +1,8 @@
 """The first stage: downloads and checks model, data and questions, before the model is loaded.
 
 On each machine the first process does this; the others read its results from the local disk. The steps are in
-`pull_model`, `pull_rows`, `pull_audit` and `pull_prompts`, each of which gets only the settings that it uses.
+`pull_model`, `pull_rows`, `pull_audit`, `pull_prompts` and `pull_other_models`, each of which gets only the settings
+that it uses.
 """
 
 from __future__ import annotations
@@ -12,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from job import log
+from job.common.bad_row_reasons import by_reason
 from job.common.resources import check_disk, required_bytes
 from job.common.source_list import Source, parse_sources
-from job.common.threads import in_thread
 from job.common.validation import adapter_of
 from job.data.licences import find_licence
 from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import Tokens, open_tokens
 from job.data.training_and_validation import ValidationSource
-from job.errors import DataError, Problem, check_all
+from job.errors import check_all
 from job.evaluation.policy import Policy, read_policy
 from job.evaluation.question_lengths import check_lengths
 from job.evaluation.task_names import MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, check_choices, check_gate, load_tasks
-from job.model.start_adapter import FoundStart, check_start, find_start, hash_start
+from job.model.start_adapter import FoundStart, hash_start
 from job.model.tokenizer import load_tokenizer
 from job.model.tokenizer_files import rows_with
-from job.records import DatasetRecord, Evaluated, GroupSpec, PromptRow, Pulled
+from job.records import DatasetRecord, GroupSpec, PromptRow, Pulled
 from job.results.baseline import Baseline, check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.runs.layout import ADAPTER, Stage
@@ -39,14 +40,14 @@ from job.stages.fetch_input import LATER, fetch_input
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
-from job.stages.principles import FoundJudge, check_judge, find_judge, judge_sha256
 from job.stages.pull_audit import audit_arguments, known_audit, known_scores, with_audit_of_before
 from job.stages.pull_checks import CheckedSettings, check_model, check_rows
-from job.stages.pull_in_background import ComingBase, base_in_background, wait_for
+from job.stages.pull_in_background import ComingBase, base_in_background
 from job.stages.pull_model import BaseSettings, vocabulary_of
+from job.stages.pull_other_models import pull_judge, pull_safety_model, pull_start_adapter, recorded_judge_sha256
 from job.stages.pull_prompts import find_prompt_rows, prompts_record
 from job.stages.pull_rows import RowSettings, check_hub, fetch_rows, read_rows, validation_of
-from job.stages.safety import SafetyModel, find_safety_model
+from job.stages.safety import SafetyModel
 from job.storage.open import StorageOptions, size
 
 
@@ -188,8 +189,8 @@ def _pull(
         files = base.files()
     attempt.alive()
     dataset, licence = _with_licences(attempt, settings, tokens.record, files.revision)
-    log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
-    judge, start, safety = _find_judge(attempt, settings, storage), checked.start, checked.safety
+    log.get_logger().info("data is ready", rows=dataset.rows, skipped=by_reason(dataset.skipped), tokens=dataset.tokens)
+    judge, start, safety = pull_judge(attempt, settings.eval, storage), checked.start, checked.safety
     record = Pulled(
         dataset=dataset,
         model_sha256=files.sha256,
@@ -200,7 +201,7 @@ def _pull(
         model_licence=licence,
         groups=_groups(attempt, tasks),
         safety_sha256=None if safety is None else safety.record.sha256,
-        judge_sha256=_judge_sha256(attempt, judge),
+        judge_sha256=recorded_judge_sha256(attempt, judge),
         judge_revision=None if judge is None else judge.record.revision,
         start_revision=None if start is None else start.commit,
     )
@@ -229,7 +230,8 @@ def _check_before_weights(
     attempt: Attempt, settings: Settings, storage: StorageOptions, base: ComingBase, tasks: Tasks
 ) -> _Checked:
     """Fetches and checks what depends on the base's tokenizer, but not on its weights."""
-    start, safety = _find_start(attempt, settings, storage), _find_safety_model(attempt, settings, storage)
+    start = pull_start_adapter(attempt, start_of(settings, ADAPTER.rstrip("/")), settings.lora, storage)
+    safety = pull_safety_model(attempt, settings.data, storage)
     rows = _row_settings(settings)
     fetched = fetch_rows(attempt, rows, storage)
     folder, missing = base.small_files()
@@ -331,12 +333,12 @@ def _with_licences(
     if earlier is not None:
         known = earlier.dataset  # what an earlier version did not record, the manifest must not have either
         return replace(dataset, licences=known.licences, longest_at=known.longest_at), earlier.model_licence
-    found = {
+    licences = {
         one.place: find_licence(one.place, one.revision or settings.data.revision, "dataset")
         for one in parse_sources(settings.data.source)
     }
     model_licence = find_licence(settings.model.id, revision, "model")
-    return replace(dataset, licences={place: name for place, name in found.items() if name}), model_licence
+    return replace(dataset, licences={place: name for place, name in licences.items() if name}), model_licence
 
 
 def _groups(attempt: Attempt, tasks: Tasks) -> dict[str, GroupSpec] | None:
@@ -356,62 +358,6 @@ def _places(attempt: Attempt, settings: Settings, later: Sequence[Settings]) -> 
     judges = {settings.eval.judge} if settings.eval.judge is not None and attempt.processes.leads else set()
     judge = {place for place in judges if not is_server(place)}
     return {settings.model.id, *data, *own, *prompts, *safety, *judge, *settings.eval.data.values()}
-
-
-def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> FoundStart | None:
-    """The adapter that training starts from, checked as far as the base's weights are not needed."""
-    lora, start = settings.lora, start_of(settings, ADAPTER.rstrip("/"))
-    if start is None:
-        return None
-    attempt.alive()
-    earlier = attempt.recorded(Stage.PULL, Pulled)
-    known = None if earlier is None else earlier.start_revision
-    found = find_start(start, attempt.work / "start", storage, known)
-    check_start(found.folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
-    return found
-
-
-def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -> SafetyModel | None:
-    """The classifier of JOB_DATA__SAFETY_MODEL; None without one."""
-    place = settings.data.safety_model
-    if place is None:
-        return None
-    source, data = fetch_input(attempt, place, "safety", storage), settings.data
-    earlier = attempt.recorded(Stage.PULL, Pulled)
-    audit = None if earlier is None else earlier.dataset.audit
-    if audit is not None and audit.safety is not None:
-        # the hub may have a newer commit since the first attempt, a branch or tag too
-        data = data.model_copy(update={"safety_revision": audit.safety.revision or data.safety_revision})
-    found: SafetyModel = wait_for(attempt, in_thread(lambda: find_safety_model(data, source, place), "safety model"))
-    if earlier is not None and earlier.safety_sha256 != found.record.sha256:  # before it scores anything
-        what = (
-            "its content has changed since the first attempt of this run; restore it, or start a new run "
-            "with another JOB_RUN__ID"
-        )
-        raise DataError([Problem("JOB_DATA__SAFETY_MODEL", what)])
-    return found
-
-
-def _find_judge(attempt: Attempt, settings: Settings, storage: StorageOptions) -> FoundJudge | None:
-    """The judge of JOB_EVAL__PRINCIPLES; None without one, and in all processes but 0, which alone asks it."""
-    place = settings.eval.judge
-    if place is None or settings.eval.principles is None or not attempt.processes.leads:
-        return None
-    earlier = attempt.recorded(Stage.PULL, Pulled)
-    revision = (None if earlier is None else earlier.judge_revision) or settings.eval.judge_revision
-    source = place if is_server(place) else fetch_input(attempt, place, "judge", storage)
-    found: FoundJudge = wait_for(attempt, in_thread(lambda: find_judge(settings.eval, source, revision), "judge"))
-    if attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated) is None:
-        check_judge(settings.eval, found, attempt.alive)
-    return found
-
-
-def _judge_sha256(attempt: Attempt, judge: FoundJudge | None) -> str | None:
-    """The judge's hash for the record; None without a judge, or if the version that began the run did not record it."""
-    earlier = attempt.recorded(Stage.PULL, Pulled)
-    if judge is None or (earlier is not None and earlier.judge_sha256 is None):
-        return None
-    return judge_sha256(judge.record)
 
 
 def _checked_tasks(
@@ -438,9 +384,9 @@ def _checked_tasks(
 def _load_tasks(
     attempt: Attempt, settings: Settings, storage: StorageOptions, policy: Policy | None, baseline: Baseline | None
 ) -> Tasks:
-    given, gate = settings.eval.data, settings.gate
-    files = {task: Path(fetch_input(attempt, place, f"questions/{task}", storage)) for task, place in given.items()}
-    tasks = load_tasks(settings.eval.tasks, files, given, settings.eval.num_fewshot)
+    places, gate = settings.eval.data, settings.gate
+    files = {task: Path(fetch_input(attempt, place, f"questions/{task}", storage)) for task, place in places.items()}
+    tasks = load_tasks(settings.eval.tasks, files, places, settings.eval.num_fewshot)
     check_choices(tasks, settings.need_choices)
     check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
     if baseline is not None:

@@ -157,7 +157,7 @@ def local_model(source: str) -> Path | None:
             what = "is not a regular file, but a pipe, a device or a broken link"
             raise DataError([Problem("JOB_MODEL__ID", f"{one} {what}") for one in odd[:3]])
         return path
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         what = "is not a folder" if path.exists() else "does not exist"
         raise DataError([Problem("JOB_MODEL__ID", f"{source} {what}; give the folder of a model, or a hub id")])
     return None

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING
 from uuid import uuid4
 
 from job.common.disk import atomic_write, disk_errors, lacking, rename, sync, sync_folder
-from job.errors import AccessDenied, Unreachable
+from job.errors import AccessDenied, Problem, SettingsError, Unreachable
 from job.storage.base import (
     HIDDEN,
     LOCK,
@@ -240,7 +240,11 @@ class LocalStore:
         """Yields a temporary path on the root's file system, and the object's path; removes the temporary file."""
         target = self._path(check_key(key))
         hidden = self._root / HIDDEN
-        hidden.mkdir(parents=True, exist_ok=True)
+        try:
+            hidden.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:  # though its parents were to be made: such as in /proc
+            what = "cannot be a folder for files: its file system makes none there; give another path"
+            raise SettingsError([Problem(str(self._root), what)]) from None
         for old in hidden.glob(f"*{_TEMPORARY}"):
             with suppress(FileNotFoundError):
                 if time.time() - old.stat().st_mtime > _STALE_SECONDS:

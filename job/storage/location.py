@@ -78,6 +78,9 @@ class Location:
             known = " nor ".join(f"{scheme}://bucket/prefix" for scheme in schemes())
             raise SettingsError([Problem(text or "''", f"is neither {known} nor a path")])
         if not separator:
+            scheme, one_slash, rest = text.partition(":/")
+            if one_slash and scheme in schemes():
+                raise SettingsError([Problem(text, f"has one slash after the colon; write {scheme}://{rest}")])
             return cls(LOCAL, "", text)
         bucket, _, key = rest.partition("/")
         key = key.removesuffix("/")

@@ -1,4 +1,4 @@
-"""Arguments, callbacks and result of training, as plain values. No torch."""
+"""Arguments, callbacks and result of training as plain values, and the exception that gives up a step. No torch."""
 
 from __future__ import annotations
 
@@ -97,6 +97,13 @@ class Trained:
     complete: bool
     plan: ExecutionPlan
     validations: tuple[ValidationMetrics, ...] = ()
+
+
+class StepAbandoned(Exception):
+    """The current step cannot be finished; parameters and optimizer are unchanged since the step before.
+
+    Either there is no time to finish it, or another process has ended, whose error is then `__cause__`.
+    """
 
 
 def total_steps(rows: int, global_batch_size: int, epochs: float, max_steps: int | None) -> int:

@@ -1,6 +1,8 @@
-"""How much GPU memory this process has, and how much of it the job may use."""
+"""How much GPU memory this process has and has used, and how much of it the job may use."""
 
 from __future__ import annotations
+
+import resource
 
 
 def free_gpu_bytes(gigabytes: float | None) -> int:
@@ -38,3 +40,12 @@ def gpu_memory(gigabytes: float | None) -> tuple[int, int]:
         return total, free
     limit = min(total, int(gigabytes * 1e9))
     return limit, min(free, limit - torch.cuda.memory_allocated())
+
+
+def memory_in_use() -> int:
+    """Bytes: the peak that torch allocated on the GPU since the process began, or the process's peak on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -20,18 +20,18 @@ from typing import Any
 
 import torch
 
-from job.common.out_of_memory import free_caches, out_of_memory, too_small
+from job.common.out_of_memory import free_caches, too_small
 from job.data.batch_plan import by_weight, micro_batches, shares, weighted_targets, without_divided
 from job.data.examples import lengths_of, target_counts_of
 from job.distributed.processes import Processes
 from job.errors import JobError
 from job.log import get_logger
-from job.model.placed_weights import OtherOutOfMemory, taking_part
 from job.records import Example
-from job.training.config import Hooks
+from job.training.config import Hooks, StepAbandoned
+from job.training.free_memory import unless_memory_runs_out
 from job.training.objectives import totals_of
 from job.training.preference_gradient import PreferenceGradient
-from job.training.step import OptimizerStep, StepAbandoned
+from job.training.step import OptimizerStep
 
 SummedLoss = Callable[[Sequence[Example]], torch.Tensor]
 """The summed negative log-likelihood of the examples' target tokens, () float32."""
@@ -126,27 +126,23 @@ class Validation:
         divided, others = without_divided(lengths, self._step.divided_above)
         mine = [block[others[i]] for i in shares([lengths[i] for i in others], place.world_size)[place.rank]]
         together = [block[i] for i in divided]
+
+        def check_less_is_possible(error: RuntimeError) -> None:
+            longest = self._step.micro_batch.longest_undivided(lengths)
+            if self.budget <= longest // 2 and not self._step.plan.droppable:
+                raise too_small("a validation", longest, error) from error
+
         while True:
-            own, full = None, False
-            try:
-                with taking_part(self._model):
-                    own = self._micro_batches(mine, compute, numbers, together)
-            except JobError as error:  # another process has ended while weights were gathered
-                raise StepAbandoned from error
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                full = not isinstance(error, OtherOutOfMemory)
-                longest = self._step.longest_undivided(lengths)
-                if full and self.budget <= longest // 2 and not self._step.plan.droppable:
-                    raise too_small("a validation", longest, error) from error
+            own, full = unless_memory_runs_out(
+                self._model, lambda: self._micro_batches(mine, compute, numbers, together), check_less_is_possible
+            )
             try:
                 repeat = self._processes.agree(repeat=own is None)
                 if self._processes.stopping:
                     raise StepAbandoned
                 if not repeat and own is not None:
                     return own
-                if self._processes.agree(repeat=full and not self._step.free_memory()):
+                if self._processes.agree(repeat=full and not self._step.micro_batch.free_memory()):
                     self.budget //= 2
                     get_logger().warning("the GPU's memory ran out in a validation", micro_batch_tokens=self.budget)
             except JobError as error:
@@ -163,7 +159,7 @@ class Validation:
         alone = self._processes.place.world_size == 1
         sums = torch.zeros(numbers, dtype=torch.float64, device=self._model.device)
         if together:
-            with self._step.together():
+            with self._step.micro_batch.together():
                 for example in together:
                     sums += compute([example])
         for group in micro_batches([len(example.input_ids) for example in examples], self.budget):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from job.checkpoints.manager import MAX_MARKER_BYTES, Marker, parse_marker
+from job.checkpoints.commit_marker import MAX_MARKER_BYTES, Marker, parse_marker
 from job.checkpoints.trainer_state import ADAPTER, BEST
 from job.checkpoints.trainer_state import METRICS as STATE_METRICS
 from job.checkpoints.trainer_state import VALIDATIONS as STATE_VALIDATIONS

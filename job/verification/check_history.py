@@ -7,6 +7,7 @@ from dataclasses import MISSING as MISSING_DEFAULT
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
+from job.common.bad_row_reasons import with_reasons
 from job.common.formatting import count
 from job.common.validation import adapter_of, first_error
 from job.errors import JobError
@@ -62,8 +63,8 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         found = {"sha256": pulled.model_sha256, "revision": pulled.model_revision}
         differences += find_differences(
             f"{RESULTS} dataset",
-            _completed(_as_pulled(results["dataset"], pulled), pulled.dataset),
-            asdict(pulled.dataset),
+            with_reasons(_completed(_as_pulled(results["dataset"], pulled), pulled.dataset)),
+            with_reasons(asdict(pulled.dataset)),
         )
         found |= {"licence": pulled.model_licence}
         claimed = {name: results["model"].get(name) for name in found}

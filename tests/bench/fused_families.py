@@ -237,12 +237,12 @@ def measure(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float = 0.0
         step._seed -= 1
         found["masks_change_with_the_seed"] = other[0] != ours[0]
         recompute_activations(model, on=True, random=False)
-        step.release()
+        step.micro_batch.release()
         found["recomputed_bits_equal"] = digest(computed(step, parameters, scaler)[1]) == digest(ours[1])
         recompute_activations(model, on=False)
     if step.plan.recorded:
-        step.plan = step.plan.give_up("recorded")
-        step.release()
+        step.micro_batch.plan = step.plan.give_up("recorded")
+        step.micro_batch.release()
         one_by_one = computed(step, parameters, scaler)
         found["unrecorded_bits_equal"] = digest(one_by_one[1]) == digest(ours[1])
         found["unrecorded_tokens_per_second"] = targets / timed(step, 1)

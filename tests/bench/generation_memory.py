@@ -30,8 +30,16 @@ import shapes
 import torch
 
 from job.errors import TrainingFailed
-from job.evaluation import generation
-from job.evaluation.generation import BATCH_TOKENS, HowToGenerate, answer_batch, generate, plan_batches
+from job.evaluation import decoding
+from job.evaluation.generation import HowToGenerate, answer_batch, generate
+from job.evaluation.generation_batches import (
+    BATCH_TOKENS,
+    _cache_tokens,
+    _fitting_tokens,
+    _weight_bytes,
+    plan_batches,
+    token_bytes,
+)
 from job.model.device import make_deterministic
 from job.model.fused.frozen_weights import forget_dequantized, fuse_layers, without_dequantized
 from job.model.lora import add_adapter
@@ -71,7 +79,7 @@ def full(*, on_gpu: bool, leaving: int) -> Iterator[None]:
         finally:
             del ballast
         return
-    whole, passes = generation._pass, []
+    whole, passes = decoding._pass, []
 
     def failing(*given: Any) -> torch.Tensor:
         passes.append(1)
@@ -79,11 +87,11 @@ def full(*, on_gpu: bool, leaving: int) -> Iterator[None]:
             raise torch.OutOfMemoryError("a rehearsal: out of memory")
         return whole(*given)
 
-    generation._pass = failing
+    decoding._pass = failing
     try:
         yield
     finally:
-        generation._pass = whole
+        decoding._pass = whole
 
 
 def one_answer(model: Any, tokenizer: Any, *, prompt: int, new: int, on_gpu: bool) -> None:
@@ -115,7 +123,7 @@ def batches(
         torch.cuda.empty_cache()
         limit_memory(gigabytes)
         torch.cuda.reset_peak_memory_stats()
-    cache, fitting = generation._cache_tokens(model, BATCH_TOKENS), generation._fitting_tokens(model, BATCH_TOKENS)
+    cache, fitting = _cache_tokens(model, BATCH_TOKENS), _fitting_tokens(model, BATCH_TOKENS)
     lengths = [len(one) for one in asked]
     planned = plan_batches(lengths, new, BATCH_TOKENS, cache_tokens=cache, fitting_tokens=fitting)
     unlimited = plan_batches(lengths, new, BATCH_TOKENS, cache_tokens=cache)
@@ -153,7 +161,7 @@ def main() -> None:
     model = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0).eval()
     kernels, name = fast_kernels(device, "bfloat16")
     fuse_layers(model, keep_dequantized=True, kernels=kernels)
-    say("model", kernels=name, held_gib=generation._held_bytes(model) / GIB)
+    say("model", kernels=name, held_gib=_weight_bytes(model) / GIB)
     tokenizer = shapes.tokenizer()
     with without_dequantized(model):
         for prompt, more in ((30, 5),) if tiny else ((8_000, 16), (500, 48)):
@@ -163,7 +171,7 @@ def main() -> None:
     how = HowToGenerate(new, pass_tokens=60 if tiny else BATCH_TOKENS)
     together = list(enumerate(asked))
     expected = answer_batch(model, tokenizer, together, how)
-    cache = len(asked) * (max(map(len, asked)) + new) * generation._token_bytes(model)
+    cache = len(asked) * (max(map(len, asked)) + new) * token_bytes(model)
     with full(on_gpu=on_gpu, leaving=cache // 2):
         began = time.perf_counter()
         again = answer_batch(model, tokenizer, together, how)

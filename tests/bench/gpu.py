@@ -988,7 +988,7 @@ def long_row(bench: Bench) -> None:
                 loss=loss,
             )
         finally:
-            step.release()
+            step.micro_batch.release()
             padded_shapes.FEW_SEGMENTS = long_rows.FEW
             recompute_activations(model, on=False)
             for p in trainable(model).values():  # what was trained before stays as it was

@@ -116,10 +116,10 @@ def packing_long() -> int:
 @contextmanager
 def few_tokens_are_long(tiny: bool) -> Iterator[None]:  # noqa: FBT001 - a rehearsal or not
     """Within it a row of some hundred tokens is a long one, for a rehearsal on a CPU; else nothing changes."""
-    from job.training import long_rows, memory_model, step
+    from job.training import long_rows, memory_model, micro_batch, step
 
     before = memory_model.LONG_ROW
-    modules: tuple[Any, ...] = (long_rows, memory_model, step)
+    modules: tuple[Any, ...] = (long_rows, memory_model, micro_batch, step)
     try:
         for module in modules if tiny else ():
             module.LONG_ROW = 200
@@ -484,7 +484,7 @@ def run(
                 **more,
             )
     finally:
-        step.release()
+        step.micro_batch.release()
         padded_shapes.FEW_SEGMENTS = FEW
     return gradient
 

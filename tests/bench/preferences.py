@@ -37,9 +37,10 @@ from job.model.lora import adapter_off, add_adapter
 from job.model.packed_attention import NAME
 from job.records import Example
 from job.training.config import Hooks, Preference, Recipe
+from job.training.gpu_memory import memory_in_use
 from job.training.preference_gradient import reference_log_probs
 from job.training.prepare import prepare, token_budget
-from job.training.trainer import memory_in_use, train
+from job.training.trainer import train
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

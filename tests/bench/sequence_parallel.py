@@ -144,7 +144,7 @@ class Both:
             seconds = time.perf_counter() - began
             gradient = parameters.gradient.clone()
         finally:
-            step.release()
+            step.micro_batch.release()
         peaks = self.group.gather("peaks", [rows.peak(), rows.reserved()])
         self.say(
             what,
@@ -247,10 +247,10 @@ def measure(chosen: argparse.Namespace, began: float) -> None:
     from job.distributed.rendezvous import join
     from job.model.device import make_deterministic
     from job.preemption.stop_flag import Stop
-    from job.training import long_rows, memory_model, step
+    from job.training import long_rows, memory_model, micro_batch, step
 
     if chosen.tiny:
-        for module in (long_rows, memory_model, step):
+        for module in (long_rows, memory_model, micro_batch, step):
             module.LONG_ROW = 200
     else:
         make_deterministic()

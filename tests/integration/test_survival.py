@@ -110,7 +110,8 @@ def test_killed_in_every_stage(environment: dict[str, str], undisturbed: dict[st
     attempts = results["run"]["attempts"]
     assert [one["outcome"] for one in attempts].count("killed") == 3
     assert [one["outcome"] for one in attempts].count("preempted") == 2
-    assert results["cost"]["repeated_steps"] == sum(one["repeated_steps"] for one in attempts)
+    assert (results["cost"]["repeated_steps"] or 0) == sum(one["repeated_steps"] for one in attempts)
+    assert results["cost"]["repeated_steps_exact"] is False  # killed after step 4, at once
 
 
 @pytest.mark.long

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -21,16 +19,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def logging_restored() -> Iterator[None]:
-    """Afterwards the test's logging is as it was."""
-    handlers, level = list(logging.root.handlers), logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-
-
-@pytest.mark.usefixtures("logging_restored")
 @pytest.mark.parametrize("log_format", ["json", "auto"])
 def test_json_stays_json(monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
     """With JOB_LOG__FORMAT=json every step is a line of JSON, and no bar; else there is a bar."""

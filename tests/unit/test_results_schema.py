@@ -273,6 +273,7 @@ def test_example_is_valid() -> None:
         (("evidence",), []),
         (("cost", "usd"), None),
         (("cost", "goodput"), None),
+        (("cost", "repeated_steps"), None),
         (("cost", "wasted_usd"), None),
         (("cost", "energy_kwh"), None),
         (("cost", "savings"), None),

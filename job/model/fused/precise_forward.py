@@ -49,6 +49,7 @@ from job.model.fused.scoring_decoder import (
     checked_attention,
     is_like_llama,
 )
+from job.model.lora import base_of
 
 if TYPE_CHECKING:
     from job.model.families import Family
@@ -71,7 +72,7 @@ def why_not_precise(model: Any) -> str:
     Args:
         model: A causal language model from `load_base`, with or without an adapter.
     """
-    base = _base(model)
+    base = base_of(model)
     if (family := fused_decoder.family_of(base)) is None:
         return f"the decoder of {base.config.model_type} is not one that the fused layers compute"
     if what := _unlike(family, base.config):
@@ -97,7 +98,7 @@ def _unlike(family: Family, config: Any) -> str:
 
 def has_foreign_layers(model: Any) -> bool:
     """Whether some linear layers are another library's, whose own forward this pass calls in the model's dtype."""
-    return any(_is_linear(module) and _is_foreign(module) for module in _base(model).model.modules())
+    return any(_is_linear(module) and _is_foreign(module) for module in base_of(model).model.modules())
 
 
 def _rotates_in_part(config: Any) -> bool:
@@ -107,13 +108,15 @@ def _rotates_in_part(config: Any) -> bool:
 
 def fits_fp16(model: Any) -> bool:
     """Whether all weights that are not quantized have an absolute value below `LARGEST`."""
-    largest = [p.detach().abs().amax() for p in _base(model).parameters() if p.dtype in {torch.bfloat16, torch.float32}]
+    largest = [
+        p.detach().abs().amax() for p in base_of(model).parameters() if p.dtype in {torch.bfloat16, torch.float32}
+    ]
     return not largest or float(torch.stack([one.float() for one in largest]).amax()) < LARGEST
 
 
 def copies_bytes(model: Any) -> int:
     """Bytes that fp16 copies of the weights of all linear layers take."""
-    return sum(2 * one.in_features * one.out_features for one in _base(model).modules() if _is_linear(one))
+    return sum(2 * one.in_features * one.out_features for one in base_of(model).modules() if _is_linear(one))
 
 
 def forwards(model: Any, kernels: Kernels, *, keep: bool) -> tuple[PreciseForward, PreciseForward]:
@@ -135,7 +138,7 @@ def precise_forward(model: Any, dtype: torch.dtype, kernels: Kernels, *, keep: b
     Returns:
         A function that computes the logits of one packed sequence; valid until the adapter's weights change.
     """
-    base = _base(model)
+    base = base_of(model)
     family = fused_decoder.family_of(base)
     assert family is not None  # noqa: S101 - see `why_not_precise`
     if is_like_llama(family, base) and not has_foreign_layers(model):
@@ -201,7 +204,7 @@ def tested_attention(model: Any, kernels: Kernels) -> tuple[HeadSizes, bool] | N
         model: As for `why_not_precise`, which has no reason.
         kernels: As for `precise_forward`.
     """
-    base = _base(model)
+    base = base_of(model)
     family = fused_decoder.family_of(base)
     if kernels.name != "triton" or family is None or not is_like_llama(family, base) or has_foreign_layers(model):
         return None
@@ -281,11 +284,6 @@ def _itself(kept: torch.Tensor) -> torch.Tensor:
 def _with_sums_in_fp32(forward: PreciseForward, *given: Any) -> torch.Tensor:
     with _sums_in_fp32():
         return forward(*given)
-
-
-def _base(model: Any) -> Any:
-    """The causal language model without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _has_adapter(module: Any) -> bool:

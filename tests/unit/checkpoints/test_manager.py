@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from job.checkpoints import manager
+from job.checkpoints.commit_marker import MAX_MARKER_BYTES, parse_marker
 from job.checkpoints.manager import Restored, prune, publish, restore, steps
 from job.common.hashing import hash_facts, seal
 from job.errors import AccessDenied, JobError, Unreachable
@@ -91,7 +92,7 @@ def vouched_files_are_there(store: ObjectStore) -> bool:
         if info.key.endswith(COMMITTED):
             stored = store.read(info.key)
             assert stored is not None
-            marker = manager.parse_marker(stored.data)
+            marker = parse_marker(stored.data)
             for name, file in marker.files.items():
                 found = store.read(marker.folder + name)
                 if found is None or hashlib.sha256(found.data).hexdigest() != file.sha256:
@@ -310,10 +311,10 @@ def test_any_flipped_bit_of_a_marker(two: LocalStore, place: int, bit: int) -> N
     data = bytearray(stored.data)
     data[place % len(data)] ^= 1 << bit
     try:
-        said = manager.parse_marker(bytes(data))
+        said = parse_marker(bytes(data))
     except ValueError:
         return
-    assert said == manager.parse_marker(stored.data)
+    assert said == parse_marker(stored.data)
     assert chr(stored.data[place % len(data)]).isspace()
 
 
@@ -507,7 +508,7 @@ def test_marker_with_wrong_facts(two: LocalStore, tmp_path: Path, change: Callab
         b'{"a":' * 5_000,
         b"9" * 100_000,
         b'{"step": 1e999}',
-        b" " * (manager.MAX_MARKER_BYTES + 1),
+        b" " * (MAX_MARKER_BYTES + 1),
         pickle.dumps({"step": 20}),
     ],
     ids=range(14),
@@ -530,7 +531,7 @@ def test_a_marker_of_megabytes_is_not_read(two: LocalStore, tmp_path: Path) -> N
             return super().read(key, max_bytes=max_bytes)
 
     restored_step(Watched(two), tmp_path)
-    assert limits == [manager.MAX_MARKER_BYTES]
+    assert limits == [MAX_MARKER_BYTES]
 
 
 def test_pickles_are_bytes_like_others(store: LocalStore, tmp_path: Path) -> None:
@@ -767,4 +768,4 @@ def test_a_marker_of_an_earlier_version_is_read(two: LocalStore) -> None:
     stored = two.read(MARKER)
     assert stored is not None
     facts = {name: value for name, value in json.loads(stored.data).items() if name not in {"run", "seal"}}
-    assert manager.parse_marker(json.dumps({**facts, "seal": seal(facts)}).encode()).run is None
+    assert parse_marker(json.dumps({**facts, "seal": seal(facts)}).encode()).run is None

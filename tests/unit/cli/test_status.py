@@ -102,3 +102,22 @@ def test_words_that_make_no_sense(job: Job, words: tuple[str, ...]) -> None:
     done = job("status", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert json.loads(done.stderr)["event"] == "SettingsError"
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "report", "push", "compare", "serve-check"])
+def test_a_run_that_is_named_by_its_id_is_found(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The error gives the path, in the folder of JOB_RUN__OUTPUT or its default; what is a path is not looked for."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs", "elsewhere", "here"):
+        (tmp_path / folder / "first").mkdir(parents=True)
+        (tmp_path / folder / "first/results.json").write_text("{}")
+    words = ["first", "second"] if command == "compare" else ["first"]
+    for output, environment in (("runs", {}), ("elsewhere", {"JOB_RUN__OUTPUT": "elsewhere"})):
+        done = job(command, *words, **environment)
+        assert done.returncode == 2
+        problem = f"first: is no path, but the id of a run; give its path, {output}/first"
+        assert json.loads(done.stderr)["problems"] == [problem]
+    monkeypatch.chdir(tmp_path / "here")
+    assert "the id of a run" not in job(command, *words).stderr

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import re
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +15,6 @@ from job.common.resources import checkpoint_bytes
 from job.settings.schema import Train
 from job.training.flat_parameters import FlatParameters
 from job.training.muon import FlatMuon
-from job.training.trainer import (
-    can_launch_behind_sum,
-    counts_of,
-    is_bitsandbytes,
-    restore_counts,
-    without_waiting,
-)
 
 NUMBERS = 5000
 """More than the 4,096 from which bitsandbytes keeps a tensor's state in 8 bits; no multiple of a block."""
@@ -59,55 +49,6 @@ def test_an_entry_describes_the_real_optimizer(name: str) -> None:
     large = [t for t in sized if t.shape[-1] == NUMBERS]
     assert spec.bytes_per_parameter == sum(t.itemsize * t.numel() // NUMBERS for t in large)
     assert checkpoint_bytes(NUMBERS, name) == NUMBERS * (4 + spec.bytes_per_parameter)
-
-
-@pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices])
-def test_what_the_host_counts_in_a_step_is_undone(name: str) -> None:
-    """The state after it is that before: nothing of it is counted where `counts_of` does not look."""
-    optimizer, _ = make(name)
-    counts = counts_of(optimizer)
-    before = copy.deepcopy(trainer_state.split_optimizer_state(optimizer.state_dict()))
-    optimizer.step()
-    assert str(trainer_state.split_optimizer_state(optimizer.state_dict())) != str(before)
-    restore_counts(optimizer, counts)
-    after = trainer_state.split_optimizer_state(optimizer.state_dict())
-    assert before[1] == after[1]
-    assert before[0].keys() == after[0].keys()
-    assert all(torch.equal(tensor, after[0][place]) for place, tensor in before[0].items())
-
-
-@pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices])
-def test_no_optimizer_waits_for_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where bitsandbytes is imported later than `without_waiting` begins; the paged one must wait."""
-    waits: list[object] = []
-    module = "bitsandbytes.optim.optimizer"
-    monkeypatch.setattr(f"{module}.sync_gpu", waits.append)
-    make(name)
-    assert bool(waits) == is_bitsandbytes(OPTIMIZERS[name])
-    waits.clear()
-    with without_waiting(OPTIMIZERS[name]):
-        make(name)
-    assert not waits
-    assert sys.modules[module].sync_gpu == waits.append
-    if is_bitsandbytes(OPTIMIZERS[name]):
-        with without_waiting(replace(OPTIMIZERS[name], paged=True)):
-            assert sys.modules[module].sync_gpu == waits.append
-        whole = sys.modules[module]
-        monkeypatch.setattr("bitsandbytes.optim.optimizer", whole)  # the attribute, which the import below replaces
-        monkeypatch.delitem(sys.modules, module)
-        with without_waiting(OPTIMIZERS[name]):
-            assert sys.modules[module].sync_gpu.__name__ == "<lambda>"
-
-
-def test_what_cannot_be_launched_behind_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step whose launch waits for the GPU would keep the host from noticing that another process has ended."""
-    can = {name for name, spec in OPTIMIZERS.items() if can_launch_behind_sum(spec, on_gpu=True, reads_gpu=False)}
-    assert can == set(OPTIMIZERS) - {"paged_adamw_8bit"}
-    assert not any(can_launch_behind_sum(spec, on_gpu=False, reads_gpu=False) for spec in OPTIMIZERS.values())
-    assert not any(can_launch_behind_sum(spec, on_gpu=True, reads_gpu=True) for spec in OPTIMIZERS.values())
-    monkeypatch.delattr("bitsandbytes.optim.optimizer.sync_gpu")
-    can = {name for name, spec in OPTIMIZERS.items() if can_launch_behind_sum(spec, on_gpu=True, reads_gpu=False)}
-    assert can == {"adamw_torch", "adamw_torch_fused", "muon"}
 
 
 @pytest.mark.parametrize(("name", "spec"), OPTIMIZERS.items())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
+from job.common.bad_row_reasons import REASONS, with_reasons
+from job.data import formats
 from job.errors import DataError
 from tests.unit.data.test_dataset import lines, load
 
@@ -39,3 +42,49 @@ def test_the_rest_of_a_broken_file_cannot_be_skipped(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not valid CSV"):
         load(path, on_bad_row="skip")
     assert len(load(path, limit=1)[0]) == 1
+
+
+def kinds_of(module: Path) -> set[str]:
+    """Kinds that a module's source gives to its errors: the first argument, or what a name of it is assigned."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "RowError"]
+    first = [call.args[0] for call in calls if not isinstance(call.args[0], ast.Starred)]
+    assigned = [
+        item
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in {"(kind, what)", "(kind, why)"}
+        for item in ast.walk(node.value)
+        if isinstance(item, ast.Tuple)
+    ]
+    constants = [*first, *(item.elts[0] for item in assigned)]
+    return {str(node.value) for node in constants if isinstance(node, ast.Constant)}
+
+
+def test_every_kind_of_bad_row_has_its_words() -> None:
+    """The table has all that the modules give, and nothing more."""
+    folder = Path(formats.__file__).parent
+    found = {kind for module in folder.glob("*.py") for kind in kinds_of(module)}
+    assert found | {formats.UNREADABLE} == set(REASONS)
+
+
+def test_reasons_are_words_that_stay_as_they_are() -> None:
+    """A manifest of an earlier version has kinds, one of this version words; both become the same words."""
+    rows = {"rows": 3, "skipped": {"too_long": 1, "empty_target": 2}, "validation": None}
+    once = with_reasons({**rows, "validation": {"skipped": {"of_another_version": 1}}})
+    assert once == {
+        "rows": 3,
+        "skipped": {REASONS["empty_target"]: 2, REASONS["too_long"]: 1},
+        "validation": {"skipped": {"of another version": 1}},
+    }
+    assert with_reasons(once) == once
+    assert with_reasons(rows)["validation"] is None
+
+
+def test_a_file_without_a_valid_row_says_why(tmp_path: Path) -> None:
+    """In words, with the number of rows."""
+    path = lines(tmp_path / "x.jsonl", {"text": ""}, {"text": 3}, {"text": " "})
+    with pytest.raises(DataError) as caught:
+        load(path, on_bad_row="skip")
+    assert "has no valid row (skipped 1: field has a value of the wrong type or an unknown value; 2: nothing" in str(
+        caught.value
+    )

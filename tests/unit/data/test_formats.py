@@ -103,6 +103,14 @@ def test_the_place_in_a_broken_line_is_told_once(tmp_path: Path) -> None:
     assert f"{found.where}: {found.what}" == "x.jsonl:2: is not valid JSON: Expecting value at character 13"
 
 
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf \n"])
+def test_an_empty_json_file_is_said_to_be_empty(tmp_path: Path, content: bytes) -> None:
+    """Instead of where its JSON breaks off."""
+    (found,) = read(tmp_path / "x.json", content)
+    assert isinstance(found, RowError)
+    assert f"{found.where}: {found.what}" == "x.json: is empty; it must be a list of objects"
+
+
 def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
     """A byte order mark at the start of a file is dropped."""
     for name, content in [("x.jsonl", b'{"a": "1"}'), ("x.json", b'[{"a": "1"}]'), ("x.csv", b"a\n1\n")]:

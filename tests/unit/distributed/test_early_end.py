@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from job import log
 from job.cli.main import _report, main
 from job.distributed import early_end, process_group, rendezvous
-from job.distributed.early_end import telling_other_machines
+from job.distributed.early_end import telling_the_others
 from job.distributed.ends import END, SETTLE_SECONDS, agree_on_end
 from job.distributed.launcher import Machine, launch
 from job.distributed.ranks import Place
@@ -36,9 +37,11 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "CHECK_SECONDS", 0.05)
 
 
-def end_of_joining(run: str, rank: int, port: int, patience: float = 60.0) -> BaseException | None:
+def end_of_joining(
+    run: str, rank: int, port: int, patience: float = 60.0, *, hosted: bool = True, restart: int = 0
+) -> BaseException | None:
     """What one of two processes ends with that joins a run."""
-    place = Place(rank, 2, host="localhost", port=port, hosted=True)
+    place = Place(rank, 2, host="localhost", port=port, hosted=hosted, restart=restart)
     try:
         with join(place, run, stop=Stop(), report_progress=lambda: None, patience=patience, grace_seconds=0.1):
             return None
@@ -49,7 +52,7 @@ def end_of_joining(run: str, rank: int, port: int, patience: float = 60.0) -> Ba
 def end_early(machine: int, port: int, run: str | None = "r", error: JobError = WRONG) -> JobError:
     """The error with which a machine of two ends before it connects, once it has told the other one."""
     place = Machine(1, nodes=2, node_rank=machine, rendezvous=f"localhost:{port}")
-    with pytest.raises(JobError) as raised, telling_other_machines(lambda: (place, run)):
+    with pytest.raises(JobError) as raised, telling_the_others(lambda: (place, run)):
         raise error
     return raised.value
 
@@ -146,7 +149,7 @@ def test_nobody_is_told_for_longer_than_a_while(monkeypatch: pytest.MonkeyPatch)
     assert end_early(1, free_port()) is WRONG
     monkeypatch.setattr(early_end, "_TELL_SECONDS", 600)
     place = Machine(1, nodes=2, node_rank=0, rendezvous=f"localhost:{free_port()}")
-    with pytest.raises(SettingsError), telling_other_machines(lambda: (place, "r"), [15]):
+    with pytest.raises(SettingsError), telling_the_others(lambda: (place, "r"), [15]):
         raise WRONG
 
 
@@ -199,3 +202,59 @@ def test_the_command_tells_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     end = json.loads(keyspace(store, "r").get(END))
     assert (end["process"], end["code"]) == (1, 2)
     assert why in end["why"]
+
+
+def end_of_process(rank: int, port: int, patch: pytest.MonkeyPatch, **environment: str) -> int:
+    """The exit code of one of two processes that another launcher has started, with a wrong setting."""
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    wrong = {"JOB_RUN__ID": "r", "JOB_TRAIN__LEARNING_RATE": "abc", **environment}
+    for name, value in {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), **wrong}.items():
+        patch.setenv(name, value)
+    return main(["run", "--preset=demo"])
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_invalid_settings_of_a_process_end_the_other(monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
+    """Under a launcher without a store of its own; process 0 hosts it as long as the other one needs."""
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        waiting = pool.submit(end_of_joining, "r", 1 - wrong, port, hosted=False)
+        assert end_of_process(wrong, port, monkeypatch) == 2
+        told = waiting.result(timeout=60)
+    assert isinstance(told, SettingsError)
+    assert told.reported
+    assert f"process {wrong}: JOB_TRAIN__LEARNING_RATE (environment): must be a number" in str(told)
+    assert time.monotonic() - began < early_end._TELL_SECONDS
+
+
+def test_invalid_settings_of_a_process_are_told_in_torchruns_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is waited for there, and its keys are those of the same restart of torchrun."""
+    store = host_store(0, "r")
+    torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "1"}
+    assert end_of_process(0, store.port, monkeypatch, **torchrun) == 2
+    assert "process 0" in str(end_of_joining("r", 1, store.port, restart=1))
+    wrong_id = {"JOB_RUN__ID": "", "JOB_FAULT": "none"}
+    assert end_of_process(0, store.port, monkeypatch, **torchrun, **wrong_id) == 2
+    assert "process 0 has ended" in str(end_of_joining("r", 1, store.port))
+
+
+def test_a_process_that_is_told_to_stop_tells_nobody_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchrun stops the others when one has failed: they still log why they cannot take part."""
+    monkeypatch.setattr(early_end, "_TELL_SECONDS", 600)
+    tell = early_end._tell
+
+    def stopped(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        tell(*arguments)
+
+    monkeypatch.setattr(early_end, "_tell", stopped)
+    assert end_of_process(0, free_port(), monkeypatch) == 2
+
+
+def test_a_single_process_of_a_launcher_tells_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nobody, and no address."""
+    monkeypatch.setattr(early_end, "_tell", lambda *_: pytest.fail("it was told"))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "JOB_TRAIN__EPOCHS": "-1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["run", "--preset=demo"]) == 2

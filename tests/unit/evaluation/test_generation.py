@@ -23,27 +23,23 @@ from transformers.cache_utils import DynamicLayer
 
 from job.distributed.processes import ALONE
 from job.errors import TrainingFailed
-from job.evaluation import generation
-from job.evaluation.generation import (
+from job.evaluation import decoding
+from job.evaluation.generation import HowToGenerate, generate
+from job.evaluation.generation_batches import (
     BATCH_TOKENS,
     CACHE_BATCHES,
-    HowToGenerate,
-    Sampling,
     _cache_tokens,
-    _choose,
-    _drawn,
-    _Draws,
     _fitting_tokens,
-    _held_bytes,
-    _Row,
     _warn_of_memory,
-    generate,
+    _weight_bytes,
     plan_batches,
+    token_bytes,
 )
-from job.evaluation.key_value_cache import RESERVED_TOKENS, ReservedLayer
+from job.evaluation.key_value_cache import RESERVED_TOKENS, ReservedLayer, new_cache
 from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache
+from job.evaluation.token_sampling import Draws, Sampling, _draw, choose_tokens
 from job.model.base import PLAIN, load_base
 from job.model.fused import frozen_weights
 from job.model.fused.frozen_weights import fuse_layers
@@ -53,6 +49,8 @@ from job.model.packed_attention import NAME, is_packed, use
 from job.records import Answer
 from job.storage.local import LocalStore
 from job.training.flat_parameters import FlatParameters
+from job.training.memory_model import cache_bytes
+from job.training.setup_of_model import setup_of
 from tests.helpers import fill_adapter, make_model
 from tests.unit.evaluation.test_scorer import Helper, Peers
 
@@ -144,7 +142,7 @@ def test_a_batch_read_in_several_passes_says_the_same(
     expected = [by_the_book(own, tokenizer, prompt) for prompt in PROMPTS]
     if fused:
         assert fuse_layers(own, keep_dequantized=False, kernels=TORCH) == "all"
-    monkeypatch.setattr("job.evaluation.generation._cache_tokens", lambda *_: 10_000)
+    monkeypatch.setattr("job.evaluation.generation_batches._cache_tokens", lambda *_: 10_000)
     monkeypatch.setattr("job.evaluation.key_value_cache.RESERVED_TOKENS", 3)
     passes: list[tuple[int, ...]] = []
 
@@ -166,7 +164,7 @@ def test_a_batch_as_on_a_gpu_that_is_stopped_is_answered_again(
 ) -> None:
     """Stopped while prompts are read or tokens drawn, the restart keeps the batches before, and gives equal bytes."""
     own = model(base_folder)
-    monkeypatch.setattr("job.evaluation.generation._cache_tokens", lambda *_: 150)
+    monkeypatch.setattr("job.evaluation.generation_batches._cache_tokens", lambda *_: 150)
     how: dict[str, Any] = {"max_new_tokens": NEW, "batch_tokens": 45, "sampling": Sampling(seed=3)}
     batches = plan_batches([len(prompt) for prompt in PROMPTS], NEW, 45, cache_tokens=150)
     assert len(batches) < len(plan_batches([len(prompt) for prompt in PROMPTS], NEW, 45))
@@ -209,6 +207,24 @@ def test_the_cache_is_not_larger_than_its_batch() -> None:
     assert int(keys[0, 0, :, 0].sum()) == keys.shape[2] - 1, "zeros in front of the shorter prompt"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forecast_and_batches_count_what_a_cache_takes(base_folder: Path, dtype: torch.dtype) -> None:
+    """A token's keys and values by the model's shape, and by the loaded model, take what a real cache takes."""
+    own = make_model(base_folder, dtype=dtype)
+    config = own.get_base_model().config
+    assert config.num_key_value_heads < config.num_attention_heads, "queries are wider than keys"
+    setup = setup_of(own, "none", "adamw_torch")
+    assert setup is not None
+    per_token = token_bytes(own)
+    use(own.get_base_model(), PLAIN)
+    cache = new_cache(own)
+    with torch.no_grad():
+        own(input_ids=torch.tensor([PROMPTS[0]] * 3), past_key_values=cache, use_cache=True)
+    taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert per_token * 3 * len(PROMPTS[0]) == taken
+    assert cache_bytes(setup, 3 * len(PROMPTS[0])) == taken
+
+
 def test_a_gpus_cache_shrinks_with_the_tokens_of_a_pass(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sixteenth of all its memory at most; who lowers JOB_EVAL__BATCH_TOKENS, as the error says, needs less."""
     own = make_model(base_folder)
@@ -231,10 +247,10 @@ def test_tokens_are_drawn_for_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatc
     logits = torch.randn(70, 50, generator=torch.Generator().manual_seed(0))
 
     def chosen() -> list[int]:
-        return _choose(logits, [_Row((1,), _Draws(Sampling(seed=1), number)) for number in range(70)])
+        return choose_tokens(logits, [Draws(Sampling(seed=1), number) for number in range(70)])
 
     some = chosen()
-    monkeypatch.setattr("job.evaluation.generation._DRAWN_ROWS", 1000)
+    monkeypatch.setattr("job.evaluation.token_sampling._DRAWN_ROWS", 1000)
     assert chosen() == some
 
 
@@ -436,7 +452,7 @@ def test_what_is_drawn_follows_the_softmax() -> None:
         scores = TemperatureLogitsWarper(sampling.temperature)(None, logits)
         scores = TopKLogitsWarper(sampling.top_k)(None, scores) if sampling.top_k else scores
         scores = TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores
-        found = Counter(_drawn(logits.expand(len(drawn), -1), sampling, drawn).tolist())
+        found = Counter(_draw(logits.expand(len(drawn), -1), sampling, drawn).tolist())
         shares = [found[token] / len(drawn) for token in range(5)]
         assert shares == pytest.approx(scores.softmax(-1)[0].tolist(), abs=2e-4)
 
@@ -457,15 +473,15 @@ def test_what_fits_beside_the_weights_is_no_matter_of_what_is_free(
     """Counted from the GPU's total and the weights: the same after training, which lays the adapter out anew."""
     own = make_model(base_folder)
     assert _fitting_tokens(own, 100) is None, "of a CPU"
-    held = _held_bytes(own)
+    held = _weight_bytes(own)
     assert held == sum(p.nbytes for p in {p.data_ptr(): p for p in (*own.parameters(), *own.buffers())}.values())
     FlatParameters(trainable(own).values(), 64)
-    assert _held_bytes(own) == held
+    assert _weight_bytes(own) == held
     config, width = own.config, own.get_base_model().dtype.itemsize
     token = 2 * config.head_dim * width * (config.num_hidden_layers * config.num_key_value_heads)
     token += 2 * config.head_dim * width * config.num_attention_heads
     forward = 100 * 4 * (config.intermediate_size + config.hidden_size) * width
-    monkeypatch.setattr("job.evaluation.generation._held_bytes", lambda _: held)  # all tensors are on the CPU
+    monkeypatch.setattr("job.evaluation.generation_batches._weight_bytes", lambda _: held)  # all tensors are on the CPU
     monkeypatch.setattr(type(own.get_base_model()), "device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 0.5)
     total = 2 * (600 * 2**20 + held + forward + 1000 * token)
@@ -500,8 +516,8 @@ def test_memory_that_runs_out_among_answers_is_given_up_or_named(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
         return whole(*given)
 
-    whole = generation._pass
-    monkeypatch.setattr(generation, "_pass", full)
+    whole = decoding._pass
+    monkeypatch.setattr(decoding, "_pass", full)
     if kept:
         assert generate(own, tokenizer, PROMPTS, **how) == expected
         assert keeps[:4] == [True, True, True, False]
@@ -528,7 +544,7 @@ def test_main_memory_that_runs_out_among_answers_is_no_bug(
         def fail(*_: Any) -> None:
             raise error
 
-        monkeypatch.setattr(generation, "_pass", fail)
+        monkeypatch.setattr(decoding, "_pass", fail)
 
     raising(MemoryError())
     with pytest.raises(TrainingFailed, match="the machine's memory ran out while"):

@@ -10,7 +10,8 @@ import pytest
 from scipy.stats import binom
 
 from job.errors import SettingsError
-from job.evaluation.policy import Policy, check_policy, judge_policy, lines, passes, read_policy, reasons, sentence
+from job.evaluation.policy import Policy, check_policy, read_policy
+from job.evaluation.policy_verdict import judge_policy, lines, passes, reasons, sentence
 from job.evaluation.statistics import holm, one_sided_p, tango_interval
 
 

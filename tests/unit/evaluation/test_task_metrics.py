@@ -13,7 +13,7 @@ import torch
 
 from job.errors import DataError, SettingsError
 from job.evaluation import statistics
-from job.evaluation.generation import HowToGenerate, Sampling, generate
+from job.evaluation.generation import HowToGenerate, generate
 from job.evaluation.harness import measure
 from job.evaluation.question_lengths import check_lengths, count_questions
 from job.evaluation.samples import MeasuredSample, parse_measured, write_samples
@@ -26,6 +26,7 @@ from job.evaluation.task_metrics import (
     measured_from,
 )
 from job.evaluation.tasks import check_choices, load_tasks
+from job.evaluation.token_sampling import Sampling
 from job.records import Answer, MeasuredScores, Metric
 from job.results.reader import LARGEST_NUMBER
 from tests.helpers import fill_adapter, make_model, write_jsonl

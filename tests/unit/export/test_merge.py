@@ -31,9 +31,11 @@ from job.common.hashing import hash_files
 from job.errors import SettingsError, TrainingFailed
 from job.export import checkpoint
 from job.export.formats import DERIVED
-from job.export.merge import DEQUANTIZED, ORIGINAL, candidates, plan_merge, release, write_merged
+from job.export.merge import write_merged
+from job.export.merge_plan import DEQUANTIZED, ORIGINAL, candidates, plan_merge
 from job.model.adapter_options import AdaLora, AdapterOptions
 from job.model.base import PLAIN
+from job.model.free_model import free_model
 from job.model.fused.frozen_weights import dequantized
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import use
@@ -324,7 +326,7 @@ def test_a_merge_that_overflows_is_refused(half: Path, tmp_path: Path) -> None:
 def test_a_model_that_is_given_up_holds_no_memory(half: Path) -> None:
     """The exported model is loaded where the other one was, though others still hold references to that."""
     model = make_model(half, quantization="nf4")
-    release(model)
+    free_model(model)
     assert sum(tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers())) == 0
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from job.distributed.processes import ALONE
 from job.errors import SettingsError
-from job.export.merge import DEQUANTIZED, ORIGINAL, candidates
+from job.export.merge_plan import DEQUANTIZED, ORIGINAL, candidates
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import AdapterOptions
 from job.model.architecture import read_config
@@ -31,9 +31,10 @@ from job.model.placed_loading import save_quantized
 from job.model.placed_weights import placement_of, taking_part
 from job.model.published_names import find_published_names
 from job.model.target_modules import resolve_targets
+from job.planning.time_model import training_flops
 from job.results.compute import PETA, compute_spent
 from job.training.lm_head_loss import losses_of
-from job.training.memory_model import Setup, training_flops, weight_bytes
+from job.training.memory_model import Setup, weight_bytes
 from job.training.setup_of_model import setup_of
 from tests.families.models import make_model
 from tests.helpers import fill_adapter, load_plain, make_examples

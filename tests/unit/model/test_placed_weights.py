@@ -15,9 +15,9 @@ import torch
 from job.distributed.processes import ALONE
 from job.distributed.ranks import Place
 from job.errors import SettingsError
-from job.export.merge import release
 from job.model import placed_weights
 from job.model.adapter_options import AdapterOptions
+from job.model.free_model import free_model
 from job.model.fused.frozen_weights import dequantized, dequantizer, fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.gradient_checkpointing import recompute_activations
@@ -120,7 +120,7 @@ def test_each_weight_dequantizes_alike(folder: Path) -> None:
     assert all(torch.equal(expected(), found()) for expected, found in precise)
     slots = {layers[name].weight.untyped_storage().data_ptr() for name in names}
     assert len(slots) == 2
-    release(placed)
+    free_model(placed)
     assert all(layers[name].quant_state.constants.untyped_storage().nbytes() == 0 for name in names)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.model.architecture import Architecture
-from job.planning import forecast_time, run_shape
+from job.planning import forecast_time, run_shape, time_model
 from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
 from job.planning.forecast import estimates, forecast_gpu
 from job.planning.forecast_input import EVALUATIONS, ForwardWork, RunShape
@@ -26,11 +26,11 @@ from job.planning.scaling import (
     divide,
     training_efficiency,
 )
+from job.planning.time_model import SCORING_SECONDS
 from job.planning.workload import Workload
 from job.settings.load import load_settings
 from job.settings.training_stages import split_stages
 from job.training import memory_model
-from job.training.memory_model import SCORING_SECONDS
 from job.training.sequence_parallel import row_memory
 from tests.unit.training.test_memory_model import REFERENCE
 
@@ -94,9 +94,9 @@ def test_hours_add_up_and_dollars_follow() -> None:
     """Start, download, training and two evaluations; at the table's price, or at the user's on whatever GPU."""
     gpu = BY_NAME["H200"]
     plan = forecast_gpu(gpu, replace(RUN, download_bytes=10**10), REFERENCE)
-    training = memory_model.training_flops(REFERENCE, WORK.tokens, WORK.squares)
-    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
-    computing = (training + EVALUATIONS * scoring) / (memory_model.UTILISATION * gpu.flops)
+    training = time_model.training_flops(REFERENCE, WORK.tokens, WORK.squares)
+    scoring = time_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    computing = (training + EVALUATIONS * scoring) / (time_model.UTILISATION * gpu.flops)
     computing += EVALUATIONS * SCORING_SECONDS
     assert plan.hours == pytest.approx((START_SECONDS + 40 + computing) / 3600, rel=1e-6)
     assert plan.usd == pytest.approx(plan.hours * gpu.usd_per_hour)
@@ -109,12 +109,12 @@ def test_hours_add_up_and_dollars_follow() -> None:
 def test_the_unquantized_base_takes_time_where_it_fits() -> None:
     """It is scored once more and read from the disk; where it does not fit the plan says so, and the run still fits."""
     run = replace(RUN, full_precision=True)
-    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    scoring = time_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     weights = 2 * REFERENCE.architecture.parameters
     for name, fits in (("H200", True), ("L4", True), ("T4", False)):
         gpu = BY_NAME[name]
         plan, plain = forecast_gpu(gpu, run, REFERENCE), forecast_gpu(gpu, RUN, REFERENCE)
-        more = scoring / (memory_model.UTILISATION * gpu.flops) + SCORING_SECONDS + weights / DOWNLOAD_RATE
+        more = scoring / (time_model.UTILISATION * gpu.flops) + SCORING_SECONDS + weights / DOWNLOAD_RATE
         more = more if fits else 0
         assert plan.fits
         assert (plan.hours or 0) - (plain.hours or 0) == pytest.approx(more / 3600, abs=1e-9)
@@ -140,8 +140,8 @@ def test_an_export_takes_disk_memory_and_time() -> None:
     assert figures["exported models"] == 2 * weights
     assert figures["disk"] == {figure.name: figure.value for figure in estimates(plain)}["disk"] + 2 * weights
     assert "evaluation, 4 times" in figures
-    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
-    seconds = 2 * scoring / (memory_model.UTILISATION * gpu.flops) + 5 * weights / DOWNLOAD_RATE
+    scoring = time_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    seconds = 2 * scoring / (time_model.UTILISATION * gpu.flops) + 5 * weights / DOWNLOAD_RATE
     seconds += weights / forecast_time.MERGED_PER_SECOND + 2 * SCORING_SECONDS
     assert figures["merging"] == weights / forecast_time.MERGED_PER_SECOND
     longer, shorter = forecast_gpu(gpu, run, REFERENCE).hours, forecast_gpu(gpu, plain, REFERENCE).hours
@@ -156,12 +156,12 @@ def test_formats_that_are_made_of_the_merged_model_take_time() -> None:
     gpu, run = BY_NAME["H200"], replace(RUN, merges=1)
     before = forecast_gpu(gpu, run, REFERENCE).hours or 0
     weights = REFERENCE.architecture.parameters
-    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    scoring = time_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     rounding = 6 * REFERENCE.architecture.linear_parameters * 1000
-    on_gpu = scoring / (memory_model.UTILISATION * gpu.flops) + SCORING_SECONDS
+    on_gpu = scoring / (time_model.UTILISATION * gpu.flops) + SCORING_SECONDS
     cases = {
         "fp8": (weights / forecast_time.MERGED_PER_SECOND, on_gpu),
-        "awq": (rounding / (memory_model.UTILISATION * gpu.flops), on_gpu),
+        "awq": (rounding / (time_model.UTILISATION * gpu.flops), on_gpu),
         "gguf:q8_0": (
             weights / forecast_time.GGUF_PER_SECOND,
             scoring / (forecast_time.CORES * forecast_time.LLAMA_CPP_FLOPS),
@@ -195,7 +195,7 @@ def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu("x", 80 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
     plain, saved = forecast_gpu(gpu, replace(run, fp8=False), REFERENCE), []
     for speedup in (1.25, 1.25**2):
-        monkeypatch.setattr(memory_model, "FP8_SPEEDUP", speedup)
+        monkeypatch.setattr(time_model, "FP8_SPEEDUP", speedup)
         found = forecast_gpu(gpu, run, REFERENCE)
         assert found.keeps == plain.keeps
         saved.append((plain.hours or 0) - (found.hours or 0))
@@ -269,7 +269,7 @@ def test_the_classifier_and_the_judge_take_time() -> None:
         run = replace(RUN, auxiliary=auxiliary)
         return 3600 * ((forecast_gpu(gpu, run, REFERENCE).hours or 0) - (forecast_gpu(gpu, RUN, REFERENCE).hours or 0))
 
-    reached = memory_model.UTILISATION * gpu.flops
+    reached = time_model.UTILISATION * gpu.flops
     rows, answers = (
         2 * weights * 100_000 * 16 / reached,
         2 * weights * 400 / (forecast_time.CORES * forecast_time.LLAMA_CPP_FLOPS),
@@ -316,8 +316,8 @@ def test_a_first_stage_takes_time() -> None:
     gpu = BY_NAME["H200"]
     alone = forecast_gpu(gpu, RUN, REFERENCE).hours or 0
     both = replace(RUN, first_stage=replace(RUN, download_bytes=0))
-    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
-    first = alone - (scoring / (memory_model.UTILISATION * gpu.flops) + SCORING_SECONDS) / 3600
+    scoring = time_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    first = alone - (scoring / (time_model.UTILISATION * gpu.flops) + SCORING_SECONDS) / 3600
     assert forecast_gpu(gpu, both, REFERENCE).hours == pytest.approx(alone + first, rel=1e-6)
     shown = {figure.name: figure.value for figure in estimates(both)}
     assert shown["optimizer steps, first stage"] == WORK.steps
@@ -432,7 +432,7 @@ def test_weights_that_come_over_a_link_take_their_time() -> None:
     here, there = (forecast_gpu(gpu, replace(run, placements=(place,)), LLAMA_70B).hours for place in ("gpu", "host"))
     assert here is not None
     assert there is not None
-    once = memory_model.packed_bytes(LLAMA_70B) / memory_model.LINK_BANDWIDTH["host"]
+    once = memory_model.packed_bytes(LLAMA_70B) / time_model.LINK_BANDWIDTH["host"]
     assert 3600 * (there - here) > 2 * WORK.steps * once
 
 
@@ -542,12 +542,12 @@ def test_narrow_experts_are_slower() -> None:
     def reached(width: int) -> float:
         mixture = replace(shape, intermediate=8 * width, experts=64, chosen=8)
         setup = replace(REFERENCE, architecture=mixture, targets=tuple(mixture.linear))
-        flops = memory_model.training_flops(replace(setup, recompute=False), WORK.tokens, WORK.squares)
+        flops = time_model.training_flops(replace(setup, recompute=False), WORK.tokens, WORK.squares)
         gpu = replace(BY_NAME["H200"], memory_bytes=10**13, bandwidth=1e18)
         return flops / WORK.target_tokens * per_second(replace(run, setup=setup), setup, gpu) / gpu.flops
 
-    assert reached(768) == pytest.approx(memory_model.FINE_EXPERTS_UTILISATION, rel=1e-3)
-    assert reached(14_336) == pytest.approx(memory_model.FUSED_UTILISATION, rel=1e-3)
+    assert reached(768) == pytest.approx(time_model.FINE_EXPERTS_UTILISATION, rel=1e-3)
+    assert reached(14_336) == pytest.approx(time_model.FUSED_UTILISATION, rel=1e-3)
 
 
 def test_several_gpus_share_training_and_scoring() -> None:
@@ -559,8 +559,8 @@ def test_several_gpus_share_training_and_scoring() -> None:
     alone, shared = (forecast_gpu(gpu, one, REFERENCE) for one in (run, two))
     assert alone.hours is not None
     assert shared.hours is not None
-    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
-    evaluations = EVALUATIONS * scoring / (memory_model.SCORING_UTILISATION * gpu.flops)
+    scoring = time_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    evaluations = EVALUATIONS * scoring / (time_model.SCORING_UTILISATION * gpu.flops)
     training = WORK.target_tokens / per_second(run, REFERENCE, gpu)
     faster = training * (1 - 1 / 1.88) + evaluations * (1 - 1 / (2 * SCORING_EFFICIENCY))
     assert 3600 * (alone.hours - shared.hours) == pytest.approx(faster, rel=0.02)

@@ -16,7 +16,6 @@ import boto3
 import pytest
 from safetensors.torch import load_file
 
-from job import log
 from job.cli.main import main
 from job.errors import AccessDenied, DataError, SettingsError, Unreachable
 from job.planning import plan as plan_module
@@ -50,7 +49,6 @@ def given(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(f"JOB_{name}", value)
     with credentials():
         yield tmp_path
-    log.configure("json", "info")
 
 
 def states(plan: dict[str, Any]) -> dict[str, str]:

@@ -39,9 +39,9 @@ def test_what_no_stage_counted_is_shown_too() -> None:
 
 def test_repeated_steps_are_a_share_of_training() -> None:
     """Ten of fifty steps done again: a fifth of the training stage."""
-    *_, third = bars(EXAMPLE)
+    *_, third = bars(EXAMPLE, [True, True, False])
     assert {piece.stage: piece.repeated for piece in third.pieces}["train"] == 20
-    assert third.repeated_steps == 10
+    assert (third.repeated_steps, third.repeats_exact) == (10, False)
 
 
 def test_restarts_are_where_another_attempt_went_on() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from job.records import AttemptRecord
-from job.results.cost import compute_cost
+from job.results.cost import compute_cost, exact_repeats, repeated_steps
 
 WHOLE = AttemptRecord(
     number=1,
@@ -95,6 +95,49 @@ def test_waste_is_start_ups_and_repeated_steps() -> None:
     stillborn = replace(killed, seconds=20.0, stage_seconds={"pull": 5.0})
     cost = compute_cost([stillborn, resumed], 290.0, None)
     assert [part["wasted_seconds"] for part in cost["attempts"]] == [20.0, 30.0]
+
+
+KILLED = replace(
+    WHOLE, outcome="killed", finished=None, stage_seconds={"pull": 60.0, "train": 9.0}, steps=7, last_step=7
+)
+AGAIN = replace(WHOLE, number=2, repeated_steps=7)
+IN_PULL = replace(KILLED, stage_seconds={"pull": 60.0}, steps=0, last_step=0)
+LOST = replace(IN_PULL, seconds=0.0, stage_seconds={})
+STOPPED = replace(KILLED, outcome="preempted", finished="2026-01-05T09:10:00Z")
+
+
+@pytest.mark.parametrize(
+    ("made", "exact", "of_earlier_version"),
+    [
+        ([KILLED, AGAIN], [True, False], [True, False]),
+        ([STOPPED, AGAIN], [True, True], [True, True]),
+        ([IN_PULL, WHOLE], [True, True], [True, False]),
+        ([LOST, WHOLE], [True, False], [True, False]),
+        ([replace(KILLED, last_step=30), AGAIN], [True, True], [True, True]),
+        ([replace(KILLED, stage_seconds={"train": 9.0, "evaluate-adapter": 1.0}), AGAIN], [True] * 2, [True] * 2),
+        # killed while it repeated what a stopped one had done
+        ([replace(STOPPED, last_step=20), KILLED, AGAIN], [True, False, False], [True, False, False]),
+        # stopped before it got as far as the killed one's last record: all that it did is repeated
+        ([KILLED, replace(STOPPED, last_step=5), AGAIN], [True, True, False], [True, True, False]),
+    ],
+)
+def test_it_is_known_whether_all_repeated_steps_are(
+    made: list[AttemptRecord], exact: list[bool], of_earlier_version: list[bool]
+) -> None:
+    """Steps that a killed attempt did after its last record are in none; earlier versions did not note the first."""
+    assert exact_repeats(made) == exact
+    assert exact_repeats(made, first_step_noted=False) == of_earlier_version
+
+
+def test_repeated_steps_are_never_a_wrong_zero() -> None:
+    """Without a known one the manifest has null if an attempt was killed in training; of earlier ones it is derived."""
+    for made, number in (([KILLED, AGAIN], 7), ([KILLED, WHOLE], None), ([STOPPED, WHOLE], 0)):
+        cost = compute_cost(made, 0.0, None)
+        assert cost["repeated_steps"] == number
+        assert cost["repeated_steps_exact"] is (made[0] is STOPPED)
+    results = {"run": {"attempts": [asdict(IN_PULL), asdict(WHOLE)]}, "cost": {"repeated_steps": 0}}
+    assert repeated_steps(results) == (0, False, [True, False])
+    assert repeated_steps({**results, "cost": {"repeated_steps_exact": True}}) == (0, True, [True, True])
 
 
 def test_attempts_are_charged_at_their_own_price() -> None:

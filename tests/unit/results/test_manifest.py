@@ -112,7 +112,8 @@ def test_a_manifest_that_lacks_something_is_not_valid(path: str) -> None:
     for parent in parents:
         place = place[parent]
     del place[name]
-    with pytest.raises(ValueError, match=f"{'.'.join(parents)}: .*{name}.* is a required property"):
+    place = f"{'.'.join(parents)}: " if parents else "^"
+    with pytest.raises(ValueError, match=f"{place}.*{name}.* is a required property"):
         manifest.validate(results)
 
 

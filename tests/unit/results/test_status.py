@@ -238,6 +238,10 @@ def test_a_published_file_that_is_gone(tmp_path: Path) -> None:
     found = seen(run)
     assert found.state == "damaged"
     assert "1 published file missing" in str(found.problems[0])
+    (run / "results.json").unlink()
+    found = seen(run)
+    assert found.state == "damaged"
+    assert "results.json: is missing, although an attempt has completed the run" in str(found.problems[0])
 
 
 def test_no_run(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from job.data.calibration import hash_rows
 from job.errors import DataError, Preempted, SettingsError, TrainingFailed, Unreachable
 from job.export import fp8
 from job.export.formats import DERIVED, DerivedInputs
-from job.export.merge import Candidates
+from job.export.merge_plan import Candidates
 from job.export.quantizable import CannotMake
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.model_record import describe_model

@@ -67,6 +67,16 @@ def test_every_wrong_path_is_told_with_its_setting(tmp_path: Path, monkeypatch: 
         check_inputs(settings(f"--model.id={tmp_path}/empty"))
 
 
+def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name alone looks like a hub id, which would be asked for until the hub answers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"JOB_MODEL__ID: model.safetensors is not a folder; give the folder of a model"
+    ):
+        check_inputs(settings("--model.id=model.safetensors"))
+
+
 def test_a_later_attempt_needs_no_model(tmp_path: Path, no_tasks: list[Any]) -> None:
     """The quantized base may be in a cache, and the tasks were found before; data is read in every attempt."""
     gone = settings(f"--model.id={tmp_path}/gone")

@@ -21,10 +21,11 @@ from job.runs import stage_records
 from job.runs.attempt import Attempt
 from job.runs.layout import Stage, prompts_key
 from job.settings.load import Settings, load_settings
-from job.stages import principles, pull, pull_prompts
+from job.stages import principles, pull, pull_other_models, pull_prompts
 from job.stages.evaluate import other_answers_judged
 from job.stages.handoff import Sources
 from job.stages.principles import FoundJudge, check_judge, check_local, judge_answers, judge_sha256
+from job.stages.pull_other_models import pull_judge, pull_safety_model, recorded_judge_sha256
 from job.stages.pull_prompts import find_prompt_rows
 from job.stages.safety import SafetyModel
 from job.storage.open import StorageOptions
@@ -158,18 +159,18 @@ def test_a_run_keeps_the_judge_it_began_with(tmp_path: Path, monkeypatch: pytest
         known = {Stage.PULL: pulled, Stage.EVALUATE_ADAPTER: Evaluated({}, [])}
         return make_attempt(Path(tempfile.mkdtemp(dir=tmp_path)), known, processes=ALONE if leads else Second({}))
 
-    monkeypatch.setattr(pull, "find_judge", find)
+    monkeypatch.setattr(pull_other_models, "find_judge", find)
     own = settings(tmp_path, "org/judge")
     first, later = attempt(None), attempt({"judge_revision": "abc", "judge_sha256": "0" * 64})
-    assert pull._find_judge(first, own, StorageOptions()) is not None
-    judge = pull._find_judge(later, own, StorageOptions())
+    assert pull_judge(first, own.eval, StorageOptions()) is not None
+    judge = pull_judge(later, own.eval, StorageOptions())
     assert revisions == [None, "abc"]
-    assert pull._find_judge(attempt(None, leads=False), own, StorageOptions()) is None
+    assert pull_judge(attempt(None, leads=False), own.eval, StorageOptions()) is None
     assert "org/judge" in pull._places(first, own, ())
     assert "org/judge" not in pull._places(attempt(None, leads=False), own, ())
-    assert pull._judge_sha256(first, judge) == pull._judge_sha256(later, judge) == judge_sha256(RECORD)
+    assert recorded_judge_sha256(first, judge) == recorded_judge_sha256(later, judge) == judge_sha256(RECORD)
     before = attempt({})
-    assert pull._judge_sha256(before, judge) is None
+    assert recorded_judge_sha256(before, judge) is None
     others = (replace(RECORD, sha256="1" * 64), replace(RECORD, rules_sha256="1" * 64))
     assert len({judge_sha256(one) for one in (RECORD, *others)}) == 3
 
@@ -197,12 +198,12 @@ def test_a_run_keeps_the_classifier_it_began_with(tmp_path: Path, monkeypatch: p
         revisions.append(data.safety_revision)
         return SafetyModel(tmp_path, safety)
 
-    monkeypatch.setattr(pull, "find_safety_model", find)
+    monkeypatch.setattr(pull_other_models, "find_safety_model", find)
     pulled = Pulled(replace(DATASET, audit=audited(safety=safety)), "0" * 64, None, {}, safety_sha256="0" * 64)
     own = load_settings(["--preset=demo", "--data.safety_model=org/x", "--data.safety_revision=main"], {})
     for known in (None, pulled):
         attempt = make_attempt(tmp_path, {Stage.PULL: known})
-        pull._find_safety_model(attempt, own, StorageOptions())
+        pull_safety_model(attempt, own.data, StorageOptions())
     assert revisions == ["main", "abc"]
 
 

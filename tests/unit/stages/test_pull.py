@@ -348,7 +348,7 @@ def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
         "known_audit": None,
         "find_prompt_rows": [],
         "_with_licences": (DATASET, None),
-        "_find_judge": None,
+        "pull_judge": None,
     }.items():
         monkeypatch.setattr(pull, name, lambda *_, value=value, **__: value)
     first, second = load_settings(["--model.id=org/base"], {}), load_settings(["--model.id=org/base"], {})

@@ -126,6 +126,19 @@ def test_failing_disk_is_unreachable(store: LocalStore, monkeypatch: pytest.Monk
         store.write("a", b"new")
 
 
+def test_a_file_system_that_makes_no_folders_is_a_wrong_path(
+    store: LocalStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as /proc, which says that the folder's parent does not exist."""
+
+    def mkdir(path: Path, **_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(SettingsError, match=f"{root}: cannot be a folder for files"):
+        store.write("a", b"new")
+
+
 def test_forbidden_is_not_absent(
     store: LocalStore, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

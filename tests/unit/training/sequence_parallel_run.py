@@ -67,12 +67,12 @@ def train(run: Run) -> None:
     from job.distributed.ranks import Place
     from job.distributed.rendezvous import join
     from job.preemption.stop_flag import Stop
-    from job.training import long_rows, step, trainer
+    from job.training import long_rows, micro_batch, step, trainer
     from job.training.config import Hooks
     from tests.unit.training.test_sequence_parallel import DIVIDED, EXAMPLES, RECIPE, VALIDATION, fused
     from tests.unit.training.test_trainer import adapter_hash
 
-    for module in (long_rows, step):
+    for module in (long_rows, micro_batch, step):
         module.LONG_ROW = 40
     stop, done, folder = Stop(), [], Path(run.folder)
     _disturb(run, stop, done)

@@ -26,15 +26,16 @@ OWN = {
         "packed_gradient",
         "before_optimizer_step",
         "after_optimizer_step",
-        "report_metrics",
-        "log_step",
+        "callbacks_for",
+        "preference_gradient",
+        "steps_to_skip",
         "log_probs",
         "metrics_of",
         "save_if_it_fits",
         "trainer_files",
         "packed_loss",
     ),
-    *("validation_is_due", "summed_loss", "stopped_early", "is_complete", "use_kept_adapter", "restore_validations"),
+    *("validation_is_due", "summed_loss", "is_complete"),
 }
 """What the adapter adds: no name of Trainer's."""
 METHODS = [name for name, value in vars(trainer_module._PlannedTrainer).items() if isinstance(value, FunctionType)]

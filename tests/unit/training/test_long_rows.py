@@ -27,7 +27,7 @@ from job.model.packed_layout import Segment, build_layout
 from job.model.placed_weights import taking_part
 from job.records import Example, ExecutionPlan
 from job.stages.train import software_of
-from job.training import long_rows, step
+from job.training import long_rows, micro_batch, step
 from job.training.activation_store import ActivationStore
 from job.training.lm_head_loss import padded_loss
 from job.training.long_rows import LongRows, why_not_here
@@ -48,7 +48,7 @@ EXAMPLES = make_examples(8, longest=90, prompt=0.3)
 
 @pytest.fixture(autouse=True)
 def _short_rows_are_long(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (long_rows, step):
+    for module in (long_rows, micro_batch, step):
         monkeypatch.setattr(module, "LONG_ROW", LONG)
     return
 

@@ -28,7 +28,7 @@ from job.model.fused.sequence_parallel import parts, share_heads
 from job.model.lora import add_adapter, trainable
 from job.model.placed_weights import OtherOutOfMemory, computing_together, taking_part
 from job.records import Example
-from job.training import long_rows, step
+from job.training import long_rows, micro_batch, step
 from job.training.config import Hooks
 from job.training.flat_parameters import FlatParameters
 from job.training.padded_gradient import PaddedGradient
@@ -57,7 +57,7 @@ RECIPE = replace(recipes.RECIPE, total_steps=2, global_batch_size=9, micro_batch
 
 @pytest.fixture(autouse=True)
 def _short_rows_are_long(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (long_rows, step):
+    for module in (long_rows, micro_batch, step):
         monkeypatch.setattr(module, "LONG_ROW", 40)
     return
 
@@ -219,7 +219,7 @@ def test_the_watchdog_hears_of_each_layer(base_folder: Path) -> None:
     layers = len(model.get_base_model().model.layers)
     assert len(heard) == 2 * layers
     with torch.no_grad():
-        made.summed_loss(EXAMPLES[-1:])
+        made.micro_batch.summed_loss(EXAMPLES[-1:])
     assert len(heard) == 3 * layers
 
 

@@ -20,10 +20,10 @@ from job.model.fused.kernels import TORCH
 from job.model.lora import trainable
 from job.records import Example, ExecutionPlan
 from job.training import step as step_module
-from job.training.config import Hooks
+from job.training.config import Hooks, StepAbandoned
 from job.training.flat_parameters import FlatParameters
 from job.training.packing import IGNORED
-from job.training.step import OptimizerStep, StepAbandoned
+from job.training.step import OptimizerStep
 from tests.helpers import fill_adapter, make_examples, make_model
 from tests.unit.training import recipes
 from tests.unit.training.recipes import PLAN

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -22,7 +21,7 @@ from job.common.optimizers import OPTIMIZERS
 from job.data import batch_plan
 from job.distributed.processes import Alone
 from job.distributed.ranks import Place
-from job.errors import TrainingFailed, Unreachable
+from job.errors import TrainingFailed
 from job.evaluation.scoring import score_sequence
 from job.model.adapter_options import AdaLora, AdapterOptions
 from job.model.fused.frozen_weights import fuse_layers
@@ -33,8 +32,6 @@ from job.records import Example, ExecutionPlan, Question, StepMetrics
 from job.training import packing, padded_shapes
 from job.training.config import Hooks, Recipe, Trained, step_seed, total_steps
 from job.training.packing import packed_inputs
-from job.training.padded_gradient import PaddedGradient
-from job.training.step import StepAbandoned
 from job.training.trainer import train
 from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model, with_new_tokens
 from tests.unit.training import recipes
@@ -328,7 +325,7 @@ def test_what_lies_in_the_padding_does_not_matter(
             row.tokens[0, row.segments[-1].start :] = token
             return row
 
-        monkeypatch.setattr("job.training.step.padded_sequence", padded_row)
+        monkeypatch.setattr("job.training.micro_batch.padded_sequence", padded_row)
         model = fused_model(base_folder)
         with gradients(model) as found:
             trained, _ = run(model, tokenizer, EXAMPLES, RECIPE, tmp_path, plan=THROUGHOUT)
@@ -808,103 +805,6 @@ def test_a_step_is_repeated_by_all_when_one_runs_out_of_memory(
             assert after.loss == pytest.approx(before.loss, rel=1e-5)
 
 
-class Left(Beside):
-    """Its neighbour ends during the third step."""
-
-    def agree(self, *, repeat: bool) -> bool:
-        """Finds out where the processes meet."""
-        if len(self.asked) == 2:
-            raise Unreachable("process 1: the hub is silent")
-        return super().agree(repeat=repeat)
-
-
-class LeftInSum(Beside):
-    """Its neighbour ends during the third step too, which is found out when the sum is waited for."""
-
-    def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
-        """The sum of the third step never comes."""
-        self.add_up(tensor)
-        return super().check if len(self.sizes) < 3 else self.fail
-
-    def fail(self) -> None:
-        """Raises what the neighbour ended with."""
-        raise Unreachable("process 1: the hub is silent")
-
-
-@pytest.mark.usefixtures("undealt")
-@pytest.mark.parametrize("other", [Left, LeftInSum])
-def test_the_end_of_another_process_leaves_the_step_before(
-    base_folder: Path, tokenizer: Any, tmp_path: Path, other: type[Beside]
-) -> None:
-    """What was done is saved, and the error is the other's; resumed, the run ends with the bits of a whole one."""
-    whole, model = make_model(base_folder), make_model(base_folder)
-    recipe = replace(RESUMED, save_every_steps=1000)
-    run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
-    saved: list[Path] = []
-    hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
-    with pytest.raises(Unreachable, match="process 1: the hub is silent"):
-        train(
-            model, tokenizer, LONGER, recipe=recipe, plan=PLAN, hooks=hooks, folder=tmp_path / "left", processes=other()
-        )
-    assert [path.name for path in saved] == ["step-00000002"]
-    again = make_model(base_folder)
-    run(again, tokenizer, LONGER, recipe, tmp_path / "again", resume=saved[0])
-    assert adapter_hash(again) == adapter_hash(whole)
-
-
-@pytest.mark.usefixtures("undealt")
-@pytest.mark.parametrize("come", [False, True])
-def test_a_launched_optimizer_step_that_never_begins(
-    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, come: bool
-) -> None:
-    """From the second step on it is launched before the sum is there; what the host counted in a lost one is undone.
-
-    If the sum has come after all, parameters may be those of the next step while they are saved: then they are not.
-    """
-    seen: list[str] = []
-    model = make_model(base_folder)
-    before: dict[str, torch.Tensor] = {}
-
-    class Waiting(LeftInSum):
-        def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
-            end = super().start_add_up(tensor)
-
-            def wait() -> None:
-                seen.append("sum")
-                end()
-
-            return wait
-
-        def fail(self) -> None:
-            for name, parameter in trainable(model).items():
-                parameter.data.copy_(before[name])  # on a GPU they would not have been changed
-            super().fail()
-
-    def launched(*_: Any) -> None:
-        seen.append("optimizer")
-        before.update({name: parameter.detach().clone() for name, parameter in trainable(model).items()})
-
-    monkeypatch.setattr("job.training.trainer.can_launch_behind_sum", lambda *_, **__: True)
-    monkeypatch.setattr("job.training.step.OptimizerStep.sum_has_come", lambda _: come)
-    recipe = replace(RESUMED, save_every_steps=1000, optimizer="adamw_8bit")
-    saved: list[Path] = []
-    hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
-    handle = register_optimizer_step_pre_hook(launched)
-    try:
-        with pytest.raises(Unreachable, match="process 1: the hub is silent"):
-            train(model, tokenizer, LONGER, recipe=recipe, plan=PLAN, hooks=hooks, folder=tmp_path, processes=Waiting())
-    finally:
-        handle.remove()
-    assert seen == ["sum", "optimizer", "optimizer", "sum", "optimizer", "sum"]
-    assert [path.name for path in saved] == [path.name for path in tmp_path.glob("step-*")]
-    assert [path.name for path in saved] == ([] if come else ["step-00000002"])
-    for state in saved:
-        whole, again = make_model(base_folder), make_model(base_folder)
-        run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
-        run(again, tokenizer, LONGER, recipe, tmp_path / "again", resume=state)
-        assert adapter_hash(again) == adapter_hash(whole)
-
-
 def test_a_process_without_examples_follows(
     base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -956,93 +856,6 @@ class Launched:
         assert tokens.shape[1] <= self.prepared[0]
         last = int((ends == ends[-1]).nonzero()[0])
         return self.work(tokens, ends, weight, tuple(map(Segment, ends[:last].tolist(), ends[1 : last + 1].tolist())))
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was launched, where recorded plans launch; tests note there what else has happened."""
-    seen: list[str] = []
-
-    class Noted(Launched):
-        def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-            seen.append("launched")
-            return super().__call__(*inputs)
-
-    monkeypatch.setattr("job.training.padded_gradient.CudaGraphs", Noted)
-    return seen
-
-
-def noting(seen: list[str], **more: Any) -> Hooks:
-    """Hooks that note there the metrics and checkpoints of steps."""
-    more = {"stop": lambda: False} | more
-    return Hooks(
-        lambda metrics: seen.append(f"step {metrics.step}"), lambda _, step: seen.append(f"saved {step}"), **more
-    )
-
-
-def test_metrics_are_reported_while_the_next_step_is_computed(
-    base_folder: Path, tokenizer: Any, tmp_path: Path, launches: list[str]
-) -> None:
-    """Where steps are launched at once. They are the same, and all are there before a checkpoint and at the end."""
-    recipe = replace(RECIPE, total_steps=5, save_every_steps=3)
-    histories, events = [], []
-    for recorded in (False, True):
-        launches.clear()
-        model = fused_model(base_folder)
-        how: dict[str, Any] = {"recipe": recipe, "plan": replace(THROUGHOUT, recorded=recorded)}
-        began = time.monotonic()
-        trained = train(model, tokenizer, EXAMPLES, **how, hooks=noting(launches), folder=tmp_path)
-        seconds = [float(step.measured["seconds"] or 0) for step in trained.history]
-        assert min(seconds) > 0
-        assert sum(seconds) <= time.monotonic() - began
-        histories.append([replace(step, measured={}) for step in trained.history])
-        events.append(list(launches))
-    assert histories[0] == histories[1]
-    assert events[0] == ["step 1", "step 2", "step 3", "saved 3", "step 4", "step 5", "saved 5"]
-    assert events[1] == [
-        *("launched", "launched", "step 1", "launched", "step 2", "step 3", "saved 3"),
-        *("launched", "launched", "step 4", "step 5", "saved 5"),
-    ]
-
-
-def test_a_step_launched_ahead_is_abandoned_where_it_does_not_fit(
-    base_folder: Path, tokenizer: Any, tmp_path: Path, launches: list[str]
-) -> None:
-    """The flag is set while the host waits for the step before: the deadline has to be met without the next one."""
-    hooks = noting(launches, stop=lambda: "step 2" in launches, fits=lambda share: share == 0)
-    recipe, plan = replace(RECIPE, total_steps=5), replace(THROUGHOUT, recorded=True)
-    stopped = train(
-        fused_model(base_folder), tokenizer, EXAMPLES, recipe=recipe, plan=plan, hooks=hooks, folder=tmp_path
-    )
-    assert launches == ["launched", "launched", "step 1", "launched", "step 2", "saved 2"]
-    assert not stopped.complete
-
-
-@pytest.mark.parametrize("abandons", [False, True])
-def test_a_loss_that_is_not_finite_is_noticed_before_the_next_checkpoint(
-    base_folder: Path,
-    tokenizer: Any,
-    tmp_path: Path,
-    launches: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    abandons: bool,
-) -> None:
-    """Although it is read a step later; also where that step is abandoned, after which a checkpoint would be saved."""
-    recipe, plan = replace(RECIPE, total_steps=5, save_every_steps=3), replace(THROUGHOUT, recorded=True)
-    gradient = PaddedGradient.__call__
-
-    def broken(self: PaddedGradient, *given: Any, **how: Any) -> torch.Tensor:
-        loss = gradient(self, *given, **how)
-        if abandons and len(launches) == 4:
-            raise StepAbandoned
-        return loss * torch.nan if len(launches) == 2 else loss
-
-    monkeypatch.setattr(PaddedGradient, "__call__", broken)
-    how: dict[str, Any] = {"recipe": recipe, "plan": plan, "hooks": noting(launches)}
-    with pytest.raises(TrainingFailed, match="loss of step 2 is nan"):
-        train(fused_model(base_folder), tokenizer, EXAMPLES, **how, folder=tmp_path)
-    assert launches == ["launched", "launched", "step 1", "launched", "step 2"]
 
 
 @pytest.mark.long

@@ -19,9 +19,8 @@ from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
 from job.records import PEFT, Example, ExecutionPlan, ValidationMetrics
-from job.training.config import Hooks, Recipe, Trained
+from job.training.config import Hooks, Recipe, StepAbandoned, Trained
 from job.training.early_stopping import due_steps, is_due, progress, validation_record
-from job.training.step import StepAbandoned
 from job.training.trainer import train
 from job.training.validation import Validation
 from tests.helpers import LINEAR, fill_adapter, make_examples, make_model

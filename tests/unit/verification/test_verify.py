@@ -18,7 +18,7 @@ from job.common.hashing import sealed, unsealed
 from job.errors import AccessDenied, SettingsError, VerificationError
 from job.evaluation import near_ties
 from job.evaluation.groups import compare_groups
-from job.evaluation.policy import sentence
+from job.evaluation.policy_verdict import sentence
 from job.records import Evaluated, GroupSpec
 from job.report.report import read_report_data, render_report
 from job.results import manifest
@@ -360,6 +360,17 @@ def test_a_record_with_a_seal_is_no_other_attempts(run: Path, check: Checker) ->
     """A well-sealed record of another attempt in the place of the last one."""
     shutil.copy(run / attempt_key(1), run / attempt_key(2))
     assert "results.json run.attempts[1].number: claimed 2, found 1" in told(check())
+
+
+def test_a_manifest_of_an_earlier_version_says_nothing_of_steps_that_no_record_has(run: Path, check: Checker) -> None:
+    """It has 0 where a killed attempt may have done steps that were repeated; it verifies as it was written."""
+
+    def as_before(results: dict[str, Any]) -> None:
+        assert results["cost"].pop("repeated_steps_exact") is False
+        results["cost"]["repeated_steps"] = 0
+
+    forge(run, as_before)
+    assert check() == {}
 
 
 def test_no_attempt_can_be_left_out(run: Path, check: Checker) -> None:
