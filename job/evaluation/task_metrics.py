@@ -36,6 +36,8 @@ from job.records import MeasuredScores, Metric
 AGGREGATIONS = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
 LARGEST_PERPLEXITY = 1e18
 """Largest figure that is given for a perplexity; the reader of manifests refuses greater numbers."""
+_TOP_K = 50
+"""Where a task samples and names no `top_k`: transformers' default, which holds for lm-eval's HFLM."""
 _GENERATES = {"until", "do_sample", "temperature", "top_k", "top_p"}
 _LENGTHS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
 
@@ -57,29 +59,37 @@ def how_to_generate(task: str, generation_kwargs: Mapping[str, Any], *, seed: in
     """A task's `generation_kwargs`, as lm-eval reads them.
 
     Raises:
-        SettingsError: They request what is not supported here, such as beams or penalties.
+        SettingsError: They ask for what is not done here, such as beams or penalties, or for what is impossible.
     """
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
     other = {name: value for name, value in generation_kwargs.items() if name not in _GENERATES | _LENGTHS}
     unknown = [name for name, value in other.items() if not (name == "num_beams" and value == 1)]
-    options = normalize_gen_kwargs(dict(generation_kwargs))
+    try:
+        options = normalize_gen_kwargs(dict(generation_kwargs))
+        most, top_p = int(options["max_gen_toks"]), float(options.get("top_p") or 1.0)
+        top_k = int(_TOP_K if (named := options.get("top_k")) is None else named)
+    except (TypeError, ValueError) as error:
+        problem = f"{task} has generation_kwargs that are no numbers: {error}"
+        raise SettingsError([Problem("JOB_EVAL__TASKS", problem)]) from error
+    if most < 1 or top_k < 0 or not 0 < top_p <= 1:
+        problem = f"{task} asks to generate at most {most} tokens, with top_k {top_k} and top_p {top_p}"
+        limits = "at least 1, 0 and more than 0 are needed, and top_p is at most 1"
+        raise SettingsError([Problem("JOB_EVAL__TASKS", f"{problem}; {limits}")])
     stop, temperature = handle_stop_sequences(options.get("until"), eos=None), options.get("temperature", 0.0)
     draws = bool(options.get("do_sample"))
     if draws and not temperature > 0:
         unknown.append(f"do_sample with a temperature of {temperature}")
     if unknown:
-        what = (
+        problem = (
             f"{task} asks to generate with {', '.join(unknown)}; supported are greedy decoding and "
             "sampling by temperature, top_k "
         )
-        raise SettingsError([Problem("JOB_EVAL__TASKS", f"{what}and top_p")])
+        raise SettingsError([Problem("JOB_EVAL__TASKS", f"{problem}and top_p")])
     sampling = None
     if draws:
-        sampling = Sampling(
-            float(temperature), int(options.get("top_k") or 0), float(options.get("top_p") or 1.0), seed
-        )
-    return HowToGenerate(int(options["max_gen_toks"]), tuple(map(str, stop)), sampling)
+        sampling = Sampling(float(temperature), top_k, top_p, seed)
+    return HowToGenerate(most, tuple(map(str, stop)), sampling)
 
 
 def measured_scores(

@@ -307,10 +307,13 @@ def _from_file(manager: Any, task: TaskFile) -> Any:
     """A user's own task. Raises DataError if a template fails on the first row."""
     splits = {split: as_dataset(rows, task.source) for split, rows in task.rows.items()}
     try:
-        return manager.load([{**task.config, "custom_dataset": lambda **_: splits}])["tasks"][task.name]
+        loaded = manager.load([{**task.config, "custom_dataset": lambda **_: splits}])["tasks"][task.name]
+        for one in (one for chain in loaded._filters for one in chain.filters):  # noqa: SLF001 - as in `_named_metrics`
+            one()  # lm-eval makes a filter, with its arguments, when the answers are there
     except Exception as error:  # templates may raise anything, and a field may be of another kind than lm-eval expects
         first = (str(error).splitlines() or [""])[0][:300]
         raise DataError([Problem(task.path, f"is not a task of lm-eval: {type(error).__name__}: {first}")]) from error
+    return loaded
 
 
 def _file_misfits(task: Any, user: TaskFile) -> Iterator[Problem]:

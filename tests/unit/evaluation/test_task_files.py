@@ -222,6 +222,23 @@ def test_examples_with_missing_fields_are_named(tmp_path: Path) -> None:
     load_tasks([str(path)], {}, {}, 0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"generation_kwargs": {"max_gen_toks": 0}}, "at most 0 tokens"),
+        ({"generation_kwargs": {"max_gen_toks": "ten"}}, "are no numbers"),
+        ({"generation_kwargs": {"do_sample": True, "temperature": 1, "top_k": "x"}}, "are no numbers"),
+        ({"generation_kwargs": {"do_sample": True, "temperature": 1, "top_p": 2}}, "top_p 2.0"),
+        ({"filter_list": [{"name": "a", "filter": [{"function": "regex", "regex_pattern": "("}]}]}, "unterminated"),
+        ({"filter_list": [{"name": "a", "filter": [{"function": "regex", "other": 1}]}]}, "unexpected keyword"),
+    ],
+)
+def test_what_would_fail_when_answers_are_there_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    """Impossible ways to generate, and filters that cannot be made: before a model is loaded, and not as a bug."""
+    with pytest.raises((DataError, SettingsError), match=says):
+        load_tasks([str(write_task(tmp_path, **changes))], {}, {})
+
+
 def test_examples_of_which_no_prompt_is_made_are_refused(tmp_path: Path) -> None:
     """lm-eval shows no example with several right answers, which would end the run as a bug when it is asked."""
     changes = {"doc_to_text": "{{question}}", "doc_to_target": "{{[0, 1]}}", "doc_to_choice": ["a", "b"]}
