@@ -19,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from job.common.disk import disk_errors
+from job.errors import Problem, SettingsError
 
 PREFIX = "qlora-job-"
 
@@ -34,7 +35,8 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
         cleans: Whether to remove what earlier attempts at the run left here; one process of a machine does.
     """
     parent = Path(cache or tempfile.gettempdir())
-    with disk_errors(f"{'JOB_STORAGE__CACHE: ' if cache else ''}cannot make the folder {parent}"):
+    setting = "JOB_STORAGE__CACHE" if cache else "TMPDIR"
+    with _folder_errors(setting, f"cannot make the folder {parent}"):
         parent.mkdir(parents=True, exist_ok=True)
     of_run = f"{PREFIX}{sha256(run.encode()).hexdigest()[:12]}-"
     if cleans:
@@ -42,7 +44,9 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
             number = re.match(r"\d+", left.name.removeprefix(of_run))
             if number is not None and int(number[0]) < attempt:
                 _remove_unless_used(left)
-    with tempfile.TemporaryDirectory(prefix=f"{of_run}{attempt}-", dir=parent, ignore_cleanup_errors=True) as name:
+    with _folder_errors(setting, f"cannot make a folder in {parent}"):
+        made = tempfile.TemporaryDirectory(prefix=f"{of_run}{attempt}-", dir=parent, ignore_cleanup_errors=True)
+    with made as name:
         lock = _open_lock(Path(name))
         try:
             with suppress(OSError):  # a file system without locks
@@ -50,6 +54,17 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
             yield Path(name)
         finally:
             os.close(lock)
+
+
+@contextmanager
+def _folder_errors(setting: str, what: str) -> Iterator[None]:
+    """Errors of making a folder as errors of the job that name the setting."""
+    with disk_errors(f"{setting}: {what}"):
+        try:
+            yield
+        except FileNotFoundError:  # though its parents were made: such as in /proc
+            problem = Problem(setting, f"{what}: its file system makes none there; give another path")
+            raise SettingsError([problem]) from None
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from job.errors import SettingsError
+from job.errors import AccessDenied, JobError, SettingsError, Unreachable
 from job.runs.work_folder import folder_for, work_folder
 
 KILLED = """
@@ -52,6 +54,22 @@ def test_a_cache_below_a_file_is_a_mistake_in_the_settings(tmp_path: Path) -> No
     """Commands make the folder without having looked at it before."""
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="cannot make the folder"), folder_for("a push", f"{tmp_path}/file/cache"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.ENOENT, SettingsError), (errno.EROFS, AccessDenied), (errno.ENOSPC, Unreachable)]
+)
+def test_a_cache_without_room_for_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[JobError]
+) -> None:
+    """One that is there, but read-only, full, or of a file system such as /proc, which says that it does not exist."""
+
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number), str(tmp_path))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(error, match="JOB_STORAGE__CACHE: cannot make a folder in"), folder_for("a push", str(tmp_path)):
         pass
 
 
