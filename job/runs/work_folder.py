@@ -63,7 +63,7 @@ def _folder_errors(setting: str, what: str) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError:  # though its parents were made: such as in /proc
-            problem = Problem(setting, f"{what}: its file system makes none there; give another path")
+            problem = Problem(setting, f"{what}: its file system allows no new folders; give another path")
             raise SettingsError([problem]) from None
 
 
