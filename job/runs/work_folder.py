@@ -22,6 +22,7 @@ from job.common.disk import disk_errors
 from job.errors import Problem, SettingsError
 
 PREFIX = "qlora-job-"
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -45,15 +46,38 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
             if number is not None and int(number[0]) < attempt:
                 _remove_unless_used(left)
     with _folder_errors(setting, f"cannot make a folder in {parent}"):
-        made = tempfile.TemporaryDirectory(prefix=f"{of_run}{attempt}-", dir=parent, ignore_cleanup_errors=True)
-    with made as name:
-        lock = _open_lock(Path(name))
+        folder, lock = _make_locked(f"{of_run}{attempt}-", parent)
+    with folder as name:
         try:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield Path(name)
         finally:
             os.close(lock)
+
+
+def _make_locked(prefix: str, parent: Path) -> tuple[tempfile.TemporaryDirectory[str], int]:
+    """A new folder and its lock, which is held.
+
+    Until it is held, another process may take the folder for one that was left, and remove it: then a new one is made.
+    """
+    while True:
+        folder = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+        with suppress(FileNotFoundError):
+            lock = _open_lock(Path(folder.name))
+            if _take(lock, Path(folder.name)):
+                return folder, lock
+            os.close(lock)
+        folder.cleanup()
+
+
+def _take(lock: int, folder: Path) -> bool:
+    """Takes the lock of a new folder; False if another process removes the folder, or has removed it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock), (folder / _LOCK).stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:  # a file system without locks: no process removes the folder
+        return True
 
 
 @contextmanager
@@ -92,4 +116,4 @@ def _remove_unless_used(folder: Path) -> None:
 
 def _open_lock(folder: Path) -> int:
     """A file in the folder, open for writing: NFS locks no other. Its lock ends with the process."""
-    return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    return os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)

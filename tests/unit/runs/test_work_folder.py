@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
+from job.runs import work_folder as module
 from job.runs.work_folder import folder_for, work_folder
 
 KILLED = """
@@ -71,6 +75,33 @@ def test_a_cache_without_room_for_a_folder_is_named(
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
     with pytest.raises(error, match="JOB_STORAGE__CACHE: cannot make a folder in"), folder_for("a push", str(tmp_path)):
         pass
+
+
+@pytest.mark.parametrize("moment", ["before it has a lock", "before its lock is held", "while it is removed"])
+def test_a_folder_that_another_process_takes_for_a_left_one_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Of two commands on the same run with the same cache, one may find the other's folder before it is locked."""
+    open_lock, removed = module._open_lock, list[Path]()
+
+    def found_by_another(folder: Path) -> int:
+        if removed:
+            return open_lock(folder)
+        removed.append(folder)
+        if moment == "before it has a lock":
+            shutil.rmtree(folder)
+        lock = open_lock(folder)
+        if moment == "before its lock is held":
+            shutil.rmtree(folder)
+        if moment == "while it is removed":
+            fcntl.flock(others.enter_context((folder / ".lock").open()), fcntl.LOCK_EX)
+        return lock
+
+    monkeypatch.setattr(module, "_open_lock", found_by_another)
+    with ExitStack() as others, folder_for("a push", str(tmp_path)) as folder:
+        assert folder.is_dir()
+        assert folder not in removed
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_in_use_or_of_another_run_stays(tmp_path: Path) -> None:
