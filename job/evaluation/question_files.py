@@ -109,8 +109,8 @@ def find_misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Proble
             continue
         if not fits:
             what = "has no question, fewer than two choices, an empty choice, or no right choice"
-            what = what if task.OUTPUT_TYPE == MULTIPLE_CHOICE else "has no question, or nothing to answer it with,"
-            yield Problem(where, f"{what} for {task.task_name}")
+            what = what if task.OUTPUT_TYPE == MULTIPLE_CHOICE else "has no question, or nothing to answer it with"
+            yield Problem(where, f"{what}, for {task.task_name}")
         elif task.OUTPUT_TYPE == MULTIPLE_CHOICE and not _labelled(doc.get("choices")):
             yield Problem(where, "has a choices.label that does not give each of choices.text one label")
 
@@ -167,8 +167,8 @@ def _without_nulls(doc: dict[str, Any]) -> dict[str, Any]:
 def find_example_misfits(task: Any, examples: Sequence[Row], source: str, *, apart: bool = True) -> Iterator[Problem]:
     """Examples that the task's prompts cannot have, or that are questions too.
 
-    lm-eval would show these in their own prompts, with the answer: it expects examples of another split. From one split
-    it leaves the question itself out: `apart` is then false.
+    lm-eval would show these in their own prompts, with the answer: it expects examples of another split. Where it
+    leaves the question itself out of the examples, `apart` is false.
     """
     docs = list(task.eval_docs) if apart else []
     questions = {_identity(task, _without_nulls(doc)) for doc in docs}

@@ -222,6 +222,21 @@ def test_examples_with_missing_fields_are_named(tmp_path: Path) -> None:
     load_tasks([str(path)], {}, {}, 0)
 
 
+def test_a_question_is_not_shown_with_its_answer(tmp_path: Path) -> None:
+    """lm-eval leaves a question out of its own examples only where these come from `test_split`."""
+    path = write_task(tmp_path)
+    rows = [{"question": f"what is {n} and {n + 2}?", "answer": str(2 * n + 2)} for n in range(3, 6)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    with pytest.raises(DataError, match=r"train\.jsonl:3: is also a question of sums") as caught:
+        load_tasks([str(path)], {}, {})
+    assert len(caught.value.problems) == 1
+    load_tasks([str(path)], {}, {}, 0)
+    one = {"dataset_kwargs": {"data_files": {"test": "test.jsonl"}}, "fewshot_split": "test"}
+    load_tasks([str(write_task(tmp_path, **one))], {}, {})
+    with pytest.raises(DataError, match="name that split as test_split instead of validation_split"):
+        load_tasks([str(write_task(tmp_path, **one, test_split=None, validation_split="test"))], {}, {})
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
