@@ -34,11 +34,16 @@ def read_questions(path: Path, name: str) -> list[Row]:
 
 
 def as_dataset(rows: Sequence[Row], source: str) -> Any:
-    """The rows as a data set of `datasets`. Raises DataError where fields are of several types."""
+    """The rows as a data set of `datasets`, fields that a row lacks as null.
+
+    Raises:
+        DataError: Fields are of several types.
+    """
     from datasets import Dataset
 
+    names = dict.fromkeys(name for row in rows for name in row.fields)  # `from_list` takes those of the first row alone
     try:
-        return Dataset.from_list([row.fields for row in rows])
+        return Dataset.from_list([{name: row.fields.get(name) for name in names} for row in rows])
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError([Problem(source, f"its rows do not have fields of the same types: {error}")]) from error
 
@@ -137,20 +142,32 @@ def _parts(task: Any, doc: dict[str, Any], how: Any = None) -> tuple[Any, Any, A
         Exception: Whatever the task's templates and functions raise; of a field that is null, as if it were missing.
     """
     given = _without_nulls(doc)
+    failure: Exception | None = None
     try:
-        return _made(task, given, how)
-    except Exception as error:
-        if len(given) == len(doc):
-            raise
+        made = _made(task, given, how)
+    except Exception as error:  # noqa: BLE001 - raised again below
+        failure = error
+    if len(given) < len(doc):
         try:
             made = _made(task, doc, how)
-            empty = _made(task, {field: "" if value is None else value for field, value in doc.items()}, how)
-        except Exception:  # noqa: BLE001 - as above
-            raise error from None
-        written, otherwise = (json.dumps(parts, default=str).count("None") for parts in (made, empty))
-        if any(part is None for part in made[::2]) or written > otherwise:
-            raise
-        return made
+        except Exception as error:  # noqa: BLE001 - as above
+            raise failure or error from None
+        if any(part is None for part in made[::2]) or _writes_null(task, doc, how, made):
+            raise failure or ValueError("a field that is null is written as None")
+    elif failure is not None:
+        raise failure
+    return made
+
+
+def _writes_null(task: Any, doc: dict[str, Any], how: Any, made: tuple[Any, Any, Any]) -> bool:
+    """Whether `made` has the word None more often than with empty texts for the fields that are null."""
+    try:
+        otherwise = json.dumps(
+            _made(task, {field: "" if value is None else value for field, value in doc.items()}, how), default=str
+        )
+    except Exception:  # noqa: BLE001 - a template that distinguishes null from an empty text
+        otherwise = json.dumps(_without_nulls(doc), default=str)
+    return json.dumps(made, default=str).count("None") > otherwise.count("None")
 
 
 def _made(task: Any, doc: dict[str, Any], how: Any) -> tuple[Any, Any, Any]:
