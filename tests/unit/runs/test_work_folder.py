@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from job.errors import SettingsError
+from job.errors import AccessDenied, JobError, SettingsError, Unreachable
+from job.runs import work_folder as module
 from job.runs.work_folder import folder_for, work_folder
 
 KILLED = """
@@ -53,6 +59,49 @@ def test_a_cache_below_a_file_is_a_mistake_in_the_settings(tmp_path: Path) -> No
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="cannot make the folder"), folder_for("a push", f"{tmp_path}/file/cache"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.ENOENT, SettingsError), (errno.EROFS, AccessDenied), (errno.ENOSPC, Unreachable)]
+)
+def test_a_cache_without_room_for_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[JobError]
+) -> None:
+    """One that is there, but read-only, full, or of a file system such as /proc, which says that it does not exist."""
+
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number), str(tmp_path))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(error, match="JOB_STORAGE__CACHE: cannot make a folder in"), folder_for("a push", str(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize("moment", ["before it has a lock", "before its lock is held", "while it is removed"])
+def test_a_folder_that_another_process_takes_for_a_left_one_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Of two commands on the same run with the same cache, one may find the other's folder before it is locked."""
+    open_lock, removed = module._open_lock, list[Path]()
+
+    def found_by_another(folder: Path) -> int:
+        if removed:
+            return open_lock(folder)
+        removed.append(folder)
+        if moment == "before it has a lock":
+            shutil.rmtree(folder)
+        lock = open_lock(folder)
+        if moment == "before its lock is held":
+            shutil.rmtree(folder)
+        if moment == "while it is removed":
+            fcntl.flock(others.enter_context((folder / ".lock").open()), fcntl.LOCK_EX)
+        return lock
+
+    monkeypatch.setattr(module, "_open_lock", found_by_another)
+    with ExitStack() as others, folder_for("a push", str(tmp_path)) as folder:
+        assert folder.is_dir()
+        assert folder not in removed
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_in_use_or_of_another_run_stays(tmp_path: Path) -> None:
