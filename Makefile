@@ -65,8 +65,8 @@ $(STAMP): $(LOCKS) requirements-cuda.lock pyproject.toml
 lock:  ## resolve again; needs uv on PATH or in the environment
 	sh .github/lock.sh
 
-clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+clean:  ## removes .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 # STORE=s3, gcs or azure: chaos, standstill and damage use an imitation of that store instead of a folder.
 chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undisturbed one; 50 races of two attempts

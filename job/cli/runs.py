@@ -188,4 +188,4 @@ def report_command(argv: Sequence[str]) -> int:
             raise DataError([Problem(run.store.uri, f"its records were not written by this job: {error}")]) from error
     page = render_report(run.results, evidence, read_after_run(run.store))
     _write_page(output, page)
-    return _print([f"report: {output}"])
+    return _print([f"report: {Path(output).absolute()}"])

@@ -62,7 +62,7 @@ def check_disk(folder: Path, need_bytes: int) -> None:
     if free < need_bytes:
         raise Unreachable(
             f"{folder}: {size(free, ' ')} of disk are free and about {size(need_bytes, ' ')} are needed; "
-            "free space, give the machine or the pod more, or set JOB_STORAGE__CACHE to a folder on a larger disk"
+            "delete files there, use a machine or pod with a larger disk, or name another one by JOB_STORAGE__CACHE"
         )
 
 

@@ -138,7 +138,8 @@ def _gpus(plan: Plan) -> str:
     rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
     lines = aligned(rows, right_aligned=(1, 3, 4, 6, 7, 8))
     lines += [
-        "largest budget: the most tokens of a micro-batch that fit; without recomputing: with activations kept",
+        "largest budget: the most tokens of a micro-batch that fit; without recomputing: with activations kept;",
+        "whole step: all examples of a step fit into one micro-batch",
         "keeps: what is held in memory to save time: the dequantized base, activations",
         "hours, which include all evaluations, and prices: assumed",
     ]

@@ -129,7 +129,7 @@ def preview_data(
         processes=usable_cpus(),
         **reading,
     )
-    text = f"{record.rows:,} rows in the schema {record.format}"
+    text = f"{formatting.count(record.rows, 'row')} in the schema {record.format}"
     if record.validation is not None:
         text += f", {record.validation.rows:,} for validation"
     if record.skipped:
@@ -166,7 +166,7 @@ def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[Non
     if record.too_short:
         not_checked.append(f"{record.too_short:,} questions of one or two words were not searched for")
     what = "; ".join([*(findings or ["nothing found"]), *not_checked])
-    text = " ".join([f"{record.rows:,} rows: {what}.", *statistics(asdict(record), long_rows)])
+    text = " ".join([f"{formatting.count(record.rows, 'row')}: {what}.", *statistics(asdict(record), long_rows)])
     return "note" if findings or not_checked else "ok", text, None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from job.common import tables
-from job.common.formatting import at_least
+from job.common.formatting import at_least, size
 from job.evaluation.policy import of_metric
 from job.evaluation.policy_verdict import lines
 
@@ -71,7 +71,12 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
         if exact is not None:
             a, b = (at_least(n or 0, exact=e) for n, e in zip(pairs["repeated_steps"], exact, strict=True))
             pairs["repeated_steps"] = a, b
-        yield group.capitalize(), header, [_row(name, *pair) for name, pair in pairs.items() if pair != (None, None)]
+        rows = [
+            [_label(name), *(_figure(name, value) for value in pair)]
+            for name, pair in pairs.items()
+            if any(value is not None for value in pair)
+        ]
+        yield group.capitalize(), header, rows
 
 
 def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -151,6 +156,19 @@ def _metric_cells(comparison: Mapping[str, Any]) -> list[str]:
 
 def _row(name: str, a: Any, b: Any) -> list[str]:
     return [name, _value(a), _value(b)]
+
+
+def _label(name: str) -> str:
+    """A figure's field of the manifest in words: `stages.pull.seconds` is "pull, seconds"."""
+    words = name.removeprefix("stages.").removesuffix("_bytes").replace("outside stages", "outside of stages")
+    return words.replace(".", ", ").replace("_", " ")
+
+
+def _figure(name: str, value: Any) -> str:
+    """A figure with its unit, or with separators between thousands."""
+    if name.endswith("_bytes") and isinstance(value, int):
+        return size(value, " ")
+    return f"{value:,}" if type(value) is int else _value(value)
 
 
 def _value(value: Any) -> str:

@@ -33,7 +33,7 @@ def headline(status: RunStatus) -> str:
             text = "preempted, waiting for the next attempt"
         case "stalled":
             text = (
-                "stalled (no sign of life)" if silent is None else f"stalled (no sign of life for {duration(silent)})"
+                "stalled (nothing recorded)" if silent is None else f"stalled (nothing recorded for {duration(silent)})"
             )
             text += ": the attempt was killed without notice, or hangs"
         case "finished":
@@ -65,7 +65,7 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
         "speed": _if(status.tokens_per_second, "{:,.0f} target tokens/s".format),
         "time left": _if(status.remaining_seconds if in_training else None, _left),
         "scored": _if(None if in_training else status.questions, "{:,}".format),
-        "last sign of life": _if(status.silent_seconds, lambda ago: _sign(status.last_sign_of_life, ago)),
+        "last record": _if(status.silent_seconds, lambda ago: _sign(status.last_sign_of_life, ago)),
         "stages done": ", ".join(status.stages_done),
         "checkpoints": _if(status.attempt, lambda _: _saved(status.checkpoints)),
         f"attempt {end.attempt if end else 0} ended": _if(end, _end),

@@ -27,7 +27,7 @@ def test_the_page_is_drawn(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.chdir(run.parent)
     assert report_command(["run"]) == 0
     assert report_command(["run/results.json", "--output=other.html"]) == 0
-    assert capsys.readouterr().out == "report: report.html\nreport: other.html\n"
+    assert capsys.readouterr().out == f"report: {run.parent}/report.html\nreport: {run.parent}/other.html\n"
     expected = render_report(json.loads((run / "results.json").read_text()), evidence(arc_easy=answers(3, 1, 20)))
     assert (run.parent / "report.html").read_bytes() == (run.parent / "other.html").read_bytes() == expected
 

@@ -185,7 +185,7 @@ def test_what_differs_is_told_and_nothing_else(runs: tuple[PublishedRun, Publish
     assert found["cost"]["seconds"] == {"a": 60.5, "b": 121.0}
     assert found["cost"]["repeated_steps"] == {"a": 0, "b": None}  # the first attempt of B was killed in training
     table = [row.split() for row in as_text(found)]
-    assert ["repeated_steps", "0", "unknown"] in table
+    assert ["repeated", "steps", "0", "unknown"] in table
     assert found["training"]["loss"]["a"] == found["training"]["loss"]["b"]
     assert compare(runs[0], runs[0])["differs"]["settings"] == {}
 

@@ -117,7 +117,7 @@ def test_an_attempt_without_a_sign_of_life_is_stalled(tmp_path: Path) -> None:
     found = seen(run, 2 * of_status.STALLED_SECONDS)
     assert found.state == "stalled"
     assert re.match(
-        r"stalled \(no sign of life for 20 min \d+ s\): the attempt was killed without not", headline(found)
+        r"stalled \(nothing recorded for 20 min \d+ s\): the attempt was killed without not", headline(found)
     )
     assert read_status(str(run), OPTIONS, stalled_after=1e-9).state == "stalled"
     assert found.last_end is None  # the newest attempt may still go on
@@ -277,8 +277,8 @@ def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
     for record, words in (
         (replace(ATTEMPTS[0], outcome="failed"), "failed (the version of the job that ran it did not record the"),
         (ATTEMPTS[0], "preempted, waiting for the next attempt"),
-        (replace(ATTEMPTS[0], outcome="running", finished=None), "stalled (no sign of life for "),
-        (replace(ATTEMPTS[0], outcome="killed", finished=None), "stalled (no sign of life for "),
+        (replace(ATTEMPTS[0], outcome="running", finished=None), "stalled (nothing recorded for "),
+        (replace(ATTEMPTS[0], outcome="killed", finished=None), "stalled (nothing recorded for "),
     ):
         store.write(attempt_key(1), sealed(asdict(record)))
         found = seen(tmp_path / "run")
