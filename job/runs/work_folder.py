@@ -19,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from job.common.disk import disk_errors
+from job.errors import Problem, SettingsError
 
 PREFIX = "qlora-job-"
 
@@ -32,17 +33,22 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
         run: Names the run: the URI of its store.
         attempt: The attempt's number.
         cleans: Whether to remove what earlier attempts at the run left here; one process of a machine does.
+
+    Raises:
+        SettingsError, AccessDenied, Unreachable: No folder can be made there.
     """
     parent = Path(cache or tempfile.gettempdir())
-    with disk_errors(f"{'JOB_STORAGE__CACHE: ' if cache else ''}cannot make the folder {parent}"):
-        parent.mkdir(parents=True, exist_ok=True)
+    what = f"{'JOB_STORAGE__CACHE: ' if cache else ''}cannot make the folder {parent}"
     of_run = f"{PREFIX}{sha256(run.encode()).hexdigest()[:12]}-"
-    if cleans:
-        for left in parent.glob(f"{of_run}*"):
-            number = re.match(r"\d+", left.name.removeprefix(of_run))
-            if number is not None and int(number[0]) < attempt:
-                _remove_unless_used(left)
-    with tempfile.TemporaryDirectory(prefix=f"{of_run}{attempt}-", dir=parent, ignore_cleanup_errors=True) as name:
+    try:
+        with disk_errors(what):
+            parent.mkdir(parents=True, exist_ok=True)
+            if cleans:
+                _remove_left(parent, of_run, attempt)
+            own = tempfile.TemporaryDirectory(prefix=f"{of_run}{attempt}-", dir=parent, ignore_cleanup_errors=True)
+    except FileNotFoundError as error:  # though its parents were to be made: such as in /proc
+        raise SettingsError([Problem(what, f"{error.strerror}; give another path")]) from error
+    with own as name:
         lock = _open_lock(Path(name))
         try:
             with suppress(OSError):  # a file system without locks
@@ -62,6 +68,14 @@ def folder_for(what: str, cache: str | None) -> Iterator[Path]:
     """
     with work_folder(cache, what, int(time.time()), cleans=True) as folder:
         yield folder
+
+
+def _remove_left(parent: Path, of_run: str, attempt: int) -> None:
+    """Removes what attempts before this one left."""
+    for left in parent.glob(f"{of_run}*"):
+        number = re.match(r"\d+", left.name.removeprefix(of_run))
+        if number is not None and int(number[0]) < attempt:
+            _remove_unless_used(left)
 
 
 def _remove_unless_used(folder: Path) -> None:

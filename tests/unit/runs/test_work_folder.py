@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from job.errors import SettingsError
+from job.errors import AccessDenied, SettingsError
 from job.runs.work_folder import folder_for, work_folder
 
 KILLED = """
@@ -48,11 +51,16 @@ def test_a_killed_push_leaves_nothing_for_good(tmp_path: Path) -> None:
         assert folder.is_dir()
 
 
-def test_a_cache_below_a_file_is_a_mistake_in_the_settings(tmp_path: Path) -> None:
-    """Commands make the folder without having looked at it before."""
+def test_a_cache_where_no_folder_can_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands make the folder without having looked at it before; one that is there may be read-only."""
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match="cannot make the folder"), folder_for("a push", f"{tmp_path}/file/cache"):
-        pass
+    for cache in (f"{tmp_path}/file/cache", "/proc/cache"):
+        with pytest.raises(SettingsError, match="JOB_STORAGE__CACHE: cannot make"), folder_for("a push", cache):
+            pass
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
+        with pytest.raises(AccessDenied, match="JOB_STORAGE__CACHE: cannot make"), folder_for("a push", str(tmp_path)):
+            pass
 
 
 def test_what_is_in_use_or_of_another_run_stays(tmp_path: Path) -> None:
