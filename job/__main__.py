@@ -36,7 +36,7 @@ def run() -> NoReturn:
 
 
 def _stopped_early(*_: object) -> NoReturn:
-    """Ends a process that is stopped before, or between, the handlers of a run: as preempted, which is retried for free.
+    """Ends a process that is stopped before, or between, the handlers of a run: as preempted, so that it is retried.
 
     Process 1 of a container would ignore the signal, and be killed after the grace period.
     """
