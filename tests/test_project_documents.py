@@ -244,7 +244,7 @@ def test_the_figures_of_the_gpu() -> None:
     assert all(f" {figure} " in section for figure in (rate, scores, hflm, long, restart))
     lines = [
         json.loads(line)
-        for file in ("2026-11-29-h200-placement.jsonl", "2026-11-29-h200-long-rows-cudnn.jsonl")
+        for file in ("2026-11-29-h200-placement.jsonl", "2026-11-30-h200-long-rows.jsonl")
         for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()
     ]
     for row, key, value in (
