@@ -779,7 +779,7 @@ class Evaluated:
     measured: dict[str, MeasuredScores] = field(default_factory=dict)
     """Tasks that have no choices."""
     full_precision: FullPrecision | None = None
-    """In the record of the base, if that is quantized and JOB_EVAL__FULL_PRECISION is set; else None."""
+    """In the record of the base, if that is quantized and JOB_EVAL__FULL_PRECISION is `auto`; else None."""
     generation: dict[str, str] = field(default_factory=dict)
     """By what was answered, a task or JOB_EVAL__PROMPTS, a hash of how answers are generated and what ends them.
 
@@ -922,8 +922,8 @@ class Pushed:
 NEAR = 0.2
 """Nats between the two best choices of a record below which another rounding may change the prediction."""
 GREEDY_SHARE = 0.9
-"""Share of the greedy answers that begin with a choice which must begin with the predicted one: the likeliest choice as
-a whole need not be the one that begins with the likeliest token."""
+"""Of the greedy answers that begin with a choice, this share has to begin with the predicted one: the likeliest choice
+as a whole need not be the one that begins with the likeliest token."""
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ def parse_arguments(argv: Sequence[str], arguments: Sequence[Argument]) -> Argum
 
 
 def _missing(parsed: Arguments, arguments: Sequence[Argument]) -> Iterator[Problem]:
-    """The problems with the number of runs and with choices; sets defaults of choices in `given.options`."""
+    """The problems with the number of runs and with choices; sets defaults of choices in `parsed.options`."""
     runs = [argument.name for argument in arguments if argument.positional]
     with_flag = next((argument for argument in arguments if argument.runs and argument.name in parsed.flags), None)
     least, most = (with_flag and with_flag.runs) or (len(runs), len(runs))

@@ -14,7 +14,7 @@ def visible(text: str) -> str:
 
 
 def aligned(rows: Sequence[Row], right_aligned: Collection[int] = ()) -> list[str]:
-    """Columns as wide as their widest value, two spaces apart; those with an index in `right_aligned` are."""
+    """Columns as wide as their widest value, two spaces apart. `right_aligned`: the indexes of those with numbers."""
     cells = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return [

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from job.audit.audit import Audit, Audited, finish
 from job.audit.rows import AuditSetup
 from job.audit.safety import Screen
+from job.common.formatting import count
 from job.common.near_duplicates import RowHashes
 from job.common.source_list import Source
 from job.data.dataset import load_examples
@@ -226,7 +227,7 @@ def load_rows(
 def _check_weights(examples: Examples, name: str, to: Literal["train", "validate"] = "train") -> None:
     """Refuses rows that all weigh 0: a run on them would learn nothing, or report a validation loss of 0."""
     if not any(examples.weights):
-        what = f"has {len(examples):,} rows to {to} on, and their field weight is 0 in each (JOB_DATA__ROW_WEIGHTS)"
+        what = f"has {count(len(examples), 'row')} to {to} on, and their field weight is 0 (JOB_DATA__ROW_WEIGHTS)"
         raise DataError([Problem(name, f"{what}; give some of them a weight above 0")])
 
 

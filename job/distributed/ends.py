@@ -60,7 +60,7 @@ def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
     """Writes a process's failure to the store, and also as the first failure unless there already is one.
 
     If the process itself has already written its failure, that is kept: its launcher, which calls this too, has less
-        information.
+    information.
     """
     end = json.dumps({"process": process, "code": exit_code, "why": why[:2000]})
     store.compare_set(end_of(process), "", end)

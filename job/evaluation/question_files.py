@@ -34,11 +34,16 @@ def read_questions(path: Path, name: str) -> list[Row]:
 
 
 def as_dataset(rows: Sequence[Row], source: str) -> Any:
-    """The rows as a data set of `datasets`. Raises DataError where fields are of several types."""
+    """The rows as a data set of `datasets`, fields that a row lacks as null.
+
+    Raises:
+        DataError: Fields are of several types.
+    """
     from datasets import Dataset
 
+    names = dict.fromkeys(name for row in rows for name in row.fields)  # `from_list` takes those of the first row alone
     try:
-        return Dataset.from_list([row.fields for row in rows])
+        return Dataset.from_list([{name: row.fields.get(name) for name in names} for row in rows])
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError([Problem(source, f"its rows do not have fields of the same types: {error}")]) from error
 
@@ -109,8 +114,8 @@ def find_misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Proble
             continue
         if not fits:
             what = "has no question, fewer than two choices, an empty choice, or no right choice"
-            what = what if task.OUTPUT_TYPE == MULTIPLE_CHOICE else "has no question, or nothing to answer it with,"
-            yield Problem(where, f"{what} for {task.task_name}")
+            what = what if task.OUTPUT_TYPE == MULTIPLE_CHOICE else "has no question, or nothing to answer it with"
+            yield Problem(where, f"{what}, for {task.task_name}")
         elif task.OUTPUT_TYPE == MULTIPLE_CHOICE and not _labelled(doc.get("choices")):
             yield Problem(where, "has a choices.label that does not give each of choices.text one label")
 
@@ -137,20 +142,32 @@ def _parts(task: Any, doc: dict[str, Any], how: Any = None) -> tuple[Any, Any, A
         Exception: Whatever the task's templates and functions raise; of a field that is null, as if it were missing.
     """
     given = _without_nulls(doc)
+    failure: Exception | None = None
     try:
-        return _made(task, given, how)
-    except Exception as error:
-        if len(given) == len(doc):
-            raise
+        made = _made(task, given, how)
+    except Exception as error:  # noqa: BLE001 - raised again below
+        failure = error
+    if len(given) < len(doc):
         try:
             made = _made(task, doc, how)
-            empty = _made(task, {field: "" if value is None else value for field, value in doc.items()}, how)
-        except Exception:  # noqa: BLE001 - as above
-            raise error from None
-        written, otherwise = (json.dumps(parts, default=str).count("None") for parts in (made, empty))
-        if any(part is None for part in made[::2]) or written > otherwise:
-            raise
-        return made
+        except Exception as error:  # noqa: BLE001 - as above
+            raise failure or error from None
+        if any(part is None for part in made[::2]) or _writes_null(task, doc, how, made):
+            raise failure or ValueError("a field that is null is written as None")
+    elif failure is not None:
+        raise failure
+    return made
+
+
+def _writes_null(task: Any, doc: dict[str, Any], how: Any, made: tuple[Any, Any, Any]) -> bool:
+    """Whether `made` has the word None more often than with empty texts for the fields that are null."""
+    try:
+        otherwise = json.dumps(
+            _made(task, {field: "" if value is None else value for field, value in doc.items()}, how), default=str
+        )
+    except Exception:  # noqa: BLE001 - a template that distinguishes null from an empty text
+        otherwise = json.dumps(_without_nulls(doc), default=str)
+    return json.dumps(made, default=str).count("None") > otherwise.count("None")
 
 
 def _made(task: Any, doc: dict[str, Any], how: Any) -> tuple[Any, Any, Any]:
@@ -167,8 +184,8 @@ def _without_nulls(doc: dict[str, Any]) -> dict[str, Any]:
 def find_example_misfits(task: Any, examples: Sequence[Row], source: str, *, apart: bool = True) -> Iterator[Problem]:
     """Examples that the task's prompts cannot have, or that are questions too.
 
-    lm-eval would show these in their own prompts, with the answer: it expects examples of another split. From one split
-    it leaves the question itself out: `apart` is then false.
+    lm-eval would show these in their own prompts, with the answer: it expects examples of another split. Where it
+    leaves the question itself out of the examples, `apart` is false.
     """
     docs = list(task.eval_docs) if apart else []
     questions = {_identity(task, _without_nulls(doc)) for doc in docs}

@@ -71,7 +71,7 @@ class MeasuredSample(BaseModel):
         target: The right answer as the task gives it.
         responses: Generated answers, or log-likelihoods; several where the task asks several times.
         filtered: By lm-eval's name of a filter, what it made of the responses.
-        values: By metric and filter (`exact_match,strict-match`), value and weight; see `measured`.
+        values: By metric and filter (`exact_match,strict-match`), value and weight; see `task_metrics`.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)

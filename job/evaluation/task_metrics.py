@@ -72,12 +72,12 @@ def how_to_generate(task: str, generation_kwargs: Mapping[str, Any], *, seed: in
     except (TypeError, ValueError) as error:
         problem = f"{task} has generation_kwargs that are no numbers: {error}"
         raise SettingsError([Problem("JOB_EVAL__TASKS", problem)]) from error
-    if most < 1 or top_k < 0 or not 0 < top_p <= 1:
+    stop, temperature = handle_stop_sequences(options.get("until"), eos=None), options.get("temperature", 0.0)
+    draws = bool(options.get("do_sample"))
+    if most < 1 or (draws and (top_k < 0 or not 0 < top_p <= 1)):  # greedy decoding uses neither of the two
         problem = f"{task} asks to generate at most {most} tokens, with top_k {top_k} and top_p {top_p}"
         limits = "at least 1, 0 and more than 0 are needed, and top_p is at most 1"
         raise SettingsError([Problem("JOB_EVAL__TASKS", f"{problem}; {limits}")])
-    stop, temperature = handle_stop_sequences(options.get("until"), eos=None), options.get("temperature", 0.0)
-    draws = bool(options.get("do_sample"))
     if draws and not temperature > 0:
         unknown.append(f"do_sample with a temperature of {temperature}")
     if unknown:

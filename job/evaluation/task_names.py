@@ -21,7 +21,7 @@ from job.evaluation.task_files import GroupFile, TaskFile, is_task_file, own_tas
 
 MULTIPLE_CHOICE = "multiple_choice"
 MEASURED = ("generate_until", "loglikelihood_rolling", "loglikelihood")
-"""Kinds of tasks without choices, whose metrics are such as exact_match or perplexity: see `measured`."""
+"""Kinds of tasks without choices, with metrics such as exact_match or perplexity: see `task_metrics`."""
 T = TypeVar("T")
 KINDS = (MULTIPLE_CHOICE, *MEASURED)
 

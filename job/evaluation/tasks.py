@@ -321,9 +321,15 @@ def _file_misfits(task: Any, user: TaskFile) -> Iterator[Problem]:
     split = task.config.test_split or task.config.validation_split
     yield from find_misfits(task, user.rows[split], user.source)
     few = task.fewshot_cfg
-    if task.config.num_fewshot and few.split != split and few.samples is None:
+    if not task.config.num_fewshot or few.samples is not None:
+        return
+    left_out = few.split == task.config.test_split  # then lm-eval never shows a question as its own example
+    if few.split != split:
         examples = user.rows.get(few.split or task.config.training_split, ())
-        yield from find_example_misfits(task, examples, user.path, apart=False)
+        yield from find_example_misfits(task, examples, user.path, apart=not left_out)
+    elif not left_out:
+        what = f"takes the examples of its prompts from the split of its questions, {split}: a question would be shown"
+        yield Problem(user.path, f"{what} with its answer; name that split as test_split instead of validation_split")
 
 
 def _set_shots(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:

@@ -81,7 +81,7 @@ def _run_no_code() -> None:
 def _without_code(
     load: Any,
     *args: Any,
-    trust_remote_code: object = None,  # noqa: ARG001 - the type that the converter requests is ignored
+    trust_remote_code: object = None,  # noqa: ARG001 - what the converter passes is ignored
     local_files_only: object = None,  # noqa: ARG001
     **options: Any,
 ) -> Any:
@@ -122,7 +122,7 @@ def convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], file
     selector = _type_selector(hparams, file_type, model_class.model_arch)
 
     class Converted(model_class):  # type: ignore[misc, valid-type]
-        """The family's own class, with three of its methods answered here."""
+        """The family's own class, with some of its methods replaced."""
 
         model_arch = model_class.model_arch
         pre: str | None = None
@@ -186,7 +186,7 @@ def computed_otherwise(family: str, hparams: Mapping[str, Any]) -> str | None:
             return f"query_pre_attn_scalar is {scale}, and it divides scores by the square root of {head}"
         every = 2 if family == "Gemma2ForCausalLM" else 6
         kinds = ["sliding_attention" if number % every else "full_attention" for number in range(1, layers + 1)]
-        if hparams.get("layer_types", kinds) != kinds:
+        if (hparams.get("layer_types") or kinds) != kinds:
             return f"layer_types differ from a full attention in every {every}th layer"
     if family == "Qwen3MoeForCausalLM" and not hparams.get("norm_topk_prob"):
         return "norm_topk_prob is false, and it normalizes the weights of the experts"

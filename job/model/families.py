@@ -50,7 +50,7 @@ class Family:
     activation_field: str = "hidden_act"
     """Where config.json names it; where it does not, it is `activation`."""
     activation_alias: str | None = None
-    """Equivalent values in config.json."""
+    """Another value in config.json that means the same."""
     tied: bool = False
     """Whether the output layer is the embedding where config.json does not say it."""
     joined: bool = False

@@ -245,12 +245,12 @@ def _compare(
     The first is by the same operations on numbers of the same shape, so that even in half precision hardly anything
     but a leak from one sequence into the next makes a difference.
     """
-    first, prefix, computed, expected = _parts(sequences)
-    a, b, c, d = len(first), len(prefix), len(computed), len(expected)
+    first, prefix, first_continuation, second_continuation = _parts(sequences)
+    a, b, c, d = len(first), len(prefix), len(first_continuation), len(second_continuation)
     segments = [Segment(0, a), Segment(a, a + b), Segment(a + b, a + b + c, a, a + b)]
     segments.append(Segment(a + b + c, a + b + c + d, a, a + b))
     positions = [*range(a), *range(b), *range(b, b + c), *range(b, b + d)]
-    behind = [*prefix, *computed, *expected]
+    behind = [*prefix, *first_continuation, *second_continuation]
     packed = _packed_logits(model, segments, [*first, *behind], positions)
     changed = _packed_logits(model, segments, [*first[::-1], *behind], positions)
     shared, end = a + b, a + b + c

@@ -320,14 +320,14 @@ def computing_together(model: Any, group: AllGather) -> Iterator[Callable[[], No
     """
     placed = getattr(model, PLACED, None)
     shares = placed.source if placed is not None and isinstance(placed.source, _Shares) else None
-    layer_missing = False
+    other_missing = False
 
     def barrier() -> None:
-        nonlocal layer_missing
+        nonlocal other_missing
         if shares is not None:
             shares.barrier()  # processes that are not there yet may still need layers of this one
         elif _NONE in group.exchange(_AT_BARRIER):
-            layer_missing = True
+            other_missing = True
             raise OtherOutOfMemory
 
     try:
@@ -336,7 +336,7 @@ def computing_together(model: Any, group: AllGather) -> Iterator[Callable[[], No
     except RuntimeError as error:
         # With sharded weights `taking_part` tells the others. Otherwise they are told here, instead of by this
         # process's next barrier.
-        if shares is None and not layer_missing and out_of_memory(error):
+        if shares is None and not other_missing and out_of_memory(error):
             group.exchange(_NONE)
         raise
 

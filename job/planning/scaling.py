@@ -25,7 +25,8 @@ class Division:
 
     Attributes:
         gpus: Their number.
-        parts: Number of parts into which the work is divided: fewer than GPUs where a step has too few rows.
+        parts: Number of equal parts into which the work is divided; the busiest GPU has one. Fewer than GPUs where a
+            step has too few rows.
         training: Share of the speed of that many GPUs that training reaches.
         scoring: The same of scoring questions and rows.
     """

@@ -19,7 +19,7 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
     lines = [f"{results['model']['id']} + LoRA, {work}, loss {training['loss']:.3f}, {speed}"]
     if first := training.get("first_stage"):
-        lines.append(f"before that {first['steps']} steps of {first['method']}, loss {first['loss']:.3f}")
+        lines.append(f"before that {count(first['steps'], 'step')} of {first['method']}, loss {first['loss']:.3f}")
     if rewards := training.get("preference"):
         named = {name: rewards[f"rewards/{name}"] for name in ("margins", "accuracies") if f"rewards/{name}" in rewards}
         figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items())

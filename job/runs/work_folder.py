@@ -22,6 +22,7 @@ from job.common.disk import disk_errors
 from job.errors import Problem, SettingsError
 
 PREFIX = "qlora-job-"
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -33,29 +34,61 @@ def work_folder(cache: str | None, run: str, attempt: int, *, cleans: bool) -> I
         run: Names the run: the URI of its store.
         attempt: The attempt's number.
         cleans: Whether to remove what earlier attempts at the run left here; one process of a machine does.
-
-    Raises:
-        SettingsError, AccessDenied, Unreachable: No folder can be made there.
     """
     parent = Path(cache or tempfile.gettempdir())
-    what = f"{'JOB_STORAGE__CACHE: ' if cache else ''}cannot make the folder {parent}"
+    setting = "JOB_STORAGE__CACHE" if cache else "TMPDIR"
+    with _folder_errors(setting, f"cannot make the folder {parent}"):
+        parent.mkdir(parents=True, exist_ok=True)
     of_run = f"{PREFIX}{sha256(run.encode()).hexdigest()[:12]}-"
-    try:
-        with disk_errors(what):
-            parent.mkdir(parents=True, exist_ok=True)
-            if cleans:
-                _remove_left(parent, of_run, attempt)
-            own = tempfile.TemporaryDirectory(prefix=f"{of_run}{attempt}-", dir=parent, ignore_cleanup_errors=True)
-    except FileNotFoundError as error:  # though its parents were to be made: such as in /proc
-        raise SettingsError([Problem(what, f"{error.strerror}; give another path")]) from error
-    with own as name:
-        lock = _open_lock(Path(name))
+    if cleans:
+        for left in parent.glob(f"{of_run}*"):
+            number = re.match(r"\d+", left.name.removeprefix(of_run))
+            if number is not None and int(number[0]) < attempt:
+                _remove_unless_used(left)
+    with _folder_errors(setting, f"cannot make a folder in {parent}"):
+        folder, lock = _make_locked(f"{of_run}{attempt}-", parent)
+    with folder as name:
         try:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield Path(name)
         finally:
             os.close(lock)
+
+
+def _make_locked(prefix: str, parent: Path) -> tuple[tempfile.TemporaryDirectory[str], int]:
+    """A new folder and its lock, which is held.
+
+    Until it is held, another process may take the folder for one that was left, and remove it: then a new one is made.
+    """
+    while True:
+        folder = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+        with suppress(FileNotFoundError):
+            lock = _open_lock(Path(folder.name))
+            if _take(lock, Path(folder.name)):
+                return folder, lock
+            os.close(lock)
+        folder.cleanup()
+
+
+def _take(lock: int, folder: Path) -> bool:
+    """Takes the lock of a new folder; False if another process removes the folder, or has removed it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock), (folder / _LOCK).stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:  # a file system without locks: no process removes the folder
+        return True
+
+
+@contextmanager
+def _folder_errors(setting: str, what: str) -> Iterator[None]:
+    """Errors of making a folder as errors of the job that name the setting."""
+    with disk_errors(f"{setting}: {what}"):
+        try:
+            yield
+        except FileNotFoundError:  # though its parents were made: such as in /proc
+            problem = Problem(setting, f"{what}: its file system allows no new folders; give another path")
+            raise SettingsError([problem]) from None
 
 
 @contextmanager
@@ -68,14 +101,6 @@ def folder_for(what: str, cache: str | None) -> Iterator[Path]:
     """
     with work_folder(cache, what, int(time.time()), cleans=True) as folder:
         yield folder
-
-
-def _remove_left(parent: Path, of_run: str, attempt: int) -> None:
-    """Removes what attempts before this one left."""
-    for left in parent.glob(f"{of_run}*"):
-        number = re.match(r"\d+", left.name.removeprefix(of_run))
-        if number is not None and int(number[0]) < attempt:
-            _remove_unless_used(left)
 
 
 def _remove_unless_used(folder: Path) -> None:
@@ -91,4 +116,4 @@ def _remove_unless_used(folder: Path) -> None:
 
 def _open_lock(folder: Path) -> int:
     """A file in the folder, open for writing: NFS locks no other. Its lock ends with the process."""
-    return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    return os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)

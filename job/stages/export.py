@@ -283,7 +283,7 @@ def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -
     return _Made(record, artifacts)
 
 
-def _make_derived(own: _Export, name: str, merged: ExportFiles, work: Path) -> dict[str, Any]:
+def _make_derived(context: _Export, name: str, merged: ExportFiles, work: Path) -> dict[str, Any]:
     """Makes a format from the merged model, in the first process of a machine.
 
     Returns:
@@ -294,11 +294,11 @@ def _make_derived(own: _Export, name: str, merged: ExportFiles, work: Path) -> d
         Unreachable: The disk is full.
         TrainingFailed: Memory ran out.
     """
-    settings, (derived_by, kind) = own.settings, derived_format(name)
+    settings, (derived_by, kind) = context.settings, derived_format(name)
     rows, calibration = list[tuple[int, ...]](), None
     if find_format(name).calibrated:
         rows, calibration = calibration_examples(
-            own.sources.examples, settings.run.seed, settings.export.calibration_rows
+            context.sources.examples, settings.run.seed, settings.export.calibration_rows
         )
     log.get_logger().info("quantizing", export=name, calibration_rows=len(rows))
     inputs = DerivedInputs(
@@ -307,9 +307,9 @@ def _make_derived(own: _Export, name: str, merged: ExportFiles, work: Path) -> d
         folder=work / "files",
         work=work / "work",
         calibration=rows,
-        device=own.how.device,
+        device=context.how.device,
         seed=settings.run.seed,
-        alive=own.attempt.alive,
+        alive=context.attempt.alive,
         steps=settings.export.quantization_steps,
     )
     work.mkdir(parents=True)

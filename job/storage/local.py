@@ -243,7 +243,7 @@ class LocalStore:
         try:
             hidden.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError:  # though its parents were to be made: such as in /proc
-            what = "cannot be a folder for files: its file system makes none there; give another path"
+            what = "cannot be used: its file system allows no new folders; give another path"
             raise SettingsError([Problem(str(self._root), what)]) from None
         for old in hidden.glob(f"*{_TEMPORARY}"):
             with suppress(FileNotFoundError):

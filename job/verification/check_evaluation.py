@@ -50,7 +50,7 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     of_measured, wrong = _measured(measured, copies)
     differences += wrong
     differences += _groups(results, *(Evaluated(scored[side], [], of_measured[side]) for side in ("base", "adapter")))
-    questions += sum(computed["n"] for computed in measured.values())
+    questions += sum(task["n"] for task in measured.values())
     extent = f"{count(len(tasks) + len(measured), 'task')}, {count(questions, 'question')} answered twice"
     return CheckResult("evaluation", extent, tuple(differences), tuple(_other_bound(results)))
 

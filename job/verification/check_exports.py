@@ -104,7 +104,7 @@ def _check_one(
     if export["candidate"] not in export["candidates"]:
         yield Difference(f"{place}.candidate", export["candidate"], "no such candidate")
     if export["format"] != MERGED and not is_adapter(export["format"]):
-        merged = next((figures["candidate"] for figures in results["exports"] if figures["format"] == MERGED), None)
+        merged = next((other["candidate"] for other in results["exports"] if other["format"] == MERGED), None)
         yield from find_differences(f"{place}.candidate", export["candidate"], merged)
     if export.get("published", True):
         yield from _files(export, results, copies)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING as MISSING_DEFAULT
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from job.common.bad_row_reasons import with_reasons
@@ -182,10 +182,15 @@ def _as_pulled(dataset: Mapping[str, Any], pulled: Pulled) -> dict[str, Any]:
 
 
 def _completed(claimed: Mapping[str, Any], record: Any) -> dict[str, Any]:
-    """A record in the manifest, with the defaults of fields that were added after the manifest's version."""
+    """A record in the manifest, and those in it, with the defaults of fields that were added after its version."""
     plain = [one for one in fields(record) if one.default is not MISSING_DEFAULT]
     created = {one.name: one.default_factory() for one in fields(record) if one.default_factory is not MISSING_DEFAULT}
-    return {**{one.name: one.default for one in plain}, **created, **claimed}
+    parts = {
+        one.name: _completed(claimed[one.name], part)
+        for one in fields(record)
+        if is_dataclass(part := getattr(record, one.name)) and isinstance(claimed.get(one.name), Mapping)
+    }
+    return {**{one.name: one.default for one in plain}, **created, **claimed, **parts}
 
 
 def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Difference]:

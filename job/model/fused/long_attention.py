@@ -4,9 +4,9 @@ On a Hopper GPU that is cuDNN's forward pass with a backward pass of this projec
 backward pass sums the gradient of the queries in no fixed order. Elsewhere it is torch's FlashAttention kernel in its
 deterministic mode, called so that it uses all of a GPU's streaming multiprocessors (SMs).
 
-In that mode the flash kernel's backward pass gives every thread block that adds to the gradient of the queries an fp32
-separate copy, and sums the copies in a fixed order. For b segments and h heads it launches ceil(SMs / (b h)) blocks
-for each segment and head, and as many copies. Two things follow for a row that is alone in its micro-batch:
+In that mode the flash kernel's backward pass gives every thread block that adds to the gradient of the queries a
+separate fp32 copy, and sums the copies in a fixed order. For b segments and h heads it launches ceil(SMs / (b h))
+blocks for each segment and head, and as many copies. Two things follow for a row that is alone in its micro-batch:
 
 - Empty segments count in b, but have no work. With eight segments, as in a padded sequence, a row with 32 heads is
   computed by 32 blocks, and 100 of an H100's 132 SMs are idle. So the row is the only segment here.

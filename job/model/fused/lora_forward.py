@@ -43,8 +43,8 @@ class _Adapted(torch.autograd.Function):
     """The formula above for all layers with a common input, with gradients for x, A and B alone.
 
     `trained` are the fp32 A's and then the B's: autograd has to see them to give them their gradients. What is
-    multiplied are their copies in the compute dtype, which `common` holds; those of B already
-    contain the scale, s B, so that the forward pass need not do so.
+    multiplied are their copies in the compute dtype, which `common` holds; those of B already contain the scale, s B,
+    so that the forward pass does not multiply by it.
     """
 
     @staticmethod

@@ -223,7 +223,7 @@ def _joined(modules: Sequence[Any], dtype: torch.dtype, *, keep: bool, apart: bo
     weights = [_weight(layer, dtype, keep=False) for layer in inner]
     biases = [layer.bias for layer in inner]
     bias = None
-    if any(product is not None for product in biases):
+    if any(one is not None for one in biases):
         parts = zip(biases, inner, strict=True)
         device = inner[0].weight.device
         bias = torch.cat([torch.zeros(o.out_features, device=device) if b is None else b.detach() for b, o in parts])

@@ -187,7 +187,7 @@ def attention_fails(operations: Operations, heads: HeadSizes, device: torch.devi
 def _why_not_attend(operations: Operations, heads: HeadSizes, device: torch.device) -> str:
     """Why attention fails its test, empty if it passes: a small tree of segments, compared with torch's in fp32."""
     # More tokens than one program of the kernel computes. Two roots; the first has two children, one of which has a
-    # separate child.
+    # child.
     segments = [
         Segment(0, 100),
         Segment(100, 150, 0, 100),

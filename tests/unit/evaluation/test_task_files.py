@@ -212,6 +212,20 @@ def test_rows_that_make_no_question_are_named(
     load_tasks([str(path)], {}, {})
 
 
+def test_fields_that_some_rows_lack_are_used_where_they_are(tmp_path: Path) -> None:
+    """Also if the first row lacks them. Refused is only a row whose prompt would have the word None for it."""
+    rows = [{"question": "a", "answer": "1"}, {"question": "b", "answer": "2", "hint": {"text": "None of it"}}]
+    for condition in ("hint", "hint is not none"):
+        template = f"{{% if {condition} %}}{{{{hint.text}}}}: {{% endif %}}{{{{question}}}}"
+        path = write_task(tmp_path, doc_to_text=template, num_fewshot=0)
+        write_jsonl(tmp_path / "test.jsonl", rows)
+        assert load_tasks([str(path)], {}, {}).prompts(None) == {"sums": ["a", "None of it: b"]}
+    path = write_task(tmp_path, doc_to_text="{% if hint is defined %}{{hint}}: {% endif %}{{question}}", num_fewshot=0)
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    with pytest.raises(DataError, match=r"test\.jsonl:1: .*null is written as None"):
+        load_tasks([str(path)], {}, {})
+
+
 def test_examples_with_missing_fields_are_named(tmp_path: Path) -> None:
     """An example whose answer is null would be shown with the answer None, where the prompts have examples."""
     path = write_task(tmp_path)
@@ -220,6 +234,21 @@ def test_examples_with_missing_fields_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.jsonl:3: does not match"):
         load_tasks([str(path)], {}, {})
     load_tasks([str(path)], {}, {}, 0)
+
+
+def test_a_question_is_not_shown_with_its_answer(tmp_path: Path) -> None:
+    """lm-eval leaves a question out of its own examples only where these come from `test_split`."""
+    path = write_task(tmp_path)
+    rows = [{"question": f"what is {n} and {n + 2}?", "answer": str(2 * n + 2)} for n in range(3, 6)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    with pytest.raises(DataError, match=r"train\.jsonl:3: is also a question of sums") as caught:
+        load_tasks([str(path)], {}, {})
+    assert len(caught.value.problems) == 1
+    load_tasks([str(path)], {}, {}, 0)
+    one = {"dataset_kwargs": {"data_files": {"test": "test.jsonl"}}, "fewshot_split": "test"}
+    load_tasks([str(write_task(tmp_path, **one))], {}, {})
+    with pytest.raises(DataError, match="name that split as test_split instead of validation_split"):
+        load_tasks([str(write_task(tmp_path, **one, test_split=None, validation_split="test"))], {}, {})
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,7 @@ def test_sampled_answers_come_from_the_seed(base_folder: Path, tokenizer: Any, t
         ({"until": "\n", "max_gen_toks": 9}, HowToGenerate(9, ("\n",))),
         ({"until": ["a"], "do_sample": False, "temperature": 0.0}, HowToGenerate(256, ("a",))),
         ({"temperature": 0.5, "top_p": 0.9}, HowToGenerate(256, (), Sampling(0.5, 50, 0.9, 7))),
+        ({"do_sample": False, "top_k": -1}, HowToGenerate(256)),
         ({"temperature": 0.5, "top_k": 0}, HowToGenerate(256, (), Sampling(0.5, 0, 1.0, 7))),
         ({"do_sample": True, "temperature": 0.0}, None),
         ({"repetition_penalty": 1.2}, None),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
-from job.errors import AccessDenied, SettingsError
+from job.errors import AccessDenied, JobError, SettingsError, Unreachable
+from job.runs import work_folder as module
 from job.runs.work_folder import folder_for, work_folder
 
 KILLED = """
@@ -51,16 +54,54 @@ def test_a_killed_push_leaves_nothing_for_good(tmp_path: Path) -> None:
         assert folder.is_dir()
 
 
-def test_a_cache_where_no_folder_can_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands make the folder without having looked at it before; one that is there may be read-only."""
+def test_a_cache_below_a_file_is_a_mistake_in_the_settings(tmp_path: Path) -> None:
+    """Commands make the folder without having looked at it before."""
     (tmp_path / "file").touch()
-    for cache in (f"{tmp_path}/file/cache", "/proc/cache"):
-        with pytest.raises(SettingsError, match="JOB_STORAGE__CACHE: cannot make"), folder_for("a push", cache):
-            pass
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "mkdir", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
-        with pytest.raises(AccessDenied, match="JOB_STORAGE__CACHE: cannot make"), folder_for("a push", str(tmp_path)):
-            pass
+    with pytest.raises(SettingsError, match="cannot make the folder"), folder_for("a push", f"{tmp_path}/file/cache"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.ENOENT, SettingsError), (errno.EROFS, AccessDenied), (errno.ENOSPC, Unreachable)]
+)
+def test_a_cache_without_room_for_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[JobError]
+) -> None:
+    """One that is there, but read-only, full, or of a file system such as /proc, which says that it does not exist."""
+
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number), str(tmp_path))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(error, match="JOB_STORAGE__CACHE: cannot make a folder in"), folder_for("a push", str(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize("moment", ["before it has a lock", "before its lock is held", "while it is removed"])
+def test_a_folder_that_another_process_takes_for_a_left_one_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Of two commands on the same run with the same cache, one may find the other's folder before it is locked."""
+    open_lock, removed = module._open_lock, list[Path]()
+
+    def found_by_another(folder: Path) -> int:
+        if removed:
+            return open_lock(folder)
+        removed.append(folder)
+        if moment == "before it has a lock":
+            shutil.rmtree(folder)
+        lock = open_lock(folder)
+        if moment == "before its lock is held":
+            shutil.rmtree(folder)
+        if moment == "while it is removed":
+            fcntl.flock(others.enter_context((folder / ".lock").open()), fcntl.LOCK_EX)
+        return lock
+
+    monkeypatch.setattr(module, "_open_lock", found_by_another)
+    with ExitStack() as others, folder_for("a push", str(tmp_path)) as folder:
+        assert folder.is_dir()
+        assert folder not in removed
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_in_use_or_of_another_run_stays(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_a_file_system_that_makes_no_folders_is_a_wrong_path(
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    with pytest.raises(SettingsError, match=f"{root}: cannot be a folder for files"):
+    with pytest.raises(SettingsError, match=f"{root}: cannot be used: its file system allows no new folders"):
         store.write("a", b"new")
 
 
