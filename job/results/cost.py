@@ -96,7 +96,7 @@ def _may_have_done_more(attempt: AttemptRecord, *, training_noted: bool) -> bool
     if attempt.outcome != "killed" or _AFTER_TRAINING & attempt.stage_seconds.keys():
         return False
     lost = not attempt.seconds  # its record was damaged or removed
-    return lost or not training_noted or Stage.TRAIN.value in attempt.stage_seconds
+    return lost or not training_noted or attempt.last_step > 0 or Stage.TRAIN.value in attempt.stage_seconds
 
 
 def repeated_steps(results: Mapping[str, Any]) -> tuple[int, bool, list[bool]]:
