@@ -16,27 +16,27 @@ from job.records import FP8
 from job.results.reader import scored_in
 
 _SAYS = {
-    "improved": "Better than its {base} at {tasks}.",
-    "regressed": "Worse than its {base} at {tasks}.",
-    "inconclusive": "No difference shown at {tasks}.",
+    "improved": "Better than its {base} on {tasks}.",
+    "regressed": "Worse than its {base} on {tasks}.",
+    "inconclusive": "No difference shown on {tasks}.",
 }
 _SAYS_OF_BOTH = {
-    ("improved", "improved"): "Better than its base at {tasks}, quantized or not.",
+    ("improved", "improved"): "Better than its base on {tasks}, quantized or not.",
     ("improved", "inconclusive"): (
-        "Better than its quantized base at {tasks}, not shown to be better than the unquantized one."
+        "Better than its quantized base on {tasks}, not shown to be better than the unquantized one."
     ),
-    ("improved", "regressed"): "Better than its quantized base at {tasks}, but worse than the unquantized one.",
-    ("regressed", "improved"): "Worse than its quantized base at {tasks}, but better than the unquantized one.",
+    ("improved", "regressed"): "Better than its quantized base on {tasks}, but worse than the unquantized one.",
+    ("regressed", "improved"): "Worse than its quantized base on {tasks}, but better than the unquantized one.",
     ("regressed", "inconclusive"): (
-        "Worse than its quantized base at {tasks}, no difference to the unquantized one shown."
+        "Worse than its quantized base on {tasks}, no difference to the unquantized one shown."
     ),
-    ("regressed", "regressed"): "Worse than its base at {tasks}, quantized or not.",
+    ("regressed", "regressed"): "Worse than its base on {tasks}, quantized or not.",
     ("inconclusive", "improved"): (
-        "No difference to its quantized base shown at {tasks}, but better than the unquantized one."
+        "No difference to its quantized base shown on {tasks}, but better than the unquantized one."
     ),
-    ("inconclusive", "inconclusive"): "No difference to its base shown at {tasks}, quantized or not.",
+    ("inconclusive", "inconclusive"): "No difference to its base shown on {tasks}, quantized or not.",
     ("inconclusive", "regressed"): (
-        "No difference to its quantized base shown at {tasks}, and worse than the unquantized one."
+        "No difference to its quantized base shown on {tasks}, and worse than the unquantized one."
     ),
 }
 """By the verdicts against the quantized base and against the unquantized one."""

@@ -110,7 +110,7 @@ def test_it_tells_what_a_user_has_to_know(made: dict[str, Any]) -> None:
     """Verdict with interval, recipe, limits, how to load and how to verify, hashes."""
     text = read(made).text
     for told in (
-        "**Better than its quantized base at arc_easy.**",
+        "**Better than its quantized base on arc_easy.**",
         "| arc_easy | 400 | acc | ",
         "| LoRA rank, alpha, dropout | 16, 16, 0.0 |",
         "| learning rate | 0.0002, linear after 5 steps of warmup |",

@@ -81,7 +81,7 @@ def page(made: dict[str, Any], found: report.ReportData) -> Page:
 def test_the_verdict_comes_first(page: Page, made: dict[str, Any]) -> None:
     """A sentence for each verdict as heading, before any figure; then what it rests on."""
     text = " ".join(page.text.split())
-    heading = "Better than its quantized base at arc_easy. No difference shown at piqa."
+    heading = "Better than its quantized base on arc_easy. No difference shown on piqa."
     assert heading in text
     assert text.index(heading) < text.index("Of 400 questions of arc_easy")
     assert made["evaluation"]["tasks"]["arc_easy"]["verdict"] == "improved"

@@ -53,14 +53,14 @@ def test_several_tasks_are_told_apart() -> None:
     """One sentence a verdict, naming up to three tasks and counting more."""
     found = run(one=(60, 0), two=(0, 60), three=(0, 0), four=(60, 1))
     assert wording.headline(found) == [
-        ("improved", "Better than its quantized base at one and four."),
-        ("regressed", "Worse than its quantized base at two."),
-        ("inconclusive", "No difference shown at three."),
+        ("improved", "Better than its quantized base on one and four."),
+        ("regressed", "Worse than its quantized base on two."),
+        ("inconclusive", "No difference shown on three."),
     ]
     found["model"]["quantization"] = "none"
     one, three = (found["evaluation"]["tasks"][name] for name in ("one", "three"))
     found["evaluation"]["tasks"] = {f"task{number}": one for number in range(5)} | {"last": three}
-    assert wording.headline(found)[0][1] == "Better than its base at 5 of 6 tasks."
+    assert wording.headline(found)[0][1] == "Better than its base on 5 of 6 tasks."
 
 
 @pytest.mark.parametrize(
