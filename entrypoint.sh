@@ -77,4 +77,4 @@ if [ -n "$problem" ]; then # refused, unless the settings say that the job may r
     refuse "$problem: $remedy. With JOB_RUN__DEVICE=cpu the job runs without; JOB_PRESET=demo needs none." $code ;; esac
   say info "$problem: going on without" && export CUDA_VISIBLE_DEVICES=
 fi
-exec python -m job "$@"
+exec env --block-signal=TERM python -m job "$@" # process 1 would lose the signal until Python handles it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from job.common import garbage_collection
@@ -16,6 +17,8 @@ def run() -> NoReturn:
     The shutdown would take a second to free the libraries' modules, and would wait for threads that are still
     downloading. `main` has flushed and closed everything that matters when it returns.
     """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # not where the parent process ignores it
+        signal.signal(signal.SIGTERM, _stopped_early)
     garbage_collection.disable()
     _open_closed_streams()
     _undo_inherited_signals()
@@ -30,6 +33,16 @@ def run() -> NoReturn:
         except OSError:  # the output is lost, for example on a full disk: not a success
             code = code or 1
     os._exit(code)
+
+
+def _stopped_early(*_: object) -> NoReturn:
+    """Ends a process that is stopped before, or between, the handlers of a run: as preempted, so that it is retried.
+
+    Process 1 of a container would ignore the signal, and be killed after the grace period.
+    """
+    with suppress(OSError):
+        os.write(2, b'{"event": "stopped by SIGTERM", "level": "error", "exit_code": 75}\n')
+    os._exit(75)
 
 
 def _open_closed_streams() -> None:
@@ -49,6 +62,8 @@ def _open_closed_streams() -> None:
 
 def _undo_inherited_signals() -> None:
     """Undoes what the parent process set for itself: blocked signals, and CHLD ignored.
+
+    The entrypoint blocks TERM, which is pending if it came since then.
 
     Else the request to stop would not arrive, and the exit codes of this process's own children would be lost: Python
     takes them for 0.

@@ -128,10 +128,19 @@ def _problems_by_line(render: Processor) -> Processor:
 
 
 def scrub(text: str, secrets: Sequence[str]) -> str:
-    """The text with every secret in it replaced by asterisks."""
-    for secret in secrets:
-        text = text.replace(secret, "***").replace(json.dumps(secret)[1:-1], "***")
-    return text
+    """The text with every secret in it replaced by asterisks, also where one overlaps or begins another."""
+    spans = []
+    for form in {form for secret in secrets for form in (secret, json.dumps(secret)[1:-1])}:
+        at = text.find(form)
+        while at >= 0:
+            spans.append((at, at + len(form)))
+            at = text.find(form, at + 1)
+    hidden, end = [], 0
+    for start, stop in sorted(spans):
+        if start >= end:
+            hidden += [text[end:start], "***"]
+        end = max(end, stop)
+    return "".join([*hidden, text[end:]])
 
 
 def without_secrets(text: str) -> str:

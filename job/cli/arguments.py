@@ -260,11 +260,11 @@ def parse_arguments(argv: Sequence[str], arguments: Sequence[Argument]) -> Argum
     remaining = iter(argv)
     for word in remaining:
         name, equals, value = word.partition("=")
-        if not word.startswith("--"):
+        if not word.startswith("-"):
             parsed.runs.append(word)
         elif name in options and not options[name].takes_value and not equals:
             parsed.flags.add(name)
-        elif name in options or "." in name:
+        elif name in options or ("." in name and word.startswith("--")):
             value = value if equals else next(remaining, "")
             if not value:
                 problems.append(Problem(name, f"needs a value: {name} VALUE"))

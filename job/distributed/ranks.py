@@ -23,6 +23,7 @@ PORT = 29400
 _MOST_PROCESSES, _MOST_PORT = 1_000_000, 65_535
 _NUMBER = re.compile(r"[0-9]{1,7}", re.ASCII)
 _MAX_FILE_BYTES = 1 << 20
+_MANY = "1000"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,20 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
         launcher=int(environ.get(LAUNCHER) or 0),
         restart=int(environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
     )
+
+
+def known_rank(environ: Mapping[str, str]) -> Place | None:
+    """Like `find_place`, also where other variables than the address are wrong: enough to tell the other processes.
+
+    A wrong rank is replaced by the world size, which no process has as its rank; a wrong world size by one larger than
+    most, so that process 0 waits for the others as long as it may. None without a launcher, or with a wrong address.
+    """
+    wrong = dict(find_faults(environ))
+    if wrong.keys() & {"MASTER_ADDR", "MASTER_PORT"}:
+        return None
+    size = _MANY if "WORLD_SIZE" in wrong else environ.get("WORLD_SIZE") or "1"
+    values = {"RANK": size, "LOCAL_RANK": "0", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": "1"}
+    return find_place({**environ, **{name: values[name] for name in wrong}})
 
 
 def find_faults(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:

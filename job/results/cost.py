@@ -71,7 +71,7 @@ def compute_cost(
     }
 
 
-def exact_repeats(attempts: Sequence[AttemptRecord], *, first_step_noted: bool = True) -> list[bool]:
+def exact_repeats(attempts: Sequence[AttemptRecord], *, training_noted: bool = True) -> list[bool]:
     """Of each attempt, whether its `repeated_steps` are all that it repeated; otherwise they are a lower bound.
 
     Steps that a killed attempt did after its last note are in no record. A later attempt that does them again counts
@@ -79,30 +79,30 @@ def exact_repeats(attempts: Sequence[AttemptRecord], *, first_step_noted: bool =
 
     Args:
         attempts: All attempts of the run, in order.
-        first_step_noted: Whether each attempt has noted its first step at once, as it does since the manifest has
-            `repeated_steps_exact`; if so, a killed attempt without a step in its record has done none.
+        training_noted: Whether each attempt has noted before its first step that it trains, as it does since the
+            manifest has `repeated_steps_exact`; if so, a killed attempt whose record lacks that has done no step.
     """
     exact, furthest, unrecorded = list[bool](), 0, False
     for attempt in attempts:
-        own = _may_have_done_more(attempt, first_step_noted=first_step_noted)
+        own = _may_have_done_more(attempt, training_noted=training_noted)
         later_repeats = own and (unrecorded or attempt.last_step < furthest)
         exact.append(not later_repeats and (not unrecorded or attempt.last_step <= furthest))
         furthest, unrecorded = max(furthest, attempt.last_step), unrecorded or own
     return exact
 
 
-def _may_have_done_more(attempt: AttemptRecord, *, first_step_noted: bool) -> bool:
+def _may_have_done_more(attempt: AttemptRecord, *, training_noted: bool) -> bool:
     """Whether an attempt may have done steps that its record lacks."""
     if attempt.outcome != "killed" or _AFTER_TRAINING & attempt.stage_seconds.keys():
         return False
     lost = not attempt.seconds  # its record was damaged or removed
-    return lost or not first_step_noted or attempt.last_step > 0
+    return lost or not training_noted or attempt.last_step > 0 or Stage.TRAIN.value in attempt.stage_seconds
 
 
 def repeated_steps(results: Mapping[str, Any]) -> tuple[int, bool, list[bool]]:
     """The repeated steps that a manifest of any version knows of, whether these are all, and that of each attempt."""
     attempts = [AttemptRecord(**attempt) for attempt in results["run"]["attempts"]]
-    exact = exact_repeats(attempts, first_step_noted="repeated_steps_exact" in results["cost"])
+    exact = exact_repeats(attempts, training_noted="repeated_steps_exact" in results["cost"])
     return sum(attempt.repeated_steps for attempt in attempts), all(exact), exact
 
 

@@ -164,10 +164,7 @@ class Attempt:
             self.repeated_steps += 1
             self.repeated_seconds += seconds
         self.last_step = step
-        if self.steps == 1:  # so that a record without a step is one of an attempt that did none, even if it is killed
-            self.note("running")
-        else:
-            self._note_if_due()
+        self._note_if_due()
         self.faults.at("step", step)
 
     def validated(self, metrics: ValidationMetrics) -> None:
@@ -210,6 +207,8 @@ class Attempt:
             self._stage = (name, time.monotonic())
             self.questions = 0
             try:
+                if stage is Stage.TRAIN:  # so that a record without it is of an attempt that did no step
+                    self.note("running")
                 yield
             except BaseException:
                 self._failed_in = name

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from job.common.export_formats import split_name
 from job.common.findings import ALL, KINDS, Action
 from job.common.source_list import is_single, parse_sources
-from job.storage.location import schemes
+from job.storage.location import mistyped, schemes
 
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
@@ -227,6 +227,8 @@ def _location(text: str) -> str:
         raise ValueError("~ is not expanded; write the whole path")
     scheme, separator, rest = text.partition("://")
     if not separator:
+        if (problem := mistyped(text)) is not None:
+            raise ValueError(problem)
         if _ONE_SLASH.match(text):
             raise ValueError("has one slash after the colon; write s3://bucket/key (or gs, az), or ./ before a path")
         return text

@@ -12,11 +12,11 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from pydantic import ValidationError
 
-from job.distributed.ranks import Place, find_faults, find_machines, find_place
+from job.distributed.ranks import Place, find_faults, find_machines, find_place, known_rank
 from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
 from job.settings.combinations import impossible_values, undeliverable
@@ -51,7 +51,7 @@ _SECRET = re.compile(
     r"(?!.*(FILE|DIR|PATH)$)",
     re.IGNORECASE,
 )
-_LOGIN = re.compile(r"://([^/@\s]+:[^/@\s]+@)")  # in the address of a tracker or a proxy
+_LOGIN = re.compile(r"://([^/:@\s]+:([^/\s]+)@)")  # in the address of a tracker or a proxy
 _HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(\w+_)?HEADERS")  # name=value pairs with commas, values escaped as in URLs
 _SHORTEST_SECRET, _LARGEST_SECRET = 8, 1 << 16
 
@@ -112,7 +112,7 @@ def known_place(
     For a process whose settings are not valid, to tell the others. None for a single process, or without a launcher.
     """
     environ = os.environ if environ is None else environ
-    if list(find_faults(environ)) or (place := find_place(environ)) is None or place.world_size == 1:
+    if (place := known_rank(environ)) is None or place.world_size == 1:
         return None
     settings, wrong = _read(Request(arguments, environ, detect(environ)), {"run.id"})
     return place, None if wrong or settings.sources["run.id"] == "generated" else settings.run.id
@@ -197,7 +197,7 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     files = _secret_files(environ.get(environment_name(SECRETS_DIR)))
     texts = [*environ.items(), *files.items()]
     secret_values = [value for name, value in texts if _SECRET.search(name)]
-    in_urls = [login for _, value in texts for login in _LOGIN.findall(value)]
+    in_urls = [part for _, value in texts for login in _LOGIN.findall(value) for part in login]
     in_headers = [
         part
         for name, value in texts
@@ -205,9 +205,15 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
         for pair in value.split(",")
         for part in (pair.partition("=")[2].strip(), *unquote(pair.partition("=")[2]).split())
     ]
-    # The longest first: one that begins another would leave the rest of it to be read.
-    values = sorted(dict.fromkeys([*secret_values, *in_urls, *in_headers]), key=len, reverse=True)
+    in_forms = [form for value in secret_values for form in _forms(value)]
+    values = dict.fromkeys([*in_forms, *in_urls, *map(unquote, in_urls), *in_headers])
     return tuple(secret for secret in values if len(secret) >= _SHORTEST_SECRET)
+
+
+def _forms(secret: str) -> tuple[str, ...]:
+    """A secret as it may be written: without white space around it, each line alone, and as in a URL."""
+    lines = [line.strip() for line in secret.splitlines()]
+    return (secret, *lines, *(form for line in lines for form in (quote(line), quote(line, ""), unquote(line))))
 
 
 def _secret_files(folder: str | None) -> dict[str, str]:

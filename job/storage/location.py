@@ -79,9 +79,8 @@ class Location:
             known = " nor ".join(f"{scheme}://bucket/prefix" for scheme in schemes())
             raise SettingsError([Problem(text or "''", f"is neither {known} nor a path")])
         if not separator:
-            scheme, one_slash, rest = text.partition(":/")
-            if one_slash and scheme in schemes():
-                raise SettingsError([Problem(text, f"has one slash after the colon; write {scheme}://{rest}")])
+            if (meant := mistyped(text)) is not None:
+                raise SettingsError([Problem(text, meant)])
             return cls(LOCAL, "", text)
         bucket, _, key = rest.partition("/")
         key = key.removesuffix("/")
@@ -109,6 +108,19 @@ class Location:
 def is_remote(place: str) -> bool:
     """Whether a place that was checked before is the URI of a store, and not a path or hub id."""
     return "://" in place
+
+
+def mistyped(text: str) -> str | None:
+    """What is wrong with a URI of a store that lacks its colon or a slash; None for a path.
+
+    Read as a path, it would put the results into a folder that is lost with the machine.
+    """
+    match = re.match(rf"({'|'.join(schemes())})(:/?|//)(?!/)(.*)", text)
+    if match is None:
+        return None
+    scheme, given, rest = match.groups()
+    lacks = {":/": "has one slash after the colon", ":": "has no slashes after the colon", "//": "has no colon"}[given]
+    return f"{lacks}; write {scheme}://{rest or 'bucket/prefix'}, or ./ before a path"
 
 
 def schemes() -> list[str]:

@@ -106,6 +106,16 @@ cli.main = main"""
     assert ended(script).returncode == 13
 
 
+def test_a_request_to_stop_that_came_before_python_is_a_preemption() -> None:
+    """Blocked since the entrypoint ended; process 1 of a container would have ignored it, any other ended with 143."""
+    script = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+os.kill(os.getpid(), signal.SIGTERM)
+cli.main = lambda: 0"""
+    assert ended(script).returncode == 75
+
+
 def test_characters_without_bytes_are_printed_as_escapes() -> None:
     """Where stdout is not UTF-8, or a name has none, a result is printed all the same."""
     script = "sys.stdout.reconfigure(encoding='ascii')\nfrom job import log"

@@ -239,6 +239,20 @@ def test_invalid_settings_of_a_process_are_told_in_torchruns_store(monkeypatch: 
     assert "process 0 has ended" in str(end_of_joining("r", 1, store.port))
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"RANK": "5"}, {"RANK": ""}, {"LOCAL_RANK": "x"}, {"WORLD_SIZE": "x"}, {"LOCAL_WORLD_SIZE": "0"}]
+)
+def test_a_process_with_an_impossible_rank_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, str]
+) -> None:
+    """Its address is enough to tell them; whatever its rank is, it takes nobody's place."""
+    store = host_store(0, "r")
+    assert end_of_process(1, store.port, monkeypatch, JOB_TRAIN__LEARNING_RATE="1e-4", **wrong) == 2
+    told = end_of_joining("r", 0, store.port)
+    assert isinstance(told, SettingsError)
+    assert f"{next(iter(wrong))} (environment)" in str(told)
+
+
 def test_a_process_that_is_told_to_stop_tells_nobody_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torchrun stops the others when one has failed: they still log why they cannot take part."""
     monkeypatch.setattr(early_end, "_TELL_SECONDS", 600)

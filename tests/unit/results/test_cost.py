@@ -113,6 +113,8 @@ STOPPED = replace(KILLED, outcome="preempted", finished="2026-01-05T09:10:00Z")
         ([STOPPED, AGAIN], [True, True], [True, True]),
         ([IN_PULL, WHOLE], [True, True], [True, False]),
         ([LOST, WHOLE], [True, False], [True, False]),
+        # killed in its first step, or while that was noted
+        ([replace(KILLED, steps=0, last_step=0), WHOLE], [True, False], [True, False]),
         ([replace(KILLED, last_step=30), AGAIN], [True, True], [True, True]),
         ([replace(KILLED, stage_seconds={"train": 9.0, "evaluate-adapter": 1.0}), AGAIN], [True] * 2, [True] * 2),
         # killed while it repeated what a stopped one had done
@@ -124,9 +126,9 @@ STOPPED = replace(KILLED, outcome="preempted", finished="2026-01-05T09:10:00Z")
 def test_it_is_known_whether_all_repeated_steps_are(
     made: list[AttemptRecord], exact: list[bool], of_earlier_version: list[bool]
 ) -> None:
-    """Steps that a killed attempt did after its last record are in none; earlier versions did not note the first."""
+    """Steps that a killed attempt did after its last record are in none; earlier versions do not note training."""
     assert exact_repeats(made) == exact
-    assert exact_repeats(made, first_step_noted=False) == of_earlier_version
+    assert exact_repeats(made, training_noted=False) == of_earlier_version
 
 
 def test_repeated_steps_are_never_a_wrong_zero() -> None:

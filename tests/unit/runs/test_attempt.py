@@ -171,17 +171,12 @@ def test_steps_done_again_are_counted(
         assert attempt.repeated_seconds == 4.0 + 5.0
 
 
-def test_the_first_step_is_noted_at_once(
+def test_training_is_noted_before_its_first_step(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
 ) -> None:
-    """A record without a step is then one of an attempt that did none; later steps wait for the next note."""
-    with opened() as attempt:
-        attempt._next_note = float("inf")
-        attempt.step_done(41, 1.0)
-        assert noted_of(store, 1)["last_step"] == 41
-        attempt._next_note = float("inf")
-        attempt.step_done(42, 1.0)
-        assert noted_of(store, 1)["last_step"] == 41
+    """A record without it is then one of an attempt that did no step; a kill may come before the first is noted."""
+    with opened() as attempt, attempt.timed(Stage.TRAIN):
+        assert "train" in noted_of(store, 1)["stage_seconds"]
 
 
 def test_a_killed_attempt_is_known_by_its_last_note(

@@ -1368,6 +1368,24 @@ def test_a_secret_that_begins_with_another_is_hidden_whole() -> None:
         assert scrub("01234567-the-rest, 01234567", secrets(environ)) == "***, ***"
 
 
+@pytest.mark.parametrize(
+    ("environ", "text"),
+    [
+        ({"HF_TOKEN": "abcdefgh", "WANDB_API_KEY": "efghijkl"}, "abcdefghijkl"),
+        ({"HF_TOKEN": "a.*b+c(d)[e"}, "a.*b+c(d)[e"),
+        ({"HF_TOKEN": " abc/defgh= \n"}, "abc/defgh="),
+        ({"HF_TOKEN": "abc/defgh="}, "abc%2Fdefgh%3D"),
+        ({"AZURE_STORAGE_SAS_TOKEN": "abc%2Fdefgh%3D"}, "abc/defgh="),
+        ({"GOOGLE_SERVICE_ACCOUNT_KEY": "{\n  first-line\n}"}, "first-line"),
+        ({"HTTPS_PROXY": "http://me:p%40ssw0rd@proxy:1"}, "p@ssw0rd"),
+        ({"HTTPS_PROXY": "http://me:pass@word@proxy:1"}, "pass@word"),
+    ],
+)
+def test_a_secret_is_hidden_in_every_form(environ: dict[str, str], text: str) -> None:
+    """Overlapping another, with characters of patterns, without white space, as in a URL, or a line of it alone."""
+    assert scrub(f"<{text}>", secrets(environ)) == "<***>"
+
+
 def test_secrets_in_files_are_kept_out_of_the_log(tmp_path: Path) -> None:
     """As Kubernetes mounts them, by links into a folder; other files are not looked for in the log."""
     (tmp_path / "..data").mkdir()
