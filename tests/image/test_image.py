@@ -232,7 +232,7 @@ def test_no_variable_of_the_build_machine() -> None:
     inspect = ("image", "inspect", "--format", "{{json .Config.Env}}")
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     last = text.rpartition("\nFROM base\n")[2]
-    own = set(re.findall(r"(\w+)=", " ".join(re.findall(r"^ENV (.+)$", last, re.MULTILINE)))) | {"PATH"}
+    own = set(re.findall(r"(\w+)=", " ".join(re.findall(r"^ENV ((?:.*\\\n)*.*)$", last, re.MULTILINE)))) | {"PATH"}
     found = dict(variable.partition("=")[::2] for variable in json.loads(docker(*inspect, IMAGE)))
     if BASE is not None:
         base = dict(variable.partition("=")[::2] for variable in json.loads(docker(*inspect, BASE)))
