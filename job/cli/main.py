@@ -127,8 +127,7 @@ def _run(argv: list[str]) -> int:
     from job.runs.fault_injection import parse
 
     with recorded_signals() as received:
-        find = lambda: known_place(argv) or _several_machines(known_machine(argv))  # noqa: E731
-        with telling_the_others(find, received):
+        with telling_the_others(lambda: known_place(argv) or _several_machines(known_machine(argv)), received):
             settings = load_settings(argv)
             place = current_place()
             _configure_log(settings, place)
