@@ -403,7 +403,9 @@ def test_a_base_in_main_memory_is_counted_for_every_process(given: Path, monkeyp
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_downloads_go_to_the_cache(given: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool) -> None:
+def test_downloads_go_to_the_cache(
+    given: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, there: bool
+) -> None:
     """In a pod the system's folder for temporary files is small. A machine that lacks the cache's disk uses it."""
     cache, folders = tmp_path / "disk", []
     if there:
