@@ -341,11 +341,28 @@ def test_the_table_is_for_a_person(given: Path, capsys: pytest.CaptureFixture[st
     assert "cheapest: " in text
 
 
+def test_no_forecast_is_printed_for_wrong_data(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error is what counts, and the fields of its rows are in the setting that it names."""
+    write_jsonl(given / "rows.jsonl", [{"Question": "a", "answer": "b"}] * 3)
+    assert main(["plan"]) == DataError.exit_code
+    text = capsys.readouterr().out
+    assert "JOB_DATA__FIELDS=prompt=Question,completion=answer" in text
+    assert text.endswith("No forecast: the data cannot be used.\n")
+    assert "GPU " not in text
+
+
+def test_why_hours_are_missing_is_said(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In fp32 no GPU's speed is known."""
+    for dtype, missing in (("fp32", True), ("bf16", False)):
+        assert main(["plan", f"--model.dtype={dtype}"]) == 0
+        assert ("hours and USD: only for" in capsys.readouterr().out) is missing
+
+
 def test_where_nothing_is_known_nothing_is_made_up() -> None:
     """A plan without a model and without data says so, in both forms; the gravest error is the plan's."""
     wrong = (
         PreflightResult("storage", "wrong", "no", Unreachable("no")),
-        PreflightResult("data", "wrong", "bad", DataError([])),
+        PreflightResult("questions", "wrong", "bad", DataError([])),
         PreflightResult("model", "not checked", "silence"),
     )
     plan = Plan("x on y", wrong, (), (), None, ("nothing",))
