@@ -133,12 +133,12 @@ class Audit:
         if runs or row.found.exact:
             self._found[number] = Found(row.found.exact, runs)
 
-    def findings(self, alive: Callable[[], None] = lambda: None) -> list[Finding]:
+    def findings(self, check_stop: Callable[[], None] = lambda: None) -> list[Finding]:
         """All findings, by row, and of a row in the order of `KINDS`."""
         kinds = list(KINDS)
         findings = [
             *self._overlaps(),
-            *self._duplicates(alive),
+            *self._duplicates(check_stop),
             *self._unsafe(),
             *(Finding(kind, self._places[row], row) for row, kind in self._kinds),
         ]
@@ -168,7 +168,7 @@ class Audit:
             if score >= self.setup.safety.threshold:
                 yield Finding(UNSAFE, self._places[row], row, score=score)
 
-    def _duplicates(self, alive: Callable[[], None]) -> Iterator[Finding]:
+    def _duplicates(self, check_stop: Callable[[], None]) -> Iterator[Finding]:
         import numpy as np
 
         identities = np.frombuffer(self._identities, np.uint64) if self._identities else np.zeros(0, np.uint64)
@@ -179,7 +179,7 @@ class Audit:
         for row, original in first_of.items():
             yield Finding(DUPLICATE, self._places[row], row, repeats=self._places[original])
         begins: dict[bytes, int] = {}
-        for row, group in enumerate(group_rows(self._hashes, alive)):
+        for row, group in enumerate(group_rows(self._hashes, check_stop)):
             original = begins.setdefault(group, row)
             if original != row and row not in first_of:
                 yield Finding(NEAR_DUPLICATE, self._places[row], row, repeats=self._places[original])
@@ -197,7 +197,7 @@ class Audited:
 def finish(
     audit: Audit,
     name: str,
-    alive: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
     lengths: Mapping[str, Sequence[int]] | None = None,
 ) -> Audited:
     """What was found, and what becomes of it.
@@ -205,14 +205,14 @@ def finish(
     Args:
         audit: With all rows.
         name: Name of the data, for messages.
-        alive: Called periodically; an exception from it ends the work.
+        check_stop: Called periodically; an exception from it ends the work.
         lengths: Lengths of the examples, by unit.
 
     Raises:
         DataError: There are findings of kinds whose rows are an error, or no row is left.
     """
     setup = audit.setup
-    findings = audit.findings(alive)
+    findings = audit.findings(check_stop)
     actions = {kind: action_of(setup.on_finding, kind) for kind in KINDS}
     if refused := [finding for finding in findings if actions[finding.kind] == "error"]:
         problems = [Problem(finding.where, _describe(finding)) for finding in refused[:MAX_SHOWN]]

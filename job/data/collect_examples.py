@@ -54,7 +54,7 @@ class SourceReader:
         split: Of the hub, or of a directory in the hub's layout.
         field_names: Field of the schema -> the rows' own name for it.
         note: Where what is logged about the rows is kept.
-        alive: Called about twice a second while rows are read; an exception from it ends the reading.
+        check_stop: Called about twice a second while rows are read; an exception from it ends the reading.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class SourceReader:
         split: str,
         field_names: Mapping[str, str],
         note: Notes,
-        alive: Callable[..., None],
+        check_stop: Callable[..., None],
     ) -> None:
         self._revision, self._split, self._field_names = revision, split, field_names
-        self._note, self._alive = note, alive
+        self._note, self._check_stop = note, check_stop
         self._decode = LineDecoder()
 
     def open(self, source: Source) -> OpenSource:
@@ -78,9 +78,9 @@ class SourceReader:
         """
         revision = source.revision or self._revision
         commit, chosen_by_split, rows = open_source(
-            source.place, revision, self._split, source.name, note=self._note, alive=self._alive
+            source.place, revision, self._split, source.name, note=self._note, check_stop=self._check_stop
         )
-        return OpenSource(commit, chosen_by_split, watched(rows, self._alive))
+        return OpenSource(commit, chosen_by_split, watched(rows, self._check_stop))
 
     def decode(self, row: Row | RowError | Line) -> Row | RowError:
         """The row of what is read, with the schema's names of fields."""

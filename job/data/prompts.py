@@ -61,7 +61,7 @@ def read_prompts(
     vocabulary: int | None = None,
     date: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
-    alive: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[PromptRow]:
     """The prompts of a file, in its order.
 
@@ -74,7 +74,7 @@ def read_prompts(
         vocabulary: Rows of the model's embedding; None if that is not known.
         date: The current date as a chat template sees it.
         template_arguments: Further variables of the chat template; they are for conversations alone.
-        alive: Called while a chat template takes long.
+        check_stop: Called while a chat template takes long.
 
     Raises:
         DataError: With the first 20 rows that are no prompts or too long; or the file has no prompts, or too many.
@@ -89,7 +89,7 @@ def read_prompts(
             if not getattr(tokenizer, "chat_template", None):
                 raise TemplateRefusalError("the model has no chat template")
             if not opened:
-                opened.append(stack.enter_context(open_template(tokenizer, date, alive, template_arguments)))
+                opened.append(stack.enter_context(open_template(tokenizer, date, check_stop, template_arguments)))
             return opened[0](messages, tools=tools, add_generation_prompt=True)
 
         for row in _rows(path, name, schema):

@@ -45,7 +45,7 @@ from job.errors import DataError, Problem
 from job.records import DatasetRecord
 
 INDEX = "tokens.json"
-_NOT_DECIDING = ("alive", "processes", "tokenizer", "audited", "screen")
+_NOT_DECIDING = ("check_stop", "processes", "tokenizer", "audited", "screen")
 """Arguments of `load_rows` that decide no token, or are in the key in another form."""
 
 _OTHER_CODE = ("job.common.findings", "job.common.near_duplicates", "job.model.text_classifier")

@@ -97,7 +97,7 @@ class _Judge:
     audited: Audited | None
     folder: Path | None
     note: Notes
-    alive: Callable[..., None]
+    check_stop: Callable[..., None]
     screen: Screen | None = None
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class _Judge:
         audited = self.audited
         if self.collected is not None:
             counted = {"tokens": examples.lengths, "target_tokens": examples.target_counts}
-            audited = finish(self.collected, record.source, self.alive, counted)
+            audited = finish(self.collected, record.source, self.check_stop, counted)
         if audited is None:
             return examples, record
         _note_audit(self.note, audited.record, record.source)
@@ -135,7 +135,7 @@ def load_rows(
     *,
     revision: str | None,
     split: str,
-    alive: Callable[..., None] = lambda **_: None,
+    check_stop: Callable[..., None] = lambda **_: None,
     on_example: Callable[[Encoded | EncodedAnswers], None] | None = None,
     folder: Path | None = None,
     notes: Notes | None = None,
@@ -151,7 +151,7 @@ def load_rows(
         validation: A share (below 1) or a number of the rows to hold out; or a separate source; None for neither.
         revision: Of the training source.
         split: Of the training source.
-        alive: As for `load_examples`.
+        check_stop: As for `load_examples`.
         on_example: As for `load_examples`, with the examples of the training source.
         folder: Where the examples are written, to EXAMPLES and VALIDATION, and what the audit found, to FINDINGS; None
             to keep the examples in memory.
@@ -167,9 +167,9 @@ def load_rows(
         SettingsError, Unreachable, AccessDenied: As `load_examples`.
     """
     note = notes or Notes()
-    reading |= {"alive": alive, "notes": note}
+    reading |= {"check_stop": check_stop, "notes": note}
     file = None if folder is None else folder / EXAMPLES
-    judge = _Judge(audit, audited, folder, note, alive, screen)
+    judge = _Judge(audit, audited, folder, note, check_stop, screen)
     pairing: dict[str, Any] = {"seed": reading.get("seed", 0), "max_length": reading["max_length"], "file": file}
     own_source: dict[str, Any] = {"revision": revision, "split": split, "file": file, "audit": judge.collected}
     if validation is None:
@@ -208,10 +208,10 @@ def load_rows(
         _check_weights(examples, record.source)
         _check_weights(from_validation[0], from_validation[1].source, "validate")
         described = replace(
-            record, validation=_own_source((record, rows), (from_validation[1], validation_rows), note, alive)
+            record, validation=_own_source((record, rows), (from_validation[1], validation_rows), note, check_stop)
         )
         return judge.paired(examples, record, pairing), from_validation[0], described
-    sides = hold_out(rows.hashes, validation, record.source, alive)
+    sides = hold_out(rows.hashes, validation, record.source, check_stop)
     parts = [[i for i, side in enumerate(sides) if side is wanted] for wanted in (False, True)]
     if record.format == "unpaired_preference":
         examples = paired(examples, parts, **pairing)
@@ -286,7 +286,7 @@ def _own_source(
     training: tuple[DatasetRecord, _Rows],
     validation: tuple[DatasetRecord, _Rows],
     note: Notes,
-    alive: Callable[..., None],
+    check_stop: Callable[..., None],
 ) -> ValidationRows:
     """The record of a separate validation source, from the records and the rows of both sources.
 
@@ -300,7 +300,7 @@ def _own_source(
             "same schema for both"
         )
         raise DataError([Problem(validation_record.source, what)])
-    exact, near = count_overlap(rows.hashes, validation_rows.hashes, alive)
+    exact, near = count_overlap(rows.hashes, validation_rows.hashes, check_stop)
     if exact or near:
         note(
             "warning",

@@ -24,14 +24,16 @@ from job.common.near_duplicates import RowHashes, group_rows
 from job.errors import DataError, Problem
 
 
-def hold_out(rows: RowHashes, share_or_count: float, name: str, alive: Callable[[], None] = lambda: None) -> list[bool]:
+def hold_out(
+    rows: RowHashes, share_or_count: float, name: str, check_stop: Callable[[], None] = lambda: None
+) -> list[bool]:
     """Which rows are held out for validation.
 
     Args:
         rows: All rows.
         share_or_count: A share of the rows (below 1), or their number.
         name: Name of the source, for messages.
-        alive: Called periodically; an exception from it ends the work.
+        check_stop: Called periodically; an exception from it ends the work.
 
     Returns:
         For each row whether it is held out: at least one is, and at least one is not.
@@ -44,7 +46,7 @@ def hold_out(rows: RowHashes, share_or_count: float, name: str, alive: Callable[
     if share_or_count >= total:
         what = f"has {total:,} rows, so {share_or_count:,} of them cannot be held out; lower JOB_DATA__VALIDATION"
         raise DataError([Problem(name, what)])
-    groups = group_rows(rows, alive)
+    groups = group_rows(rows, check_stop)
     sizes = Counter(groups)
     places = {group: sha256(b"validation\0" + group).digest() for group in sizes}
     fitting = [group for group in sorted(sizes, key=places.__getitem__) if sizes[group] <= most]
@@ -67,12 +69,12 @@ def hold_out(rows: RowHashes, share_or_count: float, name: str, alive: Callable[
     return [group in held_groups for group in groups]
 
 
-def count_overlap(training: RowHashes, validation: RowHashes, alive: Callable[[], None]) -> tuple[int, int]:
+def count_overlap(training: RowHashes, validation: RowHashes, check_stop: Callable[[], None]) -> tuple[int, int]:
     """How many validation rows are the same as a training row word for word, and how many others are nearly so."""
     both = RowHashes()
     both.digests = [*training.digests, *validation.digests]
     both.signatures = training.signatures | validation.signatures
-    groups = group_rows(both, alive)
+    groups = group_rows(both, check_stop)
     learned, same = set(groups[: len(training.digests)]), set(training.digests)
     exact = sum(digest in same for digest in validation.digests)
     return exact, sum(group in learned for group in groups[len(training.digests) :]) - exact

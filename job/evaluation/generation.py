@@ -125,7 +125,7 @@ def answer_batches(
     batches: Mapping[int, Sequence[int]],
     how: HowToGenerate,
     *,
-    alive: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, list[Answer]]]:
     """Answers batches one after the other, in this process; arguments as for `answer_batch`.
 
@@ -133,7 +133,7 @@ def answer_batches(
         TrainingFailed: The logits are not finite.
     """
     for number, batch in batches.items():
-        yield number, answer_batch(model, tokenizer, [(prompt, prompts[prompt]) for prompt in batch], how, alive)
+        yield number, answer_batch(model, tokenizer, [(prompt, prompts[prompt]) for prompt in batch], how, check_stop)
 
 
 def answer_batch(
@@ -141,7 +141,7 @@ def answer_batch(
     tokenizer: Any,
     prompts: Sequence[tuple[int, Sequence[int]]],
     how: HowToGenerate,
-    alive: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """The answers to the prompts of a batch, in order; computed one by one if the model cannot be packed.
 
@@ -153,8 +153,8 @@ def answer_batch(
         tokenizer: As for `generate`.
         prompts: (number, token ids) of each; the number seeds the prompt's random generator when tokens are sampled.
         how: How answers are generated.
-        alive: Called before every forward pass. If it raises, for instance because the job has to stop, the batch has
-            no answers; a restart computes all of it again, with the same bits.
+        check_stop: Called before every forward pass. If it raises, for instance because the job has to stop, the batch
+            has no answers; a restart computes all of it again, with the same bits.
 
     Raises:
         TrainingFailed: The logits are not finite, or memory ran out.
@@ -162,7 +162,7 @@ def answer_batch(
     from job.model.fused.frozen_weights import without_dequantized
 
     try:
-        return _answered(model, tokenizer, prompts, how, alive)
+        return _answered(model, tokenizer, prompts, how, check_stop)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -175,7 +175,7 @@ def answer_batch(
         get_logger().warning(what, prompts=len(prompts), change=change)
         free_caches()
         try:
-            return _answered(model, tokenizer, prompts, how, alive)
+            return _answered(model, tokenizer, prompts, how, check_stop)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -200,7 +200,7 @@ def _answered(
     tokenizer: Any,
     prompts: Sequence[tuple[int, Sequence[int]]],
     how: HowToGenerate,
-    alive: Callable[[], None],
+    check_stop: Callable[[], None],
 ) -> list[Answer]:
     """`answer_batch` with the memory that there is."""
     from job.evaluation.decoding import AnswerEnd, Row, decode_batch  # torch is a heavy import
@@ -208,7 +208,7 @@ def _answered(
     ends = end_tokens(model, tokenizer) | set(how.ends)
     rows = [Row(tuple(ids), Draws(how.sampling, number)) for number, ids in prompts]
     end = AnswerEnd(tokenizer, ends, tuple(text for text in how.stop if text), how.max_new_tokens)
-    decode_batch(model, rows, end, pass_tokens=how.pass_tokens, alive=alive)
+    decode_batch(model, rows, end, pass_tokens=how.pass_tokens, check_stop=check_stop)
     return [row.answer for row in rows]
 
 

@@ -51,14 +51,14 @@ class ParallelScoring:
 
     Attributes:
         processes: Those that share the work; with one of them, `score` is `score_sequences`.
-        alive: Called before and after each sequence, before each token of answers, and while waiting (then with
+        check_stop: Called before and after each sequence, before each token of answers, and while waiting (then with
             `progress=`): tells the watchdog that the process is alive, and raises Preempted if the job has to stop.
         scoring: How one process scores sequences.
         lower: What to do where memory is too small for a sequence.
     """
 
     processes: Processes
-    alive: Callable[..., None]
+    check_stop: Callable[..., None]
     scoring: ScoreSequences = score_sequences
     lower: str = "lower JOB_EVAL__BATCH_TOKENS"
 
@@ -105,7 +105,7 @@ class ParallelScoring:
             yield from arrived
         while remaining:
             arrived = self._received(work)
-            self.alive(progress=bool(arrived))
+            self.check_stop(progress=bool(arrived))
             remaining -= len(arrived)
             yield from arrived
             if not arrived:
@@ -127,15 +127,15 @@ class ParallelScoring:
             numbers = list(work.parts)[place.rank :: place.world_size]
             if not numbers:  # `scoring` may load a model first
                 return
-            self.alive()
+            self.check_stop()
             if work.how is None:  # all at once, so that a GPU computes one sequence while the host prepares the next
                 for found in self.scoring(
                     model, work.questions, {number: range(*work.parts[number]) for number in numbers}
                 ):
                     yield found
-                    self.alive()
+                    self.check_stop()
                 return
             for number in numbers:
-                self.alive()
+                self.check_stop()
                 batch = {number: work.parts[number]}
-                yield from answer_batches(model, tokenizer, work.prompts, batch, work.how, alive=self.alive)
+                yield from answer_batches(model, tokenizer, work.prompts, batch, work.how, check_stop=self.check_stop)

@@ -27,7 +27,7 @@ class HowToScore:
         max_length: Longest sequence in tokens.
         packed: Whether sequences are packed, as in the run's other evaluations.
         processes: Of this run on this machine, which share its processor.
-        alive: Called while another program computes; may raise what ends the job.
+        check_stop: Called while another program computes; may raise what ends the job.
     """
 
     device: torch.device
@@ -35,7 +35,7 @@ class HowToScore:
     max_length: int
     packed: bool
     processes: int = 1
-    alive: Callable[..., None] = lambda **_: None
+    check_stop: Callable[..., None] = lambda **_: None
 
 
 @dataclass(frozen=True)

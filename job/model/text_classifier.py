@@ -160,14 +160,14 @@ class TextClassifier:
         )
         return list(zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True))
 
-    def scores(self, texts: Sequence[str], alive: Callable[[], None] = lambda: None) -> list[float]:
+    def scores(self, texts: Sequence[str], check_stop: Callable[[], None] = lambda: None) -> list[float]:
         """The probability of the chosen labels for each text: of all together if exclusive, else of the likeliest.
 
         Windows are batched by length, so that equal texts in equal order give equal bits.
 
         Args:
             texts: At least one token each; an empty text scores 0.
-            alive: Called before each forward pass; an exception from it ends the work.
+            check_stop: Called before each forward pass; an exception from it ends the work.
 
         Raises:
             DataError: The model computes numbers that are not finite.
@@ -180,7 +180,7 @@ class TextClassifier:
         )
         start = 0
         while start < len(windows):
-            alive()
+            check_stop()
             longest = len(windows[start][1])
             batch = windows[start : start + max(1, BATCH_TOKENS // longest)]
             start += len(batch)

@@ -186,7 +186,7 @@ def score_model(
     `scoring` is how one process scores sequences, if not by the model's own forward pass; with `one_by_one` each
     sequence is one question. Without `measured`, tasks without choices are left out.
     """
-    parallel = ParallelScoring(attempt.processes, attempt.alive, scoring or score_sequences)
+    parallel = ParallelScoring(attempt.processes, attempt.check_stop, scoring or score_sequences)
     if not attempt.processes.leads or sources.tasks is None:
         parallel.help(model, sources.tokenizer)
         return None

@@ -124,7 +124,7 @@ def export(
         settings.train.max_length,
         loaded.packing.packed,
         attempt.processes.place.local_world_size,
-        attempt.alive,
+        attempt.check_stop,
     )
     context = _Export(attempt, settings, sources, scoring, precision)
     formats = [_adapter_copy(context, name, loaded, trained) for name in adapter_copies(settings.export.formats)]
@@ -232,7 +232,7 @@ def _make_merged(context: _Export, loaded: Loaded) -> tuple[dict[str, ExportFile
                 folder,
                 tokenizer=context.sources.tokenizer,
                 added_tokens=context.settings.model.add_tokens,
-                alive=attempt.alive,
+                check_stop=attempt.check_stop,
             )
             files_by_candidate[name] = ExportFiles.of(folder).as_json()
         return {"only": merges.only, "made": files_by_candidate}
@@ -309,7 +309,7 @@ def _make_derived(context: _Export, name: str, merged: ExportFiles, work: Path) 
         calibration=rows,
         device=context.how.device,
         seed=settings.run.seed,
-        alive=context.attempt.alive,
+        check_stop=context.attempt.check_stop,
         steps=settings.export.quantization_steps,
     )
     work.mkdir(parents=True)

@@ -56,7 +56,7 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
         problems += format_problems(empty, names, judged, loaded.model.device)
         by_check = {derived_format(name)[0].check_files: name for name in names}  # once for all types of a format
         for of_files, name in by_check.items():
-            if why := of_files(original, attempt.alive):
+            if why := of_files(original, attempt.check_stop):
                 problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; remove it"))
     if problems:
         raise SettingsError(problems)

@@ -33,6 +33,6 @@ def fetch_input(attempt: Attempt, place: str, kind: str, storage: StorageOptions
         Unreachable, AccessDenied: The store cannot be used.
         Preempted: The job was asked to stop.
     """
-    attempt.alive()
+    attempt.check_stop()
     with named_by(_SETTING_OF[kind.removeprefix(LATER).partition("/")[0]], ": "):
         return fetch(place, attempt.work / kind, storage)

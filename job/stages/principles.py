@@ -74,7 +74,7 @@ def find_judge(options: Eval, source: str, revision: str | None) -> FoundJudge:
         return FoundJudge(JudgeRecord(name, None, found, fingerprint(folder), *rule_facts), folder)
 
 
-def check_judge(options: Eval, judge: FoundJudge, alive: Callable[[], None]) -> None:
+def check_judge(options: Eval, judge: FoundJudge, check_stop: Callable[[], None]) -> None:
     """Finds before training what would end the run after it, when the judge's settings cannot be corrected any more.
 
     A server that does not answer now may do so when it is needed, so that is a warning.
@@ -90,7 +90,7 @@ def check_judge(options: Eval, judge: FoundJudge, alive: Callable[[], None]) -> 
     if server.key is not None and not is_encrypted(server.url):
         log.get_logger().warning("JOB_EVAL__JUDGE_KEY is sent to the judge unencrypted; use an https:// address")
     try:
-        server.check(alive)
+        server.check(check_stop)
     except Unreachable as error:
         log.get_logger().warning("the judge does not answer now; it is asked again after training", why=str(error))
 
@@ -165,7 +165,7 @@ def judge_answers(
                     base, adapter = pairs[number]
                     orders = ((base, adapter), (adapter, base))
                     texts = [question(judge.record.rules, base.prompt, a.answer, b.answer) for a, b in orders]
-                    yield part, [float(_CHOICES.index(asking.choose(text, attempt.alive))) for text in texts]
+                    yield part, [float(_CHOICES.index(asking.choose(text, attempt.check_stop))) for text in texts]
 
         with log.progress("judged", len(to_judge), every=max(1, len(to_judge) // 10)) as show_progress:
             return complete(dict(known_chances), compute(), cache, on_progress)

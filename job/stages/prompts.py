@@ -40,7 +40,7 @@ def answer_prompts(
     """
     if options.prompts is None:
         return [], None
-    parallel = ParallelScoring(attempt.processes, attempt.alive)
+    parallel = ParallelScoring(attempt.processes, attempt.check_stop)
     if not attempt.processes.leads:
         parallel.help(model, sources.tokenizer)
         return [], None
@@ -62,7 +62,7 @@ def answer_prompts(
     key = prompts_key(side)
     unsafe, count = None, None
     if sources.safety is not None:
-        unsafe = score_answers(sources.safety, [answer.text for answer in answers], attempt.alive)
+        unsafe = score_answers(sources.safety, [answer.text for answer in answers], attempt.check_stop)
         count = sum(score >= sources.safety.record.threshold for score in unsafe)
     write_answers(attempt.work / key, sources.prompts, answers, unsafe)
     log.get_logger().info(

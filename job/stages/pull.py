@@ -185,9 +185,11 @@ def _pull(
         )
         checked = _check_before_weights(attempt, settings, storage, base, tasks)
         base.download_weights()
-        tokens, prompts = _read_all_rows(attempt, settings, storage, checked, date=date, later=later, alive=base.alive)
+        tokens, prompts = _read_all_rows(
+            attempt, settings, storage, checked, date=date, later=later, check_stop=base.check_stop
+        )
         files = base.files()
-    attempt.alive()
+    attempt.check_stop()
     dataset, licence = _with_licences(attempt, settings, tokens.record, files.revision)
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=by_reason(dataset.skipped), tokens=dataset.tokens)
     judge, start, safety = pull_judge(attempt, settings.eval, storage), checked.start, checked.safety
@@ -251,11 +253,11 @@ def _read_all_rows(
     *,
     date: str,
     later: Sequence[Settings],
-    alive: Callable[..., None],
+    check_stop: Callable[..., None],
 ) -> tuple[Tokens, list[PromptRow]]:
     """The rows of this training stage as tokens, and the prompts; those of later stages are read to check them."""
     rows, tokenizer = _row_settings(settings), checked.tokenizer
-    options: dict[str, Any] = {"date": date, "vocabulary": checked.vocabulary, "alive": alive}
+    options: dict[str, Any] = {"date": date, "vocabulary": checked.vocabulary, "check_stop": check_stop}
     auditing = {**options, **_auditing(attempt, settings, storage, checked.tasks, checked.safety)}
     as_published = {**auditing, "audited": known_audit(attempt), **known_scores(attempt)}
     tokens = read_rows(attempt, rows, *checked.rows, tokenizer, **as_published)

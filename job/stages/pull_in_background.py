@@ -50,9 +50,9 @@ class ComingBase:
         files: BaseFiles = wait_for(self.attempt, self.found)
         return files
 
-    def alive(self, *, progress: bool = True) -> None:
-        """As `Attempt.alive`, for work during the download: an error of the weights ends it."""
-        self.attempt.alive(progress=progress)
+    def check_stop(self, *, progress: bool = True) -> None:
+        """As `Attempt.check_stop`, for work during the download: an error of the weights ends it."""
+        self.attempt.check_stop(progress=progress)
         if self.found.done():
             self.found.result()
 
@@ -95,5 +95,5 @@ def wait_for(attempt: Attempt, *futures: Future[Any]) -> Any:
         Exception: What the future raised.
     """
     while not (done := wait(futures, _POLL_SECONDS, FIRST_COMPLETED).done):
-        attempt.alive(progress=False)
+        attempt.check_stop(progress=False)
     return next(future for future in futures if future in done).result()

@@ -36,7 +36,7 @@ def pull_start_adapter(attempt: Attempt, place: str | None, lora: Lora, storage:
     """
     if place is None:
         return None
-    attempt.alive()
+    attempt.check_stop()
     earlier = attempt.recorded(Stage.PULL, Pulled)
     known = None if earlier is None else earlier.start_revision
     start = find_start(place, attempt.work / "start", storage, known)
@@ -88,7 +88,7 @@ def pull_judge(attempt: Attempt, options: Eval, storage: StorageOptions) -> Foun
     source = place if is_server(place) else fetch_input(attempt, place, "judge", storage)
     judge: FoundJudge = wait_for(attempt, in_thread(lambda: find_judge(options, source, revision), "judge"))
     if attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated) is None:
-        check_judge(options, judge, attempt.alive)
+        check_judge(options, judge, attempt.check_stop)
     return judge
 
 

@@ -86,7 +86,7 @@ def _compute(attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, sh
             )
 
     lower = "lower JOB_TRAIN__MICRO_BATCH_TOKENS or JOB_TRAIN__MAX_LENGTH"
-    parallel = ParallelScoring(attempt.processes, attempt.alive, score, lower)
+    parallel = ParallelScoring(attempt.processes, attempt.check_stop, score, lower)
     with _as_reference(sources, model):
         if not attempt.processes.leads:
             parallel.help(model)

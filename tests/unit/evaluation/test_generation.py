@@ -169,8 +169,8 @@ def test_a_batch_as_on_a_gpu_that_is_stopped_is_answered_again(
     batches = plan_batches([len(prompt) for prompt in PROMPTS], NEW, 45, cache_tokens=150)
     assert len(batches) < len(plan_batches([len(prompt) for prompt in PROMPTS], NEW, 45))
     expected = generate(own, tokenizer, PROMPTS, **how)
-    for name, alive in {"reading": 2, "drawing": 14}.items():
-        left = count(-alive)
+    for name, calls in {"reading": 2, "drawing": 14}.items():
+        left = count(-calls)
 
         def stopping(left: Any = left, **_: Any) -> None:
             if next(left) >= 0:
@@ -179,13 +179,13 @@ def test_a_batch_as_on_a_gpu_that_is_stopped_is_answered_again(
         store = LocalStore(tmp_path / name)
         parts: list[int] = []
 
-        def answer(*args: Any, alive: Any, parts: list[int] = parts) -> Any:
+        def answer(*args: Any, check_stop: Any, parts: list[int] = parts) -> Any:
             parts.append(len(args[3]))
-            return ParallelScoring(ALONE, alive).answer(*args)
+            return ParallelScoring(ALONE, check_stop).answer(*args)
 
-        for alive_here in (stopping, lambda **_: None):
-            how["cache"], how["answer"] = ScoreCache(store, "s", "one", {}), partial(answer, alive=alive_here)
-            if alive_here is stopping:
+        for check_stop_here in (stopping, lambda **_: None):
+            how["cache"], how["answer"] = ScoreCache(store, "s", "one", {}), partial(answer, check_stop=check_stop_here)
+            if check_stop_here is stopping:
                 with pytest.raises(Stopped):
                     generate(own, tokenizer, PROMPTS, **how)
             else:
@@ -289,12 +289,12 @@ def test_a_request_to_stop_ends_a_batch_at_the_next_token(
     def stopping(at: int) -> ParallelScoring:
         looks.clear()
 
-        def alive(**_: Any) -> None:
+        def check_stop(**_: Any) -> None:
             looks.append("look")
             if len(looks) == at:
                 raise Stopped
 
-        return ParallelScoring(ALONE, alive)
+        return ParallelScoring(ALONE, check_stop)
 
     expected = generate(own, tokenizer, PROMPTS, **how, answer=stopping(0).answer)
     assert len(looks) >= sum(max(expected[prompt].tokens for prompt in batch) for batch in batches)

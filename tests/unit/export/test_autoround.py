@@ -57,12 +57,12 @@ def inputs_for(merged: Path, folder: Path, steps: int = 2) -> DerivedInputs:
         calibration=rows,
         device=torch.device("cpu"),
         seed=0,
-        alive=lambda **_: None,
+        check_stop=lambda **_: None,
         steps=steps,
     )
 
 
-def in_process(task: Task, _work: Path, _alive: Callable[..., None]) -> None:
+def in_process(task: Task, _work: Path, _check_stop: Callable[..., None]) -> None:
     """auto-round in this process, which saves its imports."""
     quantize(replace(task, sequences=calibration_sequences(task.sequences, 32)))
 
@@ -236,13 +236,13 @@ def test_its_process_ends_when_the_job_has_to(stand_in: Callable[[str], None], t
     stand_in("import time; time.sleep(300)")
     others = set(psutil.Process().children())
 
-    def alive(*, progress: bool) -> None:
+    def check_stop(*, progress: bool) -> None:
         if set(psutil.Process().children()) - others:
             raise Preempted("stop")
 
     began = time.monotonic()
     with pytest.raises(Preempted):
-        run_process(TASK, tmp_path, alive)
+        run_process(TASK, tmp_path, check_stop)
     assert time.monotonic() - began < 60
     assert set(psutil.Process().children()) <= others
 

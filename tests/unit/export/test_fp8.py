@@ -46,7 +46,7 @@ def make(merged: Path, folder: Path) -> QuantizationRecord:
             calibration=[],
             device=torch.device("cpu"),
             seed=0,
-            alive=lambda **_: None,
+            check_stop=lambda **_: None,
         )
     )
 
@@ -122,7 +122,7 @@ def test_made_twice_it_has_the_same_bytes(merged: Path, made: tuple[Path, Quanti
 def test_several_files_have_a_whole_index(
     merged: Path, made: tuple[Path, QuantizationRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A large model is written in several files, with the same tensors, and `alive` is called before each tensor."""
+    """A large model is written in several files, with the same tensors, and `check_stop` called before each tensor."""
     monkeypatch.setattr(checkpoint, "SHARD", 100_000)
     make(merged, tmp_path / "parts")
     index = json.loads((tmp_path / "parts/model.safetensors.index.json").read_text())["weight_map"]

@@ -82,7 +82,7 @@ class Asked:
     def __init__(self, device: str, asked: list[str], full_after: int) -> None:
         self.device, self.asked, self.left = device, asked, full_after
 
-    def choose(self, _text: str, _alive: Callable[[], None]) -> str:
+    def choose(self, _text: str, _check_stop: Callable[[], None]) -> str:
         """Raises as torch does on a full GPU."""
         self.left -= 1
         if self.left < 0:
