@@ -124,7 +124,7 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         "no weight of the base is quantized" in found("merged", onto="dequantized", nf4=False)["JOB_EXPORT__MERGE_ONTO"]
     )
     monkeypatch.setattr("job.export.autoround.find_spec", lambda _: None)
-    assert "awq cannot be scored here" in found("awq", judged="awq")["JOB_GATE__ON"]
+    assert "awq cannot be scored here" in found("awq", gate_format="awq")["JOB_GATE__ON"]
     config.quantization_config = IN_8_BITS
     assert "published in 8 bits" in found("merged")["JOB_EXPORT__FORMATS"]
     assert "only published quantized" in found("merged", onto="original")["JOB_EXPORT__MERGE_ONTO"]
