@@ -111,8 +111,8 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     tiny_config("mixtral").save_pretrained(tmp_path)
     config, empty = inspect(tmp_path, max_length=64, targets=None)
 
-    def found(*formats: str, onto: str = "best", nf4: bool = True, judged: str = "adapter") -> dict[str, str]:
-        asked: dict[str, Any] = {"formats": formats, "onto": onto, "nf4": nf4, "judged": judged}
+    def found(*formats: str, onto: str = "best", nf4: bool = True, gate_format: str = "adapter") -> dict[str, str]:
+        asked: dict[str, Any] = {"formats": formats, "onto": onto, "nf4": nf4, "gate_format": gate_format}
         return {
             one.where: one.what for one in export_problems(config, empty, **asked, device=SimpleNamespace(type="cpu"))
         }
