@@ -15,9 +15,12 @@ from job.runs.layout import REPORT, RESULTS
 def summary(results: Mapping[str, Any], where: str) -> list[str]:
     """The outcome in a few lines: training, accuracy, cost, the report; and in the last, verdict and results."""
     training, cost = results["training"], results["cost"]
-    work = f"{count(training['steps'], 'step')} on {count(results['dataset']['rows'], 'example')}"
+    skipped = sum(results["dataset"]["skipped"].values())
+    left_out = f" ({count(skipped, 'row')} left out)" if skipped else ""
+    work = f"{count(training['steps'], 'step')} on {count(results['dataset']['rows'], 'example')}{left_out}"
     speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
     lines = [f"{results['model']['id']} + LoRA, {work}, loss {training['loss']:.3f}, {speed}"]
+    lines += _validation_lines(training.get("validation"))
     if first := training.get("first_stage"):
         lines.append(f"before that {count(first['steps'], 'step')} of {first['method']}, loss {first['loss']:.3f}")
     if rewards := training.get("preference"):
@@ -83,6 +86,17 @@ _AGAINST_BOTH = {
     ("regressed", "inconclusive"): "worse than the quantized base and inconclusive against the unquantized one",
 }
 """The note where the verdicts against the quantized and the unquantized base differ."""
+
+
+def _validation_lines(validation: Mapping[str, Any] | None) -> list[str]:
+    """The losses on the validation rows, and which step's adapter is published; none without validation."""
+    if validation is None or validation["best_step"] is None:
+        return []
+    losses = f"{validation['first_loss']:.3f} -> {validation['last_loss']:.3f}"
+    best = f"lowest {validation['best_loss']:.3f} after step {validation['best_step']:,}"
+    kept = "its adapter is published" if validation["keep"] == "best" else "the last step's adapter is published"
+    ended = "; stopped early" if validation["stopped_early"] else ""
+    return [f"validation loss {losses}, {best}; {kept}{ended}"]
 
 
 def verdict_in_words(name: str, results: Mapping[str, Any]) -> str:
