@@ -167,8 +167,8 @@ def _find_marked(templates: Mapping[str, str]) -> tuple[Literal["own", "trl"] | 
     if all(map(_MARK.search, templates.values())):
         return "own", templates
     training = {use: _training_template(text) for use, text in templates.items()}
-    found = {use: text for use, text in training.items() if text is not None}
-    return ("trl", found) if len(found) == len(templates) else (None, {})
+    marked = {use: text for use, text in training.items() if text is not None}
+    return ("trl", marked) if len(marked) == len(templates) else (None, {})
 
 
 def _training_template(template: str) -> str | None:
@@ -178,8 +178,8 @@ def _training_template(template: str) -> str | None:
     only the process with limits may do, and importing it takes seconds.
     """
     package = find_spec("trl")
-    for place in (package.submodule_search_locations or ()) if package else ():
-        for training in sorted(Path(place, "chat_templates").glob("*_training.jinja")):
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        for training in sorted(Path(folder, "chat_templates").glob("*_training.jinja")):
             plain = training.with_name(training.name.replace("_training.jinja", ".jinja"))
             if plain.is_file() and plain.read_text(encoding="utf-8") == template:
                 return training.read_text(encoding="utf-8")

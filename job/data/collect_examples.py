@@ -78,7 +78,7 @@ class SourceReader:
         """
         revision = source.revision or self._revision
         commit, chosen_by_split, rows = open_source(
-            source.place, revision, self._split, source.name, note=self._note, check_stop=self._check_stop
+            source.location, revision, self._split, source.name, note=self._note, check_stop=self._check_stop
         )
         return OpenSource(commit, chosen_by_split, watched(rows, self._check_stop))
 
@@ -102,7 +102,7 @@ class CollectedExamples:
         unused: How many rows have each field that is not used.
         labels: How many examples have each label.
         long_rows: As in `DatasetRecord`.
-        longest: Tokens of the longest example, and the place of its row.
+        longest: Tokens of the longest example, and the location of its row.
         remarks: What was noticed in rows.
     """
 
@@ -161,7 +161,7 @@ class CollectedExamples:
             at += size
 
     def note_longest(self, one: tuple[int, str]) -> None:
-        """Keeps the tokens of the longest example and the place of its row: the first of several."""
+        """Keeps the tokens of the longest example and the location of its row: the first of several."""
         self.longest = max(self.longest, one, key=itemgetter(0))
 
     def begin(self, *, again: bool) -> None:

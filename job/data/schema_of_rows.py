@@ -16,8 +16,8 @@ def other_schema(row: Row | None, schema: Schema, among: Collection[str]) -> Sch
     """The schema that the first row of a further source has where it is not that of the first source."""
     if row is None or fits(row.fields, schema):
         return None
-    found = detect_schema(row.fields, among)
-    return found if found not in {None, schema} and found is not None and fits(row.fields, found) else None
+    detected = detect_schema(row.fields, among)
+    return detected if detected not in {None, schema} and detected is not None and fits(row.fields, detected) else None
 
 
 def settle_schema(
@@ -40,8 +40,10 @@ def settle_schema(
         row = decode(line)
         if isinstance(row, RowError):
             findings.add([row])
-        elif (found := detect_schema(row.fields, among)) and (fits(row.fields, found) or not _others(row, method)):
-            return found, chain([line], rows)
+        elif (detected := detect_schema(row.fields, among)) and (
+            fits(row.fields, detected) or not _others(row, method)
+        ):
+            return detected, chain([line], rows)
         else:
             raise DataError([Problem(row.where, _why_no_schema(row, among, method))])
     findings.raise_problems()

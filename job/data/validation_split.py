@@ -7,8 +7,8 @@
    the Jaccard similarity of their shingles; groups that have a row in common are one. Candidates are found by bands
    (locality-sensitive hashing) instead of comparing all pairs. Rows that are similar to 0.9 are found nearly always, at
    0.8 half of them are, and at 0.7 hardly any.
-3. A group's place in [0, 1) is a hash of the smallest SHA-256 in it. With a share, the groups below it are held out;
-   with a number of rows, the groups in the order of their places, as long as they fit.
+3. A group's rank, a number in [0, 1), is a hash of the smallest SHA-256 in it. With a share, the groups below
+   it are held out; with a number of rows, the groups in the order of their ranks, as long as they fit.
 
 So neither the order of the rows nor the run's seed matters. With a share, whether a row without near-duplicates is held
 out does not depend on the other rows. A group larger than the requested number of rows stays in training.
@@ -48,10 +48,10 @@ def hold_out(
         raise DataError([Problem(name, what)])
     groups = group_rows(rows, check_stop)
     sizes = Counter(groups)
-    places = {group: sha256(b"validation\0" + group).digest() for group in sizes}
-    fitting = [group for group in sorted(sizes, key=places.__getitem__) if sizes[group] <= most]
+    ranks = {group: sha256(b"validation\0" + group).digest() for group in sizes}
+    fitting = [group for group in sorted(sizes, key=ranks.__getitem__) if sizes[group] <= most]
     if share_or_count < 1:
-        held_groups = {group for group in fitting if int.from_bytes(places[group][:8], "big") < share_or_count * 2**64}
+        held_groups = {group for group in fitting if int.from_bytes(ranks[group][:8], "big") < share_or_count * 2**64}
     else:
         held_groups, room = set(), int(share_or_count)
         for group in fitting:

@@ -185,7 +185,7 @@ class Encoding:
         tokenizer, texts = self._setup.tokenizer, _texts(chunk)
         portable = tokenizer.portable() if tokenizer.portable is not None else ""
         original, copied = (
-            [(one.ids, one.offsets) for one in each.encode(texts, special=True, places=True)]
+            [(one.ids, one.offsets) for one in each.encode(texts, special=True, offsets=True)]
             for each in (tokenizer, from_portable(portable))
         )
         if original != copied:

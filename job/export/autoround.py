@@ -30,7 +30,7 @@ from job.errors import Killed
 from job.export.autoround_process import Task
 from job.export.checkpoint import read_header, read_tensor, write_weights
 from job.export.quantizable import CannotMake, quantizable, why_not
-from job.export.scoring import ExportedModel, HowToScore, load_quantized
+from job.export.scoring import ExportedModel, ScoringOptions, load_quantized
 from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json, weight_files
 from job.records import QuantizationRecord
 
@@ -227,7 +227,7 @@ def _write(layout: Layout, inputs: DerivedInputs, quantized_folder: Path, empty:
     return len(layers), [name for name in linear if name not in layers]
 
 
-def load_gptq(folder: Path, scoring: HowToScore) -> ExportedModel:
+def load_gptq(folder: Path, scoring: ScoringOptions) -> ExportedModel:
     """Loads by auto-round's quantizer in transformers: that of GPTQ itself needs packages with their own kernels."""
     from transformers import AutoRoundConfig
 

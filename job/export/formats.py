@@ -33,7 +33,7 @@ from job.export.autoround import (
     load_gptq,
     make_four_bit,
 )
-from job.export.scoring import ExportedModel, HowToScore, load_exported, load_quantized
+from job.export.scoring import ExportedModel, ScoringOptions, load_exported, load_quantized
 from job.records import QuantizationRecord
 
 
@@ -82,7 +82,7 @@ class Format:
     make: Callable[[DerivedInputs], QuantizationRecord]
     check: Callable[[Any, str], str]
     cannot_score: Callable[[torch.device], str] = lambda _device: ""
-    load: Callable[[Path, HowToScore], ExportedModel] = load_exported
+    load: Callable[[Path, ScoringOptions], ExportedModel] = load_exported
     check_files: Callable[[Path, Callable[..., None]], str] = lambda _source, _check_stop: ""
 
 

@@ -35,7 +35,7 @@ from job.common.helper_process import HelperProcess, start_helper
 from job.common.out_of_memory import ran_out
 from job.errors import TrainingFailed
 from job.export.quantizable import CannotMake
-from job.export.scoring import ExportedModel, HowToScore
+from job.export.scoring import ExportedModel, ScoringOptions
 from job.model.tokenizer import load_tokenizer
 from job.records import ChoiceScore, GgufRecord, QuantizationRecord, Question
 
@@ -178,7 +178,7 @@ def make_gguf(inputs: DerivedInputs) -> QuantizationRecord:
     )
 
 
-def load_scored(folder: Path, scoring: HowToScore) -> ExportedModel:
+def load_scored(folder: Path, scoring: ScoringOptions) -> ExportedModel:
     """Loads the file of a folder in llama.cpp, on the processor, to be scored a question at a time.
 
     Raises:

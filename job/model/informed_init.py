@@ -85,8 +85,8 @@ def init_eva(
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123 - a device
             # Only process 0 is here: PEFT would wait for the inputs of the others for ever.
-            how: dict[str, Any] = {"show_progress_bar": False, "gather_distributed_inputs": False}
-            initialize_lora_eva_weights(model, loader, forward_fn=run, **how)
+            options: dict[str, Any] = {"show_progress_bar": False, "gather_distributed_inputs": False}
+            initialize_lora_eva_weights(model, loader, forward_fn=run, **options)
     finally:
         # Ranks and names are unchanged; readers of the adapter must not compute initial values.
         config.init_lora_weights, config.eva_config = True, None

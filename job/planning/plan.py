@@ -105,9 +105,9 @@ def _licence(settings: Settings, preflight: Preflight) -> PreflightResult:
     licences = [
         preflight.data.licence if preflight.data is not None else None,
         *(
-            find_licence(one.place, one.revision or data.revision, "dataset")
-            if Path(one.place).exists()
-            else LICENCES.get(one.place)
+            find_licence(one.location, one.revision or data.revision, "dataset")
+            if Path(one.location).exists()
+            else LICENCES.get(one.location)
             for one in parse_sources(data.source)
         ),
     ]

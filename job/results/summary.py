@@ -44,10 +44,11 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         if rest := task.get("without_overlap"):
             figures = f"{100 * rest['delta']:+.2f} points on the other {rest['n']:,}, {rest['verdict']}{against}"
             lines.append(f"training rows contain {task['n'] - rest['n']:,} of these questions: {figures}")
-    for name, found in results["evaluation"].get("measured", {}).items():
-        start = f"{name}, {found['n']:,} questions"
+    for name, comparisons in results["evaluation"].get("measured", {}).items():
+        start = f"{name}, {comparisons['n']:,} questions"
         lines += [
-            f"{start}: {measured_line(metric, comparison, against)}" for metric, comparison in found["metrics"].items()
+            f"{start}: {measured_line(metric, comparison, against)}"
+            for metric, comparison in comparisons["metrics"].items()
         ]
     if why := (results["evaluation"].get("full_precision") or {}).get("not_scored"):
         lines.append(f"the unquantized base was not scored: {why}")
@@ -68,9 +69,9 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     ]
     passed = results["gate"]["passed"]
     gate = [] if passed is None else ["gate met" if passed else "gate not met"]
-    judged = results["gate"].get("policy")
-    lines += [f"policy: {line}" for line in (policy_lines(judged) if judged else ())]
-    gate += [f"policy {judged['outcome']}"] if judged else []
+    policy = results["gate"].get("policy")
+    lines += [f"policy: {line}" for line in (policy_lines(policy) if policy else ())]
+    gate += [f"policy {policy['outcome']}"] if policy else []
     ended = ", ".join([*verdicts, *gate])
     lines.append("; ".join([*([ended] if ended else []), f"results: {where}"]))
     return lines

@@ -81,8 +81,8 @@ def _put(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps
     )
     if not record:
         with taking_part(model):
-            found = _publish(attempt, init, sources, model, steps) if processes.leads else ""
-        record = processes.share("first values", lambda: found)
+            published = _publish(attempt, init, sources, model, steps) if processes.leads else ""
+        record = processes.share("first values", lambda: published)
     artifact = Artifact(**json.loads(record))
     path = processes.share_on_machine("first values on this machine", lambda: str(attempt.fetch(artifact)))
     tensors = load_file(path)

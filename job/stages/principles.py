@@ -70,8 +70,8 @@ def find_judge(options: Eval, source: str, revision: str | None) -> FoundJudge:
     if is_server(name):
         return FoundJudge(JudgeRecord(name, options.judge_model, None, None, *rule_facts), None)
     with naming(SETTING):
-        folder, found = download_model(source, revision)
-        return FoundJudge(JudgeRecord(name, None, found, fingerprint(folder), *rule_facts), folder)
+        folder, commit = download_model(source, revision)
+        return FoundJudge(JudgeRecord(name, None, commit, fingerprint(folder), *rule_facts), folder)
 
 
 def check_judge(options: Eval, judge: FoundJudge, check_stop: Callable[[], None]) -> None:
@@ -170,8 +170,8 @@ def judge_answers(
         with log.progress("judged", len(to_judge), every=max(1, len(to_judge) // 10)) as show_progress:
             return complete(dict(known_chances), compute(), cache, on_progress)
 
-    found = _on_one_device(devices, judged_on)
-    said = {number: [_CHOICES[int(choice)] for choice in found[part]] for part, number in enumerate(to_judge)}
+    choices = _on_one_device(devices, judged_on)
+    said = {number: [_CHOICES[int(choice)] for choice in choices[part]] for part, number in enumerate(to_judge)}
     judgements = [_judgement(base, said.get(number)) for number, (base, _) in enumerate(pairs)]
     counts = {word: [preference(one) for one in judgements].count(word) for word in ("adapter", "base", "tie")}
     log.get_logger().info("judged answers", judge=judge.record.model, **counts)
@@ -187,8 +187,8 @@ def _devices(device: str, judge: FoundJudge) -> list[str]:
     """Where the judge may compute, best first, as JOB_RUN__DEVICE; a server's own device is not known."""
     if judge.folder is None:
         return ["server"]
-    found = choose_device(device).type
-    return ["cpu"] if found == "cpu" else [found, "cpu"]
+    kind = choose_device(device).type
+    return ["cpu"] if kind == "cpu" else [kind, "cpu"]
 
 
 def _on_one_device(devices: Sequence[str], judged_on: Callable[[str], T]) -> T:
@@ -216,8 +216,8 @@ def open_judge(options: Eval, judge: FoundJudge, device: str) -> Judge:
     """
     if judge.folder is None:
         return _served(options, judge)
-    chosen = choose_device(device)
-    return LocalJudge(judge.folder, chosen, choose_dtype("auto", chosen))
+    torch_device = choose_device(device)
+    return LocalJudge(judge.folder, torch_device, choose_dtype("auto", torch_device))
 
 
 def _served(options: Eval, judge: FoundJudge, seconds: float = SECONDS) -> ServedJudge:

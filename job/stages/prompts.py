@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job import log
-from job.evaluation.generation import HowToGenerate, generate
+from job.evaluation.generation import GenerationOptions, generate
 from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.prompt_answers import write_answers
@@ -45,7 +45,7 @@ def answer_prompts(
         parallel.help(model, sources.tokenizer)
         return [], None
     prompts = [prompt.ids for prompt in sources.prompts]
-    asks = HowToGenerate(options.prompts_max_new_tokens)
+    asks = GenerationOptions(options.prompts_max_new_tokens)
     with_defaults = with_model_defaults(asks, sources.folder, model, sources.tokenizer)
     answers = generate_answers(
         attempt,
@@ -77,7 +77,7 @@ def generate_answers(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    options: HowToGenerate,
+    options: GenerationOptions,
     batch_tokens: int,
     cache: ScoreCache,
     parallel: ParallelScoring,

@@ -146,8 +146,8 @@ def fetch_original(attempt: Attempt, source: str, storage: StorageOptions, recor
     if is_remote(source):
         attempt.check_stop()
         with named_by("JOB_MODEL__ID", ": "):
-            place = fetch(source, attempt.work / "model", storage)
-        folder, _ = download_model(place, None)
+            location = fetch(source, attempt.work / "model", storage)
+        folder, _ = download_model(location, None)
     else:
         folder, _ = download_model(source, record.model_revision)
     if fingerprint(folder) != record.model_sha256:
@@ -163,14 +163,14 @@ def fetch_original(attempt: Attempt, source: str, storage: StorageOptions, recor
     return folder
 
 
-def _fetch_small_files(place: str, folder: Path, storage: StorageOptions) -> Path | None:
+def _fetch_small_files(location: str, folder: Path, storage: StorageOptions) -> Path | None:
     """The folder with configuration and tokenizer of a model in a store; None if nothing is there."""
-    store = open_store(place, storage)
-    found = list(store.list())
-    for info in found:
+    store = open_store(location, storage)
+    entries = list(store.list())
+    for info in entries:
         if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
             store.download(info.key, folder / info.key, max_bytes=info.bytes)
-    return folder if found else None
+    return folder if entries else None
 
 
 def _cache_locations(

@@ -28,12 +28,12 @@ from job.export.autoround import AWQ, COMPRESSED, GPTQ, Layout, calibration_sequ
 from job.export.autoround_process import Task, quantize
 from job.export.formats import DerivedInputs
 from job.export.quantizable import CannotMake
-from job.export.scoring import HowToScore, load_exported
+from job.export.scoring import ScoringOptions, load_exported
 from job.records import QuantizationRecord, Question
 from tests.helpers import make_base
 from tests.warm import ROOT
 
-HOW = HowToScore(torch.device("cpu"), torch.float32, 512, packed=True)
+HOW = ScoringOptions(torch.device("cpu"), torch.float32, 512, packed=True)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_w4a16_is_what_compressed_tensors_reads(packed: Made) -> None:
         assert torch.equal(reader.decompress(own, group)["weight"].float(), weight.bfloat16().float())
 
 
-def scores(load: Callable[[Path, HowToScore], Any], folder: Path) -> torch.Tensor:
+def scores(load: Callable[[Path, ScoringOptions], Any], folder: Path) -> torch.Tensor:
     """Log-likelihoods of some choices."""
     questions = [Question((5, 9, number, 40), ((7, 8), (30 + number,), (12, 13, 14))) for number in range(6)]
     found = load(folder, HOW)

@@ -61,7 +61,7 @@ def built(**changes: Any) -> dict[str, Any]:
         "dataset": DatasetRecord("d", None, None, "alpaca", 80, {"empty": 2}, HASH, 900, 800, 60),
         "training": TrainingRecord(6, 80, 800, 1.5, 10.0, 80.0, 10**9, "adamw_8bit", 32, 1024, []),
         "tasks": tasks,
-        "gate": comparison.judge(tasks, metric="acc", min_delta=None, max_regression=None),
+        "gate": comparison.evaluate_gate(tasks, metric="acc", min_delta=None, max_regression=None),
         "artifacts": [Artifact("b", 1, HASH), Artifact("a", 2, HASH, HASH)],
         "evidence": [Artifact("settings.json", 3, HASH), Artifact("attempts/0001.json", 4, HASH)],
         "image_digest": None,
