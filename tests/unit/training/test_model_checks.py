@@ -180,6 +180,14 @@ def test_adalora_needs_steps_to_take_ranks_away_in() -> None:
     assert list(too_few_steps(make_options(dict(load_settings([], {}).lora), 1))) == []
 
 
+def test_adalora_needs_a_step_before_the_one_that_takes_the_last_ranks_away() -> None:
+    """PEFT's allocator has the importance of earlier steps only; without one it raises a KeyError in the first step."""
+    for steps, final, wrong in ((1, 0, True), (4, 3, True), (2, 0, False), (5, 3, False)):
+        lora = load_settings(["--lora.kind=adalora", f"--lora.tfinal={final}"], {}).lora
+        found = [problem.where for problem in too_few_steps(make_options(dict(lora), steps))]
+        assert found == ["JOB_LORA__TFINAL"] * wrong
+
+
 def test_eva_needs_target_tokens() -> None:
     """As many as ranks in one of the first micro-batches: known when the rows are read."""
     rows = make_examples(4, shortest=8, longest=8)
