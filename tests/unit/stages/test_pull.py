@@ -347,9 +347,10 @@ def test_the_first_stage_refuses_tasks_that_the_last_one_could_not_judge(words: 
 def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is wrong with them is known then; the next stage reads them when it begins."""
-    read = MagicMock()
+    """What is wrong with them, or with exports, is known then; the next stage reads them when it begins."""
+    read, exported = MagicMock(), MagicMock()
     monkeypatch.setattr(pull, "read_rows", read)
+    monkeypatch.setattr(pull, "check_files_of_exports", exported)
     base = MagicMock(small_files=lambda: (tmp_path, False))
     monkeypatch.setattr(pull, "base_in_background", lambda *_: nullcontext(base))
     steps = ("_load_tasks", "fetch_rows", "load_tokenizer", "rows_with", "_check_lengths")
@@ -367,6 +368,8 @@ def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
     first, second = load_settings(["--model.id=org/base"], {}), load_settings(["--model.id=org/base"], {})
     for earlier, stages in ((None, [first, second]), (Pulled(DATASET, "0" * 64, None, {}), [first])):
         read.reset_mock()
+        exported.reset_mock()
         attempt = make_attempt(tmp_path, {Stage.PULL: earlier})
         pull._pull(attempt, first, StorageOptions(), "2026-01-01", [second])
         assert [call.args[1] for call in read.call_args_list] == [_row_settings(stage) for stage in stages]
+        assert [call.args[2] for call in exported.call_args_list] == [second.export] * (earlier is None)
