@@ -156,6 +156,10 @@ def check_start_fits(
     """
     from safetensors import safe_open
 
+    theirs = read_json(folder / CONFIG, MAX_CONFIG_BYTES, _SETTING).get("trainable_token_indices")
+    # With whole modules, the embedding may be one of them; then no single rows are trained.
+    if bool(theirs) != bool(options.added_tokens) and not options.modules_to_save:
+        raise SettingsError([_other_tokens(theirs)])
     if type(empty).__name__ not in (empty.config.architectures or []):
         return
     layers = adapted_layers(empty, resolve_targets(empty, targets), options)
@@ -191,12 +195,16 @@ def load_start(model: Any, folder: Path, names: PublishedNames) -> None:
     """
     theirs = read_json(folder / CONFIG, MAX_CONFIG_BYTES, _SETTING).get("trainable_token_indices")
     if (theirs or None) != (model.peft_config["default"].trainable_token_indices or None):
-        message = f"does not fit JOB_MODEL__ADD_TOKENS: it trains the rows of {json.dumps(theirs)[:200]}"
-        raise SettingsError([Problem(_SETTING, message)])
+        raise SettingsError([_other_tokens(theirs)])
     try:
         load_adapter(model, folder, names)
     except ValueError as error:
         raise SettingsError([Problem(_SETTING, f"{_MISFIT}: {error}")]) from error
+
+
+def _other_tokens(theirs: object) -> Problem:
+    rows = f"the rows of {json.dumps(theirs)[:200]}" if theirs else "no rows of new tokens"
+    return Problem(_SETTING, f"does not fit JOB_MODEL__ADD_TOKENS: it trains {rows}")
 
 
 def _same_modules(targets: Sequence[str], adapter_targets: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ from job.common.lora_readers import why_not_served
 from job.data.examples import lengths_of
 from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import validation_source_of
-from job.errors import Problem, named_by, raise_problems
+from job.errors import DataError, Problem, named_by, raise_problems
 from job.evaluation.policy import CHOICES, read_policy
 from job.evaluation.tasks import Tasks, check_gate
 from job.model.adapter_options import MANY_STEPS, AdapterOptions, make_options, too_few_steps
@@ -223,7 +223,7 @@ def _problems_of_model(s: Settings, config: Any, empty: Any) -> Iterator[Problem
         chosen: dict[str, Any] = {"formats": s.export.formats, "onto": s.export.merge_onto, "judged": s.gate.on}
         yield from export_problems(config, empty, **chosen, nf4=s.model.quantization == "nf4", device=None)
         if not is_remote(s.model.id) and (original := local_model(s.model.id)) is not None:
-            yield from file_problems(s.export.formats, original, lambda: None)
+            yield from file_problems(s.export.formats, original, lambda **_: None)
 
 
 def _check_steps(s: Settings, rows: int) -> Found[None]:
@@ -275,6 +275,9 @@ def _preview_prompts(
     The job reports if there are fewer of these than requested.
     """
     source, most = s.eval.prompts, s.train.max_length - s.eval.prompts_max_new_tokens
+    if isinstance(source, int) and data is not None and data.schema == "text":
+        what = "is a number of validation rows, and rows of the schema text have no prompts; give a file of prompts"
+        raise DataError([Problem("JOB_EVAL__PROMPTS", what)])
     if isinstance(source, int):
         held = "rows" if data is None else f"{len(data.validation):,} rows"
         lengths = () if data is None else tuple(lengths_of(data.validation)[:source])

@@ -155,6 +155,13 @@ def test_what_was_saved_fits_without_the_weights(
             check_start_fits(tmp_path, empty, **{"targets": "auto", "rank": rank, "options": options} | other)
 
 
+def test_rows_of_new_tokens_are_compared_without_the_weights(saved: Path, base_folder: Path) -> None:
+    """An adapter without them cannot go on with new tokens."""
+    options = AdapterOptions(added_tokens=("<ask>",))
+    with pytest.raises(SettingsError, match="JOB_MODEL__ADD_TOKENS: it trains no rows of new tokens"):
+        check_start_fits(saved, empty_base(base_folder), targets="auto", rank=16, options=options)
+
+
 @pytest.mark.parametrize("changes", [{"intermediate_size": 192}, {"num_hidden_layers": 3}])
 def test_an_adapter_of_another_base_is_refused_without_the_weights(
     changes: dict[str, int], saved: Path, base_folder: Path
