@@ -244,7 +244,7 @@ def test_the_figures_of_the_gpu() -> None:
     assert all(f" {figure} " in section for figure in (rate, scores, hflm, long, restart))
     lines = [
         json.loads(line)
-        for file in ("2026-11-29-h200-placement.jsonl", "2026-11-30-h200-long-rows.jsonl")
+        for file in ("2026-11-30-h200-placement.jsonl", "2026-11-30-h200-long-rows.jsonl")
         for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()
     ]
     for row, key, value in (
@@ -253,8 +253,8 @@ def test_the_figures_of_the_gpu() -> None:
         ("the same on 24 GB, weights in main memory", "way", "70B, host, 24 GB"),
     ):
         measured = [line["tokens_per_second"] for line in lines if line.get(key) == value][-1]
-        assert rows[row][0] == f"{measured:.0f}"
-        assert f"| {measured:.0f}" in BENCH
+        assert rows[row][0] == f"{measured:,.0f}"
+        assert f"| {measured:,.0f}" in BENCH
 
 
 def test_the_figures_of_the_cpu() -> None:

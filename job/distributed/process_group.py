@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any, TypeVar
 
 from job.common.out_of_memory import ran_out, says_full
@@ -59,6 +60,7 @@ class ProcessGroup:
         self.place, self.leads, self.stopping = place, place.rank == 0, False
         self._store, self._stop, self._report_progress, self._grace = store, stop, report_progress, grace_seconds
         self._peers = Peers({})
+        self._gpus_connected = False
         self._failed = False
         """Whether this process ends because another one has failed, and not because it had to stop before that."""
         self._calls = 0
@@ -88,6 +90,32 @@ class ProcessGroup:
         with self._reaching():
             keys = {rank: f"identity#{rank}" for rank in range(self.place.world_size) if rank != self.place.rank}
             self._peers = Peers({rank: self._get(key) for rank, key in keys.items() if self._store.check([key])})
+
+    def wait_in_thread(self, call: Callable[[], object], *, stoppable: bool) -> None:
+        """Makes a call that blocks until all processes have made it, and notices meanwhile that another one has ended.
+
+        Args:
+            call: Runs in a thread, which is left behind where the call cannot return any more.
+            stoppable: Whether this process may stop before the call returns.
+
+        Raises:
+            JobError: Another process has ended.
+            Preempted: This process has to stop.
+            RuntimeError: What the call raised.
+        """
+        errors: list[Exception] = []
+
+        def run() -> None:
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - raised below, in the calling thread
+                errors.append(error)
+
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        self._until(lambda: not thread.is_alive(), _MAX_PAUSE_VALUE, stoppable=stoppable)
+        if errors:
+            raise errors[0]
 
     def share(self, name: str, value: Callable[[], T]) -> T:
         """See `Processes`."""
@@ -149,6 +177,7 @@ class ProcessGroup:
             self.add_up(tensor)
             return lambda: None
         with self._all_there():
+            self._connect_gpus(tensor)
             work = dist.all_reduce(tensor, async_op=True)
             work.wait()  # only the current stream waits
         # Pauses are short, so that the next step is launched while the GPU still computes the optimizer's step.
@@ -169,6 +198,7 @@ class ProcessGroup:
         import torch.distributed as dist
 
         with self._all_there():
+            self._connect_gpus(part)
             work = dist.all_gather_into_tensor(gathered, part, async_op=True)
         # The caller waits only when it needs the weights: until then the previous layer computes.
         return lambda: self._finish(lambda: work, _SHORT_PAUSE_SECONDS)
@@ -182,6 +212,8 @@ class ProcessGroup:
             size = sent.element_size()
             received, sent = (x.view(torch.uint8) for x in (received, sent))
             received_sizes, sent_sizes = ([size * n for n in sizes] for sizes in (received_sizes, sent_sizes))
+        with self._all_there():
+            self._connect_gpus(sent)
         self._finish(
             lambda: dist.all_to_all_single(received, sent, received_sizes, sent_sizes, async_op=True),
             _SHORT_PAUSE_SECONDS,
@@ -260,6 +292,20 @@ class ProcessGroup:
             # Not stoppable: the other processes take part in this operation, and may learn of the stop from it.
             self._until(work.is_completed, longest, stoppable=False, pause=pause)
             work.wait()
+
+    def _connect_gpus(self, tensor: Any) -> None:
+        """Connects the GPUs by a first small sum. NCCL connects in its first exchange, and blocks the host until then.
+
+        So a process that is killed before would not be noticed by those that wait for it there.
+        """
+        import torch
+        import torch.distributed as dist
+
+        if tensor.is_cuda and not self._gpus_connected:
+            connect = lambda: dist.all_reduce(torch.zeros(1, device=tensor.device))  # noqa: E731
+            # Not stoppable: as in `_finish`.
+            self.wait_in_thread(connect, stoppable=False)
+            self._gpus_connected = True
 
     @contextmanager
     def _all_there(self) -> Iterator[None]:

@@ -159,7 +159,7 @@ def join(
 
             _await_all(joined, store, deadline, check)
         joined.watch_peers()
-        _connect(place, store, 2 * patience)
+        _connect(joined, run, 2 * patience)
         yield joined
         _disconnect()
     except BaseException as error:
@@ -274,19 +274,34 @@ def _await_all(joined: ProcessGroup, store: Any, deadline: float, check: Callabl
         time.sleep(0.05)
 
 
-def _connect(place: Place, store: Any, timeout_seconds: float) -> None:
-    """Creates the group for all-reduce: gloo for tensors on a CPU (flags, gradients), NCCL for tensors on a GPU."""
+def _connect(joined: ProcessGroup, run: str, timeout_seconds: float) -> None:
+    """Creates the group for all-reduce: gloo for tensors on a CPU (flags, gradients), NCCL for tensors on a GPU.
+
+    It has a connection to the store of its own: while torch waits for a key, the connection is locked.
+
+    Raises:
+        Unreachable: The processes cannot connect to each other.
+        Preempted: This process has to stop.
+        Killed: Another process has died, or the store is gone.
+    """
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=store,
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
-    store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))  # init_process_group has set the group's timeout on it
+    place = joined.place
+
+    def connect() -> None:
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=keyspace(connect_store(place), run, place.restart),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+
+    try:
+        joined.wait_in_thread(connect, stoppable=True)
+    except RuntimeError as error:
+        raise Unreachable(f"the processes of this run cannot connect to each other: {_first_line(error)}") from error
     log.get_logger().info("all processes are connected", processes=place.world_size)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -247,3 +249,51 @@ def test_an_error_while_memory_is_given_up_is_not_a_lack_of_memory(team: Team, m
 
     with pytest.raises(Killed, match="Connection closed by peer"):
         team.members[1]._finish(fail)
+
+
+class OnGPU:
+    """Stands for a tensor on a GPU, whose first exchange blocks the host until all processes take part in it."""
+
+    is_cuda = True
+    device = "cpu"  # where the small tensor of that exchange is made here
+
+
+def test_an_end_is_noticed_while_gpus_connect(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's call does not return, since a process is missing: those in it end by the reason that this one gave."""
+    monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
+    released = threading.Event()
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: released.wait(60))
+    waiting = team.start(*[lambda member: member.start_add_up(OnGPU())] * 2)
+    team.members[2].end(DataError([Problem("row 3", "is empty")]))
+    try:
+        assert [type(future.exception(timeout=20)) for future in waiting] == [DataError, DataError]
+    finally:
+        released.set()
+
+
+def test_gpus_connect_once(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first exchange connects them, in a thread; those after it are launched by the caller."""
+    work, threads = SimpleNamespace(wait=lambda: None, is_completed=lambda: True), []
+
+    def exchange(*_: Any, **__: Any) -> Any:
+        threads.append(threading.current_thread())
+        return work
+
+    monkeypatch.setattr("torch.distributed.all_reduce", exchange)
+    monkeypatch.setattr("torch.distributed.all_gather_into_tensor", exchange)
+    member = team.members[0]
+    member.start_add_up(OnGPU())()
+    member.gather_into(None, OnGPU())()
+    here = threading.current_thread()
+    assert [thread is here for thread in threads] == [False, True, True]
+
+
+def test_an_error_while_gpus_connect_is_raised(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out for NCCL's buffers is told as such, though it was another thread that asked for it."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise DistBackendError("NCCL error: Cuda failure 2 'out of memory'")
+
+    monkeypatch.setattr("torch.distributed.all_reduce", fail)
+    with pytest.raises(TrainingFailed, match="JOB_TRAIN__GPU_MEMORY_GB"):
+        team.members[1].start_add_up(OnGPU())
