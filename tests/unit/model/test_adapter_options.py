@@ -132,6 +132,17 @@ def test_adalora_takes_the_last_ranks_away_in_a_step_that_overflows(base_folder:
         assert sum(map(sum, kept.values())) == ADALORA.target_r * len(kept)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adalora_trains_nothing_that_is_not_published(base_folder: Path, quantization: str, dtype: torch.dtype) -> None:
+    """PEFT's `ranknum`, which each layer divides by, stays the constant that readers take it for."""
+    options = AdapterOptions(kind="adalora", adalora=ADALORA)
+    model = make_model(base_folder, rank=8, options=options, quantization=quantization, dtype=dtype)
+    assert {name.split(".")[-2] for name in trainable(model)} == {"lora_A", "lora_B", "lora_E"}
+    constants = [parameter for name, parameter in model.named_parameters() if ".ranknum." in name]
+    assert {(float(one), one.dtype) for one in constants} == {(ADALORA.init_r, torch.float32)}
+
+
 def allocate_all(model: Any) -> None:
     """Lets AdaLoRA take ranks away to the end of its schedule, with the gradients of a real loss."""
     for step in range(1, 7):
