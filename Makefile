@@ -5,7 +5,7 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: help run run-dpo test test-long check format lock chaos standstill servers damage hostile families bench image image-test registry-test clean bench-gpu
+.PHONY: help run run-dpo test test-long check format lock chaos standstill servers damage hostile combinations families bench image image-test registry-test clean bench-gpu
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -88,6 +88,10 @@ damage: $(STAMP)  ## damages 500 run folders: the job must give the same result,
 
 hostile: $(STAMP)  ## malicious model folders and chat templates: refused with a message, within limits of time and memory
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/hostile.py
+
+# SEED=1 draws others; FIRST=100 COUNT=50 begins with the hundredth.
+combinations: $(STAMP)  ## 100 random combinations of settings: refused in time, or trained, killed, resumed and verified
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/combinations.py --count $${COUNT:-100} --first $${FIRST:-0} --seed $${SEED:-0}
 
 # FULL=1 scores all of ARC-Easy; UNSLOTH=python is an interpreter that has Unsloth; FAMILY is llama, mistral or qwen2.
 # tests/bench/checkouts.py compares whole jobs of several checkouts.
