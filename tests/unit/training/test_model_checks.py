@@ -186,7 +186,7 @@ def test_formats_that_the_bases_files_exclude(monkeypatch: pytest.MonkeyPatch) -
     asked: list[Path] = []
     why = SimpleNamespace(check_files=lambda folder, _: asked.append(folder) or "its tokenizer is unknown")
     monkeypatch.setattr("job.export.model_checks.derived_format", lambda name: (why, name))
-    attempt: Any = SimpleNamespace(alive=lambda: None)
+    attempt: Any = SimpleNamespace(check_stop=lambda: None)
     export = Export(formats=("gguf:q8_0", "merged", "gguf:f16"))
     check_files_of_exports(attempt, None, export)
     check_files_of_exports(attempt, DEMO, Export(formats=("adapter:bf16",)))
