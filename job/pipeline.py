@@ -103,8 +103,8 @@ def run(
         Replaced: Another attempt owns the run.
     """
     stages = split_stages(settings)
-    alive = partial(_alive, stop, report_progress)
-    if len(stages) > 1 and (done := _finished(processes, settings, delivery, alive)) is not None:
+    check_stop = partial(_check_stop, stop, report_progress)
+    if len(stages) > 1 and (done := _finished(processes, settings, delivery, check_stop)) is not None:
         return done  # the first stage is not looked at: its folder may be gone
     for number, stage in enumerate(stages, start=1):
         log.bind(run=stage.run.id)
@@ -134,8 +134,8 @@ def _run_stage(
     later: Sequence[Settings] = (),
 ) -> dict[str, Any]:
     """One run from start to end; `later` are those that follow, as in `JOB_TRAIN__METHOD=sft,dpo`."""
-    alive = partial(_alive, stop, report_progress)
-    if (done := _finished(processes, settings, delivery, alive)) is not None:
+    check_stop = partial(_check_stop, stop, report_progress)
+    if (done := _finished(processes, settings, delivery, check_stop)) is not None:
         return done
     processes.share("inputs", lambda: _check_inputs(settings, later, processes.place.world_size))
     with _attempt(settings, stop, report_progress, faults, processes, idle=idle, last=not later) as (
@@ -163,22 +163,24 @@ def _run_stage(
         report_results(results)
     if processes.leads:
         chosen = () if later else targets(settings.export)
-        _hand_over(attempt.store, results, delivery, chosen, alive, cache=settings.storage.cache)
+        _hand_over(attempt.store, results, delivery, chosen, check_stop, cache=settings.storage.cache)
     return require_gate(results)
 
 
-def _alive(stop: Stop, report_progress: Callable[[], None]) -> None:
+def _check_stop(stop: Stop, report_progress: Callable[[], None]) -> None:
     """Called between files that are pushed: what has been pushed is taken up by the next attempt."""
     report_progress()
     stop.check()
 
 
 def _finished(
-    processes: Processes, settings: Settings, delivery: Delivery | None, alive: Callable[[], None]
+    processes: Processes, settings: Settings, delivery: Delivery | None, check_stop: Callable[[], None]
 ) -> dict[str, Any] | None:
     """`finished`, asked by process 0 for all, which have the same settings."""
     agree_on_settings(processes, common_settings(plain_values(settings)))
-    found: dict[str, Any] | None = processes.share("results of before", lambda: finished(settings, delivery, alive))
+    found: dict[str, Any] | None = processes.share(
+        "results of before", lambda: finished(settings, delivery, check_stop)
+    )
     return found
 
 
@@ -201,7 +203,7 @@ def _check_inputs(settings: Settings, later: Sequence[Settings], processes: int)
 
 
 def finished(
-    settings: Settings, delivery: Delivery | None, alive: Callable[[], None] = lambda: None
+    settings: Settings, delivery: Delivery | None, check_stop: Callable[[], None] = lambda: None
 ) -> dict[str, Any] | None:
     """The manifest of this run if an earlier attempt completed it, else None.
 
@@ -219,7 +221,7 @@ def finished(
         return None
     compare_settings(store, decisive_settings(plain_values(settings)), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
-    _hand_over(store, results, delivery, targets(settings.export), alive, cache=settings.storage.cache)
+    _hand_over(store, results, delivery, targets(settings.export), check_stop, cache=settings.storage.cache)
     return require_gate(results)
 
 
@@ -228,7 +230,7 @@ def _hand_over(
     results: dict[str, Any],
     delivery: Delivery | None,
     push_targets: Sequence[Target],
-    alive: Callable[[], None],
+    check_stop: Callable[[], None],
     *,
     cache: str | None,
 ) -> None:
@@ -244,7 +246,7 @@ def _hand_over(
                 "the run is not pushed: its quality gate is not met", places=[target.place for target in push_targets]
             )
         else:
-            push_run(store, results, push_targets, cache=cache, alive=alive)
+            push_run(store, results, push_targets, cache=cache, check_stop=check_stop)
     finally:
         # the results are published, whether or not this can be printed
         log.print_result("\n".join(summary(results, f"{store.uri}/{RESULTS}")) + "\n")

@@ -152,7 +152,7 @@ def results(found: ReportData, arguments: Sequence[str] = (), **changes: Any) ->
             "dataset": DATASET,
             "training": TRAINING,
             "tasks": tasks,
-            "gate": comparison.judge(tasks, metric="acc", min_delta=None, max_regression=None),
+            "gate": comparison.evaluate_gate(tasks, metric="acc", min_delta=None, max_regression=None),
             "artifacts": [],
             "evidence": [],
             "image_digest": None,

@@ -20,7 +20,7 @@ from job.checkpoints.trainer_state import VALIDATIONS as STATE_VALIDATIONS
 from job.common import host
 from job.common.hashing import hash_facts, hash_file, sealed
 from job.evaluation import samples
-from job.evaluation.comparison import choose_candidate, compare_near_ties, compare_tasks, judge
+from job.evaluation.comparison import choose_candidate, compare_near_ties, compare_tasks, evaluate_gate
 from job.evaluation.groups import compare_groups
 from job.evaluation.policy import read_policy
 from job.records import (
@@ -146,7 +146,7 @@ def publish_run(
         exports=manifest.exports_record(exports, base, adapter.scores),
         full_precision=manifest.full_precision_record(base, adapter.scores),
         near_ties=compare_near_ties(base.scores, adapter.scores, model.dtype),
-        gate=judge(
+        gate=evaluate_gate(
             compare_tasks(base.scores, judged),
             **chosen.gate.model_dump(exclude={"baseline", "policy"}),
             baseline=against,

@@ -160,11 +160,12 @@ def test_every_guide_is_linked_from_the_readme() -> None:
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_tables_of_the_guides(page: Path) -> None:
-    """Every row of a table has as many cells as its first row."""
+    """Every row of a table has as many cells as its first row; an empty line within would end the table."""
     tables = re.findall(r"(?:^\|.*\|\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
     for table in tables:
         rows = [len(re.sub(r"`[^`]*`", "", row).split("|")) for row in table.splitlines()]
         assert len(set(rows)) == 1, table
+        assert re.fullmatch(r"[|:\- ]+", table.splitlines()[1]), f"not a table, its second line is no rule: {table}"
 
 
 def test_where_to_change_what() -> None:

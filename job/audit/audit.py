@@ -1,7 +1,7 @@
 """The audit of a data set: rows are added as they are read, and `finish` says what was found and where.
 
-A finding names the row's place and the kind, and for an overlap the question, for a duplicate the row that it repeats;
-it never has a text of the row. Memory: about 30 bytes a row, and 0.5 KiB each of the first MOST_COMPARED rows.
+A finding names the row's location and the kind, and for an overlap the question, for a duplicate the row that it
+repeats; it never has a text of the row. Memory: about 30 bytes a row, and 0.5 KiB each of the first MOST_COMPARED rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from job.audit.overlap import MOST_ROWS, SHARE, Found
+from job.audit.overlap import MOST_ROWS, SHARE, OverlapHits
 from job.audit.rows import AuditSetup, from_bytes
 from job.audit.safety import Screen, Texts
 from job.audit.statistics import PACKAGE as LANGUAGES
@@ -37,11 +37,11 @@ _NO_QUESTIONS = "the scored questions are not known here"
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding: a row's place and number (from 0), the kind, and what it is about; a line of the published file.
+    """One finding: a row's location and number (from 0), the kind, and what it is about; a line of the published file.
 
-    `task` and `question` (its place in the task, from 0) say which question an overlap is with, and `exact` whether
-    word for word; `repeats` is the place of the row that a duplicate repeats; `score` is the probability that an unsafe
-    row is unsafe.
+    `task` and `question` (its number in the task, from 0) say which question an overlap is with, and `exact` whether
+    word for word; `repeats` is the location of the row that a duplicate repeats; `score` is the probability that
+    an unsafe row is unsafe.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Finding:
 
 
 @dataclass
-class _Places:
+class _RowLocations:
     """Locations of rows, such as `file:17`, in 12 bytes each."""
 
     ends: dict[tuple[str, str | None], int] = field(default_factory=dict)
@@ -68,10 +68,10 @@ class _Places:
     _known: list[tuple[str, str | None]] = field(default_factory=list)
 
     def add(self, where: str) -> None:
-        found = _NUMBERED.fullmatch(where)
-        ends: tuple[str, str | None] = (where, None) if found is None else (found[1], found[3])
+        match = _NUMBERED.fullmatch(where)
+        ends: tuple[str, str | None] = (where, None) if match is None else (match[1], match[3])
         self.name.append(self.ends.setdefault(ends, len(self.ends)))
-        self.number.append(0 if found is None else int(found[2]))
+        self.number.append(0 if match is None else int(match[2]))
         if len(self.ends) > len(self._known):
             self._known.append(ends)
 
@@ -90,11 +90,11 @@ class Audit:
         self.setup = setup
         self._screen = screen
         self._texts = Texts() if screen is not None else None
-        self._places = _Places()
+        self._locations = _RowLocations()
         self._identities = array("Q")
         self._hashes = RowHashes()
         self._kinds: list[tuple[int, str]] = []
-        self._found: dict[int, Found] = {}
+        self._hits: dict[int, OverlapHits] = {}
         self._in_rows: Counter[int] = Counter()
         self.languages: Counter[str] = Counter()
         """How many rows are in a language; none where that is not looked for."""
@@ -111,14 +111,14 @@ class Audit:
     def add(self, where: str, data: bytes, examples: int = 1) -> None:
         """Adds a row by what `RowAudit` found in it, and how many examples it gives."""
         if self._at is not None:
-            while self._places[self._at] != where:
+            while self._locations[self._at] != where:
                 self._at += 1
             self.of_examples.extend([self._at] * examples)
             return
         row = from_bytes(data)
         number = len(self._identities)
         self.of_examples.extend([number] * examples)
-        self._places.add(where)
+        self._locations.add(where)
         self._identities.append(row.identity)
         if number < MOST_COMPARED:
             self._hashes.add(row.hashed)
@@ -127,20 +127,20 @@ class Audit:
             self._texts.add(row.text)
         if row.language:
             self.languages[row.language] += 1
-        self._in_rows.update(row.found.runs)
+        self._in_rows.update(row.overlap.runs)
         # Runs that too many rows have by now are dropped here, so that a template in each row takes no memory.
-        runs = tuple(run for run in row.found.runs if self._in_rows[run] <= MOST_ROWS)
-        if runs or row.found.exact:
-            self._found[number] = Found(row.found.exact, runs)
+        runs = tuple(run for run in row.overlap.runs if self._in_rows[run] <= MOST_ROWS)
+        if runs or row.overlap.exact:
+            self._hits[number] = OverlapHits(row.overlap.exact, runs)
 
-    def findings(self, alive: Callable[[], None] = lambda: None) -> list[Finding]:
+    def findings(self, check_stop: Callable[[], None] = lambda: None) -> list[Finding]:
         """All findings, by row, and of a row in the order of `KINDS`."""
         kinds = list(KINDS)
         findings = [
             *self._overlaps(),
-            *self._duplicates(alive),
+            *self._duplicates(check_stop),
             *self._unsafe(),
-            *(Finding(kind, self._places[row], row) for row, kind in self._kinds),
+            *(Finding(kind, self._locations[row], row) for row, kind in self._kinds),
         ]
         return sorted(findings, key=lambda one: (one.row, kinds.index(one.kind), one.task or "", one.question or 0))
 
@@ -152,23 +152,23 @@ class Audit:
         for number, runs in enumerate(questions.runs):
             for run in runs:
                 of_run[run].append(number)
-        for row, overlap in self._found.items():
+        for row, overlap in self._hits.items():
             counts = Counter(
                 number for run in overlap.runs if self._in_rows[run] <= MOST_ROWS for number in of_run[run]
             )
             near = {number for number, count in counts.items() if count >= SHARE * len(questions.runs[number])}
             for number in sorted(near | set(overlap.exact)):
-                task, place = questions.name(number)
-                yield Finding(OVERLAP, self._places[row], row, task, place, number in overlap.exact)
+                task, index = questions.name(number)
+                yield Finding(OVERLAP, self._locations[row], row, task, index, number in overlap.exact)
 
     def _unsafe(self) -> Iterator[Finding]:
         if self._screen is None or self._texts is None or self.setup.safety is None:
             return
         for row, score in enumerate(self._screen(self._texts)):
             if score >= self.setup.safety.threshold:
-                yield Finding(UNSAFE, self._places[row], row, score=score)
+                yield Finding(UNSAFE, self._locations[row], row, score=score)
 
-    def _duplicates(self, alive: Callable[[], None]) -> Iterator[Finding]:
+    def _duplicates(self, check_stop: Callable[[], None]) -> Iterator[Finding]:
         import numpy as np
 
         identities = np.frombuffer(self._identities, np.uint64) if self._identities else np.zeros(0, np.uint64)
@@ -177,12 +177,12 @@ class Audit:
         repeated = np.flatnonzero(firsts != np.arange(len(identities)))
         first_of = {int(row): int(firsts[row]) for row in repeated}
         for row, original in first_of.items():
-            yield Finding(DUPLICATE, self._places[row], row, repeats=self._places[original])
+            yield Finding(DUPLICATE, self._locations[row], row, repeats=self._locations[original])
         begins: dict[bytes, int] = {}
-        for row, group in enumerate(group_rows(self._hashes, alive)):
+        for row, group in enumerate(group_rows(self._hashes, check_stop)):
             original = begins.setdefault(group, row)
             if original != row and row not in first_of:
-                yield Finding(NEAR_DUPLICATE, self._places[row], row, repeats=self._places[original])
+                yield Finding(NEAR_DUPLICATE, self._locations[row], row, repeats=self._locations[original])
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Audited:
 def finish(
     audit: Audit,
     name: str,
-    alive: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
     lengths: Mapping[str, Sequence[int]] | None = None,
 ) -> Audited:
     """What was found, and what becomes of it.
@@ -205,14 +205,14 @@ def finish(
     Args:
         audit: With all rows.
         name: Name of the data, for messages.
-        alive: Called periodically; an exception from it ends the work.
+        check_stop: Called periodically; an exception from it ends the work.
         lengths: Lengths of the examples, by unit.
 
     Raises:
         DataError: There are findings of kinds whose rows are an error, or no row is left.
     """
     setup = audit.setup
-    findings = audit.findings(alive)
+    findings = audit.findings(check_stop)
     actions = {kind: action_of(setup.on_finding, kind) for kind in KINDS}
     if refused := [finding for finding in findings if actions[finding.kind] == "error"]:
         problems = [Problem(finding.where, _describe(finding)) for finding in refused[:MAX_SHOWN]]
@@ -245,20 +245,20 @@ def finish(
 
 
 def overlapping(findings: Sequence[Finding]) -> dict[str, list[int]]:
-    """By task, the places of the questions that training rows have in them, ascending; none: left out."""
+    """By task, the numbers (from 0) of the questions that training rows have in them, ascending; none: left out."""
     by_task: dict[str, set[int]] = {}
     for finding in findings:
         if finding.task is not None and finding.question is not None:
             by_task.setdefault(finding.task, set()).add(finding.question)
-    return {task: sorted(places) for task, places in sorted(by_task.items())}
+    return {task: sorted(numbers) for task, numbers in sorted(by_task.items())}
 
 
 def counts(findings: Sequence[Finding]) -> dict[str, tuple[int, list[str]]]:
     """By kind, the number of rows with a finding of that kind, and the first locations."""
-    places: dict[str, dict[int, str]] = {}
+    first_rows: dict[str, dict[int, str]] = {}
     for finding in findings:
-        places.setdefault(finding.kind, {}).setdefault(finding.row, finding.where)
-    return {kind: (len(rows), list(rows.values())[:PLACES]) for kind, rows in places.items()}
+        first_rows.setdefault(finding.kind, {}).setdefault(finding.row, finding.where)
+    return {kind: (len(rows), list(rows.values())[:PLACES]) for kind, rows in first_rows.items()}
 
 
 def _checks(setup: AuditSetup, findings: Sequence[Finding]) -> dict[str, CheckRecord]:

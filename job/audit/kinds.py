@@ -125,8 +125,8 @@ def _phones() -> Test:
         if _DIGITS.search(text) is None:
             return False
         return any(
-            ("+" in found.raw_string or not found.raw_string.isdigit()) and owned(found)
-            for found in phones.PhoneNumberMatcher(text, "US", leniency=strict)
+            ("+" in match.raw_string or not match.raw_string.isdigit()) and owned(match)
+            for match in phones.PhoneNumberMatcher(text, "US", leniency=strict)
         )
 
     return test
@@ -139,7 +139,7 @@ def _ibans() -> Test:
     valid = import_module("stdnum.iban").is_valid
 
     def test(text: str) -> bool:
-        return any(valid(part) for found in _IBAN.finditer(text) for part in _shorter(found[0]))
+        return any(valid(part) for match in _IBAN.finditer(text) for part in _shorter(match[0]))
 
     return test
 
@@ -160,8 +160,8 @@ def _cards() -> Test:
     valid = import_module("stdnum.luhn").is_valid
 
     def test(text: str) -> bool:
-        for found in _CARD.finditer(text):
-            digits = re.sub(r"\D", "", found[0])
+        for match in _CARD.finditer(text):
+            digits = re.sub(r"\D", "", match[0])
             if _ISSUERS.match(digits) and len(set(digits)) >= _FEWEST_DIGITS and valid(digits):
                 return True
         return False

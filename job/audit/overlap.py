@@ -4,7 +4,7 @@ Rules, from published contamination checks of language models:
 
 - A run is NGRAM words, and a row has a question if it has a share of at least SHARE of the question's runs: PaLM calls
   a question contaminated if 70 % of its 8-grams are in the training data (Chowdhery et al. 2022, section 8). Here all
-  have to be in one row, which has a place that can be named.
+  have to be in one row, which has a location that can be named.
 - Runs that more than MOST_ROWS rows have do not count: they are templates and figures of speech. GPT-3 ignores n-grams
   in more than 10 documents for this reason (Brown et al. 2020, appendix C).
 - A question that a row has word for word, from its first word to its last, counts always, however many rows have it.
@@ -73,7 +73,7 @@ _POWERS = Powers()
 
 
 class Runs:
-    """Hashes of the runs in a text, of any length: the sum of word hash * base ** (end - place), modulo 2 ** 64."""
+    """Hashes of the runs in a text, of any length: the sum of word hash * base ** (end - position), modulo 2 ** 64."""
 
     def __init__(self, words: Sequence[str]) -> None:
         import numpy as np
@@ -86,14 +86,14 @@ class Runs:
         self._sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes * down[:-1])])
 
     def of_length(self, length: int) -> Hashes:
-        """(words - length + 1,) uint64: the hash of the run at each place."""
+        """(words - length + 1,) uint64: the hash of the run at each position."""
         import numpy as np
 
         starts = max(0, self.count - length + 1)
         if not starts:
             return np.zeros(0, np.uint64)
-        found: Hashes = (self._sums[length : length + starts] - self._sums[:starts]) * self._up[:starts]
-        return found
+        hashes: Hashes = (self._sums[length : length + starts] - self._sums[:starts]) * self._up[:starts]
+        return hashes
 
 
 def text_hash(words: Sequence[str]) -> int:
@@ -104,7 +104,7 @@ def text_hash(words: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Found:
+class OverlapHits:
     """What a row has of the questions: those that it has word for word, and the numbers of the runs that it has."""
 
     exact: tuple[int, ...] = ()
@@ -120,7 +120,7 @@ class Questions:
         lengths: Words of each question.
         wholes: Hash of each question as a whole.
         firsts: Hash of its first run of NGRAM words; 0 where it is shorter.
-        runs: For each question the places in `hashes` of its runs, each once; none where it counts word for word only.
+        runs: For each question the indices in `hashes` of its runs, each once; none where it counts word for word only.
         hashes: The runs of all questions, and their first ones, ascending.
     """
 
@@ -131,7 +131,7 @@ class Questions:
     runs: tuple[tuple[int, ...], ...] = field(repr=False)
     hashes: tuple[int, ...] = field(repr=False)
 
-    def look_for(self, texts: Sequence[str], words: Sequence[str]) -> Found:
+    def look_for(self, texts: Sequence[str], words: Sequence[str]) -> OverlapHits:
         """What a row has of the questions.
 
         Args:
@@ -145,16 +145,16 @@ class Questions:
         row = Runs(words)
         hashes, question_hashes = row.of_length(NGRAM), self._known
         if not len(hashes) or not len(question_hashes):
-            return Found(tuple(sorted(exact)))
-        places = np.searchsorted(question_hashes, hashes)
-        places[places == len(question_hashes)] = 0
-        hits = np.flatnonzero(question_hashes[places] == hashes)
+            return OverlapHits(tuple(sorted(exact)))
+        positions = np.searchsorted(question_hashes, hashes)
+        positions[positions == len(question_hashes)] = 0
+        hits = np.flatnonzero(question_hashes[positions] == hashes)
         for at in hits.tolist():
             for number in self._by_first.get(int(hashes[at]), ()):
                 length = self.lengths[number]
                 if at + length <= row.count and int(row.of_length(length)[at]) == self.wholes[number]:
                     exact.add(number)
-        return Found(tuple(sorted(exact)), tuple(sorted(set(places[hits].tolist()))))
+        return OverlapHits(tuple(sorted(exact)), tuple(sorted(set(positions[hits].tolist()))))
 
     def _short(self, line: str) -> Sequence[int]:
         if not self._by_text_hash or len(line) > _LONGEST_SHORT:
@@ -174,19 +174,19 @@ class Questions:
 
     @cached_property
     def _by_first(self) -> Mapping[int, Sequence[int]]:
-        found = defaultdict(list)
+        by_first = defaultdict(list)
         for number, (first, length) in enumerate(zip(self.firsts, self.lengths, strict=True)):
             if length >= NGRAM:
-                found[first].append(number)
-        return dict(found)
+                by_first[first].append(number)
+        return dict(by_first)
 
     @cached_property
     def _by_text_hash(self) -> Mapping[tuple[int, int], Sequence[int]]:
-        found = defaultdict(list)
+        by_text_hash = defaultdict(list)
         for number, (hashed, length) in enumerate(zip(self.wholes, self.lengths, strict=True)):
             if FEWEST_WORDS <= length < NGRAM:
-                found[length, hashed].append(number)
-        return dict(found)
+                by_text_hash[length, hashed].append(number)
+        return dict(by_text_hash)
 
     @property
     def too_short(self) -> int:
@@ -194,7 +194,7 @@ class Questions:
         return sum(length < FEWEST_WORDS for length in self.lengths)
 
     def name(self, number: int) -> tuple[str, int]:
-        """The task of a question, and its place in the task, from 0."""
+        """The task of a question, and its number in the task, from 0."""
         for task, count in self.tasks:
             if number < count:
                 return task, number
@@ -216,13 +216,13 @@ def index_questions(prompts: Mapping[str, Sequence[str]]) -> Questions:
             of_runs.append(Runs(own).of_length(NGRAM) if distinct else Runs(()).of_length(NGRAM))
     firsts = [int(Runs(one[:NGRAM]).of_length(NGRAM)[0]) if len(one) >= NGRAM else 0 for one in words]
     hashes = sorted({int(run) for runs in of_runs for run in runs} | {first for first in firsts if first})
-    place = {run: at for at, run in enumerate(hashes)}
+    position = {run: at for at, run in enumerate(hashes)}
     return Questions(
         tuple((task, len(texts)) for task, texts in prompts.items()),
         tuple(map(len, words)),
         tuple(map(text_hash, words)),
         tuple(firsts),
-        tuple(tuple(sorted({place[int(run)] for run in runs})) for runs in of_runs),
+        tuple(tuple(sorted({position[int(run)] for run in runs})) for runs in of_runs),
         tuple(hashes),
     )
 

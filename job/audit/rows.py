@@ -13,7 +13,7 @@ from hashlib import sha256
 from typing import Any
 
 from job.audit.kinds import DETECTORS
-from job.audit.overlap import Found, Questions
+from job.audit.overlap import OverlapHits, Questions
 from job.audit.statistics import language_checker, language_finder
 from job.common.findings import Action
 from job.common.near_duplicates import row_hash, words_of
@@ -72,7 +72,7 @@ class AuditedRow:
         identity: Hash of its texts; equal for rows that differ only in case and white space.
         hashed: Its `near_duplicates.row_hash`.
         kinds: Keys of `DETECTORS` that were found.
-        found: The questions that it contains.
+        overlap: The questions that it contains.
         language: As `statistics.language_finder` has it; empty where nothing finds it out.
         text: In UTF-8, where a classifier is to score it; else empty.
     """
@@ -80,16 +80,18 @@ class AuditedRow:
     identity: int
     hashed: bytes
     kinds: tuple[str, ...]
-    found: Found
+    overlap: OverlapHits
     language: str = ""
     text: bytes = b""
 
     def to_bytes(self) -> bytes:
         """As one process hands it to another."""
-        rest = [self.kinds, self.found.exact, self.found.runs] if self.kinds or self.found != Found() else []
-        found = json.dumps(rest).encode() if rest else b""
-        head = _HEAD.pack(len(found), len(self.text), self.identity, self.language.encode())
-        return head + found + self.text + self.hashed
+        rest = (
+            [self.kinds, self.overlap.exact, self.overlap.runs] if self.kinds or self.overlap != OverlapHits() else []
+        )
+        rest_json = json.dumps(rest).encode() if rest else b""
+        head = _HEAD.pack(len(rest_json), len(self.text), self.identity, self.language.encode())
+        return head + rest_json + self.text + self.hashed
 
 
 def from_bytes(data: bytes) -> AuditedRow:
@@ -97,10 +99,10 @@ def from_bytes(data: bytes) -> AuditedRow:
     length, size, identity, language = _HEAD.unpack_from(data)
     text = _HEAD.size + length
     kinds, exact, runs = json.loads(data[_HEAD.size : text]) if length else ((), (), ())
-    found = Found(tuple(exact), tuple(runs))
+    overlap = OverlapHits(tuple(exact), tuple(runs))
     hashed = data[text + size :]
     language = language.rstrip(b"\0").decode()
-    return AuditedRow(identity, hashed, tuple(kinds), found, language, data[text : text + size])
+    return AuditedRow(identity, hashed, tuple(kinds), overlap, language, data[text : text + size])
 
 
 class RowAudit:
@@ -115,7 +117,7 @@ class RowAudit:
     def __call__(self, texts: Sequence[str]) -> bytes:
         """What a row has, from its texts, as `AuditedRow.to_bytes`."""
         joined = "\n".join(texts)
-        overlap = Found() if self._questions is None else self._questions.look_for(texts, words_of(joined))
+        overlap = OverlapHits() if self._questions is None else self._questions.look_for(texts, words_of(joined))
         same = "\0".join(" ".join(text.casefold().split()) for text in texts)
         identity = int.from_bytes(sha256(same.encode(errors="surrogatepass")).digest()[:8], "little")
         kinds = tuple(kind for kind, test in self._tests if test(joined))

@@ -40,10 +40,10 @@ def language_finder() -> Callable[[str], str]:
 
     def find(text: str) -> str:
         try:
-            sure, _, found = cld2.detect(_NOT_TEXT.sub(" ", text), isPlainText=True)
+            sure, _, languages = cld2.detect(_NOT_TEXT.sub(" ", text), isPlainText=True)
         except (cld2.error, UnicodeEncodeError):
             return UNKNOWN_LANGUAGE
-        return str(found[0][1]) if sure and found[0][1] != "un" else UNKNOWN_LANGUAGE
+        return str(languages[0][1]) if sure and languages[0][1] != "un" else UNKNOWN_LANGUAGE
 
     return find
 

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class HowComputed:
+class ComputationOptions:
     """What determines the last bits of a gradient besides recipe, software and hardware.
 
     `forward` and `tile_tokens` are those of `records.ExecutionPlan`. `padded` has the shapes (length, segments) that
@@ -62,7 +62,7 @@ class _Progress:
     optimizer: _PlainOptimizer
     scheduler: dict[str, Any]
     scaler: dict[str, Any] | None
-    computed: HowComputed | None = None
+    computed: ComputationOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class TrainerFiles:
 
 
 def write_trainer_state(
-    folder: Path, files: TrainerFiles, history: Sequence[StepMetrics], computed: HowComputed | None = None
+    folder: Path, files: TrainerFiles, history: Sequence[StepMetrics], computed: ComputationOptions | None = None
 ) -> None:
     """Writes a checkpoint of the trainer's live objects into a new folder."""
     from safetensors.torch import save_file
@@ -148,7 +148,7 @@ def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     return read_metrics(folder / METRICS)
 
 
-def read_how_computed(folder: Path) -> HowComputed | None:
+def read_computation_options(folder: Path) -> ComputationOptions | None:
     """How the gradients of a checkpoint were computed; None if an older version wrote it."""
     return _parse_as(_Progress, folder / PROGRESS).computed
 
@@ -210,7 +210,7 @@ def validate_trainer_state(folder: Path, step: int) -> None:
     _check_budget(history, METRICS)
 
 
-def _check_computed(computed: HowComputed) -> None:
+def _check_computed(computed: ComputationOptions) -> None:
     """Checks the numbers that a resumed run computes with.
 
     Raises:

@@ -10,7 +10,7 @@ from job.cli.reading import reading
 from job.cli.runs import signer
 from job.common.tables import visible
 from job.errors import JobError, Problem, SettingsError, VerificationError
-from job.results.promotion import check_place, pointer_place, promote, require_gate_held, roll_back
+from job.results.promotion import check_pointer_location, pointer_location, promote, require_gate_held, roll_back
 from job.results.reader import open_run, read_published
 from job.runs.work_folder import folder_for
 from job.storage.open import is_remote
@@ -36,8 +36,8 @@ def promote_command(argv: Sequence[str]) -> int:
         what = "has no effect with --rollback; remove it"
         raise SettingsError([Problem(name, what) for name in alone])
     key = signer(parsed)
-    place = pointer_place(parsed.options["--to"], storage)
-    check_place(place)
+    place = pointer_location(parsed.options["--to"], storage)
+    check_pointer_location(place)
     if "--rollback" in parsed.flags:
         current, before = roll_back(place, storage)
         lines = [f"{place.uri} points to {current.text} again", f"moved back from {before.text}"]

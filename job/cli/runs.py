@@ -17,7 +17,7 @@ from job.common.disk import disk_errors
 from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine, naming
 from job.report.report import read_report_data, render_history, render_report
 from job.results.after_run import read_after_run
-from job.results.compare import compare, gate_reasons, judge_by_policy
+from job.results.compare import compare, evaluate_by_policy, gate_reasons
 from job.results.compare_text import as_markdown, as_text
 from job.results.history import as_json as history_json
 from job.results.history import as_lines as history_lines
@@ -100,7 +100,7 @@ def _gate(parsed: Arguments, compared: Mapping[str, Any]) -> dict[str, Any] | No
                 [Problem("--policy", "has rules by task; remove either this, or --metric and the thresholds")]
             )
         with naming("--policy", "JOB_GATE__POLICY"):
-            return judge_by_policy(compared, path)
+            return evaluate_by_policy(compared, path)
     if parsed.flags or parsed.options.keys() & THRESHOLDS.keys():  # a threshold implies a gate
         thresholds = _thresholds(parsed.options)
         reasons = gate_reasons(compared, **thresholds)

@@ -93,8 +93,8 @@ def _count(parsed: Arguments) -> int:
 def _served(parsed: Arguments, results: Mapping[str, Any]) -> tuple[str, str]:
     """What is served, and the side of its records."""
     exports = {export["format"]: export["candidate"] for export in results.get("exports", ())}
-    judged = (results["settings"].get("gate.on") or {}).get("value", "adapter")
-    shipped = parsed.options.get("--served", judged)
+    gate_format = (results["settings"].get("gate.on") or {}).get("value", "adapter")
+    shipped = parsed.options.get("--served", gate_format)
     if shipped == "adapter":
         return shipped, shipped
     if shipped not in exports:

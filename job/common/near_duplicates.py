@@ -86,7 +86,7 @@ def _signature(words: Sequence[bytes]) -> bytes:
     return bytes(hasher.hashvalues.astype(np.uint32, copy=False).tobytes())
 
 
-def group_rows(rows: RowHashes, alive: Callable[[], None] = lambda: None) -> list[bytes]:
+def group_rows(rows: RowHashes, check_stop: Callable[[], None] = lambda: None) -> list[bytes]:
     """The group of each row, named by the smallest digest in it."""
     digests = sorted(rows.signatures)
     parent = list(range(len(digests)))
@@ -96,7 +96,7 @@ def group_rows(rows: RowHashes, alive: Callable[[], None] = lambda: None) -> lis
             parent[index] = index = parent[parent[index]]
         return index
 
-    for one, other in _alike([rows.signatures[digest] for digest in digests], alive):
+    for one, other in _alike([rows.signatures[digest] for digest in digests], check_stop):
         first, second = sorted((root(one), root(other)))
         parent[second] = first  # so a group's root is its smallest digest
     named = {digest: digests[root(index)] for index, digest in enumerate(digests)}
@@ -104,7 +104,7 @@ def group_rows(rows: RowHashes, alive: Callable[[], None] = lambda: None) -> lis
 
 
 def _alike(
-    signatures: Sequence[np.ndarray[Any, np.dtype[np.uint32]]], alive: Callable[[], None]
+    signatures: Sequence[np.ndarray[Any, np.dtype[np.uint32]]], check_stop: Callable[[], None]
 ) -> Iterator[tuple[int, int]]:
     """Pairs of positions whose signatures are alike: enough of them to connect all that are."""
     import numpy as np
@@ -113,7 +113,7 @@ def _alike(
         return
     table = np.stack(signatures)
     for band in range(BANDS):
-        alive()
+        check_stop()
         part = np.ascontiguousarray(table[:, band * BAND : (band + 1) * BAND]).view(f"V{4 * BAND}")[:, 0]
         order = np.argsort(part, kind="stable")
         borders = np.flatnonzero(part[order][1:] != part[order][:-1]) + 1

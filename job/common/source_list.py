@@ -29,14 +29,14 @@ class Source:
     """One source.
 
     Attributes:
-        place: Path, URI or hub id where it is read from.
+        location: Path, URI or hub id where it is read from.
         name: What to call it in messages and records: as the user wrote it, without the amount.
         revision: Revision of a hub id, if the entry names one.
         times: How often each row is used; a part of 1 takes that share of the rows, evenly spaced.
         rows: The number of valid rows to take, the first ones; None for all.
     """
 
-    place: str
+    location: str
     name: str
     revision: str | None = None
     times: Fraction = Fraction(1)
@@ -53,7 +53,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
         return (Source(text, text),)
     items = [item.strip() for item in text.split(",")]
     found = tuple(_parse(item, several=len(items) > 1) for item in items)
-    if len({source.place for source in found}) < len(found):
+    if len({source.location for source in found}) < len(found):
         raise ValueError("names the same source twice; give it once, with =2x after it to use each row twice")
     return found
 
@@ -71,29 +71,31 @@ def _parse(item: str, *, several: bool) -> Source:
             f"has an invalid amount, {item.rpartition('=')[2]!a}: a number above 0 with x, such as =0.5x, or "
             "a whole number with rows, such as =1000rows"
         )
-    place = amount[1] if amount else item
+    location = amount[1] if amount else item
     times = Fraction(amount[2]) if amount and amount[2] else Fraction(1)
     rows = int(amount[3]) if amount and amount[3] else None
     if not times or rows == 0:
         raise ValueError("has a source with the amount 0; remove the source, or use more than 0")
-    pinned = None if os.path.exists(place) else _PINNED.fullmatch(place)  # noqa: PTH110 - as in parse_sources
-    place, revision = (pinned[1], pinned[2]) if pinned else (place, None)
-    return Source(place, place, revision, times, rows)
+    pinned = None if os.path.exists(location) else _PINNED.fullmatch(location)  # noqa: PTH110 - as in parse_sources
+    location, revision = (pinned[1], pinned[2]) if pinned else (location, None)
+    return Source(location, location, revision, times, rows)
 
 
 def locate_sources(text: str, locate: Callable[[str, str], str]) -> str | tuple[Source, ...]:
-    """What `load_examples` reads: the place of a single source, or all sources with their places.
+    """What `load_examples` reads: the location of a single source, or all sources with their locations.
 
     Args:
         text: The setting.
-        locate: Given a place and the name of a folder for copies, returns the path or hub id to read it from.
+        locate: Given a location and the name of a folder for copies, returns the path or hub id to read it from.
     """
     sources = parse_sources(text)
     if is_single(sources):
-        return locate(sources[0].place, "data")
-    return tuple(replace(source, place=locate(source.place, f"data/{index}")) for index, source in enumerate(sources))
+        return locate(sources[0].location, "data")
+    return tuple(
+        replace(source, location=locate(source.location, f"data/{index}")) for index, source in enumerate(sources)
+    )
 
 
 def is_single(sources: tuple[Source, ...]) -> bool:
-    """Whether the setting's text is the place of one source, all of whose rows are used once."""
-    return len(sources) == 1 and sources[0] == Source(sources[0].place, sources[0].place)
+    """Whether the setting's text is the location of one source, all of whose rows are used once."""
+    return len(sources) == 1 and sources[0] == Source(sources[0].location, sources[0].location)

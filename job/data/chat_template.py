@@ -99,7 +99,7 @@ def check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
 def open_template(
     tokenizer: Any,
     date: str | None = None,
-    alive: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
     arguments: Mapping[str, Any] | None = None,
 ) -> Iterator[Template]:
     """The tokenizer's chat template, for as long as it is needed.
@@ -108,22 +108,22 @@ def open_template(
         tokenizer: A `transformers.PreTrainedTokenizerFast` with a chat template, or a substitute that renders without a
             template process.
         date: The current date as the template sees it, `YYYY-MM-DD`; None for the day in UTC.
-        alive: Called repeatedly while a template takes long; an exception from it ends the wait.
+        check_stop: Called repeatedly while a template takes long; an exception from it ends the wait.
         arguments: Further variables of the template, such as `enable_thinking`.
 
     Raises:
         DataError: The tokenizer has several templates, none of them the default, or the process does not start.
         SettingsError: The template does not use one of the arguments.
     """
-    with run_program(make_program(tokenizer, date, arguments), tokenizer, alive) as template:
+    with run_program(make_program(tokenizer, date, arguments), tokenizer, check_stop) as template:
         yield template
 
 
 def run_program(
-    program: Program | None, tokenizer: Any, alive: Callable[[], None] = lambda: None
+    program: Program | None, tokenizer: Any, check_stop: Callable[[], None] = lambda: None
 ) -> AbstractContextManager[Template]:
     """The template of a program that `make_program` made of the tokenizer."""
-    return nullcontext(_StandIn(tokenizer)) if program is None else run_template(program, alive)
+    return nullcontext(_StandIn(tokenizer)) if program is None else run_template(program, check_stop)
 
 
 def make_program(tokenizer: Any, date: str | None, arguments: Mapping[str, Any] | None) -> Program | None:
@@ -150,14 +150,14 @@ def make_program(tokenizer: Any, date: str | None, arguments: Mapping[str, Any] 
 
 
 @contextmanager
-def run_template(program: Program, alive: Callable[[], None] = lambda: None) -> Iterator[Template]:
-    """The template, in a separate process; `alive` as in `open_template`.
+def run_template(program: Program, check_stop: Callable[[], None] = lambda: None) -> Iterator[Template]:
+    """The template, in a separate process; `check_stop` as in `open_template`.
 
     Raises:
         JobError: The process does not start.
     """
     with start_helper("job.data.template_process") as helper:
-        rendering = _Rendering(helper, alive, program["marks"])
+        rendering = _Rendering(helper, check_stop, program["marks"])
         rendering.ask(program)
         yield rendering
 
@@ -167,8 +167,8 @@ def _find_marked(templates: Mapping[str, str]) -> tuple[Literal["own", "trl"] | 
     if all(map(_MARK.search, templates.values())):
         return "own", templates
     training = {use: _training_template(text) for use, text in templates.items()}
-    found = {use: text for use, text in training.items() if text is not None}
-    return ("trl", found) if len(found) == len(templates) else (None, {})
+    marked = {use: text for use, text in training.items() if text is not None}
+    return ("trl", marked) if len(marked) == len(templates) else (None, {})
 
 
 def _training_template(template: str) -> str | None:
@@ -178,8 +178,8 @@ def _training_template(template: str) -> str | None:
     only the process with limits may do, and importing it takes seconds.
     """
     package = find_spec("trl")
-    for place in (package.submodule_search_locations or ()) if package else ():
-        for training in sorted(Path(place, "chat_templates").glob("*_training.jinja")):
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        for training in sorted(Path(folder, "chat_templates").glob("*_training.jinja")):
             plain = training.with_name(training.name.replace("_training.jinja", ".jinja"))
             if plain.is_file() and plain.read_text(encoding="utf-8") == template:
                 return training.read_text(encoding="utf-8")
@@ -204,8 +204,10 @@ class _StandIn:
 class _Rendering:
     """Renders conversations in the process, one after the other."""
 
-    def __init__(self, helper: HelperProcess, alive: Callable[[], None], marks: Literal["own", "trl"] | None) -> None:
-        self._helper, self._alive = helper, alive
+    def __init__(
+        self, helper: HelperProcess, check_stop: Callable[[], None], marks: Literal["own", "trl"] | None
+    ) -> None:
+        self._helper, self._check_stop = helper, check_stop
         self.marks = marks
 
     def __call__(
@@ -252,7 +254,7 @@ class _Rendering:
         parts: list[bytes] = []
         while not parts or not parts[-1].endswith(b"\n"):
             if not select.select([source], [], [], _LOOK_SECONDS)[0]:
-                self._alive()
+                self._check_stop()
                 continue
             parts.append(os.read(source.fileno(), _READ_BYTES))
             if not parts[-1]:

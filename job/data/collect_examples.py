@@ -54,7 +54,7 @@ class SourceReader:
         split: Of the hub, or of a directory in the hub's layout.
         field_names: Field of the schema -> the rows' own name for it.
         note: Where what is logged about the rows is kept.
-        alive: Called about twice a second while rows are read; an exception from it ends the reading.
+        check_stop: Called about twice a second while rows are read; an exception from it ends the reading.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class SourceReader:
         split: str,
         field_names: Mapping[str, str],
         note: Notes,
-        alive: Callable[..., None],
+        check_stop: Callable[..., None],
     ) -> None:
         self._revision, self._split, self._field_names = revision, split, field_names
-        self._note, self._alive = note, alive
+        self._note, self._check_stop = note, check_stop
         self._decode = LineDecoder()
 
     def open(self, source: Source) -> OpenSource:
@@ -78,9 +78,9 @@ class SourceReader:
         """
         revision = source.revision or self._revision
         commit, chosen_by_split, rows = open_source(
-            source.place, revision, self._split, source.name, note=self._note, alive=self._alive
+            source.location, revision, self._split, source.name, note=self._note, check_stop=self._check_stop
         )
-        return OpenSource(commit, chosen_by_split, watched(rows, self._alive))
+        return OpenSource(commit, chosen_by_split, watched(rows, self._check_stop))
 
     def decode(self, row: Row | RowError | Line) -> Row | RowError:
         """The row of what is read, with the schema's names of fields."""
@@ -102,7 +102,7 @@ class CollectedExamples:
         unused: How many rows have each field that is not used.
         labels: How many examples have each label.
         long_rows: As in `DatasetRecord`.
-        longest: Tokens of the longest example, and the place of its row.
+        longest: Tokens of the longest example, and the location of its row.
         remarks: What was noticed in rows.
     """
 
@@ -161,7 +161,7 @@ class CollectedExamples:
             at += size
 
     def note_longest(self, one: tuple[int, str]) -> None:
-        """Keeps the tokens of the longest example and the place of its row: the first of several."""
+        """Keeps the tokens of the longest example and the location of its row: the first of several."""
         self.longest = max(self.longest, one, key=itemgetter(0))
 
     def begin(self, *, again: bool) -> None:

@@ -70,29 +70,29 @@ def texts_of_messages(messages: Iterable[dict[str, Any]]) -> list[str]:
 
 def check_messages(row: Row) -> list[RowError]:
     """Everything that is wrong with the messages and tools of a row; empty if the row is valid."""
-    place = f"{row.where} messages"
+    where = f"{row.where} messages"
     messages = row.fields.get("messages")
     if messages is None:
-        return [RowError("missing_field", place, "is null" if "messages" in row.fields else "is missing")]
+        return [RowError("missing_field", where, "is null" if "messages" in row.fields else "is missing")]
     if not isinstance(messages, list):
         table = "; a table cannot contain lists: write the rows as JSON lines" if isinstance(messages, str) else ""
-        return [RowError("wrong_type", place, f"must be a list of messages, is {type_name(messages)}{table}")]
+        return [RowError("wrong_type", where, f"must be a list of messages, is {type_name(messages)}{table}")]
     faults: list[RowError] = []
     for index, message in enumerate(messages):
-        where = f"{place}[{index}]"
+        message_where = f"{where}[{index}]"
         if not isinstance(message, dict):
-            faults.append(RowError("wrong_type", where, f"must be an object, is {type_name(message)}"))
+            faults.append(RowError("wrong_type", message_where, f"must be an object, is {type_name(message)}"))
             continue
         silent = message.get("content") is None and any(message.get(field) for field in _CALLS)
         required = ("role",) if silent else ("role", "content")  # an assistant that calls a tool need not say anything
         read = {**message, "content": _text_of(message["content"])} if message.get("content") is not None else message
-        faults += [fault for field in required for fault in check_text(read, field, where)]
-        faults += check_role(message, where)
-        faults += _check_weight(message, where)
+        faults += [fault for field in required for fault in check_text(read, field, message_where)]
+        faults += check_role(message, message_where)
+        faults += _check_weight(message, message_where)
     faults += _check_tools(row)
     if faults:
         return faults
-    return _check_answers(messages, place)
+    return _check_answers(messages, where)
 
 
 def check_role(message: dict[str, Any], where: str) -> list[RowError]:
@@ -105,18 +105,18 @@ def check_role(message: dict[str, Any], where: str) -> list[RowError]:
     return [RowError("wrong_type", f"{where} role", f"is {role!a}, which is not a role; rename it to {meant!r}")]
 
 
-def _check_answers(messages: list[dict[str, Any]], place: str) -> list[RowError]:
+def _check_answers(messages: list[dict[str, Any]], where: str) -> list[RowError]:
     """What is wrong with the last answer that has target tokens."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        return [RowError("empty_target", place, "has no message of role assistant: there is nothing to learn")]
+        return [RowError("empty_target", where, "has no message of role assistant: there is nothing to learn")]
     learned = [index for index in answers if not _is_unlearned(messages[index])]
     if not learned:
-        return [RowError("empty_target", place, "has no message of role assistant whose weight is not 0")]
+        return [RowError("empty_target", where, "has no message of role assistant whose weight is not 0")]
     last = messages[learned[-1]]
     if any(last.get(field) for field in _CALLS):
         return []
-    return check_target(_with_content(last), "content", f"{place}[{learned[-1]}]")
+    return check_target(_with_content(last), "content", f"{where}[{learned[-1]}]")
 
 
 def _is_unlearned(message: dict[str, Any]) -> bool:
@@ -174,35 +174,35 @@ def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Ren
     Raises:
         DataError: The chat template is broken, or exceeds its time or memory limit.
     """
-    place = f"{row.where} messages"
+    where = f"{row.where} messages"
     tools, plain = _tools(row.fields), row.fields["messages"]
     if _from_a_table(tools):
         tools, plain = without_nulls(tools), without_nulls(plain)
-    given = [_with_content(message) for message in plain]
+    plain_texts = [_with_content(message) for message in plain]
     try:
-        messages, text = _render_accepted(given, tools, template)
+        messages, text = _render_accepted(plain_texts, tools, template)
         unused = [*left_out(row, _USED), *_unused_in_messages(messages, tools, text, template)]
         if field := next((name for name in unused if _is_missed(name, messages)), None):
             return RowError(
-                "field_without_use", place, f"has {field}, which the tokenizer's chat template does not write"
+                "field_without_use", where, f"has {field}, which the tokenizer's chat template does not write"
             )
         if tools is not None and _rendered(template, messages, None) == text:
             fault = "is not written by the tokenizer's chat template; use a model whose template writes tools"
             return RowError("field_without_use", f"{row.where} tools", fault)
         if (index := _unwritten(messages, tools, text, template)) is not None:
             fault = f"is not written by the tokenizer's chat template, which ignores this {messages[index]['role']!a}"
-            return RowError("field_without_use", f"{place}[{index}]", fault)
+            return RowError("field_without_use", f"{where}[{index}]", fault)
         split_text = _find_turns(messages, tools, text, template, turns)
     except TemplateRefusalError as error:
-        return RowError("bad_conversation", place, f"is refused by the tokenizer's chat template: {error}")
+        return RowError("bad_conversation", where, f"is refused by the tokenizer's chat template: {error}")
     if split_text is None:
         fault = (
             "cannot be split into turns: the chat template changes earlier turns when later ones follow;"
             " set JOB_TRAIN__LOSS_ON=all, or last to learn only the last turn"
         )
-        return RowError("bad_conversation", place, fault)
+        return RowError("bad_conversation", where, fault)
     text, learned, ignored = split_text
-    return Rendered(place, text, learned, ignored, tuple(unused), must_end=turns in {"assistant", "last"})
+    return Rendered(where, text, learned, ignored, tuple(unused), must_end=turns in {"assistant", "last"})
 
 
 def _find_turns(

@@ -55,7 +55,7 @@ def load_examples(
     seed: int = 0,
     row_weights: bool = False,
     pair: bool = True,
-    alive: Callable[..., None] = lambda **_: None,
+    check_stop: Callable[..., None] = lambda **_: None,
     on_example: Callable[[Encoded | EncodedAnswers], None] | None = None,
     compare: bool = False,
     file: Path | None = None,
@@ -94,8 +94,8 @@ def load_examples(
         row_weights: Whether rows have a field `weight`; see `JOB_DATA__ROW_WEIGHTS`.
         pair: Whether labelled answers get a second sequence, as KTO needs it.
         seed: The run's; KTO pairs the rows in the order of its first epoch.
-        alive: Called about twice a second while rows are read, with `progress=False` while other processes work; an
-            exception from it ends the reading.
+        check_stop: Called about twice a second while rows are read, with `progress=False` while other processes work;
+            an exception from it ends the reading.
         on_example: Called with each example, in order.
         compare: Whether examples get a `compared_by`.
         file: The Arrow file that the examples are written to; None to keep them in memory.
@@ -117,7 +117,7 @@ def load_examples(
     note, names = notes or Notes(), field_names or {}
     sources = [Source(source, name or source)] if isinstance(source, str) else source
     name = name or ", ".join(one.name for one in sources)
-    reader = SourceReader(revision=revision, split=split, field_names=names, note=note, alive=alive)
+    reader = SourceReader(revision=revision, split=split, field_names=names, note=note, check_stop=check_stop)
     bad_rows = BadRows(on_bad_row, skip_long=on_long_row == "skip")
     first = reader.open(sources[0])
     among = schemas_with(names, METHODS[method].schemas, FIELDS)
@@ -143,7 +143,7 @@ def load_examples(
         date=date,
         template_arguments=template_arguments,
         processes=processes,
-        alive=alive,
+        check_stop=check_stop,
         audit=None if audit is None else audit.setup,
     )
     with ExampleWriter(file) as writer, encoding as encode:

@@ -24,7 +24,8 @@ def check_tokenizer(tokenizer: Any, name: str, *, templated: bool) -> None:
     if templated:
         if not tokenizer.chat_template:
             what = (
-                "holds messages, and the model's tokenizer has no chat template to render them; use an instruct model"
+                "holds messages, and the model's tokenizer has no chat template to render them; use an instruct model,"
+                " or a copy of the model with a file chat_template.jinja in its folder (JOB_MODEL__ID=FOLDER)"
             )
             raise DataError([Problem(name, what)])
     elif tokenizer.eos_token_id is None:

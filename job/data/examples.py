@@ -211,8 +211,8 @@ class Examples(Sequence[Example]):
     def _of_all(self, numbers: Any) -> list[Any]:
         import numpy as np
 
-        found = [numbers(batch) for batch in self._batches]
-        values: list[Any] = (np.concatenate(found) if found else np.zeros(0, np.int64))[self._rows].tolist()
+        of_batches = [numbers(batch) for batch in self._batches]
+        values: list[Any] = (np.concatenate(of_batches) if of_batches else np.zeros(0, np.int64))[self._rows].tolist()
         return values
 
     def take(self, rows: Sequence[int]) -> Examples:
@@ -220,10 +220,10 @@ class Examples(Sequence[Example]):
         import numpy as np
 
         view = object.__new__(Examples)
-        chosen = np.asarray(rows, dtype=np.int64)
-        view._batches, view._starts, view._rows = self._batches, self._starts, self._rows[chosen]
+        indices = np.asarray(rows, dtype=np.int64)
+        view._batches, view._starts, view._rows = self._batches, self._starts, self._rows[indices]
         known = self._references
-        view._references = None if known is None else [known[index] for index in chosen]
+        view._references = None if known is None else [known[index] for index in indices]
         return view
 
     def with_references(self, references: Sequence[tuple[float, ...]]) -> Examples:
@@ -312,10 +312,10 @@ class _Batch:
 
     def example(self, row: int, reference: tuple[float, ...]) -> Example:
         """One row."""
-        place = slice(self._ends[row], self._ends[row + 1])
+        span = slice(self._ends[row], self._ends[row + 1])
         return Example(
-            tuple(self._ids[place].tolist()),
-            tuple(self._targets[place].astype(bool).tolist()),
+            tuple(self._ids[span].tolist()),
+            tuple(self._targets[span].astype(bool).tolist()),
             self._second_at[row].as_py(),
             self._desirable[row].as_py(),
             reference,

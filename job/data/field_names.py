@@ -1,7 +1,7 @@
 """Renames the fields of rows (JOB_DATA__FIELDS) to the names that the schemas have.
 
 `prompt=question,completion=answers.0.text`: what the row has under `question` is its `prompt`. Dots separate the
-keys of nested objects and the places in lists, from 0; a field whose own name contains the dots takes precedence.
+keys of nested objects and the indices of lists, from 0; a field whose own name contains the dots takes precedence.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def rename_fields(row: Row | RowError, names: Mapping[str, str]) -> Row | RowErr
     """The row with the fields under the schemas' names; what it lacks is missing under either name."""
     if not names or isinstance(row, RowError):
         return row
-    found = {field: _look_up(row.fields, path) for field, path in names.items()}
+    renamed = {field: _look_up(row.fields, path) for field, path in names.items()}
     others = {field: value for field, value in row.fields.items() if field not in {*names, *names.values()}}
-    return Row(row.where, {**others, **{field: value for field, value in found.items() if value is not _MISSING}})
+    return Row(row.where, {**others, **{field: value for field, value in renamed.items() if value is not _MISSING}})
 
 
 def _look_up(value: Any, path: str) -> Any:

@@ -19,7 +19,7 @@ class Rendered:
     """A row as one text.
 
     Attributes:
-        where: The place of the row, and its longest field, which is named if the row is too long.
+        where: The location of the row, and its longest field, which is named if the row is too long.
         text: What is tokenised.
         completions: The spans (start, end), in characters, that the model is trained to produce.
         ignored: The spans that are never in the loss, for every JOB_TRAIN__LOSS_ON.
@@ -41,14 +41,16 @@ class Rendered:
 
 def check_text(fields: dict[str, Any], field: str, where: str) -> list[RowError]:
     """What is wrong with a field that must be text of a bounded length."""
-    place = f"{where} {field}"
+    field_where = f"{where} {field}"
     value = fields.get(field)
     if value is None:
-        return [RowError("missing_field", place, "is null" if field in fields else "is missing")]
+        return [RowError("missing_field", field_where, "is null" if field in fields else "is missing")]
     if not isinstance(value, str):
-        return [RowError("wrong_type", place, f"must be text, is {type_name(value)}")]
+        return [RowError("wrong_type", field_where, f"must be text, is {type_name(value)}")]
     if len(value) > MAX_CHARACTERS:
-        return [RowError("too_long", place, f"has {len(value):,} characters; at most {MAX_CHARACTERS:,} are allowed")]
+        return [
+            RowError("too_long", field_where, f"has {len(value):,} characters; at most {MAX_CHARACTERS:,} are allowed")
+        ]
     return []
 
 
@@ -72,17 +74,17 @@ def is_zero(value: Any) -> bool:
     return isinstance(value, int | float) and value == 0
 
 
-def broken_places(value: Any, place: str) -> Iterator[str]:
-    """The places of texts in a value that are not UTF-8."""
+def find_invalid_utf8(value: Any, where: str) -> Iterator[str]:
+    """Where in a value there are texts that are not UTF-8."""
     if isinstance(value, str):
         if not is_valid_text(value):
-            yield place
+            yield where
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from broken_places(item, f"{place} {key}")
+            yield from find_invalid_utf8(item, f"{where} {key}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from broken_places(item, f"{place}[{index}]")
+            yield from find_invalid_utf8(item, f"{where}[{index}]")
 
 
 def left_out(row: Row, used_fields: Container[str]) -> tuple[str, ...]:

@@ -91,9 +91,9 @@ def fixed_part(pattern: str) -> str:
 
 def _find_glob(pattern: str) -> list[Path]:
     base = fixed_part(pattern)
-    found = sorted(Path(base or ".").glob(pattern.removeprefix(base)))
+    paths = sorted(Path(base or ".").glob(pattern.removeprefix(base)))
     # folders that a pattern such as `rows/*` fits are not meant, unless they are called as data files are
-    files = [file for file in found if file.name[0] != "." and (not file.is_dir() or reader_of(file))]
+    files = [file for file in paths if file.name[0] != "." and (not file.is_dir() or reader_of(file))]
     if not files:
         raise DataError([Problem(pattern, "matches no file; correct the name or the wildcards")])
     what = f"ends in none of {', '.join(SUFFIXES)}; narrow the pattern"
@@ -117,10 +117,14 @@ def _numbered(folder: Path) -> list[Path]:
     inside = sorted(file for file in folder.iterdir() if file.name[0] != ".")
     files = [file for file in inside if reader_of(file) and file.is_file()]
     parts = [_NUMBERED.fullmatch(file.name) for file in files]
-    found = [part for part in parts if part]
-    if len(found) < _FEWEST_SHARDS or len(found) < len(files) or len({(p[1], len(p[2]), p[3]) for p in found}) > 1:
+    numbered = [part for part in parts if part]
+    if (
+        len(numbered) < _FEWEST_SHARDS
+        or len(numbered) < len(files)
+        or len({(p[1], len(p[2]), p[3]) for p in numbered}) > 1
+    ):
         return []
-    numbers = [int(part[2]) for part in found]
+    numbers = [int(part[2]) for part in numbered]
     if numbers not in (list(range(len(files))), list(range(1, len(files) + 1))):
         return []
     _check_all_read(files, inside)
@@ -180,8 +184,12 @@ def _json_object(path: Path, source: str) -> dict[str, Any]:
 def _find_shards(folder: Path, source: str, split: str) -> list[Path]:
     """All shards of a split in the folder or its folder `data`; none where there are no files of such names."""
     shard = re.compile(rf"{re.escape(split)}-(\d{{5}})-of-(\d{{5}})(-[0-9a-f]{{16}})?(\.[a-z.]+)")
-    for place in (folder, folder / "data"):
-        names = [file.name for file in place.iterdir() if file.is_file() and reader_of(file)] if place.is_dir() else []
+    for shard_folder in (folder, folder / "data"):
+        names = (
+            [file.name for file in shard_folder.iterdir() if file.is_file() and reader_of(file)]
+            if shard_folder.is_dir()
+            else []
+        )
         shards = sorted(filter(None, map(shard.fullmatch, names)), key=lambda match: match[1])
         if not shards:
             continue
@@ -192,7 +200,7 @@ def _find_shards(folder: Path, source: str, split: str) -> list[Path]:
                 f"has {len(shards)} of the {count} shards of split {split!r} ({have}); complete it, or name one file"
             )
             raise DataError([Problem(source, message)])
-        return [place / match[0] for match in shards]
+        return [shard_folder / match[0] for match in shards]
     return []
 
 

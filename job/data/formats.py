@@ -101,17 +101,17 @@ def read_lines(path: Path, name: str) -> Lines:
     reader = reader_of(path)
     if reader is None:
         raise ValueError(f"not a data file: {path}")
-    place = name
+    last_where = name
     try:
         if (what := _not_its_format(path)) is not None:
             yield RowError(UNREADABLE, name, what)
             return
         for row in reader(path, name):
-            place = row.where
+            last_where = row.where
             yield row
     except (OSError, EOFError, zlib.error, _TooLargeError) as error:
         reason = getattr(error, "strerror", None) or error
-        after = "" if place == name else f" after {place}"
+        after = "" if last_where == name else f" after {last_where}"
         yield RowError(UNREADABLE, name, f"cannot be read{after}: {reason}")
 
 
@@ -328,12 +328,12 @@ class _Decoder:
         return None if name == "NaN" else float(name)
 
 
-def _repeated_key(value: Any, place: str = "") -> str | None:
-    """The place of a key that is given twice somewhere in a value."""
+def _repeated_key(value: Any, path: str = "") -> str | None:
+    """The path of a key that is given twice somewhere in a value."""
     if isinstance(value, _Repeated):
-        return f"{place}{value.key}"
+        return f"{path}{value.key}"
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return next((found for key, item in items if (found := _repeated_key(item, f"{place}{key}."))), None)
+    return next((repeated for key, item in items if (repeated := _repeated_key(item, f"{path}{key}."))), None)
 
 
 def _read_csv(path: Path, name: str) -> Rows:
@@ -542,7 +542,7 @@ def type_name(value: Any) -> str:
 
 
 def _reason(error: Exception, *, line: bool = False) -> str:
-    """What is wrong with a text, and at which place; of a single line, at which character alone."""
+    """What is wrong with a text, and at which position; of a single line, at which character alone."""
     if isinstance(error, RecursionError):
         return "nested too deep"
     if line and isinstance(error, json.JSONDecodeError):

@@ -45,7 +45,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def open_dataset(
-    source: str, revision: str, split: str, name: str, alive: Callable[[], None] = lambda: None
+    source: str, revision: str, split: str, name: str, check_stop: Callable[[], None] = lambda: None
 ) -> tuple[str, Rows]:
     """A hub data set at a pinned revision. Code that a data set ships is never run.
 
@@ -54,7 +54,7 @@ def open_dataset(
         revision: Commit, tag or branch.
         split: Such as `train`, or a slice of it: `train[:1000]`.
         name: What to call the data set in messages.
-        alive: Called about twice a second while the data set is fetched; an exception from it ends the wait.
+        check_stop: Called about twice a second while the data set is fetched; an exception from it ends the wait.
 
     Returns:
         The commit that the revision resolved to, and the rows of the split in order.
@@ -73,13 +73,13 @@ def open_dataset(
         # If the hub does not answer, `datasets` would use any revision in its cache.
         if builder.hash != commit:
             raise Unreachable(f"data set {name}: the hub did not answer, and the cache holds another revision")
-        _wait(in_thread(builder.download_and_prepare, "data set"), alive)
+        _wait(in_thread(builder.download_and_prepare, "data set"), check_stop)
         rows = builder.as_dataset(split=split)
     return commit, (Row(f"{name}:row {number}", fields) for number, fields in enumerate(rows, 1))
 
 
-def _wait(future: Future[None], alive: Callable[[], None]) -> None:
+def _wait(future: Future[None], check_stop: Callable[[], None]) -> None:
     """Waits for a call that takes minutes with a large data set."""
     while not wait([future], _LOOK_SECONDS).done:
-        alive()
+        check_stop()
     future.result()

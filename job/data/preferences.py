@@ -118,12 +118,12 @@ def check_preference(row: Row, schema: str) -> list[RowError]:
 
 def check_label(fields: Mapping[str, Any], where: str) -> list[RowError]:
     """What is wrong with a label, which has to say yes or no."""
-    place = f"{where} label"
+    label_where = f"{where} label"
     if fields.get("label") is None:
-        return [RowError("missing_field", place, "is null" if "label" in fields else "is missing")]
+        return [RowError("missing_field", label_where, "is null" if "label" in fields else "is missing")]
     if _label(fields) is None:
         what = "must be true (a good completion) or false (a bad one)"
-        return [RowError("wrong_type", place, what)]
+        return [RowError("wrong_type", label_where, what)]
     return []
 
 
@@ -135,16 +135,16 @@ def _label(fields: Mapping[str, Any]) -> bool | None:
 
 
 def _check_prompt(fields: dict[str, Any], where: str, *, conversation: bool) -> list[RowError]:
-    prompt, place = fields.get("prompt"), f"{where} prompt"
+    prompt, prompt_where = fields.get("prompt"), f"{where} prompt"
     if not conversation or prompt is None:
         return check_text(fields, "prompt", where)
     if isinstance(prompt, list):
-        return _check_messages(prompt, place)
+        return _check_messages(prompt, prompt_where)
     sides = [fields.get(field) for field in ("chosen", "rejected") if field in fields]
     if sides and all(_opens_with(side, prompt) for side in sides):
         return []
     what = "must be messages like the answers, or the text of the message with which both answers begin"
-    return [RowError("wrong_type", place, what)]
+    return [RowError("wrong_type", prompt_where, what)]
 
 
 def _opens_with(side: Any, prompt: Any) -> bool:
@@ -153,30 +153,30 @@ def _opens_with(side: Any, prompt: Any) -> bool:
     return isinstance(prompt, str) and bool(messages) and messages[0].get("content") == prompt
 
 
-def _check_messages(messages: list[Any], place: str) -> list[RowError]:
+def _check_messages(messages: list[Any], where: str) -> list[RowError]:
     if not messages:
-        return [RowError("empty_target", place, "has no message")]
+        return [RowError("empty_target", where, "has no message")]
     faults: list[RowError] = []
     for index, message in enumerate(messages):
-        where = f"{place}[{index}]"
+        message_where = f"{where}[{index}]"
         if not isinstance(message, dict):
-            faults.append(RowError("wrong_type", where, f"must be an object, is {type_name(message)}"))
+            faults.append(RowError("wrong_type", message_where, f"must be an object, is {type_name(message)}"))
             continue
-        faults += [fault for field in ("role", "content") for fault in check_text(message, field, where)]
-        faults += check_role(message, where)
+        faults += [fault for field in ("role", "content") for fault in check_text(message, field, message_where)]
+        faults += check_role(message, message_where)
     return faults
 
 
 def _check_answer(fields: dict[str, Any], field: str, where: str) -> list[RowError]:
     """What is wrong with the messages of an answer, the last of which is its target."""
-    value, place = fields.get(field), f"{where} {field}"
+    value, answer_where = fields.get(field), f"{where} {field}"
     if value is None:
-        return [RowError("missing_field", place, "is null" if field in fields else "is missing")]
+        return [RowError("missing_field", answer_where, "is null" if field in fields else "is missing")]
     if not isinstance(value, list):
-        return [RowError("wrong_type", place, f"must be messages like the other answer, is {type_name(value)}")]
-    if faults := _check_messages(value, place):
+        return [RowError("wrong_type", answer_where, f"must be messages like the other answer, is {type_name(value)}")]
+    if faults := _check_messages(value, answer_where):
         return faults
-    last = f"{place}[{len(value) - 1}]"
+    last = f"{answer_where}[{len(value) - 1}]"
     if value[-1]["role"] != "assistant":
         return [RowError("empty_target", last, "must be of role assistant: the answer comes last")]
     return check_target(value[-1], "content", last)
@@ -212,9 +212,9 @@ def begins_with(answer: Any, prompt: Any) -> bool:
         return bool(prompt) and isinstance(answer, list) and answer[: len(prompt)] == prompt
     if not isinstance(prompt, str) or not isinstance(answer, str):
         return False
-    told = prompt.strip()
-    long = len(told) >= _LETTERS or len(told.split()) >= _WORDS
-    return long and answer.lstrip().startswith(told)
+    stripped = prompt.strip()
+    long = len(stripped) >= _LETTERS or len(stripped.split()) >= _WORDS
+    return long and answer.lstrip().startswith(stripped)
 
 
 def contradicting_score(fields: Mapping[str, Any]) -> str | None:
@@ -232,8 +232,8 @@ def contradicting_score(fields: Mapping[str, Any]) -> str | None:
 def _split(fields: Mapping[str, Any], *, conversation: bool) -> tuple[Any, list[Any]]:
     """The prompt and the two answers of a pair, as texts or as messages, without the prompt in them."""
     prompt, answers = fields.get("prompt"), [fields["chosen"], fields["rejected"]]
-    given = prompt is not None and not is_empty(prompt)
-    if given and (isinstance(prompt, list) or not conversation):
+    has_prompt = prompt is not None and not is_empty(prompt)
+    if has_prompt and (isinstance(prompt, list) or not conversation):
         return prompt, answers
     common = _common_length(*answers)
     if not conversation and 0 < common < min(map(len, answers)) and answers[0][common - 1] == " ":
@@ -265,8 +265,8 @@ def own_texts_of(row: Row, schema: str) -> tuple[str, ...]:
         prompt, _ = _split(fields, conversation=conversation)
     else:
         prompt = fields["prompt"]
-    told = [one for one in prompt if one["role"] != "system"] if isinstance(prompt, list) else prompt
-    texts = tuple(_texts(told))
+    without_system = [one for one in prompt if one["role"] != "system"] if isinstance(prompt, list) else prompt
+    texts = tuple(_texts(without_system))
     return texts if len(" ".join(texts).split()) >= _WORDS else tuple(texts_of_preference(row, schema))
 
 
@@ -294,8 +294,8 @@ def render_preference(row: Row, schema: str, template: Template | None) -> Answe
     try:
         texts = [_text(prompt, answer, template if conversation else None) for answer in answers]
     except TemplateRefusalError as error:
-        place = f"{row.where} {SIDES[schema][0]}"
-        return RowError("bad_conversation", place, f"is refused by the tokenizer's chat template: {error}")
+        where = f"{row.where} {SIDES[schema][0]}"
+        return RowError("bad_conversation", where, f"is refused by the tokenizer's chat template: {error}")
     sides = tuple(
         Rendered(f"{row.where} {field}", text, ((start, len(text)),), unused=unused)
         for field, (text, start) in zip(SIDES[schema], texts, strict=True)
@@ -329,9 +329,9 @@ def encode_answers(
         if not isinstance(row, Answers):
             yield row
             continue
-        found = [item for _ in row.sides for item in next(encoded)]
-        sequences = tuple(side for side in found if isinstance(side, Encoded))
-        if faults := [fault for fault in found if isinstance(fault, RowError)]:
+        results = [item for _ in row.sides for item in next(encoded)]
+        sequences = tuple(side for side in results if isinstance(side, Encoded))
+        if faults := [fault for fault in results if isinstance(fault, RowError)]:
             yield faults
         elif len(sequences) > 1 and (sequences[0].ids, sequences[0].targets) == (
             sequences[1].ids,
@@ -361,7 +361,7 @@ def with_partners(examples: Sequence[Example], cycles: Sequence[tuple[int, ...]]
     in TRL's batches. A cycle is the batch plan's first epoch: there too, all but the first example of a step
     get the completion of another one of the same step. Rows that are trained on and held-out rows are two cycles.
     """
-    before = {row: order[place - 1] for order in cycles for place, row in enumerate(order)}
+    before = {row: order[position - 1] for order in cycles for position, row in enumerate(order)}
     for row, example in enumerate(examples):
         other = examples[before[row]]
         prompt, others = example.targets.index(True), other.targets.index(True)
@@ -386,5 +386,5 @@ def paired(
     Raises:
         Unreachable: The disk is full or cannot be written.
     """
-    cycles = [tuple(side[place] for place in epoch_order(seed, len(side), 0)) for side in sides]
+    cycles = [tuple(side[index] for index in epoch_order(seed, len(side), 0)) for side in sides]
     return rewrite_examples(with_partners(examples, cycles, max_length), file)

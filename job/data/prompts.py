@@ -23,7 +23,7 @@ from typing import Any
 
 from job.data.chat_template import Template, TemplateRefusalError, open_template
 from job.data.conversations import texts_of_messages
-from job.data.fields import broken_places
+from job.data.fields import find_invalid_utf8
 from job.data.files import find_file
 from job.data.formats import Row, RowError, read_rows
 from job.data.schemas import alpaca_prompt
@@ -41,14 +41,14 @@ _MAX_TEXT_BYTES = 64 << 20
 _ANSWERS = ("output", "completion", "chosen")
 
 
-def find_prompts(place: str) -> Path:
+def find_prompts(location: str) -> Path:
     """The file of prompts.
 
     Raises:
         DataError: It is not there, or of no kind that is read.
     """
-    path = Path(place)
-    return path if place.lower().endswith(TEXT) and path.is_file() else find_file(place)
+    path = Path(location)
+    return path if location.lower().endswith(TEXT) and path.is_file() else find_file(location)
 
 
 def read_prompts(
@@ -61,7 +61,7 @@ def read_prompts(
     vocabulary: int | None = None,
     date: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
-    alive: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[PromptRow]:
     """The prompts of a file, in its order.
 
@@ -74,7 +74,7 @@ def read_prompts(
         vocabulary: Rows of the model's embedding; None if that is not known.
         date: The current date as a chat template sees it.
         template_arguments: Further variables of the chat template; they are for conversations alone.
-        alive: Called while a chat template takes long.
+        check_stop: Called while a chat template takes long.
 
     Raises:
         DataError: With the first 20 rows that are no prompts or too long; or the file has no prompts, or too many.
@@ -89,7 +89,7 @@ def read_prompts(
             if not getattr(tokenizer, "chat_template", None):
                 raise TemplateRefusalError("the model has no chat template")
             if not opened:
-                opened.append(stack.enter_context(open_template(tokenizer, date, alive, template_arguments)))
+                opened.append(stack.enter_context(open_template(tokenizer, date, check_stop, template_arguments)))
             return opened[0](messages, tools=tools, add_generation_prompt=True)
 
         for row in _rows(path, name, schema):
@@ -100,7 +100,7 @@ def read_prompts(
                 faults.append(prompt)
                 continue
             text, templated, reference = prompt
-            (encoding,) = encoder.encode([text], special=not templated, places=False)
+            (encoding,) = encoder.encode([text], special=not templated, offsets=False)
             ids = _without_edges(encoding.ids, encoding.special_tokens_mask, None if templated else encoder)
             if (what := _wrong(ids, most_tokens, vocabulary)) is not None:
                 faults.append(RowError("prompt", row.where, what))
@@ -206,8 +206,8 @@ def _prompt_of(
 ) -> tuple[str, bool, str | None] | RowError:
     """(text, whether a chat template wrote it, the row's own answer); or why the row is no prompt."""
     for field, value in row.fields.items():
-        for place in broken_places(value, f"{row.where} {field}"):
-            return RowError("prompt", place, "is not valid UTF-8 text; save the file as UTF-8")
+        for where in find_invalid_utf8(value, f"{row.where} {field}"):
+            return RowError("prompt", where, "is not valid UTF-8 text; save the file as UTF-8")
     fields = row.fields
     if is_sharegpt(fields):
         converted = as_messages(row)

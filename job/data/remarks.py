@@ -23,14 +23,14 @@ MISSING = frozenset(
 
 
 class Remark(NamedTuple):
-    """A remark on a row: its place, and the words or fields in question."""
+    """A remark on a row: its location, and the words or fields in question."""
 
     where: str
     words: tuple[str, ...]
 
 
 Tally = tuple[int, str, Sequence[tuple[str, int]]]
-"""For one kind of remark: the number of rows, the place of the first, and the count of each word."""
+"""For one kind of remark: the number of rows, the location of the first, and the count of each word."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ KINDS = {
 def tally(remarks: Iterable[Mapping[str, Remark]]) -> dict[str, Tally]:
     """Counts the remarks on some rows, by kind."""
     counts = RemarkCounts()
-    for found in remarks:
-        counts.add(found)
+    for remarks_of_row in remarks:
+        counts.add(remarks_of_row)
     return counts.tallies()
 
 

@@ -84,10 +84,10 @@ class Bundle:
         ends, unused, long: Counts, in the order in which they were first met.
         remarks: What was noticed, by kind.
         faults: Faults of each row that has any.
-        audited: Where rows are audited, of each row with examples its place, how many it gives, and the bytes of it
+        audited: Where rows are audited, of each row with examples its location, how many it gives, and the bytes of it
             in `audits`.
         audits: What was found in these rows, concatenated.
-        longest: Tokens of the longest example, and the place of its row.
+        longest: Tokens of the longest example, and the location of its row.
     """
 
     canonical: bytes
@@ -135,7 +135,7 @@ def bundle(outcomes: Sequence[Outcome]) -> Bundle:
 
 
 def longest_of(outcome: Outcome) -> tuple[int, str]:
-    """Tokens of the longest example of a row, 0 where it gives none, and the row's place."""
+    """Tokens of the longest example of a row, 0 where it gives none, and the row's location."""
     return max((len(example.parts()[1]) for example in outcome.examples), default=0), outcome.where
 
 
@@ -167,8 +167,8 @@ class RowEncoder:
         rows = [rename_fields(self._decode(row), reading.field_names) for row in given_rows]
         rendered: list[Any] = []
         for index, row in enumerate(rows):
-            found, valid_row = self._weighed(row)
-            rendered.append(found)
+            outcome, valid_row = self._weighed(row)
+            rendered.append(outcome)
             if valid_row is not None:
                 remarks[index] = self._remarks(valid_row)
                 if self._audit is not None:
@@ -201,11 +201,11 @@ class RowEncoder:
         if isinstance(row, RowError) or not self._reading.row_weights:
             return self._render(row)
         # It has a separate check: without JOB_DATA__ROW_WEIGHTS, a weight of 0 is a mistake.
-        text, given = self._render(replace(row, fields={k: v for k, v in row.fields.items() if k != "weight"}))
+        text, schema_row = self._render(replace(row, fields={k: v for k, v in row.fields.items() if k != "weight"}))
         weight = weight_of(row)
         if isinstance(weight, RowError):
             return [*(text if isinstance(text, list) else []), weight], None
-        return replace(text, weight=weight) if isinstance(text, Rendered) else text, given
+        return replace(text, weight=weight) if isinstance(text, Rendered) else text, schema_row
 
     def _render(self, row: Row | RowError) -> tuple[Rendered | Answers | list[RowError], Row | None]:
         """The row as text or what is wrong with it; and for a rendered row the row in the schema's form."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 
 from job.common.methods import METHODS, MethodName, methods_for
@@ -16,8 +16,8 @@ def other_schema(row: Row | None, schema: Schema, among: Collection[str]) -> Sch
     """The schema that the first row of a further source has where it is not that of the first source."""
     if row is None or fits(row.fields, schema):
         return None
-    found = detect_schema(row.fields, among)
-    return found if found not in {None, schema} and found is not None and fits(row.fields, found) else None
+    detected = detect_schema(row.fields, among)
+    return detected if detected not in {None, schema} and detected is not None and fits(row.fields, detected) else None
 
 
 def settle_schema(
@@ -40,8 +40,10 @@ def settle_schema(
         row = decode(line)
         if isinstance(row, RowError):
             findings.add([row])
-        elif (found := detect_schema(row.fields, among)) and (fits(row.fields, found) or not _others(row, method)):
-            return found, chain([line], rows)
+        elif (detected := detect_schema(row.fields, among)) and (
+            fits(row.fields, detected) or not _others(row, method)
+        ):
+            return detected, chain([line], rows)
         else:
             raise DataError([Problem(row.where, _why_no_schema(row, among, method))])
     findings.raise_problems()
@@ -67,11 +69,24 @@ def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
     near = [(field, found) for field in wanted if (found := nearest_field(field, row.fields)) is not None]
     meant = "".join(f"; {found!a} may be a misspelt {field}" for field, found in near)
     schema = next(schema for schema in ("prompt_completion", *REQUIRED) if schema in among)
-    names = ",".join(f"{field}=NAME" for field in REQUIRED[schema])
+    names = ",".join(f"{field}={_usual_name(field, row.fields) or 'NAME'}" for field in REQUIRED[schema])
     return (
         f"fits no schema. It has the fields {fields}; known are {schemas}{meant}; "
         f"JOB_DATA__FIELDS={names} takes them from fields of other names"
     )
+
+
+_USUAL_NAMES = {
+    "prompt": ("question", "query", "problem", "instruction", "input"),
+    "completion": ("answer", "response", "output", "solution", "target"),
+}
+"""Names that public data sets give to a field of ours, the most frequent first."""
+
+
+def _usual_name(field: str, fields: Iterable[str]) -> str | None:
+    """The field of a row that is likely meant for a field of ours; None if there is none."""
+    by_name = {name.lower(): name for name in fields}
+    return next((by_name[name] for name in _USUAL_NAMES.get(field, ()) if name in by_name), None)
 
 
 def peek(rows: Lines, decode: Callable[[Row | RowError | Line], Row | RowError]) -> tuple[Row | None, Lines]:

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 
 from job.data.chat_template import Template
 from job.data.conversations import Turns, check_messages, render_messages, texts_of_messages
-from job.data.fields import Rendered, broken_places, check_target, check_text, is_empty, is_zero, left_out
+from job.data.fields import Rendered, check_target, check_text, find_invalid_utf8, is_empty, is_zero, left_out
 from job.data.formats import Row, RowError
 from job.data.preferences import (
     SIDES,
@@ -133,9 +133,9 @@ def fits(fields: Collection[str], schema: Schema) -> bool:
 def check_row(row: Row, schema: Schema) -> list[RowError]:
     """Everything that is wrong with a row's fields, except its length in tokens; empty if the row is valid."""
     if broken := [
-        place for field, value in row.fields.items() for place in broken_places(value, f"{row.where} {field}")
+        where for field, value in row.fields.items() for where in find_invalid_utf8(value, f"{row.where} {field}")
     ]:
-        return [RowError("broken_utf8", place, "is not valid UTF-8 text; save the file as UTF-8") for place in broken]
+        return [RowError("broken_utf8", where, "is not valid UTF-8 text; save the file as UTF-8") for where in broken]
     if schema not in {*SIDES, "text"} and not any(is_empty(row.fields.get(field)) for field in SIDES["preference"]):
         what = f"and rejected are a pair of answers, which is not used in the schema {schema}: {_OF_PAIRS}"
         return [RowError("field_without_use", f"{row.where} chosen", what)]
@@ -145,8 +145,8 @@ def check_row(row: Row, schema: Schema) -> list[RowError]:
     if schema == "messages":
         return faults + check_messages(row)
     *others, target = REQUIRED[schema]
-    given = [field for field in _OPTIONAL[schema] if row.fields.get(field) is not None and field != "history"]
-    faults += [fault for field in (*others, *given) for fault in check_text(row.fields, field, row.where)]
+    present = [field for field in _OPTIONAL[schema] if row.fields.get(field) is not None and field != "history"]
+    faults += [fault for field in (*others, *present) for fault in check_text(row.fields, field, row.where)]
     if schema == "alpaca":
         faults += _check_history(row)
     return faults + check_target(row.fields, target, row.where)
@@ -161,8 +161,8 @@ def with_near_names(faults: Sequence[RowError], row: Row) -> list[RowError]:
     for fault in faults:
         field = fault.where.removeprefix(f"{row.where} ")
         if fault.kind == "missing_field" and field.isidentifier() and field not in row.fields:
-            found = nearest_field(field, row.fields)
-            near |= {} if found is None else {fault.where: found}
+            nearest = nearest_field(field, row.fields)
+            near |= {} if nearest is None else {fault.where: nearest}
     read_under_no_name = {f"{row.where} {field}" for field in near.values()}
     advice = {where: f"if it is {name!a}, rename it, or map it with JOB_DATA__FIELDS" for where, name in near.items()}
     return [
@@ -195,8 +195,10 @@ def own_texts(row: Row, schema: Schema) -> tuple[str, ...]:
     if schema in SIDES:
         return own_texts_of(row, schema)
     if schema == "messages":
-        told = (message for message in row.fields["messages"] if message.get("role") not in {"system", "developer"})
-        return tuple(texts_of_messages(told))
+        without_system = (
+            message for message in row.fields["messages"] if message.get("role") not in {"system", "developer"}
+        )
+        return tuple(texts_of_messages(without_system))
     system = row.fields.get("system") if schema == "alpaca" else None
     return tuple(text for text in texts_of(row, schema) if text is not system)
 
@@ -252,7 +254,7 @@ def alpaca_prompt(fields: dict[str, Any]) -> str:
     """Everything before the output, as tatsu-lab wrote it; with a system prompt and earlier turns where there are."""
     context, system = fields.get("input") or "", fields.get("system") or ""
     begin = system or (_PREAMBLE_WITH_INPUT if context else _PREAMBLE) + _REQUEST
-    turns = [_TURN.format(instruction=asked) + answer for asked, answer in fields.get("history") or ()]
+    turns = [_TURN.format(instruction=instruction) + answer for instruction, answer in fields.get("history") or ()]
     turn = _TURN_WITH_INPUT if context else _TURN
     return begin + "".join(turns) + turn.format(instruction=fields["instruction"], input=context)
 
@@ -297,10 +299,10 @@ def _check_spelling(row: Row, used_fields: Collection[str]) -> list[RowError]:
 
 
 def _check_history(row: Row) -> list[RowError]:
-    history, place = row.fields.get("history"), f"{row.where} history"
+    history, where = row.fields.get("history"), f"{row.where} history"
     if history is None:
         return []
     pairs = isinstance(history, list | tuple) and all(
         isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str] for pair in history
     )
-    return [] if pairs else [RowError("wrong_type", place, "must be a list of pairs, [instruction, output]")]
+    return [] if pairs else [RowError("wrong_type", where, "must be a list of pairs, [instruction, output]")]

@@ -38,15 +38,15 @@ def is_sharegpt(fields: dict[str, Any]) -> bool:
 
 def as_messages(row: Row) -> Row | list[RowError]:
     """The row with messages in place of conversations, or all that prevents that."""
-    place = f"{row.where} {FIELD}"
+    where = f"{row.where} {FIELD}"
     turns = row.fields[FIELD]
     if not isinstance(turns, list):
         kind, what = ("missing_field", "is null") if turns is None else ("wrong_type", f"is {type_name(turns)}")
-        return [RowError(kind, place, f"{what}; it must be a list of turns, {{from, value}}")]
+        return [RowError(kind, where, f"{what}; it must be a list of turns, {{from, value}}")]
     faults: list[RowError] = []
     messages: list[dict[str, Any]] = []
     for index, turn in enumerate(turns):
-        message = _message(turn, f"{place}[{index}]")
+        message = _message(turn, f"{where}[{index}]")
         if isinstance(message, RowError):
             faults.append(message)
         else:
@@ -68,19 +68,19 @@ def as_messages(row: Row) -> Row | list[RowError]:
 
 
 def in_conversations(faults: list[RowError], original: Row) -> list[RowError]:
-    """Faults of the converted row with their places in the original row; others unchanged."""
+    """Faults of the converted row with their locations in the original row; others unchanged."""
     if not is_sharegpt(original.fields):
         return faults
     shift = 0 if is_empty(original.fields.get("system")) else 1  # the system prompt comes before the turns
 
-    def place(fault: RowError) -> RowError:
+    def relocate(fault: RowError) -> RowError:
         before, messages, rest = fault.where.partition(f"{original.where} messages")
         if before or not messages:
             return fault
-        rest = re.sub(r"^\[(\d+)\]", lambda found: f"[{int(found[1]) - shift}]", rest)
+        rest = re.sub(r"^\[(\d+)\]", lambda match: f"[{int(match[1]) - shift}]", rest)
         return replace(fault, where=f"{original.where} {FIELD}{rest}")
 
-    return [place(fault) for fault in faults]
+    return [relocate(fault) for fault in faults]
 
 
 def _message(turn: Any, where: str) -> dict[str, Any] | RowError:

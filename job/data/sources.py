@@ -47,32 +47,32 @@ def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION", 
     return revision
 
 
-def watched(rows: Lines, alive: Callable[[], None]) -> Lines:
-    """The rows; `alive` is called about twice a second, between two of them."""
+def watched(rows: Lines, check_stop: Callable[[], None]) -> Lines:
+    """The rows; `check_stop` is called about twice a second, between two of them."""
     due = time.monotonic() + _ALIVE_SECONDS
     for row in rows:
         if time.monotonic() > due:
-            alive()
+            check_stop()
             due = time.monotonic() + _ALIVE_SECONDS
         yield row
 
 
 def open_source(
-    source: str, revision: str | None, split: str, name: str, *, note: Notes, alive: Callable[..., None]
+    source: str, revision: str | None, split: str, name: str, *, note: Notes, check_stop: Callable[..., None]
 ) -> tuple[str | None, bool, Lines]:
     """The commit (None for files), whether the split chose the files, and the rows of a source."""
     if is_hub_id(source):
-        commit, rows = open_dataset(source, require_revision(revision), split, name, alive)
+        commit, rows = open_dataset(source, require_revision(revision), split, name, check_stop)
         return commit, True, rows
-    files, chosen = find_files(source, split)
+    files, by_split = find_files(source, split)
     # A file found in a directory is named by its path in it.
     base, shown = (source, name) if Path(source).exists() else (fixed_part(source) or ".", fixed_part(name))
     if shown and not shown.endswith("/"):
         shown += "/"
     names = [name if file == Path(source) else f"{shown}{file.relative_to(base).as_posix()}" for file in files]
     parts: Iterator[Lines] = map(read_lines, files, names)
-    alone = len(files) == 1
-    return None, chosen, chain.from_iterable(parts if alone else map(_with_warning, parts, names, repeat(note)))
+    single_file = len(files) == 1
+    return None, by_split, chain.from_iterable(parts if single_file else map(_with_warning, parts, names, repeat(note)))
 
 
 def _with_warning(rows: Lines, name: str, note: Notes) -> Lines:

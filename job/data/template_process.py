@@ -32,8 +32,8 @@ OUT_OF_BOUNDS = "limit"
 
 def main() -> None:
     """Answers until stdin ends, which it does with the process that started this one."""
-    given = json.loads(sys.stdin.readline())
-    answer = _open(given)
+    program = json.loads(sys.stdin.readline())
+    answer = _open(program)
     for line in sys.stdin:
         resource.setrlimit(resource.RLIMIT_CPU, (_cpu_seconds() + SECONDS, resource.RLIM_INFINITY))
         _say(answer(json.loads(line)))

@@ -27,7 +27,7 @@ class TextTokenizer:
 
     Attributes:
         encode: Texts -> encodings of the `tokenizers` library. With `special` the tokenizer adds its special tokens;
-            without `places` the encodings need not have offsets.
+            without `offsets` the encodings need not have offsets.
         name_of: The token of a number.
         eos: The end-of-sequence token; None if there is none.
         bos: The token at the beginning of a sequence; None if there is none.
@@ -53,17 +53,17 @@ def text_tokenizer(tokenizer: Any) -> TextTokenizer:
     marked = {number: token.content for number, token in added.items() if token.special}
     control_words = {*getattr(tokenizer, "all_special_tokens", ()), *marked.values()} - {""}
 
-    def encode(texts: Sequence[str], *, special: bool, places: bool) -> Sequence[Any]:
+    def encode(texts: Sequence[str], *, special: bool, offsets: bool) -> Sequence[Any]:
         # `verbose` would warn about a row that is too long for the model, which is checked by the job.
-        how = {"add_special_tokens": special, "padding": False, "truncation": False, "verbose": False}
+        options = {"add_special_tokens": special, "padding": False, "truncation": False, "verbose": False}
         if not plain:
-            encodings: Sequence[Any] = tokenizer(texts, **how).encodings
+            encodings: Sequence[Any] = tokenizer(texts, **options).encodings
             return encodings
-        tokenizer([""], **how)  # it configures the underlying tokenizer for this call
-        return _encode(tokenizer.backend_tokenizer, texts, special=special, places=places)
+        tokenizer([""], **options)  # it configures the underlying tokenizer for this call
+        return _encode(tokenizer.backend_tokenizer, texts, special=special, offsets=offsets)
 
     def portable() -> str:
-        encode([""], special=True, places=True)
+        encode([""], special=True, offsets=True)
         backend = tokenizer.backend_tokenizer
         facts = {name: getattr(result, name) for name in ("eos", "bos", "control", "edges")}
         facts |= {"special": sorted(result.special), "split": bool(backend.encode_special_tokens)}
@@ -91,16 +91,16 @@ def from_portable(text: str) -> TextTokenizer:
     backend = Tokenizer.from_str(facts["tokenizer"])
     backend.encode_special_tokens = facts["split"]
 
-    def encode(texts: Sequence[str], *, special: bool, places: bool) -> Sequence[Any]:
-        return _encode(backend, texts, special=special, places=places)
+    def encode(texts: Sequence[str], *, special: bool, offsets: bool) -> Sequence[Any]:
+        return _encode(backend, texts, special=special, offsets=offsets)
 
     special = frozenset(facts["special"])
     control, (begin, end) = tuple(facts["control"]), facts["edges"]
     return TextTokenizer(encode, backend.id_to_token, facts["eos"], facts["bos"], special, control, (begin, end))
 
 
-def _encode(backend: Any, texts: Sequence[str], *, special: bool, places: bool) -> Sequence[Any]:
-    encode = backend.encode_batch if places else backend.encode_batch_fast
+def _encode(backend: Any, texts: Sequence[str], *, special: bool, offsets: bool) -> Sequence[Any]:
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
     with broken_tokenizer():
         encodings: Sequence[Any] = encode(list(texts), add_special_tokens=special)
     return encodings

@@ -45,7 +45,7 @@ from job.errors import DataError, Problem
 from job.records import DatasetRecord
 
 INDEX = "tokens.json"
-_NOT_DECIDING = ("alive", "processes", "tokenizer", "audited", "screen")
+_NOT_DECIDING = ("check_stop", "processes", "tokenizer", "audited", "screen")
 """Arguments of `load_rows` that decide no token, or are in the key in another form."""
 
 _OTHER_CODE = ("job.common.findings", "job.common.near_duplicates", "job.model.text_classifier")
@@ -205,7 +205,7 @@ def _key(
     parts = [Source(source, source)] if isinstance(source, str) else source
     facts: dict[str, Any] = {
         "sources": [
-            [part.name, _content(part.place, part.revision or revision, split), part.rows, str(part.times)]
+            [part.name, _content(part.location, part.revision or revision, split), part.rows, str(part.times)]
             for part in parts
         ],
         "several": not isinstance(source, str),
@@ -221,7 +221,7 @@ def _key(
         "code": code_hashes("job.records", *_OTHER_CODE, *_modules(job.data), *_modules(job.audit)),
     }
     if isinstance(validation, ValidationSource):
-        own = _content(validation.place, validation.revision, validation.split)
+        own = _content(validation.location, validation.revision, validation.split)
         facts["validation"] = [validation.name, own, validation.revision, validation.split]
     else:
         facts["validation"] = validation
@@ -242,10 +242,10 @@ def _as_json(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else repr(value)
 
 
-def _content(place: str, revision: str | None, split: str) -> list[str]:
+def _content(location: str, revision: str | None, split: str) -> list[str]:
     """What identifies the content of a source: the SHA-256 of its files in order, or the hub's commit."""
-    if is_hub_id(place):
-        return [resolve_dataset(place, revision)]
-    files, _ = find_files(place, split)
-    with disk_errors(f"cannot read {place}"):
+    if is_hub_id(location):
+        return [resolve_dataset(location, revision)]
+    files, _ = find_files(location, split)
+    with disk_errors(f"cannot read {location}"):
         return [part for path, sha256 in zip(files, hash_files(files), strict=True) for part in (path.name, sha256)]

@@ -153,8 +153,8 @@ def _tokenize(
     texts = iter([row for row in rows if isinstance(row, Rendered)])
     while batch := _take(texts):
         # Where all tokens are targets, their offsets in the text are not needed, and computing them takes time.
-        places = not everything or any(row.ignored or row.must_end for row in batch)
-        yield from tokenizer.encode([row.text for row in batch], special=not templated, places=places)
+        offsets = not everything or any(row.ignored or row.must_end for row in batch)
+        yield from tokenizer.encode([row.text for row in batch], special=not templated, offsets=offsets)
 
 
 def _take(rows: Iterator[Rendered]) -> list[Rendered]:

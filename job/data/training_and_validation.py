@@ -36,7 +36,7 @@ FINDINGS = "findings.jsonl"
 class ValidationSource:
     """Validation rows in a separate source: its location here, its name in messages, hub revision and split."""
 
-    place: str
+    location: str
     name: str
     revision: str | None
     split: str
@@ -87,7 +87,7 @@ class _Rows:
 
 
 @dataclass
-class _Judge:
+class _AuditStep:
     """Finishes the audit of the training source when its rows are read, and leaves out those with findings to skip.
 
     `audited` is the result where it is known from before; then nothing is collected.
@@ -97,7 +97,7 @@ class _Judge:
     audited: Audited | None
     folder: Path | None
     note: Notes
-    alive: Callable[..., None]
+    check_stop: Callable[..., None]
     screen: Screen | None = None
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class _Judge:
         audited = self.audited
         if self.collected is not None:
             counted = {"tokens": examples.lengths, "target_tokens": examples.target_counts}
-            audited = finish(self.collected, record.source, self.alive, counted)
+            audited = finish(self.collected, record.source, self.check_stop, counted)
         if audited is None:
             return examples, record
         _note_audit(self.note, audited.record, record.source)
@@ -135,7 +135,7 @@ def load_rows(
     *,
     revision: str | None,
     split: str,
-    alive: Callable[..., None] = lambda **_: None,
+    check_stop: Callable[..., None] = lambda **_: None,
     on_example: Callable[[Encoded | EncodedAnswers], None] | None = None,
     folder: Path | None = None,
     notes: Notes | None = None,
@@ -151,7 +151,7 @@ def load_rows(
         validation: A share (below 1) or a number of the rows to hold out; or a separate source; None for neither.
         revision: Of the training source.
         split: Of the training source.
-        alive: As for `load_examples`.
+        check_stop: As for `load_examples`.
         on_example: As for `load_examples`, with the examples of the training source.
         folder: Where the examples are written, to EXAMPLES and VALIDATION, and what the audit found, to FINDINGS; None
             to keep the examples in memory.
@@ -167,25 +167,25 @@ def load_rows(
         SettingsError, Unreachable, AccessDenied: As `load_examples`.
     """
     note = notes or Notes()
-    reading |= {"alive": alive, "notes": note}
+    reading |= {"check_stop": check_stop, "notes": note}
     file = None if folder is None else folder / EXAMPLES
-    judge = _Judge(audit, audited, folder, note, alive, screen)
+    audit_step = _AuditStep(audit, audited, folder, note, check_stop, screen)
     pairing: dict[str, Any] = {"seed": reading.get("seed", 0), "max_length": reading["max_length"], "file": file}
-    own_source: dict[str, Any] = {"revision": revision, "split": split, "file": file, "audit": judge.collected}
+    own_source: dict[str, Any] = {"revision": revision, "split": split, "file": file, "audit": audit_step.collected}
     if validation is None:
         # Labelled answers are paired once it is known which of them stay.
-        more = {**reading, "pair": False} if judge.leaves_out else reading
-        examples, record = judge(*load_examples(source, on_example=on_example, **own_source, **more), None)
+        more = {**reading, "pair": False} if audit_step.leaves_out else reading
+        examples, record = audit_step(*load_examples(source, on_example=on_example, **own_source, **more), None)
         _check_weights(examples, record.source)
-        return judge.paired(examples, record, pairing), None, record
+        return audit_step.paired(examples, record, pairing), None, record
     rows, validation_rows = _Rows(on_example), _Rows(None)
     errors: list[DataError] = []
 
-    def read(place: str | Sequence[Source], keep: _Rows, **options: Any) -> tuple[Examples, DatasetRecord] | None:
+    def read(location: str | Sequence[Source], keep: _Rows, **options: Any) -> tuple[Examples, DatasetRecord] | None:
         try:
             # Labelled answers that are held out are paired among themselves, so once it is known which they are.
-            pair = isinstance(validation, ValidationSource) and not (judge.leaves_out and keep is rows)
-            return load_examples(place, on_example=keep.add, compare=True, pair=pair, **{**reading, **options})
+            pair = isinstance(validation, ValidationSource) and not (audit_step.leaves_out and keep is rows)
+            return load_examples(location, on_example=keep.add, compare=True, pair=pair, **{**reading, **options})
         except DataError as error:
             errors.append(error)
             return None
@@ -195,23 +195,23 @@ def load_rows(
     if isinstance(validation, ValidationSource):
         where = {"name": validation.name, "revision": validation.revision, "split": validation.split, "limit": None}
         from_validation = read(
-            validation.place, validation_rows, file=None if folder is None else folder / VALIDATION, **where
+            validation.location, validation_rows, file=None if folder is None else folder / VALIDATION, **where
         )
     if errors:
         raise combine([("rows", error) for error in errors])
     if from_training is None:  # its error is raised above
         raise AssertionError
-    examples, record = judge(*from_training, rows)
+    examples, record = audit_step(*from_training, rows)
     if isinstance(validation, ValidationSource):
         if from_validation is None:
             raise AssertionError
         _check_weights(examples, record.source)
         _check_weights(from_validation[0], from_validation[1].source, "validate")
         described = replace(
-            record, validation=_own_source((record, rows), (from_validation[1], validation_rows), note, alive)
+            record, validation=_own_source((record, rows), (from_validation[1], validation_rows), note, check_stop)
         )
-        return judge.paired(examples, record, pairing), from_validation[0], described
-    sides = hold_out(rows.hashes, validation, record.source, alive)
+        return audit_step.paired(examples, record, pairing), from_validation[0], described
+    sides = hold_out(rows.hashes, validation, record.source, check_stop)
     parts = [[i for i, side in enumerate(sides) if side is wanted] for wanted in (False, True)]
     if record.format == "unpaired_preference":
         examples = paired(examples, parts, **pairing)
@@ -286,7 +286,7 @@ def _own_source(
     training: tuple[DatasetRecord, _Rows],
     validation: tuple[DatasetRecord, _Rows],
     note: Notes,
-    alive: Callable[..., None],
+    check_stop: Callable[..., None],
 ) -> ValidationRows:
     """The record of a separate validation source, from the records and the rows of both sources.
 
@@ -300,7 +300,7 @@ def _own_source(
             "same schema for both"
         )
         raise DataError([Problem(validation_record.source, what)])
-    exact, near = count_overlap(rows.hashes, validation_rows.hashes, alive)
+    exact, near = count_overlap(rows.hashes, validation_rows.hashes, check_stop)
     if exact or near:
         note(
             "warning",

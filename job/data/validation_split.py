@@ -7,8 +7,8 @@
    the Jaccard similarity of their shingles; groups that have a row in common are one. Candidates are found by bands
    (locality-sensitive hashing) instead of comparing all pairs. Rows that are similar to 0.9 are found nearly always, at
    0.8 half of them are, and at 0.7 hardly any.
-3. A group's place in [0, 1) is a hash of the smallest SHA-256 in it. With a share, the groups below it are held out;
-   with a number of rows, the groups in the order of their places, as long as they fit.
+3. A group's rank, a number in [0, 1), is a hash of the smallest SHA-256 in it. With a share, the groups below
+   it are held out; with a number of rows, the groups in the order of their ranks, as long as they fit.
 
 So neither the order of the rows nor the run's seed matters. With a share, whether a row without near-duplicates is held
 out does not depend on the other rows. A group larger than the requested number of rows stays in training.
@@ -24,14 +24,16 @@ from job.common.near_duplicates import RowHashes, group_rows
 from job.errors import DataError, Problem
 
 
-def hold_out(rows: RowHashes, share_or_count: float, name: str, alive: Callable[[], None] = lambda: None) -> list[bool]:
+def hold_out(
+    rows: RowHashes, share_or_count: float, name: str, check_stop: Callable[[], None] = lambda: None
+) -> list[bool]:
     """Which rows are held out for validation.
 
     Args:
         rows: All rows.
         share_or_count: A share of the rows (below 1), or their number.
         name: Name of the source, for messages.
-        alive: Called periodically; an exception from it ends the work.
+        check_stop: Called periodically; an exception from it ends the work.
 
     Returns:
         For each row whether it is held out: at least one is, and at least one is not.
@@ -44,12 +46,12 @@ def hold_out(rows: RowHashes, share_or_count: float, name: str, alive: Callable[
     if share_or_count >= total:
         what = f"has {total:,} rows, so {share_or_count:,} of them cannot be held out; lower JOB_DATA__VALIDATION"
         raise DataError([Problem(name, what)])
-    groups = group_rows(rows, alive)
+    groups = group_rows(rows, check_stop)
     sizes = Counter(groups)
-    places = {group: sha256(b"validation\0" + group).digest() for group in sizes}
-    fitting = [group for group in sorted(sizes, key=places.__getitem__) if sizes[group] <= most]
+    ranks = {group: sha256(b"validation\0" + group).digest() for group in sizes}
+    fitting = [group for group in sorted(sizes, key=ranks.__getitem__) if sizes[group] <= most]
     if share_or_count < 1:
-        held_groups = {group for group in fitting if int.from_bytes(places[group][:8], "big") < share_or_count * 2**64}
+        held_groups = {group for group in fitting if int.from_bytes(ranks[group][:8], "big") < share_or_count * 2**64}
     else:
         held_groups, room = set(), int(share_or_count)
         for group in fitting:
@@ -67,12 +69,12 @@ def hold_out(rows: RowHashes, share_or_count: float, name: str, alive: Callable[
     return [group in held_groups for group in groups]
 
 
-def count_overlap(training: RowHashes, validation: RowHashes, alive: Callable[[], None]) -> tuple[int, int]:
+def count_overlap(training: RowHashes, validation: RowHashes, check_stop: Callable[[], None]) -> tuple[int, int]:
     """How many validation rows are the same as a training row word for word, and how many others are nearly so."""
     both = RowHashes()
     both.digests = [*training.digests, *validation.digests]
     both.signatures = training.signatures | validation.signatures
-    groups = group_rows(both, alive)
+    groups = group_rows(both, check_stop)
     learned, same = set(groups[: len(training.digests)]), set(training.digests)
     exact = sum(digest in same for digest in validation.digests)
     return exact, sum(group in learned for group in groups[len(training.digests) :]) - exact

@@ -172,7 +172,7 @@ def unpack_outcomes(answer: dict[str, Any], blob: bytes) -> list[Outcome]:
             where,
             tuple(map(unpack_example, examples)),
             tuple(RowError(*fault) for fault in faults),
-            {kind: Remark(place, tuple(words)) for kind, (place, words) in remarks.items()},
+            {kind: Remark(remark_where, tuple(words)) for kind, (remark_where, words) in remarks.items()},
             next_bytes(audited),
         )
         for where, examples, faults, remarks, audited in answer["rows"]

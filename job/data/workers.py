@@ -82,7 +82,7 @@ def open_encoding(
     date: str | None,
     template_arguments: Mapping[str, Any] | None,
     processes: int,
-    alive: Callable[..., None],
+    check_stop: Callable[..., None],
     audit: AuditSetup | None = None,
 ) -> Iterator[Encoding]:
     """Context manager with an `Encoding`; the arguments are those of `dataset.load_examples`.
@@ -92,10 +92,10 @@ def open_encoding(
     """
     texts = text_tokenizer(tokenizer)
     program = make_program(tokenizer, date, template_arguments) if reading.templated else None
-    opened = run_program(program, tokenizer, alive) if reading.templated else nullcontext()
+    opened = run_program(program, tokenizer, check_stop) if reading.templated else nullcontext()
     with opened as template:
         encoder, setup = RowEncoder(reading, texts, template, audit), Setup(reading, texts, program, audit)
-        with Encoding(setup, encoder, processes, alive) as encoding:
+        with Encoding(setup, encoder, processes, check_stop) as encoding:
             yield encoding
 
 
@@ -106,11 +106,11 @@ class Encoding:
         setup: Sent to the workers.
         encoder: Encodes in this process.
         processes: Number of workers; with 1 only this process encodes.
-        alive: Called with `progress=False` while this process waits for workers; an error that it raises is passed on.
+        check_stop: Called with `progress=False` while this process waits for workers; an error from it is passed on.
     """
 
-    def __init__(self, setup: Setup, encoder: RowEncoder, processes: int, alive: Callable[..., None]) -> None:
-        self._setup, self._encoder, self._alive = setup, encoder, alive
+    def __init__(self, setup: Setup, encoder: RowEncoder, processes: int, check_stop: Callable[..., None]) -> None:
+        self._setup, self._encoder, self._check_stop = setup, encoder, check_stop
         self._processes = processes if setup.tokenizer.portable is not None else 1
         self._alone = 0
         self._workers: _Workers | None = None
@@ -185,7 +185,7 @@ class Encoding:
         tokenizer, texts = self._setup.tokenizer, _texts(chunk)
         portable = tokenizer.portable() if tokenizer.portable is not None else ""
         original, copied = (
-            [(one.ids, one.offsets) for one in each.encode(texts, special=True, places=True)]
+            [(one.ids, one.offsets) for one in each.encode(texts, special=True, offsets=True)]
             for each in (tokenizer, from_portable(portable))
         )
         if original != copied:
@@ -199,7 +199,7 @@ class Encoding:
 
     def _result(self, future: Future[list[Outcome] | Bundle]) -> list[Outcome] | Bundle:
         while not wait([future], _LOOK_SECONDS).done:
-            self._alive(progress=False)  # a worker that hangs makes no progress
+            self._check_stop(progress=False)  # a worker that hangs makes no progress
         return future.result()
 
 

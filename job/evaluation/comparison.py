@@ -1,4 +1,4 @@
-"""Two models on the same tasks: the comparison in the manifest, and the quality gate that it is judged by."""
+"""Two models on the same tasks: the comparison in the manifest, and the quality gate that decides by it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from job.errors import DataError, Problem
 from job.evaluation import statistics
 from job.evaluation.near_ties import BOUNDS, at_worst, near_ties
 from job.evaluation.policy import CHOICES, Policy, named, of_metric
-from job.evaluation.policy_verdict import judge_policy, passes
+from job.evaluation.policy_verdict import evaluate_policy, passes
 from job.evaluation.policy_verdict import reasons as policy_reasons
 from job.records import TaskScores
 
@@ -32,14 +32,14 @@ def compare_tasks(
     Args:
         base: By task, the scores to compare with. It may hold more tasks than `adapter`.
         adapter: By task, the scores to compare.
-        overlap: By task, the places of the questions that training rows have in them: a task that has any gets the same
-            comparison without them, as `without_overlap`.
+        overlap: By task, the numbers of the questions that training rows have in them: a task that has any gets the
+            same comparison without them, as `without_overlap`.
 
     Raises:
         DataError: The questions or prompts of a task differ.
     """
     compared = _compare(base, adapter)
-    fewer = {name: frozenset(places) for name, places in (overlap or {}).items() if name in adapter and places}
+    fewer = {name: frozenset(numbers) for name, numbers in (overlap or {}).items() if name in adapter and numbers}
     enough = {name for name in fewer if adapter[name].n - len(fewer[name]) > 1}
     if enough:
         less = {name: fewer[name] for name in enough}
@@ -54,13 +54,13 @@ def compare_tasks(
     return compared
 
 
-def _without(scores: TaskScores, places: frozenset[int] | None) -> TaskScores:
-    """The scores of a task without the questions at some places; at two questions or more."""
-    if not places:
+def _without(scores: TaskScores, left_out: frozenset[int] | None) -> TaskScores:
+    """The scores of a task without the questions of these numbers (from 0); two or more must be left."""
+    if not left_out:
         return scores
-    correct = [right for place, right in enumerate(scores.correct) if place not in places]
+    correct = [right for number, right in enumerate(scores.correct) if number not in left_out]
     by_length = scores.correct_norm
-    norm = None if by_length is None else [right for place, right in enumerate(by_length) if place not in places]
+    norm = None if by_length is None else [right for number, right in enumerate(by_length) if number not in left_out]
     return replace(
         scores,
         n=len(correct),
@@ -159,9 +159,11 @@ def compare_near_ties(
     tasks = {
         name: {
             "acc": of_metric(name, "close", lambda task: task),
-            "acc_norm": of_metric(name, "close_norm", lambda task: task["acc_norm"]) if found["acc_norm"] else None,
+            "acc_norm": of_metric(name, "close_norm", lambda task: task["acc_norm"])
+            if comparison["acc_norm"]
+            else None,
         }
-        for name, found in compared.items()
+        for name, comparison in compared.items()
     }
     return {"dtype": dtype, "bound": bound, "tasks": tasks}
 
@@ -219,10 +221,10 @@ def _by_task(scored: Mapping[str, TaskScores], versus: Mapping[str, Mapping[str,
             "scores": _scores(scores),
             **{
                 name: {
-                    "acc": {key: value for key, value in found[task].items() if key not in not_of_acc},
-                    "acc_norm": found[task]["acc_norm"],
+                    "acc": {key: value for key, value in compared[task].items() if key not in not_of_acc},
+                    "acc_norm": compared[task]["acc_norm"],
                 }
-                for name, found in versus.items()
+                for name, compared in versus.items()
             },
         }
         for task, scores in scored.items()
@@ -236,7 +238,7 @@ def choose_candidate(scores: Mapping[str, Mapping[str, TaskScores]]) -> tuple[st
         scores: By candidate, the scores by task; two or more candidates. Of several that are best `dequantized` is
             taken, else the first.
     """
-    means = {name: fmean(found.acc for found in by_task.values()) for name, by_task in scores.items()}
+    means = {name: fmean(task_scores.acc for task_scores in by_task.values()) for name, by_task in scores.items()}
     best = [name for name, mean in means.items() if mean == max(means.values())]
     figures = ", ".join(f"{name} {100 * mean:.2f} %" for name, mean in means.items())
     if len(best) == 1:
@@ -246,7 +248,7 @@ def choose_candidate(scores: Mapping[str, Mapping[str, TaskScores]]) -> tuple[st
     return best[0], f"the same accuracy ({figures})"
 
 
-def judge(
+def evaluate_gate(
     tasks: Mapping[str, Any],
     *,
     metric: str,
@@ -260,20 +262,20 @@ def judge(
 
     Args:
         tasks: `evaluation.tasks` of the manifest, or the same comparison of what `on` names; with `measured` and
-            `groups` of the manifest where the adapter is judged against the base.
+            `groups` of the manifest where the gate compares the adapter with the base.
         metric: As for `gate_failures`.
         min_delta: As for `gate_failures`.
         max_regression: As for `gate_failures`.
-        on: What is judged: `adapter`, or an exported format.
+        on: What the gate is about: `adapter`, or an exported format.
         baseline: The earlier run to compare with, the comparison as its `tasks`; None to compare with the base model.
         policy: Rules by task, instead of the thresholds.
     """
     compared = baseline["tasks"] if baseline else tasks
-    judged = None if policy is None else judge_policy(policy, compared)
-    if policy is None or judged is None:
+    verdict = None if policy is None else evaluate_policy(policy, compared)
+    if policy is None or verdict is None:
         reasons = gate_failures(compared, metric, min_delta, max_regression)
     else:
-        reasons = [] if passes(policy, judged) else policy_reasons(judged)
+        reasons = [] if passes(policy, verdict) else policy_reasons(verdict)
     if reasons and on != "adapter":
         reasons = [f"{on}, {reason}" for reason in reasons]
     return {
@@ -281,17 +283,17 @@ def judge(
         "metric": metric,
         "min_delta": min_delta,
         "max_regression": max_regression,
-        **({} if judged is None else {"policy": judged}),
+        **({} if verdict is None else {"policy": verdict}),
         "baseline": baseline,
         "passed": None if reasons is None else not reasons,
         "reasons": reasons or [],
     }
 
 
-def judged_by(tasks: Mapping[str, Any], metric: str) -> dict[str, Any]:
+def tasks_for_metric(tasks: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """The tasks that a metric of the gate is about: those with choices, or the others that have it; never groups.
 
-    A task that has several of the name is among them, though the gate cannot judge it: it is never silently left out.
+    A task that has several of the name is among them, though the gate cannot compare it: it is never silently left out.
     """
     if metric in CHOICES:
         return {name: task for name, task in tasks.items() if "metrics" not in task}
@@ -299,7 +301,7 @@ def judged_by(tasks: Mapping[str, Any], metric: str) -> dict[str, Any]:
 
 
 def without_metric(task: str, metric: str) -> str:
-    """Why a task of `judged_by` has no figure by the metric, in words."""
+    """Why a task of `tasks_for_metric` has no figure by the metric, in words."""
     return f"{task} has {'no' if metric in CHOICES else 'several metrics'} {metric}"
 
 
@@ -312,21 +314,21 @@ def gate_failures(
     above that bound.
 
     Args:
-        tasks: `evaluation.tasks` of a manifest; also `measured` and `groups`, of which groups are never judged.
+        tasks: `evaluation.tasks` of a manifest; also `measured` and `groups`, of which the gate never compares groups.
         metric: `acc` or `acc_norm`, for the tasks of choices; or that of other tasks, for those that have it.
         min_delta: The least gain, as a fraction of the questions, or in the metric's own unit.
         max_regression: The largest loss, in the same unit.
     """
     if min_delta is None and max_regression is None:
         return None
-    tasks = judged_by(tasks, metric)
+    tasks = tasks_for_metric(tasks, metric)
     reasons = [] if tasks else ["nothing was scored, so the gate cannot be met"]
     for name, task in tasks.items():
-        found = of_metric(task, metric)
-        if found is None:
+        figure = of_metric(task, metric)
+        if figure is None:
             reasons.append(without_metric(name, metric))
             continue
-        low = found["ci95"][0] if found.get("higher_is_better", True) else -found["ci95"][1]
+        low = figure["ci95"][0] if figure.get("higher_is_better", True) else -figure["ci95"][1]
         if min_delta is not None and low < min_delta:
             reasons.append(f"{name}: {metric} may have gained only {low:+.4f}, the gate requires {min_delta:+.4f}")
         if max_regression is not None and low < -max_regression:

@@ -97,7 +97,7 @@ class AnswerEnd:
 
 
 def decode_batch(
-    model: Any, rows: Sequence[Row], end: AnswerEnd, *, pass_tokens: int, alive: Callable[[], None]
+    model: Any, rows: Sequence[Row], end: AnswerEnd, *, pass_tokens: int, check_stop: Callable[[], None]
 ) -> None:
     """Answers the prompts of a batch: afterwards each row has its answer.
 
@@ -106,7 +106,7 @@ def decode_batch(
         rows: With empty answers.
         end: Decides when an answer has ended.
         pass_tokens: Maximum number of tokens of one forward pass over prompts, with padding.
-        alive: Called before every forward pass; an exception from it ends the work.
+        check_stop: Called before every forward pass; an exception from it ends the work.
 
     Raises:
         TrainingFailed: The logits are not finite.
@@ -115,11 +115,11 @@ def decode_batch(
     packed = is_packed(model)
     with torch.inference_mode(), _attention_with_cache(model):
         if packed:
-            _answer_together(model, rows, end, pass_tokens, alive)
+            _answer_together(model, rows, end, pass_tokens, check_stop)
         else:
             # A recurrent layer reads padding like any token, and a model of that kind may have a cache of its own.
             for row in rows:
-                _answer_alone(model, row, end, alive)
+                _answer_alone(model, row, end, check_stop)
 
 
 @contextmanager
@@ -139,10 +139,10 @@ def _attention_with_cache(model: Any) -> Iterator[None]:
 
 
 def _answer_together(
-    model: Any, rows: Sequence[Row], end: AnswerEnd, pass_tokens: int, alive: Callable[[], None]
+    model: Any, rows: Sequence[Row], end: AnswerEnd, pass_tokens: int, check_stop: Callable[[], None]
 ) -> None:
     """Answers the prompts of a batch: prefill, then one token of every answer in each pass."""
-    logits, mask, cache = _read_prompts(model, rows, pass_tokens, end.max_new_tokens, alive)
+    logits, mask, cache = _read_prompts(model, rows, pass_tokens, end.max_new_tokens, check_stop)
     positions = mask.sum(-1, keepdim=True) - 1  # (rows, 1): of each row's last token
     unfinished = list(rows)
     while True:
@@ -152,7 +152,7 @@ def _answer_together(
         ]
         if not kept:
             return
-        alive()
+        check_stop()
         ids, positions = torch.tensor(tokens, device=model.device)[:, None], positions + 1
         if len(kept) < len(unfinished):
             kept_rows = torch.tensor(kept, device=model.device)
@@ -164,7 +164,7 @@ def _answer_together(
 
 
 def _read_prompts(
-    model: Any, rows: Sequence[Row], pass_tokens: int, max_new_tokens: int, alive: Callable[[], None]
+    model: Any, rows: Sequence[Row], pass_tokens: int, max_new_tokens: int, check_stop: Callable[[], None]
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Prefill: forward passes over the prompts of a batch, each over as many as `pass_tokens` allows.
 
@@ -180,7 +180,7 @@ def _read_prompts(
     parts = [rows[start : start + together] for start in range(0, len(rows), together)]
     read = []
     for part in parts:
-        alive()
+        check_stop()
         read.append(_read_together(model, part))
     logits, masks, caches = zip(*read, strict=True)
     cache = reserve(caches, longest, longest + max_new_tokens) if reserving else caches[0]
@@ -227,21 +227,21 @@ def _pass(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Te
 class _OnlyChosenToken(LogitsProcessor):  # type: ignore[misc]
     """Chooses the next token of one answer, adds it, and makes it the only possible one for transformers."""
 
-    def __init__(self, row: Row, end: AnswerEnd, alive: Callable[[], None]) -> None:
-        self._row, self._end, self._alive = row, end, alive
+    def __init__(self, row: Row, end: AnswerEnd, check_stop: Callable[[], None]) -> None:
+        self._row, self._end, self._check_stop = row, end, check_stop
         self.ended = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - as transformers calls it
         """Scores of which only that of the chosen token is above minus infinity; `scores` are (1, vocabulary)."""
         (token,) = choose_tokens(scores, [self._row.draws])
         self.ended = self._end.add(self._row, token)
-        self._alive()
+        self._check_stop()
         return torch.full_like(scores, float("-inf")).index_fill(1, torch.tensor([token], device=scores.device), 0)
 
 
-def _answer_alone(model: Any, row: Row, end: AnswerEnd, alive: Callable[[], None]) -> None:
+def _answer_alone(model: Any, row: Row, end: AnswerEnd, check_stop: Callable[[], None]) -> None:
     """Answers one prompt with transformers' own generation, which knows the cache of every kind of model."""
-    processor, base = _OnlyChosenToken(row, end, alive), base_of(model)
+    processor, base = _OnlyChosenToken(row, end, check_stop), base_of(model)
     # Replaced, not passed: `generate` would merge the model's own configuration, with any penalties, into one passed.
     before, base.generation_config = base.generation_config, GenerationConfig()
     ids = torch.tensor([row.prompt], device=model.device)

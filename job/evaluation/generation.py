@@ -38,7 +38,7 @@ from job.records import Answer
 
 
 @dataclass(frozen=True)
-class HowToGenerate:
+class GenerationOptions:
     """How answers are generated.
 
     Attributes:
@@ -57,7 +57,8 @@ class HowToGenerate:
 
 
 AnswerBatches = Callable[
-    [Any, Any, Sequence[Sequence[int]], Mapping[int, Sequence[int]], HowToGenerate], Iterator[tuple[int, list[Answer]]]
+    [Any, Any, Sequence[Sequence[int]], Mapping[int, Sequence[int]], GenerationOptions],
+    Iterator[tuple[int, list[Answer]]],
 ]
 """Answers batches: (model, tokenizer, token ids of all prompts, batch number -> its prompts' numbers, how) -> (batch
 number, its answers in the order of its prompts), batches in any order."""
@@ -67,7 +68,7 @@ class AnswerCache(Keeps, Protocol):
     """Keeps answers for a restart: `score_cache.ScoreCache`."""
 
     def load_answers(
-        self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], how: HowToGenerate
+        self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], options: GenerationOptions
     ) -> dict[int, list[Answer]]:
         """The cached answers by number of the batch."""
 
@@ -93,11 +94,11 @@ def generate(
         model: A causal language model from `load_base`, with or without an adapter.
         tokenizer: The model's tokenizer.
         prompts: Token ids of each prompt, not empty. Prompt and answer together must fit into the model's window.
-        max_new_tokens: As in `HowToGenerate`.
-        stop: As in `HowToGenerate`.
+        max_new_tokens: As in `GenerationOptions`.
+        stop: As in `GenerationOptions`.
         batch_tokens: Maximum tokens of one forward pass over prompts; affects only the last bits of the logits.
-        sampling: As in `HowToGenerate`.
-        ends: As in `HowToGenerate`.
+        sampling: As in `GenerationOptions`.
+        ends: As in `GenerationOptions`.
         cache: Answers found here are not computed again; new ones are added, batch by batch.
         answer: Answers batches; None for `answer_batches`.
         processes: Number of processes that `answer` divides the batches over.
@@ -106,12 +107,12 @@ def generate(
     Raises:
         TrainingFailed: The logits are not finite, or memory ran out.
     """
-    how = HowToGenerate(max_new_tokens, tuple(stop), sampling, tuple(ends), batch_tokens)
+    options = GenerationOptions(max_new_tokens, tuple(stop), sampling, tuple(ends), batch_tokens)
     lengths = [len(prompt) for prompt in prompts]
     batches = batches_for_model(model, lengths, max_new_tokens, batch_tokens, processes=processes)
-    by_batch = {} if cache is None else cache.load_answers(prompts, batches, how)
+    by_batch = {} if cache is None else cache.load_answers(prompts, batches, options)
     missing = {number: batch for number, batch in enumerate(batches) if number not in by_batch}
-    complete(by_batch, (answer or answer_batches)(model, tokenizer, prompts, missing, how), cache, on_progress)
+    complete(by_batch, (answer or answer_batches)(model, tokenizer, prompts, missing, options), cache, on_progress)
     by_prompt = {
         prompt: one for number, batch in enumerate(batches) for prompt, one in zip(batch, by_batch[number], strict=True)
     }
@@ -123,9 +124,9 @@ def answer_batches(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     batches: Mapping[int, Sequence[int]],
-    how: HowToGenerate,
+    options: GenerationOptions,
     *,
-    alive: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, list[Answer]]]:
     """Answers batches one after the other, in this process; arguments as for `answer_batch`.
 
@@ -133,15 +134,18 @@ def answer_batches(
         TrainingFailed: The logits are not finite.
     """
     for number, batch in batches.items():
-        yield number, answer_batch(model, tokenizer, [(prompt, prompts[prompt]) for prompt in batch], how, alive)
+        yield (
+            number,
+            answer_batch(model, tokenizer, [(prompt, prompts[prompt]) for prompt in batch], options, check_stop),
+        )
 
 
 def answer_batch(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[tuple[int, Sequence[int]]],
-    how: HowToGenerate,
-    alive: Callable[[], None] = lambda: None,
+    options: GenerationOptions,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """The answers to the prompts of a batch, in order; computed one by one if the model cannot be packed.
 
@@ -152,9 +156,9 @@ def answer_batch(
         model: As for `generate`.
         tokenizer: As for `generate`.
         prompts: (number, token ids) of each; the number seeds the prompt's random generator when tokens are sampled.
-        how: How answers are generated.
-        alive: Called before every forward pass. If it raises, for instance because the job has to stop, the batch has
-            no answers; a restart computes all of it again, with the same bits.
+        options: How answers are generated.
+        check_stop: Called before every forward pass. If it raises, for instance because the job has to stop, the batch
+            has no answers; a restart computes all of it again, with the same bits.
 
     Raises:
         TrainingFailed: The logits are not finite, or memory ran out.
@@ -162,31 +166,31 @@ def answer_batch(
     from job.model.fused.frozen_weights import without_dequantized
 
     try:
-        return _answered(model, tokenizer, prompts, how, alive)
+        return _answered(model, tokenizer, prompts, options, check_stop)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         failed = error.with_traceback(None)  # its frames hold the cache
     with without_dequantized(model) as freed:
         if not freed:
-            raise _too_small(model, prompts, how, failed) from failed
+            raise _too_small(model, prompts, options, failed) from failed
         what = "out of GPU memory: a batch of answers is computed again without the base's dequantized weights"
         change = "a smaller JOB_EVAL__BATCH_TOKENS, or JOB_MODEL__KEEP_DEQUANTIZED=false"
         get_logger().warning(what, prompts=len(prompts), change=change)
         free_caches()
         try:
-            return _answered(model, tokenizer, prompts, how, alive)
+            return _answered(model, tokenizer, prompts, options, check_stop)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            raise _too_small(model, prompts, how, error) from error
+            raise _too_small(model, prompts, options, error) from error
 
 
 def _too_small(
-    model: Any, prompts: Sequence[tuple[int, Sequence[int]]], how: HowToGenerate, error: BaseException
+    model: Any, prompts: Sequence[tuple[int, Sequence[int]]], options: GenerationOptions, error: BaseException
 ) -> TrainingFailed:
     """The error for a batch for which memory is too small, with its figures and the settings that it depends on."""
-    longest, new = max(len(ids) for _, ids in prompts), how.max_new_tokens
+    longest, new = max(len(ids) for _, ids in prompts), options.max_new_tokens
     what = f"{count(len(prompts), 'prompt')} of at most {longest:,} tokens got up to {new:,} more each"
     if per_token := token_bytes(model):
         what += f", for which the cache takes up to {size(len(prompts) * (longest + new) * per_token, ' ')}"
@@ -199,16 +203,16 @@ def _answered(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[tuple[int, Sequence[int]]],
-    how: HowToGenerate,
-    alive: Callable[[], None],
+    options: GenerationOptions,
+    check_stop: Callable[[], None],
 ) -> list[Answer]:
     """`answer_batch` with the memory that there is."""
     from job.evaluation.decoding import AnswerEnd, Row, decode_batch  # torch is a heavy import
 
-    ends = end_tokens(model, tokenizer) | set(how.ends)
-    rows = [Row(tuple(ids), Draws(how.sampling, number)) for number, ids in prompts]
-    end = AnswerEnd(tokenizer, ends, tuple(text for text in how.stop if text), how.max_new_tokens)
-    decode_batch(model, rows, end, pass_tokens=how.pass_tokens, alive=alive)
+    ends = end_tokens(model, tokenizer) | set(options.ends)
+    rows = [Row(tuple(ids), Draws(options.sampling, number)) for number, ids in prompts]
+    end = AnswerEnd(tokenizer, ends, tuple(text for text in options.stop if text), options.max_new_tokens)
+    decode_batch(model, rows, end, pass_tokens=options.pass_tokens, check_stop=check_stop)
     return [row.answer for row in rows]
 
 

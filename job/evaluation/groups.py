@@ -101,13 +101,13 @@ def compare_groups(groups: Mapping[str, GroupSpec], base: Evaluated, adapter: Ev
     """
     names = [(group, metric) for group, spec in groups.items() for metric in spec.metrics]
     compared = [_compared(groups[group], metric, base, adapter) for group, metric in names]
-    holm = statistics.holm([found["p"] for found in compared])
+    holm = statistics.holm([figures_of_metric["p"] for figures_of_metric in compared])
     figures = dict(zip(names, zip(compared, holm, strict=True), strict=True))
     return {
         group: {
             "version": spec.version,
             "tasks": list(spec.tasks),
-            "metrics": {metric: _judged(*figures[group, metric]) for metric in spec.metrics},
+            "metrics": {metric: _with_verdict(*figures[group, metric]) for metric in spec.metrics},
         }
         for group, spec in groups.items()
     }
@@ -119,8 +119,8 @@ def groups_from(claimed: Mapping[str, Any]) -> dict[str, GroupSpec]:
         name: GroupSpec(
             group["version"],
             tuple(group["tasks"]),
-            {metric: found["weight_by_size"] for metric, found in group["metrics"].items()},
-            {metric: found["higher_is_better"] for metric, found in group["metrics"].items()},
+            {metric: figures["weight_by_size"] for metric, figures in group["metrics"].items()},
+            {metric: figures["higher_is_better"] for metric, figures in group["metrics"].items()},
         )
         for name, group in claimed.items()
     }
@@ -129,12 +129,12 @@ def groups_from(claimed: Mapping[str, Any]) -> dict[str, GroupSpec]:
 def _values(scored: Evaluated, task: str, metric: str) -> list[float] | None:
     """A task's value of a metric for each question; None if it does not have the metric."""
     if task in scored.scores:
-        given = getattr(scored.scores[task], CHOICE_METRICS[metric]) if metric in CHOICE_METRICS else None
-        return None if given is None else [float(value) for value in given]
-    found = scored.measured.get(task)
-    if found is None or metric not in found.values or found.metrics[metric].aggregation != "mean":
+        of_choices = getattr(scored.scores[task], CHOICE_METRICS[metric]) if metric in CHOICE_METRICS else None
+        return None if of_choices is None else [float(value) for value in of_choices]
+    scored_task = scored.measured.get(task)
+    if scored_task is None or metric not in scored_task.values or scored_task.metrics[metric].aggregation != "mean":
         return None
-    return [value for value, _ in found.values[metric]]
+    return [value for value, _ in scored_task.values[metric]]
 
 
 def _compared(spec: GroupSpec, metric: str, base: Evaluated, adapter: Evaluated) -> dict[str, Any]:
@@ -179,6 +179,6 @@ def _compared(spec: GroupSpec, metric: str, base: Evaluated, adapter: Evaluated)
     }
 
 
-def _judged(compared: Mapping[str, Any], holm_p: float) -> dict[str, Any]:
+def _with_verdict(compared: Mapping[str, Any], holm_p: float) -> dict[str, Any]:
     verdict = statistics.verdict(holm_p, compared["ci95"], higher_is_better=compared["higher_is_better"])
     return {**compared, "holm_p": holm_p, "verdict": verdict}

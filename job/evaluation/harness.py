@@ -15,14 +15,14 @@ from typing import Any, cast
 from job import log
 from job.common.resources import usable_cpus
 from job.errors import DataError, Problem, SettingsError
-from job.evaluation.generation import HowToGenerate
+from job.evaluation.generation import GenerationOptions
 from job.evaluation.samples import HASHES, MeasuredSample, Sample, task_scores
-from job.evaluation.task_metrics import how_to_generate, measured_scores, metrics_of
+from job.evaluation.task_metrics import generation_options, measured_scores, metrics_of
 from job.evaluation.task_names import MEASURED, MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, compiled_once, question_id, restart_examples
 from job.records import Answer, ChoiceScore, MeasuredScores, Metric, Question, TaskScores
 
-Generate = Callable[[list[tuple[int, ...]], HowToGenerate], list[Answer]]
+Generate = Callable[[list[tuple[int, ...]], GenerationOptions], list[Answer]]
 """Answers prompts, in order."""
 Score = Callable[[list[Question]], list[list[ChoiceScore]]]
 """Scores questions: for each, in order, its choices."""
@@ -194,8 +194,8 @@ def _scoring_model(  # noqa: C901 - the methods of its class are counted
             if empty := [n for n in range(len(requests)) if n not in set(owners)]:
                 raise DataError([Problem(f"text {n}", "the tokenizer returns no tokens for it") for n in empty])
             totals = [0.0] * len(requests)
-            for number, (found,) in zip(owners, score(windows), strict=True):
-                totals[number] += found.log_likelihood
+            for number, (score_of_window,) in zip(owners, score(windows), strict=True):
+                totals[number] += score_of_window.log_likelihood
             return totals
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
@@ -228,8 +228,8 @@ def _encoded(tokenizer: Any, pairs: Iterable[tuple[str, str]], begin: str) -> di
     parts = [texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS)]
     # Threads, since the library releases the GIL meanwhile; its own threads are switched off because of forks.
     with ThreadPoolExecutor(usable_cpus()) as pool:
-        found = [one for part in pool.map(backend.encode_batch, parts) for one in part]
-    return begun | {text: one.ids for text, one in zip(texts, found, strict=True)}
+        encodings = [one for part in pool.map(backend.encode_batch, parts) for one in part]
+    return begun | {text: one.ids for text, one in zip(texts, encodings, strict=True)}
 
 
 def _windows(lm: Any, text: str, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -243,17 +243,17 @@ def _windows(lm: Any, text: str, max_length: int) -> Iterator[tuple[list[int], l
 def _generated(tokenizer: Any, requests: Sequence[Any], generating: Generating, cut_to: int | None) -> list[str]:
     """The answers to lm-eval's requests, in order; those with the same generation options together."""
     ends = tokenizer.decode([tokenizer.eos_token_id])
-    groups: dict[HowToGenerate, list[int]] = {}
+    groups: dict[GenerationOptions, list[int]] = {}
     for number, request in enumerate(requests):
-        options = how_to_generate(request.task_name, request.args[1], seed=generating.seed)
+        options = generation_options(request.task_name, request.args[1], seed=generating.seed)
         groups.setdefault(replace(options, stop=(*options.stop, ends)), []).append(number)
     answers: dict[int, str] = {}
     for options, numbers in groups.items():
         prompts = [_prompt_ids(tokenizer, requests[number].args[0]) for number in numbers]
         if cut_to is not None:
             prompts = [prompt[-max(1, cut_to - options.max_new_tokens) :] for prompt in prompts]
-        found = generating.generate(prompts, options)
-        answers.update({number: answer.text for number, answer in zip(numbers, found, strict=True)})
+        generated = generating.generate(prompts, options)
+        answers.update({number: answer.text for number, answer in zip(numbers, generated, strict=True)})
     return [answers[number] for number in range(len(requests))]
 
 
@@ -332,9 +332,9 @@ def _measured_result(
         by_doc.setdefault(result["doc_id"], []).append(result)
     samples = [_measured_sample(by_doc[number], metric_of) for number in sorted(by_doc)]
     metrics = {name: metric_of[name.partition(",")[0]] for name in samples[0].values}
-    how: dict[str, Any] = {"task": task.task_name, "kind": task.OUTPUT_TYPE, "source": source}
-    how |= {"version": str(task.VERSION), "num_fewshot": task.config.num_fewshot or 0}
-    return measured_scores(samples, metrics, **how), samples
+    record: dict[str, Any] = {"task": task.task_name, "kind": task.OUTPUT_TYPE, "source": source}
+    record |= {"version": str(task.VERSION), "num_fewshot": task.config.num_fewshot or 0}
+    return measured_scores(samples, metrics, **record), samples
 
 
 def _measured_sample(results: Sequence[dict[str, Any]], metrics: Mapping[str, Metric]) -> MeasuredSample:

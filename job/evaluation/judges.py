@@ -59,8 +59,8 @@ _LETTER = re.compile(r"\W*(?:answer\W+)?([AB])(?:\W*$|\s*[.:,)*])", re.IGNORECAS
 class Judge(Protocol):
     """Answers questions."""
 
-    def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
-        """A or B; None if the judge answers neither, or the question is too long. `alive` is called while waiting."""
+    def choose(self, text: str, check_stop: Callable[[], None]) -> Choice | None:
+        """A or B; None if the judge answers neither, or the question is too long. Calls `check_stop` while waiting."""
 
 
 class JudgeTokenizer:
@@ -148,11 +148,11 @@ class LocalJudge:
         has_option = "logits_to_keep" in signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if has_option else {}
 
-    def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
+    def choose(self, text: str, check_stop: Callable[[], None]) -> Choice | None:
         """A or B; A if both are equally likely. None if the question is longer than the model's input."""
         import torch
 
-        alive()
+        check_stop()
         ids = self._reads.encode(text)
         if len(ids) > self._longest:
             return None
@@ -203,7 +203,7 @@ class ServedJudge:
     seconds: float = SECONDS
     pause: float = 1.0
 
-    def choose(self, text: str, alive: Callable[[], None]) -> Choice | None:
+    def choose(self, text: str, check_stop: Callable[[], None]) -> Choice | None:
         """A or B if the reply begins with it, else None; also None if the question is too long for the server.
 
         Raises:
@@ -212,39 +212,39 @@ class ServedJudge:
             Unreachable: After all tries, there is no answer, or not one of OpenAI's API.
         """
         try:
-            return _letter(self._replied(text, alive))
+            return _letter(self._replied(text, check_stop))
         except _NotTaken:
-            self._replied(_TINY, alive)
+            self._replied(_TINY, check_stop)
             return None
 
-    def check(self, alive: Callable[[], None]) -> None:
+    def check(self, check_stop: Callable[[], None]) -> None:
         """Asks a tiny question, once.
 
         Raises:
             AccessDenied, SettingsError, Unreachable: As `choose`.
         """
-        self._reply(_TINY, alive)
+        self._reply(_TINY, check_stop)
 
-    def _replied(self, text: str, alive: Callable[[], None]) -> str:
+    def _replied(self, text: str, check_stop: Callable[[], None]) -> str:
         """A reply, after several tries if need be."""
         pause = self.pause
         for _ in range(TRIES - 1):
             try:
-                return self._reply(text, alive)
+                return self._reply(text, check_stop)
             except Unreachable as error:
                 retry_after = error.seconds if isinstance(error, _Busy) else None
-                _wait(min(LONGEST_PAUSE, pause if retry_after is None else retry_after), alive)
+                _wait(min(LONGEST_PAUSE, pause if retry_after is None else retry_after), check_stop)
                 pause *= 2
-        return self._reply(text, alive)
+        return self._reply(text, check_stop)
 
-    def _reply(self, text: str, alive: Callable[[], None]) -> str:
-        """One reply. A thread reads it and `alive` is called meanwhile, so a slow server does not delay a stop."""
+    def _reply(self, text: str, check_stop: Callable[[], None]) -> str:
+        """One reply. A thread reads it and `check_stop` is called meanwhile, so a slow server does not delay a stop."""
         reply = in_thread(lambda: self._ask(text), "judge")
         deadline = time.monotonic() + self.seconds
         while not reply.done():
             if time.monotonic() > deadline:
                 raise Unreachable(f"{self.url}: the judge did not answer within {self.seconds:g} s")
-            _wait(min(_POLL_SECONDS, self.pause), alive)
+            _wait(min(_POLL_SECONDS, self.pause), check_stop)
         return reply.result()
 
     def _ask(self, text: str) -> str:
@@ -289,10 +289,10 @@ def is_encrypted(url: str) -> bool:
     return parts.scheme == "https" or parts.hostname in {"localhost", "127.0.0.1", "::1"}
 
 
-def _wait(seconds: float, alive: Callable[[], None]) -> None:
+def _wait(seconds: float, check_stop: Callable[[], None]) -> None:
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
-        alive()
+        check_stop()
         time.sleep(min(_POLL_SECONDS, left))
 
 

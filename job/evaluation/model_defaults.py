@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from job.evaluation.generation import HowToGenerate, end_tokens
+from job.evaluation.generation import GenerationOptions, end_tokens
 from job.log import get_logger
 from job.model.files import MAX_CONFIG_BYTES, read_json
 
@@ -37,7 +37,7 @@ Fields of sampling (temperature, top_k and so on) are not among them: the task s
 """
 
 
-def with_model_defaults(options: HowToGenerate, folder: Path, model: Any, tokenizer: Any) -> HowToGenerate:
+def with_model_defaults(options: GenerationOptions, folder: Path, model: Any, tokenizer: Any) -> GenerationOptions:
     """Adds all tokens that end an answer: the tokenizer's, and those of config.json and generation_config.json.
 
     All of them, so that the way to generate is equal for a base in the quantized cache, whose generation_config.json
@@ -52,9 +52,11 @@ def _read(folder: Path) -> tuple[int, ...]:
     if not (folder / "generation_config.json").is_file():
         return ()
     config = read_json(folder / "generation_config.json", MAX_CONFIG_BYTES)
-    asked = {name: config[name] for name, value in NEUTRAL.items() if config.get(name) not in (None, value, [], {})}
-    if asked:
+    not_applied = {
+        name: config[name] for name, value in NEUTRAL.items() if config.get(name) not in (None, value, [], {})
+    }
+    if not_applied:
         why = "answers are decoded greedily, or sampled as the task says"
-        get_logger().warning("the model's generation_config.json is not applied", fields=asked, why=why)
+        get_logger().warning("the model's generation_config.json is not applied", fields=not_applied, why=why)
     ends = config.get("eos_token_id")
     return tuple(sorted({end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int}))

@@ -38,8 +38,8 @@ def close_questions(samples: Sequence[Sample], *, by_length: bool, bound: float 
         bound: That of a run of another version, in nats, where it may be larger than those of `BOUNDS`.
     """
     most = max(bound, *BOUNDS.values())
-    found = (_close(number, sample, by_length=by_length) for number, sample in enumerate(samples))
-    return tuple(close for close in found if close is not None and close.margin <= most)
+    margins = (_close(number, sample, by_length=by_length) for number, sample in enumerate(samples))
+    return tuple(close for close in margins if close is not None and close.margin <= most)
 
 
 def _close(number: int, sample: Sample, *, by_length: bool) -> Close | None:

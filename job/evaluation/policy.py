@@ -105,26 +105,33 @@ def read_policy(path: str) -> Policy:
     """
     import yaml
 
-    place = f"{SETTING} ({path})"
+    setting_and_path = f"{SETTING} ({path})"
     try:
         with Path(path).open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
-            raise SettingsError([Problem(place, f"is larger than {_MAX_BYTES >> 20} MiB, too large for a policy")])
+            raise SettingsError(
+                [Problem(setting_and_path, f"is larger than {_MAX_BYTES >> 20} MiB, too large for a policy")]
+            )
         tree = strict_yaml(data)
     except OSError as error:
-        raise SettingsError([Problem(place, f"cannot be read: {error.strerror}")]) from None
+        raise SettingsError([Problem(setting_and_path, f"cannot be read: {error.strerror}")]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
-        raise SettingsError([Problem(place, f"is not valid YAML{where}: {getattr(error, 'problem', error)}")]) from None
+        raise SettingsError(
+            [Problem(setting_and_path, f"is not valid YAML{where}: {getattr(error, 'problem', error)}")]
+        ) from None
     try:
         policy = Policy.model_validate(tree)
     except ValidationError as error:
         raise SettingsError(
-            [Problem(place, f"{'.'.join(map(str, e['loc'])) or 'the file'}: {_words(e)}") for e in error.errors()]
+            [
+                Problem(setting_and_path, f"{'.'.join(map(str, e['loc'])) or 'the file'}: {_words(e)}")
+                for e in error.errors()
+            ]
         ) from None
-    if problems := [Problem(place, what) for what in _faults(policy)]:
+    if problems := [Problem(setting_and_path, what) for what in _faults(policy)]:
         raise SettingsError(problems)
     return policy
 

@@ -85,7 +85,7 @@ class Spread:
         return self.error * float(t.ppf(1 - alpha / 2, self.freedom) + t.ppf(power, self.freedom))
 
 
-def judge_policy(policy: Policy, tasks: Mapping[str, Any]) -> dict[str, Any]:
+def evaluate_policy(policy: Policy, tasks: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's `gate.policy`: every rule with its outcome, and the verdict.
 
     Args:
@@ -96,15 +96,17 @@ def judge_policy(policy: Policy, tasks: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         `asked` is the policy itself; `rules` has one entry for each rule; `outcome` is passed, failed or inconclusive.
     """
-    evidence = {name: _evidence(tasks.get(name), asked.metric) for name, asked in policy.tasks.items()}
+    evidence = {name: _evidence(tasks.get(name), rules_of_task.metric) for name, rules_of_task in policy.tasks.items()}
     rules = [
-        _judged(name, asked.role, rule, evidence[name], policy.alpha)
-        for name, asked in policy.tasks.items()
-        for rule in asked_of(asked)
+        _test_rule(name, rules_of_task.role, rule, evidence[name], policy.alpha)
+        for name, rules_of_task in policy.tasks.items()
+        for rule in asked_of(rules_of_task)
     ]
     if policy.combined is not None:
-        pooled = _pooled([evidence[name] for name, asked in policy.tasks.items() if asked.role != "guarded"])
-        rules += [_judged(None, "combined", rule, pooled, policy.alpha) for rule in asked_of(policy.combined)]
+        pooled = _pooled(
+            [evidence[name] for name, rules_of_task in policy.tasks.items() if rules_of_task.role != "guarded"]
+        )
+        rules += [_test_rule(None, "combined", rule, pooled, policy.alpha) for rule in asked_of(policy.combined)]
     tested = [rule for rule in rules if rule["p_met"] is not None]
     for key in ("met", "missed"):
         for rule, adjusted in zip(tested, statistics.holm([rule[f"p_{key}"] for rule in tested]), strict=True):
@@ -116,24 +118,24 @@ def judge_policy(policy: Policy, tasks: Mapping[str, Any]) -> dict[str, Any]:
     return {"asked": policy.model_dump(), "rules": rules, "outcome": outcome}
 
 
-def passes(policy: Policy, judged: Mapping[str, Any]) -> bool:
+def passes(policy: Policy, verdict: Mapping[str, Any]) -> bool:
     """Whether the gate is met."""
-    return judged["outcome"] == "passed" or (judged["outcome"] == "inconclusive" and policy.on_inconclusive == "pass")
+    return verdict["outcome"] == "passed" or (verdict["outcome"] == "inconclusive" and policy.on_inconclusive == "pass")
 
 
-def reasons(judged: Mapping[str, Any]) -> list[str]:
+def reasons(verdict: Mapping[str, Any]) -> list[str]:
     """Why a policy is not met: one sentence for each decisive rule that is not."""
     return [
         f"{rule['task'] or 'all tasks together'}: {sentence(rule)}"
-        for rule in judged["rules"]
+        for rule in verdict["rules"]
         if rule["role"] != "supporting" and rule["outcome"] != "met"
     ]
 
 
-def lines(judged: Mapping[str, Any]) -> list[str]:
+def lines(verdict: Mapping[str, Any]) -> list[str]:
     """Every rule with its role and outcome in words, and the verdict last."""
-    rules = [f"{rule['task'] or 'all tasks together'} ({rule['role']}), {sentence(rule)}" for rule in judged["rules"]]
-    return [*rules, judged["outcome"]]
+    rules = [f"{rule['task'] or 'all tasks together'} ({rule['role']}), {sentence(rule)}" for rule in verdict["rules"]]
+    return [*rules, verdict["outcome"]]
 
 
 def sentence(rule: Mapping[str, Any]) -> str:
@@ -197,11 +199,11 @@ def _pooled(evidence: Sequence[Counts | Spread | None]) -> Counts | Spread | Non
     return Spread(n, gain, sum(parts) ** 0.5, freedom, all(sample.exact for sample in spreads))
 
 
-def _judged(
-    task: str | None, role: str, asked: tuple[str, float], evidence: Counts | Spread | None, alpha: float
+def _test_rule(
+    task: str | None, role: str, kind_and_threshold: tuple[str, float], evidence: Counts | Spread | None, alpha: float
 ) -> dict[str, Any]:
     """One rule, (kind, threshold), before Holm's adjustment."""
-    kind, threshold = asked
+    kind, threshold = kind_and_threshold
     rule: dict[str, Any] = {
         "task": task,
         "role": role,

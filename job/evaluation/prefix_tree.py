@@ -86,7 +86,7 @@ def walk(root: Node) -> Iterator[tuple[Node, Node, int]]:
         stack += [(child, node, below) for child in reversed(node.children.values())]
 
 
-def places(node: Node, ids: Sequence[int]) -> Iterator[int]:
+def token_positions(node: Node, ids: Sequence[int]) -> Iterator[int]:
     """Yields the index in the packed sequence of each token of a path below the node, which the tree has to contain."""
     at = 0
     while at < len(ids):

@@ -18,10 +18,10 @@ from job.evaluation.task_names import MULTIPLE_CHOICE
 _EXAMPLES = "examples"
 
 
-def find_questions(place: str) -> Path:
+def find_questions(location: str) -> Path:
     """The file of a task's questions. Raises DataError, naming JOB_EVAL__DATA, where there is none that is read."""
     with named_by("JOB_EVAL__DATA"):
-        return find_file(place)
+        return find_file(location)
 
 
 def read_questions(path: Path, name: str) -> list[Row]:
@@ -127,7 +127,7 @@ def _asks(task: Any, doc: dict[str, Any]) -> bool:
         return False
 
 
-def _parts(task: Any, doc: dict[str, Any], how: Any = None) -> tuple[Any, Any, Any]:
+def _parts(task: Any, doc: dict[str, Any], fewshot: Any = None) -> tuple[Any, Any, Any]:
     """(question, choices, target) of a document as lm-eval makes them; choices None where the task has none.
 
     The data set fills fields that a row lacks with null. A template may ask whether such a field is there, but must not
@@ -136,43 +136,43 @@ def _parts(task: Any, doc: dict[str, Any], how: Any = None) -> tuple[Any, Any, A
     Args:
         task: The task.
         doc: The document.
-        how: The task's `fewshot_cfg`, for a document that is shown as an example; then choices are None.
+        fewshot: The task's `fewshot_cfg`, for a document that is shown as an example; then choices are None.
 
     Raises:
         Exception: Whatever the task's templates and functions raise; of a field that is null, as if it were missing.
     """
-    given = _without_nulls(doc)
+    doc_without_nulls = _without_nulls(doc)
     failure: Exception | None = None
     try:
-        made = _made(task, given, how)
+        made = _made(task, doc_without_nulls, fewshot)
     except Exception as error:  # noqa: BLE001 - raised again below
         failure = error
-    if len(given) < len(doc):
+    if len(doc_without_nulls) < len(doc):
         try:
-            made = _made(task, doc, how)
+            made = _made(task, doc, fewshot)
         except Exception as error:  # noqa: BLE001 - as above
             raise failure or error from None
-        if any(part is None for part in made[::2]) or _writes_null(task, doc, how, made):
+        if any(part is None for part in made[::2]) or _writes_null(task, doc, fewshot, made):
             raise failure or ValueError("a field that is null is written as None")
     elif failure is not None:
         raise failure
     return made
 
 
-def _writes_null(task: Any, doc: dict[str, Any], how: Any, made: tuple[Any, Any, Any]) -> bool:
+def _writes_null(task: Any, doc: dict[str, Any], fewshot: Any, made: tuple[Any, Any, Any]) -> bool:
     """Whether `made` has the word None more often than with empty texts for the fields that are null."""
     try:
         otherwise = json.dumps(
-            _made(task, {field: "" if value is None else value for field, value in doc.items()}, how), default=str
+            _made(task, {field: "" if value is None else value for field, value in doc.items()}, fewshot), default=str
         )
     except Exception:  # noqa: BLE001 - a template that distinguishes null from an empty text
         otherwise = json.dumps(_without_nulls(doc), default=str)
     return json.dumps(made, default=str).count("None") > otherwise.count("None")
 
 
-def _made(task: Any, doc: dict[str, Any], how: Any) -> tuple[Any, Any, Any]:
-    if how is not None:
-        return task.doc_to_text(doc, how.doc_to_text), None, task.doc_to_target(doc, how.doc_to_target)
+def _made(task: Any, doc: dict[str, Any], fewshot: Any) -> tuple[Any, Any, Any]:
+    if fewshot is not None:
+        return task.doc_to_text(doc, fewshot.doc_to_text), None, task.doc_to_target(doc, fewshot.doc_to_target)
     choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == MULTIPLE_CHOICE else None
     return task.doc_to_text(doc), choices, task.doc_to_target(doc)
 
@@ -204,7 +204,7 @@ def find_example_misfits(task: Any, examples: Sequence[Row], source: str, *, apa
 
 
 def _located(docs: Sequence[Any], rows: Sequence[Row], kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The place of each document, and the document.
+    """The index of each document, and the document.
 
     A task may filter rows, and then only a document's number says where it is.
     """

@@ -11,7 +11,7 @@ from typing import Any
 from job.errors import DataError, Problem
 from job.evaluation.scorer import BATCH_TOKENS
 from job.evaluation.scoring import reads_of, tokens_to_compute
-from job.evaluation.task_metrics import how_to_generate
+from job.evaluation.task_metrics import generation_options
 from job.evaluation.task_names import MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, compiled_once, question_id, restart_examples, text_parts
 from job.records import Question
@@ -119,8 +119,8 @@ def _prompts(task: Any, doc: Any) -> list[str]:
     """
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return [str(task.doc_to_target(doc))]
-    found = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot or 0)
-    return [str(text) for text in found] if isinstance(found, list) else [str(found)]
+    prompt = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot or 0)
+    return [str(text) for text in prompt] if isinstance(prompt, list) else [str(prompt)]
 
 
 def _sizes(task: Any, doc: Any, tokenizer: Any, prompts: Sequence[str]) -> tuple[int, int]:
@@ -129,7 +129,7 @@ def _sizes(task: Any, doc: Any, tokenizer: Any, prompts: Sequence[str]) -> tuple
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return 0, context
     if task.OUTPUT_TYPE == "generate_until":
-        return context, how_to_generate(task.task_name, task.config.generation_kwargs or {}).max_new_tokens
+        return context, generation_options(task.task_name, task.config.generation_kwargs or {}).max_new_tokens
     endings = text_parts(task, doc)[1] if task.OUTPUT_TYPE == MULTIPLE_CHOICE else [str(task.doc_to_target(doc))]
     return context, max(len(_ending(tokenizer, ending)) for ending in endings)
 
@@ -179,8 +179,8 @@ def _too_long(task: Any, doc: Any, tokenizer: Any, max_length: int, *, cut: bool
 
 def _unknown_token(task: Any, doc: Any, tokenizer: Any, vocabulary: int) -> str | None:
     """A message if a question has a token without an embedding in the model, else None."""
-    found = {token for texts in text_parts(task, doc) for text in texts for token in tokenizer.encode(text)}
-    if (beyond := max(found, default=0)) < vocabulary:
+    tokens = {token for texts in text_parts(task, doc) for text in texts for token in tokenizer.encode(text)}
+    if (beyond := max(tokens, default=0)) < vocabulary:
         return None
     word = tokenizer.convert_ids_to_tokens(beyond)
     return f"has the token {word!r} (number {beyond}), and the model has embeddings of {vocabulary} tokens"

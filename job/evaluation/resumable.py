@@ -34,10 +34,10 @@ def complete(
     """
     on_progress(sum(map(len, results.values())))
     try:
-        for number, found in computed:
-            results[number] = found
+        for number, result in computed:
+            results[number] = result
             if cache is not None:
-                cache.add(number, found)
+                cache.add(number, result)
             on_progress(sum(map(len, results.values())))
     finally:
         if cache is not None:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from job.common import host
 from job.common.hashing import code_hashes
-from job.evaluation.generation import HowToGenerate
+from job.evaluation.generation import GenerationOptions
 from job.log import get_logger
 from job.records import Answer, ChoiceScore, Question
 from job.storage.open import ObjectStore, TooLarge
@@ -113,7 +113,7 @@ def score_key(questions: Sequence[Question], sequences: Sequence[range], conditi
 def answers_key(
     prompts: Sequence[Sequence[int]],
     batches: Sequence[Sequence[int]],
-    options: HowToGenerate,
+    options: GenerationOptions,
     conditions: Mapping[str, Any],
 ) -> str:
     """SHA-256 of what determines generated answers, hexadecimal; which prompts share a batch is part of it."""
@@ -185,7 +185,7 @@ class ScoreCache:
         return {entry.row: entry.scores for entry in self._fitting(len(sequences), fits)}
 
     def load_answers(
-        self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], options: HowToGenerate
+        self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], options: GenerationOptions
     ) -> dict[int, list[Answer]]:
         """The cached answers by number of the batch; entries that do not match are skipped, as by `load`."""
         self._folder = f"{self._root}/{answers_key(prompts, batches, options, self._conditions)}"

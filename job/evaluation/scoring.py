@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from job.evaluation.prefix_tree import Node, insert, places, walk
+from job.evaluation.prefix_tree import Node, insert, token_positions, walk
 from job.records import ChoiceScore, Question
 
 if TYPE_CHECKING:
@@ -119,7 +119,9 @@ def begin_scoring(
     from job.model.packed_layout import build_layout
 
     if not is_packed(model):
-        scores = [[_score_alone(model, asked.context, choice) for choice in asked.choices] for asked in questions]
+        scores = [
+            [_score_alone(model, question.context, choice) for choice in question.choices] for question in questions
+        ]
         return lambda: scores
     packed = _pack(questions)
     device = model.device
@@ -153,10 +155,10 @@ def _own_forward(
     `logits_to_keep` computes the output layer only at the positions that predict a token of a choice. The logits of all
     tokens, (tokens, vocabulary), would be by far the largest tensor of the pass.
     """
-    found: torch.Tensor = model(
+    logits: torch.Tensor = model(
         input_ids=ids, position_ids=positions, layout=layout, logits_to_keep=reads, use_cache=False
     ).logits[0]
-    return found
+    return logits
 
 
 def _score_alone(model: Any, context: Sequence[int], choice: Sequence[int]) -> ChoiceScore:
@@ -213,8 +215,8 @@ def _pack(questions: Sequence[Question]) -> _Packed:
         last = end.start + len(end.tokens) - 1
         for choice in question.choices:
             packed.targets.extend(choice)
-            read = (last, *places(end, choice[:-1]))[: len(choice)]
-            packed.predicted_by.extend([index.setdefault(place, len(index)) for place in read])
+            read = (last, *token_positions(end, choice[:-1]))[: len(choice)]
+            packed.predicted_by.extend([index.setdefault(position, len(index)) for position in read])
     packed.reads.extend(index)
     return packed
 

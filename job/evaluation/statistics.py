@@ -340,5 +340,5 @@ def wilson_interval(correct: int, n: int, *, level: float = 0.95) -> tuple[float
     """
     from scipy.stats import binomtest
 
-    found = binomtest(correct, n).proportion_ci(level, method="wilson")
-    return float(found.low), float(found.high)
+    interval = binomtest(correct, n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)

@@ -220,19 +220,21 @@ def _inside(file: Path, folder: Path) -> bool:
 def _read_task(path: Path, text: bytes, config: Mapping[Any, Any]) -> TaskFile:
     if wrong := list(_wrong(config)):
         raise SettingsError([Problem(str(path), what) for what in wrong])
-    places = _places(path, config)
+    files_by_split = _paths_by_split(path, config)
     scored_split = str(config.get("test_split") or config.get("validation_split"))
     rows, faults = {}, []
-    for split, files in places.items():
-        found = [row for file in files for row in read_rows(file, str(file))]
-        faults += [Problem(row.where, row.what) for row in found if isinstance(row, RowError)]
-        rows[split] = [row for row in found if isinstance(row, Row)]
-    few = [split for split, found in rows.items() if len(found) < (2 if split == scored_split else 1)]
-    faults += [Problem(str(places[split][0]), "holds too few rows; a comparison needs two questions") for split in few]
+    for split, files in files_by_split.items():
+        split_rows = [row for file in files for row in read_rows(file, str(file))]
+        faults += [Problem(row.where, row.what) for row in split_rows if isinstance(row, RowError)]
+        rows[split] = [row for row in split_rows if isinstance(row, Row)]
+    few = [split for split, split_rows in rows.items() if len(split_rows) < (2 if split == scored_split else 1)]
+    faults += [
+        Problem(str(files_by_split[split][0]), "holds too few rows; a comparison needs two questions") for split in few
+    ]
     if faults:
         raise DataError(faults)
     kept = {name: value for name, value in config.items() if not name.startswith("dataset_")}
-    source = ", ".join(map(str, places[scored_split]))
+    source = ", ".join(map(str, files_by_split[scored_split]))
     return TaskFile(config["task"], str(path), kept, rows, source, hashlib.sha256(text).hexdigest())
 
 
@@ -341,7 +343,7 @@ def _mappings(value: Any) -> list[dict[str, Any]]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
-def _places(path: Path, config: Mapping[str, Any]) -> dict[str, list[Path]]:
+def _paths_by_split(path: Path, config: Mapping[str, Any]) -> dict[str, list[Path]]:
     """By split its files, all below the folder of the task. Raises SettingsError with all that are not."""
     files_by_split = config["dataset_kwargs"]["data_files"]
     splits = {str(config[name]) for name in SPLITS if config.get(name)}
@@ -349,14 +351,14 @@ def _places(path: Path, config: Mapping[str, Any]) -> dict[str, list[Path]]:
         splits.add(str(few["split"]))
     if not isinstance(files_by_split, dict):
         files_by_split = dict.fromkeys(splits, files_by_split)  # as `datasets` has it for one split
-    faults, places = [], {}
+    faults, paths_by_split = [], {}
     for split in sorted(splits):
         names = files_by_split.get(split)
-        places[split] = [path.parent / str(name) for name in (names if isinstance(names, list) else [names])]
+        paths_by_split[split] = [path.parent / str(name) for name in (names if isinstance(names, list) else [names])]
         if names is None:
             faults.append(f"dataset_kwargs.data_files: has no file for the split {split}")
             continue
-        for file in places[split]:
+        for file in paths_by_split[split]:
             relative = PurePosixPath(*file.parts[len(path.parent.parts) :])
             inside = _inside(file, path.parent) and ".." not in relative.parts
             if "://" in str(file) or not inside:
@@ -369,4 +371,4 @@ def _places(path: Path, config: Mapping[str, Any]) -> dict[str, list[Path]]:
                 )
     if faults:
         raise SettingsError([Problem(str(path), what) for what in faults])
-    return places
+    return paths_by_split

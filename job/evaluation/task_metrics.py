@@ -28,7 +28,7 @@ from typing import Any
 
 from job.errors import DataError, Problem, SettingsError
 from job.evaluation import statistics
-from job.evaluation.generation import HowToGenerate
+from job.evaluation.generation import GenerationOptions
 from job.evaluation.samples import HASHES, MeasuredSample
 from job.evaluation.token_sampling import Sampling
 from job.records import MeasuredScores, Metric
@@ -55,7 +55,7 @@ def metrics_of(task: Any) -> dict[str, Metric]:
     }
 
 
-def how_to_generate(task: str, generation_kwargs: Mapping[str, Any], *, seed: int = 0) -> HowToGenerate:
+def generation_options(task: str, generation_kwargs: Mapping[str, Any], *, seed: int = 0) -> GenerationOptions:
     """A task's `generation_kwargs`, as lm-eval reads them.
 
     Raises:
@@ -89,7 +89,7 @@ def how_to_generate(task: str, generation_kwargs: Mapping[str, Any], *, seed: in
     sampling = None
     if draws:
         sampling = Sampling(float(temperature), top_k, top_p, seed)
-    return HowToGenerate(most, tuple(map(str, stop)), sampling)
+    return GenerationOptions(most, tuple(map(str, stop)), sampling)
 
 
 def measured_scores(
@@ -141,10 +141,10 @@ def measured_from(
         ValueError: A sample lacks a metric.
     """
     metrics = {
-        name: Metric(found["aggregation"], found["higher_is_better"]) for name, found in claimed["metrics"].items()
+        name: Metric(facts["aggregation"], facts["higher_is_better"]) for name, facts in claimed["metrics"].items()
     }
-    told = {name: claimed[name] for name in ("kind", "source", "version", "num_fewshot")}
-    return measured_scores(samples, metrics, task=task, reused_from=claimed["reused_from"][side], **told)
+    descriptive = {name: claimed[name] for name in ("kind", "source", "version", "num_fewshot")}
+    return measured_scores(samples, metrics, task=task, reused_from=claimed["reused_from"][side], **descriptive)
 
 
 def aggregate(values: Sequence[tuple[float, float]], aggregation: str) -> float:
@@ -179,7 +179,7 @@ def compare_measured(base: Mapping[str, MeasuredScores], adapter: Mapping[str, M
         _comparison(base[task].values[metric], adapter[task].values[metric], adapter[task].metrics[metric])
         for task, metric in names
     ]
-    holm = statistics.holm([found["p"] for found in compared])
+    holm = statistics.holm([metric_comparison["p"] for metric_comparison in compared])
     by_name = dict(zip(names, zip(compared, holm, strict=True), strict=True))
     return {
         task: {
@@ -230,8 +230,14 @@ def _comparison(
         "regressed": sum((a < b) if rises else (a > b) for b, a in zip(before, after, strict=True)),
     }
     if metric.aggregation == "mean" and {*before, *after} <= {0, 1} and set(weights) == {1}:
-        found = statistics.compare([value == 1 for value in before], [value == 1 for value in after])
-        return {"test": "mcnemar", "delta": found.delta, "ci95": found.ci95, "p": found.mcnemar_p, **counts}
+        comparison = statistics.compare([value == 1 for value in before], [value == 1 for value in after])
+        return {
+            "test": "mcnemar",
+            "delta": comparison.delta,
+            "ci95": comparison.ci95,
+            "p": comparison.mcnemar_p,
+            **counts,
+        }
     delta, (low, high), p = statistics.paired_ratio([a - b for b, a in zip(before, after, strict=True)], weights)
     if metric.aggregation != "mean":  # the figure falls where the likelihood rises
         scale = 1 / math.log(2) if metric.aggregation == "bits_per_byte" else 1.0

@@ -84,11 +84,15 @@ def _are_known(names: frozenset[str]) -> bool:
     for file in Path(folders[0], "tasks").rglob("*.yaml") if folders else ():
         if file.stem in names:
             try:
-                found = yaml.safe_load(file.read_bytes())
+                content = yaml.safe_load(file.read_bytes())
             except (OSError, ValueError, yaml.YAMLError):
                 continue  # not certain, for instance because of lm-eval's own tags, such as !function
-            own = isinstance(found, dict) and found.get("task") == file.stem and not {"class", "group"} & found.keys()
-            if own and found.get("output_type") == MULTIPLE_CHOICE:
+            own = (
+                isinstance(content, dict)
+                and content.get("task") == file.stem
+                and not {"class", "group"} & content.keys()
+            )
+            if own and content.get("output_type") == MULTIPLE_CHOICE:
                 found_names.add(file.stem)
     return found_names == names
 
@@ -109,8 +113,8 @@ def open_index(names: tuple[str, ...]) -> Any:
     root = Path(tasks.__file__).parent
     folders = sorted({file.parent for file in root.rglob("*.yaml") if file.stem in names})
     manager = tasks.TaskManager(include_path=folders, include_defaults=False)
-    found = (manager.task_index.get(name) for name in names)
-    return manager if all(entry and entry.kind.name == "TASK" for entry in found) else tasks.TaskManager()
+    entries = (manager.task_index.get(name) for name in names)
+    return manager if all(entry and entry.kind.name == "TASK" for entry in entries) else tasks.TaskManager()
 
 
 def tasks_of(index: Mapping[str, Any], names: Iterable[str]) -> set[str]:
@@ -141,8 +145,8 @@ def without_examples(data: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]
     """
     questions = {name: value for name, value in data.items() if not name.endswith(EXAMPLES)}
     examples = {name.removesuffix(EXAMPLES): value for name, value in data.items() if name.endswith(EXAMPLES)}
-    if alone := [name for name in examples if name not in questions or name in own_tasks()]:
-        what = f"gives examples of {', '.join(alone)}, and no questions of lm-eval's task of that name; give both"
+    if unasked := [name for name in examples if name not in questions or name in own_tasks()]:
+        what = f"gives examples of {', '.join(unasked)}, and no questions of lm-eval's task of that name; give both"
         raise SettingsError([Problem("JOB_EVAL__DATA", what)])
     return questions, examples
 

@@ -29,7 +29,7 @@ from job.evaluation.question_files import (
     task_with_rows,
 )
 from job.evaluation.task_files import GroupFile, TaskFile, own_tasks
-from job.evaluation.task_metrics import how_to_generate, metrics_of
+from job.evaluation.task_metrics import generation_options, metrics_of
 from job.evaluation.task_names import (
     KINDS,
     MEASURED,
@@ -190,14 +190,14 @@ def load_tasks(
         raise DataError(misfits)
     if unshown := [problem for name, task in tasks.items() if (problem := _without_prompt(name, task))]:
         raise SettingsError(unshown)
-    places = dict(sources) | {task.name: task.source for task in users}
+    source_by_task = dict(sources) | {task.name: task.source for task in users}
     files = {task.name: task.sha256 for task in users} | {name: _hash(rows) for name, rows in examples_of.items()}
     for group in user_tasks:
         if isinstance(group, GroupFile):
             members = loaded["groups"][group.name].get_all_tasks()
             files |= {task.task_name: files.get(task.task_name, "") + group.sha256 for task in members}
     metrics = {name: _named_metrics(task) for name, task in tasks.items()}
-    where = {name: places.get(name, str(task.config.dataset_path)) for name, task in tasks.items()}
+    where = {name: source_by_task.get(name, str(task.config.dataset_path)) for name, task in tasks.items()}
     return Tasks(loaded, where, files, read_groups(loaded["groups"], metrics))
 
 
@@ -418,7 +418,7 @@ def _unmeasurable(name: str, task: Any) -> Problem | None:
         return Problem("JOB_EVAL__TASKS", what)
     if task.OUTPUT_TYPE == "generate_until":
         try:
-            how_to_generate(name, task.config.generation_kwargs or {})
+            generation_options(name, task.config.generation_kwargs or {})
         except SettingsError as error:
             return error.problems[0]
     return None

@@ -30,7 +30,7 @@ from job.errors import Killed
 from job.export.autoround_process import Task
 from job.export.checkpoint import read_header, read_tensor, write_weights
 from job.export.quantizable import CannotMake, quantizable, why_not
-from job.export.scoring import ExportedModel, HowToScore, load_quantized
+from job.export.scoring import ExportedModel, ScoringOptions, load_quantized
 from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json, weight_files
 from job.records import QuantizationRecord
 
@@ -99,7 +99,7 @@ def make_four_bit(
     Args:
         layout: How the weights are written.
         inputs: What it is made from.
-        run: (task, folder for its files, alive) quantizes; by default in a separate process.
+        run: (task, folder for its files, check_stop) quantizes; by default in a separate process.
 
     Raises:
         CannotMake: auto-round cannot quantize this model.
@@ -122,7 +122,7 @@ def make_four_bit(
         device=str(inputs.device),
         threads=torch.get_num_threads(),
     )
-    (run or run_process)(task, inputs.work, inputs.alive)
+    (run or run_process)(task, inputs.work, inputs.check_stop)
     (made,) = (path.parent for path in (inputs.work / "made").rglob("config.json"))
     layers, kept_layers = _write(layout, inputs, made, empty)
     return QuantizationRecord(
@@ -138,7 +138,7 @@ def make_four_bit(
     )
 
 
-def run_process(task: Task, work: Path, alive: Callable[..., None]) -> None:
+def run_process(task: Task, work: Path, check_stop: Callable[..., None]) -> None:
     """Runs auto-round in a separate process, which ends when this function does.
 
     Raises:
@@ -152,7 +152,7 @@ def run_process(task: Task, work: Path, alive: Callable[..., None]) -> None:
         spent, code = 0.0, None
         while code is None:
             before, spent = spent, _cpu_seconds(helper.process.pid)
-            alive(progress=spent > before)
+            check_stop(progress=spent > before)
             with suppress(subprocess.TimeoutExpired):
                 code = helper.process.wait(_POLL_SECONDS)
         last, full = helper.last_error_line(), helper.killed_for_memory()
@@ -214,7 +214,9 @@ def _write(layout: Layout, inputs: DerivedInputs, quantized_folder: Path, empty:
         return cast
 
     inputs.folder.mkdir(parents=True)
-    write_weights(inputs.folder, {name: (s, d) for name, (_, s, d) in tensors.items()}, written, alive=inputs.alive)
+    write_weights(
+        inputs.folder, {name: (s, d) for name, (_, s, d) in tensors.items()}, written, check_stop=inputs.check_stop
+    )
     config["quantization_config"] = read_json(quantized_folder / "config.json", MAX_CONFIG_BYTES)["quantization_config"]
     config["dtype"] = str(main).removeprefix("torch.")
     (inputs.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -225,7 +227,7 @@ def _write(layout: Layout, inputs: DerivedInputs, quantized_folder: Path, empty:
     return len(layers), [name for name in linear if name not in layers]
 
 
-def load_gptq(folder: Path, scoring: HowToScore) -> ExportedModel:
+def load_gptq(folder: Path, scoring: ScoringOptions) -> ExportedModel:
     """Loads by auto-round's quantizer in transformers: that of GPTQ itself needs packages with their own kernels."""
     from transformers import AutoRoundConfig
 

@@ -81,7 +81,7 @@ def write_weights(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     tensor: Callable[[str], torch.Tensor],
     *,
-    alive: Callable[[], None],
+    check_stop: Callable[[], None],
 ) -> None:
     """Writes files of at most `SHARD` and their index, as transformers does; one file is in memory at any time.
 
@@ -89,7 +89,7 @@ def write_weights(
         folder: Exists.
         tensors: Shape and dtype by name.
         tensor: Makes the one of a name, contiguous on the CPU.
-        alive: Called before each tensor; may raise what ends the job.
+        check_stop: Called before each tensor; may raise what ends the job.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -99,7 +99,7 @@ def write_weights(
     for file, names in split.filename_to_tensors.items():
         shard = {}
         for name in names:
-            alive()
+            check_stop()
             shard[name] = tensor(name)
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:

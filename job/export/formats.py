@@ -33,7 +33,7 @@ from job.export.autoround import (
     load_gptq,
     make_four_bit,
 )
-from job.export.scoring import ExportedModel, HowToScore, load_exported, load_quantized
+from job.export.scoring import ExportedModel, ScoringOptions, load_exported, load_quantized
 from job.records import QuantizationRecord
 
 
@@ -49,8 +49,8 @@ class DerivedInputs:
         calibration: Token ids of the calibration rows, as in training.
         device: Where it may compute.
         seed: JOB_RUN__SEED.
-        alive: Called often, at most seconds apart; may raise what ends the job. `progress=False` only says that one
-            waits.
+        check_stop: Called often, at most seconds apart; may raise what ends the job. With `progress=False`, the caller
+            only waits: nothing is reported to the watchdog.
         steps: JOB_EXPORT__QUANTIZATION_STEPS.
     """
 
@@ -61,7 +61,7 @@ class DerivedInputs:
     calibration: Sequence[Sequence[int]]
     device: torch.device
     seed: int
-    alive: Callable[..., None]
+    check_stop: Callable[..., None]
     steps: int = 200
 
 
@@ -76,14 +76,14 @@ class Format:
             before training; "empty" is on the device `meta`.
         cannot_score: Why it cannot be scored on such a device, in words; empty if it can.
         load: Loads it to be scored.
-        check_files: (folder of the base's own files, `alive`) -> why it cannot be made of them; as `check`.
+        check_files: (folder of the base's own files, `check_stop`) -> why it cannot be made of them; as `check`.
     """
 
     make: Callable[[DerivedInputs], QuantizationRecord]
     check: Callable[[Any, str], str]
     cannot_score: Callable[[torch.device], str] = lambda _device: ""
-    load: Callable[[Path, HowToScore], ExportedModel] = load_exported
-    check_files: Callable[[Path, Callable[..., None]], str] = lambda _source, _alive: ""
+    load: Callable[[Path, ScoringOptions], ExportedModel] = load_exported
+    check_files: Callable[[Path, Callable[..., None]], str] = lambda _source, _check_stop: ""
 
 
 DERIVED: Mapping[str, Format] = {

@@ -80,7 +80,7 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
         return packed
 
     inputs.folder.mkdir(parents=True)
-    write_weights(inputs.folder, shapes, written, alive=inputs.alive)
+    write_weights(inputs.folder, shapes, written, check_stop=inputs.check_stop)
     quantization = QuantizationConfig(
         config_groups={"group_0": scheme},
         quantization_status=QuantizationStatus.COMPRESSED,

@@ -35,7 +35,7 @@ from job.common.helper_process import HelperProcess, start_helper
 from job.common.out_of_memory import ran_out
 from job.errors import TrainingFailed
 from job.export.quantizable import CannotMake
-from job.export.scoring import ExportedModel, HowToScore
+from job.export.scoring import ExportedModel, ScoringOptions
 from job.model.tokenizer import load_tokenizer
 from job.records import ChoiceScore, GgufRecord, QuantizationRecord, Question
 
@@ -119,18 +119,18 @@ class Converted:
     differing: tuple[str, ...]
 
 
-def check_gguf(source: Path, alive: Callable[..., None]) -> str:
+def check_gguf(source: Path, check_stop: Callable[..., None]) -> str:
     """Why llama.cpp does not run a model, in words; nothing if it does. Asked before training.
 
     Args:
         source: Folder of the base's own files.
-        alive: Called while waiting; may raise what ends the job.
+        check_stop: Called while waiting; may raise what ends the job.
 
     Raises:
         DataError: The tokenizer cannot be loaded.
     """
     asked = {"do": "check", "source": str(source.absolute()), "tokenizer": _described(load_tokenizer(source))}
-    with _process(asked, alive) as answers:
+    with _process(asked, check_stop) as answers:
         answer = next(answers)
     if "checked" not in answer:
         return _reason(answer)
@@ -151,7 +151,7 @@ def make_gguf(inputs: DerivedInputs) -> QuantizationRecord:
     inputs.folder.mkdir(parents=True)
     source, file = inputs.merged.absolute(), inputs.folder.absolute() / FILE.format(type=inputs.kind)
     asked = {"do": "make", "source": str(source), "file": str(file), "file_type": inputs.kind}
-    with _process({**asked, "tokenizer": _described(load_tokenizer(source))}, inputs.alive) as answers:
+    with _process({**asked, "tokenizer": _described(load_tokenizer(source))}, inputs.check_stop) as answers:
         answer = next(answer for answer in answers if "bytes" not in answer)
     if "made" not in answer:
         raise CannotMake(_reason(answer))
@@ -178,7 +178,7 @@ def make_gguf(inputs: DerivedInputs) -> QuantizationRecord:
     )
 
 
-def load_scored(folder: Path, scoring: HowToScore) -> ExportedModel:
+def load_scored(folder: Path, scoring: ScoringOptions) -> ExportedModel:
     """Loads the file of a folder in llama.cpp, on the processor, to be scored a question at a time.
 
     Raises:
@@ -188,7 +188,9 @@ def load_scored(folder: Path, scoring: HowToScore) -> ExportedModel:
     kind = file.stem.partition("-")[2]
     stack = ExitStack()
     threads = max(1, len(os.sched_getaffinity(0)) // scoring.processes)
-    model = stack.enter_context(load_gguf(file, max_length=scoring.max_length, threads=threads, alive=scoring.alive))
+    model = stack.enter_context(
+        load_gguf(file, max_length=scoring.max_length, threads=threads, check_stop=scoring.check_stop)
+    )
     facts = {
         "llama.cpp": version("xllamacpp"),
         "instructions": model.instructions,
@@ -234,20 +236,20 @@ class LlamaCpp:
 
 
 @contextmanager
-def load_gguf(file: Path, *, max_length: int, threads: int, alive: Callable[..., None]) -> Iterator[LlamaCpp]:
+def load_gguf(file: Path, *, max_length: int, threads: int, check_stop: Callable[..., None]) -> Iterator[LlamaCpp]:
     """Loads a file in llama.cpp while the context is open.
 
     Args:
         file: GGUF file.
         max_length: Most tokens of a question with its longest choice.
         threads: Number of CPU threads. Scores have the same bits with any number of them.
-        alive: Called while waiting; may raise what ends the job.
+        check_stop: Called while waiting; may raise what ends the job.
 
     Raises:
         TrainingFailed: llama.cpp does not load it.
     """
     with _process(
-        {"do": "score", "file": str(file), "threads": threads, "context": max_length + _MARGIN}, alive
+        {"do": "score", "file": str(file), "threads": threads, "context": max_length + _MARGIN}, check_stop
     ) as answers:
         answer = next(answers)
         if "loaded" not in answer:
@@ -294,8 +296,8 @@ def _reason(answer: Mapping[str, Any]) -> str:
 class _Answers:
     """The process's answers, one JSON object a line; waiting for one is bounded, and lets the job end."""
 
-    def __init__(self, helper: HelperProcess, alive: Callable[..., None]) -> None:
-        self._helper, self._alive = helper, alive
+    def __init__(self, helper: HelperProcess, check_stop: Callable[..., None]) -> None:
+        self._helper, self._check_stop = helper, check_stop
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         # a thread reads, since a pipe cannot be waited for with a limit in every way that lines are buffered
         threading.Thread(target=self._read, name="llama-cpp-answers", daemon=True).start()
@@ -316,10 +318,10 @@ class _Answers:
                 break
             except queue.Empty:
                 waited += _POLL_SECONDS
-                self._alive(progress=False)
+                self._check_stop(progress=False)
                 if waited >= _STALLED_SECONDS:
                     return {"refused": f"llama.cpp's process has not answered for {_STALLED_SECONDS:.0f} s"}
-        self._alive()
+        self._check_stop()
         if not line:
             return {"refused": self._end()}
         answer: dict[str, Any] = json.loads(line)
@@ -345,9 +347,9 @@ class _Answers:
 
 
 @contextmanager
-def _process(first: Mapping[str, Any], alive: Callable[..., None]) -> Iterator[_Answers]:
+def _process(first: Mapping[str, Any], check_stop: Callable[..., None]) -> Iterator[_Answers]:
     """Starts the process with its first line; it is killed when the context is left."""
     with start_helper("job.export.llama_cpp_process", environ=_WITHOUT_NETWORK) as helper:
-        answers = _Answers(helper, alive)
+        answers = _Answers(helper, check_stop)
         answers.send_line(first)
         yield answers

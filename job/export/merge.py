@@ -52,7 +52,7 @@ def write_merged(
     *,
     tokenizer: Any,
     added_tokens: Sequence[str] | None = None,
-    alive: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes the merged model as `AutoModelForCausalLM.from_pretrained` loads it.
 
@@ -63,7 +63,7 @@ def write_merged(
         folder: Is made.
         tokenizer: As it was loaded from the base's folder, with the new tokens.
         added_tokens: The new tokens.
-        alive: Called before each tensor; may raise what ends the job.
+        check_stop: Called before each tensor; may raise what ends the job.
 
     Raises:
         TrainingFailed: A merged weight is not finite in its dtype.
@@ -77,7 +77,7 @@ def write_merged(
             return _written(by_name[name], modules, whole, onto, model)
 
     folder.mkdir(parents=True)
-    write_weights(folder, {t.name: (t.shape, t.dtype) for t in plan.tensors}, written, alive=alive)
+    write_weights(folder, {t.name: (t.shape, t.dtype) for t in plan.tensors}, written, check_stop=check_stop)
     of_base = read_json(plan.source / "config.json", MAX_CONFIG_BYTES)
     if plan.vocabulary is not None:
         of_base = with_vocabulary(of_base, read_config(plan.source), plan.vocabulary)

@@ -14,7 +14,7 @@ from job.model.files import in_eight_bits
 
 
 def export_problems(
-    config: Any, empty: Any, *, formats: Sequence[str], onto: str, judged: str, nf4: bool, device: Any | None
+    config: Any, empty: Any, *, formats: Sequence[str], onto: str, gate_format: str, nf4: bool, device: Any | None
 ) -> Iterator[Problem]:
     """Yields what cannot be exported as asked; the loaded model may show more, in `stages.export_check`.
 
@@ -23,7 +23,7 @@ def export_problems(
         empty: The model on the meta device.
         formats: `JOB_EXPORT__FORMATS`.
         onto: `JOB_EXPORT__MERGE_ONTO`.
-        judged: `JOB_GATE__ON`.
+        gate_format: `JOB_GATE__ON`.
         nf4: Whether `JOB_MODEL__QUANTIZATION` is `nf4`.
         device: Where the formats will be scored; None where that is not known.
     """
@@ -38,15 +38,15 @@ def export_problems(
         onto, published_quantized=bool(published), quantized=nf4 or bool(published), experts=experts
     ):
         yield Problem("JOB_EXPORT__MERGE_ONTO", why)
-    yield from format_problems(empty, derived(formats), judged, device)
+    yield from format_problems(empty, derived(formats), gate_format, device)
 
 
-def format_problems(empty: Any, names: Sequence[str], judged: str, device: Any | None) -> Iterator[Problem]:
+def format_problems(empty: Any, names: Sequence[str], gate_format: str, device: Any | None) -> Iterator[Problem]:
     """Yields which of these formats cannot be made of a model without weights, or not judged on this device."""
     for name in names:
         found, kind = derived_format(name)
         if why := found.check(empty, kind):
             yield Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out")
         why = "" if device is None else found.cannot_score(device)
-        if why and judged == name:
+        if why and gate_format == name:
             yield Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; set it to another format")

@@ -18,7 +18,7 @@ from job.model.packed_attention import NAME, register, use
 
 
 @dataclass(frozen=True)
-class HowToScore:
+class ScoringOptions:
     """How the run scores its models.
 
     Attributes:
@@ -27,7 +27,7 @@ class HowToScore:
         max_length: Longest sequence in tokens.
         packed: Whether sequences are packed, as in the run's other evaluations.
         processes: Of this run on this machine, which share its processor.
-        alive: Called while another program computes; may raise what ends the job.
+        check_stop: Called while another program computes; may raise what ends the job.
     """
 
     device: torch.device
@@ -35,7 +35,7 @@ class HowToScore:
     max_length: int
     packed: bool
     processes: int = 1
-    alive: Callable[..., None] = lambda **_: None
+    check_stop: Callable[..., None] = lambda **_: None
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def gpu_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[1]
 
 
-def load_exported(folder: Path, scoring: HowToScore) -> ExportedModel:
+def load_exported(folder: Path, scoring: ScoringOptions) -> ExportedModel:
     """Loads the model in the dtype of its files, in which `from_pretrained` loads it, too.
 
     Args:
@@ -90,7 +90,7 @@ def load_exported(folder: Path, scoring: HowToScore) -> ExportedModel:
     return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: free_model(model))
 
 
-def load_quantized(folder: Path, scoring: HowToScore, *, ignored: str = "\0", **options: Any) -> ExportedModel:
+def load_quantized(folder: Path, scoring: ScoringOptions, *, ignored: str = "\0", **options: Any) -> ExportedModel:
     """Loads a model whose config.json says how its weights are quantized, by transformers' own quantizer of that kind.
 
     Args:
@@ -128,7 +128,7 @@ def load_quantized(folder: Path, scoring: HowToScore, *, ignored: str = "\0", **
     return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: free_model(model))
 
 
-def _dtypes(folder: Path, scoring: HowToScore) -> tuple[torch.dtype, torch.dtype]:
+def _dtypes(folder: Path, scoring: ScoringOptions) -> tuple[torch.dtype, torch.dtype]:
     """The dtype of the files' weights that are not quantized, and that in which the model is to compute."""
     dtype: torch.dtype = getattr(torch, read_json(folder / "config.json", MAX_CONFIG_BYTES)["dtype"])
     computes = scoring.device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(False)  # noqa: FBT003

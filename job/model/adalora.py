@@ -85,12 +85,12 @@ def restore_allocator(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     parameters = dict(model.base_model.model.named_parameters())
     state: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in (*_MEANS, _PATTERN)}
-    for place, tensor in tensors.items():
-        kind, _, name = place.partition("/")
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
         parameter = parameters.get(name)
         shape = None if parameter is None else parameter.shape if kind in _MEANS else parameter.shape[:1]
         if kind not in state or tensor.shape != shape:
-            raise ValueError(f"AdaLoRA's {place} belongs to another model")
+            raise ValueError(f"AdaLoRA's {key} belongs to another model")
         state[kind][name] = tensor
     allocator = model.base_model.rankallocator
     for kind in _MEANS:

@@ -140,11 +140,11 @@ def check_options(options: AdapterOptions, *, rank: int, layers: int, adapted: C
     for setting, pattern in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
         where = environment_name(f"lora.{setting}")
         matches = {key: {name for name in adapted if pattern_matches(key, name)} for key in pattern}
-        for key in (key for key, found in matches.items() if not found):
+        for key in (key for key, matched in matches.items() if not matched):
             yield Problem(where, f"{key} names no module that gets an adapter; give the name of one, or the end of it")
         # PEFT takes the first that matches, in an order that adapter_config.json does not keep.
         for name in sorted(adapted):
-            if len(keys := [key for key, found in matches.items() if name in found]) > 1:
+            if len(keys := [key for key, matched in matches.items() if name in matched]) > 1:
                 yield Problem(where, f"{' and '.join(keys)} both name {name}; keep one")
                 break
     yield from too_few_steps(options)

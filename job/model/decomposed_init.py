@@ -66,8 +66,8 @@ def _begin(layer: Any, init: str, rank: int, scale: float) -> tuple[torch.Tensor
     copy = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     copy.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
     # Its alpha gives the scale of the layer, which PEFT divides the part by.
-    how: dict[str, Any] = {"r": rank, "lora_alpha": scale * rank}
-    made = Linear(copy, "default", config=LoraConfig(**how, init_lora_weights=init), **how)
+    rank_options: dict[str, Any] = {"r": rank, "lora_alpha": scale * rank}
+    made = Linear(copy, "default", config=LoraConfig(**rank_options, init_lora_weights=init), **rank_options)
     return made.lora_A["default"].weight.detach(), made.lora_B["default"].weight.detach()
 
 

@@ -73,9 +73,9 @@ def expert_parameters(model: Any) -> int:
 def idle_experts(model: Any) -> Fraction:
     """The share of a layer's experts that a token does not go to; 0 without experts, or if config.json lacks top-k."""
     config = model.config.get_text_config(decoder=True)
-    chosen = next((value for name in _CHOSEN if isinstance(value := getattr(config, name, None), int)), None)
+    top_k = next((value for name in _CHOSEN if isinstance(value := getattr(config, name, None), int)), None)
     count = next((_shape(module, name)[0] for _, module, name in expert_tensors(model)), None)
-    return Fraction(0) if chosen is None or count is None else Fraction(count - chosen, count)
+    return Fraction(0) if top_k is None or count is None else Fraction(count - top_k, count)
 
 
 def _shape(module: Any, name: str) -> Any:
@@ -90,11 +90,11 @@ def kinds_of(empty: Any) -> Kinds:
     Args:
         empty: The model without weights, on torch's meta device.
     """
-    found = _sizes(empty)
-    if large := sorted(kind for kind, numbers in found.items() if numbers >= _MOST):
+    sizes = _sizes(empty)
+    if large := sorted(kind for kind, numbers in sizes.items() if numbers >= _MOST):
         what = "experts stay in 16 bits, which takes more memory: bitsandbytes cannot quantize tensors this large"
         log.get_logger().warning(what, parameters=large, limit=_MOST, change="none; no setting avoids it")
-    return frozenset(found.keys() - set(large))
+    return frozenset(sizes.keys() - set(large))
 
 
 def can_quantize(empty: Any) -> bool:
@@ -135,8 +135,8 @@ def _quantized(weight: Any, *, double: bool) -> Any:
     """A `Params4bit` on the weight's device, with bitsandbytes' block size of linear layers."""
     from bitsandbytes.nn import Params4bit
 
-    how = {"compress_statistics": double, "quant_type": "nf4", "requires_grad": False}
-    made = Params4bit(weight.data, **how).to(weight.device)
+    options = {"compress_statistics": double, "quant_type": "nf4", "requires_grad": False}
+    made = Params4bit(weight.data, **options).to(weight.device)
     made._is_hf_initialized = True  # noqa: SLF001 - otherwise transformers initializes it at random
     return made
 
@@ -283,7 +283,7 @@ def load_experts(model: Any, folder: Path, device: Any) -> None:
 
 
 def _all_quantized(model: Any) -> list[tuple[str, Any, str]]:
-    return [found for found in expert_tensors(model) if packed(found[1], found[2]) is not None]
+    return [entry for entry in expert_tensors(model) if packed(entry[1], entry[2]) is not None]
 
 
 def _empty(model: Any) -> Iterator[tuple[str, Any, str]]:

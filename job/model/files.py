@@ -84,9 +84,9 @@ def check_sizes(folder: Path) -> None:
     Raises:
         DataError: They are.
     """
-    found = {name: (folder / name).stat().st_size for name in MAX_TOKENIZER_BYTES if (folder / name).is_file()}
-    if large := [name for name, size in found.items() if size > MAX_TOKENIZER_BYTES[name]]:
-        what = ", ".join(f"{name} of {found[name]:,} bytes" for name in large)
+    sizes = {name: (folder / name).stat().st_size for name in MAX_TOKENIZER_BYTES if (folder / name).is_file()}
+    if large := [name for name, size in sizes.items() if size > MAX_TOKENIZER_BYTES[name]]:
+        what = ", ".join(f"{name} of {sizes[name]:,} bytes" for name in large)
         raise DataError([Problem("JOB_MODEL__ID", f"{folder} has a {what}, which is too large for a tokenizer")])
 
 
@@ -168,11 +168,11 @@ def read_config(folder: Path, name: str = "config.json") -> Any:
     """
     from transformers import AutoConfig
 
-    found = read_json(folder / name, MAX_CONFIG_BYTES)
-    _check_kind(folder, found)
-    check_numbers(folder, found)
+    content = read_json(folder / name, MAX_CONFIG_BYTES)
+    _check_kind(folder, content)
+    check_numbers(folder, content)
     with readable(folder, "has a config.json that does not describe a model"), tempfile.TemporaryDirectory() as cleaned:
-        (Path(cleaned) / "config.json").write_text(json.dumps(_cleaned(found)), encoding="utf-8")
+        (Path(cleaned) / "config.json").write_text(json.dumps(_cleaned(content)), encoding="utf-8")
         return AutoConfig.from_pretrained(cleaned, trust_remote_code=False)
 
 

@@ -85,8 +85,8 @@ def init_eva(
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123 - a device
             # Only process 0 is here: PEFT would wait for the inputs of the others for ever.
-            how: dict[str, Any] = {"show_progress_bar": False, "gather_distributed_inputs": False}
-            initialize_lora_eva_weights(model, loader, forward_fn=run, **how)
+            options: dict[str, Any] = {"show_progress_bar": False, "gather_distributed_inputs": False}
+            initialize_lora_eva_weights(model, loader, forward_fn=run, **options)
     finally:
         # Ranks and names are unchanged; readers of the adapter must not compute initial values.
         config.init_lora_weights, config.eva_config = True, None
@@ -94,13 +94,13 @@ def init_eva(
             setattr(config, name, value)
 
 
-def init_loftq(model: Any, folder: Path, alive: Callable[[], None] = lambda: None) -> None:
+def init_loftq(model: Any, folder: Path, check_stop: Callable[[], None] = lambda: None) -> None:
     """Fills the adapter by LoftQ, in place.
 
     Args:
         model: A PEFT model over a base in 4 bits, its adapter fresh.
         folder: The base's own files, unquantized. Its weights are read into this machine's memory.
-        alive: Called for each layer.
+        check_stop: Called for each layer.
 
     Raises:
         SettingsError: The base's own files are quantized, or the loaded base is not.
@@ -117,7 +117,7 @@ def init_loftq(model: Any, folder: Path, alive: Callable[[], None] = lambda: Non
             folder, dtype="auto", device_map={"": "cpu"}, use_safetensors=True, trust_remote_code=False
         )
     for name, layer in layers.items():
-        alive()
+        check_stop()
         own = unquantized.get_submodule(name)
         weight = own.weight.T if isinstance(own, Conv1D) else own.weight  # GPT-2's Conv1D holds (inputs, outputs)
         if not weight.is_floating_point():

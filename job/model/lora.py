@@ -70,9 +70,9 @@ def add_adapter(
     if options.experts:
         config_options["target_parameters"] = expert_targets(model, options.layers)
     if options.adalora is not None:
-        chosen = {"deltaT": options.adalora.delta_t, **asdict(options.adalora)}
-        del chosen["delta_t"]
-        config: LoraConfig = AdaLoraConfig(**config_options, **chosen)
+        adalora_options = {"deltaT": options.adalora.delta_t, **asdict(options.adalora)}
+        del adalora_options["delta_t"]
+        config: LoraConfig = AdaLoraConfig(**config_options, **adalora_options)
     else:
         config = LoraConfig(
             r=times * rank,

@@ -144,11 +144,11 @@ class Layout:
     def _blocks_of(self, tree: Sequence[Segment], window: int | None) -> Iterator[Block]:
         """The first segment, and the others, which see it."""
         start, end = tree[0].start, tree[-1].end
-        alone = len(tree) == 1
-        if alone and (window is None or window >= end - start):
+        single = len(tree) == 1
+        if single and (window is None or window >= end - start):
             yield Block(start, end, None, None)
             return
-        step = end - start if alone else _BLOCK
+        step = end - start if single else _BLOCK
         for first in range(start, end, step):
             last = min(first + step, end)
             before = self.seen_before(first)

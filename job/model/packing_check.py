@@ -125,7 +125,7 @@ def _test_packing(model: Any, examples: Sequence[Example], max_length: int, loss
     use(base, PLAIN)
     sequences = [list(example.input_ids) for example in examples]
     with _own_code(base):
-        alone = _reference(model, sequences)
+        separate = _reference(model, sequences)
         gradient = None if losses is None else _gradient(model, lambda: [losses.alone(e) for e in examples])
     if not use(base, CHECKED):
         return Packing(packed=False, reason="its attention cannot be replaced")
@@ -135,7 +135,7 @@ def _test_packing(model: Any, examples: Sequence[Example], max_length: int, loss
         _packed_logits(model, [Segment(0, len(sequences[0]))], sequences[0], range(len(sequences[0])))
         use(base, NAME)
         to = _agreement(base)
-        leak, logits = _compare(model, sequences, alone, to)
+        leak, logits = _compare(model, sequences, separate, to)
         errors = {"logits with another sequence alongside": (leak, to.leak), "logits": (logits, to.logits)}
         if losses is not None and leak <= to.leak and logits <= to.logits:
             apart = _distance(_gradient(model, lambda: [losses.packed(examples)]), gradient, to)
@@ -174,7 +174,7 @@ def _reference(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Ten
     name = type(model.get_base_model()).__name__
     first, prefix, first_continuation, second_continuation = _parts(sequences)
     logits = [_logits(model, ids) for ids in (first, prefix + first_continuation, prefix + second_continuation)]
-    if not all(bool(found.isfinite().all()) for found in logits):
+    if not all(bool(part.isfinite().all()) for part in logits):
         dtype = str(model.get_base_model().dtype).removeprefix("torch.")
         what = f"the base's logits are not finite in {dtype}: its weights are broken, or too large for that type"
         raise DataError([Problem("JOB_MODEL__ID", what)])
@@ -238,7 +238,7 @@ def _packed_logits(
 
 
 def _compare(
-    model: Any, sequences: Sequence[Sequence[int]], alone: Sequence[torch.Tensor], to: Agreement
+    model: Any, sequences: Sequence[Sequence[int]], separate: Sequence[torch.Tensor], to: Agreement
 ) -> tuple[float, float]:
     """The largest error of logits with another sequence in front against this one, and packed against alone.
 
@@ -255,9 +255,9 @@ def _compare(
     changed = _packed_logits(model, segments, [*first[::-1], *behind], positions)
     shared, end = a + b, a + b + c
     pairs = [
-        (packed[:a], alone[0]),
-        (packed[a:end], alone[1]),
-        (torch.cat([packed[a:shared], packed[end:]]), alone[2]),
+        (packed[:a], separate[0]),
+        (packed[a:end], separate[1]),
+        (torch.cat([packed[a:shared], packed[end:]]), separate[2]),
     ]
     # The first tokens behind have to agree, for every share: a convolution of a single layer reaches no further.
     behind_it = [_token_error(packed[i : i + 1], changed[i : i + 1], to) for i in range(a, a + FIRST)]
@@ -318,8 +318,8 @@ def _distance(computed: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
 def _depends_on_length(config: Any, max_length: int) -> str | None:
     """Why a sequence depends on how long the packed one is, which the check's few tokens do not show; None if not."""
     text = config.get_text_config(decoder=True)
-    given = getattr(text, "rope_parameters", None) or {}
-    for part in [given, *(value for value in given.values() if isinstance(value, dict))]:
+    rope_parameters = getattr(text, "rope_parameters", None) or {}
+    for part in [rope_parameters, *(value for value in rope_parameters.values() if isinstance(value, dict))]:
         kind = part.get("rope_type", "default")
         owners = (part.get("original_max_position_embeddings"), getattr(text, "original_max_position_embeddings", None))
         whole = next((length for length in owners if length), getattr(text, "max_position_embeddings", 0))

@@ -265,9 +265,9 @@ def save_quantized(model: Any, folder: Path, *, shard: str) -> None:
 
     write_file = modeling_utils.safe_save_file
     bring = {
-        name: found
+        name: layer
         for path, module in model.named_modules()
-        if (found := layer_of(getattr(module, "weight", None))) is not None
+        if (layer := layer_of(getattr(module, "weight", None))) is not None
         for name in (f"{path}.weight", f"{path}.weight.absmax", f"{path}.weight.nested_absmax")
     }
     # What a slot holds is there when it is needed. Until then a tensor of the same size whose memory is never touched.

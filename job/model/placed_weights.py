@@ -373,5 +373,5 @@ def placement_of(model: Any) -> str:
 
 def layer_of(weight: Any) -> Callable[[], None] | None:
     """A function that copies a placed weight's layer to the device; None for a weight that is always there."""
-    found: Callable[[], None] | None = getattr(getattr(weight, "quant_state", None), "bring", None)
-    return found
+    bring: Callable[[], None] | None = getattr(getattr(weight, "quant_state", None), "bring", None)
+    return bring

@@ -108,8 +108,8 @@ def _published_class(
 
 def _shape(module: Any) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear layer, adapted or not, quantized or not."""
-    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return None if None in found else found  # type: ignore[return-value]
+    shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return None if None in shape else shape  # type: ignore[return-value]
 
 
 def _prefixes(name: str, published_names: Iterable[str]) -> Iterator[tuple[str, str]]:

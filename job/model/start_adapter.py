@@ -39,11 +39,11 @@ class FoundStart:
     commit: str | None
 
 
-def find_start(place: str, folder: Path, storage: StorageOptions, commit: str | None = None) -> FoundStart:
+def find_start(location: str, folder: Path, storage: StorageOptions, commit: str | None = None) -> FoundStart:
     """The adapter's files, downloaded where they are not local.
 
     Args:
-        place: A path, the URI of a folder in a store, or a hub id, with `@` and a revision behind it or without.
+        location: A path, the URI of a folder in a store, or a hub id, with `@` and a revision behind it or without.
         folder: Where to put what is downloaded from a store.
         storage: Options of the store.
         commit: Commit on the hub, found by the first attempt of a run: a branch, or none, may be at another by now.
@@ -52,42 +52,42 @@ def find_start(place: str, folder: Path, storage: StorageOptions, commit: str | 
         DataError: There is no adapter in safetensors.
         Unreachable, AccessDenied, SettingsError: As the store or the hub says.
     """
-    if is_remote(place):
-        downloaded = Path(fetch(place.rstrip("/") + "/", folder, storage))
-    elif (local := local_start(place)) is not None:
+    if is_remote(location):
+        downloaded = Path(fetch(location.rstrip("/") + "/", folder, storage))
+    elif (local := local_start(location)) is not None:
         return FoundStart(local, None)
     else:
         from huggingface_hub import HfApi, snapshot_download
 
-        name, _, revision = place.partition("@")
-        with hub_errors(f"adapter {place}"):
+        name, _, revision = location.partition("@")
+        with hub_errors(f"adapter {location}"):
             wanted = commit or revision or None
             commit = str(HfApi().resolve_revision(name, repo_type="model", revision=wanted).resolved)
             downloaded = Path(snapshot_download(name, revision=commit, allow_patterns=[CONFIG, WEIGHTS]))
-        return FoundStart(_with_adapter(downloaded, place), commit)
-    return FoundStart(_with_adapter(downloaded, place), None)
+        return FoundStart(_with_adapter(downloaded, location), commit)
+    return FoundStart(_with_adapter(downloaded, location), None)
 
 
-def local_start(place: str) -> Path | None:
+def local_start(location: str) -> Path | None:
     """The folder of an adapter that is named by its path; None for a hub id.
 
     Raises:
         DataError: A path, but not to a folder with an adapter in safetensors.
     """
-    if Path(place).is_dir():
-        return _with_adapter(Path(place), place)
-    if place.startswith((".", "/", "~")) or place.count("/") > 1:
-        what = "is not a folder" if Path(place).exists() else "does not exist"
-        raise DataError([Problem(_SETTING, f"{place} {what}; give the folder of an adapter, or a hub id")])
+    if Path(location).is_dir():
+        return _with_adapter(Path(location), location)
+    if location.startswith((".", "/", "~")) or location.count("/") > 1:
+        what = "is not a folder" if Path(location).exists() else "does not exist"
+        raise DataError([Problem(_SETTING, f"{location} {what}; give the folder of an adapter, or a hub id")])
     return None
 
 
-def _with_adapter(folder: Path, place: str) -> Path:
-    """The folder, if an adapter's files are in it; `place` names it in messages. Raises DataError if they are not."""
+def _with_adapter(folder: Path, location: str) -> Path:
+    """The folder, if an adapter's files are in it; else DataError, whose message names it by `location`."""
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         pickled = (folder / "adapter_model.bin").exists()
         what = "; its weights are a pickle, which can run arbitrary code: save it as safetensors" if pickled else ""
-        raise DataError([Problem(_SETTING, f"{place} has no {' and no '.join(missing)}{what}")])
+        raise DataError([Problem(_SETTING, f"{location} has no {' and no '.join(missing)}{what}")])
     return folder
 
 
@@ -120,10 +120,10 @@ def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, An
         name: (options or {}).get(name, usual) for name, usual in _SAME.items()
     }
     for field, value in wanted.items():
-        found = config.get(field) or _SAME.get(field)
-        if found != (value or _SAME.get(field)):
+        actual = config.get(field) or _SAME.get(field)
+        if actual != (value or _SAME.get(field)):
             name = {"r": "RANK", "lora_alpha": "ALPHA"}.get(field, field.upper())
-            message = f"is {value!r}, but the adapter of {_SETTING} has {str(found)[:100]}; set the same"
+            message = f"is {value!r}, but the adapter of {_SETTING} has {str(actual)[:100]}; set the same"
             problems.append(Problem(f"JOB_LORA__{name}", message))
     if problems:
         raise SettingsError(problems)

@@ -155,10 +155,10 @@ def _is_linear(module: Any) -> bool:
         return True
     parameters = {name: parameter.to("meta") for name, parameter in module.named_parameters()}
     try:
-        found = functional_call(module, parameters, torch.empty(1, 2, module.in_features, device="meta"))
+        out = functional_call(module, parameters, torch.empty(1, 2, module.in_features, device="meta"))
     except Exception:  # noqa: BLE001 - of a stranger's class, that takes something else
         return False
-    return isinstance(found, torch.Tensor) and found.shape == (1, 2, module.out_features)
+    return isinstance(out, torch.Tensor) and out.shape == (1, 2, module.out_features)
 
 
 def linear_weights(model: Any) -> list[Any]:
@@ -185,10 +185,10 @@ def find_targets(model: Any) -> list[str]:
     head = model.get_output_embeddings()
     of_head = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is head}
     names = sorted({name.rsplit(".", 1)[-1] for name in layers} - of_head - _lost(model, layers))
-    if not (found := [name for name in names if not name.isdigit() and not _is_refused(model, name)]):
+    if not (usable := [name for name in names if not name.isdigit() and not _is_refused(model, name)]):
         what = f"no linear layers were found in {type(model).__name__}; name them"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
-    return found
+    return usable
 
 
 def check_targets(model: Any, targets: Sequence[str]) -> None:

@@ -52,7 +52,9 @@ def _as_in_checkpoint(model: Any, name: str) -> str:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    renamings = [found for found in get_model_conversion_mapping(model) if isinstance(found, WeightRenaming)]
+    renamings = [
+        conversion for conversion in get_model_conversion_mapping(model) if isinstance(conversion, WeightRenaming)
+    ]
     renamed: str = rename_source_key(name, [r.reverse_transform() for r in reversed(renamings)], [], reverse=True)[0]
     return renamed
 
@@ -62,5 +64,5 @@ def saved_tensors(model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     # Not "auto": PEFT would ask the hub whether the base has another vocabulary than this one.
-    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return found
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return tensors

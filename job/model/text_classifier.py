@@ -120,10 +120,10 @@ class TextClassifier:
 
     def _padding_id(self, model: Any, rows: int) -> int:
         """The padding token, which models that read the last token find its place by (GPT-2, Llama and others)."""
-        for found in (model.config.get_text_config().pad_token_id, self._tokenizer.pad_token_id):
-            if isinstance(found, int) and 0 <= found < rows:
-                model.config.get_text_config().pad_token_id = found
-                return found
+        for token in (model.config.get_text_config().pad_token_id, self._tokenizer.pad_token_id):
+            if isinstance(token, int) and 0 <= token < rows:
+                model.config.get_text_config().pad_token_id = token
+                return token
         raise SettingsError([Problem(self._name, "has no padding token; set pad_token_id in its config.json")])
 
     def _longest(self, model: Any) -> int:
@@ -160,14 +160,14 @@ class TextClassifier:
         )
         return list(zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True))
 
-    def scores(self, texts: Sequence[str], alive: Callable[[], None] = lambda: None) -> list[float]:
+    def scores(self, texts: Sequence[str], check_stop: Callable[[], None] = lambda: None) -> list[float]:
         """The probability of the chosen labels for each text: of all together if exclusive, else of the likeliest.
 
         Windows are batched by length, so that equal texts in equal order give equal bits.
 
         Args:
             texts: At least one token each; an empty text scores 0.
-            alive: Called before each forward pass; an exception from it ends the work.
+            check_stop: Called before each forward pass; an exception from it ends the work.
 
         Raises:
             DataError: The model computes numbers that are not finite.
@@ -180,7 +180,7 @@ class TextClassifier:
         )
         start = 0
         while start < len(windows):
-            alive()
+            check_stop()
             longest = len(windows[start][1])
             batch = windows[start : start + max(1, BATCH_TOKENS // longest)]
             start += len(batch)
@@ -192,8 +192,8 @@ class TextClassifier:
             with torch.inference_mode():
                 logits = self._model(input_ids=ids, attention_mask=mask).logits.double()
             chances = (logits.softmax(-1) if self._labels.exclusive else logits.sigmoid())[:, self._columns]
-            found = chances.sum(-1) if self._labels.exclusive else chances.max(-1).values
-            for (text, _), score in zip(batch, found.tolist(), strict=True):  # one transfer for the whole batch
+            scores = chances.sum(-1) if self._labels.exclusive else chances.max(-1).values
+            for (text, _), score in zip(batch, scores.tolist(), strict=True):  # one transfer for the whole batch
                 if not math.isfinite(score):
                     raise DataError([Problem(self._name, "the classifier's scores are not finite")])
                 best[text] = max(best[text], round(min(score, 1.0), DIGITS))

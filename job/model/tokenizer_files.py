@@ -31,7 +31,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
         raise SettingsError([Problem(where, f"{', '.join(known)}: the model's tokenizer has it already; remove it")])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
     ids = {token: tokenizer.encode(token, add_special_tokens=False) for token in tokens}
-    if cut := [token for token, found in ids.items() if found != [tokenizer.convert_tokens_to_ids(token)]]:
+    if cut := [token for token, encoded in ids.items() if encoded != [tokenizer.convert_tokens_to_ids(token)]]:
         what = f"{', '.join(cut)}: the tokenizer splits it into several tokens, like text; choose another spelling"
         raise SettingsError([Problem(where, what)])
 
@@ -105,11 +105,11 @@ def tokenizer_files(base: Path) -> list[Path]:
     Raises:
         DataError: One of them is a link to something outside of the folder: it would be published with the adapter.
     """
-    found = sorted({path for kind in TOKENIZER_FILES for path in base.glob(kind) if path.is_file()})
-    if outside := [path for path in found if not _belongs(path.resolve(), base.resolve())]:
+    paths = sorted({path for kind in TOKENIZER_FILES for path in base.glob(kind) if path.is_file()})
+    if outside := [path for path in paths if not _belongs(path.resolve(), base.resolve())]:
         what = "is a link out of its folder, and would be published with the adapter; replace it by the file itself"
         raise DataError([Problem("JOB_MODEL__ID", f"{path} {what}") for path in outside])
-    return found
+    return paths
 
 
 def _belongs(file: Path, base: Path) -> bool:

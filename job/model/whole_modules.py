@@ -28,11 +28,11 @@ def check_whole(model: Any, options: AdapterOptions, adapted: Collection[str]) -
     if options.added_tokens and getattr(model.get_output_embeddings(), "bias", None) is not None:
         yield Problem(_TOKENS, f"the output layer of {type(model).__name__} has a bias, which PEFT would ignore")
     for name in options.modules_to_save:
-        found = modules_named(model, name)
-        if not found:
+        matches = modules_named(model, name)
+        if not matches:
             has = ", ".join(n for n in (_name_of(model, module) for module in _vocabulary_layers(model)) if n)
             yield Problem(_MODULES, f"the model has no module {name}; those of its vocabulary are {has}")
-        for full in found:
+        for full in matches:
             yield from _why_not(model, full, adapted)
 
 
@@ -49,8 +49,8 @@ def names_for_peft(model: Any, names: Sequence[str]) -> list[str] | None:
     everything = [full for full, _ in model.named_modules()]
     taken = []
     for name in names:
-        found = modules_named(model, name)
-        taken += [name] if len(found) == sum(full.endswith(name) for full in everything) else found
+        matches = modules_named(model, name)
+        taken += [name] if len(matches) == sum(full.endswith(name) for full in everything) else matches
     return taken or None
 
 

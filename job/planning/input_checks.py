@@ -219,7 +219,7 @@ def _problems_of_model(s: Settings, config: Any, empty: Any) -> Iterator[Problem
     if needs_merge(s.export.formats):
         from job.export.model_checks import export_problems
 
-        chosen: dict[str, Any] = {"formats": s.export.formats, "onto": s.export.merge_onto, "judged": s.gate.on}
+        chosen: dict[str, Any] = {"formats": s.export.formats, "onto": s.export.merge_onto, "gate_format": s.gate.on}
         yield from export_problems(config, empty, **chosen, nf4=s.model.quantization == "nf4", device=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -60,7 +61,10 @@ class Plan:
 
 def make_plan(settings: Settings, show: int = 0) -> Plan:
     """Makes all checks, then forecasts from what they read, or from known sizes of public models and data."""
-    with tempfile.TemporaryDirectory(prefix="qlora-job-plan-") as folder:
+    cache = settings.storage.cache
+    # The cache of a run is often on a disk that this machine lacks.
+    parent = cache if cache is not None and os.access(cache, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="qlora-job-plan-", dir=parent) as folder:
         preflight = check_run_inputs(settings, Path(folder), show)
     checks = [*preflight.checks]
     # As a run on this machine would count them; a plan for another machine names the number.
@@ -101,9 +105,9 @@ def _licence(settings: Settings, preflight: Preflight) -> PreflightResult:
     licences = [
         preflight.data.licence if preflight.data is not None else None,
         *(
-            find_licence(one.place, one.revision or data.revision, "dataset")
-            if Path(one.place).exists()
-            else LICENCES.get(one.place)
+            find_licence(one.location, one.revision or data.revision, "dataset")
+            if Path(one.location).exists()
+            else LICENCES.get(one.location)
             for one in parse_sources(data.source)
         ),
     ]

@@ -84,18 +84,23 @@ def as_json(plan: Plan) -> str:
 
 def as_table(plan: Plan) -> str:
     """The plan as text: checks, estimates, GPUs, assumptions."""
-    parts = [plan.title, _checks(plan), _figures(plan.figures)]
-    if plan.gpus:
-        parts.append(_gpus(plan))
+    parts = [plan.title, _checks(plan)]
+    if any(found.name == "data" and found.state == "wrong" for found in plan.checks):
+        parts.append("No forecast: the data cannot be used.")
     else:
-        parts.append("No figures for GPUs: the model, or the number of GPUs that share it, is unknown.")
-    parts.append("\n".join(["assumed:", *_folded([("", text) for text in plan.assumptions])]))
+        parts += _forecast(plan)
     if plan.shown:
         terminal = sys.stdout is not None and sys.stdout.isatty()
         marked = "in reverse video" if terminal else f"between {OPEN} and {CLOSE}"
         parts.append(f"the first rows, the tokens that the loss counts {marked}:")
         parts.append("\n".join(as_lines(plan.shown, terminal=terminal)))
     return "\n\n".join(parts) + "\n"
+
+
+def _forecast(plan: Plan) -> list[str]:
+    gpus = "No figures for GPUs: the model, or the number of GPUs that share it, is unknown."
+    assumptions = ["assumed:", *_folded([("", text) for text in plan.assumptions])]
+    return [_figures(plan.figures), _gpus(plan) if plan.gpus else gpus, "\n".join(assumptions)]
 
 
 def _checks(plan: Plan) -> str:
@@ -148,6 +153,10 @@ def _gpus(plan: Plan) -> str:
     if any(gpu.fits and gpu.base_held != "gpu" for gpu in plan.gpus):
         lines.append(
             "yes, host: with the base's 4-bit weights in main memory; yes, sharded: divided over the run's GPUs"
+        )
+    if {gpu.hours for gpu in plan.gpus if gpu.fits} == {None}:
+        lines.append(
+            "hours and USD: only for data and questions that were read, and in bf16 or fp16 (JOB_MODEL__DTYPE)"
         )
     lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
     priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.usd is not None]

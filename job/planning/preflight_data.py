@@ -95,7 +95,7 @@ def preview_data(
     """
     split = reading["split"]
     downloads = [
-        _of_the_data(one.place, one.revision or revision, storage, split=split, online=online)
+        _of_the_data(one.location, one.revision or revision, storage, split=split, online=online)
         for one in parse_sources(source)
     ]
     download = sum(size for size, _ in downloads)
@@ -115,7 +115,7 @@ def preview_data(
             raise NotChecked(f"{validation.name} has {formatting.size(more, ' ')}, too much to fetch for a plan")
         download += more
         with named_by("JOB_DATA__VALIDATION", ": "):
-            validation = replace(validation, place=fetch(validation.place, folder / "validation", storage))
+            validation = replace(validation, location=fetch(validation.location, folder / "validation", storage))
     with named_by("JOB_DATA__SOURCE", ": "):
         place = locate_sources(source, lambda place, kind: fetch(place, folder / kind, storage))
     examples, held_out, record = load_rows(

@@ -7,7 +7,7 @@ What happens on SIGTERM:
    launched the next one already (`training.launch_ahead`); `StopOnFlag` of `training.trainer_callbacks` after a step.
    `decide` says what still fits before the deadline: the rest of the step and a checkpoint, a checkpoint of the step
    before, or neither. `stages.train` waits for the upload until shortly before the deadline.
-3. All other stages call `Attempt.alive`, which raises `Preempted`; what they have computed in part is cached.
+3. All other stages call `Attempt.check_stop`, which raises `Preempted`; what they have computed in part is cached.
 4. `cli.main` turns `Preempted` into exit code 75. What still waits right before the deadline, as for a store, is ended
    with it. The next attempt of the run resumes, see `pipeline`.
 """

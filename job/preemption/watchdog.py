@@ -31,26 +31,26 @@ def watch(stall_seconds: float, on_stall: Callable[[str], None]) -> Iterator[Cal
         stall_seconds: Longest time between two calls of `report_progress`.
         on_stall: Called with the message for the platform; it gets `CALLBACK_SECONDS`, and may fail.
     """
-    alive, finished = Event(), Event()
-    thread = Thread(target=_guard, args=(stall_seconds, alive, finished, on_stall), name="watchdog", daemon=True)
+    progressed, finished = Event(), Event()
+    thread = Thread(target=_guard, args=(stall_seconds, progressed, finished, on_stall), name="watchdog", daemon=True)
     thread.start()
     try:
-        yield alive.set
+        yield progressed.set
     finally:
         finished.set()
         thread.join()
         faulthandler.cancel_dump_traceback_later()
 
 
-def _guard(stall_seconds: float, alive: Event, finished: Event, on_stall: Callable[[str], None]) -> None:
+def _guard(stall_seconds: float, progressed: Event, finished: Event, on_stall: Callable[[str], None]) -> None:
     silent = 0
     while silent < TICKS:
         faulthandler.dump_traceback_later(2 * stall_seconds, exit=True, file=_STDERR)
         if finished.wait(stall_seconds / TICKS):
             return
-        silent = 0 if alive.is_set() else silent + 1
+        silent = 0 if progressed.is_set() else silent + 1
         if not silent:
-            alive.clear()
+            progressed.clear()
     what = f"no progress for {stall_seconds:g} s (JOB_TRAIN__STALL_SECONDS); the stacks of all threads are in the log"
     _end(what, on_stall)
 

@@ -44,14 +44,14 @@ class PushContent:
         run: Id of the run.
         files: Sorted by path.
         fetch: Gets a verified copy of a file.
-        alive: Called between files; may raise what ends the job.
+        check_stop: Called between files; may raise what ends the job.
         work: Folder for copies.
     """
 
     run: str
     files: tuple[PushFile, ...]
     fetch: Fetch
-    alive: Callable[[], None]
+    check_stop: Callable[[], None]
     work: Path
 
     @property

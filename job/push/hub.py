@@ -176,14 +176,14 @@ class HubTarget:
         for group in _groups(content.files):
             copies = [content.fetch(file, content.work) for file in group]
             added = [CommitOperationAdd(file.path, str(copy)) for file, copy in zip(group, copies, strict=True)]
-            content.alive()
+            content.check_stop()
             # Uploads what goes to large-file storage, and forgets where it lay; small files go with the commit itself.
             api.preupload_lfs_files(self.repo, additions=added, revision=self.branch)
             for operation, copy in zip(added, copies, strict=True):
                 if operation.path_or_fileobj == b"":
                     copy.unlink()
             operations += added
-        content.alive()
+        content.check_stop()
         title, description = _message(content)
         commit = api.create_commit(
             self.repo,

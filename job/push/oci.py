@@ -109,7 +109,7 @@ class OciTarget:
                 _upload(registry, container, config, _written(config, content.work))
             for manifest in image.manifests:
                 _put_manifest(registry, container, manifest, manifest.digest)
-            content.alive()
+            content.check_stop()
             _put_manifest(registry, container, image.index, str(container.tag))
             if (found := _tagged(registry, container)) != image.index.digest:
                 raise Unreachable(
@@ -127,10 +127,10 @@ class OciTarget:
             for copy in copies.values():
                 copy.unlink()
         blob = Blob(LAYER, hash_file(path), path.stat().st_size)
-        content.alive()
+        content.check_stop()
         _upload(registry, container, blob, path)
         path.unlink()
-        content.alive()
+        content.check_stop()
         return blob
 
     def _registry(self) -> tuple[Any, Any]:

@@ -104,7 +104,7 @@ def push_run(
     push_targets: Sequence[Target],
     *,
     cache: str | None = None,
-    alive: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
     again: bool = False,
 ) -> list[Pushed]:
     """Pushes a complete run to each target, one after the other, and records it in the store.
@@ -114,7 +114,7 @@ def push_run(
         results: Its manifest.
         push_targets: Where to.
         cache: Where copies of the files are made; None for the system's folder for temporary files.
-        alive: Called between files; may raise what ends the job.
+        check_stop: Called between files; may raise what ends the job.
         again: Also asks targets to which the store says that it has been pushed.
 
     Raises:
@@ -124,7 +124,7 @@ def push_run(
     pushes, errors = [], list[tuple[str, JobError]]()
     for target in push_targets:
         with folder_for(f"push of {store.uri} to {target.place}", cache) as work:
-            content = content_of(store, results, work, alive)
+            content = content_of(store, results, work, check_stop)
             earlier = recorded(store, target.kind, target.place)
             if earlier is not None and earlier.files_sha256 == content.sha256 and not again:
                 log.get_logger().info(
@@ -150,15 +150,15 @@ def push_run(
 
 
 def content_of(
-    store: ObjectStore, results: Mapping[str, Any], work: Path, alive: Callable[[], None] = lambda: None
+    store: ObjectStore, results: Mapping[str, Any], work: Path, check_stop: Callable[[], None] = lambda: None
 ) -> PushContent:
     """What is pushed of a run; copies of its files are made below `work`."""
 
     def fetch(file: PushFile, folder: Path) -> Path:
-        alive()
+        check_stop()
         return fetch_artifact(store, file.artifact, folder)
 
-    return PushContent(results["run"]["id"], files_to_push(results), fetch, alive, work)
+    return PushContent(results["run"]["id"], files_to_push(results), fetch, check_stop, work)
 
 
 def recorded(store: ObjectStore, kind: str, place: str) -> Pushed | None:

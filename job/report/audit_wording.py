@@ -76,13 +76,13 @@ def _plural(title: str) -> str:
     return f"{rows[0].upper()}{rows[1:]}"
 
 
-def _by_file(places: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Places such as `file:17`, grouped by file: the file, and the places in it."""
+def _by_file(locations: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Locations of rows such as `file:17`, grouped by file: the file, and the numbers in it."""
     files: list[tuple[str, list[str]]] = []
-    for place in places:
-        file, colon, number = place.rpartition(":")
+    for location in locations:
+        file, colon, number = location.rpartition(":")
         if not colon:
-            file, number = place, ""
+            file, number = location, ""
         if not files or files[-1][0] != file:
             files.append((file, []))
         files[-1][1].append(number)

@@ -119,8 +119,8 @@ def line_chart(
 
     def path(drawn: Sequence[tuple[float, float]]) -> str:
         # a path of one point would be invisible: with h0 its round line cap is drawn as a dot
-        places = "L".join(f"{_share(x, left, right):g} {_down(y, lowest, highest):g}" for x, y in drawn)
-        return f"M{places}" + ("h0" if len(drawn) == 1 else "") if drawn else ""
+        coordinates = "L".join(f"{_share(x, left, right):g} {_down(y, lowest, highest):g}" for x, y in drawn)
+        return f"M{coordinates}" + ("h0" if len(drawn) == 1 else "") if drawn else ""
 
     return LineChart(
         title=title,
@@ -154,16 +154,16 @@ def control_chart(
     y_ticks = nice_ticks(min([*values, *(limits or ())]), max([*values, *(limits or ())]))
     lowest, highest = y_ticks[0], y_ticks[-1]
     last = max(len(points) - 1, 1)
-    places = [(_share(number, 0, last), _down(value, lowest, highest)) for number, value in enumerate(values)]
+    coordinates = [(_share(number, 0, last), _down(value, lowest, highest)) for number, value in enumerate(values)]
     labelled = sorted({round(last * part / 4) for part in range(5)} & set(range(len(points))))
     lines = None if limits is None else tuple(_down(value, lowest, highest) for value in limits)
     return ControlChart(
-        path="M" + "L".join(f"{x:g} {y:g}" for x, y in places),
-        dots="".join(f"M{x:g} {y:g}h0" for x, y in places[:-1]),
-        newest=f"M{places[-1][0]:g} {places[-1][1]:g}h0",
+        path="M" + "L".join(f"{x:g} {y:g}" for x, y in coordinates),
+        dots="".join(f"M{x:g} {y:g}h0" for x, y in coordinates[:-1]),
+        newest=f"M{coordinates[-1][0]:g} {coordinates[-1][1]:g}h0",
         centre=None if lines is None else lines[1],
         limits=None if lines is None else (lines[0], lines[2]),
-        x_ticks=tuple(Tick(places[number][0], points[number][0]) for number in labelled),
+        x_ticks=tuple(Tick(coordinates[number][0], points[number][0]) for number in labelled),
         y_ticks=tuple(Tick(_down(tick, lowest, highest), write(tick)) for tick in y_ticks),
     )
 

@@ -47,8 +47,8 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "original": original[task]["scores"]["acc"] if task in original else None,
                     "versus_original": figures["versus_original"]["acc"] if "versus_original" in figures else None,
                 }
-                for candidate, found in export["candidates"].items()
-                for task, figures in found.items()
+                for candidate, figures_by_task in export["candidates"].items()
+                for task, figures in figures_by_task.items()
             ],
         }
         for export in results.get("exports", ())
@@ -94,8 +94,8 @@ def _about_export(export: Mapping[str, Any]) -> str:
 
 def about_served(check: ServeCheck) -> str:
     """What a serve check found, in a sentence."""
-    how = {"greedy": "its greedy answers"}.get(check.way, "its log-likelihoods")
-    text = f"Of {count(len(check.asked), 'question')}, {check.server} predicts {check.alike} as recorded, by {how}"
+    basis = {"greedy": "its greedy answers"}.get(check.way, "its log-likelihoods")
+    text = f"Of {count(len(check.asked), 'question')}, {check.server} predicts {check.alike} as recorded, by {basis}"
     if near := len(check.compared) - check.alike - len(check.different):
         text += f"; {near} differ in a near tie (below {NEAR} nats)"
     if check.different:

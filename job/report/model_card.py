@@ -94,7 +94,7 @@ def render_model_card(
         not_served=why_not_served(settings),
         patterns=has_patterns(settings),
         hub=settings.get("export.hub"),
-        pushed_to=[place for place in (settings.get("export.hub"), settings.get("export.oci")) if place],
+        pushed_to=[target for target in (settings.get("export.hub"), settings.get("export.oci")) if target],
         validation=wording.validation(results["training"], dataset),
         audit=audit_wording.audit_sentence(dataset),
         prompts=prompts[:MAX_PROMPTS],
@@ -228,16 +228,16 @@ def _adapter_options(settings: Mapping[str, Any]) -> list[str]:
         "experts",
     )
     plain = {"kind": "lora", "init": "default"}
-    given = {name: settings.get(f"lora.{name}") for name in names}
-    return [f"{name} {value}" for name, value in given.items() if value and value != plain.get(name)]
+    values = {name: settings.get(f"lora.{name}") for name in names}
+    return [f"{name} {value}" for name, value in values.items() if value and value != plain.get(name)]
 
 
 def _licence(dataset: Mapping[str, Any]) -> str | None:
     """The licence of the data, if all of it has the same; where the run records none, if it is known here by name."""
-    if not (found := dataset.get("licences")):
+    if not (licences := dataset.get("licences")):
         return LICENCES.get(dataset["source"]) if dataset["revision"] else None
-    places = [one["source"] for one in dataset.get("sources") or [dataset]]
-    named = {found.get(place) for place in places}
+    sources = [one["source"] for one in dataset.get("sources") or [dataset]]
+    named = {licences.get(source) for source in sources}
     return named.pop() if len(named) == 1 else None
 
 

@@ -263,7 +263,9 @@ def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.IntervalChart]:
         for side, name, accuracy, interval in row["sides"]
     ]
     differences = [
-        _difference_span(f"{name}, {row['metric']}", found) for row in rows for name, found in row["differences"]
+        _difference_span(f"{name}, {row['metric']}", difference)
+        for row in rows
+        for name, difference in row["differences"]
     ]
     return {
         "accuracy": charts.interval_chart(accuracies, _percent_tick, zero=False),
@@ -297,10 +299,10 @@ def _group_differences(groups: Mapping[str, Any]) -> charts.IntervalChart | None
     """The differences of all figures of groups, in the unit of each; None without groups."""
     spans = []
     for name, group in groups.items():
-        for metric, found in group["metrics"].items():
-            low, high = found["ci95"]
-            text = f"{found['delta']:+.3g} ({low:+.3g} to {high:+.3g})".replace("-", "\N{MINUS SIGN}")
-            spans.append((f"{name}, {metric}", found["verdict"], text, low, found["delta"], high))
+        for metric, comparison in group["metrics"].items():
+            low, high = comparison["ci95"]
+            text = f"{comparison['delta']:+.3g} ({low:+.3g} to {high:+.3g})".replace("-", "\N{MINUS SIGN}")
+            spans.append((f"{name}, {metric}", comparison["verdict"], text, low, comparison["delta"], high))
     if not spans:
         return None
     return charts.interval_chart(spans, lambda value: f"{value:+.3g}" if value else "0", zero=True)
@@ -338,7 +340,7 @@ def _range(interval: tuple[float, float], write: Callable[[float], str]) -> str:
 def _lines(evidence: ReportData, marks: list[float], validation: Mapping[str, Any] | None) -> list[charts.LineChart]:
     """Charts of losses, learning rate, speed and memory by step; without those that were not measured."""
     metrics = evidence.metrics
-    validated = [(found.step, found.loss) for found in evidence.validations]
+    validated = [(entry.step, entry.loss) for entry in evidence.validations]
     kept_step = validation["kept_step"] if validation else None
 
     def measured(name: str) -> list[tuple[int, float]]:

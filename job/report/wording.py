@@ -48,8 +48,12 @@ _INTERVAL = "95 % interval "
 
 def scope(tasks: Mapping[str, Any]) -> str:
     """What the figures are about, and what they are not about."""
-    how = "" if any(task.get("num_fewshot") for task in tasks.values()) else ", asked without examples in the prompt"
-    return f"This is about these questions{how}. It says nothing about other tasks, or about how the adapter writes."
+    prompting = (
+        "" if any(task.get("num_fewshot") for task in tasks.values()) else ", asked without examples in the prompt"
+    )
+    return (
+        f"This is about these questions{prompting}. It says nothing about other tasks, or about how the adapter writes."
+    )
 
 
 def shots(evaluation: Mapping[str, Any]) -> str:

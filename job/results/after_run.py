@@ -34,16 +34,16 @@ def parse_serve_check(data: bytes) -> ServeCheck:
     """The record of a serve check. Raises ValueError or TypeError if it is none."""
     facts = unsealed(data)
     asked = tuple(Asked(**one) for one in facts.pop("asked", ()))
-    found = ServeCheck(asked=asked, **facts)
-    measured = (found.seconds, found.first_token, found.tokens_per_second or 0.0, *(one.margin for one in asked))
+    check = ServeCheck(asked=asked, **facts)
+    measured = (check.seconds, check.first_token, check.tokens_per_second or 0.0, *(one.margin for one in asked))
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in measured):
         raise ValueError("a figure is no number")
-    return found
+    return check
 
 
 @dataclass(frozen=True)
 class AfterRun:
-    """Where a run was pushed, and how servers of its model answered; sorted by their places."""
+    """Where a run was pushed, and how servers of its model answered; each sorted by its key in the store."""
 
     pushed: tuple[Pushed, ...] = ()
     served: tuple[ServeCheck, ...] = ()

@@ -35,9 +35,9 @@ class Baseline:
     tasks: Mapping[str, TaskSamples]
     dtype: str
 
-    def compared(self, judged: Mapping[str, TaskScores]) -> dict[str, Any]:
+    def compared(self, scores: Mapping[str, TaskScores]) -> dict[str, Any]:
         """The manifest's record of the baseline, and of how what the gate judges, by task, compares with it."""
-        tasks = comparison.compare_tasks({task: self.tasks[task].scores for task in judged}, judged)
+        tasks = comparison.compare_tasks({task: self.tasks[task].scores for task in scores}, scores)
         return {
             "run": self.run,
             "results": self.results,

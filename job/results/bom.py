@@ -57,8 +57,8 @@ def build(results: Mapping[str, Any]) -> bytes:
 def form_of(bom: Mapping[str, Any]) -> str | None:
     """The `FORM` that a BOM was written in; None if it names none."""
     named = {one["name"]: one["value"] for one in bom["metadata"]["properties"]}
-    found = named.get("qlora-job:form")
-    return None if found is None else str(found)
+    form = named.get("qlora-job:form")
+    return None if form is None else str(form)
 
 
 def _model(results: Mapping[str, Any], datasets: list[str]) -> dict[str, Any]:
@@ -151,8 +151,8 @@ def _metrics(results: Mapping[str, Any], side: str) -> Iterator[dict[str, Any]]:
             gain = {"type": "acc, gain over the base", "value": repr(task["delta"]), "slice": name}
             yield {**gain, "confidenceInterval": interval}
     for name, task in results["evaluation"].get("measured", {}).items():
-        for metric, found in task["metrics"].items():
-            yield {"type": metric, "value": repr(found[side]), "slice": name}
+        for metric, figures in task["metrics"].items():
+            yield {"type": metric, "value": repr(figures[side]), "slice": name}
 
 
 def _datasets(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from job.common.bad_row_reasons import with_reasons
 from job.errors import DataError, Problem, SettingsError, VerificationError
-from job.evaluation.comparison import compare_tasks, gate_failures, judged_by, original_tasks, without_metric
+from job.evaluation.comparison import compare_tasks, gate_failures, original_tasks, tasks_for_metric, without_metric
 from job.evaluation.groups import compare_groups, groups_from
 from job.evaluation.policy import CHOICES, check_policy, of_metric, read_policy
-from job.evaluation.policy_verdict import judge_policy, passes, reasons
+from job.evaluation.policy_verdict import evaluate_policy, passes, reasons
 from job.evaluation.task_metrics import compare_measured
 from job.records import Evaluated
 from job.results.cost import repeated_steps
@@ -57,8 +57,8 @@ def _run(run: PublishedRun) -> dict[str, Any]:
 
 def _grouped(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], ...]]:
     """Each of `GROUPS` in both manifests; versions differ in how they name the reasons for skipped rows."""
-    found = {group: (one[group], two[group]) for group in GROUPS}
-    return {**found, "dataset": tuple(map(with_reasons, found["dataset"]))}
+    pairs = {group: (one[group], two[group]) for group in GROUPS}
+    return {**pairs, "dataset": tuple(map(with_reasons, pairs["dataset"]))}
 
 
 def _repeats(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
         Evaluated({name: side[name].scores for name in names}, [], other)
         for side, other in zip(samples, measured_pair, strict=True)
     )
-    groups, alone = _groups(a.results, b.results, *evaluated)
+    groups, not_compared = _groups(a.results, b.results, *evaluated)
     return {
         "tasks": {
             name: {
@@ -149,19 +149,19 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
         },
         "measured": {
             name: {
-                **found,
-                "metrics": {metric: _as_sides(comparison, renamed) for metric, comparison in found["metrics"].items()},
+                **facts,
+                "metrics": {metric: _as_sides(comparison, renamed) for metric, comparison in facts["metrics"].items()},
             }
-            for name, found in compare_measured(*measured_pair).items()
+            for name, facts in compare_measured(*measured_pair).items()
         },
         "groups": {
             name: {
-                **found,
-                "metrics": {metric: _as_sides(comparison, renamed) for metric, comparison in found["metrics"].items()},
+                **facts,
+                "metrics": {metric: _as_sides(comparison, renamed) for metric, comparison in facts["metrics"].items()},
             }
-            for name, found in groups.items()
+            for name, facts in groups.items()
         },
-        "groups_not_compared": alone,
+        "groups_not_compared": not_compared,
         "bases": {name: _pair(*(_bases(run.results, name) for run in (a, b))) for name in names},
         "same_adapter": _adapter(a) is not None and _adapter(a) == _adapter(b),
         "only": _pair(
@@ -187,10 +187,10 @@ def _groups(
         name: spec for name, spec in specs[0].items() if spec == specs[1].get(name) and scored.issuperset(spec.tasks)
     }
     try:
-        found = compare_groups(common, a, b)
+        compared = compare_groups(common, a, b)
     except (KeyError, ValueError, ArithmeticError):
         raise VerificationError([Problem("evaluation.groups", "has a metric that none of its tasks has")]) from None
-    return found, sorted({*specs[0], *specs[1]} - common.keys())
+    return compared, sorted({*specs[0], *specs[1]} - common.keys())
 
 
 def _exports(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
@@ -221,12 +221,10 @@ def _pairs(
         for run, export in ((a, export_a), (b, export_b))
     ]
     common = [
-        name
-        for name, found in samples[0].items()
-        if name in samples[1] and found.questions == samples[1][name].questions
+        name for name, own in samples[0].items() if name in samples[1] and own.questions == samples[1][name].questions
     ]
-    found = compare_tasks(*({name: side[name].scores for name in common} for side in samples))
-    return {name: _paired(task) for name, task in found.items()}
+    compared = compare_tasks(*({name: side[name].scores for name in common} for side in samples))
+    return {name: _paired(task) for name, task in compared.items()}
 
 
 def _export(export: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,8 +234,8 @@ def _export(export: Mapping[str, Any]) -> dict[str, Any]:
         "candidate": export["candidate"],
         "bytes": export.get("bytes"),
         "tasks": {
-            task: {"acc": found["scores"]["acc"], "versus_adapter": _paired(found["versus_adapter"]["acc"])}
-            for task, found in scored.items()
+            task: {"acc": figures["scores"]["acc"], "versus_adapter": _paired(figures["versus_adapter"]["acc"])}
+            for task, figures in scored.items()
         },
     }
 
@@ -289,7 +287,7 @@ def gate_reasons(
     Raises:
         SettingsError: No task of both runs has the metric.
     """
-    tasks = judged_by({**compared["tasks"], **compared["measured"]}, metric)
+    tasks = tasks_for_metric({**compared["tasks"], **compared["measured"]}, metric)
     if not tasks and metric not in CHOICES:
         raise SettingsError([Problem("--metric", f"is {metric}, which no task has that both runs were asked")])
     reasons = [f"{name} was not asked of B" for name in compared["only"]["a"]]
@@ -305,7 +303,7 @@ def gate_reasons(
     return reasons
 
 
-def judge_by_policy(compared: Mapping[str, Any], path: str) -> dict[str, Any]:
+def evaluate_by_policy(compared: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The outcome of a policy's rules, with B as the adapter and A as the base.
 
     Args:
@@ -328,6 +326,6 @@ def judge_by_policy(compared: Mapping[str, Any], path: str) -> dict[str, Any]:
         metric_names | {name: list(group["metrics"]) for name, group in other_tasks.items()},
         groups=groups,
     )
-    judged = judge_policy(policy, {**tasks, **other_tasks})
-    passed = passes(policy, judged)
-    return {"policy": judged, "passed": passed, "reasons": [] if passed else reasons(judged)}
+    verdict = evaluate_policy(policy, {**tasks, **other_tasks})
+    passed = passes(policy, verdict)
+    return {"policy": verdict, "passed": passed, "reasons": [] if passed else reasons(verdict)}

@@ -61,8 +61,8 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
         yield "Exported formats, acc", header, list(_export_rows(compared["exports"]))
     differing = [
         _row(f"{group}.{name}" if group != "settings" else name, *pair.values())
-        for group, found in compared["differs"].items()
-        for name, pair in found.items()
+        for group, differing_values in compared["differs"].items()
+        for name, pair in differing_values.items()
     ]
     yield "What differs", header, differing
     for group in ("training", "cost"):
@@ -120,9 +120,12 @@ def _export_rows(exports: Mapping[str, Any]) -> Iterator[list[str]]:
         if any(export["bytes"] is not None for export in runs):  # older versions did not record them
             yield _row(f"{name}, bytes", *(export["bytes"] for export in runs))
         for task in dict.fromkeys(task for export in runs for task in export["tasks"]):
-            found = [export["tasks"].get(task, {}) for export in runs]
-            yield [f"{name}, {task}", *(_of_base(export.get("acc")) for export in found)]
-            yield [f"{name}, {task}, less adapter", *(_of_base(export.get("versus_adapter")) for export in found)]
+            task_figures = [export["tasks"].get(task, {}) for export in runs]
+            yield [f"{name}, {task}", *(_of_base(export.get("acc")) for export in task_figures)]
+            yield [
+                f"{name}, {task}, less adapter",
+                *(_of_base(export.get("versus_adapter")) for export in task_figures),
+            ]
             if task in pair["paired"]:
                 yield [f"{name}, {task}, B less A", "", _of_base(pair["paired"][task])]
 
@@ -185,8 +188,8 @@ def _ending(compared: Mapping[str, Any]) -> Iterator[str]:
     for side, names in compared["only"].items():
         if names:
             yield f"only {side.upper()} was asked {json.dumps(names)}"
-    if alone := compared.get("groups_not_compared"):
-        yield f"groups that are not compared, since the runs do not have the same: {json.dumps(alone)}"
+    if group_names := compared.get("groups_not_compared"):
+        yield f"groups that are not compared, since the runs do not have the same: {json.dumps(group_names)}"
     outcome = compared.get("gate")
     if outcome is not None:
         yield from (f"policy: {line}" for line in (lines(outcome["policy"]) if "policy" in outcome else ()))

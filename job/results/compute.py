@@ -54,9 +54,9 @@ def _pretraining_tokens(
 ) -> tuple[float | None, str | None]:
     """Number of pre-training tokens of the base, and the source of the number; None if it is unknown."""
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
-    given = settings.get("model.pretraining_tokens")
-    if given is not None:
-        return float(given), "JOB_MODEL__PRETRAINING_TOKENS"
+    pretraining_tokens = settings.get("model.pretraining_tokens")
+    if pretraining_tokens is not None:
+        return float(pretraining_tokens), "JOB_MODEL__PRETRAINING_TOKENS"
     if recorded is not None:
         return recorded["pretraining_tokens"], recorded["pretraining_source"]
     name, _ = public_base(results["model"]["id"], results["model"]["revision"], settings.get("model.name"))

@@ -25,7 +25,7 @@ def deliver(store: ObjectStore, results: Mapping[str, Any], folders: Delivery) -
     """
     problems = []
     for artifact in results["artifacts"]:
-        target = _place(artifact["path"], folders)
+        target = _delivered_path(artifact["path"], folders)
         try:
             store.download(artifact["path"], target, max_bytes=artifact["bytes"])
         except FileNotFoundError:
@@ -62,7 +62,7 @@ def model_path(path: str) -> str | None:
     raise DataError([Problem(RESULTS, f"lists an artifact with an invalid path: {path[:80]!r}")])
 
 
-def _place(path: str, folders: Delivery) -> Path:
+def _delivered_path(path: str, folders: Delivery) -> Path:
     """The local path of an artifact.
 
     Raises:

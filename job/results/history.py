@@ -101,21 +101,21 @@ class History:
         return f"{text}; limits of fewer than {ROUGH} runs are rough" if earlier < ROUGH else text
 
 
-def find_runs(places: Sequence[str], storage: StorageOptions) -> tuple[list[PublishedRun], tuple[str, ...]]:
-    """The runs at these places, without duplicates, and those that cannot be read, with the reason.
+def find_runs(locations: Sequence[str], storage: StorageOptions) -> tuple[list[PublishedRun], tuple[str, ...]]:
+    """The runs at these locations, without duplicates, and those that cannot be read, with the reason.
 
-    A place is a run, a pointer to one, or a folder of runs. A run without results, or with a manifest that is not what
-    the job wrote, says nothing about the others.
+    A location is a run, a pointer to one, or a folder of runs. A run without results, or with a manifest that is not
+    what the job wrote, says nothing about the others.
 
     Raises:
-        JobError: One or more places cannot be read; the error lists them all.
+        JobError: One or more locations cannot be read; the error lists them all.
     """
     runs: dict[str, PublishedRun] = {}
     unreadable: dict[str, str] = {}
     errors: list[tuple[str, JobError]] = []
-    for place in places:
+    for location in locations:
         try:
-            for store in _stores_at(place, storage):
+            for store in _stores_at(location, storage):
                 try:
                     run = read_published(store)
                 except VerificationError as error:
@@ -123,7 +123,7 @@ def find_runs(places: Sequence[str], storage: StorageOptions) -> tuple[list[Publ
                 else:
                     runs.setdefault(run.sha256, run)
         except JobError as error:
-            errors.append((place, error))
+            errors.append((location, error))
     if errors:
         raise combine(errors)
     return list(runs.values()), tuple(unreadable.values())
@@ -133,26 +133,26 @@ def _first_line(error: JobError) -> str:
     return str(error).partition("\n")[0][:300]
 
 
-def _stores_at(place: str, storage: StorageOptions) -> Iterator[ObjectStore]:
-    """The stores of the runs at a place.
+def _stores_at(location: str, storage: StorageOptions) -> Iterator[ObjectStore]:
+    """The stores of the runs at a location.
 
     Raises:
         SettingsError: It holds none, or too many objects to look for runs among them.
     """
-    store: ObjectStore = open_run_or_pointer(place, storage)
+    store: ObjectStore = open_run_or_pointer(location, storage)
     if store.tag(RESULTS) is not None:
         yield store
         return
     listed = [info.key for info in islice(store.list(), MOST_LISTED + 1)]
     if len(listed) > MOST_LISTED:  # the newest run may be among those that were not seen
         what = f"holds more than {MOST_LISTED:,} objects; name the runs themselves, such as {store.uri}/RUN"
-        raise SettingsError([Problem(place, what)])
+        raise SettingsError([Problem(location, what)])
     inside = [key.removesuffix(f"/{RESULTS}") for key in listed if _is_of_run(key)]
     if not inside:
         if LEASE in listed:
             yield store  # a run without results
             return
-        raise SettingsError([Problem(place, "is neither a run nor a folder with complete runs")])
+        raise SettingsError([Problem(location, "is neither a run nor a folder with complete runs")])
     for name in inside:
         yield open_run_or_pointer(join(store.uri, name), storage)
 
@@ -238,8 +238,8 @@ def _task(results: Mapping[str, Any], task: str) -> Any:
 
 
 def _value(task: Mapping[str, Any], metric: str) -> float | None:
-    found = task["metrics"].get(metric, {}).get("adapter") if "metrics" in task else task["adapter"].get(metric)
-    return None if found is None else float(found)
+    figure = task["metrics"].get(metric, {}).get("adapter") if "metrics" in task else task["adapter"].get(metric)
+    return None if figure is None else float(figure)
 
 
 def as_json(result: History) -> dict[str, Any]:

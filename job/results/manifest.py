@@ -66,7 +66,7 @@ def build(
     """The sealed manifest.
 
     `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `groups` from `compare_groups`, `gate` from
-    `judge`, `exports` from `exports_record`, `full_precision` from `full_precision_record`, `near_ties` from
+    `evaluate_gate`, `exports` from `exports_record`, `full_precision` from `full_precision_record`, `near_ties` from
     `compare_near_ties`. `precision` is that of all scores but an export's. `gpus` are those of all processes, each of
     which sees only its own; None for those of this one. `part_of` is the id of the run that this one is the first stage
     of, `prompts` are those of JOB_EVAL__PROMPTS; `unsafe_answers` says how many answers to them are, by side, and
@@ -129,11 +129,15 @@ def full_precision_record(base: Evaluated, adapter: Mapping[str, TaskScores]) ->
     Raises:
         DataError: The base was asked other questions before it was quantized.
     """
-    found = base.full_precision
-    if found is None:
+    full_precision = base.full_precision
+    if full_precision is None:
         return None
-    tasks = compare_full_precision(found.scores, base.scores, adapter) if found.scores else {}
-    return {"dtype": found.dtype, **({"not_scored": found.not_scored} if found.not_scored else {}), "tasks": tasks}
+    tasks = compare_full_precision(full_precision.scores, base.scores, adapter) if full_precision.scores else {}
+    return {
+        "dtype": full_precision.dtype,
+        **({"not_scored": full_precision.not_scored} if full_precision.not_scored else {}),
+        "tasks": tasks,
+    }
 
 
 def unsafe_answers_record(base: Evaluated, adapter: Evaluated) -> dict[str, int] | None:

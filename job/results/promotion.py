@@ -70,7 +70,7 @@ class Pointer:
 
 
 @dataclass(frozen=True)
-class Place:
+class PointerLocation:
     """Where a pointer is: the store of its folder, and its file name."""
 
     store: ObjectStore
@@ -82,8 +82,8 @@ class Place:
         return f"{self.store.uri}/{self.name}"
 
 
-def pointer_place(where: str, storage: StorageOptions) -> Place:
-    """The place of a pointer, from a path or URI, without a request to the store.
+def pointer_location(where: str, storage: StorageOptions) -> PointerLocation:
+    """The location of a pointer, from a path or URI, without a request to the store.
 
     Raises:
         SettingsError: The path is the root of a bucket, or a folder.
@@ -96,13 +96,13 @@ def pointer_place(where: str, storage: StorageOptions) -> Place:
     except ValueError as error:
         raise SettingsError([Problem(where, str(error))]) from None
     if is_remote(where):
-        return Place(open_store(location.parent, storage), name)
+        return PointerLocation(open_store(location.parent, storage), name)
     if Path(where).is_dir():
         raise SettingsError([Problem(where, "is a folder; name a file, such as one next to it")])
-    return Place(open_store(str(Path(where).absolute().parent), storage), name)
+    return PointerLocation(open_store(str(Path(where).absolute().parent), storage), name)
 
 
-def read_pointer(place: Place) -> tuple[Pointer | None, str | None]:
+def read_pointer(location: PointerLocation) -> tuple[Pointer | None, str | None]:
     """The pointer and its tag; (None, None) if there is no file.
 
     Raises:
@@ -110,18 +110,18 @@ def read_pointer(place: Place) -> tuple[Pointer | None, str | None]:
         VerificationError: It was altered.
     """
     try:
-        stored = place.store.read(place.name)
+        stored = location.store.read(location.name)
     except TooLarge:
-        raise SettingsError([Problem(place.uri, "is too large for a pointer; give another place")]) from None
+        raise SettingsError([Problem(location.uri, "is too large for a pointer; give another place")]) from None
     if stored is None:
         return None, None
     if KIND.encode() not in stored.data:
-        raise SettingsError([Problem(place.uri, "is a file that `promote` did not write; give another place")])
+        raise SettingsError([Problem(location.uri, "is a file that `promote` did not write; give another place")])
     try:
         return _parsed(unsealed(stored.data)), stored.tag
     except (ValueError, KeyError, TypeError) as error:  # pydantic's are ValueErrors
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise VerificationError([Problem(place.uri, f"is not a pointer that `promote` wrote: {why}")]) from None
+        raise VerificationError([Problem(location.uri, f"is not a pointer that `promote` wrote: {why}")]) from None
 
 
 def _parsed(facts: dict[str, Any]) -> Pointer:
@@ -137,26 +137,26 @@ def _valid(kind: type[_T], value: Any) -> _T:
     return adapter_of(kind).validate_python(value)
 
 
-def check_place(place: Place) -> None:
-    """Checks that a pointer may be written to a place; called before the run is verified, which takes minutes.
+def check_pointer_location(location: PointerLocation) -> None:
+    """Checks that a pointer may be written to a location; called before the run is verified, which takes minutes.
 
     Raises:
         SettingsError: It is in a run's folder, or its store has no conditional writes.
         AccessDenied, Unreachable: The store refused the request, or did not answer.
     """
-    if place.store.tag(RESULTS) is not None:
+    if location.store.tag(RESULTS) is not None:
         message = (
             "is in the folder of a run, which would no longer verify with another file in it; give a "
             "place outside of it"
         )
-        raise SettingsError([Problem(place.uri, message)])
-    if not place.store.conditional_writes():
+        raise SettingsError([Problem(location.uri, message)])
+    if not location.store.conditional_writes():
         message = (
             "is in a store without conditional writes, where two promotions at the same time would "
             "both seem to succeed; "
             "use a store that has them: S3, Google's, Azure's or a local folder"
         )
-        raise SettingsError([Problem(place.uri, message)])
+        raise SettingsError([Problem(location.uri, message)])
 
 
 def require_gate_held(results: Mapping[str, Any], *, without_gate: bool = False) -> None:
@@ -175,7 +175,7 @@ def require_gate_held(results: Mapping[str, Any], *, without_gate: bool = False)
         )
 
 
-def promote(place: Place, run: PublishedRun) -> tuple[Promoted, Promoted | None]:
+def promote(location: PointerLocation, run: PublishedRun) -> tuple[Promoted, Promoted | None]:
     """Points to a run, which the caller has verified; returns the new and the previous target.
 
     Writes nothing if the pointer already points to this run and manifest.
@@ -185,22 +185,22 @@ def promote(place: Place, run: PublishedRun) -> tuple[Promoted, Promoted | None]
         VerificationError: The run's manifest lists no adapter, or the pointer was altered.
         SettingsError: The file there is not a pointer.
     """
-    pointer, tag = read_pointer(place)
+    pointer, tag = read_pointer(location)
     adapter = next((one["sha256"] for one in run.results["artifacts"] if one["path"] == WEIGHTS), None)
     if adapter is None:
         raise VerificationError([Problem(f"{run.store.uri}/{RESULTS}", f"lists no {WEIGHTS}")])
     promoted = Promoted(run.store.uri, run.id, run.results["seal"], adapter, timestamp())
     if pointer is None:
-        _write(place, Pointer(promoted), tag)
+        _write(location, Pointer(promoted), tag)
         return promoted, None
     before = pointer.current
     if (before.run, before.manifest_seal) == (promoted.run, promoted.manifest_seal):
         return before, before
-    _write(place, Pointer(promoted, (*pointer.previous, before), pointer.rolled_back), tag)
+    _write(location, Pointer(promoted, (*pointer.previous, before), pointer.rolled_back), tag)
     return promoted, before
 
 
-def roll_back(place: Place, storage: StorageOptions) -> tuple[Promoted, Promoted]:
+def roll_back(location: PointerLocation, storage: StorageOptions) -> tuple[Promoted, Promoted]:
     """Points to the previous run again; returns the new and the previous target.
 
     That run is read again: its manifest has to be the one that was promoted, and its files have to match the manifest.
@@ -211,21 +211,21 @@ def roll_back(place: Place, storage: StorageOptions) -> tuple[Promoted, Promoted
         SettingsError: There is no pointer, or no previous run in it.
         VerificationError: The previous run is missing, or is not the one that was promoted.
     """
-    pointer, tag = read_pointer(place)
+    pointer, tag = read_pointer(location)
     if pointer is None or not pointer.previous:
         message = "there is no pointer" if pointer is None else "pointed to no run before, so it cannot be moved back"
-        raise SettingsError([Problem(place.uri, message)])
+        raise SettingsError([Problem(location.uri, message)])
     *earlier, back = pointer.previous
     store = open_run(back.run, storage)
-    found = read_complete(store)
-    if found is None or found["seal"] != back.manifest_seal:
+    results = read_complete(store)
+    if results is None or results["seal"] != back.manifest_seal:
         message = "is not the run that was promoted: it was removed, is incomplete, or was replaced by another run"
         raise VerificationError([Problem(back.run, message)])
-    _write(place, Pointer(back, tuple(earlier), (*pointer.rolled_back, pointer.current)), tag)
+    _write(location, Pointer(back, tuple(earlier), (*pointer.rolled_back, pointer.current)), tag)
     return back, pointer.current
 
 
-def _write(place: Place, pointer: Pointer, tag: str | None) -> None:
+def _write(location: PointerLocation, pointer: Pointer, tag: str | None) -> None:
     content = {
         "kind": KIND,
         **asdict(pointer.current),
@@ -234,12 +234,12 @@ def _write(place: Place, pointer: Pointer, tag: str | None) -> None:
         "write": uuid4().hex,
     }
     try:
-        place.store.write(place.name, sealed(content), if_absent=tag is None, if_tag=tag)
+        location.store.write(location.name, sealed(content), if_absent=tag is None, if_tag=tag)
     except Conflict:
-        now_there, _ = read_pointer(place)
+        now_there, _ = read_pointer(location)
         where = "" if now_there is None else f", to {now_there.current.text}"
         raise PointerMoved(
-            f"{place.uri} was moved by another process at the same time{where}; nothing was changed: check "
+            f"{location.uri} was moved by another process at the same time{where}; nothing was changed: check "
             "whether that is the run you want, and repeat the command if not"
         ) from None
 
@@ -262,13 +262,13 @@ def open_run_or_pointer(where: str, storage: StorageOptions) -> ObjectStore:
 
 
 def _pointer_at(where: str, storage: StorageOptions) -> Pointer | None:
-    """The pointer at a place; None if a run is there, or nothing: then reading the run reports what is missing."""
+    """The pointer at a location; None if a run is there, or nothing: then reading the run reports what is missing."""
     if where.endswith((f"/{RESULTS}", "/")) or where == RESULTS or (not is_remote(where) and not Path(where).is_file()):
         return None
     if is_remote(where) and (not Location.parse(where).key or open_run(where, storage).tag(RESULTS) is not None):
         return None
     try:
-        return read_pointer(pointer_place(where, storage))[0]
+        return read_pointer(pointer_location(where, storage))[0]
     except SettingsError:
         what = f"is a file, but neither {RESULTS} nor a pointer that `promote` wrote; give the folder of a run"
         raise SettingsError([Problem(where, what)]) from None

@@ -50,27 +50,27 @@ PUBLIC_BASES: Mapping[str, PublicBase] = {
 """Name on the hub -> what is known. `tokens` is None where it was never published for that model."""
 
 
-def public_base(place: str, revision: str | None, name: str | None) -> tuple[str, str | None]:
+def public_base(location: str, revision: str | None, name: str | None) -> tuple[str, str | None]:
     """The name and the commit by which readers of the adapter can get its base: never a path of this machine.
 
     Args:
-        place: JOB_MODEL__ID.
-        revision: The commit that was used; None if `place` is no hub id.
-        name: JOB_MODEL__NAME; it has a commit only if it names the same repository as `place`.
+        location: JOB_MODEL__ID.
+        revision: The commit that was used; None if `location` is no hub id.
+        name: JOB_MODEL__NAME; it has a commit only if it names the same repository as `location`.
 
     Returns:
-        The name that was given, else the hub id (also where `place` is its folder in the hub's cache), else the last
+        The name that was given, else the hub id (also where `location` is its folder in the hub's cache), else the last
         part of the path or URI, under which PEFT finds a folder in the current directory.
     """
     if name is not None:
-        return name, revision if name == place else None
+        return name, revision if name == location else None
     if revision is not None:
-        return place, revision
-    if cached := _CACHED.search(place):
+        return location, revision
+    if cached := _CACHED.search(location):
         return cached[1].replace("--", "/", 1), cached[2]
-    return last_part(place).strip(".") or "base", None
+    return last_part(location).strip(".") or "base", None
 
 
-def last_part(place: str) -> str:
+def last_part(location: str) -> str:
     """The last part of a hub id, URI or path."""
-    return place.rstrip("/").rpartition("/")[2] or place
+    return location.rstrip("/").rpartition("/")[2] or location

@@ -91,10 +91,10 @@ def parse(data: bytes) -> dict[str, Any]:
         what = f"is damaged: no JSON ({error})" if data.strip() else "is empty"
         raise ValueError(f"{what}; copy it again, or start its run again, which repairs it") from None
     if isinstance(results, dict) and results.get("schema_version", manifest.VERSION) != manifest.VERSION:
-        found = str(results["schema_version"])[:40]
-        raise ValueError(f"is a manifest of version {found}; this job reads version {manifest.VERSION}; {_UPDATE}")
-    if (place := _too_large(results)) is not None:
-        raise ValueError(f"{place[:200]} is a number above 10^18")
+        version = str(results["schema_version"])[:40]
+        raise ValueError(f"is a manifest of version {version}; this job reads version {manifest.VERSION}; {_UPDATE}")
+    if (path := _too_large(results)) is not None:
+        raise ValueError(f"{path[:200]} is a number above 10^18")
     try:
         manifest.validate(results)
     except ValueError as error:
@@ -105,12 +105,12 @@ def parse(data: bytes) -> dict[str, Any]:
 
 
 def _too_large(value: Any, where: str = "") -> str | None:
-    """The place of the first number beyond `LARGEST_NUMBER`; None if there is none."""
+    """The path of the first number beyond `LARGEST_NUMBER`; None if there is none."""
     if isinstance(value, int | float):
         return where if abs(value) > LARGEST_NUMBER else None
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = (_too_large(part, f"{where}.{name}".lstrip(".")) for name, part in parts)
-    return next((place for place in found if place is not None), None)
+    paths = (_too_large(part, f"{where}.{name}".lstrip(".")) for name, part in parts)
+    return next((path for path in paths if path is not None), None)
 
 
 def scored_in(results: Mapping[str, Any]) -> dict[str, str]:

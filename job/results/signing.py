@@ -243,8 +243,8 @@ def _statement(name: str, files: Mapping[str, str], *, whole_run: bool) -> dict[
 def _hash_of(key: EllipticCurvePublicKey) -> HashAlgorithm:
     from cryptography.hazmat.primitives import hashes
 
-    found: HashAlgorithm = getattr(hashes, _HASHES[key.curve.name])()
-    return found
+    algorithm: HashAlgorithm = getattr(hashes, _HASHES[key.curve.name])()
+    return algorithm
 
 
 def _encoded(payload: bytes) -> bytes:

@@ -21,6 +21,7 @@ from job.common.hashing import unsealed
 from job.common.validation import first_error
 from job.errors import Problem, SettingsError, exit_codes
 from job.records import Artifact, TrainingProgress
+from job.results.summary import summary
 from job.runs import lease
 from job.runs.attempt import missing
 from job.runs.killed_for_memory import why_killed
@@ -103,6 +104,8 @@ class RunStatus:
         likely: For a `stalled` run, evidence that full main memory is the cause; null if there is none.
         checkpoints: Steps of the checkpoints with a valid commit marker, newest first. Their files are not read.
         gate: For a finished run, whether its quality gate is met; null without a gate.
+        outcome: For a finished run, its outcome in words, as `run` prints it at its end: training, accuracies with
+            their paired differences, exports, cost, the report and the verdict.
         problems: Damaged records; if there are any, the exit code is 4.
     """
 
@@ -125,6 +128,7 @@ class RunStatus:
     likely: str | None = None
     checkpoints: tuple[int, ...] = ()
     gate: bool | None = None
+    outcome: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = field(default_factory=tuple)
 
 
@@ -201,6 +205,7 @@ def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> Run
         likely=None if current is None or state != "stalled" else why_killed(current),
         checkpoints=checkpoints,
         gate=_gate(results),
+        outcome=() if results is None else tuple(_outcome(store, results)),
         problems=tuple(problems),
     )
     return _with_step(status, store, logged, results)
@@ -373,7 +378,8 @@ def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | No
     try:
         artifacts = [Artifact(**entry) for entry in results["artifacts"]]
         _gate(results)
-    except (KeyError, TypeError) as error:
+        _outcome(store, results)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         problems.append(Problem(f"{store.uri}/{RESULTS}", f"is not a manifest of this job: {error}"))
         return None
     if gone := missing(store, artifacts):
@@ -385,6 +391,10 @@ def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | No
 def _gate(results: Mapping[str, Any] | None) -> bool | None:
     passed = None if results is None else results["gate"]["passed"]
     return passed if isinstance(passed, bool) else None
+
+
+def _outcome(store: ObjectStore, results: Mapping[str, Any]) -> list[str]:
+    return summary(results, f"{store.uri}/{RESULTS}")
 
 
 def _checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]:

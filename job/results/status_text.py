@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import TypeVar
 
 from job.common.formatting import duration, moment
@@ -73,6 +74,7 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
         "what to change": FIX if status.likely or (end and end.outcome == "killed" and end.why) else None,
     }
     yield from ((name, text) for name, text in texts.items() if text)
+    yield from ((name, line) for name, line in zip_longest(["outcome"], status.outcome, fillvalue="") if line)
     yield from (("damaged", str(problem)) for problem in status.problems)
 
 

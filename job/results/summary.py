@@ -15,9 +15,12 @@ from job.runs.layout import REPORT, RESULTS
 def summary(results: Mapping[str, Any], where: str) -> list[str]:
     """The outcome in a few lines: training, accuracy, cost, the report; and in the last, verdict and results."""
     training, cost = results["training"], results["cost"]
-    work = f"{count(training['steps'], 'step')} on {count(results['dataset']['rows'], 'example')}"
+    skipped = sum(results["dataset"]["skipped"].values())
+    left_out = f" ({count(skipped, 'row')} left out)" if skipped else ""
+    work = f"{count(training['steps'], 'step')} on {count(results['dataset']['rows'], 'example')}{left_out}"
     speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
     lines = [f"{results['model']['id']} + LoRA, {work}, loss {training['loss']:.3f}, {speed}"]
+    lines += _validation_lines(training.get("validation"))
     if first := training.get("first_stage"):
         lines.append(f"before that {count(first['steps'], 'step')} of {first['method']}, loss {first['loss']:.3f}")
     if rewards := training.get("preference"):
@@ -41,10 +44,11 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         if rest := task.get("without_overlap"):
             figures = f"{100 * rest['delta']:+.2f} points on the other {rest['n']:,}, {rest['verdict']}{against}"
             lines.append(f"training rows contain {task['n'] - rest['n']:,} of these questions: {figures}")
-    for name, found in results["evaluation"].get("measured", {}).items():
-        start = f"{name}, {found['n']:,} questions"
+    for name, comparisons in results["evaluation"].get("measured", {}).items():
+        start = f"{name}, {comparisons['n']:,} questions"
         lines += [
-            f"{start}: {measured_line(metric, comparison, against)}" for metric, comparison in found["metrics"].items()
+            f"{start}: {measured_line(metric, comparison, against)}"
+            for metric, comparison in comparisons["metrics"].items()
         ]
     if why := (results["evaluation"].get("full_precision") or {}).get("not_scored"):
         lines.append(f"the unquantized base was not scored: {why}")
@@ -65,9 +69,9 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     ]
     passed = results["gate"]["passed"]
     gate = [] if passed is None else ["gate met" if passed else "gate not met"]
-    judged = results["gate"].get("policy")
-    lines += [f"policy: {line}" for line in (policy_lines(judged) if judged else ())]
-    gate += [f"policy {judged['outcome']}"] if judged else []
+    policy = results["gate"].get("policy")
+    lines += [f"policy: {line}" for line in (policy_lines(policy) if policy else ())]
+    gate += [f"policy {policy['outcome']}"] if policy else []
     ended = ", ".join([*verdicts, *gate])
     lines.append("; ".join([*([ended] if ended else []), f"results: {where}"]))
     return lines
@@ -82,6 +86,17 @@ _AGAINST_BOTH = {
     ("regressed", "inconclusive"): "worse than the quantized base and inconclusive against the unquantized one",
 }
 """The note where the verdicts against the quantized and the unquantized base differ."""
+
+
+def _validation_lines(validation: Mapping[str, Any] | None) -> list[str]:
+    """The losses on the validation rows, and which step's adapter is published; none without validation."""
+    if validation is None or validation["best_step"] is None:
+        return []
+    losses = f"{validation['first_loss']:.3f} -> {validation['last_loss']:.3f}"
+    best = f"lowest {validation['best_loss']:.3f} after step {validation['best_step']:,}"
+    kept = "its adapter is published" if validation["keep"] == "best" else "the last step's adapter is published"
+    ended = "; stopped early" if validation["stopped_early"] else ""
+    return [f"validation loss {losses}, {best}; {kept}{ended}"]
 
 
 def verdict_in_words(name: str, results: Mapping[str, Any]) -> str:

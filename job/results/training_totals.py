@@ -45,8 +45,8 @@ def training_totals(history: Sequence[StepMetrics], steps_per_epoch: int, global
 def _means(history: Sequence[StepMetrics]) -> dict[str, float]:
     """The means of the metrics of preferences, by examples; a metric may be missing in some steps."""
     names = dict.fromkeys(name for step in history for name in step.preference)
-    found = {}
+    means = {}
     for name in names:
         values = [(step.preference[name], step.examples) for step in history if name in step.preference]
-        found[name] = sum(value * examples for value, examples in values) / sum(examples for _, examples in values)
-    return found
+        means[name] = sum(value * examples for value, examples in values) / sum(examples for _, examples in values)
+    return means

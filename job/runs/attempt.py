@@ -119,8 +119,8 @@ class Attempt:
     _began: float = field(default_factory=time.monotonic)
     _next_note: float = field(default_factory=time.monotonic)
 
-    def alive(self, *, progress: bool = True) -> None:
-        """Called wherever a stage makes progress and stopping is safe: ends the stage if the job has to end.
+    def check_stop(self, *, progress: bool = True) -> None:
+        """Reports progress, and ends the stage if the job has to end; called wherever stopping is safe.
 
         Without `progress` the stage waits for something else, which the watchdog must not take for progress.
         """
@@ -147,11 +147,11 @@ class Attempt:
             log.get_logger().info(what, seconds=seconds)
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            self.alive()
+            self.check_stop()
             time.sleep(min(_STOP_CHECK_SECONDS, left))
 
-    def alive_in_thread(self) -> None:
-        """Like `alive`, for another thread than the stage's: it writes nothing into the run log."""
+    def check_stop_in_thread(self) -> None:
+        """Like `check_stop`, for another thread than the stage's: it writes nothing into the run log."""
         self.report_progress()
         self.stop.check()
 
@@ -203,7 +203,7 @@ class Attempt:
             if not again:
                 log.get_logger().info("stage begins")
             self.faults.at("stage", name)
-            self.alive()
+            self.check_stop()
             self._stage = (name, time.monotonic())
             self.questions = 0
             try:
@@ -317,7 +317,7 @@ class Attempt:
 
     def damaged(self, artifacts: Iterable[Artifact]) -> list[str]:
         """Those of the artifacts, by path, that the store does not have byte for byte. All are downloaded for that."""
-        return altered(self.store, artifacts, self.work, self.alive)
+        return altered(self.store, artifacts, self.work, self.check_stop)
 
     def fetch(self, artifact: Artifact) -> Path:
         """Downloads what was published, verified; for its errors see `fetch_artifact`."""

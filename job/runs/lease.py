@@ -206,7 +206,9 @@ def take(store: ObjectStore, holder: str) -> Lease:
     )
 
 
-def check_same_store(store: ObjectStore, holder: str, alive: Callable[[], None], seconds: float = SEEN_SECONDS) -> None:
+def check_same_store(
+    store: ObjectStore, holder: str, check_stop: Callable[[], None], seconds: float = SEEN_SECONDS
+) -> None:
     """Checks, on a machine that does not hold the lease, that it sees the lease of the one that does.
 
     A machine whose JOB_RUN__OUTPUT is a local folder would find no checkpoint when the run resumes, and wait for
@@ -215,7 +217,7 @@ def check_same_store(store: ObjectStore, holder: str, alive: Callable[[], None],
     Args:
         store: The run's store, as this machine sees it.
         holder: `Lease.holder` on the machine that holds it.
-        alive: Called between two looks.
+        check_stop: Called between two looks.
         seconds: How long to look: a network file system may show a new file late.
 
     Raises:
@@ -232,7 +234,7 @@ def check_same_store(store: ObjectStore, holder: str, alive: Callable[[], None],
             what = f"is {store.uri}, where this machine does not see the files that machine 0 has written there"
             fix = "give all machines the same bucket, or a folder that they share"
             raise SettingsError([Problem("JOB_RUN__OUTPUT", f"{what}; {fix}")])
-        alive()
+        check_stop()
         time.sleep(0.5)
 
 

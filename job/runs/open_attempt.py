@@ -68,7 +68,7 @@ def open_attempt(
     holder = processes.share("holder of the lease", lambda: lease.holder if lease else "")
     log.bind(attempt=number)
     if not processes.leads and processes.place.local_rank == 0:
-        check_same_store(store, holder, lambda: _alive(processes, stop, report_progress))
+        check_same_store(store, holder, lambda: _check_stop(processes, stop, report_progress))
     with work_folder(cache, store.uri, number, cleans=processes.place.local_rank == 0) as work:
         logged = read_logged(store, number) if processes.leads else []
         earlier = [logged_attempt.record for logged_attempt in logged]
@@ -103,7 +103,7 @@ def open_attempt(
         attempt.note("complete")
 
 
-def _alive(processes: Processes, stop: Stop, report_progress: Callable[[], None]) -> None:
+def _check_stop(processes: Processes, stop: Stop, report_progress: Callable[[], None]) -> None:
     report_progress()
     processes.check()
     stop.check()

@@ -249,10 +249,10 @@ def _location(text: str) -> str:
 def _sources(text: str) -> str:
     """One location, checked by `_location`, or several with amounts, each location checked."""
     sources = parse_sources(text)
-    if is_single(sources) and sources[0].place == text:
+    if is_single(sources) and sources[0].location == text:
         return _location(text)
     for source in sources:
-        _location(source.place)
+        _location(source.location)
     return ",".join(item.strip() for item in text.split(","))
 
 
@@ -349,7 +349,7 @@ def _export_format(text: str) -> str:
     return text
 
 
-def _judged(text: str) -> str:
+def _gate_format(text: str) -> str:
     try:
         return text if text == "adapter" else _export_format(text)
     except ValueError as error:
@@ -435,7 +435,7 @@ Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1)
 ExportName = Annotated[Text, AfterValidator(_export_format)]
 """A name in `common.export_formats`, with its type if the format has types (`gguf:q8_0`)."""
 ExportFormats = Annotated[tuple[ExportName, ...], BeforeValidator(_items), AfterValidator(_unique)]
-Judged = Annotated[Text, AfterValidator(_judged)]
+GateFormat = Annotated[Text, AfterValidator(_gate_format)]
 """`adapter`, or the name of an exported format."""
 FieldNames = Annotated[Mapping[Text, Text], BeforeValidator(_pairs)]
 JsonObject = Annotated[Mapping[Text, Any], BeforeValidator(_json_object)]

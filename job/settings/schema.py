@@ -42,12 +42,12 @@ from job.settings.field_types import (
     FieldNames,
     Flag,
     FlagOrAuto,
+    GateFormat,
     HeldOut,
     HostPort,
     HubRepository,
     ImageReference,
     JsonObject,
-    Judged,
     Layers,
     LocalPath,
     Location,
@@ -549,7 +549,7 @@ class Export(Group):
 class Gate(Group):
     """Quality gate: if one of these is not met, the job ends with exit code 3 after the results are published."""
 
-    on: ExecutionOnly[Judged] = "adapter"
+    on: ExecutionOnly[GateFormat] = "adapter"
     """What the gate judges: the adapter, or an exported format (see JOB_EXPORT__FORMATS)."""
     metric: ExecutionOnly[Text] = "acc"
     """Metric of the thresholds. `acc` and `acc_norm`: accuracy of choices, by log-likelihood, or by log-likelihood

@@ -12,14 +12,14 @@ from typing import Any
 
 from job import log
 from job.common.hashing import seal
-from job.evaluation.generation import HowToGenerate
+from job.evaluation.generation import GenerationOptions
 from job.evaluation.harness import evaluate, measure
 from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.samples import MeasuredSample, Sample, write_samples
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, ScoreSequences, score_questions, score_sequences
-from job.evaluation.task_metrics import LARGEST_PERPLEXITY, aggregate, how_to_generate
+from job.evaluation.task_metrics import LARGEST_PERPLEXITY, aggregate, generation_options
 from job.model.adapter_files import load_adapter
 from job.model.lora import adapter_off
 from job.model.packed_attention import is_packed
@@ -122,18 +122,18 @@ def generation_rules(settings: Settings, sources: Sources, model: Any) -> dict[s
     A later attempt may be by another version, in which other tokens end an answer. The answers of base and adapter can
     be compared only if both were generated alike.
     """
-    chosen = {} if sources.tasks is None else sources.tasks.only("generate_until").loaded["tasks"]
+    generating = {} if sources.tasks is None else sources.tasks.only("generate_until").loaded["tasks"]
     options_by_task = {
-        name: how_to_generate(name, task.config.generation_kwargs or {}, seed=settings.run.seed)
-        for name, task in chosen.items()
+        name: generation_options(name, task.config.generation_kwargs or {}, seed=settings.run.seed)
+        for name, task in generating.items()
     }
     if settings.eval.prompts is not None:
-        options_by_task["JOB_EVAL__PROMPTS"] = HowToGenerate(settings.eval.prompts_max_new_tokens)
+        options_by_task["JOB_EVAL__PROMPTS"] = GenerationOptions(settings.eval.prompts_max_new_tokens)
     whole = {
-        name: with_model_defaults(how, sources.folder, model, sources.tokenizer)
-        for name, how in options_by_task.items()
+        name: with_model_defaults(options, sources.folder, model, sources.tokenizer)
+        for name, options in options_by_task.items()
     }
-    return {name: seal(asdict(how)) for name, how in whole.items()}
+    return {name: seal(asdict(options)) for name, options in whole.items()}
 
 
 def other_generation(evaluated: Evaluated, expected: Mapping[str, str]) -> str:
@@ -186,7 +186,7 @@ def score_model(
     `scoring` is how one process scores sequences, if not by the model's own forward pass; with `one_by_one` each
     sequence is one question. Without `measured`, tasks without choices are left out.
     """
-    parallel = ParallelScoring(attempt.processes, attempt.alive, scoring or score_sequences)
+    parallel = ParallelScoring(attempt.processes, attempt.check_stop, scoring or score_sequences)
     if not attempt.processes.leads or sources.tasks is None:
         parallel.help(model, sources.tokenizer)
         return None
@@ -209,7 +209,7 @@ def score_model(
                 on_progress=on_progress,
             )
 
-    def answer(prompts: list[tuple[int, ...]], options: HowToGenerate) -> list[Answer]:
+    def answer(prompts: list[tuple[int, ...]], options: GenerationOptions) -> list[Answer]:
         return generate_answers(
             attempt,
             model,

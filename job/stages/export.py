@@ -42,7 +42,7 @@ from job.export.formats import DerivedInputs, derived_format
 from job.export.merge import write_merged
 from job.export.merge_plan import plan_merge
 from job.export.quantizable import CannotMake
-from job.export.scoring import ExportedModel, HowToScore, load_exported
+from job.export.scoring import ExportedModel, ScoringOptions, load_exported
 from job.model.adapter_files import load_adapter
 from job.model.device import short_name
 from job.model.free_model import free_model
@@ -100,7 +100,7 @@ class _Export:
     attempt: Attempt
     settings: Settings
     sources: Sources
-    how: HowToScore
+    scoring: ScoringOptions
     precision: ScoringPrecision | None
 
 
@@ -118,13 +118,13 @@ def export(
     `precision` is that in which base and adapter were scored; None in records of older versions.
     """
     dtype = loaded.model.get_base_model().dtype
-    scoring = HowToScore(
+    scoring = ScoringOptions(
         loaded.model.device,
         dtype,
         settings.train.max_length,
         loaded.packing.packed,
         attempt.processes.place.local_world_size,
-        attempt.alive,
+        attempt.check_stop,
     )
     context = _Export(attempt, settings, sources, scoring, precision)
     formats = [_adapter_copy(context, name, loaded, trained) for name in adapter_copies(settings.export.formats)]
@@ -172,7 +172,7 @@ def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained)
         return ExportFiles.of(folder).as_json()
 
     made = attempt.processes.share_on_machine(name, make)
-    scored_in = context.precision.dtype if context.precision else short_name(context.how.compute_dtype)
+    scored_in = context.precision.dtype if context.precision else short_name(context.scoring.compute_dtype)
     record = ExportRecord(name, _ON_BASE, "a copy of the adapter", kind, scored_in, {})
     if why := made.get(_NOT_MADE):  # the same on all machines: they have the same adapter
         return _not_made(context, replace(record, dtype="", scored_in=""), why)
@@ -181,7 +181,7 @@ def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained)
     load_adapter(loaded.model, files.folder, loaded.names)
     # `adapter` hashes all files: the same key is the same adapter.
     facts = {**forward_facts(loaded, loaded.record), "adapter": dict(files.hashes)}
-    facts |= precision_facts(context.precision, context.how.device)
+    facts |= precision_facts(context.precision, context.scoring.device)
     log.get_logger().info("evaluating", export=name, candidate=_ON_BASE, dtype=record.scored_in)
     cache = ScoreCache(attempt.store, SCORES, context.settings.run.id, score_conditions(facts))
     side = export_side(name, _ON_BASE)
@@ -232,7 +232,7 @@ def _make_merged(context: _Export, loaded: Loaded) -> tuple[dict[str, ExportFile
                 folder,
                 tokenizer=context.sources.tokenizer,
                 added_tokens=context.settings.model.add_tokens,
-                alive=attempt.alive,
+                check_stop=attempt.check_stop,
             )
             files_by_candidate[name] = ExportFiles.of(folder).as_json()
         return {"only": merges.only, "made": files_by_candidate}
@@ -263,7 +263,7 @@ def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -
         return _not_made(context, record, why)
     files = ExportFiles.from_json(made)
     require_same_files(attempt, name, [files])
-    cannot = derived_by.cannot_score(context.how.device)
+    cannot = derived_by.cannot_score(context.scoring.device)
     scored = _score(context, name, candidate, files, load=derived_by.load, cannot=cannot)
     if not attempt.processes.leads:
         return None
@@ -307,9 +307,9 @@ def _make_derived(context: _Export, name: str, merged: ExportFiles, work: Path) 
         folder=work / "files",
         work=work / "work",
         calibration=rows,
-        device=context.how.device,
+        device=context.scoring.device,
         seed=settings.run.seed,
-        alive=context.attempt.alive,
+        check_stop=context.attempt.check_stop,
         steps=settings.export.quantization_steps,
     )
     work.mkdir(parents=True)
@@ -333,14 +333,14 @@ def _score(
     candidate: str,
     files: ExportFiles,
     *,
-    load: Callable[[Path, HowToScore], ExportedModel] = load_exported,
+    load: Callable[[Path, ScoringOptions], ExportedModel] = load_exported,
     cannot: str = "",
 ) -> _Scored:
     """Loads the files as a separate model, and scores it on all questions; not if it cannot be scored here."""
     if cannot:
         log.get_logger().warning("an exported format is not scored", export=name, why=cannot)
         return _Scored(None, "", "", cannot)
-    exported = load(files.folder, context.how)
+    exported = load(files.folder, context.scoring)
     scored_in, scoring, facts = exported.scored_in, exported.scoring, dict(exported.facts)
     if scoring is None and context.precision is not None and is_precise(context.precision):
         # compressed-tensors finishes loading in the first forward pass, and wraps the modules then
@@ -351,9 +351,9 @@ def _score(
             if not has_foreign_layers(exported.model):  # which multiply in the dtype of the model
                 scored_in = context.precision.dtype
             scoring = scoring_in(context.precision, lambda: exported.model, context.settings.train.gpu_memory_gb)
-            facts |= precision_facts(context.precision, context.how.device)
+            facts |= precision_facts(context.precision, context.scoring.device)
     # `exported` hashes all files: the same key is the same model.
-    facts |= {"exported": dict(files.hashes), "dtype": exported.scored_in, "packed": context.how.packed}
+    facts |= {"exported": dict(files.hashes), "dtype": exported.scored_in, "packed": context.scoring.packed}
     attempt = context.attempt
     cache = ScoreCache(attempt.store, SCORES, context.settings.run.id, score_conditions(facts))
     side = export_side(name, candidate)

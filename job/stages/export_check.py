@@ -31,13 +31,13 @@ from job.stages.handoff import Loaded
 from job.storage.hub import MAX_FILE
 
 
-def check_export(attempt: Attempt, options: Export, judged: str, original: Path, loaded: Loaded) -> Candidates:
+def check_export(attempt: Attempt, options: Export, gate_format: str, original: Path, loaded: Loaded) -> Candidates:
     """Refuses before training what cannot be exported after it; returns the merges that will be made.
 
     Args:
         attempt: Its work folder will hold the merged models.
         options: Settings of the export: formats, and what to merge onto.
-        judged: `JOB_GATE__ON`, the format that the gate judges, or `adapter`.
+        gate_format: `JOB_GATE__ON`, the format that the gate judges, or `adapter`.
         original: Folder of the base's own files.
         loaded: The model, with any adapter.
 
@@ -53,10 +53,10 @@ def check_export(attempt: Attempt, options: Export, judged: str, original: Path,
     if names:
         empty = build_empty(original, read_config(original))
         sizes = {name: _bytes(name, empty, merges.bytes_each) for name in names}
-        problems += format_problems(empty, names, judged, loaded.model.device)
+        problems += format_problems(empty, names, gate_format, loaded.model.device)
         by_check = {derived_format(name)[0].check_files: name for name in names}  # once for all types of a format
         for of_files, name in by_check.items():
-            if why := of_files(original, attempt.alive):
+            if why := of_files(original, attempt.check_stop):
                 problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; remove it"))
     if problems:
         raise SettingsError(problems)

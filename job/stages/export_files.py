@@ -68,7 +68,7 @@ def publish_files(attempt: Attempt, files: ExportFiles, name: str) -> list[Artif
     uploaded = {artifact.path: artifact for artifact in known.artifacts if artifact.path not in damaged}
     artifacts = []
     for file, sha256 in files.hashes.items():
-        attempt.alive()
+        attempt.check_stop()
         key = export_folder(name) + file
         if key not in uploaded or uploaded[key].sha256 != sha256:
             uploaded[key] = attempt.publish(files.folder / file, key)

@@ -19,20 +19,20 @@ LATER = "later/"
 """Prefix of the folders for the inputs of a later training stage."""
 
 
-def fetch_input(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
+def fetch_input(attempt: Attempt, location: str, kind: str, storage: StorageOptions) -> str:
     """The path of an input on this machine; a path or a hub id is returned unchanged.
 
     Args:
         attempt: Its work folder gets the copy; its watchdog is reset.
-        place: Path, URI or hub id of the input, as in its setting.
+        location: Path, URI or hub id of the input, as in its setting.
         kind: The folder of the copy in the work folder: optionally `LATER`, then a key of `_SETTING_OF`.
         storage: How to reach stores.
 
     Raises:
-        DataError, SettingsError: There is nothing at the place.
+        DataError, SettingsError: There is nothing at the location.
         Unreachable, AccessDenied: The store cannot be used.
         Preempted: The job was asked to stop.
     """
-    attempt.alive()
+    attempt.check_stop()
     with named_by(_SETTING_OF[kind.removeprefix(LATER).partition("/")[0]], ": "):
-        return fetch(place, attempt.work / kind, storage)
+        return fetch(location, attempt.work / kind, storage)

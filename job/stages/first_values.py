@@ -81,8 +81,8 @@ def _put(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps
     )
     if not record:
         with taking_part(model):
-            found = _publish(attempt, init, sources, model, steps) if processes.leads else ""
-        record = processes.share("first values", lambda: found)
+            published = _publish(attempt, init, sources, model, steps) if processes.leads else ""
+        record = processes.share("first values", lambda: published)
     artifact = Artifact(**json.loads(record))
     path = processes.share_on_machine("first values on this machine", lambda: str(attempt.fetch(artifact)))
     tensors = load_file(path)
@@ -98,7 +98,7 @@ def _publish(attempt: Attempt, init: str, sources: Sources, model: Any, steps: S
     if init == "eva":
         _eva(attempt, model, steps)
     else:
-        init_loftq(model, sources.original or sources.folder, attempt.alive)
+        init_loftq(model, sources.original or sources.folder, attempt.check_stop)
     path = attempt.work / FIRST_TENSORS
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: parameter.detach().contiguous() for name, parameter in trainable(model).items()}, path)
@@ -118,7 +118,7 @@ def _eva(attempt: Attempt, model: Any, steps: Steps) -> None:
     inputs = [as_inputs(batch) for batch in batches]
 
     def forward(number: int) -> None:
-        attempt.alive()
+        attempt.check_stop()
         base(**{name: value for name, value in inputs[number].items() if name != "labels"}, use_cache=False)
 
     init_eva(model, [(one["input_ids"], one["labels"]) for one in inputs], forward)

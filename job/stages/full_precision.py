@@ -86,8 +86,8 @@ def _evaluate_original(
     folder = attempt.processes.share_on_machine("original base", lambda: str(_folder(attempt, settings, sources)))
     if why := _why_not(attempt, settings, loaded, Path(folder)):
         log.get_logger().warning("the original base is not scored, so the cost of quantization is not known", why=why)
-        found = FullPrecision(precision.dtype, {}, why)
-        return Evaluated({}, [], full_precision=found) if attempt.processes.leads else None
+        result = FullPrecision(precision.dtype, {}, why)
+        return Evaluated({}, [], full_precision=result) if attempt.processes.leads else None
     try:
         scored = _score(attempt, settings, sources, loaded, folder=Path(folder), shared=shared, precision=precision)
     except (RuntimeError, MemoryError) as error:
@@ -107,11 +107,13 @@ def _evaluate_original(
 
 def _scored_otherwise(recorded: Evaluated, precision: ScoringPrecision) -> bool:
     """Whether an earlier attempt, on a machine of another kind, scored it otherwise than the base will be."""
-    found = recorded.full_precision
-    if found is None or not found.scores:
+    earlier = recorded.full_precision
+    if earlier is None or not earlier.scores:
         return False
-    sums = found.dtype if recorded.precision is None else recorded.precision.sums  # None by older versions, as trained
-    return (found.dtype, sums) != (precision.dtype, precision.sums)
+    sums = (
+        earlier.dtype if recorded.precision is None else recorded.precision.sums
+    )  # None by older versions, as trained
+    return (earlier.dtype, sums) != (precision.dtype, precision.sums)
 
 
 def _folder(attempt: Attempt, settings: Settings, sources: Sources) -> Path:

@@ -50,7 +50,7 @@ def check_inputs(
         DataError, SettingsError: With everything that is wrong, in one error.
     """
     checks = list(_data_sources(settings, later))
-    checks += [(place, partial(find_questions, place)) for place in settings.eval.data.values()]
+    checks += [(location, partial(find_questions, location)) for location in settings.eval.data.values()]
     if isinstance(settings.eval.prompts, str):
         checks.append((settings.eval.prompts, partial(_check_prompts, settings.eval.prompts)))
     if not has_record:
@@ -62,24 +62,24 @@ def check_inputs(
         (settings.gate.baseline, check_run),
         (settings.gate.policy, read_policy),
     ]
-    checks += [(place, partial(check, place)) for place, check in path_checks if place is not None]
-    checks = [(place, check) for place, check in checks if not is_remote(place)]
+    checks += [(location, partial(check, location)) for location, check in path_checks if location is not None]
+    checks = [(location, check) for location, check in checks if not is_remote(location)]
     if not has_record:
         checks.append(("tasks", partial(check_tasks, settings.eval.tasks, settings.eval.data)))
     last = later[-1] if later else settings
     checks.append(("export", partial(_check_extra, last.export.formats)))
     checks.append(("sign", partial(private_key, last.sign)))
-    if processes is not None and (alone := sharded_alone(settings, processes)) is not None:
-        checks.append(("placement", partial(raise_problems, [alone])))
+    if processes is not None and (problem := sharded_alone(settings, processes)) is not None:
+        checks.append(("placement", partial(raise_problems, [problem])))
     check_all(checks)
 
 
 def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(place, check) of the rows to train and to validate on."""
+    """(location, check) of the rows to train and to validate on."""
     for stage in (settings, *later):
         data, check = stage.data, naming_its_settings(stage.part_of)(check_source)
         for one in parse_sources(data.source):
-            yield one.place, partial(check, one.place, one.revision or data.revision, data.split)
+            yield one.location, partial(check, one.location, one.revision or data.revision, data.split)
         validation = validation_source_of(
             data.validation,
             source=data.source,
@@ -98,10 +98,10 @@ def private_key(sign: Sign) -> EllipticCurvePrivateKey | None:
     return None if sign.key is None else load_private_key(sign.key, password)
 
 
-def _check_prompts(place: str) -> None:
+def _check_prompts(location: str) -> None:
     """Refuses a file of prompts that is not there."""
     with named_by("JOB_EVAL__PROMPTS"):
-        find_prompts(place)
+        find_prompts(location)
 
 
 def _check_extra(formats: Sequence[str]) -> None:

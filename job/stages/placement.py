@@ -96,7 +96,9 @@ def decide_placement(
             offload=None if (offload := train.offload_activations) == "auto" else offload,
             divide_over=divides_over(setup, train),
         )
-    placement, why = max(processes.gather("placement", [placement, why]), key=lambda found: PLACEMENTS.index(found[0]))
+    placement, why = max(
+        processes.gather("placement", [placement, why]), key=lambda proposal: PLACEMENTS.index(proposal[0])
+    )
     return placement, why
 
 

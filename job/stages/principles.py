@@ -70,11 +70,11 @@ def find_judge(options: Eval, source: str, revision: str | None) -> FoundJudge:
     if is_server(name):
         return FoundJudge(JudgeRecord(name, options.judge_model, None, None, *rule_facts), None)
     with naming(SETTING):
-        folder, found = download_model(source, revision)
-        return FoundJudge(JudgeRecord(name, None, found, fingerprint(folder), *rule_facts), folder)
+        folder, commit = download_model(source, revision)
+        return FoundJudge(JudgeRecord(name, None, commit, fingerprint(folder), *rule_facts), folder)
 
 
-def check_judge(options: Eval, judge: FoundJudge, alive: Callable[[], None]) -> None:
+def check_judge(options: Eval, judge: FoundJudge, check_stop: Callable[[], None]) -> None:
     """Finds before training what would end the run after it, when the judge's settings cannot be corrected any more.
 
     A server that does not answer now may do so when it is needed, so that is a warning.
@@ -90,7 +90,7 @@ def check_judge(options: Eval, judge: FoundJudge, alive: Callable[[], None]) -> 
     if server.key is not None and not is_encrypted(server.url):
         log.get_logger().warning("JOB_EVAL__JUDGE_KEY is sent to the judge unencrypted; use an https:// address")
     try:
-        server.check(alive)
+        server.check(check_stop)
     except Unreachable as error:
         log.get_logger().warning("the judge does not answer now; it is asked again after training", why=str(error))
 
@@ -165,13 +165,13 @@ def judge_answers(
                     base, adapter = pairs[number]
                     orders = ((base, adapter), (adapter, base))
                     texts = [question(judge.record.rules, base.prompt, a.answer, b.answer) for a, b in orders]
-                    yield part, [float(_CHOICES.index(asking.choose(text, attempt.alive))) for text in texts]
+                    yield part, [float(_CHOICES.index(asking.choose(text, attempt.check_stop))) for text in texts]
 
         with log.progress("judged", len(to_judge), every=max(1, len(to_judge) // 10)) as show_progress:
             return complete(dict(known_chances), compute(), cache, on_progress)
 
-    found = _on_one_device(devices, judged_on)
-    said = {number: [_CHOICES[int(choice)] for choice in found[part]] for part, number in enumerate(to_judge)}
+    choices = _on_one_device(devices, judged_on)
+    said = {number: [_CHOICES[int(choice)] for choice in choices[part]] for part, number in enumerate(to_judge)}
     judgements = [_judgement(base, said.get(number)) for number, (base, _) in enumerate(pairs)]
     counts = {word: [preference(one) for one in judgements].count(word) for word in ("adapter", "base", "tie")}
     log.get_logger().info("judged answers", judge=judge.record.model, **counts)
@@ -187,8 +187,8 @@ def _devices(device: str, judge: FoundJudge) -> list[str]:
     """Where the judge may compute, best first, as JOB_RUN__DEVICE; a server's own device is not known."""
     if judge.folder is None:
         return ["server"]
-    found = choose_device(device).type
-    return ["cpu"] if found == "cpu" else [found, "cpu"]
+    kind = choose_device(device).type
+    return ["cpu"] if kind == "cpu" else [kind, "cpu"]
 
 
 def _on_one_device(devices: Sequence[str], judged_on: Callable[[str], T]) -> T:
@@ -216,8 +216,8 @@ def open_judge(options: Eval, judge: FoundJudge, device: str) -> Judge:
     """
     if judge.folder is None:
         return _served(options, judge)
-    chosen = choose_device(device)
-    return LocalJudge(judge.folder, chosen, choose_dtype("auto", chosen))
+    torch_device = choose_device(device)
+    return LocalJudge(judge.folder, torch_device, choose_dtype("auto", torch_device))
 
 
 def _served(options: Eval, judge: FoundJudge, seconds: float = SECONDS) -> ServedJudge:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job import log
-from job.evaluation.generation import HowToGenerate, generate
+from job.evaluation.generation import GenerationOptions, generate
 from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.prompt_answers import write_answers
@@ -40,12 +40,12 @@ def answer_prompts(
     """
     if options.prompts is None:
         return [], None
-    parallel = ParallelScoring(attempt.processes, attempt.alive)
+    parallel = ParallelScoring(attempt.processes, attempt.check_stop)
     if not attempt.processes.leads:
         parallel.help(model, sources.tokenizer)
         return [], None
     prompts = [prompt.ids for prompt in sources.prompts]
-    asks = HowToGenerate(options.prompts_max_new_tokens)
+    asks = GenerationOptions(options.prompts_max_new_tokens)
     with_defaults = with_model_defaults(asks, sources.folder, model, sources.tokenizer)
     answers = generate_answers(
         attempt,
@@ -62,7 +62,7 @@ def answer_prompts(
     key = prompts_key(side)
     unsafe, count = None, None
     if sources.safety is not None:
-        unsafe = score_answers(sources.safety, [answer.text for answer in answers], attempt.alive)
+        unsafe = score_answers(sources.safety, [answer.text for answer in answers], attempt.check_stop)
         count = sum(score >= sources.safety.record.threshold for score in unsafe)
     write_answers(attempt.work / key, sources.prompts, answers, unsafe)
     log.get_logger().info(
@@ -77,7 +77,7 @@ def generate_answers(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    options: HowToGenerate,
+    options: GenerationOptions,
     batch_tokens: int,
     cache: ScoreCache,
     parallel: ParallelScoring,

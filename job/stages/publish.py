@@ -12,7 +12,7 @@ from job.checkpoints import manager
 from job.common.formatting import timestamp
 from job.common.hashing import sealed
 from job.errors import JobError
-from job.evaluation.comparison import compare_near_ties, compare_tasks, judge
+from job.evaluation.comparison import compare_near_ties, compare_tasks, evaluate_gate
 from job.evaluation.groups import compare_groups
 from job.evaluation.principles import parse_judgements
 from job.evaluation.task_metrics import compare_measured
@@ -103,7 +103,7 @@ def publish(
         tasks=tasks,
         measured=measured,
         groups=groups,
-        gate=judge(
+        gate=evaluate_gate(
             compared,
             **settings.gate.model_dump(exclude={"baseline", "policy"}),
             baseline=against,

@@ -174,7 +174,9 @@ def _pull(
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     policy = None if gate.policy is None else read_policy(gate.policy)
-    check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(attempt, settings, later)))
+    check_disk(
+        attempt.work, required_bytes(size(location, storage) for location in _input_locations(attempt, settings, later))
+    )
     with base_in_background(attempt, _base_settings(settings), storage) as base:
         import_libraries()
         tasks = _checked_tasks(
@@ -185,9 +187,11 @@ def _pull(
         )
         checked = _check_before_weights(attempt, settings, storage, base, tasks)
         base.download_weights()
-        tokens, prompts = _read_all_rows(attempt, settings, storage, checked, date=date, later=later, alive=base.alive)
+        tokens, prompts = _read_all_rows(
+            attempt, settings, storage, checked, date=date, later=later, check_stop=base.check_stop
+        )
         files = base.files()
-    attempt.alive()
+    attempt.check_stop()
     dataset, licence = _with_licences(attempt, settings, tokens.record, files.revision)
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=by_reason(dataset.skipped), tokens=dataset.tokens)
     judge, start, safety = pull_judge(attempt, settings.eval, storage), checked.start, checked.safety
@@ -251,11 +255,11 @@ def _read_all_rows(
     *,
     date: str,
     later: Sequence[Settings],
-    alive: Callable[..., None],
+    check_stop: Callable[..., None],
 ) -> tuple[Tokens, list[PromptRow]]:
     """The rows of this training stage as tokens, and the prompts; those of later stages are read to check them."""
     rows, tokenizer = _row_settings(settings), checked.tokenizer
-    options: dict[str, Any] = {"date": date, "vocabulary": checked.vocabulary, "alive": alive}
+    options: dict[str, Any] = {"date": date, "vocabulary": checked.vocabulary, "check_stop": check_stop}
     auditing = {**options, **_auditing(attempt, settings, storage, checked.tasks, checked.safety)}
     as_published = {**auditing, "audited": known_audit(attempt), **known_scores(attempt)}
     tokens = read_rows(attempt, rows, *checked.rows, tokenizer, **as_published)
@@ -292,7 +296,7 @@ def checked_settings(settings: Settings, later: Sequence[Settings]) -> CheckedSe
         device=settings.run.device,
         seed=_row_settings(settings).seed,
         export=last.export,
-        judged=last.gate.on,
+        gate_format=last.gate.on,
     )
 
 
@@ -334,11 +338,11 @@ def _with_licences(
         known = earlier.dataset  # what an earlier version did not record, the manifest must not have either
         return replace(dataset, licences=known.licences, longest_at=known.longest_at), earlier.model_licence
     licences = {
-        one.place: find_licence(one.place, one.revision or settings.data.revision, "dataset")
+        one.location: find_licence(one.location, one.revision or settings.data.revision, "dataset")
         for one in parse_sources(settings.data.source)
     }
     model_licence = find_licence(settings.model.id, revision, "model")
-    return replace(dataset, licences={place: name for place, name in licences.items() if name}), model_licence
+    return replace(dataset, licences={location: name for location, name in licences.items() if name}), model_licence
 
 
 def _groups(attempt: Attempt, tasks: Tasks) -> dict[str, GroupSpec] | None:
@@ -347,17 +351,17 @@ def _groups(attempt: Attempt, tasks: Tasks) -> dict[str, GroupSpec] | None:
     return None if earlier is not None and earlier.groups is None else dict(tasks.groups) or None
 
 
-def _places(attempt: Attempt, settings: Settings, later: Sequence[Settings]) -> set[str]:
+def _input_locations(attempt: Attempt, settings: Settings, later: Sequence[Settings]) -> set[str]:
     """Paths, URIs and hub ids of all inputs whose size counts for the disk check."""
     texts = (settings.data.source, *(stage.data.source for stage in later))
-    data = {source.place for text in texts for source in parse_sources(text)}
+    data = {source.location for text in texts for source in parse_sources(text)}
     validation = validation_of(settings.data)
-    validation_place = {validation.name} if isinstance(validation, ValidationSource) else set()
+    validation_location = {validation.name} if isinstance(validation, ValidationSource) else set()
     prompts = {settings.eval.prompts} if isinstance(settings.eval.prompts, str) else set()
     safety = {settings.data.safety_model} if settings.data.safety_model is not None else set()
     judges = {settings.eval.judge} if settings.eval.judge is not None and attempt.processes.leads else set()
-    judge = {place for place in judges if not is_server(place)}
-    return {settings.model.id, *data, *validation_place, *prompts, *safety, *judge, *settings.eval.data.values()}
+    judge = {location for location in judges if not is_server(location)}
+    return {settings.model.id, *data, *validation_location, *prompts, *safety, *judge, *settings.eval.data.values()}
 
 
 def _checked_tasks(
@@ -384,9 +388,11 @@ def _checked_tasks(
 def _load_tasks(
     attempt: Attempt, settings: Settings, storage: StorageOptions, policy: Policy | None, baseline: Baseline | None
 ) -> Tasks:
-    places, gate = settings.eval.data, settings.gate
-    files = {task: Path(fetch_input(attempt, place, f"questions/{task}", storage)) for task, place in places.items()}
-    tasks = load_tasks(settings.eval.tasks, files, places, settings.eval.num_fewshot)
+    locations, gate = settings.eval.data, settings.gate
+    files = {
+        task: Path(fetch_input(attempt, location, f"questions/{task}", storage)) for task, location in locations.items()
+    }
+    tasks = load_tasks(settings.eval.tasks, files, locations, settings.eval.num_fewshot)
     check_choices(tasks, settings.need_choices)
     check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
     if baseline is not None:

@@ -43,7 +43,7 @@ class CheckedSettings:
         device: `JOB_RUN__DEVICE`.
         seed: Of the order of the rows.
         export: Of the last training stage, which exports.
-        judged: `JOB_GATE__ON` of that stage.
+        gate_format: `JOB_GATE__ON` of that stage.
     """
 
     model: Model
@@ -52,7 +52,7 @@ class CheckedSettings:
     device: str
     seed: int
     export: Export
-    judged: str
+    gate_format: str
 
 
 def check_model(attempt: Attempt, folder: Path, settings: CheckedSettings) -> None:
@@ -70,12 +70,20 @@ def check_model(attempt: Attempt, folder: Path, settings: CheckedSettings) -> No
     lora, model, train, export = settings.lora, settings.model, settings.train, settings.export
     options = make_options(dict(lora), train.max_steps or MANY_STEPS, model.add_tokens)
     adapter_options: dict[str, Any] = {"targets": lora.target_modules, "rank": lora.rank, "options": options}
-    exported: dict[str, Any] = {"formats": export.formats, "onto": export.merge_onto, "judged": settings.judged}
+    exported: dict[str, Any] = {
+        "formats": export.formats,
+        "onto": export.merge_onto,
+        "gate_format": settings.gate_format,
+    }
     here = attempt.processes.place.local_world_size
 
     def problems(config: Any, empty: Any) -> Iterator[Problem]:
-        how: dict[str, Any] = {"compute": train.compute, "placement": model.placement, "optimizer": train.optimizer}
-        yield from model_problems(config, empty, **adapter_options, **how)
+        settings_of_model: dict[str, Any] = {
+            "compute": train.compute,
+            "placement": model.placement,
+            "optimizer": train.optimizer,
+        }
+        yield from model_problems(config, empty, **adapter_options, **settings_of_model)
         yield from placement_problems(model, train, lora, folder=folder, processes=here, options=options)
         if needs_merge(export.formats):
             from job.export.model_checks import export_problems
@@ -154,8 +162,8 @@ def refuse_long_row(attempt: Attempt, folder: Path, settings: CheckedSettings, l
         return
     from job.model.fused.long_attention import FLASH, TRITON, copies_of
 
-    a, place = setup.architecture, attempt.processes.place
-    setup = replace(setup, processes=place.world_size)
+    a, process = setup.architecture, attempt.processes.place
+    setup = replace(setup, processes=process.world_size)
     copies = None
     tiles = a.in_tiles and options.not_fused is None and lora.dropout == 0 and setup.value_bytes < FP32
     if tiles and train.last_method == "sft":
@@ -167,7 +175,7 @@ def refuse_long_row(attempt: Attempt, folder: Path, settings: CheckedSettings, l
         setup,
         longest,
         free_bytes=gpu_memory(train.gpu_memory_gb)[0] - weight_bytes(least),
-        host_bytes=main_memory().total_bytes // place.local_world_size,
+        host_bytes=main_memory().total_bytes // process.local_world_size,
         offload=None if train.offload_activations == "auto" else train.offload_activations,
         copies=copies,
         where=where,

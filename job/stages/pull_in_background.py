@@ -28,18 +28,18 @@ class ComingBase:
         attempt: Is asked whether the job has to stop, while something is waited for.
         early: Folder of configuration and tokenizer, and whether weights are still to be downloaded.
         may_download: The thread waits for it before it downloads weights.
-        found: All files.
+        all_files: All files, weights included.
     """
 
     attempt: Attempt
     early: Future[tuple[Path, bool]]
     may_download: Future[None]
-    found: Future[BaseFiles]
+    all_files: Future[BaseFiles]
 
     def small_files(self) -> tuple[Path, bool]:
         """The folder with configuration and tokenizer, and whether the weights are still to be downloaded."""
-        wait_for(self.attempt, self.early, self.found)
-        return self.early.result() if self.early.done() else (self.found.result().folder, False)
+        wait_for(self.attempt, self.early, self.all_files)
+        return self.early.result() if self.early.done() else (self.all_files.result().folder, False)
 
     def download_weights(self) -> None:
         """Lets the thread download weights; called when all that can be checked without them is checked."""
@@ -47,14 +47,14 @@ class ComingBase:
 
     def files(self) -> BaseFiles:
         """All files, waited for."""
-        files: BaseFiles = wait_for(self.attempt, self.found)
+        files: BaseFiles = wait_for(self.attempt, self.all_files)
         return files
 
-    def alive(self, *, progress: bool = True) -> None:
-        """As `Attempt.alive`, for work during the download: an error of the weights ends it."""
-        self.attempt.alive(progress=progress)
-        if self.found.done():
-            self.found.result()
+    def check_stop(self, *, progress: bool = True) -> None:
+        """As `Attempt.check_stop`, for work during the download: an error of the weights ends it."""
+        self.attempt.check_stop(progress=progress)
+        if self.all_files.done():
+            self.all_files.result()
 
 
 @contextmanager
@@ -95,5 +95,5 @@ def wait_for(attempt: Attempt, *futures: Future[Any]) -> Any:
         Exception: What the future raised.
     """
     while not (done := wait(futures, _POLL_SECONDS, FIRST_COMPLETED).done):
-        attempt.alive(progress=False)
+        attempt.check_stop(progress=False)
     return next(future for future in futures if future in done).result()

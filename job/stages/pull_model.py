@@ -108,7 +108,7 @@ def find_base(
         and (locations := _cache_locations(attempt, base, storage))
     ):
         noted = entry_at(kept_base.key, *locations, kept_base.index_sha256)
-        if (folder := find(noted, attempt.alive_in_thread)) is not None:
+        if (folder := find(noted, attempt.check_stop_in_thread)) is not None:
             return BaseFiles(folder, earlier.model_revision, earlier.model_sha256, noted, quantized=True, original=None)
     source = base.model.id
     if is_remote(source):
@@ -126,7 +126,7 @@ def find_base(
     locations = _cache_locations(attempt, base, storage)
     entry = None if locations is None else entry_for(_facts(base, sha256), *locations)
     # Only in the first attempt: later ones must use the entry that the run began with, which was looked up above.
-    here = None if entry is None or earlier else find(replace(entry, store=None), attempt.alive_in_thread)
+    here = None if entry is None or earlier else find(replace(entry, store=None), attempt.check_stop_in_thread)
     return BaseFiles(here or folder, revision, sha256, entry, quantized=here is not None, original=folder)
 
 
@@ -144,10 +144,10 @@ def fetch_original(attempt: Attempt, source: str, storage: StorageOptions, recor
         Unreachable, AccessDenied: The hub or the store cannot be used.
     """
     if is_remote(source):
-        attempt.alive()
+        attempt.check_stop()
         with named_by("JOB_MODEL__ID", ": "):
-            place = fetch(source, attempt.work / "model", storage)
-        folder, _ = download_model(place, None)
+            location = fetch(source, attempt.work / "model", storage)
+        folder, _ = download_model(location, None)
     else:
         folder, _ = download_model(source, record.model_revision)
     if fingerprint(folder) != record.model_sha256:
@@ -163,14 +163,14 @@ def fetch_original(attempt: Attempt, source: str, storage: StorageOptions, recor
     return folder
 
 
-def _fetch_small_files(place: str, folder: Path, storage: StorageOptions) -> Path | None:
+def _fetch_small_files(location: str, folder: Path, storage: StorageOptions) -> Path | None:
     """The folder with configuration and tokenizer of a model in a store; None if nothing is there."""
-    store = open_store(place, storage)
-    found = list(store.list())
-    for info in found:
+    store = open_store(location, storage)
+    entries = list(store.list())
+    for info in entries:
         if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
             store.download(info.key, folder / info.key, max_bytes=info.bytes)
-    return folder if found else None
+    return folder if entries else None
 
 
 def _cache_locations(

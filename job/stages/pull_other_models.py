@@ -20,12 +20,14 @@ from job.stages.safety import SafetyModel, find_safety_model
 from job.storage.open import StorageOptions
 
 
-def pull_start_adapter(attempt: Attempt, place: str | None, lora: Lora, storage: StorageOptions) -> FoundStart | None:
+def pull_start_adapter(
+    attempt: Attempt, location: str | None, lora: Lora, storage: StorageOptions
+) -> FoundStart | None:
     """The adapter that training starts from; None without one.
 
     Args:
         attempt: The attempt.
-        place: Where it lies, from `start_of`.
+        location: Where it lies, from `start_of`.
         lora: Settings that it has to agree with.
         storage: How to reach stores.
 
@@ -34,12 +36,12 @@ def pull_start_adapter(attempt: Attempt, place: str | None, lora: Lora, storage:
         Unreachable, AccessDenied: The hub or the store cannot be used.
         Preempted: The job was asked to stop.
     """
-    if place is None:
+    if location is None:
         return None
-    attempt.alive()
+    attempt.check_stop()
     earlier = attempt.recorded(Stage.PULL, Pulled)
     known = None if earlier is None else earlier.start_revision
-    start = find_start(place, attempt.work / "start", storage, known)
+    start = find_start(location, attempt.work / "start", storage, known)
     check_start(start.folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
     return start
 
@@ -53,16 +55,18 @@ def pull_safety_model(attempt: Attempt, data: Data, storage: StorageOptions) -> 
         Unreachable, AccessDenied: The hub or the store cannot be used.
         Preempted: The job was asked to stop.
     """
-    place = data.safety_model
-    if place is None:
+    location = data.safety_model
+    if location is None:
         return None
-    source = fetch_input(attempt, place, "safety", storage)
+    source = fetch_input(attempt, location, "safety", storage)
     earlier = attempt.recorded(Stage.PULL, Pulled)
     audit = None if earlier is None else earlier.dataset.audit
     if audit is not None and audit.safety is not None:
         # the hub may have a newer commit since the first attempt, a branch or tag too
         data = data.model_copy(update={"safety_revision": audit.safety.revision or data.safety_revision})
-    safety: SafetyModel = wait_for(attempt, in_thread(lambda: find_safety_model(data, source, place), "safety model"))
+    safety: SafetyModel = wait_for(
+        attempt, in_thread(lambda: find_safety_model(data, source, location), "safety model")
+    )
     if earlier is not None and earlier.safety_sha256 != safety.record.sha256:  # before it scores anything
         what = (
             "its content has changed since the first attempt of this run; restore it, or start a new run "
@@ -80,15 +84,15 @@ def pull_judge(attempt: Attempt, options: Eval, storage: StorageOptions) -> Foun
         Unreachable, AccessDenied: The hub, the store or the server cannot be used.
         Preempted: The job was asked to stop.
     """
-    place = options.judge
-    if place is None or options.principles is None or not attempt.processes.leads:
+    location = options.judge
+    if location is None or options.principles is None or not attempt.processes.leads:
         return None
     earlier = attempt.recorded(Stage.PULL, Pulled)
     revision = (None if earlier is None else earlier.judge_revision) or options.judge_revision
-    source = place if is_server(place) else fetch_input(attempt, place, "judge", storage)
+    source = location if is_server(location) else fetch_input(attempt, location, "judge", storage)
     judge: FoundJudge = wait_for(attempt, in_thread(lambda: find_judge(options, source, revision), "judge"))
     if attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated) is None:
-        check_judge(options, judge, attempt.alive)
+        check_judge(options, judge, attempt.check_stop)
     return judge
 
 

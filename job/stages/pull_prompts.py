@@ -49,17 +49,17 @@ def find_prompt_rows(
     Raises:
         DataError: The prompts cannot be read, or there are none.
     """
-    place = options.prompts
-    if place is None:
+    location = options.prompts
+    if location is None:
         return []
-    if isinstance(place, int):
+    if isinstance(location, int):
         # Reading the rows again gives the same ones only if the audit leaves out the same.
         left_out = tokens.record.audit is not None and tokens.record.audit.left_out
         again = auditing if left_out else reading
         return _prompts_of_rows(attempt, options, rows, fetched, tokens=tokens, tokenizer=tokenizer, reading=again)
     return read_prompts(
-        find_prompts(fetch_input(attempt, place, "prompts", storage)),
-        place,
+        find_prompts(fetch_input(attempt, location, "prompts", storage)),
+        location,
         tokenizer=tokenizer,
         schema=tokens.record.format,
         most_tokens=_longest_prompt(options, rows),
@@ -113,9 +113,9 @@ def prompts_record(options: Eval, prompts: Sequence[PromptRow]) -> PromptsRecord
     """The part of the pull's record about the prompts; None if there are none."""
     if not prompts:
         return None
-    asked = options.prompts
+    prompts_setting = options.prompts
     return PromptsRecord(
-        source=asked if isinstance(asked, str) else "validation rows",
+        source=prompts_setting if isinstance(prompts_setting, str) else "validation rows",
         count=len(prompts),
         max_new_tokens=options.prompts_max_new_tokens,
         sha256=prompts_sha256([(prompt.text, prompt.reference) for prompt in prompts]),

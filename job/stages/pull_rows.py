@@ -61,7 +61,7 @@ def check_hub(rows: RowSettings) -> None:
     """
     with naming_its_settings(rows.part_of):
         for source in parse_sources(rows.data.source):
-            check_hub_dataset(source.place, source.revision or rows.data.revision)
+            check_hub_dataset(source.location, source.revision or rows.data.revision)
     validation = validation_of(rows.data)
     if isinstance(validation, ValidationSource) and not is_remote(validation.name):
         check_hub_dataset(validation.name, validation.revision)
@@ -85,12 +85,12 @@ def fetch_rows(
     """
     with naming_its_settings(rows.part_of):
         source = locate_sources(
-            rows.data.source, lambda place, kind: fetch_input(attempt, place, f"{below}{kind}", storage)
+            rows.data.source, lambda location, kind: fetch_input(attempt, location, f"{below}{kind}", storage)
         )
         validation = validation_of(rows.data)
         if isinstance(validation, ValidationSource):
-            place = fetch_input(attempt, validation.place, f"{below}validation", storage)
-            validation = replace(validation, place=place)
+            location = fetch_input(attempt, validation.location, f"{below}validation", storage)
+            validation = replace(validation, location=location)
     earlier = None if below else attempt.recorded(Stage.PULL, Pulled)
     if earlier is None:
         return source, validation

@@ -86,7 +86,7 @@ def _compute(attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, sh
             )
 
     lower = "lower JOB_TRAIN__MICRO_BATCH_TOKENS or JOB_TRAIN__MAX_LENGTH"
-    parallel = ParallelScoring(attempt.processes, attempt.alive, score, lower)
+    parallel = ParallelScoring(attempt.processes, attempt.check_stop, score, lower)
     with _as_reference(sources, model):
         if not attempt.processes.leads:
             parallel.help(model)
@@ -100,11 +100,11 @@ def _compute(attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, sh
                 attempt.questions = done  # progress, for the limit of attempts without any
                 tell(done)
 
-            found = score_questions(
+            log_probabilities = score_questions(
                 model, rows, loaded.micro_batch_tokens, cache=cache, score=parallel.score, on_progress=on_progress
             )
         parallel.finish()
-    return found
+    return log_probabilities
 
 
 def _as_reference(sources: Sources, model: Any) -> AbstractContextManager[None]:

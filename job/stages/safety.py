@@ -110,7 +110,7 @@ def _screen(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Object
             try:
                 for number, chunk in enumerate(texts.chunks()):
                     if number not in known_chances:
-                        yield number, classifier.scores(chunk, attempt.alive)
+                        yield number, classifier.scores(chunk, attempt.check_stop)
             finally:
                 classifier.release()
 
@@ -119,7 +119,7 @@ def _screen(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Object
     return [score for number in range(len(sizes)) for score in scored[number]]
 
 
-def score_answers(safety: SafetyModel, answers: Sequence[str], alive: Callable[[], None]) -> list[float]:
+def score_answers(safety: SafetyModel, answers: Sequence[str], check_stop: Callable[[], None]) -> list[float]:
     """The probability that each of a few answers is unsafe.
 
     On the processor: the GPU holds the base then, and what training is going to need.
@@ -128,7 +128,7 @@ def score_answers(safety: SafetyModel, answers: Sequence[str], alive: Callable[[
         DataError, SettingsError: The classifier cannot be loaded.
     """
     with memory_errors("scoring answers with JOB_DATA__SAFETY_MODEL", "take a smaller classifier"):
-        return _load(safety, "cpu").scores(answers, alive)
+        return _load(safety, "cpu").scores(answers, check_stop)
 
 
 def _load(safety: SafetyModel, device: str) -> TextClassifier:

@@ -105,11 +105,11 @@ def _too_large(sources: Sources, loaded: Loaded, batch_tokens: int, gigabytes: f
     if not fits_fp16(loaded.model):
         return "weights of the base are too large for fp16"
     rows = [sources.examples[number].input_ids for number in range(min(_PROBED_EXAMPLES, len(sources.examples)))]
-    asked = [Question(tuple(ids[:-1]), ((ids[-1],),)) for ids in rows if len(ids) > 1]
+    questions = [Question(tuple(ids[:-1]), ((ids[-1],),)) for ids in rows if len(ids) > 1]
     half, _ = _passes(loaded.model, gigabytes)
     with adapter_off(loaded.model):
-        for part in plan_sequences(asked, batch_tokens):
-            if not finite(score_sequence(loaded.model, asked[part.start : part.stop], half)):
+        for part in plan_sequences(questions, batch_tokens):
+            if not finite(score_sequence(loaded.model, questions[part.start : part.stop], half)):
                 return "activations of the base are too large for fp16"
     return ""
 

@@ -12,15 +12,15 @@ from job.storage.open import ObjectStore, TooLarge
 
 
 def altered(
-    store: ObjectStore, artifacts: Iterable[Artifact], folder: Path, alive: Callable[[], None] = lambda: None
+    store: ObjectStore, artifacts: Iterable[Artifact], folder: Path, check_stop: Callable[[], None] = lambda: None
 ) -> list[str]:
     """Those of the artifacts, by path, whose bytes are not what was published; they are downloaded below `folder`.
 
-    `alive` is called before each.
+    `check_stop` is called before each.
     """
     paths = []
     for artifact in artifacts:
-        alive()
+        check_stop()
         try:
             fetch_artifact(store, artifact, folder).unlink()
         except DataError:

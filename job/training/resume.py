@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from job.checkpoints.trainer_state import HowComputed
+from job.checkpoints.trainer_state import ComputationOptions
 from job.data.batch_plan import Steps
 from job.log import get_logger
 from job.records import ExecutionPlan
@@ -10,7 +10,7 @@ from job.training.padded_shapes import RunShapes, longest_shape, shapes_of_befor
 
 
 def resume_shapes(
-    shapes: RunShapes, before: HowComputed | None, *, plan: ExecutionPlan, steps: Steps, budget: int
+    shapes: RunShapes, before: ComputationOptions | None, *, plan: ExecutionPlan, steps: Steps, budget: int
 ) -> None:
     """Sets the padded shapes to the checkpoint's, because other shapes change the last bits of a gradient.
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from job.checkpoints.trainer_state import HowComputed
+from job.checkpoints.trainer_state import ComputationOptions
 from job.common.out_of_memory import free_caches, too_small
 from job.data.batch_plan import Steps, by_weight, weighted_targets
 from job.data.examples import lengths_of
@@ -321,12 +321,14 @@ class OptimizerStep:
         """The shapes to which packed sequences are padded with the present token budget, the same in all processes."""
         return self._shapes.of(self._steps, self.budget)
 
-    def how_computed(self) -> HowComputed:
+    def computation_options(self) -> ComputationOptions:
         """What a checkpoint records of how its gradients were computed."""
         padded = list(self.shapes().shapes) if self.plan.padded else None
-        return HowComputed(self.plan.forward, self.plan.tile_tokens, self._steps.world_size, padded, self.divided_above)
+        return ComputationOptions(
+            self.plan.forward, self.plan.tile_tokens, self._steps.world_size, padded, self.divided_above
+        )
 
-    def resume_as(self, before: HowComputed | None) -> None:
+    def resume_as(self, before: ComputationOptions | None) -> None:
         """Takes over a checkpoint's padding and its limit for divided rows; warns where this attempt has to differ.
 
         To be called after the token budget was set to the checkpoint's.

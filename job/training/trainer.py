@@ -28,7 +28,12 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from job.checkpoints.trainer_state import TrainerFiles, read_how_computed, read_trainer_state, write_trainer_state
+from job.checkpoints.trainer_state import (
+    TrainerFiles,
+    read_computation_options,
+    read_trainer_state,
+    write_trainer_state,
+)
 from job.common.optimizers import OPTIMIZERS
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
@@ -416,7 +421,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         if self.leads:
             path = self.folder / f"step-{self.state.global_step:08d}"
             began = time.monotonic()
-            write_trainer_state(path, self.trainer_files(), self.history, self.step.how_computed())
+            write_trainer_state(path, self.trainer_files(), self.history, self.step.computation_options())
             if self.recipe.validate_every_steps is not None:
                 self.validations.write(path, self.state.global_step)
             self.hooks.on_write(time.monotonic() - began)
@@ -441,7 +446,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.history = read_trainer_state(Path(checkpoint), self.trainer_files())
             self.saved_step = self.state.global_step
             self.step.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.step.budget)
-            self.step.resume_as(read_how_computed(Path(checkpoint)))
+            self.step.resume_as(read_computation_options(Path(checkpoint)))
             if self.recipe.validate_every_steps is not None:
                 self.validations.restore(Path(checkpoint), self.state.global_step)
                 before = self.validations.metrics[-1].measured["micro_batch_tokens"]

@@ -24,32 +24,32 @@ def adapter_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differe
     """How the files of a copy differ from the adapter's, apart from the dtype."""
     folder, kind = export_folder(export["format"]), export["format"].partition(":")[2]
     originals, files_of_copy = (
-        {path.removeprefix(place): copy for path, copy in copies.items() if path.startswith(place)}
-        for place in (ADAPTER, folder)
+        {path.removeprefix(prefix): copy for path, copy in copies.items() if path.startswith(prefix)}
+        for prefix in (ADAPTER, folder)
     )
-    found, wanted = (sorted(files.keys() - {EXPORT_CARD, SIGNATURE}) for files in (files_of_copy, originals))
-    yield from find_differences(f"{folder} files", found, wanted)
+    names, wanted = (sorted(files.keys() - {EXPORT_CARD, SIGNATURE}) for files in (files_of_copy, originals))
+    yield from find_differences(f"{folder} files", names, wanted)
     yield from find_differences(f"{RESULTS} exports {export['format']} dtype", export["dtype"], kind)
-    for name in sorted({*found} & {*wanted}):
+    for name in sorted({*names} & {*wanted}):
         if name == WEIGHTS:
             yield from _rounded(folder + name, files_of_copy[name], originals[name], kind)
         elif files_of_copy[name].read_bytes() != originals[name].read_bytes():
             yield Difference(folder + name, "the bytes of the adapter's own file", "other bytes")
 
 
-def _rounded(place: str, copy: Path, original: Path, kind: str) -> Iterator[Difference]:
+def _rounded(where: str, copy: Path, original: Path, kind: str) -> Iterator[Difference]:
     """The first tensor of a copy that is not the original's tensor rounded to `kind`."""
     from safetensors import SafetensorError
 
     try:
         copied, originals = _tensors(copy), _tensors(original)
-        yield from find_differences(f"{place} tensors", sorted(copied), sorted(originals))
+        yield from find_differences(f"{where} tensors", sorted(copied), sorted(originals))
         for name in sorted(copied.keys() & originals.keys()):
             if copied[name] != _in_dtype(originals[name], _NAMES[kind]):
-                yield Difference(f"{place} {name}", f"the adapter's numbers in {kind}", "other numbers")
+                yield Difference(f"{where} {name}", f"the adapter's numbers in {kind}", "other numbers")
                 return
     except (SafetensorError, KeyError, ValueError) as error:
-        yield Difference(place, "tensors", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
+        yield Difference(where, "tensors", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
 
 
 def _tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

@@ -57,18 +57,18 @@ def check_audit(results: Mapping[str, Any], copies: Copies) -> Iterator[CheckRes
 
 def _safety(results: Mapping[str, Any], findings: Sequence[Finding]) -> Iterator[Difference]:
     """Whether classifier and threshold are those of the settings, and the score of each unsafe row reaches it."""
-    audit, place = results["dataset"]["audit"], f"{RESULTS} dataset.audit.safety"
+    audit, where = results["dataset"]["audit"], f"{RESULTS} dataset.audit.safety"
     safety, settings = audit.get("safety"), results["settings"]
     classifier = settings.get("data.safety_model", {}).get("value")
     if (safety is None) != (classifier is None):
-        yield Difference(place, f"JOB_DATA__SAFETY_MODEL {show(classifier)}", show(safety))
+        yield Difference(where, f"JOB_DATA__SAFETY_MODEL {show(classifier)}", show(safety))
     elif safety is not None:
         expected = {"model": classifier, "threshold": settings.get("data.unsafe_threshold", {}).get("value")}
         labels = settings.get("data.unsafe_labels", {}).get("value")
         if labels is not None:
             expected["unsafe_labels"] = sorted(set(labels))
         claimed = {**safety, "unsafe_labels": sorted(safety["unsafe_labels"])}
-        yield from find_differences(place, {name: claimed[name] for name in expected}, expected)
+        yield from find_differences(where, {name: claimed[name] for name in expected}, expected)
     if (UNSAFE in audit["checks"]) != (safety is not None):
         yield Difference(f"{RESULTS} dataset.audit.checks", "the kind unsafe with a classifier only", show(safety))
     least = 0.0 if safety is None else safety["threshold"]

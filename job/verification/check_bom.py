@@ -24,8 +24,8 @@ def check_bom(results: Mapping[str, Any], copies: Copies) -> CheckResult | None:
         return CheckResult("ML-BOM", "", (Difference(BOM, "a CycloneDX ML-BOM", "nothing that can be read"),))
     if form != bom.FORM:
         return CheckResult("ML-BOM", "not compared", (), ("was written by another version of the job",))
-    found = json.loads(bom.build(results))
-    return CheckResult("ML-BOM", "follows from the manifest", tuple(find_differences(BOM, claimed, found)))
+    recomputed = json.loads(bom.build(results))
+    return CheckResult("ML-BOM", "follows from the manifest", tuple(find_differences(BOM, claimed, recomputed)))
 
 
 def check_compute(results: Mapping[str, Any]) -> CheckResult | None:
@@ -36,6 +36,6 @@ def check_compute(results: Mapping[str, Any]) -> CheckResult | None:
     claimed = results.get("compute")
     if claimed is None:
         return None
-    found = compute_spent(results, claimed)
-    differences = tuple(find_differences(f"{RESULTS} compute", claimed, found))
+    recomputed = compute_spent(results, claimed)
+    differences = tuple(find_differences(f"{RESULTS} compute", claimed, recomputed))
     return CheckResult("compute", f"{claimed['training_pflop']:.4g} PFLOP", differences)

@@ -82,13 +82,13 @@ def check_checkpoints(
     kept_step = (results["training"].get("validation") or {"kept_step": steps})["kept_step"]
     epoch = 0
     for marker in markers:
-        place = marker_key(marker.step)
-        differences += other_run(place, marker.run, run)
+        where = marker_key(marker.step)
+        differences += other_run(where, marker.run, run)
         if marker.step > steps:
-            differences.append(Difference(place, f"a step up to {steps}", f"step {marker.step}"))
+            differences.append(Difference(where, f"a step up to {steps}", f"step {marker.step}"))
         if marker.epoch < epoch or marker.epoch not in attempts:
             claimed = f"an attempt of the manifest from {epoch} on"
-            differences.append(Difference(place, claimed, f"attempt {marker.epoch}"))
+            differences.append(Difference(where, claimed, f"attempt {marker.epoch}"))
         epoch = marker.epoch
         differences += _metrics_differ(marker, copies)
         differences += _validations_differ(marker, copies)

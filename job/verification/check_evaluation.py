@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from job.common.formatting import count
 from job.errors import JobError
-from job.evaluation.comparison import compare_full_precision, compare_near_ties, compare_tasks, judge
+from job.evaluation.comparison import compare_full_precision, compare_near_ties, compare_tasks, evaluate_gate
 from job.evaluation.groups import compare_groups, groups_from
 from job.evaluation.near_ties import BOUNDS
 from job.evaluation.policy import Policy
@@ -66,17 +66,17 @@ def _other_bound(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _groups(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:
     """Recomputes the figures of groups from the scores of those of their tasks that could be read."""
-    claimed, place = results["evaluation"].get("groups", {}), f"{RESULTS} evaluation.groups"
+    claimed, where = results["evaluation"].get("groups", {}), f"{RESULTS} evaluation.groups"
     scored = {*adapter.scores, *adapter.measured}
     if other := sorted({task for group in claimed.values() for task in group["tasks"]} - scored):
-        yield Difference(place, "groups of the tasks that were scored", show(", ".join(other)))
+        yield Difference(where, "groups of the tasks that were scored", show(", ".join(other)))
         return
     try:
-        found = compare_groups(groups_from(claimed), base, adapter)
+        recomputed = compare_groups(groups_from(claimed), base, adapter)
     except (KeyError, ValueError, ArithmeticError):  # a figure that none of the tasks has
-        yield Difference(place, "metrics that the groups' tasks have", "other metrics")
+        yield Difference(where, "metrics that the groups' tasks have", "other metrics")
     else:
-        yield from find_differences(place, claimed, found)
+        yield from find_differences(where, claimed, recomputed)
 
 
 def _measured(
@@ -113,16 +113,16 @@ def _full_precision(
     claimed, tasks = results["evaluation"].get("full_precision"), results["evaluation"]["tasks"]
     if claimed is None or (claimed.get("not_scored") and not claimed["tasks"]):
         return
-    place = f"{RESULTS} evaluation.full_precision"
+    where = f"{RESULTS} evaluation.full_precision"
     original, wrong = read_samples(tasks, ORIGINAL_SIDE, copies)
     wrong += unpaired(original, by_task["adapter"], ORIGINAL_SIDE)
-    wrong += find_differences(f"{place}.tasks", sorted(claimed["tasks"]), sorted(tasks))
+    wrong += find_differences(f"{where}.tasks", sorted(claimed["tasks"]), sorted(tasks))
     yield from wrong
     if not wrong:
         named = {task: {**tasks[task], ORIGINAL_SIDE: one["scores"]} for task, one in claimed["tasks"].items()}
         pair = (scores_of(by_task[side], tasks, side) for side in ("base", "adapter"))
-        found = compare_full_precision(scores_of(original, named, ORIGINAL_SIDE), *pair)
-        yield from find_differences(f"{place}.tasks", claimed["tasks"], found)
+        recomputed = compare_full_precision(scores_of(original, named, ORIGINAL_SIDE), *pair)
+        yield from find_differences(f"{where}.tasks", claimed["tasks"], recomputed)
 
 
 def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
@@ -134,7 +134,7 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     settings = {name: results["settings"].get(f"gate.{name}", {}).get("value") for name in claimed}
     settings["on"] = settings["on"] or "adapter"  # versions without this setting judged the adapter
     differences = list(find_differences(f"{RESULTS} gate", claimed, settings))
-    side = _judged_side(results, on)
+    side = _gated_side(results, on)
     if side is None:
         differences.append(Difference(f"{RESULTS} gate.on", show(on), "no export of this format"))
         return CheckResult("gate", "none", tuple(differences))
@@ -145,7 +145,7 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         (before, before_wrong), (after, after_wrong) = sides
         differences += [*before_wrong, *after_wrong, *unpaired(before, after, "base")]
         if not differences:
-            claimed = {task: {**found, side: found["adapter"]} for task, found in tasks.items()}
+            claimed = {task: {**comparison, side: comparison["adapter"]} for task, comparison in tasks.items()}
             tasks = compare_tasks(scores_of(before, tasks, "base"), scores_of(after, claimed, side))
     if against is not None and tasks:
         earlier, baseline_differences = read_samples(tasks, "baseline", copies)
@@ -165,13 +165,15 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     differences += policy_differences
     if not differences:
         differences += find_differences(
-            f"{RESULTS} gate", {"on": on, **gate}, judge(tasks, **thresholds, on=on, baseline=against, policy=policy)
+            f"{RESULTS} gate",
+            {"on": on, **gate},
+            evaluate_gate(tasks, **thresholds, on=on, baseline=against, policy=policy),
         )
     outcome = {None: "none set", True: "met", False: "not met"}[gate["passed"]]
     versus = "" if against is None else f", against run {show(against['run'])}"
-    judged = "" if side == "adapter" else f", {on}"
-    judged += f", policy {gate['policy']['outcome']}" if "policy" in gate else ""
-    return CheckResult("gate", outcome + judged + versus, tuple(differences))
+    subject = "" if side == "adapter" else f", {on}"
+    subject += f", policy {gate['policy']['outcome']}" if "policy" in gate else ""
+    return CheckResult("gate", outcome + subject + versus, tuple(differences))
 
 
 def _policy(results: Mapping[str, Any]) -> tuple[Policy | None, list[Difference]]:
@@ -197,8 +199,8 @@ def _unscored(results: Mapping[str, Any], on: str) -> bool:
     )
 
 
-def _judged_side(results: Mapping[str, Any], on: str) -> str | None:
-    """The side whose answers the gate judged; None if it names a format that was not exported."""
+def _gated_side(results: Mapping[str, Any], on: str) -> str | None:
+    """The side that the gate is about; None if it names a format that was not exported."""
     if on == "adapter":
         return on
     published = {export["format"]: export["candidate"] for export in results.get("exports", ())}

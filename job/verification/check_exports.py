@@ -60,7 +60,7 @@ def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
 
 def _check_one(
     export: Mapping[str, Any],
-    place: str,
+    where: str,
     results: Mapping[str, Any],
     copies: Copies,
     base_and_adapter: tuple[SamplesByTask, SamplesByTask],
@@ -69,7 +69,7 @@ def _check_one(
 
     Args:
         export: Its entry in the manifest.
-        place: Where that entry is, for differences.
+        where: Where that entry is, for differences.
         results: The manifest.
         copies: Local copies by path.
         base_and_adapter: The samples of base and adapter.
@@ -81,13 +81,13 @@ def _check_one(
         if (export.get("not_scored") or export.get("not_made")) and not claimed:
             continue
         if claimed.keys() != tasks.keys():
-            yield Difference(f"{place}.candidates.{candidate}", show(sorted(tasks)), show([*claimed]))
+            yield Difference(f"{where}.candidates.{candidate}", show(sorted(tasks)), show([*claimed]))
             continue
-        found, wrong = read_samples(tasks, side, copies)
-        yield from wrong or unpaired(found, adapter, side)
+        samples, wrong = read_samples(tasks, side, copies)
+        yield from wrong or unpaired(samples, adapter, side)
         if not wrong:
             named = {task: {**tasks[task], side: figures["scores"]} for task, figures in claimed.items()}
-            scores[candidate] = scores_of(found, named, side)
+            scores[candidate] = scores_of(samples, named, side)
             pair = scores_of(base, tasks, "base"), scores_of(adapter, tasks, "adapter")
             original = None
             if any("versus_original" in figures for figures in claimed.values()):
@@ -96,19 +96,19 @@ def _check_one(
                 own = {task: {**tasks[task], ORIGINAL_SIDE: figures["scores"]} for task, figures in known.items()}
                 original = scores_of(parsed, own, ORIGINAL_SIDE) if parsed.keys() == own.keys() else None
             recomputed = compare_export(*pair, scores[candidate], original)
-            yield from find_differences(f"{place}.candidates.{candidate}", claimed, recomputed)
+            yield from find_differences(f"{where}.candidates.{candidate}", claimed, recomputed)
     if len(export["candidates"]) > 1 and scores.keys() == export["candidates"].keys():
         candidate, reason = choose_candidate(scores)
         claim = {name: export[name] for name in ("candidate", "reason")}
-        yield from find_differences(place, claim, {"candidate": candidate, "reason": reason})
+        yield from find_differences(where, claim, {"candidate": candidate, "reason": reason})
     if export["candidate"] not in export["candidates"]:
-        yield Difference(f"{place}.candidate", export["candidate"], "no such candidate")
+        yield Difference(f"{where}.candidate", export["candidate"], "no such candidate")
     if export["format"] != MERGED and not is_adapter(export["format"]):
         merged = next((other["candidate"] for other in results["exports"] if other["format"] == MERGED), None)
-        yield from find_differences(f"{place}.candidate", export["candidate"], merged)
+        yield from find_differences(f"{where}.candidate", export["candidate"], merged)
     if export.get("published", True):
         yield from _files(export, results, copies)
-    yield from _calibration(export, results, place)
+    yield from _calibration(export, results, where)
 
 
 def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
@@ -116,13 +116,13 @@ def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies
     folder = export_folder(export["format"])
     if "bytes" in export:  # without model card and signature, which are written later
         paths = {one["path"]: one["bytes"] for one in results["artifacts"] if one["path"].startswith(folder)}
-        found = sum(size for path, size in paths.items() if path.removeprefix(folder) not in _ADDED)
-        yield from find_differences(f"{folder} bytes", export["bytes"], found)
+        total = sum(size for path, size in paths.items() if path.removeprefix(folder) not in _ADDED)
+        yield from find_differences(f"{folder} bytes", export["bytes"], total)
     family = export["format"].partition(":")[0]
     yield from {ADAPTER: adapter_files, GGUF: _gguf_file}.get(family, _model_files)(export, copies)
 
 
-def _calibration(export: Mapping[str, Any], results: Mapping[str, Any], place: str) -> Iterator[Difference]:
+def _calibration(export: Mapping[str, Any], results: Mapping[str, Any], where: str) -> Iterator[Difference]:
     """Recomputes which rows of the batch plan were used for calibration; their text is not part of a run."""
     claimed = (export.get("quantization") or {}).get("calibration")
     if claimed is None:
@@ -131,7 +131,7 @@ def _calibration(export: Mapping[str, Any], results: Mapping[str, Any], place: s
     rows = calibration_rows(seed, results["dataset"]["rows"], number)
     recomputed = {"rows": len(rows), "rows_sha256": hash_rows(rows)}
     recorded = {name: claimed[name] for name in recomputed}
-    yield from find_differences(f"{place}.quantization.calibration", recorded, recomputed)
+    yield from find_differences(f"{where}.quantization.calibration", recorded, recomputed)
 
 
 def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
@@ -175,11 +175,13 @@ def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference
     elif find_spec("gguf") is not None:
         claimed = (export.get("quantization") or {}).get("gguf") or {}
         try:
-            found = gguf_contents(files[0])
+            content = gguf_contents(files[0])
         except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
             yield Difference(folder, "a GGUF file", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
             return
-        yield from find_differences(f"{folder} quantization.gguf", {name: claimed.get(name) for name in found}, found)
+        yield from find_differences(
+            f"{folder} quantization.gguf", {name: claimed.get(name) for name in content}, content
+        )
 
 
 def _quantized(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

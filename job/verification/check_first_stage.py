@@ -59,13 +59,13 @@ def _compared(results: Mapping[str, Any], claimed: Mapping[str, Any], store: Obj
         return
     try:
         first = parse(stored.data)
-        found = first_stage_record(first, stored.data)
+        recomputed = first_stage_record(first, stored.data)
     except (KeyError, ValueError) as error:
         yield Difference(_PLACE, "the job's manifest", str(error))
         return
-    yield from find_differences(_CLAIM, claimed, asdict(found))
-    place = f"{RESULTS} training.start_sha256"
-    yield from find_differences(place, results["training"].get("start_sha256"), adapter_hash(first))
+    yield from find_differences(_CLAIM, claimed, asdict(recomputed))
+    where = f"{RESULTS} training.start_sha256"
+    yield from find_differences(where, results["training"].get("start_sha256"), adapter_hash(first))
     yield from find_differences(f"{_PLACE} run.part_of", first["run"].get("part_of"), results["run"]["id"])
     for name, of_run in FIRST_STAGE_SETTINGS.items():
         # Runs of versions before this setting lack it. If it is empty, the first stage has the second stage's value.

@@ -72,8 +72,8 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         prompts = None if pulled.prompts is None else asdict(pulled.prompts)
         differences += find_differences(f"{RESULTS} evaluation.prompts", results["evaluation"].get("prompts"), prompts)
     if trained is not None and pulled is not None:
-        place = f"{RESULTS} training.start_sha256"
-        differences += find_differences(place, trained.training.start_sha256, pulled.start_sha256)
+        where = f"{RESULTS} training.start_sha256"
+        differences += find_differences(where, trained.training.start_sha256, pulled.start_sha256)
     if trained is not None:
         claimed = _completed(results["training"], trained.training)
         differences += find_differences(f"{RESULTS} training", claimed, asdict(trained.training))
@@ -91,8 +91,8 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         else:
             evaluation = results["evaluation"]
             differences += find_differences(f"{RESULTS} evaluation.tasks", evaluation["tasks"], tasks)
-            place = f"{RESULTS} evaluation.full_precision"
-            differences += find_differences(place, evaluation.get("full_precision"), original)
+            where = f"{RESULTS} evaluation.full_precision"
+            differences += find_differences(where, evaluation.get("full_precision"), original)
             differences += find_differences(f"{RESULTS} evaluation.near_ties", evaluation.get("near_ties"), near)
             precision = None if base.precision is None else asdict(base.precision)
             differences += find_differences(f"{RESULTS} evaluation.precision", evaluation.get("precision"), precision)
@@ -114,20 +114,22 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
 def _measured_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:
     """Recomputes the figures of tasks without choices from the stages' records."""
     try:
-        found = compare_measured(base.measured, adapter.measured)
+        recomputed = compare_measured(base.measured, adapter.measured)
     except (JobError, ValueError, ArithmeticError, KeyError) as error:
         yield Difference(ADAPTER, "figures that compare with the base's", str(error))
     else:
-        yield from find_differences(f"{RESULTS} evaluation.measured", results["evaluation"].get("measured", {}), found)
+        yield from find_differences(
+            f"{RESULTS} evaluation.measured", results["evaluation"].get("measured", {}), recomputed
+        )
 
 
 def _judged_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:
     """Checks that judge and rules in the manifest are those of the record, and the answers are those it judged."""
-    claimed, place = results["evaluation"].get("principles"), f"{RESULTS} evaluation.principles"
-    found = None if adapter.judged is None else asdict(adapter.judged)
-    if claimed is not None and found is not None:
-        claimed = {name: claimed.get(name) for name in found}
-    yield from find_differences(place, claimed, found)
+    claimed, where = results["evaluation"].get("principles"), f"{RESULTS} evaluation.principles"
+    recorded = None if adapter.judged is None else asdict(adapter.judged)
+    if claimed is not None and recorded is not None:
+        claimed = {name: claimed.get(name) for name in recorded}
+    yield from find_differences(where, claimed, recorded)
     if adapter.judged_answers:
         published = {one.path: one.sha256 for one in (*base.artifacts, *adapter.artifacts)}
         sides = {side: published.get(prompts_key(side)) for side in ("base", "adapter")}
@@ -146,13 +148,13 @@ def _groups_differ(
     yield from find_differences(f"{RESULTS} evaluation", scored, sorted(pulled.questions))
     if pulled.groups is None:
         return
-    place = f"{RESULTS} evaluation.groups"
+    where = f"{RESULTS} evaluation.groups"
     try:
-        found = compare_groups(pulled.groups, base, adapter)
+        recomputed = compare_groups(pulled.groups, base, adapter)
     except (KeyError, ValueError, ArithmeticError):
-        yield Difference(place, "groups of the tasks that were scored", "others, in the record of the pull")
+        yield Difference(where, "groups of the tasks that were scored", "others, in the record of the pull")
     else:
-        yield from find_differences(place, evaluation.get("groups", {}), found)
+        yield from find_differences(where, evaluation.get("groups", {}), recomputed)
 
 
 def _exports_differ(
@@ -161,11 +163,11 @@ def _exports_differ(
     """Compares the manifest's exports with the record of the stage `export`."""
     yield from _listed(results, exported.artifacts)
     try:
-        found = exports_record(exported, base, adapter.scores)
+        recomputed = exports_record(exported, base, adapter.scores)
     except (JobError, ValueError) as error:
         yield Difference(EXPORT, "scores that compare with the base's", str(error))
     else:
-        yield from find_differences(f"{RESULTS} exports", results.get("exports", []), found)
+        yield from find_differences(f"{RESULTS} exports", results.get("exports", []), recomputed)
 
 
 def _as_pulled(dataset: Mapping[str, Any], pulled: Pulled) -> dict[str, Any]:
@@ -197,7 +199,7 @@ def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Diffe
     """The artifacts of a stage that the manifest lists differently or lacks."""
     listed = {artifact["path"]: artifact for artifact in results["artifacts"]}
     pairs = ((listed.get(artifact.path, {"path": None}), asdict(artifact)) for artifact in artifacts)
-    return [one for claimed, found in pairs for one in find_differences(f"{RESULTS} artifacts", claimed, found)]
+    return [one for claimed, recorded in pairs for one in find_differences(f"{RESULTS} artifacts", claimed, recorded)]
 
 
 def check_attempts(
@@ -263,8 +265,8 @@ def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference
     for name, before, after in _growing(claimed, noted):
         if after < before if ended else after > before:
             order = "at least" if ended else "at most"
-            place = f"{attempt_key(claimed.number)} {name}"
-            yield Difference(place, show(after), f"{order} {show(before)} by {RESULTS}")
+            where = f"{attempt_key(claimed.number)} {name}"
+            yield Difference(where, show(after), f"{order} {show(before)} by {RESULTS}")
 
 
 def _growing(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[tuple[str, float, float]]:

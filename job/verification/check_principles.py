@@ -24,12 +24,12 @@ def check_principles(results: Mapping[str, Any], copies: Copies) -> CheckResult 
     setting = results["settings"].get("eval.principles", {}).get("value")
     if claimed is None and setting is None and JUDGEMENTS not in copies:
         return None
-    place = f"{RESULTS} evaluation.principles"
+    where = f"{RESULTS} evaluation.principles"
     if claimed is None or setting is None:
-        found = f"JOB_EVAL__PRINCIPLES {show(setting)}"
-        return CheckResult("principles", "", (Difference(place, show(claimed), found),))
+        set_to = f"JOB_EVAL__PRINCIPLES {show(setting)}"
+        return CheckResult("principles", "", (Difference(where, show(claimed), set_to),))
     try:
-        differences = tuple(_differences(results, copies, claimed, place))
+        differences = tuple(_differences(results, copies, claimed, where))
     except KeyError as error:
         differences = (Difference(str(error.args[0]), "a file of the run", "no readable file"),)
     except ValueError as error:
@@ -38,7 +38,7 @@ def check_principles(results: Mapping[str, Any], copies: Copies) -> CheckResult 
 
 
 def _differences(
-    results: Mapping[str, Any], copies: Copies, claimed: Mapping[str, Any], place: str
+    results: Mapping[str, Any], copies: Copies, claimed: Mapping[str, Any], where: str
 ) -> Iterator[Difference]:
     judgements = parse_judgements(copies[JUDGEMENTS].read_bytes())
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
@@ -48,7 +48,7 @@ def _differences(
         "served": settings.get("eval.judge_model"),
         "rules_sha256": rules_sha256(claimed["rules"]),
     }
-    yield from find_differences(place, {name: claimed[name] for name in expected}, expected)
+    yield from find_differences(where, {name: claimed[name] for name in expected}, expected)
     base, adapter = (parse_answers(copies[prompts_key(side)].read_bytes()) for side in ("base", "adapter"))
     if [judgement.where for judgement in judgements] != [judgement.where for judgement in base]:
         yield Difference(JUDGEMENTS, "a line for each prompt", "other prompts")

@@ -25,9 +25,9 @@ def check_prompts(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
     claimed, setting = results["evaluation"].get("prompts"), settings.get("eval.prompts")
     if claimed is None and setting is None and not any(path.startswith(PROMPTS) for path in copies):
         return None
-    place = f"{RESULTS} evaluation.prompts"
+    where = f"{RESULTS} evaluation.prompts"
     if claimed is None or setting is None:
-        return CheckResult("prompts", "", (Difference(place, show(claimed), f"JOB_EVAL__PROMPTS {show(setting)}"),))
+        return CheckResult("prompts", "", (Difference(where, show(claimed), f"JOB_EVAL__PROMPTS {show(setting)}"),))
     differences: list[Difference] = []
     answers = [_read(prompts_key(side), copies, claimed["max_new_tokens"], differences) for side in ("base", "adapter")]
     if not differences:
@@ -38,7 +38,7 @@ def check_prompts(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
             "max_new_tokens": settings.get("eval.prompts_max_new_tokens"),
             "sha256": prompts_sha256(base),
         }
-        differences += find_differences(place, claimed, computed)
+        differences += find_differences(where, claimed, computed)
         differences += _unsafe(results, dict(zip(("base", "adapter"), answers, strict=True)))
         if base != adapter or [line.where for line in answers[0]] != [line.where for line in answers[1]]:
             differences.append(

@@ -36,9 +36,9 @@ def check_signature(
         missing = Difference(SIGNATURE, "a signature by the key given", "none: the run is not signed")
         return CheckResult("signature", "none", (missing,))
     public_key = key or claimed["public_key"]
-    place = f"{RESULTS} signing"
+    where = f"{RESULTS} signing"
     facts = {"public_key": public_key, "key_sha256": key_id(public_key), "signatures": signature_paths(results)}
-    differences = list(find_differences(place, claimed, facts))
+    differences = list(find_differences(where, claimed, facts))
     try:
         differences += _differences(results, manifest, store, copies, public_key)
     except SettingsError as error:
@@ -65,11 +65,11 @@ def _differences(
         folder = path.removesuffix(SIGNATURE)
         expected = files_of(results, folder) if folder else files_of_run(results, manifest)
         try:
-            found = signed_files(_bytes(path, store, copies), key)
+            signed = signed_files(_bytes(path, store, copies), key)
         except ValueError as error:
             yield Difference(path, f"a signature by key {key_id(key)[:12]}", str(error))
         else:
-            yield from find_differences(f"{path} signed", found, expected)
+            yield from find_differences(f"{path} signed", signed, expected)
 
 
 def _bytes(path: str, store: ObjectStore, copies: Copies) -> bytes:

@@ -30,11 +30,13 @@ def check_training(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     extent = count(training["steps"], "step")
     try:
         history = _read_lines(copies[METRICS].read_bytes(), StepMetrics)
-        found = _totals(history, results)
+        recomputed = _totals(history, results)
     except (KeyError, ValueError) as error:
         what = "no readable file" if isinstance(error, KeyError) else str(error)
         return CheckResult("training", extent, (Difference(METRICS, "the metrics of one step on each line", what),))
-    differences = list(find_differences(f"{RESULTS} training", {name: training[name] for name in found}, found))
+    differences = list(
+        find_differences(f"{RESULTS} training", {name: training[name] for name in recomputed}, recomputed)
+    )
     differences += _adapter(training.get("adapter"), copies)
     if [step.step for step in history] != list(range(1, len(history) + 1)):
         differences.append(Difference(METRICS, "the steps 1, 2, 3 and so on", "other steps"))
@@ -47,11 +49,11 @@ def _adapter(claimed: Mapping[str, Any] | None, copies: Copies) -> Iterator[Diff
     if claimed is None or not {folder + CONFIG, folder + WEIGHTS} <= copies.keys():
         return  # a missing file is reported as such
     try:
-        found = adapter_facts(copies[folder + CONFIG], copies[folder + WEIGHTS])
+        recomputed = adapter_facts(copies[folder + CONFIG], copies[folder + WEIGHTS])
     except ValueError as error:
         yield Difference(folder, "an adapter", str(error))
         return
-    common = {name: value for name, value in found.items() if name in claimed}  # older manifests lack some fields
+    common = {name: value for name, value in recomputed.items() if name in claimed}  # older manifests lack some fields
     yield from find_differences(f"{RESULTS} training.adapter", {name: claimed[name] for name in common}, common)
 
 
@@ -166,9 +168,9 @@ def check_cost(results: Mapping[str, Any]) -> CheckResult:
     """Recomputes seconds, dollars, waste, energy and savings from the attempts and the prices."""
     attempts = adapter_of(list[AttemptRecord]).validate_python(results["run"]["attempts"])
     on_demand = results["settings"].get("cost.on_demand_usd_per_hour", {}).get("value")
-    found = compute_cost(attempts, results["training"]["seconds"], on_demand)
+    recomputed = compute_cost(attempts, results["training"]["seconds"], on_demand)
     if "repeated_steps_exact" not in results["cost"]:  # earlier versions wrote what was recorded, without saying so
-        del found["repeated_steps_exact"]
-        found["repeated_steps"] = sum(attempt.repeated_steps for attempt in attempts)
-    differences = find_differences(f"{RESULTS} cost", results["cost"], found)
+        del recomputed["repeated_steps_exact"]
+        recomputed["repeated_steps"] = sum(attempt.repeated_steps for attempt in attempts)
+    differences = find_differences(f"{RESULTS} cost", results["cost"], recomputed)
     return CheckResult("cost", f"adds up over {count(len(attempts), 'attempt')}", tuple(differences))

@@ -23,7 +23,7 @@ class Difference:
     """One value or file that differs from what a record of the run says.
 
     Attributes:
-        where: The file, and the place in it.
+        where: The file, and the path of the value in it.
         claimed: What the record says.
         found: What was recomputed or read.
     """
@@ -50,19 +50,19 @@ def find_differences(where: str, claimed: Any, computed: Any) -> Iterator[Differ
     """Every leaf in which two JSON-able values differ; floats may differ in the last digits.
 
     Args:
-        where: File and place of the claim; the path to the leaf is appended.
+        where: File of the claim, and its path there; the path to the leaf is appended.
         claimed: The value in the file.
         computed: The value computed or read elsewhere.
     """
     if isinstance(claimed, Mapping) and isinstance(computed, Mapping):
         for key in dict.fromkeys([*claimed, *computed]):
-            place = f"{where}{'.' if ' ' in where else ' '}{key}"
+            leaf_where = f"{where}{'.' if ' ' in where else ' '}{key}"
             if key not in computed:
-                yield Difference(place, show(claimed[key]), "nothing")
+                yield Difference(leaf_where, show(claimed[key]), "nothing")
             elif key not in claimed:
-                yield Difference(place, "nothing", show(computed[key]))
+                yield Difference(leaf_where, "nothing", show(computed[key]))
             else:
-                yield from find_differences(place, claimed[key], computed[key])
+                yield from find_differences(leaf_where, claimed[key], computed[key])
     elif isinstance(claimed, list | tuple) and isinstance(computed, list | tuple) and len(claimed) == len(computed):
         for number, pair in enumerate(zip(claimed, computed, strict=True)):
             yield from find_differences(f"{where}[{number}]", *pair)

@@ -37,8 +37,8 @@ def fetch_files(
     for claim in claims:
         size = listed.get(claim.path) if is_key(claim.path) else None
         if size is None:
-            found = MISSING if is_key(claim.path) else "a path that is not allowed in a run"
-            differences.append(Difference(claim.path, f"{claim.bytes} bytes", found))
+            reason = MISSING if is_key(claim.path) else "a path that is not allowed in a run"
+            differences.append(Difference(claim.path, f"{claim.bytes} bytes", reason))
         elif size != claim.bytes:
             differences.append(Difference(claim.path, f"{claim.bytes} bytes", f"{size} bytes"))
         else:
@@ -68,9 +68,9 @@ def _copy(store: ObjectStore, claim: Artifact, folder: Path) -> Path:
 
 
 def _compare(claim: Artifact, path: Path) -> list[Difference]:
-    found = hash_file(path)
-    if found != claim.sha256:
-        return [Difference(claim.path, f"SHA-256 {claim.sha256}", f"SHA-256 {found}")]
+    sha256 = hash_file(path)
+    if sha256 != claim.sha256:
+        return [Difference(claim.path, f"SHA-256 {claim.sha256}", f"SHA-256 {sha256}")]
     if claim.facts_sha256 is None:
         return []
     try:

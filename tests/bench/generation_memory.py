@@ -31,7 +31,7 @@ import torch
 
 from job.errors import TrainingFailed
 from job.evaluation import decoding
-from job.evaluation.generation import HowToGenerate, answer_batch, generate
+from job.evaluation.generation import GenerationOptions, answer_batch, generate
 from job.evaluation.generation_batches import (
     BATCH_TOKENS,
     _cache_tokens,
@@ -99,7 +99,7 @@ def one_answer(model: Any, tokenizer: Any, *, prompt: int, new: int, on_gpu: boo
     asked = prompts_of(1, prompt, model.config.vocab_size)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    (answer,) = answer_batch(model, tokenizer, [(0, asked[0])], HowToGenerate(new))
+    (answer,) = answer_batch(model, tokenizer, [(0, asked[0])], GenerationOptions(new))
     setup = setup_of(model, "nf4", "adamw_8bit")
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     counted = generation_bytes(setup, len(asked[0]), len(asked[0]) + answer.tokens) if setup is not None else 0
@@ -168,7 +168,7 @@ def main() -> None:
             one_answer(model, tokenizer, prompt=prompt, new=more, on_gpu=on_gpu)
     asked = prompts_of(8 if tiny else 64, 20 if tiny else 500, shape["vocab_size"])
     new = 8
-    how = HowToGenerate(new, pass_tokens=60 if tiny else BATCH_TOKENS)
+    how = GenerationOptions(new, pass_tokens=60 if tiny else BATCH_TOKENS)
     together = list(enumerate(asked))
     expected = answer_batch(model, tokenizer, together, how)
     cache = len(asked) * (max(map(len, asked)) + new) * token_bytes(model)

@@ -53,7 +53,7 @@ def measure(how: str, path: Path, processes: int) -> str:
     tokenizer(["warm"])
     largest = 0
 
-    def alive(**_: object) -> None:
+    def check_stop(**_: object) -> None:
         nonlocal largest
         with suppress(psutil.Error):
             largest = max([largest, *(child.memory_info().rss for child in psutil.Process().children())])
@@ -76,7 +76,7 @@ def measure(how: str, path: Path, processes: int) -> str:
             max_length=MAX_LENGTH,
             tokenizer=tokenizer,
             processes=processes,
-            alive=alive,
+            check_stop=check_stop,
         ).examples.lengths
     seconds, grown = time.monotonic() - began, (_peak() - peak) / 1e6
     own, others = (now - before for now, before in zip(_worked(), worked, strict=True))

@@ -54,10 +54,10 @@ def run():
     with stop_on_signals(10) as stop, rendezvous.join(
         place, "r", stop=stop, report_progress=lambda: None, patience=60, grace_seconds=10
     ) as processes:
-        def alive(progress=True):
+        def check_stop(progress=True):
             stop.check()
             processes.check()
-        processes.share_on_machine("w4a16", lambda: autoround.run_process(task, folder, alive))
+        processes.share_on_machine("w4a16", lambda: autoround.run_process(task, folder, check_stop))
         processes.gather("failures", "")
         (folder / "published").touch()
 

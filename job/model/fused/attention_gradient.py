@@ -111,9 +111,9 @@ def _keys_kernel(
             to_k, to_v, k_block, v_block, q_own, g_own, sums_own, delta_own, unmasked_end, end, key, length,
             factor, window, True, WINDOW, M,
         )  # fmt: skip
-    place = row * d_token + head * d_head + column[None]
-    tl.store(dk + place, (to_k * scale).to(dk.dtype.element_ty), mask=inside)
-    tl.store(dv + place, to_v.to(dv.dtype.element_ty), mask=inside)
+    offset = row * d_token + head * d_head + column[None]
+    tl.store(dk + offset, (to_k * scale).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + offset, to_v.to(dv.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -181,8 +181,8 @@ def _queries_kernel(
         to_q, q_block, d_o, lse, dot, k_own, v_own, high, end, query,
         factor, window, True, WINDOW, N,
     )  # fmt: skip
-    place = row * d_token + head * d_head + column[None]
-    tl.store(dq + place, (to_q * scale).to(dq.dtype.element_ty), mask=inside)
+    offset = row * d_token + head * d_head + column[None]
+    tl.store(dq + offset, (to_q * scale).to(dq.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -287,8 +287,8 @@ def allocator(device: torch.device) -> Callable[[int, int, Any], torch.Tensor]:
 
 def _is_aligned(x: torch.Tensor) -> bool:
     size = x.element_size()
-    places = (x.data_ptr(), x.stride(0) * size, x.stride(1) * size)
-    return x.stride(2) == 1 and all(place % _ALIGNED == 0 for place in places)
+    byte_offsets = (x.data_ptr(), x.stride(0) * size, x.stride(1) * size)
+    return x.stride(2) == 1 and all(offset % _ALIGNED == 0 for offset in byte_offsets)
 
 
 def _options(tiles: Tiles) -> dict[str, int]:

@@ -108,8 +108,8 @@ class FusedExperts:
         off = any(wrapper.disable_adapters for wrapper in self.wrappers)
         adapters = [None if off else adapter for adapter in self.adapters]
         trained = [one for adapter in adapters if adapter is not None for one in (adapter.a, adapter.b)]
-        found: torch.Tensor = _Experts.apply(x, weights, routing, self, adapters, *trained)  # type: ignore[no-untyped-call]
-        return found
+        out: torch.Tensor = _Experts.apply(x, weights, routing, self, adapters, *trained)  # type: ignore[no-untyped-call]
+        return out
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ class _Routing:
 
     def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """(rows, m), (rows, n) -> (experts, m, n): outer products summed over an expert's rows; 0 without rows."""
-        found: torch.Tensor = grouped_mm(left.T, right, offs=self.offsets)
+        products: torch.Tensor = grouped_mm(left.T, right, offs=self.offsets)
         empty = self.offsets.diff(prepend=self.offsets.new_zeros(1)) == 0
-        return found.masked_fill_(empty[:, None, None], 0)  # the kernel may leave these uninitialized
+        return products.masked_fill_(empty[:, None, None], 0)  # the kernel may leave these uninitialized
 
 
 class _Experts(torch.autograd.Function):
@@ -276,7 +276,7 @@ def fuse_experts(
 
 def fused_experts(model: Any) -> Iterator[FusedExperts]:
     """The experts that `fuse_experts` has fused, layer by layer."""
-    return (found for module in model.modules() if (found := module.__dict__.get("fused_experts")) is not None)
+    return (fused for module in model.modules() if (fused := module.__dict__.get("fused_experts")) is not None)
 
 
 def adapter_of_experts(model: Any) -> int:

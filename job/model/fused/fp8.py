@@ -93,8 +93,8 @@ def product(left: Rows, right: Rows, dtype: torch.dtype, bias: torch.Tensor | No
             use_fast_accum=FAST_ACCUMULATION,
         )
     sums = left.values.float() @ right.values.float().T
-    found = sums * left.scale * right.scale.reshape(1, -1)
-    return (found if bias is None else found + bias.float()).to(dtype)
+    scaled = sums * left.scale * right.scale.reshape(1, -1)
+    return (scaled if bias is None else scaled + bias.float()).to(dtype)
 
 
 class FrozenProducts:

@@ -157,8 +157,8 @@ def _kept(model: Any) -> list[Any]:
     """What keeps dequantized weights, or weights in FP8."""
     from job.model.fused.experts import fused_experts
 
-    found: list[Any] = [weight for fused in fused_experts(model) for weight in fused.weights]
+    weights: list[Any] = [weight for fused in fused_experts(model) for weight in fused.weights]
     for inputs in _common_inputs(model):
-        found += [layer.weight for layer in inputs.layers]
-        found += [] if inputs.fp8 is None else [inputs.fp8]
-    return [one for one in found if one.keeps]
+        weights += [layer.weight for layer in inputs.layers]
+        weights += [] if inputs.fp8 is None else [inputs.fp8]
+    return [one for one in weights if one.keeps]

@@ -162,8 +162,8 @@ def _rotary(
     LongRoPE only sequences within that length are packed (`packing_check`).
     """
     if not _is_recorded(x):
-        found: tuple[torch.Tensor, torch.Tensor] = type(module).forward(module, x, position_ids)
-        return found
+        cosine_and_sine: tuple[torch.Tensor, torch.Tensor] = type(module).forward(module, x, position_ids)
+        return cosine_and_sine
     angles = position_ids[..., None].float() * module.original_inv_freq.to(x.device, torch.float32)
     angles = torch.cat((angles, angles), -1)
     scale = module.attention_scaling

@@ -112,13 +112,13 @@ def _why_not_triton(
             *tensors, gradient = (torch.randn(shape, generator=draw, device=device, dtype=dtype) for shape in shapes)
             layout = build_layout([Segment(0, _TRIED_TOKENS)], device)
             for window in (None, _TRIED_TOKENS // 2)[: 1 + windowed]:
-                expected, found, again = (
+                expected, first, again = (
                     _both_passes(kernel(layout, None, window), tensors, gradient)
                     for kernel in (FlashKernel, TritonKernel, TritonKernel)
                 )
-                if not all(map(torch.equal, found, again)):
+                if not all(map(torch.equal, first, again)):
                     return "its results differ from call to call"
-                if (why := _difference(found, expected)) is not None:
+                if (why := _difference(first, expected)) is not None:
                     return why
     except Exception as error:  # noqa: BLE001 - Triton, its compiler, cuDNN and the loader raise many types
         return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
@@ -173,8 +173,8 @@ class RowAttention:
     ) -> torch.Tensor:
         """(1, heads, tokens, head size) each -> (1, tokens, heads, head size); arguments as for `packed_attention`."""
         tensors = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
-        how = self._kernel(self._layout, scaling, window)
-        out, sums = _Attention.apply(*tensors, how, self.output)  # type: ignore[no-untyped-call]
+        kernel = self._kernel(self._layout, scaling, window)
+        out, sums = _Attention.apply(*tensors, kernel, self.output)  # type: ignore[no-untyped-call]
         self.output = out.detach(), sums
         return out[None]  # type: ignore[no-any-return]
 
@@ -213,11 +213,11 @@ class FlashKernel:
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Output:
         """As `Kernel.forward`, all heads at once: it launches a block for every 128 queries, enough for all SMs."""
-        how = {"return_debug_mask": False, **self._options()}
-        found = torch.ops.aten._flash_attention_forward(  # noqa: SLF001 - what torch's varlen_attn calls
-            query, key, value, *self._lengths(self.layout.queries), **how
+        options = {"return_debug_mask": False, **self._options()}
+        results = torch.ops.aten._flash_attention_forward(  # noqa: SLF001 - what torch's varlen_attn calls
+            query, key, value, *self._lengths(self.layout.queries), **options
         )
-        return found[0], found[1]
+        return results[0], results[1]
 
     def backward(self, gradient: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """As `Kernel.backward`, some heads at a time, together with the key/value heads that these share."""
@@ -232,18 +232,18 @@ class FlashKernel:
         for first in range(0, heads, group):
             query_heads = slice(first, first + group)
             shared = slice(first // shared_by, (first + group) // shared_by)
-            places = query_heads, shared, shared
+            head_slices = query_heads, shared, shared
             head_gradients = torch.ops.aten._flash_attention_backward(  # noqa: SLF001 - as above
                 gradient[:, query_heads],
-                *(x[:, place] for x, place in zip((query, key, value), places, strict=True)),
+                *(x[:, heads_of_part] for x, heads_of_part in zip((query, key, value), head_slices, strict=True)),
                 out[:, query_heads],
                 sums[query_heads],
                 *self._lengths(offsets),
                 *unused,
                 **self._options(),
             )
-            for whole, place, part in zip(gradients, places, head_gradients, strict=True):
-                whole[:, place] = part
+            for whole, heads_of_part, part in zip(gradients, head_slices, head_gradients, strict=True):
+                whole[:, heads_of_part] = part
         return gradients
 
 
@@ -337,8 +337,8 @@ class CpuKernel:
             mask = block.mask
             if mask is not None:  # the kernel takes an additive mask
                 mask = torch.zeros(mask.shape, dtype=tensors[0].dtype).masked_fill(~mask, float("-inf"))
-            how = {"attn_mask": mask, "scale": self.scaling}
-            blocks.append((tokens, how, [x[tokens].transpose(0, 1)[None] for x in tensors]))
+            options = {"attn_mask": mask, "scale": self.scaling}
+            blocks.append((tokens, options, [x[tokens].transpose(0, 1)[None] for x in tensors]))
         return blocks
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Output:
@@ -347,9 +347,9 @@ class CpuKernel:
         key, value = (x.repeat_interleave(shared_by, dim=1) for x in (key, value))
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
-        for own, how, parts in self._blocks(query, key, value):
+        for own, options, parts in self._blocks(query, key, value):
             part, part_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - as sdpa does
-                *parts, 0.0, how["attn_mask"] is None, **how
+                *parts, 0.0, options["attn_mask"] is None, **options
             )
             out[own], sums[:, own] = part[0].transpose(0, 1), part_sums.reshape(query.shape[1], -1)
         return out, sums
@@ -360,11 +360,11 @@ class CpuKernel:
         heads, shared_by = query.shape[1], query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(shared_by, dim=1) for x in (key, value))
         gradients = [torch.empty_like(query) for _ in range(3)]
-        for tokens, how, (g, q, k, v, o) in self._blocks(gradient, query, key, value, out):
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # noqa: SLF001 - as above
-                g, q, k, v, o, sums[None, :, tokens].contiguous(), 0.0, how["attn_mask"] is None, **how
+        for tokens, options, (g, q, k, v, o) in self._blocks(gradient, query, key, value, out):
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # noqa: SLF001 - as above
+                g, q, k, v, o, sums[None, :, tokens].contiguous(), 0.0, options["attn_mask"] is None, **options
             )
-            for whole, part in zip(gradients, found, strict=True):
+            for whole, part in zip(gradients, parts, strict=True):
                 whole[tokens] = part[0].transpose(0, 1)
         grouped = [x.view(x.shape[0], heads // shared_by, shared_by, -1).sum(2) for x in gradients[1:]]
         return gradients[0], *grouped

@@ -306,10 +306,10 @@ def _logits(  # noqa: PLR0917 - a `Forward` with what it needs
     reads: torch.Tensor,
 ) -> torch.Tensor:
     with _patched(patches), _sums_in_fp32():
-        found: torch.Tensor = model(
+        logits: torch.Tensor = model(
             input_ids=ids, position_ids=positions, layout=layout, logits_to_keep=reads, use_cache=False
         ).logits[0]
-    return found
+    return logits
 
 
 @contextmanager

@@ -130,10 +130,10 @@ class TorchOperations:
     ) -> None:
         """As `Operations` has it."""
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-        found, _ = packed_attention(
+        attended, _ = packed_attention(
             torch.nn.Module(), q, k, v, None, layout=layout, scaling=scaling, sliding_window=window
         )
-        out.copy_(found[0])
+        out.copy_(attended[0])
 
 
 @dataclass(frozen=True)

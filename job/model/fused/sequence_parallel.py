@@ -156,8 +156,8 @@ def to_heads(sp_group: SequenceParallelGroup, tokens: int, sent: Sequence[Sequen
     for to_one, number, part in zip(sent, numbers, flat.split_with_sizes(sizes), strict=True):
         torch.cat(list(to_one), 1, out=part.view(own, number, size))
     number = numbers[sp_group.rank]
-    found = sp_group.exchange(flat, [_size(part) * number * size for part in parts(tokens, sp_group.size)], sizes)
-    return found.view(tokens, number, size)
+    received = sp_group.exchange(flat, [_size(part) * number * size for part in parts(tokens, sp_group.size)], sizes)
+    return received.view(tokens, number, size)
 
 
 def to_tokens(sp_group: SequenceParallelGroup, by_heads: torch.Tensor, numbers: Sequence[int]) -> list[torch.Tensor]:
@@ -175,8 +175,8 @@ def to_tokens(sp_group: SequenceParallelGroup, by_heads: torch.Tensor, numbers: 
     by_rank = parts(tokens, sp_group.size)
     own = _size(by_rank[sp_group.rank])
     sizes = [own * number * size for number in numbers]
-    found = sp_group.exchange(by_heads.view(-1), sizes, [_size(part) * heads * size for part in by_rank])
-    return [part.view(own, -1, size) for part in found.split_with_sizes(sizes)]
+    received = sp_group.exchange(by_heads.view(-1), sizes, [_size(part) * heads * size for part in by_rank])
+    return [part.view(own, -1, size) for part in received.split_with_sizes(sizes)]
 
 
 class SequenceParallelAttention:
@@ -212,11 +212,11 @@ class SequenceParallelAttention:
             (1, own tokens, query heads, head size).
         """
         heads = share_heads(query.shape[1], key.shape[1], self._sp_group.size)
-        how = self._sp_group, self._tokens, heads
-        found = _ToHeads.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), *how)  # type: ignore[no-untyped-call]
-        query, key, value = (x.transpose(0, 1)[None] for x in found)
+        partition = self._sp_group, self._tokens, heads
+        by_heads = _ToHeads.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), *partition)  # type: ignore[no-untyped-call]
+        query, key, value = (x.transpose(0, 1)[None] for x in by_heads)
         out = self._attention(query, key, value, scaling, window)
-        return _ToTokens.apply(out[0], *how)[None]  # type: ignore[no-any-return, no-untyped-call]
+        return _ToTokens.apply(out[0], *partition)[None]  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _ToHeads(torch.autograd.Function):
@@ -235,7 +235,7 @@ class _ToHeads(torch.autograd.Function):
         tokens: int,
         heads: HeadPartition,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.how = sp_group, heads
+        ctx.partition = sp_group, heads
         sent = [
             [query[:, queries], key[:, keys], value[:, keys]]
             for queries, keys in zip(heads.queries, heads.keys, strict=True)
@@ -245,12 +245,12 @@ class _ToHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        sp_group, heads = ctx.how
+        sp_group, heads = ctx.partition
         numbers = [queries + 2 * keys for queries, keys in map(heads.counts, range(sp_group.size))]
-        found = to_tokens(sp_group, torch.cat(gradients, 1), numbers)
+        received = to_tokens(sp_group, torch.cat(gradients, 1), numbers)
         by_rank = [
             part.split_with_sizes([queries, keys, keys], 1)
-            for part, (queries, keys) in zip(found, map(heads.counts, range(sp_group.size)), strict=True)
+            for part, (queries, keys) in zip(received, map(heads.counts, range(sp_group.size)), strict=True)
         ]
         query, key, value = zip(*by_rank, strict=True)
         return torch.cat(query, 1), _summed(key, heads), _summed(value, heads), None, None, None
@@ -263,12 +263,12 @@ class _ToTokens(torch.autograd.Function):
     def forward(
         ctx: Any, out: torch.Tensor, sp_group: SequenceParallelGroup, tokens: int, heads: HeadPartition
     ) -> torch.Tensor:
-        ctx.how = sp_group, tokens, heads
+        ctx.partition = sp_group, tokens, heads
         return torch.cat(to_tokens(sp_group, out.contiguous(), [_size(part) for part in heads.queries]), 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        sp_group, tokens, heads = ctx.how
+        sp_group, tokens, heads = ctx.partition
         return to_heads(sp_group, tokens, [[gradient[:, part]] for part in heads.queries]), None, None, None
 
 
@@ -286,8 +286,8 @@ def _summed(gradients: Sequence[torch.Tensor], heads: HeadPartition) -> torch.Te
         return torch.cat(list(gradients), 1)
     tokens, _, size = gradients[0].shape
     whole = gradients[0].new_zeros(tokens, last, size, dtype=torch.float32)
-    for place, part in zip(heads.keys, gradients, strict=True):
-        whole[:, place] += part
+    for head_slice, part in zip(heads.keys, gradients, strict=True):
+        whole[:, head_slice] += part
     return whole.to(gradients[0].dtype)
 
 

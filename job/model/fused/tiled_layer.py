@@ -136,12 +136,12 @@ def backward_in_tiles(function: Tokenwise, x: torch.Tensor, gradient: torch.Tens
     """
     for start in range(0, x.shape[1], tile):
         part = x[:, start : start + tile].detach().requires_grad_()
-        place = gradient[:, start : start + tile]
+        gradient_tile = gradient[:, start : start + tile]
         with torch.enable_grad():
             y = function(part)
-        torch.autograd.backward([y], [place])
+        torch.autograd.backward([y], [gradient_tile])
         assert part.grad is not None  # noqa: S101 - for the type
-        place.copy_(part.grad)
+        gradient_tile.copy_(part.grad)
 
 
 class _InTiles(torch.autograd.Function):
@@ -173,14 +173,14 @@ def _attention_half(
     halves = LAYERS[type(layer).__name__]
     layout = replace(arguments["layout"], attend=attend)
     read = _normed(layer, halves.before_attention, x, tile)
-    found = layer.self_attn(hidden_states=read, **{**arguments, "layout": layout})[0]
-    return _added(layer, halves, x, _normed(layer, halves.behind_attention, found, tile))
+    out = layer.self_attn(hidden_states=read, **{**arguments, "layout": layout})[0]
+    return _added(layer, halves, x, _normed(layer, halves.behind_attention, out, tile))
 
 
 def _feed_forward_half(layer: Any, x: torch.Tensor) -> torch.Tensor:
     halves = LAYERS[type(layer).__name__]
-    found = layer.mlp(_normed(layer, halves.before_feed_forward, x))
-    return _added(layer, halves, x, _normed(layer, halves.behind_feed_forward, found))
+    out = layer.mlp(_normed(layer, halves.before_feed_forward, x))
+    return _added(layer, halves, x, _normed(layer, halves.behind_feed_forward, out))
 
 
 def _normed(layer: Any, name: str | None, x: torch.Tensor, tile: int | None = None) -> torch.Tensor:

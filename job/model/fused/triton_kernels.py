@@ -87,8 +87,8 @@ def _turn_kernel(
 ):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < size
-    head, place = pair // HALF, pair % HALF
-    first, angle = head * 2 * HALF + place, (head // heads) * 2 * HALF + place
+    head, pair_of_head = pair // HALF, pair % HALF
+    first, angle = head * 2 * HALF + pair_of_head, (head // heads) * 2 * HALF + pair_of_head
     a = tl.load(x + first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + first + HALF, mask=inside, other=0.0).to(tl.float32)
     c = tl.load(cosine + angle, mask=inside, other=0.0).to(tl.float32)

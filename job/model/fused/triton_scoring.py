@@ -63,9 +63,9 @@ def _turn_kernel(
     """Rotates pairs of numbers in place: a program reads both numbers of its pairs before it writes them."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs
-    head, place = pair // HALF, pair % HALF
+    head, pair_of_head = pair // HALF, pair % HALF
     token = head // heads
-    first, angle = token * stride + (head % heads) * 2 * HALF + place, token * 2 * HALF + place
+    first, angle = token * stride + (head % heads) * 2 * HALF + pair_of_head, token * 2 * HALF + pair_of_head
     a = tl.load(x + first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + first + HALF, mask=inside, other=0.0).to(tl.float32)
     c = tl.load(cosine + angle, mask=inside, other=0.0)
@@ -116,9 +116,9 @@ def _attention_kernel(
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     begin, end = tl.load(starts + tile), tl.load(starts + tile + 1)
     for at in range(begin, end, KEYS):
-        place = at + tl.arange(0, KEYS)
-        inside = place < end
-        token = tl.load(index + place, mask=inside, other=0)
+        position = at + tl.arange(0, KEYS)
+        inside = position < end
+        token = tl.load(index + position, mask=inside, other=0)
         until = tl.load(last_seen_by + token, mask=inside, other=0)
         where = token.to(tl.int64)[:, None] * stride + (head // group) * SIZE + column[None, :]
         whole = inside[:, None] & (column < SIZE)[None, :]
@@ -138,8 +138,8 @@ def _attention_kernel(
         sums = sums * shrink[:, None] + tl.dot(weights.to(v.dtype), v)
         most = larger
     to = out + row.to(tl.int64)[:, None] * out_stride + head * SIZE + column[None, :]
-    found = (sums / total[:, None]).to(out.dtype.element_ty)
-    tl.store(to, found, mask=in_range[:, None] & (column < SIZE)[None, :])
+    mean = (sums / total[:, None]).to(out.dtype.element_ty)
+    tl.store(to, mean, mask=in_range[:, None] & (column < SIZE)[None, :])
 
 
 def attention(

@@ -46,12 +46,12 @@ SHARD = "256MB"
 """Of weights: what an upload may have in its hands when the job has to end."""
 
 
-def find(entry: CacheEntry, alive: Callable[[], None]) -> Path | None:
+def find(entry: CacheEntry, check_stop: Callable[[], None]) -> Path | None:
     """The folder of a cached base whose hashes were verified: on this machine, else downloaded from the store.
 
     Args:
         entry: Where to look.
-        alive: Called between two files; may raise what ends the job.
+        check_stop: Called between two files; may raise what ends the job.
     """
     if entry.folder.is_dir():
         try:
@@ -66,7 +66,7 @@ def find(entry: CacheEntry, alive: Callable[[], None]) -> Path | None:
     if entry.store is None:
         return None
     try:
-        return _fetch(entry, entry.store, alive)
+        return _fetch(entry, entry.store, check_stop)
     except (_Damaged, TooLarge) as error:
         warn("is damaged: the base is quantized again", f"{entry.store.uri}/{key_of(entry, INDEX)}", error)
         for key in getattr(error, "keys", ()):
@@ -87,7 +87,7 @@ class _Damaged(Exception):
         self.keys = keys
 
 
-def _fetch(entry: CacheEntry, store: ObjectStore, alive: Callable[[], None]) -> Path | None:
+def _fetch(entry: CacheEntry, store: ObjectStore, check_stop: Callable[[], None]) -> Path | None:
     """Downloads the base, and verifies it before it is moved to its final place."""
     if (stored := store.read(key_of(entry, INDEX))) is None:
         return None
@@ -104,7 +104,7 @@ def _fetch(entry: CacheEntry, store: ObjectStore, alive: Callable[[], None]) -> 
     check_disk(entry.folder, required_bytes(file.bytes for file in index.values()))
     with new_folder(entry.folder) as folder:
         for name, file in index.items():
-            alive()
+            check_stop()
             store.download(key_of(entry, f"{file.sha256}/{name}"), folder / name, max_bytes=file.bytes)
         hashes = zip(index.items(), hash_files([folder / name for name in index]), strict=True)
         if wrong := [key_of(entry, f"{file.sha256}/{name}") for (name, file), sha in hashes if sha != file.sha256]:

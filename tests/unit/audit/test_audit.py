@@ -158,7 +158,7 @@ def test_workers_find_the_same(tmp_path: Path) -> None:
     texts = [QUESTIONS[3], "ask jo@acme-widgets.de"]
     found = from_bytes(RowAudit(setup)(texts))
     assert found.kinds == ("email",)
-    assert found.found.exact == (3,)
+    assert found.overlap.exact == (3,)
     assert from_bytes(found.to_bytes()) == found
 
 

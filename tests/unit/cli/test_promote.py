@@ -17,7 +17,7 @@ from job.cli.runs import compare_command, report_command, verify_command
 from job.common.hashing import sealed
 from job.errors import GateError, JobError, Replaced, SettingsError, VerificationError
 from job.results import promotion
-from job.results.promotion import KIND, MOST, PointerMoved, Promoted, pointer_place, promote, read_pointer
+from job.results.promotion import KIND, MOST, PointerMoved, Promoted, pointer_location, promote, read_pointer
 from job.results.reader import open_run, read_published
 from job.storage.local import LocalStore
 from job.storage.location import StorageOptions
@@ -61,7 +61,7 @@ def options(words: list[str]) -> StorageOptions:
 
 def pointer(where: str, words: list[str]) -> promotion.Pointer:
     """The pointer that has to be there."""
-    found, _ = read_pointer(pointer_place(where, options(words)))
+    found, _ = read_pointer(pointer_location(where, options(words)))
     assert found is not None
     return found
 
@@ -89,7 +89,7 @@ def test_forwards_and_back(places: tuple[str, list[str]], capsys: pytest.Capture
 def test_two_at_once(places: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have read the same pointer: one wins, and the other is told which run it lost to."""
     store, reach = places
-    place = pointer_place(f"{store}/current", options(reach))
+    place = pointer_location(f"{store}/current", options(reach))
     runs = [read_published(open_run(f"{store}/{name}", options(reach))) for name in ("a", "b")]
     together, read, outcomes = threading.Barrier(2, timeout=60), read_pointer, dict[str, Any]()
     waits = {0: set[int]()}
@@ -243,7 +243,7 @@ def test_commands_take_a_pointer(made: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_history_is_bounded(tmp_path: Path) -> None:
     """The newest hundred entries are kept: the file stays small however often it is moved."""
-    place = pointer_place(str(tmp_path / "current"), StorageOptions())
+    place = pointer_location(str(tmp_path / "current"), StorageOptions())
     run = Promoted("/runs/a", "a", "0" * 64, "1" * 64, "2026-01-01T00:00:00Z")
     promotion._write(place, promotion.Pointer(run, (run,) * (MOST + 5)), None)
     found, _ = read_pointer(place)

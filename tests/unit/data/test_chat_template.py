@@ -98,5 +98,5 @@ def test_a_stop_is_looked_at_while_a_template_takes_long() -> None:
         raise Preempted("asked to end")
 
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(Preempted), open_template(toy_tokenizer(loop), alive=stop) as render:
+    with pytest.raises(Preempted), open_template(toy_tokenizer(loop), check_stop=stop) as render:
         render([ASK])

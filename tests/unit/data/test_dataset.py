@@ -230,8 +230,8 @@ def test_a_hub_id_needs_a_revision(source: str) -> None:
 def test_hub_rows_are_checked_like_any_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of the hub give examples and faults as those of a file do; the record holds the commit and the split."""
 
-    def fake(source: str, revision: str, split: str, name: str, alive: Any) -> Any:
-        assert callable(alive)
+    def fake(source: str, revision: str, split: str, name: str, check_stop: Any) -> Any:
+        assert callable(check_stop)
         assert (source, revision, split) == ("tatsu-lab/alpaca", "main", "test")
         return "c0ffee", iter([Row(f"{name}:row 1", {"text": ""}), Row(f"{name}:row 2", {"text": "cat"})])
 

@@ -15,7 +15,7 @@ def test_rows_that_fit_no_schema_say_what_they_have(tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", {"question": "a", "\ud800": 1})
     with pytest.raises(DataError, match=r"x.jsonl:1: fits no schema.*'question', '\\ud800'; known are alpaca: instr"):
         load(path, on_bad_row="skip")
-    with pytest.raises(DataError, match=r"JOB_DATA__FIELDS=prompt=NAME,completion=NAME takes them"):
+    with pytest.raises(DataError, match=r"JOB_DATA__FIELDS=prompt=question,completion=NAME takes them"):
         load(path)
     with pytest.raises(DataError, match=r"JOB_DATA__FIELDS=chosen=NAME,rejected=NAME takes them"):
         load(path, method="dpo")

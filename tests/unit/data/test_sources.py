@@ -256,13 +256,13 @@ def test_reading_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = lines(tmp_path / "x.jsonl", *[{"text": "a"}, {"text": ""}] * 1000)
     calls: list[None] = []
 
-    def alive() -> None:
+    def check_stop() -> None:
         calls.append(None)
         if len(calls) == 1500:
             raise Preempted("asked to end")
 
     with pytest.raises(Preempted):
-        load(path, on_bad_row="skip", alive=alive)
+        load(path, on_bad_row="skip", check_stop=check_stop)
     assert len(calls) == 1500
 
 

@@ -111,7 +111,7 @@ def test_whatever_decides_the_tokens_is_in_the_key(tmp_path: Path, read: list[An
     )
     found += [tokens(path, **changes).folder for changes in other]
     assert len(set(found)) == len(found) == len(read)
-    assert tokens(path, processes=2, alive=lambda **_: None, date="2026-01-01").folder == found[0]
+    assert tokens(path, processes=2, check_stop=lambda **_: None, date="2026-01-01").folder == found[0]
     lines(path, *alpaca_rows(8)[::-1])
     assert tokens(path).folder not in found
 
@@ -123,7 +123,7 @@ def test_other_gpus_find_no_screened_tokens(tmp_path: Path, monkeypatch: pytest.
 
     def keys(gpus: list[str]) -> list[str | None]:
         monkeypatch.setattr(token_cache.host, "hardware", lambda: {"gpus": gpus})
-        given: dict[str, Any] = options(name="x", processes=1, alive=lambda **_: None)
+        given: dict[str, Any] = options(name="x", processes=1, check_stop=lambda **_: None)
         audits = (set_up(None, {}), set_up(None, {}, safety))
         return [token_cache._key(str(path), None, **given | {"audit": audit}) for audit in audits]
 

@@ -208,4 +208,4 @@ def test_a_tokenizer_that_breaks_down_is_an_error_of_the_data() -> None:
     broken = {**whole, "normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "xx"}}
     tokenizer = type(toy_tokenizer())(tokenizer_object=Tokenizer.from_str(json.dumps(broken)), eos_token="</s>")
     with pytest.raises(DataError, match=r"JOB_MODEL__ID.*fail on a text"):
-        text_tokenizer(tokenizer).encode(["a cat sat"], special=True, places=True)
+        text_tokenizer(tokenizer).encode(["a cat sat"], special=True, offsets=True)

@@ -209,12 +209,12 @@ def test_a_stop_ends_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """While this process waits for workers it reports no progress; what ends the job ends the wait and the workers."""
     monkeypatch.setattr(workers, "_LOOK_SECONDS", 0.01)
 
-    def alive(*, progress: bool = True) -> None:
+    def check_stop(*, progress: bool = True) -> None:
         if not progress:
             raise Preempted("stopped by SIGTERM")
 
     with pytest.raises(Preempted):
-        load(lines(tmp_path / "x.jsonl", *alpaca_rows(2000)), processes=2, alive=alive)
+        load(lines(tmp_path / "x.jsonl", *alpaca_rows(2000)), processes=2, check_stop=check_stop)
 
 
 @pytest.mark.long

@@ -122,18 +122,18 @@ def test_one_task_below_the_gate_is_enough() -> None:
 def test_the_record_of_the_gate() -> None:
     """It holds the thresholds and the reasons; a gate that was not set is told apart from one that was met."""
     tasks = compared(improved=80, regressed=0)
-    unset = comparison.judge(tasks, metric="acc", min_delta=None, max_regression=None)
+    unset = comparison.evaluate_gate(tasks, metric="acc", min_delta=None, max_regression=None)
     assert (unset["passed"], unset["reasons"], unset["baseline"]) == (None, [], None)
-    met = comparison.judge(tasks, metric="acc", min_delta=0.01, max_regression=None)
+    met = comparison.evaluate_gate(tasks, metric="acc", min_delta=0.01, max_regression=None)
     assert (met["passed"], met["min_delta"], met["reasons"]) == (True, 0.01, [])
-    assert comparison.judge(tasks, metric="acc", min_delta=0.5, max_regression=None)["passed"] is False
+    assert comparison.evaluate_gate(tasks, metric="acc", min_delta=0.5, max_regression=None)["passed"] is False
 
 
 def test_the_gate_looks_back_to_a_baseline() -> None:
     """Where there is an earlier run, the thresholds are about the difference from it, not from the base model."""
     gain, loss = compared(improved=80, regressed=0), compared(improved=0, regressed=80)
-    assert comparison.judge(gain, metric="acc", min_delta=None, max_regression=0.01)["passed"] is True
-    record = comparison.judge(gain, metric="acc", min_delta=None, max_regression=0.01, baseline={"tasks": loss})
+    assert comparison.evaluate_gate(gain, metric="acc", min_delta=None, max_regression=0.01)["passed"] is True
+    record = comparison.evaluate_gate(gain, metric="acc", min_delta=None, max_regression=0.01, baseline={"tasks": loss})
     assert record["passed"] is False
     assert record["baseline"] == {"tasks": loss}
 

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from job.distributed.processes import ALONE
 from job.errors import TrainingFailed
 from job.evaluation import decoding
-from job.evaluation.generation import HowToGenerate, generate
+from job.evaluation.generation import GenerationOptions, generate
 from job.evaluation.generation_batches import (
     BATCH_TOKENS,
     CACHE_BATCHES,
@@ -169,8 +169,8 @@ def test_a_batch_as_on_a_gpu_that_is_stopped_is_answered_again(
     batches = plan_batches([len(prompt) for prompt in PROMPTS], NEW, 45, cache_tokens=150)
     assert len(batches) < len(plan_batches([len(prompt) for prompt in PROMPTS], NEW, 45))
     expected = generate(own, tokenizer, PROMPTS, **how)
-    for name, alive in {"reading": 2, "drawing": 14}.items():
-        left = count(-alive)
+    for name, calls in {"reading": 2, "drawing": 14}.items():
+        left = count(-calls)
 
         def stopping(left: Any = left, **_: Any) -> None:
             if next(left) >= 0:
@@ -179,13 +179,13 @@ def test_a_batch_as_on_a_gpu_that_is_stopped_is_answered_again(
         store = LocalStore(tmp_path / name)
         parts: list[int] = []
 
-        def answer(*args: Any, alive: Any, parts: list[int] = parts) -> Any:
+        def answer(*args: Any, check_stop: Any, parts: list[int] = parts) -> Any:
             parts.append(len(args[3]))
-            return ParallelScoring(ALONE, alive).answer(*args)
+            return ParallelScoring(ALONE, check_stop).answer(*args)
 
-        for alive_here in (stopping, lambda **_: None):
-            how["cache"], how["answer"] = ScoreCache(store, "s", "one", {}), partial(answer, alive=alive_here)
-            if alive_here is stopping:
+        for check_stop_here in (stopping, lambda **_: None):
+            how["cache"], how["answer"] = ScoreCache(store, "s", "one", {}), partial(answer, check_stop=check_stop_here)
+            if check_stop_here is stopping:
                 with pytest.raises(Stopped):
                     generate(own, tokenizer, PROMPTS, **how)
             else:
@@ -261,7 +261,7 @@ def test_processes_share_the_batches(base_folder: Path, tokenizer: Any) -> None:
     alone = generate(own, tokenizer, PROMPTS, **how)
     batches = plan_batches([len(prompt) for prompt in PROMPTS], 4, 45)
     first = Peers([])
-    asked = HowToGenerate(4, sampling=how["sampling"])
+    asked = GenerationOptions(4, sampling=how["sampling"])
     work = ParallelScoring(first, lambda **_: None).answer(own, tokenizer, PROMPTS, dict(enumerate(batches)), asked)
     assert next(work) == (0, [alone[prompt] for prompt in batches[0]])
     second = Helper(first.shared)
@@ -289,12 +289,12 @@ def test_a_request_to_stop_ends_a_batch_at_the_next_token(
     def stopping(at: int) -> ParallelScoring:
         looks.clear()
 
-        def alive(**_: Any) -> None:
+        def check_stop(**_: Any) -> None:
             looks.append("look")
             if len(looks) == at:
                 raise Stopped
 
-        return ParallelScoring(ALONE, alive)
+        return ParallelScoring(ALONE, check_stop)
 
     expected = generate(own, tokenizer, PROMPTS, **how, answer=stopping(0).answer)
     assert len(looks) >= sum(max(expected[prompt].tokens for prompt in batch) for batch in batches)
@@ -387,7 +387,7 @@ def test_the_models_own_ends_count_and_its_penalties_are_named(
     tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A turn may end by a token that only generation_config.json names; what it asks for beyond that is logged once."""
-    how = HowToGenerate(9)
+    how = GenerationOptions(9)
     scripted = Scripted(tokenizer, "it<pad>is", ends=[tokenizer.eos_token_id, 5])
     assert with_model_defaults(how, tmp_path, scripted, tokenizer).ends == tuple(sorted({5, tokenizer.eos_token_id}))
     scripted = Scripted(tokenizer, "it<pad>is", ends=[1])
@@ -396,7 +396,7 @@ def test_the_models_own_ends_count_and_its_penalties_are_named(
     folder.mkdir()
     (folder / "generation_config.json").write_text(json.dumps(config))
     found, again = (with_model_defaults(how, folder, scripted, tokenizer) for _ in range(2))
-    assert found == again == HowToGenerate(9, ends=tuple(sorted({1, 2, 7, tokenizer.eos_token_id})))
+    assert found == again == GenerationOptions(9, ends=tuple(sorted({1, 2, 7, tokenizer.eos_token_id})))
     logged = "".join(capsys.readouterr())
     assert logged.count("is not applied") == 1
     assert "repetition_penalty" in logged

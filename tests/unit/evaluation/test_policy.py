@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 from job.errors import SettingsError
 from job.evaluation.policy import Policy, check_policy, read_policy
-from job.evaluation.policy_verdict import judge_policy, lines, passes, reasons, sentence
+from job.evaluation.policy_verdict import evaluate_policy, lines, passes, reasons, sentence
 from job.evaluation.statistics import holm, one_sided_p, tango_interval
 
 
@@ -34,7 +34,7 @@ def judged(rules: dict[str, Any], **tasks: dict[str, Any]) -> dict[str, Any]:
     """A policy's verdict; `rules` by task, `combined` and other keys beside them."""
     top = {key: rules.pop(key) for key in ("combined", "alpha", "on_inconclusive") if key in rules}
     policy = Policy.model_validate({**top, "tasks": rules})
-    found = judge_policy(policy, tasks)
+    found = evaluate_policy(policy, tasks)
     return {**found, "passed": passes(policy, found), "reasons": reasons(found)}
 
 
@@ -145,7 +145,7 @@ def test_a_t_test_that_has_no_difference_passes_at_the_nominal_rate() -> None:
     policy = Policy.model_validate({"tasks": {"t": {"role": "critical", "metric": "score", "min_gain": 0.0}}})
     for _ in range(1000):
         delta, (low, high), _ = paired_ratio(generator.normal(0, 1, 30).tolist(), [1.0] * 30)
-        rule = judge_policy(policy, {"t": measured(delta, (high - low) / 2, n=30)})["rules"][0]
+        rule = evaluate_policy(policy, {"t": measured(delta, (high - low) / 2, n=30)})["rules"][0]
         met += rule["p_met"] < policy.alpha
     assert binom.ppf(0.001, 1000, 0.05) <= met <= binom.ppf(0.999, 1000, 0.05)
 
@@ -215,10 +215,10 @@ def test_null_runs_pass_at_the_nominal_rate() -> None:
         improved = generator.binomial(500, 0.04, 5)
         regressed = [generator.binomial(500 - up, 0.04 / 0.96) for up in improved]
         tasks = {name: task(500, int(up), int(down)) for name, up, down in zip(rules, improved, regressed, strict=True)}
-        found = judge_policy(policy, tasks)
+        found = evaluate_policy(policy, tasks)
         anywhere += any(rule["outcome"] == "met" for rule in found["rules"])
         passed += found["outcome"] == "passed"
-        rule = judge_policy(alone, tasks)["rules"][-1]
+        rule = evaluate_policy(alone, tasks)["rules"][-1]
         together += rule["p_met"] < alone.alpha
     upper = binom.ppf(0.999, 1000, 0.05)
     assert passed <= anywhere <= upper

@@ -187,7 +187,7 @@ def test_a_question_that_is_too_long_is_not_judged(code: int) -> None:
 def test_a_busy_server_says_how_long_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry-After is heeded, up to a minute; a date in it is not."""
     waited: list[float] = []
-    monkeypatch.setattr(judges, "_wait", lambda seconds, _alive: waited.append(seconds))
+    monkeypatch.setattr(judges, "_wait", lambda seconds, _check_stop: waited.append(seconds))
     with judge_server(lambda _: "A") as server:
         for said in ("7", "4000", "Wed, 21 Oct 2026 07:28:00 GMT"):
             server.codes, server.retry_after = [429], said

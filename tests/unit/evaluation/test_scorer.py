@@ -146,13 +146,17 @@ def test_a_stop_between_two_sequences_keeps_what_was_read(model: Any, tmp_path: 
     whole = score_questions(model, asked, 1)
     store, calls, pauses = LocalStore(tmp_path), [], iter(range(99))
 
-    def alive(**_: Any) -> None:
+    def check_stop(**_: Any) -> None:
         if next(pauses) == 2:
             raise JobError("stop")
 
     with pytest.raises(JobError, match="stop"):
         score_questions(
-            model, asked, 1, cache=ScoreCache(store, "scores", "one", {}), score=ParallelScoring(ALONE, alive).score
+            model,
+            asked,
+            1,
+            cache=ScoreCache(store, "scores", "one", {}),
+            score=ParallelScoring(ALONE, check_stop).score,
         )
     cache = ScoreCache(store, "scores", "one", {})
     assert score_questions(model, asked, 1, cache=cache, score=counted(calls)) == whole

@@ -13,7 +13,7 @@ import torch
 
 from job.errors import DataError, SettingsError
 from job.evaluation import statistics
-from job.evaluation.generation import HowToGenerate, generate
+from job.evaluation.generation import GenerationOptions, generate
 from job.evaluation.harness import measure
 from job.evaluation.question_lengths import check_lengths, count_questions
 from job.evaluation.samples import MeasuredSample, parse_measured, write_samples
@@ -22,7 +22,7 @@ from job.evaluation.task_metrics import (
     LARGEST_PERPLEXITY,
     aggregate,
     compare_measured,
-    how_to_generate,
+    generation_options,
     measured_from,
 )
 from job.evaluation.tasks import check_choices, load_tasks
@@ -74,7 +74,7 @@ def run(
     """Measures the tiny model the way the job does."""
     own = model(folder)
 
-    def answer(prompts: list[tuple[int, ...]], how: HowToGenerate) -> list[Answer]:
+    def answer(prompts: list[tuple[int, ...]], how: GenerationOptions) -> list[Answer]:
         asked: dict[str, Any] = {"max_new_tokens": how.max_new_tokens, "stop": how.stop, "sampling": how.sampling}
         return generate(own, tokenizer, prompts, batch_tokens=400, **asked)
 
@@ -151,22 +151,22 @@ def test_sampled_answers_come_from_the_seed(base_folder: Path, tokenizer: Any, t
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"until": "\n", "max_gen_toks": 9}, HowToGenerate(9, ("\n",))),
-        ({"until": ["a"], "do_sample": False, "temperature": 0.0}, HowToGenerate(256, ("a",))),
-        ({"temperature": 0.5, "top_p": 0.9}, HowToGenerate(256, (), Sampling(0.5, 50, 0.9, 7))),
-        ({"do_sample": False, "top_k": -1}, HowToGenerate(256)),
-        ({"temperature": 0.5, "top_k": 0}, HowToGenerate(256, (), Sampling(0.5, 0, 1.0, 7))),
+        ({"until": "\n", "max_gen_toks": 9}, GenerationOptions(9, ("\n",))),
+        ({"until": ["a"], "do_sample": False, "temperature": 0.0}, GenerationOptions(256, ("a",))),
+        ({"temperature": 0.5, "top_p": 0.9}, GenerationOptions(256, (), Sampling(0.5, 50, 0.9, 7))),
+        ({"do_sample": False, "top_k": -1}, GenerationOptions(256)),
+        ({"temperature": 0.5, "top_k": 0}, GenerationOptions(256, (), Sampling(0.5, 0, 1.0, 7))),
         ({"do_sample": True, "temperature": 0.0}, None),
         ({"repetition_penalty": 1.2}, None),
     ],
 )
-def test_ways_to_generate_are_read_as_lm_eval_does(given: dict[str, Any], expected: HowToGenerate | None) -> None:
+def test_ways_to_generate_are_read_as_lm_eval_does(given: dict[str, Any], expected: GenerationOptions | None) -> None:
     """Greedy or drawn, by lm-eval's names; what is not done here is refused, not left out."""
     if expected is not None:
-        assert how_to_generate("x", given, seed=7) == expected
+        assert generation_options("x", given, seed=7) == expected
         return
     with pytest.raises(SettingsError, match=r"x asks to generate with"):
-        how_to_generate("x", given)
+        generation_options("x", given)
 
 
 def test_prompts_that_do_not_fit_are_found_before_a_model_is_loaded(tokenizer: Any, tmp_path: Path) -> None:

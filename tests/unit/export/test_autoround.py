@@ -28,12 +28,12 @@ from job.export.autoround import AWQ, COMPRESSED, GPTQ, Layout, calibration_sequ
 from job.export.autoround_process import Task, quantize
 from job.export.formats import DerivedInputs
 from job.export.quantizable import CannotMake
-from job.export.scoring import HowToScore, load_exported
+from job.export.scoring import ScoringOptions, load_exported
 from job.records import QuantizationRecord, Question
 from tests.helpers import make_base
 from tests.warm import ROOT
 
-HOW = HowToScore(torch.device("cpu"), torch.float32, 512, packed=True)
+HOW = ScoringOptions(torch.device("cpu"), torch.float32, 512, packed=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,12 @@ def inputs_for(merged: Path, folder: Path, steps: int = 2) -> DerivedInputs:
         calibration=rows,
         device=torch.device("cpu"),
         seed=0,
-        alive=lambda **_: None,
+        check_stop=lambda **_: None,
         steps=steps,
     )
 
 
-def in_process(task: Task, _work: Path, _alive: Callable[..., None]) -> None:
+def in_process(task: Task, _work: Path, _check_stop: Callable[..., None]) -> None:
     """auto-round in this process, which saves its imports."""
     quantize(replace(task, sequences=calibration_sequences(task.sequences, 32)))
 
@@ -125,7 +125,7 @@ def test_w4a16_is_what_compressed_tensors_reads(packed: Made) -> None:
         assert torch.equal(reader.decompress(own, group)["weight"].float(), weight.bfloat16().float())
 
 
-def scores(load: Callable[[Path, HowToScore], Any], folder: Path) -> torch.Tensor:
+def scores(load: Callable[[Path, ScoringOptions], Any], folder: Path) -> torch.Tensor:
     """Log-likelihoods of some choices."""
     questions = [Question((5, 9, number, 40), ((7, 8), (30 + number,), (12, 13, 14))) for number in range(6)]
     found = load(folder, HOW)
@@ -236,13 +236,13 @@ def test_its_process_ends_when_the_job_has_to(stand_in: Callable[[str], None], t
     stand_in("import time; time.sleep(300)")
     others = set(psutil.Process().children())
 
-    def alive(*, progress: bool) -> None:
+    def check_stop(*, progress: bool) -> None:
         if set(psutil.Process().children()) - others:
             raise Preempted("stop")
 
     began = time.monotonic()
     with pytest.raises(Preempted):
-        run_process(TASK, tmp_path, alive)
+        run_process(TASK, tmp_path, check_stop)
     assert time.monotonic() - began < 60
     assert set(psutil.Process().children()) <= others
 

@@ -16,7 +16,7 @@ from job.common.hashing import hash_file
 from job.evaluation.scorer import score_questions
 from job.export import checkpoint, fp8
 from job.export.formats import DerivedInputs
-from job.export.scoring import HowToScore, load_exported, load_quantized
+from job.export.scoring import ScoringOptions, load_exported, load_quantized
 from job.records import QuantizationRecord, Question
 from tests.helpers import make_base
 
@@ -46,7 +46,7 @@ def make(merged: Path, folder: Path) -> QuantizationRecord:
             calibration=[],
             device=torch.device("cpu"),
             seed=0,
-            alive=lambda **_: None,
+            check_stop=lambda **_: None,
         )
     )
 
@@ -122,7 +122,7 @@ def test_made_twice_it_has_the_same_bytes(merged: Path, made: tuple[Path, Quanti
 def test_several_files_have_a_whole_index(
     merged: Path, made: tuple[Path, QuantizationRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A large model is written in several files, with the same tensors, and `alive` is called before each tensor."""
+    """A large model is written in several files, with the same tensors, and `check_stop` called before each tensor."""
     monkeypatch.setattr(checkpoint, "SHARD", 100_000)
     make(merged, tmp_path / "parts")
     index = json.loads((tmp_path / "parts/model.safetensors.index.json").read_text())["weight_map"]
@@ -151,7 +151,7 @@ def test_it_is_scored_as_transformers_loads_it(merged: Path, made: tuple[Path, Q
     questions = [Question((5, 9, number, 40), ((7, 8), (30 + number,), (12, 13, 14))) for number in range(6)]
 
     def scores(folder: Path, *, packed: bool) -> torch.Tensor:
-        how = HowToScore(torch.device("cpu"), torch.float32, 512, packed)
+        how = ScoringOptions(torch.device("cpu"), torch.float32, 512, packed)
         found = (load_exported if folder == merged else load_quantized)(folder, how)
         assert (found.dtype, found.scored_in) == ("bf16", "bf16")
         asked = score_questions(found.model, questions)

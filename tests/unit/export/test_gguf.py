@@ -68,7 +68,7 @@ def inputs(merged: Path, kind: str, folder: Path) -> DerivedInputs:
 
 def scored(file: Path, questions: list[Question], threads: int = 1) -> list[list[ChoiceScore]]:
     """By llama.cpp, loaded for these questions."""
-    with load_gguf(file, max_length=64, threads=threads, alive=waited) as model:
+    with load_gguf(file, max_length=64, threads=threads, check_stop=waited) as model:
         return [model.score(question) for question in questions]
 
 
@@ -158,7 +158,7 @@ def test_a_score_depends_on_its_question_alone(files: dict[str, Path]) -> None:
 
 def test_sequences_are_scored_by_number(files: dict[str, Path]) -> None:
     """As the job's scorer asks for it: numbers of sequences, in any order, each with its questions' scores."""
-    with load_gguf(files["f16"], max_length=64, threads=1, alive=waited) as model:
+    with load_gguf(files["f16"], max_length=64, threads=1, check_stop=waited) as model:
         found = dict(score_in_llama_cpp(model, QUESTIONS, {4: range(2, 3), 1: range(2)}))
     expected = scored(files["f16"], QUESTIONS)
     assert found == {4: expected[2:], 1: expected[:2]}
@@ -278,7 +278,7 @@ def test_weights_that_are_not_finite_are_refused(base: Path, tmp_path: Path) -> 
 
 def test_a_process_that_is_killed_is_an_error_in_words(files: dict[str, Path]) -> None:
     """llama.cpp may end its process: the job says how, and goes the way of its own errors."""
-    with load_gguf(files["q8_0"], max_length=64, threads=1, alive=waited) as model:
+    with load_gguf(files["q8_0"], max_length=64, threads=1, check_stop=waited) as model:
         model.score(QUESTIONS[1])
         os.kill(warm.HelperProcess.last.pid, signal.SIGKILL)
         with pytest.raises(
@@ -300,11 +300,11 @@ def test_waiting_is_bounded_and_lets_the_job_end(files: dict[str, Path], monkeyp
     """A process that answers nothing ends the job after some time, and a stop request ends the wait at once."""
     stopped = False
 
-    def alive(*, progress: bool = True) -> None:
+    def check_stop(*, progress: bool = True) -> None:
         if stopped and not progress:
             raise Preempted("stop")
 
-    with load_gguf(files["q8_0"], max_length=64, threads=1, alive=alive) as model:
+    with load_gguf(files["q8_0"], max_length=64, threads=1, check_stop=check_stop) as model:
         monkeypatch.setattr(gguf, "_POLL_SECONDS", 0.05)
         monkeypatch.setattr(gguf, "_STALLED_SECONDS", 0.2)
         os.kill(warm.HelperProcess.last.pid, signal.SIGSTOP)
@@ -335,5 +335,5 @@ def test_k_quants_are_mixed_as_llama_cpp_mixes_them(tmp_path: Path) -> None:
     assert found["token_embd.weight"] == "Q4_K"
     sensitive = [found[f"blk.{layer}.attn_v.weight"] for layer in range(8)]
     assert sensitive == ["Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q6_K"]
-    with load_gguf(tmp_path / "out/model-q4_k_m.gguf", max_length=64, threads=1, alive=waited) as model:
+    with load_gguf(tmp_path / "out/model-q4_k_m.gguf", max_length=64, threads=1, check_stop=waited) as model:
         assert model.score(QUESTIONS[1])[0].log_likelihood < 0

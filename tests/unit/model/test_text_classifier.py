@@ -79,7 +79,7 @@ def test_a_word_at_the_end_of_a_long_text_is_found(tmp_path: Path) -> None:
 
 
 def test_it_can_be_stopped_between_batches(tmp_path: Path) -> None:
-    """What `alive` raises ends the work."""
+    """What `check_stop` raises ends the work."""
 
     def stop() -> None:
         raise Preempted("stopped")

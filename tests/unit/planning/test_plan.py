@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from job.cli.main import main
 from job.errors import AccessDenied, DataError, SettingsError, Unreachable
 from job.planning import plan as plan_module
+from job.planning.input_checks import check_run_inputs
 from job.planning.plan import Plan, PreflightResult, make_plan
 from job.planning.plan_text import as_json, as_table
 from job.planning.run_shape import _placements
-from job.settings.load import load_settings
+from job.settings.load import Settings, load_settings
 from tests.helpers import alpaca_rows, arc_rows, write_jsonl
 from tests.s3_server import BUCKET, SECRET, Request, credentials, moto_server, server
 from tests.toy_classifier import make_classifier
@@ -340,11 +341,28 @@ def test_the_table_is_for_a_person(given: Path, capsys: pytest.CaptureFixture[st
     assert "cheapest: " in text
 
 
+def test_no_forecast_is_printed_for_wrong_data(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error is what counts, and the fields of its rows are in the setting that it names."""
+    write_jsonl(given / "rows.jsonl", [{"Question": "a", "answer": "b"}] * 3)
+    assert main(["plan"]) == DataError.exit_code
+    text = capsys.readouterr().out
+    assert "JOB_DATA__FIELDS=prompt=Question,completion=answer" in text
+    assert text.endswith("No forecast: the data cannot be used.\n")
+    assert "GPU " not in text
+
+
+def test_why_hours_are_missing_is_said(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In fp32 no GPU's speed is known."""
+    for dtype, missing in (("fp32", True), ("bf16", False)):
+        assert main(["plan", f"--model.dtype={dtype}"]) == 0
+        assert ("hours and USD: only for" in capsys.readouterr().out) is missing
+
+
 def test_where_nothing_is_known_nothing_is_made_up() -> None:
     """A plan without a model and without data says so, in both forms; the gravest error is the plan's."""
     wrong = (
         PreflightResult("storage", "wrong", "no", Unreachable("no")),
-        PreflightResult("data", "wrong", "bad", DataError([])),
+        PreflightResult("questions", "wrong", "bad", DataError([])),
         PreflightResult("model", "not checked", "silence"),
     )
     plan = Plan("x on y", wrong, (), (), None, ("nothing",))
@@ -399,3 +417,22 @@ def test_a_base_in_main_memory_is_counted_for_every_process(given: Path, monkeyp
         assert check.state == state
         assert "for each of 4 processes" in check.what
         assert all("for each of 4 processes" in gpu.note for gpu in plan.gpus)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_downloads_go_to_the_cache(
+    given: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, there: bool
+) -> None:
+    """In a pod the system's folder for temporary files is small. A machine that lacks the cache's disk uses it."""
+    cache, folders = tmp_path / "disk", []
+    if there:
+        cache.mkdir()
+
+    def check(_settings: Settings, folder: Path, _show: int) -> Any:
+        folders.append(folder)
+        return check_run_inputs(_settings, folder, _show)
+
+    monkeypatch.setattr(plan_module, "check_run_inputs", check)
+    make_plan(load_settings([f"--storage.cache={cache}"]))
+    assert (folders[0].parent == cache) is there
+    assert not folders[0].exists()

@@ -13,7 +13,7 @@ import pytest
 from job.errors import DataError, VerificationError
 from job.evaluation import statistics
 from job.records import GroupSpec
-from job.results.compare import compare, gate_reasons, judge_by_policy
+from job.results.compare import compare, evaluate_by_policy, gate_reasons
 from job.results.compare_text import as_markdown, as_text
 from job.results.reader import PublishedRun, open_run, read_published
 from tests.published_run import forge, pairs, publish_run, rewrite
@@ -108,7 +108,7 @@ def test_groups_and_exports_are_compared(tmp_path: Path) -> None:
     assert 'groups that are not compared, since the runs do not have the same: ["mine"]' in text
     path = tmp_path / "policy.yaml"
     path.write_text("tasks: {own: {role: guarded, metric: acc, max_loss: 0.01}}\n", encoding="utf-8")
-    assert judge_by_policy(found, str(path))["passed"]
+    assert evaluate_by_policy(found, str(path))["passed"]
 
     found = compare(read(one), read(two))
     assert (found["groups"], found["groups_not_compared"]) == ({}, ["mine", "own"])

@@ -61,7 +61,7 @@ def built(**changes: Any) -> dict[str, Any]:
         "dataset": DatasetRecord("d", None, None, "alpaca", 80, {"empty": 2}, HASH, 900, 800, 60),
         "training": TrainingRecord(6, 80, 800, 1.5, 10.0, 80.0, 10**9, "adamw_8bit", 32, 1024, []),
         "tasks": tasks,
-        "gate": comparison.judge(tasks, metric="acc", min_delta=None, max_regression=None),
+        "gate": comparison.evaluate_gate(tasks, metric="acc", min_delta=None, max_regression=None),
         "artifacts": [Artifact("b", 1, HASH), Artifact("a", 2, HASH, HASH)],
         "evidence": [Artifact("settings.json", 3, HASH), Artifact("attempts/0001.json", 4, HASH)],
         "image_digest": None,
@@ -129,7 +129,7 @@ def test_the_summary_says_it_in_five_lines() -> None:
     task = built()["evaluation"]["tasks"]["arc_easy"]
     lines = summary(built(), "/x/results.json")
     assert len(lines) == 5
-    assert "6 steps on 80 examples, loss 1.500" in lines[0]
+    assert "6 steps on 80 examples (2 rows left out), loss 1.500" in lines[0]
     assert f"{100 * task['base']['acc']:.2f} % -> {100 * task['adapter']['acc']:.2f} %" in lines[1]
     assert "200 questions" in lines[1]
     counts = f"{task['improved']} questions better and {task['regressed']} worse"
@@ -137,6 +137,16 @@ def test_the_summary_says_it_in_five_lines() -> None:
     assert lines[3] == "1200 s in 2 attempts, $0.50; 120 s of it wasted"
     assert lines[4] == (
         "arc_easy better than the quantized base (the unquantized one was not scored); results: /x/results.json"
+    )
+
+
+def test_the_summary_names_validation() -> None:
+    """Which step's adapter is published, and an early stop, are said at the end, not in log and report only."""
+    results = built()
+    losses = {"first_loss": 3.0, "last_loss": 2.5, "best_loss": 2.0, "best_step": 4}
+    results["training"]["validation"] = {**losses, "keep": "best", "stopped_early": True}
+    assert summary(results, "/x/results.json")[1] == (
+        "validation loss 3.000 -> 2.500, lowest 2.000 after step 4; its adapter is published; stopped early"
     )
 
 

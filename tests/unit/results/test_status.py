@@ -15,13 +15,14 @@ import pytest
 
 from job import log
 from job.checkpoints import manager
-from job.common.hashing import sealed
+from job.common.hashing import sealed, unsealed
 from job.errors import DataError, JobError, NoProgress, Preempted, Problem, SettingsError
 from job.preemption.stop_flag import Stop
 from job.records import TrainingProgress
 from job.results import status as of_status
 from job.results.status import AttemptEnd, RunStatus, as_json, read_status
 from job.results.status_text import as_lines, headline
+from job.results.summary import summary
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
 from job.runs.layout import LEASE, Stage, attempt_key, marker_key
@@ -229,6 +230,36 @@ def test_a_finished_run(tmp_path: Path) -> None:
     for passed, words in ((True, "finished, gate met"), (False, "finished, gate not met"), (None, "finished")):
         forge(run, lambda results, passed=passed: results["gate"].update(passed=passed))
         assert headline(seen(run)) == words
+
+
+def test_the_outcome_of_a_finished_run(tmp_path: Path) -> None:
+    """As `run` prints it at its end: accuracy with its paired difference, and where the report and the manifest are."""
+    run = publish_run(tmp_path / "run", {"quiz": pairs(60, improved=30)})
+    status = seen(run)
+    results = unsealed((run / "results.json").read_bytes())
+    assert list(status.outcome) == summary(results, f"{run}/results.json")
+    text = "\n".join(as_lines(status))
+    assert "  outcome " in text
+    assert "quiz, 60 questions: accuracy 25.00 % -> 75.00 % (+50.00, 95 % interval " in text
+    assert f"results: {run}/results.json" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda results: results["training"].update(loss="low"),
+        lambda results: results["evaluation"]["tasks"]["quiz"].pop("ci95"),
+        lambda results: results.update(cost=[]),
+    ],
+)
+def test_a_manifest_whose_outcome_cannot_be_read(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Not of this job, though its seal is right: said so, without a traceback."""
+    run = publish_run(tmp_path / "run", {"quiz": pairs(60, improved=30)})
+    forge(run, change)
+    status = seen(run)
+    assert status.state == "damaged"
+    assert "is not a manifest of this job" in str(status.problems[0])
+    assert status.outcome == ()
 
 
 def test_a_published_file_that_is_gone(tmp_path: Path) -> None:

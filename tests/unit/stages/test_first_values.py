@@ -38,7 +38,7 @@ class Kept:
         self.store, self.work, self.records = folder / "store", folder / "work", dict[str, str]()
         self.processes = processes
 
-    def alive(self) -> None:
+    def check_stop(self) -> None:
         """Goes on."""
 
     def recorded(self, name: str, kind: Any) -> Any:

@@ -82,7 +82,7 @@ class Asked:
     def __init__(self, device: str, asked: list[str], full_after: int) -> None:
         self.device, self.asked, self.left = device, asked, full_after
 
-    def choose(self, _text: str, _alive: Callable[[], None]) -> str:
+    def choose(self, _text: str, _check_stop: Callable[[], None]) -> str:
         """Raises as torch does on a full GPU."""
         self.left -= 1
         if self.left < 0:
@@ -166,8 +166,8 @@ def test_a_run_keeps_the_judge_it_began_with(tmp_path: Path, monkeypatch: pytest
     judge = pull_judge(later, own.eval, StorageOptions())
     assert revisions == [None, "abc"]
     assert pull_judge(attempt(None, leads=False), own.eval, StorageOptions()) is None
-    assert "org/judge" in pull._places(first, own, ())
-    assert "org/judge" not in pull._places(attempt(None, leads=False), own, ())
+    assert "org/judge" in pull._input_locations(first, own, ())
+    assert "org/judge" not in pull._input_locations(attempt(None, leads=False), own, ())
     assert recorded_judge_sha256(first, judge) == recorded_judge_sha256(later, judge) == judge_sha256(RECORD)
     before = attempt({})
     assert recorded_judge_sha256(before, judge) is None

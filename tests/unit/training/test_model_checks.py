@@ -111,8 +111,8 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     tiny_config("mixtral").save_pretrained(tmp_path)
     config, empty = inspect(tmp_path, max_length=64, targets=None)
 
-    def found(*formats: str, onto: str = "best", nf4: bool = True, judged: str = "adapter") -> dict[str, str]:
-        asked: dict[str, Any] = {"formats": formats, "onto": onto, "nf4": nf4, "judged": judged}
+    def found(*formats: str, onto: str = "best", nf4: bool = True, gate_format: str = "adapter") -> dict[str, str]:
+        asked: dict[str, Any] = {"formats": formats, "onto": onto, "nf4": nf4, "gate_format": gate_format}
         return {
             one.where: one.what for one in export_problems(config, empty, **asked, device=SimpleNamespace(type="cpu"))
         }
@@ -124,7 +124,7 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         "no weight of the base is quantized" in found("merged", onto="dequantized", nf4=False)["JOB_EXPORT__MERGE_ONTO"]
     )
     monkeypatch.setattr("job.export.autoround.find_spec", lambda _: None)
-    assert "awq cannot be scored here" in found("awq", judged="awq")["JOB_GATE__ON"]
+    assert "awq cannot be scored here" in found("awq", gate_format="awq")["JOB_GATE__ON"]
     config.quantization_config = IN_8_BITS
     assert "published in 8 bits" in found("merged")["JOB_EXPORT__FORMATS"]
     assert "only published quantized" in found("merged", onto="original")["JOB_EXPORT__MERGE_ONTO"]

@@ -288,7 +288,7 @@ def run_out() -> None:
 def test_a_resumed_run_divides_the_same_rows(base_folder: Path) -> None:
     """Those of its checkpoint, whatever this attempt would choose; where none can be divided now, it is said."""
     model = fused(base_folder)
-    before = a_step(model, plan=replace(DIVIDED, divided_above=50))[0].how_computed()
+    before = a_step(model, plan=replace(DIVIDED, divided_above=50))[0].computation_options()
     assert before.divided_above == 50
     for plan, expected, warned in ((DIVIDED, 50, False), (PLAN, None, True)):
         made, _ = a_step(model, plan=plan)
@@ -310,7 +310,7 @@ def test_a_resumed_run_divides_the_same_rows(base_folder: Path) -> None:
 def test_only_long_rows_are_divided(base_folder: Path, plan: Any, before: int, expected: int | None) -> None:
     """Whatever a plan or a checkpoint says: of any other row each process would compute all, and count it again."""
     model = fused(base_folder)
-    known = replace(a_step(model)[0].how_computed(), divided_above=before)
+    known = replace(a_step(model)[0].computation_options(), divided_above=before)
     made, _ = a_step(model, plan=replace(plan, divided_above=before))
     assert made.divided_above == expected
     made.resume_as(known)
@@ -320,13 +320,13 @@ def test_only_long_rows_are_divided(base_folder: Path, plan: Any, before: int, e
 def test_shapes_that_no_row_needs_are_not_used(base_folder: Path) -> None:
     """A checkpoint that says so is not of these rows: padding to them might take all memory."""
     made, _ = a_step(fused(base_folder))
-    own = made.how_computed()
+    own = made.computation_options()
     with capture_logs() as lines:
         made.resume_as(replace(own, padded=[(1 << 20, 8)]))
-    assert made.how_computed() == own
+    assert made.computation_options() == own
     assert "which no row needs" in lines[0]["padded_shapes"]
     made.resume_as(replace(own, padded=[(256, 16)]))
-    assert made.how_computed().padded == [(256, 16)]
+    assert made.computation_options().padded == [(256, 16)]
 
 
 def test_a_barrier_fails_for_all() -> None:

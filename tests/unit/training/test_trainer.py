@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from job.checkpoints.trainer_state import HowComputed, read_how_computed, validate_trainer_state
+from job.checkpoints.trainer_state import ComputationOptions, read_computation_options, validate_trainer_state
 from job.common.optimizers import OPTIMIZERS
 from job.data import batch_plan
 from job.distributed.processes import Alone
@@ -555,7 +555,7 @@ def test_padded_shapes_are_those_of_the_checkpoint(
     run(whole, tokenizer, LONGER, RESUMED, tmp_path / "whole", plan=THROUGHOUT)
     first = fused_model(base_folder)
     _, (*_, state) = run(first, tokenizer, LONGER, RESUMED, tmp_path / "stopped", plan=THROUGHOUT, stop_after=3)
-    before = read_how_computed(state)
+    before = read_computation_options(state)
     other = padded_shapes.Shapes(((4096, 64),))
     monkeypatch.setattr(padded_shapes, "choose_shapes", lambda *_: other)
     second = fused_model(base_folder)
@@ -563,7 +563,9 @@ def test_padded_shapes_are_those_of_the_checkpoint(
         _, saved = run(second, tokenizer, LONGER, RESUMED, tmp_path / "resumed", plan=THROUGHOUT, resume=state)
     assert adapter_hash(second) == adapter_hash(whole)
     assert before is not None
-    assert read_how_computed(saved[-1]) == before != HowComputed("fused all, torch", None, 1, [(4096, 64)])
+    assert (
+        read_computation_options(saved[-1]) == before != ComputationOptions("fused all, torch", None, 1, [(4096, 64)])
+    )
     assert not [line for line in logs if line["log_level"] == "warning"]
 
     progress = json.loads((state / "progress.json").read_text())
