@@ -5,7 +5,7 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: help run run-dpo test test-long check format lock chaos standstill servers damage hostile combinations families bench image image-test registry-test clean bench-gpu
+.PHONY: help run run-dpo test test-long check format lock chaos chaos-processes standstill servers damage hostile combinations families bench image image-test registry-test clean bench-gpu
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -72,6 +72,10 @@ clean:  ## removes .venv and caches; runs/ stays
 chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undisturbed one; 50 races of two attempts
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/full.py --runs $${RUNS:-100} $${STORE:+--store $$STORE}
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/race.py --races $${RACES:-50} $${STORE:+--store $$STORE}
+
+# SEED=1 draws other moments; RUNS=200 runs more.
+chaos-processes: $(STAMP)  ## runs of 2 and 3 processes, of which one is killed, stopped or hangs: the others end, and the run resumes
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/processes.py --runs $${RUNS:-40} --seed $${SEED:-0}
 
 families: $(STAMP)  ## every causal model family of transformers: correct if packed, correct one by one, or refused
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.table --jobs $${JOBS:-1}
