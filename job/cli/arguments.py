@@ -8,7 +8,7 @@ setting.
 from __future__ import annotations
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
@@ -32,6 +32,8 @@ class Argument:
     choices: tuple[str, ...] = ()
     runs: tuple[int, int | None] | None = None
     """Of a flag that changes the number of runs: (smallest, largest). None: one run for each positional argument."""
+    required: bool = False
+    """Of an option: whether it must be given."""
 
     @property
     def positional(self) -> bool:
@@ -44,12 +46,17 @@ class Argument:
         return bool(self.metavar or self.choices)
 
     @property
+    def value(self) -> str:
+        """What stands for its value in the usage line: `FILE`, or `{table,json}`."""
+        return self.metavar or f"{{{','.join(self.choices)}}}"
+
+    @property
     def usage(self) -> str:
         """Its form in the usage line."""
         if self.positional:
             return self.name
-        value = self.metavar or f"{{{','.join(self.choices)}}}" if self.takes_value else ""
-        return f"[{f'{self.name} {value}'.rstrip()}]"
+        shown = f"{self.name} {self.value}" if self.takes_value else self.name
+        return shown if self.required else f"[{shown}]"
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ COMMANDS = {
         examples=("--data.source rows.jsonl --show 3", "--config settings.yaml --format json"),
     ),
     "status": Command(
-        "show the state of a run from its store: stage, step, time left, why it ended; needs no GPU",
+        "show the state of a run from its store: stage, step, time left, why it ended, results; needs no GPU",
         (
             Argument("RUN", "path or URI of a run, finished or not: its folder, or the results.json in it"),
             Argument(
@@ -199,7 +206,10 @@ COMMANDS = {
         (
             Argument("RUN", _RUN_HELP),
             Argument(
-                "--to", "path or URI of the pointer, a small file, such as s3://bucket/models/current", metavar="PLACE"
+                "--to",
+                "path or URI of the pointer, a small file, such as s3://bucket/models/current",
+                metavar="POINTER",
+                required=True,
             ),
             _KEY,
             Argument(
@@ -268,14 +278,14 @@ def parse_arguments(argv: Sequence[str], arguments: Sequence[Argument]) -> Argum
         elif name in options or ("." in name and word.startswith("--")):
             value = value if equals else next(remaining, "")
             if not value:
-                problems.append(Problem(name, f"needs a value: {name} VALUE"))
+                wanted = options[name].value if name in options else "VALUE"
+                problems.append(Problem(name, f"needs a value: {name} {wanted}"))
             elif "." in name:
                 parsed.settings.append(f"{name}={value}")
             else:
                 parsed.options[name] = value
         else:
-            near = get_close_matches(name, options, n=1)
-            problems.append(Problem(name, f"is unknown; the nearest is {near[0]}" if near else "is unknown"))
+            problems.append(Problem(name, f"is unknown; {_instead(name, options)}"))
     missing = list(_missing(parsed, arguments))
     if problems and len(parsed.runs) > sum(argument.positional for argument in arguments):
         missing = missing[1:]  # the run that is one too many may be the value of the unknown option
@@ -290,15 +300,29 @@ def _missing(parsed: Arguments, arguments: Sequence[Argument]) -> Iterator[Probl
     runs = [argument.name for argument in arguments if argument.positional]
     with_flag = next((argument for argument in arguments if argument.runs and argument.name in parsed.flags), None)
     least, most = (with_flag and with_flag.runs) or (len(runs), len(runs))
-    if len(parsed.runs) < least or (most is not None and len(parsed.runs) > most):
-        count = {0: "no run", 1: "one run"}.get(least, f"{least} runs")
-        count += " or more" if most is None else ""
-        name = with_flag.name if with_flag else " ".join(runs)
-        what = f"needs {count}, path or URI; {len(parsed.runs)} given"
-        yield Problem(name, f"needs no run; remove {' '.join(parsed.runs)}" if most == 0 else what)
+    if most is not None and len(parsed.runs) > most:
+        taken = f"{with_flag.name} takes no run" if with_flag else f"the command takes {' and '.join(runs)} only"
+        yield Problem(" ".join(parsed.runs[most:]), f"is too much: {taken}; remove it")
+    if with_flag and len(parsed.runs) < least:
+        yield Problem(with_flag.name, "needs runs, or folders of runs; give their paths or URIs")
+    elif not with_flag:
+        what = "is missing; give the path or URI of a run, such as runs/my-first-run or s3://bucket/runs/my-first-run"
+        yield from (Problem(name, what) for name in runs[len(parsed.runs) :])
     for argument in arguments:
+        if argument.required and argument.name not in parsed.options:
+            yield Problem(argument.name, f"is missing; give the {argument.help}")
         if argument.choices and parsed.options.setdefault(argument.name, argument.choices[0]) not in argument.choices:
             yield Problem(argument.name, f"must be {' or '.join(argument.choices)}")
+
+
+def _instead(name: str, options: Mapping[str, Argument]) -> str:
+    """What to type instead of an unknown option."""
+    if near := get_close_matches(name, options, n=1):
+        return f"the nearest is {near[0]}"
+    word = name.lstrip("-")
+    if choice := next((option for option in options.values() if word in option.choices), None):
+        return f"write {choice.name} {word}"
+    return "see the command's --help"
 
 
 def _epilog(name: str, command: Command) -> str:

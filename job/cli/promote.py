@@ -18,7 +18,7 @@ from job.verification.verify import require_verified, verify
 
 
 def promote_command(argv: Sequence[str]) -> int:
-    """`promote RUN --to PLACE`, or `promote --rollback --to PLACE`: prints what the pointer points to now.
+    """`promote RUN --to POINTER`, or `promote --rollback --to POINTER`: prints what the pointer points to now.
 
     Raises:
         SettingsError: The place cannot hold a pointer, the run does not exist, or there is no earlier run to go back
@@ -29,8 +29,6 @@ def promote_command(argv: Sequence[str]) -> int:
     """
     parsed = parse_arguments(argv, COMMANDS["promote"].arguments)
     storage, cache = reading(parsed)
-    if "--to" not in parsed.options:
-        raise SettingsError([Problem("--to", "must be given: the pointer, such as s3://bucket/models/current")])
     alone = [name for name in ("--key", "--without-gate") if name in parsed.options or name in parsed.flags]
     if "--rollback" in parsed.flags and alone:
         what = "has no effect with --rollback; remove it"

@@ -70,13 +70,14 @@ def read_bytes(store: ObjectStore) -> bytes:
     if inside := next((key for key in keys if key.count("/") == 1 and key.endswith(f"/{RESULTS}")), None):
         message = (
             "contains runs, but is not a run itself; give one of them, such as "
-            f"{store.uri}/{inside.removesuffix(RESULTS)}"
+            f"{store.uri}/{inside.removesuffix(f'/{RESULTS}')}"
         )
         raise SettingsError([Problem(store.uri, message)])
     if keys:
-        message = f"is missing in {store.uri}: the run is not complete, or it was removed"
+        message = f"is missing in {store.uri}: the run is not complete (see `qlora-job status`), or it was removed"
         raise VerificationError([Problem(RESULTS, message)])
-    raise SettingsError([Problem(store.uri, "is not a run; give the folder of a run, or its results.json")])
+    what = "is not a run: it does not exist, or is empty; give the folder of a run, or the results.json in it"
+    raise SettingsError([Problem(store.uri, what)])
 
 
 def parse(data: bytes) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from job.common.hashing import unsealed
 from job.common.validation import first_error
 from job.errors import Problem, SettingsError, exit_codes
 from job.records import Artifact, TrainingProgress
-from job.results.summary import summary
+from job.results.summary import Outcome, outcome, summary
 from job.runs import lease
 from job.runs.attempt import missing
 from job.runs.killed_for_memory import why_killed
@@ -55,6 +55,10 @@ _LOOKED_AT = 10_000
 """Maximum number of objects that are listed to find runs below a folder that is not a run."""
 
 
+_BESIDE = 5
+"""Maximum number of runs that are named beside a folder that is not a run."""
+
+
 @dataclass(frozen=True)
 class AttemptEnd:
     """How an attempt ended. `qlora-job status --format json` has these fields.
@@ -74,6 +78,23 @@ class AttemptEnd:
     meaning: str | None
     why: str | None
     finished: str | None
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where the next attempt of a run would go on. `qlora-job status --format json` has these fields.
+
+    Attributes:
+        after_stage: The last finished stage, which is not repeated; null if none is finished.
+        step: The checkpoint from which training would go on, if its files are whole; null if training is finished, or
+            begins at its first step.
+        repeated_steps: Steps after that checkpoint that the newest attempt had done by its last record, so a lower
+            bound; null: not known.
+    """
+
+    after_stage: str | None
+    step: int | None
+    repeated_steps: int | None
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,10 @@ class RunStatus:
         gate: For a finished run, whether its quality gate is met; null without a gate.
         outcome: For a finished run, its outcome in words, as `run` prints it at its end: training, accuracies with
             their paired differences, exports, cost, the report and the verdict.
+        result: For a finished run, the same as values, and where adapter, exports and report are.
+        resume: For a run that is not finished, where its next attempt would go on.
+        runs_beside: For a `not-started` run in a local folder, up to five runs beside it, the newest first: the name
+            may be mistyped.
         problems: Damaged records; if there are any, the exit code is 4.
     """
 
@@ -129,6 +154,9 @@ class RunStatus:
     checkpoints: tuple[int, ...] = ()
     gate: bool | None = None
     outcome: tuple[str, ...] = ()
+    result: Outcome | None = None
+    resume: Resume | None = None
+    runs_beside: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = field(default_factory=tuple)
 
 
@@ -165,7 +193,7 @@ def read_status(
     if first.state != "not-started":
         return replace(first, run=store.uri, first_stage=True)
     _refuse_folder_of_runs(store)
-    return status
+    return replace(status, runs_beside=_runs_beside(store.uri))
 
 
 def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> RunStatus:
@@ -205,10 +233,12 @@ def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> Run
         likely=None if current is None or state != "stalled" else why_killed(current),
         checkpoints=checkpoints,
         gate=_gate(results),
-        outcome=() if results is None else tuple(_outcome(store, results)),
+        outcome=() if results is None else tuple(summary(results, f"{store.uri}/{RESULTS}")),
+        result=None if results is None else outcome(results, store.uri),
         problems=tuple(problems),
     )
-    return _with_step(status, store, logged, results)
+    status = _with_step(status, store, logged, results)
+    return status if state in {"finished", "damaged"} else replace(status, resume=_resume(status))
 
 
 def _state(
@@ -252,6 +282,15 @@ def _with_step(
     if status.checkpoints:
         return replace(status, step_from="checkpoint", step=status.checkpoints[0], total_steps=total)
     return replace(status, total_steps=total)
+
+
+def _resume(status: RunStatus) -> Resume:
+    after = status.stages_done[-1] if status.stages_done else None
+    if Stage.TRAIN in status.stages_done:
+        return Resume(after, None, 0)
+    saved = status.checkpoints[0] if status.checkpoints else 0
+    done = status.step if status.step_from == "attempt" and status.step is not None else None
+    return Resume(after, saved or None, None if done is None else max(0, done - saved))
 
 
 def _training(logged: LoggedAttempt) -> TrainingProgress | None:
@@ -378,7 +417,8 @@ def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | No
     try:
         artifacts = [Artifact(**entry) for entry in results["artifacts"]]
         _gate(results)
-        _outcome(store, results)
+        summary(results, RESULTS)
+        outcome(results, store.uri)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problems.append(Problem(f"{store.uri}/{RESULTS}", f"is not a manifest of this job: {error}"))
         return None
@@ -391,10 +431,6 @@ def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | No
 def _gate(results: Mapping[str, Any] | None) -> bool | None:
     passed = None if results is None else results["gate"]["passed"]
     return passed if isinstance(passed, bool) else None
-
-
-def _outcome(store: ObjectStore, results: Mapping[str, Any]) -> list[str]:
-    return summary(results, f"{store.uri}/{RESULTS}")
 
 
 def _checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]:
@@ -414,6 +450,17 @@ def _refuse_folder_of_runs(store: ObjectStore) -> None:
         if rest in {RESULTS, LEASE} or attempt_number(rest) is not None:
             what = f"contains runs, but is not a run itself; give one of them, such as {store.uri}/{folder}"
             raise SettingsError([Problem(store.uri, what)])
+
+
+def _runs_beside(folder: str) -> tuple[str, ...]:
+    """Up to five runs in the folder above a local one, the newest first; none where they cannot be listed."""
+    if is_remote(folder):
+        return ()
+    try:
+        found = [path.parent for path in Path(folder).parent.glob(f"*/{LEASE}")]
+        return tuple(str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:_BESIDE])
+    except OSError:
+        return ()
 
 
 def as_json(status: RunStatus) -> dict[str, Any]:

@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import TypeVar
 
-from job.common.formatting import duration, moment
+from job.common.formatting import count, duration, moment
 from job.common.tables import aligned
 from job.errors import exit_codes
-from job.results.status import AttemptEnd, RunStatus
+from job.results.status import AttemptEnd, Resume, RunStatus
 from job.runs.killed_for_memory import FIX
-from job.runs.layout import (
-    Stage,
-)
+from job.runs.layout import Stage
 
 T = TypeVar("T")
 
@@ -69,12 +67,17 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
         "last record": _if(status.silent_seconds, lambda ago: _sign(status.last_sign_of_life, ago)),
         "stages done": ", ".join(status.stages_done),
         "checkpoints": _if(status.attempt, lambda _: _saved(status.checkpoints)),
+        "next attempt": _if(status.resume, _resume),
         f"attempt {end.attempt if end else 0} ended": _if(end, _end),
         "likely cause": status.likely,
         "what to change": FIX if status.likely or (end and end.outcome == "killed" and end.why) else None,
     }
     yield from ((name, text) for name, text in texts.items() if text)
     yield from ((name, line) for name, line in zip_longest(["outcome"], status.outcome, fillvalue="") if line)
+    if status.result is not None:
+        yield from (("adapter", at) for at in [status.result.adapter] if at)
+        yield from ((f"export {name}", at) for name, at in status.result.exports.items())
+    yield from ((name, run) for name, run in zip_longest(["runs beside it"], status.runs_beside, fillvalue="") if run)
     yield from (("damaged", str(problem)) for problem in status.problems)
 
 
@@ -103,6 +106,17 @@ def _step(status: RunStatus) -> str:
     if status.step_from == "attempt" and status.state in {"preempted", "failed"}:
         return f"{status.step}{total} (when the attempt ended)"
     return f"{status.step}{total}{since.get(status.step_from or '', '')}"
+
+
+def _resume(resume: Resume) -> str:
+    """Where it would go on, in words."""
+    if resume.step is not None:
+        again = f"; at least {count(resume.repeated_steps, 'step')} to repeat" if resume.repeated_steps else ""
+        return f"goes on after step {resume.step}, from its checkpoint{again}"
+    if resume.after_stage is None:
+        return "begins anew: no stage is finished"
+    again = f"; training begins anew, at least {count(resume.repeated_steps, 'step')} to repeat" if resume.repeated_steps else ""
+    return f"goes on after stage {resume.after_stage}{again}"
 
 
 def _end(end: AttemptEnd) -> str:

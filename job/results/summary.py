@@ -1,15 +1,16 @@
-"""The outcome of a run in a few lines, as the terminal shows it, from its manifest."""
+"""The outcome of a run from its manifest: in a few lines, as the terminal shows it, and as values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from job.common.export_formats import is_adapter
-from job.common.formatting import count
+from job.common.formatting import count, duration
 from job.evaluation.comparison import original_tasks
 from job.evaluation.policy_verdict import lines as policy_lines
-from job.runs.layout import REPORT, RESULTS
+from job.runs.layout import ADAPTER, REPORT, RESULTS, export_folder
 
 
 def summary(results: Mapping[str, Any], where: str) -> list[str]:
@@ -167,11 +168,115 @@ def _export_line(export: Mapping[str, Any]) -> str:
 
 def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:
     """Time, and dollars and energy if they are known."""
-    line = f"{cost['seconds']:.0f} s in {attempts} attempt{'s' if attempts > 1 else ''}"
+    line = f"{duration(cost['seconds'])} in {count(attempts, 'attempt')}"
     if cost["usd"] is not None:
         line += f", ${cost['usd']:.2f}"
     if cost["energy_kwh"] is not None:
         line += f", {cost['energy_kwh']:.2f} kWh of the GPU"
     if attempts > 1:
-        line += f"; {cost['wasted_seconds']:.0f} s of it wasted"
-    return line
+        line += f"; {duration(cost['wasted_seconds'])} of it wasted"
+    return line.replace("\N{NO-BREAK SPACE}", " ")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The adapter against the base by one metric. `qlora-job status --format json` has these fields.
+
+    Attributes:
+        name: The task, or the group of tasks.
+        metric: `acc`, a fraction, for a task with choices; else the metric's name in the manifest.
+        questions: Number of questions.
+        base: The base's figure.
+        adapter: The adapter's figure.
+        delta: Paired difference, adapter minus base; of a perplexity the logarithm of the ratio.
+        ci95: Lower and upper end of the 95 % interval of `delta`.
+        p: p value of the test: McNemar's for a task with choices.
+        verdict: `improved`, `regressed` or `inconclusive`.
+    """
+
+    name: str
+    metric: str
+    questions: int
+    base: float
+    adapter: float
+    delta: float
+    ci95: tuple[float, float]
+    p: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has. `qlora-job status --format json` has these fields; null: not known, or there is none.
+
+    Attributes:
+        comparisons: The groups, then the tasks, in the order of the manifest.
+        attempts: Number of attempts.
+        seconds: Duration of all attempts.
+        usd: Their cost; null where no price was given.
+        energy_kwh: Energy of the GPUs.
+        results: Path or URI of the manifest.
+        report: Path or URI of the HTML report.
+        adapter: Path or URI of the adapter's folder.
+        exports: Published format -> path or URI of its folder.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    attempts: int
+    seconds: float
+    usd: float | None
+    energy_kwh: float | None
+    results: str
+    report: str | None
+    adapter: str | None
+    exports: Mapping[str, str]
+
+
+def outcome(results: Mapping[str, Any], folder: str) -> Outcome:
+    """The outcome as values.
+
+    Args:
+        results: The manifest, also of an earlier version.
+        folder: Path or URI of the run's folder.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: It is not a manifest of this job.
+    """
+    cost, paths = results["cost"], [artifact["path"] for artifact in results["artifacts"]]
+
+    def place(key: str) -> str | None:
+        """Where a published file or folder is; None if it was not published."""
+        published = any(path == key or (key.endswith("/") and path.startswith(key)) for path in paths)
+        return f"{folder}/{key}".rstrip("/") if published else None
+
+    exports = {export["format"]: place(export_folder(export["format"])) for export in results.get("exports", ())}
+    return Outcome(
+        comparisons=tuple(_comparisons(results["evaluation"])),
+        attempts=len(results["run"]["attempts"]),
+        seconds=cost["seconds"],
+        usd=cost["usd"],
+        energy_kwh=cost["energy_kwh"],
+        results=f"{folder}/{RESULTS}",
+        report=place(REPORT),
+        adapter=place(ADAPTER),
+        exports={name: at for name, at in exports.items() if at is not None},
+    )
+
+
+def _comparisons(evaluation: Mapping[str, Any]) -> Iterator[Comparison]:
+    """By group, then by task with and without choices."""
+    for name, group in evaluation.get("groups", {}).items():
+        for metric, figures in group["metrics"].items():
+            yield _comparison(name, metric, figures)
+    for name, task in evaluation["tasks"].items():
+        accuracies = {side: task[side]["acc"] for side in ("base", "adapter")}
+        yield _comparison(name, "acc", {**task, **accuracies, "p": task["mcnemar_p"]})
+    for name, task in evaluation.get("measured", {}).items():
+        for metric, figures in task["metrics"].items():
+            yield _comparison(name, metric, {**figures, "n": task["n"]})
+
+
+def _comparison(name: str, metric: str, figures: Mapping[str, Any]) -> Comparison:
+    low, high = figures["ci95"]
+    base, adapter, delta, p = (figures[key] for key in ("base", "adapter", "delta", "p"))
+    return Comparison(name, metric, figures["n"], base, adapter, delta, (low, high), p, figures["verdict"])

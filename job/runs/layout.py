@@ -101,7 +101,7 @@ _CHECKPOINT = re.compile(rf"{CHECKPOINTS}step-(\d{{8}}|[1-9]\d{{8,17}})/(.+)", r
 
 def run_folder(where: str) -> str:
     """The folder of a run, given it or the `results.json` in it, as a path or a URI."""
-    folder = where.rstrip("/")
+    folder = where if where.endswith("://") else where.rstrip("/")
     if folder.rpartition("/")[2] == RESULTS and not Path(folder).is_dir():
         folder = folder.rpartition("/")[0] or "."
     return folder

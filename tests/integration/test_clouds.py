@@ -74,7 +74,8 @@ def test_every_command(server: tuple[str, dict[str, str]], tmp_path: Path) -> No
     job(["run"], first)
     second = {**environ, "JOB_RUN__ID": "two", "JOB_LORA__START": f"{one}/artifacts/adapter"}
     job(["run"], {**second, "JOB_GATE__BASELINE": one})
-    assert "complete" in job(["status", two], reach)
+    said = job(["status", two], reach)
+    assert all(f" {two}/artifacts/{folder}\n" in said for folder in ("adapter", "export/merged"))
 
     for run in (one, f"{two}/results.json"):
         assert "holds    signature" in job(["verify", run, "--key", public], reach)

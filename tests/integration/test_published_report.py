@@ -204,8 +204,8 @@ def test_it_can_be_drawn_again(twice: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ([], "needs one run"),
-        (["--output", "x.html"], "needs one run"),
+        ([], "RUN: is missing; give the path or URI of a run"),
+        (["--output", "x.html"], "RUN: is missing; give the path or URI of a run"),
         (["nowhere"], "is not a run"),
         (["nowhere", "--output"], "needs a value"),
         (["{run}", "--output", "no/such/folder/x.html"], "its folder does not exist"),

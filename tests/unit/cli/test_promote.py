@@ -256,9 +256,9 @@ def test_history_is_bounded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["a"], "--to: must be given"),
-        (["a", "--rollback", "--to=x"], "--rollback: needs no run; remove a$"),
-        (["--to=x"], "one run"),
+        (["a"], "--to: is missing; give the path or URI of the pointer"),
+        (["a", "--rollback", "--to=x"], "a: is too much: --rollback takes no run; remove it$"),
+        (["--to=x"], "RUN: is missing"),
         (["--rollback", "--to=x", "--key=pub.pem"], "--key: has no effect with --rollback"),
         (["--rollback", "--to=x", "--without-gate"], "--without-gate: has no effect with --rollback"),
     ],

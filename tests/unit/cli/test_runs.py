@@ -137,12 +137,12 @@ def test_words_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("words", "problems"),
     [
-        ([], ["RUN: needs one run, path or URI; 0 given"]),
-        (["a", "b"], ["RUN: needs one run, path or URI; 2 given"]),
+        ([], ["RUN: is missing; give the path or URI of a run"]),
+        (["a", "b"], ["b: is too much: the command takes RUN only; remove it"]),
         (["a", "--fromat=json"], ["--fromat: is unknown; the nearest is --format"]),
         (["a", "--format=xml"], ["--format: must be table or json"]),
-        (["a", "--format"], ["--format: needs a value: --format VALUE"]),
-        (["--what", "--format=xml"], ["--what: is unknown", "RUN: needs one run", "--format: must be"]),
+        (["a", "--format"], ["--format: needs a value: --format {table,json}"]),
+        (["--what", "--format=xml"], ["--what: is unknown", "RUN: is missing", "--format: must be"]),
     ],
 )
 def test_words_that_make_no_sense(words: list[str], problems: list[str]) -> None:

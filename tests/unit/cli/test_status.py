@@ -75,12 +75,17 @@ def test_status_of_a_run_on_s3(job: Job, run: Path, tmp_path: Path) -> None:
         reach = {**CREDENTIALS, "JOB_STORAGE__ENDPOINT_URL": url}
         for folder, state in ((run, "running"), (tmp_path / "done", "finished"), (tmp_path / "none", "not-started")):
             place = f"s3://{BUCKET}/out/{folder.name}"
-            here, there = (json.loads(job("status", at, "--format=json", **reach).stdout) for at in (folder, place))
+            told = [job("status", at, "--format=json", **reach).stdout for at in (folder, place)]
+            assert not any(CREDENTIALS["AWS_SECRET_ACCESS_KEY"] in text for text in told)
+            here, there = map(json.loads, told)
             assert here["state"] == state
             assert there["run"] == place
+            if state == "finished":
+                assert there["result"]["adapter"] == f"{place}/artifacts/adapter"
             for facts in (here, there):
-                facts["outcome"] = [line.replace(facts["run"], "RUN") for line in facts["outcome"]]
-                del facts["run"], facts["silent_seconds"]
+                places = json.dumps([facts["outcome"], facts["result"]])
+                facts["outcome"], facts["result"] = json.loads(places.replace(facts["run"], "RUN"))
+                del facts["run"], facts["silent_seconds"], facts["runs_beside"]
             assert here == there
         assert job("status", f"s3://{BUCKET}/out", **reach).returncode == 2
 

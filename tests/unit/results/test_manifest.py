@@ -134,7 +134,7 @@ def test_the_summary_says_it_in_five_lines() -> None:
     assert "200 questions" in lines[1]
     counts = f"{task['improved']} questions better and {task['regressed']} worse"
     assert lines[2].startswith(f"verdict against the quantized base: improved, {counts}")
-    assert lines[3] == "1200 s in 2 attempts, $0.50; 120 s of it wasted"
+    assert lines[3] == "20 min 0 s in 2 attempts, $0.50; 2 min 0 s of it wasted"
     assert lines[4] == (
         "arc_easy better than the quantized base (the unquantized one was not scored); results: /x/results.json"
     )

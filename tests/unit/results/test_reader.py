@@ -86,7 +86,7 @@ def test_a_folder_of_runs_is_no_run(tmp_path: Path) -> None:
     """The output folder given in place of a run is answered with one that lies in it; so is a folder as a file."""
     (tmp_path / "runs/one").mkdir(parents=True)
     (tmp_path / "runs/one/results.json").write_text("{}")
-    with pytest.raises(SettingsError, match=rf"contains runs, but is not a run itself; .* {tmp_path}/runs/one/$"):
+    with pytest.raises(SettingsError, match=rf"contains runs, but is not a run itself; .* {tmp_path}/runs/one$"):
         verify_command([str(tmp_path / "runs")])
     run = publish_run(tmp_path / "run", {"arc_easy": pairs(8)})
     with pytest.raises(SettingsError, match=rf"is a folder; name a file, such as {tmp_path}/report.html"):

@@ -18,11 +18,11 @@ from job.checkpoints import manager
 from job.common.hashing import sealed, unsealed
 from job.errors import DataError, JobError, NoProgress, Preempted, Problem, SettingsError
 from job.preemption.stop_flag import Stop
-from job.records import TrainingProgress
+from job.records import Artifact, TrainingProgress
 from job.results import status as of_status
-from job.results.status import AttemptEnd, RunStatus, as_json, read_status
+from job.results.status import AttemptEnd, Resume, RunStatus, as_json, read_status
 from job.results.status_text import as_lines, headline
-from job.results.summary import summary
+from job.results.summary import Comparison, Outcome, summary
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
 from job.runs.layout import LEASE, Stage, attempt_key, marker_key
@@ -244,6 +244,71 @@ def test_the_outcome_of_a_finished_run(tmp_path: Path) -> None:
     assert f"results: {run}/results.json" in text
 
 
+def test_the_result_of_a_finished_run_as_values(tmp_path: Path) -> None:
+    """Figures are the manifest's; adapter, report and each published export are paths of files that are there."""
+    right = [True] * 45 + [False] * 15
+    run = publish_run(tmp_path / "run", {"quiz": pairs(60, improved=30)}, exported={"original": right})
+    (run / "artifacts/report.html").write_bytes(b"page")
+    report = asdict(Artifact("artifacts/report.html", 4, "0" * 64))
+    forge(run, lambda results: results["artifacts"].append(report))
+    status = seen(run)
+    manifest = unsealed((run / "results.json").read_bytes())
+    task, result = manifest["evaluation"]["tasks"]["quiz"], status.result
+    assert result is not None
+    assert status.resume is None
+    [compared] = result.comparisons
+    assert (compared.name, compared.metric, compared.questions) == ("quiz", "acc", 60)
+    assert (compared.base, compared.adapter, compared.delta) == (0.25, 0.75, 0.5)
+    assert (list(compared.ci95), compared.p, compared.verdict) == (task["ci95"], task["mcnemar_p"], "improved")
+    assert (result.attempts, result.seconds) == (1, manifest["cost"]["seconds"])
+    assert (result.adapter, result.report) == (f"{run}/artifacts/adapter", f"{run}/artifacts/report.html")
+    assert result.exports == {"merged": f"{run}/artifacts/export/merged"}
+    assert all(Path(at).exists() for at in (result.adapter, result.report, result.results, *result.exports.values()))
+    shown = [line.split() for line in as_lines(status)]
+    assert ["adapter", result.adapter] in shown
+    assert ["export", "merged", result.exports["merged"]] in shown
+
+
+def test_a_manifest_of_an_earlier_version(tmp_path: Path) -> None:
+    """What it does not have is not shown: exports, groups, tasks without choices, a report."""
+    run = publish_run(tmp_path / "run", {"quiz": pairs(60, improved=30)})
+
+    def older(results: dict[str, Any]) -> None:
+        results.pop("exports", None)
+        for name in ("groups", "measured", "full_precision", "precision", "near_ties"):
+            results["evaluation"].pop(name, None)
+        results["artifacts"] = [one for one in results["artifacts"] if not one["path"].endswith("report.html")]
+
+    forge(run, older)
+    status = seen(run)
+    assert (status.state, status.problems) == ("finished", ())
+    assert status.result is not None
+    assert (status.result.report, status.result.exports, len(status.result.comparisons)) == (None, {}, 1)
+
+
+def test_where_the_next_attempt_goes_on(tmp_path: Path) -> None:
+    """From the newest checkpoint while training is not finished, then after the last finished stage."""
+    run = tmp_path / "run"
+    with attempt_at(run, killed=True):
+        pass
+    assert seen(run).resume == Resume(None, None, None)
+    assert "begins anew: no stage is finished" in "\n".join(as_lines(seen(run)))
+    with attempt_at(run, killed=True) as attempt:
+        LocalStore(run).write("stages/pull.json", b"{}")
+        train(attempt)
+        assert seen(run).resume == Resume("pull", None, 7)
+        assert "after stage pull; training begins anew, at least 7 steps to repeat" in "\n".join(as_lines(seen(run)))
+        save(run, 5)
+    status = seen(run)
+    assert status.resume == Resume("pull", 5, 2)
+    assert "goes on after step 5, from its checkpoint; at least 2 steps to repeat" in "\n".join(as_lines(status))
+    with attempt_at(run, killed=True):  # which has not trained yet
+        assert seen(run).resume == Resume("pull", 5, None)
+        LocalStore(run).write("stages/train.json", b"{}")
+        assert "goes on after stage train" in "\n".join(as_lines(seen(run)))
+        assert seen(run).resume == Resume("train", None, 0)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -282,6 +347,9 @@ def test_no_run(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
     with attempt_at(tmp_path / "run"):
         pass
+    mistyped = seen(tmp_path / "rum")
+    assert (mistyped.state, mistyped.runs_beside) == ("not-started", (f"{tmp_path}/run",))
+    assert f"runs beside it  {tmp_path}/run" in "\n".join(as_lines(mistyped))
     with pytest.raises(SettingsError, match=re.escape(f"such as {tmp_path}/run")):
         seen(tmp_path)
 
@@ -369,7 +437,7 @@ def test_damaged_records_are_named(tmp_path: Path, key: str, damage: Callable[[b
 
 def test_the_fields_of_the_json_are_documented() -> None:
     """Each field that `--format json` prints stands in the documentation of its class, and no other does."""
-    for kind in (RunStatus, AttemptEnd):
+    for kind in (RunStatus, AttemptEnd, Resume, Outcome, Comparison):
         documented = re.findall(r"^        (\w+): ", kind.__doc__ or "", re.MULTILINE)
         assert documented == [one.name for one in fields(kind)]
     printed: dict[str, Any] = as_json(RunStatus("/run", "failed", last_end=AttemptEnd(1, "failed", 2, "m", "w", None)))
