@@ -5,7 +5,7 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: help run run-dpo test test-long check format lock chaos standstill servers damage hostile families bench image image-test registry-test clean bench-gpu
+.PHONY: help run run-dpo test test-long check format lock chaos chaos-processes standstill servers damage hostile combinations families bench image image-test registry-test clean bench-gpu
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -73,6 +73,10 @@ chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undi
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/full.py --runs $${RUNS:-100} $${STORE:+--store $$STORE}
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/race.py --races $${RACES:-50} $${STORE:+--store $$STORE}
 
+# SEED=1 draws other moments; RUNS=200 runs more.
+chaos-processes: $(STAMP)  ## runs of 2 and 3 processes, of which one is killed, stopped or hangs: the others end, and the run resumes
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/processes.py --runs $${RUNS:-40} --seed $${SEED:-0}
+
 families: $(STAMP)  ## every causal model family of transformers: correct if packed, correct one by one, or refused
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.table --jobs $${JOBS:-1}
 
@@ -88,6 +92,10 @@ damage: $(STAMP)  ## damages 500 run folders: the job must give the same result,
 
 hostile: $(STAMP)  ## malicious model folders and chat templates: refused with a message, within limits of time and memory
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/hostile.py
+
+# SEED=1 draws others; FIRST=100 COUNT=50 begins with the hundredth.
+combinations: $(STAMP)  ## 100 random combinations of settings: refused in time, or trained, killed, resumed and verified
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/combinations.py --count $${COUNT:-100} --first $${FIRST:-0} --seed $${SEED:-0}
 
 # FULL=1 scores all of ARC-Easy; UNSLOTH=python is an interpreter that has Unsloth; FAMILY is llama, mistral or qwen2.
 # tests/bench/checkouts.py compares whole jobs of several checkouts.

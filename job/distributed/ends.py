@@ -67,6 +67,14 @@ def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
     store.compare_set(END, "", end)
 
 
+def read_first_failure(store: Any) -> End | None:
+    """The first failure that a process published; None if there is none."""
+    if not store.check([END]):
+        return None
+    end = json.loads(store.get(END))
+    return End(_known(end["code"]), f"process {end['process']}", end["why"])
+
+
 def agree_on_end(store: Any, own_code: int, *, machine: int, machines: int, processes: int, seconds: float) -> End:
     """The exit code of all machines, once each of them has published its own, or after `seconds`.
 

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, Literal, TypeVar
 
 from job import log
-from job.distributed.ends import SETTLE_SECONDS, End, agree_on_end, publish_end
+from job.distributed.ends import SETTLE_SECONDS, End, agree_on_end, publish_end, read_first_failure
 from job.distributed.ranks import LAUNCHER, Place
 from job.distributed.rendezvous import host_store, keyspace, reach_keyspace
 from job.errors import Killed, Preempted, Problem, SettingsError, error_of_process, exit_codes, gravest
@@ -31,6 +31,9 @@ T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
+_ASK_SECONDS, _REACH_SECONDS = 1.0, 10.0
+"""Time between two questions to the store whether a process of another machine has ended, and between two attempts to
+connect to it for that."""
 _DRIVERS = Path("/dev/nvidiactl"), Path("/dev/dxg")
 """If CUDA is available, one of these devices exists: the first on Linux, the second on Windows' subsystem for Linux."""
 
@@ -190,6 +193,27 @@ class _Ends:
         self._machine, self._place, self._run = machine, place, run
         self._store = None if hosted is None else keyspace(hosted, run)
         self._unreachable = False
+        self._asked = time.monotonic()
+        self._first: End | None = None
+        """The first failure of the run, where this launcher has read it before the store was gone."""
+
+    def ended_elsewhere(self) -> bool:
+        """Whether a process of the run has failed, or the store is gone.
+
+        This machine's processes end by themselves then, unless they hang or are stopped.
+        """
+        if self._first is not None or self._unreachable:
+            return True
+        pause = _REACH_SECONDS if self._store is None else _ASK_SECONDS
+        if self._machine.nodes == 1 or time.monotonic() < self._asked + pause:
+            return False
+        self._asked = time.monotonic()
+        if self._store is None:
+            with contextlib.suppress(OSError, RuntimeError):  # machine 0 may not have begun
+                self._store = reach_keyspace(self._place, self._run, _ANSWER_SECONDS)
+            return False
+        self._first = self._ask(read_first_failure, None)
+        return self._first is not None or self._unreachable
 
     def publish(self, local: int, code: int, why: str) -> None:
         """Publishes that a process of this machine has failed."""
@@ -201,6 +225,9 @@ class _Ends:
         Raises:
             JobError: Another machine ended with a more serious exit code, which this error has.
         """
+        otherwise = End(own_code)
+        if self._first is not None and own_code and gravest((own_code, self._first.code)) != own_code:
+            otherwise = self._first
         end = self._ask(
             lambda store: agree_on_end(
                 store,
@@ -210,7 +237,7 @@ class _Ends:
                 processes=self._place.world_size,
                 seconds=min(SETTLE_SECONDS, seconds),
             ),
-            End(own_code),
+            otherwise,
         )
         if end.code not in {0, own_code}:
             raise error_of_process(end.code, end.where, end.why)
@@ -251,6 +278,8 @@ def _watch(
             ends.publish(local, _combined({local: ended[local]}, late), _how_it_ended(ended[local]))
         if ended or signals:
             deadline = min(deadline, time.monotonic() + grace_seconds)
+        elif ends.ended_elsewhere():  # this machine's processes notice it somewhat later than the launcher
+            deadline = min(deadline, time.monotonic() + grace_seconds + _ANSWER_SECONDS)
         if not running:
             return ended, late, deadline
         for number in signals[forwarded:]:

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 from job.common.out_of_memory import ran_out, says_full
@@ -29,6 +29,8 @@ CHECK_SECONDS = 1.0
 """Shortest time between two reads of the store in `check`."""
 REASON_SECONDS = 5.0
 """How long to wait for the reason in the store after the connection to a process broke."""
+_BEAT = "beat"
+"""Key of a number that process 0 increases as long as it runs."""
 _FAR_FUTURE = 1e9
 """Seconds that stand for "no deadline" among the flags."""
 _PART_BYTES = 4 << 20
@@ -50,7 +52,8 @@ class ProcessGroup:
         store: The common TCPStore, with a prefix for this run and this start.
         stop: This process's stop flag; `agree` sets it when that of another process is set.
         report_progress: Called while this process waits. Process 0 does not call it, so that its watchdog detects a
-            deadlock, in which all wait for each other.
+            deadlock, in which all wait for each other. The others do not call it while process 0 is stopped (`beat`),
+            since its watchdog is stopped too.
         grace_seconds: Seconds in which the other processes have to end after one has ended.
     """
 
@@ -65,6 +68,7 @@ class ProcessGroup:
         """Whether this process ends because another one has failed, and not because it had to stop before that."""
         self._calls = 0
         self._checked = -math.inf  # the first `check` reads the store
+        self._beat, self._first_runs, self._left = 0, True, Event()
         self._sent = [0] * place.world_size
         """Number of values by rank: those this process has sent, and in process 0 those it has received from each."""
 
@@ -77,6 +81,23 @@ class ProcessGroup:
                 if ended:
                     raise self._ended()
                 self._check_peers()
+                if not self.leads:
+                    before, self._beat = self._beat, self._store.add(_BEAT, 0)
+                    self._first_runs = self._beat == 0 or self._beat != before  # 0: it has not begun
+
+    def beat(self) -> None:
+        """In process 0: starts a thread that shows the others that this process runs, and is not stopped.
+
+        A process that is stopped (SIGSTOP, a frozen container) cannot notice it, nor does its connection break.
+        """
+
+        def run() -> None:
+            with contextlib.suppress(RuntimeError):  # the store is gone, which the main thread notices
+                while not self._left.wait(CHECK_SECONDS / 2):
+                    self._store.add(_BEAT, 1)
+
+        if self.leads:
+            Thread(target=run, name="beat", daemon=True).start()
 
     def announce(self) -> None:
         """Publishes this process's identity, for `watch_peers` of the others. Called before the processes connect."""
@@ -233,6 +254,7 @@ class ProcessGroup:
         """
         left_keys = [gone_key(rank) for rank in range(self.place.world_size)]
         self._peers.close()
+        self._left.set()
         with contextlib.suppress(RuntimeError):
             self._store.set(left_keys[self.place.rank], "")
             if self.leads:
@@ -283,6 +305,8 @@ class ProcessGroup:
         import torch.distributed as dist
 
         start = lambda: dist.all_reduce(tensor, operation, async_op=True)  # noqa: E731
+        with self._all_there():
+            self._connect_gpus(tensor)
         self._finish(start, min(_PAUSE_SECONDS, longest), longest)
 
     def _finish(self, start: Callable[[], Any], pause: float = _PAUSE_SECONDS, longest: float = _MAX_PAUSE_SUM) -> None:
@@ -332,7 +356,7 @@ class ProcessGroup:
             self.check()
             if stoppable:
                 self._stop.check()
-            if not self.leads:
+            if not self.leads and self._first_runs:
                 self._report_progress()
             time.sleep(pause)
             pause = min(2 * pause, longest)

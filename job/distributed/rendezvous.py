@@ -159,6 +159,7 @@ def join(
 
             _await_all(joined, store, deadline, check)
         joined.watch_peers()
+        joined.beat()
         _connect(joined, run, 2 * patience)
         yield joined
         _disconnect()
@@ -301,6 +302,11 @@ def _connect(joined: ProcessGroup, run: str, timeout_seconds: float) -> None:
     try:
         joined.wait_in_thread(connect, stoppable=True)
     except RuntimeError as error:
+        # A connection also breaks when the other process is killed. Its end is seen a moment later.
+        deadline = time.monotonic() + 2 * CHECK_SECONDS
+        while time.monotonic() < deadline:
+            joined.check()
+            time.sleep(0.1)
         raise Unreachable(f"the processes of this run cannot connect to each other: {_first_line(error)}") from error
     log.get_logger().info("all processes are connected", processes=place.world_size)
 

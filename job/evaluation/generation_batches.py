@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job.common.formatting import size
+from job.common.resources import CONTEXT_BYTES
 from job.log import get_logger
 from job.model.architecture import key_value_bytes
 
@@ -26,8 +27,6 @@ _CACHE_SHARE = 1 / 16
 may take twice as much. A token of a model without shared key/value heads takes half a megabyte."""
 _FITTING_SHARE = 0.9
 """Share of the memory that weights and forward pass leave, which a cache may take: the allocator cannot use it all."""
-_CONTEXT_BYTES = 600 << 20
-"""Memory of the driver and the libraries' workspaces on a GPU. Assumed, like `CONTEXT_BYTES` of the forecast."""
 _MOST_ROWS = 256
 """Maximum number of prompts in a batch that is read in several passes: its logits are (prompts, vocabulary)."""
 
@@ -136,7 +135,7 @@ def _fitting_tokens(model: Any, batch_tokens: int) -> int | None:
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     forward = batch_tokens * 4 * (wide + config.hidden_size) * number_bytes
     repeated = key_value_bytes(1, config.num_attention_heads * _head_size(config), number_bytes)
-    left = _gpu_bytes(base) - _CONTEXT_BYTES - _weight_bytes(model) - forward
+    left = _gpu_bytes(base) - CONTEXT_BYTES - _weight_bytes(model) - forward
     return max(0, int(_FITTING_SHARE * left / (token + repeated)))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from job.common.export_formats import derived, needs_merge
@@ -39,6 +40,25 @@ def export_problems(
     ):
         yield Problem("JOB_EXPORT__MERGE_ONTO", why)
     yield from format_problems(empty, derived(formats), gate_format, device)
+
+
+def file_problems(formats: Sequence[str], original: Path, check_stop: Callable[..., None]) -> Iterator[Problem]:
+    """Yields which formats cannot be made of the base's own files, such as a tokenizer that llama.cpp does not know.
+
+    Args:
+        formats: `JOB_EXPORT__FORMATS`.
+        original: Folder of the base's own files, with its weights.
+        check_stop: Called while waiting; may raise what ends the job.
+
+    Raises:
+        DataError: The tokenizer cannot be loaded.
+    """
+    by_check = {
+        derived_format(name)[0].check_files: name for name in derived(formats)
+    }  # once for all types of a format
+    for of_files, name in by_check.items():
+        if why := of_files(original, check_stop):
+            yield Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; remove it")
 
 
 def format_problems(empty: Any, names: Sequence[str], gate_format: str, device: Any | None) -> Iterator[Problem]:

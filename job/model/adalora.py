@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from job.errors import TrainingFailed
+
 _MEANS = ("exp_avg_ipt", "exp_avg_unc")
 """What PEFT's allocator remembers: running means of each number's importance, and of how much that changes."""
 _PATTERN = "rank_pattern"
@@ -55,11 +57,20 @@ def add_penalty_gradient(model: Any, scale: float = 1.0) -> None:
 def allocate(model: Any, step: int) -> None:
     """Lets PEFT take ranks away, after `step` optimizer steps, while the parameters have the last step's gradients.
 
-    A step that was skipped because fp16 overflowed has no information on importance, and is left out.
+    A step that was skipped because fp16 overflowed has no information on importance, and is left out. The last ranks
+    are taken away in their step all the same, by the importance in the steps before.
+
+    Raises:
+        TrainingFailed: All of those were skipped.
     """
+    config = model.peft_config["default"]
+    last = config.total_step - config.tfinal
     gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
-    if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+    if step < last and not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
         return
+    if step == last and not model.base_model.rankallocator.exp_avg_ipt:
+        what = "fp16 overflowed in every step before AdaLoRA takes the last ranks away"
+        raise TrainingFailed(f"{what}; set JOB_MODEL__DTYPE=bf16, or train for more steps")
     # PEFT's threshold is the value that torch.kthvalue finds. On a GPU torch refuses it as not deterministic: of equal
     # values it may return the place of another one, which is not used.
     exact = torch.are_deterministic_algorithms_enabled()

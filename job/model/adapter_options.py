@@ -159,6 +159,10 @@ def too_few_steps(options: AdapterOptions) -> Iterator[Problem]:
     if ada is not None and ada.tinit + ada.tfinal >= ada.total_step:
         what = f"and JOB_LORA__TFINAL leave none of the run's {ada.total_step} steps to reduce ranks; lower them"
         yield Problem("JOB_LORA__TINIT", what)
+    elif ada is not None and ada.total_step - ada.tfinal == 1:
+        # PEFT ranks by the importance in the steps before the one that takes the last ranks away.
+        what = f"leaves one of the run's {ada.total_step} steps to reduce ranks, which takes two; train for more steps"
+        yield Problem("JOB_LORA__TFINAL", f"{what}, or lower it" if ada.tfinal else what)
 
 
 def too_high_rank(init: str, rank: int, most: int) -> Problem:

@@ -91,6 +91,10 @@ def add_adapter(
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)]) from error
     # The weights have their first values now; who loads the adapter shall not compute others first, or change the base.
     config.init_lora_weights = True
+    for name, parameter in adapted.named_parameters():
+        if ".ranknum." in name:  # AdaLoRA's constant, which PEFT makes anew where it casts it to a half dtype
+            parameter.requires_grad = False
+            parameter.data = parameter.data.to(torch.float32)
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(torch.float32)
     prepare_wrappers(adapted)
@@ -127,8 +131,7 @@ def count_parameters(
         options=options,
         token_ids=range(len(options.added_tokens)),  # which rows they are does not change their number
     )
-    # AdaLoRA's ranknum is a constant; on the meta device PEFT does not mark it as one.
-    return sum(parameter.numel() for name, parameter in trainable(adapted).items() if ".ranknum." not in name)
+    return sum(parameter.numel() for parameter in trainable(adapted).values())
 
 
 def base_of(model: Any) -> Any:

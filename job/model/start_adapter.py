@@ -7,6 +7,7 @@ change what it computes, and another rank cannot be loaded.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,8 +17,11 @@ from typing import Any
 from job.common.hashing import hash_file
 from job.errors import DataError, Problem, SettingsError
 from job.model.adapter_files import load_adapter
+from job.model.adapter_options import AdapterOptions, pattern_matches
 from job.model.files import read_json
 from job.model.published_names import PublishedNames
+from job.model.target_modules import adapted_layers, resolve_targets
+from job.model.tensor_names import PREFIX, tensor_files
 from job.storage.hub import hub_errors
 from job.storage.location import is_remote
 from job.storage.open import StorageOptions, fetch
@@ -25,6 +29,8 @@ from job.storage.open import StorageOptions, fetch
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 _SETTING = "JOB_LORA__START"
+_MISFIT = "does not fit JOB_MODEL__ID and JOB_LORA__TARGET_MODULES"
+_MATRIX = re.compile(r"\.lora_[AB]\.weight$")
 _SAME = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 """Options of `JOB_LORA__...` by PEFT's names, which have to be the same; absent is as given here."""
 _INITS = {True, None, "gaussian", "orthogonal"}
@@ -130,6 +136,57 @@ def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, An
     _check_finite(folder / WEIGHTS)
 
 
+def check_start_fits(
+    folder: Path, empty: Any, *, targets: Sequence[str] | str | None, rank: int, options: AdapterOptions
+) -> None:
+    """Refuses an adapter that is on other layers than the settings name, or of a base of another shape.
+
+    It needs no weights of the base, and sees less than `load_start`: only the matrices of linear layers, and only of a
+    base that readers load as the class that is trained.
+
+    Args:
+        folder: The adapter's files.
+        empty: The base on the meta device.
+        targets: `JOB_LORA__TARGET_MODULES`.
+        rank: `JOB_LORA__RANK`.
+        options: The adapter's other options.
+
+    Raises:
+        SettingsError: It does not fit.
+    """
+    from safetensors import safe_open
+
+    theirs = read_json(folder / CONFIG, MAX_CONFIG_BYTES, _SETTING).get("trainable_token_indices")
+    # With whole modules, the embedding may be one of them; then no single rows are trained.
+    if bool(theirs) != bool(options.added_tokens) and not options.modules_to_save:
+        raise SettingsError([_other_tokens(theirs)])
+    if type(empty).__name__ not in (empty.config.architectures or []):
+        return
+    layers = adapted_layers(empty, resolve_targets(empty, targets), options)
+    names = tensor_files(empty, layers)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys() if _MATRIX.search(name)}  # noqa: SIM118
+    of_experts = {name for name in found if ".experts." in name} if options.experts else set[str]()
+    wrong = (found.keys() - of_experts) ^ {file for file in names.values() if file is not None}
+    if options.experts and not of_experts:
+        wrong |= {"the adapters of experts"}
+    for layer in layers:
+        wanted = next((r for key, r in options.rank_pattern.items() if pattern_matches(key, layer)), rank)
+        height, width = _outputs_and_inputs(empty.get_submodule(layer))
+        shapes = {"A": [wanted, width], "B": [height, wanted]}
+        filed = {names[f"{PREFIX}{layer}.lora_{matrix}.weight"]: shape for matrix, shape in shapes.items()}
+        wrong |= {file for file, shape in filed.items() if file in found and found[file] != shape}
+    if wrong:
+        what = f"the adapter in {folder} belongs to another model: {', '.join(sorted(wrong)[:5])}"
+        raise SettingsError([Problem(_SETTING, f"{_MISFIT}: {what}")])
+
+
+def _outputs_and_inputs(layer: Any) -> tuple[int, int]:
+    """The sizes of a linear layer; GPT-2's `Conv1D` holds its weights transposed."""
+    one, two = layer.weight.shape
+    return (one, two) if hasattr(layer, "in_features") else (two, one)
+
+
 def load_start(model: Any, folder: Path, names: PublishedNames) -> None:
     """Puts the adapter into the model.
 
@@ -138,13 +195,16 @@ def load_start(model: Any, folder: Path, names: PublishedNames) -> None:
     """
     theirs = read_json(folder / CONFIG, MAX_CONFIG_BYTES, _SETTING).get("trainable_token_indices")
     if (theirs or None) != (model.peft_config["default"].trainable_token_indices or None):
-        message = f"does not fit JOB_MODEL__ADD_TOKENS: it trains the rows of {json.dumps(theirs)[:200]}"
-        raise SettingsError([Problem(_SETTING, message)])
+        raise SettingsError([_other_tokens(theirs)])
     try:
         load_adapter(model, folder, names)
     except ValueError as error:
-        message = f"does not fit JOB_MODEL__ID and JOB_LORA__TARGET_MODULES: {error}"
-        raise SettingsError([Problem(_SETTING, message)]) from error
+        raise SettingsError([Problem(_SETTING, f"{_MISFIT}: {error}")]) from error
+
+
+def _other_tokens(theirs: object) -> Problem:
+    rows = f"the rows of {json.dumps(theirs)[:200]}" if theirs else "no rows of new tokens"
+    return Problem(_SETTING, f"does not fit JOB_MODEL__ADD_TOKENS: it trains {rows}")
 
 
 def _same_modules(targets: Sequence[str], adapter_targets: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from job.common.resources import CONTEXT_BYTES
 from job.planning.forecast_input import HALF_PRECISION, RunShape
 from job.planning.gpu_prices import Gpu
 from job.records import ExecutionPlan
@@ -131,14 +132,14 @@ def scores_original_base(gpu: Gpu, run: RunShape, setup: Setup) -> bool:
 
 def free_for_original_base(gpu: Gpu, setup: Setup) -> float:
     """Bytes that the base with its original weights and scoring with it may fill."""
-    return memory_model.ORIGINAL_SHARE * (gpu.memory_bytes - memory_model.CONTEXT_BYTES - quantized_base_bytes(setup))
+    return memory_model.ORIGINAL_SHARE * (gpu.memory_bytes - CONTEXT_BYTES - quantized_base_bytes(setup))
 
 
 def execution_on(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
     """How the job would train on this GPU; None if PEFT's own layers would do the forward pass."""
     if not is_fused(gpu, run, setup):
         return None
-    free = gpu.memory_bytes - memory_model.CONTEXT_BYTES - quantized_base_bytes(setup)
+    free = gpu.memory_bytes - CONTEXT_BYTES - quantized_base_bytes(setup)
     long = computed_in_tiles(run, run.micro_batch)
     plan = choose_plan(
         setup,

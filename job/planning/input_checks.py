@@ -15,11 +15,12 @@ from job.common.lora_readers import why_not_served
 from job.data.examples import lengths_of
 from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import validation_source_of
-from job.errors import Problem, named_by, raise_problems
+from job.errors import DataError, Problem, named_by, raise_problems
 from job.evaluation.policy import CHOICES, read_policy
 from job.evaluation.tasks import Tasks, check_gate
 from job.model.adapter_options import MANY_STEPS, AdapterOptions, make_options, too_few_steps
-from job.model.start_adapter import check_start, local_start
+from job.model.files import build_empty, read_config
+from job.model.start_adapter import check_start, check_start_fits, local_start
 from job.model.tokenizer_files import rows_with
 from job.planning import known_models_and_data as known
 from job.planning.preflight import Found, NotChecked, PreflightResult, run_check
@@ -41,7 +42,7 @@ from job.results.signing import key_id, load_private_key, public_key
 from job.settings.load import Settings, plain_values
 from job.settings.schema import Sign
 from job.settings.training_stages import naming_its_settings, split_stages
-from job.storage.hub import is_reachable
+from job.storage.hub import is_reachable, local_model
 from job.storage.location import join
 from job.storage.open import StorageOptions, fetch, is_remote, open_store, storage_options
 from job.training.config import total_steps
@@ -82,7 +83,7 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
     question_check, questions = run_check("questions", lambda: _preview_questions(s, tokenizer, loaded.append, where))
     tasks = loaded[0] if loaded else None
     rows = _check_rows(s, model, tokenizer, tasks, show=show, where=where)
-    other_checks = [*rows.steps, *check_other_inputs(s, storage, tasks)]
+    other_checks = [*rows.steps, *check_other_inputs(s, storage, tasks, model)]
     screened, safety = _check_safety_model(s, where)
     prompted, prompts = _check_prompts(s, rows.data, tokenizer, folder, storage)
     ruled, judge = _check_principles(s, where)
@@ -217,10 +218,12 @@ def _problems_of_model(s: Settings, config: Any, empty: Any) -> Iterator[Problem
         optimizer=s.train.optimizer,
     )
     if needs_merge(s.export.formats):
-        from job.export.model_checks import export_problems
+        from job.export.model_checks import export_problems, file_problems
 
         chosen: dict[str, Any] = {"formats": s.export.formats, "onto": s.export.merge_onto, "gate_format": s.gate.on}
         yield from export_problems(config, empty, **chosen, nf4=s.model.quantization == "nf4", device=None)
+        if not is_remote(s.model.id) and (original := local_model(s.model.id)) is not None:
+            yield from file_problems(s.export.formats, original, lambda **_: None)
 
 
 def _check_steps(s: Settings, rows: int) -> Found[None]:
@@ -272,6 +275,9 @@ def _preview_prompts(
     The job reports if there are fewer of these than requested.
     """
     source, most = s.eval.prompts, s.train.max_length - s.eval.prompts_max_new_tokens
+    if isinstance(source, int) and data is not None and data.schema == "text":
+        what = "is a number of validation rows, and rows of the schema text have no prompts; give a file of prompts"
+        raise DataError([Problem("JOB_EVAL__PROMPTS", what)])
     if isinstance(source, int):
         held = "rows" if data is None else f"{len(data.validation):,} rows"
         lengths = () if data is None else tuple(lengths_of(data.validation)[:source])
@@ -286,17 +292,11 @@ def _preview_prompts(
     return "ok", f"{len(prompts):,} in {source}, the longest of {max(lengths):,} tokens", lengths
 
 
-def check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Tasks | None) -> Iterator[PreflightResult]:
+def check_other_inputs(
+    settings: Settings, storage: StorageOptions, tasks: Tasks | None, model: ModelFacts | None = None
+) -> Iterator[PreflightResult]:
     """Checks of the inputs that only some runs have."""
-    start, baseline = settings.lora.start, settings.gate.baseline
-
-    def check_start_adapter() -> Found[None]:
-        folder = None if is_remote(start or "") else local_start(start or "")
-        if folder is None:
-            raise NotChecked(f"{start}: an adapter is not fetched for a plan")
-        lora = settings.lora
-        check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
-        return "ok", f"training continues from {start}", None
+    baseline = settings.gate.baseline
 
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
@@ -307,12 +307,25 @@ def check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Tasks
         yield run_check("signature", lambda: _check_key(settings.sign))[0]
     for target in push_targets:
         yield run_check(target.kind, lambda target=target: ("ok", target.check(), None))[0]  # type: ignore[misc]
-    if start is not None:
-        yield run_check("start", check_start_adapter)[0]
+    if settings.lora.start is not None:
+        yield run_check("start", lambda: _check_start_adapter(settings, model))[0]
     if baseline is not None:
         yield run_check("baseline", check_baseline)[0]
     if settings.gate.policy is not None or settings.gate.metric not in CHOICES:
         yield run_check("gate", lambda: _check_gate(settings, tasks))[0]
+
+
+def _check_start_adapter(settings: Settings, model: ModelFacts | None) -> Found[None]:
+    """Whether the settings and the model fit the adapter that training starts from, if it is a local one."""
+    lora, start = settings.lora, settings.lora.start or ""
+    folder = None if is_remote(start) else local_start(start)
+    if folder is None:
+        raise NotChecked(f"{start}: an adapter is not fetched for a plan")
+    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
+    if model is not None:
+        empty, options = build_empty(model.folder, read_config(model.folder)), adapter_options(settings)
+        check_start_fits(folder, empty, targets=lora.target_modules, rank=lora.rank, options=options)
+    return "ok", f"training continues from {start}", None
 
 
 def _check_key(sign: Sign) -> Found[None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from job.common.export_formats import GGUF
 from job.common.formatting import size
-from job.common.resources import available_bytes, check_disk, checkpoint_bytes, required_bytes
+from job.common.resources import CONTEXT_BYTES, available_bytes, check_disk, checkpoint_bytes, required_bytes
 from job.common.source_list import parse_sources
 from job.data.licences import LICENCES, find_licence
 from job.distributed.launcher import count_processes
@@ -171,7 +171,7 @@ _FP8 = f"speed with JOB_TRAIN__COMPUTE=fp8: {time_model.FP8_SPEEDUP:g} times tha
 
 def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
     """The assumptions behind all figures of basis `assumed`, one sentence each."""
-    price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
+    price, context = settings.cost.usd_per_hour, size(CONTEXT_BYTES, " ")
     exporting = (
         f"export: on one processor core {MERGED_PER_SECOND / 1e6:.0f} million weights a second for merged and "
         f"fp8, {GGUF_PER_SECOND / 1e6:.0f} for GGUF, which llama.cpp scores on {CORES} cores of "

@@ -213,12 +213,11 @@ def sharded_alone(settings: Settings, processes: int) -> Problem | None:
 
 
 def _tasks(settings: Settings) -> Iterator[Fault]:
-    # A preset's file for a task that is not in JOB_EVAL__TASKS is ignored; a user's own file must be used.
     source, tasks = settings.sources["eval.data"], settings.eval.tasks
     files = any(task.endswith((".yaml", ".yml")) for task in tasks)  # which may name tasks of a group
     # Names of a group's tasks begin with the group's (mmlu_anatomy); `check_tasks` checks that they are in the group.
     other = {name for name in settings.eval.data if not name.startswith(tuple(tasks))}
-    if other and not files and not source.startswith("preset"):
+    if other and not files:
         named = " (a channel's files are named after their tasks)" * source.startswith("sagemaker channel")
         what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or remove the file"
         yield "eval.data", what

@@ -115,7 +115,8 @@ def _printable(text: str) -> str:
     return text
 
 
-def _items(value: object) -> object:
+def split_items(value: object) -> object:
+    """The items of a list that is written as text, with commas or as JSON; another value as it is."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith(("[", "{")):
@@ -132,7 +133,7 @@ def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
 def _layers(value: object) -> object:
     """`0-15,20` -> each number; a list is returned unchanged."""
     if not isinstance(value, str) or value.lstrip().startswith("["):
-        return _items(value)
+        return split_items(value)
     numbers: list[int] = []
     for part in value.split(","):
         match = _RANGE.fullmatch(part.strip())
@@ -431,10 +432,10 @@ HostPort = Annotated[Text, AfterValidator(_host_port)]
 Digest = Annotated[Text, AfterValidator(_digest)]
 Day = Annotated[Text, AfterValidator(_day)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
-Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
+Names = Annotated[tuple[Text, ...], BeforeValidator(split_items), Field(min_length=1), AfterValidator(_unique)]
 ExportName = Annotated[Text, AfterValidator(_export_format)]
 """A name in `common.export_formats`, with its type if the format has types (`gguf:q8_0`)."""
-ExportFormats = Annotated[tuple[ExportName, ...], BeforeValidator(_items), AfterValidator(_unique)]
+ExportFormats = Annotated[tuple[ExportName, ...], BeforeValidator(split_items), AfterValidator(_unique)]
 GateFormat = Annotated[Text, AfterValidator(_gate_format)]
 """`adapter`, or the name of an exported format."""
 FieldNames = Annotated[Mapping[Text, Text], BeforeValidator(_pairs)]

@@ -34,7 +34,7 @@ from job.distributed.ranks import find_machines
 from job.errors import Problem, environment_name
 from job.platforms.detect import Platform
 from job.platforms.sagemaker import copied_folder
-from job.settings.field_types import new_run_id
+from job.settings.field_types import new_run_id, split_items
 from job.settings.layers import GivenValue, Layer
 from job.settings.markers import BelongsTo, SageMakerChannel, find_markers, setting_names
 from job.settings.presets import PRESETS
@@ -322,7 +322,8 @@ class Preset(Source):
     def _read(self) -> Layer:
         selected = self.request.strongest("preset")
         name = selected.value if selected else next(iter(PRESETS))
-        values = PRESETS.get(name, {}) if isinstance(name, str) else {}
+        values = dict(PRESETS.get(name, {})) if isinstance(name, str) else {}
+        values = {key: self._asked(value) if key == "eval.data" else value for key, value in values.items()}
         return Layer(
             {
                 key: GivenValue(value, f"preset {name}")
@@ -331,6 +332,15 @@ class Preset(Source):
             },
             by_user=False,
         )
+
+    def _asked(self, questions: Any) -> Mapping[str, object]:
+        """The preset's files of questions of tasks that JOB_EVAL__TASKS names; without a valid setting, all."""
+        tasks = self.request.strongest("eval.tasks")
+        try:
+            named = None if tasks is None else split_items(tasks.value)
+        except ValueError:  # which is reported with the setting
+            named = None
+        return {task: file for task, file in questions.items() if not isinstance(named, Collection) or task in named}
 
     def _still_holds(self, name: str, preset: Mapping[str, object]) -> bool:
         belongs = find_markers(self.settings_cls, BelongsTo).get(name)

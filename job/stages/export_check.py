@@ -19,9 +19,8 @@ from job.common.formatting import size
 from job.common.resources import available_bytes, check_disk, required_bytes
 from job.errors import Problem, SettingsError, Unreachable
 from job.export.checkpoint import SHARD
-from job.export.formats import derived_format
 from job.export.merge_plan import Candidates, candidates
-from job.export.model_checks import format_problems
+from job.export.model_checks import file_problems, format_problems
 from job.export.quantizable import quantizable
 from job.export.scoring import gpu_bytes
 from job.model.files import build_empty, read_config
@@ -54,10 +53,7 @@ def check_export(attempt: Attempt, options: Export, gate_format: str, original: 
         empty = build_empty(original, read_config(original))
         sizes = {name: _bytes(name, empty, merges.bytes_each) for name in names}
         problems += format_problems(empty, names, gate_format, loaded.model.device)
-        by_check = {derived_format(name)[0].check_files: name for name in names}  # once for all types of a format
-        for of_files, name in by_check.items():
-            if why := of_files(original, attempt.check_stop):
-                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; remove it"))
+        problems += file_problems(names, original, attempt.check_stop)
     if problems:
         raise SettingsError(problems)
     for name in names if options.hub else ():

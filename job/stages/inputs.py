@@ -51,22 +51,22 @@ def check_inputs(
     """
     checks = list(_data_sources(settings, later))
     checks += [(location, partial(find_questions, location)) for location in settings.eval.data.values()]
-    if isinstance(settings.eval.prompts, str):
-        checks.append((settings.eval.prompts, partial(_check_prompts, settings.eval.prompts)))
+    last = later[-1] if later else settings  # of prompts, principles, gate, exports and signature
+    if isinstance(last.eval.prompts, str):
+        checks.append((last.eval.prompts, partial(_check_prompts, last.eval.prompts)))
     if not has_record:
         checks.append((settings.model.id, partial(_check_model, settings.model.id)))
     path_checks: list[tuple[str | None, Callable[[str], object]]] = [
         (settings.data.safety_model, lambda _: safety.check_local(settings.data)),
-        (settings.eval.principles, lambda _: principles.check_local(settings.eval)),
+        (last.eval.principles, lambda _: principles.check_local(last.eval)),
         (settings.lora.start, local_start),
-        (settings.gate.baseline, check_run),
-        (settings.gate.policy, read_policy),
+        (last.gate.baseline, check_run),
+        (last.gate.policy, read_policy),
     ]
     checks += [(location, partial(check, location)) for location, check in path_checks if location is not None]
     checks = [(location, check) for location, check in checks if not is_remote(location)]
     if not has_record:
         checks.append(("tasks", partial(check_tasks, settings.eval.tasks, settings.eval.data)))
-    last = later[-1] if later else settings
     checks.append(("export", partial(_check_extra, last.export.formats)))
     checks.append(("sign", partial(private_key, last.sign)))
     if processes is not None and (problem := sharded_alone(settings, processes)) is not None:

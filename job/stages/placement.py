@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from job.common.formatting import size
-from job.common.resources import available_bytes
+from job.common.resources import CONTEXT_BYTES, available_bytes
 from job.data.examples import lengths_of
 from job.distributed.processes import Processes
 from job.errors import Problem, raise_problems
@@ -22,7 +22,6 @@ from job.training.execution_plan import AMPERE, choose_placement, longest_sequen
 from job.training.gpu_capability import compute_capability
 from job.training.gpu_memory import free_gpu_bytes
 from job.training.memory_model import (
-    CONTEXT_BYTES,
     LONG_ROW,
     MAIN_MEMORY_SHARE,
     PLACEMENTS,

@@ -41,7 +41,7 @@ from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
 from job.stages.pull_audit import audit_arguments, known_audit, known_scores, with_audit_of_before
-from job.stages.pull_checks import CheckedSettings, check_model, check_rows
+from job.stages.pull_checks import CheckedSettings, check_files_of_exports, check_model, check_rows, check_start_on
 from job.stages.pull_in_background import ComingBase, base_in_background
 from job.stages.pull_model import BaseSettings, vocabulary_of
 from job.stages.pull_other_models import pull_judge, pull_safety_model, pull_start_adapter, recorded_judge_sha256
@@ -74,8 +74,8 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
     """Fetches and checks all inputs, in the first process of each machine.
 
     Everything that can be checked without the model's weights is checked before they are downloaded. Rows are read
-    during the download. The first attempt also reads the rows of `later` training stages, so that errors in them are
-    found before training.
+    during the download. The first attempt also reads the rows and prompts of `later` training stages, so that errors in
+    them are found before training.
 
     Args:
         attempt: The attempt, whose work folder gets the inputs.
@@ -171,7 +171,7 @@ def _pull(
     attempt: Attempt, settings: Settings, storage: StorageOptions, date: str, later: Sequence[Settings]
 ) -> tuple[Sources, Path]:
     """(the inputs, the folder of the tokenized rows)."""
-    gate = settings.gate
+    gate = (later or [settings])[-1].gate  # a first stage judges nothing, but refuses what the last one could not
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     policy = None if gate.policy is None else read_policy(gate.policy)
     check_disk(
@@ -181,7 +181,7 @@ def _pull(
         import_libraries()
         tasks = _checked_tasks(
             attempt,
-            lambda: _load_tasks(attempt, settings, storage, policy, baseline),
+            lambda: _load_tasks(attempt, settings, storage, policy=policy, baseline=baseline, later=later),
             lambda: check_model(attempt, base.small_files()[0], checked_settings(settings, later)),
             base.early.done,
         )
@@ -191,6 +191,8 @@ def _pull(
             attempt, settings, storage, checked, date=date, later=later, check_stop=base.check_stop
         )
         files = base.files()
+    if later and attempt.recorded(Stage.PULL, Pulled) is None:
+        check_files_of_exports(attempt, files.original, later[-1].export)
     attempt.check_stop()
     dataset, licence = _with_licences(attempt, settings, tokens.record, files.revision)
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=by_reason(dataset.skipped), tokens=dataset.tokens)
@@ -221,8 +223,8 @@ def _pull(
         findings=tokens.findings,
         start=None if start is None else start.folder,
         tasks=tasks,
-        baseline=baseline,
-        policy=policy,
+        baseline=None if later else baseline,
+        policy=None if later else policy,
         prompts=prompts,
         safety=safety,
         judge=judge,
@@ -244,6 +246,8 @@ def _check_before_weights(
     if missing:
         check_hub(rows)
     _check_lengths(settings, tasks, tokenizer, vocabulary)
+    if start is not None and settings.train.is_one_stage and attempt.recorded(Stage.PULL, Pulled) is None:
+        check_start_on(folder, start.folder, checked_settings(settings, ()))
     return _Checked(tasks, start, safety, rows=fetched, folder=folder, tokenizer=tokenizer, vocabulary=vocabulary)
 
 
@@ -276,8 +280,11 @@ def _read_all_rows(
         auditing=as_published,
     )
     # In the first attempt only: later ones need not check these rows, nor score them again.
-    for stage in map(_row_settings, later) if attempt.recorded(Stage.PULL, Pulled) is None else ():
-        read_rows(attempt, stage, *fetch_rows(attempt, stage, storage, LATER), tokenizer, **auditing)
+    for stage in later if attempt.recorded(Stage.PULL, Pulled) is None else ():
+        own = _row_settings(stage)
+        fetched = fetch_rows(attempt, own, storage, LATER)
+        how = {"tokens": read_rows(attempt, own, *fetched, tokenizer, **auditing), "tokenizer": tokenizer}
+        find_prompt_rows(attempt, stage.eval, own, storage, fetched=fetched, reading=options, auditing=auditing, **how)
     return tokens, prompts
 
 
@@ -386,14 +393,21 @@ def _checked_tasks(
 
 
 def _load_tasks(
-    attempt: Attempt, settings: Settings, storage: StorageOptions, policy: Policy | None, baseline: Baseline | None
+    attempt: Attempt,
+    settings: Settings,
+    storage: StorageOptions,
+    *,
+    policy: Policy | None,
+    baseline: Baseline | None,
+    later: Sequence[Settings] = (),
 ) -> Tasks:
-    locations, gate = settings.eval.data, settings.gate
+    last = (later or [settings])[-1]
+    locations, gate = settings.eval.data, last.gate
     files = {
         task: Path(fetch_input(attempt, location, f"questions/{task}", storage)) for task, location in locations.items()
     }
     tasks = load_tasks(settings.eval.tasks, files, locations, settings.eval.num_fewshot)
-    check_choices(tasks, settings.need_choices)
+    check_choices(tasks, last.need_choices)
     check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
     if baseline is not None:
         check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)

@@ -16,7 +16,9 @@ from job.errors import Problem, check_all, raise_problems
 from job.model.adapter_options import MANY_STEPS, make_options, too_few_steps
 from job.model.base import inspect
 from job.model.device import choose_device
+from job.model.files import build_empty, read_config
 from job.model.informed_init import too_few_targets
+from job.model.start_adapter import check_start_fits
 from job.records import Example, Pulled
 from job.runs.attempt import Attempt
 from job.runs.layout import Stage
@@ -96,6 +98,41 @@ def check_model(attempt: Attempt, folder: Path, settings: CheckedSettings) -> No
         from job.stages.export_check import check_least_size
 
         check_least_size(attempt.work, empty, export.formats, choose_device(settings.device))
+
+
+def check_files_of_exports(attempt: Attempt, original: Path | None, export: Export) -> None:
+    """Refuses before the first training stage what the last one could not export of the base's own files.
+
+    Args:
+        attempt: Asked whether to go on.
+        original: Folder of the base's own files; None if they are not on this machine.
+        export: Of the last training stage.
+
+    Raises:
+        DataError: The tokenizer cannot be loaded.
+        SettingsError: A format cannot be made.
+    """
+    if original is not None and needs_merge(export.formats):
+        from job.export.model_checks import file_problems
+
+        raise_problems(file_problems(export.formats, original, attempt.check_stop))
+
+
+def check_start_on(base: Path, start: Path, settings: CheckedSettings) -> None:
+    """Refuses an adapter to start from that does not fit this base, before the base's weights are downloaded.
+
+    Args:
+        base: Holds the base's config.json.
+        start: The adapter's files.
+        settings: Which layers get an adapter.
+
+    Raises:
+        SettingsError: It does not fit.
+    """
+    lora, train = settings.lora, settings.train
+    options = make_options(dict(lora), train.max_steps or MANY_STEPS, settings.model.add_tokens)
+    empty = build_empty(base, read_config(base))
+    check_start_fits(start, empty, targets=lora.target_modules, rank=lora.rank, options=options)
 
 
 def check_rows(attempt: Attempt, folder: Path, settings: CheckedSettings, tokens: Tokens) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean, pstdev
 
+from job.common.resources import CONTEXT_BYTES
 from job.records import ExecutionPlan
 from job.training.memory_model import (
-    CONTEXT_BYTES,
     EXPERT_COPIES,
     EXPERT_WIDTHS,
     FP32,

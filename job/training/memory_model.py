@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from job.common.formatting import size
 from job.common.optimizers import OPTIMIZERS
+from job.common.resources import CONTEXT_BYTES
 from job.model.architecture import Architecture, key_value_bytes
 
 NF4_BLOCK, DOUBLE_BLOCK = 64, 256
@@ -49,8 +50,6 @@ and in fp32 its product with the router's weights. Counted, and of 2 to 4 chosen
 `EXPERT_WIDTHS` all activations are 2 % (Mixtral) and 11 % (Qwen3-30B-A3B) more than these took. No other tested it."""
 EXPERT_WIDTHS = 4
 """The same of their intermediate width: the gate's output, its gradient, and those of gate and up."""
-CONTEXT_BYTES = 600 << 20
-"""Of the driver and the libraries' workspaces on the GPU. Assumed."""
 ORIGINAL_SHARE = 0.9
 """Of the memory that is free beside the quantized base, what scoring the unquantized one may fill: the formula's error,
 and what the allocator cannot use."""

@@ -28,11 +28,15 @@ place, connect = find_place(os.environ), dist.init_process_group
 def hit(**options):
     (folder / f"connects{place.rank}").touch()
     if place.rank == 1:
-        if what == "is killed":
+        if what in {"is killed", "breaks the connection"}:
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "hangs":
             time.sleep(600)
         raise RuntimeError("no route to host")
+    if what == "breaks the connection":
+        while not (folder / "connects1").exists():
+            time.sleep(0.01)
+        raise RuntimeError("Connection closed by peer")
     connect(**options)
 
 dist.init_process_group = hit
@@ -51,6 +55,7 @@ except JobError as error:
     ("what", "codes", "said"),
     [
         ("is killed", [1, -9], "process 1 was killed, or it crashed"),
+        ("breaks the connection", [1, -9], "process 1 was killed, or it crashed"),
         ("fails", [69, 69], "cannot connect to each other: no route to host"),
         ("hangs", [75, 75], ""),
     ],

@@ -176,7 +176,7 @@ def test_after_the_grace_all_are_killed(run: Run) -> None:
     assert time.monotonic() - began < 100
 
 
-def on_two_machines(codes: tuple[str, str]) -> list[int]:
+def on_two_machines(codes: tuple[str, str], grace: float = 60) -> list[int]:
     """The exit codes of the launchers of two machines with one process each, which runs the code for its rank."""
     port = free_port()
 
@@ -186,7 +186,7 @@ def on_two_machines(codes: tuple[str, str]) -> list[int]:
         if rank:
             wait_for(lambda: listens(port))
         try:
-            return launch(command, place, [], run="r", environ=dict(os.environ), grace_seconds=60)
+            return launch(command, place, [], run="r", environ=dict(os.environ), grace_seconds=grace)
         except JobError as error:
             return error.exit_code
 
@@ -214,6 +214,18 @@ def test_machines_end_with_the_most_serious_code(one: str, other: str, both: int
     """Whichever machine fails first, and in whichever way: both launchers end with the same exit code."""
     codes = [f"time.sleep({0.3 * (rank != first)}); {code}" for rank, code in enumerate((one, other))]
     assert on_two_machines((codes[0], codes[1])) == [both, both]
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_is_stopped_holds_no_machine_up(stopped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot notice that the process of the other machine has failed: its launcher does, and kills it."""
+    monkeypatch.setattr(launcher, "_REACH_SECONDS", 0.2)
+    monkeypatch.setattr(launcher, "_ANSWER_SECONDS", 1.0)
+    codes = ["time.sleep(2); sys.exit(74)"] * 2
+    codes[stopped] = "os.kill(os.getpid(), signal.SIGSTOP)"
+    began = time.monotonic()
+    assert on_two_machines((codes[0], codes[1]), grace=3) == [74, 74]
+    assert time.monotonic() - began < 60
 
 
 def test_a_complete_run_is_complete_on_all_machines() -> None:

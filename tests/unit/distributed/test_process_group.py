@@ -297,3 +297,36 @@ def test_an_error_while_gpus_connect_is_raised(team: Team, monkeypatch: pytest.M
     monkeypatch.setattr("torch.distributed.all_reduce", fail)
     with pytest.raises(TrainingFailed, match="JOB_TRAIN__GPU_MEMORY_GB"):
         team.members[1].start_add_up(OnGPU())
+
+
+def test_the_others_are_not_alive_for_a_first_one_that_is_stopped(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting is progress as long as process 0 runs; once it is stopped, its own watchdog is, too."""
+    monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
+    first = team.members[0]
+    first.beat()
+    team.start(lambda _: None, lambda member: member.share("value", lambda: 0))
+    wait_for(lambda: first._store.add("beat", 0) > 3)
+    before = team.beats[1]
+    wait_for(lambda: team.beats[1] > before)
+    first._left.set()  # as its threads stand still
+
+    def stands_still() -> bool:
+        count = team.beats[1]
+        time.sleep(0.3)
+        return team.beats[1] == count
+
+    wait_for(stands_still)
+    first.share("value", lambda: 0)
+
+
+def test_gpus_connect_before_the_first_sum_of_any_kind(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of a validation may be the first exchange: it is also noticed there that another process has ended."""
+    monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
+    released = threading.Event()
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: released.wait(20))
+    (waiting,) = team.start(lambda member: member.add_up(OnGPU()))
+    team.members[2].end(DataError([Problem("row 3", "is empty")]))
+    try:
+        assert type(waiting.exception(timeout=10)) is DataError
+    finally:
+        released.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from job.errors import SettingsError
+from job.errors import SettingsError, TrainingFailed
+from job.model.adalora import allocate
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import PLAIN, AdaLora, AdapterOptions, make_options
 from job.model.base import inspect, load_base
@@ -20,7 +22,7 @@ from job.model.model_record import describe_model
 from job.model.packed_attention import use
 from job.model.target_modules import resolve_targets
 from job.settings.schema import Lora
-from tests.helpers import LINEAR, without_repacking
+from tests.helpers import LINEAR, fill_adapter, make_model, without_repacking
 
 ADALORA = AdaLora(init_r=12, target_r=8, tinit=1, tfinal=1, delta_t=1, orth_reg_weight=0.5, total_step=6)
 OPTIONS: dict[str, AdapterOptions] = {
@@ -113,6 +115,32 @@ def test_peft_loads_what_was_trained(base_folder: Path, tmp_path: Path, name: st
     torch.testing.assert_close(logits(other), expected, rtol=1e-5, atol=1e-5)
     load_adapter(model, tmp_path / "adapter")  # as the job does after training, in the process that trained
     assert torch.equal(logits(model), logits(other))
+
+
+@pytest.mark.parametrize("finite", [1, 0])
+def test_adalora_takes_the_last_ranks_away_in_a_step_that_overflows(base_folder: Path, finite: int) -> None:
+    """By the importance in earlier steps, as PEFT does in that step anyway; without any, training ends with words."""
+    model = make_model(base_folder, rank=8, options=AdapterOptions(kind="adalora", adalora=ADALORA))
+    fill_adapter(model)
+    with pytest.raises(TrainingFailed, match="JOB_MODEL__DTYPE=bf16") if not finite else nullcontext():
+        for step in range(1, 6):
+            for parameter in trainable(model).values():
+                parameter.grad = torch.rand_like(parameter) + (0 if step <= finite else torch.inf)
+            allocate(model, step)
+    kept = model.peft_config["default"].rank_pattern
+    if finite:
+        assert sum(map(sum, kept.values())) == ADALORA.target_r * len(kept)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adalora_trains_nothing_that_is_not_published(base_folder: Path, quantization: str, dtype: torch.dtype) -> None:
+    """PEFT's `ranknum`, which each layer divides by, stays the constant that readers take it for."""
+    options = AdapterOptions(kind="adalora", adalora=ADALORA)
+    model = make_model(base_folder, rank=8, options=options, quantization=quantization, dtype=dtype)
+    assert {name.split(".")[-2] for name in trainable(model)} == {"lora_A", "lora_B", "lora_E"}
+    constants = [parameter for name, parameter in model.named_parameters() if ".ranknum." in name]
+    assert {(float(one), one.dtype) for one in constants} == {(ADALORA.init_r, torch.float32)}
 
 
 def allocate_all(model: Any) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from job.errors import DataError, JobError, SettingsError
 from job.model.adapter_files import save_adapter
 from job.model.adapter_options import AdapterOptions
 from job.model.lora import trainable
 from job.model.published_names import PublishedNames
-from job.model.start_adapter import CONFIG, WEIGHTS, check_start, find_start, hash_start, load_start
+from job.model.start_adapter import CONFIG, WEIGHTS, check_start, check_start_fits, find_start, hash_start, load_start
 from job.storage.open import StorageOptions, open_store
 from tests.helpers import fill_adapter, make_model
 from tests.s3_server import BUCKET, credentials, moto_server
@@ -125,6 +127,48 @@ def test_other_layers_are_refused(change: Any, saved: Path, base_folder: Path, t
     weights(change)(folder)
     with pytest.raises(SettingsError, match="JOB_LORA__TARGET_MODULES"):
         load_start(make_model(base_folder), folder, NAMES)
+
+
+def empty_base(folder: Path, **changes: int) -> Any:
+    """The base with another configuration, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **changes))
+
+
+@pytest.mark.parametrize(
+    ("rank", "options"),
+    [
+        (16, AdapterOptions()),
+        (4, AdapterOptions(layers=(1,), rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 3})),
+        (16, AdapterOptions(use_dora=True, modules_to_save=("lm_head",), added_tokens=("<ask>",))),
+    ],
+)
+def test_what_was_saved_fits_without_the_weights(
+    rank: int, options: AdapterOptions, base_folder: Path, tmp_path: Path
+) -> None:
+    """With the same settings; of others, those with another layer or rank are refused."""
+    save_adapter(make_model(base_folder, rank=rank, options=options), tmp_path, base="base", revision=None, names=NAMES)
+    empty = empty_base(base_folder)
+    check_start_fits(tmp_path, empty, targets="auto", rank=rank, options=options)
+    for other in ({"targets": "attention"}, {"rank": rank + 1}, {"options": replace(options, layers=(0,))}):
+        with pytest.raises(SettingsError, match="JOB_LORA__START: does not fit JOB_MODEL__ID and JOB_LORA__TARGET"):
+            check_start_fits(tmp_path, empty, **{"targets": "auto", "rank": rank, "options": options} | other)
+
+
+def test_rows_of_new_tokens_are_compared_without_the_weights(saved: Path, base_folder: Path) -> None:
+    """An adapter without them cannot go on with new tokens."""
+    options = AdapterOptions(added_tokens=("<ask>",))
+    with pytest.raises(SettingsError, match="JOB_MODEL__ADD_TOKENS: it trains no rows of new tokens"):
+        check_start_fits(saved, empty_base(base_folder), targets="auto", rank=16, options=options)
+
+
+@pytest.mark.parametrize("changes", [{"intermediate_size": 192}, {"num_hidden_layers": 3}])
+def test_an_adapter_of_another_base_is_refused_without_the_weights(
+    changes: dict[str, int], saved: Path, base_folder: Path
+) -> None:
+    """A base of another shape, or with more layers."""
+    with pytest.raises(SettingsError, match="belongs to another model: base_model"):
+        check_start_fits(saved, empty_base(base_folder, **changes), targets="auto", rank=16, options=AdapterOptions())
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:

@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 
 from job.errors import AccessDenied, DataError, JobError, Preempted, SettingsError, Unreachable
+from job.model.adapter_files import save_adapter
+from job.model.published_names import PublishedNames
 from job.planning import preflight_models
+from job.planning.input_checks import check_other_inputs
 from job.planning.preflight import NotChecked, PreflightResult, run_check
-from job.planning.preflight_models import preview_judge, preview_safety_model
+from job.planning.preflight_models import ModelFacts, preview_judge, preview_safety_model
 from job.planning.preflight_store import local_round_trip, round_trip
+from job.settings.load import load_settings
 from job.storage.local import LocalStore
 from job.storage.open import StorageOptions
+from tests.helpers import make_model
 from tests.toy_classifier import make_classifier
 from tests.wrapped_store import WrappedStore
 
@@ -143,3 +148,13 @@ def test_a_judge_without_weights_is_refused(tmp_path: Path) -> None:
         patch.setattr(preflight_models, "open_store", lambda *_: LocalStore(tmp_path / "empty"))
         with pytest.raises(SettingsError, match=r"JOB_EVAL__JUDGE.*nothing"):
             preview("s3://b/j")
+
+
+def test_an_adapter_to_start_from_is_compared_with_the_model(base_folder: Path, tmp_path: Path) -> None:
+    """Without the base's weights, as a run does: by names and shapes."""
+    save_adapter(make_model(base_folder, rank=4), tmp_path, base="base", revision=None, names=PublishedNames(""))
+    words = [f"--lora.start={tmp_path}", "--lora.rank=4"]
+    model = ModelFacts(base_folder, None, None)
+    for more, state in (([], "ok"), (["--lora.layers=1"], "wrong")):
+        (found,) = check_other_inputs(load_settings([*words, *more], {}), StorageOptions(), None, model)
+        assert (found.name, found.state) == ("start", state)

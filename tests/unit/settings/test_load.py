@@ -878,10 +878,12 @@ class TestCombinations:
         assert set(found) == {"JOB_MODEL__REVISION (command line)", "JOB_DATA__REVISION (command line)"}
 
     def test_a_question_file_for_no_task(self) -> None:
-        """A misspelt task would silently be fetched from the hub; a preset's unused file is harmless."""
+        """A misspelt task would silently be fetched from the hub; a preset's unused file is left out."""
         found = problems(["--eval.data=arc_esay=questions.jsonl"])
         assert "JOB_EVAL__TASKS" in found["JOB_EVAL__DATA (command line)"]
-        assert load_settings(["--preset=demo", "--eval.tasks=hellaswag"], {}).eval.tasks == ("hellaswag",)
+        assert load_settings(["--preset=demo", "--eval.tasks=hellaswag"], {}).eval.data == {}
+        for tasks in ("arc_easy,hellaswag", '["hellaswag", "arc_easy"]'):
+            assert load_settings(["--preset=demo", f"--eval.tasks={tasks}"], {}).eval.data.keys() == {"arc_easy"}
 
     def test_a_gate_without_a_threshold(self) -> None:
         """A gate that can never close is not what was meant."""

@@ -103,6 +103,30 @@ def test_both_stages_data_is_looked_at(tmp_path: Path) -> None:
     ]
 
 
+def test_the_last_stages_own_inputs_are_looked_at_before_the_first_trains(tmp_path: Path) -> None:
+    """Prompts, rules, gate: the first stage of two has none of them, and training it takes hours."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    words = [
+        f"--data.source={rows}",
+        f"--data.sft_source={rows}",
+        f"--eval.prompts={tmp_path}/prompts.txt",
+        f"--eval.principles={tmp_path}/rules.txt",
+        "--eval.judge=org/judge",
+        f"--gate.baseline={tmp_path}/earlier",
+        "--gate.min_delta=0",
+    ]
+    first, second = split_stages(settings("--train.method=sft,dpo", *words))
+    with pytest.raises(SettingsError) as caught:
+        check_inputs(first, (second,))
+    places = {problem.where.split(" ")[0] for problem in caught.value.problems}
+    assert places == {"JOB_EVAL__PROMPTS", "JOB_EVAL__PRINCIPLES", "JOB_GATE__BASELINE"}
+    policy = [*words[:2], f"--gate.policy={tmp_path}/policy.yaml"]
+    first, second = split_stages(settings("--train.method=sft,dpo", *policy))
+    with pytest.raises(SettingsError, match="JOB_GATE__POLICY"):
+        check_inputs(first, (second,))
+
+
 def test_one_process_shares_no_base(tmp_path: Path) -> None:
     """With `auto`, the number of processes is known when the job starts: told with all that is wrong then."""
     sharded = ("--model.placement=sharded", "--model.quantization=nf4")

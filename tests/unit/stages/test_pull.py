@@ -33,6 +33,7 @@ from job.records import (
 from job.runs import stage_records
 from job.runs.layout import Stage
 from job.settings.load import Settings, load_settings
+from job.settings.training_stages import split_stages
 from job.stages import pull, pull_model
 from job.stages.pull import _base_settings, _date, _groups, _row_settings, _with_licences
 from job.stages.pull_audit import publish_findings, with_audit_of_before
@@ -331,12 +332,25 @@ def test_a_later_attempt_reads_rows_at_the_commit_of_the_first(tmp_path: Path, m
     assert asked("org/data@dev=2x,rows.jsonl", several) == (second, None, "main")
 
 
+@pytest.mark.parametrize("words", [["--export.formats=merged"], ["--gate.metric=exact_match", "--gate.min_delta=0"]])
+def test_the_first_stage_refuses_tasks_that_the_last_one_could_not_judge(words: list[str], tmp_path: Path) -> None:
+    """Exports and the gate belong to the last stage of `sft,dpo`; what they need of the tasks is known before both."""
+    both = ["--train.method=sft,dpo", "--data.sft_source=rows.jsonl", "--eval.tasks=forgetting", *words]
+    first, second = split_stages(load_settings(["--preset=demo", *both], {}))
+    attempt = make_attempt(tmp_path, {})
+    known = {"policy": None, "baseline": None}
+    assert pull._load_tasks(attempt, first, StorageOptions(), **known).loaded["tasks"].keys() == {"forgetting"}
+    with pytest.raises(SettingsError, match=r"JOB_(EXPORT__FORMATS|GATE__METRIC): is "):
+        pull._load_tasks(attempt, first, StorageOptions(), **known, later=[second])
+
+
 def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is wrong with them is known then; the next stage reads them when it begins."""
-    read = MagicMock()
+    """What is wrong with them, or with exports, is known then; the next stage reads them when it begins."""
+    read, exported = MagicMock(), MagicMock()
     monkeypatch.setattr(pull, "read_rows", read)
+    monkeypatch.setattr(pull, "check_files_of_exports", exported)
     base = MagicMock(small_files=lambda: (tmp_path, False))
     monkeypatch.setattr(pull, "base_in_background", lambda *_: nullcontext(base))
     steps = ("_load_tasks", "fetch_rows", "load_tokenizer", "rows_with", "_check_lengths")
@@ -354,6 +368,8 @@ def test_rows_of_later_stages_are_read_by_the_first_attempt_only(
     first, second = load_settings(["--model.id=org/base"], {}), load_settings(["--model.id=org/base"], {})
     for earlier, stages in ((None, [first, second]), (Pulled(DATASET, "0" * 64, None, {}), [first])):
         read.reset_mock()
+        exported.reset_mock()
         attempt = make_attempt(tmp_path, {Stage.PULL: earlier})
         pull._pull(attempt, first, StorageOptions(), "2026-01-01", [second])
         assert [call.args[1] for call in read.call_args_list] == [_row_settings(stage) for stage in stages]
+        assert [call.args[2] for call in exported.call_args_list] == [second.export] * (earlier is None)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.common.optimizers import OPTIMIZERS
+from job.common.resources import CONTEXT_BYTES
 from job.model.architecture import Architecture
 from job.planning import time_model
 from job.planning.known_models_and_data import ARCHITECTURES
@@ -216,7 +217,7 @@ def test_the_largest_budget_is_the_largest(needs: list[int], limit: int) -> None
 def test_room_leaves_space() -> None:
     """A prediction that is wrong by the margin still fits beside the context; a tiny GPU has no room, not less."""
     room = memory_model.usable_bytes(16 << 30)
-    assert room * (1 + memory_model.MARGIN) + memory_model.CONTEXT_BYTES == pytest.approx(16 << 30)
+    assert room * (1 + memory_model.MARGIN) + CONTEXT_BYTES == pytest.approx(16 << 30)
     assert memory_model.usable_bytes(1 << 20) == 0
 
 

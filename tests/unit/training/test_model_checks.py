@@ -15,9 +15,10 @@ from job.model.adapter_options import PLAIN, AdapterOptions, make_options, too_f
 from job.model.base import inspect
 from job.model.fused import long_attention
 from job.settings.load import load_settings
+from job.settings.schema import Export
 from job.stages import export_check, placement, pull_checks
 from job.stages.pull import checked_settings
-from job.stages.pull_checks import check_model, check_rows, refuse_long_row, step_problems
+from job.stages.pull_checks import check_files_of_exports, check_model, check_rows, refuse_long_row, step_problems
 from job.training.model_checks import model_problems
 from tests.families.models import tiny_config
 from tests.helpers import make_examples
@@ -178,6 +179,29 @@ def test_adalora_needs_steps_to_take_ranks_away_in() -> None:
     assert [one.where for one in step_problems(settings, make_examples(20))] == ["JOB_LORA__TINIT"]
     assert list(step_problems(settings, make_examples(22))) == []
     assert list(too_few_steps(make_options(dict(load_settings([], {}).lora), 1))) == []
+
+
+def test_formats_that_the_bases_files_exclude(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked once for all types of a format, and only where the base's own files are on this machine."""
+    asked: list[Path] = []
+    why = SimpleNamespace(check_files=lambda folder, _: asked.append(folder) or "its tokenizer is unknown")
+    monkeypatch.setattr("job.export.model_checks.derived_format", lambda name: (why, name))
+    attempt: Any = SimpleNamespace(check_stop=lambda: None)
+    export = Export(formats=("gguf:q8_0", "merged", "gguf:f16"))
+    check_files_of_exports(attempt, None, export)
+    check_files_of_exports(attempt, DEMO, Export(formats=("adapter:bf16",)))
+    assert asked == []
+    with pytest.raises(SettingsError, match=r"JOB_EXPORT__FORMATS: gguf:f16 cannot be made: its tokenizer is unknown"):
+        check_files_of_exports(attempt, DEMO, export)
+    assert asked == [DEMO]
+
+
+def test_adalora_needs_a_step_before_the_one_that_takes_the_last_ranks_away() -> None:
+    """PEFT's allocator has the importance of earlier steps only; without one it raises a KeyError in the first step."""
+    for steps, final, wrong in ((1, 0, True), (4, 3, True), (2, 0, False), (5, 3, False)):
+        lora = load_settings(["--lora.kind=adalora", f"--lora.tfinal={final}"], {}).lora
+        found = [problem.where for problem in too_few_steps(make_options(dict(lora), steps))]
+        assert found == ["JOB_LORA__TFINAL"] * wrong
 
 
 def test_eva_needs_target_tokens() -> None:
