@@ -19,7 +19,7 @@ SOURCES = {
 }
 
 READS_THE_ENVIRONMENT = {"settings.load"}
-SETS_THE_ENVIRONMENT = {"cli.main", "log"}
+SETS_THE_ENVIRONMENT = {"cli.library_variables", "log"}
 """They tell libraries something before these are imported; they read nothing."""
 
 # They run code that lies in the data they read.

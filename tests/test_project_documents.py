@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from job.cli.main import COMMANDS, USAGE
+from job.cli.arguments import COMMANDS, usage
 from job.data.formats import Row
 from job.data.schemas import SCHEMAS, SFT_SCHEMAS, check_row, detect_schema
 from job.errors import environment_name, exit_codes
@@ -113,7 +113,7 @@ def test_the_image_s_words_are_in_the_documents() -> None:
 
 def test_commands_in_the_usage() -> None:
     """`--help` names every command, but for SageMaker's own word for `run`."""
-    assert all(f" {command}" in USAGE or f"[{command}]" in USAGE for command in COMMANDS if command != "train")
+    assert all(f" {command}" in usage() or f"[{command}]" in usage() for command in COMMANDS if command != "train")
 
 
 def named_paths(text: str) -> set[str]:

@@ -1,7 +1,8 @@
 """The arguments of each command: one table for the usage, `--help` and the parser.
 
-How to add a command: an entry in `COMMANDS` here, and its function in `job/cli/main.py`. Everything after the command
-that is not one of its own arguments is a setting.
+How to add a command: an entry in `COMMANDS` here, and a file in `job/cli/` with its name, in which the function has its
+name, too: `verify_command` in `verify.py`. Everything after the command that is not one of its own arguments is a
+setting.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
 
-from job.errors import Problem, SettingsError
+from job.errors import Problem, SettingsError, exit_codes
 
 _RUN_HELP = "path or URI of a finished run: its folder, or the results.json in it"
 _POINTER_HELP = f"{_RUN_HELP}; or of a pointer that `promote` wrote"
@@ -303,6 +304,38 @@ def _missing(parsed: Arguments, arguments: Sequence[Argument]) -> Iterator[Probl
 def _epilog(name: str, command: Command) -> str:
     examples = "\n".join(f"  qlora-job {name} {example}".rstrip() for example in command.examples)
     return f"examples:\n{examples}\n\n`qlora-job --help` lists the exit codes, and the sources of settings."
+
+
+_RETRY = {"no": "", "yes": " (retry)", "yes, free": " (retry)", "counts against the limit": " (a retry may help)"}
+
+
+def usage() -> str:
+    """The text of `qlora-job --help`: the commands, and what they have in common."""
+    listed = "\n".join(
+        f"  {f'[{name}]' if name == 'run' else name:<13}{command.summary}"
+        for name, command in COMMANDS.items()
+        if name != "train"
+    )
+    codes = "\n".join(f"  {code:<3} {meaning}{_RETRY[retry]}" for code, (meaning, retry) in exit_codes().items())
+    return f"""\
+usage: qlora-job COMMAND [ARGUMENT ...] [--GROUP.NAME VALUE ...]
+
+{listed}
+
+`qlora-job COMMAND --help` lists the arguments of a command, and the settings that it reads, with their defaults.
+A setting is given as --group.name VALUE, or as JOB_GROUP__NAME in the environment. Precedence: command line,
+environment, files in the folder JOB_SECRETS_DIR, SageMaker's hyperparameters.json, the file JOB_CONFIG (--config),
+SageMaker's channels, the preset (--preset), platform, default. `qlora-job config` shows each value with its source.
+
+examples:
+  qlora-job run --preset demo                                 # needs neither a GPU nor a network
+  qlora-job plan --data.source rows.jsonl --model.id org/model
+  qlora-job status s3://bucket/runs/my-first-run
+
+exit codes:
+  0   done, manifest published
+{codes}
+"""
 
 
 def command_help(name: str) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from job import log
 from job.cli.arguments import COMMANDS, parse_arguments
-from job.cli.reading import reading
-from job.cli.runs import signer
+from job.cli.output import print_lines
+from job.cli.reading import reading, signer
 from job.common.tables import visible
-from job.errors import JobError, Problem, SettingsError, VerificationError
+from job.errors import Problem, SettingsError, VerificationError
 from job.results.promotion import check_pointer_location, pointer_location, promote, require_gate_held, roll_back
 from job.results.reader import open_run, read_published
 from job.runs.work_folder import folder_for
@@ -41,7 +41,7 @@ def promote_command(argv: Sequence[str]) -> int:
     if "--rollback" in parsed.flags:
         current, before = roll_back(place, storage)
         lines = [f"{place.uri} points to {current.text} again", f"moved back from {before.text}"]
-        return _print(lines)
+        return print_lines(map(visible, lines))
     store = open_run(parsed.runs[0], storage)
     run = read_published(store)
     require_gate_held(run.results, without_gate="--without-gate" in parsed.flags)
@@ -55,10 +55,6 @@ def promote_command(argv: Sequence[str]) -> int:
         )
     current, earlier = promote(place, run)
     if current == earlier:
-        return _print([f"{place.uri} points to {current.text} already; nothing was written"])
+        return print_lines(map(visible, [f"{place.uri} points to {current.text} already; nothing was written"]))
     lines = [f"{place.uri} points to {current.text}"]
-    return _print([*lines, *([] if earlier is None else [f"before it pointed to {earlier.text}"])])
-
-
-def _print(lines: Sequence[str]) -> int:
-    return 0 if log.print_result("".join(f"{visible(line)}\n" for line in lines)) else JobError.exit_code
+    return print_lines(map(visible, [*lines, *([] if earlier is None else [f"before it pointed to {earlier.text}"])]))

@@ -7,13 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
-from job.cli.reading import reading
-from job.cli.runs import signer
+from job.cli.output import print_lines
+from job.cli.reading import reading, signer
 from job.common.formatting import size
 from job.common.tables import visible
-from job.errors import JobError, Problem, SettingsError
+from job.errors import Problem, SettingsError
 from job.push.push import TARGETS, Target, content_of, push_run, require_answers, targets
 from job.results.completed import require_gate
 from job.results.promotion import open_run_or_pointer
@@ -30,7 +29,7 @@ _OWN = ("hub", "hub_revision", "hub_private", "oci", "oci_plain_http")
 
 
 def push_command(argv: Sequence[str]) -> int:
-    """`push RESULTS`: verifies the run, then pushes it, or prints what would be pushed.
+    """`push RUN`: verifies the run, then pushes it, or prints what would be pushed.
 
     Raises:
         SettingsError: It is not clear which run, or where to.
@@ -59,7 +58,7 @@ def push_command(argv: Sequence[str]) -> int:
     else:
         pushed = push_run(store, results, push_targets, cache=cache, again=True)
         lines = [f"{one.target}: {one.place} holds the run as {one.id}" for one in pushed]
-    return 0 if log.print_result("".join(f"{visible(line)}\n" for line in lines)) else JobError.exit_code
+    return print_lines(map(visible, lines))
 
 
 def _preview(target: Target, changes: Sequence[tuple[str, str, int]], access: str) -> list[str]:

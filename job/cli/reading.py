@@ -1,4 +1,4 @@
-"""What the commands that read runs have in common: settings that say how to reach stores, and the log."""
+"""What the commands that read runs have in common: how to reach stores, the log, and `--key`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from job import log
 from job.cli.arguments import Arguments
 from job.errors import JobError, Problem, raise_problems
+from job.results.signing import load_public_key
 from job.runs.layout import LEASE, RESULTS
 from job.settings.load import Settings, load_reading, output_folder, secrets
 from job.storage.open import StorageOptions, open_store, storage_options
@@ -34,6 +35,11 @@ def reading(parsed: Arguments, *, quick: bool = False) -> tuple[StorageOptions, 
         storage = replace(storage, retries=min(storage.retries, _QUICK_TRIES))
     raise_problems(_named_by_id(parsed.runs, storage))
     return storage, settings.storage.cache
+
+
+def signer(parsed: Arguments) -> str | None:
+    """The public key in PEM that `--key` names; None without it. Raises SettingsError if the file holds none."""
+    return load_public_key(parsed.options["--key"]) if "--key" in parsed.options else None
 
 
 def _named_by_id(runs: Iterable[str], storage: StorageOptions) -> Iterator[Problem]:

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.errors import JobError
+from job.cli.output import print_lines
+from job.errors import JobError, Problem, SettingsError
 from job.runs.layout import COMMITTED, RESULTS, facts_of
+from job.settings.load import environment
 
 FAULTS = "kill@stage=evaluate-base,kill@step=7,sigterm@step=12,kill@upload=4,kill@stage=evaluate-adapter"
 MAX_ATTEMPTS = 12
@@ -39,6 +41,18 @@ class ProcessEnd:
     code: int
     saved: int
     """0: none."""
+
+
+def selftest_command(argv: Sequence[str]) -> int:
+    """`selftest`: prints the progress of the test.
+
+    Raises:
+        SettingsError: There are arguments.
+        JobError: As `selftest` says.
+    """
+    if argv:
+        raise SettingsError([Problem("selftest", "takes no arguments and no settings; remove them")])
+    return max((print_lines([line]) for line in selftest(environment())), default=0)
 
 
 def selftest(environ: Mapping[str, str]) -> Iterator[str]:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
-from job.cli.reading import reading
-from job.cli.runs import signer
+from job.cli.output import print_json, print_lines
+from job.cli.reading import reading, signer
 from job.common.export_formats import is_adapter
 from job.common.lora_readers import published_rank
 from job.common.tables import visible
-from job.errors import DataError, JobError, Problem, SettingsError
+from job.errors import DataError, Problem, SettingsError
 from job.evaluation import samples
 from job.evaluation.samples import Sample
-from job.records import Artifact, ServeCheck
+from job.records import Artifact
 from job.results.after_run import write_serve_check
 from job.results.promotion import open_run_or_pointer
 from job.results.public_bases import public_base
@@ -36,7 +34,7 @@ QUESTIONS = 50
 
 
 def serve_check_command(argv: Sequence[str]) -> int:
-    """`serve-check RESULTS`: prints how a server answers the run's questions, and how fast.
+    """`serve-check RUN`: prints how a server answers the run's questions, and how fast.
 
     Raises:
         SettingsError: It is not clear which run, format or server, or there is none.
@@ -69,15 +67,10 @@ def serve_check_command(argv: Sequence[str]) -> int:
         result = serve_check(Served(client, server, name, shipped), questions, count)
     if "--record" in parsed.flags:
         write_serve_check(run.store, result)
-    code = _print(parsed, result)
+    as_object = parsed.options["--format"] == "json"
+    code = print_json(as_json(result)) if as_object else print_lines(map(visible, as_lines(result)))
     require_alike(result)
     return code
-
-
-def _print(parsed: Arguments, result: ServeCheck) -> int:
-    text = json.dumps(as_json(result), indent=2) if parsed.options["--format"] == "json" else None
-    lines = [text] if text is not None else [visible(line) for line in as_lines(result)]
-    return 0 if log.print_result("\n".join(lines) + "\n") else JobError.exit_code
 
 
 def _count(parsed: Arguments) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 
-from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
+from job.cli.output import print_json, print_lines
 from job.cli.reading import reading
 from job.common.tables import visible
-from job.errors import JobError, Problem, SettingsError, VerificationError
+from job.errors import Problem, SettingsError, VerificationError
 from job.results.status import as_json, read_status
 from job.results.status_text import as_lines
 
@@ -27,14 +26,11 @@ def status_command(argv: Sequence[str]) -> int:
     stalled_after = _stalled_after(parsed)
     storage, _ = reading(parsed, quick=True)
     status = read_status(parsed.runs[0], storage, stalled_after=stalled_after)
-    if parsed.options["--format"] == "json":
-        lines = [json.dumps(as_json(status), indent=2)]
-    else:
-        lines = [visible(line) for line in as_lines(status)]
-    printed = log.print_result("\n".join(lines) + "\n")
+    as_object = parsed.options["--format"] == "json"
+    code = print_json(as_json(status)) if as_object else print_lines(map(visible, as_lines(status)))
     if status.problems:
         raise VerificationError(list(status.problems))
-    return 0 if printed else JobError.exit_code
+    return code
 
 
 def _stalled_after(parsed: Arguments) -> float | None:

@@ -1052,8 +1052,8 @@ gc.disable()
 began, laps = time.perf_counter(), []
 def lap(name): laps.append((name, round(time.perf_counter() - began, 2), len(sys.modules)))
 if sys.argv[1] == "now":
-    import job.cli.main
-    job.cli.main._configure_libraries(None)
+    from job.cli.library_variables import configure_libraries
+    configure_libraries(None)
 lap("command line")
 import torch
 lap("torch")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from job.cli import config
 from job.cli import main as cli
 from job.errors import DataError
 from job.model.files import read_json, readable
@@ -33,7 +34,7 @@ def test_a_disk_that_refuses_is_no_bug(
         with readable(Path("/model")) if code != 1 else nullcontext():
             raise OSError(number, os.strerror(number), "/model/weights")
 
-    monkeypatch.setitem(cli._FUNCTIONS, "config", fail)
+    monkeypatch.setattr(config, "config_command", fail)
     assert cli.main(["config"]) == code
     said = capfd.readouterr().err
     assert "/model/weights" in said
@@ -50,7 +51,7 @@ def test_a_full_disk_under_safetensors_is_no_bug(
         what = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
         raise SafetensorError(what)
 
-    monkeypatch.setitem(cli._FUNCTIONS, "config", fail)
+    monkeypatch.setattr(config, "config_command", fail)
     assert cli.main(["config"]) == code
     said = capfd.readouterr().err
     assert os.strerror(number) in said

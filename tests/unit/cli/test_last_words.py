@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from job import pipeline
+from job.cli import config, error_report
 from job.cli import main as cli
 from job.distributed import rendezvous
 from job.distributed.processes import ALONE, Processes
 from job.errors import AccessDenied, JobError, Preempted, Problem, SettingsError, Stalled, TrainingFailed
+from job.platforms.detect import Platform
 from job.runs.run_log import IdleLimit
 
 
@@ -36,7 +38,7 @@ def test_a_failure_that_another_machine_may_not_have_names_the_machine(
         raise error
 
     log = tmp_path / "termination-log"
-    monkeypatch.setitem(cli._FUNCTIONS, "config", fail)
+    monkeypatch.setattr(config, "config_command", fail)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("KUBERNETES_TERMINATION_LOG", str(log))
     for node, expected in (("gpu-7", said), ("", said.replace("node gpu-7: ", ""))):
@@ -52,7 +54,7 @@ def test_memory_that_runs_out_is_no_bug(error: Exception, monkeypatch: pytest.Mo
     def fail(_words: list[str]) -> int:
         raise error
 
-    monkeypatch.setitem(cli._FUNCTIONS, "config", fail)
+    monkeypatch.setattr(config, "config_command", fail)
     assert cli.main(["config"]) == TrainingFailed.exit_code
     said = capsys.readouterr().err
     assert "JOB_TRAIN__MAX_LENGTH" in said
@@ -61,17 +63,17 @@ def test_memory_that_runs_out_is_no_bug(error: Exception, monkeypatch: pytest.Mo
 
 def test_a_stall_names_its_code_and_the_machine(tmp_path: Path) -> None:
     """The watchdog's message is one of an error of the table, too."""
-    platform = cli.Platform("kubernetes", termination_log=tmp_path / "log", node="gpu-7")
-    cli._report_to_platform(platform, Stalled("x"), "no progress for 9 s")
+    platform = Platform("kubernetes", termination_log=tmp_path / "log", node="gpu-7")
+    error_report.report_to_platform(platform, Stalled("x"), "no progress for 9 s")
     assert (tmp_path / "log").read_text() == "Stalled (exit code 74): node gpu-7: no progress for 9 s"
 
 
 @pytest.mark.parametrize(("before", "end"), [(1, "Preempted (exit code 75)"), (2, "NoProgress (exit code 71)")])
 def test_an_end_before_the_kill_is_reported_as_any_other(tmp_path: Path, before: int, end: str) -> None:
     """A process that waits too long is not retried without limit: attempts in a row without progress count."""
-    platform = cli.Platform("kubernetes", termination_log=tmp_path / "log")
+    platform = Platform("kubernetes", termination_log=tmp_path / "log")
     idle = IdleLimit(3, before=before, progressed=lambda: False)
-    assert f"(exit code {cli._report_late(idle, platform, 'the time is over')})" in end
+    assert f"(exit code {error_report.report_late(idle, platform, 'the time is over')})" in end
     assert (tmp_path / "log").read_text().startswith(f"{end}: the time is over")
 
 

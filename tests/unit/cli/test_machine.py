@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from job.cli import main as main_module
+from job.cli import library_variables
 from job.cli.main import main
 
 
@@ -30,7 +30,7 @@ def test_transformers_reports_nothing_to_kubeflow(monkeypatch: pytest.MonkeyPatc
     environ = {name: value for name, value in os.environ.items() if name != "DISABLE_KUBEFLOW_INTEGRATION"}
     monkeypatch.setattr(os, "environ", {**environ, "KUBEFLOW_TRAINER_SERVER_URL": "https://trainer"})
     assert is_kubeflow_available()
-    main_module._configure_libraries(None)
+    library_variables.configure_libraries(None)
     assert not is_kubeflow_available()
 
 
@@ -42,10 +42,10 @@ def test_threads_are_as_many_as_the_container_s_cpus(
 ) -> None:
     """On four processors of which a quota leaves `cpus`; what the user has set stays."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    monkeypatch.setattr(main_module, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(library_variables, "usable_cpus", lambda: cpus)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    main_module._share_cpus(processes)
+    library_variables.share_cpus(processes)
     assert os.environ.get("OMP_NUM_THREADS") == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    main_module._share_cpus(processes)
+    library_variables.share_cpus(processes)
     assert os.environ["OMP_NUM_THREADS"] == "7"

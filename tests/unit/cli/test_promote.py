@@ -12,8 +12,10 @@ from typing import Any
 import boto3
 import pytest
 
+from job.cli.compare import compare_command
 from job.cli.promote import promote_command
-from job.cli.runs import compare_command, report_command, verify_command
+from job.cli.report import report_command
+from job.cli.verify import verify_command
 from job.common.hashing import sealed
 from job.errors import GateError, JobError, Replaced, SettingsError, VerificationError
 from job.results import promotion

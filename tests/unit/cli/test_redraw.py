@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from job.cli.runs import report_command
+from job.cli.report import report_command
 from job.common.hashing import hash_file
 from job.errors import DataError, SettingsError
 from job.report.report import render_report

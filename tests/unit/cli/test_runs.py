@@ -12,7 +12,7 @@ import boto3
 import pytest
 
 from job.cli.arguments import COMMANDS, parse_arguments
-from job.cli.runs import compare_command
+from job.cli.compare import compare_command
 from job.errors import SettingsError
 from tests import warm
 from tests.published_run import forge, pairs, publish_run

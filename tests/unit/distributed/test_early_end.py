@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from job import log
-from job.cli.main import _report, main
+from job.cli.error_report import report
+from job.cli.main import main
 from job.distributed import early_end, process_group, rendezvous
 from job.distributed.early_end import telling_the_others
 from job.distributed.ends import END, SETTLE_SECONDS, agree_on_end
@@ -131,7 +132,7 @@ def test_every_machine_says_once_why_it_ends(
     for name, value in {**place, "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     log.configure("json", "warning", ())
-    assert _report(error_of_process(2, "process 0", "a reason"), detect({})) == 2
+    assert report(error_of_process(2, "process 0", "a reason"), detect({})) == 2
     said = capsys.readouterr().err
     assert words in said
     assert bool(said) == bool(words)

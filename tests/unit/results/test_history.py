@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from job.cli.runs import compare_command
+from job.cli.compare import compare_command
 from job.errors import DataError, GateError, SettingsError
 from job.results.history import control_limits, find_runs, history
 from job.storage.local import LocalStore

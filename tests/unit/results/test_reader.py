@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from job.cli.runs import report_command, verify_command
+from job.cli.report import report_command
+from job.cli.verify import verify_command
 from job.errors import DataError, SettingsError, VerificationError
 from job.results.reader import parse
 from tests.published_run import forge, pairs, publish_run, rewrite

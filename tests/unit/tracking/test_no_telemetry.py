@@ -36,8 +36,8 @@ socket.socket.connect = lambda self, address: (
 TRAINING = """
 import sys, time
 from pathlib import Path
-from job.cli.main import _configure_libraries
-_configure_libraries(None)
+from job.cli.library_variables import configure_libraries
+configure_libraries(None)
 from job.model.tokenizer import load_tokenizer
 from job.records import PEFT, ExecutionPlan
 from job.training.config import Hooks, Recipe

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.cli.runs import report_command
+from job.cli.report import report_command
 from job.cli.serve_check import serve_check_command
 from job.common.hashing import sealed
 from job.evaluation import samples

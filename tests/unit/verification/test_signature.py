@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from job.cli.push import push_command
-from job.cli.runs import verify_command
 from job.cli.serve_check import serve_check_command
+from job.cli.verify import verify_command
 from job.common.hashing import sealed
 from job.errors import SettingsError, VerificationError
 from job.planning.input_checks import check_other_inputs

@@ -1,22 +1,17 @@
-"""The commands that read published runs, `verify`, `compare` and `report`: what they do, and what they print."""
+"""The command `compare`: two finished runs side by side, or a metric over many (`--history`)."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
+from job.cli.output import print_json, print_lines, refuse_folder, write_page
 from job.cli.reading import reading
-from job.common.disk import disk_errors
-from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine, naming
-from job.report.report import read_report_data, render_history, render_report
-from job.results.after_run import read_after_run
+from job.errors import GateError, JobError, Problem, SettingsError, combine, naming
+from job.report.report import render_history
 from job.results.compare import compare, evaluate_by_policy, gate_reasons
 from job.results.compare_text import as_markdown, as_text
 from job.results.history import as_json as history_json
@@ -24,40 +19,11 @@ from job.results.history import as_lines as history_lines
 from job.results.history import find_runs, history
 from job.results.promotion import open_run_or_pointer
 from job.results.reader import read_published
-from job.results.signing import load_public_key
-from job.runs.work_folder import folder_for
 from job.settings.field_types import explain
 from job.settings.schema import Gate
-from job.storage.verified_download import fetch_artifact
-from job.verification.verify import as_json, as_lines, require_verified, verify
 
-OUTPUT = "report.html"
 HISTORY = "--history"
 THRESHOLDS = {"--metric": "metric", "--min-delta": "min_delta", "--max-regression": "max_regression"}
-
-
-def verify_command(argv: Sequence[str]) -> int:
-    """`verify RESULTS`: prints every check.
-
-    Raises:
-        VerificationError: Something differs.
-    """
-    parsed = parse_arguments(argv, COMMANDS["verify"].arguments)
-    storage, cache = reading(parsed)
-    key = signer(parsed)
-    store = open_run_or_pointer(parsed.runs[0], storage)
-    with folder_for(f"verification of {store.uri}", cache) as work:
-        checks = verify(store, work, storage, key=key)
-    code = _print(
-        [json.dumps(as_json(store.uri, checks), indent=2)] if _is_format(parsed, "json") else as_lines(checks)
-    )
-    require_verified(checks)
-    return code
-
-
-def signer(parsed: Arguments) -> str | None:
-    """The public key in PEM that `--key` names; None without it. Raises SettingsError if the file holds none."""
-    return load_public_key(parsed.options["--key"]) if "--key" in parsed.options else None
 
 
 def compare_command(argv: Sequence[str]) -> int:
@@ -84,9 +50,9 @@ def compare_command(argv: Sequence[str]) -> int:
     compared = compare(*runs)
     compared["gate"] = gate = _gate(parsed, compared)
     if _is_format(parsed, "json"):
-        code = _print([json.dumps(compared, indent=2)])
+        code = print_json(compared)
     else:
-        code = _print(as_markdown(compared) if _is_format(parsed, "markdown") else as_text(compared))
+        code = print_lines(as_markdown(compared) if _is_format(parsed, "markdown") else as_text(compared))
     if gate is not None and gate["reasons"]:
         raise GateError("; ".join(gate["reasons"]))
     return code
@@ -118,34 +84,19 @@ def _history(parsed: Arguments) -> int:
         raise SettingsError([Problem(name, f"has no effect with {HISTORY}; remove it") for name in alone])
     output = parsed.options.get("--output")
     if output is not None:
-        _refuse_folder(output)
+        refuse_folder(output)
     storage, _ = reading(parsed, quick=True)
     runs, unreadable = find_runs(parsed.runs, storage)
     computed = history(runs, parsed.options.get("--metric"), unreadable)
     if output is not None:
-        _write_page(output, render_history(computed))
+        write_page(output, render_history(computed))
     if _is_format(parsed, "json"):
-        code = _print([json.dumps(history_json(computed), indent=2)])
+        code = print_json(history_json(computed))
     else:
-        code = _print(history_lines(computed, markdown=_is_format(parsed, "markdown")))
+        code = print_lines(history_lines(computed, markdown=_is_format(parsed, "markdown")))
     if computed.out:
         raise GateError(computed.verdict)
     return code
-
-
-def _refuse_folder(output: str) -> None:
-    if Path(output).is_dir():
-        raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
-
-
-def _write_page(output: str, page: bytes) -> None:
-    with disk_errors(f"--output {output}"):
-        try:
-            Path(output).write_bytes(page)
-        except FileNotFoundError as error:
-            raise SettingsError(
-                [Problem(f"--output {output}", "its folder does not exist; create it first")]
-            ) from error
 
 
 def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
@@ -161,31 +112,3 @@ def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
 
 def _is_format(parsed: Arguments, name: str) -> bool:
     return parsed.options["--format"] == name
-
-
-def _print(lines: Iterable[str]) -> int:
-    """The exit code if nothing else is wrong: a result that could not be written is no success."""
-    return 0 if log.print_result("\n".join(lines) + "\n") else JobError.exit_code
-
-
-def report_command(argv: Sequence[str]) -> int:
-    """`report RESULTS`: writes the HTML report again, with the records made since the run was published.
-
-    Raises:
-        SettingsError: It is not clear which run, or there is none.
-        VerificationError: The manifest is not what the job wrote.
-        DataError: What was published is gone, or was altered.
-    """
-    parsed = parse_arguments(argv, COMMANDS["report"].arguments)
-    output = parsed.options.get("--output", OUTPUT)
-    _refuse_folder(output)
-    storage, _ = reading(parsed, quick=True)
-    run = read_published(open_run_or_pointer(parsed.runs[0], storage))
-    with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
-        try:
-            evidence = read_report_data(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
-        except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
-            raise DataError([Problem(run.store.uri, f"its records were not written by this job: {error}")]) from error
-    page = render_report(run.results, evidence, read_after_run(run.store))
-    _write_page(output, page)
-    return _print([f"report: {Path(output).absolute()}"])
