@@ -205,7 +205,7 @@ def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> Run
         likely=None if current is None or state != "stalled" else why_killed(current),
         checkpoints=checkpoints,
         gate=_gate(results),
-        outcome=() if results is None else tuple(_outcome(store, results)),
+        outcome=() if results is None else _outcome(store, results),
         problems=tuple(problems),
     )
     return _with_step(status, store, logged, results)
@@ -378,8 +378,7 @@ def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | No
     try:
         artifacts = [Artifact(**entry) for entry in results["artifacts"]]
         _gate(results)
-        _outcome(store, results)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         problems.append(Problem(f"{store.uri}/{RESULTS}", f"is not a manifest of this job: {error}"))
         return None
     if gone := missing(store, artifacts):
@@ -393,8 +392,12 @@ def _gate(results: Mapping[str, Any] | None) -> bool | None:
     return passed if isinstance(passed, bool) else None
 
 
-def _outcome(store: ObjectStore, results: Mapping[str, Any]) -> list[str]:
-    return summary(results, f"{store.uri}/{RESULTS}")
+def _outcome(store: ObjectStore, results: Mapping[str, Any]) -> tuple[str, ...]:
+    """The outcome in words; nothing where the manifest lacks what it needs, as one of another version may."""
+    try:
+        return tuple(summary(results, f"{store.uri}/{RESULTS}"))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ()
 
 
 def _checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]:
