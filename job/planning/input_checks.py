@@ -321,7 +321,8 @@ def _check_start_adapter(settings: Settings, model: ModelFacts | None) -> Found[
     folder = None if is_remote(start) else local_start(start)
     if folder is None:
         raise NotChecked(f"{start}: an adapter is not fetched for a plan")
-    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
+    said, added = lora.model_dump(mode="json"), settings.model.add_tokens
+    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=said, added_tokens=added)
     if model is not None:
         empty, options = build_empty(model.folder, read_config(model.folder)), adapter_options(settings)
         check_start_fits(folder, empty, targets=lora.target_modules, rank=lora.rank, options=options)
