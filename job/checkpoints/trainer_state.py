@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from job.checkpoints import optimizer_state
 from job.common.validation import adapter_of
+from job.errors import TrainingFailed
 from job.records import StepMetrics, ValidationMetrics
 
 ADAPTER, OPTIMIZER, PROGRESS, METRICS = "adapter.safetensors", "optimizer.safetensors", "progress.json", "metrics.jsonl"
@@ -117,6 +118,7 @@ def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     """Restores what `write_trainer_state` wrote, bit by bit, into the trainer's live objects; returns the steps so far.
 
     Raises:
+        TrainingFailed: AdaLoRA in bf16 or fp16 by an older version, which cannot go on; nothing was restored.
         ValueError: It is of another model; nothing was restored.
     """
     import torch
@@ -127,6 +129,10 @@ def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
 
     saved = load_file(folder / ADAPTER)
     parameters = trainable(files.model)
+    if any(".ranknum." in name for name in saved.keys() - parameters.keys()):
+        # Its optimizer state is numbered with them, and the adapter was scaled otherwise than the published one.
+        what = "an older version wrote the checkpoint, and trained a constant of AdaLoRA that is not published"
+        raise TrainingFailed(f"{what}; start a new run with another JOB_RUN__ID")
     # Shapes too: copying would stretch a single number over a whole matrix.
     if {name: tensor.shape for name, tensor in saved.items()} != {name: p.shape for name, p in parameters.items()}:
         raise ValueError(f"the checkpoint in {folder} is not of this model")

@@ -13,7 +13,7 @@ from job.cli.reading import reading, signer
 from job.common.formatting import size
 from job.common.tables import visible
 from job.errors import Problem, SettingsError
-from job.push.push import TARGETS, Target, content_of, push_run, targets
+from job.push.push import TARGETS, Target, content_of, push_run, require_answers, targets
 from job.results.completed import require_gate
 from job.results.promotion import open_run_or_pointer
 from job.results.reader import read_published
@@ -35,10 +35,12 @@ def push_command(argv: Sequence[str]) -> int:
         SettingsError: It is not clear which run, or where to.
         VerificationError: The run is not what its manifest says.
         GateError: Its quality gate is not met.
+        Unreachable: With `--dry-run`, the store or a target does not answer within seconds.
         JobError: As the target says.
     """
     parsed = parse_arguments(argv, COMMANDS["push"].arguments)
-    storage, cache = reading(parsed)
+    dry_run = "--dry-run" in parsed.flags
+    storage, cache = reading(parsed, quick=dry_run)
     store, key = open_run_or_pointer(parsed.runs[0], storage), signer(parsed)
     with folder_for(f"verification of {store.uri}", cache) as work:
         require_verified(verify(store, work, storage, key=key))
@@ -46,7 +48,8 @@ def push_command(argv: Sequence[str]) -> int:
     push_targets = _targets(parsed, results)
     if "--despite-gate" not in parsed.flags:
         require_gate(results)
-    if "--dry-run" in parsed.flags:
+    if dry_run:
+        require_answers(push_targets)
         with folder_for(f"push of {store.uri}", cache) as work:
             content = content_of(store, results, work)
             lines = [

@@ -22,9 +22,6 @@ CHECKPOINTS_ON_DISK = 3
 SHARED_MEMORY_BYTES = 1024 * MIB
 """Enough for NCCL and the data loaders of several processes; Docker's default is 64 MiB."""
 
-CONTEXT_BYTES = 600 * MIB
-"""Of a GPU's memory, what the driver and the libraries' workspaces take. Assumed."""
-
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 _FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))

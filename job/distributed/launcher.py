@@ -34,6 +34,8 @@ _ANSWER_SECONDS = 5.0
 _ASK_SECONDS, _REACH_SECONDS = 1.0, 10.0
 """Time between two questions to the store whether a process of another machine has ended, and between two attempts to
 connect to it for that."""
+_GONE_SECONDS = 60.0
+"""How long the store may be silent, as to the processes: a network or a machine may pause for seconds."""
 _DRIVERS = Path("/dev/nvidiactl"), Path("/dev/dxg")
 """If CUDA is available, one of these devices exists: the first on Linux, the second on Windows' subsystem for Linux."""
 
@@ -194,26 +196,29 @@ class _Ends:
         self._store = None if hosted is None else keyspace(hosted, run)
         self._unreachable = False
         self._asked = time.monotonic()
+        self._answered = float("inf")
+        """When the store last answered `ended_elsewhere`; never, as long as machine 0 may not have begun."""
         self._first: End | None = None
         """The first failure of the run, where this launcher has read it before the store was gone."""
 
     def ended_elsewhere(self) -> bool:
-        """Whether a process of the run has failed, or the store is gone.
+        """Whether a process of the run has failed, or the store has not answered for `_GONE_SECONDS`.
 
         This machine's processes end by themselves then, unless they hang or are stopped.
         """
-        if self._first is not None or self._unreachable:
+        if self._first is not None:
             return True
         pause = _REACH_SECONDS if self._store is None else _ASK_SECONDS
         if self._machine.nodes == 1 or time.monotonic() < self._asked + pause:
             return False
         self._asked = time.monotonic()
-        if self._store is None:
-            with contextlib.suppress(OSError, RuntimeError):  # machine 0 may not have begun
+        try:
+            if self._store is None:
                 self._store = reach_keyspace(self._place, self._run, _ANSWER_SECONDS)
-            return False
-        self._first = self._ask(read_first_failure, None)
-        return self._first is not None or self._unreachable
+            self._first, self._answered = read_first_failure(self._store), time.monotonic()
+        except (OSError, RuntimeError):  # a late answer would be taken for that to the next question
+            self._store = None
+        return self._first is not None or time.monotonic() - self._answered > _GONE_SECONDS
 
     def publish(self, local: int, code: int, why: str) -> None:
         """Publishes that a process of this machine has failed."""

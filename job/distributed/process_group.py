@@ -69,6 +69,7 @@ class ProcessGroup:
         self._calls = 0
         self._checked = -math.inf  # the first `check` reads the store
         self._beat, self._first_runs, self._left = 0, True, Event()
+        self._beat_error: RuntimeError | None = None
         self._sent = [0] * place.world_size
         """Number of values by rank: those this process has sent, and in process 0 those it has received from each."""
 
@@ -77,6 +78,8 @@ class ProcessGroup:
         if time.monotonic() - self._checked >= CHECK_SECONDS:
             self._checked = time.monotonic()
             with self._reaching():
+                if self._beat_error is not None:  # else the others would take this process for stopped
+                    raise self._beat_error
                 ended = self._store.check([END])
                 if ended:
                     raise self._ended()
@@ -92,9 +95,11 @@ class ProcessGroup:
         """
 
         def run() -> None:
-            with contextlib.suppress(RuntimeError):  # the store is gone, which the main thread notices
+            try:
                 while not self._left.wait(CHECK_SECONDS / 2):
                     self._store.add(_BEAT, 1)
+            except RuntimeError as error:
+                self._beat_error = error
 
         if self.leads:
             Thread(target=run, name="beat", daemon=True).start()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job.common.formatting import size
-from job.common.resources import CONTEXT_BYTES
+from job.common.gpu_context import CONTEXT_BYTES
 from job.log import get_logger
 from job.model.architecture import key_value_bytes
 

@@ -32,6 +32,7 @@ _ENDING = ".jsonl"
 
 CODE = (
     "job.common.device_copies",
+    "job.common.gpu_context",
     "job.common.out_of_memory",
     "job.common.pinned_memory",
     "job.evaluation.decoding",

@@ -27,7 +27,10 @@ from job.storage.location import is_remote
 from job.storage.open import StorageOptions, fetch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TOKENIZER = "tokenizer.json"
+"""Of an adapter with new tokens; others may lack it."""
 MAX_CONFIG_BYTES = 1 << 20
+MAX_TOKENIZER_BYTES = 256 << 20
 _SETTING = "JOB_LORA__START"
 _MISFIT = "does not fit JOB_MODEL__ID and JOB_LORA__TARGET_MODULES"
 _MATRIX = re.compile(r"\.lora_[AB]\.weight$")
@@ -69,7 +72,7 @@ def find_start(location: str, folder: Path, storage: StorageOptions, commit: str
         with hub_errors(f"adapter {location}"):
             wanted = commit or revision or None
             commit = str(HfApi().resolve_revision(name, repo_type="model", revision=wanted).resolved)
-            downloaded = Path(snapshot_download(name, revision=commit, allow_patterns=[CONFIG, WEIGHTS]))
+            downloaded = Path(snapshot_download(name, revision=commit, allow_patterns=[CONFIG, WEIGHTS, TOKENIZER]))
         return FoundStart(_with_adapter(downloaded, location), commit)
     return FoundStart(_with_adapter(downloaded, location), None)
 
@@ -103,7 +106,14 @@ def hash_start(folder: Path) -> str:
     return sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, Any] | None = None) -> None:
+def check_start(
+    folder: Path,
+    *,
+    rank: int,
+    alpha: int,
+    options: Mapping[str, Any] | None = None,
+    added_tokens: Sequence[str] | None = None,
+) -> None:
     """Refuses an adapter that the settings do not fit, or of a kind that is not trained here.
 
     Args:
@@ -111,6 +121,7 @@ def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, An
         rank: `JOB_LORA__RANK`.
         alpha: `JOB_LORA__ALPHA`.
         options: Other settings of `JOB_LORA__...` by PEFT's names; None for plain LoRA.
+        added_tokens: `JOB_MODEL__ADD_TOKENS`.
 
     Raises:
         DataError: Its files cannot be read.
@@ -131,6 +142,7 @@ def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, An
             name = {"r": "RANK", "lora_alpha": "ALPHA"}.get(field, field.upper())
             message = f"is {value!r}, but the adapter of {_SETTING} has {str(actual)[:100]}; set the same"
             problems.append(Problem(f"JOB_LORA__{name}", message))
+    problems += _token_problems(folder, config, added_tokens or (), whole=bool(ours))
     if problems:
         raise SettingsError(problems)
     _check_finite(folder / WEIGHTS)
@@ -156,10 +168,6 @@ def check_start_fits(
     """
     from safetensors import safe_open
 
-    theirs = read_json(folder / CONFIG, MAX_CONFIG_BYTES, _SETTING).get("trainable_token_indices")
-    # With whole modules, the embedding may be one of them; then no single rows are trained.
-    if bool(theirs) != bool(options.added_tokens) and not options.modules_to_save:
-        raise SettingsError([_other_tokens(theirs)])
     if type(empty).__name__ not in (empty.config.architectures or []):
         return
     layers = adapted_layers(empty, resolve_targets(empty, targets), options)
@@ -200,6 +208,38 @@ def load_start(model: Any, folder: Path, names: PublishedNames) -> None:
         load_adapter(model, folder, names)
     except ValueError as error:
         raise SettingsError([Problem(_SETTING, f"{_MISFIT}: {error}")]) from error
+
+
+def _token_problems(
+    folder: Path, config: Mapping[str, Any], added_tokens: Sequence[str], *, whole: bool
+) -> Iterator[Problem]:
+    """What of the rows that the adapter trains differs from JOB_MODEL__ADD_TOKENS, as far as its own files say.
+
+    Its tokenizer, where it is there, has the tokens by their ids: the same tokens in another order get the same ids,
+    and would train on with each other's rows.
+
+    Args:
+        folder: The adapter's files.
+        config: Its configuration.
+        added_tokens: The new tokens.
+        whole: Whether modules are trained whole. The embedding may be one of them; then no single rows are trained.
+    """
+    theirs = config.get("trainable_token_indices")
+    if bool(theirs) != bool(added_tokens):
+        if theirs or not whole:
+            yield _other_tokens(theirs)
+        return
+    if not theirs or not (folder / TOKENIZER).is_file():
+        return
+    entries = read_json(folder / TOKENIZER, MAX_TOKENIZER_BYTES, _SETTING).get("added_tokens")
+    known = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    names = {str(entry.get("id")): entry.get("content") for entry in known}
+    for rows in theirs.values() if isinstance(theirs, dict) else [theirs]:
+        trained = [names.get(str(row)) for row in rows] if isinstance(rows, list) else [None]
+        if None not in trained and trained != list(added_tokens):
+            what = f"it trains the tokens {', '.join(map(str, trained))}; set the same, in this order"
+            yield Problem(_SETTING, f"does not fit JOB_MODEL__ADD_TOKENS: {what}")
+            return
 
 
 def _other_tokens(theirs: object) -> Problem:

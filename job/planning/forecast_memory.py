@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from job.common.resources import CONTEXT_BYTES
+from job.common.gpu_context import CONTEXT_BYTES
 from job.planning.forecast_input import HALF_PRECISION, RunShape
 from job.planning.gpu_prices import Gpu
 from job.records import ExecutionPlan

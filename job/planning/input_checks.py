@@ -75,7 +75,7 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
     s, storage = settings, storage_options(settings.storage)
     storage = replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
     where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
-    stored, seconds = run_check("storage", lambda: _try_storage(s.run.output, s.run.id, storage), unreachable="wrong")
+    stored, seconds = run_check("storage", lambda: _try_storage(s, storage, folder), unreachable="wrong")
     modelled, model = run_check("model", lambda: preview_model(s.model.id, s.model.revision, **where))
     adapted, adapter = run_check("adapter", lambda: _preview_adapter(s, model))
     tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
@@ -321,7 +321,8 @@ def _check_start_adapter(settings: Settings, model: ModelFacts | None) -> Found[
     folder = None if is_remote(start) else local_start(start)
     if folder is None:
         raise NotChecked(f"{start}: an adapter is not fetched for a plan")
-    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
+    said, added = lora.model_dump(mode="json"), settings.model.add_tokens
+    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=said, added_tokens=added)
     if model is not None:
         empty, options = build_empty(model.folder, read_config(model.folder)), adapter_options(settings)
         check_start_fits(folder, empty, targets=lora.target_modules, rank=lora.rank, options=options)
@@ -347,10 +348,15 @@ def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:
     return "ok", f"the gate judges {len(policy.tasks)} tasks or groups by {gate.policy}", None
 
 
-def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
-    """A round trip in the run's own store; for a local output in a folder next to the run, which is removed again."""
-    place = join(output, run)
-    return round_trip(open_store(place, storage), place) if is_remote(place) else local_round_trip(Path(output), place)
+def _try_storage(s: Settings, storage: StorageOptions, folder: Path) -> Found[float]:
+    """A round trip in the run's own store; for a local output in a folder next to the run, which is removed again.
+
+    The files that are written and read are made in `folder`.
+    """
+    place = join(s.run.output, s.run.id)
+    if is_remote(place):
+        return round_trip(open_store(place, storage), place, folder)
+    return local_round_trip(Path(s.run.output), place, folder)
 
 
 def adapter_options(settings: Settings) -> AdapterOptions:

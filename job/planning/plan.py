@@ -10,7 +10,8 @@ from pathlib import Path
 
 from job.common.export_formats import GGUF
 from job.common.formatting import size
-from job.common.resources import CONTEXT_BYTES, available_bytes, check_disk, checkpoint_bytes, required_bytes
+from job.common.gpu_context import CONTEXT_BYTES
+from job.common.resources import available_bytes, check_disk, checkpoint_bytes, required_bytes
 from job.common.source_list import parse_sources
 from job.data.licences import LICENCES, find_licence
 from job.distributed.launcher import count_processes

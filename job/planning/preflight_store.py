@@ -20,7 +20,7 @@ FILE_BYTES = (8 << 20) + 1
 """Bytes of the file that `plan` uploads to a store: large enough for a multipart upload, like a checkpoint."""
 
 
-def round_trip(store: ObjectStore, name: str) -> Found[float]:
+def round_trip(store: ObjectStore, name: str, folder: Path | None = None) -> Found[float]:
     """Tests a store with the kinds of requests that the job makes; returns the seconds that they took.
 
     A small object is written and read, files of 0 and of `FILE_BYTES` bytes are uploaded and downloaded, all are listed
@@ -29,6 +29,7 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
     Args:
         store: The store.
         name: The store's name in messages.
+        folder: Where the files are made, and removed again; None for the system's folder for temporary files.
 
     Raises:
         AccessDenied: A kind of request is not allowed.
@@ -40,7 +41,7 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
     try:
         store.write(key, content)
         stored = store.read(key)
-        whole = [_file_round_trip(store, object_key, size) for object_key, size in files.items()]
+        whole = [_file_round_trip(store, object_key, size, folder) for object_key, size in files.items()]
         listed = [info.key for info in store.list(key)]
     except BaseException:
         for object_key in (key, *files):
@@ -64,9 +65,12 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
     )
 
 
-def _file_round_trip(store: ObjectStore, key: str, size: int) -> bool:
+def _file_round_trip(store: ObjectStore, key: str, size: int, parent: Path | None) -> bool:
     """Whether an uploaded file of random bytes is downloaded unchanged."""
-    with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder, disk_errors(f"cannot write to {folder}"):
+    with (
+        tempfile.TemporaryDirectory(prefix="qlora-job-", dir=parent) as folder,
+        disk_errors(f"cannot write to {folder}"),
+    ):
         there, back = Path(folder, "there"), Path(folder, "back")
         there.write_bytes(os.urandom(size))
         store.upload(there, key)
@@ -77,14 +81,14 @@ def _file_round_trip(store: ObjectStore, key: str, size: int) -> bool:
         return there.read_bytes() == back.read_bytes()
 
 
-def local_round_trip(output: Path, name: str) -> Found[float]:
+def local_round_trip(output: Path, name: str, folder: Path | None = None) -> Found[float]:
     """`round_trip` in a temporary folder below a local output; all folders that it creates are removed afterwards."""
     root = output / f".plan-{uuid4().hex}"
-    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    made = [missing for missing in (root, *root.parents) if not missing.exists()]
     try:
-        return round_trip(LocalStore(root), name)
+        return round_trip(LocalStore(root), name, folder)
     finally:
         shutil.rmtree(root, ignore_errors=True)
         with suppress(OSError):
-            for folder in made[1:]:
-                folder.rmdir()  # fails unless it is empty: another process may use it by now
+            for missing in made[1:]:
+                missing.rmdir()  # fails unless it is empty: another process may use it by now

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from job import log
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 from job.push.files import PushContent, PushFile
-from job.storage.hub import hub_errors, import_client
+from job.storage.hub import PREVIEW_SECONDS, hub_errors, import_client, is_reachable
 
 SETTING = "JOB_EXPORT__HUB"
 MAIN = "main"
@@ -81,6 +81,13 @@ class HubTarget:
                 return f"{self.repo} exists ({'public' if public else 'private'}), and this token may write to it"
         self._check_namespace(account)
         return f"{self.repo} does not exist, and will be created as {'private' if self.private else 'public'}"
+
+    def require_answer(self) -> None:
+        """Raises Unreachable after `PREVIEW_SECONDS` without an answer: other requests are repeated for minutes."""
+        import_client()
+        if not is_reachable():
+            what = f"the hub did not answer within {PREVIEW_SECONDS:g} s, or HF_HUB_OFFLINE is set"
+            raise Unreachable(f"{SETTING}: {self.repo}: {what}; check the network, HF_ENDPOINT and proxies")
 
     def changes(self, content: PushContent) -> list[tuple[Change, str, int]]:
         """What a push would change: (change, path in the repository, bytes), sorted by path."""

@@ -28,6 +28,9 @@ SETTING = "JOB_EXPORT__OCI"
 _CHUNK = 64 << 20
 """Bytes of one request: larger layers are uploaded in several, and so much of one is in memory."""
 _TIMEOUT = (10.0, 300.0)
+"""Seconds to connect, and to answer."""
+_ANSWER_SECONDS = 10.0
+"""The same where a person waits for the answer, and nothing is uploaded."""
 _TRIES = 5
 _LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
@@ -78,6 +81,11 @@ class OciTarget:
             if location:
                 registry.session.delete(location, timeout=_TIMEOUT, headers=_authorization(registry.auth))
         return f"{self.reference}: the registry accepts uploads"
+
+    def require_answer(self) -> None:
+        """Raises Unreachable after `_ANSWER_SECONDS` without an answer."""
+        with _registry_errors(self.reference):
+            self._registry(_ANSWER_SECONDS)
 
     def changes(self, content: PushContent) -> list[tuple[str, str, int]]:
         """(`new` or `same`, path, bytes) of every file: whether the registry has its layer."""
@@ -133,11 +141,11 @@ class OciTarget:
         content.check_stop()
         return blob
 
-    def _registry(self) -> tuple[Any, Any]:
-        """The registry of oras, with credentials, and the parsed reference."""
+    def _registry(self, answer_seconds: float = _TIMEOUT[1]) -> tuple[Any, Any]:
+        """The registry of oras, with credentials, and the parsed reference; it is asked once how to log in."""
         container = _parse(self.reference)
         plain = self.plain_http or _LOCAL.fullmatch(container.registry) is not None
-        return _connect(container, plain=plain), container
+        return _connect(container, plain=plain, answer_seconds=answer_seconds), container
 
 
 def _parse(reference: str) -> Any:
@@ -157,7 +165,7 @@ def _import_oras() -> None:
         raise SettingsError([Problem(SETTING, what)]) from error
 
 
-def _connect(container: Any, *, plain: bool) -> Any:
+def _connect(container: Any, *, plain: bool, answer_seconds: float) -> Any:
     """A registry whose requests time out, are repeated, and raise the job's errors."""
     import requests
     from oras.provider import Registry
@@ -196,7 +204,8 @@ def _connect(container: Any, *, plain: bool) -> Any:
     home = _host(address)
     environ = environment()
     trust = _certificates(environ)
-    challenge = requests.get(address, timeout=_TIMEOUT, verify=trust).headers.get("Www-Authenticate", "")
+    timeout = (_TIMEOUT[0], answer_seconds)
+    challenge = requests.get(address, timeout=timeout, verify=trust).headers.get("Www-Authenticate", "")
     kind = "basic" if challenge.lower().startswith("basic") else "token"
     client = Client(insecure=plain, auth_backend=kind, tls_verify=trust)
     client.session.verify = trust

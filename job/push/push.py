@@ -64,6 +64,9 @@ class Target(Protocol):
         Raises AccessDenied, SettingsError, Unreachable.
         """
 
+    def require_answer(self) -> None:
+        """Asks once, without retries, whether the place answers: a person waits. Raises SettingsError, Unreachable."""
+
     def changes(self, content: PushContent) -> Sequence[tuple[str, str, int]]:
         """What a push would change: (`new`, `changed`, `same` or `delete`, path in the target, bytes)."""
 
@@ -87,10 +90,24 @@ def check_targets(push_targets: Sequence[Target]) -> dict[str, str]:
     Raises:
         AccessDenied, SettingsError, Unreachable: With what is wrong with all of them.
     """
-    findings, errors = {}, list[tuple[str, JobError]]()
+    return _ask_all(push_targets, lambda target: target.check())
+
+
+def require_answers(push_targets: Sequence[Target]) -> None:
+    """Asks every target once whether it answers; takes seconds.
+
+    Raises:
+        SettingsError, Unreachable: With what is wrong with all of them.
+    """
+    _ask_all(push_targets, lambda target: target.require_answer())
+
+
+def _ask_all(push_targets: Sequence[Target], ask: Callable[[Target], Any]) -> dict[str, Any]:
+    """The answers by setting, or one error with the problems of all targets."""
+    findings, errors = dict[str, Any](), list[tuple[str, JobError]]()
     for target in push_targets:
         try:
-            findings[target.setting] = target.check()
+            findings[target.setting] = ask(target)
         except JobError as error:
             errors.append((target.setting, error))
     if errors:

@@ -7,12 +7,12 @@ Records of earlier versions lack these figures; the step is then that of the las
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from job.checkpoints import manager
 from job.checkpoints.commit_marker import parse_marker
@@ -42,6 +42,7 @@ from job.runs.run_log import LoggedAttempt, Noted, parse_logged
 from job.storage.base import read_record
 from job.storage.open import ObjectStore, StorageOptions, is_remote, open_store
 
+T = TypeVar("T")
 State = Literal["running", "preempted", "stalled", "finished", "failed", "not-started", "damaged"]
 
 STALLED_SECONDS = 600.0
@@ -233,8 +234,8 @@ def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> Run
         likely=None if current is None or state != "stalled" else why_killed(current),
         checkpoints=checkpoints,
         gate=_gate(results),
-        outcome=() if results is None else tuple(summary(results, f"{store.uri}/{RESULTS}")),
-        result=None if results is None else outcome(results, store.uri),
+        outcome=() if results is None else tuple(_formed(summary, results, f"{store.uri}/{RESULTS}") or ()),
+        result=None if results is None else _formed(outcome, results, store.uri),
         problems=tuple(problems),
     )
     status = _with_step(status, store, logged, results)
@@ -417,9 +418,7 @@ def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | No
     try:
         artifacts = [Artifact(**entry) for entry in results["artifacts"]]
         _gate(results)
-        summary(results, RESULTS)
-        outcome(results, store.uri)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         problems.append(Problem(f"{store.uri}/{RESULTS}", f"is not a manifest of this job: {error}"))
         return None
     if gone := missing(store, artifacts):
@@ -431,6 +430,14 @@ def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | No
 def _gate(results: Mapping[str, Any] | None) -> bool | None:
     passed = None if results is None else results["gate"]["passed"]
     return passed if isinstance(passed, bool) else None
+
+
+def _formed(form: Callable[[Mapping[str, Any], str], T], results: Mapping[str, Any], where: str) -> T | None:
+    """The outcome; None where the manifest lacks what it needs, as one of another version may."""
+    try:
+        return form(results, where)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]:

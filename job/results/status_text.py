@@ -110,12 +110,12 @@ def _step(status: RunStatus) -> str:
 
 def _resume(resume: Resume) -> str:
     """Where it would go on, in words."""
+    again = f"; at least {count(resume.repeated_steps, 'step')} to repeat" if resume.repeated_steps else ""
     if resume.step is not None:
-        again = f"; at least {count(resume.repeated_steps, 'step')} to repeat" if resume.repeated_steps else ""
         return f"goes on after step {resume.step}, from its checkpoint{again}"
     if resume.after_stage is None:
         return "begins anew: no stage is finished"
-    again = f"; training begins anew, at least {count(resume.repeated_steps, 'step')} to repeat" if resume.repeated_steps else ""
+    again = f"; training begins anew{again}" if again else ""
     return f"goes on after stage {resume.after_stage}{again}"
 
 

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from job.common.export_formats import split_name
 from job.common.findings import ALL, KINDS, Action
 from job.common.source_list import is_single, parse_sources
-from job.storage.location import mistyped, schemes
+from job.storage.location import mistyped, schemes, unusable_bucket
 
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
@@ -236,6 +236,8 @@ def _location(text: str) -> str:
     if scheme not in schemes():
         known = ", ".join(f"{known}://bucket/key" for known in schemes())
         raise ValueError(f"is a URI of an unknown store; use {known}, a path, or a hub id such as org/name")
+    if (unusable := unusable_bucket(scheme, rest)) is not None:
+        raise ValueError(unusable)
     bucket, _, key = rest.rstrip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise ValueError(

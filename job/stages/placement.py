@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from job.common.formatting import size
-from job.common.resources import CONTEXT_BYTES, available_bytes
+from job.common.gpu_context import CONTEXT_BYTES
+from job.common.resources import available_bytes
 from job.data.examples import lengths_of
 from job.distributed.processes import Processes
 from job.errors import Problem, raise_problems

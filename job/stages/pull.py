@@ -236,13 +236,14 @@ def _check_before_weights(
     attempt: Attempt, settings: Settings, storage: StorageOptions, base: ComingBase, tasks: Tasks
 ) -> _Checked:
     """Fetches and checks what depends on the base's tokenizer, but not on its weights."""
-    start = pull_start_adapter(attempt, start_of(settings, ADAPTER.rstrip("/")), settings.lora, storage)
+    location, added = start_of(settings, ADAPTER.rstrip("/")), settings.model.add_tokens
+    start = pull_start_adapter(attempt, location, settings.lora, storage, added)
     safety = pull_safety_model(attempt, settings.data, storage)
     rows = _row_settings(settings)
     fetched = fetch_rows(attempt, rows, storage)
     folder, missing = base.small_files()
-    tokenizer = load_tokenizer(folder, settings.model.add_tokens)
-    vocabulary = rows_with(vocabulary_of(folder), tokenizer, settings.model.add_tokens)
+    tokenizer = load_tokenizer(folder, added)
+    vocabulary = rows_with(vocabulary_of(folder), tokenizer, added)
     if missing:
         check_hub(rows)
     _check_lengths(settings, tasks, tokenizer, vocabulary)

@@ -5,6 +5,8 @@ Each is fetched and checked as far as its weights are not needed, in the version
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from job.common.threads import in_thread
 from job.errors import DataError, Problem
 from job.model.start_adapter import FoundStart, check_start, find_start
@@ -21,7 +23,11 @@ from job.storage.open import StorageOptions
 
 
 def pull_start_adapter(
-    attempt: Attempt, location: str | None, lora: Lora, storage: StorageOptions
+    attempt: Attempt,
+    location: str | None,
+    lora: Lora,
+    storage: StorageOptions,
+    added_tokens: Sequence[str] | None = None,
 ) -> FoundStart | None:
     """The adapter that training starts from; None without one.
 
@@ -30,6 +36,7 @@ def pull_start_adapter(
         location: Where it lies, from `start_of`.
         lora: Settings that it has to agree with.
         storage: How to reach stores.
+        added_tokens: JOB_MODEL__ADD_TOKENS.
 
     Raises:
         DataError, SettingsError: It is not there, or is not an adapter of this kind.
@@ -42,7 +49,8 @@ def pull_start_adapter(
     earlier = attempt.recorded(Stage.PULL, Pulled)
     known = None if earlier is None else earlier.start_revision
     start = find_start(location, attempt.work / "start", storage, known)
-    check_start(start.folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
+    said = lora.model_dump(mode="json")
+    check_start(start.folder, rank=lora.rank, alpha=lora.alpha, options=said, added_tokens=added_tokens)
     return start
 
 

@@ -23,6 +23,8 @@ BACKENDS = {
 """Scheme -> the store's class, by name: its module, and the client library with it, is imported when it is opened."""
 # Names of today's and of older buckets, and aliases of access points.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
+# Ends of the names of S3's directory buckets, and of access points to them. AWS reserves both.
+_DIRECTORY_BUCKETS = ("--x-s3", "--xa-s3")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Location:
             if (meant := mistyped(text)) is not None:
                 raise SettingsError([Problem(text, meant)])
             return cls(LOCAL, "", text)
+        if (unusable := unusable_bucket(scheme, rest)) is not None:
+            raise SettingsError([Problem(text, unusable)])
         bucket, _, key = rest.partition("/")
         key = key.removesuffix("/")
         if not _BUCKET.fullmatch(bucket):
@@ -121,6 +125,25 @@ def mistyped(text: str) -> str | None:
     scheme, given, rest = match.groups()
     lacks = {":/": "has one slash after the colon", ":": "has no slashes after the colon", "//": "has no colon"}[given]
     return f"{lacks}; write {scheme}://{rest or 'bucket/prefix'}, or ./ before a path"
+
+
+def unusable_bucket(scheme: str, rest: str) -> str | None:
+    """Why the store cannot be the one that a URI names behind `scheme://`; None for all others.
+
+    A directory bucket lists in no order, and only prefixes that end in a slash. The contract of stores promises sorted
+    listings, and `S3Store` confirms by a listing that an object is absent. Source:
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/s3-express-differences.html
+    """
+    if scheme != "s3":
+        return None
+    if rest.startswith("arn:"):
+        fix = "write the alias of the access point, which ends in -s3alias, or the name of the bucket"
+        return f"is an ARN, which s3:// does not take; {fix}"
+    if rest.partition("/")[0].endswith(_DIRECTORY_BUCKETS):
+        why = "which lists objects in no order, and only below prefixes that end in a slash"
+        fix = "the job needs sorted listings by any prefix; use a general purpose bucket"
+        return f"is in a directory bucket (S3 Express One Zone), {why}; {fix}"
+    return None
 
 
 def schemes() -> list[str]:

@@ -1,10 +1,15 @@
-"""A client for S3 that neither hangs nor gives up early: bounded times, repeated requests, refreshed credentials."""
+"""A client for S3 that neither hangs nor gives up early: bounded times, repeated requests, refreshed credentials.
+
+The SDK renews what a role, a web identity's token or a credential process gives, before it expires. Keys that another
+program writes into AWS's files it reads once; here they are read again when the server refuses them.
+"""
 
 from __future__ import annotations
 
 import ssl
 import time
 import weakref
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,16 +18,27 @@ from urllib.parse import urlsplit
 import boto3
 import botocore.session
 from botocore.config import Config
-from botocore.exceptions import ReadTimeoutError
+from botocore.credentials import CredentialProvider, Credentials
+from botocore.exceptions import BotoCoreError, ReadTimeoutError
 from botocore.loaders import create_loader
 from botocore.response import StreamingBody
 
+from job import log
 from job.errors import Problem, SettingsError
 from job.storage.base import MAX_CONNECT_SECONDS, pause_seconds
 from job.storage.location import StorageOptions
 from job.storage.s3_errors import FAILURES, is_transient, no_credentials, translate
 
 _MAX_CONNECTIONS = 32
+_FILES = ("shared-credentials-file", "config-file")
+"""The SDK's names of the providers that read keys from AWS's files."""
+_REFUSED_KEYS = {
+    *("ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired"),
+    *("400", "403"),  # the answer to a HEAD request has no other code
+}
+"""Codes of answers to keys that are expired or deleted."""
+_READ_AGAIN = "qlora_job_read_keys_again"
+"""Marks in the SDK's context of a request that the keys have been read again for it."""
 
 
 def connect(options: StorageOptions) -> Any:
@@ -54,7 +70,11 @@ def connect(options: StorageOptions) -> Any:
         # One try, as is the default, makes a busy metadata service look like missing credentials.
         if session.get_config_variable("metadata_service_num_attempts") == 1:
             session.set_config_variable("metadata_service_num_attempts", 3)
+        resolver = session.get_component("credential_provider")
+        for name in _FILES:
+            resolver.insert_before(name, _KeyFileProvider(resolver.get_provider(name)))
         boto = boto3.session.Session(botocore_session=session, region_name=options.region)
+        keys = session.get_credentials()
         client = boto.client("s3", endpoint_url=endpoint_url, config=config)
     except FAILURES as error:
         raise translate(error, "cannot set up a client for S3") from error
@@ -68,12 +88,54 @@ def connect(options: StorageOptions) -> Any:
     if client.meta.endpoint_url.startswith("https:"):
         _check_certificates(session.get_config_variable("ca_bundle"))
 
-    _register(client, options)
+    _register(client, options, keys if isinstance(keys, _KeysOfFile) else None)
     return client
 
 
-def _register(client: Any, options: StorageOptions) -> None:
-    """Adds to a client the time limit of bodies, and when a request is repeated."""
+class _KeysOfFile(Credentials):  # type: ignore[misc]  # botocore has no types
+    """Keys of a file, which another program may replace while the job runs."""
+
+    def __init__(self, found: Any, provider: Any) -> None:
+        super().__init__(found.access_key, found.secret_key, found.token, found.method, found.account_id)
+        self._provider = provider
+        # Replaced as a whole: several threads sign, and none may see the key of one version and the token of another.
+        self._keys = found.get_frozen_credentials()
+
+    def get_frozen_credentials(self) -> Any:
+        """The keys to sign a request with."""
+        return self._keys
+
+    def read_again(self) -> None:
+        """Takes the keys that the file has now; keeps the old ones if it has none, such as while it is written."""
+        with suppress(BotoCoreError, OSError, ValueError):
+            found = self._provider.load()
+            if found is not None and found.get_frozen_credentials() != self._keys:
+                self._keys = found.get_frozen_credentials()
+                log.get_logger().info("the server refused the keys: new ones were read from AWS's credentials file")
+
+
+class _KeyFileProvider(CredentialProvider):  # type: ignore[misc]  # botocore has no types
+    """Gives what one of the SDK's providers reads from a file, as keys that can be read again."""
+
+    def __init__(self, provider: Any) -> None:
+        super().__init__()
+        self.METHOD, self.CANONICAL_NAME = provider.METHOD, provider.CANONICAL_NAME
+        self._provider = provider
+
+    def load(self) -> _KeysOfFile | None:
+        """The keys; None if the file has none."""
+        found = self._provider.load()
+        return None if found is None else _KeysOfFile(found, self._provider)
+
+
+def _register(client: Any, options: StorageOptions, keys: _KeysOfFile | None) -> None:
+    """Adds to a client the time limit of bodies, and when a request is repeated.
+
+    Args:
+        client: The client.
+        options: Limits.
+        keys: What it signs with, if these are keys of a file; None for all others.
+    """
 
     def pace(response_dict: dict[str, Any], **_: Any) -> None:
         body = response_dict["body"]
@@ -83,9 +145,20 @@ def _register(client: Any, options: StorageOptions) -> None:
             # The transfer manager drops a body that it gave up on without closing its connection.
             weakref.finalize(paced, raw.close).atexit = False
 
-    def repeat(attempts: int, response: Any, caught_exception: BaseException | None, **_: Any) -> float | None:
-        again = attempts < options.retries and is_transient(response, caught_exception)
-        return pause_seconds(attempts) if again else None
+    def repeat(
+        attempts: int, response: Any, caught_exception: BaseException | None, request_dict: dict[str, Any], **_: Any
+    ) -> float | None:
+        if attempts >= options.retries:
+            return None
+        if is_transient(response, caught_exception):
+            return pause_seconds(attempts)
+        code = "" if response is None else str(response[1].get("Error", {}).get("Code", ""))
+        if keys is None or code not in _REFUSED_KEYS or request_dict["context"].get(_READ_AGAIN):
+            return None
+        # Once for each request, also if the file has not changed: another thread may just have read it.
+        request_dict["context"][_READ_AGAIN] = True
+        keys.read_again()
+        return 0.0
 
     client.meta.events.register("before-parse.s3.GetObject", pace)
     client.meta.events.register("needs-retry.s3", repeat)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean, pstdev
 
-from job.common.resources import CONTEXT_BYTES
+from job.common.gpu_context import CONTEXT_BYTES
 from job.records import ExecutionPlan
 from job.training.memory_model import (
     EXPERT_COPIES,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from job.common.formatting import size
+from job.common.gpu_context import CONTEXT_BYTES
 from job.common.optimizers import OPTIMIZERS
-from job.common.resources import CONTEXT_BYTES
 from job.model.architecture import Architecture, key_value_bytes
 
 NF4_BLOCK, DOUBLE_BLOCK = 64, 256

@@ -338,7 +338,7 @@ def chosen_place(setup: Any, tokens: int, limit: int, processes: int) -> str:
     """Where the job would put the base, on so many bytes of GPU."""
     from dataclasses import replace
 
-    from job.common.resources import CONTEXT_BYTES
+    from job.common.gpu_context import CONTEXT_BYTES
     from job.training.execution_plan import choose_placement
     from job.training.memory_model import PLACEMENTS, evaluation_bytes, training_memory
 

@@ -27,6 +27,7 @@ from job.checkpoints.trainer_state import (
     write_metrics,
     write_trainer_state,
 )
+from job.errors import TrainingFailed
 from job.records import StepMetrics
 
 JOB = Path(trainer_state.__file__).parents[1]
@@ -453,3 +454,13 @@ def test_a_state_holds_no_pickle(written: Path) -> None:
             json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         else:
             [json.loads(line) for line in (data.splitlines() if path.suffix == ".jsonl" else [data])]
+
+
+def test_adalora_of_an_older_version_that_trained_its_constant_cannot_go_on(tmp_path: Path) -> None:
+    """Its optimizer state is of more tensors, and its adapter is not the one that would be published."""
+    files = make("adamw_torch")
+    write_trainer_state(tmp_path / "step", files, train(files, 1))
+    adapter = tmp_path / "step" / trainer_state.ADAPTER
+    save_file(load_file(adapter) | {"layers.0.ranknum.default": torch.ones(1)}, adapter)
+    with pytest.raises(TrainingFailed, match=r"an older version .* another JOB_RUN__ID"):
+        read_trainer_state(tmp_path / "step", files)

@@ -228,6 +228,25 @@ def test_a_process_that_is_stopped_holds_no_machine_up(stopped: int, monkeypatch
     assert time.monotonic() - began < 60
 
 
+def test_a_store_that_is_silent_for_a_moment_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes wait for it for a minute, and so does the launcher of another machine than that of the store."""
+    answers = iter([None, RuntimeError("timed out"), None, *[RuntimeError("timed out")] * 9])
+
+    def read(_: object) -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    for name, value in {"_ASK_SECONDS": 0.0, "_REACH_SECONDS": 0.0, "_GONE_SECONDS": 0.05}.items():
+        monkeypatch.setattr(launcher, name, value)
+    monkeypatch.setattr(launcher, "reach_keyspace", lambda *_: object())
+    monkeypatch.setattr(launcher, "read_first_failure", read)
+    place = Place(rank=1, world_size=2, local_world_size=1, host="localhost", port=1, hosted=True)
+    ends = launcher._Ends(launcher.Machine(1, nodes=2, node_rank=1), place, None, "r")
+    assert [ends.ended_elsewhere() for _ in range(4)] == [False] * 4
+    time.sleep(0.1)
+    assert ends.ended_elsewhere()
+
+
 def test_a_complete_run_is_complete_on_all_machines() -> None:
     """Process 0 was successful: what the other machine still went through changes nothing."""
     assert on_two_machines(("pass", "os.kill(os.getpid(), 9)")) == [0, 0]

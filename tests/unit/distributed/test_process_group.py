@@ -319,6 +319,30 @@ def test_the_others_are_not_alive_for_a_first_one_that_is_stopped(team: Team, mo
     first.share("value", lambda: 0)
 
 
+def test_a_first_one_that_cannot_show_that_it_runs_ends(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the others would be ended by their watchdogs, as if it were stopped."""
+    monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(process_group, "REASON_SECONDS", 0.1)
+    first = team.members[0]
+    store, failed = first._store, threading.Event()
+
+    class Silent:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def add(self, *_: Any) -> int:
+            failed.set()
+            raise RuntimeError("timed out")
+
+    monkeypatch.setattr(first, "_store", Silent())
+    first.beat()
+    assert failed.wait(10)
+    wait_for(lambda: first._beat_error is not None)
+    time.sleep(0.06)
+    with pytest.raises(Killed, match="timed out"):
+        first.check()
+
+
 def test_gpus_connect_before_the_first_sum_of_any_kind(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum of a validation may be the first exchange: it is also noticed there that another process has ended."""
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)

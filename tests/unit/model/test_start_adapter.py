@@ -108,7 +108,8 @@ def test_modules_and_tokens_have_to_be_the_same(base_folder: Path, tmp_path: Pat
     options = AdapterOptions(modules_to_save=("lm_head",), added_tokens=("<ask>", "<tell>"))
     trained = fill_adapter(make_model(base_folder, options=options))
     save_adapter(trained, tmp_path, base="base", revision=None, names=NAMES)
-    check_start(tmp_path, rank=16, alpha=16, options={"modules_to_save": ["lm_head"]})
+    wanted: dict[str, Any] = {"rank": 16, "alpha": 16, "options": {"modules_to_save": ["lm_head"]}}
+    check_start(tmp_path, **wanted, added_tokens=["<ask>", "<tell>"])
     model = make_model(base_folder, options=options)
     load_start(model, tmp_path, NAMES)
     expected = trainable(trained)
@@ -155,11 +156,23 @@ def test_what_was_saved_fits_without_the_weights(
             check_start_fits(tmp_path, empty, **{"targets": "auto", "rank": rank, "options": options} | other)
 
 
-def test_rows_of_new_tokens_are_compared_without_the_weights(saved: Path, base_folder: Path) -> None:
-    """An adapter without them cannot go on with new tokens."""
-    options = AdapterOptions(added_tokens=("<ask>",))
-    with pytest.raises(SettingsError, match="JOB_MODEL__ADD_TOKENS: it trains no rows of new tokens"):
-        check_start_fits(saved, empty_base(base_folder), targets="auto", rank=16, options=options)
+def test_rows_of_new_tokens_are_compared_with_all_else(saved: Path) -> None:
+    """An adapter without them cannot go on with new tokens, and is refused together with what else does not fit."""
+    with pytest.raises(SettingsError, match="it trains no rows of new tokens") as refused:
+        check_start(saved, rank=8, alpha=16, added_tokens=["<ask>"])
+    assert [problem.where for problem in refused.value.problems] == ["JOB_LORA__RANK", "JOB_LORA__START"]
+
+
+@pytest.mark.parametrize("tokens", [None, ["<tell>", "<ask>"], ["<ask>"]])
+def test_other_tokens_of_the_same_ids_are_refused(saved: Path, tmp_path: Path, tokens: list[str] | None) -> None:
+    """In another order they have the same ids: each would go on with the other's row."""
+    folder = Path(shutil.copytree(saved, tmp_path / "adapter"))
+    config(trainable_token_indices={"embed_tokens": [398, 399]})(folder)
+    there = [{"id": 0, "content": "<s>"}, {"id": 398, "content": "<ask>"}, {"id": 399, "content": "<tell>"}]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": there}), encoding="utf-8")
+    check_start(folder, rank=16, alpha=16, added_tokens=["<ask>", "<tell>"])
+    with pytest.raises(SettingsError, match="does not fit JOB_MODEL__ADD_TOKENS: it trains"):
+        check_start(folder, rank=16, alpha=16, added_tokens=tokens)
 
 
 @pytest.mark.parametrize("changes", [{"intermediate_size": 192}, {"num_hidden_layers": 3}])

@@ -436,3 +436,13 @@ def test_downloads_go_to_the_cache(
     make_plan(load_settings([f"--storage.cache={cache}"]))
     assert (folders[0].parent == cache) is there
     assert not folders[0].exists()
+
+
+def test_nothing_is_written_to_the_folder_for_temporary_files(
+    given: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a cache, not even the 8 MiB that the store's check uploads: /tmp of a pod may be memory, or not writable."""
+    monkeypatch.setenv("JOB_STORAGE__CACHE", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no-such-folder"))
+    checks = {check.name: check for check in make_plan(load_settings([])).checks}
+    assert checks["storage"].state == "ok"

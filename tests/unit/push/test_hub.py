@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from job.storage.local import LocalStore
 from job.verification.verify import require_verified, verify
 from tests.hub_server import TOKEN, Hub, hub_server
 from tests.published_run import pairs, publish_run
+from tests.s3_server import BUCKET, Request, credentials, server
 
 REPO = "me/model"
 
@@ -276,6 +278,40 @@ def test_a_hub_that_is_away_is_unreachable(hub: Hub, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(Unreachable):
         check_targets([HubTarget(REPO)])
+
+
+def test_a_dry_run_gives_up_soon(run: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hub and registry take a connection and never answer: each is asked once, and both are named in one error."""
+    monkeypatch.setattr("job.storage.hub.PREVIEW_SECONDS", 0.1)
+    monkeypatch.setattr("job.push.oci._ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        targets = [f"--hub={REPO}", f"--oci=127.0.0.1:{port}/me/model:1"]
+        with pytest.raises(Unreachable, match=r"(?s)HUB: me/model: the hub did not answer.*/me/model:1: the registry"):
+            push_command([run.uri, *targets, "--dry-run"])
+        silent.settimeout(0)
+        for _ in range(2):
+            silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
+def test_a_dry_run_asks_a_store_that_fails_four_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the tries of a run, whose pauses outlast an outage of a minute."""
+    monkeypatch.setattr("job.storage.s3_client.pause_seconds", lambda _tries: 0)
+    asked = list[str]()
+
+    def answer(request: Request) -> None:
+        asked.append(request.path)
+        request.refuse(503, "ServiceUnavailable")
+
+    with credentials(), server(answer) as address:
+        monkeypatch.setenv("JOB_STORAGE__ENDPOINT_URL", address)
+        with pytest.raises(Unreachable):
+            push_command([f"s3://{BUCKET}/runs/first", f"--hub={REPO}", "--dry-run"])
+    assert len(asked) == 4
 
 
 def test_a_dry_run_shows_and_writes_nothing(hub: Hub, run: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:

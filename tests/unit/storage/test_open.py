@@ -14,6 +14,7 @@ from xml.sax.saxutils import escape
 import pytest
 
 from job.errors import DataError, SettingsError, Unreachable
+from job.settings.load import load_settings
 from job.settings.schema import Storage
 from job.storage.open import Location, StorageOptions, fetch, open_store, size, storage_options
 from tests.s3_server import BUCKET, Request, credentials, moto_server, server
@@ -52,6 +53,29 @@ def test_bad_buckets_are_refused(uri: str) -> None:
     """A bucket's name is checked before anything is sent."""
     with pytest.raises(SettingsError, match="no valid bucket name"):
         open_store(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("s3://runs--usw2-az1--x-s3/a", "is in a directory bucket .*lists objects in no order"),
+        ("s3://point--usw2-az1--xa-s3", "is in a directory bucket"),
+        ("s3://arn:aws:s3:us-west-2:123456789012:accesspoint/point/a", "is an ARN.* the alias of the access point"),
+    ],
+)
+def test_buckets_of_s3_that_cannot_hold_runs_are_refused(uri: str, why: str) -> None:
+    """By their names, before anything is sent: as a setting, with its name, and as an argument of a command."""
+    with pytest.raises(SettingsError, match=why):
+        open_store(uri)
+    with pytest.raises(SettingsError, match=f"JOB_RUN__OUTPUT.*{why}"):
+        load_settings([f"--run.output={uri}"])
+
+
+@pytest.mark.parametrize("uri", ["s3://point-3f5ke9tz-s3alias/a", "gs://runs--usw2-az1--x-s3/a"])
+def test_aliases_and_other_stores_may_have_such_names(uri: str) -> None:
+    """To the SDK the alias of an access point is the name of a bucket."""
+    assert str(Location.parse(uri)) == uri
+    assert load_settings([f"--run.output={uri}"]).run.output == uri
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/../a", "s3://bucket//a", "s3://bucket/a//"])

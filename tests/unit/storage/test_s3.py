@@ -7,7 +7,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -606,6 +608,98 @@ def test_a_token_file_that_cannot_be_read_is_a_denial(
     (tmp_path / "token").mkdir()  # what cannot be opened, whoever asks
     with pytest.raises(AccessDenied, match=r"token, which cannot be read.*fsGroup"):
         open_store(URI).read("a")
+
+
+def write_keys(path: Path, number: int) -> None:
+    """Keys as a program that renews them writes them into AWS's file."""
+    keys = {"aws_access_key_id": f"key{number}", "aws_secret_access_key": SECRET, "aws_session_token": f"token{number}"}
+    written = path.with_name(uuid4().hex)
+    written.write_text("[default]\n" + "".join(f"{name} = {value}\n" for name, value in keys.items()), encoding="utf-8")
+    written.replace(path)
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """AWS's file with the first keys, the only credentials that there are."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    write_keys(tmp_path / "credentials", 1)
+    return tmp_path / "credentials"
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_keys_that_were_replaced_in_the_file_are_read_again(keys_file: Path, threads: int) -> None:
+    """Each request that is refused for the old keys is sent again with the new ones, and later ones begin with them."""
+    signed, first = list[str](), threading.Barrier(threads)
+
+    def answer(request: Request) -> None:
+        key = request.headers["Authorization"].partition("Credential=")[2].partition("/")[0]
+        assert request.headers["X-Amz-Security-Token"] == key.replace("key", "token")
+        signed.append(key)
+        if key == "key1":
+            first.wait(10)
+            write_keys(keys_file, 2)
+            request.refuse(400, "ExpiredToken")
+        else:
+            request.answer(200, b"content", ETag='"1"')
+
+    with server(answer) as url:
+        store = opened(url, retries=2)
+        with ThreadPoolExecutor(threads) as pool:
+            read = list(pool.map(lambda _: store.read("a"), range(threads)))
+        assert read == [Stored(b"content", '"1"')] * threads
+        store.read("a")
+    assert sorted(signed) == ["key1"] * threads + ["key2"] * (threads + 1)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda path: None, lambda path: path.unlink(missing_ok=True), lambda path: path.write_text("[")]
+)
+def test_expired_keys_without_new_ones_are_a_denial(keys_file: Path, change: Callable[[Path], object]) -> None:
+    """Soon: the request is sent once more, whatever the file holds."""
+    asked = list[str]()
+
+    def answer(request: Request) -> None:
+        asked.append(request.path)
+        change(keys_file)
+        request.refuse(400, "ExpiredToken")
+
+    with server(answer) as url:
+        store = opened(url, retries=8)
+        with pytest.raises(AccessDenied, match="ExpiredToken"):
+            list(store.list())
+    assert len(asked) == 2
+
+
+def test_a_web_identity_is_renewed_with_the_token_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK asks for new keys before the old ones expire, and reads the file of the token, which a pod replaces."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name, value in ROLES["IRSA"].items():
+        monkeypatch.setenv(name, value.format(token=tmp_path / "token"))
+    signed = list[str]()
+
+    def answer(request: Request) -> None:
+        if request.path == "/":
+            (token,) = parse_qs(request.content.decode())["WebIdentityToken"]
+            until = datetime.now(UTC) + timedelta(seconds=60)  # less than the SDK wants to have left
+            keys = f"<AccessKeyId>of-{token}</AccessKeyId><SecretAccessKey>s</SecretAccessKey>"
+            keys += f"<SessionToken>t</SessionToken><Expiration>{until:%Y-%m-%dT%H:%M:%SZ}</Expiration>"
+            name = "AssumeRoleWithWebIdentity"
+            result = f"<{name}Result><Credentials>{keys}</Credentials></{name}Result>"
+            request.answer(200, f"<{name}Response>{result}</{name}Response>".encode())
+        else:
+            signed.append(request.headers["Authorization"].partition("Credential=")[2].partition("/")[0])
+            request.answer(200, b"content", ETag='"1"')
+
+    with server(answer) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", url)
+        store = opened(url)
+        for token in ("first", "second"):
+            (tmp_path / "token").write_text(token, encoding="utf-8")
+            store.read("a")
+    assert signed == ["of-first", "of-second"]
 
 
 NONSENSE: dict[str, tuple[dict[str, str], type[JobError], str]] = {

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from job.common.gpu_context import CONTEXT_BYTES
 from job.common.optimizers import OPTIMIZERS
-from job.common.resources import CONTEXT_BYTES
 from job.model.architecture import Architecture
 from job.planning import time_model
 from job.planning.known_models_and_data import ARCHITECTURES

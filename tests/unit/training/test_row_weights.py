@@ -137,5 +137,5 @@ def test_rows_that_all_weigh_nothing_are_refused(tokenizer: Any, tmp_path: Path,
         read(nothing, source)
     if validation == "own":
         with pytest.raises(DataError, match=r"nothing.jsonl: has 8 rows to validate on"):
-            read(own, replace(source, place=nothing, name=nothing))
+            read(own, replace(source, location=nothing, name=nothing))
     read(load("all.jsonl", *range(8)), source)
