@@ -118,7 +118,7 @@ def main() -> int:
 _VALIDATION = {"JOB_DATA__VALIDATION": "4", "JOB_TRAIN__VALIDATE_EVERY_STEPS": "3", "JOB_TRAIN__EPOCHS": "2"}
 
 
-def strike(  # noqa: PLR0917
+def strike(  # noqa: PLR0917 - what one signal needs to know of its run
     environment: Mapping[str, str], launcher: str, how: signal.Signals, draw: random.Random, span: float, logs: Path
 ) -> Try:
     """Starts an attempt, sends a signal to one of its processes, and watches the end of the others.
