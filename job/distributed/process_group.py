@@ -63,7 +63,7 @@ class ProcessGroup:
         self.place, self.leads, self.stopping = place, place.rank == 0, False
         self._store, self._stop, self._report_progress, self._grace = store, stop, report_progress, grace_seconds
         self._peers = Peers({})
-        self._gpus_connected = False
+        self._all_came = self._gpus_connected = False
         self._failed = False
         """Whether this process ends because another one has failed, and not because it had to stop before that."""
         self._calls = 0
@@ -113,6 +113,7 @@ class ProcessGroup:
 
         Called once all processes have connected.
         """
+        self._all_came = True
         with self._reaching():
             keys = {rank: f"identity#{rank}" for rank in range(self.place.world_size) if rank != self.place.rank}
             self._peers = Peers({rank: self._get(key) for rank, key in keys.items() if self._store.check([key])})
@@ -374,9 +375,15 @@ class ProcessGroup:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
+        """Within it, an error of torch's means that another process has ended, once all have come.
+
+        Before that it is raised as it is: `rendezvous.join` knows that the store is gone, and no process is lost yet.
+        """
         try:
             yield
         except RuntimeError as error:
+            if not self._all_came:
+                raise
             raise self._lost(error) from error
 
     def _lost(self, why: RuntimeError) -> JobError:

@@ -19,13 +19,13 @@ from job.distributed import early_end, process_group, rendezvous
 from job.distributed.early_end import telling_the_others
 from job.distributed.ends import END, SETTLE_SECONDS, agree_on_end
 from job.distributed.launcher import Machine, launch
+from job.distributed.process_group import ProcessGroup
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import host_store, join, keyspace, reach_store
 from job.errors import JobError, Killed, Problem, SettingsError, Unreachable, error_of_process
 from job.platforms.detect import detect
 from job.preemption.stop_flag import Stop
 from tests.forked import free_port
-from tests.waiting import wait_for
 
 WRONG = SettingsError([Problem("JOB_TRAIN__EPOCHS", "must be at least 1")])
 
@@ -99,17 +99,19 @@ def test_one_without_its_launcher_does_not_keep_its_place(monkeypatch: pytest.Mo
     assert json.loads(keyspace(store, "r").get(END))["process"] == 1
 
 
-def test_a_store_that_goes_away_while_it_is_waited_for_is_worth_a_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("noticed_in", ["announce", "check", "a round of the waiting"])
+def test_a_store_that_goes_away_while_it_is_waited_for_is_worth_a_retry(
+    monkeypatch: pytest.MonkeyPatch, noticed_in: str
+) -> None:
     """Machine 0 was taken away while the others were still coming: no traceback, and no waiting."""
-    for module in (process_group, rendezvous):  # so that it is noticed by the one request of each round
-        monkeypatch.setattr(module, "CHECK_SECONDS", 60)
     stores = [host_store(0, "r")]
     port = stores[0].port
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(end_of_joining, "r", 1, port)
-        wait_for(lambda: keyspace(stores[0], "r").check(["here#1"]))
-        stores.clear()  # the server ends with it
-        end = waiting.result(timeout=60)
+    if noticed_in == "a round of the waiting":
+        monkeypatch.setattr(ProcessGroup, "check", lambda _: stores.clear())  # the server ends with it
+    else:
+        request = getattr(ProcessGroup, noticed_in)
+        monkeypatch.setattr(ProcessGroup, noticed_in, lambda group: (stores.clear(), request(group)))
+    end = end_of_joining("r", 1, port)
     assert isinstance(end, Unreachable)
     assert "any more" in str(end)
 

@@ -40,9 +40,10 @@ class Team:
             self.beats[rank] += 1
 
         place = Place(rank, 3, rank % 2, 2 - rank // 2, "localhost", self.host.port, hosted=True)
-        return ProcessGroup(
-            place, keyspace(connect_store(place), "run"), self.stops[rank], report_progress, grace_seconds=GRACE
-        )
+        store = keyspace(connect_store(place), "run")
+        member = ProcessGroup(place, store, self.stops[rank], report_progress, grace_seconds=GRACE)
+        member.watch_peers()
+        return member
 
     def start(self, *work: Callable[[ProcessGroup], T]) -> list[Future[T]]:
         """Lets each member do its work, at once."""
