@@ -48,6 +48,7 @@ from job.runs.stage_records import identity
 from job.settings.affects_result import common_settings, decisive_settings, default_settings
 from job.settings.load import Settings, current_platform, environment, exporters, plain_values, trackers
 from job.settings.training_stages import folder_of, split_stages
+from job.stages.exported_run import take_over
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.publish import publish
@@ -103,6 +104,8 @@ def run(
         Replaced: Another attempt owns the run.
     """
     stages = split_stages(settings)
+    if settings.export.run is not None:
+        stages = stages[-1:]  # a first stage is part of what the last one takes over
     check_stop = partial(_check_stop, stop, report_progress)
     if len(stages) > 1 and (done := _finished(processes, settings, delivery, check_stop)) is not None:
         return done  # the first stage is not looked at: its folder may be gone
@@ -284,6 +287,7 @@ def _attempt(
         processes=processes,
         idle=idle or IdleLimit(settings.run.max_idle_attempts),
         stall_seconds=settings.train.stall_seconds,
+        take_over=take_over(settings, storage_options(settings.storage)) if processes.leads else None,
     )
     tracker_options = trackers(settings) if processes.leads else {}  # process 0 reports for all
     watched = exporters(settings) if processes.leads else {}

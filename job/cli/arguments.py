@@ -349,7 +349,8 @@ usage: qlora-job COMMAND [ARGUMENT ...] [--GROUP.NAME VALUE ...]
 `qlora-job COMMAND --help` lists the arguments of a command, and the settings that it reads, with their defaults.
 A setting is given as --group.name VALUE, or as JOB_GROUP__NAME in the environment. Precedence: command line,
 environment, files in the folder JOB_SECRETS_DIR, SageMaker's hyperparameters.json, the file JOB_CONFIG (--config),
-SageMaker's channels, the preset (--preset), platform, default. `qlora-job config` shows each value with its source.
+SageMaker's channels, the run in JOB_EXPORT__RUN, the preset (--preset), platform, default. `qlora-job config` shows
+each value with its source.
 
 examples:
   qlora-job run --preset demo                                 # needs neither a GPU nor a network

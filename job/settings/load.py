@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -60,7 +61,11 @@ PROJECT = "qlora-job"
 
 
 def load_settings(
-    arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None, *, options: Sequence[str] = ()
+    arguments: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    *,
+    options: Sequence[str] = (),
+    of_run: Callable[[Settings], Mapping[str, object]] | None = None,
 ) -> Settings:
     """The settings from all sources, by the precedence in `Settings.settings_customise_sources`.
 
@@ -68,13 +73,19 @@ def load_settings(
         arguments: The command line after the command, without the command's own options.
         environ: The environment; None for that of this process.
         options: The command's own options, without dashes: an error about a mistyped setting may suggest one.
+        of_run: Reads the settings of the run in JOB_EXPORT__RUN, which hold where no others are given; None where
+            that run does not matter.
 
     Raises:
         SettingsError: With all problems at once, each with the place its value came from.
+        JobError: What `of_run` raises.
     """
     environ = os.environ if environ is None else environ
     request = Request(arguments, environ, detect(environ), options)
     settings, invalid = _read(request, NAMES)
+    if of_run is not None and settings.export.run is not None and not (request.problems or invalid):
+        request = replace(request, of_run=of_run(settings), layers=[])
+        settings, invalid = _read(request, NAMES)
     problems = [*request.problems, *invalid.values()]
     if fault := find_machines(request.platform).fault:
         problems.append(Problem("resourceconfig.json", fault))
