@@ -65,10 +65,12 @@ def settings_of_run(settings: Settings, storage: StorageOptions) -> dict[str, ob
         storage: How to reach the store.
 
     Raises:
-        SettingsError: There is no finished run.
-        VerificationError: Its manifest is not what the job wrote.
+        SettingsError: There is no finished run, or it is this one.
+        DataError: Its manifest is not what the job wrote, or missing.
     """
     run = _read_run(settings, storage)
+    if run.store.uri == open_store(folder_of(settings), storage).uri:
+        raise SettingsError([Problem(SETTING, "is this run itself; give this one another JOB_RUN__ID")])
     values = {name: entry["value"] for name, entry in run.results["settings"].items()}
     preset = str(values.get("preset"))
     given = {name: value for name, value, _ in describe(Settings())} | preset_values(preset)
@@ -97,7 +99,7 @@ def take_over(settings: Settings, storage: StorageOptions) -> TakeOver | None:
     """How this run takes over the one in JOB_EXPORT__RUN; None if that is empty, or has been taken over already.
 
     Raises:
-        SettingsError: There is no finished run, it is this run, or settings differ from those of that run.
+        SettingsError: There is no finished run, or settings differ from those of that run.
         DataError: Its files are not what its manifest says.
     """
     if settings.export.run is None:
@@ -106,8 +108,6 @@ def take_over(settings: Settings, storage: StorageOptions) -> TakeOver | None:
     if own.tag(SETTINGS) is not None:
         return None
     run = _read_run(settings, storage)
-    if run.store.uri == own.uri:
-        raise SettingsError([Problem(SETTING, "is this run itself; give this one another JOB_RUN__ID")])
     pull = stage_key(Stage.PULL)
     with _named():
         before = parse_settings(_read_whole(run, SETTINGS))
