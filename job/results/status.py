@@ -6,13 +6,15 @@ earlier versions, it is that of the last checkpoint; `step_from` says which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from job.errors import Problem, SettingsError, exit_codes
+from job.results.outcome import OutcomeValues, outcome_values, read_outcome
 from job.results.run_records import (
     RunRecords,
     gate_passed,
@@ -22,13 +24,12 @@ from job.results.run_records import (
     refuse_folder_of_runs,
     runs_beside,
 )
-from job.results.summary import Outcome, outcome, summary
+from job.results.summary import outcome_lines
 from job.runs.killed_for_memory import why_killed
 from job.runs.layout import FIRST_STAGE, RESULTS, Stage, run_folder
 from job.runs.run_log import LoggedAttempt
 from job.storage.open import StorageOptions, is_remote, open_store
 
-T = TypeVar("T")
 State = Literal["running", "preempted", "stalled", "finished", "failed", "not-started", "damaged"]
 
 STALLED_SECONDS = 600.0
@@ -133,7 +134,7 @@ class RunStatus:
     checkpoints: tuple[int, ...] = ()
     gate: bool | None = None
     outcome: tuple[str, ...] = ()
-    result: Outcome | None = None
+    result: OutcomeValues | None = None
     resume: Resume | None = None
     runs_beside: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = field(default_factory=tuple)
@@ -195,6 +196,7 @@ def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) 
     elif state == "damaged" and not problems:
         what = "is missing, although an attempt has completed the run; start the run again, which writes it"
         problems = (Problem(f"{records.uri}/{RESULTS}", what),)
+    outcome, values = _outcome(records)
     status = RunStatus(
         run=records.uri,
         state=state,
@@ -208,8 +210,8 @@ def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) 
         likely=None if current is None or state != "stalled" else why_killed(current),
         checkpoints=records.checkpoints,
         gate=None if manifest is None else gate_passed(manifest),
-        outcome=() if manifest is None else tuple(_formed(summary, manifest, f"{records.uri}/{RESULTS}") or ()),
-        result=None if manifest is None else _formed(outcome, manifest, records.uri),
+        outcome=outcome,
+        result=values,
         problems=problems,
     )
     status = _with_step(status, records)
@@ -239,7 +241,7 @@ def _with_step(status: RunStatus, records: RunRecords) -> RunStatus:
     """Adds the last step: from finished training, else from the newest attempt, else from the newest checkpoint."""
     if (trained := records.training) is not None:
         steps = trained.get("steps")
-        figures = {name: trained.get(name) for name in ("loss", "tokens_per_second")}
+        figures: dict[str, Any] = {name: trained.get(name) for name in ("loss", "tokens_per_second")}
         return replace(status, step_from="training", step=steps, total_steps=steps, **figures)
     progress = {
         number: logged.noted.training
@@ -289,12 +291,16 @@ def _why_killed(attempts: Mapping[int, LoggedAttempt], number: int) -> str | Non
     return reason or why_killed(attempts[number])
 
 
-def _formed(form: Callable[[Mapping[str, Any], str], T], manifest: Mapping[str, Any], where: str) -> T | None:
-    """The outcome; None where the manifest lacks what it needs, as one of another version may."""
-    try:
-        return form(manifest, where)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None
+def _outcome(records: RunRecords) -> tuple[tuple[str, ...], OutcomeValues | None]:
+    """The outcome in words and as values; nothing where the manifest lacks what they need, as of another version."""
+    lines: tuple[str, ...] = ()
+    values = None
+    if records.manifest is not None:
+        with suppress(AttributeError, KeyError, TypeError, ValueError):
+            outcome = read_outcome(records.manifest, records.uri)
+            values = outcome_values(outcome)
+            lines = tuple(outcome_lines(outcome))
+    return lines, values
 
 
 def as_json(status: RunStatus) -> dict[str, Any]:

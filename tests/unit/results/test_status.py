@@ -19,9 +19,10 @@ from job.common.hashing import sealed, unsealed
 from job.errors import DataError, JobError, NoProgress, Preempted, Problem, SettingsError
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, TrainingProgress
+from job.results.outcome import MetricComparison, OutcomeValues
 from job.results.status import STALLED_SECONDS, AttemptEnd, Resume, RunStatus, as_json, read_status
 from job.results.status_text import as_lines, headline
-from job.results.summary import Comparison, Outcome, summary
+from job.results.summary import summary
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
 from job.runs.layout import LEASE, Stage, attempt_key, marker_key
@@ -409,7 +410,7 @@ def test_damaged_records_are_named(tmp_path: Path, key: str, damage: Callable[[b
 
 def test_the_fields_of_the_json_are_documented() -> None:
     """Each field that `--format json` prints stands in the documentation of its class, and no other does."""
-    for kind in (RunStatus, AttemptEnd, Resume, Outcome, Comparison):
+    for kind in (RunStatus, AttemptEnd, Resume, OutcomeValues, MetricComparison):
         documented = re.findall(r"^        (\w+): ", kind.__doc__ or "", re.MULTILINE)
         assert documented == [one.name for one in fields(kind)]
     printed: dict[str, Any] = as_json(RunStatus("/run", "failed", last_end=AttemptEnd(1, "failed", 2, "m", "w", None)))
