@@ -159,12 +159,20 @@ def split_address(rendezvous: str | None) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str, str]) -> Any:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+def worker_environment(place: Place, run: str, local: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that this launcher sets for one of its processes, as torchrun does.
 
-    common = {
+    Args:
+        place: That of the machine's first process.
+        run: The run's id.
+        local: The process's rank on this machine.
+        environ: The environment, which is not repeated; its OMP_NUM_THREADS is kept.
+    """
+    variables = {
         "WORLD_SIZE": str(place.world_size),
         "LOCAL_WORLD_SIZE": str(place.local_world_size),
+        "RANK": str(place.rank + local),
+        "LOCAL_RANK": str(local),
         "MASTER_ADDR": place.host,
         "MASTER_PORT": str(place.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -173,7 +181,13 @@ def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str,
         "JOB_RUN__ID": run,
     }
     if "OMP_NUM_THREADS" not in environ:
-        common["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+        variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+    return variables
+
+
+def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str, str]) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
     ranks = range(place.local_world_size)
     # In a thread, because start_processes installs signal handlers that end this process, and cannot do so outside of
     # the main thread.
@@ -183,7 +197,7 @@ def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str,
             name="job",
             entrypoint=command[0],
             args=dict.fromkeys(ranks, tuple(command[1:])),
-            envs={local: {**common, "RANK": str(place.rank + local), "LOCAL_RANK": str(local)} for local in ranks},
+            envs={local: worker_environment(place, run, local, environ) for local in ranks},
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         ).result()
 

@@ -185,9 +185,9 @@ def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]
         yield Estimate("exported models", run.export_bytes, "bytes", basis, note)
         yield Estimate("merging", run.merges * merging_seconds(setup), "s", "assumed", "on one processor core")
     for name in run.derived:
-        made = f"quantizing, {name}"
+        label = f"quantizing, {name}"
         if find_format(name).calibrated:
-            yield Estimate(made, quantizing_flops(run, setup), "FLOP", "assumed", "by auto-round")
+            yield Estimate(label, quantizing_flops(run, setup), "FLOP", "assumed", "by auto-round")
         else:
             yield Estimate(
                 f"quantizing, {name}", converting_seconds(name, setup), "s", "assumed", "on one processor core"
@@ -216,11 +216,11 @@ def _of_the_data(run: RunShape) -> Iterator[Estimate]:
         yield Estimate("validations", run.validation.count, "", run.workload_basis, "before, during and after training")
     if run.questions is not None:
         yield Estimate("questions", run.questions.count, "", run.questions_basis)
-    for one in run.auxiliary:
-        yield Estimate(f"{one.name}, texts", one.texts, "", run.workload_basis)
-        yield Estimate(f"{one.name}, tokens", one.tokens, "", "assumed", one.note)
-        if one.flops is not None:
-            yield Estimate(one.name, one.flops, "FLOP", "assumed", "by the size of the model's files")
+    for auxiliary in run.auxiliary:
+        yield Estimate(f"{auxiliary.name}, texts", auxiliary.texts, "", run.workload_basis)
+        yield Estimate(f"{auxiliary.name}, tokens", auxiliary.tokens, "", "assumed", auxiliary.note)
+        if auxiliary.flops is not None:
+            yield Estimate(auxiliary.name, auxiliary.flops, "FLOP", "assumed", "by the size of the model's files")
 
 
 def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:

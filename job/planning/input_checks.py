@@ -139,9 +139,9 @@ def _check_rows(
         check, first_data = run_check("first stage", lambda: _preview_rows(earlier, **options))
         row_checks.append(check)
     audited = [
-        run_check(name, partial(report_audit, one.audit, one.long_rows))[0]
-        for name, one in (("audit", data), ("audit of the first stage", first_data))
-        if one is not None and one.audit is not None
+        run_check(name, partial(report_audit, facts.audit, facts.long_rows))[0]
+        for name, facts in (("audit", data), ("audit of the first stage", first_data))
+        if facts is not None and facts.audit is not None
     ]
     return _RowChecks(row_checks, audited, steps, data, first_data)
 
@@ -220,8 +220,12 @@ def _problems_of_model(s: Settings, config: Any, empty: Any) -> Iterator[Problem
     if needs_merge(s.export.formats):
         from job.export.model_checks import export_problems, file_problems
 
-        chosen: dict[str, Any] = {"formats": s.export.formats, "onto": s.export.merge_onto, "gate_format": s.gate.on}
-        yield from export_problems(config, empty, **chosen, nf4=s.model.quantization == "nf4", device=None)
+        export_settings: dict[str, Any] = {
+            "formats": s.export.formats,
+            "onto": s.export.merge_onto,
+            "gate_format": s.gate.on,
+        }
+        yield from export_problems(config, empty, **export_settings, nf4=s.model.quantization == "nf4", device=None)
         if not is_remote(s.model.id) and (original := local_model(s.model.id)) is not None:
             yield from file_problems(s.export.formats, original, lambda **_: None)
 

@@ -56,7 +56,7 @@ class Plan:
     @property
     def error(self) -> JobError | None:
         """The error to exit with, which lists all that is wrong; None if all that was checked is right."""
-        wrong = [(found.name, found.error) for found in self.checks if found.error is not None]
+        wrong = [(check.name, check.error) for check in self.checks if check.error is not None]
         return combine(wrong) if wrong else None
 
 
@@ -106,14 +106,16 @@ def _licence(settings: Settings, preflight: Preflight) -> PreflightResult:
     licences = [
         preflight.data.licence if preflight.data is not None else None,
         *(
-            find_licence(one.location, one.revision or data.revision, "dataset")
-            if Path(one.location).exists()
-            else LICENCES.get(one.location)
-            for one in parse_sources(data.source)
+            find_licence(source.location, source.revision or data.revision, "dataset")
+            if Path(source.location).exists()
+            else LICENCES.get(source.location)
+            for source in parse_sources(data.source)
         ),
     ]
     licence = (
-        licences[0] or "; ".join(sorted({one for one in licences if one})) or "unknown; check that you may train on it"
+        licences[0]
+        or "; ".join(sorted({name for name in licences if name}))
+        or "unknown; check that you may train on it"
     )
     limits = ": no commercial use of the data, nor of models that are trained on it" if "-nc" in licence else ""
     # A model that was looked at is here, or the hub answers.
@@ -158,8 +160,8 @@ def _main_memory(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
 def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:
     """What is too large for one file of the hub: a GGUF file. All other formats are split into shards."""
     for name in run.derived if settings.export.hub else ():
-        if name.startswith(GGUF) and (found := run.format_bytes(name)) > MAX_FILE:
-            what = f"{name} is one file of about {size(found, ' ')}, and the hub takes {size(MAX_FILE, ' ')}"
+        if name.startswith(GGUF) and (file_bytes := run.format_bytes(name)) > MAX_FILE:
+            what = f"{name} is one file of about {size(file_bytes, ' ')}, and the hub takes {size(MAX_FILE, ' ')}"
             yield PreflightResult(
                 "hub", "note", f"{what}; leave it out, use a smaller type, or push to JOB_EXPORT__OCI"
             )

@@ -73,7 +73,7 @@ def as_json(plan: Plan) -> str:
     document: dict[str, Any] = {
         "title": plan.title,
         "exit_code": plan.error.exit_code if plan.error else 0,
-        "checks": [{"name": found.name, "state": found.state, "what": found.what} for found in plan.checks],
+        "checks": [{"name": check.name, "state": check.state, "what": check.what} for check in plan.checks],
         "figures": [asdict(figure) for figure in plan.figures],
         "gpus": [asdict(gpu) for gpu in plan.gpus],
         "assumptions": list(plan.assumptions),
@@ -85,7 +85,7 @@ def as_json(plan: Plan) -> str:
 def as_table(plan: Plan) -> str:
     """The plan as text: checks, estimates, GPUs, assumptions."""
     parts = [plan.title, _checks(plan)]
-    if any(found.name == "data" and found.state == "wrong" for found in plan.checks):
+    if any(check.name == "data" and check.state == "wrong" for check in plan.checks):
         parts.append("No forecast: the data cannot be used.")
     else:
         parts += _forecast(plan)
@@ -104,7 +104,7 @@ def _forecast(plan: Plan) -> list[str]:
 
 
 def _checks(plan: Plan) -> str:
-    rows = [(f"{found.name}", found.state, found.what) for found in plan.checks]
+    rows = [(f"{check.name}", check.state, check.what) for check in plan.checks]
     name, state = (max(len(row[column]) for row in rows) for column in (0, 1))
     return "\n".join(_folded([(f"{row[0]:<{name}}  {row[1]:<{state}}  ", row[2]) for row in rows]))
 

@@ -95,8 +95,8 @@ def preview_data(
     """
     split = reading["split"]
     downloads = [
-        _of_the_data(one.location, one.revision or revision, storage, split=split, online=online)
-        for one in parse_sources(source)
+        _of_the_data(part.location, part.revision or revision, storage, split=split, online=online)
+        for part in parse_sources(source)
     ]
     download = sum(size for size, _ in downloads)
     licence = "; ".join(sorted({licence for _, licence in downloads if licence})) or None

@@ -117,10 +117,10 @@ def preview_adapter(
         raise NotChecked("the model's files cannot be fetched")
     how: dict[str, Any] = {"targets": targets, "rank": rank, "options": options, "problems": problems}
     config, empty = inspect(model.folder, max_length=max_length, **how)
-    found = tuple(sorted(resolve_targets(empty, targets)))
-    names = ", ".join(found)
+    modules = tuple(sorted(resolve_targets(empty, targets)))
+    names = ", ".join(modules)
     linear, all_ = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))
-    facts = AdapterFacts(found, count_parameters(empty, rank=rank, target_modules=found, options=options))
+    facts = AdapterFacts(modules, count_parameters(empty, rank=rank, target_modules=modules, options=options))
     text = f"LoRA on {names}"
     if options != PLAIN:
         said = ", ".join(f"{name}={value}" for name, value in described(options).items() if name != "adalora")
@@ -190,8 +190,8 @@ def preview_safety_model(
             place, revision, "safety", online=online, folder=folder, storage=storage
         )
         known = Labels(model_folder, SAFETY_SETTING)
-    chosen = unsafe_labels(known.names, labels, exclusive=known.exclusive)
-    what = f"{place}: unsafe is a probability of at least {threshold:g} for {', '.join(chosen)}"
+    unsafe = unsafe_labels(known.names, labels, exclusive=known.exclusive)
+    what = f"{place}: unsafe is a probability of at least {threshold:g} for {', '.join(unsafe)}"
     facts = AuxiliaryFacts(download, count_weights(model_folder, weight_bytes, heads=False))
     return "ok", f"{what}; the job scores the rows, the plan does not", facts
 

@@ -84,11 +84,11 @@ def _file_round_trip(store: ObjectStore, key: str, size: int, parent: Path | Non
 def local_round_trip(output: Path, name: str, folder: Path | None = None) -> Found[float]:
     """`round_trip` in a temporary folder below a local output; all folders that it creates are removed afterwards."""
     root = output / f".plan-{uuid4().hex}"
-    made = [missing for missing in (root, *root.parents) if not missing.exists()]
+    new_folders = [missing for missing in (root, *root.parents) if not missing.exists()]
     try:
         return round_trip(LocalStore(root), name, folder)
     finally:
         shutil.rmtree(root, ignore_errors=True)
         with suppress(OSError):
-            for missing in made[1:]:
+            for missing in new_folders[1:]:
                 missing.rmdir()  # fails unless it is empty: another process may use it by now

@@ -1,48 +1,35 @@
-"""The state of a run for `qlora-job status`, from the records in its store only.
+"""Decides the state of a run for `qlora-job status`, from the records that `run_records.py` reads from its store.
 
-While it makes progress, an attempt writes its record (`attempts/NNNN.json`) at most every 5 seconds, with its stage and
-the figures of the last optimizer step (`runs.run_log.Noted`). Runs on S3 and local runs are therefore read alike.
-Records of earlier versions lack these figures; the step is then that of the last checkpoint, as `step_from` records.
+The last step is that of finished training, else of the newest attempt. If that attempt has recorded none, as those of
+earlier versions, it is that of the last checkpoint; `step_from` says which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from itertools import islice
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from job.checkpoints import manager
-from job.checkpoints.commit_marker import parse_marker
-from job.common.formatting import count, timestamp
-from job.common.hashing import unsealed
-from job.common.validation import first_error
 from job.errors import Problem, SettingsError, exit_codes
-from job.records import Artifact, TrainingProgress
-from job.results.summary import Outcome, outcome, summary
-from job.runs import lease
-from job.runs.attempt import missing
-from job.runs.killed_for_memory import why_killed
-from job.runs.layout import (
-    ARTIFACTS,
-    FIRST_STAGE,
-    LEASE,
-    RESULTS,
-    STAGES,
-    Stage,
-    attempt_key,
-    attempt_number,
-    marker_key,
-    run_folder,
-    stage_key,
+from job.results.outcome import OutcomeValues, outcome_values, read_outcome
+from job.results.run_records import (
+    RunRecords,
+    gate_passed,
+    last_note,
+    parse_time,
+    read_run_records,
+    refuse_folder_of_runs,
+    runs_beside,
 )
-from job.runs.run_log import LoggedAttempt, Noted, parse_logged
-from job.storage.base import read_record
-from job.storage.open import ObjectStore, StorageOptions, is_remote, open_store
+from job.results.summary import outcome_lines
+from job.runs.killed_for_memory import why_killed
+from job.runs.layout import FIRST_STAGE, RESULTS, Stage, run_folder
+from job.runs.run_log import LoggedAttempt
+from job.storage.open import StorageOptions, is_remote, open_store
 
-T = TypeVar("T")
 State = Literal["running", "preempted", "stalled", "finished", "failed", "not-started", "damaged"]
 
 STALLED_SECONDS = 600.0
@@ -50,14 +37,6 @@ STALLED_SECONDS = 600.0
 _WATCHDOG_SHARE = 1.2
 """An attempt is `stalled` after this multiple of its watchdog's limit. The watchdog ends it at up to 1.1 times the
 limit, and the end is recorded within seconds."""
-_READ_BACK = 20
-"""Maximum number of attempts whose records are read, newest first, for the last end and the last step."""
-_LOOKED_AT = 10_000
-"""Maximum number of objects that are listed to find runs below a folder that is not a run."""
-
-
-_BESIDE = 5
-"""Maximum number of runs that are named beside a folder that is not a run."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +134,7 @@ class RunStatus:
     checkpoints: tuple[int, ...] = ()
     gate: bool | None = None
     outcome: tuple[str, ...] = ()
-    result: Outcome | None = None
+    result: OutcomeValues | None = None
     resume: Resume | None = None
     runs_beside: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = field(default_factory=tuple)
@@ -183,103 +162,95 @@ def read_status(
     if not is_remote(where) and Path(folder).is_file():
         raise SettingsError([Problem(where, f"is a file; give the folder of a run, or the {RESULTS} in it")])
     store = open_store(folder, storage)
-    status = _read(store, now, stalled_after)
+    status = _status_of(read_run_records(store), now, stalled_after)
     if status.state != "not-started":
         return status
-    first = _read(open_store(f"{store.uri}/{FIRST_STAGE}".rstrip("/"), storage), now, stalled_after)
+    first_store = open_store(f"{store.uri}/{FIRST_STAGE}".rstrip("/"), storage)
+    first = _status_of(read_run_records(first_store), now, stalled_after)
     if first.state == "finished":  # and the second has not begun
         silent_seconds = first.silent_seconds or 0.0
         is_stalled = silent_seconds > (STALLED_SECONDS if stalled_after is None else stalled_after)
         return replace(first, run=store.uri, first_stage=True, state="stalled" if is_stalled else "running")
     if first.state != "not-started":
         return replace(first, run=store.uri, first_stage=True)
-    _refuse_folder_of_runs(store)
-    return replace(status, runs_beside=_runs_beside(store.uri))
+    refuse_folder_of_runs(store)
+    return replace(status, runs_beside=runs_beside(store.uri))
 
 
-def _read(store: ObjectStore, now: datetime, stalled_after: float | None) -> RunStatus:
-    problems: list[Problem] = []
-    holder = _parsed(store, LEASE, _parse_lease, problems)
-    numbers = lease.attempt_numbers(store)
-    newest = max([*numbers, holder.epoch if holder else 0])
-    results = _results(store, problems)
-    if not newest and results is None and not problems:
-        return RunStatus(store.uri, "not-started")
-    logged = _logged(store, [number for number in reversed(numbers) if number <= newest][:_READ_BACK], problems)
-    current = logged.get(newest)
-    noted = None if current is None else _noted(current)
-    sign = noted.at if noted else holder.started if holder and holder.epoch == newest else None
-    silent = None if sign is None else max(0.0, (now - _time(sign)).total_seconds())
-    checkpoints = _checkpoints(store, problems)
-    stages_done = _stages_done(store)
+def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) -> RunStatus:
+    """The status that the records of a run tell; the arguments are as for `read_status`."""
+    if records.empty:
+        return RunStatus(records.uri, "not-started")
+    newest, manifest, problems = records.newest, records.manifest, records.problems
+    current = records.attempts.get(newest)
+    note = None if current is None else last_note(current)
+    holder = records.lease
+    sign = note.at if note else holder.started if holder and holder.epoch == newest else None
+    silent = None if sign is None else max(0.0, (now - parse_time(sign)).total_seconds())
     if stalled_after is None:
-        watched = None if noted is None else noted.stall_seconds
+        watched = None if note is None else note.stall_seconds
         stalled_after = STALLED_SECONDS if watched is None else _WATCHDOG_SHARE * watched
-    state, last_end = _state(newest, current, silent, results, stalled_after), _last_end(logged, newest)
+    state = _state(records, silent, stalled_after)
     if state == "finished" and problems:
         state = "damaged"
     elif state == "damaged" and not problems:
         what = "is missing, although an attempt has completed the run; start the run again, which writes it"
-        problems.append(Problem(f"{store.uri}/{RESULTS}", what))
+        problems = (Problem(f"{records.uri}/{RESULTS}", what),)
+    outcome, values = _outcome(records)
     status = RunStatus(
-        run=store.uri,
+        run=records.uri,
         state=state,
         attempt=newest or None,
-        stage=None if noted is None or state == "finished" else noted.stage,
-        stages_done=stages_done,
-        questions=current.questions or None if current and noted and state == "running" else None,
+        stage=None if note is None or state == "finished" else note.stage,
+        stages_done=records.stages_done,
+        questions=current.questions or None if current and note and state == "running" else None,
         last_sign_of_life=sign,
         silent_seconds=silent,
-        last_end=last_end,
+        last_end=_last_end(records),
         likely=None if current is None or state != "stalled" else why_killed(current),
-        checkpoints=checkpoints,
-        gate=_gate(results),
-        outcome=() if results is None else tuple(_formed(summary, results, f"{store.uri}/{RESULTS}") or ()),
-        result=None if results is None else _formed(outcome, results, store.uri),
-        problems=tuple(problems),
+        checkpoints=records.checkpoints,
+        gate=None if manifest is None else gate_passed(manifest),
+        outcome=outcome,
+        result=values,
+        problems=problems,
     )
-    status = _with_step(status, store, logged, results)
+    status = _with_step(status, records)
     return status if state in {"finished", "damaged"} else replace(status, resume=_resume(status))
 
 
-def _state(
-    newest: int,
-    current: LoggedAttempt | None,
-    silent: float | None,
-    results: Mapping[str, Any] | None,
-    stalled_after: float,
-) -> State:
+def _state(records: RunRecords, silent: float | None, stalled_after: float) -> State:
     """The state of the run.
 
     Args:
-        newest: Number of the newest attempt; 0 if there is none.
-        current: That attempt's record; None if it has written none yet, or a damaged one.
-        silent: Seconds since its last record; None if there is none.
-        results: The manifest; None if there is none.
+        records: The run's records.
+        silent: Seconds since the newest attempt's last record; None if there is none.
         stalled_after: Seconds without a record after which the attempt is `stalled`.
     """
-    if results is not None:
+    if records.manifest is not None:
         return "finished"
+    current = records.attempts.get(records.newest)  # None if it has written none yet, or a damaged one
     outcome = "running" if current is None else current.record.outcome
-    if outcome == "complete" or not newest:
+    if outcome == "complete" or not records.newest:
         return "damaged"
     if outcome in {"running", "killed"}:
         return "running" if outcome == "running" and silent is not None and silent <= stalled_after else "stalled"
     return "preempted" if outcome == "preempted" and _exit_code(current) in {None, 75} else "failed"
 
 
-def _with_step(
-    status: RunStatus, store: ObjectStore, logged: Mapping[int, LoggedAttempt], results: Mapping[str, Any] | None
-) -> RunStatus:
+def _with_step(status: RunStatus, records: RunRecords) -> RunStatus:
     """Adds the last step: from finished training, else from the newest attempt, else from the newest checkpoint."""
-    current = logged.get(status.attempt or 0)
-    progress = next((n.training for one in logged.values() if (n := _noted(one)) and n.training), None)
-    total = None if progress is None else progress.total_steps
-    if (trained := _trained(store, results)) is not None:
-        return replace(status, step_from="training", **trained)
-    training = None if current is None else _training(current)
-    if training is not None:
-        return replace(status, step_from="attempt", **asdict(training))
+    if (trained := records.training) is not None:
+        steps = trained.get("steps")
+        figures: dict[str, Any] = {name: trained.get(name) for name in ("loss", "tokens_per_second")}
+        return replace(status, step_from="training", step=steps, total_steps=steps, **figures)
+    progress = {
+        number: logged.noted.training
+        for number, logged in records.attempts.items()
+        if logged.noted is not None and logged.noted.training is not None
+    }
+    if records.newest in progress:
+        return replace(status, step_from="attempt", **asdict(progress[records.newest]))
+    total = next((training.total_steps for training in progress.values()), None)
     if status.checkpoints:
         return replace(status, step_from="checkpoint", step=status.checkpoints[0], total_steps=total)
     return replace(status, total_steps=total)
@@ -294,180 +265,42 @@ def _resume(status: RunStatus) -> Resume:
     return Resume(after, saved or None, None if done is None else max(0, done - saved))
 
 
-def _training(logged: LoggedAttempt) -> TrainingProgress | None:
-    """The last step of an attempt."""
-    return None if logged.noted is None else logged.noted.training
-
-
-def _trained(store: ObjectStore, results: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Steps, loss and speed of finished training; None if training is not finished."""
-    facts: Any = results
-    if facts is None:
-        stored = read_record(store, stage_key(Stage.TRAIN))
-        try:
-            facts = {} if stored is None else unsealed(stored.data)
-        except ValueError:
-            facts = {}  # a damaged record: the next attempt ignores it, too
-    training = facts.get("training")
-    if not isinstance(training, dict):
-        return None
-    steps = training.get("steps")
-    return {
-        "step": steps,
-        "total_steps": steps,
-        "loss": training.get("loss"),
-        "tokens_per_second": training.get("tokens_per_second"),
-    }
-
-
-def _parsed(store: ObjectStore, key: str, parse: Any, problems: list[Problem]) -> Any:
-    """The parsed file; None if it is missing, or damaged, which is added to `problems`."""
-    if (stored := read_record(store, key)) is None:
-        return None
-    try:
-        return parse(stored.data)
-    except ValueError as error:
-        problems.append(Problem(f"{store.uri}/{key}", first_error(error)))
-        return None
-
-
-def _logged(store: ObjectStore, numbers: list[int], problems: list[Problem]) -> dict[int, LoggedAttempt]:
-    """Records of attempts by number, newest first, back to the first that is older than the newest and had a step."""
-    records: dict[int, LoggedAttempt] = {}
-    for number in numbers:
-        logged = _parsed(store, attempt_key(number), _parse_logged, problems)
-        if logged is not None:
-            records[number] = logged
-        if len(records) > 1 and any(_training(record) for record in records.values()):
-            break
-    return records
-
-
-def _parse_logged(data: bytes) -> LoggedAttempt:
-    """Parses an attempt's record, and checks that its times can be read.
-
-    Raises:
-        ValueError: The data is not a record of this kind, or was changed.
-    """
-    logged = parse_logged(data)
-    try:
-        _time(_noted(logged).at)
-    except (OverflowError, ValueError) as error:
-        raise ValueError(f"has times that cannot be read: {error}") from None
-    return logged
-
-
-def _parse_lease(data: bytes) -> lease.LeaseRecord:
-    """Parses a lease, and checks that its time can be read.
-
-    Raises:
-        ValueError: The data is not a lease, or was changed.
-    """
-    record = lease.parse(data)
-    _time(record.started)
-    return record
-
-
-def _noted(logged: LoggedAttempt) -> Noted:
-    """When an attempt wrote its record, and in which stage; estimated for records of earlier versions."""
-    if logged.noted is not None:
-        return logged.noted
-    record = logged.record
-    at = _time(record.started) + timedelta(seconds=record.seconds)
-    return Noted(record.finished or timestamp(at), next(reversed(record.stage_seconds), None))
-
-
-def _time(text: str) -> datetime:
-    try:
-        return datetime.fromisoformat(text).astimezone(UTC)
-    except OverflowError as error:  # on the first or the last day of the calendar
-        raise ValueError(str(error)) from None
-
-
 def _exit_code(logged: LoggedAttempt | None) -> int | None:
     return None if logged is None or logged.noted is None else logged.noted.exit_code
 
 
-def _last_end(logged: Mapping[int, LoggedAttempt], newest: int) -> AttemptEnd | None:
+def _last_end(records: RunRecords) -> AttemptEnd | None:
     """The end of the newest attempt that has ended; every attempt before the newest has."""
-    for number, logged_attempt in logged.items():
-        outcome = logged_attempt.record.outcome
-        if outcome == "running" and number == newest:
+    for number, logged in records.attempts.items():
+        outcome = logged.record.outcome
+        if outcome == "running" and number == records.newest:
             continue
-        code = _exit_code(logged_attempt)
+        code = _exit_code(logged)
         meaning = exit_codes().get(code, (None, None))[0] if code is not None else None
-        why = None if logged_attempt.noted is None else logged_attempt.noted.why
+        why = None if logged.noted is None else logged.noted.why
         if outcome in {"running", "killed"}:
-            outcome, why = "killed", _why_killed(logged, number)
-        return AttemptEnd(number, outcome, code, meaning, why, logged_attempt.record.finished)
+            outcome, why = "killed", _why_killed(records.attempts, number)
+        return AttemptEnd(number, outcome, code, meaning, why, logged.record.finished)
     return None
 
 
-def _why_killed(logged: Mapping[int, LoggedAttempt], number: int) -> str | None:
+def _why_killed(attempts: Mapping[int, LoggedAttempt], number: int) -> str | None:
     """Evidence of full main memory: from the next attempt, which compared the kernel's counts, else from the record."""
-    next_attempt = logged.get(number + 1)
+    next_attempt = attempts.get(number + 1)
     reason = None if next_attempt is None or next_attempt.noted is None else next_attempt.noted.before
-    return reason or why_killed(logged[number])
+    return reason or why_killed(attempts[number])
 
 
-def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | None:
-    """The manifest; None if it is missing or damaged. Only the sizes of the files that it lists are compared."""
-    results: dict[str, Any] | None = _parsed(store, RESULTS, unsealed, problems)
-    if results is None:
-        return None
-    try:
-        artifacts = [Artifact(**entry) for entry in results["artifacts"]]
-        _gate(results)
-    except (KeyError, TypeError) as error:
-        problems.append(Problem(f"{store.uri}/{RESULTS}", f"is not a manifest of this job: {error}"))
-        return None
-    if gone := missing(store, artifacts):
-        what = f"{count(len(gone), 'published file')} missing, or of another size than in {RESULTS}, such as {gone[0]}"
-        problems.append(Problem(f"{store.uri}/{ARTIFACTS}", what))
-    return results
-
-
-def _gate(results: Mapping[str, Any] | None) -> bool | None:
-    passed = None if results is None else results["gate"]["passed"]
-    return passed if isinstance(passed, bool) else None
-
-
-def _formed(form: Callable[[Mapping[str, Any], str], T], results: Mapping[str, Any], where: str) -> T | None:
-    """The outcome; None where the manifest lacks what it needs, as one of another version may."""
-    try:
-        return form(results, where)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None
-
-
-def _checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]:
-    steps = manager.steps(store)
-    return tuple(step for step in steps if _parsed(store, marker_key(step), parse_marker, problems) is not None)
-
-
-def _stages_done(store: ObjectStore) -> tuple[str, ...]:
-    keys = {info.key for info in store.list(STAGES)}
-    return tuple(stage.value for stage in Stage if stage_key(stage) in keys)
-
-
-def _refuse_folder_of_runs(store: ObjectStore) -> None:
-    """Raises SettingsError if the folder contains runs, whose path was given instead of the path of a run."""
-    for info in islice(store.list(), _LOOKED_AT):
-        folder, _, rest = info.key.partition("/")
-        if rest in {RESULTS, LEASE} or attempt_number(rest) is not None:
-            what = f"contains runs, but is not a run itself; give one of them, such as {store.uri}/{folder}"
-            raise SettingsError([Problem(store.uri, what)])
-
-
-def _runs_beside(folder: str) -> tuple[str, ...]:
-    """Up to five runs in the folder above a local one, the newest first; none where they cannot be listed."""
-    if is_remote(folder):
-        return ()
-    try:
-        found = [path.parent for path in Path(folder).parent.glob(f"*/{LEASE}")]
-        return tuple(str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:_BESIDE])
-    except OSError:
-        return ()
+def _outcome(records: RunRecords) -> tuple[tuple[str, ...], OutcomeValues | None]:
+    """The outcome in words and as values; nothing where the manifest lacks what they need, as of another version."""
+    lines: tuple[str, ...] = ()
+    values = None
+    if records.manifest is not None:
+        with suppress(AttributeError, KeyError, TypeError, ValueError):
+            outcome = read_outcome(records.manifest, records.uri)
+            values = outcome_values(outcome)
+            lines = tuple(outcome_lines(outcome))
+    return lines, values
 
 
 def as_json(status: RunStatus) -> dict[str, Any]:

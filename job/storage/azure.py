@@ -56,8 +56,8 @@ class AzureStore(ObstoreStore):
         checked right before the object is deleted.
         """
         if not self._delete_signed(key, {"If-Match": tag}):
-            found = self._describe(key)
-            if found is not None and found[1] != tag:
+            description = self._describe(key)
+            if description is not None and description[1] != tag:
                 raise conflict(f"{self.uri}/{key}")
             self._delete(self._client, key)
 

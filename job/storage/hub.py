@@ -133,7 +133,7 @@ def _other_bytes(folder: Path) -> list[Path]:
     The cache names what it holds by the hub's ETag, which for large files (LFS, Xet) is their SHA-256.
     """
     files = [path for path in folder.iterdir() if path.is_symlink() and _SHA256.fullmatch(path.resolve().name)]
-    return [path for path, found in zip(files, hash_files(files), strict=True) if found != path.resolve().name]
+    return [path for path, digest in zip(files, hash_files(files), strict=True) if digest != path.resolve().name]
 
 
 def _remove(paths: Sequence[Path]) -> None:
@@ -152,10 +152,10 @@ def local_model(source: str) -> Path | None:
     """
     path = Path(source)
     if path.is_dir():
-        there = sorted(one for one in path.iterdir() if any(map(one.match, (*MODEL_FILES, "*.txt"))))
-        if odd := [one for one in there if not one.is_file() and not one.is_dir()]:
+        there = sorted(entry for entry in path.iterdir() if any(map(entry.match, (*MODEL_FILES, "*.txt"))))
+        if odd := [entry for entry in there if not entry.is_file() and not entry.is_dir()]:
             message = "is not a regular file, but a pipe, a device or a broken link"
-            raise DataError([Problem("JOB_MODEL__ID", f"{one} {message}") for one in odd[:3]])
+            raise DataError([Problem("JOB_MODEL__ID", f"{entry} {message}") for entry in odd[:3]])
         return path
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         message = "is not a folder" if path.exists() else "does not exist"

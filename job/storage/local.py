@@ -137,8 +137,8 @@ class LocalStore:
         """See `ObjectStore.list`. Symbolic links and special files are no objects."""
         folder = check_prefix(prefix).rpartition("/")[0]
         with disk_errors(f"{self.uri}: cannot list {prefix}"):
-            found = [info for info in self._walk(self._path(folder)) if info.key.startswith(prefix)]
-        yield from sorted(found, key=lambda info: info.key)
+            infos = [info for info in self._walk(self._path(folder)) if info.key.startswith(prefix)]
+        yield from sorted(infos, key=lambda info: info.key)
 
     def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`. Folders that become empty go too.

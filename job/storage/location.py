@@ -122,8 +122,10 @@ def mistyped(text: str) -> str | None:
     match = re.match(rf"({'|'.join(schemes())})(:/?|//)(?!/)(.*)", text)
     if match is None:
         return None
-    scheme, given, rest = match.groups()
-    lacks = {":/": "has one slash after the colon", ":": "has no slashes after the colon", "//": "has no colon"}[given]
+    scheme, separator, rest = match.groups()
+    lacks = {":/": "has one slash after the colon", ":": "has no slashes after the colon", "//": "has no colon"}[
+        separator
+    ]
     return f"{lacks}; write {scheme}://{rest or 'bucket/prefix'}, or ./ before a path"
 
 

@@ -147,8 +147,8 @@ FAILURES = (BaseError, Missing)
 
 def code(error: BaseException) -> str:
     """The store's own error code, such as `NoSuchKey`; empty if the answer had none."""
-    found = _CODE.search(str(error))
-    return found[1] if found else ""
+    match = _CODE.search(str(error))
+    return match[1] if match else ""
 
 
 def is_refused(error: BaseException) -> bool:
@@ -158,8 +158,8 @@ def is_refused(error: BaseException) -> bool:
 
 def is_refusal(error: BaseException) -> bool:
     """Whether the store answered that the request is wrong, absent or denied, for which it has a reason."""
-    found = _STATUS.search(_first(error))
-    return isinstance(error, Missing) or (found is not None and found[1].startswith("4") and found[1] not in _BUSY)
+    match = _STATUS.search(_first(error))
+    return isinstance(error, Missing) or (match is not None and match[1].startswith("4") and match[1] not in _BUSY)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -182,8 +182,8 @@ def translate(error: BaseException, operation: str) -> JobError:
     """Return the job's error for one of `FAILURES`, `operation` being what was tried."""
     if (problem := next((problem for words, problem in _WRONG.items() if words in _first(error)), None)) is not None:
         return SettingsError([problem])
-    found = _STATUS.search(str(error)) or _BATCH_STATUS.search(_first(error))
-    return _translate(error, operation, int(found[1]) if found else 0)
+    match = _STATUS.search(str(error)) or _BATCH_STATUS.search(_first(error))
+    return _translate(error, operation, int(match[1]) if match else 0)
 
 
 def _translate(error: BaseException, operation: str, status: int) -> JobError:
@@ -201,8 +201,8 @@ def _translate(error: BaseException, operation: str, status: int) -> JobError:
 
 def _no_connection(error: BaseException) -> str:
     """Why there is no connection, which obstore says in its internals alone, and what to do; empty for other errors."""
-    found = next(filter(None, (pattern.search(str(error)) for pattern in _NO_CONNECTION)), None)
-    return f"; {_NO_CONNECTION[found.re].format(*found.groups())}" if found else ""
+    match = next(filter(None, (pattern.search(str(error)) for pattern in _NO_CONNECTION)), None)
+    return f"; {_NO_CONNECTION[match.re].format(*match.groups())}" if match else ""
 
 
 def _denied(error: BaseException, status: int) -> str | None:

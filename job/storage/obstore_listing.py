@@ -69,8 +69,8 @@ def _sorted(client: Any, uri: str, start: str, retries: int) -> Iterator[tuple[s
                 else:
                     break
             # SQLite compares the bytes of UTF-8, whose order is that of Python's strings.
-            found = database.execute("SELECT key, bytes FROM found ORDER BY key")
-            yield from (entry for entry in found if entry[0].startswith(start))
+            entries = database.execute("SELECT key, bytes FROM found ORDER BY key")
+            yield from (entry for entry in entries if entry[0].startswith(start))
     except sqlite3.Error as error:
         what = f"{uri}: cannot list: the listing does not fit into a temporary file ({error}); set TMPDIR"
         raise Unreachable(what) from error
@@ -113,6 +113,6 @@ def is_beyond(key: str, folder: str, name: str) -> bool:
     True only if this holds for every order that servers use: by whole keys or folder by folder, compared as UTF-8 (as
     Python does) or UTF-16.
     """
-    found = key.removeprefix(f"{folder}/" if folder else "").partition("/")[0]
-    later = found > name and found.encode("utf-16-be") > name.encode("utf-16-be")
-    return later and not found.startswith(name)
+    component = key.removeprefix(f"{folder}/" if folder else "").partition("/")[0]
+    later = component > name and component.encode("utf-16-be") > name.encode("utf-16-be")
+    return later and not component.startswith(name)

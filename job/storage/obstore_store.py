@@ -205,8 +205,8 @@ class ObstoreStore:
         """See `ObjectStore.tag`."""
         check_key(key)
         with self._asking("read", key):
-            found = self._describe(key)
-        return None if found is None else found[1]
+            description = self._describe(key)
+        return None if description is None else description[1]
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """See `ObjectStore.write`."""
@@ -490,10 +490,10 @@ class ObstoreStore:
             except FAILURES as error:
                 if not is_refusal(error):
                     raise
-                found = self._get(key)
-                if found is None:
+                result = self._get(key)
+                if result is None:
                     return None
-                meta = found.meta
+                meta = result.meta
             if (tag := self._tag(meta)) is not None:
                 return meta, tag
         raise Unreachable(

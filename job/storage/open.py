@@ -127,11 +127,11 @@ def size(place: str, options: StorageOptions = _DEFAULT) -> int:
     if _WILDCARD.search(location.name):
         return sum(info.bytes for info in _matching(open_store(location.parent, options), location.name))
     name = location.name if location.key else ""
-    found = {info.key: info.bytes for info in open_store(location.parent, options).list(name)}
-    if name in found and not location.folder:
-        return found[name]
+    sizes = {info.key: info.bytes for info in open_store(location.parent, options).list(name)}
+    if name in sizes and not location.folder:
+        return sizes[name]
     start = f"{name}/" if name else ""
-    return sum(size for path, size in found.items() if path.startswith(start))
+    return sum(size for path, size in sizes.items() if path.startswith(start))
 
 
 def _impossible_names(uri: str, paths: dict[str, ObjectInfo]) -> list[Problem]:

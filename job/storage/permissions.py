@@ -34,10 +34,10 @@ def check_permissions(output: str, run: str) -> None:
     if is_remote(output):
         return
     shared = Path(output).expanduser()
-    found = chain(
+    unusable = chain(
         _unusable(Path(run).expanduser()), _unusable(shared / HIDDEN), _unusable(shared / "scores", folders=1)
     )
-    if (first := next(found, None)) is not None:
+    if (first := next(unusable, None)) is not None:
         raise SettingsError([Problem("JOB_RUN__OUTPUT", _remedy(first))])
 
 

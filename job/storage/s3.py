@@ -92,14 +92,14 @@ class S3Store:
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """See `ObjectStore.read`."""
         with self._asking("read", check_key(key)):
-            found = self._read(key, max_bytes)
-        return None if found is None else Stored(*found)
+            stored = self._read(key, max_bytes)
+        return None if stored is None else Stored(*stored)
 
     def tag(self, key: str) -> str | None:
         """See `ObjectStore.tag`."""
         with self._asking("read", check_key(key)):
-            found = self._describe(key)
-        return None if found is None else found[1]
+            description = self._describe(key)
+        return None if description is None else description[1]
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """See `ObjectStore.write`."""
@@ -181,10 +181,10 @@ class S3Store:
         """See `ObjectStore.download`."""
         with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", check_key(key)):
             for _ in attempts(2):
-                found = self._describe(key)
-                if found is None:
+                description = self._describe(key)
+                if description is None:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
-                size = found[0]
+                size = description[0]
                 byte_limit(f"{self.uri}/{key}", max_bytes)(size)
                 with suppress(_OtherSize), atomic_write(path) as temporary:
                     self._fetch(key, temporary, size, max_bytes)
@@ -210,8 +210,8 @@ class S3Store:
             except KeyError:  # as for uploads
                 raise _OtherSize from None
         else:  # the transfer manager would request a range of its part size, which some servers refuse if it is larger
-            found = self._read(key, MAX_READ_BYTES if max_bytes is None else max_bytes)
-            path.write_bytes(b"" if found is None else found[0])
+            stored = self._read(key, MAX_READ_BYTES if max_bytes is None else max_bytes)
+            path.write_bytes(b"" if stored is None else stored[0])
         if path.stat().st_size != size:
             raise _OtherSize
 

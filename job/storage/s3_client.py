@@ -95,11 +95,17 @@ def connect(options: StorageOptions) -> Any:
 class _KeysOfFile(Credentials):  # type: ignore[misc]  # botocore has no types
     """Keys of a file, which another program may replace while the job runs."""
 
-    def __init__(self, found: Any, provider: Any) -> None:
-        super().__init__(found.access_key, found.secret_key, found.token, found.method, found.account_id)
+    def __init__(self, credentials: Any, provider: Any) -> None:
+        super().__init__(
+            credentials.access_key,
+            credentials.secret_key,
+            credentials.token,
+            credentials.method,
+            credentials.account_id,
+        )
         self._provider = provider
         # Replaced as a whole: several threads sign, and none may see the key of one version and the token of another.
-        self._keys = found.get_frozen_credentials()
+        self._keys = credentials.get_frozen_credentials()
 
     def get_frozen_credentials(self) -> Any:
         """The keys to sign a request with."""
@@ -108,9 +114,9 @@ class _KeysOfFile(Credentials):  # type: ignore[misc]  # botocore has no types
     def read_again(self) -> None:
         """Takes the keys that the file has now; keeps the old ones if it has none, such as while it is written."""
         with suppress(BotoCoreError, OSError, ValueError):
-            found = self._provider.load()
-            if found is not None and found.get_frozen_credentials() != self._keys:
-                self._keys = found.get_frozen_credentials()
+            credentials = self._provider.load()
+            if credentials is not None and credentials.get_frozen_credentials() != self._keys:
+                self._keys = credentials.get_frozen_credentials()
                 log.get_logger().info("the server refused the keys: new ones were read from AWS's credentials file")
 
 
@@ -124,8 +130,8 @@ class _KeyFileProvider(CredentialProvider):  # type: ignore[misc]  # botocore ha
 
     def load(self) -> _KeysOfFile | None:
         """The keys; None if the file has none."""
-        found = self._provider.load()
-        return None if found is None else _KeysOfFile(found, self._provider)
+        credentials = self._provider.load()
+        return None if credentials is None else _KeysOfFile(credentials, self._provider)
 
 
 def _register(client: Any, options: StorageOptions, keys: _KeysOfFile | None) -> None:

@@ -32,8 +32,8 @@ def pinned(size: int, device: torch.device) -> torch.Tensor:
     """
     memory = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda" and size and not pin(memory, device):
-        what = f"the machine has no more main memory that can be pinned (ulimit -l): {size:,} bytes of activations"
-        raise RuntimeError(f"{what}; JOB_TRAIN__OFFLOAD_ACTIVATIONS=false keeps them on the GPU")
+        message = f"the machine has no more main memory that can be pinned (ulimit -l): {size:,} bytes of activations"
+        raise RuntimeError(f"{message}; JOB_TRAIN__OFFLOAD_ACTIVATIONS=false keeps them on the GPU")
     return memory
 
 

@@ -37,5 +37,5 @@ def plan_activations(
     if model.device.type != "cpu" or setup is None:
         return False, ""
     need = processes * activation_bytes(replace(setup, recompute=False), tokens)
-    kept = keeps_activations(setup, tokens, processes)
-    return kept, f"activations would take {size(need, ' ')}: {'kept' if kept else 'recomputed in the backward pass'}"
+    keep = keeps_activations(setup, tokens, processes)
+    return keep, f"activations would take {size(need, ' ')}: {'kept' if keep else 'recomputed in the backward pass'}"

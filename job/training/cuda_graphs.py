@@ -84,7 +84,7 @@ class CudaGraphs:
         Raises:
             torch.OutOfMemoryError: There is too little memory; a later call may record.
         """
-        graph, kept = torch.cuda.CUDAGraph(), tuple(x.clone() for x in inputs)
+        graph, static_inputs = torch.cuda.CUDAGraph(), tuple(x.clone() for x in inputs)
         forget_accumulators(self._leaves)
         try:
             # The outer context restores the current stream, which a failed recording does not.
@@ -92,12 +92,12 @@ class CudaGraphs:
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
-                output = self._work(*kept)
+                output = self._work(*static_inputs)
         except RuntimeError as error:
             full = out_of_memory(error)
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         else:
-            self._recordings[shapes] = _Recording(graph, kept, output)
+            self._recordings[shapes] = _Recording(graph, static_inputs, output)
             return
         _end_allocations(self._pool)
         if full:  # a new error: the caught one would keep all tensors of the failed work alive

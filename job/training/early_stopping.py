@@ -46,7 +46,7 @@ def validation_record(
     """The manifest's `training.validation`, from all validations of a complete run."""
     best = progress(validations)
     last = validations[-1]
-    kept = validations[-1 - best.stale] if keep == "best" else last
+    published = validations[-1 - best.stale] if keep == "best" else last
     return ValidationRecord(
         every_steps=every_steps,
         count=len(validations),
@@ -59,7 +59,7 @@ def validation_record(
         planned_steps=total_steps,
         stopped_early=last.step < total_steps,
         keep=keep,
-        kept_step=kept.step,
+        kept_step=published.step,
         seconds=sum(float(validation.measured.get("seconds") or 0) for validation in validations),
-        preference=kept.preference,
+        preference=published.preference,
     )

@@ -98,11 +98,11 @@ def kept_activation_bytes(setup: Setup, tokens: int) -> int:
     a = setup.architecture
     stream = (2 + a.norms) * a.hidden
     heads = 2 * a.queries + (a.queries + a.keys if a.query_norm else 0)
-    kept = setup.value_bytes * a.layers * (stream + heads + (2 if a.experts else 3) * a.intermediate) * tokens
+    of_all_layers = setup.value_bytes * a.layers * (stream + heads + (2 if a.experts else 3) * a.intermediate) * tokens
     # While a mixture's layer computes, it also needs its experts' dequantized weights and a copy of each token for each
     # of its experts.
     now = a.largest_matrix + (EXPERT_COPIES * a.copies + EXPERT_WIDTHS * a.intermediate) * tokens
-    return kept + setup.value_bytes * now * bool(a.experts)
+    return of_all_layers + setup.value_bytes * now * bool(a.experts)
 
 
 def choose_plan(
@@ -141,19 +141,23 @@ def choose_plan(
     base = 2 * setup.architecture.linear_parameters if setup.quantization != "none" or fp8 else 0
     again = activation_bytes(setup, sequence_tokens)
     tried = []
-    for kept_base, kept in ((True, True), (False, True), (True, False), (False, False)):
-        if keep_base not in {None, kept_base} or keep_activations not in {None, kept} or (kept_base and not on_gpu):
+    for kept_base, kept_activations in ((True, True), (False, True), (True, False), (False, False)):
+        if (
+            keep_base not in {None, kept_base}
+            or keep_activations not in {None, kept_activations}
+            or (kept_base and not on_gpu)
+        ):
             continue
         activations = again
-        if kept and known:
+        if kept_activations and known:
             activations = kept_activation_bytes(setup, sequence_tokens)
-        elif kept:
+        elif kept_activations:
             activations = activation_bytes(replace(setup, recompute=False), sequence_tokens)
         need = int((1 + MARGIN) * (activations + base * kept_base) + rest + CONTEXT_BYTES)
-        tried.append((kept_base, kept, need))
+        tried.append((kept_base, kept_activations, need))
         if need <= free_bytes:
             break
-    kept_base, kept, need = tried[-1]
+    kept_base, kept_activations, need = tried[-1]
     why = f"needs {need / GIB:.1f} of {free_bytes / GIB:.1f} GiB that are free"
     forced = "" if keep_base is None and keep_activations is None else "; partly as set"
     graphs = f"; no CUDA graphs: {not_recorded}" if recorded and not_recorded else ""
@@ -162,7 +166,7 @@ def choose_plan(
     recorded &= not_recorded is None
     return ExecutionPlan(
         kept_base=kept_base,
-        kept_activations=kept,
+        kept_activations=kept_activations,
         recorded=recorded,
         reason=why + forced + graphs + where.get(setup.placement, ""),
         base_held=setup.placement,

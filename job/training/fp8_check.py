@@ -50,9 +50,9 @@ def require_fp8(device: Any) -> None:
 
     if device.type != "cuda":
         why: str | None = "there is no GPU"
-    elif (found := gpu_capability.compute_capability()) < FP8_CAPABILITY:
+    elif (capability := gpu_capability.compute_capability()) < FP8_CAPABILITY:
         least = "{}.{}".format(*FP8_CAPABILITY)
-        why = "the GPU's compute capability is {}.{}, less than {} (Ada, Hopper)".format(*found, least)
+        why = "the GPU's compute capability is {}.{}, less than {} (Ada, Hopper)".format(*capability, least)
     else:
         why = fp8.why_not_here(device)
     if why is not None:

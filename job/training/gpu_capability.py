@@ -40,8 +40,8 @@ def why_not_fused(model: Any) -> str | None:
         return "on a CPU PEFT's own layers are used"
     if dtype not in lowest:
         return f"the compute dtype is {dtype}; fused layers need bf16 or fp16 (JOB_MODEL__DTYPE)"
-    if (found := compute_capability()) < lowest[dtype]:
-        numbers = "the GPU's compute capability is {}.{}; fused layers need {}.{}".format(*found, *lowest[dtype])
+    if (capability := compute_capability()) < lowest[dtype]:
+        numbers = "the GPU's compute capability is {}.{}; fused layers need {}.{}".format(*capability, *lowest[dtype])
         return f"{numbers} in {'bf16' if dtype == 'bfloat16' else 'fp16'}"
     return None
 
@@ -70,8 +70,10 @@ def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
         fast = kernels.triton()
     except ImportError:
         if device.type == "cuda":
-            what = "Triton is not installed; torch's own operations are used, which is slower"
-            log.get_logger().warning(what, change="pip install triton (on Linux it is a dependency of torch for GPUs)")
+            message = "Triton is not installed; torch's own operations are used, which is slower"
+            log.get_logger().warning(
+                message, change="pip install triton (on Linux it is a dependency of torch for GPUs)"
+            )
         return kernels.TORCH, "torch"
     try:
         # Only a launch shows whether Triton can use the driver: it compiles and loads a C library then.
@@ -79,11 +81,11 @@ def fast_kernels(device: Any, dtype: str) -> tuple[Any, str]:
         fast.swiglu(probe, probe).sum().item()
     except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler or the loader raises
         why = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
-        what = "Triton cannot run here; torch's own operations are used, which is slower"
+        message = "Triton cannot run here; torch's own operations are used, which is slower"
         change = (
             "use the project's image, or install gcc and Python's headers (python3-dev), which Triton needs to compile"
         )
-        log.get_logger().warning(what, why=why, change=change)
+        log.get_logger().warning(message, why=why, change=change)
         return kernels.TORCH, "torch"
     return fast, "triton"
 
@@ -112,6 +114,6 @@ def agree_on_kernels(processes: Processes, device: Any, dtypes: Sequence[str]) -
     if slower := sorted(dtype for dtype, name in own.items() if name == "triton" and dtype in without):
         _TORCH_IN_ALL.update((device.type, dtype) for dtype in slower)
         fast_kernels.cache_clear()
-        what = "torch's own operations are used, which is slower, since another process cannot use Triton"
+        message = "torch's own operations are used, which is slower, since another process cannot use Triton"
         change = "that process's log says why it cannot"
-        log.get_logger().warning(what, dtypes=slower, change=change)
+        log.get_logger().warning(message, dtypes=slower, change=change)

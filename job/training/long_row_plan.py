@@ -131,7 +131,7 @@ def _tokens_alone(
         return 0
     from job.model.fused.long_attention import copies_of
 
-    found = tokens_alone(
+    tokens = tokens_alone(
         setup,
         longest,
         memory_bytes=gpu_memory(gigabytes)[0],
@@ -140,9 +140,9 @@ def _tokens_alone(
         copies=copies_of(setup.architecture, model.device, kernel),
     )
     why = never or why_not_divided(setup.architecture, group.place.world_size)
-    if why and found < longest:
+    if why and tokens < longest:
         log.get_logger().warning("long rows are not divided over the processes, which would take less memory", why=why)
-    return 0 if why else found
+    return 0 if why else tokens
 
 
 def _agreed_limit(group: Processes, own: int) -> int | None:
@@ -195,7 +195,9 @@ def _agreed_kernel(
     if own is None or None in kernels:
         return own
     if (agreed := slowest(kernels)) != own:
-        what = "attention of long rows is computed by a slower kernel, since another process cannot use the faster one"
+        message = (
+            "attention of long rows is computed by a slower kernel, since another process cannot use the faster one"
+        )
         change = "that process's log says why it cannot"
-        log.get_logger().warning(what, kernel=agreed, faster=own, change=change)
+        log.get_logger().warning(message, kernel=agreed, faster=own, change=change)
     return agreed

@@ -157,11 +157,11 @@ MAIN_MEMORY_SHARE = 0.8
 
 def copies_in_main_memory(setup: Setup, processes: int) -> str:
     """What `host` takes of a machine's main memory, in words: each of its processes has a copy of the weights."""
-    one = size(packed_bytes(setup), " ")
+    copy = size(packed_bytes(setup), " ")
     if processes == 1:
-        return f"the base's 4-bit weights take {one} of main memory"
+        return f"the base's 4-bit weights take {copy} of main memory"
     whole = size(processes * packed_bytes(setup), " ")
-    return f"the base's 4-bit weights take {whole} of main memory, {one} for each of {processes} processes"
+    return f"the base's 4-bit weights take {whole} of main memory, {copy} for each of {processes} processes"
 
 
 def _held_bytes(setup: Setup) -> int:
@@ -244,7 +244,7 @@ def long_row_bytes(setup: Setup, tokens: int, *, offloaded: bool, kept_attention
     a, size = setup.architecture, setup.value_bytes
     keys, output = a.kv_heads * a.head_size, a.queries * size + FP32 * a.heads
     waiting = a.hidden * size + kept_attention * output
-    kept = (2 if offloaded else a.layers) * waiting
+    all_waiting = (2 if offloaded else a.layers) * waiting
     again = 0 if kept_attention else output
     attention = size * (2 * a.hidden + (3 + MORE_QUERIES) * a.queries + 4 * keys) + again
     attention += FP32 * copies * a.head_size
@@ -252,7 +252,7 @@ def long_row_bytes(setup: Setup, tokens: int, *, offloaded: bool, kept_attention
     tile = size * (7 * a.intermediate + 6 * a.hidden + EXPERT_COPIES * a.copies) * min(tokens, TILE_TOKENS)
     positions = 3 * size * a.head_size + TOKEN_BYTES
     loss = min(tokens, HEAD_ROWS) * min(a.vocabulary, HEAD_COLUMNS) * size + FP32 * a.hidden * min(tokens, TILE_TOKENS)
-    return (kept + positions) * tokens + max(attention * tokens, feed_forward * tokens + tile, loss)
+    return (all_waiting + positions) * tokens + max(attention * tokens, feed_forward * tokens + tile, loss)
 
 
 def long_row_host_bytes(setup: Setup, tokens: int, *, kept_attention: bool) -> int:

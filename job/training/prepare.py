@@ -275,10 +275,10 @@ def _by_peft(
     recompute: bool | Literal["auto"],
 ) -> ExecutionPlan:
     """The plan with PEFT's own layers; `slow` is the reason for them."""
-    kept, memory = plan_activations(model, setup, max(budget, longest), processes, recompute=recompute)
+    kept_activations, memory = plan_activations(model, setup, max(budget, longest), processes, recompute=recompute)
     plan = ExecutionPlan(
         kept_base=False,
-        kept_activations=kept,
+        kept_activations=kept_activations,
         recorded=False,
         reason="; ".join(filter(None, (slow, memory))),
         forward=PEFT,

@@ -108,10 +108,10 @@ def refuse_rows(
         _refuse(row, need, free_bytes, device, on_device, longest, fix, more_gpus(offload=offload))
     if copies is None or host_bytes is None or offload is False:
         return
-    kept = _least(setup, longest, sharing.processes, offload=False, copies=copies)
-    if (offload or kept > free_bytes) and (need := in_main_memory(longest)) > host_bytes:
+    without_offloading = _least(setup, longest, sharing.processes, offload=False, copies=copies)
+    if (offload or without_offloading > free_bytes) and (need := in_main_memory(longest)) > host_bytes:
         fix = _ADVICE
-        if kept <= free_bytes:
+        if without_offloading <= free_bytes:
             fix += ", set JOB_TRAIN__OFFLOAD_ACTIVATIONS=auto"
         # The processes of a machine share its main memory, so more GPUs help only if the row fits without offloading.
         _refuse(row, need, host_bytes, "the machine's memory", in_main_memory, longest, fix, more_gpus(offload=False))

@@ -25,9 +25,9 @@ def resume_shapes(
     """
     if before is None:
         if plan.padded:
-            what = "checkpoint of an older version does not have the lengths of its padded sequences"
+            message = "checkpoint of an older version does not have the lengths of its padded sequences"
             effect = "the last bits of the result may differ from those of a run without an interruption"
-            get_logger().warning(f"{what}: this version's shapes are used", effect=effect)
+            get_logger().warning(f"{message}: this version's shapes are used", effect=effect)
         return
     changed = {}
     for name, was, now in (
@@ -46,5 +46,5 @@ def resume_shapes(
         else:
             shapes.keep(steps, budget, shapes_of_before(before.padded, sequences))
     if changed:
-        what = "checkpoint was computed with another execution plan: the last bits of the result change"
-        get_logger().warning(what, **changed, change="resume on the same kind and number of GPUs to keep them")
+        message = "checkpoint was computed with another execution plan: the last bits of the result change"
+        get_logger().warning(message, **changed, change="resume on the same kind and number of GPUs to keep them")

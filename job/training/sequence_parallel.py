@@ -98,11 +98,11 @@ def row_memory(
     alone = training_memory(setup, tokens, tiles=True, offload=offload, copies=copies)
     if processes == 1:
         return alone
-    one, shared = (
+    whole, shared = (
         row_bytes(setup, tokens, n, offloaded=offload is not False, kept_attention=False, copies=copies)
         for n in (1, processes)
     )
-    return replace(alone, activations=alone.activations - one + shared)
+    return replace(alone, activations=alone.activations - whole + shared)
 
 
 def least_memory(

@@ -59,8 +59,8 @@ def slower_ways(
     converted = plan.fp8 or (quantized and not in_layers)
     if fused and converted and not plan.kept_base and not elsewhere:
         change = "JOB_MODEL__KEEP_DEQUANTIZED=auto" if keep_base is False else _MEMORY
-        made = "quantized to FP8" if plan.fp8 else "dequantized"
-        yield Slower(f"the base's weights are {made} for each use", change)
+        how = "quantized to FP8" if plan.fp8 else "dequantized"
+        yield Slower(f"the base's weights are {how} for each use", change)
     if not plan.kept_activations and not in_layers:
         memory = _MEMORY if on_gpu else "a machine with more memory, or a smaller JOB_TRAIN__MICRO_BATCH_TOKENS"
         change = "JOB_TRAIN__GRADIENT_CHECKPOINTING=auto" if recompute is True else memory

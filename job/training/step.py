@@ -144,11 +144,11 @@ class OptimizerStep:
             # Its own sum over the processes: the loss of every example depends on the divergence over the whole step.
             kl = self._summed(lambda: self._own_kl(number, totals))[0].clamp(min=0)
             self.gradient_sum.finish()
-        found = self._from_sum(self._summed(lambda: self._own_gradient(number, _StepTotals(totals, kl))))
+        sums = self._from_sum(self._summed(lambda: self._own_gradient(number, _StepTotals(totals, kl))))
         self.gradient_sum.finish()
         names = self._preference.names(totals)
-        self.metrics = dict(zip(names, found[1:].tolist(), strict=True))
-        return found[0]
+        self.metrics = dict(zip(names, sums[1:].tolist(), strict=True))
+        return sums[0]
 
     def launched_at_once(self, number: int) -> bool:
         """Whether the host launches step `number` in a few milliseconds, and the GPU computes it afterwards."""
@@ -173,39 +173,39 @@ class OptimizerStep:
         torch.manual_seed(seed)
         self._parameters.clear()
         metrics = 0 if known is None or self._preference is None else len(self._preference.names(known.totals))
-        found = torch.zeros(1 + metrics, device=self._device)
+        sums = torch.zeros(1 + metrics, device=self._device)
         items = weighted_targets(self._steps.of(number))
         self.micro_batch.begin_step()
         sequences = count()
         if divided := [example for example in self._steps.divided(number) if example.weight]:
             with self.micro_batch.together():
                 for example in divided:
-                    found += self.micro_batch([example], items if example.weight == 1 else items / example.weight)
+                    sums += self.micro_batch([example], items if example.weight == 1 else items / example.weight)
         for group in self._groups(number):
             # Each loss is added before the next micro-batch: a CUDA graph's next launch overwrites what it returned.
             if known is None or self._preference is None:
                 # Rows of another weight go through the model by themselves: the weight is part of the divisor.
                 for part, weight in by_weight(group):
                     reseed(self._model, seed, next(sequences))
-                    found += self.micro_batch(part, items if weight == 1 else items / weight)
+                    sums += self.micro_batch(part, items if weight == 1 else items / weight)
             else:
                 reseed(self._model, seed, next(sequences))
-                found += self._preference(group, known.totals, known.kl)
+                sums += self._preference(group, known.totals, known.kl)
         if known is None:
             self._lay_out(number + 1)
         # One tensor, so that the processes sum in one all-reduce.
-        return found if self._processes.place.world_size == 1 else self._parameters.gradient_and(found)
+        return sums if self._processes.place.world_size == 1 else self._parameters.gradient_and(sums)
 
     def _own_kl(self, number: int, totals: Totals) -> torch.Tensor:
         """This process's part of KTO's estimate of the divergence, (1,) float32."""
         seed = step_seed(self._seed, number, self._processes.place.rank)
         torch.manual_seed(seed)
-        found = torch.zeros(1, device=self._device)
+        kl = torch.zeros(1, device=self._device)
         if self._preference is not None:
             for index, group in enumerate(self._groups(number)):
                 reseed(self._model, seed, index)
-                found += self._preference.kl(group, totals)
-        return found
+                kl += self._preference.kl(group, totals)
+        return kl
 
     def _groups(self, number: int) -> Iterator[list[Example]]:
         """This process's micro-batches of a step.
@@ -283,13 +283,13 @@ class OptimizerStep:
         """Divides all long rows over the processes where that is possible, else halves the token budget; says so."""
         if self._may_divide:
             self.divide_above(LONG_ROW)
-            what = "out of GPU memory: all long rows are divided over the processes from now on"
+            message = "out of GPU memory: all long rows are divided over the processes from now on"
             change = "GPUs with more memory, or a smaller JOB_TRAIN__MAX_LENGTH"
-            get_logger().warning(what, longer_than=LONG_ROW, change=change)
+            get_logger().warning(message, longer_than=LONG_ROW, change=change)
             return
         self.budget //= 2
-        what = "out of GPU memory: micro-batches have half as many tokens from now on, which is slower"
-        get_logger().warning(what, micro_batch_tokens=self.budget, change="JOB_TRAIN__MICRO_BATCH_TOKENS")
+        message = "out of GPU memory: micro-batches have half as many tokens from now on, which is slower"
+        get_logger().warning(message, micro_batch_tokens=self.budget, change="JOB_TRAIN__MICRO_BATCH_TOKENS")
 
     # Rows that all processes compute together.
 

@@ -426,8 +426,8 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 self.validations.write(path, self.state.global_step)
             self.hooks.on_write(time.monotonic() - began)
             if self.behind_sum.may_have_begun():
-                what = "not saved: the sum that another process was thought to have left undone has come meanwhile"
-                get_logger().warning(what, step=self.state.global_step)
+                message = "not saved: the sum that another process was thought to have left undone has come meanwhile"
+                get_logger().warning(message, step=self.state.global_step)
                 shutil.rmtree(path)
                 return
             self.saved_step = self.state.global_step
@@ -457,8 +457,8 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def trainer_files(self) -> TrainerFiles:
         """The live objects that a checkpoint is written from and restored into."""
-        made = self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state
-        return TrainerFiles(self.model, *made, optimizer_name=self.recipe.optimizer)
+        stateful = self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state
+        return TrainerFiles(self.model, *stateful, optimizer_name=self.recipe.optimizer)
 
 
 def steps_of(examples: Sequence[Example], recipe: Recipe, processes: Processes) -> Steps:

@@ -31,8 +31,8 @@ class ValidationHistory:
     def is_due(self, step: int) -> bool:
         """Whether this step, the last that was done, has a validation that was not made yet."""
         every = self._recipe.validate_every_steps
-        made = self.metrics[-1].step if self.metrics else -1
-        return every is not None and made < step and is_due(step, every, self._recipe.total_steps)
+        last_validated = self.metrics[-1].step if self.metrics else -1
+        return every is not None and last_validated < step and is_due(step, every, self._recipe.total_steps)
 
     def add(self, metrics: ValidationMetrics) -> None:
         """Adds a validation of the model as it is now, and copies its adapter to the CPU if it is the best one."""

@@ -70,8 +70,8 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="keep the runs there; must hold no others")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
-    where, chosen = conditions(), [list(OPTIONS)[number] for number in args.only or range(len(OPTIONS))]
-    given = {
+    where, names = conditions(), [list(OPTIONS)[number] for number in args.only or range(len(OPTIONS))]
+    settings = {
         "JOB_MODEL__ID": str(args.model.resolve()),
         "JOB_DATA__SOURCE": str(args.data.resolve()),
         "JOB_EVAL__TASKS": ",".join(task.partition("=")[0] for task in args.task),
@@ -82,20 +82,20 @@ def main() -> int:
     with ExitStack() as stack:
         folder = args.runs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # One cache, so that only the first run quantizes the base; it also scores the base, for all.
-        given |= {"JOB_RUN__OUTPUT": str(folder / "runs"), "JOB_STORAGE__CACHE": str(folder / "cache")}
-        found = {name: run(number, {**given, **OPTIONS[name]}, deadline) for number, name in enumerate(chosen)}
-        first = found[chosen[0]]
+        settings |= {"JOB_RUN__OUTPUT": str(folder / "runs"), "JOB_STORAGE__CACHE": str(folder / "cache")}
+        jobs = {name: run(number, {**settings, **OPTIONS[name]}, deadline) for number, name in enumerate(names)}
+        first = jobs[names[0]]
         compared = {
-            name: compare(first.folder, made.folder)
-            for name, made in found.items()
-            if made is not first and first.results and made.results
+            name: compare(first.folder, job.folder)
+            for name, job in jobs.items()
+            if job is not first and first.results and job.results
         }
         shutil.rmtree(folder / "cache", ignore_errors=True)
     for task in (task.partition("=")[0] for task in args.task):
-        rows = [row(name, made, compared.get(name), task) for name, made in found.items()]
+        rows = [row(name, job, compared.get(name), task) for name, job in jobs.items()]
         print("", f"{task}, seed {args.seed}", "", *tables.markdown(HEAD, rows), "", sep="\n", flush=True)
     if args.json is not None:
-        runs = {name: {**asdict(made), "folder": None} for name, made in found.items()}
+        runs = {name: {**asdict(job), "folder": None} for name, job in jobs.items()}
         content = {**where, "settings": dict(OPTIONS), "runs": runs, "compared": compared}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -131,15 +131,15 @@ def compare(first: Path, other: Path) -> dict[str, Any]:
     """What `qlora-job compare` says of two runs."""
     command = [sys.executable, "-m", "job", "compare", str(first), str(other), "--format", "json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    comparison: dict[str, Any] = json.loads(done.stdout)
+    return comparison
 
 
-def row(name: str, made: Finished, compared: Mapping[str, Any] | None, task: str) -> list[str]:
+def row(name: str, job: Finished, compared: Mapping[str, Any] | None, task: str) -> list[str]:
     """A run's line in the table of a task; points are percentage points of accuracy."""
-    if made.results is None:
-        return [name, made.why, *[""] * (len(HEAD) - 3), f"{made.seconds:.0f}"]
-    training, scores = made.results["training"], made.results["evaluation"]["tasks"][task]
+    if job.results is None:
+        return [name, job.why, *[""] * (len(HEAD) - 3), f"{job.seconds:.0f}"]
+    training, scores = job.results["training"], job.results["evaluation"]["tasks"][task]
     memory = training["peak_memory_bytes"]
     difference = ["-"] * 3
     if compared is not None:
@@ -149,12 +149,12 @@ def row(name: str, made: Finished, compared: Mapping[str, Any] | None, task: str
         difference = [points, f"{beside['mcnemar_p']:.2g}", beside["verdict"]]
     return [
         name,
-        f"{made.results['model']['trainable_parameters']:,}",
+        f"{job.results['model']['trainable_parameters']:,}",
         *(f"{100 * scores[side]['acc']:.2f} %" for side in ("base", "adapter")),
         *difference,
         f"{training['tokens_per_second']:,.0f}",
         "-" if memory is None else f"{memory / (1 << 30):.2f} GiB",
-        f"{made.seconds:.0f}",
+        f"{job.seconds:.0f}",
     ]
 
 

@@ -144,10 +144,10 @@ def main() -> int:
             for family in args.families:
                 for number, checkout in enumerate(args.checkouts):
                     output = folder / f"{turn}-{family}-{number}"
-                    found = run_job(checkout.resolve(), folder / family, output, args.part, steps)
-                    print(f"{family}, {checkout}: {found['speed']:,.1f} {_unit(args.part)}", flush=True)
-                    if found["speed"] > best.get((family, checkout), {"speed": 0})["speed"]:
-                        best[family, checkout] = found
+                    result = run_job(checkout.resolve(), folder / family, output, args.part, steps)
+                    print(f"{family}, {checkout}: {result['speed']:,.1f} {_unit(args.part)}", flush=True)
+                    if result["speed"] > best.get((family, checkout), {"speed": 0})["speed"]:
+                        best[family, checkout] = result
     first, *others = args.checkouts
     rows = []
     for family in args.families:
@@ -160,7 +160,7 @@ def main() -> int:
                 )
             )
             rows.append(_apart(args.part, family, ours["numbers"], theirs["numbers"]))
-    details = {f"{family}, {checkout}": found for (family, checkout), found in best.items()}
+    details = {f"{family}, {checkout}": result for (family, checkout), result in best.items()}
     finish(rows, {**details, "shape": shape, "threads": os.environ.get("OMP_NUM_THREADS", "")}, where, args.json)
     return 0
 

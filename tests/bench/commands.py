@@ -97,12 +97,12 @@ def main() -> int:
     args = parser.parse_args()
     where = conditions()
     rows = quick_commands(args.times)
-    found = {"demo": whole("demo", JOB_PRESET="demo")}
+    measurements = {"demo": whole("demo", JOB_PRESET="demo")}
     if ALPACA.exists() and ARC_EASY.exists():
         with tempfile.TemporaryDirectory() as folder:
-            found["real data"] = whole("real data", **real(Path(folder)))
-    rows += [row for row, _ in found.values()]
-    finish(rows, {name: parts for name, (_, parts) in found.items()}, where, args.json)
+            measurements["real data"] = whole("real data", **real(Path(folder)))
+    rows += [row for row, _ in measurements.values()]
+    finish(rows, {name: parts for name, (_, parts) in measurements.items()}, where, args.json)
     return 0
 
 

@@ -39,9 +39,9 @@ def main() -> int:
             if subprocess.run(command, check=False).returncode or not file.exists():
                 failed.append(script)
                 continue
-            found = json.loads(file.read_text(encoding="utf-8"))
-            rows += [Row(**row) for row in found["rows"]]
-            details[script] = found["details"]
+            content = json.loads(file.read_text(encoding="utf-8"))
+            rows += [Row(**row) for row in content["rows"]]
+            details[script] = content["details"]
     print(f"== all, {where['date']}, {where['machine']}")
     finish(rows, details, where, args.json)
     if failed:

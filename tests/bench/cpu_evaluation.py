@@ -88,21 +88,21 @@ def differing(ours: Answers, theirs: Answers) -> list[dict[str, float]]:
 
 def compare(ours: Answers, theirs: dict[str, Answers]) -> tuple[Row, dict[str, Any]]:
     """How many of HFLM's predictions, over all its batch sizes, are not ours, and by how much they could have been."""
-    found = {size: differing(ours, answers) for size, answers in theirs.items()}
+    differences = {size: differing(ours, answers) for size, answers in theirs.items()}
     furthest = max(
         abs(a - b)
         for all_b in theirs.values()
         for x, y in zip(ours, all_b, strict=True)
         for a, b in zip(x, y, strict=True)
     )
-    for size, questions in found.items():
+    for size, questions in differences.items():
         for q in questions:
             print(f"question {q['question']}, batch {size}: margins {q['our_margin']:.2e}, {q['their_margin']:.2e}")
-    margins = [max(q["our_margin"], q["their_margin"]) for questions in found.values() for q in questions]
-    most = max(map(len, found.values()))
+    margins = [max(q["our_margin"], q["their_margin"]) for questions in differences.values() for q in questions]
+    most = max(map(len, differences.values()))
     met = max(margins, default=0.0) <= 2 * furthest <= 1e-2
     other = f"ties only (log-likelihoods are at most {furthest:.1e} apart)"
-    return Row("evaluation, predictions that differ", str(most), other, most / len(ours), "ties", met), found
+    return Row("evaluation, predictions that differ", str(most), other, most / len(ours), "ties", met), differences
 
 
 def main() -> int:
@@ -147,12 +147,12 @@ def main() -> int:
                 print(f"{side if side == OURS else f'HFLM, batch {side}'}: {speed:.1f} questions/s", flush=True)
     ours, speed = answers.pop(OURS), best.pop(OURS)
     fastest = max(best, key=lambda size: best[size])
-    row, found = compare(ours, answers)
+    row, differences = compare(ours, answers)
     rows = [
         at_least("evaluation", speed, best[fastest], unit="questions/s", against=f"HFLM, batch {fastest}", goal=3),
         row,
     ]
-    finish(rows, {"questions": len(ours), "ours": speed, "hflm": best, "differing": found}, where, args.json)
+    finish(rows, {"questions": len(ours), "ours": speed, "hflm": best, "differing": differences}, where, args.json)
     return 0
 
 

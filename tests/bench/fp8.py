@@ -66,8 +66,8 @@ def kernel_section(bench: Bench, _given: argparse.Namespace) -> None:
     totals: dict[str, float] = {}
     for name, (inputs, outputs) in groups.items():
         with bench.caught(f"products {name}"):
-            found = products(bench, quantize, name, tokens=tokens, inputs=inputs, outputs=outputs)
-            for what, milliseconds in found.items():
+            spent = products(bench, quantize, name, tokens=tokens, inputs=inputs, outputs=outputs)
+            for what, milliseconds in spent.items():
                 totals[what] = totals.get(what, 0.0) + milliseconds
         gpu.clean()
     layers = sides["num_hidden_layers"]
@@ -81,7 +81,7 @@ def quantized_alike(bench: Bench, quantize: Quantize, widths_of_layers: Sequence
         spread = torch.exp(4 * torch.randn(tokens, 1, device=DEVICE))
         parts = [(torch.randn(tokens, width, device=DEVICE) * spread).bfloat16() for width in widths]
         parts[0][: tokens // 8] = 0
-        found, formula = quantize(parts), fp8.quantize(parts)
+        quantized, formula = quantize(parts), fp8.quantize(parts)
         on_cpu = fp8.quantize([part.cpu() for part in parts])
         size = 2 * tokens * sum(widths)
         milliseconds = gpu.timed_on_gpu(lambda parts=parts: quantize(parts))
@@ -89,8 +89,8 @@ def quantized_alike(bench: Bench, quantize: Quantize, widths_of_layers: Sequence
             "quantization",
             widths=widths,
             rows=tokens,
-            bits_of_formula=same_rows(found, formula),
-            bits_of_cpu=same_rows(found, on_cpu),
+            bits_of_formula=same_rows(quantized, formula),
+            bits_of_cpu=same_rows(quantized, on_cpu),
             milliseconds=milliseconds,
             gigabytes_per_second=(size + size // 2) / milliseconds / 1e6,
         )
@@ -138,15 +138,15 @@ def products(
     }
     for way, fast in (("fast", True), ("precise", False)):
         with accumulating(fast=fast):
-            found, back = fp8.product(x8, w8[0], torch.bfloat16), fp8.product(g8, back8, torch.bfloat16)
+            product, back = fp8.product(x8, w8[0], torch.bfloat16), fp8.product(g8, back8, torch.bfloat16)
             again = fp8.product(x8, w8[0], torch.bfloat16)
-            errors[f"{way}_from_emulation"] = error(found.float(), emulated)
+            errors[f"{way}_from_emulation"] = error(product.float(), emulated)
             errors[f"{way}_back_from_emulation"] = error(back.float(), emulated_back)
-            errors[f"{way}_largest"] = ((found.float() - emulated).abs().max() / emulated.abs().max()).item()
+            errors[f"{way}_largest"] = ((product.float() - emulated).abs().max() / emulated.abs().max()).item()
             # Whether sums are cut off towards zero, as a share of them.
-            shrunk = ((found.float() - emulated) * emulated.sign()).mean() / emulated.abs().mean()
+            shrunk = ((product.float() - emulated) * emulated.sign()).mean() / emulated.abs().mean()
             errors[f"{way}_drift"] = shrunk.item()
-            bench.say("repeated product", layers=name, way=way, same_bits=torch.equal(found, again))
+            bench.say("repeated product", layers=name, way=way, same_bits=torch.equal(product, again))
             spent[f"{way}_forward"] = gpu.timed_on_gpu(
                 lambda: [fp8.product(x8, w, torch.bfloat16) for w in w8] and None
             )
@@ -161,18 +161,18 @@ def products(
 
 def other_ways(x8: Rows, w8: list[Rows], g8: Rows, back8: Rows, outputs: list[int]) -> dict[str, float]:
     """Milliseconds of the products with one scale a matrix, and of the input's gradient by one product a layer."""
-    one = torch.ones((), device=DEVICE)
+    unit_scale = torch.ones((), device=DEVICE)
 
     def by_matrix(left: Rows, right: Rows) -> torch.Tensor:
-        found: torch.Tensor = torch._scaled_mm(
+        product: torch.Tensor = torch._scaled_mm(
             left.values,
             right.values.T,
-            scale_a=one,
-            scale_b=one,
+            scale_a=unit_scale,
+            scale_b=unit_scale,
             out_dtype=torch.bfloat16,
             use_fast_accum=fp8.FAST_ACCUMULATION,
         )
-        return found
+        return product
 
     def parts(rows: Rows) -> list[Rows]:
         return [Rows(part.contiguous(), rows.scale) for part in rows.values.split(outputs, dim=1)]
@@ -192,9 +192,9 @@ def other_ways(x8: Rows, w8: list[Rows], g8: Rows, back8: Rows, outputs: list[in
     }
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the difference, as a share of the expected one's."""
-    return ((found - expected).norm() / expected.norm()).item()
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 class accumulating:  # noqa: N801 - reads as a verb
@@ -222,7 +222,7 @@ def put(model: Any, variant: Variant, *, in_fp8: bool) -> None:
     fuse_layers(model, keep_dequantized=variant.keep, kernels=kernel_set(), fp8=True)
 
 
-def speed_section(bench: Bench, given: argparse.Namespace) -> None:
+def speed_section(bench: Bench, args: argparse.Namespace) -> None:
     """Twenty steps each way, and bits of runs of a few."""
     model = gpu.adapted(bench)
     gpu.rate(bench)
@@ -234,12 +234,12 @@ def speed_section(bench: Bench, given: argparse.Namespace) -> None:
         with bench.caught(f"train {name}"), accumulating(fast=fast):
             put(model, best, in_fp8=in_fp8)
             held = torch.cuda.memory_allocated() / 2**30 if ON_GPU else None
-            found = gpu.fit(bench, model, best)
-            steady[name] = found["steady_tokens_per_second"]
-            bench.say("train", variant=name, held_gib=held, **found)
+            figures = gpu.fit(bench, model, best)
+            steady[name] = figures["steady_tokens_per_second"]
+            bench.say("train", variant=name, held_gib=held, **figures)
             if in_fp8 and steady.get("bf16"):
                 bench.say("ratio", variant=name, to_bf16=steady[name] / steady["bf16"])
-    short = replace(bench, steps=given.short_steps)
+    short = replace(bench, steps=args.short_steps)
     few = replace(best, steps=1)
     with bench.caught("bits"):
         put(model, few, in_fp8=True)
@@ -252,13 +252,13 @@ def speed_section(bench: Bench, given: argparse.Namespace) -> None:
     }.items():
         with bench.caught(f"bits {name}"):
             put(model, variant, in_fp8=True)
-            found = gpu.fit(short, model, variant)
+            figures = gpu.fit(short, model, variant)
             bench.say(
                 "bits",
                 variant=name,
-                same=found["adapter"] == first,
-                tokens_per_second=found["tokens_per_second"],
-                peak_gib=found["peak_gib"],
+                same=figures["adapter"] == first,
+                tokens_per_second=figures["tokens_per_second"],
+                peak_gib=figures["peak_gib"],
             )
     gpu.unmake(model)
     del model
@@ -268,18 +268,18 @@ def speed_section(bench: Bench, given: argparse.Namespace) -> None:
 # Formats, on the CPU.
 
 
-def format_section(bench: Bench, given: argparse.Namespace) -> None:
+def format_section(bench: Bench, args: argparse.Namespace) -> None:
     """The adapter's gradient by each way to round, against that in fp32 without rounding."""
-    if given.data is None:
+    if args.data is None:
         bench.say("left out", section="formats", why="needs --data")
         return
     from job.data.dataset import load_examples
     from job.model.tokenizer import load_tokenizer
 
     with tempfile.TemporaryDirectory() as work:
-        base = given.base or make_base(Path(work) / "base", given.gguf)
+        base = args.base or make_base(Path(work) / "base", args.gguf)
         examples, _ = load_examples(
-            str(given.data),
+            str(args.data),
             revision=None,
             split="train",
             limit=FORMAT_ROWS,
@@ -296,9 +296,9 @@ def format_section(bench: Bench, given: argparse.Namespace) -> None:
             "gradients in e5m2": (fp8.quantize, partial(rounded, torch.float8_e5m2, by_row=True)),
             "e4m3, one scale a matrix": [partial(rounded, fp8.FORMAT, by_row=False)] * 2,
         }.items():
-            found = gradient_on_cpu(base, examples, ways)
-            cosine = torch.nn.functional.cosine_similarity(found, plain, 0).item()
-            bench.say("format", way=name, error=error(found, plain), cosine=cosine)
+            gradient = gradient_on_cpu(base, examples, ways)
+            cosine = torch.nn.functional.cosine_similarity(gradient, plain, 0).item()
+            bench.say("format", way=name, error=error(gradient, plain), cosine=cosine)
 
 
 def rounded(kind: torch.dtype, parts: Sequence[torch.Tensor], *, by_row: bool) -> Rows:
@@ -348,23 +348,23 @@ def by_other(products: fp8.FrozenProducts, quantize: Quantize, gradients: Sequen
 # The whole job on a real model.
 
 
-def accuracy_section(bench: Bench, given: argparse.Namespace) -> None:
+def accuracy_section(bench: Bench, args: argparse.Namespace) -> None:
     """The job in bf16 and in FP8, with each seed, as long as there is time."""
-    if given.data is None or given.task is None:
+    if args.data is None or args.task is None:
         bench.say("left out", section="accuracy", why="needs --data and --task")
         return
-    deadline = time.monotonic() + given.accuracy_seconds
-    name, _, file = given.task.partition("=")
+    deadline = time.monotonic() + args.accuracy_seconds
+    name, _, file = args.task.partition("=")
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         began = time.monotonic()
-        base = given.base or make_base(folder / "base", given.gguf)
+        base = args.base or make_base(folder / "base", args.gguf)
         bench.say("base", model=MODEL, seconds=time.monotonic() - began)
         settings = {
             "JOB_MODEL__ID": str(base.resolve()),
             "JOB_MODEL__NAME": MODEL,
-            "JOB_DATA__SOURCE": str(given.data.resolve()),
-            "JOB_DATA__LIMIT": str(given.rows),
+            "JOB_DATA__SOURCE": str(args.data.resolve()),
+            "JOB_DATA__LIMIT": str(args.rows),
             "JOB_DATA__ON_BAD_ROW": "skip",
             "JOB_EVAL__TASKS": name,
             "JOB_EVAL__DATA": f"{name}={Path(file).resolve()}",
@@ -375,50 +375,50 @@ def accuracy_section(bench: Bench, given: argparse.Namespace) -> None:
         }
         if bench.tiny:
             settings |= {"JOB_TRAIN__MAX_STEPS": "2", "JOB_TRAIN__GLOBAL_BATCH_SIZE": "4", "JOB_EVAL__LIMIT": "10"}
-        number, made = 0, Finished(folder, 0.0, None)
+        number, job = 0, Finished(folder, 0.0, None)
         seeded: dict[str, str] = {}
-        for seed in given.seeds:
+        for seed in args.seeds:
             pair = []
             for compute in ("dtype", "fp8"):
                 seeded = {"JOB_RUN__SEED": str(seed), "JOB_TRAIN__COMPUTE": compute if ON_GPU else "dtype"}
-                made = run(number, {**settings, **seeded}, deadline)
+                job = run(number, {**settings, **seeded}, deadline)
                 number += 1
-                pair.append(made)
-                about = {"compute": compute, "seed": seed, "seconds": made.seconds, "why": made.why}
-                bench.say("job", **about, **job_facts(made, name))
-            if all(made.results for made in pair):
+                pair.append(job)
+                about = {"compute": compute, "seed": seed, "seconds": job.seconds, "why": job.why}
+                bench.say("job", **about, **job_facts(job, name))
+            if all(job.results for job in pair):
                 paired = compared(pair[0].folder, pair[1].folder, name)
                 bench.say("compare", seed=seed, first="bf16", second="fp8", paired=paired)
-        if made.results is not None and given.kill:
-            fault = {"JOB_FAULT": f"kill@step={given.kill}"}
+        if job.results is not None and args.kill:
+            fault = {"JOB_FAULT": f"kill@step={args.kill}"}
             killed = run(number, {**settings, **seeded, **fault}, deadline)
             again = run(number, {**settings, **seeded}, deadline)
-            bench.say("killed", why=killed.why, seconds=killed.seconds + again.seconds, **differing(made, again))
+            bench.say("killed", why=killed.why, seconds=killed.seconds + again.seconds, **differing(job, again))
 
 
 def differing(whole: Finished, resumed: Finished) -> dict[str, Any]:
     """The adapter's and the answers' files of two runs, and those of them that differ."""
     if whole.results is None or resumed.results is None:
         return {"failed": resumed.why}
-    one, other = (
+    whole_files, resumed_files = (
         {
             artifact["path"]: artifact["sha256"]
-            for artifact in made.results["artifacts"]
+            for artifact in job.results["artifacts"]
             if "adapter/adapter_" in artifact["path"] or "evaluation/" in artifact["path"]
         }
-        for made in (whole, resumed)
-        if made.results is not None
+        for job in (whole, resumed)
+        if job.results is not None
     )
     attempts = len(resumed.results["run"]["attempts"])
-    differ = sorted(path for path in {*one, *other} if one.get(path) != other.get(path))
-    return {"attempts": attempts, "artifacts": len(one), "differ": differ}
+    differ = sorted(path for path in {*whole_files, *resumed_files} if whole_files.get(path) != resumed_files.get(path))
+    return {"attempts": attempts, "artifacts": len(whole_files), "differ": differ}
 
 
-def job_facts(made: Finished, task: str) -> dict[str, Any]:
+def job_facts(job: Finished, task: str) -> dict[str, Any]:
     """What the manifest of a run says."""
-    if made.results is None:
+    if job.results is None:
         return {}
-    training, scores = made.results["training"], made.results["evaluation"]["tasks"][task]
+    training, scores = job.results["training"], job.results["evaluation"]["tasks"][task]
     return {
         "execution": training["execution"],
         "loss": training["loss"],
@@ -437,8 +437,8 @@ def compared(one: Path, other: Path, task: str) -> Mapping[str, Any]:
     """What `qlora-job compare` says of two runs' adapters on the task."""
     command = [sys.executable, "-m", "job", "compare", str(one), str(other), "--format", "json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found: Mapping[str, Any] = json.loads(done.stdout)["tasks"][task]
-    return found
+    comparison: Mapping[str, Any] = json.loads(done.stdout)["tasks"][task]
+    return comparison
 
 
 SECTIONS = {
@@ -465,16 +465,16 @@ def main() -> int:
     parser.add_argument("--kill", type=int, default=50, help="step at which another FP8 run is killed; 0: none is")
     parser.add_argument("--accuracy-seconds", type=float, default=120.0, help="for all runs of the job together")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", tempfile.gettempdir())))
-    given = parser.parse_args()
-    folder = given.out / "fp8"  # beside what gpu.py writes
+    args = parser.parse_args()
+    folder = args.out / "fp8"  # beside what gpu.py writes
     folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(given.tiny, folder, given.steps, [])
+    bench = Bench(args.tiny, folder, args.steps, [])
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
     bench.say("machine", gpu=torch.cuda.get_device_name() if ON_GPU else None, **versions)
-    for name in given.sections or SECTIONS:
+    for name in args.sections or SECTIONS:
         start = time.monotonic()
         with bench.caught(name):
-            SECTIONS[name](bench, given)
+            SECTIONS[name](bench, args)
         bench.say("section", name=name, seconds=time.monotonic() - start)
     return int(any(finding["what"] == "failed" for finding in bench.findings))
 

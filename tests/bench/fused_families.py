@@ -155,7 +155,7 @@ def computed(step: Any, parameters: FlatParameters, scaler: Any = None) -> tuple
 
 def timed(step: Any, times: int) -> float:
     """Seconds of a step: the least of some."""
-    found = []
+    seconds = []
     for _ in range(times):
         if ON_GPU:
             torch.cuda.synchronize()
@@ -163,8 +163,8 @@ def timed(step: Any, times: int) -> float:
         step(0)
         if ON_GPU:
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return min(found)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def digest(gradient: torch.Tensor) -> str:
@@ -193,9 +193,9 @@ def fused_plan(model: Any, lengths: list[int], batch: int) -> ExecutionPlan:
             recompute="auto",
             gigabytes=None,
         )
-    made = fuse_layers(model, keep_dequantized=True, kernels=TORCH)
+    parts = fuse_layers(model, keep_dequantized=True, kernels=TORCH)
     return ExecutionPlan(
-        kept_base=True, kept_activations=True, recorded=False, reason="a rehearsal", forward=f"fused {made}, torch"
+        kept_base=True, kept_activations=True, recorded=False, reason="a rehearsal", forward=f"fused {parts}, torch"
     )
 
 
@@ -227,7 +227,7 @@ def measure(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float = 0.0
     ours = computed(step, parameters, scaler)
     again = computed(step, parameters, scaler)
     seconds = timed(step, times)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "repeated_bits_equal": digest(ours[1]) == digest(again[1]) and ours[0] == again[0],
         "recorded": step.plan.recorded,
     }
@@ -235,17 +235,17 @@ def measure(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float = 0.0
         step._seed += 1  # the same examples, and the same CUDA graph where there is one
         other = computed(step, parameters, scaler)
         step._seed -= 1
-        found["masks_change_with_the_seed"] = other[0] != ours[0]
+        figures["masks_change_with_the_seed"] = other[0] != ours[0]
         recompute_activations(model, on=True, random=False)
         step.micro_batch.release()
-        found["recomputed_bits_equal"] = digest(computed(step, parameters, scaler)[1]) == digest(ours[1])
+        figures["recomputed_bits_equal"] = digest(computed(step, parameters, scaler)[1]) == digest(ours[1])
         recompute_activations(model, on=False)
     if step.plan.recorded:
         step.micro_batch.plan = step.plan.give_up("recorded")
         step.micro_batch.release()
         one_by_one = computed(step, parameters, scaler)
-        found["unrecorded_bits_equal"] = digest(one_by_one[1]) == digest(ours[1])
-        found["unrecorded_tokens_per_second"] = targets / timed(step, 1)
+        figures["unrecorded_bits_equal"] = digest(one_by_one[1]) == digest(ours[1])
+        figures["unrecorded_tokens_per_second"] = targets / timed(step, 1)
     apart = float((ours[1] - theirs[1]).norm() / theirs[1].norm())
     say(
         family,
@@ -259,7 +259,7 @@ def measure(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float = 0.0
         loss_apart=abs(ours[0] - theirs[0]),  # with dropout the masks are others
         gradient_apart=apart,
         finite=bool(ours[1].isfinite().all()),
-        **found,
+        **figures,
         forward=plan.forward,
         reason=plan.reason,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else 0.0,
@@ -272,23 +272,23 @@ def main() -> None:
     parser.add_argument("families", nargs="*", default=list(SHAPES))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=80.0, help="none is begun so long after the imports")
-    given = parser.parse_args()
+    args = parser.parse_args()
     make_deterministic()
     if missing := sorted(FAMILIES.keys() - SHAPES.keys()):
         say("no shapes", families=missing)
-    half = torch.float32 if given.tiny else torch.bfloat16
-    runs: list[tuple[str, dict[str, Any]]] = [(family, {"dtype": half}) for family in given.families]
-    if "mistral" in given.families:
+    half = torch.float32 if args.tiny else torch.bfloat16
+    runs: list[tuple[str, dict[str, Any]]] = [(family, {"dtype": half}) for family in args.families]
+    if "mistral" in args.families:
         fp16 = [("mistral", {"dtype": torch.float16}), ("mistral", {"dtype": half, "dropout": 0.05})]
         runs[1:1] = fp16
-    if "phi3" in given.families:
+    if "phi3" in args.families:
         runs.append(("phi3", {"dtype": half, "long_rope": True}))
     for family, how in runs:
-        if time.monotonic() - BEGAN > given.seconds:
+        if time.monotonic() - BEGAN > args.seconds:
             say("skipped", family=family)
             continue
         try:
-            measure(family, tiny=given.tiny, **how)
+            measure(family, tiny=args.tiny, **how)
         except Exception as error:  # noqa: BLE001 - the next one shall have its turn
             say("failed", family=family, error=f"{type(error).__name__}: {str(error)[:400]}")
             traceback.print_exc(limit=-8)

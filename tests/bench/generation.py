@@ -82,11 +82,11 @@ def by_ours(tasks: Any, model: Any, tokenizer: Any, batch_tokens: int) -> tuple[
     tokens = []
 
     def answer(prompts: list[Any], how: Any) -> list[Any]:
-        found = generate(
+        answers = generate(
             model, tokenizer, prompts, max_new_tokens=how.max_new_tokens, stop=how.stop, batch_tokens=batch_tokens
         )
-        tokens.extend(one.tokens for one in found)
-        return found
+        tokens.extend(one.tokens for one in answers)
+        return answers
 
     began = time.monotonic()
     ((_, samples),) = measure(tasks, tokenizer, lambda _: [], answer, limit=None, max_length=MAX_LENGTH).values()
@@ -133,11 +133,11 @@ def breakdown(model: Any, answer: Callable[[], Any]) -> dict[str, float]:
         answer()
         seconds = time.monotonic() - began
     hook.remove()
-    found: dict[str, float] = {"seconds": seconds, "passes": len(passes), "rows_at_most": max(passes)}
+    figures: dict[str, float] = {"seconds": seconds, "passes": len(passes), "rows_at_most": max(passes)}
     if profiled is not None:
         events = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
-        found |= {"gpu_seconds": sum(event.self_device_time_total for event in events) / 1e6, "kernels": len(events)}
-    return found
+        figures |= {"gpu_seconds": sum(event.self_device_time_total for event in events) / 1e6, "kernels": len(events)}
+    return figures
 
 
 def load(folder: Path, dtype: str) -> tuple[Any, Any]:

@@ -81,11 +81,11 @@ def full(*, on_gpu: bool, leaving: int) -> Iterator[None]:
         return
     whole, passes = decoding._pass, []
 
-    def failing(*given: Any) -> torch.Tensor:
+    def failing(*arguments: Any) -> torch.Tensor:
         passes.append(1)
         if len(passes) == 3:
             raise torch.OutOfMemoryError("a rehearsal: out of memory")
-        return whole(*given)
+        return whole(*arguments)
 
     decoding._pass = failing
     try:

@@ -253,14 +253,14 @@ def pieces(bench: Bench) -> None:
             lambda q, k: apply_rotary_pos_emb(q.transpose(1, 2) * 1, k.transpose(1, 2) * 1, cosine, sine), q, k
         ),
     )
-    for name, chosen in kernel_sets().items():
+    for name, operations in kernel_sets().items():
         with bench.caught(f"pieces {name}"):
             bench.say(
                 "pieces",
                 kernels=name,
-                norm=both(lambda x, n=chosen: n.norm(x, plain.weight, 1e-5), x),
-                swiglu=both(chosen.swiglu, gate, up),
-                rotate=both(lambda q, k, n=chosen: n.rotate(q * 1, k * 1, cosine, sine), q, k),
+                norm=both(lambda x, n=operations: n.norm(x, plain.weight, 1e-5), x),
+                swiglu=both(operations.swiglu, gate, up),
+                rotate=both(lambda q, k, n=operations: n.rotate(q * 1, k * 1, cosine, sine), q, k),
             )
     lengths = shapes.LENGTHS["alpaca"][:32] if not bench.tiny else [50] * 4
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
@@ -305,8 +305,8 @@ def parts(bench: Bench) -> None:
     head = model.get_base_model().lm_head.weight
 
     def loss() -> None:
-        found = ChunkedLogProbFunction.apply(hidden, head, None, targets, 1.0, 32768, None, 1.0, ())[0]
-        torch.autograd.grad(found.sum(), hidden)
+        log_probs = ChunkedLogProbFunction.apply(hidden, head, None, targets, 1.0, 32768, None, 1.0, ())[0]
+        torch.autograd.grad(log_probs.sum(), hidden)
 
     bench.say("parts", loss=timed_on_gpu(loss))
     unmake(model)
@@ -543,9 +543,9 @@ def noted(note: Callable[[], None]) -> Iterator[None]:
     """Within it `note` is called for every recording."""
     record = CudaGraphs._record
 
-    def noting(*given: Any) -> None:
+    def noting(*arguments: Any) -> None:
         note()
-        record(*given)
+        record(*arguments)
 
     CudaGraphs._record = noting  # type: ignore[method-assign]
     try:
@@ -569,7 +569,7 @@ def exact(bench: Bench) -> None:
     model = adapted(bench)
     short = replace(bench, steps=4)
     once = replace(BEST, steps=2)
-    found: dict[str, str] = {}
+    adapters: dict[str, str] = {}
     for name, variant in {
         "best": once,
         "again": once,
@@ -581,11 +581,13 @@ def exact(bench: Bench) -> None:
         with bench.caught(f"exact {name}"):
             prepare(model, variant)
             done = fit(short, model, variant)
-            found[name] = done["adapter"]
-            bench.say("exact", variant=name, same_bits=found[name] == found["best"], recordings=done["recordings"])
+            adapters[name] = done["adapter"]
+            bench.say(
+                "exact", variant=name, same_bits=adapters[name] == adapters["best"], recordings=done["recordings"]
+            )
     with bench.caught("exact resumed"):
         prepare(model, once)
-        bench.say("exact", variant="resumed", same_bits=resumed(short, model, once) == found["best"])
+        bench.say("exact", variant="resumed", same_bits=resumed(short, model, once) == adapters["best"])
     with bench.caught("exact scores"):
         asked = shapes.questions(bench.shape["vocab_size"], 40)
         scores = []
@@ -637,14 +639,14 @@ def capped(bench: Bench) -> None:
     """A smaller card, played by a limit on the allocator (the CUDA context comes on top): the job shrinks and ends."""
     model = adapted(bench)
     for gib, budget in ((16, None), (12, None), (8, None), (8, 4096)):  # None: what the job chooses for that size
-        chosen = budget or choose_budget(gib << 30)
-        small = replace(BEST, name="small", keep=False, recompute=True, budget=chosen, steps=1)
+        token_budget = budget or choose_budget(gib << 30)
+        small = replace(BEST, name="small", keep=False, recompute=True, budget=token_budget, steps=1)
         with bench.caught(f"capped {gib}"):
             prepare(model, small)
             if ON_GPU:
                 share = gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
                 torch.cuda.set_per_process_memory_fraction(share)
-            bench.say("capped", gib=gib, asked=chosen, **fit(bench, model, small))
+            bench.say("capped", gib=gib, asked=token_budget, **fit(bench, model, small))
     if ON_GPU:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -809,7 +811,7 @@ def score(bench: Bench) -> None:
         score_texts(bench, asked)
         return
     model = adapted(bench)
-    found: dict[str, list[float]] = {}
+    earlier: dict[str, list[float]] = {}
     ways = [
         ("as it was", TODAY, 8192, False),
         ("per use", replace(BEST, keep=False), 8192, True),
@@ -842,10 +844,10 @@ def score(bench: Bench) -> None:
                 questions_per_second=len(asked) / seconds,
                 tokens_per_second=tokens / seconds,
                 of_bound=tokens / seconds * 2 * PARAMETERS / rate(bench),
-                same_bits=None if (key := f"{name} {budget}") not in found else flat == found[key],
+                same_bits=None if (key := f"{name} {budget}") not in earlier else flat == earlier[key],
                 peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
             )
-            found.setdefault(key, flat)
+            earlier.setdefault(key, flat)
     unmake(model)
 
 
@@ -905,16 +907,16 @@ def padding(bench: Bench) -> None:
         sequences = plan.sequences(16384)
         tokens = sum(n for n, _ in sequences)
         for name, choose in (("every length", every_length), ("chosen", padded_shapes.choose_shapes)):
-            found = choose(sequences, price * processes)
-            wasted = sum(found.of(*one)[0] - one[0] for one in sequences)
+            padded = choose(sequences, price * processes)
+            wasted = sum(padded.of(*one)[0] - one[0] for one in sequences)
             bench.say(
                 "padding",
                 shapes=name,
                 steps=steps,
                 processes=processes,
-                recordings=len(found.shapes),
+                recordings=len(padded.shapes),
                 wasted=wasted / tokens,
-                overhead=(wasted + price * len(found.shapes)) / tokens,
+                overhead=(wasted + price * len(padded.shapes)) / tokens,
             )
 
 
@@ -930,15 +932,15 @@ def recordings(bench: Bench) -> None:
     Budget: 45 s on an H200, of which the model takes 20.
     """
     model, steps = adapted(bench), 20 if not bench.tiny else 4
-    chosen = padded_shapes.choose_shapes
+    by_job = padded_shapes.choose_shapes
     try:
-        for name, choose in (("chosen", chosen), ("every length", every_length), ("chosen", chosen)):
+        for name, choose in (("chosen", by_job), ("every length", every_length), ("chosen", by_job)):
             with bench.caught(f"recordings {name}"):
                 prepare(model, BEST)
                 padded_shapes.choose_shapes = choose
                 bench.say("recordings", shapes=name, **fit(bench, model, BEST, total_steps=steps))
     finally:
-        padded_shapes.choose_shapes = chosen
+        padded_shapes.choose_shapes = by_job
     unmake(model)
 
 
@@ -1085,16 +1087,16 @@ print(json.dumps({"laps": laps, "cpu_seconds": time.process_time()}))
 
 def unsloth(bench: Bench) -> None:
     """Unsloth by its own script, where UNSLOTH names an interpreter that has it, or a folder of its packages."""
-    if not (given := os.environ.get("UNSLOTH")):
+    if not (place := os.environ.get("UNSLOTH")):
         bench.say("no Unsloth", why="UNSLOTH names neither an interpreter that has it nor a folder of its packages")
         return
-    script, packages = Path(__file__).with_name("unsloth_peer.py"), Path(given).is_dir()
-    command = [sys.executable if packages else given, str(script), "--out", str(bench.out)]
+    script, packages = Path(__file__).with_name("unsloth_peer.py"), Path(place).is_dir()
+    command = [sys.executable if packages else place, str(script), "--out", str(bench.out)]
     command += ["--tiny"] if bench.tiny else []
     command += ["--steps", "4", "--ways", *UNSLOTHS_FASTEST] if bench.quick else []
     put_away(bench)
     # Its own versions of packages, and none of the job's.
-    environ = os.environ | {"PYTHONPATH": given} if packages else dict(os.environ)
+    environ = os.environ | {"PYTHONPATH": place} if packages else dict(os.environ)
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     (bench.out / "unsloth.log").write_text(f"{done.stdout}\n{done.stderr}")
     for line in done.stdout.splitlines():
@@ -1136,17 +1138,17 @@ def main() -> int:
     parser.add_argument("--arc", type=Path, help="ARC-Easy's test questions, JSON lines; with --alpaca")
     parser.add_argument("--alpaca", type=Path, help="Alpaca's rows, JSON lines")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", tempfile.gettempdir())))
-    given = parser.parse_args()
+    args = parser.parse_args()
     began = time.monotonic()
-    given.out.mkdir(parents=True, exist_ok=True)
-    kept = given.out / "gpu.json"
-    findings = json.loads(kept.read_text()) if given.add and kept.exists() else []
-    if (given.arc is None) != (given.alpaca is None):
+    args.out.mkdir(parents=True, exist_ok=True)
+    findings_file = args.out / "gpu.json"
+    findings = json.loads(findings_file.read_text()) if args.add and findings_file.exists() else []
+    if (args.arc is None) != (args.alpaca is None):
         parser.error("--arc and --alpaca are given together")
-    texts = None if given.arc is None else (given.arc, given.alpaca)
-    bench = Bench(given.tiny, given.out, given.steps, findings, quick=given.buyers, texts=texts)
-    for name in given.sections or (BUYERS if given.buyers else SECTIONS):
-        if time.monotonic() - began > given.seconds and name != "table":
+    texts = None if args.arc is None else (args.arc, args.alpaca)
+    bench = Bench(args.tiny, args.out, args.steps, findings, quick=args.buyers, texts=texts)
+    for name in args.sections or (BUYERS if args.buyers else SECTIONS):
+        if time.monotonic() - began > args.seconds and name != "table":
             bench.say("skipped", section=name)
             continue
         start = time.monotonic()

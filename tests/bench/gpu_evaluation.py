@@ -97,13 +97,13 @@ def questions(arc: Path, train: Path, tokenizer: Any, limit: int | None) -> dict
         return f"{text(row)} {answer}\n\n"
 
     def asked(examples: Callable[[], Iterable[dict[str, Any]]], most: int | None = None) -> list[Question]:
-        made = []
+        parsed = []
         for row in lines(arc)[:limit][:most]:
             context = "".join(map(example, examples())) + text(row)
             ids = tokenizer.encode(context)
             whole = [tokenizer.encode(f"{context} {choice}") for choice in row["choices"]["text"]]
-            made.append(Question(tuple(ids), tuple(tuple(one[len(ids) :]) for one in whole)))
-        return made
+            parsed.append(Question(tuple(ids), tuple(tuple(one[len(ids) :]) for one in whole)))
+        return parsed
 
     return {
         "0 examples": asked(list),
@@ -121,20 +121,20 @@ def sync() -> None:
 def ours(model: Any, asked: Sequence[Question], way: Forward, budget: int = BUDGET) -> tuple[Answers, float]:
     """Log-likelihoods by question, and seconds."""
 
-    def score(model: Any, given: list[Question], sequences: Any) -> Any:
-        return score_sequences(model, given, sequences, way)
+    def score(model: Any, batch: list[Question], sequences: Any) -> Any:
+        return score_sequences(model, batch, sequences, way)
 
     sync()
     began = time.perf_counter()
-    found = score_questions(model, list(asked), budget, score=score)
+    scored = score_questions(model, list(asked), budget, score=score)
     seconds = time.perf_counter() - began
-    return [[choice.log_likelihood for choice in choices] for choices in found], seconds
+    return [[choice.log_likelihood for choice in choices] for choices in scored], seconds
 
 
 def best_of(times: int, measured: Callable[[], tuple[Answers, float]]) -> tuple[Answers, float]:
     """The answers, and the least seconds."""
-    found = [measured() for _ in range(times)]
-    return found[0][0], min(seconds for _, seconds in found)
+    trials = [measured() for _ in range(times)]
+    return trials[0][0], min(seconds for _, seconds in trials)
 
 
 def compared(answers: Answers, exact: Answers) -> dict[str, Any]:
@@ -163,24 +163,24 @@ def rates(shape: dict[str, int], tokens: int = BUDGET) -> float:
         "qkv": (hidden * 3 // 2, hidden),
         "out": (hidden, hidden),
     }
-    made, seconds = {}, {}
+    operands, seconds = {}, {}
     for name, (outputs, inputs) in sizes.items():
         for more in (0, scoring_decoder.WIDE):
             a, b = (torch.randn(rows, inputs + more, device=DEVICE).half() for rows in (tokens, outputs))
             into = torch.empty(tokens, outputs * (2 if name == "gate, up" else 1), device=DEVICE).half()[:, :outputs]
-            made[f"{name} +{more}"] = a, b, into, 2e-12 * tokens * outputs * inputs
+            operands[f"{name} +{more}"] = a, b, into, 2e-12 * tokens * outputs * inputs
             seconds[f"{name} +{more}"] = list[float]()
     for _ in range(7 if ON_GPU else 1):
-        for what, (a, b, into, _flops) in made.items():
+        for what, (a, b, into, _flops) in operands.items():
             sync()
             began = time.perf_counter()
             for _ in range(4):
                 torch.mm(a, b.T, out=into)
             sync()
             seconds[what].append((time.perf_counter() - began) / 4)
-    found = {what: flops / statistics.median(seconds[what]) for what, (*_, flops) in made.items()}
-    say("TFLOP/s of products", tokens=tokens, **found)
-    return max(found.values())
+    tflops = {what: flops / statistics.median(seconds[what]) for what, (*_, flops) in operands.items()}
+    say("TFLOP/s of products", tokens=tokens, **tflops)
+    return max(tflops.values())
 
 
 def breakdown(model: Any, asked: Sequence[Question], way: Forward, name: str) -> None:
@@ -236,22 +236,22 @@ def attention(asked: Sequence[Question]) -> None:
     ordered = sorted(asked, key=lambda question: question.context)
     (part, *_) = plan_sequences(ordered, BUDGET)
     layout = build_layout(_pack(ordered[part.start : part.stop]).segments, DEVICE)
-    made = torch.randn(len(layout.depths), 48, 128, device=DEVICE).half()
-    parts = made.split_with_sizes([32, 8, 8], 1)
-    found = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    qkv = torch.randn(len(layout.depths), 48, 128, device=DEVICE).half()
+    parts = qkv.split_with_sizes([32, 8, 8], 1)
+    output = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
     by_torch = scoring_decoder.TorchOperations().attend
     for window in (None, 30):
-        exact = torch.empty_like(found, dtype=FP32)
+        exact = torch.empty_like(output, dtype=FP32)
         by_torch(*(x.float() for x in parts), layout, 128**-0.5, window, exact)
-        triton_scoring.TritonOperations().attend(*parts, layout, 128**-0.5, window, found)
-        say("attention beside fp32", window=window, largest_error=float((found - exact).abs().max()))
+        triton_scoring.TritonOperations().attend(*parts, layout, 128**-0.5, window, output)
+        say("attention beside fp32", window=window, largest_error=float((output - exact).abs().max()))
 
     def microseconds(attend: Callable[..., None]) -> float:
         for turn in range(22):
             if turn == 2:
                 sync()
                 began = time.perf_counter()
-            attend(*parts, layout, 128**-0.5, None, found)
+            attend(*parts, layout, 128**-0.5, None, output)
         sync()
         return (time.perf_counter() - began) / 20 * 1e6
 
@@ -270,57 +270,57 @@ def speed_of(  # noqa: PLR0917 - the first three are bound by who calls it
     flops: float,
     rate: float,
     what: str,
-    given: Sequence[Question],
+    asked: Sequence[Question],
     way: Forward,
     budget: int = BUDGET,
     times: int = 2,
 ) -> Answers:
     """Questions a second; `flops` of a token, `rate` in TFLOP/s of the products."""
-    _, first = ours(model, given[:200], way)
-    answers, seconds = best_of(times, lambda: ours(model, given, way, budget))
-    per_question = tokens_to_compute(given, budget) / len(given)
+    _, first = ours(model, asked[:200], way)
+    answers, seconds = best_of(times, lambda: ours(model, asked, way, budget))
+    per_question = tokens_to_compute(asked, budget) / len(asked)
     say(
         "ours",
         questions_of=what,
         budget=budget,
-        questions=len(given),
-        questions_per_second=len(given) / seconds,
+        questions=len(asked),
+        questions_per_second=len(asked) / seconds,
         seconds_of_the_first_200=first,
         tokens_per_question=per_question,
-        of_products_rate=len(given) / seconds * per_question * flops / 1e12 / rate,
+        of_products_rate=len(asked) / seconds * per_question * flops / 1e12 / rate,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
     )
     return answers
 
 
-def shortly(model: Any, given: list[Question], shape: dict[str, int], flops: float) -> Answers:
+def shortly(model: Any, asked: list[Question], shape: dict[str, int], flops: float) -> Answers:
     """Speeds without examples alone, with gate and up as two products and as one; the answers of the base."""
     kernels, name = fast_kernels(DEVICE, "float16")
     say("kernels", name=name)
     rate = rates(shape, 8162 if ON_GPU else BUDGET // 64)
     now = precise_forward.precise_forward(model, FP16, kernels, keep=True)
     speed = partial(speed_of, model, flops, rate)
-    adapter = speed("ARC-Easy, 0 examples, with the adapter", given, now)
+    adapter = speed("ARC-Easy, 0 examples, with the adapter", asked, now)
     with adapter_off(model):
-        base = speed("ARC-Easy, 0 examples, the base", given, now)
+        base = speed("ARC-Easy, 0 examples, the base", asked, now)
     with caught("breakdown"):
-        breakdown(model, given, now, "with the adapter")
+        breakdown(model, asked, now, "with the adapter")
         with adapter_off(model):
-            breakdown(model, given, now, "the base")
+            breakdown(model, asked, now, "the base")
     with caught("fp32"):
         exact = precise_forward.precise_forward(model, FP32, kernels, keep=False)
-        right, _ = ours(model, given[:100], exact)
-        mine, _ = ours(model, given[:100], now)
+        right, _ = ours(model, asked[:100], exact)
+        mine, _ = ours(model, asked[:100], now)
         say("with the adapter beside fp32", **compared(mine, right))
-        say("repeated", same_bits=ours(model, given[:100], now)[0] == mine)
+        say("repeated", same_bits=ours(model, asked[:100], now)[0] == mine)
     with caught("one product"):
         joined = precise_forward._joined
         with mock.patch.object(precise_forward, "_joined", lambda *x, keep, apart=False: joined(*x, keep=keep)):
-            one = precise_forward.precise_forward(model, FP16, kernels, keep=True)
-        found = speed("gate and up as one product, with the adapter", given, one, times=1)
-        say("one product beside two", same_bits=found == adapter)
+            joined_forward = precise_forward.precise_forward(model, FP16, kernels, keep=True)
+        answers = speed("gate and up as one product, with the adapter", asked, joined_forward, times=1)
+        say("one product beside two", same_bits=answers == adapter)
         with adapter_off(model):
-            speed("gate and up as one product, the base", given, one, times=1)
+            speed("gate and up as one product, the base", asked, joined_forward, times=1)
     return base
 
 
@@ -353,23 +353,23 @@ def scoring(model: Any, asked: dict[str, list[Question]], *, tiny: bool) -> dict
             attention(asked["0 examples"])
     with caught("breakdown"):
         breakdown(model, asked["0 examples"], now, "now, with the adapter")
-    for what, given in asked.items():
-        with caught(what):
-            speed(f"ARC-Easy, {what}, with the adapter", given, now, times=2 if what == "0 examples" else 1)
-    found: dict[str, Answers] = {}
+    for kind, of_kind in asked.items():
+        with caught(kind):
+            speed(f"ARC-Easy, {kind}, with the adapter", of_kind, now, times=2 if kind == "0 examples" else 1)
+    answers: dict[str, Answers] = {}
     with adapter_off(model):
         with caught("breakdown, base"):
             breakdown(model, asked["0 examples"], now, "now, the base")
             breakdown(model, asked["5 examples, the same"], now, "now, the base, after the same 5 examples")
-        for what, given in asked.items():
-            with caught(f"{what}, base"):
-                found[what] = speed(f"ARC-Easy, {what}, the base", given, now, times=1)
+        for kind, of_kind in asked.items():
+            with caught(f"{kind}, base"):
+                answers[kind] = speed(f"ARC-Easy, {kind}, the base", of_kind, now, times=1)
         with caught("budget"):
             speed("ARC-Easy, 0 examples, the base", asked["0 examples"], now, 16384, times=1)
     again, _ = ours(model, asked["0 examples"][:300], now)
     repeated, _ = ours(model, asked["0 examples"][:300], now)
     say("repeated", same_bits=again == repeated)
-    return found
+    return answers
 
 
 HFLM_SIZES = (
@@ -392,9 +392,9 @@ def by_hflm(
     """HFLM on the first questions of each kind, at the best of its batch sizes."""
     from lm_eval.models.huggingface import HFLM
 
-    for what, count, sizes in kinds:
-        given = asked[what][: 20 if tiny else count]
-        requests = [(("", ""), list(q.context), list(choice)) for q in given for choice in q.choices]
+    for kind, count, sizes in kinds:
+        first = asked[kind][: 20 if tiny else count]
+        requests = [(("", ""), list(q.context), list(choice)) for q in first for choice in q.choices]
         for size in sizes:
             with caught(f"HFLM {size}"):
                 lm = HFLM(
@@ -405,15 +405,15 @@ def by_hflm(
                 began = time.perf_counter()
                 flat = [answer[0] for answer in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
                 seconds = time.perf_counter() - began
-                theirs = [[flat.pop(0) for _ in q.choices] for q in given]
-                beside = compared(mine[what][: len(given)], theirs) if what in mine else {}
+                theirs = [[flat.pop(0) for _ in q.choices] for q in first]
+                beside = compared(mine[kind][: len(first)], theirs) if kind in mine else {}
                 say(
                     "HFLM",
-                    questions_of=what,
+                    questions_of=kind,
                     adapter=adapter,
                     batch=size,
-                    questions=len(given),
-                    questions_per_second=len(given) / seconds,
+                    questions=len(first),
+                    questions_per_second=len(first) / seconds,
                     **beside,
                 )
 
@@ -436,14 +436,14 @@ def main() -> None:
         say("machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
     if args.asked is not None and args.asked.exists():
         pairs = json.loads(gzip.decompress(args.asked.read_bytes()))
-        asked = {k: [Question(tuple(c), tuple(map(tuple, given))) for c, given in v] for k, v in pairs.items()}
+        asked = {k: [Question(tuple(c), tuple(map(tuple, choices))) for c, choices in v] for k, v in pairs.items()}
     else:
         rows = lines(args.alpaca)[: 500 if args.tiny else 20_000]
         with tempfile.TemporaryDirectory() as name:
             tokenizer = make_tokenizer(Path(name), [" ".join(row.values()) for row in rows], shape["vocab_size"])
         asked = questions(args.arc, args.train, tokenizer, 30 if args.tiny else None)
     if args.asked is not None and not args.asked.exists():
-        pairs = {kind: [(q.context, q.choices) for q in given] for kind, given in asked.items()}
+        pairs = {kind: [(q.context, q.choices) for q in of_kind] for kind, of_kind in asked.items()}
         args.asked.write_bytes(gzip.compress(json.dumps(pairs).encode()))
     say("questions", seconds=time.monotonic() - BEGAN, first=len(asked["0 examples"]))
     base = shapes.random_base(shape, DEVICE, "flat")

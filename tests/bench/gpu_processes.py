@@ -41,20 +41,20 @@ def free_port() -> int:
         return port
 
 
-def start(chosen: argparse.Namespace) -> int:
+def start(args: argparse.Namespace) -> int:
     """Starts the processes and waits for them; the first code that is not 0."""
     port, folder = free_port(), tempfile.mkdtemp()
-    shared = [*(["--tiny"] if chosen.tiny else []), "--steps", str(chosen.steps), "--processes", str(chosen.processes)]
-    shared += ["--batches", *map(str, chosen.batches)]
+    shared = [*(["--tiny"] if args.tiny else []), "--steps", str(args.steps), "--processes", str(args.processes)]
+    shared += ["--batches", *map(str, args.batches)]
     command = [sys.executable, __file__, *shared, "--port", str(port), "--out", folder]
     members = [
         subprocess.Popen([*command, "--rank", str(rank)], env={**os.environ, "CUDA_VISIBLE_DEVICES": str(rank)})
-        for rank in range(chosen.processes)
+        for rank in range(args.processes)
     ]
     return max(abs(member.wait()) for member in members)
 
 
-def measure(chosen: argparse.Namespace, began: float) -> None:
+def measure(args: argparse.Namespace, began: float) -> None:
     """One process's part."""
     import gpu  # lies beside this script
     import torch
@@ -64,33 +64,33 @@ def measure(chosen: argparse.Namespace, began: float) -> None:
     from job.distributed.rendezvous import join
     from job.preemption.stop_flag import Stop
 
-    count = chosen.processes
-    place = Place(chosen.rank, count, chosen.rank, count, "localhost", chosen.port)
-    bench = gpu.Bench(chosen.tiny, chosen.out / str(chosen.rank), 4, [])
+    count = args.processes
+    place = Place(args.rank, count, args.rank, count, "localhost", args.port)
+    bench = gpu.Bench(args.tiny, args.out / str(args.rank), 4, [])
     bench.out.mkdir()
     bench.say = lambda *_, **__: None  # type: ignore[method-assign] # only process 0 prints, and only the comparison
     variant = gpu.BEST
     with join(place, "bench", stop=Stop(), report_progress=lambda: None, patience=120, grace_seconds=10) as processes:
         model = gpu.adapted(bench)
         gpu.prepare(model, variant)
-        processes.gather("ready", chosen.rank)
+        processes.gather("ready", args.rank)
 
         def tell(what: str, **figures: Any) -> None:
             if processes.leads:
                 say(what, since=time.monotonic() - began, **figures)
 
         tell("ready", processes=count, device=torch.cuda.get_device_name() if gpu.ON_GPU else "CPU")
-        for batch in chosen.batches if not chosen.tiny else (8,):
-            found = [
-                gpu.fit(bench, model, variant, total_steps=chosen.steps, batch=batch, processes=those)
+        for batch in args.batches if not args.tiny else (8,):
+            measurements = [
+                gpu.fit(bench, model, variant, total_steps=args.steps, batch=batch, processes=those)
                 for those in (ALONE, processes)
             ]
             # What the GPU loses by a share of the rows alone, whatever the others do.
-            share = gpu.fit(bench, model, variant, total_steps=chosen.steps, batch=batch // count)
+            share = gpu.fit(bench, model, variant, total_steps=args.steps, batch=batch // count)
             shares = processes.gather("speeds with a share", share["steady_tokens_per_second"])
-            alone, together = (one["steady_tokens_per_second"] for one in found)
+            alone, together = (one["steady_tokens_per_second"] for one in measurements)
             speeds = processes.gather("speeds alone", alone)  # no two GPUs are equally fast
-            losses = [one["losses"] for one in found]
+            losses = [one["losses"] for one in measurements]
             tell(
                 "training",
                 batch=batch,
@@ -99,15 +99,15 @@ def measure(chosen: argparse.Namespace, began: float) -> None:
                 efficiency=together / sum(speeds),
                 alone_with_its_share=shares,
                 efficiency_against_that=together / sum(shares),
-                alone_milliseconds=found[0]["steady_milliseconds"],
-                milliseconds=found[1]["steady_milliseconds"],
+                alone_milliseconds=measurements[0]["steady_milliseconds"],
+                milliseconds=measurements[1]["steady_milliseconds"],
                 worst_loss=max(abs(a / b - 1) for a, b in zip(*losses, strict=True)),
-                steps=chosen.steps,
+                steps=args.steps,
             )
         flat = torch.zeros(sum(p.numel() for p in gpu.trainable(model).values()), device=gpu.DEVICE)
         tell("sum", bytes=flat.nbytes, milliseconds=timed(lambda: processes.add_up(flat), gpu.sync))
         tell("agree", milliseconds=timed(lambda: processes.agree(repeat=False), gpu.sync))
-        evaluation(bench, model, chosen, tell, processes)
+        evaluation(bench, model, args, tell, processes)
 
 
 def timed(call: Any, sync: Any) -> float:
@@ -122,21 +122,21 @@ def timed(call: Any, sync: Any) -> float:
     return sorted(times[1:])[4]
 
 
-def evaluation(bench: Any, model: Any, chosen: argparse.Namespace, tell: Any, processes: Any) -> None:
+def evaluation(bench: Any, model: Any, args: argparse.Namespace, tell: Any, processes: Any) -> None:
     """All questions by each process alone, then by all together as a run divides them."""
     import gpu
 
     from job.evaluation.parallel_scoring import ParallelScoring
     from job.evaluation.scorer import score_questions
 
-    asked = gpu.shapes.questions(bench.shape["vocab_size"], 40 if chosen.tiny else None)
-    tokens = 8192 if not chosen.tiny else 512
+    asked = gpu.shapes.questions(bench.shape["vocab_size"], 40 if args.tiny else None)
+    tokens = 8192 if not args.tiny else 512
     gpu.prepare(model, replace(gpu.BEST))
     model.eval()
     score_questions(model, asked[:200], tokens)
     scores, seconds = [], []
     for together in (False, True):
-        processes.gather("begin", chosen.rank)
+        processes.gather("begin", args.rank)
         began = time.perf_counter()
         parallel = ParallelScoring(processes, lambda **_: None)
         if together and not processes.leads:
@@ -150,7 +150,7 @@ def evaluation(bench: Any, model: Any, chosen: argparse.Namespace, tell: Any, pr
         tell(
             "evaluation",
             questions_per_second=[len(asked) / one for one in seconds],
-            efficiency=seconds[0] / seconds[1] / chosen.processes,
+            efficiency=seconds[0] / seconds[1] / args.processes,
             same_bits=scores[0] == scores[1],
         )
 
@@ -165,14 +165,14 @@ def main() -> int:
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     began = time.monotonic()
-    if chosen.rank is None:
-        if not chosen.processes:
+    if args.rank is None:
+        if not args.processes:
             listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-            chosen.processes = len(listed.splitlines())
-        return start(chosen)
-    measure(chosen, began)
+            args.processes = len(listed.splitlines())
+        return start(args)
+    measure(args, began)
     return 0
 
 

@@ -98,8 +98,10 @@ def nemo(transformers: str | None) -> str:
 def gpu_of(name: str) -> Gpu | None:
     """The entry of `GPUS` for a device's name as the driver says it; None if there is none."""
     words = name.upper().replace("-", " ").split()
-    found = [gpu for gpu in GPUS if gpu.name.split()[0] in words and all(w in words for w in gpu.name.upper().split())]
-    return (found or [gpu for gpu in GPUS if gpu.name in words] or [None])[0]
+    matching = [
+        gpu for gpu in GPUS if gpu.name.split()[0] in words and all(w in words for w in gpu.name.upper().split())
+    ]
+    return (matching or [gpu for gpu in GPUS if gpu.name in words] or [None])[0]
 
 
 def _of_text(findings: Sequence[Finding], what: str) -> Sequence[Finding]:

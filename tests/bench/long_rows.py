@@ -194,8 +194,7 @@ def attention(bench: Bench) -> None:
         for name, deterministic, kernel in kernels(tokens, tiny=bench.tiny):
             with caught(f"attention {name} {tokens}"):
                 torch.use_deterministic_algorithms(mode=deterministic)
-                found = measured(kernel(), inputs, gradient)
-                results, figures = found
+                results, figures = measured(kernel(), inputs, gradient)
                 if not reference:
                     reference = results
                 differs = [
@@ -216,7 +215,7 @@ def attention(bench: Bench) -> None:
                     **rates,
                     differs=max(differs),
                 )
-                del results, found
+                del results
     torch.use_deterministic_algorithms(mode=True)
 
 
@@ -234,13 +233,13 @@ def measured(
         between = time.perf_counter()
         gradients = torch.autograd.grad(out, leaves, gradient)
         sync()
-        found = [out.detach(), *gradients]
+        results = [out.detach(), *gradients]
         if turn:
             times.append((between - began, time.perf_counter() - between))
-            repeats &= same(first, found)
+            repeats &= same(first, results)
         else:
-            first = found
-        del out, gradients, leaves, found
+            first = results
+        del out, gradients, leaves, results
     ahead, back = (1000 * min(column) for column in zip(*times, strict=True))
     return first, {"forward_ms": ahead, "backward_ms": back, "repeats": repeats, "peak_gib": peak()}
 
@@ -297,8 +296,8 @@ def by_cudnn() -> Forward:
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            found = scaled_dot_product_attention(*expanded(q, k, v), is_causal=True)
-        return found[0].transpose(0, 1)
+            output = scaled_dot_product_attention(*expanded(q, k, v), is_causal=True)
+        return output[0].transpose(0, 1)
 
     return forward
 
@@ -308,8 +307,8 @@ def by_cudnn_alone() -> Forward:
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         how = {"attn_bias": None, "compute_log_sumexp": True, "is_causal": True}
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention(*expanded(q, k, v), **how)
-        return found[0][0].transpose(0, 1)
+        output = torch.ops.aten._scaled_dot_product_cudnn_attention(*expanded(q, k, v), **how)
+        return output[0][0].transpose(0, 1)
 
     return forward
 
@@ -325,8 +324,8 @@ def by_flash_3() -> Forward:
     from flash_attn_interface import flash_attn_func
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        found = flash_attn_func(q[None], k[None], v[None], causal=True, deterministic=True)
-        return (found[0] if isinstance(found, tuple) else found)[0]
+        output = flash_attn_func(q[None], k[None], v[None], causal=True, deterministic=True)
+        return (output[0] if isinstance(output, tuple) else output)[0]
 
     return forward
 
@@ -358,8 +357,8 @@ def build(bench: Bench) -> None:
     with torch.no_grad():  # a fresh adapter is zero on one side, which hides errors
         for parameter in trainable(model).values():
             parameter.normal_(std=0.01)
-    found, name = fast_kernels(DEVICE, "bfloat16")
-    assert fuse_layers(model, keep_dequantized=False, kernels=found) == "all"
+    kernels, name = fast_kernels(DEVICE, "bfloat16")
+    assert fuse_layers(model, keep_dequantized=False, kernels=kernels) == "all"
     bench.model, bench.all_layers = model.train(), list(base.model.layers)
     clean()
     say(
@@ -494,16 +493,16 @@ def exact(bench: Bench) -> None:
     build(bench)
     tokens = bench.size(20_000)
     before = run(bench, "exact: as before", tokens, replace(BEFORE, recorded=False), layers=2)
-    found = []
+    gradients = []
     for offloaded in (False, True):
-        for kept in (False, True):
-            plan = replace(NOW, offloaded=offloaded, kept_attention=kept)
-            found += [run(bench, "exact: in tiles", tokens, plan, layers=2) for _ in range(2)]
+        for kept_attention in (False, True):
+            plan = replace(NOW, offloaded=offloaded, kept_attention=kept_attention)
+            gradients += [run(bench, "exact: in tiles", tokens, plan, layers=2) for _ in range(2)]
     say(
         "exact",
-        same_bits=all(torch.equal(found[0], one) for one in found),
-        ways=len(found),
-        differs_from_before=float((found[0] - before).norm() / before.norm()),
+        same_bits=all(torch.equal(gradients[0], one) for one in gradients),
+        ways=len(gradients),
+        differs_from_before=float((gradients[0] - before).norm() / before.norm()),
     )
 
 
@@ -511,15 +510,15 @@ def row64k(bench: Bench) -> None:
     """64,000 tokens: as before and as now."""
     build(bench)
     tokens, some = bench.size(64_000), bench.layers or SOME_LAYERS
-    kept = replace(NOW, kept_attention=True)
+    with_attention = replace(NOW, kept_attention=True)
     with caught("as now"):
-        run(bench, "row64k: attention kept on the GPU", tokens, kept, layers=bench.layers, twice=True)
+        run(bench, "row64k: attention kept on the GPU", tokens, with_attention, layers=bench.layers, twice=True)
     for name, plan in (
         ("row64k: as before", BEFORE),
-        ("row64k: flash, attention kept on the GPU", replace(kept, attention=FLASH if ON_GPU else None)),
-        ("row64k: attention kept on the GPU", kept),
+        ("row64k: flash, attention kept on the GPU", replace(with_attention, attention=FLASH if ON_GPU else None)),
+        ("row64k: attention kept on the GPU", with_attention),
         ("row64k: attention computed again", NOW),
-        ("row64k: attention kept, offloaded", replace(kept, offloaded=True)),
+        ("row64k: attention kept, offloaded", replace(with_attention, offloaded=True)),
     ):
         with caught(name):
             run(bench, name, tokens, plan, layers=some, twice=plan.offloaded)
@@ -572,7 +571,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--seconds", type=float, default=540, help="no section begins later than this")
-    given = parser.parse_args()
+    args = parser.parse_args()
     began = time.monotonic()
     if ON_GPU:
         make_deterministic()
@@ -584,16 +583,16 @@ def main() -> int:
         python=platform.python_version(),
         host_gib_free=available_bytes() / GIB,
     )
-    bench = Bench(given.tiny, given.layers)
-    with few_tokens_are_long(given.tiny and not ON_GPU):
-        run_sections(bench, given, began)
+    bench = Bench(args.tiny, args.layers)
+    with few_tokens_are_long(args.tiny and not ON_GPU):
+        run_sections(bench, args, began)
     return 0
 
 
-def run_sections(bench: Bench, given: argparse.Namespace, began: float) -> None:
+def run_sections(bench: Bench, args: argparse.Namespace, began: float) -> None:
     """Those that were named, or all but cap80; `began` is the monotonic time from which `--seconds` counts."""
-    for name in given.sections or [name for name in SECTIONS if name != "cap80"]:
-        if time.monotonic() - began > given.seconds:
+    for name in args.sections or [name for name in SECTIONS if name != "cap80"]:
+        if time.monotonic() - began > args.seconds:
             say("skipped", section=name)
             continue
         start = time.monotonic()

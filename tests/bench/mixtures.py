@@ -182,9 +182,11 @@ def digest(tensors: list[torch.Tensor]) -> str:
     return hashlib.sha256(b"".join(t.float().cpu().numpy().tobytes() for t in tensors)).hexdigest()
 
 
-def apart(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+def apart(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """Of the size of the expected gradient."""
-    error = sum(float((one.float() - other.float()).square().sum()) for one, other in zip(found, expected, strict=True))
+    error = sum(
+        float((one.float() - other.float()).square().sum()) for one, other in zip(actual, expected, strict=True)
+    )
     return float((error / sum(float(other.float().square().sum()) for other in expected)) ** 0.5)
 
 
@@ -274,12 +276,12 @@ def record(model: Any, family: str, sequence: Packed) -> None:
     draw = torch.Generator().manual_seed(4)
     x = torch.randn(sequence.tokens, hidden, generator=draw).to(DEVICE, DTYPE).requires_grad_()
     count = model.config.num_experts_per_tok
-    chosen = torch.rand(sequence.tokens, fused.count, generator=draw).topk(count).indices.to(DEVICE)
+    experts = torch.rand(sequence.tokens, fused.count, generator=draw).topk(count).indices.to(DEVICE)
     p = torch.rand(sequence.tokens, count, generator=draw).to(DEVICE, DTYPE)
     gradient = torch.randn(sequence.tokens, hidden, generator=draw).to(DEVICE, DTYPE)
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
-        y = fused(x, chosen, p)
+        y = fused(x, experts, p)
         return y.detach(), torch.autograd.grad(y, x, gradient)[0]
 
     try:
@@ -293,10 +295,10 @@ def record(model: Any, family: str, sequence: Packed) -> None:
         side.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = run()
+            outputs = run()
         graph.replay()
         wait()
-        same = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        same = all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
         say("recorded as a CUDA graph", family=family, possible=True, same_bits=same)
     except Exception as error:  # noqa: BLE001 - that is the answer
         say("recorded as a CUDA graph", family=family, possible=False, error=f"{type(error).__name__}: {error}"[:300])
@@ -311,8 +313,8 @@ def plan_of(model: Any, lengths: list[int], batch: int) -> ExecutionPlan:
     if ON_GPU:
         how: dict[str, Any] = {"quantization": "nf4", "optimizer": "adamw_8bit", "budget": TOKENS, "gigabytes": None}
         return prepare(model, lengths, global_batch_size=batch, keep_base="auto", recompute="auto", **how)
-    made = f"fused {fuse_layers(model, keep_dequantized=True, kernels=TORCH)}, torch"
-    return ExecutionPlan(kept_base=True, kept_activations=True, recorded=False, reason="a rehearsal", forward=made)
+    forward = f"fused {fuse_layers(model, keep_dequantized=True, kernels=TORCH)}, torch"
+    return ExecutionPlan(kept_base=True, kept_activations=True, recorded=False, reason="a rehearsal", forward=forward)
 
 
 def trained(family: str, *, tiny: bool, of_experts: bool) -> None:
@@ -338,7 +340,7 @@ def trained(family: str, *, tiny: bool, of_experts: bool) -> None:
         optimizer="adamw_8bit",
         save_every_steps=SAVED,
     )
-    found: dict[str, tuple[str, list[float]]] = {}
+    results: dict[str, tuple[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for way in ("whole", "again", "resumed", "without CUDA graphs"):
             if way.startswith("without") and not plan.recorded and ON_GPU:
@@ -370,12 +372,12 @@ def trained(family: str, *, tiny: bool, of_experts: bool) -> None:
             )
             seconds = sum(after - before for before, after in pairwise(at[-4:]))
             tokens = sum(step.target_tokens for step in result.history[-3:])
-            found[way] = bits, losses
+            results[way] = bits, losses
             say(
                 way,
                 family=family,
                 of_experts=of_experts,
-                same_bits=bits == found["whole"][0],
+                same_bits=bits == results["whole"][0],
                 tokens_per_second=tokens / seconds,
                 loss=losses[-1],
                 peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else 0.0,
@@ -385,20 +387,20 @@ def trained(family: str, *, tiny: bool, of_experts: bool) -> None:
 @contextmanager
 def routing(model: Any, forced: Sequence[torch.Tensor] | None = None) -> Iterator[list[torch.Tensor]]:
     """Collects the experts that each router chooses, or has it choose these."""
-    found: list[torch.Tensor] = []
+    routed: list[torch.Tensor] = []
 
     def chosen(_module: Any, _inputs: Any, output: Any) -> Any:
         logits, weights, ids = output
-        found.append(ids)
+        routed.append(ids)
         if forced is None:
             return output
-        ids = forced[len(found) - 1]
+        ids = forced[len(routed) - 1]
         p = logits.float().softmax(-1).gather(-1, ids)
         return logits, (p / p.sum(-1, keepdim=True)).to(weights.dtype), ids
 
     handles = [m.register_forward_hook(chosen) for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
     try:
-        yield found
+        yield routed
     finally:
         for handle in handles:
             handle.remove()
@@ -437,8 +439,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--train", action="store_true")
-    given = parser.parse_args()
-    tiny = given.tiny
+    args = parser.parse_args()
+    tiny = args.tiny
     if ON_GPU:
         make_deterministic()
         say("device", name=torch.cuda.get_device_name(), torch=torch.__version__)
@@ -447,9 +449,9 @@ def main() -> None:
         (compare_routing, {}),
         (trained, {"of_experts": True}),
     ]
-    ways = whole if given.train else [(compare, dict[str, Any]())]
+    ways = whole if args.train else [(compare, dict[str, Any]())]
     for (way, how), family in ((one, family) for one in ways for family in SHAPES):
-        if not tiny and time.monotonic() - BEGAN > LIMIT / (1 + given.train):
+        if not tiny and time.monotonic() - BEGAN > LIMIT / (1 + args.train):
             say("left out", family=family, way=way.__name__, **how)
             continue
         try:

@@ -259,11 +259,11 @@ def train_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
     lengths = [len(example.input_ids) for example in examples]
     setup = setup_of(model, "nf4", "adamw_8bit")
     how: dict[str, Any] = {"global_batch_size": rows, "budget": budget, "gigabytes": way.gigabytes}
-    chosen = None
+    placement = None
     if on_gpu and way.large and setup is not None:
         # What the job would have chosen with all of the GPU free; the base is there by now.
         limit = min(free, int((way.gigabytes or 1e9) * 1e9))
-        chosen = chosen_place(setup, budget, limit, processes.place.world_size)
+        placement = chosen_place(setup, budget, limit, processes.place.world_size)
     plan = prepare(
         model,
         lengths,
@@ -315,7 +315,7 @@ def train_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
             way=way.name,
             processes=processes.place.world_size,
             place=way.place,
-            chosen=chosen,
+            chosen=placement,
             cap_gb=way.gigabytes,
             peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
             reserved_gib=torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None,
@@ -375,7 +375,7 @@ def run_group(args: argparse.Namespace, section: str, number: int, world: int, f
         visible = {} if args.tiny else {"CUDA_VISIBLE_DEVICES": str(rank)}
         out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         members.append(subprocess.Popen(command, env={**os.environ, **visible}, stdout=out, text=True))
-    found = []
+    lines = []
     try:
         text, _ = members[0].communicate(timeout=TIMEOUT)
         codes = [member.wait(timeout=30) for member in members]
@@ -388,25 +388,25 @@ def run_group(args: argparse.Namespace, section: str, number: int, world: int, f
     for line in text.splitlines():
         if line.startswith('{"what"'):
             print(line, flush=True)
-            found.append(json.loads(line))
+            lines.append(json.loads(line))
     say("ended", section=section, group=number, codes=codes, seconds=time.monotonic() - began)
-    return found
+    return lines
 
 
-def compare(found: list[dict[str, Any]]) -> None:
+def compare(lines: list[dict[str, Any]]) -> None:
     """Whether places, and a run that was killed and resumed, gave the same bits; else how close their losses are."""
-    trained = {one["way"]: one for one in found if one["what"] == "trained"}
-    for name, one in trained.items():
-        first = trained.get("gpu, 2" if one["processes"] > 1 else "gpu")
-        if first is None or one is first:
+    trained = {line["way"]: line for line in lines if line["what"] == "trained"}
+    for name, line in trained.items():
+        first = trained.get("gpu, 2" if line["processes"] > 1 else "gpu")
+        if first is None or line is first:
             continue
-        pairs = list(zip(one["losses"], first["losses"], strict=True))
+        pairs = list(zip(line["losses"], first["losses"], strict=True))
         say(
             "exact",
             way=name,
             against=first["way"],
-            same_losses=one["losses"] == first["losses"],
-            same_adapter=one["adapter"] == first["adapter"],
+            same_losses=line["losses"] == first["losses"],
+            same_adapter=line["adapter"] == first["adapter"],
             largest_relative_difference=max(abs(a - b) / abs(b) for a, b in pairs),
         )
 
@@ -434,13 +434,13 @@ def main() -> int:
     default = ["exact sharded", "sharded"] if gpus > 1 and not args.tiny else list(SECTIONS)
     for section in args.sections or [name for name in default if SECTIONS[name][0] <= gpus]:
         world, groups = SECTIONS[section]
-        found: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = []
         try:
             with tempfile.TemporaryDirectory() as folder:
                 for number in range(len(groups)):
-                    found += run_group(args, section, number, world, Path(folder))
+                    lines += run_group(args, section, number, world, Path(folder))
                 if section.startswith("exact"):
-                    compare(found)
+                    compare(lines)
         except Exception as error:  # noqa: BLE001 - the next section shall have its turn
             say("failed", where=section, error=f"{type(error).__name__}: {str(error)[:300]}")
             traceback.print_exc(limit=-6)

@@ -106,8 +106,8 @@ def train_ours(shape: dict[str, int], pairs: Sequence[Example], steps: int) -> d
     with adapter_off(model):
         for start in range(0, len(pairs), MICRO_BATCH):
             part = pairs[start : start + MICRO_BATCH]
-            found = compute(part)
-            known += [replace(pair, reference=tuple(sums)) for pair, sums in zip(part, found, strict=True)]
+            references = compute(part)
+            known += [replace(pair, reference=tuple(sums)) for pair, sums in zip(part, references, strict=True)]
     reference = clock() - began
     recipe = Recipe(
         seed=0,
@@ -234,11 +234,11 @@ def main() -> int:
         return compare(words, args.json)
     shape = shapes.TINY if args.tiny else shapes.MISTRAL_7B if ON_GPU else SMALL
     pairs = make_pairs(shape["vocab_size"], 1000 if ON_GPU and not args.tiny else 64)
-    found = {"ours": train_ours, "trl": train_trl}[args.side](shape, pairs, steps)
-    each = sum(found["seconds"]) / (len(found["seconds"]) * BATCH)
-    found["pairs_per_second"] = 1 / (each + found["reference_seconds_per_pair"])
-    found["pairs_per_second_without_reference"] = 1 / each
-    print(json.dumps(found), flush=True)
+    figures = {"ours": train_ours, "trl": train_trl}[args.side](shape, pairs, steps)
+    each = sum(figures["seconds"]) / (len(figures["seconds"]) * BATCH)
+    figures["pairs_per_second"] = 1 / (each + figures["reference_seconds_per_pair"])
+    figures["pairs_per_second_without_reference"] = 1 / each
+    print(json.dumps(figures), flush=True)
     return 0
 
 

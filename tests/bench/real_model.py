@@ -78,33 +78,33 @@ def main() -> int:
     with ExitStack() as stack:
         folder = args.runs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         base = args.base or make_base(folder / "base", args.gguf)
-        chosen = [list(RUNS)[number] for number in (range(len(RUNS)) if args.only is None else args.only)]
-        given = settings(args, base, folder)
-        found = {name: run(number, {**given, **RUNS[name]}, deadline) for number, name in enumerate(chosen)}
+        names = [list(RUNS)[number] for number in (range(len(RUNS)) if args.only is None else args.only)]
+        common = settings(args, base, folder)
+        jobs = {name: run(number, {**common, **RUNS[name]}, deadline) for number, name in enumerate(names)}
         task = args.task.partition("=")[0]
-        lines = [row(name, made, task) for name, made in found.items()]
+        lines = [row(name, job, task) for name, job in jobs.items()]
         print("", *tables.markdown(HEAD, lines), "", sep="\n", flush=True)
-        keep(args.json, where, found, lines, {})  # what is there, should the peer fail or take too long
-        peer = {} if args.no_plain else plain(args, base, next(iter(found.values()), None), folder / "trl")
+        keep(args.json, where, jobs, lines, {})  # what is there, should the peer fail or take too long
+        peer = {} if args.no_plain else plain(args, base, next(iter(jobs.values()), None), folder / "trl")
         lines += [
             [name, *(peer["rows"][name].get(column, "-") for column in HEAD[1:])] for name in peer.get("rows", ())
         ]
     print("", *tables.markdown(HEAD, lines), "", *peer.get("notes", ()), sep="\n", flush=True)
-    keep(args.json, where, found, lines, peer)
-    return 0 if all(made.results for made in found.values()) else 1
+    keep(args.json, where, jobs, lines, peer)
+    return 0 if all(job.results for job in jobs.values()) else 1
 
 
 def keep(
     file: Path | None,
     where: Mapping[str, Any],
-    found: Mapping[str, Finished],
+    jobs: Mapping[str, Finished],
     lines: Sequence[Sequence[str]],
     peer: Mapping[str, Any],
 ) -> None:
     """Writes the figures with their conditions, if a file was named."""
     if file is None:
         return
-    runs = {name: {**asdict(made), "folder": None} for name, made in found.items()}
+    runs = {name: {**asdict(job), "folder": None} for name, job in jobs.items()}
     content = {**where, "gpu": gpu(), "settings": dict(RUNS), "table": [HEAD, *lines], "runs": runs, "plain": peer}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -143,7 +143,7 @@ def make_base(folder: Path, gguf: Path | None) -> Path:
 def settings(args: Any, base: Path, folder: Path) -> dict[str, str]:
     """The job's settings of all runs: the reference recipe, which is its default, on this model."""
     name, _, file = args.task.partition("=")
-    given = {
+    variables = {
         "JOB_MODEL__ID": str(base.resolve()),
         "JOB_MODEL__NAME": MODEL,
         "JOB_DATA__SOURCE": str(args.data.resolve()),
@@ -158,17 +158,17 @@ def settings(args: Any, base: Path, folder: Path) -> dict[str, str]:
         "JOB_LOG__FORMAT": "console",
     }
     if args.steps is not None:
-        given["JOB_TRAIN__MAX_STEPS"] = str(args.steps)
+        variables["JOB_TRAIN__MAX_STEPS"] = str(args.steps)
     if args.questions is not None:
-        given["JOB_EVAL__LIMIT"] = str(args.questions)
-    return given
+        variables["JOB_EVAL__LIMIT"] = str(args.questions)
+    return variables
 
 
-def row(name: str, made: Finished, task: str) -> list[str]:
+def row(name: str, job: Finished, task: str) -> list[str]:
     """A run of the job in the table; points are percentage points of accuracy."""
-    if made.results is None:
-        return [name, made.why, *[""] * (len(HEAD) - 3), f"{made.seconds:.0f}"]
-    evaluation = made.results["evaluation"]
+    if job.results is None:
+        return [name, job.why, *[""] * (len(HEAD) - 3), f"{job.seconds:.0f}"]
+    evaluation = job.results["evaluation"]
     scores = evaluation["tasks"][task]
     original = ["-", "-"]
     if task in (full := evaluation.get("full_precision", {}).get("tasks", {})):
@@ -181,7 +181,7 @@ def row(name: str, made: Finished, task: str) -> list[str]:
         f"{scores['mcnemar_p']:.2g}",
         scores["verdict"],
         *original,
-        f"{made.seconds:.0f}",
+        f"{job.seconds:.0f}",
     ]
 
 
@@ -190,10 +190,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def difference(found: Mapping[str, Any]) -> str:
+def difference(comparison: Mapping[str, Any]) -> str:
     """A difference of accuracies with its interval, in points."""
-    low, high = found["ci95"]
-    return f"{100 * found['delta']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+    low, high = comparison["ci95"]
+    return f"{100 * comparison['delta']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
 def gpu() -> str | None:

@@ -128,10 +128,10 @@ def published(url: str, times: int) -> tuple[Row, dict[str, list[float]]]:
     """The best of several runs with checkpoints, and of as many without, in turn."""
     seconds: dict[str, list[float]] = {"10": [], "100000": []}
     for number in range(times):
-        for every, found in seconds.items():
-            found.append(train_seconds(url, f"every-{every}-{number}", every))
+        for every, trials in seconds.items():
+            trials.append(train_seconds(url, f"every-{every}-{number}", every))
     print(f"seconds of the training stage by steps between checkpoints: {seconds}")
-    best = [min(found) for found in seconds.values()]
+    best = [min(trials) for trials in seconds.values()]
     row = at_most(f"checkpoint every 10 of {STEPS} steps", *best, unit="s", against="no checkpoints", goal=1.02)
     return row, seconds
 

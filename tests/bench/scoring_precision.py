@@ -64,10 +64,10 @@ def main() -> int:
     from job.model.device import make_deterministic
     from job.model.tokenizer import load_tokenizer
 
-    kept: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
 
     def tell(**line: Any) -> None:
-        kept.append(line)
+        lines.append(line)
         print(json.dumps(line), flush=True)
 
     tell(**conditions(), gpu=torch.cuda.get_device_name() if ON_GPU else None)
@@ -87,7 +87,7 @@ def main() -> int:
         at_shape(args.shape, tell)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        args.json.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return 0
 
 
@@ -154,11 +154,16 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 def measure(model: Any, questions: Sequence[Question], tell: Callable[..., None]) -> None:
     """Every way's answers with and without the adapter, beside fp32, and the seconds of a scoring."""
-    made = partial(precise_forward.precise_forward, model, kernels=fast_kernels())
-    (half, seconds), exact = timed(lambda: made(FP16, keep=True)), made(FP32, keep=False)
+    build = partial(precise_forward.precise_forward, model, kernels=fast_kernels())
+    (half, seconds), exact = timed(lambda: build(FP16, keep=True)), build(FP32, keep=False)
     tell(way=PRECISE, seconds_to_convert_the_weights=seconds)
     with mock.patch.object(precise_forward, "_weight", rounded):
-        ways: dict[str, Forward | None] = {TRAINING: None, PRECISE: half, EXACT: exact, ROUNDED: made(FP32, keep=False)}
+        ways: dict[str, Forward | None] = {
+            TRAINING: None,
+            PRECISE: half,
+            EXACT: exact,
+            ROUNDED: build(FP32, keep=False),
+        }
     best: dict[str, float] = {}
     for _ in range(REPEATED):  # in turn, so that both see the same clock rate
         for name in (TRAINING, PRECISE):

@@ -47,16 +47,16 @@ def free_port() -> int:
         return port
 
 
-def start(chosen: argparse.Namespace) -> int:
+def start(args: argparse.Namespace) -> int:
     """Starts the processes and waits for them; the first code that is not 0."""
-    shared = [*(["--tiny"] if chosen.tiny else []), "--layers", str(chosen.layers)]
-    shared += ["--processes", str(chosen.processes), "--port", str(free_port())]
+    shared = [*(["--tiny"] if args.tiny else []), "--layers", str(args.layers)]
+    shared += ["--processes", str(args.processes), "--port", str(free_port())]
     members = [
         subprocess.Popen(
             [sys.executable, __file__, *shared, "--rank", str(rank)],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": str(rank)},
         )
-        for rank in range(chosen.processes)
+        for rank in range(args.processes)
     ]
     deadline = time.monotonic() + TIMEOUT
     try:
@@ -75,11 +75,11 @@ class Both:
         began: When this one did.
     """
 
-    def __init__(self, chosen: argparse.Namespace, group: Any, began: float) -> None:
+    def __init__(self, args: argparse.Namespace, group: Any, began: float) -> None:
         import long_rows  # lies beside this script
 
         self.rows, self.group, self.began = long_rows, group, began
-        self.bench = long_rows.Bench(chosen.tiny, chosen.layers)
+        self.bench = long_rows.Bench(args.tiny, args.layers)
         self.say("start", processes=group.place.world_size)
         say, long_rows.say = long_rows.say, self.say
         try:
@@ -241,7 +241,7 @@ def cap24(both: Both) -> None:
 SECTIONS: tuple[Callable[[Both], None], ...] = (exchange, exact, row64k, whole64k, cap24)
 
 
-def measure(chosen: argparse.Namespace, began: float) -> None:
+def measure(args: argparse.Namespace, began: float) -> None:
     """One process's part."""
     from job.distributed.ranks import Place
     from job.distributed.rendezvous import join
@@ -249,15 +249,15 @@ def measure(chosen: argparse.Namespace, began: float) -> None:
     from job.preemption.stop_flag import Stop
     from job.training import long_rows, memory_model, micro_batch, step
 
-    if chosen.tiny:
+    if args.tiny:
         for module in (long_rows, memory_model, micro_batch, step):
             module.LONG_ROW = 200
     else:
         make_deterministic()
-    place = Place(chosen.rank, chosen.processes, chosen.rank, chosen.processes, "localhost", chosen.port)
+    place = Place(args.rank, args.processes, args.rank, args.processes, "localhost", args.port)
     joining: dict[str, Any] = {"patience": 120, "grace_seconds": 10}
     with join(place, "bench", stop=Stop(), report_progress=lambda: None, **joining) as group:
-        both = Both(chosen, group, began)
+        both = Both(args, group, began)
         for section in SECTIONS:
             if group.share("late", lambda: time.monotonic() - began > LATEST):
                 both.say("skipped", section=section.__name__)
@@ -273,10 +273,10 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.rank is None:
-        return start(chosen)
-    measure(chosen, time.monotonic())
+    args = parser.parse_args()
+    if args.rank is None:
+        return start(args)
+    measure(args, time.monotonic())
     return 0
 
 

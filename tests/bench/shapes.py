@@ -92,11 +92,11 @@ def quantized(config: Any, device: torch.device, dtype: torch.dtype = torch.bflo
 def examples(vocabulary: int, count: int = 1500) -> list[Example]:
     """Random tokens, as long as Alpaca's first good rows are in Mistral's tokenizer; all but the first are learned."""
     chance = random.Random(0)
-    made = []
+    drawn = []
     for length in LENGTHS["alpaca"][:count]:
         ids = tuple(chance.randrange(3, vocabulary) for _ in range(length))
-        made.append(Example(ids, (False, *[True] * (length - 1))))
-    return made
+        drawn.append(Example(ids, (False, *[True] * (length - 1))))
+    return drawn
 
 
 def questions(vocabulary: int, count: int | None = None) -> list[Question]:

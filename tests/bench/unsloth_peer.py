@@ -78,7 +78,7 @@ def rate() -> float:
     return float(2 * size**3 / sorted(times)[2])
 
 
-def train(out: Path, base: Path, way: str, given: argparse.Namespace, bound: float) -> None:
+def train(out: Path, base: Path, way: str, args: argparse.Namespace, bound: float) -> None:
     """Loads, trains some steps in one way, and says how fast."""
     quantized = base / "nf4"
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -97,9 +97,9 @@ def train(out: Path, base: Path, way: str, given: argparse.Namespace, bound: flo
         use_gradient_checkpointing=False if "kept" in way else "unsloth",
         random_state=0,
     )
-    shape = shapes.TINY if given.tiny else shapes.MISTRAL_7B
-    data = shapes.examples(shape["vocab_size"], 100 if given.tiny else 1500)
-    size, passes = 2 if given.tiny else 8, 4
+    shape = shapes.TINY if args.tiny else shapes.MISTRAL_7B
+    data = shapes.examples(shape["vocab_size"], 100 if args.tiny else 1500)
+    size, passes = 2 if args.tiny else 8, 4
     if "one pass" in way:
         size, passes = size * passes, 1
     if way == "packed":  # rows of 2,048 tokens: about as many examples a step
@@ -118,7 +118,7 @@ def train(out: Path, base: Path, way: str, given: argparse.Namespace, bound: flo
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder,
-            max_steps=WARMUP + given.steps,
+            max_steps=WARMUP + args.steps,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=passes,
             learning_rate=2e-4,
@@ -156,7 +156,7 @@ def train(out: Path, base: Path, way: str, given: argparse.Namespace, bound: flo
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    targets = sum(seen[WARMUP * passes : (WARMUP + given.steps) * passes])
+    targets = sum(seen[WARMUP * passes : (WARMUP + args.steps) * passes])
     speed = targets / (ended[-1] - ended[WARMUP - 1])
     say(
         out,
@@ -164,7 +164,7 @@ def train(out: Path, base: Path, way: str, given: argparse.Namespace, bound: flo
         way=way,
         tokens_per_second=speed,
         of_bound=speed / bound,
-        targets_per_step=targets / given.steps,
+        targets_per_step=targets / args.steps,
         step_milliseconds=[round((b - a) * 1000) for a, b in pairwise(ended)],
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
         losses=[round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry][:6],
@@ -179,26 +179,24 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=480, help="no way begins later than this")
     parser.add_argument("--ways", nargs="*", default=WAYS)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", tempfile.gettempdir())))
-    given = parser.parse_args()
+    args = parser.parse_args()
     start = time.monotonic()
     flops = rate()
     bound = flops / (4 * PARAMETERS)
     name = torch.cuda.get_device_name() if ON_GPU else "CPU"
-    say(
-        given.out, "machine", gpu=name, rate_tflops=flops / 1e12, bound_tokens_per_second=bound, torch=torch.__version__
-    )
+    say(args.out, "machine", gpu=name, rate_tflops=flops / 1e12, bound_tokens_per_second=bound, torch=torch.__version__)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        write_model(Path(folder), shapes.TINY if given.tiny else shapes.MISTRAL_7B)
-        say(given.out, "model written", seconds=time.perf_counter() - began)
-        for way in given.ways:
-            if time.monotonic() - start > given.seconds:
-                say(given.out, "skipped", way=way)
+        write_model(Path(folder), shapes.TINY if args.tiny else shapes.MISTRAL_7B)
+        say(args.out, "model written", seconds=time.perf_counter() - began)
+        for way in args.ways:
+            if time.monotonic() - start > args.seconds:
+                say(args.out, "skipped", way=way)
                 continue
             try:
-                train(given.out, Path(folder), way, given, bound)
+                train(args.out, Path(folder), way, args, bound)
             except Exception as error:  # noqa: BLE001 - the next one shall have its turn
-                say(given.out, "failed", way=way, error=f"{type(error).__name__}: {str(error)[:300]}")
+                say(args.out, "failed", way=way, error=f"{type(error).__name__}: {str(error)[:300]}")
                 traceback.print_exc(limit=-8)
             if ON_GPU:
                 torch.cuda.empty_cache()

@@ -24,12 +24,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from job.distributed.launcher import worker_environment
+from job.distributed.ranks import Place
 from job.results.reader import parse
 from job.runs.layout import facts_of
 from tests.chaos import small
@@ -135,12 +136,7 @@ def strike(  # noqa: PLR0917 - what one signal needs to know of its run
     pids = start(environment, launcher, logs)
     time.sleep(draw.uniform(0, 0.5) if draw.random() < 0.15 else draw.uniform(0, span))
     target = draw.choice(_living(pids) or pids)
-    hit = pids.index(target) if target in pids else None  # None: a process of a launcher
-    with suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(psutil.Process(target).ppid())
-    aim = (
-        f"{hit}" if hit is not None else f"process {[one.pid for one in parent.children()].index(target)} of a launcher"
-    )
+    aim = _aim(target, pids)
     with suppress(ProcessLookupError):
         os.kill(target, how)
     stage, began = _stage(logs), time.monotonic()
@@ -148,12 +144,12 @@ def strike(  # noqa: PLR0917 - what one signal needs to know of its run
     codes = wait(others, LIMITS[how], kill=False)
     wrong = [] if None not in codes else [f"not ended within {time.monotonic() - began:.0f} s: {codes}"]
     if how == signal.SIGTERM:
-        codes += wait([target], LIMITS[how], kill=False) if hit is not None else []
+        codes += wait([target], LIMITS[how], kill=False) if target in pids else []
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     time.sleep(0.2)
-    own = [] if how == signal.SIGTERM or hit is None else [target]
+    own = [] if how == signal.SIGTERM or target not in pids else [target]
     wait(own, 10)
     orphans = _left_behind(target)
     wrong += [f"left behind: {orphans}"] if orphans else []
@@ -224,7 +220,7 @@ def _fork(environment: Mapping[str, str], log: Path) -> int:
 
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, entry._stopped_early)
-        launcher._start = lambda _command, place, run, environ: _ForkedWorkers(place, run, {**environ}, log)  # type: ignore[assignment]
+        launcher._start = lambda _command, place, run, environ: _ForkedWorkers(place, run, environ, log)  # type: ignore[assignment]
         code = main(["run"])
     finally:
         os._exit(code)
@@ -233,25 +229,12 @@ def _fork(environment: Mapping[str, str], log: Path) -> int:
 class _ForkedWorkers:
     """In place of torch's context of started processes."""
 
-    def __init__(self, place: Any, run: str, environ: dict[str, str], log: Path) -> None:
-        from job.distributed.ranks import LAUNCHER
-
-        common = {
-            **{name: value for name, value in environ.items() if name.startswith("JOB_")},
-            "WORLD_SIZE": str(place.world_size),
-            "LOCAL_WORLD_SIZE": str(place.local_world_size),
-            "MASTER_ADDR": place.host,
-            "MASTER_PORT": str(place.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0",
-            LAUNCHER: str(os.getpid()),
-            "JOB_RUN__ID": run,
-        }
+    def __init__(self, place: Place, run: str, environ: Mapping[str, str], log: Path) -> None:
+        settings = {name: value for name, value in environ.items() if name.startswith("JOB_")}
         self._codes: dict[int, int] = {}
         self._pids = {
             local: _fork(
-                {**common, "RANK": str(place.rank + local), "LOCAL_RANK": str(local)},
-                log.with_name(f"{log.stem}-{local}.log"),
+                settings | worker_environment(place, run, local, environ), log.with_name(f"{log.stem}-{local}.log")
             )
             for local in range(place.local_world_size)
         }
@@ -304,6 +287,17 @@ def _living(pids: list[int]) -> list[int]:
             process = psutil.Process(pid)
             found += [one.pid for one in (process, *process.children()) if one.status() != psutil.STATUS_ZOMBIE]
     return found
+
+
+def _aim(target: int, pids: list[int]) -> str:
+    """Which process this is, in words: its number among those that were started, or among those of its launcher."""
+    if target in pids:
+        return str(pids.index(target))
+    try:
+        siblings = psutil.Process(psutil.Process(target).ppid()).children()
+        return f"process {[process.pid for process in siblings].index(target)} of a launcher"
+    except (psutil.NoSuchProcess, ValueError):  # it has ended since
+        return "a process of a launcher"
 
 
 def _left_behind(target: int) -> list[str]:

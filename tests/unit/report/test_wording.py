@@ -201,15 +201,15 @@ def test_a_recovered_loss_is_never_called_an_improvement(pair: tuple[str, str]) 
     assert verdict == "regressed" if pair[0] == "regressed" else verdict != "regressed"
     assert "arc_easy" in sentence
     assert "quantized" in sentence
-    assert ("improved" in verdict_in_words("arc_easy", found)) == (pair == ("improved", "improved"))
+    assert ("improved" in verdict_in_words(*pair, quantized=True)) == (pair == ("improved", "improved"))
 
 
 @pytest.mark.parametrize("verdict", ["improved", "regressed", "inconclusive"])
 def test_without_the_unquantized_base_a_gain_is_one_on_the_quantized_base(verdict: str) -> None:
     """Headline and last line name the base that was compared with; a base that is not quantized is just the base."""
     quantized, plain = judged(verdict), judged(verdict, quantization="none")
-    assert verdict_in_words("arc_easy", plain) == verdict
-    assert ("quantized" in verdict_in_words("arc_easy", quantized)) == (verdict == "improved")
+    assert verdict_in_words(verdict, None, quantized=False) == verdict
+    assert ("quantized" in verdict_in_words(verdict, None, quantized=True)) == (verdict == "improved")
     assert "quantized" not in wording.headline(plain)[0][1]
     assert ("quantized" in wording.headline(quantized)[0][1]) == (verdict != "inconclusive")
 
