@@ -260,7 +260,7 @@ class Now:
 
 
 def test_a_hang_after_the_loss_of_the_store_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Machine 0 was lost before it could say why, and this machine's process hangs: no preemption, whose retry is free."""
+    """Machine 0 was lost before it could say why, and this machine hangs: no preemption, whose retry is free."""
     short = {"_ASK_SECONDS": 0.0, "_REACH_SECONDS": 0.0, "_GONE_SECONDS": 0.2, "_ANSWER_SECONDS": 0.5}
     for name, value in short.items():
         monkeypatch.setattr(launcher, name, value)
