@@ -291,18 +291,18 @@ def _preview_rows(s: Settings, **options: Any) -> Found[DataFacts]:
 def _preview_prompts(
     s: Settings, data: DataFacts | None, tokenizer: Any, folder: Path, storage: StorageOptions
 ) -> Found[tuple[int, ...]]:
-    """The tokens of each prompt. A file is read as the job will; of a number of validation rows all tokens count.
-
-    The job reports if there are fewer of these than requested.
-    """
+    """The tokens of each prompt. A file is read as the job will; of a number of validation rows all tokens count."""
     source, most = s.eval.prompts, s.train.max_length - s.eval.prompts_max_new_tokens
-    if isinstance(source, int) and data is not None and data.schema == "text":
-        what = "is a number of validation rows, and rows of the schema text have no prompts; give a file of prompts"
-        raise DataError([Problem("JOB_EVAL__PROMPTS", what)])
     if isinstance(source, int):
-        held = "rows" if data is None else f"{len(data.validation):,} rows"
-        lengths = () if data is None else tuple(lengths_of(data.validation)[:source])
-        return "ok", f"{source:,} of the {held} for validation", lengths
+        if data is None:
+            raise NotChecked(f"{source:,} of the rows for validation: the data could not be read")
+        if data.schema == "text":
+            what = "is a number of validation rows, and rows of the schema text have no prompts; give a file of prompts"
+            raise DataError([Problem("JOB_EVAL__PROMPTS", what)])
+        held, lengths = len(data.validation), tuple(lengths_of(data.validation)[:source])
+        if held < source:
+            return "note", f"{source:,} of the rows for validation, of which there are only {held:,}", lengths
+        return "ok", f"{source:,} of the {held:,} rows for validation", lengths
     with named_by("JOB_EVAL__PROMPTS", ": "):
         path = find_prompts(fetch(source or "", folder / "prompts", storage))
     if tokenizer is None or data is None:

@@ -496,3 +496,30 @@ def test_gguf_of_a_base_on_the_hub_can_be_made(capsys: pytest.CaptureFixture[str
     """The converter needs no weights to try the vocabulary."""
     code, plan, _ = planned(capsys, "--export.formats=gguf:q8_0")
     assert (code, states(plan)["gguf"]) == (0, "ok")
+
+
+PROMPTS_OF_ROWS = ("--data.validation=4", "--eval.prompts=3")
+
+
+@pytest.mark.parametrize("sources", [("texts",), ("texts", "more")])
+def test_texts_have_no_prompts(given: Path, capsys: pytest.CaptureFixture[str], sources: tuple[str, ...]) -> None:
+    """A number of validation rows of plain text ends the job, so it ends the plan, with the fix."""
+    for name in sources:
+        write_jsonl(given / f"{name}.jsonl", [{"text": f"{name}: the sky is blue on day {day}."} for day in range(20)])
+    words = f"--data.source={','.join(str(given / f'{name}.jsonl') for name in sources)}"
+    code, plan, log_lines = planned(capsys, *PROMPTS_OF_ROWS, words)
+    assert (code, states(plan)["data"], states(plan)["prompts"]) == (65, "ok", "wrong")
+    assert "JOB_EVAL__PROMPTS: is a number of validation rows, and rows of the schema text have no prompts" in log_lines
+
+
+def test_prompts_of_validation_rows_are_counted(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as there are; of data that cannot be read, nothing is known."""
+
+    def check(*words: str) -> tuple[str, str]:
+        _, plan, _ = planned(capsys, *PROMPTS_OF_ROWS, *words)
+        (prompts,) = [check for check in plan["checks"] if check["name"] == "prompts"]
+        return prompts["state"], prompts["what"]
+
+    assert check() == ("ok", "3 of the 4 rows for validation")
+    assert check("--eval.prompts=5") == ("note", "5 of the rows for validation, of which there are only 4")
+    assert check(f"--data.source={given / 'none.jsonl'}")[0] == "not checked"
