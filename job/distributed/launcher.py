@@ -225,6 +225,8 @@ class _Ends:
         """
         pause = _REACH_SECONDS if self._store is None else _ASK_SECONDS
         idle = self._question is None or self._question.done()
+        if self._question is not None and idle:
+            self._question.result()  # raises what is a bug
         if self._machine.nodes > 1 and self.first is None and idle and time.monotonic() >= self._asked + pause:
             self._asked = time.monotonic()
             self._question = self._requests.submit(self._ask_for_failure)
