@@ -11,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from job import log
+from job.common.threads import in_thread
 from job.distributed.ends import ended_key, gone_key, publish_end, read_key
 from job.distributed.launcher import Machine, split_address
 from job.distributed.ranks import Place
@@ -25,6 +28,8 @@ _TELL_SECONDS = 30.0
 """How long the end is offered: machines that are started together are not ready at the same moment."""
 _ANSWER_SECONDS = 5.0
 _PAUSE_SECONDS = 0.1
+_LAST_SECONDS = 1.0
+"""How long the end is offered after a signal."""
 
 
 @contextmanager
@@ -46,8 +51,13 @@ def telling_the_others(
             one, others = ("machine", "machines") if isinstance(found[0], Machine) else ("process", "processes")
             what = f"this {one} cannot take part in the run; the other {others} are told"
             log.get_logger().warning(what, at_most_seconds=_TELL_SECONDS)
-            with contextlib.suppress(OSError, RuntimeError, Unreachable):  # it ends with its own error all the same
-                _report_end(*found, error.exit_code, str(error), received)
+            reporting = in_thread(partial(_report_end, *found, error.exit_code, str(error), received), "early end")
+            # A store that is silent holds up a request for seconds. A signal leaves the thread behind then.
+            while not reporting.done() and not received:
+                wait([reporting], timeout=_PAUSE_SECONDS)
+            # It ends with its own error all the same.
+            with contextlib.suppress(OSError, RuntimeError, Unreachable):
+                reporting.result(timeout=_LAST_SECONDS)
         raise
 
 

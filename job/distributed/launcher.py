@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,8 @@ def launch(
 
     Raises:
         JobError: Another machine ended with a more serious exit code, which this error has.
-        Killed: A process was killed, or ended with a code that is not in the table of exit codes.
+        Killed: A process was killed, or ended with a code that is not in the table of exit codes; or it had to be
+            killed because it did not end, although no signal had arrived and no other process is known to have failed.
         Preempted: A signal arrived before the processes were started.
         Unreachable: This is machine 0, and its port is in use.
     """
@@ -138,18 +139,25 @@ def launch(
     )
     check_signals(signals)
     context = _start(command, place, run, environ)
-    ends = _Ends(machine, place, hosted, run)
-    try:
-        codes, late, deadline = _watch(context, signals, grace_seconds, ends)
-    finally:
-        context.close(signal.SIGKILL, timeout=5)
-    codes = {place.rank + local: code for local, code in codes.items()}
-    late = {place.rank + local for local in late}
-    code = _combined(codes, late)
-    if machine.nodes > 1:
-        code = ends.of_all(code, max(0.0, deadline - time.monotonic()))
-    if code == Killed.exit_code and (killed := _unknown(codes, late)):
-        raise Killed("; ".join(f"process {rank} {_how_it_ended(code)}" for rank, code in killed.items()))
+    with contextlib.closing(_Ends(machine, place, hosted, run)) as ends:
+        try:
+            codes, late, deadline, stopped = _watch(context, signals, grace_seconds, ends)
+        finally:
+            context.close(signal.SIGKILL, timeout=5)
+        codes = {place.rank + local: code for local, code in codes.items()}
+        late = {place.rank + local for local in late}
+        # Processes that hang, though nobody asked them to stop, are no preemption, whose retry is free without limit.
+        only_late = Preempted if stopped or ends.first is not None else Killed
+        code = _combined(codes, late, only_late.exit_code)
+        if machine.nodes > 1:
+            code = ends.of_all(code, max(0.0, deadline - time.monotonic()))
+    if code == Killed.exit_code:
+        killed = {rank: _how_it_ended(code) for rank, code in _unknown(codes, late).items()}
+        if not killed and only_late is Killed:
+            why = "machine 0 of this run cannot be reached any more" if ends.lost else "another process had ended"
+            killed = dict.fromkeys(sorted(late), f"did not end, although {why}, and was killed")
+        if killed:
+            raise Killed("; ".join(f"process {rank} {how}" for rank, how in killed.items()))
     return code
 
 
@@ -203,40 +211,55 @@ def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str,
 
 
 class _Ends:
-    """Exchanges with the other machines, through the common store, how the processes of each have ended."""
+    """Exchanges with the other machines, through the common store, how the processes of each have ended.
+
+    All requests are made one after the other in a thread: a store that is silent answers none for seconds, in which
+    the launcher has to pass signals on.
+    """
 
     def __init__(self, machine: Machine, place: Place, hosted: Any, run: str) -> None:
         self._machine, self._place, self._run = machine, place, run
+        self._requests = ThreadPoolExecutor(1, "ends of the machines")
+        self._question: Future[None] | None = None
+        self._asked = time.monotonic()
         self._store = None if hosted is None else keyspace(hosted, run)
         self._unreachable = False
-        self._asked = time.monotonic()
         self._answered = float("inf")
-        """When the store last answered `ended_elsewhere`; never, as long as machine 0 may not have begun."""
-        self._first: End | None = None
+        """When the store last answered `_ask_for_failure`; never, as long as machine 0 may not have begun."""
+        self.lost = False
+        """Whether the last question was not answered, nor any other one for `_GONE_SECONDS`."""
+        self.first: End | None = None
         """The first failure of the run, where this launcher has read it before the store was gone."""
 
     def ended_elsewhere(self) -> bool:
         """Whether a process of the run has failed, or the store has not answered for `_GONE_SECONDS`.
 
-        This machine's processes end by themselves then, unless they hang or are stopped.
+        This machine's processes end by themselves then, unless they hang or are stopped. Returns at once, by the last
+        answer of the store.
         """
-        if self._first is not None:
-            return True
         pause = _REACH_SECONDS if self._store is None else _ASK_SECONDS
-        if self._machine.nodes == 1 or time.monotonic() < self._asked + pause:
-            return False
-        self._asked = time.monotonic()
+        idle = self._question is None or self._question.done()
+        if self._question is not None and idle:
+            self._question.result()  # raises what is a bug
+        if self._machine.nodes > 1 and self.first is None and idle and time.monotonic() >= self._asked + pause:
+            self._asked = time.monotonic()
+            self._question = self._requests.submit(self._ask_for_failure)
+        return self.first is not None or self.lost
+
+    def _ask_for_failure(self) -> None:
         try:
             if self._store is None:
                 self._store = reach_keyspace(self._place, self._run, _ANSWER_SECONDS)
-            self._first, self._answered = read_first_failure(self._store), time.monotonic()
+            self.first, self._answered = read_first_failure(self._store), time.monotonic()
+            self.lost = False
         except (OSError, RuntimeError):  # a late answer would be taken for that to the next question
             self._store = None
-        return self._first is not None or time.monotonic() - self._answered > _GONE_SECONDS
+            self.lost = time.monotonic() - self._answered > _GONE_SECONDS
 
     def publish(self, local: int, code: int, why: str) -> None:
-        """Publishes that a process of this machine has failed."""
-        self._ask(lambda store: publish_end(store, self._place.rank + local, code, why), None)
+        """Publishes that a process of this machine has failed; does not wait for it."""
+        rank = self._place.rank + local
+        self._requests.submit(self._ask, lambda store: publish_end(store, rank, code, why), None)
 
     def of_all(self, own_code: int, seconds: float) -> int:
         """The exit code of all machines, after at most `seconds`; `own_code` if the store cannot be reached.
@@ -245,22 +268,32 @@ class _Ends:
             JobError: Another machine ended with a more serious exit code, which this error has.
         """
         otherwise = End(own_code)
-        if self._first is not None and own_code and gravest((own_code, self._first.code)) != own_code:
-            otherwise = self._first
-        end = self._ask(
+        if self.first is not None and own_code and gravest((own_code, self.first.code)) != own_code:
+            otherwise = self.first
+        seconds = min(SETTLE_SECONDS, seconds)
+        agreed = self._requests.submit(
+            self._ask,
             lambda store: agree_on_end(
                 store,
                 own_code,
                 machine=self._machine.node_rank,
                 machines=self._machine.nodes,
                 processes=self._place.world_size,
-                seconds=min(SETTLE_SECONDS, seconds),
+                seconds=seconds,
             ),
             otherwise,
         )
+        try:
+            end = agreed.result(timeout=seconds + 2 * _ANSWER_SECONDS)
+        except TimeoutError:  # it, or a request before it, waits for a store that is silent
+            end = otherwise
         if end.code not in {0, own_code}:
             raise error_of_process(end.code, end.where, end.why)
         return end.code
+
+    def close(self) -> None:
+        """Ends the thread, which is not waited for, once it has made the requests that are left."""
+        self._requests.shutdown(wait=False)
 
     def _ask(self, request: Callable[[Any], T], otherwise: T) -> T:
         """The result of `request` on the store; `otherwise` if the store cannot be reached, or could not be before."""
@@ -278,14 +311,15 @@ class _Ends:
 
 def _watch(
     context: Any, signals: list[int], grace_seconds: float, ends: _Ends
-) -> tuple[dict[int, int], set[int], float]:
+) -> tuple[dict[int, int], set[int], float, bool]:
     """Waits until all processes have ended, and publishes each failure as soon as it is seen.
 
     Returns:
         Exit codes by local rank, negative for a signal; the local ranks of processes that were killed by a signal from
-        this launcher; and the time by which this machine has to end, on the clock of `time.monotonic`.
+        this launcher; the time by which this machine has to end, on the clock of `time.monotonic`; and whether it has
+        to end because of a signal, and not because a process had ended or machine 0 was lost before that.
     """
-    forwarded, deadline, published = 0, float("inf"), set[int]()
+    forwarded, deadline, published, stopped = 0, float("inf"), set[int](), False
     while True:
         codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
         ended = {local: code for local, code in codes.items() if code is not None}
@@ -295,12 +329,14 @@ def _watch(
         for local in sorted(local for local, code in ended.items() if code and local not in published):
             published.add(local)
             ends.publish(local, _combined({local: ended[local]}, late), _how_it_ended(ended[local]))
+        if deadline == float("inf"):
+            stopped = bool(signals)
         if ended or signals:
             deadline = min(deadline, time.monotonic() + grace_seconds)
         elif ends.ended_elsewhere():  # this machine's processes notice it somewhat later than the launcher
             deadline = min(deadline, time.monotonic() + grace_seconds + _ANSWER_SECONDS)
         if not running:
-            return ended, late, deadline
+            return ended, late, deadline, stopped
         for number in signals[forwarded:]:
             forwarded += 1
             for local in running:
@@ -308,7 +344,7 @@ def _watch(
                     os.kill(context.pids()[local], number)
         if time.monotonic() > deadline:
             context.close(signal.SIGKILL, timeout=5)
-            return {**ended, **dict.fromkeys(running, -signal.SIGKILL)}, late | running, deadline
+            return {**ended, **dict.fromkeys(running, -signal.SIGKILL)}, late | running, deadline, stopped
         time.sleep(_POLL_SECONDS)
 
 
@@ -331,18 +367,19 @@ def _unknown(codes: Mapping[int, int], late: set[int]) -> dict[int, int]:
     return {rank: code for rank, code in codes.items() if code and code not in table and rank not in late}
 
 
-def _combined(codes: Mapping[int, int], late: set[int]) -> int:
+def _combined(codes: Mapping[int, int], late: set[int], only_late: int = Preempted.exit_code) -> int:
     """One exit code for the processes of this machine; a process that was killed counts as `Killed`.
 
     Args:
         codes: Exit codes by rank, negative for a signal.
         late: Ranks that the launcher itself signalled or killed; their codes are ignored, since they are not the cause.
+        only_late: The code where no process failed in another way.
     """
     if codes.get(0) == 0 or not any(codes.values()):
         return 0
     table = exit_codes()
     causes = [code for code in codes.values() if code in table] + [Killed.exit_code for _ in _unknown(codes, late)]
-    return gravest(causes) if causes else Preempted.exit_code
+    return gravest(causes) if causes else only_late
 
 
 def worker_command(arguments: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -32,6 +32,9 @@ _STRANGER = "stranger"
 """Key, outside of the keyspaces, of why a process that connected to the store does not belong to its run."""
 _STRANGER_SECONDS = 10.0
 """How long processes that wait go on after a stranger has come: it may be left over from an earlier run."""
+_SAY_SECONDS = 30.0
+"""How often the log says for whom this process waits."""
+_MOST_SAID = 20
 
 
 def host_store(port: int, run: str | None = None) -> Any:
@@ -174,13 +177,18 @@ def _reach(place: Place, run: str, deadline: float, stop: Stop, report_progress:
     """The store, once it can be reached; process 0 hosts it where no launcher does."""
     if place.rank == 0 and not place.hosted:
         return host_store(place.port, run)
+    where, reminder = f"{place.host}:{place.port}", _Reminder()
     while True:
         _check_launcher(place)
         try:
             store = reach_store(place, _REACH_SECONDS)
         except (OSError, RuntimeError) as error:
+            # One process of each machine says so; on machine 0 the one after process 0, if that hosts the store itself.
+            if (place.local_rank == 0 or place.rank == 1) and reminder.is_due():
+                left = max(0, round(deadline - time.monotonic()))
+                what = "waiting for process 0, which cannot be reached"
+                log.get_logger().warning(what, at=where, why=str(error)[:200], at_most_seconds=left)
             if time.monotonic() > deadline:
-                where = f"{place.host}:{place.port}"
                 raise Unreachable(f"process 0 of this run cannot be reached at {where}: {error}") from error
         else:
             store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
@@ -266,13 +274,50 @@ def _await_all(joined: ProcessGroup, store: Any, deadline: float, check: Callabl
             "the old process has ended"
         )
         raise SettingsError([Problem("JOB_RUN__NODE_RANK", message)])
-    here = [f"here#{rank}" for rank in range(place.world_size)]
+    here, reminder = [f"here#{rank}" for rank in range(place.world_size)], _Reminder()
     while not store.check(here):
+        if reminder.is_due():
+            _log_missing(place, [rank for rank, key in enumerate(here) if not store.check([key])], deadline)
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(here) if not store.check([key])]
             raise Unreachable(f"of {place.world_size} processes, these did not connect: {', '.join(map(str, missing))}")
         check()
         time.sleep(0.05)
+
+
+class _Reminder:
+    """Says every `_SAY_SECONDS` that it is time for a line in the log, the first time after these seconds."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + _SAY_SECONDS
+
+    def is_due(self) -> bool:
+        """Whether it is time."""
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + _SAY_SECONDS
+        return True
+
+
+def _log_missing(place: Place, missing: Sequence[int], deadline: float) -> None:
+    """Logs for which processes this one waits, if it is the first of its machine that has come.
+
+    A process that ends before it connects is not noticed, unless the job's launcher has started it, or it could say so
+    (`early_end`): nobody knows its process id. So a person has to see which one it is. As a warning, because processes
+    other than 0 log only those.
+    """
+    first = place.first_of_machine
+    if not set(range(first, place.rank)) <= set(missing):
+        return
+    last = first + max(place.local_world_size, place.local_rank + 1)
+    log.get_logger().warning(
+        "waiting for processes that have not connected",
+        processes=place.world_size,
+        missing_processes=len(missing),
+        missing=list(missing[:_MOST_SAID]),
+        on_this_machine=[rank for rank in missing if first <= rank < last][:_MOST_SAID],
+        at_most_seconds=max(0, round(deadline - time.monotonic())),
+    )
 
 
 def _connect(joined: ProcessGroup, run: str, timeout_seconds: float) -> None:

@@ -17,9 +17,9 @@ from job.model.files import (
     build_empty,
     check_weights,
     read_config,
-    readable,
     silence,
 )
+from job.model.loading_errors import loading_weights
 from job.model.target_modules import check_adapter, resolve_targets
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def load_base(
     apart = quantized and experts.has_files(folder)
     kinds = experts.kinds_of(empty) if quantization_options or apart else experts.Kinds()
     with ExitStack() as stack:
-        stack.enter_context(readable(folder))
+        stack.enter_context(loading_weights(folder))
         if kinds:
             kept, fresh = experts.left_out, experts.quantizing
             stack.enter_context(kept(kinds, empty) if apart else fresh(kinds, double=double_quantization))
@@ -136,7 +136,7 @@ def load_base(
 
 
 def _check_loaded(folder: Path, model: Any, loading_info: dict[str, Any]) -> None:
-    """Refuses a model of which weights are missing, or not quantized as its config.json says.
+    """Refuses a model of which weights are missing, of another shape, or not quantized as its config.json says.
 
     Weights that the model has no place for are a warning: a model for text may leave out those for images, but a
     config.json with too few layers, or without biases, would train another model than the folder holds.
@@ -165,6 +165,12 @@ def _check_loaded(folder: Path, model: Any, loading_info: dict[str, Any]) -> Non
     if plain := [name for name, layer in layers.items() if not is_quantized(layer.weight)]:
         message = f"{folder} has a config.json for quantized weights, but those of {plain[0]} are not quantized"
         raise DataError([Problem("JOB_MODEL__ID", message)])
+    # transformers compares shapes, but not of weights that it quantizes.
+    for name, layer in layers.items():
+        held, needed = getattr(layer.weight, "quant_state", None), (layer.out_features, layer.in_features)
+        if held is not None and tuple(held.shape) != needed:
+            message = f"{folder} has no model that can be loaded: {name}.weight has the shape {tuple(held.shape)}"
+            raise DataError([Problem("JOB_MODEL__ID", f"{message} instead of {needed}")])
 
 
 def inspect(

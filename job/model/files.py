@@ -10,13 +10,14 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from job.common.disk import is_of_the_machine
 from job.common.hashing import hash_files
+from job.common.out_of_memory import says_full
 from job.errors import DataError, JobError, Problem, SettingsError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,11 +56,21 @@ _PACKED_WEIGHTS = 8
 
 
 @contextmanager
-def readable(folder: Path, message: str = "has no model that can be loaded") -> Iterator[None]:
+def readable(
+    folder: Path,
+    message: str = "has no model that can be loaded",
+    *,
+    is_of_files: Callable[[Exception], bool] = lambda _: True,
+) -> Iterator[None]:
     """Turns exceptions of libraries about a missing or broken model into a DataError.
 
     Transformers raises nearly every built-in exception for some broken file. Errors of the machine, such as too little
     memory, a file that may not be read or a disk that fails, are not caught.
+
+    Args:
+        folder: The model's.
+        message: What is wrong with it.
+        is_of_files: Whether an exception is about files at all; see `loading_errors`.
 
     Raises:
         DataError: Anything else was raised within.
@@ -71,7 +82,7 @@ def readable(folder: Path, message: str = "has no model that can be loaded") -> 
     except (JobError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
-        if is_of_the_machine(error):
+        if is_of_the_machine(error) or says_full(error) or not is_of_files(error):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -210,9 +210,9 @@ def layer_by_layer() -> Iterator[None]:
     with ExitStack() as stack:
         # transformers loads with several threads, ahead of what is placed: weights would gather on the device.
         in_turn = partial(_without_threads, core_model_loading.spawn_materialize)
-        stack.enter_context(_replaced(core_model_loading, "spawn_materialize", in_turn))
+        stack.enter_context(replaced(core_model_loading, "spawn_materialize", in_turn))
         # Before that, it allocates the memory of the whole model on the device at once, to be faster.
-        stack.enter_context(_replaced(modeling_utils, "caching_allocator_warmup", lambda *_, **__: None))
+        stack.enter_context(replaced(modeling_utils, "caching_allocator_warmup", lambda *_, **__: None))
         yield
 
 
@@ -258,7 +258,7 @@ def save_quantized(model: Any, folder: Path, *, shard: str) -> None:
     mixture = save_experts(model, folder)
     save_options, state = {"max_shard_size": shard, "save_original_format": not mixture}, without_experts(model)
     if getattr(model, PLACED, None) is None:
-        with _replaced(model, "state_dict", lambda *_, **__: dict(state)):
+        with replaced(model, "state_dict", lambda *_, **__: dict(state)):
             model.save_pretrained(folder, **save_options)
         return
     from transformers import modeling_utils
@@ -281,14 +281,14 @@ def save_quantized(model: Any, folder: Path, *, shard: str) -> None:
         write_file(tensors, *args, **options)
 
     with (
-        _replaced(model, "state_dict", lambda *_, **__: dict(names)),
-        _replaced(modeling_utils, "safe_save_file", save_file),
+        replaced(model, "state_dict", lambda *_, **__: dict(names)),
+        replaced(modeling_utils, "safe_save_file", save_file),
     ):
         model.save_pretrained(folder, **save_options)
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """An attribute is another within."""
     before = vars(owner).get(name)
     setattr(owner, name, value)

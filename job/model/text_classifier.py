@@ -19,9 +19,9 @@ from job.model.files import (
     check_sizes,
     quantization_method,
     read_json,
-    readable,
     weight_files,
 )
+from job.model.loading_errors import loading_weights
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ class TextClassifier:
         with naming(setting):
             check_sizes(folder)
             weight_files(folder)
-            with readable(folder, "has no classifier that can be loaded"):
+            with loading_weights(folder, "has no classifier that can be loaded"):
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
                 model, info = AutoModelForSequenceClassification.from_pretrained(
                     folder,

@@ -10,7 +10,7 @@ from typing import Any
 
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
-from job.common.export_formats import needs_merge
+from job.common.export_formats import EXTRA, GGUF, needs_merge, not_installed, split_name
 from job.common.lora_readers import why_not_served
 from job.data.examples import lengths_of
 from job.data.prompts import find_prompts, read_prompts
@@ -29,6 +29,7 @@ from job.planning.preflight_models import (
     AdapterFacts,
     AuxiliaryFacts,
     ModelFacts,
+    files_without_weights,
     find_tokenizer,
     preview_adapter,
     preview_judge,
@@ -90,6 +91,7 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
     return Preflight(
         checks=[
             *(stored, modelled, adapted, tokenized),
+            *_check_gguf(s, model, folder),
             *(*rows.read, *rows.audited, *screened, question_check),
             *(*other_checks, *prompted, *ruled),
         ],
@@ -218,7 +220,7 @@ def _problems_of_model(s: Settings, config: Any, empty: Any) -> Iterator[Problem
         optimizer=s.train.optimizer,
     )
     if needs_merge(s.export.formats):
-        from job.export.model_checks import export_problems, file_problems
+        from job.export.model_checks import export_problems
 
         export_settings: dict[str, Any] = {
             "formats": s.export.formats,
@@ -226,8 +228,27 @@ def _problems_of_model(s: Settings, config: Any, empty: Any) -> Iterator[Problem
             "gate_format": s.gate.on,
         }
         yield from export_problems(config, empty, **export_settings, nf4=s.model.quantization == "nf4", device=None)
-        if not is_remote(s.model.id) and (original := local_model(s.model.id)) is not None:
-            yield from file_problems(s.export.formats, original, lambda **_: None)
+
+
+def _check_gguf(s: Settings, model: ModelFacts | None, folder: Path) -> Iterator[PreflightResult]:
+    """Whether llama.cpp takes the model by its small files; no check without a GGUF format."""
+    names = [name for name in s.export.formats if split_name(name)[0] == GGUF]
+    if not names:
+        return
+
+    def check() -> Found[None]:
+        from job.export.model_checks import file_problems
+
+        if model is None:
+            raise NotChecked("the model's files cannot be fetched")
+        if lacking := not_installed(names):
+            raise NotChecked(f"needs {', '.join(lacking)}, which is not installed here: pip install '{EXTRA}'")
+        original = None if is_remote(s.model.id) else local_model(s.model.id)
+        original = original or files_without_weights(model.folder, folder / "without weights")
+        raise_problems(file_problems(names, original, lambda **_: None))
+        return "ok", "llama.cpp takes the model's family and tokenizer", None
+
+    yield run_check(GGUF, check)[0]
 
 
 def _check_steps(s: Settings, rows: int) -> Found[None]:
@@ -274,18 +295,18 @@ def _preview_rows(s: Settings, **options: Any) -> Found[DataFacts]:
 def _preview_prompts(
     s: Settings, data: DataFacts | None, tokenizer: Any, folder: Path, storage: StorageOptions
 ) -> Found[tuple[int, ...]]:
-    """The tokens of each prompt. A file is read as the job will; of a number of validation rows all tokens count.
-
-    The job reports if there are fewer of these than requested.
-    """
+    """The tokens of each prompt. A file is read as the job will; of a number of validation rows all tokens count."""
     source, most = s.eval.prompts, s.train.max_length - s.eval.prompts_max_new_tokens
-    if isinstance(source, int) and data is not None and data.schema == "text":
-        what = "is a number of validation rows, and rows of the schema text have no prompts; give a file of prompts"
-        raise DataError([Problem("JOB_EVAL__PROMPTS", what)])
     if isinstance(source, int):
-        held = "rows" if data is None else f"{len(data.validation):,} rows"
-        lengths = () if data is None else tuple(lengths_of(data.validation)[:source])
-        return "ok", f"{source:,} of the {held} for validation", lengths
+        if data is None:
+            raise NotChecked(f"{source:,} of the rows for validation: the data could not be read")
+        if data.schema == "text":
+            what = "is a number of validation rows, and rows of the schema text have no prompts; give a file of prompts"
+            raise DataError([Problem("JOB_EVAL__PROMPTS", what)])
+        held, lengths = len(data.validation), tuple(lengths_of(data.validation)[:source])
+        if held < source:
+            return "note", f"{source:,} of the rows for validation, of which there are only {held:,}", lengths
+        return "ok", f"{source:,} of the {held:,} rows for validation", lengths
     with named_by("JOB_EVAL__PROMPTS", ": "):
         path = find_prompts(fetch(source or "", folder / "prompts", storage))
     if tokenizer is None or data is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 from job.audit.safety import SETTING as SAFETY_SETTING
@@ -26,7 +27,7 @@ from job.planning.auxiliary_models import count_weights
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN
 from job.planning.preflight import HUB_UNREACHABLE, Found, NotChecked, Online
 from job.settings.field_types import is_server
-from job.storage.hub import cached_model, local_model, peek_model
+from job.storage.hub import SMALL_FILES, cached_model, local_model, peek_model
 from job.storage.open import StorageOptions, is_remote, open_store, size
 
 MOSTLY = 0.5
@@ -82,6 +83,19 @@ def preview_model(
     except ValueError as error:
         return "note", f"{where}; no figures: {error}", ModelFacts(place, None, download)
     return "ok", where, ModelFacts(place, architecture, download)
+
+
+def files_without_weights(model: Path, folder: Path) -> Path:
+    """Copies a model's configuration and tokenizer to a new folder, which is returned.
+
+    For llama.cpp's converter. Of a model without weights it would look for those that an index of its files names, such
+    as that of pickles, which the hub's models often have as well.
+    """
+    folder.mkdir()
+    for file in model.iterdir():
+        if any(map(file.match, (*SMALL_FILES, "*.txt"))) and not file.match("*.index.json") and file.is_file():
+            copyfile(file, folder / file.name)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from job.errors import JobError, Killed, Problem, SettingsError, Unreachable, er
 from job.platforms.detect import detect
 from job.preemption.stop_flag import Stop
 from tests.forked import free_port
+from tests.waiting import wait_for
 
 WRONG = SettingsError([Problem("JOB_TRAIN__EPOCHS", "must be at least 1")])
 
@@ -154,6 +156,23 @@ def test_nobody_is_told_for_longer_than_a_while(monkeypatch: pytest.MonkeyPatch)
     place = Machine(1, nodes=2, node_rank=0, rendezvous=f"localhost:{free_port()}")
     with pytest.raises(SettingsError), telling_the_others(lambda: (place, "r"), [15]):
         raise WRONG
+
+
+def test_a_silent_store_delays_no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here it does not answer at all until this machine has ended."""
+    received, ended, in_time = list[int](), Event(), list[bool]()
+
+    def silent(*_: object) -> None:
+        received.append(signal.SIGTERM)
+        in_time.append(ended.wait(20))
+        raise RuntimeError("timed out")
+
+    monkeypatch.setattr(early_end, "reach_store", silent)
+    place = Machine(1, nodes=2, node_rank=1, rendezvous="localhost:1")
+    with pytest.raises(SettingsError), telling_the_others(lambda: (place, "r"), received):
+        raise WRONG
+    ended.set()
+    assert wait_for(lambda: in_time) == [True]
 
 
 @pytest.mark.parametrize("hosted_for", ["one", "two"])

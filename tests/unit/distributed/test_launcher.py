@@ -11,7 +11,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -242,9 +243,73 @@ def test_a_store_that_is_silent_for_a_moment_ends_no_run(monkeypatch: pytest.Mon
     monkeypatch.setattr(launcher, "read_first_failure", read)
     place = Place(rank=1, world_size=2, local_world_size=1, host="localhost", port=1, hosted=True)
     ends = launcher._Ends(launcher.Machine(1, nodes=2, node_rank=1), place, None, "r")
+    monkeypatch.setattr(ends, "_requests", Now())
     assert [ends.ended_elsewhere() for _ in range(4)] == [False] * 4
     time.sleep(0.1)
     assert ends.ended_elsewhere()
+
+
+class Now:
+    """In place of a thread: makes each request at once."""
+
+    def submit(self, request: Callable[..., Any], *given: Any) -> Future[Any]:
+        """Makes the request."""
+        done = Future[Any]()
+        done.set_result(request(*given))
+        return done
+
+
+def test_a_hang_after_the_loss_of_the_store_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine 0 was lost before it could say why, and this machine hangs: no preemption, whose retry is free."""
+    short = {"_ASK_SECONDS": 0.0, "_REACH_SECONDS": 0.0, "_GONE_SECONDS": 0.2, "_ANSWER_SECONDS": 0.5}
+    for name, value in short.items():
+        monkeypatch.setattr(launcher, name, value)
+    stores = [host_store(0, "r")]
+    read_first_failure = launcher.read_first_failure
+
+    def answer_once(store: Any) -> Any:
+        end = read_first_failure(store)
+        stores.clear()  # the server ends with it
+        return end
+
+    monkeypatch.setattr(launcher, "read_first_failure", answer_once)
+    second = Machine(1, nodes=2, node_rank=1, rendezvous=f"localhost:{stores[0].port}")
+    with pytest.raises(Killed, match="machine 0 of this run cannot be reached"):
+        run(DEAF + "time.sleep(100)", second, grace=0.5)
+
+
+def test_a_process_that_hangs_after_the_end_of_another_counts(run: Run) -> None:
+    """Where that one succeeded and no signal came, nobody was preempted."""
+    with pytest.raises(Killed, match="process 0 did not end"):
+        run("rank or time.sleep(100)", grace=0.5)
+
+
+@pytest.mark.parametrize("silent", ["reach_keyspace", "read_first_failure", "publish_end"])
+def test_a_silent_store_delays_no_signal(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, silent: str
+) -> None:
+    """Here it does not answer at all until the signal has reached the process."""
+    asked, told, in_time = tmp_path / "asked", tmp_path / "told", list[bool]()
+
+    def wait(*_: object) -> None:
+        asked.touch()
+        with suppress(TimeoutError):
+            wait_for(told.exists, seconds=20)
+        in_time.append(told.exists())
+        raise RuntimeError("timed out")
+
+    store = host_store(0, "r")
+    for name, value in {"_ASK_SECONDS": 0.0, "_REACH_SECONDS": 0.0, "SETTLE_SECONDS": 0.1, silent: wait}.items():
+        monkeypatch.setattr(launcher, name, value)
+    code = f"""
+signal.signal(15, lambda *_: (open(r'{told}', 'w'), sys.exit(69)))
+if rank == 3 and {silent == "publish_end"}: ready(), sys.exit(69)
+while not os.path.exists(r'{asked}'): time.sleep(0.01)
+ready(), time.sleep(100)
+"""
+    machine = Machine(2, nodes=2, node_rank=1, rendezvous=f"localhost:{store.port}")
+    assert run(code, machine, signals=[signal.SIGTERM], grace=60) == 69
+    assert in_time[0]
 
 
 def test_a_complete_run_is_complete_on_all_machines() -> None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from job.distributed import process_group
+from job.distributed import process_group, rendezvous
 from job.distributed.ends import publish_end
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
@@ -81,6 +82,42 @@ def test_a_store_that_is_not_there_is_told_of() -> None:
     error = fail(Place(1, 2, host="localhost", port=port, hosted=True), patience=0.3)
     assert isinstance(error, Unreachable)
     assert f"localhost:{port}" in str(error)
+
+
+@pytest.mark.parametrize(("rank", "first_here", "says"), [(4, 4, True), (5, 4, True), (6, 4, False)])
+def test_the_log_says_who_is_missing(
+    monkeypatch: pytest.MonkeyPatch, rank: int, first_here: int, *, says: bool
+) -> None:
+    """Once for each machine, while it waits: by the first of its processes that has come, here 4 or without it 5."""
+    monkeypatch.setattr(rendezvous, "_SAY_SECONDS", 0.1)
+    host = host_store(0)
+    for one in {0, 1, 2, 5} - {rank}:
+        keyspace(host, "run").add(f"here#{one}", 1)
+    place = Place(rank, 8, rank - first_here, 4, host="localhost", port=host.port, hosted=True)
+    with capture_logs() as lines:
+        assert isinstance(fail(place, patience=0.5), Unreachable)
+    waiting = [line for line in lines if line["event"] == "waiting for processes that have not connected"]
+    assert bool(waiting) == says
+    missing = sorted(set(range(8)) - {0, 1, 2, 5, rank})
+    for line in waiting:
+        assert line["log_level"] == "warning"  # which processes other than 0 log too
+        assert line["missing"] == missing
+        assert line["on_this_machine"] == [one for one in missing if one >= first_here]
+        assert 0 <= line["at_most_seconds"] <= 1
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "says"), [(1, 1, True), (2, 2, False), (4, 0, True), (5, 1, False)])
+def test_the_log_says_that_process_0_is_missing(
+    monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, *, says: bool
+) -> None:
+    """Nobody knows more as long as it does not listen."""
+    monkeypatch.setattr(rendezvous, "_SAY_SECONDS", 0.1)
+    place = Place(rank, 8, local_rank, 4, host="localhost", port=free_port())
+    with capture_logs() as lines:
+        assert isinstance(fail(place, patience=0.5), Unreachable)
+    waiting = [line for line in lines if line["event"] == "waiting for process 0, which cannot be reached"]
+    assert bool(waiting) == says
+    assert all(line["at"] == f"localhost:{place.port}" for line in waiting)
 
 
 def test_without_its_launcher_a_process_does_not_wait() -> None:

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from job.errors import DataError, JobError, SettingsError
 from job.model.base import load_base
-from job.model.files import MAX_CONFIG_BYTES, fingerprint, read_config, silence, weight_files
+from job.model.files import MAX_CONFIG_BYTES, fingerprint, read_config, readable, silence, weight_files
+from job.model.loading_errors import is_of_files
 from job.model.tokenizer import load_tokenizer
+from tests.families.models import make_model as make_mixture
 
 CPU = torch.device("cpu")
 
@@ -25,10 +28,10 @@ def folder(base_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base_folder, tmp_path / "model"))
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, quantization: str = "none") -> Any:
     """The base as the job loads it, without quantization."""
     return load_base(
-        folder, quantization="none", double_quantization=False, dtype=torch.float32, device=CPU, max_length=64
+        folder, quantization=quantization, double_quantization=False, dtype=torch.float32, device=CPU, max_length=64
     )
 
 
@@ -231,3 +234,69 @@ def test_weights_that_are_cut_are_refused(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match="has no model that can be loaded"):
         load(folder)
+
+
+def _broken(kind: type[BaseException]) -> Any:
+    """In place of an operation of torch or bitsandbytes: one that fails by itself, whatever the files hold."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise kind("the library is broken")
+
+    return fail
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_an_error_of_bitsandbytes_is_not_the_users_data(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    """Exit code 65 would forbid a retry, and full memory has a code of its own. Transformers raises another error."""
+    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", _broken(kind))
+    with pytest.raises(kind, match="the library is broken"):
+        load(folder, quantization="nf4")
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "expected"),
+    [
+        ("transformers.utils.loading_report", "raise RuntimeError('Error(s) in loading')", True),
+        ("transformers.modeling_utils", "torch.zeros(2).view(3)", False),
+        ("transformers.integrations.bitsandbytes", "raise RuntimeError('no device is supported')", False),
+        ("torch.cuda", "raise RuntimeError('Found no NVIDIA driver on your system')", False),
+        ("transformers.modeling_utils", "raise KeyError('weight')", True),
+        ("transformers.modeling_utils", "raise NotImplementedError('for this dtype')", True),
+    ],
+)
+def test_what_raises_an_error_says_whether_it_is_of_the_files(module: str, code: str, *, expected: bool) -> None:
+    """Transformers itself says what is wrong with them; torch, which it calls, fails for other reasons."""
+    names: dict[str, Any] = {"__name__": module, "torch": torch}
+    exec(f"def run():\n    {code}", names)
+    with pytest.raises((RuntimeError, KeyError)) as raised:
+        names["run"]()
+    assert is_of_files(raised.value) is expected
+
+
+def test_full_memory_of_the_machine_is_not_the_users_data() -> None:
+    """Torch's allocator for main memory has no class of error for it."""
+    with pytest.raises(RuntimeError), readable(Path("/model")):
+        torch.empty(1 << 60)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_weights_of_another_shape_are_data(folder: Path, quantization: str) -> None:
+    """As config.json describes them; transformers says so by a RuntimeError."""
+    path, name = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(path)
+    save_file({**tensors, name: tensors[name].T.contiguous()}, path, {"format": "pt"})
+    with pytest.raises(DataError, match="has no model that can be loaded"):
+        load(folder, quantization=quantization)
+
+
+def test_experts_of_another_shape_are_data(tmp_path: Path) -> None:
+    """Transformers stacks them to one tensor, and torch raises the error; the message names them."""
+    make_mixture("mixtral", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if ".experts.1." in name)
+    save_file({**tensors, name: tensors[name].T.contiguous()}, path, {"format": "pt"})
+    with pytest.raises(DataError, match=r"experts.*expects each tensor to be equal size"):
+        load(tmp_path, quantization="nf4")

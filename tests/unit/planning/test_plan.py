@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -446,3 +448,78 @@ def test_nothing_is_written_to_the_folder_for_temporary_files(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no-such-folder"))
     checks = {check.name: check for check in make_plan(load_settings([])).checks}
     assert checks["storage"].state == "ok"
+
+
+@pytest.fixture
+def on_the_hub(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of a model of the hub whose small files can be fetched; it has its weights as pickles, too."""
+    fetched = Path(shutil.copytree(base_folder, tmp_path / "fetched"))
+    sizes = {file.name: file.stat().st_size for file in fetched.iterdir()}
+    (fetched / "model.safetensors").unlink()
+    (fetched / "weights.gguf").write_bytes(b"which another program fetched")
+    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "pytorch_model-00001-of-00001.bin"}}
+    (fetched / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("job.planning.input_checks.is_reachable", lambda: True)
+    monkeypatch.setattr("job.planning.preflight_models.peek_model", lambda *_: (fetched, sizes))
+    monkeypatch.setenv("JOB_MODEL__ID", "some/model")
+    monkeypatch.setenv("JOB_MODEL__REVISION", "main")
+    return "some/model"
+
+
+@pytest.mark.usefixtures("given", "on_the_hub")
+def test_gguf_is_checked_by_the_small_files_of_a_base_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By those that the converter reads: an index of weights that are not there would stop it."""
+    asked: list[set[str]] = []
+    gguf = SimpleNamespace(
+        check=lambda *_: "",
+        check_files=lambda folder, _: asked.append({one.name for one in folder.iterdir()}) or "of its tokenizer",
+        cannot_score=lambda _: "",
+    )
+    monkeypatch.setattr("job.export.model_checks.derived_format", lambda name: (gguf, name))
+    code, plan, _ = planned(capsys, "--export.formats=gguf:q8_0")
+    (check,) = [check for check in plan["checks"] if check["name"] == "gguf"]
+    assert (code, check["state"]) == (2, "wrong")
+    assert check["what"] == "JOB_EXPORT__FORMATS: gguf:q8_0 cannot be made: of its tokenizer; remove it"
+    (names,) = asked
+    assert {"config.json", "tokenizer.json"} <= names
+    assert not [name for name in names if "index" in name or name.endswith((".gguf", ".safetensors"))]
+    monkeypatch.setattr("job.planning.input_checks.not_installed", lambda _: ["xllamacpp"])
+    code, plan, _ = planned(capsys, "--export.formats=gguf:q8_0")
+    assert (code, states(plan)["gguf"], len(asked)) == (0, "not checked", 1)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("given", "on_the_hub")
+def test_gguf_of_a_base_on_the_hub_can_be_made(capsys: pytest.CaptureFixture[str]) -> None:
+    """The converter needs no weights to try the vocabulary."""
+    code, plan, _ = planned(capsys, "--export.formats=gguf:q8_0")
+    assert (code, states(plan)["gguf"]) == (0, "ok")
+
+
+PROMPTS_OF_ROWS = ("--data.validation=4", "--eval.prompts=3")
+
+
+@pytest.mark.parametrize("sources", [("texts",), ("texts", "more")])
+def test_texts_have_no_prompts(given: Path, capsys: pytest.CaptureFixture[str], sources: tuple[str, ...]) -> None:
+    """A number of validation rows of plain text ends the job, so it ends the plan, with the fix."""
+    for name in sources:
+        write_jsonl(given / f"{name}.jsonl", [{"text": f"{name}: the sky is blue on day {day}."} for day in range(20)])
+    words = f"--data.source={','.join(str(given / f'{name}.jsonl') for name in sources)}"
+    code, plan, log_lines = planned(capsys, *PROMPTS_OF_ROWS, words)
+    assert (code, states(plan)["data"], states(plan)["prompts"]) == (65, "ok", "wrong")
+    assert "JOB_EVAL__PROMPTS: is a number of validation rows, and rows of the schema text have no prompts" in log_lines
+
+
+def test_prompts_of_validation_rows_are_counted(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as there are; of data that cannot be read, nothing is known."""
+
+    def check(*words: str) -> tuple[str, str]:
+        _, plan, _ = planned(capsys, *PROMPTS_OF_ROWS, *words)
+        (prompts,) = [check for check in plan["checks"] if check["name"] == "prompts"]
+        return prompts["state"], prompts["what"]
+
+    assert check() == ("ok", "3 of the 4 rows for validation")
+    assert check("--eval.prompts=5") == ("note", "5 of the rows for validation, of which there are only 4")
+    assert check(f"--data.source={given / 'none.jsonl'}")[0] == "not checked"
