@@ -31,6 +31,10 @@ T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
+"""How long torch's client may try to connect in `ended_elsewhere`, which tries again; signals wait for it."""
+_CONNECT_SECONDS = 12.0
+"""The same where nobody asks again. Torch looks up the names of both ends' addresses, and by default the system waits
+5 s until it repeats a question to a name server whose answer was lost."""
 _ASK_SECONDS, _REACH_SECONDS = 1.0, 10.0
 """Time between two questions to the store whether a process of another machine has ended, and between two attempts to
 connect to it for that."""
@@ -254,7 +258,7 @@ class _Ends:
             return otherwise
         try:
             if self._store is None:
-                self._store = reach_keyspace(self._place, self._run, _ANSWER_SECONDS)
+                self._store = reach_keyspace(self._place, self._run, _CONNECT_SECONDS)
             return request(self._store)
         except (OSError, RuntimeError) as error:
             self._unreachable = True

@@ -268,10 +268,10 @@ def _await_all(joined: ProcessGroup, store: Any, deadline: float, check: Callabl
         raise SettingsError([Problem("JOB_RUN__NODE_RANK", message)])
     here = [f"here#{rank}" for rank in range(place.world_size)]
     while not store.check(here):
+        check()  # before the deadline is looked at: why a process has ended says more than that it did not come
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(here) if not store.check([key])]
             raise Unreachable(f"of {place.world_size} processes, these did not connect: {', '.join(map(str, missing))}")
-        check()
         time.sleep(0.05)
 
 
