@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, Literal, TypeVar
 
 from job import log
+from job.common.threads import in_thread
 from job.distributed.ends import SETTLE_SECONDS, End, agree_on_end, publish_end, read_first_failure
 from job.distributed.ranks import LAUNCHER, Place
 from job.distributed.rendezvous import host_store, keyspace, reach_keyspace
@@ -217,16 +218,15 @@ class _Ends:
             return False
         self._asked = time.monotonic()
         try:
-            if self._store is None:
-                self._store = reach_keyspace(self._place, self._run, _ANSWER_SECONDS)
-            self._first, self._answered = read_first_failure(self._store), time.monotonic()
+            self._first = _bounded(_ANSWER_SECONDS, lambda: read_first_failure(self._reach(_ANSWER_SECONDS)))
+            self._answered = time.monotonic()
         except (OSError, RuntimeError):  # a late answer would be taken for that to the next question
             self._store = None
         return self._first is not None or time.monotonic() - self._answered > _GONE_SECONDS
 
     def publish(self, local: int, code: int, why: str) -> None:
         """Publishes that a process of this machine has failed."""
-        self._ask(lambda store: publish_end(store, self._place.rank + local, code, why), None)
+        self._ask(lambda store: publish_end(store, self._place.rank + local, code, why), None, 0.0)
 
     def of_all(self, own_code: int, seconds: float) -> int:
         """The exit code of all machines, after at most `seconds`; `own_code` if the store cannot be reached.
@@ -237,6 +237,7 @@ class _Ends:
         otherwise = End(own_code)
         if self._first is not None and own_code and gravest((own_code, self._first.code)) != own_code:
             otherwise = self._first
+        seconds = min(SETTLE_SECONDS, seconds)
         end = self._ask(
             lambda store: agree_on_end(
                 store,
@@ -244,26 +245,46 @@ class _Ends:
                 machine=self._machine.node_rank,
                 machines=self._machine.nodes,
                 processes=self._place.world_size,
-                seconds=min(SETTLE_SECONDS, seconds),
+                seconds=seconds,
             ),
             otherwise,
+            seconds,
         )
         if end.code not in {0, own_code}:
             raise error_of_process(end.code, end.where, end.why)
         return end.code
 
-    def _ask(self, request: Callable[[Any], T], otherwise: T) -> T:
-        """The result of `request` on the store; `otherwise` if the store cannot be reached, or could not be before."""
+    def _reach(self, seconds: float) -> Any:
+        if self._store is None:
+            self._store = reach_keyspace(self._place, self._run, seconds)
+        return self._store
+
+    def _ask(self, request: Callable[[Any], T], otherwise: T, seconds: float) -> T:
+        """The result of `request` on the store; `otherwise` if the store cannot be reached, or could not be before.
+
+        Args:
+            request: What is asked.
+            otherwise: See above.
+            seconds: How long the request itself may wait for other machines.
+        """
         if self._unreachable:
             return otherwise
         try:
-            if self._store is None:
-                self._store = reach_keyspace(self._place, self._run, _CONNECT_SECONDS)
-            return request(self._store)
+            return _bounded(_CONNECT_SECONDS + seconds, lambda: request(self._reach(_CONNECT_SECONDS)))
         except (OSError, RuntimeError) as error:
             self._unreachable = True
             log.get_logger().debug("the other machines cannot be reached", why=str(error))
             return otherwise
+
+
+def _bounded(seconds: float, call: Callable[[], T]) -> T:
+    """The result of a call of torch's store, which has no limit of its own where the store's machine is frozen.
+
+    Raises:
+        OSError, RuntimeError: What the call raises; TimeoutError, an OSError, after so many seconds. The thread that
+            waits is left behind then.
+    """
+    return in_thread(call, "store").result(seconds)
 
 
 def _watch(

@@ -266,6 +266,22 @@ def test_a_store_that_is_silent_for_a_moment_ends_no_run(monkeypatch: pytest.Mon
     assert ends.ended_elsewhere()
 
 
+def test_a_store_that_is_frozen_holds_no_launcher_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's client waits for its answer without a limit; signals are handed on meanwhile, and the end comes."""
+    released = threading.Event()
+    for name, value in {"_REACH_SECONDS": 0.0, "_ANSWER_SECONDS": 0.05, "_CONNECT_SECONDS": 0.05}.items():
+        monkeypatch.setattr(launcher, name, value)
+    monkeypatch.setattr(launcher, "reach_keyspace", lambda *_: released.wait(600))
+    place = Place(rank=1, world_size=2, local_world_size=1, host="localhost", port=1, hosted=True)
+    ends = launcher._Ends(launcher.Machine(1, nodes=2, node_rank=1), place, None, "r")
+    try:
+        assert not ends.ended_elsewhere()
+        ends.publish(0, 74, "it stalled")
+        assert ends.of_all(74, 0.05) == 74
+    finally:
+        released.set()
+
+
 def test_a_complete_run_is_complete_on_all_machines() -> None:
     """Process 0 was successful: what the other machine still went through changes nothing."""
     assert on_two_machines(("pass", "os.kill(os.getpid(), 9)")) == [0, 0]
