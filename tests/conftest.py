@@ -32,6 +32,8 @@ os.environ |= {
     "HF_HOME": _CACHE.name,
     "HYPOTHESIS_STORAGE_DIRECTORY": _CACHE.name,
     "OMP_NUM_THREADS": "1",
+    # Torch looks up the name of each address that it connects to. Where an answer is lost, the system waits for 5 s.
+    "RES_OPTIONS": "timeout:1 attempts:1",
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
 }

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, Literal, TypeVar
 
 from job import log
+from job.common.threads import in_thread
 from job.distributed.ends import SETTLE_SECONDS, End, agree_on_end, publish_end, read_first_failure
 from job.distributed.ranks import LAUNCHER, Place
 from job.distributed.rendezvous import host_store, keyspace, reach_keyspace
@@ -31,6 +32,10 @@ T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
+"""How long the store may take to answer in `ended_elsewhere`, which asks again."""
+_CONNECT_SECONDS = 12.0
+"""The same where nobody asks again. Torch looks up the names of both ends' addresses, and by default the system waits
+5 s until it repeats a question to a name server whose answer was lost."""
 _ASK_SECONDS, _REACH_SECONDS = 1.0, 10.0
 """Time between two questions to the store whether a process of another machine has ended, and between two attempts to
 connect to it for that."""
@@ -248,10 +253,8 @@ class _Ends:
 
     def _ask_for_failure(self) -> None:
         try:
-            if self._store is None:
-                self._store = reach_keyspace(self._place, self._run, _ANSWER_SECONDS)
-            self.first, self._answered = read_first_failure(self._store), time.monotonic()
-            self.lost = False
+            self.first = _bounded(_ANSWER_SECONDS, lambda: read_first_failure(self._reach(_ANSWER_SECONDS)))
+            self._answered, self.lost = time.monotonic(), False
         except (OSError, RuntimeError):  # a late answer would be taken for that to the next question
             self._store = None
             self.lost = time.monotonic() - self._answered > _GONE_SECONDS
@@ -259,7 +262,7 @@ class _Ends:
     def publish(self, local: int, code: int, why: str) -> None:
         """Publishes that a process of this machine has failed; does not wait for it."""
         rank = self._place.rank + local
-        self._requests.submit(self._ask, lambda store: publish_end(store, rank, code, why), None)
+        self._requests.submit(self._ask, lambda store: publish_end(store, rank, code, why), None, 0.0)
 
     def of_all(self, own_code: int, seconds: float) -> int:
         """The exit code of all machines, after at most `seconds`; `own_code` if the store cannot be reached.
@@ -282,9 +285,10 @@ class _Ends:
                 seconds=seconds,
             ),
             otherwise,
+            seconds,
         )
         try:
-            end = agreed.result(timeout=seconds + 2 * _ANSWER_SECONDS)
+            end = agreed.result(timeout=seconds + 2 * _CONNECT_SECONDS)
         except TimeoutError:  # it, or a request before it, waits for a store that is silent
             end = otherwise
         if end.code not in {0, own_code}:
@@ -295,18 +299,37 @@ class _Ends:
         """Ends the thread, which is not waited for, once it has made the requests that are left."""
         self._requests.shutdown(wait=False)
 
-    def _ask(self, request: Callable[[Any], T], otherwise: T) -> T:
-        """The result of `request` on the store; `otherwise` if the store cannot be reached, or could not be before."""
+    def _reach(self, seconds: float) -> Any:
+        if self._store is None:
+            self._store = reach_keyspace(self._place, self._run, seconds)
+        return self._store
+
+    def _ask(self, request: Callable[[Any], T], otherwise: T, seconds: float) -> T:
+        """The result of `request` on the store; `otherwise` if the store cannot be reached, or could not be before.
+
+        Args:
+            request: What is asked.
+            otherwise: See above.
+            seconds: How long the request itself may wait for other machines.
+        """
         if self._unreachable:
             return otherwise
         try:
-            if self._store is None:
-                self._store = reach_keyspace(self._place, self._run, _ANSWER_SECONDS)
-            return request(self._store)
+            return _bounded(_CONNECT_SECONDS + seconds, lambda: request(self._reach(_CONNECT_SECONDS)))
         except (OSError, RuntimeError) as error:
             self._unreachable = True
             log.get_logger().debug("the other machines cannot be reached", why=str(error))
             return otherwise
+
+
+def _bounded(seconds: float, call: Callable[[], T]) -> T:
+    """The result of a call of torch's store, which has no limit of its own where the store's machine is frozen.
+
+    Raises:
+        OSError, RuntimeError: What the call raises; TimeoutError, an OSError, after so many seconds. The thread that
+            waits is left behind then.
+    """
+    return in_thread(call, "store").result(seconds)
 
 
 def _watch(

@@ -278,10 +278,10 @@ def _await_all(joined: ProcessGroup, store: Any, deadline: float, check: Callabl
     while not store.check(here):
         if reminder.is_due():
             _log_missing(place, [rank for rank, key in enumerate(here) if not store.check([key])], deadline)
+        check()  # before the deadline is looked at: why a process has ended says more than that it did not come
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(here) if not store.check([key])]
             raise Unreachable(f"of {place.world_size} processes, these did not connect: {', '.join(map(str, missing))}")
-        check()
         time.sleep(0.05)
 
 

@@ -32,6 +32,8 @@ def watch(stall_seconds: float, on_stall: Callable[[str], None]) -> Iterator[Cal
         on_stall: Called with the message for the platform; it gets `CALLBACK_SECONDS`, and may fail.
     """
     progressed, finished = Event(), Event()
+    # Here as well as in the thread, which may not run any more once the caller goes on, if that holds the lock.
+    faulthandler.dump_traceback_later(2 * stall_seconds, exit=True, file=_STDERR)
     thread = Thread(target=_guard, args=(stall_seconds, progressed, finished, on_stall), name="watchdog", daemon=True)
     thread.start()
     try:

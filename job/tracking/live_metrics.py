@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 from threading import Thread
@@ -189,7 +189,7 @@ class _Otlp:
         found = Resource.create().attributes  # reads OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME
         named = not str(found[SERVICE_NAME]).startswith("unknown_service")
         own = dict(found) if named else {**found, SERVICE_NAME: SERVICE}
-        self._exporter = Exporter()
+        self._live, self._exporter = live, Exporter()
         reader = PeriodicExportingMetricReader(self._exporter)
         self._provider = MeterProvider([reader], Resource(own), shutdown_on_exit=False)
         meter = self._provider.get_meter("qlora-job", __version__)
@@ -198,7 +198,10 @@ class _Otlp:
 
     def close(self) -> None:
         self._exporter.closing = True
-        self._provider.shutdown(timeout_millis=1000 * 0.8 * FLUSH_SECONDS)
+        # Until they are taken: they may not even be under way when the time is over.
+        self._exporter.unsent = self._live.figures() is not None
+        with suppress(Exception):  # raised where the time is over, or the reader fails: the figures are not sent then
+            self._provider.shutdown(timeout_millis=1000 * 0.8 * FLUSH_SECONDS)
         if self._exporter.unsent and not self._exporter.warned:
             _warn("otlp", "the collector did not accept the last metrics; the run does not wait for it")
 

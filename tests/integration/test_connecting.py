@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -71,10 +70,8 @@ def test_a_process_that_never_connects_ends_the_others(tmp_path: Path, what: str
         members.append(Member([str(tmp_path), what], environ, log, log, source=PROGRAM))
     processes = Processes(members)
     wait_for((tmp_path / "connects1").exists)
-    began = time.monotonic()
     if what == "hangs":
         wait_for((tmp_path / "connects0").exists)
         os.kill(processes.pids[0], signal.SIGTERM)
     assert processes.wait(60) == codes, [log.read_text(encoding="utf-8") for log in logs]
-    assert time.monotonic() - began < 30
     assert said in logs[0].read_text(encoding="utf-8")

@@ -7,9 +7,7 @@ import json
 import os
 import re
 import shutil
-import signal
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,29 +81,6 @@ def run(inputs: Inputs, name: str, output: str = "runs", **changes: str) -> Ende
     """Runs the job to its end."""
     done = warm.run([], inputs.environment(name, output, changes))
     return Ended(done.returncode, done.stdout, _parsed(done.stderr.splitlines()), inputs.folder / output / name)
-
-
-def run_watched(inputs: Inputs, name: str, watch: Callable[[dict[str, Any], int], None], **changes: str) -> Ended:
-    """Runs the job to its end; `watch` is shown every line of its log, as it comes, and the process id."""
-    with (
-        tempfile.NamedTemporaryFile("r", encoding="utf-8") as output,
-        warm.followed([], inputs.environment(name, "runs", changes), output=Path(output.name)) as (process, log),
-    ):
-        seen = []
-        for line in log:
-            seen.append(line)
-            watch(json.loads(line), process.pid)
-        return Ended(process.wait(100)[0], output.read(), _parsed(seen), inputs.folder / "runs" / name)
-
-
-def run_until_step(inputs: Inputs, name: str, step: int, **changes: str) -> Ended:
-    """Runs the job, and sends it SIGTERM once its log says that the step is done."""
-
-    def watch(line: dict[str, Any], pid: int) -> None:
-        if line.get("event") == "steps" and line["done"] == step:
-            os.kill(pid, signal.SIGTERM)
-
-    return run_watched(inputs, name, watch, **changes)
 
 
 def _parsed(stderr: list[str]) -> list[dict[str, Any]]:
@@ -362,7 +337,7 @@ def test_a_preempted_run_ends_as_the_undisturbed_one(inputs: Inputs, whole: Ende
     """
     places = {f"WANDB_{name}_DIR": str(inputs.folder / "wandb") for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT")}
     tracked = {"WANDB_MODE": "offline", "WANDB_DIR": str(inputs.folder), **places}
-    stopped = run_until_step(inputs, "stopped", step=8, JOB_COST__USD_PER_HOUR="3.6", **tracked)
+    stopped = run(inputs, "stopped", JOB_FAULT="sigterm@step=8", JOB_COST__USD_PER_HOUR="3.6", **tracked)
     assert stopped.code == 75
     (error,) = errors(stopped)
     assert (error["event"], error["exit_code"], error["attempt"]) == ("Preempted", 75, 1)
@@ -424,18 +399,23 @@ def test_a_note_that_came_late_is_in_the_manifest(inputs: Inputs, whole: Ended, 
     """What the attempt before was writing when it was replaced arrives after its successor has begun."""
     copy = Path(shutil.copytree(whole.run, whole.run.with_name("late")))
     note = copy / "attempts/0001.json"
-    late = note.read_bytes()
+    program = f"""
+import pathlib, job.cli.main
+from job.runs.attempt import Attempt
+plain = Attempt.stage
+def stage(*given, **named):
+    pathlib.Path({str(note)!r}).write_bytes({note.read_bytes()!r})
+    return plain(*given, **named)
+Attempt.stage = stage
+raise SystemExit(job.cli.main.main([]))
+"""
     for lost in (copy / "results.json", note):
         lost.unlink()
-
-    def watch(line: dict[str, Any], _pid: int) -> None:
-        if line["event"] == "stage was finished by an earlier attempt":
-            note.write_bytes(late)
-
-    ended = run_watched(inputs, "late", watch)
-    assert ended.code == 0, ended.lines[-1]
-    assert [one["number"] for one in ended.results["run"]["attempts"]] == [1, 2]
-    assert failures(ended.run, tmp_path / "work") == ""
+    done = warm.run([], inputs.environment("late", "runs", {}), source=program)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((copy / "results.json").read_text("utf-8"))
+    assert [one["number"] for one in results["run"]["attempts"]] == [1, 2]
+    assert failures(copy, tmp_path / "work") == ""
 
 
 def test_a_gate_that_is_not_met_ends_with_3(inputs: Inputs, unfinished: str) -> None:

@@ -31,7 +31,7 @@ from job.preemption.stop_flag import stop_on_signals
 
 folder, rank, address = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 process_group.identity = lambda: []  # pods do not see each other's processes
-process_group.REASON_SECONDS = launcher.SETTLE_SECONDS = 0.5
+process_group.REASON_SECONDS, launcher.SETTLE_SECONDS = 0.5, float(sys.argv[4])
 
 def train(place):
     with stop_on_signals({GRACE}) as stop, rendezvous.join(
@@ -122,9 +122,10 @@ class Pods:
 
 
 @pytest.fixture
-def training(tmp_path: Path) -> Pods:
-    """Two pods whose processes have met."""
+def training(tmp_path: Path, request: pytest.FixtureRequest) -> Pods:
+    """Two pods whose processes have met. They wait for each other's exit code, but not for that of a dead container."""
     address = f"localhost:{free_port()}"
+    settle = "0.5" if request.node.callspec.params["befalls"] is Pods.kill_container else "60"
     pods = []
     for index in range(2):
         folder = tmp_path / f"pod{index}"
@@ -132,7 +133,8 @@ def training(tmp_path: Path) -> Pods:
         for name in ("log", "termination-log"):
             (folder / name).touch()
         log = folder / "log"
-        process = Processes([Member([str(tmp_path), str(index), address], dict(os.environ), log, log, source=POD)])
+        words = [str(tmp_path), str(index), address, settle]
+        process = Processes([Member(words, dict(os.environ), log, log, source=POD)])
         pods.append(Pod(str(index), process, folder, GRACE))
     wait_for(lambda: all((tmp_path / f"trains{index}").exists() for index in range(2)))
     return Pods((pods[0], pods[1]), tmp_path)

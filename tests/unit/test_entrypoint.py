@@ -364,11 +364,9 @@ class TestWithGpu:
         assert " -t 61 " in script.read_text()
         script.write_text(script.read_text().replace(" -t 61 ", " -t 0.3 "))
         tool(tmp_path / "bin/timeout", f"#!/bin/sh\necho $$ >{tmp_path}/hangs\necho half an answer\nexec sleep 50\n")
-        try:
-            done = start(KUBERNETES_SERVICE_HOST="10.0.0.1")
-            os.kill(int((tmp_path / "hangs").read_text()), 0)  # it still hangs
-        finally:
-            os.kill(int((tmp_path / "hangs").read_text()), signal.SIGKILL)
+        (hangs := tmp_path / "hangs").touch()
+        done = start(KUBERNETES_SERVICE_HOST="10.0.0.1")
+        os.kill(int(wait_for(hangs.read_text)), signal.SIGKILL)  # it still hangs, or has not even begun
         assert (done.code, done.started) == (UnfitMachine.exit_code, None)
         assert done.events[-1].startswith("nvidia-smi does not answer")
 

@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from structlog.testing import capture_logs
 
 from job import log
+from job.checkpoints import async_uploader
 from job.checkpoints.async_uploader import AsyncUploader
 from job.errors import Preempted, Unreachable
 
@@ -120,16 +122,20 @@ def test_checkpoint_is_deleted_once_published(tmp_path: Path, uploads: Uploads) 
         assert not folder.exists()
 
 
-def test_upload_times_are_measured(tmp_path: Path) -> None:
+def test_upload_times_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The seconds of the latest uploads can be asked for, oldest first; there are none before the first."""
-    with AsyncUploader(lambda _folder, step: time.sleep(step / 20)) as publisher:
+    now = [0.0]
+    monkeypatch.setattr(async_uploader, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def publish(_folder: Path, step: int) -> None:
+        now[0] += step
+
+    with AsyncUploader(publish) as publisher:
         assert publisher.seconds == ()
         for step in (1, 3):
             publisher.submit(checkpoint(tmp_path, step), step)
         publisher.finish()
-        first, second = publisher.seconds
-    assert 0.05 <= first < second
-    assert second >= 0.15
+        assert publisher.seconds == (1.0, 3.0)
 
 
 @pytest.mark.parametrize("call", ["submit", "check", "finish", "exit"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from job.distributed.ends import SETTLE_SECONDS, End, agree_on_end, publish_end
+from job.distributed.ends import End, agree_on_end, publish_end
 from job.errors import exit_codes, gravest
 
 
@@ -57,7 +57,7 @@ def test_a_machine_that_still_ends_counts_with_what_its_processes_said(store: An
     publish_end(store, 1, 1, "was killed by SIGKILL")
     began = time.monotonic()
     assert agree(store, 75, 0, seconds=0.2, machines=3) == End(1, "process 1", "was killed by SIGKILL")
-    assert time.monotonic() - began < SETTLE_SECONDS
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("code", [99, 137])

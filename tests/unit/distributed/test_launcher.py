@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.distributed import launcher
-from job.distributed.ends import END, SETTLE_SECONDS
+from job.distributed.ends import END, publish_end
 from job.distributed.launcher import Machine, check_signals, count_processes, launch, recorded_signals
 from job.distributed.ranks import Place, find_place
 from job.distributed.rendezvous import host_store, keyspace
@@ -31,6 +32,13 @@ from tests.forked import free_port
 from tests.waiting import wait_for
 
 Run = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def _machines_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy this one is."""
+    monkeypatch.setattr(launcher, "SETTLE_SECONDS", 60.0)
+
 
 RANK = """
 import os, sys, time, signal
@@ -127,12 +135,15 @@ def test_an_end_is_a_success_only_if_it_was_one(codes: dict[int, int], data: Any
     assert (launcher._combined(codes, late) == 0) == (codes.get(0) == 0 or not any(codes.values()))
 
 
-def test_a_killed_process_is_told_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_told_of(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others, wherever they are, read in the store that it is gone; the error says which and how."""
     stores: list[Any] = []
     monkeypatch.setattr(launcher, "host_store", lambda *given: stores.append(host_store(*given)) or stores[0])
+    told = tmp_path / "told"
+    monkeypatch.setattr(launcher, "publish_end", lambda *given: (publish_end(*given), told.touch()))
+    wait = f"while not os.path.exists({str(told)!r}): time.sleep(0.01)"
     with pytest.raises(Killed, match="process 1 was killed by SIGKILL; the machine may be out of memory") as caught:
-        run("os.kill(os.getpid(), 9) if rank else (time.sleep(0.5), sys.exit(75))")
+        run(f"if rank: os.kill(os.getpid(), 9)\n{wait}\nsys.exit(75)")
     assert caught.value.exit_code == 1
     end = json.loads(keyspace(stores[0], "r").get(END))
     assert (end["process"], end["code"]) == (1, 1)
@@ -218,12 +229,16 @@ def test_machines_end_with_the_most_serious_code(one: str, other: str, both: int
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_process_that_is_stopped_holds_no_machine_up(stopped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_is_stopped_holds_no_machine_up(
+    stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It cannot notice that the process of the other machine has failed: its launcher does, and kills it."""
     monkeypatch.setattr(launcher, "_REACH_SECONDS", 0.2)
+    monkeypatch.setattr(launcher, "_ASK_SECONDS", 0.1)  # the store ends with machine 0, three seconds after its process
     monkeypatch.setattr(launcher, "_ANSWER_SECONDS", 1.0)
-    codes = ["time.sleep(2); sys.exit(74)"] * 2
-    codes[stopped] = "os.kill(os.getpid(), signal.SIGSTOP)"
+    stops = str(tmp_path / "stops")
+    codes = [f"while not os.path.exists({stops!r}): time.sleep(0.01)\ntime.sleep(1); sys.exit(74)"] * 2
+    codes[stopped] = f"open({stops!r}, 'w').close(); os.kill(os.getpid(), signal.SIGSTOP)"
     began = time.monotonic()
     assert on_two_machines((codes[0], codes[1]), grace=3) == [74, 74]
     assert time.monotonic() - began < 60
@@ -232,12 +247,14 @@ def test_a_process_that_is_stopped_holds_no_machine_up(stopped: int, monkeypatch
 def test_a_store_that_is_silent_for_a_moment_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The processes wait for it for a minute, and so does the launcher of another machine than that of the store."""
     answers = iter([None, RuntimeError("timed out"), None, *[RuntimeError("timed out")] * 9])
+    now = [0.0]
+    monkeypatch.setattr(launcher, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def read(_: object) -> None:
         if (answer := next(answers)) is not None:
             raise answer
 
-    for name, value in {"_ASK_SECONDS": 0.0, "_REACH_SECONDS": 0.0, "_GONE_SECONDS": 0.05}.items():
+    for name, value in {"_ASK_SECONDS": 0.0, "_REACH_SECONDS": 0.0}.items():
         monkeypatch.setattr(launcher, name, value)
     monkeypatch.setattr(launcher, "reach_keyspace", lambda *_: object())
     monkeypatch.setattr(launcher, "read_first_failure", read)
@@ -245,7 +262,9 @@ def test_a_store_that_is_silent_for_a_moment_ends_no_run(monkeypatch: pytest.Mon
     ends = launcher._Ends(launcher.Machine(1, nodes=2, node_rank=1), place, None, "r")
     monkeypatch.setattr(ends, "_requests", Now())
     assert [ends.ended_elsewhere() for _ in range(4)] == [False] * 4
-    time.sleep(0.1)
+    now[0] += launcher._GONE_SECONDS
+    assert not ends.ended_elsewhere()
+    now[0] += 1
     assert ends.ended_elsewhere()
 
 
@@ -312,6 +331,22 @@ ready(), time.sleep(100)
     assert in_time[0]
 
 
+def test_a_store_that_is_frozen_holds_no_launcher_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's client waits for its answer without a limit; signals are handed on meanwhile, and the end comes."""
+    released = threading.Event()
+    for name, value in {"_REACH_SECONDS": 0.0, "_ANSWER_SECONDS": 0.05, "_CONNECT_SECONDS": 0.05}.items():
+        monkeypatch.setattr(launcher, name, value)
+    monkeypatch.setattr(launcher, "reach_keyspace", lambda *_: released.wait(600))
+    place = Place(rank=1, world_size=2, local_world_size=1, host="localhost", port=1, hosted=True)
+    ends = launcher._Ends(launcher.Machine(1, nodes=2, node_rank=1), place, None, "r")
+    try:
+        assert not ends.ended_elsewhere()
+        ends.publish(0, 74, "it stalled")
+        assert ends.of_all(74, 0.05) == 74
+    finally:
+        released.set()
+
+
 def test_a_complete_run_is_complete_on_all_machines() -> None:
     """Process 0 was successful: what the other machine still went through changes nothing."""
     assert on_two_machines(("pass", "os.kill(os.getpid(), 9)")) == [0, 0]
@@ -323,7 +358,7 @@ def test_a_machine_that_says_nothing_is_not_waited_for_long(run: Run) -> None:
     lonely = Machine(1, nodes=2, node_rank=0, rendezvous=f"localhost:{free_port()}")
     assert run("sys.exit(75)", lonely, grace=1) == 75
     assert run("sys.exit(75)", replace(lonely, node_rank=1), grace=1) == 75
-    assert time.monotonic() - began < 2 * SETTLE_SECONDS
+    assert time.monotonic() - began < launcher.SETTLE_SECONDS
 
 
 def test_a_signal_before_the_start_starts_nothing(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.distributed import DistBackendError
 
 from job.distributed import process_group
 from job.distributed.ends import publish_end
-from job.distributed.process_group import REASON_SECONDS, ProcessGroup
+from job.distributed.process_group import ProcessGroup
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, keyspace
 from job.errors import DataError, JobError, Killed, Preempted, Problem, TrainingFailed, Unreachable
@@ -220,6 +220,7 @@ def test_memory_that_runs_out_in_an_exchange_ends_all(
 ) -> None:
     """One has none for NCCL's buffers: the others, which wait for it, end with it, by the code of a full GPU."""
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(process_group, "REASON_SECONDS", 600.0)  # nobody waits for a reason
 
     def fail() -> Any:
         raise DistBackendError(error) if isinstance(error, str) else error
@@ -227,9 +228,7 @@ def test_memory_that_runs_out_in_an_exchange_ends_all(
     def wait(member: ProcessGroup) -> None:
         member._finish(Pending)
 
-    began = time.monotonic()
     ends = [future.exception(timeout=60) for future in team.start(wait, lambda member: member._finish(fail), wait)]
-    assert time.monotonic() - began < REASON_SECONDS, "nobody waits for a reason, or for a limit of time"
     assert [(type(end), getattr(end, "reported", None)) for end in ends] == [
         (TrainingFailed, True),
         (TrainingFailed, False),
@@ -263,11 +262,11 @@ def test_an_end_is_noticed_while_gpus_connect(team: Team, monkeypatch: pytest.Mo
     """NCCL's call does not return, since a process is missing: those in it end by the reason that this one gave."""
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
     released = threading.Event()
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: released.wait(60))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: released.wait(600))
     waiting = team.start(*[lambda member: member.start_add_up(OnGPU())] * 2)
     team.members[2].end(DataError([Problem("row 3", "is empty")]))
     try:
-        assert [type(future.exception(timeout=20)) for future in waiting] == [DataError, DataError]
+        assert [type(future.exception(timeout=60)) for future in waiting] == [DataError, DataError]
     finally:
         released.set()
 
@@ -325,21 +324,18 @@ def test_a_first_one_that_cannot_show_that_it_runs_ends(team: Team, monkeypatch:
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
     monkeypatch.setattr(process_group, "REASON_SECONDS", 0.1)
     first = team.members[0]
-    store, failed = first._store, threading.Event()
+    store = first._store
 
     class Silent:
         def __getattr__(self, name: str) -> Any:
             return getattr(store, name)
 
         def add(self, *_: Any) -> int:
-            failed.set()
             raise RuntimeError("timed out")
 
     monkeypatch.setattr(first, "_store", Silent())
     first.beat()
-    assert failed.wait(10)
     wait_for(lambda: first._beat_error is not None)
-    time.sleep(0.06)
     with pytest.raises(Killed, match="timed out"):
         first.check()
 
@@ -348,10 +344,10 @@ def test_gpus_connect_before_the_first_sum_of_any_kind(team: Team, monkeypatch: 
     """The sum of a validation may be the first exchange: it is also noticed there that another process has ended."""
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
     released = threading.Event()
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: released.wait(20))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: released.wait(600))
     (waiting,) = team.start(lambda member: member.add_up(OnGPU()))
     team.members[2].end(DataError([Problem("row 3", "is empty")]))
     try:
-        assert type(waiting.exception(timeout=10)) is DataError
+        assert type(waiting.exception(timeout=60)) is DataError
     finally:
         released.set()

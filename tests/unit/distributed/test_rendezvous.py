@@ -127,7 +127,7 @@ def test_without_its_launcher_a_process_does_not_wait() -> None:
     began = time.monotonic()
     error = fail(place, patience=60)
     assert isinstance(error, Killed)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert not keyspace(host, "run").check(["here#1"])
     at_work = fail(replace(place, launcher=os.getppid()), patience=0.3)
     assert isinstance(at_work, Unreachable)  # the other one does not come
@@ -160,11 +160,13 @@ def test_one_that_replaces_another_ends_for_its_reason() -> None:
     assert isinstance(error, Preempted)
 
 
-def test_on_kubernetes_wrong_settings_of_another_process_end_the_waiting() -> None:
-    """The code that says that no retry helps is kept: it is not this machine that is at fault."""
+@pytest.mark.parametrize("patience", [60, 0])
+def test_on_kubernetes_wrong_settings_of_another_process_end_the_waiting(patience: float) -> None:
+    """The code that says that no retry helps is kept: it is not this machine that is at fault, or was late."""
     host = host_store(0)
     publish_end(keyspace(host, "run"), 0, SettingsError.exit_code, "JOB_TRAIN__EPOCHS: is wrong")
-    error = fail(Place(1, 2, host="localhost", port=host.port, hosted=True), machine_checks=detect(POD).machine_checks)
+    place = Place(1, 2, host="localhost", port=host.port, hosted=True)
+    error = fail(place, patience=patience, machine_checks=detect(POD).machine_checks)
     assert isinstance(error, SettingsError)
     assert error.reported
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -30,6 +31,15 @@ from job.preemption.stop_flag import (
 )
 from tests.waiting import threads, wait_for
 
+CLOCK = """
+from types import SimpleNamespace
+from job.preemption import stop_flag
+now = [0.0]
+stop_flag.time = SimpleNamespace(monotonic=lambda: now[0])
+stop_flag._LONGEST_WAIT = 0.01  # then it looks at the clock again
+stop_flag.LAST_SECONDS = 60.0  # of this machine's own clock, for the report
+"""
+"""Of a program, which lets its time pass as it says, however busy this machine is."""
 SECONDS = st.floats(0, 1e4)
 SHARES = st.floats(0, 1)
 
@@ -110,6 +120,7 @@ class TestSignals:
     def test_signals_that_come_together_are_one_request(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Timeout, systemd and a closed terminal send a signal to a whole group, and the parent sends it once more."""
         monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
+        monkeypatch.setattr(stop_flag, "SAME_REQUEST_SECONDS", 60.0)  # a busy machine may pause in between
         with stop_on_signals(17) as stop:
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
                 signal.raise_signal(number)
@@ -166,12 +177,11 @@ class TestSignals:
     def test_what_waits_too_long_ends_before_it_is_killed(self) -> None:
         """A store that throttles may keep it for longer than its grace: code 75. Another's signal ends nothing."""
         program = (
-            "import os, signal, time\n"
+            f"{CLOCK}import os, signal, time\n"
             "from job import log\n"
-            "from job.preemption.stop_flag import stop_on_signals\n"
             "log.configure('json', 'info', run='one')\n"
             "log.get_logger()\n"
-            "with stop_on_signals(1) as stop:\n"
+            "with stop_flag.stop_on_signals(200) as stop:\n"
             "    heard, tell = os.pipe()\n"
             "    if not (other := os.fork()):\n"
             "        os.write(tell, b'.')\n"  # from here on it is another process
@@ -181,10 +191,13 @@ class TestSignals:
             "    os.read(heard, 1)\n"
             "    os.kill(other, signal.SIGTERM)\n"
             "    os.read(heard, 1)\n"
-            "    time.sleep(0.6)\n"  # longer than the time that would be left
+            "    now[0] += 1000\n"  # longer than the time that would be left
+            "    time.sleep(0.1)\n"
             "    os.kill(os.getpid(), signal.SIGTERM)\n"
             "    print('works', flush=True)\n"
-            "    time.sleep(60)\n"
+            "    while True:\n"
+            "        time.sleep(0.01)\n"
+            "        now[0] += 10\n"
         )
         done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=50)
         assert (done.returncode, done.stdout.splitlines()) == (75, ["works"])
@@ -193,19 +206,21 @@ class TestSignals:
         assert line["run"] == "one"
 
     @pytest.mark.parametrize(
-        ("grace", "report", "code"), [(1, "71", 71), (1, "time.sleep(60)", 75), (1, "1 / 0", 75), (60, "71", 71)]
+        ("grace", "report", "again", "code"),
+        [(200, "71", False, 71), (1, "time.sleep(60)", False, 75), (1, "1 / 0", False, 75), (10**6, "71", True, 71)],
     )
-    def test_what_waits_in_a_librarys_code_ends_too(self, grace: float, report: str, code: int) -> None:
+    def test_what_waits_in_a_librarys_code_ends_too(self, grace: float, report: str, code: int, *, again: bool) -> None:
         """No handler is called then, nor by a second signal. Nor can a log keep it that nobody reads, or that hangs."""
         program = (
+            f"{CLOCK if report == '71' else 'from job.preemption import stop_flag; now = [0.0]'}\n"
             "import ctypes, os, signal, time\n"
-            "from job.preemption import stop_flag\n"
             "from threading import Timer\n"
             "libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(256)\n"
-            "stop_flag.SAME_REQUEST_SECONDS = 0.01\n"
             "def ask():\n"
-            "    os.kill(os.getpid(), signal.SIGTERM)\n"
-            f"    {grace > 1} and (time.sleep(0.3), os.kill(os.getpid(), signal.SIGTERM))\n"
+            "    for number in range(10**9):\n"
+            f"        if number == 0 or number > {10 if again else 10**9}: os.kill(os.getpid(), signal.SIGTERM)\n"
+            "        time.sleep(0.01)\n"
+            "        now[0] += 10\n"
             f"with stop_flag.stop_on_signals({grace}, lambda message: {report}):\n"
             "    Timer(0.05, ask).start()\n"
             "    while True: libc.pthread_mutex_lock(lock)\n"
@@ -214,17 +229,24 @@ class TestSignals:
 
     def test_a_grace_of_days_is_watched_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Longer than the system waits at once, the most that the setting allows; the time is up when all of it is."""
+        now, ended = [0.0], list[int]()
+        monkeypatch.setattr(stop_flag, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        monkeypatch.setattr(stop_flag, "LAST_SECONDS", 60.0)
         monkeypatch.setattr(stop_flag, "_LONGEST_WAIT", 0.01)
-        ended: list[int] = []
         monkeypatch.setattr(os, "_exit", ended.append)
-        with stop_on_signals(30 * 86400.0):
+
+        def a_day_later() -> list[int]:
+            now[0] += 86400.0
+            return ended
+
+        with stop_on_signals(30 * 86400.0, lambda _: 9):
             signal.raise_signal(signal.SIGTERM)
             time.sleep(0.05)
+            now[0] += 29 * 86400.0
+            time.sleep(0.05)
             assert threads("grace")
-        assert ended == []
-        with stop_on_signals(0.6, lambda _: 9):
-            signal.raise_signal(signal.SIGTERM)
-            wait_for(lambda: ended)
+            assert ended == []
+            wait_for(a_day_later)
         assert ended == [9]
 
     def test_what_has_ended_in_time_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:

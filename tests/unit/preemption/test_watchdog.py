@@ -10,13 +10,16 @@ import time
 from job.preemption.watchdog import watch
 from tests.waiting import threads
 
+NO_FAULTHANDLER = "import faulthandler\nfaulthandler.dump_traceback_later = lambda *_, **__: None\n"
+"""It goes by the clock: how long a busy machine pauses the whole process is not to matter."""
 
-def run(body: str, stall: float = 0.5) -> subprocess.CompletedProcess[str]:
+
+def run(body: str, stall: float = 0.5, first: str = NO_FAULTHANDLER) -> subprocess.CompletedProcess[str]:
     """Runs a body of indented lines within `watch`; `told(message)` is the callback."""
     program = (
-        "import ctypes, sys, threading, time\n"
+        f"{first}import ctypes, sys, threading, time\n"
         "import job.preemption.watchdog\n"
-        "job.preemption.watchdog.CALLBACK_SECONDS = 0.3\n"
+        f"job.preemption.watchdog.CALLBACK_SECONDS = {0.3 if 'hanging' in body else 60.0}\n"
         "def told(message): print(message, flush=True)\n"
         "def broken(message): raise RuntimeError(message)\n"
         "def hanging(message): time.sleep(60)\n"
@@ -68,16 +71,23 @@ def test_a_beat_starts_the_time_anew() -> None:
 
 def test_a_library_that_holds_the_interpreter_is_ended_too() -> None:
     """When no Python thread can run, faulthandler's own thread ends the process after twice the time."""
-    done = run("with job.preemption.watchdog.watch(stall, told):\n    ctypes.PyDLL(None).sleep(20)\n")
+    done = run("with job.preemption.watchdog.watch(stall, told):\n    ctypes.PyDLL(None).sleep(20)\n", first="")
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+
+
+def test_it_watches_before_its_thread_has_run() -> None:
+    """The first thing that is watched may hold the interpreter: there is no time to arm faulthandler in a thread."""
+    first = "import threading\nthreading.Thread.start = threading.Thread.join = lambda *_: None\n"
+    done = run("with job.preemption.watchdog.watch(stall, told):\n    ctypes.PyDLL(None).sleep(20)\n", 0.1, first)
     assert done.returncode == 1
     assert "Timeout" in done.stderr
 
 
 def test_a_process_that_was_frozen_goes_on() -> None:
     """A container that was paused for longer than the limit is not ended when it wakes up."""
-    program = (  # faulthandler goes by the clock: how long this machine pauses the test itself is not to matter
-        "import faulthandler, time, job.preemption.watchdog\n"
-        "faulthandler.dump_traceback_later = lambda *_, **__: None\n"
+    program = (
+        f"{NO_FAULTHANDLER}import time, job.preemption.watchdog\n"
         "with job.preemption.watchdog.watch(2.0, print) as report_progress:\n"
         "    print('ready', flush=True)\n"
         "    for _ in range(8): time.sleep(0.1)\n"  # several: one would be over when it wakes up

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -24,11 +25,12 @@ from obstore.store import AzureStore as AzureClient
 
 import job.storage.base
 import job.storage.obstore_listing
+import job.storage.obstore_requests
 import job.storage.obstore_store
 from job.common.hashing import hash_file
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
 from job.records import Artifact
-from job.storage.base import Conflict, NotSupported
+from job.storage.base import REQUEST_PAUSES, Conflict, NotSupported
 from job.storage.obstore_errors import translate
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store
 from job.storage.verified_download import altered
@@ -674,17 +676,22 @@ def test_a_failure_of_the_server_is_no_denial() -> None:
 
 def test_google_takes_one_change_of_an_object_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that is faster, as the holder of a lease may be, goes on when the second is over: no error."""
-    monkeypatch.setattr(job.storage.base, "REQUEST_PAUSES", (0.03, 0.1, 0.3, 0.9))
-    seconds, last, refused = 0.2, [0.0], [0]  # a tenth of the pauses, and two seconds in place of one
+    now, last, refused = [0.0], [-2.0], [0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(job.storage.base, "REQUEST_PAUSES", REQUEST_PAUSES)
+    monkeypatch.setattr(job.storage.obstore_requests, "time", SimpleNamespace(sleep=sleep))
 
     def before(request: Request) -> bool:
         if request.command != "PUT":
             return False
-        if time.monotonic() - last[0] < seconds:
+        if now[0] - last[0] < 2:  # twice as strict
             refused[0] += 1
             request.refuse(429, "SlowDown")
             return True
-        last[0] = time.monotonic()
+        last[0] = now[0]
         return False
 
     with gcs_server(before):
@@ -692,7 +699,7 @@ def test_google_takes_one_change_of_an_object_a_second(monkeypatch: pytest.Monke
         tag = store.write("lease", b"0", if_absent=True)
         for number in range(1, 4):
             tag = store.write("lease", f"{number}".encode(), if_tag=tag)
-    assert refused[0] > 0
+    assert refused[0] == 9  # three times three: 0.3, 1 and 3 seconds
 
 
 @pytest.mark.parametrize(
