@@ -899,6 +899,15 @@ class DerivedExport:
 
 
 @dataclass(frozen=True)
+class ExportedRun:
+    """Record of a run that exports a finished one: which one, and how many attempts are that run's."""
+
+    id: str
+    results_sha256: str
+    attempts: int
+
+
+@dataclass(frozen=True)
 class Uploaded:
     """Record of the exported files that are in the store already, for a later attempt to upload only the others."""
 

@@ -176,6 +176,18 @@ COMMANDS = {
             "--history s3://bucket/runs --output history.html",
         ),
     ),
+    "export": Command(
+        "export a finished run in other formats, each scored, as a new run that trains nothing",
+        (
+            Argument("RUN", _RUN_HELP),
+            Argument("FORMATS", "formats, separated by commas, such as merged,gguf:q4_k_m; see --export.formats"),
+            _CONFIG,
+        ),
+        examples=(
+            "runs/my-first-run gguf:q4_k_m",
+            "s3://bucket/runs/my-first-run merged,fp8 --run.output s3://bucket/runs --run.id my-first-run-fp8",
+        ),
+    ),
     "push": Command(
         "verify a finished run, and push adapter, model card and exports to the hub or a registry",
         (
@@ -349,7 +361,8 @@ usage: qlora-job COMMAND [ARGUMENT ...] [--GROUP.NAME VALUE ...]
 `qlora-job COMMAND --help` lists the arguments of a command, and the settings that it reads, with their defaults.
 A setting is given as --group.name VALUE, or as JOB_GROUP__NAME in the environment. Precedence: command line,
 environment, files in the folder JOB_SECRETS_DIR, SageMaker's hyperparameters.json, the file JOB_CONFIG (--config),
-SageMaker's channels, the preset (--preset), platform, default. `qlora-job config` shows each value with its source.
+SageMaker's channels, the run in JOB_EXPORT__RUN, the preset (--preset), platform, default. `qlora-job config` shows
+each value with its source.
 
 examples:
   qlora-job run --preset demo                                 # needs neither a GPU nor a network

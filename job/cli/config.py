@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from job import log
 from job.cli.output import print_json, print_lines
 from job.errors import Problem, SettingsError
-from job.settings.load import describe, foreign_variables, json_schema, load_settings
+from job.settings.layers import RecordedSettings
+from job.settings.load import Settings, describe, foreign_variables, json_schema, load_settings
+from job.settings.training_stages import folder_of
 
 _WIDEST_VALUE = 60
 
@@ -24,13 +26,23 @@ def config_command(argv: Sequence[str]) -> int:
             raise SettingsError([Problem("--schema", "prints the schema of all settings; remove the other arguments")])
         return print_json(json_schema())
     rows = [
-        (name, json.dumps(value), source) for name, value, source in describe(load_settings(argv, options=("schema",)))
+        (name, json.dumps(value), source)
+        for name, value, source in describe(load_settings(argv, options=("schema",), of_run=settings_of_run))
     ]
     note_foreign_variables()
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return print_lines(
         f"{name:<{widths[0]}}  {value:<{min(widths[1], _WIDEST_VALUE)}}  {source}" for name, value, source in rows
     )
+
+
+def settings_of_run(settings: Settings) -> RecordedSettings:
+    """The settings of the run in JOB_EXPORT__RUN. Imports here, so that no other run waits for the libraries."""
+    from job.results.exported_run import recorded_settings
+    from job.storage.open import storage_options
+
+    storage = storage_options(settings.storage)
+    return RecordedSettings(*recorded_settings(str(settings.export.run), folder_of(settings), storage))
 
 
 def note_foreign_variables() -> None:

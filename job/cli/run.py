@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from job import log
-from job.cli.config import note_foreign_variables
+from job.cli.config import note_foreign_variables, settings_of_run
 from job.cli.error_report import report_late, report_to_platform
 from job.cli.library_variables import configure_libraries, hide_all_gpus, hide_other_gpus, share_cpus
 from job.common import garbage_collection
@@ -41,7 +41,7 @@ def run_command(argv: Sequence[str]) -> int:
     """
     with recorded_signals() as received:
         with telling_the_others(lambda: known_place(argv) or _several_machines(known_machine(argv)), received):
-            settings = load_settings(argv)
+            settings = load_settings(argv, of_run=settings_of_run)
             place = current_place()
             _configure_log(settings, place)
             _check_temporary_folder()

@@ -21,6 +21,7 @@ from job.records import (
     DatasetRecord,
     Evaluated,
     Exported,
+    ExportedRun,
     ExportRecord,
     Judgement,
     ModelRecord,
@@ -40,6 +41,7 @@ def build(
     *,
     run_id: str,
     part_of: str | None = None,
+    exported_run: ExportedRun | None = None,
     settings: Mapping[str, Any],
     attempts: Sequence[AttemptRecord],
     finished: str,
@@ -69,8 +71,8 @@ def build(
     `evaluate_gate`, `exports` from `exports_record`, `full_precision` from `full_precision_record`, `near_ties` from
     `compare_near_ties`. `precision` is that of all scores but an export's. `gpus` are those of all processes, each of
     which sees only its own; None for those of this one. `part_of` is the id of the run that this one is the first stage
-    of, `prompts` are those of JOB_EVAL__PROMPTS; `unsafe_answers` says how many answers to them are, by side, and
-    `principles` what a judge says of them.
+    of, `exported_run` the finished one that it exports, `prompts` are those of JOB_EVAL__PROMPTS; `unsafe_answers` says
+    how many answers to them are, by side, and `principles` what a judge says of them.
     The schema explains every field.
     """
     return _with_compute(
@@ -79,6 +81,7 @@ def build(
             "run": {
                 "id": run_id,
                 **({} if part_of is None else {"part_of": part_of}),
+                **({} if exported_run is None else {"exported_run": asdict(exported_run)}),
                 "status": "complete",
                 "attempts": [asdict(attempt) for attempt in attempts],
                 "started": attempts[0].started,
@@ -114,7 +117,12 @@ def build(
                 "git": git_commit(),
                 "image_digest": image_digest,
             },
-            "cost": compute_cost(attempts, training.seconds, on_demand_usd_per_hour),
+            "cost": compute_cost(
+                attempts,
+                training.seconds,
+                on_demand_usd_per_hour,
+                taken_over=0 if exported_run is None else exported_run.attempts,
+            ),
         }
     )
 

@@ -106,6 +106,8 @@ class Attempt:
     """Why the attempt before this one was likely killed, if it recorded no end."""
     loading: bool = False
     """Whether the model is being loaded."""
+    takes_over: bool = False
+    """Whether this run exports a finished one, and no attempt before this one has checked its settings."""
     settled: bool = False
     """Whether the run's settings are kept: before that, an attempt with a mistake in them is one at this run, too."""
     _stage: tuple[str, float] | None = None

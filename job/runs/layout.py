@@ -8,6 +8,7 @@
     stages/<stage>.json                          the result of a finished stage
     stages/base.json                             which quantized base the run began with
     stages/first-values.safetensors              the adapter's first values, where the data or the base decide them
+    stages/exported-run.json                     the finished run whose stages this run took over (JOB_EXPORT__RUN)
     checkpoints/step-00000040/0003/<file>        a checkpoint's files, by the attempt that wrote them
     checkpoints/step-00000040/COMMITTED.json     its commit marker, written after them
     artifacts/...                                the results: adapter, metrics, answers, report
@@ -65,10 +66,11 @@ FULL_PRECISION = "full-precision"
 UPLOADED = "export-files"
 DERIVED_EXPORT = "export-"
 FIRST_VALUES = "first-values"
+EXPORTED_RUN = "exported-run"
 """Records besides those of the stages: which quantized base a run began with, whether its sequences are packed, the
 log-probabilities by the reference model, with which preferences are compared, the scores of the base before it is
 quantized, the exported files in the store, each exported format that was made from the merged model (the beginning of
-its name), and the adapter's first values."""
+its name), the adapter's first values, and the finished run that this one exports."""
 ORIGINAL_SIDE = "original"
 """Side of the answers (`answers_key`) of the base before it is quantized."""
 STAGES = "stages/"

@@ -153,12 +153,13 @@ class Lease:
             raise Replaced(f"attempt {self.epoch} of {self._store.uri} ends and publishes nothing more: {self._lost}")
 
 
-def take(store: ObjectStore, holder: str) -> Lease:
+def take(store: ObjectStore, holder: str, after: int = 0) -> Lease:
     """Takes the run over from the attempt that held it before, if any.
 
     Args:
         store: The run's store.
         holder: Name of this attempt for people, such as the host's; it is made unique here.
+        after: Smaller than the attempt's number: that many attempts are of another run.
 
     Raises:
         Replaced: Another attempt started at the same time, and was faster.
@@ -175,9 +176,9 @@ def take(store: ObjectStore, holder: str) -> Lease:
     own_holder = f"{holder}/{uuid4().hex}"
     before, tag = _read_or_refuse(store)
     # If the lease was removed, numbers continue after the attempts in the run log.
-    first = 1 if before else 1 + max(attempt_numbers(store), default=0)
+    first = 1 + max([after, *attempt_numbers(store)] if before is None else [after])
     for _ in range(_TRIES):
-        epoch = before.epoch + 1 if before else first
+        epoch = max(before.epoch + 1, first) if before else first
         record = LeaseRecord(epoch=epoch, holder=own_holder, started=timestamp(to="seconds"), heartbeat=0)
         try:
             if conditional:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from job import log
@@ -24,6 +26,22 @@ from job.storage.open import ObjectStore
 OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", Stalled: "stalled", JobError: "failed"}
 
 
+@dataclass(frozen=True)
+class TakeOver:
+    """A finished run whose stages a run takes over, to export it; see `job/results/exported_run.py`.
+
+    Attributes:
+        settings: Value by dotted name of the settings that name the run that takes over.
+        attempts: Number of the finished run's last attempt.
+        copy: Copies the stages. Called with the store (fenced), a folder for temporary copies, the number of the
+            `attempt` that does it, and `check_stop`, which is called between files.
+    """
+
+    settings: Mapping[str, Any]
+    attempts: int
+    copy: Callable[..., None]
+
+
 @contextmanager
 def open_attempt(
     store: ObjectStore,
@@ -38,6 +56,7 @@ def open_attempt(
     usd_per_hour: float | None = None,
     idle: IdleLimit | None = None,
     stall_seconds: float | None = None,
+    take_over: TakeOver | None = None,
 ) -> Iterator[Attempt]:
     """Takes the run's lease and begins its next attempt; writes the attempt's end into the run log.
 
@@ -53,6 +72,8 @@ def open_attempt(
         usd_per_hour: Price of this machine; None where it is not known.
         idle: Decides, from the attempts before, with which error a stopped attempt ends; None for no limit.
         stall_seconds: Limit of the watchdog, for `qlora-job status`; None if unknown.
+        take_over: In process 0 of a run that exports a finished one: how to take over its stages. None if an attempt
+            before this one has begun with them, and for any other run.
 
     Raises:
         NoProgress: The attempt was stopped, as were too many before it, and none of them got any further.
@@ -61,15 +82,22 @@ def open_attempt(
     """
     lease = None
     own = settings
-    settings = processes.share("settings of the run", lambda: compare_settings(store, own, defaults))
+    settings = processes.share(
+        "settings of the run",
+        lambda: compare_settings(store, own, defaults) if take_over is None else dict(take_over.settings),
+    )
     if processes.leads:
-        lease = take(store, platform.node() or "unknown")
+        lease = take(store, platform.node() or "unknown", 0 if take_over is None else take_over.attempts)
     number = processes.share("attempt", lambda: lease.epoch if lease else 0)
     holder = processes.share("holder of the lease", lambda: lease.holder if lease else "")
     log.bind(attempt=number)
     if not processes.leads and processes.place.local_rank == 0:
         check_same_store(store, holder, lambda: _check_stop(processes, stop, report_progress))
     with work_folder(cache, store.uri, number, cleans=processes.place.local_rank == 0) as work:
+        if take_over is not None:
+            check_stop = partial(_check_stop, processes, stop, report_progress)
+            take_over.copy(fenced(store, lease), work, attempt=number, check_stop=check_stop)
+        takes_over = processes.share("whether a run is taken over", lambda: take_over is not None)
         logged = read_logged(store, number) if processes.leads else []
         earlier = [logged_attempt.record for logged_attempt in logged]
         attempt = Attempt(
@@ -86,6 +114,7 @@ def open_attempt(
             stall_seconds=stall_seconds,
             idle_before=idle_attempts(logged),
             killed_before=_why_killed(logged),
+            takes_over=takes_over,
         )
         if idle is not None and processes.leads:  # its exit code takes precedence over those of the others
             furthest = max((logged_attempt.reached for logged_attempt in logged), default=(0, 0))

@@ -325,6 +325,8 @@ def _export(settings: Settings) -> Iterator[Fault]:
             "gate.on",
             "has no threshold; set JOB_GATE__MIN_DELTA, JOB_GATE__MAX_REGRESSION or JOB_GATE__POLICY as well",
         )
+    if export.run is not None and not export.formats:
+        yield "export.formats", "is empty; name the formats in which the run in JOB_EXPORT__RUN is exported"
     if export.hub_revision is not None and export.hub is None:
         yield (
             "export.hub_revision",

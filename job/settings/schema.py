@@ -88,6 +88,7 @@ from job.settings.sources import (
     CommandLine,
     ConfigFile,
     Environment,
+    ExportedRun,
     Hyperparameters,
     PlatformDefaults,
     Preset,
@@ -518,6 +519,10 @@ class Eval(Group):
 class Export(Group):
     """Export: the model in other formats than the adapter, each scored on the questions of the run."""
 
+    run: ExecutionOnly[Maybe[Location]] = None
+    """Path or URI of a finished run to export, without training again: this run, under another JOB_RUN__ID, takes over
+    its data, evaluations and adapter, and makes JOB_EXPORT__FORMATS. Settings that are not given are those of that run,
+    those of exports apart."""
     formats: AffectsResult[ExportFormats] = ()
     """Formats to publish besides the adapter, separated by commas; empty: none. `adapter:bf16`, `adapter:fp16`: the
     adapter again, in 16 bits. `merged`: the whole model with the adapter merged into its weights, in safetensors, in 16
@@ -714,6 +719,7 @@ class Settings(Options):
             Hyperparameters(settings_cls, request),
             ConfigFile(settings_cls, request),
             SageMakerChannels(settings_cls, request),
+            ExportedRun(settings_cls, request),
             Preset(settings_cls, request),
             PlatformDefaults(settings_cls, request),
         )

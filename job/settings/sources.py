@@ -91,6 +91,8 @@ class Request:
     platform: Platform
     options: Sequence[str] = ()
     """The command's own options, without dashes, to suggest for a mistyped name on the command line."""
+    of_run: Mapping[str, object] = field(default_factory=dict)
+    """The settings of the run in JOB_EXPORT__RUN that hold where no others are given, by dotted name."""
     layers: list[Layer] = field(default_factory=list)
 
     @property
@@ -310,6 +312,18 @@ class SageMakerChannels(Source):
         channels = {mark.name: name for name, mark in find_markers(self.settings_cls, SageMakerChannel).items()}
         texts = [str(item.value) for layer in self.request.layers for item in layer.given.values()]
         return read_channels(self.request.platform.inputs, channels, [*texts, *self.request.environ.values()])
+
+
+class ExportedRun(Source):
+    """The settings of the finished run that JOB_EXPORT__RUN names, and a run id made of its and the formats."""
+
+    def _read(self) -> Layer:
+        run = self.request.strongest("export.run")
+        source = f"run {run.value}" if run else ""
+        given = {name: GivenValue(value, source) for name, value in self.request.of_run.items()}
+        if self.request.platform.run_id is not None:
+            given.pop("run.id", None)  # the platform's own name for this run
+        return Layer(given, by_user=False)
 
 
 class Preset(Source):

@@ -16,7 +16,7 @@ from job.evaluation.comparison import compare_near_ties, compare_tasks, evaluate
 from job.evaluation.groups import compare_groups
 from job.evaluation.principles import parse_judgements
 from job.evaluation.task_metrics import compare_measured
-from job.records import Artifact, Evaluated, Exported, Judgement, ModelRecord, TaskScores, Trained
+from job.records import Artifact, Evaluated, Exported, ExportedRun, Judgement, ModelRecord, TaskScores, Trained
 from job.report import model_card, report
 from job.results import bom, inventory, manifest, signing
 from job.results.baseline import Baseline
@@ -26,6 +26,7 @@ from job.runs.layout import (
     BOM,
     CARD,
     EXPORT_CARD,
+    EXPORTED_RUN,
     FINDINGS,
     JUDGEMENTS,
     REPORT,
@@ -94,6 +95,7 @@ def publish(
     results = manifest.build(
         run_id=settings.run.id,
         part_of=settings.part_of,
+        exported_run=attempt.recorded(EXPORTED_RUN, ExportedRun),
         settings=redacted(settings),
         attempts=[*earlier, attempt.record("complete")],
         finished=timestamp(),

@@ -191,7 +191,7 @@ def _pull(
             attempt, settings, storage, checked, date=date, later=later, check_stop=base.check_stop
         )
         files = base.files()
-    if later and attempt.recorded(Stage.PULL, Pulled) is None:
+    if later and _is_unchecked(attempt):
         check_files_of_exports(attempt, files.original, later[-1].export)
     attempt.check_stop()
     dataset, licence = _with_licences(attempt, settings, tokens.record, files.revision)
@@ -247,7 +247,7 @@ def _check_before_weights(
     if missing:
         check_hub(rows)
     _check_lengths(settings, tasks, tokenizer, vocabulary)
-    if start is not None and settings.train.is_one_stage and attempt.recorded(Stage.PULL, Pulled) is None:
+    if start is not None and settings.train.is_one_stage and _is_unchecked(attempt):
         check_start_on(folder, start.folder, checked_settings(settings, ()))
     return _Checked(tasks, start, safety, rows=fetched, folder=folder, tokenizer=tokenizer, vocabulary=vocabulary)
 
@@ -387,10 +387,15 @@ def _checked_tasks(
             check_model()
 
     checks: list[tuple[str, Callable[[], object]]] = [("questions", lambda: loaded.append(load()))]
-    if attempt.recorded(Stage.PULL, Pulled) is None:
+    if _is_unchecked(attempt):
         checks.append(("model", model))
     check_all(checks)
     return loaded[0]
+
+
+def _is_unchecked(attempt: Attempt) -> bool:
+    """Whether no attempt before this one has checked the settings with the model."""
+    return attempt.takes_over or attempt.recorded(Stage.PULL, Pulled) is None
 
 
 def _load_tasks(

@@ -14,11 +14,21 @@ from job.errors import JobError
 from job.evaluation.comparison import compare_near_ties, compare_tasks
 from job.evaluation.groups import compare_groups
 from job.evaluation.task_metrics import compare_measured
-from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
+from job.records import Artifact, AttemptRecord, Evaluated, Exported, ExportedRun, Pulled, Trained
 from job.results.manifest import exports_record, full_precision_record
 from job.results.reader import scored_in
 from job.runs import lease, stage_records
-from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, prompts_key, stage_key
+from job.runs.layout import (
+    EXPORTED_RUN,
+    LEASE,
+    RESULTS,
+    SETTINGS,
+    Stage,
+    attempt_key,
+    attempt_number,
+    prompts_key,
+    stage_key,
+)
 from job.runs.run_log import parse_logged, parse_record
 from job.runs.run_settings import parse_settings
 from job.storage.open import ObjectStore, TooLarge
@@ -221,7 +231,7 @@ def check_attempts(
     """
     attempts = [AttemptRecord(**attempt) for attempt in results["run"]["attempts"]]
     last = attempts[-1]
-    differences: list[Difference] = []
+    differences = list(_exported_run_differs(results, copies, run))
     for index, attempt in enumerate(attempts[:-1]):
         key = attempt_key(attempt.number)
         logged = _parsed(key, parse_logged, copies[key].read_bytes() if key in copies else None, differences)
@@ -257,6 +267,18 @@ def check_attempts(
     extent = f"{count(len(attempts), 'attempt')}, and the lease"
     check = CheckResult("attempts", extent, tuple(differences), tuple(notes))
     return check, {LEASE, attempt_key(last.number), *later}
+
+
+def _exported_run_differs(results: Mapping[str, Any], copies: Copies, run: str | None) -> Iterator[Difference]:
+    """Compares the finished run that the manifest says is exported with the record of it."""
+    claimed, path = results["run"].get("exported_run"), stage_key(EXPORTED_RUN)
+    if claimed is None and path not in copies:
+        return
+    differences: list[Difference] = []
+    record = _read(path, ExportedRun, copies, differences, run)
+    yield from differences
+    if record is not None:
+        yield from find_differences(f"{RESULTS} run.exported_run", claimed, asdict(record))
 
 
 def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:

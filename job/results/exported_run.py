@@ -1,0 +1,232 @@
+"""JOB_EXPORT__RUN: a run that exports a finished one takes over its stages, instead of training again.
+
+The new run has the same settings, those of exports apart, which decide nothing of what is taken over. So its results
+are those that the finished run would have had with these exports: adapter, evaluations and their records are the same
+bytes; only the fingerprint in the records (`runs.stage_records`) becomes that of the new run, which has other exports.
+
+What is copied is compared with the hashes in the finished run's manifest. Checkpoints are not copied: nothing trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from job import log
+from job.common.hashing import sealed, unsealed
+from job.common.validation import adapter_of
+from job.errors import DataError, Problem, SettingsError, VerificationError, environment_name
+from job.records import Artifact, ExportedRun, Pulled
+from job.results.reader import PublishedRun, open_run, read_published
+from job.runs import stage_records
+from job.runs.layout import (
+    DERIVED_EXPORT,
+    EXPORTED_RUN,
+    FINDINGS,
+    FIRST_STAGE,
+    SETTINGS,
+    STAGES,
+    UPLOADED,
+    Stage,
+    attempt_key,
+    stage_key,
+)
+from job.runs.open_attempt import TakeOver
+from job.runs.run_log import parse_logged
+from job.runs.run_settings import parse_settings
+from job.storage.base import upload_in_turn, write_in_turn
+from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
+from job.storage.verified_download import fetch_artifact
+
+SETTING = "JOB_EXPORT__RUN"
+_EXPORT = "export."
+_NOT_TAKEN = {stage_key(Stage.EXPORT), stage_key(UPLOADED), stage_key(EXPORTED_RUN)}
+
+
+def recorded_settings(run: str, own_folder: str, storage: StorageOptions) -> tuple[str, dict[str, Any]]:
+    """(id, value by dotted name of every setting) of the run in JOB_EXPORT__RUN.
+
+    Args:
+        run: Path or URI of it.
+        own_folder: Folder of this run.
+        storage: How to reach the store.
+
+    Raises:
+        SettingsError: There is no finished run, or it is this one.
+        DataError: Its manifest is not what the job wrote, or missing.
+    """
+    published = _read_run(run, storage)
+    if published.store.uri == open_store(own_folder, storage).uri:
+        raise SettingsError([Problem(SETTING, "is this run itself; give this one another JOB_RUN__ID")])
+    return published.id, {name: entry["value"] for name, entry in published.results["settings"].items()}
+
+
+def take_over(
+    run: str, own_folder: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], storage: StorageOptions
+) -> TakeOver | None:
+    """How this run takes over a finished one; None if it has done so already.
+
+    Args:
+        run: Path or URI of the finished run.
+        own_folder: Folder of this run.
+        settings: Value by dotted name of the settings of this run that decide the result.
+        defaults: Their defaults, which count for what an earlier version did not have as a setting.
+        storage: How to reach the stores.
+
+    Raises:
+        SettingsError: There is no finished run, or settings differ from those of that run.
+        DataError: Its files are not what its manifest says.
+    """
+    if open_store(own_folder, storage).tag(SETTINGS) is not None:
+        return None
+    published, pull = _read_run(run, storage), stage_key(Stage.PULL)
+    with _named():
+        before = parse_settings(_read_whole(published, SETTINGS))
+        pulled, _ = stage_records.parse(pull, _read_whole(published, pull), adapter_of(Pulled))
+    own, defaults = (json.loads(json.dumps(values)) for values in (settings, defaults))
+    after = _with_own_exports(before, own, defaults, published.id)
+    fingerprints = (stage_records.fingerprint(before, pulled), stage_records.fingerprint(after, pulled))
+    last = published.results["run"]["attempts"][-1]["number"]
+    return TakeOver(after, last, partial(_copy, published, fingerprints))
+
+
+def _read_run(run: str, storage: StorageOptions) -> PublishedRun:
+    with _named():
+        return read_published(open_run(run, storage))
+
+
+def _with_own_exports(
+    before: Mapping[str, Any], own: Mapping[str, Any], defaults: Mapping[str, Any], run: str
+) -> dict[str, Any]:
+    """The settings of the finished run with the exports of this one.
+
+    Raises:
+        SettingsError: Another setting differs, so that what the run finished is not what this one would.
+    """
+    expected = {
+        name: before.get(name, defaults.get(name)) for name in {**own, **before} if not name.startswith(_EXPORT)
+    }
+    if changed := sorted(name for name in expected if expected[name] != own.get(name)):
+        what = "is {!r}, but {!r} in the run that is exported; remove it, then it is taken from there"
+        problems = [Problem(environment_name(name), what.format(own.get(name), expected[name])) for name in changed]
+        raise SettingsError(problems, advice=f"only exports may differ from those of {run}; else train again")
+    kept = {name: value for name, value in before.items() if not name.startswith(_EXPORT)}
+    return kept | {name: value for name, value in own.items() if name.startswith(_EXPORT)}
+
+
+def _copy(
+    run: PublishedRun,
+    fingerprints: tuple[str, str],
+    store: ObjectStore,
+    work: Path,
+    *,
+    attempt: int,
+    check_stop: Callable[[], None],
+) -> None:
+    """Copies what a finished run has finished into the store of this run, each file verified. May be repeated.
+
+    Args:
+        run: The finished run.
+        fingerprints: Its, and that of this run.
+        store: This run's store, fenced.
+        work: Folder for temporary copies.
+        attempt: Number of the attempt that copies.
+        check_stop: Called between files.
+
+    Raises:
+        DataError: A file is missing, or not what the manifest says.
+    """
+    results, folder = run.results, work / "exported-run"
+    log.get_logger().info("taking over a finished run, to export it", exported=run.store.uri)
+    records, key = dict[str, bytes](), stage_key(EXPORTED_RUN)
+    with _named():
+        for entry in results["evidence"]:
+            check_stop()
+            if entry["path"].endswith(".json") and _is_of_stage(entry["path"]):
+                records[entry["path"]] = _fetch(run, entry, folder).read_bytes()
+            elif _is_of_stage(entry["path"]):
+                upload_in_turn(store, _fetch(run, entry, folder), entry["path"])
+        published = {path for record in records.values() for path in _artifacts_in(record)} | {FINDINGS}
+        for entry in results["artifacts"]:
+            check_stop()
+            if entry["path"] in published:
+                upload_in_turn(store, _fetch(run, entry, folder), entry["path"])
+        _copy_first_stage(run, store, folder, check_stop)
+        for path, record in [*records.items(), *_attempts(run)]:
+            check_stop()
+            write_in_turn(store, path, _with_fingerprint(record, *fingerprints), store.tag(path))
+    shutil.rmtree(folder, ignore_errors=True)
+    exported = json.dumps(asdict(ExportedRun(run.id, run.sha256, results["run"]["attempts"][-1]["number"])))
+    write_in_turn(store, key, stage_records.render(key, exported, fingerprints[1], attempt), store.tag(key))
+
+
+def _copy_first_stage(run: PublishedRun, store: ObjectStore, folder: Path, check_stop: Callable[[], None]) -> None:
+    """Copies the folder of a first stage as it is: a whole run, whose manifest has the hashes of its files."""
+    for path in [info.key for info in run.store.list(FIRST_STAGE) if is_key(info.key)]:
+        check_stop()
+        run.store.download(path, folder / path)
+        upload_in_turn(store, folder / path, path)
+        (folder / path).unlink()
+
+
+def _attempts(run: PublishedRun) -> Iterator[tuple[str, bytes]]:
+    """(key, content) of the records of the attempts."""
+    for attempt in run.results["run"]["attempts"]:
+        key = attempt_key(attempt["number"])
+        record = _read_whole(run, key)
+        if parse_logged(record).record.number != attempt["number"]:
+            raise DataError([Problem(f"{run.store.uri}/{key}", "is the record of another attempt")])
+        yield key, record
+
+
+def _with_fingerprint(record: bytes, before: str, own: str) -> bytes:
+    """A record with this run's fingerprint in place of the finished run's; those of earlier versions have none."""
+    if json.loads(record).get(stage_records.RUN) != before:
+        return record
+    return sealed({**unsealed(record), stage_records.RUN: own})
+
+
+def _is_of_stage(path: str) -> bool:
+    """Whether a file is the record of a stage that is taken over, or belongs to one."""
+    return path.startswith(STAGES) and path not in _NOT_TAKEN and not path.startswith(f"{STAGES}{DERIVED_EXPORT}")
+
+
+def _artifacts_in(record: bytes) -> list[str]:
+    return [artifact["path"] for artifact in json.loads(record).get("artifacts", ())]
+
+
+def _fetch(run: PublishedRun, entry: Mapping[str, Any], folder: Path) -> Path:
+    """A verified copy of a file in the manifest."""
+    if not is_key(entry["path"]):
+        raise DataError([Problem(run.store.uri, f"lists {entry['path'][:200]!r}, which is no path in a run")])
+    return fetch_artifact(run.store, Artifact(**entry), folder)
+
+
+def _read_whole(run: PublishedRun, key: str) -> bytes:
+    """A small file, compared with its hash if the manifest has one."""
+    hashes = {entry["path"]: entry["sha256"] for entry in run.results["evidence"]}
+    stored = run.store.read(key)
+    if stored is None:
+        raise DataError([Problem(f"{run.store.uri}/{key}", "is missing")])
+    if key in hashes and hashlib.sha256(stored.data).hexdigest() != hashes[key]:
+        raise DataError([Problem(f"{run.store.uri}/{key}", "is damaged: its SHA-256 is not that of the manifest")])
+    return stored.data
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Names the setting in what is wrong with the run that it gives; a fault of its files is one of data."""
+    try:
+        yield
+    except (SettingsError, VerificationError, DataError) as error:
+        kind = SettingsError if isinstance(error, SettingsError) else DataError
+        raise kind([Problem(SETTING, str(problem)) for problem in error.problems]) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError([Problem(SETTING, f"its records cannot be read: {str(error)[:200]}")]) from None
