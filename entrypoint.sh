@@ -19,7 +19,7 @@ refuse() { # message, code: logs it, writes it to where Kubernetes and SageMaker
   exit "${2-2}"
 }
 trap 'refuse "stopped by a signal before the job began; a restart begins it" 75' TERM INT # else 143, a failure
-ours=' run train compare config plan promote push report selftest serve-check status verify '
+ours=' run train compare config export plan promote push report selftest serve-check status verify '
 # SageMaker's SDK runs `chmod` in the image: a first word that is a program, and no command of the job, is run.
 if [[ -n ${1-} && $1 != -* && $ours != *" $1 "* ]] && program=$(type -P -- "$1"); then exec "$program" "${@:2}"; fi
 

@@ -176,6 +176,18 @@ COMMANDS = {
             "--history s3://bucket/runs --output history.html",
         ),
     ),
+    "export": Command(
+        "export a finished run in other formats, each scored, as a new run that trains nothing",
+        (
+            Argument("RUN", _RUN_HELP),
+            Argument("FORMATS", "formats, separated by commas, such as merged,gguf:q4_k_m; see --export.formats"),
+            _CONFIG,
+        ),
+        examples=(
+            "runs/my-first-run gguf:q4_k_m",
+            "s3://bucket/runs/my-first-run merged,fp8 --run.output s3://bucket/runs --run.id my-first-run-fp8",
+        ),
+    ),
     "push": Command(
         "verify a finished run, and push adapter, model card and exports to the hub or a registry",
         (

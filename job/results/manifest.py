@@ -117,7 +117,12 @@ def build(
                 "git": git_commit(),
                 "image_digest": image_digest,
             },
-            "cost": compute_cost(attempts, training.seconds, on_demand_usd_per_hour),
+            "cost": compute_cost(
+                attempts,
+                training.seconds,
+                on_demand_usd_per_hour,
+                taken_over=0 if exported_run is None else exported_run.attempts,
+            ),
         }
     )
 

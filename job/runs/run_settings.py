@@ -88,9 +88,10 @@ def compare_settings(
     changed = sorted(name for name in expected if expected[name] != after.get(name))
     if changed:
         problems = [_changed(name, expected[name], after.get(name)) for name in changed]
-        raise SettingsError(
-            problems, advice="use the values with which the run began, or another JOB_RUN__ID for a new run"
-        )
+        advice = "use the values with which the run began, or another JOB_RUN__ID for a new run"
+        if all(name.startswith("export.") for name in changed):
+            advice += "; `qlora-job export RUN FORMATS` exports a finished run without training again"
+        raise SettingsError(problems, advice=advice)
     return {name: value for name, value in after.items() if name in before}
 
 

@@ -326,7 +326,7 @@ def _export(settings: Settings) -> Iterator[Fault]:
             "has no threshold; set JOB_GATE__MIN_DELTA, JOB_GATE__MAX_REGRESSION or JOB_GATE__POLICY as well",
         )
     if export.run is not None and not export.formats:
-        yield "export.run", "names a run to export, but not as what; set JOB_EXPORT__FORMATS as well"
+        yield "export.formats", "is empty; name the formats in which the run in JOB_EXPORT__RUN is exported"
     if export.hub_revision is not None and export.hub is None:
         yield (
             "export.hub_revision",

@@ -315,12 +315,14 @@ class SageMakerChannels(Source):
 
 
 class ExportedRun(Source):
-    """The settings of the finished run that JOB_EXPORT__RUN names."""
+    """The settings of the finished run that JOB_EXPORT__RUN names, and a run id made of its and the formats."""
 
     def _read(self) -> Layer:
         run = self.request.strongest("export.run")
         source = f"run {run.value}" if run else ""
         given = {name: GivenValue(value, source) for name, value in self.request.of_run.items()}
+        if self.request.platform.run_id is not None:
+            given.pop("run.id", None)  # the platform's own name for this run
         return Layer(given, by_user=False)
 
 

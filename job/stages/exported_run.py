@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -49,6 +49,7 @@ from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
 from job.storage.verified_download import fetch_artifact
 
 SETTING = "JOB_EXPORT__RUN"
+_LONGEST_ID = 128
 _EXPORT, _GATE = "export.", "gate."
 _NOT_TAKEN = {stage_key(Stage.EXPORT), stage_key(UPLOADED), stage_key(EXPORTED_RUN)}
 
@@ -57,21 +58,30 @@ def settings_of_run(settings: Settings, storage: StorageOptions) -> dict[str, ob
     """The settings of the run in JOB_EXPORT__RUN that hold for this one, where it is given no others, by dotted name.
 
     They are those that decide the result, and what the gate requires; not what is exported, nor how the job runs on its
-    machine. Those that the preset gives in this version, too, come from it.
+    machine. Those that the preset gives in this version, too, come from it. `run.id` is a new one.
 
     Args:
         settings: Those that were given, with JOB_EXPORT__RUN among them.
         storage: How to reach the store.
 
     Raises:
-        SettingsError: There is no finished run.
-        VerificationError: Its manifest is not what the job wrote.
+        SettingsError: There is no finished run, or it is this one.
+        DataError: Its manifest is not what the job wrote, or missing.
     """
-    values = {name: entry["value"] for name, entry in _read_run(settings, storage).results["settings"].items()}
+    run = _read_run(settings, storage)
+    if run.store.uri == open_store(folder_of(settings), storage).uri:
+        raise SettingsError([Problem(SETTING, "is this run itself; give this one another JOB_RUN__ID")])
+    values = {name: entry["value"] for name, entry in run.results["settings"].items()}
     preset = str(values.get("preset"))
     given = {name: value for name, value, _ in describe(Settings())} | preset_values(preset)
     taken = {name: value for name, value in values.items() if name in given and _is_taken_over(name)}
-    return {"preset": preset} | {name: value for name, value in taken.items() if value != given[name]}
+    own = {"preset": preset, "run.id": _id_of_export(run.id, settings.export.formats)}
+    return own | {name: value for name, value in taken.items() if value != given[name]}
+
+
+def _id_of_export(run: str, formats: Sequence[str]) -> str:
+    """The new run's id, where none is given: the same at every start, so that the run resumes."""
+    return "-".join([run, *formats]).replace(":", "-")[-_LONGEST_ID:].lstrip("._-")
 
 
 def _is_taken_over(name: str) -> bool:
@@ -89,7 +99,7 @@ def take_over(settings: Settings, storage: StorageOptions) -> TakeOver | None:
     """How this run takes over the one in JOB_EXPORT__RUN; None if that is empty, or has been taken over already.
 
     Raises:
-        SettingsError: There is no finished run, it is this run, or settings differ from those of that run.
+        SettingsError: There is no finished run, or settings differ from those of that run.
         DataError: Its files are not what its manifest says.
     """
     if settings.export.run is None:
@@ -98,8 +108,6 @@ def take_over(settings: Settings, storage: StorageOptions) -> TakeOver | None:
     if own.tag(SETTINGS) is not None:
         return None
     run = _read_run(settings, storage)
-    if run.store.uri == own.uri:
-        raise SettingsError([Problem(SETTING, "is this run itself; give this one another JOB_RUN__ID")])
     pull = stage_key(Stage.PULL)
     with _named():
         before = parse_settings(_read_whole(run, SETTINGS))

@@ -168,7 +168,8 @@ def check_cost(results: Mapping[str, Any]) -> CheckResult:
     """Recomputes seconds, dollars, waste, energy and savings from the attempts and the prices."""
     attempts = adapter_of(list[AttemptRecord]).validate_python(results["run"]["attempts"])
     on_demand = results["settings"].get("cost.on_demand_usd_per_hour", {}).get("value")
-    recomputed = compute_cost(attempts, results["training"]["seconds"], on_demand)
+    taken_over = results["run"].get("exported_run", {}).get("attempts", 0)
+    recomputed = compute_cost(attempts, results["training"]["seconds"], on_demand, taken_over=taken_over)
     if "repeated_steps_exact" not in results["cost"]:  # earlier versions wrote what was recorded, without saying so
         del recomputed["repeated_steps_exact"]
         recomputed["repeated_steps"] = sum(attempt.repeated_steps for attempt in attempts)
