@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from job.errors import JobError, Problem, SettingsError, named_by
+from job.errors import JobError, named_by
 from job.planning.preflight import Found, NotChecked
 from job.results.adapter_facts import WEIGHTS
 from job.results.reader import open_run, read_published
 from job.settings.load import Settings
-from job.settings.training_stages import folder_of
-from job.storage.open import StorageOptions, open_store
+from job.storage.open import StorageOptions
 
 SETTING = "JOB_EXPORT__RUN"
 SettingsOfRun = Callable[[Settings, StorageOptions], Mapping[str, object]]
@@ -54,12 +53,11 @@ def check_exported_run(settings: Settings, storage: StorageOptions, exported: Ex
         raise exported.unread
     with named_by(SETTING, ": "):
         run = read_published(open_run(where, storage))
-    if run.store.uri == open_store(folder_of(settings), storage).uri:
-        raise SettingsError([Problem(SETTING, "is this run itself; give this one another JOB_RUN__ID")])
     if exported.take_over is None:
         raise NotChecked(f"{where}: its settings are not compared with those of this run")
     begun = exported.take_over(settings, storage) is None
     paths = {one["path"]: one["sha256"] for one in run.results["artifacts"]}
     weights = next((sha256 for path, sha256 in paths.items() if path.endswith(f"/adapter/{WEIGHTS}")), None)
     adapter = "without an adapter" if weights is None else f"with the adapter {weights[:12]}"
-    return "ok", f"run {run.id} {adapter}{'; it has been taken over by an earlier attempt' if begun else ''}", None
+    later = "; this run has begun already, and compares its settings when it goes on" if begun else ""
+    return "ok", f"run {run.id} {adapter}{later}", None
