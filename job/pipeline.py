@@ -37,18 +37,18 @@ from job.records import FP8, Evaluated, Exported, ModelRecord, Packing, Pulled, 
 from job.results.baseline import check_prompts, warn_of_other_dtype
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.results.delivery import deliver
+from job.results.exported_run import take_over
 from job.results.summary import summary
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import Fault, arm, faulty
 from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
-from job.runs.open_attempt import open_attempt
+from job.runs.open_attempt import TakeOver, open_attempt
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
 from job.settings.affects_result import common_settings, decisive_settings, default_settings
 from job.settings.load import Settings, current_platform, environment, exporters, plain_values, trackers
 from job.settings.training_stages import folder_of, split_stages
-from job.stages.exported_run import take_over
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.publish import publish
@@ -287,7 +287,7 @@ def _attempt(
         processes=processes,
         idle=idle or IdleLimit(settings.run.max_idle_attempts),
         stall_seconds=settings.train.stall_seconds,
-        take_over=take_over(settings, storage_options(settings.storage)) if processes.leads else None,
+        take_over=_take_over(settings) if processes.leads else None,
     )
     tracker_options = trackers(settings) if processes.leads else {}  # process 0 reports for all
     watched = exporters(settings) if processes.leads else {}
@@ -322,6 +322,14 @@ def _attempt(
             notifier.gate_passed = results["gate"]["passed"]
 
         yield attempt, report_results
+
+
+def _take_over(settings: Settings) -> TakeOver | None:
+    """How this run takes over the one in JOB_EXPORT__RUN; None without one."""
+    if settings.export.run is None:
+        return None
+    decisive, storage = decisive_settings(plain_values(settings)), storage_options(settings.storage)
+    return take_over(settings.export.run, folder_of(settings), decisive, default_settings(), storage)
 
 
 @memory_errors("loading the model", "set JOB_MODEL__QUANTIZATION=nf4")

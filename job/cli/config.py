@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from job import log
 from job.cli.output import print_json, print_lines
 from job.errors import Problem, SettingsError
+from job.settings.layers import RecordedSettings
 from job.settings.load import Settings, describe, foreign_variables, json_schema, load_settings
+from job.settings.training_stages import folder_of
 
 _WIDEST_VALUE = 60
 
@@ -34,12 +36,13 @@ def config_command(argv: Sequence[str]) -> int:
     )
 
 
-def settings_of_run(settings: Settings) -> Mapping[str, object]:
-    """See `job.stages.exported_run.settings_of_run`; imported here, so that no other run waits for its libraries."""
-    from job.stages.exported_run import settings_of_run as read
+def settings_of_run(settings: Settings) -> RecordedSettings:
+    """The settings of the run in JOB_EXPORT__RUN. Imports here, so that no other run waits for the libraries."""
+    from job.results.exported_run import recorded_settings
     from job.storage.open import storage_options
 
-    return read(settings, storage_options(settings.storage))
+    storage = storage_options(settings.storage)
+    return RecordedSettings(*recorded_settings(str(settings.export.run), folder_of(settings), storage))
 
 
 def note_foreign_variables() -> None:

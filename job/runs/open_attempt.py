@@ -28,7 +28,7 @@ OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", Stalled: 
 
 @dataclass(frozen=True)
 class TakeOver:
-    """A finished run whose stages a run takes over, to export it; see `job/stages/exported_run.py`.
+    """A finished run whose stages a run takes over, to export it; see `job/results/exported_run.py`.
 
     Attributes:
         settings: Value by dotted name of the settings that name the run that takes over.

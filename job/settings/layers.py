@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from job.errors import Problem
 
@@ -13,6 +15,14 @@ class GivenValue:
 
     value: object
     source: str
+
+
+@dataclass(frozen=True)
+class RecordedSettings:
+    """The settings of a finished run, as its manifest has them: value by dotted name; and the run's id."""
+
+    run_id: str
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
 from job.settings.combinations import impossible_values, undeliverable
 from job.settings.field_types import explain, new_run_id
+from job.settings.layers import RecordedSettings
+from job.settings.markers import BelongsTo, ResultEffect, find_markers
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Settings
 from job.settings.sources import SECRETS_DIR, Request, nested, setting_at
@@ -56,6 +58,7 @@ _LOGIN = re.compile(r"://([^/:@\s]+:([^/\s]+)@)")  # in the address of a tracker
 _HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(\w+_)?HEADERS")  # name=value pairs with commas, values escaped as in URLs
 _SHORTEST_SECRET, _LARGEST_SECRET = 8, 1 << 16
 
+_LONGEST_ID = 128
 PROJECT = "qlora-job"
 """The project that trackers put runs into, unless the user names another."""
 
@@ -65,7 +68,7 @@ def load_settings(
     environ: Mapping[str, str] | None = None,
     *,
     options: Sequence[str] = (),
-    of_run: Callable[[Settings], Mapping[str, object]] | None = None,
+    of_run: Callable[[Settings], RecordedSettings] | None = None,
 ) -> Settings:
     """The settings from all sources, by the precedence in `Settings.settings_customise_sources`.
 
@@ -84,7 +87,7 @@ def load_settings(
     request = Request(arguments, environ, detect(environ), options)
     settings, invalid = _read(request, NAMES)
     if of_run is not None and settings.export.run is not None and not (request.problems or invalid):
-        request = replace(request, of_run=of_run(settings), layers=[])
+        request = replace(request, of_run=_taken_over(of_run(settings), settings.export.formats), layers=[])
         settings, invalid = _read(request, NAMES)
     problems = [*request.problems, *invalid.values()]
     if fault := find_machines(request.platform).fault:
@@ -98,6 +101,29 @@ def load_settings(
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def _taken_over(recorded: RecordedSettings, formats: Sequence[str]) -> dict[str, object]:
+    """The settings of the run in JOB_EXPORT__RUN that hold where no others are given, by dotted name.
+
+    They are those that decide the result, and what the gate requires; not what is exported, nor how the job runs on its
+    machine. Those that this version's preset gives, too, come from it. The id is the same at every start, so that the
+    run resumes.
+    """
+    values, effects = recorded.values, find_markers(Settings, ResultEffect)
+    preset = str(values.get("preset"))
+    defaults = {name: value for name, value, _ in describe(Settings())}
+    given = defaults | preset_values(preset)
+    # With another model or data set than the preset's, the preset does not give what it says of them.
+    belonging = {name: marker.subject for name, marker in find_markers(Settings, BelongsTo).items()}
+    given |= {name: defaults[name] for name, of in belonging.items() if values.get(of) != given[of]}
+    own_id = "-".join([recorded.run_id, *formats]).replace(":", "-")[-_LONGEST_ID:].lstrip("._-")
+    return {"preset": preset, "run.id": own_id} | {
+        name: values[name]
+        for name in values.keys() & given.keys()
+        if values[name] != given[name] and not name.startswith("export.") and name != "gate.on"
+        if effects[name].affects_result or name.startswith("gate.")
+    }
 
 
 def known_machine(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings | None:

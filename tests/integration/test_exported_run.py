@@ -95,7 +95,12 @@ def test_it_is_what_training_with_these_exports_gives(
 
 
 @pytest.mark.parametrize(
-    "fault", ["kill@upload=1", "kill@upload=5", "s3_503@30", "kill@stage=export", "kill@upload=14"]
+    "fault",
+    [
+        "kill@upload=5",
+        "kill@stage=export",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("kill@upload=1", "kill@upload=14", "s3_503@30")),
+    ],
 )
 def test_killed_and_resumed(machine: dict[str, str], trained: Path, at_once: Path, tmp_path: Path, fault: str) -> None:
     """While it copies, before it exports, and while it publishes what was exported: the same bytes after all."""

@@ -49,6 +49,15 @@ def attempts(draw: st.DrawFn) -> list[AttemptRecord]:
     return made
 
 
+def test_a_run_that_exports_a_finished_one_needs_a_start_of_its_own() -> None:
+    """It is not lost to an interruption, as the second start of a run that was killed is."""
+    exporting = replace(WHOLE, number=2, stage_seconds={"pull": 30.0, "export": 500.0})
+    assert compute_cost([WHOLE, exporting], 300.0, None)["wasted_seconds"] == pytest.approx(99.0)
+    cost = compute_cost([WHOLE, exporting], 300.0, None, taken_over=1)
+    assert cost["wasted_seconds"] == 0.0
+    assert cost["seconds"] == 1200.0
+
+
 @given(attempts(), st.none() | st.floats(0.01, 100))
 def test_the_parts_add_up(made: list[AttemptRecord], on_demand: float | None) -> None:
     """Stages and attempts both sum to the run, in seconds and in dollars; waste is a part of each attempt."""

@@ -77,6 +77,7 @@ class OtherMachine(Alone):
             "settings of the run": SETTINGS,
             "attempt": lease.epoch,
             "holder of the lease": lease.holder,
+            "whether a run is taken over": False,
         }
 
     def share(self, what: str, value: Callable[[], Any]) -> Any:

@@ -199,6 +199,12 @@ def test_numbers_go_on_after_a_lease_was_removed(store: LocalStore) -> None:
     assert take(store, "b").epoch == 9
 
 
+def test_numbers_go_on_after_those_of_a_run_that_is_taken_over(store: LocalStore) -> None:
+    """Its attempts keep their numbers, in the first attempt of this run as in one after a kill."""
+    assert take(store, "a", after=3).epoch == 4
+    assert take(store, "b", after=3).epoch == 5
+
+
 @pytest.mark.usefixtures("at_once")
 def test_an_epoch_beyond_all_names_is_no_lease(store: LocalStore) -> None:
     """An epoch that no attempt's name can hold is refused like any other damage, not handed on."""

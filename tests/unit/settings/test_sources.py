@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from job.errors import SettingsError
-from job.settings.load import Settings, load_reading, load_settings
+from job.settings.layers import RecordedSettings
+from job.settings.load import Settings, load_reading, load_settings, preset_values
 from job.settings.schema import NAMES
 from job.settings.sources import _ELSEWHERE
 
@@ -63,6 +66,48 @@ class TestPresets:
         assert (settings.data.limit, settings.run.device) == (1500, "gpu")
         assert settings.data.revision
         assert settings.model.revision
+
+
+class TestExportedRun:
+    """The settings of the run in JOB_EXPORT__RUN hold where no others are given."""
+
+    GIVEN = ("--export.run=runs/mine", "--export.formats=merged")
+
+    def load(self, recorded: dict[str, Any], environ: dict[str, str]) -> Settings:
+        """The settings of a run that exports one with these settings, and the defaults of its preset."""
+        values = {**preset_values("demo"), **recorded, "export.formats": ["fp8"]}
+        return load_settings(self.GIVEN, environ, of_run=lambda _: RecordedSettings("mine", values))
+
+    def test_they_are_stronger_than_a_preset_and_weaker_than_the_user(self) -> None:
+        """Each names the run as its source; those that the preset gives too, name the preset."""
+        settings = self.load({"lora.rank": 8, "train.epochs": 2}, {"JOB_LORA__RANK": "4"})
+        assert (settings.lora.rank, settings.train.epochs, settings.run.id) == (4, 2, "mine-merged")
+        assert settings.export.formats == ("merged",)
+        assert settings.sources["train.epochs"] == settings.sources["run.id"] == "run runs/mine"
+        assert settings.sources["train.learning_rate"] == settings.sources["model.dtype"] == "preset demo"
+
+    def test_what_a_preset_says_of_another_model_is_the_runs(self) -> None:
+        """The preset gives nothing about a model that is not its own, also not what the run had like the preset."""
+        settings = self.load({"model.id": "org/other", "data.source": "rows.jsonl"}, {})
+        assert (settings.model.id, settings.model.dtype) == ("org/other", "fp32")
+        assert settings.sources["model.dtype"] == "run runs/mine"
+
+    def test_machine_gate_and_exports(self) -> None:
+        """How the other machine was set does not matter here; what the gate requires does, but not of which format."""
+        recorded = {"train.gpu_memory_gb": 20, "gate.on": "fp8", "gate.min_delta": 0.01, "run.output": "s3://b/r"}
+        settings = self.load(recorded, {})
+        assert (settings.gate.on, settings.gate.min_delta) == ("adapter", 0.01)
+        assert (settings.train.gpu_memory_gb, settings.run.output) == (None, DEFAULTS.run.output)
+
+    def test_a_platform_names_the_run_itself(self) -> None:
+        """The same name after each restart of the platform's job, by which its owner looks for the run."""
+        assert self.load({}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KUBERNETES_JOB_NAME": "job-1"}).run.id == "job-1"
+
+    @pytest.mark.parametrize("given", [(), ("--export.run=runs/mine", "--lora.rank=none")])
+    def test_no_run_is_read_in_vain(self, given: tuple[str, ...]) -> None:
+        """Without the setting, or with settings that are wrong without it."""
+        with suppress(SettingsError):
+            load_settings(given, {}, of_run=lambda _: pytest.fail("it was read"))
 
 
 class TestRevisions:

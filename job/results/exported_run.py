@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -41,89 +41,75 @@ from job.runs.layout import (
 from job.runs.open_attempt import TakeOver
 from job.runs.run_log import parse_logged
 from job.runs.run_settings import parse_settings
-from job.settings.affects_result import affects_result, decisive_settings, default_settings
-from job.settings.load import Settings, describe, plain_values, preset_values
-from job.settings.training_stages import folder_of
 from job.storage.base import upload_in_turn, write_in_turn
 from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
 from job.storage.verified_download import fetch_artifact
 
 SETTING = "JOB_EXPORT__RUN"
-_LONGEST_ID = 128
-_EXPORT, _GATE = "export.", "gate."
+_EXPORT = "export."
 _NOT_TAKEN = {stage_key(Stage.EXPORT), stage_key(UPLOADED), stage_key(EXPORTED_RUN)}
 
 
-def settings_of_run(settings: Settings, storage: StorageOptions) -> dict[str, object]:
-    """The settings of the run in JOB_EXPORT__RUN that hold for this one, where it is given no others, by dotted name.
-
-    They are those that decide the result, and what the gate requires; not what is exported, nor how the job runs on its
-    machine. Those that the preset gives in this version, too, come from it. `run.id` is a new one.
+def recorded_settings(run: str, own_folder: str, storage: StorageOptions) -> tuple[str, dict[str, Any]]:
+    """(id, value by dotted name of every setting) of the run in JOB_EXPORT__RUN.
 
     Args:
-        settings: Those that were given, with JOB_EXPORT__RUN among them.
+        run: Path or URI of it.
+        own_folder: Folder of this run.
         storage: How to reach the store.
 
     Raises:
         SettingsError: There is no finished run, or it is this one.
         DataError: Its manifest is not what the job wrote, or missing.
     """
-    run = _read_run(settings, storage)
-    if run.store.uri == open_store(folder_of(settings), storage).uri:
+    published = _read_run(run, storage)
+    if published.store.uri == open_store(own_folder, storage).uri:
         raise SettingsError([Problem(SETTING, "is this run itself; give this one another JOB_RUN__ID")])
-    values = {name: entry["value"] for name, entry in run.results["settings"].items()}
-    preset = str(values.get("preset"))
-    given = {name: value for name, value, _ in describe(Settings())} | preset_values(preset)
-    taken = {name: value for name, value in values.items() if name in given and _is_taken_over(name)}
-    own = {"preset": preset, "run.id": _id_of_export(run.id, settings.export.formats)}
-    return own | {name: value for name, value in taken.items() if value != given[name]}
+    return published.id, {name: entry["value"] for name, entry in published.results["settings"].items()}
 
 
-def _id_of_export(run: str, formats: Sequence[str]) -> str:
-    """The new run's id, where none is given: the same at every start, so that the run resumes."""
-    return "-".join([run, *formats]).replace(":", "-")[-_LONGEST_ID:].lstrip("._-")
+def take_over(
+    run: str, own_folder: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], storage: StorageOptions
+) -> TakeOver | None:
+    """How this run takes over a finished one; None if it has done so already.
 
-
-def _is_taken_over(name: str) -> bool:
-    if name.startswith(_EXPORT):
-        return False
-    return affects_result(name) or (name.startswith(_GATE) and name != "gate.on")
-
-
-def _read_run(settings: Settings, storage: StorageOptions) -> PublishedRun:
-    with _named():
-        return read_published(open_run(str(settings.export.run), storage))
-
-
-def take_over(settings: Settings, storage: StorageOptions) -> TakeOver | None:
-    """How this run takes over the one in JOB_EXPORT__RUN; None if that is empty, or has been taken over already.
+    Args:
+        run: Path or URI of the finished run.
+        own_folder: Folder of this run.
+        settings: Value by dotted name of the settings of this run that decide the result.
+        defaults: Their defaults, which count for what an earlier version did not have as a setting.
+        storage: How to reach the stores.
 
     Raises:
         SettingsError: There is no finished run, or settings differ from those of that run.
         DataError: Its files are not what its manifest says.
     """
-    if settings.export.run is None:
+    if open_store(own_folder, storage).tag(SETTINGS) is not None:
         return None
-    own = open_store(folder_of(settings), storage)
-    if own.tag(SETTINGS) is not None:
-        return None
-    run = _read_run(settings, storage)
-    pull = stage_key(Stage.PULL)
+    published, pull = _read_run(run, storage), stage_key(Stage.PULL)
     with _named():
-        before = parse_settings(_read_whole(run, SETTINGS))
-        pulled, _ = stage_records.parse(pull, _read_whole(run, pull), adapter_of(Pulled))
-    after = _with_own_exports(before, json.loads(json.dumps(decisive_settings(plain_values(settings)))), run.id)
+        before = parse_settings(_read_whole(published, SETTINGS))
+        pulled, _ = stage_records.parse(pull, _read_whole(published, pull), adapter_of(Pulled))
+    own, defaults = (json.loads(json.dumps(values)) for values in (settings, defaults))
+    after = _with_own_exports(before, own, defaults, published.id)
     fingerprints = (stage_records.fingerprint(before, pulled), stage_records.fingerprint(after, pulled))
-    return TakeOver(after, run.results["run"]["attempts"][-1]["number"], partial(_copy, run, fingerprints))
+    last = published.results["run"]["attempts"][-1]["number"]
+    return TakeOver(after, last, partial(_copy, published, fingerprints))
 
 
-def _with_own_exports(before: Mapping[str, Any], own: Mapping[str, Any], run: str) -> dict[str, Any]:
+def _read_run(run: str, storage: StorageOptions) -> PublishedRun:
+    with _named():
+        return read_published(open_run(run, storage))
+
+
+def _with_own_exports(
+    before: Mapping[str, Any], own: Mapping[str, Any], defaults: Mapping[str, Any], run: str
+) -> dict[str, Any]:
     """The settings of the finished run with the exports of this one.
 
     Raises:
         SettingsError: Another setting differs, so that what the run finished is not what this one would.
     """
-    defaults = json.loads(json.dumps(default_settings()))
     expected = {
         name: before.get(name, defaults.get(name)) for name in {**own, **before} if not name.startswith(_EXPORT)
     }
@@ -158,7 +144,7 @@ def _copy(
         DataError: A file is missing, or not what the manifest says.
     """
     results, folder = run.results, work / "exported-run"
-    log.get_logger().info("taking over a finished run, to export it", run=run.store.uri)
+    log.get_logger().info("taking over a finished run, to export it", exported=run.store.uri)
     records, key = dict[str, bytes](), stage_key(EXPORTED_RUN)
     with _named():
         for entry in results["evidence"]:
