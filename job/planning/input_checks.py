@@ -15,7 +15,7 @@ from job.common.lora_readers import why_not_served
 from job.data.examples import lengths_of
 from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import validation_source_of
-from job.errors import DataError, Problem, named_by, raise_problems
+from job.errors import DataError, JobError, Problem, named_by, raise_problems
 from job.evaluation.policy import CHOICES, read_policy
 from job.evaluation.tasks import Tasks, check_gate
 from job.model.adapter_options import MANY_STEPS, AdapterOptions, make_options, too_few_steps
@@ -25,7 +25,7 @@ from job.model.tokenizer_files import rows_with
 from job.planning import known_models_and_data as known
 from job.planning.preflight import Found, NotChecked, PreflightResult, run_check
 from job.planning.preflight_data import DataFacts, preview_data, preview_questions, report_audit
-from job.planning.preflight_export import NOT_COMPARED, ExportedRun, check_exported_run
+from job.planning.preflight_export import check_exported_run
 from job.planning.preflight_models import (
     AdapterFacts,
     AuxiliaryFacts,
@@ -79,18 +79,19 @@ def quick_storage(settings: Settings) -> StorageOptions:
     return replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
 
 
-def check_run_inputs(settings: Settings, folder: Path, show: int, exported: ExportedRun = NOT_COMPARED) -> Preflight:
+def check_run_inputs(settings: Settings, folder: Path, show: int, unread: JobError | None = None) -> Preflight:
     """Makes all checks; one that fails does not stop the others.
 
-    Of a run that exports another one whose settings could not be read, only what does not depend on these is checked.
+    `unread` is why the settings of the run in JOB_EXPORT__RUN could not be read: then only what does not depend on them
+    is checked.
     """
     s, storage = settings, quick_storage(settings)
     where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
     stored, seconds = run_check("storage", lambda: _try_storage(s, storage, folder), unreachable="wrong")
     first_checks = [stored]
     if s.export.run is not None:
-        first_checks.append(run_check(EXPORTED, lambda: check_exported_run(s, storage, exported))[0])
-    if exported.unread is not None:
+        first_checks.append(run_check(EXPORTED, lambda: check_exported_run(s, storage, unread))[0])
+    if unread is not None:
         checks = [*first_checks, *check_other_inputs(s, storage, None)]
         return Preflight(checks, seconds, None, None, None, None, None, None)
     modelled, model = run_check("model", lambda: preview_model(s.model.id, s.model.revision, **where))

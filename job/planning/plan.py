@@ -31,7 +31,6 @@ from job.planning.forecast_time import (
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
 from job.planning.input_checks import EXPORTED, Preflight, check_run_inputs
 from job.planning.preflight import Found, PreflightResult, run_check
-from job.planning.preflight_export import NOT_COMPARED, ExportedRun
 from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow
 from job.settings.combinations import sharded_alone
@@ -63,19 +62,19 @@ class Plan:
         return combine(wrong) if wrong else None
 
 
-def make_plan(settings: Settings, show: int = 0, exported: ExportedRun = NOT_COMPARED) -> Plan:
+def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None) -> Plan:
     """Makes all checks, then forecasts from what they read, or from known sizes of public models and data.
 
-    `exported` is about JOB_EXPORT__RUN. If that run could not be read, nothing is forecast.
+    `unread` is why the settings of the run in JOB_EXPORT__RUN could not be read: then nothing is forecast.
     """
     cache = settings.storage.cache
     # The cache of a run is often on a disk that this machine lacks.
     parent = cache if cache is not None and os.access(cache, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-", dir=parent) as folder:
-        preflight = check_run_inputs(settings, Path(folder), show, exported)
+        preflight = check_run_inputs(settings, Path(folder), show, unread)
     checks = [*preflight.checks, *_taken_over(settings, preflight)]
     own = f"{settings.run.output.rstrip('/')}/{settings.run.id}"
-    if exported.unread is not None:
+    if unread is not None:
         title = f"export of {settings.export.run}, to {own}"
         return Plan(title, tuple(checks), tuple(_measured(preflight)), (), None, (), trains=False)
     # As a run on this machine would count them; a plan for another machine names the number.

@@ -16,8 +16,9 @@ from job.errors import JobError, Problem, SettingsError
 from job.planning.forecast import Estimate, GpuForecast
 from job.planning.input_checks import EXPORTED, quick_storage
 from job.planning.plan import Plan, make_plan
-from job.planning.preflight_export import ExportedRun, SettingsOfRun, TakeOver
+from job.planning.preflight_export import settings_of_run
 from job.planning.shown_rows import CLOSE, OPEN, as_lines
+from job.settings.layers import RecordedSettings
 from job.settings.load import Settings, load_settings, secrets
 
 _WIDTH = 118
@@ -26,31 +27,24 @@ _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": F
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"))
 
 
-def plan_command(
-    argv: Sequence[str], *, settings_of_run: SettingsOfRun | None = None, take_over: TakeOver | None = None
-) -> int:
+def plan_command(argv: Sequence[str]) -> int:
     """`plan`: prints the whole plan, also if something is wrong.
-
-    Args:
-        argv: The command line after `plan`.
-        settings_of_run: Reads the settings of the run in JOB_EXPORT__RUN, as in a run; None for only those given.
-        take_over: See `ExportedRun`.
 
     Raises:
         JobError: The most severe error of the plan, after printing it.
     """
     rest, form = _take_format(list(argv))
     rest, show = _take_show(rest)
-    settings, unread = _load(rest, settings_of_run)
+    settings, unread = _load(rest)
     log.configure(settings.log.format, settings.log.level, secrets(), run=settings.run.id)
-    plan = make_plan(settings, show, ExportedRun(take_over, unread))
+    plan = make_plan(settings, show, unread)
     printed = log.print_result(log.scrub(FORMATS[form](plan), secrets()))
     if plan.error is not None:
         raise plan.error
     return 0 if printed else JobError.exit_code
 
 
-def _load(argv: Sequence[str], settings_of_run: SettingsOfRun | None) -> tuple[Settings, JobError | None]:
+def _load(argv: Sequence[str]) -> tuple[Settings, JobError | None]:
     """(the settings, why those of the run in JOB_EXPORT__RUN could not be read).
 
     Raises:
@@ -59,20 +53,23 @@ def _load(argv: Sequence[str], settings_of_run: SettingsOfRun | None) -> tuple[S
     """
     unread: list[JobError] = []
 
-    def read(settings: Settings) -> Mapping[str, object]:
+    def read(settings: Settings) -> RecordedSettings:
         try:
-            return settings_of_run(settings, quick_storage(settings)) if settings_of_run is not None else {}
+            return settings_of_run(settings, quick_storage(settings))
         except JobError as error:
             unread.append(error)
-            return {}
+            raise
 
+    options = ("format", "show")
     try:
-        settings = load_settings(argv, options=("format", "show"), of_run=read)
-    except SettingsError:
-        if unread:  # what is said to be wrong may only be missing
-            raise unread[0] from None
-        raise
-    return settings, next(iter(unread), None)
+        return load_settings(argv, options=options, of_run=read), None
+    except JobError:
+        if not unread:
+            raise
+    try:
+        return load_settings(argv, options=options), unread[0]
+    except SettingsError:  # what is said to be wrong may only be missing
+        raise unread[0] from None
 
 
 def _take_format(argv: list[str]) -> tuple[list[str], str]:

@@ -1,61 +1,45 @@
-"""The check of JOB_EXPORT__RUN: whether the finished run can be read, and whether this one may take it over.
-
-The functions that read it are those of a run, in `stages.exported_run`. `stages` must not be imported here, so the
-command line hands them over.
-"""
+"""The check of JOB_EXPORT__RUN: whether the finished run can be read, and whether this one may take it over."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
-from job.errors import JobError, named_by
-from job.planning.preflight import Found, NotChecked
+from job.errors import JobError
+from job.planning.preflight import Found
 from job.results.adapter_facts import WEIGHTS
+from job.results.exported_run import recorded_settings, take_over
 from job.results.reader import open_run, read_published
-from job.settings.load import Settings
+from job.settings.affects_result import decisive_settings, default_settings
+from job.settings.layers import RecordedSettings
+from job.settings.load import Settings, plain_values
+from job.settings.training_stages import folder_of
 from job.storage.open import StorageOptions
 
-SETTING = "JOB_EXPORT__RUN"
-SettingsOfRun = Callable[[Settings, StorageOptions], Mapping[str, object]]
-"""`stages.exported_run.settings_of_run`."""
-TakeOver = Callable[[Settings, StorageOptions], Any]
-"""`stages.exported_run.take_over`."""
 
+def settings_of_run(settings: Settings, storage: StorageOptions) -> RecordedSettings:
+    """The settings of the run in JOB_EXPORT__RUN, for `load_settings`.
 
-@dataclass(frozen=True)
-class ExportedRun:
-    """What the plan needs of the finished run, besides its settings.
-
-    Attributes:
-        take_over: As in a run; None where the caller has none, then the run is not checked.
-        unread: Why its settings could not be read. Those of the plan are then only those that were given.
+    Raises:
+        JobError: It cannot be read, or is this run itself.
     """
-
-    take_over: TakeOver | None = None
-    unread: JobError | None = None
+    return RecordedSettings(*recorded_settings(str(settings.export.run), folder_of(settings), storage))
 
 
-NOT_COMPARED = ExportedRun()
-"""Of a caller that has no `take_over`."""
-
-
-def check_exported_run(settings: Settings, storage: StorageOptions, exported: ExportedRun) -> Found[None]:
+def check_exported_run(settings: Settings, storage: StorageOptions, unread: JobError | None) -> Found[None]:
     """Whether the run takes the finished one over, as it will find when it begins.
+
+    Args:
+        settings: Those of the finished run among them.
+        storage: How to reach the stores.
+        unread: Why they are not: the error of `settings_of_run`.
 
     Raises:
         SettingsError: There is no finished run, it is this run, or settings differ from those of that run.
         DataError: Its files are not what its manifest says.
     """
-    where = str(settings.export.run)
-    if exported.unread is not None:
-        raise exported.unread
-    with named_by(SETTING, ": "):
-        run = read_published(open_run(where, storage))
-    if exported.take_over is None:
-        raise NotChecked(f"{where}: its settings are not compared with those of this run")
-    begun = exported.take_over(settings, storage) is None
+    if unread is not None:
+        raise unread
+    where, decisive = str(settings.export.run), decisive_settings(plain_values(settings))
+    begun = take_over(where, folder_of(settings), decisive, default_settings(), storage) is None
+    run = read_published(open_run(where, storage))
     paths = {one["path"]: one["sha256"] for one in run.results["artifacts"]}
     weights = next((sha256 for path, sha256 in paths.items() if path.endswith(f"/adapter/{WEIGHTS}")), None)
     adapter = "without an adapter" if weights is None else f"with the adapter {weights[:12]}"
