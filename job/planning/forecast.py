@@ -64,6 +64,7 @@ class GpuForecast:
     `budget_recomputing` and `budget_keeping` are the largest micro-batches that fit, in tokens, with activations
     recomputed and kept; 0 where not even the longest example fits. `keeps` names what the job would keep in memory
     instead of recomputing it (base, activations); `hours` are computed for that, and `usd` for all `gpus` together.
+    A run that trains nothing has budgets of 0, and keeps nothing.
     `usd_per_hour` is the price of one GPU, or of the run if it was set. `base_held` is the base's placement.
     """
 
@@ -96,21 +97,28 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     yield Estimate("base parameters", setup.architecture.parameters, "", basis)
     yield Estimate("adapter parameters", setup.adapter, "", basis)
     yield from _of_the_operations(run, setup)
-    yield from _of_training_memory(run, setup)
+    yield from _of_training_memory(run, setup) if run.trains else _of_loaded_memory(run, setup)
     yield from _of_evaluation(run, setup, _weaker(basis, run.questions_basis))
     if run.full_precision:
         peak = quantized_base_bytes(setup) + original_base_bytes(run, setup)
         yield Estimate("peak, unquantized base", peak, "bytes", basis, "left out where it does not fit")
-    checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
-    yield Estimate("checkpoint", checkpoint, "bytes", basis)
+    if run.trains:
+        yield Estimate("checkpoint", checkpoint_bytes(setup.adapter, setup.optimizer), "bytes", basis)
     yield from _of_exports(run, setup, basis)
-    disk = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
-    yield Estimate("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
+    fetched = f"{size(run.download_bytes, ' ')} of it to fetch first"
+    yield Estimate("disk", disk_bytes(run), "bytes", basis, fetched)
+
+
+def disk_bytes(run: RunShape) -> int:
+    """Bytes of disk that the run needs; for an unknown model those of its data only."""
+    trained = run.setup if run.trains else None
+    checkpoint = checkpoint_bytes(trained.adapter, trained.optimizer) if trained else 0
+    return required_bytes([run.download_bytes, run.export_bytes], checkpoint)
 
 
 def _of_the_operations(run: RunShape, setup: Setup) -> Iterator[Estimate]:
     basis, weaker_basis = run.setup_basis, _weaker(run.setup_basis, run.workload_basis)
-    if run.workload is not None:
+    if run.trains and run.workload is not None:
         flops = time_model.training_flops(setup, run.workload.tokens, run.workload.squares)
         yield Estimate("training", flops, "FLOP", weaker_basis, "with recomputation" if setup.recompute else "")
     if run.first_stage is not None and (before := run.first_stage.workload) is not None:
@@ -127,7 +135,7 @@ def _of_the_operations(run: RunShape, setup: Setup) -> Iterator[Estimate]:
         )
     if run.questions is not None:
         scoring = run.evaluations * time_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
-        times = {2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
+        times = {1: "once", 2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
         note = "one of them by the unquantized base, where it fits" if run.full_precision else ""
         yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis), note)
 
@@ -135,11 +143,7 @@ def _of_the_operations(run: RunShape, setup: Setup) -> Iterator[Estimate]:
 def _of_training_memory(run: RunShape, setup: Setup) -> Iterator[Estimate]:
     basis, weaker_basis = run.setup_basis, _weaker(run.setup_basis, run.workload_basis)
     memory = training_memory(replace(run, divide=False), setup, run.micro_batch)
-    bits = "NF4, " if setup.quantization == "nf4" else ""
-    elsewhere = {"sharded": f"; layers sharded over {run.processes} GPUs", "host": "; layers in main memory"}
-    base = f"{bits}embedding and output layer unchanged{elsewhere.get(setup.placement, '')}"
-    yield Estimate("memory: base", memory.weights, "bytes", basis, base)
-    yield Estimate("memory: adapter", memory.adapter, "bytes", basis, "fp32, and autocast's copy")
+    yield from _of_loaded_memory(run, setup)
     yield Estimate("memory: gradients", memory.gradients, "bytes", basis, "fp32")
     yield Estimate("memory: optimizer", memory.optimizer, "bytes", basis, setup.optimizer)
     yield from _of_the_activations(run, setup, memory.activations, weaker_basis)
@@ -150,6 +154,15 @@ def _of_training_memory(run: RunShape, setup: Setup) -> Iterator[Estimate]:
         weaker_basis,
         f"+- {memory_model.MARGIN:.0%}, and the driver's context; with more memory, more is kept",
     )
+
+
+def _of_loaded_memory(run: RunShape, setup: Setup) -> Iterator[Estimate]:
+    memory = memory_model.training_memory(setup, 0)
+    bits = "NF4, " if setup.quantization == "nf4" else ""
+    elsewhere = {"sharded": f"; layers sharded over {run.processes} GPUs", "host": "; layers in main memory"}
+    base = f"{bits}embedding and output layer unchanged{elsewhere.get(setup.placement, '')}"
+    yield Estimate("memory: base", memory.weights, "bytes", run.setup_basis, base)
+    yield Estimate("memory: adapter", memory.adapter, "bytes", run.setup_basis, "fp32, and autocast's copy")
 
 
 def _of_the_activations(run: RunShape, setup: Setup, activations: int, basis: Basis) -> Iterator[Estimate]:
@@ -169,7 +182,11 @@ def _of_the_activations(run: RunShape, setup: Setup, activations: int, basis: Ba
 
 def _of_evaluation(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
     scored = f"packed sequences of {run.scoring_budget:,} tokens"
-    yield Estimate("peak in evaluation", scoring_bytes(run, setup), "bytes", basis, scored)
+    need = scoring_bytes(run, setup)
+    if not run.trains:
+        need = peak_bytes(run, setup)
+        scored += ", by the merged model, which is not quantized" if run.merges and setup.quantization != "none" else ""
+    yield Estimate("peak in evaluation", need, "bytes", basis, scored)
     prompt, tokens = run.answered
     if tokens:
         cache = size(memory_model.cache_bytes(setup, tokens), " ")
@@ -203,7 +220,7 @@ def _of_the_data(run: RunShape) -> Iterator[Estimate]:
         yield Estimate("examples, first stage", before.rows, "", basis)
         yield Estimate("optimizer steps, first stage", before.steps, "", basis)
         yield Estimate("tokens, first stage", before.tokens, "", basis, "all epochs")
-    if run.workload is not None:
+    if run.trains and run.workload is not None:
         workload, basis = run.workload, run.workload_basis
         yield Estimate("examples", workload.rows, "", basis)
         yield Estimate("optimizer steps", workload.steps, "", basis)
@@ -225,14 +242,14 @@ def _of_the_data(run: RunShape) -> Iterator[Estimate]:
 
 def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     """Whether the run fits on a GPU, how long it takes and what it costs there."""
-    needs_tiles = run.tiles and run.workload is not None and run.workload.longest > LONG_ROW
+    needs_tiles = run.trains and run.tiles and run.workload is not None and run.workload.longest > LONG_ROW
     run = run_on(gpu, run, setup)
     setup = placed_on(gpu, run, setup)
     usable = memory_model.usable_bytes(gpu.memory_bytes)
     fits = peak_bytes(run, setup) <= usable and not (run.fp8 and gpu.capability < FP8_CAPABILITY)
     execution = execution_on(gpu, run, setup)
     hours = hours_of_run(gpu, run, setup, execution) if fits else None
-    divided_over = gpus_of_longest_row(run, setup, usable) if fits else 1
+    divided_over = gpus_of_longest_row(run, setup, usable) if fits and run.trains else 1
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     priced = run.processes if run.usd_per_hour is None else 1  # the user's is that of all machines
     keeps = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
@@ -245,9 +262,9 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         memory_bytes=gpu.memory_bytes,
         fits=fits,
         note=note,
-        keeps=", ".join(name for name, is_kept in keeps.items() if is_kept) if fits else "",
-        budget_recomputing=largest_micro_batch(run, replace(setup, recompute=True), usable),
-        budget_keeping=largest_micro_batch(run, replace(setup, recompute=False), usable),
+        keeps=", ".join(name for name, is_kept in keeps.items() if is_kept) if fits and run.trains else "",
+        budget_recomputing=_largest_budget(run, replace(setup, recompute=True), usable),
+        budget_keeping=_largest_budget(run, replace(setup, recompute=False), usable),
         hours=hours,
         usd_per_hour=price,
         usd=None if hours is None else hours * price * priced,
@@ -256,6 +273,10 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         divided_over=divided_over,
         gpus=run.processes,
     )
+
+
+def _largest_budget(run: RunShape, setup: Setup, usable: int) -> int:
+    return largest_micro_batch(run, setup, usable) if run.trains else 0
 
 
 def _weaker(*bases: Basis) -> Basis:

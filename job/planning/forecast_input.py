@@ -75,6 +75,8 @@ class RunShape:
         divide: Whether a long row that does not fit on one GPU is divided over those of the run.
         auxiliary: The classifier of the safety screen and the judge, if the run has them.
         step_rows: JOB_TRAIN__GLOBAL_BATCH_SIZE.
+        trains: False for a run that exports a finished one (JOB_EXPORT__RUN): it trains nothing, and of evaluations it
+            has only those of the exported formats.
     """
 
     setup: Setup | None
@@ -113,11 +115,12 @@ class RunShape:
     auxiliary: tuple[AuxiliaryModel, ...] = ()
     answered: tuple[int, int] = (0, 0)
     step_rows: int = 32
+    trains: bool = True
 
     @property
     def evaluations(self) -> int:
         """How often all questions are scored: by base, adapter, the unquantized base, and each exported candidate."""
-        return EVALUATIONS + self.exported + self.full_precision
+        return self.trains * EVALUATIONS + self.exported + self.full_precision
 
     @property
     def exported(self) -> int:

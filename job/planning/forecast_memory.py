@@ -45,15 +45,20 @@ def run_on(gpu: Gpu, run: RunShape, setup: Setup) -> RunShape:
 
 
 def placed_on(gpu: Gpu, run: RunShape, setup: Setup) -> Setup:
-    """The setup with the base where the job keeps it: in the first of the placements that fits on this GPU."""
+    """The setup with the base where the job keeps it: in the first of the placements that fits on this GPU.
+
+    The job chooses it for training, also in a run that exports a finished one.
+    """
     setup = replace(setup, processes=run.processes)
-    needs = partial(peak_bytes, run)
+    needs = partial(peak_bytes, replace(run, trains=True))
     placement = choose_placement(setup, memory_bytes=gpu.memory_bytes, placements=run.placements, needs=needs)
     return replace(setup, placement=placement)
 
 
 def peak_bytes(run: RunShape, setup: Setup) -> int:
     """Bytes on the GPU at the peak of the run."""
+    if not run.trains:
+        return exporting_bytes(run, setup)
     stages = [run] if run.first_stage is None else [run.first_stage, run]
     need = max(
         scoring_bytes(run, setup),
@@ -62,6 +67,20 @@ def peak_bytes(run: RunShape, setup: Setup) -> int:
     )
     if run.merges:  # it is scored unquantized, in place of the quantized base
         need = max(need, scoring_bytes(run, replace(setup, quantization="none")))
+    return need
+
+
+def exporting_bytes(run: RunShape, setup: Setup) -> int:
+    """Bytes on the GPU at the peak of a run that exports a finished one.
+
+    The base with the adapter is loaded, and scores the adapter's copies; the merged model is scored in its place. There
+    are no gradients and no optimizer.
+    """
+    held = training_memory(run, setup, 0)
+    unused = held.gradients + held.optimizer
+    need = scoring_bytes(run, setup) - unused
+    if run.merges:
+        need = max(need, scoring_bytes(run, replace(setup, quantization="none")) - unused - held.adapter)
     return need
 
 

@@ -17,7 +17,7 @@ from job.planning.forecast_memory import (
 )
 from job.planning.gpu_prices import Gpu
 from job.planning.known_models_and_data import TaskTokens
-from job.planning.scaling import Division, divide
+from job.planning.scaling import SCORING_EFFICIENCY, Division, divide
 from job.planning.workload import Workload
 from job.records import ExecutionPlan
 from job.training import memory_model
@@ -40,7 +40,7 @@ CORES = 8
 
 def hours_of_run(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | None) -> float | None:
     """Hours from start to end without interruptions; None if data or speed (as in fp32) is unknown."""
-    if run.workload is None or run.questions is None or setup.value_bytes != HALF_PRECISION:
+    if run.questions is None or setup.value_bytes != HALF_PRECISION or (run.trains and run.workload is None):
         return None
     before = 0.0
     if run.first_stage is not None:
@@ -50,12 +50,14 @@ def hours_of_run(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan
         before = 3600 * earlier
     if execution is not None:
         setup = replace(setup, recompute=not execution.kept_activations)
-    division = _division(gpu, run, run.workload, setup)
-    training = _training_seconds(gpu, run, run.workload, setup, execution, division=division)
+    division, training = Division(run.processes, scoring=SCORING_EFFICIENCY if run.processes > 1 else 1.0), 0.0
+    if run.trains and run.workload is not None:
+        division = _division(gpu, run, run.workload, setup)
+        training = _training_seconds(gpu, run, run.workload, setup, execution, division=division)
     evaluation = _evaluation_seconds(gpu, run, run.questions, setup, execution, division=division)
     start = START_SECONDS + run.download_bytes / DOWNLOAD_RATE
     # The base's answers of a first stage serve the second, those of the unquantized base too.
-    evaluations = EVALUATIONS if run.first_stage is None else EVALUATIONS - 1
+    evaluations = run.trains * (EVALUATIONS if run.first_stage is None else EVALUATIONS - 1)
     if run.first_stage is None and scores_original_base(gpu, run, setup):
         evaluations += 1
         start += reading_original_seconds(setup)

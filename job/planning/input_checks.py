@@ -15,7 +15,7 @@ from job.common.lora_readers import why_not_served
 from job.data.examples import lengths_of
 from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import validation_source_of
-from job.errors import DataError, Problem, named_by, raise_problems
+from job.errors import DataError, JobError, Problem, named_by, raise_problems
 from job.evaluation.policy import CHOICES, read_policy
 from job.evaluation.tasks import Tasks, check_gate
 from job.model.adapter_options import MANY_STEPS, AdapterOptions, make_options, too_few_steps
@@ -25,6 +25,7 @@ from job.model.tokenizer_files import rows_with
 from job.planning import known_models_and_data as known
 from job.planning.preflight import Found, NotChecked, PreflightResult, run_check
 from job.planning.preflight_data import DataFacts, preview_data, preview_questions, report_audit
+from job.planning.preflight_export import check_exported_run
 from job.planning.preflight_models import (
     AdapterFacts,
     AuxiliaryFacts,
@@ -51,6 +52,8 @@ from job.training.model_checks import model_problems
 
 QUICK = {"timeout_seconds": 10.0, "retries": 2}
 """Upper limits on the storage settings, so that an address that does not answer fails within seconds."""
+EXPORTED = "exported run"
+"""The name of the check of JOB_EXPORT__RUN."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,27 @@ class Preflight:
     """Tokens of each prompt of JOB_EVAL__PROMPTS, at most."""
 
 
-def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
-    """Makes all checks; one that fails does not stop the others."""
-    s, storage = settings, storage_options(settings.storage)
-    storage = replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
+def quick_storage(settings: Settings) -> StorageOptions:
+    """How to reach stores, with the limits of `QUICK`."""
+    storage = storage_options(settings.storage)
+    return replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
+
+
+def check_run_inputs(settings: Settings, folder: Path, show: int, unread: JobError | None = None) -> Preflight:
+    """Makes all checks; one that fails does not stop the others.
+
+    `unread` is why the settings of the run in JOB_EXPORT__RUN could not be read: then only what does not depend on them
+    is checked.
+    """
+    s, storage = settings, quick_storage(settings)
     where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
     stored, seconds = run_check("storage", lambda: _try_storage(s, storage, folder), unreachable="wrong")
+    first_checks = [stored]
+    if s.export.run is not None:
+        first_checks.append(run_check(EXPORTED, lambda: check_exported_run(s, storage, unread))[0])
+    if unread is not None:
+        checks = [*first_checks, *check_other_inputs(s, storage, None)]
+        return Preflight(checks, seconds, None, None, None, None, None, None)
     modelled, model = run_check("model", lambda: preview_model(s.model.id, s.model.revision, **where))
     adapted, adapter = run_check("adapter", lambda: _preview_adapter(s, model))
     tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
@@ -90,7 +108,7 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
     ruled, judge = _check_principles(s, where)
     return Preflight(
         checks=[
-            *(stored, modelled, adapted, tokenized),
+            *(*first_checks, modelled, adapted, tokenized),
             *_check_gguf(s, model, folder),
             *(*rows.read, *rows.audited, *screened, question_check),
             *(*other_checks, *prompted, *ruled),
@@ -135,7 +153,7 @@ def _check_rows(
     row_checks, steps, first_data = [check], list[PreflightResult](), None
     if s.lora.kind == "adalora" and data is not None and not data.estimated:
         steps = [run_check("steps", partial(_check_steps, s, len(data.examples)))[0]]
-    if not s.train.is_one_stage:
+    if not s.train.is_one_stage and s.export.run is None:
         options["folder"] = where["folder"] / "first"
         earlier, _ = split_stages(s)
         check, first_data = run_check("first stage", lambda: _preview_rows(earlier, **options))

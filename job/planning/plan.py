@@ -11,14 +11,14 @@ from pathlib import Path
 from job.common.export_formats import GGUF
 from job.common.formatting import size
 from job.common.gpu_context import CONTEXT_BYTES
-from job.common.resources import available_bytes, check_disk, checkpoint_bytes, required_bytes
+from job.common.resources import available_bytes, check_disk
 from job.common.source_list import parse_sources
 from job.data.licences import LICENCES, find_licence
 from job.distributed.launcher import count_processes
 from job.errors import JobError, SettingsError, combine
 from job.planning import scaling, time_model
 from job.planning.auxiliary_models import FP32_SHARE
-from job.planning.forecast import Estimate, GpuForecast, estimates, forecast_gpu
+from job.planning.forecast import Estimate, GpuForecast, disk_bytes, estimates, forecast_gpu
 from job.planning.forecast_input import RunShape
 from job.planning.forecast_time import (
     CORES,
@@ -29,7 +29,7 @@ from job.planning.forecast_time import (
     START_SECONDS,
 )
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
-from job.planning.input_checks import Preflight, check_run_inputs
+from job.planning.input_checks import EXPORTED, Preflight, check_run_inputs
 from job.planning.preflight import Found, PreflightResult, run_check
 from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow
@@ -52,6 +52,8 @@ class Plan:
     largest_step: int | None
     assumptions: tuple[str, ...]
     shown: tuple[ShownRow, ...] = ()
+    trains: bool = True
+    """False for a run that exports a finished one."""
 
     @property
     def error(self) -> JobError | None:
@@ -60,14 +62,21 @@ class Plan:
         return combine(wrong) if wrong else None
 
 
-def make_plan(settings: Settings, show: int = 0) -> Plan:
-    """Makes all checks, then forecasts from what they read, or from known sizes of public models and data."""
+def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None) -> Plan:
+    """Makes all checks, then forecasts from what they read, or from known sizes of public models and data.
+
+    `unread` is why the settings of the run in JOB_EXPORT__RUN could not be read: then nothing is forecast.
+    """
     cache = settings.storage.cache
     # The cache of a run is often on a disk that this machine lacks.
     parent = cache if cache is not None and os.access(cache, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-", dir=parent) as folder:
-        preflight = check_run_inputs(settings, Path(folder), show)
-    checks = [*preflight.checks]
+        preflight = check_run_inputs(settings, Path(folder), show, unread)
+    checks = [*preflight.checks, *_taken_over(settings, preflight)]
+    own = f"{settings.run.output.rstrip('/')}/{settings.run.id}"
+    if unread is not None:
+        title = f"export of {settings.export.run}, to {own}"
+        return Plan(title, tuple(checks), tuple(_measured(preflight)), (), None, (), trains=False)
     # As a run on this machine would count them; a plan for another machine names the number.
     processes = count_processes("auto") if settings.run.processes == "auto" else settings.run.processes
     alone = [*_sharded_alone(settings, processes)]
@@ -77,14 +86,24 @@ def make_plan(settings: Settings, show: int = 0) -> Plan:
     memory = [SHARED_MEMORY, *_main_memory(settings, run)]
     checks += [_licence(settings, preflight), _disk(settings, run), *memory, *_large_files(settings, run)]
     return Plan(
-        title=f"{settings.model.id} on {settings.data.source}, to {settings.run.output.rstrip('/')}/{settings.run.id}",
+        title=f"{settings.model.id} on {settings.data.source}, to {own}"
+        if run.trains
+        else f"export of {settings.export.run}, {settings.model.id} on {settings.data.source}, to {own}",
         checks=tuple(checks),
         figures=(*_measured(preflight), *estimates(run)),
         gpus=() if run.setup is None or alone else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
-        largest_step=run.workload.largest_step if run.workload else None,
+        largest_step=run.workload.largest_step if run.workload and run.trains else None,
         assumptions=_assumptions(settings, run.processes),
         shown=tuple(row for data in (preflight.first_data, preflight.data) if data for row in data.shown),
+        trains=run.trains,
     )
+
+
+def _taken_over(settings: Settings, preflight: Preflight) -> Iterator[PreflightResult]:
+    """The note on a run that exports a finished one."""
+    if any(found.name == EXPORTED and found.state != "wrong" for found in preflight.checks):
+        what = f"JOB_EXPORT__RUN: {settings.export.run} is taken over; nothing is trained"
+        yield PreflightResult("training", "note", what)
 
 
 def _with_memory_limit(gpu: Gpu, gigabytes: float | None) -> Gpu:
@@ -135,8 +154,7 @@ def _sharded_alone(settings: Settings, processes: int) -> Iterator[PreflightResu
 def _disk(settings: Settings, run: RunShape) -> PreflightResult:
     """Whether this machine's disk has enough space; the machine with the GPU needs the same."""
     folder = Path(settings.storage.cache or tempfile.gettempdir())
-    checkpoint = checkpoint_bytes(run.setup.adapter, run.setup.optimizer) if run.setup else 0
-    need = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
+    need = disk_bytes(run)
 
     def work() -> Found[None]:
         check_disk(folder, need)
@@ -174,7 +192,7 @@ _FP8 = f"speed with JOB_TRAIN__COMPUTE=fp8: {time_model.FP8_SPEEDUP:g} times tha
 
 def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
     """The assumptions behind all figures of basis `assumed`, one sentence each."""
-    price, context = settings.cost.usd_per_hour, size(CONTEXT_BYTES, " ")
+    price, context, trains = settings.cost.usd_per_hour, size(CONTEXT_BYTES, " "), settings.export.run is None
     exporting = (
         f"export: on one processor core {MERGED_PER_SECOND / 1e6:.0f} million weights a second for merged and "
         f"fp8, {GGUF_PER_SECOND / 1e6:.0f} for GGUF, which llama.cpp scores on {CORES} cores of "
@@ -186,47 +204,53 @@ def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
     )
     first = f"JOB_TRAIN__METHOD={settings.train.method}: hours and dollars of both stages, other figures of the last"
     return (
-        *(() if settings.train.is_one_stage else (first,)),
+        *((first,) if trains and not settings.train.is_one_stage else ()),
         *((exporting,) if settings.export.formats else ()),
-        *((beside,) if settings.data.safety_model or settings.eval.judge else ()),
-        *_division(processes, settings.run.nodes),
-        *((_FP8,) if settings.train.compute == "fp8" else ()),
-        _speed(),
-        *((_GENERATED,) if settings.eval.prompts is not None else ()),
+        *((beside,) if trains and (settings.data.safety_model or settings.eval.judge) else ()),
+        *_division(processes, settings.run.nodes, trains=trains),
+        *((_FP8,) if trains and settings.train.compute == "fp8" else ()),
+        _speed(trains=trains),
+        *((_GENERATED,) if trains and settings.eval.prompts is not None else ()),
         f"start: {START_SECONDS:.0f} s, and {DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",
         f"memory: {context} for the driver, and {memory_model.MARGIN:.0%} for the error of the formula",
         f"price: {PRICES}" if price is None else f"price: {price:g} USD an hour, as set, for all GPUs of the run",
-        "no interruptions: each costs a start and the steps since the last checkpoint",
+        f"no interruptions: each costs a start{' and the steps since the last checkpoint' if trains else ''}",
     )
 
 
-def _speed() -> str:
+def _speed(*, trains: bool) -> str:
     """The speeds of one GPU."""
-    shares = (
+    training = (
         (time_model.FUSED_UTILISATION, "with CUDA graphs"),
         (time_model.UNRECORDED_UTILISATION, "by fused layers without"),
         (time_model.LONG_ROW_UTILISATION["triton"], "on long rows by cuDNN and Triton"),
         (time_model.LONG_ROW_UTILISATION["flash"], "by flash attention"),
         (time_model.FINE_EXPERTS_UTILISATION, "with narrow experts"),
+    )
+    scoring = (
         (time_model.UTILISATION, "by PEFT's layers"),
         (time_model.SCORING_UTILISATION, "in an evaluation"),
     )
+    shares = (*training, *scoring) if trains else scoring
     named = ", ".join(f"{share:.0%} {how}" for share, how in shares)
     return f"speed: of the data sheet's operations a second {named}; measured on H100 and H200 ({_RESULTS})"
 
 
-def _division(processes: int, nodes: int) -> tuple[str, ...]:
+def _division(processes: int, nodes: int, *, trains: bool) -> tuple[str, ...]:
     """What is assumed of several GPUs."""
     if processes == 1:
-        return ("one GPU; several GPUs share the examples of a step, and each needs the same memory",)
+        shared = "examples of a step" if trains else "questions of an evaluation"
+        return (f"one GPU; several GPUs share the {shared}, and each needs the same memory",)
     trained = " and ".join(
         f"{share:.0%} with {tokens:,} tokens of a step for each" for tokens, share in scaling.TRAINING_EFFICIENCY
     )
+    trained = f"training reaches {trained}, " if trains else ""
     others = "more than two and several machines were not" if nodes > 1 else "more than two were not"
-    scored = f"an evaluation {scaling.SCORING_EFFICIENCY:.0%}"
+    scored = f"an evaluation {'' if trains else 'reaches '}{scaling.SCORING_EFFICIENCY:.0%}"
+    once = ", export, safety screen and judge" if trains else " and export"
     measured = f"measured on two H200s of one machine ({scaling.MEASURED}), {others}"
     return (
         f"{processes} GPUs: memory of each; hours and USD of all together",
-        f"several GPUs: of {processes} times one GPU's speed, training reaches {trained}, {scored}; {measured}",
-        "several GPUs: start, downloads, loading, export, safety screen and judge take as long as on one",
+        f"several GPUs: of {processes} times one GPU's speed, {trained}{scored}; {measured}",
+        f"several GPUs: start, downloads, loading{once} take as long as on one",
     )

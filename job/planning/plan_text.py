@@ -14,9 +14,12 @@ from job.common.formatting import size
 from job.common.tables import aligned, visible
 from job.errors import JobError, Problem, SettingsError
 from job.planning.forecast import Estimate, GpuForecast
+from job.planning.input_checks import EXPORTED, quick_storage
 from job.planning.plan import Plan, make_plan
+from job.planning.preflight_export import settings_of_run
 from job.planning.shown_rows import CLOSE, OPEN, as_lines
-from job.settings.load import load_settings, secrets
+from job.settings.layers import RecordedSettings
+from job.settings.load import Settings, load_settings, secrets
 
 _WIDTH = 118
 _MOST_SHOWN = 1000
@@ -32,13 +35,41 @@ def plan_command(argv: Sequence[str]) -> int:
     """
     rest, form = _take_format(list(argv))
     rest, show = _take_show(rest)
-    settings = load_settings(rest, options=("format", "show"))
+    settings, unread = _load(rest)
     log.configure(settings.log.format, settings.log.level, secrets(), run=settings.run.id)
-    plan = make_plan(settings, show)
+    plan = make_plan(settings, show, unread)
     printed = log.print_result(log.scrub(FORMATS[form](plan), secrets()))
     if plan.error is not None:
         raise plan.error
     return 0 if printed else JobError.exit_code
+
+
+def _load(argv: Sequence[str]) -> tuple[Settings, JobError | None]:
+    """(the settings, why those of the run in JOB_EXPORT__RUN could not be read).
+
+    Raises:
+        SettingsError: A setting is wrong.
+        JobError: That run could not be read, and the settings that were given do not do without it.
+    """
+    unread: list[JobError] = []
+
+    def read(settings: Settings) -> RecordedSettings:
+        try:
+            return settings_of_run(settings, quick_storage(settings))
+        except JobError as error:
+            unread.append(error)
+            raise
+
+    options = ("format", "show")
+    try:
+        return load_settings(argv, options=options, of_run=read), None
+    except JobError:
+        if not unread:
+            raise
+    try:
+        return load_settings(argv, options=options), unread[0]
+    except SettingsError:  # what is said to be wrong may only be missing
+        raise unread[0] from None
 
 
 def _take_format(argv: list[str]) -> tuple[list[str], str]:
@@ -85,7 +116,11 @@ def as_json(plan: Plan) -> str:
 def as_table(plan: Plan) -> str:
     """The plan as text: checks, estimates, GPUs, assumptions."""
     parts = [plan.title, _checks(plan)]
-    if any(check.name == "data" and check.state == "wrong" for check in plan.checks):
+    exported = next((check.state for check in plan.checks if check.name == EXPORTED), "ok")
+    if exported != "ok":
+        why = "cannot be taken over" if exported == "wrong" else "was not checked"
+        parts.append(f"No forecast: the run in JOB_EXPORT__RUN {why}.")
+    elif any(check.name == "data" and check.state == "wrong" for check in plan.checks):
         parts.append("No forecast: the data cannot be used.")
     else:
         parts += _forecast(plan)
@@ -128,26 +163,20 @@ def _value(figure: Estimate) -> str:
 
 
 def _gpus(plan: Plan) -> str:
-    head = (
-        "GPU",
-        "memory",
-        "fits",
-        "largest budget",
-        "without recomputing",
-        "keeps",
-        "hours",
-        "USD",
-        "USD/h",
-        "machine",
-    )
-    rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
-    lines = aligned(rows, right_aligned=(1, 3, 4, 6, 7, 8))
-    lines += [
-        "largest budget: the most tokens of a micro-batch that fit; without recomputing: with activations kept;",
-        "whole step: all examples of a step fit into one micro-batch",
-        "keeps: what is held in memory to save time: the dequantized base, activations",
-        "hours, which include all evaluations, and prices: assumed",
-    ]
+    of_training = ("largest budget", "without recomputing", "keeps") if plan.trains else ()
+    head = ("GPU", "memory", "fits", *of_training, "hours", "USD", "USD/h", "machine")
+    rows = [head, *(_gpu(gpu, plan.largest_step, trains=plan.trains) for gpu in plan.gpus)]
+    right = ("memory", "largest budget", "without recomputing", "hours", "USD", "USD/h")
+    lines = aligned(rows, right_aligned=tuple(index for index, name in enumerate(head) if name in right))
+    if plan.trains:
+        lines += [
+            "largest budget: the most tokens of a micro-batch that fit; without recomputing: with activations kept;",
+            "whole step: all examples of a step fit into one micro-batch",
+            "keeps: what is held in memory to save time: the dequantized base, activations",
+            "hours, which include all evaluations, and prices: assumed",
+        ]
+    else:
+        lines.append("hours, which include the evaluation of each exported format, and prices: assumed")
     if plan.gpus[0].gpus > 1 and plan.gpus[0].machine != "your price":
         lines.append(f"memory and USD/h of one GPU, hours and USD of {plan.gpus[0].gpus}")
     if any(gpu.fits and gpu.base_held != "gpu" for gpu in plan.gpus):
@@ -155,9 +184,8 @@ def _gpus(plan: Plan) -> str:
             "yes, host: with the base's 4-bit weights in main memory; yes, sharded: divided over the run's GPUs"
         )
     if {gpu.hours for gpu in plan.gpus if gpu.fits} == {None}:
-        lines.append(
-            "hours and USD: only for data and questions that were read, and in bf16 or fp16 (JOB_MODEL__DTYPE)"
-        )
+        read = "data and questions that were read" if plan.trains else "questions that were read"
+        lines.append(f"hours and USD: only for {read}, and in bf16 or fp16 (JOB_MODEL__DTYPE)")
     lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
     priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.usd is not None]
     if priced:
@@ -168,23 +196,23 @@ def _gpus(plan: Plan) -> str:
             f"fastest: {fastest.name}, {fastest.hours:.2f} h, ${fastest.usd:.2f}"
         )
     elif not any(gpu.fits for gpu in plan.gpus):
-        lines.append("none of these GPUs fits; lower JOB_TRAIN__MICRO_BATCH_TOKENS, JOB_EVAL__BATCH_TOKENS or the rank")
+        lower = "JOB_TRAIN__MICRO_BATCH_TOKENS, JOB_EVAL__BATCH_TOKENS or the rank"
+        lines.append(f"none of these GPUs fits; lower {lower if plan.trains else 'JOB_EVAL__BATCH_TOKENS'}")
     return "\n".join(lines)
 
 
-def _gpu(gpu: GpuForecast, largest_step: int | None) -> tuple[str, ...]:
+def _gpu(gpu: GpuForecast, largest_step: int | None, *, trains: bool) -> tuple[str, ...]:
     def budget(tokens: int) -> str:
         if not tokens:
             return "-"
         return "whole step" if tokens == largest_step else f"{tokens:,}"
 
+    of_training = (budget(gpu.budget_recomputing), budget(gpu.budget_keeping), gpu.keeps or "-") if trains else ()
     return (
         gpu.name if gpu.gpus == 1 else f"{gpu.gpus} x {gpu.name}",
         size(gpu.memory_bytes, " "),
         "no" if not gpu.fits else "yes" if gpu.base_held == "gpu" else f"yes, {gpu.base_held}",
-        budget(gpu.budget_recomputing),
-        budget(gpu.budget_keeping),
-        gpu.keeps or "-",
+        *of_training,
         "-" if gpu.hours is None else f"{gpu.hours:.2f}",
         "-" if gpu.usd is None else f"{gpu.usd:.2f}",
         f"{gpu.usd_per_hour:.2f}",

@@ -1,4 +1,4 @@
-"""How `plan` makes one check before a GPU is paid for. `preflight_store`, `_models` and `_data` have the checks.
+"""How `plan` makes a check before a GPU is paid for. `preflight_store`, `_models`, `_data`, `_export` have the checks.
 
 To add one: write a function there that returns `Found` (or raises NotChecked, or the JobError that the job would end
 with), and call it by `run_check` in `input_checks.check_run_inputs`.

@@ -85,6 +85,8 @@ def shape_of_run(
         divide=settings.train.sequence_parallel == "auto" and settings.train.neftune_noise_alpha == 0,
         step_rows=settings.train.global_batch_size,
     )
+    if settings.export.run is not None:
+        return _only_exported(run)
     if settings.train.is_one_stage:
         return run
     first, _ = split_stages(settings)
@@ -107,6 +109,24 @@ def shape_of_run(
     )
     more = preflight.first_data.download_bytes if preflight.first_data else 0
     return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)
+
+
+def _only_exported(run: RunShape) -> RunShape:
+    """The sizes of a run that exports a finished one: it answers and judges no prompts, and screens no rows.
+
+    What it takes over is fetched first. Of that only the adapter's size counts, in fp32.
+    """
+    taken = memory_model.FP32 * run.setup.adapter if run.setup else 0
+    return replace(
+        run,
+        trains=False,
+        validation=None,
+        reference=None,
+        full_precision=False,
+        answered=(0, 0),
+        auxiliary=(),
+        download_bytes=run.download_bytes + taken,
+    )
 
 
 def _tiles(settings: Settings, setup: Setup | None) -> bool:

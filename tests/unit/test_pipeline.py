@@ -122,7 +122,8 @@ def test_one_process_tells_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     others, settings = Others(monkeypatch), demo(tmp_path)
     with pipeline._attempt(settings, Stop(), lambda: None, (), ALONE, idle=None, last=True):
         pass
-    processes = Second({"settings of the run": {}, "attempt": 1, "holder of the lease": ""}, same_machine=True)
+    shared = {"settings of the run": {}, "attempt": 1, "holder of the lease": "", "whether a run is taken over": False}
+    processes = Second(shared, same_machine=True)
     with pipeline._attempt(settings, Stop(), lambda: None, (), processes, idle=None, last=True):
         pass
     assert others.webhooks == ["https://hooks.example/x", None]

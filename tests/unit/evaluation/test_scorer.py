@@ -255,9 +255,10 @@ def closure(*roots: str) -> set[str]:
 
 CARRY_VALUES = {
     *("job.records", "job.errors", "job.log", "job.common.formatting", "job.common.hashing", "job.common.disk"),
+    "job.model.loading_errors",
 }
-"""Frozen dataclasses without behaviour, messages, hashes of files, and errors of the disk: none of them takes part in a
-computation."""
+"""Frozen dataclasses without behaviour, messages, hashes of files, and errors of the disk and of loading: none of them
+takes part in a computation."""
 
 
 def test_the_key_of_scores_covers_all_code_that_decides_them() -> None:

@@ -27,6 +27,7 @@ from job.planning.plan_text import as_json, as_table
 from job.planning.run_shape import _placements
 from job.settings.load import Settings, load_settings
 from tests.helpers import alpaca_rows, arc_rows, write_jsonl
+from tests.published_run import pairs, publish_run
 from tests.s3_server import BUCKET, SECRET, Request, credentials, moto_server, server
 from tests.toy_classifier import make_classifier
 
@@ -274,6 +275,70 @@ def test_exports_are_planned(given: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (check.state, check.what.partition(" is one file")[0]) == ("note", "gguf:q8_0")
 
 
+@pytest.fixture
+def finished(given: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run with the settings of `given`, in JOB_EXPORT__RUN; only where the new one is put is set as well."""
+    names = ("MODEL__ID", "DATA__SOURCE", "DATA__ON_BAD_ROW", "EVAL__DATA", "TRAIN__MAX_LENGTH")
+    words = [f"--{name.replace('__', '.').lower()}={os.environ[f'JOB_{name}']}" for name in names]
+    for name in (*names, "TRAIN__GLOBAL_BATCH_SIZE"):
+        monkeypatch.delenv(f"JOB_{name}")
+    run = publish_run(given / "runs" / "finished", {"arc_easy": pairs(12)}, settings=words)
+    monkeypatch.setenv("JOB_EXPORT__RUN", str(run))
+    monkeypatch.setenv("JOB_EXPORT__FORMATS", "merged,gguf:q8_0")
+    return run
+
+
+def test_the_export_of_a_finished_run_is_planned(
+    finished: Path, given: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its settings are taken; nothing that was done is counted, and nothing is left behind."""
+    code, plan, _ = planned(capsys)
+    whats = {check["name"]: check["what"] for check in plan["checks"]}
+    figures = {figure["name"]: figure for figure in plan["figures"]}
+    weights = json.loads((finished / "results.json").read_text())["artifacts"]
+    (sha256,) = (one["sha256"] for one in weights if one["path"] == "artifacts/adapter/adapter_model.safetensors")
+    assert code == 0
+    assert whats["exported run"] == f"run finished with the adapter {sha256[:12]}"
+    assert whats["training"] == f"JOB_EXPORT__RUN: {finished} is taken over; nothing is trained"
+    assert states(plan) == {**dict.fromkeys(states(plan), "ok"), "licence": "note", "training": "note"}
+    assert {"questions", "evaluation, 3 times", "merging", "exported models"} <= figures.keys()
+    assert not figures.keys() & {"examples", "tokens", "training", "peak in training", "checkpoint"}
+    assert not any(word in line for line in plan["assumptions"] for word in ("checkpoint", "CUDA graphs"))
+    assert all(gpu["hours"] > 0 for gpu in plan["gpus"])
+    assert not (given / "runs" / "a-run").exists()
+    assert main(["plan"]) == 0
+    table = capsys.readouterr().out
+    assert "largest budget" not in table
+    assert "hours, which include the evaluation of each exported format" in table
+
+
+def test_what_is_wrong_with_the_run_to_export_is_a_check(
+    finished: Path, given: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own line, and one error with all else: settings differ, it is the run itself, is missing or damaged."""
+
+    def problems(*words: str) -> set[str]:
+        code, plan, log_lines = planned(capsys, f"--sign.key={given / 'no.pem'}", *words)
+        assert code == SettingsError.exit_code
+        assert states(plan)["exported run"] == states(plan)["signature"] == "wrong"
+        assert "training" not in states(plan)
+        return {problem.partition(";")[0] for problem in json.loads(log_lines)["problems"]}
+
+    key = f"JOB_SIGN__KEY: {given / 'no.pem'} cannot be read: No such file or directory"
+    assert problems("--lora.rank=4", "--train.epochs=7") == {
+        *("JOB_LORA__RANK: is 4, but 16 in the run that is exported", key),
+        "JOB_TRAIN__EPOCHS: is 7, but 2 in the run that is exported",
+    }
+    assert problems("--run.id=finished") == {"JOB_EXPORT__RUN: is this run itself", key}
+    missing = f"JOB_EXPORT__RUN: {given}/no-run: is not a run: it does not exist, or is empty"
+    assert problems(f"--export.run={given}/no-run") == {missing, key}
+    (finished / "results.json").write_text("{}")
+    assert main(["plan"]) == DataError.exit_code
+    text = capsys.readouterr().out
+    assert f"JOB_EXPORT__RUN: {finished}/results.json: does not match the schema" in " ".join(text.split())
+    assert text.endswith("No forecast: the run in JOB_EXPORT__RUN cannot be taken over.\n")
+
+
 def test_the_classifier_and_the_judge_are_planned(
     given: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -430,9 +495,9 @@ def test_downloads_go_to_the_cache(
     if there:
         cache.mkdir()
 
-    def check(_settings: Settings, folder: Path, _show: int) -> Any:
+    def check(settings: Settings, folder: Path, *others: Any) -> Any:
         folders.append(folder)
-        return check_run_inputs(_settings, folder, _show)
+        return check_run_inputs(settings, folder, *others)
 
     monkeypatch.setattr(plan_module, "check_run_inputs", check)
     make_plan(load_settings([f"--storage.cache={cache}"]))

@@ -1,0 +1,47 @@
+"""The check of JOB_EXPORT__RUN: whether the finished run can be read, and whether this one may take it over."""
+
+from __future__ import annotations
+
+from job.errors import JobError
+from job.planning.preflight import Found
+from job.results.adapter_facts import WEIGHTS
+from job.results.exported_run import recorded_settings, take_over
+from job.results.reader import open_run, read_published
+from job.settings.affects_result import decisive_settings, default_settings
+from job.settings.layers import RecordedSettings
+from job.settings.load import Settings, plain_values
+from job.settings.training_stages import folder_of
+from job.storage.open import StorageOptions
+
+
+def settings_of_run(settings: Settings, storage: StorageOptions) -> RecordedSettings:
+    """The settings of the run in JOB_EXPORT__RUN, for `load_settings`.
+
+    Raises:
+        JobError: It cannot be read, or is this run itself.
+    """
+    return RecordedSettings(*recorded_settings(str(settings.export.run), folder_of(settings), storage))
+
+
+def check_exported_run(settings: Settings, storage: StorageOptions, unread: JobError | None) -> Found[None]:
+    """Whether the run takes the finished one over, as it will find when it begins.
+
+    Args:
+        settings: Those of the finished run among them.
+        storage: How to reach the stores.
+        unread: Why they are not: the error of `settings_of_run`.
+
+    Raises:
+        SettingsError: There is no finished run, it is this run, or settings differ from those of that run.
+        DataError: Its files are not what its manifest says.
+    """
+    if unread is not None:
+        raise unread
+    where, decisive = str(settings.export.run), decisive_settings(plain_values(settings))
+    begun = take_over(where, folder_of(settings), decisive, default_settings(), storage) is None
+    run = read_published(open_run(where, storage))
+    paths = {one["path"]: one["sha256"] for one in run.results["artifacts"]}
+    weights = next((sha256 for path, sha256 in paths.items() if path.endswith(f"/adapter/{WEIGHTS}")), None)
+    adapter = "without an adapter" if weights is None else f"with the adapter {weights[:12]}"
+    later = "; this run has begun already, and compares its settings when it goes on" if begun else ""
+    return "ok", f"run {run.id} {adapter}{later}", None
