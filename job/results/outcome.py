@@ -221,6 +221,7 @@ class RunOutcome:
         original_not_scored: Why it was not scored; None where it was, or was not asked for.
         exports: In the order of the manifest.
         attempts: Number of attempts.
+        exported_run: Id of the finished run that this one exports, and number of its last attempt; None without one.
         seconds: Duration of all attempts.
         wasted_seconds: The part of it whose work was lost.
         usd: Cost of all attempts; None where no price was given.
@@ -243,6 +244,7 @@ class RunOutcome:
     original_not_scored: str | None
     exports: tuple[ExportOutcome, ...]
     attempts: int
+    exported_run: tuple[str, int] | None
     seconds: float
     wasted_seconds: float
     usd: float | None
@@ -272,7 +274,7 @@ def read_outcome(results: Mapping[str, Any], folder: str) -> RunOutcome:
         published = any(path == key or (key.endswith("/") and path.startswith(key)) for path in paths)
         return f"{folder}/{key}".rstrip("/") if published else None
 
-    groups = evaluation.get("groups", {})
+    groups, exported = evaluation.get("groups", {}), results["run"].get("exported_run")
     return RunOutcome(
         model=results["model"]["id"],
         quantized=results["model"]["quantization"] != "none",
@@ -287,6 +289,7 @@ def read_outcome(results: Mapping[str, Any], folder: str) -> RunOutcome:
             _read_export(export, place(export_folder(export["format"]))) for export in results.get("exports", ())
         ),
         attempts=len(results["run"]["attempts"]),
+        exported_run=(exported["id"], exported["attempts"]) if exported else None,
         seconds=cost["seconds"],
         wasted_seconds=cost["wasted_seconds"],
         usd=cost["usd"],

@@ -175,6 +175,9 @@ def _cost_line(outcome: RunOutcome) -> str:
         line += f", {outcome.energy_kwh:.2f} kWh of the GPU"
     if outcome.attempts > 1:
         line += f"; {duration(outcome.wasted_seconds)} of it wasted"
+    if outcome.exported_run is not None:
+        run, last = outcome.exported_run
+        line += f"; attempts up to {last} are those of run {run}, which is exported here"
     return line.replace("\N{NO-BREAK SPACE}", " ")
 
 

@@ -82,6 +82,7 @@ def test_it_is_what_training_with_these_exports_gives(
     """Adapter, evaluations and exports are the same bytes; nothing was trained, and the attempts go on."""
     done = export(machine, trained, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "attempts up to 2 are those of run trained, which is exported here" in done.stdout
     results, before = manifest(tmp_path / "exported"), json.loads((trained / "results.json").read_bytes())
     assert facts_of(results) == facts_of(manifest(at_once))
     assert results["run"]["exported_run"]["id"] == "trained"
