@@ -17,7 +17,7 @@ def export_command(argv: Sequence[str]) -> int:
         JobError: As the run ends.
     """
     words = list(takewhile(lambda word: not word.startswith("-"), argv))
-    if len(words) != 2:  # noqa: PLR2004 - RUN and FORMATS
+    if len(words) != 2 or not words[0].strip():  # noqa: PLR2004 - RUN and FORMATS; without RUN it would train
         what = "takes the path or URI of a finished run, and the formats, such as: export runs/my-first-run gguf:q4_k_m"
         raise SettingsError([Problem("export", what)])
     run, formats = words
