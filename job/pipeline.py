@@ -33,15 +33,15 @@ from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
 from job.push.push import Target, check_targets, push_run, targets
-from job.records import FP8, Evaluated, Exported, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
+from job.records import FP8, Evaluated, Exported, ExportedRun, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
 from job.results.baseline import check_prompts, warn_of_other_dtype
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.results.delivery import deliver
-from job.results.exported_run import take_over
+from job.results.exported_run import refuse_without, take_over
 from job.results.summary import summary
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import Fault, arm, faulty
-from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
+from job.runs.layout import BASE, EXPORTED_RUN, PACKING, RESULTS, Stage, stage_key
 from job.runs.open_attempt import TakeOver, open_attempt
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
@@ -224,7 +224,8 @@ def finished(
         check_permissions(settings.run.output, folder_of(settings))
         return None
     compare_settings(store, decisive_settings(plain_values(settings)), default_settings())
-    _take_over(settings)  # refuses another run than the one that is exported here
+    if settings.export.run is not None:
+        _take_over(settings)  # refuses another run than the one that is exported here
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
     _hand_over(store, results, delivery, targets(settings.export), check_stop, cache=settings.storage.cache)
     return require_gate(results)
@@ -329,6 +330,7 @@ def _attempt(
 def _take_over(settings: Settings) -> TakeOver | None:
     """How this run takes over the one in JOB_EXPORT__RUN; None without one."""
     if settings.export.run is None:
+        refuse_without(_store(settings))
         return None
     decisive, storage = decisive_settings(plain_values(settings)), storage_options(settings.storage)
     return take_over(settings.export.run, folder_of(settings), decisive, default_settings(), storage)
@@ -406,7 +408,7 @@ def _train(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loade
     from job.stages.train import train_adapter
 
     def train() -> Trained | None:
-        if settings.export.run is not None:
+        if settings.export.run is not None or attempt.recorded(EXPORTED_RUN, ExportedRun) is not None:
             what = "its adapter was taken over, and is missing or damaged here; remove the folder "
             what += f"{attempt.store.uri}, and export again"
             raise DataError([Problem("JOB_EXPORT__RUN", what)])

@@ -108,6 +108,20 @@ def take_over(
     return TakeOver(after, last, partial(_copy, published, fingerprints))
 
 
+def refuse_without(own_store: ObjectStore) -> None:
+    """Refuses to train in a folder into which a finished run was being copied: its manifest would name that run.
+
+    Args:
+        own_store: The store of a run without JOB_EXPORT__RUN.
+
+    Raises:
+        SettingsError: An attempt began to take over a finished run, and did not get as far as to keep settings.
+    """
+    if own_store.tag(stage_key(EXPORTED_RUN)) is not None and own_store.tag(SETTINGS) is None:
+        what = f"is not set, but the run in {own_store.uri} has begun to export a finished one; set it again, or give "
+        raise SettingsError([Problem(SETTING, f"{what}this run another JOB_RUN__ID")])
+
+
 def _check_same_run(own: ObjectStore, run: PublishedRun, *, begun: bool) -> None:
     """Refuses a run that has begun with another one, or to train: both would give results that are not the run's.
 

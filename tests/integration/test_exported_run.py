@@ -224,6 +224,16 @@ def test_the_id_of_another_run(
     assert why in done.stderr
 
 
+def test_a_run_that_trains_where_one_was_copied(
+    environment: dict[str, str], machine: dict[str, str], trained: Path, tmp_path: Path
+) -> None:
+    """Its manifest would say that it exports the finished run."""
+    assert export(machine, trained, tmp_path, JOB_FAULT="kill@upload=3").returncode == -signal.SIGKILL
+    changes = {"JOB_RUN__OUTPUT": str(tmp_path), "JOB_RUN__ID": "exported", "JOB_EXPORT__FORMATS": FORMATS}
+    done = warm.run([], {**environment, **changes})
+    assert (done.returncode, "has begun to export a finished one" in done.stderr) == (2, True), done.stderr[-3000:]
+
+
 def test_damage_to_what_was_taken_over(machine: dict[str, str], trained: Path, tmp_path: Path) -> None:
     """It is not trained again, which would take hours."""
     assert export(machine, trained, tmp_path, JOB_FAULT="kill@stage=export").returncode == -signal.SIGKILL
