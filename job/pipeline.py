@@ -349,7 +349,8 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     attempt.loading = True
     attempt.note("running")  # nothing is noted while loading: if the kernel kills it for its memory, this is the record
     begin = partial(put_first_values, attempt, settings.lora.init, sources)
-    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
+    trains = attempt.recorded(Stage.TRAIN, Trained) is None
+    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin, trains=trains)
     attempt.loading = False
     check_experts(attempt.recorded(BASE, type(loaded.kept_base)), loaded.kept_base)
     if needs_merge(settings.export.formats) and sources.original is not None:
