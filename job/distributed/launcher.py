@@ -34,13 +34,13 @@ _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
 """How long the store may take to answer in `ended_elsewhere`, which asks again."""
 _CONNECT_SECONDS = 12.0
-"""The same where nobody asks again. Torch looks up the names of both ends' addresses, and by default the system waits
-5 s until it repeats a question to a name server whose answer was lost."""
+"""How long it may take to connect to the store, for requests that are not repeated. Torch looks up the names of both
+ends' addresses, and by default the system waits 5 s until it asks a name server again whose answer was lost."""
 _ASK_SECONDS, _REACH_SECONDS = 1.0, 10.0
 """Time between two questions to the store whether a process of another machine has ended, and between two attempts to
 connect to it for that."""
 _GONE_SECONDS = 60.0
-"""How long the store may be silent, as to the processes: a network or a machine may pause for seconds."""
+"""How long the store may be silent before machine 0 counts as lost: a network or a machine may pause for seconds."""
 _DRIVERS = Path("/dev/nvidiactl"), Path("/dev/dxg")
 """If CUDA is available, one of these devices exists: the first on Linux, the second on Windows' subsystem for Linux."""
 

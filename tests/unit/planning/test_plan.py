@@ -298,7 +298,7 @@ def test_the_export_of_a_finished_run_is_planned(
     weights = json.loads((finished / "results.json").read_text())["artifacts"]
     (sha256,) = (one["sha256"] for one in weights if one["path"] == "artifacts/adapter/adapter_model.safetensors")
     assert code == 0
-    assert whats["exported run"] == f"run finished with the adapter {sha256[:12]}"
+    assert whats["exported run"] == f"run finished, whose adapter_model.safetensors has the SHA-256 {sha256[:12]}..."
     assert whats["training"] == f"JOB_EXPORT__RUN: {finished} is taken over; nothing is trained"
     assert states(plan) == {**dict.fromkeys(states(plan), "ok"), "licence": "note", "training": "note"}
     assert {"questions", "evaluation, 3 times", "merging", "exported models"} <= figures.keys()
