@@ -214,7 +214,8 @@ def finished(
     it did so.
 
     Raises:
-        SettingsError: The run is complete, but was made with other settings; or it is not, and another user began it.
+        SettingsError: The run is complete, but was made with other settings, or exports another run; or it is not
+            complete, and another user began it.
         GateError: The run is complete, and the quality gate is not met.
         JobError: It cannot be pushed.
     """
@@ -223,6 +224,7 @@ def finished(
         check_permissions(settings.run.output, folder_of(settings))
         return None
     compare_settings(store, decisive_settings(plain_values(settings)), default_settings())
+    _take_over(settings)  # refuses another run than the one that is exported here
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
     _hand_over(store, results, delivery, targets(settings.export), check_stop, cache=settings.storage.cache)
     return require_gate(results)
@@ -404,7 +406,14 @@ def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loade
 def _train(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained:
     from job.stages.train import train_adapter
 
-    return attempt.stage(Stage.TRAIN, Trained, lambda: train_adapter(attempt, settings, sources, loaded))
+    def train() -> Trained | None:
+        if settings.export.run is not None:
+            what = "its adapter was taken over, and is missing or damaged here; remove the folder "
+            what += f"{attempt.store.uri}, and export again"
+            raise DataError([Problem("JOB_EXPORT__RUN", what)])
+        return train_adapter(attempt, settings, sources, loaded)
+
+    return attempt.stage(Stage.TRAIN, Trained, train)
 
 
 @memory_errors("evaluating the adapter", "lower JOB_EVAL__BATCH_TOKENS")

@@ -17,7 +17,7 @@ def export_command(argv: Sequence[str]) -> int:
         SettingsError: RUN and FORMATS are not the two words before the options.
         JobError: As the run ends.
     """
-    words = list(takewhile(lambda word: not word.startswith("-"), argv))
+    words = [word.strip() for word in takewhile(lambda word: not word.startswith("-"), argv)]
     if what := _mistake(words, options=len(argv) > len(words)):
         raise SettingsError([Problem("export", what)], advice="such as: export runs/my-first-run merged,gguf:q4_k_m")
     run, formats = words
@@ -27,6 +27,8 @@ def export_command(argv: Sequence[str]) -> int:
 def _mistake(words: Sequence[str], *, options: bool) -> str | None:
     """What is wrong with the words before the options; None if nothing is."""
     match words:
+        case ["", *_] | [_, ""]:
+            return "is given an empty word; give the finished run and the formats"
         case [run, formats]:
             if _are_formats(run) and not _are_formats(formats):
                 return f"{run} is a format; give the finished run first, then the formats"

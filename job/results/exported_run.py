@@ -14,23 +14,28 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from job import log
+from job.checkpoints.commit_marker import parse_marker
 from job.common.hashing import sealed, unsealed
 from job.common.validation import adapter_of
 from job.errors import DataError, Problem, SettingsError, VerificationError, environment_name
 from job.records import Artifact, ExportedRun, Pulled
+from job.results.inventory import is_leftover, is_marker
 from job.results.reader import PublishedRun, open_run, read_published
 from job.runs import stage_records
 from job.runs.layout import (
+    ARTIFACTS,
     DERIVED_EXPORT,
     EXPORTED_RUN,
     FINDINGS,
     FIRST_STAGE,
+    FIRST_TENSORS,
+    RESULTS,
     SETTINGS,
     STAGES,
     UPLOADED,
@@ -38,11 +43,12 @@ from job.runs.layout import (
     attempt_key,
     stage_key,
 )
+from job.runs.lease import MAX_EPOCH
 from job.runs.open_attempt import TakeOver
 from job.runs.run_log import parse_logged
 from job.runs.run_settings import parse_settings
-from job.storage.base import upload_in_turn, write_in_turn
-from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
+from job.storage.base import read_record, upload_in_turn, write_in_turn
+from job.storage.open import ObjectStore, StorageOptions, TooLarge, is_key, open_store
 from job.storage.verified_download import fetch_artifact
 
 SETTING = "JOB_EXPORT__RUN"
@@ -71,7 +77,7 @@ def recorded_settings(run: str, own_folder: str, storage: StorageOptions) -> tup
 def take_over(
     run: str, own_folder: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], storage: StorageOptions
 ) -> TakeOver | None:
-    """How this run takes over a finished one; None if it has done so already.
+    """How this run takes over a finished one; None if it has done so already, and no settings can change any more.
 
     Args:
         run: Path or URI of the finished run.
@@ -81,20 +87,51 @@ def take_over(
         storage: How to reach the stores.
 
     Raises:
-        SettingsError: There is no finished run, or settings differ from those of that run.
+        SettingsError: There is no finished run, settings differ from those of that run, or this run has begun with
+            another one.
         DataError: Its files are not what its manifest says.
     """
-    if open_store(own_folder, storage).tag(SETTINGS) is not None:
+    published, pull, own_store = _read_run(run, storage), stage_key(Stage.PULL), open_store(own_folder, storage)
+    begun = any(own_store.tag(key) is not None for key in (SETTINGS, RESULTS))
+    _check_same_run(own_store, published, begun=begun)
+    if begun:
         return None
-    published, pull = _read_run(run, storage), stage_key(Stage.PULL)
     with _named():
         before = parse_settings(_read_whole(published, SETTINGS))
         pulled, _ = stage_records.parse(pull, _read_whole(published, pull), adapter_of(Pulled))
     own, defaults = (json.loads(json.dumps(values)) for values in (settings, defaults))
     after = _with_own_exports(before, own, defaults, published.id)
     fingerprints = (stage_records.fingerprint(before, pulled), stage_records.fingerprint(after, pulled))
-    last = published.results["run"]["attempts"][-1]["number"]
+    last = max(attempt["number"] for attempt in published.results["run"]["attempts"])
+    if last >= MAX_EPOCH - 1:
+        raise DataError([Problem(SETTING, f"its manifest has an attempt {last}, after which there can be no other")])
     return TakeOver(after, last, partial(_copy, published, fingerprints))
+
+
+def _check_same_run(own: ObjectStore, run: PublishedRun, *, begun: bool) -> None:
+    """Refuses a run that has begun with another one, or to train: both would give results that are not the run's.
+
+    The settings do not say it: the same ones with other data, or on another machine, give another adapter.
+
+    Raises:
+        SettingsError: It has.
+        DataError: Its record of the run that it exports is damaged.
+    """
+    key, other_id = stage_key(EXPORTED_RUN), "give this one another JOB_RUN__ID"
+    stored = read_record(own, key)
+    if stored is None:
+        if begun:
+            what = f"is not exported by the run in {own.uri}, which trains, or has trained, by itself; {other_id}"
+            raise SettingsError([Problem(SETTING, what)])
+        return
+    try:
+        record, _ = stage_records.parse(key, stored.data, adapter_of(ExportedRun))
+    except ValueError as error:
+        what = f"{error}; remove the folder of this run, or {other_id}"
+        raise DataError([Problem(f"{own.uri}/{key}", what)]) from None
+    if record.results_sha256 != run.sha256:
+        what = f"is another run than the one that {own.uri} exports, {record.id}: its results.json differs; {other_id}"
+        raise SettingsError([Problem(SETTING, what)])
 
 
 def _read_run(run: str, storage: StorageOptions) -> PublishedRun:
@@ -146,6 +183,10 @@ def _copy(
     results, folder = run.results, work / "exported-run"
     log.get_logger().info("taking over a finished run, to export it", exported=run.store.uri)
     records, key = dict[str, bytes](), stage_key(EXPORTED_RUN)
+    last = max(attempt["number"] for attempt in results["run"]["attempts"])
+    exported = json.dumps(asdict(ExportedRun(run.id, run.sha256, last)))
+    # first: so that an attempt after a kill copies no other run into what is there
+    write_in_turn(store, key, stage_records.render(key, exported, fingerprints[1], attempt), store.tag(key))
     with _named():
         for entry in results["evidence"]:
             check_stop()
@@ -163,17 +204,42 @@ def _copy(
             check_stop()
             write_in_turn(store, path, _with_fingerprint(record, *fingerprints), store.tag(path))
     shutil.rmtree(folder, ignore_errors=True)
-    exported = json.dumps(asdict(ExportedRun(run.id, run.sha256, results["run"]["attempts"][-1]["number"])))
-    write_in_turn(store, key, stage_records.render(key, exported, fingerprints[1], attempt), store.tag(key))
 
 
 def _copy_first_stage(run: PublishedRun, store: ObjectStore, folder: Path, check_stop: Callable[[], None]) -> None:
-    """Copies the folder of a first stage as it is: a whole run, whose manifest has the hashes of its files."""
-    for path in [info.key for info in run.store.list(FIRST_STAGE) if is_key(info.key)]:
+    """Copies the folder of a first stage, a whole run; what its records have the hashes of is verified.
+
+    Raises:
+        DataError: A file is missing, or not what the records say.
+    """
+    first = run.results["training"].get("first_stage")
+    if first is None:
+        return
+    manifest = _read_whole(run, f"{FIRST_STAGE}{RESULTS}", first["results_sha256"])
+    results = json.loads(manifest)
+    hashed = {entry["path"]: Artifact(**entry) for entry in (*results["evidence"], *results["artifacts"])}
+    for path in [path for path in hashed if is_marker(path)]:
+        marker = parse_marker(_read_whole(run, f"{FIRST_STAGE}{path}", hashed[path].sha256))
+        hashed |= {
+            name: Artifact(name, file.bytes, file.sha256)
+            for name, file in ((marker.folder + name, file) for name, file in marker.files.items())
+        }
+    entries = [asdict(replace(artifact, path=f"{FIRST_STAGE}{path}")) for path, artifact in hashed.items()]
+    for entry in entries:
+        check_stop()
+        upload_in_turn(store, _fetch(run, entry, folder), entry["path"])
+        (folder / entry["path"]).unlink()
+    # The others carry seals of their own, or are signatures.
+    there, listed = [info.key for info in run.store.list(FIRST_STAGE)], {entry["path"] for entry in entries}
+    for path in [path for path in there if is_key(path) and path not in listed and not is_leftover(_below(path))]:
         check_stop()
         run.store.download(path, folder / path)
         upload_in_turn(store, folder / path, path)
         (folder / path).unlink()
+
+
+def _below(path: str) -> str:
+    return path.removeprefix(FIRST_STAGE)
 
 
 def _attempts(run: PublishedRun) -> Iterator[tuple[str, bytes]]:
@@ -188,7 +254,7 @@ def _attempts(run: PublishedRun) -> Iterator[tuple[str, bytes]]:
 
 def _with_fingerprint(record: bytes, before: str, own: str) -> bytes:
     """A record with this run's fingerprint in place of the finished run's; those of earlier versions have none."""
-    if json.loads(record).get(stage_records.RUN) != before:
+    if dict(json.loads(record)).get(stage_records.RUN) != before:
         return record
     return sealed({**unsealed(record), stage_records.RUN: own})
 
@@ -199,7 +265,15 @@ def _is_of_stage(path: str) -> bool:
 
 
 def _artifacts_in(record: bytes) -> list[str]:
-    return [artifact["path"] for artifact in json.loads(record).get("artifacts", ())]
+    """What a stage published; the adapter's first values are evidence.
+
+    Raises:
+        ValueError: It names another place, such as the lease.
+    """
+    paths = [str(artifact["path"]) for artifact in dict(json.loads(record)).get("artifacts", ())]
+    if wrong := [path for path in paths if not path.startswith(ARTIFACTS) and path != FIRST_TENSORS]:
+        raise ValueError(f"one lists {wrong[0][:200]!r}, which no stage publishes")
+    return paths
 
 
 def _fetch(run: PublishedRun, entry: Mapping[str, Any], folder: Path) -> Path:
@@ -209,13 +283,13 @@ def _fetch(run: PublishedRun, entry: Mapping[str, Any], folder: Path) -> Path:
     return fetch_artifact(run.store, Artifact(**entry), folder)
 
 
-def _read_whole(run: PublishedRun, key: str) -> bytes:
-    """A small file, compared with its hash if the manifest has one."""
-    hashes = {entry["path"]: entry["sha256"] for entry in run.results["evidence"]}
+def _read_whole(run: PublishedRun, key: str, sha256: str | None = None) -> bytes:
+    """A small file, compared with its hash: the one that is given, or else the manifest's if it has one."""
+    expected = sha256 or {entry["path"]: entry["sha256"] for entry in run.results["evidence"]}.get(key)
     stored = run.store.read(key)
     if stored is None:
         raise DataError([Problem(f"{run.store.uri}/{key}", "is missing")])
-    if key in hashes and hashlib.sha256(stored.data).hexdigest() != hashes[key]:
+    if expected is not None and hashlib.sha256(stored.data).hexdigest() != expected:
         raise DataError([Problem(f"{run.store.uri}/{key}", "is damaged: its SHA-256 is not that of the manifest")])
     return stored.data
 
@@ -228,5 +302,5 @@ def _named() -> Iterator[None]:
     except (SettingsError, VerificationError, DataError) as error:
         kind = SettingsError if isinstance(error, SettingsError) else DataError
         raise kind([Problem(SETTING, str(problem)) for problem in error.problems]) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, TooLarge) as error:
         raise DataError([Problem(SETTING, f"its records cannot be read: {str(error)[:200]}")]) from None

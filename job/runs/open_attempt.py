@@ -18,7 +18,7 @@ from job.runs.attempt import Attempt
 from job.runs.fault_injection import Faults
 from job.runs.killed_for_memory import FIX, why_killed
 from job.runs.lease import check_same_store, fenced, take
-from job.runs.run_log import IdleLimit, LoggedAttempt, idle_attempts, read_logged
+from job.runs.run_log import IdleLimit, LoggedAttempt, exported_attempts, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.work_folder import work_folder
 from job.storage.open import ObjectStore
@@ -100,6 +100,8 @@ def open_attempt(
         takes_over = processes.share("whether a run is taken over", lambda: take_over is not None)
         logged = read_logged(store, number) if processes.leads else []
         earlier = [logged_attempt.record for logged_attempt in logged]
+        taken_over = exported_attempts(store) if processes.leads else 0
+        logged = [one for one in logged if one.record.number > taken_over]  # what others reached is no progress here
         attempt = Attempt(
             fenced(store, lease),
             work,

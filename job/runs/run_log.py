@@ -13,8 +13,9 @@ from job.common.hashing import sealed, unsealed
 from job.common.resources import MainMemory
 from job.common.validation import adapter_of, first_error
 from job.log import get_logger
-from job.records import AttemptRecord, TrainingProgress
-from job.runs.layout import CHECKPOINTS, Stage, attempt_key, checkpoint_part
+from job.records import AttemptRecord, ExportedRun, TrainingProgress
+from job.runs import stage_records
+from job.runs.layout import CHECKPOINTS, EXPORTED_RUN, Stage, attempt_key, checkpoint_part, stage_key
 from job.runs.lease import attempt_numbers
 from job.runs.stage_records import RUN
 from job.storage.base import read_record, write_in_turn
@@ -161,6 +162,17 @@ def parse_record(data: bytes) -> AttemptRecord:
 def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     """The records of the attempts before `epoch`; `running` means killed, and damaged ones are left out."""
     return [logged.record for logged in read_logged(store, epoch)]
+
+
+def exported_attempts(store: ObjectStore) -> int:
+    """The number of the last attempt that is another run's, which this one exports; 0 for any other run."""
+    key = stage_key(EXPORTED_RUN)
+    if (stored := read_record(store, key)) is None:
+        return 0
+    try:
+        return stage_records.parse(key, stored.data, adapter_of(ExportedRun))[0].attempts
+    except ValueError:
+        return 0  # `Attempt.recorded` reports it
 
 
 def read_logged(store: ObjectStore, epoch: int) -> list[LoggedAttempt]:

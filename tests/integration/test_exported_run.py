@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from job.common.hashing import sealed
 from job.results.reader import open_run
 from job.runs.layout import ADAPTER, facts_of
 from job.verification.verify import require_verified, verify
@@ -148,6 +150,14 @@ def test_an_export_of_an_export(machine: dict[str, str], trained: Path, at_once:
         ("adapter", (65, "adapter_model.safetensors: is damaged")),
         ("record", (65, "stages/train.json: is damaged")),
         ("attempt", (65, "its records cannot be read")),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("lease", (65, "one lists 'lease.json', which no stage publishes")),
+                ("list", (65, "its records cannot be read")),
+                ("number", (65, "its manifest has an attempt 999999998")),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_exported(
@@ -161,6 +171,8 @@ def test_what_cannot_be_exported(
         changes = {"JOB_RUN__ID": "run"}
     elif what == "unfinished":
         (run / "results.json").unlink()
+    elif what in {"lease", "list", "number"}:
+        _forge(run, what)
     elif what == "attempt":
         record = run / "attempts/0002.json"
         record.write_bytes(record.read_bytes().replace(b"complete", b"preempted"))
@@ -170,6 +182,68 @@ def test_what_cannot_be_exported(
     done = export(machine, run, tmp_path, **changes)
     assert (done.returncode, ends[1] in done.stderr) == (ends[0], True), done.stderr[-3000:]
     assert "Traceback" not in done.stderr
+
+
+def _forge(run: Path, what: str) -> None:
+    """Writes a record or a number that the job never writes, with the seals and hashes that belong to it."""
+    results, path = json.loads((run / "results.json").read_bytes()), "stages/train.json"
+    record = json.loads((run / path).read_bytes())
+    if what == "number":
+        results["run"]["attempts"][-1]["number"] = 999_999_998
+    elif what == "lease":
+        lease = (run / "lease.json").read_bytes()
+        entry = {"path": "lease.json", "bytes": len(lease), "sha256": hashlib.sha256(lease).hexdigest()}
+        results["artifacts"].append({**entry, "facts_sha256": None})
+        record["artifacts"].append({**entry, "facts_sha256": None})
+        record.pop("seal")
+        (run / path).write_bytes(sealed(record))
+    else:
+        (run / path).write_text("[1]", encoding="utf-8")
+    for entry in results["evidence"]:
+        data = (run / entry["path"]).read_bytes()
+        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    results.pop("seal")
+    (run / "results.json").write_bytes(sealed(results))
+
+
+@pytest.mark.parametrize("begun", ["complete", "export", "copying", "trained by itself"])
+def test_the_id_of_another_run(
+    machine: dict[str, str], trained: Path, at_once: Path, tmp_path: Path, begun: str
+) -> None:
+    """The settings are the same: without the refusal, the results of that run would pass for those of this one."""
+    if begun == "trained by itself":
+        done = export(machine, trained, at_once.parent, JOB_RUN__ID="at-once")
+        why = "which trains, or has trained, by itself"
+    else:
+        fault = {"export": "kill@stage=export", "copying": "kill@upload=3"}.get(begun, "")
+        first = export(machine, trained, tmp_path, **({"JOB_FAULT": fault} if fault else {}))
+        assert first.returncode == (-signal.SIGKILL if fault else 0)
+        done = export(machine, at_once, tmp_path)
+        why = "is another run than the one that"
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert why in done.stderr
+
+
+def test_damage_to_what_was_taken_over(machine: dict[str, str], trained: Path, tmp_path: Path) -> None:
+    """It is not trained again, which would take hours."""
+    assert export(machine, trained, tmp_path, JOB_FAULT="kill@stage=export").returncode == -signal.SIGKILL
+    adapter = tmp_path / f"exported/{ADAPTER}adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"\x01")
+    done = export(machine, trained, tmp_path)
+    assert done.returncode == 65, done.stderr[-3000:]
+    assert "its adapter was taken over, and is missing or damaged here" in done.stderr
+
+
+def test_an_attempt_that_exports_makes_progress(machine: dict[str, str], trained: Path, tmp_path: Path) -> None:
+    """Although the finished run got further: else spot machines would end with 71, which no platform starts again."""
+    changes = {"JOB_FAULT": "sigterm@upload=14", "JOB_RUN__MAX_IDLE_ATTEMPTS": "1"}
+    assert export(machine, trained, tmp_path, **changes).returncode == 75
+
+
+def test_no_run_is_named(machine: dict[str, str]) -> None:
+    """`export "$RUN" merged` without that variable: the rest would be a run that trains."""
+    done = warm.run(["export", "", "merged"], machine)
+    assert (done.returncode, "takes the path or URI of a finished run" in done.stderr) == (2, True), done.stderr
 
 
 def test_data_that_has_changed_since(
@@ -210,6 +284,14 @@ def test_both_stages_of_sft_dpo(environment: dict[str, str], machine: dict[str, 
     assert (tmp_path / "trained-merged/sft/results.json").read_bytes() == (
         tmp_path / "trained/sft/results.json"
     ).read_bytes()
+    for number, name in enumerate(("results.json", "artifacts/report.html", "checkpoints/step-00000003/*/adapter.*")):
+        (path,) = (tmp_path / "trained/sft").glob(name)
+        content = path.read_bytes()
+        path.write_bytes(content[:-2] + b"\0\n")
+        changes = {"JOB_RUN__OUTPUT": str(tmp_path), "JOB_RUN__ID": f"damaged-{number}"}
+        done = warm.run(["export", str(tmp_path / "trained"), "merged"], {**machine, **changes})
+        assert (done.returncode, f"{path.name}: is damaged" in done.stderr) == (65, True), done.stderr[-3000:]
+        path.write_bytes(content)
 
 
 @pytest.mark.long
