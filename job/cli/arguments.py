@@ -93,9 +93,9 @@ _KEY = Argument(
 _SHOW = Argument("--show", "print the first N rows as tokenized, and mark the tokens that the loss counts", metavar="N")
 _CONFIG = Argument("--config", "YAML or TOML file with settings (environment: JOB_CONFIG)", metavar="FILE")
 _EXPORT_NOTES = """\
-RUN is not changed. The exports are in a new run, <output>/<id of RUN>-<formats>, whose last lines of output name its
-folder. --run.output says where (default: runs, also if RUN is elsewhere), --run.id gives it another name; a JOB_RUN__ID
-that still names RUN has to be unset. If the export is interrupted, the same command resumes it.
+RUN is not changed. The exports are in a new run beside it, <id of RUN>-<formats>, whose last lines of output name its
+folder. --run.output gives another place, --run.id another id; a JOB_RUN__ID that still names RUN has to be unset. If
+the export is interrupted, the same command resumes it.
 
 Settings that are not given are those of RUN, not the defaults below; only those of exports, the gate and the machine
 may differ. Relative paths among them begin at the folder in which this command is run, as in every run."""

@@ -18,9 +18,9 @@ def settings_of_run(settings: Settings, storage: StorageOptions) -> RecordedSett
     """The settings of the run in JOB_EXPORT__RUN, for `load_settings`.
 
     Raises:
-        JobError: It cannot be read, or is this run itself.
+        JobError: It cannot be read.
     """
-    return RecordedSettings(*recorded_settings(str(settings.export.run), folder_of(settings), storage))
+    return RecordedSettings(*recorded_settings(str(settings.export.run), storage))
 
 
 def check_exported_run(settings: Settings, storage: StorageOptions, unread: JobError | None) -> Found[None]:
@@ -32,7 +32,7 @@ def check_exported_run(settings: Settings, storage: StorageOptions, unread: JobE
         unread: The error of `settings_of_run`, which is raised again; None if it read the finished run's settings.
 
     Raises:
-        SettingsError: There is no finished run, it is this run, or settings differ from those of that run.
+        SettingsError: There is no finished run, or settings differ from those of that run.
         DataError: Its files are not what its manifest says.
     """
     if unread is not None:

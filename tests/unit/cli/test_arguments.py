@@ -53,7 +53,7 @@ def test_help_of_export_says_where_the_result_is(capsys: pytest.CaptureFixture[s
     """The defaults of its many settings do not hold there."""
     assert main(["export", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "a new run, <output>/<id of RUN>-<formats>" in shown
+    assert "a new run beside it, <id of RUN>-<formats>" in shown
     assert "are those of RUN, not the defaults below" in shown
 
 
