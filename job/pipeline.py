@@ -353,7 +353,8 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     attempt.loading = True
     attempt.note("running")  # nothing is noted while loading: if the kernel kills it for its memory, this is the record
     begin = partial(put_first_values, attempt, settings.lora.init, sources)
-    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
+    trains = attempt.recorded(Stage.TRAIN, Trained) is None
+    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin, trains=trains)
     attempt.loading = False
     check_experts(attempt.recorded(BASE, type(loaded.kept_base)), loaded.kept_base)
     if needs_merge(settings.export.formats) and sources.original is not None:
@@ -371,9 +372,13 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     known, found = map(identity, (attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record))
     if changed := [name for name, value in known.items() if found.get(name) != value]:
         what = (
-            "its content has changed since the first attempt of this run; restore it, or start a new run "
-            "with another JOB_RUN__ID"
+            "its content has changed since the first attempt of this run; restore it, or start a new run with another "
         )
+        what += "JOB_RUN__ID"
+        if settings.export.run is not None:
+            what = (
+                "its content is not that of the run in JOB_EXPORT__RUN; restore it, or train again without this setting"
+            )
         raise DataError([Problem(_SETTING_OF[name], what) for name in changed])
     return loaded
 

@@ -65,6 +65,7 @@ class Command:
 
     Attributes:
         summary: One line for the list of commands.
+        notes: What `--help` says of it besides.
         settings: `reading`: those about reading a store. They can also be set in the environment.
         examples: What follows `qlora-job COMMAND` in a shell.
     """
@@ -73,6 +74,7 @@ class Command:
     arguments: tuple[Argument, ...] = ()
     settings: Literal["all", "reading", "none"] = "all"
     examples: tuple[str, ...] = ()
+    notes: str = ""
 
     @property
     def usage(self) -> str:
@@ -90,6 +92,13 @@ _KEY = Argument(
 )
 _SHOW = Argument("--show", "print the first N rows as tokenized, and mark the tokens that the loss counts", metavar="N")
 _CONFIG = Argument("--config", "YAML or TOML file with settings (environment: JOB_CONFIG)", metavar="FILE")
+_EXPORT_NOTES = """\
+RUN is not changed. The exports are in a new run beside it, <id of RUN>-<formats>, whose last lines of output name its
+folder. --run.output gives another place, --run.id another id; a JOB_RUN__ID that still names RUN has to be unset. If
+the export is interrupted, the same command resumes it.
+
+Settings that are not given are those of RUN, not the defaults below; only those of exports, the gate and the machine
+may differ. Relative paths among them begin at the folder in which this command is run, as in every run."""
 _RUN = Command(
     "run the job, or resume the run of this name; the default command",
     (_CONFIG,),
@@ -187,6 +196,7 @@ COMMANDS = {
             "runs/my-first-run gguf:q4_k_m",
             "s3://bucket/runs/my-first-run merged,fp8 --run.output s3://bucket/runs --run.id my-first-run-fp8",
         ),
+        notes=_EXPORT_NOTES,
     ),
     "push": Command(
         "verify a finished run, and push adapter, model card and exports to the hub or a registry",
@@ -381,7 +391,7 @@ def command_help(name: str) -> str:
     parser = ArgumentParser(
         prog=f"qlora-job {name}",
         usage=f"qlora-job {name} {command.usage}".rstrip(),
-        description=command.summary,
+        description=f"{command.summary}\n\n{command.notes}".rstrip(),
         epilog=_epilog(name, command),
         formatter_class=RawDescriptionHelpFormatter,
     )

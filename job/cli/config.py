@@ -10,7 +10,6 @@ from job.cli.output import print_json, print_lines
 from job.errors import Problem, SettingsError
 from job.settings.layers import RecordedSettings
 from job.settings.load import Settings, describe, foreign_variables, json_schema, load_settings
-from job.settings.training_stages import folder_of
 
 _WIDEST_VALUE = 60
 
@@ -42,7 +41,7 @@ def settings_of_run(settings: Settings) -> RecordedSettings:
     from job.storage.open import storage_options
 
     storage = storage_options(settings.storage)
-    return RecordedSettings(*recorded_settings(str(settings.export.run), folder_of(settings), storage))
+    return RecordedSettings(*recorded_settings(str(settings.export.run), storage))
 
 
 def note_foreign_variables() -> None:

@@ -64,8 +64,7 @@ EXPORT_FORMATS: Mapping[str, ExportFormat] = {
         },
     ),
 }
-"""All but these two are made from the merged model."""
-
+"""All but `merged` and `adapter` are made from the merged model."""
 
 _GGUF_HEAD = 6.6
 """Bits that llama.cpp holds a head in at least: Q6_K."""

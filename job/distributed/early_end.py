@@ -52,8 +52,10 @@ def telling_the_others(
             what = f"this {one} cannot take part in the run; the other {others} are told"
             log.get_logger().warning(what, at_most_seconds=_TELL_SECONDS)
             reporting = in_thread(partial(_report_end, *found, error.exit_code, str(error), received), "early end")
-            # A store that is silent holds up a request for seconds. A signal leaves the thread behind then.
-            while not reporting.done() and not received:
+            # A store that is silent holds up a request, for ever if its machine is frozen. The thread is left behind
+            # then, after a signal at once.
+            limit = time.monotonic() + _TELL_SECONDS + 2 * _ANSWER_SECONDS
+            while not reporting.done() and not received and time.monotonic() < limit:
                 wait([reporting], timeout=_PAUSE_SECONDS)
             # It ends with its own error all the same.
             with contextlib.suppress(OSError, RuntimeError, Unreachable):

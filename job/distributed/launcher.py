@@ -34,13 +34,13 @@ _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
 """How long the store may take to answer in `ended_elsewhere`, which asks again."""
 _CONNECT_SECONDS = 12.0
-"""The same where nobody asks again. Torch looks up the names of both ends' addresses, and by default the system waits
-5 s until it repeats a question to a name server whose answer was lost."""
+"""How long it may take to connect to the store, for requests that are not repeated. Torch looks up the names of both
+ends' addresses, and by default the system waits 5 s until it asks a name server again whose answer was lost."""
 _ASK_SECONDS, _REACH_SECONDS = 1.0, 10.0
 """Time between two questions to the store whether a process of another machine has ended, and between two attempts to
 connect to it for that."""
 _GONE_SECONDS = 60.0
-"""How long the store may be silent, as to the processes: a network or a machine may pause for seconds."""
+"""How long the store may be silent before machine 0 counts as lost: a network or a machine may pause for seconds."""
 _DRIVERS = Path("/dev/nvidiactl"), Path("/dev/dxg")
 """If CUDA is available, one of these devices exists: the first on Linux, the second on Windows' subsystem for Linux."""
 
@@ -146,16 +146,16 @@ def launch(
     context = _start(command, place, run, environ)
     with contextlib.closing(_Ends(machine, place, hosted, run)) as ends:
         try:
-            codes, late, deadline, stopped = _watch(context, signals, grace_seconds, ends)
+            ended = _watch(context, signals, grace_seconds, ends)
         finally:
             context.close(signal.SIGKILL, timeout=5)
-        codes = {place.rank + local: code for local, code in codes.items()}
-        late = {place.rank + local for local in late}
+        codes = {place.rank + local: code for local, code in ended.codes.items()}
+        late = {place.rank + local for local in ended.late}
         # Processes that hang, though nobody asked them to stop, are no preemption, whose retry is free without limit.
-        only_late = Preempted if stopped or ends.first is not None else Killed
+        only_late = Preempted if ended.stopped or ends.first is not None else Killed
         code = _combined(codes, late, only_late.exit_code)
         if machine.nodes > 1:
-            code = ends.of_all(code, max(0.0, deadline - time.monotonic()))
+            code = ends.of_all(code, max(0.0, ended.deadline - time.monotonic()))
     if code == Killed.exit_code:
         killed = {rank: _how_it_ended(code) for rank, code in _unknown(codes, late).items()}
         if not killed and only_late is Killed:
@@ -332,16 +332,26 @@ def _bounded(seconds: float, call: Callable[[], T]) -> T:
     return in_thread(call, "store").result(seconds)
 
 
-def _watch(
-    context: Any, signals: list[int], grace_seconds: float, ends: _Ends
-) -> tuple[dict[int, int], set[int], float, bool]:
-    """Waits until all processes have ended, and publishes each failure as soon as it is seen.
+@dataclass(frozen=True)
+class _Ended:
+    """How this machine's processes have ended.
 
-    Returns:
-        Exit codes by local rank, negative for a signal; the local ranks of processes that were killed by a signal from
-        this launcher; the time by which this machine has to end, on the clock of `time.monotonic`; and whether it has
-        to end because of a signal, and not because a process had ended or machine 0 was lost before that.
+    Attributes:
+        codes: Exit codes by local rank, negative for a signal.
+        late: Local ranks of the processes that this launcher killed, or that a signal it passed on killed.
+        deadline: Time by which this machine has to end, on the clock of `time.monotonic`.
+        stopped: Whether it has to end because of a signal, and not because a process had ended or machine 0 was lost
+            before that.
     """
+
+    codes: Mapping[int, int]
+    late: set[int]
+    deadline: float
+    stopped: bool
+
+
+def _watch(context: Any, signals: list[int], grace_seconds: float, ends: _Ends) -> _Ended:
+    """Waits until all processes have ended, and publishes each failure as soon as it is seen."""
     forwarded, deadline, published, stopped = 0, float("inf"), set[int](), False
     while True:
         codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
@@ -359,7 +369,7 @@ def _watch(
         elif ends.ended_elsewhere():  # this machine's processes notice it somewhat later than the launcher
             deadline = min(deadline, time.monotonic() + grace_seconds + _ANSWER_SECONDS)
         if not running:
-            return ended, late, deadline, stopped
+            return _Ended(ended, late, deadline, stopped)
         for number in signals[forwarded:]:
             forwarded += 1
             for local in running:
@@ -367,7 +377,8 @@ def _watch(
                     os.kill(context.pids()[local], number)
         if time.monotonic() > deadline:
             context.close(signal.SIGKILL, timeout=5)
-            return {**ended, **dict.fromkeys(running, -signal.SIGKILL)}, late | running, deadline, stopped
+            killed = dict.fromkeys(running, -signal.SIGKILL)
+            return _Ended({**ended, **killed}, late | running, deadline, stopped)
         time.sleep(_POLL_SECONDS)
 
 

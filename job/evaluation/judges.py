@@ -32,6 +32,7 @@ from job.model.files import (
     readable,
     weight_files,
 )
+from job.model.loading_errors import loading_weights
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +137,7 @@ class LocalJudge:
         self._reads = JudgeTokenizer(folder)
         with naming(SETTING):
             weight_files(folder)
-            with readable(folder, "has no language model that can be loaded"):
+            with loading_weights(folder, "has no language model that can be loaded"):
                 model, info = AutoModelForCausalLM.from_pretrained(
                     folder, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
                 )

@@ -12,8 +12,9 @@ import torch
 from job.errors import DataError, Problem
 from job.model.base import PLAIN, load_base
 from job.model.device import short_name
-from job.model.files import MAX_CONFIG_BYTES, read_json, readable
+from job.model.files import MAX_CONFIG_BYTES, read_json
 from job.model.free_model import free_model
+from job.model.loading_errors import loading_weights
 from job.model.packed_attention import NAME, register, use
 
 
@@ -106,7 +107,7 @@ def load_quantized(folder: Path, scoring: ScoringOptions, *, ignored: str = "\0"
 
     register()
     dtype, scored_in = _dtypes(folder, scoring)
-    with readable(folder):
+    with loading_weights(folder):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=scored_in,

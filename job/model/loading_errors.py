@@ -1,4 +1,4 @@
-"""Which errors while a model's weights are loaded are about its files, and which are the machine's or a library's."""
+"""Tells errors of a model's files from those of the machine or a library, where its weights are loaded."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _OF_QUANTIZATION = ("transformers.integrations.", "transformers.quantizers.")
 def loading_weights(folder: Path, message: str = "has no model that can be loaded") -> Iterator[None]:
     """Like `readable`, for calls of transformers that load weights onto a device.
 
-    A `RuntimeError` there may also be torch's or bitsandbytes': of a driver, a library that is missing, a kernel. Such
-    an error passes unchanged.
+    A `RuntimeError` there may also come from torch or bitsandbytes, because of a driver, a missing library or a kernel.
+    Such an error passes unchanged.
 
     Raises:
         DataError: The files hold no model that can be loaded.
@@ -28,17 +28,17 @@ def loading_weights(folder: Path, message: str = "has no model that can be loade
 
     from job.model.placed_loading import replaced
 
-    # transformers logs every error of an operation on weights, also that the GPU's memory is full, and raises another.
+    # transformers logs every error of an operation on weights, even full GPU memory, and raises another one instead.
     unchanged = replaced(core_model_loading, "log_conversion_errors", _naming_weights(folder, message))
     with readable(folder, message, is_of_files=is_of_files), unchanged:
         yield
 
 
 def is_of_files(error: Exception) -> bool:
-    """Whether an error that was raised while weights were loaded is about their files, by what raised it.
+    """Whether an error that was raised while weights were loaded is about their files.
 
-    A `RuntimeError` is if transformers itself raises it, which it does for shapes that differ from the model's. What
-    torch raises, called by transformers, is not, nor is what transformers says of a library for quantization.
+    Of the `RuntimeError`s only those are that a `raise` in transformers itself raises, as for shapes that differ from
+    the model's; not those of torch, which transformers calls, nor those of its modules for quantization libraries.
     """
     if not isinstance(error, RuntimeError) or isinstance(error, NotImplementedError | RecursionError):
         return True
@@ -47,12 +47,12 @@ def is_of_files(error: Exception) -> bool:
     while last.tb_next is not None:
         last = last.tb_next
     code, module = last.tb_frame.f_code.co_code, str(last.tb_frame.f_globals.get("__name__"))
-    raises = code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # and not a call of what is written in C
+    raises = code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # else the last instruction calls a function in C
     return raises and module.startswith("transformers.") and not module.startswith(_OF_QUANTIZATION)
 
 
 def _naming_weights(folder: Path, message: str) -> Any:
-    """In place of transformers' context for an operation on weights: errors pass, those about files with their name."""
+    """Replaces transformers' context for an operation on weights: errors pass, and one about files names the weight."""
     import torch
     from transformers import core_model_loading
 

@@ -1,4 +1,4 @@
-"""The check of JOB_EXPORT__RUN: whether the finished run can be read, and whether this one may take it over."""
+"""The check of JOB_EXPORT__RUN: whether the finished run can be read, and whether this run may take over its stages."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def settings_of_run(settings: Settings, storage: StorageOptions) -> RecordedSett
     """The settings of the run in JOB_EXPORT__RUN, for `load_settings`.
 
     Raises:
-        JobError: It cannot be read, or is this run itself.
+        JobError: It cannot be read.
     """
-    return RecordedSettings(*recorded_settings(str(settings.export.run), folder_of(settings), storage))
+    return RecordedSettings(*recorded_settings(str(settings.export.run), storage))
 
 
 def check_exported_run(settings: Settings, storage: StorageOptions, unread: JobError | None) -> Found[None]:
-    """Whether the run takes the finished one over, as it will find when it begins.
+    """Whether this run can take over the finished one's stages, by the checks that it makes when it begins.
 
     Args:
-        settings: Those of the finished run among them.
+        settings: The run's settings; if `unread` is None, including those that it has from the finished run.
         storage: How to reach the stores.
-        unread: Why they are not: the error of `settings_of_run`.
+        unread: The error of `settings_of_run`, which is raised again; None if it read the finished run's settings.
 
     Raises:
-        SettingsError: There is no finished run, it is this run, or settings differ from those of that run.
+        SettingsError: There is no finished run, or settings differ from those of that run.
         DataError: Its files are not what its manifest says.
     """
     if unread is not None:
@@ -40,8 +40,8 @@ def check_exported_run(settings: Settings, storage: StorageOptions, unread: JobE
     where, decisive = str(settings.export.run), decisive_settings(plain_values(settings))
     begun = take_over(where, folder_of(settings), decisive, default_settings(), storage) is None
     run = read_published(open_run(where, storage))
-    paths = {one["path"]: one["sha256"] for one in run.results["artifacts"]}
-    weights = next((sha256 for path, sha256 in paths.items() if path.endswith(f"/adapter/{WEIGHTS}")), None)
-    adapter = "without an adapter" if weights is None else f"with the adapter {weights[:12]}"
-    later = "; this run has begun already, and compares its settings when it goes on" if begun else ""
-    return "ok", f"run {run.id} {adapter}{later}", None
+    hashes = {one["path"]: one["sha256"] for one in run.results["artifacts"]}
+    weights = next((sha256 for path, sha256 in hashes.items() if path.endswith(f"/adapter/{WEIGHTS}")), None)
+    adapter = "without an adapter" if weights is None else f"whose {WEIGHTS} has the SHA-256 {weights[:12]}..."
+    later = "; the export has begun already, and compares its settings when it goes on" if begun else ""
+    return "ok", f"run {run.id}, {adapter}{later}", None

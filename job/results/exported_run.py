@@ -1,7 +1,7 @@
 """JOB_EXPORT__RUN: a run that exports a finished one takes over its stages, instead of training again.
 
-The new run has the same settings, those of exports apart, which decide nothing of what is taken over. So its results
-are those that the finished run would have had with these exports: adapter, evaluations and their records are the same
+The new run has the same settings, except those of exports, which affect nothing that is taken over. So its results are
+those that the finished run would have had with these exports. Adapter, evaluations and their records are the same
 bytes; only the fingerprint in the records (`runs.stage_records`) becomes that of the new run, which has other exports.
 
 What is copied is compared with the hashes in the finished run's manifest. Checkpoints are not copied: nothing trains.
@@ -53,25 +53,23 @@ from job.storage.verified_download import fetch_artifact
 
 SETTING = "JOB_EXPORT__RUN"
 _EXPORT = "export."
-_NOT_TAKEN = {stage_key(Stage.EXPORT), stage_key(UPLOADED), stage_key(EXPORTED_RUN)}
+_NOT_COPIED = {stage_key(Stage.EXPORT), stage_key(UPLOADED), stage_key(EXPORTED_RUN)}
 
 
-def recorded_settings(run: str, own_folder: str, storage: StorageOptions) -> tuple[str, dict[str, Any]]:
-    """(id, value by dotted name of every setting) of the run in JOB_EXPORT__RUN.
+def recorded_settings(run: str, storage: StorageOptions) -> tuple[str, str, dict[str, Any]]:
+    """(id, folder that its folder lies in, value by dotted name of every setting) of the run in JOB_EXPORT__RUN.
 
     Args:
         run: Path or URI of it.
-        own_folder: Folder of this run.
         storage: How to reach the store.
 
     Raises:
-        SettingsError: There is no finished run, or it is this one.
+        SettingsError: There is no finished run.
         DataError: Its manifest is not what the job wrote, or missing.
     """
     published = _read_run(run, storage)
-    if published.store.uri == open_store(own_folder, storage).uri:
-        raise SettingsError([Problem(SETTING, "is this run itself; give this one another JOB_RUN__ID")])
-    return published.id, {name: entry["value"] for name, entry in published.results["settings"].items()}
+    values = {name: entry["value"] for name, entry in published.results["settings"].items()}
+    return published.id, published.store.uri.rpartition("/")[0], values
 
 
 def take_over(
@@ -96,7 +94,7 @@ def take_over(
     _check_same_run(own_store, published, begun=begun)
     if begun:
         return None
-    with _named():
+    with _naming_the_setting():
         before = parse_settings(_read_whole(published, SETTINGS))
         pulled, _ = stage_records.parse(pull, _read_whole(published, pull), adapter_of(Pulled))
     own, defaults = (json.loads(json.dumps(values)) for values in (settings, defaults))
@@ -149,14 +147,14 @@ def _check_same_run(own: ObjectStore, run: PublishedRun, *, begun: bool) -> None
 
 
 def _read_run(run: str, storage: StorageOptions) -> PublishedRun:
-    with _named():
+    with _naming_the_setting():
         return read_published(open_run(run, storage))
 
 
 def _with_own_exports(
     before: Mapping[str, Any], own: Mapping[str, Any], defaults: Mapping[str, Any], run: str
 ) -> dict[str, Any]:
-    """The settings of the finished run with the exports of this one.
+    """The settings of the finished run (`before`), with those of exports from the new run (`own`).
 
     Raises:
         SettingsError: Another setting differs, so that what the run finished is not what this one would.
@@ -167,7 +165,9 @@ def _with_own_exports(
     if changed := sorted(name for name in expected if expected[name] != own.get(name)):
         what = "is {!r}, but {!r} in the run that is exported; remove it, then it is taken from there"
         problems = [Problem(environment_name(name), what.format(own.get(name), expected[name])) for name in changed]
-        raise SettingsError(problems, advice=f"only exports may differ from those of {run}; else train again")
+        advice = f"only exports, the gate and what concerns the machine may differ from {run}; relative paths begin at "
+        advice += "the folder in which the command is run, so run it where that run was started"
+        raise SettingsError(problems, advice=advice)
     kept = {name: value for name, value in before.items() if not name.startswith(_EXPORT)}
     return kept | {name: value for name, value in own.items() if name.startswith(_EXPORT)}
 
@@ -195,13 +195,13 @@ def _copy(
         DataError: A file is missing, or not what the manifest says.
     """
     results, folder = run.results, work / "exported-run"
-    log.get_logger().info("taking over a finished run, to export it", exported=run.store.uri)
+    log.get_logger().info("copying the stages of the finished run that is exported", finished_run=run.store.uri)
     records, key = dict[str, bytes](), stage_key(EXPORTED_RUN)
     last = max(attempt["number"] for attempt in results["run"]["attempts"])
     exported = json.dumps(asdict(ExportedRun(run.id, run.sha256, last)))
     # first: so that an attempt after a kill copies no other run into what is there
     write_in_turn(store, key, stage_records.render(key, exported, fingerprints[1], attempt), store.tag(key))
-    with _named():
+    with _naming_the_setting():
         for entry in results["evidence"]:
             check_stop()
             if entry["path"].endswith(".json") and _is_of_stage(entry["path"]):
@@ -267,7 +267,7 @@ def _attempts(run: PublishedRun) -> Iterator[tuple[str, bytes]]:
 
 
 def _with_fingerprint(record: bytes, before: str, own: str) -> bytes:
-    """A record with this run's fingerprint in place of the finished run's; those of earlier versions have none."""
+    """A record with this run's fingerprint in place of the finished run's; records of earlier versions have none."""
     if dict(json.loads(record)).get(stage_records.RUN) != before:
         return record
     return sealed({**unsealed(record), stage_records.RUN: own})
@@ -275,7 +275,7 @@ def _with_fingerprint(record: bytes, before: str, own: str) -> bytes:
 
 def _is_of_stage(path: str) -> bool:
     """Whether a file is the record of a stage that is taken over, or belongs to one."""
-    return path.startswith(STAGES) and path not in _NOT_TAKEN and not path.startswith(f"{STAGES}{DERIVED_EXPORT}")
+    return path.startswith(STAGES) and path not in _NOT_COPIED and not path.startswith(f"{STAGES}{DERIVED_EXPORT}")
 
 
 def _artifacts_in(record: bytes) -> list[str]:
@@ -309,8 +309,8 @@ def _read_whole(run: PublishedRun, key: str, sha256: str | None = None) -> bytes
 
 
 @contextmanager
-def _named() -> Iterator[None]:
-    """Names the setting in what is wrong with the run that it gives; a fault of its files is one of data."""
+def _naming_the_setting() -> Iterator[None]:
+    """Context manager: errors about the finished run begin with the setting; damaged files are a DataError."""
     try:
         yield
     except (SettingsError, VerificationError, DataError) as error:

@@ -1,4 +1,4 @@
-"""Reads the outcome of a run from its manifest: the record from which its words (`summary.py`) and values are made."""
+"""Reads the outcome of a finished run from its manifest, for `summary.py` (in words) and `status --format json`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class OutcomeValues:
 
 @dataclass(frozen=True)
 class ValidationOutcome:
-    """Losses on the validation rows; `keep` is `best` where the adapter of the lowest one is published."""
+    """Losses on the validation rows; `keep` is `best` if the adapter of the step with the lowest one is published."""
 
     first_loss: float
     last_loss: float
@@ -187,8 +187,8 @@ class ExportOutcome:
     Attributes:
         format: Its name.
         folder: Path or URI of its folder; None if it is not published.
-        candidate: The published weights.
-        reason: Why these.
+        candidate: The weights onto which the adapter was merged that were selected; `base` without a merge.
+        reason: Why they were selected.
         published: False if it was made only as the source of other formats.
         scores: By the weights onto which the adapter was merged; empty if it was not made or not scored.
         not_made: Why its export failed; None if it did not.
@@ -220,10 +220,10 @@ class RunOutcome:
         originals: Comparisons with the unquantized base, by task; none if it was not scored.
         original_not_scored: Why it was not scored; None where it was, or was not asked for.
         exports: In the order of the manifest.
-        attempts: Number of attempts.
+        attempts: Number of attempts, those of `exported_run` included.
         exported_run: Id of the finished run that this one exports, and number of its last attempt; None without one.
         seconds: Duration of all attempts.
-        wasted_seconds: The part of it whose work was lost.
+        wasted_seconds: The part of it that was lost to interruptions.
         usd: Cost of all attempts; None where no price was given.
         energy_kwh: Energy of the GPUs; None if it is not known.
         gate_passed: Whether the quality gate is met; None without a gate.

@@ -18,13 +18,14 @@ from job.checkpoints import manager
 from job.checkpoints.commit_marker import parse_marker
 from job.common.formatting import count, timestamp
 from job.common.hashing import unsealed
-from job.common.validation import first_error
+from job.common.validation import adapter_of, first_error
 from job.errors import Problem, SettingsError
-from job.records import Artifact
-from job.runs import lease
+from job.records import Artifact, ExportedRun
+from job.runs import lease, stage_records
 from job.runs.attempt import missing
 from job.runs.layout import (
     ARTIFACTS,
+    EXPORTED_RUN,
     LEASE,
     RESULTS,
     STAGES,
@@ -58,6 +59,7 @@ class RunRecords:
             newest and had a step.
         checkpoints: Steps of the checkpoints with a valid commit marker, newest first. Their files are not read.
         stages_done: The stages with a record, in their order.
+        exported_run: Id of the finished run that this one exports; None if it exports none.
         manifest: The manifest; None if there is none.
         training: Figures of finished training, from the manifest or the stage's record; None if it is not finished.
         problems: The damaged records.
@@ -69,6 +71,7 @@ class RunRecords:
     attempts: Mapping[int, LoggedAttempt] = field(default_factory=dict)
     checkpoints: tuple[int, ...] = ()
     stages_done: tuple[str, ...] = ()
+    exported_run: str | None = None
     manifest: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
     problems: tuple[Problem, ...] = ()
@@ -102,6 +105,7 @@ def read_run_records(store: ObjectStore) -> RunRecords:
         ),
         checkpoints=_read_checkpoints(store, problems),
         stages_done=_read_stages_done(store),
+        exported_run=_read_exported_run(store),
         manifest=manifest,
         training=_read_training(store, manifest),
         problems=tuple(problems),
@@ -244,6 +248,15 @@ def _read_training(store: ObjectStore, manifest: Mapping[str, Any] | None) -> Ma
 def _read_checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]:
     steps = manager.steps(store)
     return tuple(step for step in steps if _parsed(store, marker_key(step), parse_marker, problems) is not None)
+
+
+def _read_exported_run(store: ObjectStore) -> str | None:
+    key = stage_key(EXPORTED_RUN)
+    stored = read_record(store, key)
+    try:
+        return None if stored is None else stage_records.parse(key, stored.data, adapter_of(ExportedRun))[0].id
+    except ValueError:
+        return None  # the next attempt, and `verify`, say that it is damaged
 
 
 def _read_stages_done(store: ObjectStore) -> tuple[str, ...]:

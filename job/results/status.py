@@ -91,6 +91,8 @@ class RunStatus:
         attempt: Number of the newest attempt.
         stage: The current stage, or the stage in which the newest attempt ended.
         stages_done: The stages with a record, in their order; later attempts do not repeat them.
+        exported_run: Id of the finished run that this one exports (JOB_EXPORT__RUN), whose stages and first attempts it
+            copied; null if it exports none.
         step: The last optimizer step.
         step_from: Source of `step` and of the step's figures: `attempt`: the record of the newest attempt;
             `checkpoint`: the newest checkpoint; `training`: the record of finished training.
@@ -120,6 +122,7 @@ class RunStatus:
     attempt: int | None = None
     stage: str | None = None
     stages_done: tuple[str, ...] = ()
+    exported_run: str | None = None
     step: int | None = None
     step_from: Literal["attempt", "checkpoint", "training"] | None = None
     total_steps: int | None = None
@@ -203,6 +206,7 @@ def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) 
         attempt=newest or None,
         stage=None if note is None or state == "finished" else note.stage,
         stages_done=records.stages_done,
+        exported_run=records.exported_run,
         questions=current.questions or None if current and note and state == "running" else None,
         last_sign_of_life=sign,
         silent_seconds=silent,

@@ -57,6 +57,7 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
     in_training = status.state == "running" and status.stage == Stage.TRAIN
     texts = {
         "run": status.run,
+        "exports": _if(status.exported_run, "the finished run {}".format),
         "attempt": _if(status.attempt, str),
         "stage" if goes_on else "ended in stage": status.stage or (_NO_STAGE if goes_on else None),
         "step": _if(status.step, lambda _: _step(status)),

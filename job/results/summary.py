@@ -177,7 +177,8 @@ def _cost_line(outcome: RunOutcome) -> str:
         line += f"; {duration(outcome.wasted_seconds)} of it wasted"
     if outcome.exported_run is not None:
         run, last = outcome.exported_run
-        line += f"; attempts up to {last} are those of run {run}, which is exported here"
+        whose = f"attempts 1 to {last} are those" if last > 1 else "attempt 1 is that"
+        line += f"; {whose} of run {run}, which this run exports"
     return line.replace("\N{NO-BREAK SPACE}", " ")
 
 

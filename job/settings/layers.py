@@ -19,9 +19,16 @@ class GivenValue:
 
 @dataclass(frozen=True)
 class RecordedSettings:
-    """The settings of a finished run, as its manifest has them: value by dotted name; and the run's id."""
+    """The settings of a finished run, as its manifest has them.
+
+    Attributes:
+        run_id: The run's id.
+        output: Path or URI of the folder that its folder lies in.
+        values: Value by dotted name.
+    """
 
     run_id: str
+    output: str
     values: Mapping[str, Any]
 
 

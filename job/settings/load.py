@@ -87,7 +87,12 @@ def load_settings(
     request = Request(arguments, environ, detect(environ), options)
     settings, invalid = _read(request, NAMES)
     if of_run is not None and settings.export.run is not None and not (request.problems or invalid):
-        request = replace(request, of_run=_taken_over(of_run(settings), settings.export.formats), layers=[])
+        recorded = of_run(settings)
+        if settings.run.id == recorded.run_id:
+            where = setting_at("run.id", settings.sources["run.id"])
+            what = "is that of the run in JOB_EXPORT__RUN; unset it, or give this run another one"
+            raise SettingsError([Problem(where, what)])
+        request = replace(request, of_run=_taken_over(recorded, settings.export.formats), layers=[])
         settings, invalid = _read(request, NAMES)
     problems = [*request.problems, *invalid.values()]
     if fault := find_machines(request.platform).fault:
@@ -107,8 +112,8 @@ def _taken_over(recorded: RecordedSettings, formats: Sequence[str]) -> dict[str,
     """The settings of the run in JOB_EXPORT__RUN that hold where no others are given, by dotted name.
 
     They are those that decide the result, and what the gate requires; not what is exported, nor how the job runs on its
-    machine. Those that this version's preset gives, too, come from it. The id is the same at every start, so that the
-    run resumes.
+    machine. Those that this version's preset gives, too, come from it. The new run lies beside that one, and its id is
+    the same at every start, so that it resumes.
     """
     values, effects = recorded.values, find_markers(Settings, ResultEffect)
     preset = str(values.get("preset"))
@@ -118,7 +123,7 @@ def _taken_over(recorded: RecordedSettings, formats: Sequence[str]) -> dict[str,
     belonging = {name: marker.subject for name, marker in find_markers(Settings, BelongsTo).items()}
     given |= {name: defaults[name] for name, of in belonging.items() if values.get(of) != given[of]}
     own_id = "-".join([recorded.run_id, *formats]).replace(":", "-")[-_LONGEST_ID:].lstrip("._-")
-    return {"preset": preset, "run.id": own_id} | {
+    return {"preset": preset, "run.id": own_id, "run.output": recorded.output} | {
         name: values[name]
         for name in values.keys() & given.keys()
         if values[name] != given[name] and not name.startswith("export.") and name != "gate.on"

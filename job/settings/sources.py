@@ -315,14 +315,17 @@ class SageMakerChannels(Source):
 
 
 class ExportedRun(Source):
-    """The settings of the finished run that JOB_EXPORT__RUN names, and a run id made of its and the formats."""
+    """The settings of the run in JOB_EXPORT__RUN, an id made of its id and the formats, and a folder beside it."""
 
     def _read(self) -> Layer:
         run = self.request.strongest("export.run")
         source = f"run {run.value}" if run else ""
         given = {name: GivenValue(value, source) for name, value in self.request.of_run.items()}
-        if self.request.platform.run_id is not None:
-            given.pop("run.id", None)  # the platform's own name for this run
+        platform = self.request.platform
+        # The platform's own name for this run, and the folder that it keeps, are not replaced.
+        for name, own in {"run.id": platform.run_id, "run.output": platform.output}.items():
+            if own is not None:
+                given.pop(name, None)
         return Layer(given, by_user=False)
 
 

@@ -69,12 +69,14 @@ def load(
     processes: Processes = ALONE,
     decided: Packing | None = None,
     begin: Callable[[Any, Steps], None] | None = None,
+    *,
+    trains: bool = True,
 ) -> Loaded:
     """Loads the quantized base and adds a new adapter; every process loads its own copy.
 
     `decided` is what an earlier attempt of the run decided about packing. It is kept, because it affects the
     result's bits. `begin`, called with the model and the batch plan, may give the new adapter other first values,
-    before its layers are fused.
+    before its layers are fused. `trains`: whether training is still to be done.
 
     Raises:
         SettingsError: The settings do not fit the model or this machine.
@@ -97,7 +99,7 @@ def load(
     if begin is not None:
         seed = settings.run.seed if settings.data.seed is None else settings.data.seed
         begin(model, Steps(sources.examples, seed, settings.train.global_batch_size, setup.steps))
-    plan = _prepare(model, settings, sources, processes, setup=setup, packing=packing)
+    plan = _prepare(model, settings, sources, processes, setup=setup, packing=packing, trains=trains)
     _log_slower_ways(plan, settings, sources, on_gpu=setup.device.type == "cuda")
     loaded = Loaded(
         model=model,
@@ -206,7 +208,14 @@ def _describe(model: Any, settings: Settings, sources: Sources, names: Published
 
 
 def _prepare(
-    model: Any, settings: Settings, sources: Sources, processes: Processes, *, setup: _ModelSetup, packing: Packing
+    model: Any,
+    settings: Settings,
+    sources: Sources,
+    processes: Processes,
+    *,
+    setup: _ModelSetup,
+    packing: Packing,
+    trains: bool,
 ) -> ExecutionPlan:
     """The execution plan, with all reasons; the model's layers are fused as it says."""
     train = settings.train
@@ -229,6 +238,7 @@ def _prepare(
         validation=lengths_of(sources.validation),
         compute=train.compute,
         sequence_parallel=train.sequence_parallel,
+        trains=trains,
         group=processes,
     )
     if train.last_method != "sft" and plan.recorded:

@@ -69,6 +69,7 @@ def prepare(
     validation: Sequence[int] = (),
     compute: Literal["dtype", "fp8"] = "dtype",
     sequence_parallel: Literal["auto", "off"] = "off",
+    trains: bool = True,
     group: Processes = ALONE,
 ) -> ExecutionPlan:
     """Chooses how this machine trains the model, and prepares the model for it.
@@ -92,6 +93,7 @@ def prepare(
         validation: Tokens of each validation row.
         compute: `JOB_TRAIN__COMPUTE`.
         sequence_parallel: `JOB_TRAIN__SEQUENCE_PARALLEL`.
+        trains: Whether there are steps to do; if not, rows that could not be trained on here are no reason to refuse.
         group: All processes of the run; they agree on which rows they compute together, and with which kernel.
 
     Returns:
@@ -129,10 +131,13 @@ def prepare(
     )
     if compute == FP8:
         require_fp8_layers(setup, slow)
-    host = available_bytes() // processes
-    if setup is not None:
+    how: dict[str, Any] = {
+        "gigabytes": gigabytes,
+        "offload": allowed,
+        "host_bytes": available_bytes() // processes,
+    }
+    if setup is not None and trains:
         sharing = sharing_of(setup, longest, rows, group.place.world_size, never)
-        how: dict[str, Any] = {"gigabytes": gigabytes, "offload": allowed, "host_bytes": host}
         _refuse(model, setup, longest, rows, sharing=sharing, where=longest_at, **how)
     if rows is not None and setup is not None:
         plan = _fuse(

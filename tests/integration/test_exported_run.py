@@ -84,7 +84,7 @@ def test_it_is_what_training_with_these_exports_gives(
     """Adapter, evaluations and exports are the same bytes; nothing was trained, and the attempts go on."""
     done = export(machine, trained, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "attempts up to 2 are those of run trained, which is exported here" in done.stdout
+    assert "attempts 1 to 2 are those of run trained, which this run exports" in done.stdout
     results, before = manifest(tmp_path / "exported"), json.loads((trained / "results.json").read_bytes())
     assert facts_of(results) == facts_of(manifest(at_once))
     assert results["run"]["exported_run"]["id"] == "trained"
@@ -110,6 +110,7 @@ def test_killed_and_resumed(machine: dict[str, str], trained: Path, at_once: Pat
     first = export(machine, trained, tmp_path, JOB_FAULT=fault)
     assert first.returncode in {-signal.SIGKILL, 69}
     assert not (tmp_path / "exported/results.json").exists()
+    assert "the finished run trained" in warm.run(["status", str(tmp_path / "exported")], machine).stdout
     done = export(machine, trained, tmp_path, JOB_FAULT=fault)
     assert done.returncode == 0, done.stderr[-3000:]
     assert facts_of(manifest(tmp_path / "exported")) == facts_of(manifest(at_once))
@@ -145,7 +146,7 @@ def test_an_export_of_an_export(machine: dict[str, str], trained: Path, at_once:
     ("what", "ends"),
     [
         ("rank", (2, "JOB_LORA__RANK: is 4, but 16 in the run that is exported")),
-        ("itself", (2, "JOB_EXPORT__RUN: is this run itself")),
+        ("itself", (2, "is that of the run in JOB_EXPORT__RUN")),
         ("unfinished", (65, "is missing in")),
         ("adapter", (65, "adapter_model.safetensors: is damaged")),
         ("record", (65, "stages/train.json: is damaged")),
@@ -168,7 +169,7 @@ def test_what_cannot_be_exported(
     if what == "rank":
         changes = {"JOB_LORA__RANK": "4"}
     elif what == "itself":
-        changes = {"JOB_RUN__ID": "run"}
+        changes = {"JOB_RUN__ID": "trained"}
     elif what == "unfinished":
         (run / "results.json").unlink()
     elif what in {"lease", "list", "number"}:
@@ -253,7 +254,7 @@ def test_an_attempt_that_exports_makes_progress(machine: dict[str, str], trained
 def test_no_run_is_named(machine: dict[str, str]) -> None:
     """`export "$RUN" merged` without that variable: the rest would be a run that trains."""
     done = warm.run(["export", "", "merged"], machine)
-    assert (done.returncode, "takes the path or URI of a finished run" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "is given an empty word" in done.stderr) == (2, True), done.stderr
 
 
 def test_data_that_has_changed_since(
@@ -268,7 +269,7 @@ def test_data_that_has_changed_since(
     finally:
         rows.write_bytes(before)
     assert done.returncode == 65, done.stderr[-3000:]
-    assert "JOB_DATA__SOURCE: its content has changed since the first attempt" in done.stderr
+    assert "JOB_DATA__SOURCE: its content is not that of the run in JOB_EXPORT__RUN" in done.stderr
 
 
 @pytest.mark.long

@@ -49,6 +49,14 @@ def test_help_of_every_command(command: str, word: str, capsys: pytest.CaptureFi
     assert {name for name in NAMES if f"{environment_name(name)}]" in shown.out} == taken
 
 
+def test_help_of_export_says_where_the_result_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """The defaults of its many settings do not hold there."""
+    assert main(["export", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "a new run beside it, <id of RUN>-<formats>" in shown
+    assert "are those of RUN, not the defaults below" in shown
+
+
 def test_help_is_asked_for_anywhere() -> None:
     """After other words, without a command, and whatever else is wrong."""
     done = job("--train.epochs=0", "--help", JOB_TYPO="1")

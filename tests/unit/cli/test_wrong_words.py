@@ -47,6 +47,12 @@ def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("typed", "code", "problem"),
     [
+        ("export", 2, "export: the finished run and the formats are missing; give them"),
+        ("export good", 2, "export: the formats are missing; give them"),
+        ("export good --run.id x merged", 2, "export: the formats are missing; give them before the options"),
+        ("export --run.id=x good merged", 2, "export: the finished run and the formats are missing; give them before"),
+        ("export good merged fp8", 2, "separate the formats by commas, without spaces"),
+        ("export merged,fp8 good", 2, "export: merged,fp8 is a format; give the finished run first, then the formats"),
         ("report newer", 4, f"results.json: {NEWER}"),
         ("compare good newer", 4, f"results.json: {NEWER}"),
         ("verify newer", 4, f"found {NEWER}"),

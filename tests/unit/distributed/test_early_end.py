@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -146,6 +147,18 @@ def test_an_end_that_a_retry_may_help_is_not_told(monkeypatch: pytest.MonkeyPatc
     """The platform starts this machine again, and those that wait go on with it."""
     monkeypatch.setattr(early_end, "_report_end", lambda *_: pytest.fail("it was told"))
     end_early(1, free_port(), error=Unreachable("the store"))
+
+
+def test_a_frozen_machine_0_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's client waits for its answer without a limit."""
+    released = threading.Event()
+    for name in ("_TELL_SECONDS", "_ANSWER_SECONDS", "_LAST_SECONDS"):
+        monkeypatch.setattr(early_end, name, 0.05)
+    monkeypatch.setattr(early_end, "reach_store", lambda *_: released.wait(600))
+    try:
+        assert end_early(1, free_port()) is WRONG
+    finally:
+        released.set()
 
 
 def test_nobody_is_told_for_longer_than_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,7 +298,7 @@ def test_the_export_of_a_finished_run_is_planned(
     weights = json.loads((finished / "results.json").read_text())["artifacts"]
     (sha256,) = (one["sha256"] for one in weights if one["path"] == "artifacts/adapter/adapter_model.safetensors")
     assert code == 0
-    assert whats["exported run"] == f"run finished with the adapter {sha256[:12]}"
+    assert whats["exported run"] == f"run finished, whose adapter_model.safetensors has the SHA-256 {sha256[:12]}..."
     assert whats["training"] == f"JOB_EXPORT__RUN: {finished} is taken over; nothing is trained"
     assert states(plan) == {**dict.fromkeys(states(plan), "ok"), "licence": "note", "training": "note"}
     assert {"questions", "evaluation, 3 times", "merging", "exported models"} <= figures.keys()
@@ -315,7 +315,7 @@ def test_the_export_of_a_finished_run_is_planned(
 def test_what_is_wrong_with_the_run_to_export_is_a_check(
     finished: Path, given: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its own line, and one error with all else: settings differ, it is the run itself, is missing or damaged."""
+    """Its own line, and one error with all else: settings differ, it is missing or damaged."""
 
     def problems(*words: str) -> set[str]:
         code, plan, log_lines = planned(capsys, f"--sign.key={given / 'no.pem'}", *words)
@@ -329,7 +329,6 @@ def test_what_is_wrong_with_the_run_to_export_is_a_check(
         *("JOB_LORA__RANK: is 4, but 16 in the run that is exported", key),
         "JOB_TRAIN__EPOCHS: is 7, but 2 in the run that is exported",
     }
-    assert problems("--run.id=finished") == {"JOB_EXPORT__RUN: is this run itself", key}
     missing = f"JOB_EXPORT__RUN: {given}/no-run: is not a run: it does not exist, or is empty"
     assert problems(f"--export.run={given}/no-run") == {missing, key}
     (finished / "results.json").write_text("{}")

@@ -225,6 +225,16 @@ def test_a_fuller_account_of_the_cost_is_told_too(made: dict[str, Any], found: r
         assert told in text
 
 
+def test_the_exported_run_is_named(made: dict[str, Any], found: report.ReportData) -> None:
+    """At the top, and which attempts are its."""
+    exported = {"id": "trained", "results_sha256": "0" * 64, "attempts": 2}
+    text = " ".join(
+        Page(report.render_report({**made, "run": {**made["run"], "exported_run": exported}}, found)).text.split()
+    )
+    assert ", which exports run trained" in text
+    assert "Of the exported run trainedattempts 1 to 2" in text  # a name and its value
+
+
 def judged(*reasons: str) -> dict[str, Any]:
     """A gate that was set, and what it said."""
     return {

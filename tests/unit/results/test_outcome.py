@@ -70,6 +70,14 @@ def test_each_part_has_its_words(manifest: dict[str, Any]) -> None:
     assert lines[-1] == "exams acc improved against the quantized base; results: /x/results.json"
 
 
+@pytest.mark.parametrize(("attempts", "whose"), [(1, "attempt 1 is that"), (3, "attempts 1 to 3 are those")])
+def test_attempts_of_an_exported_run_are_told(manifest: dict[str, Any], attempts: int, whose: str) -> None:
+    """One or several, since they are counted with the run's own."""
+    exported = {"id": "trained", "results_sha256": "0" * 64, "attempts": attempts}
+    lines = outcome_lines(read_outcome(manifest | {"run": manifest["run"] | {"exported_run": exported}}, "/x"))
+    assert any(line.endswith(f"; {whose} of run trained, which this run exports") for line in lines)
+
+
 def test_the_values_are_those_of_the_words(manifest: dict[str, Any]) -> None:
     """Groups come first, then tasks with choices, then metrics of the others."""
     values = outcome_values(read_outcome(manifest, "/x"))

@@ -76,7 +76,7 @@ class TestExportedRun:
     def load(self, recorded: dict[str, Any], environ: dict[str, str]) -> Settings:
         """The settings of a run that exports one with these settings, and the defaults of its preset."""
         values = {**preset_values("demo"), **recorded, "export.formats": ["fp8"]}
-        return load_settings(self.GIVEN, environ, of_run=lambda _: RecordedSettings("mine", values))
+        return load_settings(self.GIVEN, environ, of_run=lambda _: RecordedSettings("mine", "s3://bucket/runs", values))
 
     def test_they_are_stronger_than_a_preset_and_weaker_than_the_user(self) -> None:
         """Each names the run as its source; those that the preset gives too, name the preset."""
@@ -97,7 +97,12 @@ class TestExportedRun:
         recorded = {"train.gpu_memory_gb": 20, "gate.on": "fp8", "gate.min_delta": 0.01, "run.output": "s3://b/r"}
         settings = self.load(recorded, {})
         assert (settings.gate.on, settings.gate.min_delta) == ("adapter", 0.01)
-        assert (settings.train.gpu_memory_gb, settings.run.output) == (None, DEFAULTS.run.output)
+        assert (settings.train.gpu_memory_gb, settings.run.output) == (None, "s3://bucket/runs")
+
+    def test_the_id_of_the_exported_run_is_no_id_of_this_one(self) -> None:
+        """Such as in a shell that ran it, whose JOB_RUN__ID is still set."""
+        with pytest.raises(SettingsError, match=r"JOB_RUN__ID \(environment\): is that of the run in JOB_EXPORT__RUN"):
+            self.load({}, {"JOB_RUN__ID": "mine", "JOB_RUN__OUTPUT": "elsewhere"})
 
     def test_a_platform_names_the_run_itself(self) -> None:
         """The same name after each restart of the platform's job, by which its owner looks for the run."""

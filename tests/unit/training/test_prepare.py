@@ -456,6 +456,7 @@ def test_a_row_that_cannot_fit_is_refused(base_folder: Path, monkeypatch: pytest
     assert text.startswith("JOB_TRAIN__MAX_LENGTH: the longest row, rows.jsonl:17, has 30,000 tokens")
     assert "20.0 MiB are free; about 99" in text
     assert "JOB_DATA__ON_LONG_ROW" in text
+    long_rows(base_folder, monkeypatch, 80 << 30, **how, trains=False)  # a run that is trained may be exported here
     held_out = {**SETTINGS, "longest_at": "rows.jsonl:17", "validation": [30_000]}
     monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: "a CPU")
     assert prepare(make_model(base_folder), [10, 20], **held_out).forward == PEFT  # a validation takes less
