@@ -42,6 +42,7 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
     if settings.train.is_one_stage:
         return (settings,)
     of_run = {name: value for name, value, _ in describe(settings)}
+    of_run["notify.webhook"] = settings.notify.webhook  # the only secret; `describe` gives asterisks
     first_stage = {
         "run.id": f"{settings.run.id[: _LONGEST_ID - len(SUFFIX)]}{SUFFIX}",
         "train.method": SFT,

@@ -1064,6 +1064,13 @@ class TestMethods:
         assert (second.data.limit, second.data.split, second.data.validation) == (5, "train_prefs", 0.1)
         assert first.data.sft_fields == {}
 
+    def test_both_stages_have_the_webhook(self) -> None:
+        """The address itself, not the asterisks that stand for it in what is printed."""
+        given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl"]
+        for stage in split_stages(load_settings(given, {"JOB_NOTIFY__WEBHOOK": "https://hooks.example/x"})):
+            assert stage.notify.webhook is not None
+            assert stage.notify.webhook.get_secret_value() == "https://hooks.example/x"
+
     def test_what_is_wrong_with_the_first_stage_is_told_by_its_own_settings(self) -> None:
         """A limit of several sources, a revision of none; and without two stages none of these has an effect."""
         given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl,b.jsonl", "--data.sft_limit=5"]
