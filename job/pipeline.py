@@ -215,13 +215,15 @@ def finished(
 
     Raises:
         SettingsError: The run is complete, but was made with other settings, or exports another run; or it is not
-            complete, and another user began it.
+            complete, and another user began it, or it has begun to export a run and would train now.
         GateError: The run is complete, and the quality gate is not met.
         JobError: It cannot be pushed.
     """
     store = _store(settings)
     if (results := read_complete(store, settings.storage.cache)) is None:
         check_permissions(settings.run.output, folder_of(settings))
+        if settings.export.run is None:
+            refuse_without(store)
         return None
     compare_settings(store, decisive_settings(plain_values(settings)), default_settings())
     if settings.export.run is not None:
@@ -330,7 +332,6 @@ def _attempt(
 def _take_over(settings: Settings) -> TakeOver | None:
     """How this run takes over the one in JOB_EXPORT__RUN; None without one."""
     if settings.export.run is None:
-        refuse_without(_store(settings))
         return None
     decisive, storage = decisive_settings(plain_values(settings)), storage_options(settings.storage)
     return take_over(settings.export.run, folder_of(settings), decisive, default_settings(), storage)

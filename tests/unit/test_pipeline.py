@@ -19,9 +19,10 @@ from job.errors import Preempted, SettingsError
 from job.preemption.stop_flag import Stop
 from job.records import AttemptRecord, Exported, ScoringPrecision
 from job.runs.attempt import Attempt
-from job.runs.layout import attempt_key
+from job.runs.layout import EXPORTED_RUN, attempt_key, stage_key
 from job.runs.lease import take
 from job.settings.load import Settings, load_settings
+from job.settings.training_stages import folder_of
 from job.storage.local import LocalStore
 from job.tracking import webhook
 from job.tracking.live_metrics import LiveMetrics
@@ -128,6 +129,20 @@ def test_one_process_tells_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pass
     assert others.webhooks == ["https://hooks.example/x", None]
     assert [set(asked) for asked in others.exporters] == [{"prometheus", "pod-annotation"}, set()]
+
+
+@pytest.mark.parametrize(
+    "stages", [{}, {"JOB_TRAIN__METHOD": "sft,dpo", "JOB_DATA__SFT_SOURCE": "rows", "JOB_DATA__SOURCE": "pairs"}]
+)
+def test_no_stage_is_trained_where_a_finished_run_was_being_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: dict[str, str]
+) -> None:
+    """Neither is the first of two, whose own folder does not say that the run exports a finished one."""
+    settings = demo(tmp_path, **stages)
+    LocalStore(Path(folder_of(settings))).write(stage_key(EXPORTED_RUN), b"{}")
+    monkeypatch.setattr(pipeline, "check_inputs", lambda *_, **__: pytest.fail("a stage has begun"))
+    with pytest.raises(SettingsError, match=r"JOB_EXPORT__RUN: is not set, but .*/a-run has begun to export"):
+        pipeline.run(settings, Stop(), lambda: None, ())
 
 
 @pytest.mark.parametrize(("outcome", "kind"), [("running", "killed"), ("stalled", "stalled"), ("preempted", None)])
