@@ -16,7 +16,6 @@ from job.planning.forecast_memory import (
     original_base_bytes,
     peak_bytes,
     scores_original_base,
-    training_memory,
 )
 from job.planning.forecast_time import reading_original_seconds
 from job.planning.gpu_prices import Gpu
@@ -52,7 +51,7 @@ def why_slower(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan |
     return _joined(
         _without_flash(gpu, setup),
         _left_out(gpu, run, setup),
-        *(_longest_row(gpu, run, setup, execution) if run.trains else (_may_be_refused(gpu, run, setup),)),
+        *(_longest_row(gpu, run, setup, execution) if run.trains else ()),
         _base_elsewhere(gpu, run, setup),
         _reading_original(gpu, run, setup, hours),
     )
@@ -123,18 +122,6 @@ def _longest_row(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan
         return divided, ""
     least = size(row_host_bytes(setup, run.micro_batch, over, kept_attention=False), " ")
     return divided, f"activations of the longest row are kept in main memory, at least {least}"
-
-
-def _may_be_refused(gpu: Gpu, run: RunShape, setup: Setup) -> str:
-    """Of a run that trains nothing: the job refuses rows that certainly could not be trained on, all the same."""
-    if run.workload is None:
-        return ""
-    longest = run.workload.longest
-    need = training_memory(run, replace(setup, recompute=True), longest).total
-    if need <= memory_model.usable_bytes(gpu.memory_bytes):
-        return ""
-    what = f"training on the longest row, of {longest:,} tokens, would take {size(need, ' ')}"
-    return f"{what}; where it certainly does not fit the job ends, though nothing is trained"
 
 
 def _base_elsewhere(gpu: Gpu, run: RunShape, setup: Setup) -> str:
