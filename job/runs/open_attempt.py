@@ -94,14 +94,6 @@ def open_attempt(
     if not processes.leads and processes.place.local_rank == 0:
         check_same_store(store, holder, lambda: _check_stop(processes, stop, report_progress))
     with work_folder(cache, store.uri, number, cleans=processes.place.local_rank == 0) as work:
-        if take_over is not None:
-            check_stop = partial(_check_stop, processes, stop, report_progress)
-            take_over.copy(fenced(store, lease), work, attempt=number, check_stop=check_stop)
-        takes_over = processes.share("whether a run is taken over", lambda: take_over is not None)
-        logged = read_logged(store, number) if processes.leads else []
-        earlier = [logged_attempt.record for logged_attempt in logged]
-        taken_over = exported_attempts(store) if processes.leads else 0
-        logged = [one for one in logged if one.record.number > taken_over]  # what others reached is no progress here
         attempt = Attempt(
             fenced(store, lease),
             work,
@@ -109,21 +101,21 @@ def open_attempt(
             stop,
             report_progress,
             faults,
-            earlier,
+            [],
             processes,
             usd_per_hour,
             settings,
             stall_seconds=stall_seconds,
-            idle_before=idle_attempts(logged),
-            killed_before=_why_killed(logged),
-            takes_over=takes_over,
         )
-        if idle is not None and processes.leads:  # its exit code takes precedence over those of the others
-            furthest = max((logged_attempt.reached for logged_attempt in logged), default=(0, 0))
-            idle.before, idle.progressed = attempt.idle_before, lambda: attempt.reached() > furthest
-            idle.record_stall = lambda message: _note_failure(attempt, Stalled(message), idle)
-        attempt.note("running")
         try:
+            if take_over is not None:
+                attempt.note("running")  # it is paid for while it copies, and may end
+                check_stop = partial(_check_stop, processes, stop, report_progress)
+                take_over.copy(attempt.store, work, attempt=number, check_stop=check_stop)
+            attempt.takes_over = processes.share("whether a run is taken over", lambda: take_over is not None)
+            if processes.leads:
+                _read_attempts_before(attempt, store, idle)
+            attempt.note("running")
             yield attempt
         except Replaced:
             raise  # the run log belongs to the attempt that took over
@@ -132,6 +124,19 @@ def open_attempt(
                 raise ended from error
             raise
         attempt.note("complete")
+
+
+def _read_attempts_before(attempt: Attempt, store: ObjectStore, idle: IdleLimit | None) -> None:
+    """Tells the attempt, and `idle`, of those before it."""
+    logged = read_logged(store, attempt.number)
+    attempt.earlier = [logged_attempt.record for logged_attempt in logged]
+    taken_over = exported_attempts(store)
+    own = [one for one in logged if one.record.number > taken_over]  # what others reached is no progress here
+    attempt.idle_before, attempt.killed_before = idle_attempts(own), _why_killed(own)
+    if idle is not None:  # its exit code takes precedence over those of the others
+        furthest = max((logged_attempt.reached for logged_attempt in own), default=(0, 0))
+        idle.before, idle.progressed = attempt.idle_before, lambda: attempt.reached() > furthest
+        idle.record_stall = lambda message: _note_failure(attempt, Stalled(message), idle)
 
 
 def _check_stop(processes: Processes, stop: Stop, report_progress: Callable[[], None]) -> None:

@@ -30,7 +30,7 @@ from job.runs.attempt import Attempt, missing
 from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
 from job.runs.lease import Lease, fenced, take
-from job.runs.open_attempt import open_attempt
+from job.runs.open_attempt import TakeOver, open_attempt
 from job.runs.run_log import IdleLimit, close_run_log, idle_pause, parse_record, read_run_log
 from job.runs.run_settings import keep_settings
 from job.storage.base import CHANGES, MAX_READ_BYTES, write_in_turn
@@ -64,6 +64,28 @@ def opened(store: LocalStore, tmp_path: Path) -> Callable[..., AbstractContextMa
         )
 
     return begin
+
+
+@pytest.mark.parametrize(("error", "outcome"), [(DataError([]), "failed"), (Preempted("stopped"), "preempted")])
+def test_an_attempt_that_ends_while_it_copies_a_run_is_recorded(
+    store: LocalStore, error: JobError, outcome: str
+) -> None:
+    """With what copying took, which is paid for; else `status` would say that it runs."""
+
+    def copy(*_: object, **__: object) -> None:
+        time.sleep(0.02)
+        raise error
+
+    how: dict[str, Any] = {"cache": None, "stop": Stop(), "report_progress": lambda: None, "faults": arm((), store)}
+    with (
+        pytest.raises(type(error)),
+        open_attempt(store, SETTINGS, take_over=TakeOver(SETTINGS, 3, copy), **how),
+    ):
+        pytest.fail("the attempt has begun")
+    stored = store.read(attempt_key(4))
+    assert stored is not None
+    record = parse_record(stored.data)
+    assert (record.outcome, record.seconds >= 0.02) == (outcome, True)
 
 
 class OtherMachine(Alone):
