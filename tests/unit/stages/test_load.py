@@ -32,7 +32,7 @@ def test_a_mixture_goes_on_as_it_began() -> None:
 
 def test_a_mixture_of_an_earlier_version_is_not_quantized_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its base is gone, it is refused before anything is recorded."""
-    monkeypatch.setattr(load, "load", lambda *_: SimpleNamespace(kept_base=CachedBase(quantized_experts=96)))
+    monkeypatch.setattr(load, "load", lambda *_, **__: SimpleNamespace(kept_base=CachedBase(quantized_experts=96)))
     attempt = make_attempt(tmp_path, {BASE: EARLIER})
     sources: Any = SimpleNamespace(record=Pulled(DATASET, "0" * 64, None, {}))
     with pytest.raises(SettingsError, match=r"JOB_MODEL__ID.*keeps in 4 bits, but .* kept in 16 bits; .*JOB_RUN__ID"):
