@@ -164,9 +164,11 @@ def _run_stage(
                 exported=exported,
             )
         report_results(results)
-    if processes.leads:
-        chosen = () if later else targets(settings.export)
-        _hand_over(attempt.store, results, delivery, chosen, check_stop, cache=settings.storage.cache)
+    chosen, cache = () if later else targets(settings.export), settings.storage.cache
+    # The others wait: a process that is left alone is ended after the grace period.
+    processes.share(
+        "handed over", lambda: _hand_over(attempt.store, results, delivery, chosen, check_stop, cache=cache)
+    )
     return require_gate(results)
 
 

@@ -155,11 +155,13 @@ def launch(
         only_late = Preempted if ended.stopped or ends.first is not None else Killed
         code = _combined(codes, late, only_late.exit_code)
         if machine.nodes > 1:
-            code = ends.of_all(code, max(0.0, ended.deadline - time.monotonic()))
+            # Without a signal there is no time by which the platform kills this machine.
+            patience = 1.0 if ended.stopped else 2 * _CONNECT_SECONDS
+            code = ends.of_all(code, max(0.0, ended.deadline - time.monotonic()), patience)
     if code == Killed.exit_code:
         killed = {rank: _how_it_ended(code) for rank, code in _unknown(codes, late).items()}
         if not killed and only_late is Killed:
-            why = "machine 0 of this run cannot be reached any more" if ends.lost else "another process had ended"
+            why = "machine 0 of this run cannot be reached any more" if ended.lost else "another process had ended"
             killed = dict.fromkeys(sorted(late), f"did not end, although {why}, and was killed")
         if killed:
             raise Killed("; ".join(f"process {rank} {how}" for rank, how in killed.items()))
@@ -264,8 +266,13 @@ class _Ends:
         rank = self._place.rank + local
         self._requests.submit(self._ask, lambda store: publish_end(store, rank, code, why), None, 0.0)
 
-    def of_all(self, own_code: int, seconds: float) -> int:
+    def of_all(self, own_code: int, seconds: float, patience: float) -> int:
         """The exit code of all machines, after at most `seconds`; `own_code` if the store cannot be reached.
+
+        Args:
+            own_code: That of this machine.
+            seconds: How long the other machines may take to end.
+            patience: How much longer the store may take to answer.
 
         Raises:
             JobError: Another machine ended with a more serious exit code, which this error has.
@@ -288,7 +295,7 @@ class _Ends:
             seconds,
         )
         try:
-            end = agreed.result(timeout=seconds + 2 * _CONNECT_SECONDS)
+            end = agreed.result(timeout=seconds + patience)
         except TimeoutError:  # it, or a request before it, waits for a store that is silent
             end = otherwise
         if end.code not in {0, own_code}:
@@ -318,7 +325,7 @@ class _Ends:
             return _bounded(_CONNECT_SECONDS + seconds, lambda: request(self._reach(_CONNECT_SECONDS)))
         except (OSError, RuntimeError) as error:
             self._unreachable = True
-            log.get_logger().debug("the other machines cannot be reached", why=str(error))
+            log.get_logger().debug("the other machines cannot be reached", why=repr(error))
             return otherwise
 
 
@@ -342,17 +349,19 @@ class _Ended:
         deadline: Time by which this machine has to end, on the clock of `time.monotonic`.
         stopped: Whether it has to end because of a signal, and not because a process had ended or machine 0 was lost
             before that.
+        lost: Whether it has to end because machine 0 was lost.
     """
 
     codes: Mapping[int, int]
     late: set[int]
     deadline: float
     stopped: bool
+    lost: bool
 
 
 def _watch(context: Any, signals: list[int], grace_seconds: float, ends: _Ends) -> _Ended:
     """Waits until all processes have ended, and publishes each failure as soon as it is seen."""
-    forwarded, deadline, published, stopped = 0, float("inf"), set[int](), False
+    forwarded, deadline, published, stopped, lost = 0, float("inf"), set[int](), False, False
     while True:
         codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
         ended = {local: code for local, code in codes.items() if code is not None}
@@ -366,10 +375,12 @@ def _watch(context: Any, signals: list[int], grace_seconds: float, ends: _Ends) 
             stopped = bool(signals)
         if ended or signals:
             deadline = min(deadline, time.monotonic() + grace_seconds)
-        elif ends.ended_elsewhere():  # this machine's processes notice it somewhat later than the launcher
+        elif ends.ended_elsewhere():
+            lost = lost or ends.first is None
+            # this machine's processes notice it somewhat later than the launcher
             deadline = min(deadline, time.monotonic() + grace_seconds + _ANSWER_SECONDS)
         if not running:
-            return _Ended(ended, late, deadline, stopped)
+            return _Ended(ended, late, deadline, stopped, lost)
         for number in signals[forwarded:]:
             forwarded += 1
             for local in running:
@@ -378,7 +389,7 @@ def _watch(context: Any, signals: list[int], grace_seconds: float, ends: _Ends) 
         if time.monotonic() > deadline:
             context.close(signal.SIGKILL, timeout=5)
             killed = dict.fromkeys(running, -signal.SIGKILL)
-            return _Ended({**ended, **killed}, late | running, deadline, stopped)
+            return _Ended({**ended, **killed}, late | running, deadline, stopped, lost)
         time.sleep(_POLL_SECONDS)
 
 

@@ -25,7 +25,7 @@ import torch
 
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import too_high_rank
-from job.model.files import readable
+from job.model.loading_errors import loading_weights
 
 IGNORED = -100
 """Label of a token that does not count, as in torch and PEFT."""
@@ -112,7 +112,7 @@ def init_loftq(model: Any, folder: Path, check_stop: Callable[[], None] = lambda
     layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
     if any(layer.get_base_layer().weight.is_floating_point() for layer in layers.values()):
         raise SettingsError([Problem(_SETTING, "loftq needs weights in 4 bits; set JOB_MODEL__QUANTIZATION=nf4")])
-    with readable(folder):
+    with loading_weights(folder):
         unquantized = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", device_map={"": "cpu"}, use_safetensors=True, trust_remote_code=False
         )

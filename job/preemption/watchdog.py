@@ -35,12 +35,13 @@ def watch(stall_seconds: float, on_stall: Callable[[str], None]) -> Iterator[Cal
     # Here as well as in the thread, which may not run any more once the caller goes on, if that holds the lock.
     faulthandler.dump_traceback_later(2 * stall_seconds, exit=True, file=_STDERR)
     thread = Thread(target=_guard, args=(stall_seconds, progressed, finished, on_stall), name="watchdog", daemon=True)
-    thread.start()
     try:
+        thread.start()
         yield progressed.set
     finally:
         finished.set()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
         faulthandler.cancel_dump_traceback_later()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +49,29 @@ def test_the_webhook_is_told_whether_the_gate_is_met(tmp_path: Path, monkeypatch
     ):
         report_results(results)
     assert seen[0].gate_passed is False
+
+
+def test_the_others_wait_until_the_run_is_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To push a large model takes minutes: if they ended before, the launcher would kill process 0 meanwhile."""
+    asked: list[str] = []
+
+    class Waiting(Second):
+        def share(self, what: str, value: Callable[[], Any]) -> Any:
+            asked.append(what)
+            return {}
+
+    stage: Any = SimpleNamespace(precision=None, cache_entry=None, record=None)
+    attempt = SimpleNamespace(timed=lambda _: nullcontext(), store=None)
+    for name in ("pull", "_load", "_evaluate_base", "_train", "_evaluate_adapter", "_export"):
+        monkeypatch.setattr(pipeline, name, lambda *_, **__: stage)
+    monkeypatch.setattr(pipeline, "_finished", lambda *_: None)
+    monkeypatch.setattr(pipeline, "_attempt", lambda *_, **__: nullcontext((attempt, asked.append)))
+    monkeypatch.setattr(pipeline, "_publish", lambda *_, **__: {"gate": {"passed": None}})
+    monkeypatch.setattr(pipeline, "_hand_over", lambda *_, **__: pytest.fail("not the first process"))
+    settings = load_settings([], {"JOB_PRESET": "demo", "JOB_RUN__OUTPUT": str(tmp_path)})
+    how: dict[str, Any] = {"delivery": None, "processes": Waiting({}), "idle": None}
+    pipeline._run_stage(settings, Stop(), lambda: None, (), **how)
+    assert asked[-1] == "handed over"
 
 
 def test_a_machine_without_fp8_is_refused_before_the_pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

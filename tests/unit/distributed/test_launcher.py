@@ -317,8 +317,14 @@ def test_a_silent_store_delays_no_signal(
         in_time.append(told.exists())
         raise RuntimeError("timed out")
 
-    store = host_store(0, "r")
-    for name, value in {"_ASK_SECONDS": 0.0, "_REACH_SECONDS": 0.0, "SETTLE_SECONDS": 0.1, silent: wait}.items():
+    store, slow = host_store(0, "r"), {"_ANSWER_SECONDS": 60.0, "_CONNECT_SECONDS": 60.0}
+    for name, value in {
+        "_ASK_SECONDS": 0.0,
+        "_REACH_SECONDS": 0.0,
+        "SETTLE_SECONDS": 0.1,
+        silent: wait,
+        **slow,
+    }.items():
         monkeypatch.setattr(launcher, name, value)
     code = f"""
 signal.signal(15, lambda *_: (open(r'{told}', 'w'), sys.exit(69)))
@@ -342,7 +348,9 @@ def test_a_store_that_is_frozen_holds_no_launcher_up(monkeypatch: pytest.MonkeyP
     try:
         assert not ends.ended_elsewhere()
         ends.publish(0, 74, "it stalled")
-        assert ends.of_all(74, 0.05) == 74
+        assert ends.of_all(74, 0.05, 0.1) == 74
+        ends.close()
+        wait_for(lambda: not any(one.name.startswith("ends of the machines") for one in threading.enumerate()))
     finally:
         released.set()
 

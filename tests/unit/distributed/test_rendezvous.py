@@ -89,7 +89,7 @@ def test_the_log_says_who_is_missing(
     monkeypatch: pytest.MonkeyPatch, rank: int, first_here: int, *, says: bool
 ) -> None:
     """Once for each machine, while it waits: by the first of its processes that has come, here 4 or without it 5."""
-    monkeypatch.setattr(rendezvous, "_SAY_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "_SAY_SECONDS", 0.0)
     host = host_store(0)
     for one in {0, 1, 2, 5} - {rank}:
         keyspace(host, "run").add(f"here#{one}", 1)
