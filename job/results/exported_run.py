@@ -261,8 +261,11 @@ def _attempts(run: PublishedRun) -> Iterator[tuple[str, bytes]]:
     for attempt in run.results["run"]["attempts"]:
         key = attempt_key(attempt["number"])
         record = _read_whole(run, key)
-        if parse_logged(record).record.number != attempt["number"]:
+        logged = parse_logged(record)
+        if logged.record.number != attempt["number"]:
             raise DataError([Problem(f"{run.store.uri}/{key}", "is the record of another attempt")])
+        if logged.record.outcome == "running":  # killed after it had published: the manifest says that it was complete
+            record = sealed({**attempt, stage_records.RUN: logged.run})
         yield key, record
 
 

@@ -7,7 +7,8 @@ The limits are those of Shewhart's chart for individual values (NIST/SEMATECH e-
     limits = centre +- 2.66 * mean of |value - previous value| over the earlier runs
 
 2.66 is 3 / d2, with d2 = 1.128 for the range of two values: three standard deviations of a process whose values vary
-independently. The limits do not include the newest run, which is judged by them.
+independently. The limits do not include the newest run, which is judged by them. A run that exports another one of them
+is left out.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class History:
         points: In order of time; the last is judged.
         limits: None if there are too few earlier runs.
         outcome: Where the newest run is, relative to the limits.
-        left_out: Runs that cannot be compared with the newest, and why.
+        left_out: Runs that cannot be compared with the newest, or export another one of the runs, and why.
     """
 
     metric: str
@@ -175,7 +176,12 @@ def history(runs: Sequence[PublishedRun], metric: str | None, unreadable: Sequen
     """
     if not runs:
         raise DataError([Problem("--history", f"there is no run to show; {why}") for why in unreadable or ("none",)])
-    ordered = sorted(runs, key=lambda run: (str(run.results["run"]["finished"]), run.id))
+    # An export has the values of the run that it exports, which lies beside it: twice, they would narrow the limits.
+    exports = {run.sha256: of for run in runs if (of := _exported(run, runs)) is not None}
+    ordered = sorted(
+        (run for run in runs if run.sha256 not in exports),
+        key=lambda run: (str(run.results["run"]["finished"]), run.id),
+    )
     newest = ordered[-1]
     metrics = list(_metrics(newest.results))
     metric_name = metric or (metrics[0] if metrics else "")
@@ -184,7 +190,8 @@ def history(runs: Sequence[PublishedRun], metric: str | None, unreadable: Sequen
         raise SettingsError([Problem("--metric", what)])
     task, _, name = metric_name.partition("/")
     newest_task = _task(newest.results, task)
-    points, left_out = [], [*unreadable]
+    points = []
+    left_out = [*unreadable, *(f"{run.id} exports {exports[run.sha256]}" for run in runs if run.sha256 in exports)]
     for run in ordered:
         figures = _task(run.results, task)
         value = None if figures is None else _value(figures, name)
@@ -200,6 +207,12 @@ def history(runs: Sequence[PublishedRun], metric: str | None, unreadable: Sequen
     return History(
         metric_name, newest_task["n"], tuple(points), limits, _outcome(points[-1].value, limits), tuple(left_out)
     )
+
+
+def _exported(run: PublishedRun, runs: Sequence[PublishedRun]) -> str | None:
+    """The id of the run that a run exports, if that is among the runs."""
+    exported = run.results["run"].get("exported_run")
+    return next((other.id for other in runs if exported and other.sha256 == exported["results_sha256"]), None)
 
 
 def control_limits(earlier: Sequence[float]) -> Limits | None:

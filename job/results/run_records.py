@@ -18,14 +18,13 @@ from job.checkpoints import manager
 from job.checkpoints.commit_marker import parse_marker
 from job.common.formatting import count, timestamp
 from job.common.hashing import unsealed
-from job.common.validation import adapter_of, first_error
+from job.common.validation import first_error
 from job.errors import Problem, SettingsError
-from job.records import Artifact, ExportedRun
-from job.runs import lease, stage_records
+from job.records import Artifact
+from job.runs import lease
 from job.runs.attempt import missing
 from job.runs.layout import (
     ARTIFACTS,
-    EXPORTED_RUN,
     LEASE,
     RESULTS,
     STAGES,
@@ -35,7 +34,7 @@ from job.runs.layout import (
     marker_key,
     stage_key,
 )
-from job.runs.run_log import LoggedAttempt, Noted, parse_logged
+from job.runs.run_log import LoggedAttempt, Noted, parse_logged, read_exported_run
 from job.storage.base import read_record
 from job.storage.open import ObjectStore, is_remote
 
@@ -96,6 +95,7 @@ def read_run_records(store: ObjectStore) -> RunRecords:
     manifest = _read_manifest(store, problems)
     if not newest and manifest is None and not problems:
         return RunRecords(store.uri)
+    exported = read_exported_run(store)
     return RunRecords(
         uri=store.uri,
         newest=newest,
@@ -105,7 +105,7 @@ def read_run_records(store: ObjectStore) -> RunRecords:
         ),
         checkpoints=_read_checkpoints(store, problems),
         stages_done=_read_stages_done(store),
-        exported_run=_read_exported_run(store),
+        exported_run=None if exported is None else exported.id,
         manifest=manifest,
         training=_read_training(store, manifest),
         problems=tuple(problems),
@@ -248,15 +248,6 @@ def _read_training(store: ObjectStore, manifest: Mapping[str, Any] | None) -> Ma
 def _read_checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]:
     steps = manager.steps(store)
     return tuple(step for step in steps if _parsed(store, marker_key(step), parse_marker, problems) is not None)
-
-
-def _read_exported_run(store: ObjectStore) -> str | None:
-    key = stage_key(EXPORTED_RUN)
-    stored = read_record(store, key)
-    try:
-        return None if stored is None else stage_records.parse(key, stored.data, adapter_of(ExportedRun))[0].id
-    except ValueError:
-        return None  # the next attempt, and `verify`, say that it is damaged
 
 
 def _read_stages_done(store: ObjectStore) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ from job.preemption.stop_flag import Stop
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import Faults
 from job.runs.killed_for_memory import FIX, why_killed
+from job.runs.layout import SETTINGS
 from job.runs.lease import check_same_store, fenced, take
-from job.runs.run_log import IdleLimit, LoggedAttempt, exported_attempts, idle_attempts, read_logged
+from job.runs.run_log import IdleLimit, LoggedAttempt, idle_attempts, read_exported_run, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.work_folder import work_folder
 from job.storage.open import ObjectStore
@@ -110,6 +111,8 @@ def open_attempt(
         try:
             if take_over is not None:
                 attempt.note("running")  # it is paid for while it copies, and may end
+                if store.tag(SETTINGS) is not None:  # another attempt began since `take_over` was made
+                    compare_settings(store, take_over.settings)
                 check_stop = partial(_check_stop, processes, stop, report_progress)
                 take_over.copy(attempt.store, work, attempt=number, check_stop=check_stop)
             attempt.takes_over = processes.share("whether a run is taken over", lambda: take_over is not None)
@@ -130,7 +133,8 @@ def _read_attempts_before(attempt: Attempt, store: ObjectStore, idle: IdleLimit 
     """Tells the attempt, and `idle`, of those before it."""
     logged = read_logged(store, attempt.number)
     attempt.earlier = [logged_attempt.record for logged_attempt in logged]
-    taken_over = exported_attempts(store)
+    exported = read_exported_run(store)
+    taken_over = 0 if exported is None else exported.attempts
     own = [one for one in logged if one.record.number > taken_over]  # what others reached is no progress here
     attempt.idle_before, attempt.killed_before = idle_attempts(own), _why_killed(own)
     if idle is not None:  # its exit code takes precedence over those of the others

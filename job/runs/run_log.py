@@ -164,15 +164,15 @@ def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     return [logged.record for logged in read_logged(store, epoch)]
 
 
-def exported_attempts(store: ObjectStore) -> int:
-    """The number of the last attempt that is another run's, which this one exports; 0 for any other run."""
+def read_exported_run(store: ObjectStore) -> ExportedRun | None:
+    """The finished run that this one exports; None for any other run, and if the record is damaged."""
     key = stage_key(EXPORTED_RUN)
     if (stored := read_record(store, key)) is None:
-        return 0
+        return None
     try:
-        return stage_records.parse(key, stored.data, adapter_of(ExportedRun))[0].attempts
+        return stage_records.parse(key, stored.data, adapter_of(ExportedRun))[0]
     except ValueError:
-        return 0  # `Attempt.recorded` reports it
+        return None  # the next attempt, and `verify`, say that it is damaged
 
 
 def read_logged(store: ObjectStore, epoch: int) -> list[LoggedAttempt]:

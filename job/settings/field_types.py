@@ -28,6 +28,8 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _FEWEST_ROWS = 2
 _MOST_PROMPTS = 1000
+LONGEST_RUN_ID = 128
+"""Characters."""
 _COUNT = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _MANY_PASSES = 1e6
@@ -40,7 +42,7 @@ _IN_WORDS: Mapping[tuple[str, object], str] = {
     ("less_than_equal", 1): "must be at most 1: it is a fraction, so 5 % is 0.05",
     ("string_too_short", 1): "must not be empty",
     ("string_pattern_mismatch", None): (
-        "must begin with a letter or digit and have at most 128 letters, digits, '.', '_' and '-'"
+        f"must begin with a letter or digit and have at most {LONGEST_RUN_ID} letters, digits, '.', '_' and '-'"
     ),
 }
 """pydantic's kind of an error, and where it matters the limit of its field -> the message."""
@@ -412,7 +414,9 @@ Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Seconds = Annotated[Real, Field(gt=0, le=30 * 86400)]
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_printable)]
-RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"), AfterValidator(_not_shared)]
+RunId = Annotated[
+    str, Field(pattern=rf"^[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_RUN_ID - 1}}}$"), AfterValidator(_not_shared)
+]
 Location = Annotated[Text, AfterValidator(_location)]
 LocationOrServer = Annotated[Text, AfterValidator(_location_or_server)]
 DataSources = Annotated[Text, AfterValidator(_sources)]

@@ -21,7 +21,7 @@ from job.distributed.ranks import Place, find_faults, find_machines, find_place,
 from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
 from job.settings.combinations import impossible_values, undeliverable
-from job.settings.field_types import explain, new_run_id
+from job.settings.field_types import LONGEST_RUN_ID, explain, new_run_id
 from job.settings.layers import RecordedSettings
 from job.settings.markers import BelongsTo, ResultEffect, find_markers
 from job.settings.presets import PRESETS
@@ -58,7 +58,6 @@ _LOGIN = re.compile(r"://([^/:@\s]+:([^/\s]+)@)")  # in the address of a tracker
 _HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(\w+_)?HEADERS")  # name=value pairs with commas, values escaped as in URLs
 _SHORTEST_SECRET, _LARGEST_SECRET = 8, 1 << 16
 
-_LONGEST_ID = 128
 PROJECT = "qlora-job"
 """The project that trackers put runs into, unless the user names another."""
 
@@ -122,7 +121,7 @@ def _taken_over(recorded: RecordedSettings, formats: Sequence[str]) -> dict[str,
     # With another model or data set than the preset's, the preset does not give what it says of them.
     belonging = {name: marker.subject for name, marker in find_markers(Settings, BelongsTo).items()}
     given |= {name: defaults[name] for name, of in belonging.items() if values.get(of) != given[of]}
-    own_id = "-".join([recorded.run_id, *formats]).replace(":", "-")[-_LONGEST_ID:].lstrip("._-")
+    own_id = "-".join([recorded.run_id, *formats]).replace(":", "-")[-LONGEST_RUN_ID:].lstrip("._-")
     return {"preset": preset, "run.id": own_id, "run.output": recorded.output} | {
         name: values[name]
         for name in values.keys() & given.keys()

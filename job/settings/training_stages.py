@@ -13,13 +13,13 @@ from contextlib import contextmanager
 
 from job.common.methods import FIRST_STAGE, FIRST_STAGE_SETTINGS, INHERITED, SFT
 from job.errors import DataError, Problem, SettingsError, environment_name
+from job.settings.field_types import LONGEST_RUN_ID
 from job.settings.load import Settings, describe
 from job.settings.sources import nested
 from job.storage.location import join
 
 SUFFIX = "-sft"
 """Suffix of the first stage's run id, in logs and trackers."""
-_LONGEST_ID = 128
 _LEFT = {
     *("train.beta", "train.preference_loss", "train.label_smoothing", "train.desirable_weight"),
     "train.undesirable_weight",
@@ -44,7 +44,7 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
     of_run = {name: value for name, value, _ in describe(settings)}
     of_run["notify.webhook"] = settings.notify.webhook  # the only secret; `describe` gives asterisks
     first_stage = {
-        "run.id": f"{settings.run.id[: _LONGEST_ID - len(SUFFIX)]}{SUFFIX}",
+        "run.id": f"{settings.run.id[: LONGEST_RUN_ID - len(SUFFIX)]}{SUFFIX}",
         "train.method": SFT,
         **{
             name: of_run[of_first]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from job.cli.compare import compare_command
+from job.common.hashing import hash_file
 from job.errors import DataError, GateError, SettingsError
 from job.results.history import control_limits, find_runs, history
 from job.storage.local import LocalStore
@@ -86,6 +87,17 @@ def test_other_questions_are_left_out(series: Path, tmp_path: Path) -> None:
     found = history(find_runs([str(series), str(other)], StorageOptions())[0], None)
     assert len(found.points) == len(CORRECT)
     assert found.left_out == ("run-1 was asked other questions of quiz",)
+
+
+def test_an_export_is_no_further_run(tmp_path: Path) -> None:
+    """It has the values of the run that it exports; without that run in the list it stands for it."""
+    first, second = run_of(tmp_path, 1, 7), run_of(tmp_path, 2, 7)
+    exported = {"id": "run-1", "results_sha256": hash_file(first / "results.json"), "attempts": 1}
+    forge(second, lambda results: results["run"].update(exported_run=exported))
+    found = history(find_runs([str(second), str(first)], StorageOptions())[0], None)
+    assert ([point.run for point in found.points], found.left_out) == (["run-1"], ("run-2 exports run-1",))
+    alone = history(find_runs([str(second)], StorageOptions())[0], None)
+    assert [point.run for point in alone.points] == ["run-2"]
 
 
 def test_equal_values_have_limits_without_width(tmp_path: Path) -> None:

@@ -88,6 +88,18 @@ def test_an_attempt_that_ends_while_it_copies_a_run_is_recorded(
     assert (record.outcome, record.seconds >= 0.02) == (outcome, True)
 
 
+def test_a_run_that_began_meanwhile_is_not_copied_over(store: LocalStore) -> None:
+    """By an attempt with other formats: what that one took over would not be its own any more."""
+    keep_settings(store, SETTINGS | {"export.formats": ["merged"]})
+    given = TakeOver(SETTINGS | {"export.formats": ["fp8"]}, 3, lambda *_, **__: pytest.fail("it was copied"))
+    how: dict[str, Any] = {"cache": None, "stop": Stop(), "report_progress": lambda: None, "faults": arm((), store)}
+    with (
+        pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: this run began with"),
+        open_attempt(store, given.settings, take_over=given, **how),
+    ):
+        pytest.fail("the attempt has begun")
+
+
 class OtherMachine(Alone):
     """The first process of machine 1, which learns of process 0 who holds the lease."""
 
