@@ -12,14 +12,11 @@ from hypothesis import strategies as st
 
 from job.common.gpu_context import CONTEXT_BYTES
 from job.common.resources import MARGIN_BYTES as RESERVED
-from job.common.gpu_context import CONTEXT_BYTES
-from job.common.resources import MARGIN_BYTES as RESERVED
 from job.model.architecture import Architecture
 from job.planning import forecast_time, run_shape, time_model
 from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
 from job.planning.forecast import estimates, forecast_gpu
 from job.planning.forecast_input import EVALUATIONS, ForwardWork, RunShape
-from job.planning.forecast_memory import scoring_bytes
 from job.planning.forecast_memory import scoring_bytes
 from job.planning.forecast_time import DOWNLOAD_RATE, START_SECONDS
 from job.planning.gpu_prices import GPUS, Gpu
@@ -154,52 +151,6 @@ def test_where_only_exports_fit() -> None:
     long = replace(EXPORT, workload=replace(WORK, longest=60_000, largest_step=60_000))
     plan, trained = (forecast_gpu(BY_NAME["L4"], one, REFERENCE) for one in (long, replace(long, trains=True)))
     assert (plan.fits, plan.note, trained.fits) == (True, "", False)
-
-
-EXPORT = replace(RUN, fused=True, merges=1, derived=("gguf:q8_0",), adapter_copies=1, trains=False)
-
-
-def test_a_run_that_only_exports_takes_the_time_of_its_exports() -> None:
-    """Start, making the formats, an evaluation of each; the data, and what training on it takes, make no difference."""
-    gpu = BY_NAME["H200"]
-    plan = forecast_gpu(gpu, EXPORT, REFERENCE)
-    scoring = time_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
-    evaluation = scoring / (time_model.SCORING_UTILISATION * gpu.flops) + SCORING_SECONDS
-    made = 3 * EXPORT.export_bytes / DOWNLOAD_RATE + forecast_time.llama_cpp_seconds(EXPORT, REFERENCE)
-    made += forecast_time.merging_seconds(REFERENCE) + forecast_time.converting_seconds("gguf:q8_0", REFERENCE)
-    assert plan.hours == pytest.approx((START_SECONDS + 2 * evaluation + made) / 3600, rel=1e-6)  # llama.cpp's is made
-    assert plan.usd == pytest.approx(plan.hours * gpu.usd_per_hour)
-    assert (plan.budget_recomputing, plan.budget_keeping, plan.keeps) == (0, 0, "")
-    for workload in (None, replace(WORK, tokens=100 * WORK.tokens, longest=60_000)):
-        assert forecast_gpu(gpu, replace(EXPORT, workload=workload), REFERENCE).hours == plan.hours
-    two = forecast_gpu(gpu, replace(EXPORT, processes=2), REFERENCE)
-    saved = (1 - 1 / (2 * SCORING_EFFICIENCY)) * 2 * (evaluation - SCORING_SECONDS)
-    assert two.hours == pytest.approx(plan.hours - saved / 3600, rel=1e-6)
-
-
-def test_a_run_that_only_exports_needs_memory_to_score() -> None:
-    """Of the base with the adapter, without gradients and moments; of the merged model in its place, without either."""
-    memory = memory_model.training_memory(REFERENCE, 0)
-    unused = memory.gradients + memory.optimizer
-    figures = {figure.name: figure.value for figure in estimates(replace(EXPORT, merges=0, derived=()))}
-    assert figures["peak in evaluation"] == scoring_bytes(EXPORT, REFERENCE) - unused
-    merged = scoring_bytes(EXPORT, replace(REFERENCE, quantization="none")) - unused - memory.adapter
-    figures = {figure.name: figure.value for figure in estimates(EXPORT)}
-    assert figures["peak in evaluation"] == merged
-    assert not figures.keys() & {"peak in training", "memory: optimizer", "training", "optimizer steps", "checkpoint"}
-    assert figures["disk"] == RESERVED + EXPORT.export_bytes
-    for more in (1, -1):
-        limit = round(merged * (1 + memory_model.MARGIN)) + CONTEXT_BYTES + 1_000 * more
-        assert forecast_gpu(replace(BY_NAME["L4"], memory_bytes=limit), EXPORT, REFERENCE).fits == (more > 0)
-
-
-def test_where_only_exports_fit() -> None:
-    """A row that could not be trained on is no obstacle; but that the job may refuse it is said."""
-    long = replace(EXPORT, workload=replace(WORK, longest=60_000, largest_step=60_000))
-    plan, trained = (forecast_gpu(BY_NAME["L4"], one, REFERENCE) for one in (long, replace(long, trains=True)))
-    assert (plan.fits, trained.fits) == (True, False)
-    assert "training on the longest row, of 60,000 tokens, would take" in plan.note
-    assert not forecast_gpu(BY_NAME["L4"], EXPORT, REFERENCE).note
 
 
 def test_the_unquantized_base_takes_time_where_it_fits() -> None:

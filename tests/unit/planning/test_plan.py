@@ -19,16 +19,14 @@ import pytest
 from safetensors.torch import load_file
 
 from job.cli.main import main
-from job.errors import AccessDenied, DataError, JobError, SettingsError, Unreachable
+from job.errors import AccessDenied, DataError, SettingsError, Unreachable
 from job.planning import plan as plan_module
 from job.planning.input_checks import check_run_inputs
 from job.planning.plan import Plan, PreflightResult, make_plan
-from job.planning.plan_text import as_json, as_table, plan_command
+from job.planning.plan_text import as_json, as_table
 from job.planning.run_shape import _placements
 from job.settings.load import Settings, load_settings
-from job.stages.exported_run import settings_of_run, take_over
 from tests.helpers import alpaca_rows, arc_rows, write_jsonl
-from tests.published_run import pairs, publish_run
 from tests.published_run import pairs, publish_run
 from tests.s3_server import BUCKET, SECRET, Request, credentials, moto_server, server
 from tests.toy_classifier import make_classifier
@@ -338,95 +336,6 @@ def test_what_is_wrong_with_the_run_to_export_is_a_check(
     text = capsys.readouterr().out
     assert f"JOB_EXPORT__RUN: {finished}/results.json: does not match the schema" in " ".join(text.split())
     assert text.endswith("No forecast: the run in JOB_EXPORT__RUN cannot be taken over.\n")
-
-
-@pytest.fixture
-def finished(given: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished run with the settings of `given`, in JOB_EXPORT__RUN; only where the new one is put is set as well."""
-    names = ("MODEL__ID", "DATA__SOURCE", "DATA__ON_BAD_ROW", "EVAL__DATA", "TRAIN__MAX_LENGTH")
-    words = [f"--{name.replace('__', '.').lower()}={os.environ[f'JOB_{name}']}" for name in names]
-    for name in (*names, "TRAIN__GLOBAL_BATCH_SIZE"):
-        monkeypatch.delenv(f"JOB_{name}")
-    run = publish_run(given / "runs" / "finished", {"arc_easy": pairs(12)}, settings=words)
-    monkeypatch.setenv("JOB_EXPORT__RUN", str(run))
-    monkeypatch.setenv("JOB_EXPORT__FORMATS", "merged,gguf:q8_0")
-    return run
-
-
-def export_planned(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[dict[str, Any], JobError | None]:
-    """The plan and its error, with the functions that a run reads JOB_EXPORT__RUN with."""
-    error = None
-    try:
-        plan_command(["--format=json", *words], settings_of_run=settings_of_run, take_over=take_over)
-    except JobError as caught:
-        error = caught
-    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert plan["exit_code"] == (error.exit_code if error else 0)
-    return plan, error
-
-
-def test_the_export_of_a_finished_run_is_planned(
-    finished: Path, given: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its settings are taken; nothing that was done is counted, and nothing is left behind."""
-    plan, error = export_planned(capsys)
-    whats = {check["name"]: check["what"] for check in plan["checks"]}
-    figures = {figure["name"]: figure for figure in plan["figures"]}
-    weights = json.loads((finished / "results.json").read_text())["artifacts"]
-    (sha256,) = (one["sha256"] for one in weights if one["path"] == "artifacts/adapter/adapter_model.safetensors")
-    assert error is None
-    assert whats["exported run"] == f"run finished with the adapter {sha256[:12]}"
-    assert whats["training"] == f"JOB_EXPORT__RUN: {finished} is taken over; nothing is trained"
-    assert states(plan) == {**dict.fromkeys(states(plan), "ok"), "licence": "note", "training": "note"}
-    assert {"questions", "evaluation, 3 times", "merging", "exported models"} <= figures.keys()
-    assert not figures.keys() & {"examples", "tokens", "training", "peak in training", "checkpoint"}
-    assert not any(word in line for line in plan["assumptions"] for word in ("checkpoint", "CUDA graphs"))
-    assert all(gpu["hours"] > 0 for gpu in plan["gpus"])
-    assert not (given / "runs" / "a-run").exists()
-    assert plan_command([], settings_of_run=settings_of_run, take_over=take_over) == 0
-    table = capsys.readouterr().out
-    assert "largest budget" not in table
-    assert "hours, which include the evaluation of each exported format" in table
-
-
-def test_what_is_wrong_with_the_run_to_export_is_a_check(
-    finished: Path, given: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its own line, and one error with all else: of settings that differ, of the run itself, of none and of a damaged."""
-
-    def problems(*words: str) -> set[str]:
-        plan, error = export_planned(capsys, f"--sign.key={given / 'no.pem'}", *words)
-        assert isinstance(error, SettingsError)
-        assert states(plan)["exported run"] == states(plan)["signature"] == "wrong"
-        assert "training" not in states(plan)
-        return {problem.where + ": " + problem.what.partition(";")[0] for problem in error.problems}
-
-    key = f"JOB_SIGN__KEY: {given / 'no.pem'} cannot be read: No such file or directory"
-    assert problems("--lora.rank=4", "--train.epochs=7") == {
-        *("JOB_LORA__RANK: is 4, but 16 in the run that is exported", key),
-        "JOB_TRAIN__EPOCHS: is 7, but 2 in the run that is exported",
-    }
-    assert problems("--run.id=finished") == {"JOB_EXPORT__RUN: is this run itself", key}
-    missing = f"JOB_EXPORT__RUN: {given}/no-run: is not a run: it does not exist, or is empty"
-    assert problems(f"--export.run={given}/no-run") == {missing, key}
-    (finished / "results.json").write_text("{}")
-    plan, error = export_planned(capsys)
-    assert isinstance(error, DataError)
-    assert str(error).startswith(f"JOB_EXPORT__RUN: {finished}/results.json: does not match the schema")
-    assert [check["name"] for check in plan["checks"] if check["state"] == "wrong"] == ["exported run"]
-    assert [figure["name"] for figure in plan["figures"]] == ["storage"]
-    assert not plan["gpus"]
-    with pytest.raises(DataError):
-        plan_command([], settings_of_run=settings_of_run, take_over=take_over)
-    assert capsys.readouterr().out.endswith("No forecast: the run in JOB_EXPORT__RUN cannot be taken over.\n")
-
-
-def test_the_export_of_a_run_whose_settings_are_not_read(finished: Path) -> None:
-    """A caller that cannot read them is told so, and gets no forecast in words for what may be another model."""
-    plan = make_plan(load_settings([]))
-    (check,) = [check for check in plan.checks if check.name == "exported run"]
-    assert check.state == "not checked"
-    assert as_table(plan).endswith("No forecast: the run in JOB_EXPORT__RUN was not checked.\n")
 
 
 def test_the_classifier_and_the_judge_are_planned(
