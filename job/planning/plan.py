@@ -72,7 +72,7 @@ def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None)
     parent = cache if cache is not None and os.access(cache, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-", dir=parent) as folder:
         preflight = check_run_inputs(settings, Path(folder), show, unread)
-    checks = [*preflight.checks, *_taken_over(settings, preflight)]
+    checks = [*preflight.checks, *_note_of_export(settings, preflight)]
     own = f"{settings.run.output.rstrip('/')}/{settings.run.id}"
     if unread is not None:
         title = f"export of {settings.export.run}, to {own}"
@@ -99,7 +99,7 @@ def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None)
     )
 
 
-def _taken_over(settings: Settings, preflight: Preflight) -> Iterator[PreflightResult]:
+def _note_of_export(settings: Settings, preflight: Preflight) -> Iterator[PreflightResult]:
     """The note on a run that exports a finished one."""
     if any(found.name == EXPORTED and found.state != "wrong" for found in preflight.checks):
         what = f"JOB_EXPORT__RUN: {settings.export.run} is taken over; nothing is trained"

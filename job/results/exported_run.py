@@ -207,12 +207,12 @@ def _copy(
             if entry["path"].endswith(".json") and _is_of_stage(entry["path"]):
                 records[entry["path"]] = _fetch(run, entry, folder).read_bytes()
             elif _is_of_stage(entry["path"]):
-                upload_in_turn(store, _fetch(run, entry, folder), entry["path"])
+                _copy_file(run, store, entry, folder)
         published = {path for record in records.values() for path in _artifacts_in(record)} | {FINDINGS}
         for entry in results["artifacts"]:
             check_stop()
             if entry["path"] in published:
-                upload_in_turn(store, _fetch(run, entry, folder), entry["path"])
+                _copy_file(run, store, entry, folder)
         _copy_first_stage(run, store, folder, check_stop)
         for path, record in [*records.items(), *_attempts(run)]:
             check_stop()
@@ -241,8 +241,7 @@ def _copy_first_stage(run: PublishedRun, store: ObjectStore, folder: Path, check
     entries = [asdict(replace(artifact, path=f"{FIRST_STAGE}{path}")) for path, artifact in hashed.items()]
     for entry in entries:
         check_stop()
-        upload_in_turn(store, _fetch(run, entry, folder), entry["path"])
-        (folder / entry["path"]).unlink()
+        _copy_file(run, store, entry, folder)
     # The others carry seals of their own, or are signatures.
     there, listed = [info.key for info in run.store.list(FIRST_STAGE)], {entry["path"] for entry in entries}
     for path in [path for path in there if is_key(path) and path not in listed and not is_leftover(_below(path))]:
@@ -298,6 +297,12 @@ def _fetch(run: PublishedRun, entry: Mapping[str, Any], folder: Path) -> Path:
     if not is_key(entry["path"]):
         raise DataError([Problem(run.store.uri, f"lists {entry['path'][:200]!r}, which is no path in a run")])
     return fetch_artifact(run.store, Artifact(**entry), folder)
+
+
+def _copy_file(run: PublishedRun, store: ObjectStore, entry: Mapping[str, Any], folder: Path) -> None:
+    copy = _fetch(run, entry, folder)
+    upload_in_turn(store, copy, entry["path"])
+    copy.unlink()  # the disk need not hold the run twice
 
 
 def _read_whole(run: PublishedRun, key: str, sha256: str | None = None) -> bytes:

@@ -91,7 +91,7 @@ def load_settings(
             where = setting_at("run.id", settings.sources["run.id"])
             what = "is that of the run in JOB_EXPORT__RUN; unset it, or give this run another one"
             raise SettingsError([Problem(where, what)])
-        request = replace(request, of_run=_taken_over(recorded, settings.export.formats), layers=[])
+        request = replace(request, of_run=_settings_of_run(recorded, settings.export.formats), layers=[])
         settings, invalid = _read(request, NAMES)
     problems = [*request.problems, *invalid.values()]
     if fault := find_machines(request.platform).fault:
@@ -107,7 +107,7 @@ def load_settings(
     return settings
 
 
-def _taken_over(recorded: RecordedSettings, formats: Sequence[str]) -> dict[str, object]:
+def _settings_of_run(recorded: RecordedSettings, formats: Sequence[str]) -> dict[str, object]:
     """The settings of the run in JOB_EXPORT__RUN that hold where no others are given, by dotted name.
 
     They are those that decide the result, and what the gate requires; not what is exported, nor how the job runs on its
@@ -115,8 +115,9 @@ def _taken_over(recorded: RecordedSettings, formats: Sequence[str]) -> dict[str,
     the same at every start, so that it resumes.
     """
     values, effects = recorded.values, find_markers(Settings, ResultEffect)
-    preset = str(values.get("preset"))
     defaults = {name: value for name, value, _ in describe(Settings())}
+    preset = str(values.get("preset"))
+    preset = preset if preset in PRESETS else str(defaults["preset"])  # that of another version of the job
     given = defaults | preset_values(preset)
     # With another model or data set than the preset's, the preset does not give what it says of them.
     belonging = {name: marker.subject for name, marker in find_markers(Settings, BelongsTo).items()}

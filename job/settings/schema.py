@@ -88,11 +88,11 @@ from job.settings.sources import (
     CommandLine,
     ConfigFile,
     Environment,
-    ExportedRun,
     Hyperparameters,
     PlatformDefaults,
     Preset,
     Request,
+    RunToExport,
     SageMakerChannels,
     SecretsFolder,
 )
@@ -719,7 +719,7 @@ class Settings(Options):
             Hyperparameters(settings_cls, request),
             ConfigFile(settings_cls, request),
             SageMakerChannels(settings_cls, request),
-            ExportedRun(settings_cls, request),
+            RunToExport(settings_cls, request),
             Preset(settings_cls, request),
             PlatformDefaults(settings_cls, request),
         )

@@ -314,7 +314,7 @@ class SageMakerChannels(Source):
         return read_channels(self.request.platform.inputs, channels, [*texts, *self.request.environ.values()])
 
 
-class ExportedRun(Source):
+class RunToExport(Source):
     """The settings of the run in JOB_EXPORT__RUN, an id made of its id and the formats, and a folder beside it."""
 
     def _read(self) -> Layer:

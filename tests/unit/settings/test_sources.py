@@ -92,6 +92,11 @@ class TestExportedRun:
         assert (settings.model.id, settings.model.dtype) == ("org/other", "fp32")
         assert settings.sources["model.dtype"] == "run runs/mine"
 
+    def test_a_preset_that_this_version_does_not_have(self) -> None:
+        """All that differs from what this version's default preset gives is the run's."""
+        settings = self.load({"preset": "gone", "model.id": "org/other", "data.source": "rows.jsonl"}, {})
+        assert (settings.model.id, settings.train.epochs) == ("org/other", 4)
+
     def test_machine_gate_and_exports(self) -> None:
         """How the other machine was set does not matter here; what the gate requires does, but not of which format."""
         recorded = {"train.gpu_memory_gb": 20, "gate.on": "fp8", "gate.min_delta": 0.01, "run.output": "s3://b/r"}
