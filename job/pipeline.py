@@ -374,14 +374,11 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
                 attempt.keep(name, json.dumps(asdict(record)))
     known, found = map(identity, (attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record))
     if changed := [name for name, value in known.items() if found.get(name) != value]:
-        what = (
-            "its content has changed since the first attempt of this run; restore it, or start a new run with another "
-        )
-        what += "JOB_RUN__ID"
-        if settings.export.run is not None:
-            what = (
-                "its content is not that of the run in JOB_EXPORT__RUN; restore it, or train again without this setting"
-            )
+        if settings.export.run is None:
+            what = "its content has changed since the first attempt of this run; restore it, or start a new run with "
+            what += "another JOB_RUN__ID"
+        else:
+            what = "its content is not that of the run in JOB_EXPORT__RUN; restore it, or train again without that"
         raise DataError([Problem(_SETTING_OF[name], what) for name in changed])
     return loaded
 

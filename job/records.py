@@ -899,6 +899,21 @@ class DerivedExport:
 
 
 @dataclass(frozen=True)
+class RecordedSettings:
+    """The settings of a finished run, as its manifest has them.
+
+    Attributes:
+        run_id: The run's id.
+        output: Path or URI of the folder that its folder lies in.
+        values: Value by dotted name.
+    """
+
+    run_id: str
+    output: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class ExportedRun:
     """Record of a run that exports a finished one: which one, and how many attempts are that run's."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from job.records import (
 )
 from job.results import manifest
 from job.results.inventory import collect
+from job.results.reader import open_run
 from job.runs import stage_records
 from job.runs.layout import ORIGINAL_SIDE, VALIDATIONS, answers_key, attempt_key
 from job.runs.lease import LeaseRecord
@@ -49,6 +51,7 @@ from job.settings.affects_result import affects_result
 from job.settings.load import describe, load_settings, redacted
 from job.storage.local import LocalStore
 from job.training.early_stopping import validation_record
+from job.verification.verify import require_verified, verify
 
 ROWS, STEPS = 8, 4
 SETTINGS = ("--train.global_batch_size=4", "--train.epochs=2", "--checkpoint.every_steps=2")
@@ -349,3 +352,11 @@ def _training(history: Sequence[StepMetrics]) -> TrainingRecord:
         micro_batch_tokens=64,
         substitutions=[],
     )
+
+
+def verified_manifest(run: Path) -> dict[str, Any]:
+    """The manifest of a run, which verifies."""
+    with tempfile.TemporaryDirectory() as work:
+        require_verified(verify(open_run(str(run)), Path(work)))
+    results: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    return results

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from job import log
 from job.cli.output import print_json, print_lines
 from job.errors import Problem, SettingsError
-from job.settings.layers import RecordedSettings
+from job.records import RecordedSettings
 from job.settings.load import Settings, describe, foreign_variables, json_schema, load_settings
 
 _WIDEST_VALUE = 60
@@ -40,8 +40,7 @@ def settings_of_run(settings: Settings) -> RecordedSettings:
     from job.results.exported_run import recorded_settings
     from job.storage.open import storage_options
 
-    storage = storage_options(settings.storage)
-    return RecordedSettings(*recorded_settings(str(settings.export.run), storage))
+    return recorded_settings(str(settings.export.run), storage_options(settings.storage))
 
 
 def note_foreign_variables() -> None:

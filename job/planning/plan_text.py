@@ -16,9 +16,9 @@ from job.errors import JobError, Problem, SettingsError
 from job.planning.forecast import Estimate, GpuForecast
 from job.planning.input_checks import EXPORTED, quick_storage
 from job.planning.plan import Plan, make_plan
-from job.planning.preflight_export import settings_of_run
 from job.planning.shown_rows import CLOSE, OPEN, as_lines
-from job.settings.layers import RecordedSettings
+from job.records import RecordedSettings
+from job.results.exported_run import recorded_settings
 from job.settings.load import Settings, load_settings, secrets
 
 _WIDTH = 118
@@ -55,7 +55,7 @@ def _load(argv: Sequence[str]) -> tuple[Settings, JobError | None]:
 
     def read(settings: Settings) -> RecordedSettings:
         try:
-            return settings_of_run(settings, quick_storage(settings))
+            return recorded_settings(str(settings.export.run), quick_storage(settings))
         except JobError as error:
             unread.append(error)
             raise

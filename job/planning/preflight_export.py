@@ -5,22 +5,12 @@ from __future__ import annotations
 from job.errors import JobError
 from job.planning.preflight import Found
 from job.results.adapter_facts import WEIGHTS
-from job.results.exported_run import recorded_settings, take_over
+from job.results.exported_run import take_over
 from job.results.reader import open_run, read_published
 from job.settings.affects_result import decisive_settings, default_settings
-from job.settings.layers import RecordedSettings
 from job.settings.load import Settings, plain_values
 from job.settings.training_stages import folder_of
 from job.storage.open import StorageOptions
-
-
-def settings_of_run(settings: Settings, storage: StorageOptions) -> RecordedSettings:
-    """The settings of the run in JOB_EXPORT__RUN, for `load_settings`.
-
-    Raises:
-        JobError: It cannot be read.
-    """
-    return RecordedSettings(*recorded_settings(str(settings.export.run), storage))
 
 
 def check_exported_run(settings: Settings, storage: StorageOptions, unread: JobError | None) -> Found[None]:
@@ -29,7 +19,7 @@ def check_exported_run(settings: Settings, storage: StorageOptions, unread: JobE
     Args:
         settings: The run's settings; if `unread` is None, including those that it has from the finished run.
         storage: How to reach the stores.
-        unread: The error of `settings_of_run`, which is raised again; None if it read the finished run's settings.
+        unread: Why the finished run's settings could not be read, to be raised again; None if they were read.
 
     Raises:
         SettingsError: There is no finished run, or settings differ from those of that run.

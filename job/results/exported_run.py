@@ -24,7 +24,7 @@ from job.checkpoints.commit_marker import parse_marker
 from job.common.hashing import sealed, unsealed
 from job.common.validation import adapter_of
 from job.errors import DataError, Problem, SettingsError, VerificationError, environment_name
-from job.records import Artifact, ExportedRun, Pulled
+from job.records import Artifact, ExportedRun, Pulled, RecordedSettings
 from job.results.inventory import is_leftover, is_marker
 from job.results.reader import PublishedRun, open_run, read_published
 from job.runs import stage_records
@@ -56,8 +56,8 @@ _EXPORT = "export."
 _NOT_COPIED = {stage_key(Stage.EXPORT), stage_key(UPLOADED), stage_key(EXPORTED_RUN)}
 
 
-def recorded_settings(run: str, storage: StorageOptions) -> tuple[str, str, dict[str, Any]]:
-    """(id, folder that its folder lies in, value by dotted name of every setting) of the run in JOB_EXPORT__RUN.
+def recorded_settings(run: str, storage: StorageOptions) -> RecordedSettings:
+    """The settings of the run in JOB_EXPORT__RUN.
 
     Args:
         run: Path or URI of it.
@@ -69,7 +69,7 @@ def recorded_settings(run: str, storage: StorageOptions) -> tuple[str, str, dict
     """
     published = _read_run(run, storage)
     values = {name: entry["value"] for name, entry in published.results["settings"].items()}
-    return published.id, published.store.uri.rpartition("/")[0], values
+    return RecordedSettings(published.id, published.store.uri.rpartition("/")[0], values)
 
 
 def take_over(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from job.errors import Problem
 
@@ -15,21 +13,6 @@ class GivenValue:
 
     value: object
     source: str
-
-
-@dataclass(frozen=True)
-class RecordedSettings:
-    """The settings of a finished run, as its manifest has them.
-
-    Attributes:
-        run_id: The run's id.
-        output: Path or URI of the folder that its folder lies in.
-        values: Value by dotted name.
-    """
-
-    run_id: str
-    output: str
-    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

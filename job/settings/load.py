@@ -20,9 +20,9 @@ from pydantic import ValidationError
 from job.distributed.ranks import Place, find_faults, find_machines, find_place, known_rank
 from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
+from job.records import RecordedSettings
 from job.settings.combinations import impossible_values, undeliverable
 from job.settings.field_types import LONGEST_RUN_ID, explain, new_run_id
-from job.settings.layers import RecordedSettings
 from job.settings.markers import BelongsTo, ResultEffect, find_markers
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Settings

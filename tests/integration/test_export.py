@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -25,13 +24,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from job.results.reader import open_run
 from job.runs.layout import WEIGHTS, answers_key, export_side, facts_of
-from job.verification.verify import require_verified, verify
+from job.verification.verify import verify
 from tests import warm
 from tests.chaos.small import settings
 from tests.forked import Forks
 from tests.helpers import arc_rows, make_base, read_jsonl, write_jsonl
 from tests.hub_server import TOKEN, Hub, hub_server
 from tests.published_run import forge, rewrite
+from tests.published_run import verified_manifest as manifest
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -63,14 +63,6 @@ def whole(environment: dict[str, str]) -> Path:
         r"^adapter:bf16: arc_easy [\d.]+ % \([+-][\d.]+ against the adapter\); published$", done.stdout, re.MULTILINE
     )
     return Path(environment["JOB_RUN__OUTPUT"]) / "whole"
-
-
-def manifest(run: Path) -> dict[str, Any]:
-    """The manifest of a run, which verifies."""
-    with tempfile.TemporaryDirectory() as work:
-        require_verified(verify(open_run(str(run)), Path(work)))
-    found: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    return found
 
 
 @pytest.mark.parametrize("format_", ["merged", "fp8"])

@@ -8,22 +8,19 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from job.common.hashing import sealed
-from job.results.reader import open_run
 from job.runs.layout import ADAPTER, facts_of
-from job.verification.verify import require_verified, verify
 from tests import warm
 from tests.chaos.small import settings
 from tests.forked import Forks
 from tests.helpers import make_base, write_jsonl
+from tests.published_run import verified_manifest as manifest
 
 FORMATS = "adapter:bf16,merged,fp8"
 
@@ -62,14 +59,6 @@ def at_once(environment: dict[str, str]) -> Path:
     done = warm.run([], {**environment, "JOB_RUN__ID": "at-once", "JOB_EXPORT__FORMATS": FORMATS})
     assert done.returncode == 0, done.stderr[-3000:]
     return Path(environment["JOB_RUN__OUTPUT"]) / "at-once"
-
-
-def manifest(run: Path) -> dict[str, Any]:
-    """The manifest of a run, which verifies."""
-    with tempfile.TemporaryDirectory() as work:
-        require_verified(verify(open_run(str(run)), Path(work)))
-    results: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    return results
 
 
 def export(machine: dict[str, str], run: Path, output: Path, **changes: str) -> subprocess.CompletedProcess[str]:

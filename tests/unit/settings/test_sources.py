@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from job.errors import SettingsError
-from job.settings.layers import RecordedSettings
+from job.records import RecordedSettings
 from job.settings.load import Settings, load_reading, load_settings, preset_values
 from job.settings.schema import NAMES
 from job.settings.sources import _ELSEWHERE
