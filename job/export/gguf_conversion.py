@@ -47,7 +47,7 @@ def import_converter() -> Any:
     """
     found = find_spec("auto_round")
     if found is None or not found.submodule_search_locations:
-        raise Refused("the package auto-round is not installed; install qlora-job[export]")
+        raise Refused("the package auto-round is not installed; run pip install '.[export]' in the repository")
     place = Path(found.submodule_search_locations[0], "export", "export_to_gguf")
     _add_new_names(place / "conversion")
     if str(place) not in sys.path:

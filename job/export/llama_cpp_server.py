@@ -35,7 +35,9 @@ def _llama_cpp() -> Any:
     try:
         return import_module("xllamacpp")
     except ImportError as error:
-        raise Refused(f"the package xllamacpp is missing ({error}); install qlora-job[export]") from error
+        raise Refused(
+            f"the package xllamacpp is missing ({error}); run pip install '.[export]' in the repository"
+        ) from error
 
 
 class Served:

@@ -161,7 +161,7 @@ def _import_oras() -> None:
     try:
         import oras.provider  # noqa: F401
     except ImportError as error:
-        what = "needs the package oras: pip install 'qlora-job[export]'; it is in the image"
+        what = "needs the package oras, which the image has: run pip install '.[export]' in the repository"
         raise SettingsError([Problem(SETTING, what)]) from error
 
 

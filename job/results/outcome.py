@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,11 +133,20 @@ class SubsetOutcome:
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """The comparison of a task with choices; `without_overlap` only if training rows contain some of its questions."""
+    """The comparison of a task with choices.
+
+    Attributes:
+        comparison: By accuracy.
+        improved: Questions that only the adapter answered right.
+        regressed: Questions that only the base answered right.
+        overlap: Number of questions that training rows contain.
+        without_overlap: The comparison on the other questions; None if there are fewer than two, or no overlap.
+    """
 
     comparison: MetricComparison
     improved: int
     regressed: int
+    overlap: int
     without_overlap: SubsetOutcome | None
 
 
@@ -274,6 +283,7 @@ def read_outcome(results: Mapping[str, Any], folder: str) -> RunOutcome:
         published = any(path == key or (key.endswith("/") and path.startswith(key)) for path in paths)
         return f"{folder}/{key}".rstrip("/") if published else None
 
+    overlap = (results["dataset"].get("audit") or {}).get("overlap", {})
     groups, exported = evaluation.get("groups", {}), results["run"].get("exported_run")
     return RunOutcome(
         model=results["model"]["id"],
@@ -281,7 +291,7 @@ def read_outcome(results: Mapping[str, Any], folder: str) -> RunOutcome:
         training=_read_training(results["training"], results["dataset"]),
         groups=tuple(_read_groups(groups)),
         grouped_tasks=frozenset(task for group in groups.values() for task in group["tasks"]),
-        tasks=tuple(_read_task(name, task) for name, task in evaluation["tasks"].items()),
+        tasks=tuple(_read_task(name, task, overlap.get(name, ())) for name, task in evaluation["tasks"].items()),
         measured=tuple(_read_measured(evaluation.get("measured", {}))),
         originals=tuple(_read_original(name, scored) for name, scored in original_tasks(results).items()),
         original_not_scored=(evaluation.get("full_precision") or {}).get("not_scored"),
@@ -369,13 +379,14 @@ def _read_groups(groups: Mapping[str, Any]) -> Iterator[GroupOutcome]:
             )
 
 
-def _read_task(name: str, task: Mapping[str, Any]) -> TaskOutcome:
+def _read_task(name: str, task: Mapping[str, Any], overlap: Sequence[int]) -> TaskOutcome:
     accuracies = {side: task[side]["acc"] for side in ("base", "adapter")}
     rest = task.get("without_overlap")
     return TaskOutcome(
         comparison=_comparison(name, "acc", {**task, **accuracies, "p": task["mcnemar_p"]}),
         improved=task["improved"],
         regressed=task["regressed"],
+        overlap=len(overlap),
         without_overlap=SubsetOutcome(rest["n"], rest["delta"], rest["verdict"]) if rest else None,
     )
 

@@ -105,15 +105,18 @@ def _task_lines(task: TaskOutcome, against: str) -> list[str]:
         100 * x for x in (comparison.base, comparison.adapter, comparison.delta, *comparison.ci95)
     )
     interval = f"{delta:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
-    counts = f"{task.improved} questions better and {task.regressed} worse"
+    counts = f"{count(task.improved, 'question')} better and {task.regressed:,} worse"
     lines = [
         f"{comparison.name}, {comparison.questions:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})",
         f"verdict{against}: {comparison.verdict}, {counts}, McNemar p = {comparison.p:.2g}",
     ]
     if rest := task.without_overlap:
         figures = f"{100 * rest.delta:+.2f} points on the other {rest.questions:,}, {rest.verdict}{against}"
-        contained = comparison.questions - rest.questions
-        lines.append(f"training rows contain {contained:,} of these questions: {figures}")
+        lines.append(f"training rows contain {task.overlap:,} of these questions: {figures}")
+    elif task.overlap:
+        which = "all" if task.overlap == comparison.questions else "all but one"
+        what = "the accuracies say little about other questions"
+        lines.append(f"training rows contain {which} of these questions: {what}")
     return lines
 
 

@@ -117,7 +117,7 @@ def as_lines(result: ServeCheck) -> list[str]:
         )
     lines.append(f"first token        after {result.first_token * 1000:.0f} ms (median){rate}, one request at a time")
     lines += [f"  {o.task} {o.id}: recorded choice {o.recorded}, served {o.served}" for o in result.different[:20]]
-    lines.append("holds" if result.holds else "differs")
+    lines.append("holds" if result.holds else "differs" if result.compared else "not compared")
     return lines
 
 

@@ -115,7 +115,7 @@ def _is_gguf(name: str) -> bool:
     return name.partition(":")[0] == "gguf"
 
 
-_EXTRA = "pip install 'qlora-job[export]'"
+_EXTRA = "pip install '.[export]' in the repository"
 SERVERS: Mapping[str, Server] = {
     "vllm": Server(
         "echo",

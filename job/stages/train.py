@@ -64,6 +64,8 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     if substituted is not None and processes.leads:
         log.get_logger().warning("substituted", what=substituted)
     recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
+    if processes.leads:
+        _note_warmup(recipe)
     examples, validation, reference = sources.examples, sources.validation, list[Artifact]()
     if METHODS[settings.train.last_method].reference:
         shared = open_store(settings.run.output, storage_options(settings.storage))
@@ -162,6 +164,17 @@ def _train(
             publisher.finish(attempt.stop.waiting_seconds())
             raise _stopped(attempt, restored, recipe.total_steps)
     return trained
+
+
+def _note_warmup(recipe: Recipe) -> None:
+    """Warns of a run of so few steps that its learning rate never reaches the peak that was set."""
+    if 0 < recipe.total_steps <= recipe.warmup_steps and recipe.learning_rate > 0:
+        log.get_logger().warning(
+            "the learning rate never reaches its peak: the warmup takes all optimizer steps",
+            warmup_steps=recipe.warmup_steps,
+            total_steps=recipe.total_steps,
+            change="JOB_TRAIN__WARMUP_RATIO=0.1; or more JOB_TRAIN__EPOCHS, or a smaller JOB_TRAIN__GLOBAL_BATCH_SIZE",
+        )
 
 
 def _publish_adapter(

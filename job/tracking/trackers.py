@@ -51,7 +51,7 @@ class Tracking:
         for name, project in self._projects.items():
             spec = find_spec(name)
             if spec is None or spec.origin is None:  # a folder of this name is no package
-                fix = f"pip install 'qlora-job[{name}]', or set JOB_LOG__TRACKERS=off"
+                fix = f"run pip install '.[{name}]' in the repository, or set JOB_LOG__TRACKERS=off"
                 _warn(name, "the run is not tracked: the tracker's package is not installed", fix=fix)
                 continue
             try:

@@ -254,7 +254,7 @@ def test_what_is_missing_is_named_before_anything_is_started(monkeypatch: pytest
     merged, gguf = Model("merged", Path("/runs/m")), Model("gguf:q8_0", Path("/runs/g"))
     with pytest.raises(SettingsError, match=r"no server for merged .*fastapi, openai and uvicorn: pip install"):
         pick(merged)
-    with pytest.raises(SettingsError, match=r"without fastapi, openai, uvicorn; .*pip install 'qlora-job\[export\]'"):
+    with pytest.raises(SettingsError, match=r"without fastapi, openai, uvicorn; .*pip install '.\[export\]'"):
         started("transformers", merged).__enter__()
     with pytest.raises(SettingsError, match=r"no server for gguf:q8_0 .*xllamacpp: pip install"):
         pick(gguf)

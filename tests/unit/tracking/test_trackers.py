@@ -231,7 +231,7 @@ def test_a_package_that_is_missing_is_a_warning(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(trackers, "find_spec", lambda name, found=missing: found)
         (warning,) = track(dict(os.environ))
         assert warning["event"].startswith("the run is not tracked")
-        assert "pip install 'qlora-job[wandb]'" in warning["fix"]
+        assert "pip install '.[wandb]'" in warning["fix"]
 
 
 def test_a_process_that_cannot_be_started_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
