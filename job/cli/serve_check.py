@@ -92,7 +92,8 @@ def _served(parsed: Arguments, results: Mapping[str, Any]) -> tuple[str, str]:
         return shipped, shipped
     if shipped not in exports:
         known = ", ".join(["adapter", *exports])
-        raise SettingsError([Problem("--served", f"is not in this run, which has {known}")])
+        what = f"is not in this run, which has {known}; `qlora-job export` makes a run that has other formats"
+        raise SettingsError([Problem("--served", what)])
     return shipped, export_side(shipped, exports[shipped])
 
 
