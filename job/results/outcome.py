@@ -78,11 +78,13 @@ class ValidationOutcome:
 
 @dataclass(frozen=True)
 class FirstStageOutcome:
-    """The training of the first of two stages."""
+    """The training of the first of two stages; `seconds` and `usd` of its whole run, which those of this run lack."""
 
     method: str
     steps: int
     loss: float
+    seconds: float
+    usd: float | None
 
 
 @dataclass(frozen=True)
@@ -344,9 +346,13 @@ def _read_training(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> T
         loss=training["loss"],
         speed=training["tokens_per_second"] or 0,
         validation=_read_validation(validation),
-        first_stage=FirstStageOutcome(first["method"], first["steps"], first["loss"]) if first else None,
+        first_stage=_read_first_stage(first) if first else None,
         preference=preference,
     )
+
+
+def _read_first_stage(first: Mapping[str, Any]) -> FirstStageOutcome:
+    return FirstStageOutcome(first["method"], first["steps"], first["loss"], first["run_seconds"], first["usd"])
 
 
 def _read_validation(validation: Mapping[str, Any] | None) -> ValidationOutcome | None:

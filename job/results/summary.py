@@ -78,7 +78,9 @@ def _training_lines(training: TrainingOutcome) -> list[str]:
         ended = "; stopped early" if validation.stopped_early else ""
         lines.append(f"validation loss {losses}, {best}; {which} is published{ended}")
     if first := training.first_stage:
-        lines.append(f"before that {count(first.steps, 'step')} of {first.method}, loss {first.loss:.3f}")
+        took = duration(first.seconds) + ("" if first.usd is None else f", ${first.usd:.2f}")
+        trained = f"before that {count(first.steps, 'step')} of {first.method}, loss {first.loss:.3f}"
+        lines.append(f"{trained}; this took {took}, in addition to the time below".replace("\N{NO-BREAK SPACE}", " "))
     if preference := training.preference:
         figures = ", ".join(f"{name} {value:.3f}" for name, value in preference.rewards.items())
         lines.append(f"{preference.method}, beta {preference.beta:g}; rewards in the last epoch: {figures}")

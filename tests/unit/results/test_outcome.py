@@ -44,7 +44,7 @@ def manifest() -> dict[str, Any]:
         "method": "dpo",
         "beta": 0.1,
         "preference": {"rewards/margins": 0.5},
-        "first_stage": {"method": "sft", "steps": 9, "loss": 1.75},
+        "first_stage": {"method": "sft", "steps": 9, "loss": 1.75, "run_seconds": 90.0, "usd": 0.5},
     }
     return results
 
@@ -54,7 +54,7 @@ def test_each_part_has_its_words(manifest: dict[str, Any]) -> None:
     lines = outcome_lines(read_outcome(manifest, "/x"))
     assert lines[1:5] == [
         "validation loss 2.000 -> 1.500, lowest 1.250 after step 4; its adapter is published; stopped early",
-        "before that 9 steps of sft, loss 1.750",
+        "before that 9 steps of sft, loss 1.750; this took 1 min 30 s, $0.50, in addition to the time below",
         "dpo, beta 0.1; rewards in the last epoch: margins 0.500",
         (
             "exams, 2 tasks, 1,200 questions, all questions weighing the same: acc 0.5 -> 0.625 (+0.125, 95 % interval "
