@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -570,6 +570,12 @@ def test_a_field_that_is_added_does_not_name_the_run() -> None:
     assert stage_records.fingerprint(SETTINGS, later) == stage_records.fingerprint(SETTINGS, PULLED)
     other = replace(later, dataset=replace(DATASET, sha256="4" * 64))
     assert stage_records.fingerprint(SETTINGS, other) != stage_records.fingerprint(SETTINGS, PULLED)
+
+
+def test_every_input_that_names_the_run_has_a_setting() -> None:
+    """An error about one that differs names it; a field that is added to the record needs one, too."""
+    whole: dict[str, Any] = {one.name: "x" for one in fields(Pulled)}
+    assert stage_records.identity(Pulled(**whole)).keys() == stage_records._SETTING_OF.keys()
 
 
 class StandsStill(WrappedStore):
