@@ -82,7 +82,10 @@ def run(settings: Settings, context: ProcessContext, delivery: Delivery | None =
 def _run_training_stage(
     settings: Settings, context: ProcessContext, delivery: Delivery | None, later: Sequence[Settings] = ()
 ) -> dict[str, Any]:
-    """One run from start to end; `later` are the settings of the training stages that follow."""
+    """One run from start to end: all stages of `job/stages`, each of which gets what those before it returned.
+
+    `later` are the settings of the training stages that follow.
+    """
     processes = context.processes
     done = hand_over_if_complete(settings, delivery, processes, context.check_stop)
     if done is not None:
@@ -92,6 +95,7 @@ def _run_training_stage(
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, later)
         loaded = _load(attempt, settings, sources)
+        # Meanwhile a thread uploads the quantized base to its cache, where there is one.
         with publishing(sources.cache_entry if processes.leads else None, context.stop, context.report_progress):
             base = _evaluate_base(attempt, settings, sources, loaded)
             trained = _train(attempt, settings, sources, loaded)
