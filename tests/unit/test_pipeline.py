@@ -25,8 +25,11 @@ from tests.attempts import Second
 
 
 def test_the_others_wait_until_the_run_is_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To push a large model takes minutes: if they ended before, the launcher would kill process 0 meanwhile."""
-    asked: list[str] = []
+    """To push a large model takes minutes: if they ended before, the launcher would kill process 0 meanwhile.
+
+    Trackers and the webhook get the results before.
+    """
+    asked: list[Any] = []
 
     class Waiting(Second):
         def share(self, what: str, value: Callable[[], Any]) -> Any:
@@ -43,7 +46,7 @@ def test_the_others_wait_until_the_run_is_handed_over(tmp_path: Path, monkeypatc
     monkeypatch.setattr(pipeline, "hand_over", lambda *_, **__: pytest.fail("not the first process"))
     settings = load_settings([], {"JOB_PRESET": "demo", "JOB_RUN__OUTPUT": str(tmp_path)})
     pipeline.run(settings, ProcessContext(Stop(), lambda: None, IdleLimit(5), processes=Waiting({})))
-    assert asked[-1] == "handed over"
+    assert asked[-2:] == [{"gate": {"passed": None}}, "handed over"]
 
 
 @pytest.mark.parametrize("was", [None, ScoringPrecision("bf16", "bf16", "")])
