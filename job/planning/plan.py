@@ -62,6 +62,12 @@ class Plan:
         return combine(wrong) if wrong else None
 
 
+def place_of_run(settings: Settings) -> str:
+    """Where the run will be, in words: an id that was generated for this command is not the one that it will have."""
+    output = settings.run.output.rstrip("/")
+    return f"a new run in {output}" if settings.sources.get("run.id") == "generated" else f"{output}/{settings.run.id}"
+
+
 def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None) -> Plan:
     """Makes all checks, then forecasts from what they read, or from known sizes of public models and data.
 
@@ -73,7 +79,7 @@ def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None)
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-", dir=parent) as folder:
         preflight = check_run_inputs(settings, Path(folder), show, unread)
     checks = [*preflight.checks, *_note_of_export(settings, preflight)]
-    own = f"{settings.run.output.rstrip('/')}/{settings.run.id}"
+    own = place_of_run(settings)
     if unread is not None:
         title = f"export of {settings.export.run}, to {own}"
         return Plan(title, tuple(checks), tuple(_measured(preflight)), (), None, (), trains=False)
