@@ -219,7 +219,7 @@ def finish(
         advice = "correct the rows, or set JOB_DATA__ON_FINDING to skip or record for these kinds"
         raise DataError(problems, len(refused), advice)
     dropped = {finding.row for finding in findings if actions[finding.kind] == "skip"}
-    rows = len(audit.of_examples and set(audit.of_examples))
+    rows = len(set(audit.of_examples))
     if dropped and len(dropped) == rows:
         message = "has no row without a finding that JOB_DATA__ON_FINDING leaves out"
         raise DataError([Problem(name, message)])

@@ -100,25 +100,6 @@ _PROBES = (
 """Texts on which tokenizers differ: how they cut words, numbers, white space, and bytes that no token has."""
 
 
-@dataclass(frozen=True)
-class Converted:
-    """The properties of a GGUF file.
-
-    Attributes:
-        family: llama.cpp's name of the architecture.
-        pre_tokenizer: llama.cpp's name of how words are split.
-        types: By type the numbers held in it.
-        bits_per_weight: On average, scales included.
-        differing: Texts that llama.cpp tokenizes otherwise than the tokenizer does.
-    """
-
-    family: str
-    pre_tokenizer: str
-    types: Mapping[str, int]
-    bits_per_weight: float
-    differing: tuple[str, ...]
-
-
 def check_gguf(source: Path, check_stop: Callable[..., None]) -> str:
     """Why llama.cpp does not run a model, in words; nothing if it does. Asked before training.
 

@@ -196,13 +196,12 @@ def computed_otherwise(family: str, hparams: Mapping[str, Any]) -> str | None:
 def _file_type(name: str) -> Any:
     import gguf
 
-    prefix = "ALL" if name == "f32" else "MOSTLY"
-    return gguf.LlamaFileType[f"{prefix}_{name.upper()}"]
+    return gguf.LlamaFileType[f"MOSTLY_{name.upper()}"]
 
 
 def _type_selector(hparams: Mapping[str, Any], file_type: str, arch: Any) -> Any:
     """What gives each tensor its type; None where all get the same."""
-    if file_type in {"f32", "f16", "bf16", "q8_0"}:
+    if file_type in {"f16", "bf16", "q8_0"}:
         return None
     # takes ten seconds of processor time
     selector = import_module("auto_round.export.export_to_gguf.gguf_dtype").GGUFDTypeSelector
