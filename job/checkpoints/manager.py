@@ -62,7 +62,7 @@ def publish(
 
 def steps(store: ObjectStore) -> list[int]:
     """Steps of the checkpoints that have a marker, newest first."""
-    return [step for step, names in _names(store).items() if COMMITTED in names]
+    return [step for step, names in _files_by_step(store).items() if COMMITTED in names]
 
 
 def prune(
@@ -79,10 +79,15 @@ def prune(
         fresh: Steps committed so recently that a copy of the folder (SageMaker's in S3) may not have them yet. They
             are kept and not counted, so that an older checkpoint stays until they are copied.
     """
-    found = _names(store)
-    fit = [step for step, names in found.items() if COMMITTED in names and (step <= verified or step in own_steps)]
-    kept = {*[step for step in fit if step not in fresh][: max(keep, 1)], *(step for step in fit if step in fresh)}
-    for step, names in found.items():
+    files_by_step = _files_by_step(store)
+    usable = [
+        step for step, names in files_by_step.items() if COMMITTED in names and (step <= verified or step in own_steps)
+    ]
+    kept = {
+        *[step for step in usable if step not in fresh][: max(keep, 1)],
+        *(step for step in usable if step in fresh),
+    }
+    for step, names in files_by_step.items():
         # Without a single one that is fit, the rest is evidence.
         if kept and step not in kept:
             _delete(store, step, names)
@@ -178,9 +183,9 @@ def restore(
             skipped.append(Skipped(step, str(error)))
             get_logger().warning("checkpoint is incomplete or damaged, trying an older one", step=step, why=str(error))
             continue
-        before = marker.software
-        if changed := sorted(k for k in software if before.get(k) != software[k]):
-            versions = [f"{k} {before.get(k, 'unknown')} before, {software[k]} now" for k in changed]
+        written_with = marker.software
+        if changed := sorted(k for k in software if written_with.get(k) != software[k]):
+            versions = [f"{k} {written_with.get(k, 'unknown')} before, {software[k]} now" for k in changed]
             message = "checkpoint was written with other software versions: the last bits of the result may change"
             get_logger().warning(message, changed=versions)
         if marker.world_size != world_size:
@@ -199,7 +204,7 @@ class UnusableCheckpoint(Exception):
     """Why a checkpoint cannot be used."""
 
 
-def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str | None, keep: int) -> list[Skipped]:
+def delete_all_but_intact(store: ObjectStore, folder: Path, *, epoch: int, run: str | None, keep: int) -> list[Skipped]:
     """Leaves the newest `keep` intact checkpoints: the manifest covers every file of the run.
 
     Restoring looks at the newest ones alone, and at none once training is done. Those that this attempt wrote are not
@@ -220,7 +225,7 @@ def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str 
         JobError: Any error of the store except that an object does not exist; or the disk is too small.
     """
     damaged, valid = [], 0
-    for step, names in _names(store).items():
+    for step, names in _files_by_step(store).items():
         if COMMITTED not in names:
             continue
         try:
@@ -320,11 +325,11 @@ def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
     What the listing lacks is left to the download: only its 404 is a confirmed absence.
     """
     prefix = marker.folder
-    there = {info.key.removeprefix(prefix): info.bytes for info in store.list(prefix)}
+    sizes = {info.key.removeprefix(prefix): info.bytes for info in store.list(prefix)}
     total = 0
     for name, file in marker.files.items():
-        size = there.get(name, 0)
-        if name in there and size != file.bytes:
+        size = sizes.get(name, 0)
+        if name in sizes and size != file.bytes:
             raise UnusableCheckpoint(f"{name} has {size} bytes, the marker says {file.bytes}")
         total += size
     if total + SPARE_BYTES > free:
@@ -334,10 +339,10 @@ def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
         )
 
 
-def _names(store: ObjectStore) -> dict[int, list[str]]:
+def _files_by_step(store: ObjectStore) -> dict[int, list[str]]:
     """Names of the objects in every step's folder, newest step first."""
-    found: dict[int, list[str]] = {}
+    files_by_step: dict[int, list[str]] = {}
     for info in store.list(CHECKPOINTS):
         if is_key(info.key) and (part := checkpoint_part(info.key)):
-            found.setdefault(part[0], []).append(part[1])
-    return dict(sorted(found.items(), reverse=True))
+            files_by_step.setdefault(part[0], []).append(part[1])
+    return dict(sorted(files_by_step.items(), reverse=True))

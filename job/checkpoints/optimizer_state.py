@@ -85,10 +85,10 @@ def check_fit(
         known = [(spec.block, spec.state[leaf]) for spec in specs if leaf in spec.state]
         if not known or index >= len(shapes):
             raise ValueError(f"the optimizer's tensor {name} belongs to no known optimizer")
-        right = {_shape(kind, block, shape) for block, kind in known if str(tensor.dtype) in kind.dtypes}
-        if tuple(tensor.shape) not in right:
-            expected = " or ".join(map(str, sorted(right))) or "of a known dtype"
-            raise ValueError(f"the optimizer's tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not {expected}")
+        expected_shapes = {_shape(kind, block, shape) for block, kind in known if str(tensor.dtype) in kind.dtypes}
+        if tuple(tensor.shape) not in expected_shapes:
+            listed = " or ".join(map(str, sorted(expected_shapes))) or "of a known dtype"
+            raise ValueError(f"the optimizer's tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not {listed}")
 
 
 def _shape(tensor: StateTensor, block: int, parameter: tuple[int, ...]) -> tuple[int, ...]:

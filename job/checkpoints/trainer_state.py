@@ -180,8 +180,10 @@ def read_validations(folder: Path) -> tuple[list[ValidationMetrics], dict[str, A
 
     if not (folder / VALIDATIONS).exists():
         raise ValueError(f"the checkpoint in {folder} has no validations")
-    found = [ValidationMetrics(**json.loads(line)) for line in (folder / VALIDATIONS).read_text("utf-8").splitlines()]
-    return found, load_file(folder / BEST) if (folder / BEST).exists() else None
+    validations = [
+        ValidationMetrics(**json.loads(line)) for line in (folder / VALIDATIONS).read_text("utf-8").splitlines()
+    ]
+    return validations, load_file(folder / BEST) if (folder / BEST).exists() else None
 
 
 def validate_trainer_state(folder: Path, step: int) -> None:
@@ -244,8 +246,8 @@ def _check_budget(metrics: Sequence[StepMetrics] | Sequence[ValidationMetrics], 
     Raises:
         ValueError: It is missing, or cannot be.
     """
-    found = metrics[-1].measured.get("micro_batch_tokens", 0) if metrics else None
-    if found is not None and not 1 <= found < math.inf:
+    token_budget = metrics[-1].measured.get("micro_batch_tokens", 0) if metrics else None
+    if token_budget is not None and not 1 <= token_budget < math.inf:
         raise ValueError(f"{name} has no micro_batch_tokens of at least 1 in its last line")
 
 
@@ -256,11 +258,11 @@ def _check_validations(folder: Path, step: int) -> None:
         ValueError: What is wrong.
     """
     if (folder / VALIDATIONS).exists():
-        found = _parse_as(list[ValidationMetrics], folder / VALIDATIONS)
-        steps = [metrics.step for metrics in found]
+        validations = _parse_as(list[ValidationMetrics], folder / VALIDATIONS)
+        steps = [metrics.step for metrics in validations]
         if not steps or steps != sorted(set(steps)) or not 0 <= steps[0] <= steps[-1] <= step:
             raise ValueError(f"the steps of its validations do not rise, or go beyond {step}")
-        _check_budget(found, VALIDATIONS)
+        _check_budget(validations, VALIDATIONS)
     if (folder / BEST).exists() and _shapes(folder / BEST) != _shapes(folder / ADAPTER):
         raise ValueError(f"{BEST} and {ADAPTER} have different tensors")
 
@@ -286,8 +288,8 @@ def _shapes(path: Path) -> dict[str, tuple[Any, ...]]:
 
     names = _tensor_names(path)
     with safe_open(path, framework="pt") as tensors:
-        found = {name: tensors.get_slice(name) for name in names}
-        return {name: (*part.get_shape(), part.get_dtype()) for name, part in found.items()}
+        slices = {name: tensors.get_slice(name) for name in names}
+        return {name: (*part.get_shape(), part.get_dtype()) for name, part in slices.items()}
 
 
 def _parse_as(kind: type[T], path: Path) -> T:

@@ -134,7 +134,7 @@ def _train(
                 verified=restored.step,
                 on_committed=partial(_committed, attempt),
             ),
-            patience=attempt.stop.waiting_seconds,
+            seconds_left=attempt.stop.waiting_seconds,
         ) as publisher,
     ):
         watch = Stopwatch()

@@ -110,7 +110,7 @@ def test_what_is_published_holds_whole_checkpoints(two: LocalStore, tmp_path: Pa
     two.write("checkpoints/step-00000050/COMMITTED.json", marker.data)
     reading: list[str] = []
     watched = WrappedStore(two, before=lambda verb, key: reading.append(key) if verb == "download" else None)
-    gone = manager.close_checkpoints(watched, tmp_path / "copies", epoch=2, run="a", keep=9)
+    gone = manager.delete_all_but_intact(watched, tmp_path / "copies", epoch=2, run="a", keep=9)
     assert [(skipped.step, skipped.why) for skipped in gone] == [
         (50, "the marker is of step 20"),
         (10, "progress.json has another SHA-256 than the marker"),
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_another_run_is_not_published(store: LocalStore, tmp_pat
     """One whose marker names another run is deleted too, and one that names none, as earlier versions wrote, stays."""
     for step, run in ((10, "a"), (20, "b"), (30, None)):
         publish(store, written(tmp_path, step), step=step, epoch=1, world_size=1, software=SOFTWARE, run=run)
-    gone = manager.close_checkpoints(store, tmp_path / "copies", epoch=2, run="a", keep=9)
+    gone = manager.delete_all_but_intact(store, tmp_path / "copies", epoch=2, run="a", keep=9)
     assert [one.step for one in gone] == [20]
     assert steps(store) == [30, 10]
 
@@ -136,7 +136,8 @@ def test_what_is_published_holds_no_more_checkpoints_than_are_kept(two: LocalSto
     """Older ones are deleted before, as an attempt that stood still while it deleted them would do it later."""
     commit(two, tmp_path, 30)
     two.write("checkpoints/step-00000030/0001/progress.json", b"{}")
-    assert [one.step for one in manager.close_checkpoints(two, tmp_path / "copies", epoch=2, run="a", keep=1)] == [30]
+    gone = manager.delete_all_but_intact(two, tmp_path / "copies", epoch=2, run="a", keep=1)
+    assert [one.step for one in gone] == [30]
     assert steps(two) == [20]
 
 
