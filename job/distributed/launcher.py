@@ -36,7 +36,7 @@ _ANSWER_SECONDS = 5.0
 _CONNECT_SECONDS = 12.0
 """How long it may take to connect to the store, for requests that are not repeated. Torch looks up the names of both
 ends' addresses, and by default the system waits 5 s until it asks a name server again whose answer was lost."""
-_ASK_SECONDS, _REACH_SECONDS = 1.0, 10.0
+_QUESTION_PAUSE_SECONDS, _RECONNECT_SECONDS = 1.0, 10.0
 """Time between two questions to the store whether a process of another machine has ended, and between two attempts to
 connect to it for that."""
 _GONE_SECONDS = 60.0
@@ -144,24 +144,24 @@ def launch(
     )
     check_signals(signals)
     context = _start(command, place, run, environ)
-    with contextlib.closing(_Ends(machine, place, hosted, run)) as ends:
+    with contextlib.closing(_OtherMachines(machine, place, hosted, run)) as others:
         try:
-            ended = _watch(context, signals, grace_seconds, ends)
+            outcome = _watch(context, signals, grace_seconds, others)
         finally:
             context.close(signal.SIGKILL, timeout=5)
-        codes = {place.rank + local: code for local, code in ended.codes.items()}
-        late = {place.rank + local for local in ended.late}
+        codes = {place.rank + local: code for local, code in outcome.codes.items()}
+        late = {place.rank + local for local in outcome.late}
         # Processes that hang, though nobody asked them to stop, are no preemption, whose retry is free without limit.
-        only_late = Preempted if ended.stopped or ends.first is not None else Killed
-        code = _combined(codes, late, only_late.exit_code)
+        only_late = Preempted if outcome.stopped or others.first is not None else Killed
+        code = _one_exit_code(codes, late, only_late.exit_code)
         if machine.nodes > 1:
             # Without a signal there is no time by which the platform kills this machine.
-            patience = 1.0 if ended.stopped else 2 * _CONNECT_SECONDS
-            code = ends.of_all(code, max(0.0, ended.deadline - time.monotonic()), patience)
+            answer_seconds = 1.0 if outcome.stopped else 2 * _CONNECT_SECONDS
+            code = others.agree_on_code(code, max(0.0, outcome.deadline - time.monotonic()), answer_seconds)
     if code == Killed.exit_code:
-        killed = {rank: _how_it_ended(code) for rank, code in _unknown(codes, late).items()}
+        killed = {rank: _how_it_ended(code) for rank, code in _killed_or_unknown(codes, late).items()}
         if not killed and only_late is Killed:
-            why = "machine 0 of this run cannot be reached any more" if ended.lost else "another process had ended"
+            why = "machine 0 of this run cannot be reached any more" if outcome.lost else "another process had ended"
             killed = dict.fromkeys(sorted(late), f"did not end, although {why}, and was killed")
         if killed:
             raise Killed("; ".join(f"process {rank} {how}" for rank, how in killed.items()))
@@ -217,7 +217,7 @@ def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str,
         ).result()
 
 
-class _Ends:
+class _OtherMachines:
     """Exchanges with the other machines, through the common store, how the processes of each have ended.
 
     All requests are made one after the other in a thread: a store that is silent answers none for seconds, in which
@@ -244,7 +244,7 @@ class _Ends:
         This machine's processes end by themselves then, unless they hang or are stopped. Returns at once, by the last
         answer of the store.
         """
-        pause = _REACH_SECONDS if self._store is None else _ASK_SECONDS
+        pause = _RECONNECT_SECONDS if self._store is None else _QUESTION_PAUSE_SECONDS
         idle = self._question is None or self._question.done()
         if self._question is not None and idle:
             self._question.result()  # raises what is a bug
@@ -266,20 +266,20 @@ class _Ends:
         rank = self._place.rank + local
         self._requests.submit(self._ask, lambda store: publish_end(store, rank, code, why), None, 0.0)
 
-    def of_all(self, own_code: int, seconds: float, patience: float) -> int:
+    def agree_on_code(self, own_code: int, seconds: float, answer_seconds: float) -> int:
         """The exit code of all machines, after at most `seconds`; `own_code` if the store cannot be reached.
 
         Args:
             own_code: That of this machine.
             seconds: How long the other machines may take to end.
-            patience: How much longer the store may take to answer.
+            answer_seconds: How much longer the store may take to answer.
 
         Raises:
             JobError: Another machine ended with a more serious exit code, which this error has.
         """
-        otherwise = End(own_code)
+        fallback = End(own_code)
         if self.first is not None and own_code and gravest((own_code, self.first.code)) != own_code:
-            otherwise = self.first
+            fallback = self.first
         seconds = min(SETTLE_SECONDS, seconds)
         agreed = self._requests.submit(
             self._ask,
@@ -291,13 +291,13 @@ class _Ends:
                 processes=self._place.world_size,
                 seconds=seconds,
             ),
-            otherwise,
+            fallback,
             seconds,
         )
         try:
-            end = agreed.result(timeout=seconds + patience)
+            end = agreed.result(timeout=seconds + answer_seconds)
         except TimeoutError:  # it, or a request before it, waits for a store that is silent
-            end = otherwise
+            end = fallback
         if end.code not in {0, own_code}:
             raise error_of_process(end.code, end.where, end.why)
         return end.code
@@ -311,22 +311,22 @@ class _Ends:
             self._store = reach_keyspace(self._place, self._run, seconds)
         return self._store
 
-    def _ask(self, request: Callable[[Any], T], otherwise: T, seconds: float) -> T:
-        """The result of `request` on the store; `otherwise` if the store cannot be reached, or could not be before.
+    def _ask(self, request: Callable[[Any], T], fallback: T, seconds: float) -> T:
+        """The result of `request` on the store; `fallback` if the store cannot be reached, or could not be before.
 
         Args:
             request: What is asked.
-            otherwise: See above.
+            fallback: See above.
             seconds: How long the request itself may wait for other machines.
         """
         if self._unreachable:
-            return otherwise
+            return fallback
         try:
             return _bounded(_CONNECT_SECONDS + seconds, lambda: request(self._reach(_CONNECT_SECONDS)))
         except (OSError, RuntimeError) as error:
             self._unreachable = True
             log.get_logger().debug("the other machines cannot be reached", why=repr(error))
-            return otherwise
+            return fallback
 
 
 def _bounded(seconds: float, call: Callable[[], T]) -> T:
@@ -340,7 +340,7 @@ def _bounded(seconds: float, call: Callable[[], T]) -> T:
 
 
 @dataclass(frozen=True)
-class _Ended:
+class _Outcome:
     """How this machine's processes have ended.
 
     Attributes:
@@ -359,7 +359,7 @@ class _Ended:
     lost: bool
 
 
-def _watch(context: Any, signals: list[int], grace_seconds: float, ends: _Ends) -> _Ended:
+def _watch(context: Any, signals: list[int], grace_seconds: float, others: _OtherMachines) -> _Outcome:
     """Waits until all processes have ended, and publishes each failure as soon as it is seen."""
     forwarded, deadline, published, stopped, lost = 0, float("inf"), set[int](), False, False
     while True:
@@ -370,17 +370,17 @@ def _watch(context: Any, signals: list[int], grace_seconds: float, ends: _Ends) 
         late = {local for local, code in ended.items() if -code in signals}
         for local in sorted(local for local, code in ended.items() if code and local not in published):
             published.add(local)
-            ends.publish(local, _combined({local: ended[local]}, late), _how_it_ended(ended[local]))
+            others.publish(local, _one_exit_code({local: ended[local]}, late), _how_it_ended(ended[local]))
         if deadline == float("inf"):
             stopped = bool(signals)
         if ended or signals:
             deadline = min(deadline, time.monotonic() + grace_seconds)
-        elif ends.ended_elsewhere():
-            lost = lost or ends.first is None
+        elif others.ended_elsewhere():
+            lost = lost or others.first is None
             # this machine's processes notice it somewhat later than the launcher
             deadline = min(deadline, time.monotonic() + grace_seconds + _ANSWER_SECONDS)
         if not running:
-            return _Ended(ended, late, deadline, stopped, lost)
+            return _Outcome(ended, late, deadline, stopped, lost)
         for number in signals[forwarded:]:
             forwarded += 1
             for local in running:
@@ -389,7 +389,7 @@ def _watch(context: Any, signals: list[int], grace_seconds: float, ends: _Ends) 
         if time.monotonic() > deadline:
             context.close(signal.SIGKILL, timeout=5)
             killed = dict.fromkeys(running, -signal.SIGKILL)
-            return _Ended({**ended, **killed}, late | running, deadline, stopped, lost)
+            return _Outcome({**ended, **killed}, late | running, deadline, stopped, lost)
         time.sleep(_POLL_SECONDS)
 
 
@@ -406,13 +406,13 @@ def _how_it_ended(code: int) -> str:
     return f"was killed by {name}{why}"
 
 
-def _unknown(codes: Mapping[int, int], late: set[int]) -> dict[int, int]:
+def _killed_or_unknown(codes: Mapping[int, int], late: set[int]) -> dict[int, int]:
     """The processes, by rank, that were killed, or that ended with a code that is not in the table."""
     table = exit_codes()
     return {rank: code for rank, code in codes.items() if code and code not in table and rank not in late}
 
 
-def _combined(codes: Mapping[int, int], late: set[int], only_late: int = Preempted.exit_code) -> int:
+def _one_exit_code(codes: Mapping[int, int], late: set[int], only_late: int = Preempted.exit_code) -> int:
     """One exit code for the processes of this machine; a process that was killed counts as `Killed`.
 
     Args:
@@ -423,7 +423,9 @@ def _combined(codes: Mapping[int, int], late: set[int], only_late: int = Preempt
     if codes.get(0) == 0 or not any(codes.values()):
         return 0
     table = exit_codes()
-    causes = [code for code in codes.values() if code in table] + [Killed.exit_code for _ in _unknown(codes, late)]
+    causes = [code for code in codes.values() if code in table] + [
+        Killed.exit_code for _ in _killed_or_unknown(codes, late)
+    ]
     return gravest(causes) if causes else only_late
 
 

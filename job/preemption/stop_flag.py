@@ -40,7 +40,7 @@ SAME_REQUEST_SECONDS = 1.0
 processes of a group or a service, and by the parent as well: from timeout, systemd, scancel, or a terminal that is
 closed."""
 
-Plan = Literal["finish_step", "save_now", "too_late"]
+StopPlan = Literal["finish_step", "save_now", "too_late"]
 
 SPARE_SHARE = 0.25
 SPARE_SECONDS = 2.0
@@ -49,7 +49,7 @@ LAST_SECONDS = 0.5
 """So long before the kill a process that has not ended ends itself."""
 _LONGEST_WAIT = 3600.0
 """Seconds; `poll` takes no more than 24 days."""
-_LEFT = b"\0"
+_NO_MORE_SIGNALS = b"\0"
 """No signal's number."""
 
 
@@ -133,7 +133,7 @@ class Stopwatch:
         return Timings(**{name: max(kept, default=0.0) for name, kept in self._kept.items()})
 
 
-def decide(timings: Timings, remaining: float, step_left: float = 1.0) -> Plan:
+def decide(timings: Timings, remaining: float, step_left: float = 1.0) -> StopPlan:
     """What still fits before the deadline, with a margin of `SPARE_SHARE` and `SPARE_SECONDS`.
 
     Args:
@@ -193,7 +193,7 @@ def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], 
             os._exit(Preempted.exit_code)
 
     numbers = signals_to_handle()
-    with nullcontext() if grace_seconds is None else _ended_in_time(grace_seconds, numbers, report):
+    with nullcontext() if grace_seconds is None else _exiting_before_kill(grace_seconds, numbers, report):
         before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield stop
@@ -203,7 +203,7 @@ def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], 
 
 
 @contextmanager
-def _ended_in_time(grace: float, numbers: Collection[int], report: Callable[[str], int]) -> Iterator[None]:
+def _exiting_before_kill(grace: float, numbers: Collection[int], report: Callable[[str], int]) -> Iterator[None]:
     """Within it a thread ends the process before the kill that follows one of these signals.
 
     Python calls a handler between two instructions of the main thread, so not while that waits in a library's code.
@@ -211,15 +211,15 @@ def _ended_in_time(grace: float, numbers: Collection[int], report: Callable[[str
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    outside = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    run, arguments = copy_context().run, (_end_in_time, reading, grace, numbers, report)
+    previous_descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    run, arguments = copy_context().run, (_exit_before_kill, reading, grace, numbers, report)
     # Not started by the handler, where that may deadlock. With the context, whose fields are on the lines of the log.
     Thread(target=run, args=arguments, name="grace", daemon=True).start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(outside)
-        os.write(writing, _LEFT)
+        signal.set_wakeup_fd(previous_descriptor)
+        os.write(writing, _NO_MORE_SIGNALS)
         os.close(writing)
 
 
@@ -227,7 +227,7 @@ def _ended_in_time(grace: float, numbers: Collection[int], report: Callable[[str
 os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
-def _end_in_time(reading: int, grace: float, numbers: Collection[int], report: Callable[[str], int]) -> None:
+def _exit_before_kill(reading: int, grace: float, numbers: Collection[int], report: Callable[[str], int]) -> None:
     margin = min(LAST_SECONDS, grace / 2)
     poll = select.poll()
     poll.register(reading, select.POLLIN)
@@ -235,7 +235,7 @@ def _end_in_time(reading: int, grace: float, numbers: Collection[int], report: C
     while (left := end - time.monotonic()) > 0:
         if not poll.poll(1000 * min(left, _LONGEST_WAIT)):
             continue
-        if (received := os.read(reading, 1)) == _LEFT:
+        if (received := os.read(reading, 1)) == _NO_MORE_SIGNALS:
             os.close(reading)
             return
         now = time.monotonic()

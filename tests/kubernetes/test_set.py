@@ -35,7 +35,7 @@ process_group.REASON_SECONDS, launcher.SETTLE_SECONDS = 0.5, float(sys.argv[4])
 
 def train(place):
     with stop_on_signals({GRACE}) as stop, rendezvous.join(
-        place, "r", stop=stop, report_progress=lambda: None, patience=60, grace_seconds={GRACE}
+        place, "r", stop=stop, report_progress=lambda: None, timeout_seconds=60, grace_seconds={GRACE}
     ) as processes:
         (folder / f"trains{{place.rank}}").touch()
         while True:

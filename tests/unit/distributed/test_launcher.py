@@ -125,14 +125,14 @@ def test_an_exit_code_survives(run: Run, code: int) -> None:
 )
 def test_the_gravest_end_counts(codes: dict[int, int], late: set[int], expected: int) -> None:
     """What no retry can mend outweighs what counts, and that what is free; process 0 alone decides on success."""
-    assert launcher._combined(codes, late) == expected
+    assert launcher._one_exit_code(codes, late) == expected
 
 
 @given(st.dictionaries(st.integers(0, 7), st.sampled_from([0, -9, -15, 99, *exit_codes()]), min_size=1), st.data())
 def test_an_end_is_a_success_only_if_it_was_one(codes: dict[int, int], data: Any) -> None:
     """0 means that process 0 was successful, or, where it is on another machine, that all here were."""
     late = data.draw(st.sets(st.sampled_from(sorted(codes))))
-    assert (launcher._combined(codes, late) == 0) == (codes.get(0) == 0 or not any(codes.values()))
+    assert (launcher._one_exit_code(codes, late) == 0) == (codes.get(0) == 0 or not any(codes.values()))
 
 
 def test_a_killed_process_is_told_of(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,8 +233,10 @@ def test_a_process_that_is_stopped_holds_no_machine_up(
     stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It cannot notice that the process of the other machine has failed: its launcher does, and kills it."""
-    monkeypatch.setattr(launcher, "_REACH_SECONDS", 0.2)
-    monkeypatch.setattr(launcher, "_ASK_SECONDS", 0.1)  # the store ends with machine 0, three seconds after its process
+    monkeypatch.setattr(launcher, "_RECONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(
+        launcher, "_QUESTION_PAUSE_SECONDS", 0.1
+    )  # the store ends with machine 0, three seconds after its process
     monkeypatch.setattr(launcher, "_ANSWER_SECONDS", 1.0)
     stops = str(tmp_path / "stops")
     codes = [f"while not os.path.exists({stops!r}): time.sleep(0.01)\ntime.sleep(1); sys.exit(74)"] * 2
@@ -254,12 +256,12 @@ def test_a_store_that_is_silent_for_a_moment_ends_no_run(monkeypatch: pytest.Mon
         if (answer := next(answers)) is not None:
             raise answer
 
-    for name, value in {"_ASK_SECONDS": 0.0, "_REACH_SECONDS": 0.0}.items():
+    for name, value in {"_QUESTION_PAUSE_SECONDS": 0.0, "_RECONNECT_SECONDS": 0.0}.items():
         monkeypatch.setattr(launcher, name, value)
     monkeypatch.setattr(launcher, "reach_keyspace", lambda *_: object())
     monkeypatch.setattr(launcher, "read_first_failure", read)
     place = Place(rank=1, world_size=2, local_world_size=1, host="localhost", port=1, hosted=True)
-    ends = launcher._Ends(launcher.Machine(1, nodes=2, node_rank=1), place, None, "r")
+    ends = launcher._OtherMachines(launcher.Machine(1, nodes=2, node_rank=1), place, None, "r")
     monkeypatch.setattr(ends, "_requests", Now())
     assert [ends.ended_elsewhere() for _ in range(4)] == [False] * 4
     now[0] += launcher._GONE_SECONDS
@@ -280,7 +282,7 @@ class Now:
 
 def test_a_hang_after_the_loss_of_the_store_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Machine 0 was lost before it could say why, and this machine hangs: no preemption, whose retry is free."""
-    short = {"_ASK_SECONDS": 0.0, "_REACH_SECONDS": 0.0, "_GONE_SECONDS": 0.2, "_ANSWER_SECONDS": 0.5}
+    short = {"_QUESTION_PAUSE_SECONDS": 0.0, "_RECONNECT_SECONDS": 0.0, "_GONE_SECONDS": 0.2, "_ANSWER_SECONDS": 0.5}
     for name, value in short.items():
         monkeypatch.setattr(launcher, name, value)
     stores = [host_store(0, "r")]
@@ -319,8 +321,8 @@ def test_a_silent_store_delays_no_signal(
 
     store, slow = host_store(0, "r"), {"_ANSWER_SECONDS": 60.0, "_CONNECT_SECONDS": 60.0}
     for name, value in {
-        "_ASK_SECONDS": 0.0,
-        "_REACH_SECONDS": 0.0,
+        "_QUESTION_PAUSE_SECONDS": 0.0,
+        "_RECONNECT_SECONDS": 0.0,
         "SETTLE_SECONDS": 0.1,
         silent: wait,
         **slow,
@@ -340,15 +342,15 @@ ready(), time.sleep(100)
 def test_a_store_that_is_frozen_holds_no_launcher_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's client waits for its answer without a limit; signals are handed on meanwhile, and the end comes."""
     released = threading.Event()
-    for name, value in {"_REACH_SECONDS": 0.0, "_ANSWER_SECONDS": 0.05, "_CONNECT_SECONDS": 0.05}.items():
+    for name, value in {"_RECONNECT_SECONDS": 0.0, "_ANSWER_SECONDS": 0.05, "_CONNECT_SECONDS": 0.05}.items():
         monkeypatch.setattr(launcher, name, value)
     monkeypatch.setattr(launcher, "reach_keyspace", lambda *_: released.wait(600))
     place = Place(rank=1, world_size=2, local_world_size=1, host="localhost", port=1, hosted=True)
-    ends = launcher._Ends(launcher.Machine(1, nodes=2, node_rank=1), place, None, "r")
+    ends = launcher._OtherMachines(launcher.Machine(1, nodes=2, node_rank=1), place, None, "r")
     try:
         assert not ends.ended_elsewhere()
         ends.publish(0, 74, "it stalled")
-        assert ends.of_all(74, 0.05, 0.1) == 74
+        assert ends.agree_on_code(74, 0.05, 0.1) == 74
         ends.close()
         wait_for(lambda: not any(one.name.startswith("ends of the machines") for one in threading.enumerate()))
     finally:
