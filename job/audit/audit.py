@@ -288,7 +288,7 @@ def _checks(setup: AuditSetup, findings: Sequence[Finding]) -> dict[str, CheckRe
 
 
 def _needs(kind: str) -> str | None:
-    from job.audit.kinds import DETECTORS
+    from job.audit.detectors import DETECTORS
 
     return DETECTORS[kind].needs
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
-from job.audit.kinds import DETECTORS
+from job.audit.detectors import DETECTORS
 from job.audit.overlap import OverlapHits, Questions
 from job.audit.statistics import language_checker, language_finder
 from job.common.findings import Action

@@ -45,7 +45,7 @@ from job.evaluation.task_names import (
 )
 from job.log import get_logger
 from job.records import GroupSpec, Metric
-from job.storage.hub import hub_errors
+from job.storage.hub_errors import hub_errors
 
 FEWSHOT_SEED = 1234
 """Seed with which the few-shot examples of a prompt are drawn; lm-eval's default."""

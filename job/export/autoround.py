@@ -28,9 +28,9 @@ from job.common.helper_process import start_helper
 from job.common.out_of_memory import ran_out
 from job.errors import Killed
 from job.export.autoround_process import Task
-from job.export.checkpoint import read_header, read_tensor, write_weights
+from job.export.exported_model import ExportedModel, ScoringOptions, load_quantized
 from job.export.quantizable import CannotMake, quantizable, why_not
-from job.export.scoring import ExportedModel, ScoringOptions, load_quantized
+from job.export.tensor_files import read_header, read_tensor, write_weights
 from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json, weight_files
 from job.records import QuantizationRecord
 

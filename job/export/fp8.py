@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.export.checkpoint import parameter_names, read_header, read_tensor, write_weights
 from job.export.quantizable import kept_linear, quantizable, why_not
+from job.export.tensor_files import parameter_names, read_header, read_tensor, write_weights
 from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json, weight_files
 from job.records import QuantizationRecord
 

@@ -34,8 +34,8 @@ from job.common.hashing import code_hashes
 from job.common.helper_process import HelperProcess, start_helper
 from job.common.out_of_memory import ran_out
 from job.errors import TrainingFailed
+from job.export.exported_model import ExportedModel, ScoringOptions
 from job.export.quantizable import CannotMake
-from job.export.scoring import ExportedModel, ScoringOptions
 from job.model.tokenizer import load_tokenizer
 from job.records import ChoiceScore, GgufRecord, QuantizationRecord, Question
 

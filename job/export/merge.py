@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from job.errors import TrainingFailed
-from job.export.checkpoint import read_tensor, write_weights
 from job.export.merge_plan import ADAPTER, ORIGINAL, MergedTensor, MergePlan, adapted_or_quantized
+from job.export.tensor_files import read_tensor, write_weights
 from job.export.whole_parameters import WholeParameter, trained_whole, with_vocabulary
 from job.model.base import is_quantized
 from job.model.device import short_name

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from job.errors import Problem, SettingsError
-from job.export.checkpoint import parameter_names, read_header
+from job.export.tensor_files import parameter_names, read_header
 from job.export.whole_parameters import WholeParameter, grown_vocabulary, trained_whole, why_not_grown
 from job.model.base import dtype_by_name, is_quantized
 from job.model.experts import expert_tensors, packed

@@ -21,7 +21,8 @@ from typing import Any, Literal
 from job import log
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 from job.push.files import PushContent, PushFile
-from job.storage.hub import PREVIEW_SECONDS, hub_errors, import_client, is_reachable
+from job.storage.hub import PREVIEW_SECONDS, import_client, is_reachable
+from job.storage.hub_errors import causes, hub_errors
 
 SETTING = "JOB_EXPORT__HUB"
 MAIN = "main"
@@ -285,11 +286,11 @@ def _push_errors(repo: str) -> Iterator[None]:
             warnings.simplefilter("ignore")  # about metadata that a card might have: lines of text in a log of JSON
             yield
     except Exception as error:
-        causes = list(_causes(error))
-        kinds = {type(cause).__name__ for cause in causes}
+        chain = list(causes(error))
+        kinds = {type(cause).__name__ for cause in chain}
         if "LocalTokenNotFoundError" in kinds:
             raise AccessDenied(f"{SETTING}: there is no token; set HF_TOKEN to one that may write to {repo}") from error
-        if (answer := next((c.response for c in causes if hasattr(c, "response")), None)) is not None:
+        if (answer := next((c.response for c in chain if hasattr(c, "response")), None)) is not None:
             raise _translated(answer, repo) from error
         if "JSONDecodeError" in kinds:  # a page of a proxy, or of a hub that is down
             raise Unreachable(
@@ -308,9 +309,3 @@ def _translated(answer: Any, repo: str) -> JobError:
         return Unreachable(f"{SETTING}: {repo}: the hub answered with HTTP {status}")
     said = answer.headers.get("X-Error-Message") or ""
     return SettingsError([Problem(SETTING, f"{repo}: the hub refuses (HTTP {status}) {said[:200]}".rstrip())])
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

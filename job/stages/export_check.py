@@ -18,11 +18,11 @@ from job.common.export_formats import (
 from job.common.formatting import size
 from job.common.resources import available_bytes, check_disk, required_bytes
 from job.errors import Problem, SettingsError, Unreachable
-from job.export.checkpoint import SHARD
+from job.export.exported_model import gpu_bytes
 from job.export.merge_plan import Candidates, candidates
 from job.export.model_checks import file_problems, format_problems
 from job.export.quantizable import quantizable
-from job.export.scoring import gpu_bytes
+from job.export.tensor_files import SHARD
 from job.model.files import build_empty, read_config
 from job.runs.attempt import Attempt
 from job.settings.schema import Export

@@ -4,7 +4,7 @@ The account and its credentials come from Azure's own variables, which obstore r
 and one of AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, AKS's workload identity (AZURE_CLIENT_ID,
 AZURE_TENANT_ID, AZURE_FEDERATED_TOKEN_FILE, which AKS sets), a service principal's AZURE_CLIENT_SECRET, or the
 machine's identity. Another server or cloud: AZURE_STORAGE_ENDPOINT, and AZURE_AUTHORITY_HOST for where tokens come
-from. obstore reads no AZURE_STORAGE_CONNECTION_STRING: the command line takes it apart (`azure_account.py`).
+from. obstore reads no AZURE_STORAGE_CONNECTION_STRING: the command line takes it apart (`azure_connection_string.py`).
 """
 
 from __future__ import annotations

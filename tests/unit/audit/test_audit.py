@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import structlog.testing
 
-from job.audit import kinds
+from job.audit import detectors
 from job.audit.audit import Audit, Finding, parse_findings
-from job.audit.kinds import DETECTORS
+from job.audit.detectors import DETECTORS
 from job.audit.overlap import MOST_ROWS, Questions, index_questions
 from job.audit.rows import AuditSetup, RowAudit, from_bytes, set_up
 from job.common.findings import KINDS
@@ -144,7 +144,7 @@ def test_a_finding_that_is_an_error_names_places_only(tmp_path: Path) -> None:
 
 def test_a_library_that_is_missing_is_no_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kind is reported as not checked, and which package to install."""
-    monkeypatch.setattr(kinds, "find_spec", lambda name: None if name == "stdnum" else find_spec(name))
+    monkeypatch.setattr(detectors, "find_spec", lambda name: None if name == "stdnum" else find_spec(name))
     checks = audit_of(read(tmp_path, [plain(1), plain(2)])).checks
     assert checks["iban"].rows is None
     assert "python-stdnum is not installed" in checks["iban"].not_checked
