@@ -10,7 +10,6 @@ not quantized are those of the merged model, bit for bit; in `gptq` and `awq`, w
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,8 +29,8 @@ from job.errors import Killed
 from job.export.autoround_process import Task
 from job.export.exported_model import ExportedModel, ScoringOptions, load_quantized
 from job.export.quantizable import CannotMake, quantizable, why_not
-from job.export.tensor_files import read_header, read_tensor, write_weights
-from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json, weight_files
+from job.export.tensor_files import copy_other_files, read_headers, read_tensor, write_config, write_weights
+from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json
 from job.records import QuantizationRecord
 
 if TYPE_CHECKING:
@@ -184,12 +183,7 @@ def _write(layout: Layout, inputs: DerivedInputs, quantized_folder: Path, empty:
         CannotMake: A tensor does not fit into fp16.
     """
     source = inputs.merged
-    merged = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
-    quantized_tensors = {
-        name: (file, shape, dtype)
-        for file in weight_files(quantized_folder)
-        for name, shape, dtype in read_header(file)
-    }
+    merged, quantized_tensors = read_headers(source), read_headers(quantized_folder)
     layers = {
         name.removesuffix(f".{layout.packed}") for name in quantized_tensors if name.endswith(f".{layout.packed}")
     }
@@ -219,10 +213,8 @@ def _write(layout: Layout, inputs: DerivedInputs, quantized_folder: Path, empty:
     )
     config["quantization_config"] = read_json(quantized_folder / "config.json", MAX_CONFIG_BYTES)["quantization_config"]
     config["dtype"] = str(main).removeprefix("torch.")
-    (inputs.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in sorted(source.iterdir()):
-        if path.name != "config.json" and not path.name.startswith("model."):
-            shutil.copyfile(path, inputs.folder / path.name)
+    write_config(inputs.folder, config)
+    copy_other_files(source, inputs.folder)
     linear = [name for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)]
     return len(layers), [name for name in linear if name not in layers]
 

@@ -13,15 +13,21 @@ one file of the result and one tensor in fp32.
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from job.export.quantizable import kept_linear, quantizable, why_not
-from job.export.tensor_files import parameter_names, read_header, read_tensor, write_weights
-from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json, weight_files
+from job.export.tensor_files import (
+    copy_other_files,
+    parameter_names,
+    read_headers,
+    read_tensor,
+    write_config,
+    write_weights,
+)
+from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json
 from job.records import QuantizationRecord
 
 if TYPE_CHECKING:
@@ -52,7 +58,7 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
     source = inputs.merged
     empty = build_empty(source, read_config(source))
     chosen, kept_layers = set(quantizable(empty)), kept_linear(empty)
-    tensors = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
+    tensors = read_headers(source)
     modules = {name: parameter.removesuffix(".weight") for name, parameter in parameter_names(tensors, empty).items()}
     quantized = {name for name, module in modules.items() if module in chosen and name.endswith(".weight")}
     scheme = preset_name_to_scheme(SCHEME, ["Linear"])
@@ -89,10 +95,8 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
     )
     config = read_json(source / "config.json", MAX_CONFIG_BYTES)
     config["quantization_config"] = json.loads(quantization.model_dump_json())
-    (inputs.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in sorted(source.iterdir()):
-        if path.name != "config.json" and not path.name.startswith("model."):
-            shutil.copyfile(path, inputs.folder / path.name)
+    write_config(inputs.folder, config)
+    copy_other_files(source, inputs.folder)
     return QuantizationRecord(
         method=METHOD,
         scheme=SCHEME,

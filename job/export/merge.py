@@ -19,7 +19,6 @@ unchanged base, and merges as such.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 
 from job.errors import TrainingFailed
 from job.export.merge_plan import ADAPTER, ORIGINAL, MergedTensor, MergePlan, adapted_or_quantized
-from job.export.tensor_files import read_tensor, write_weights
+from job.export.tensor_files import read_tensor, write_config, write_weights
 from job.export.whole_parameters import WholeParameter, trained_whole, with_vocabulary
 from job.model.base import is_quantized
 from job.model.device import short_name
@@ -81,8 +80,7 @@ def write_merged(
     of_base = read_json(plan.source / "config.json", MAX_CONFIG_BYTES)
     if plan.vocabulary is not None:
         of_base = with_vocabulary(of_base, read_config(plan.source), plan.vocabulary)
-    config = _config(of_base, plan.dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(folder, _config(of_base, plan.dtype))
     copy_tokenizer(plan.source, folder, tokenizer, added_tokens)
     for name in BESIDE:
         if (plan.source / name).is_file():

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from job.errors import Problem, SettingsError
-from job.export.tensor_files import parameter_names, read_header
+from job.export.tensor_files import parameter_names, read_headers
 from job.export.whole_parameters import WholeParameter, grown_vocabulary, trained_whole, why_not_grown
 from job.model.base import dtype_by_name, is_quantized
 from job.model.experts import expert_tensors, packed
-from job.model.files import MAX_CONFIG_BYTES, build_empty, quantization_method, read_config, read_json, weight_files
+from job.model.files import MAX_CONFIG_BYTES, build_empty, quantization_method, read_config, read_json
 
 ORIGINAL, DEQUANTIZED, BEST = "original", "dequantized", "best"
 ADAPTER = "default"
@@ -136,7 +136,7 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
     empty = build_empty(source, config)
     changed, whole_parameters = dict(adapted_or_quantized(base)), trained_whole(base)
     problems = list(_unmergeable(model, empty, changed))
-    in_files = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
+    in_files = read_headers(source)
     parameters = parameter_names(in_files, empty)
     replaced = _replaced(whole_parameters, empty)
     problems += _not_in_files(changed, whole_parameters, replaced, list(parameters.values()))
