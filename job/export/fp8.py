@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.export.quantizable import kept_linear, quantizable, why_not
+from job.export.quantizable import kept_linear, quantizable, why_not_quantizable
 from job.export.tensor_files import (
     copy_other_files,
     parameter_names,
@@ -41,7 +41,7 @@ _SCALE = "_scale"
 
 def check_fp8(empty: Any, _kind: str) -> str:
     """As `Format.check`."""
-    return why_not(empty)
+    return why_not_quantizable(empty)
 
 
 def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
@@ -57,10 +57,10 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
 
     source = inputs.merged
     empty = build_empty(source, read_config(source))
-    chosen, kept_layers = set(quantizable(empty)), kept_linear(empty)
+    layers, kept_layers = set(quantizable(empty)), kept_linear(empty)
     tensors = read_headers(source)
     modules = {name: parameter.removesuffix(".weight") for name, parameter in parameter_names(tensors, empty).items()}
-    quantized = {name for name, module in modules.items() if module in chosen and name.endswith(".weight")}
+    quantized = {name for name, module in modules.items() if module in layers and name.endswith(".weight")}
     scheme = preset_name_to_scheme(SCHEME, ["Linear"])
     packing = CompressionFormat.float_quantized.value
     compressor = BaseCompressor.get_value_from_registry(packing)
@@ -81,8 +81,8 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
         scale: torch.Tensor = calculate_qparams(lowest, highest, scheme.weights)[0].to(dtype)
         if name != weight_of:
             return scale.contiguous()
-        made = compressor.compress({"weight": weight, "weight_scale": scale.float()}, scheme)
-        packed: torch.Tensor = made["weight"].contiguous()
+        compressed = compressor.compress({"weight": weight, "weight_scale": scale.float()}, scheme)
+        packed: torch.Tensor = compressed["weight"].contiguous()
         return packed
 
     inputs.folder.mkdir(parents=True)

@@ -110,8 +110,8 @@ def check_gguf(source: Path, check_stop: Callable[..., None]) -> str:
     Raises:
         DataError: The tokenizer cannot be loaded.
     """
-    asked = {"do": "check", "source": str(source.absolute()), "tokenizer": _described(load_tokenizer(source))}
-    with _process(asked, check_stop) as answers:
+    request = {"do": "check", "source": str(source.absolute()), "tokenizer": _described(load_tokenizer(source))}
+    with _llama_cpp_process(request, check_stop) as answers:
         answer = next(answers)
     if "checked" not in answer:
         return _reason(answer)
@@ -131,8 +131,8 @@ def make_gguf(inputs: DerivedInputs) -> QuantizationRecord:
     """
     inputs.folder.mkdir(parents=True)
     source, file = inputs.merged.absolute(), inputs.folder.absolute() / FILE.format(type=inputs.kind)
-    asked = {"do": "make", "source": str(source), "file": str(file), "file_type": inputs.kind}
-    with _process({**asked, "tokenizer": _described(load_tokenizer(source))}, inputs.check_stop) as answers:
+    request = {"do": "make", "source": str(source), "file": str(file), "file_type": inputs.kind}
+    with _llama_cpp_process({**request, "tokenizer": _described(load_tokenizer(source))}, inputs.check_stop) as answers:
         answer = next(answer for answer in answers if "bytes" not in answer)
     if "made" not in answer:
         raise CannotMake(_reason(answer))
@@ -229,7 +229,7 @@ def load_gguf(file: Path, *, max_length: int, threads: int, check_stop: Callable
     Raises:
         TrainingFailed: llama.cpp does not load it.
     """
-    with _process(
+    with _llama_cpp_process(
         {"do": "score", "file": str(file), "threads": threads, "context": max_length + _MARGIN}, check_stop
     ) as answers:
         answer = next(answers)
@@ -328,9 +328,9 @@ class _Answers:
 
 
 @contextmanager
-def _process(first: Mapping[str, Any], check_stop: Callable[..., None]) -> Iterator[_Answers]:
+def _llama_cpp_process(request: Mapping[str, Any], check_stop: Callable[..., None]) -> Iterator[_Answers]:
     """Starts the process with its first line; it is killed when the context is left."""
     with start_helper("job.export.llama_cpp_process", environ=_WITHOUT_NETWORK) as helper:
         answers = _Answers(helper, check_stop)
-        answers.send_line(first)
+        answers.send_line(request)
         yield answers

@@ -160,9 +160,13 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
         plain = empty.get_submodule(modules[name]) if name in modules else None
         # packed weights have another shape in the file, and new tokens make more rows
         own_name = replaced.get(parameters.get(name, ""))
-        made = whole_parameters[own_name].shape if own_name else shape if plain is None else tuple(plain.weight.shape)
+        result_shape = (
+            whole_parameters[own_name].shape if own_name else shape if plain is None else tuple(plain.weight.shape)
+        )
         transposed = plain is not None and _is_conv1d(plain)
-        tensors.append(MergedTensor(name, file, made, written_in(name, dtype), modules.get(name), transposed, own_name))
+        tensors.append(
+            MergedTensor(name, file, result_shape, written_in(name, dtype), modules.get(name), transposed, own_name)
+        )
     rows = grown_vocabulary(base, config)
     if rows is not None:
         shapes = {parameters[tensor.name]: tensor.shape for tensor in tensors if tensor.name in parameters}

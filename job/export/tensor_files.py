@@ -62,8 +62,8 @@ def parameter_names(names: Iterable[str], empty: Any) -> dict[str, str]:
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     transforms = get_model_conversion_mapping(empty)
-    converters = [found for found in transforms if isinstance(found, WeightConverter)]
-    renamings = [found for found in transforms if not isinstance(found, WeightConverter)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     state = empty.state_dict()
     parameters = {}
     for name in sorted(names):
@@ -82,8 +82,8 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
     from safetensors import safe_open
 
     with readable(file.parent), safe_open(file, framework="pt") as opened:
-        found: torch.Tensor = opened.get_tensor(name)
-        return found
+        tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def write_weights(
