@@ -358,11 +358,11 @@ def byte_limit(name: str, max_bytes: int | None) -> Callable[[int], None]:
     """Return a function that takes numbers of bytes, from any thread, and raises `TooLarge` once they are too many."""
     total, lock = 0, Lock()
 
-    def allowed(count: int) -> None:
+    def count_bytes(count: int) -> None:
         nonlocal total
         with lock:
             total += count
         if max_bytes is not None and total > max_bytes:
             raise TooLarge(f"{name} has more than {max_bytes} bytes")
 
-    return allowed
+    return count_bytes

@@ -127,10 +127,10 @@ def local_model(source: str) -> Path | None:
     """
     path = Path(source)
     if path.is_dir():
-        there = sorted(entry for entry in path.iterdir() if any(map(entry.match, (*MODEL_FILES, "*.txt"))))
-        if odd := [entry for entry in there if not entry.is_file() and not entry.is_dir()]:
+        files = sorted(entry for entry in path.iterdir() if any(map(entry.match, (*MODEL_FILES, "*.txt"))))
+        if special := [entry for entry in files if not entry.is_file() and not entry.is_dir()]:
             message = "is not a regular file, but a pipe, a device or a broken link"
-            raise DataError([Problem("JOB_MODEL__ID", f"{entry} {message}") for entry in odd[:3]])
+            raise DataError([Problem("JOB_MODEL__ID", f"{entry} {message}") for entry in special[:3]])
         return path
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         message = "is not a folder" if path.exists() else "does not exist"
@@ -215,6 +215,6 @@ def peek_dataset(source: str, revision: str) -> tuple[int, str | None]:
 
     with hub_errors(f"data set {source}"):
         info = HfApi().dataset_info(source, revision=revision, files_metadata=True, timeout=PREVIEW_SECONDS)
-    named = getattr(info.card_data, "license", None)
-    licence = ", ".join(map(str, named)) if isinstance(named, list) else named
+    license_field = getattr(info.card_data, "license", None)
+    licence = ", ".join(map(str, license_field)) if isinstance(license_field, list) else license_field
     return sum(file.size or 0 for file in info.siblings or []), str(licence) if licence else None

@@ -24,7 +24,7 @@ from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError
 
 # By name: which of the HTTP libraries it is depends on the version of the hub's client.
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
-_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.UNAVAILABLE_FOR_LEGAL_REASONS}
+_DENIED_STATUS = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.UNAVAILABLE_FOR_LEGAL_REASONS}
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _NAME = re.compile(r"(?!\.{1,2}$)[0-9A-Za-z._-]+")
 """What the hub's answers give as commit and ETag."""
@@ -33,9 +33,9 @@ _DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
 }
-_SENSELESS = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, UnicodeDecodeError)
+_PARSING_ERRORS = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, UnicodeDecodeError)
 """What the hub's client raises while it reads an answer that is none of the hub's, beside a JSONDecodeError."""
-_NO_ADDRESS = {"InvalidProxyURL", "InvalidSchema", "InvalidURL", "MissingSchema", "UnsupportedProtocol"}
+_INVALID_ADDRESS = {"InvalidProxyURL", "InvalidSchema", "InvalidURL", "MissingSchema", "UnsupportedProtocol"}
 _CERTIFICATES = {"ssl", "httpx._config", "httpx2._config"}
 """Modules that read files of certificates."""
 
@@ -53,10 +53,10 @@ def _check_answers() -> None:
     """
     from huggingface_hub import set_client_factory
 
-    set_client_factory(_judging_client)
+    set_client_factory(_checking_client)
 
 
-def _judging_client() -> Any:
+def _checking_client() -> Any:
     """The hub's own client, with one more hook."""
     # The library has no public name for its default; its settings and request hook are to stay.
     client = import_module("huggingface_hub.utils._http").default_client_factory()
@@ -117,11 +117,11 @@ def hub_errors(name: str) -> Iterator[None]:
         # The cause says more than its wrapper: a failed download is raised as a failed generation.
         innermost_first = list(reversed(list(causes(error))))
         known = (
-            _answer(cause, name) or _silence(cause, name) or _no_answer_of_a_hub(cause, name)
+            _answered_error(cause, name) or _connection_error(cause, name) or _foreign_answer_error(cause, name)
             for cause in innermost_first
         )
-        own = next(filter(None, (_environment(cause, name) for cause in innermost_first)), None)
-        translated = own or _disk(error, name) or next(filter(None, known), None) or _content(error, name)
+        own = next(filter(None, (_environment_error(cause, name) for cause in innermost_first)), None)
+        translated = own or _disk_error(error, name) or next(filter(None, known), None) or _content_error(error, name)
         if translated is None:
             raise
         raise translated from error
@@ -139,10 +139,10 @@ def _is_a(error: BaseException, module: str, *names: str) -> bool:
     return any(kind.__module__ == module and kind.__name__ in names for kind in type(error).__mro__)
 
 
-def _environment(error: BaseException, name: str) -> JobError | None:
+def _environment_error(error: BaseException, name: str) -> JobError | None:
     """What the environment names makes no sense, so that nothing was asked."""
     modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
-    if type(error).__module__.split(".")[0] in _TRANSPORTS and type(error).__name__ in _NO_ADDRESS:
+    if type(error).__module__.split(".")[0] in _TRANSPORTS and type(error).__name__ in _INVALID_ADDRESS:
         return SettingsError(
             [Problem("HF_ENDPOINT", f"or a proxy variable is not an http:// or https:// address: {error}")]
         )
@@ -157,7 +157,7 @@ def _environment(error: BaseException, name: str) -> JobError | None:
     return None
 
 
-def _answer(error: BaseException, name: str) -> JobError | None:
+def _answered_error(error: BaseException, name: str) -> JobError | None:
     """The hub answered, with an error."""
     denied = AccessDenied(f"{name}: does not exist, or HF_TOKEN has no access to it (private, or gated)")
     if _is_a(error, _DATASETS_ERRORS, "DatasetNotFoundError"):
@@ -170,14 +170,14 @@ def _answer(error: BaseException, name: str) -> JobError | None:
     if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         what = f"the proxy on the way to the hub refuses (HTTP {int(status)}); give its credentials in HTTPS_PROXY"
         return AccessDenied(f"{name}: {what}")
-    if status in _REFUSED or _is_a(error, _HUB_ERRORS, "RepositoryNotFoundError", "DisabledRepoError"):
+    if status in _DENIED_STATUS or _is_a(error, _HUB_ERRORS, "RepositoryNotFoundError", "DisabledRepoError"):
         return denied
     if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return Unreachable(f"{name}: the hub answered with HTTP {status}")
     return DataError([Problem(name, f"not found on the hub at this revision (HTTP {status})")])
 
 
-def _silence(error: BaseException, name: str) -> JobError | None:
+def _connection_error(error: BaseException, name: str) -> JobError | None:
     """The hub did not answer."""
     silent = isinstance(error, ConnectionError | TimeoutError) or _is_a(
         error, _HUB_ERRORS, "LocalEntryNotFoundError", "RevisionResolutionError"
@@ -189,20 +189,20 @@ def _silence(error: BaseException, name: str) -> JobError | None:
     return None
 
 
-def _no_answer_of_a_hub(error: BaseException, name: str) -> JobError | None:
+def _foreign_answer_error(error: BaseException, name: str) -> JobError | None:
     """Something answered in place of the hub, such as a login page; or the hub with less than its client reads."""
     modules = {str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)}
     reads = any(module.startswith("huggingface_hub.") for module in modules)
     if isinstance(error, _HostileAnswer):
         return Unreachable(f"{name}: {error}; check whether a proxy or a mirror answers instead of the hub")
-    if reads and (isinstance(error, _SENSELESS) or type(error).__name__ == "JSONDecodeError"):
-        said = (str(error).splitlines() or [""])[0][:100]
-        what = f"the hub's answer cannot be read ({type(error).__name__}: {said})"
+    if reads and (isinstance(error, _PARSING_ERRORS) or type(error).__name__ == "JSONDecodeError"):
+        first_line = (str(error).splitlines() or [""])[0][:100]
+        what = f"the hub's answer cannot be read ({type(error).__name__}: {first_line})"
         return Unreachable(f"{name}: {what}; check whether a proxy or a login page answers instead")
     return None
 
 
-def _disk(error: Exception, name: str) -> JobError | None:
+def _disk_error(error: Exception, name: str) -> JobError | None:
     """The cache's disk is full, or its folder cannot be written; `datasets` reports a full disk only in the message."""
     disk_error = next((cause for cause in causes(error) if isinstance(cause, OSError) and cause.errno in _DISK), error)
     if not isinstance(disk_error, OSError):
@@ -216,7 +216,7 @@ def _disk(error: Exception, name: str) -> JobError | None:
     return None
 
 
-def _content(error: Exception, name: str) -> JobError | None:
+def _content_error(error: Exception, name: str) -> JobError | None:
     """The hub's data cannot be used: no such split, several configurations, a loading script."""
     if _is_a(error, _HUB_ERRORS, "RemoteEntryNotFoundError"):
         where = getattr(getattr(error, "response", None), "url", "")
