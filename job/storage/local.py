@@ -29,10 +29,10 @@ from job.storage.base import (
     Conflict,
     ObjectInfo,
     Stored,
-    byte_limit,
     check_key,
     check_prefix,
-    probe,
+    check_size,
+    try_conditional_writes,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class LocalStore:
                 return None
             with file:
                 data = file.read(max_bytes + 1)
-        byte_limit(f"{self.uri}/{key}", max_bytes)(len(data))
+        check_size(f"{self.uri}/{key}", len(data), max_bytes)
         return Stored(data, _tag(data))
 
     def tag(self, key: str) -> str | None:
@@ -132,7 +132,7 @@ class LocalStore:
             if file is None:
                 raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
             with file, atomic_write(path) as temporary, temporary.open("wb") as copy:
-                byte_limit(f"{self.uri}/{key}", max_bytes)(os.fstat(file.fileno()).st_size)
+                check_size(f"{self.uri}/{key}", os.fstat(file.fileno()).st_size, max_bytes)
                 shutil.copyfileobj(file, copy)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -184,7 +184,7 @@ class LocalStore:
 
     def conditional_writes(self) -> bool:
         """See `ObjectStore.conditional_writes`."""
-        return probe(self)
+        return try_conditional_writes(self)
 
     def _path(self, key: str) -> Path:
         path = self._root / key

@@ -42,11 +42,11 @@ from job.storage.base import (
     Stored,
     TooLarge,
     attempts,
-    byte_limit,
     check_key,
     check_prefix,
+    check_size,
     conflict,
-    probe,
+    try_conditional_writes,
 )
 from job.storage.location import Location, StorageOptions
 from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_client_error, is_failed_condition, translate
@@ -177,7 +177,7 @@ class ObstoreStore:
         answer = self._get(key)
         if answer is None:
             return None
-        byte_limit(f"{self.uri}/{key}", max_bytes)(answer.meta["size"])
+        check_size(f"{self.uri}/{key}", answer.meta["size"], max_bytes)
         data, tag = read_body(answer), self._tag(answer.meta)
         if tag is None or len(data) != answer.meta["size"]:
             raise OtherContent
@@ -350,11 +350,11 @@ class ObstoreStore:
         check_key(key)
         with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._store_errors("read", key):
             earlier_digests: set[str] = set()
-            for _ in attempts(2):
+            for _ in attempts(repeats=2):
                 description = self._describe(key)
                 if description is None:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
-                byte_limit(f"{self.uri}/{key}", max_bytes)(description[0]["size"])
+                check_size(f"{self.uri}/{key}", description[0]["size"], max_bytes)
                 with suppress(OtherContent), atomic_write(path) as temporary:
                     self._fetch(key, temporary, description[0], earlier_digests)
                     return
@@ -468,12 +468,12 @@ class ObstoreStore:
 
     def conditional_writes(self) -> bool:
         """See `ObjectStore.conditional_writes`."""
-        return probe(self)
+        return try_conditional_writes(self)
 
     def _get(self, key: str, **options: Any) -> Any:
         """Requests an object; None only if the store itself says that there is none, not for a proxy's 404."""
         full_key = self._root + key
-        for _ in attempts(2):
+        for _ in attempts(repeats=2):
             try:
                 return self._ask(obstore.get, self._client, full_key, options=options)
             except Missing as error:
@@ -489,7 +489,7 @@ class ObstoreStore:
 
     def _describe(self, key: str) -> tuple[Any, str] | None:
         """What obstore says of an object, and its tag, None if it is absent. HEAD does not say why it failed."""
-        for _ in attempts(2):
+        for _ in attempts(repeats=2):
             try:
                 meta = self._ask(obstore.head, self._client, self._root + key)
             except FAILURES as error:

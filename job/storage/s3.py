@@ -35,8 +35,9 @@ from job.storage.base import (
     byte_limit,
     check_key,
     check_prefix,
+    check_size,
     conflict,
-    probe,
+    try_conditional_writes,
 )
 from job.storage.location import Location, StorageOptions
 from job.storage.s3_client import connect
@@ -160,7 +161,7 @@ class S3Store:
                 self._conditions.pop(name, None)
 
     def _upload_with_repeats(self, path: Path, key: str, *, threads: bool) -> None:
-        for _ in attempts(2):
+        for _ in attempts(repeats=2):
             try:
                 return self._upload(path, key, threads=threads)
             except RuntimeError:
@@ -180,12 +181,12 @@ class S3Store:
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""
         with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._store_errors("read", check_key(key)):
-            for _ in attempts(2):
+            for _ in attempts(repeats=2):
                 description = self._describe(key)
                 if description is None:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
                 size = description[0]
-                byte_limit(f"{self.uri}/{key}", max_bytes)(size)
+                check_size(f"{self.uri}/{key}", size, max_bytes)
                 with suppress(_OtherSize), atomic_write(path) as temporary:
                     self._fetch(key, temporary, size, max_bytes)
                     return
@@ -237,7 +238,7 @@ class S3Store:
         Raises:
             Unreachable: No answer is a listing. It must not count as an empty one.
         """
-        for _ in attempts(2):
+        for _ in attempts(repeats=2):
             with suppress(ResponseParserError):
                 page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=start, **self._options, **options)
                 if _is_listing(page):
@@ -262,7 +263,7 @@ class S3Store:
 
     def conditional_writes(self) -> bool:
         """See `ObjectStore.conditional_writes`."""
-        return probe(self)
+        return try_conditional_writes(self)
 
     @contextmanager
     def _store_errors(self, verb: str, key: str) -> Iterator[None]:
@@ -328,7 +329,7 @@ class S3Store:
 
         The answer to GET says why it is a 404; the answer to HEAD has no body and could mean a missing bucket.
         """
-        for _ in attempts(2):
+        for _ in attempts(repeats=2):
             answer = self._get_first_byte(key)
             if answer is None:
                 return None
