@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -238,36 +239,22 @@ class _Prometheus:
 class _Cluster:
     """Tells the cluster how far the run is, for `kubectl get`."""
 
-    report: Report
-
-    def __init__(self, live: LiveMetrics, **destination: str) -> None:
+    def __init__(self, live: LiveMetrics, *, report: Report, **destination: str) -> None:
         def read() -> Any:
             figures = live.figures()
-            return None if figures is None else self.report.content(figures, live.complete)
+            return None if figures is None else report.content(figures, live.complete)
 
-        self._sender = Sender(Destination(**destination), self.report, read)
+        self._sender = Sender(Destination(**destination), report, read)
 
     def close(self) -> None:
         self._sender.close(0.8 * FLUSH_SECONDS)
 
 
-class _TrainJob(_Cluster):
-    """`status.trainerStatus` of a TrainJob of Kubeflow Trainer."""
-
-    report = TRAIN_JOB
-
-
-class _PodAnnotation(_Cluster):
-    """An annotation of the pod."""
-
-    report = POD_ANNOTATION
-
-
 EXPORTERS: Mapping[str, Callable[..., _Exporter]] = {
     "otlp": _Otlp,
     "prometheus": _Prometheus,
-    "train-job": _TrainJob,
-    "pod-annotation": _PodAnnotation,
+    "train-job": partial(_Cluster, report=TRAIN_JOB),
+    "pod-annotation": partial(_Cluster, report=POD_ANNOTATION),
 }
 
 

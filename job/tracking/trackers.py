@@ -23,6 +23,7 @@ from typing import Any
 from job import log
 from job.errors import Preempted, Replaced
 from job.records import StepMetrics, ValidationMetrics
+from job.tracking.figures import final_figures, step_figures, validation_figures
 
 QUEUED = 1000
 """Length of a tracker's queue of messages; when it is full, messages are dropped."""
@@ -62,17 +63,16 @@ class Tracking:
     def step(self, metrics: StepMetrics) -> None:
         """Sends the figures of a step."""
         for tracker in self._trackers:
-            tracker.put({"step": metrics.step, "figures": figures_of(metrics)})
+            tracker.put({"step": metrics.step, "figures": step_figures(metrics)})
 
     def validation(self, metrics: ValidationMetrics) -> None:
-        """Tells loss and rewards of a validation, by the names that TRL's users know them by."""
-        figures = {"eval/loss": metrics.loss} | {f"eval/{name}": value for name, value in metrics.preference.items()}
+        """Sends the figures of a validation."""
         for tracker in self._trackers:
-            tracker.put({"step": metrics.step, "figures": figures})
+            tracker.put({"step": metrics.step, "figures": validation_figures(metrics)})
 
     def results(self, results: Mapping[str, Any]) -> None:
         """Keeps the final figures, for `finish`."""
-        self._summary = summary_of(results)
+        self._summary = final_figures(results)
 
     def finish(self, outcome: str, seconds: float) -> None:
         """Sends how the attempt ended, and waits for the trackers, at most `seconds`."""
@@ -113,31 +113,6 @@ def tracking(
         trackers_of_run.finish("failed", FINISH_SECONDS)
         raise
     trackers_of_run.finish("complete", FINISH_SECONDS)
-
-
-def figures_of(metrics: StepMetrics) -> dict[str, float]:
-    """The numbers of a step, by TensorBoard's names."""
-    facts = {"loss": metrics.loss, "learning_rate": metrics.learning_rate, "grad_norm": metrics.grad_norm}
-    facts |= metrics.preference
-    named = {f"train/{name}": value for name, value in facts.items()}
-    named |= {f"measured/{name}": value for name, value in metrics.measured.items()}
-    return {name: float(value) for name, value in named.items() if value is not None}
-
-
-def summary_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """The final numbers of a manifest: accuracies before and after, and the cost."""
-    summary = {
-        f"cost/{name}": results["cost"][name] for name in ("seconds", "usd", "wasted_seconds", "goodput", "energy_kwh")
-    }
-    for task, figures in results["evaluation"]["tasks"].items():
-        for side in ("base", "adapter"):
-            summary |= {f"evaluation/{task}/{side}_{metric}": figures[side][metric] for metric in ("acc", "acc_norm")}
-        summary |= {f"evaluation/{task}/{name}": figures[name] for name in ("delta", "mcnemar_p")}
-    for task, figures in results["evaluation"].get("measured", {}).items():
-        for metric, one in figures["metrics"].items():
-            name = f"evaluation/{task}/{metric.replace(',', '_')}"
-            summary |= {f"{name}_{side}": one[side] for side in ("base", "adapter")}
-    return {name: float(value) for name, value in summary.items() if value is not None}
 
 
 class _Tracker:
