@@ -16,7 +16,7 @@ from job.distributed.early_end import publishing_early_end
 from job.distributed.launcher import Machine, check_signals, count_processes, launch, recorded_signals, worker_command
 from job.distributed.ranks import Place, find_machines
 from job.errors import Problem, SettingsError, Stalled
-from job.platforms.sagemaker import lasts
+from job.platforms.sagemaker import outlives_machine
 from job.runs.fault_injection import Fault, parse
 from job.settings.load import (
     Settings,
@@ -73,7 +73,7 @@ def _run_here(settings: Settings, place: Place | None, faults: tuple[Fault, ...]
     first = place is None or place.local_rank == 0
     if place is not None and first:
         check_shared_memory(place.local_world_size)
-    if platform.name == "sagemaker" and first and not lasts(settings.run.output, platform.inputs):
+    if platform.name == "sagemaker" and first and not outlives_machine(settings.run.output, platform.inputs):
         log.get_logger().warning(
             "this run is not copied to S3: an interruption loses it; set JOB_RUN__OUTPUT=s3://... or CheckpointConfig",
             output=settings.run.output,

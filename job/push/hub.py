@@ -94,10 +94,10 @@ class HubTarget:
         """What a push would change: (change, path in the repository, bytes), sorted by path."""
         api = _api()
         with _push_errors(self.repo):
-            there = _tree(api, self.repo, self.branch or MAIN) if self._is_public(api) is not None else {}
-        changes: list[tuple[Change, str, int]] = [("delete", path, 0) for path in _stale(there, content)]
+            repo_files = _tree(api, self.repo, self.branch or MAIN) if self._is_public(api) is not None else {}
+        changes: list[tuple[Change, str, int]] = [("delete", path, 0) for path in _stale(repo_files, content)]
         for file in content.files:
-            entry = there.get(file.path)
+            entry = repo_files.get(file.path)
             change: Change = "new" if entry is None else "same" if _is_same(entry, file, content) else "changed"
             changes.append((change, file.path, file.bytes))
         return sorted(changes, key=lambda row: row[1])
@@ -124,7 +124,7 @@ class HubTarget:
         for _ in range(_TRIES):
             try:
                 with _push_errors(self.repo):
-                    commit = self._find(api, content) or self._commit(api, content)
+                    commit = self._find_commit(api, content) or self._commit(api, content)
                     self._require_same(api, commit, content)
                     return commit
             except _Moved:
@@ -167,7 +167,7 @@ class HubTarget:
                 f"{SETTING}: HF_TOKEN is fine-grained and has no permission to write to repositories of {namespace}"
             )
 
-    def _find(self, api: Any, content: PushContent) -> str | None:
+    def _find_commit(self, api: Any, content: PushContent) -> str | None:
         """The commit of this content that an earlier attempt made."""
         title, description = _message(content)
         for commit in api.list_repo_commits(self.repo, revision=self.branch):
@@ -232,8 +232,8 @@ def _message(content: PushContent) -> tuple[str, str]:
 
 
 def _access(account: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = (account.get("auth") or {}).get("accessToken") or {}
-    return found
+    token: Mapping[str, Any] = (account.get("auth") or {}).get("accessToken") or {}
+    return token
 
 
 def _role(account: Mapping[str, Any]) -> str:
@@ -242,8 +242,8 @@ def _role(account: Mapping[str, Any]) -> str:
 
 def _tree(api: Any, repo: str, revision: str) -> dict[str, Any]:
     """Path -> the hub's record of each file."""
-    found = api.list_repo_tree(repo, recursive=True, revision=revision)
-    return {entry.path: entry for entry in found if hasattr(entry, "blob_id")}
+    entries = api.list_repo_tree(repo, recursive=True, revision=revision)
+    return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
 
 def _is_same(entry: Any, file: PushFile, content: PushContent) -> bool:
@@ -291,7 +291,7 @@ def _push_errors(repo: str) -> Iterator[None]:
         if "LocalTokenNotFoundError" in kinds:
             raise AccessDenied(f"{SETTING}: there is no token; set HF_TOKEN to one that may write to {repo}") from error
         if (answer := next((c.response for c in chain if hasattr(c, "response")), None)) is not None:
-            raise _translated(answer, repo) from error
+            raise _error_of_answer(answer, repo) from error
         if "JSONDecodeError" in kinds:  # a page of a proxy, or of a hub that is down
             raise Unreachable(
                 f"{SETTING}: {repo}: the answer is not one of a hub; check HF_ENDPOINT and proxies"
@@ -299,7 +299,7 @@ def _push_errors(repo: str) -> Iterator[None]:
         raise
 
 
-def _translated(answer: Any, repo: str) -> JobError:
+def _error_of_answer(answer: Any, repo: str) -> JobError:
     status = answer.status_code
     if status in _REFUSED or status == HTTPStatus.NOT_FOUND:
         return AccessDenied(f"{SETTING}: HF_TOKEN may not write to {repo} (HTTP {status})")
@@ -307,5 +307,5 @@ def _translated(answer: Any, repo: str) -> JobError:
         return _Moved(repo)
     if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return Unreachable(f"{SETTING}: {repo}: the hub answered with HTTP {status}")
-    said = answer.headers.get("X-Error-Message") or ""
-    return SettingsError([Problem(SETTING, f"{repo}: the hub refuses (HTTP {status}) {said[:200]}".rstrip())])
+    message = answer.headers.get("X-Error-Message") or ""
+    return SettingsError([Problem(SETTING, f"{repo}: the hub refuses (HTTP {status}) {message[:200]}".rstrip())])

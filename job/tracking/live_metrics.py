@@ -187,12 +187,12 @@ class _Otlp:
         def callback(gauge: Gauge) -> Callable[[CallbackOptions], Iterable[Observation]]:
             return lambda _options: [Observation(value, dict(labels)) for labels, value in live.observe(gauge)]
 
-        found = Resource.create().attributes  # reads OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME
-        named = not str(found[SERVICE_NAME]).startswith("unknown_service")
-        own = dict(found) if named else {**found, SERVICE_NAME: SERVICE}
+        attributes = Resource.create().attributes  # reads OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME
+        named = not str(attributes[SERVICE_NAME]).startswith("unknown_service")
+        own_attributes = dict(attributes) if named else {**attributes, SERVICE_NAME: SERVICE}
         self._live, self._exporter = live, Exporter()
         reader = PeriodicExportingMetricReader(self._exporter)
-        self._provider = MeterProvider([reader], Resource(own), shutdown_on_exit=False)
+        self._provider = MeterProvider([reader], Resource(own_attributes), shutdown_on_exit=False)
         meter = self._provider.get_meter("qlora-job", __version__)
         for gauge in GAUGES:
             meter.create_observable_gauge(gauge.name, [callback(gauge)], unit=gauge.unit, description=gauge.description)

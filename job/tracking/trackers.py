@@ -44,7 +44,7 @@ class Tracking:
     ) -> None:
         self._projects, self._environ = projects, environ
         self._start = {"run": run, "config": config}
-        self._trackers: list[_Tracker] = []
+        self._trackers: list[_TrackerProcess] = []
         self._summary: dict[str, float] = {}
 
     def start(self) -> None:
@@ -56,7 +56,7 @@ class Tracking:
                 _warn(name, "the run is not tracked: the tracker's package is not installed", fix=fix)
                 continue
             try:
-                self._trackers.append(_Tracker(name, {**self._start, "project": project}, self._environ))
+                self._trackers.append(_TrackerProcess(name, {**self._start, "project": project}, self._environ))
             except OSError as error:
                 _warn(name, "the run is not tracked: the tracker's process cannot be started", why=str(error))
 
@@ -115,7 +115,7 @@ def tracking(
     trackers_of_run.finish("complete", FINISH_SECONDS)
 
 
-class _Tracker:
+class _TrackerProcess:
     """One tracker's process, and the two threads that talk with it."""
 
     def __init__(self, name: str, start: Mapping[str, Any], environ: Mapping[str, str]) -> None:
@@ -151,7 +151,7 @@ class _Tracker:
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self._complain(f"the tracker did not end within {seconds:g} s; the run does not wait for it")
+            self._warn_once(f"the tracker did not end within {seconds:g} s; the run does not wait for it")
         else:
             self._reader.join(ANSWER_SECONDS)
 
@@ -172,12 +172,12 @@ class _Tracker:
                 if "where" in answer:
                     log.get_logger().info("the run is tracked", tracker=self.name, where=answer["where"])
                 elif "error" in answer:
-                    self._complain("the tracker failed; the run continues without it", why=answer["error"])
+                    self._warn_once("the tracker failed; the run continues without it", why=answer["error"])
                 else:
                     return
-        self._complain("the tracker ended; the run continues without it")
+        self._warn_once("the tracker ended; the run continues without it")
 
-    def _complain(self, message: str, **details: str) -> None:
+    def _warn_once(self, message: str, **details: str) -> None:
         """Warns, once for each tracker."""
         if not self._quiet:
             self._quiet = True
