@@ -53,11 +53,10 @@ def file_problems(formats: Sequence[str], original: Path, check_stop: Callable[.
     Raises:
         DataError: The tokenizer cannot be loaded.
     """
-    by_check = {
-        derived_format(name)[0].check_files: name for name in derived(formats)
-    }  # once for all types of a format
-    for of_files, name in by_check.items():
-        if why := of_files(original, check_stop):
+    # Once for all types of a format.
+    name_by_check = {derived_format(name)[0].check_files: name for name in derived(formats)}
+    for check_files, name in name_by_check.items():
+        if why := check_files(original, check_stop):
             yield Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; remove it")
 
 

@@ -168,27 +168,50 @@ def _import_oras() -> None:
 def _connect(container: Any, *, plain: bool, answer_seconds: float) -> Any:
     """A registry whose requests time out, are repeated, and raise the job's errors."""
     import requests
-    from oras.provider import Registry
     from requests.adapters import HTTPAdapter
     from urllib3.util import Retry
 
-    class Client(Registry):  # type: ignore[misc]  # oras has no types
-        """The client of oras, except that denials are raised at once, and every request has a timeout."""
+    address = f"{'http' if plain else 'https'}://{container.registry}/v2/"
+    environ = environment()
+    trust = _certificates(environ)
+    timeout = (_TIMEOUT[0], answer_seconds)
+    challenge = requests.get(address, timeout=timeout, verify=trust).headers.get("Www-Authenticate", "")
+    kind = "basic" if challenge.lower().startswith("basic") else "token"
+    client = _client_class(_host(address))(insecure=plain, auth_backend=kind, tls_verify=trust)
+    client.session.verify = trust
+    retry = Retry(
+        _TRIES,
+        backoff_factor=0.5,
+        status_forcelist=(429, 502, 503, 504),
+        allowed_methods=None,
+        raise_on_status=False,
+    )
+    for scheme in ("http://", "https://"):
+        client.session.mount(scheme, HTTPAdapter(max_retries=retry))
+    _set_credentials(client, container, environ)
+    return client
 
+
+def _client_class(registry_host: tuple[str, str, int]) -> Any:
+    """The client of oras, except that denials are raised at once, and every request has a timeout.
+
+    Args:
+        registry_host: From `_host`: only requests to it get credentials.
+    """
+    from oras.provider import Registry
+
+    class Client(Registry):  # type: ignore[misc]  # oras has no types
         def do_request(self, url: str, method: str = "GET", **options: Any) -> Any:
             """One request, with a second try once it is known how to log in."""
-            own = _host(url) == home  # an upload may be sent to another host, which gets no credentials
+            own = _host(url) == registry_host  # an upload may be sent to another host
             headers = {**(options.pop("headers", None) or {}), **(_authorization(self.auth) if own else {})}
             request_options = {**options, "timeout": _TIMEOUT}
             response = self.session.request(method, url, headers=headers, **request_options)
             if own and response.status_code in _REFUSED:
                 try:
                     headers, changed = self.auth.authenticate_request(response, headers, refresh=True)
-                except (
-                    AttributeError,
-                    TypeError,
-                    ValueError,
-                ):  # oras has no credentials, or the registry names no realm
+                # oras has no credentials, or the registry names no realm
+                except (AttributeError, TypeError, ValueError):
                     changed = False
                 if changed:
                     if hasattr(options.get("data"), "seek"):
@@ -200,34 +223,20 @@ def _connect(container: Any, *, plain: bool, answer_seconds: float) -> Any:
                 response.raise_for_status()
             return response
 
-    address = f"{'http' if plain else 'https'}://{container.registry}/v2/"
-    home = _host(address)
-    environ = environment()
-    trust = _certificates(environ)
-    timeout = (_TIMEOUT[0], answer_seconds)
-    challenge = requests.get(address, timeout=timeout, verify=trust).headers.get("Www-Authenticate", "")
-    kind = "basic" if challenge.lower().startswith("basic") else "token"
-    client = Client(insecure=plain, auth_backend=kind, tls_verify=trust)
-    client.session.verify = trust
-    again = Retry(
-        _TRIES,
-        backoff_factor=0.5,
-        status_forcelist=(429, 502, 503, 504),
-        allowed_methods=None,
-        raise_on_status=False,
-    )
-    for scheme in ("http://", "https://"):
-        client.session.mount(scheme, HTTPAdapter(max_retries=again))
+    return Client
+
+
+def _set_credentials(client: Any, container: Any, environ: Mapping[str, str]) -> None:
+    """Gives a client OCI_USERNAME and OCI_PASSWORD, or else what Docker's configuration has for the registry."""
     user, password = environ.get("OCI_USERNAME"), environ.get("OCI_PASSWORD")
     if user and password:
         client.auth.set_basic_auth(user, password)
-    else:
-        folder = environ.get("DOCKER_CONFIG")
-        configs = [str(Path(folder, "config.json"))] if folder and Path(folder, "config.json").is_file() else []
-        login = _parse(f"{container.registry}/x")
-        login.registry = _DOCKER_LOGIN if container.registry in _DOCKER_HUB.values() else container.registry
-        client.auth.load_configs(login, configs)
-    return client
+        return
+    folder = environ.get("DOCKER_CONFIG")
+    configs = [str(Path(folder, "config.json"))] if folder and Path(folder, "config.json").is_file() else []
+    login = _parse(f"{container.registry}/x")
+    login.registry = _DOCKER_LOGIN if container.registry in _DOCKER_HUB.values() else container.registry
+    client.auth.load_configs(login, configs)
 
 
 def _certificates(environ: Mapping[str, str]) -> str | bool:

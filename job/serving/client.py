@@ -69,9 +69,8 @@ class Client:
             for line in answer:
                 if line.startswith(b"data:") and b"[DONE]" not in line:
                     choices = self._parsed(line.removeprefix(b"data:")).get("choices") or [{}]
-                    if (
-                        "text" in choices[0]
-                    ):  # the token that ends an answer comes as an empty text, and may be the first
+                    # The token that ends an answer comes as an empty text, and may be the first.
+                    if "text" in choices[0]:
                         times.append(time.monotonic())
         if not times:
             raise Unreachable(f"{self.url}{path}: the server sent no token")
