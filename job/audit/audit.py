@@ -13,8 +13,6 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from job.audit.overlap import MOST_ROWS, SHARE, OverlapHits
 from job.audit.rows import AuditSetup, from_bytes
@@ -321,8 +319,3 @@ def parse_findings(data: bytes) -> list[Finding]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"line {number}: {str(error)[:200]}") from None
     return findings
-
-
-def read_findings(path: Path | Any) -> list[Finding]:
-    """`parse_findings` of a file."""
-    return parse_findings(Path(path).read_bytes())
