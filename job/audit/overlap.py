@@ -9,8 +9,8 @@ Rules, from published contamination checks of language models:
   in more than 10 documents for this reason (Brown et al. 2020, appendix C).
 - A question that a row has word for word, from its first word to its last, counts always, however many rows have it.
 - A question of fewer than NGRAM words counts if it is a whole text or a whole line of a row, a label such as
-  `Question:` aside, and has at least FEWEST_WORDS words. Shorter ones are
-  not looked for, since lines of one or two words are often equal by chance; the record counts them.
+  `Question:` aside, and has at least FEWEST_WORDS words. Shorter ones are not looked for, since lines of one or two
+  words are often equal by chance; the record counts them.
 
 What is compared is the prompt of a question without the words that all prompts of its task begin or end with. Where
 fewer than NGRAM words are left, it is the prompt but for labels at its ends, and counts word for word only. Letter

@@ -30,7 +30,7 @@ from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_part, marker_key,
 from job.storage.base import write_in_turn
 from job.storage.open import ObjectStore, TooLarge, is_key
 
-# Left on the disk after a restore, for the checkpoints of the steps to come.
+# Bytes that a restore leaves free on the disk, for the checkpoints of later steps.
 SPARE_BYTES = 64 << 20
 
 
@@ -68,13 +68,13 @@ def steps(store: ObjectStore) -> list[int]:
 def prune(
     store: ObjectStore, keep: int, *, own_steps: Collection[int], verified: int, fresh: Collection[int] = ()
 ) -> None:
-    """Deletes all but the newest `keep` checkpoints that are fit for use, each marker before its files.
+    """Deletes all but the newest `keep` usable checkpoints, each marker before its files.
 
     Args:
         store: The run's.
         keep: How many to keep, at least 1.
-        own_steps: Steps that this attempt committed: they are fit.
-        verified: Step that this attempt restored, 0 if none. Checkpoints up to it are fit for use. A later one that
+        own_steps: Steps that this attempt committed: they are usable.
+        verified: Step that this attempt restored, 0 if none. Checkpoints up to it are usable. A later one that
             is not this attempt's own was incomplete when it began, or was written late by a replaced attempt.
         fresh: Steps committed so recently that a copy of the folder (SageMaker's in S3) may not have them yet. They
             are kept and not counted, so that an older checkpoint stays until they are copied.
@@ -88,7 +88,7 @@ def prune(
         *(step for step in usable if step in fresh),
     }
     for step, names in files_by_step.items():
-        # Without a single one that is fit, the rest is evidence.
+        # Without a usable one nothing is deleted: a person may still recover something from the rest.
         if kept and step not in kept:
             _delete(store, step, names)
 

@@ -1,9 +1,9 @@
-"""A machine or process that ends before it has connected, such as for invalid settings, tells the rendezvous store.
+"""A machine or process that ends before it has connected, such as for invalid settings, publishes that it has ended.
 
 Otherwise the others would wait for it for JOB_TRAIN__STALL_SECONDS. Where this job launches the processes, the launcher
-of a machine reads the settings first and speaks for all of them; under torchrun and the like each process does. Only
-ends that no retry helps are published: after any other one the platform starts the machine again, and those that wait
-go on with it.
+of a machine reads the settings first and writes for all of its processes; under torchrun each process writes for
+itself. Only ends that no retry helps are published: after any other one the platform starts the machine again, and the
+others continue with it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The format `adapter:TYPE`: the published adapter with its numbers in 16 bits, in PEFT's layout, half as large.
 
-Whoever loads the adapter reads this folder the same way. PEFT makes fp32 of it, vLLM the dtype that it serves in, and
-llama.cpp's converter the requested type. So what is lost is lost in this rounding, and it is scored as PEFT
+Programs that load the adapter load this folder in the same way: PEFT converts it to fp32, vLLM to the dtype that it
+serves in, llama.cpp's converter to the requested type. Only the rounding here changes numbers. So it is scored as PEFT
 computes it: with the rounded numbers in fp32, on the base of the run.
 """
 

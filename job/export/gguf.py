@@ -2,8 +2,8 @@
 
 How to add a type: an entry in `TYPES`, with llama.cpp's name of it, which is also its name in `JOB_EXPORT__FORMATS`.
 
-The work is done by `job.export.llama_cpp_process`, a process that this module starts, asks and bounds: it may crash or
-hang without the job. Why these ways:
+The work is done by `job.export.llama_cpp_process`, a process that this module starts and sends requests to, with time
+limits: it may crash or hang without the job. Why it is done like this:
 
 - auto-round would make such a file too, from a model in memory, with blocks that differ from llama.cpp's in the last
   digits. The converter and the choice of types that it brings along are used here; the blocks are llama.cpp's own.
@@ -65,7 +65,7 @@ TYPES: Mapping[str, GgufType] = {
     "q4_k_s": GgufType(4, 256, _K_BLOCKS),
     "q4_0": GgufType(4, 32, _BLOCKS),
 }
-"""By llama.cpp's name. What it computes in is what it makes of the layers' inputs on a processor."""
+"""By llama.cpp's name. `activations` is what llama.cpp converts the inputs of layers to on a CPU."""
 FILE = "model-{type}.gguf"
 """Name of the file of a type."""
 _STALLED_SECONDS = 900.0

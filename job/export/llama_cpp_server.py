@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 MIN_LOG_LIKELIHOOD = math.log(np.finfo(np.float32).smallest_subnormal)
-"""llama.cpp takes the logarithm of a probability in fp32; one that is zero there has this one, the least of all."""
+"""llama.cpp computes probabilities in fp32; one that is zero there counts as the smallest positive number of fp32."""
 _FORCED = 1e9
 """Added to the logit of the token to be sampled: more than any logit. It is not in the probabilities that are read."""
 _ALL_TOKENS = 1 << 24

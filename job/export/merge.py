@@ -1,4 +1,4 @@
-"""The format `merged`: the base's checkpoint with the adapter added to its weights.
+"""The format `merged`: the base's files with the adapter added to their weights.
 
     W' = W + scale B A        for plain LoRA; for other kinds what PEFT's own layers make of W
 
@@ -13,7 +13,7 @@ result and one tensor in fp32.
 
 A module that was trained whole takes the place of the base's, and so do the rows of new tokens: `whole_parameters`.
 
-An adapter that begins with a part of the base (`decomposed_init`: PiSSA, OLoRA) is plain LoRA of twice the rank, on a
+An adapter that begins with a part of the base (`decomposed_init`: PiSSA, OLoRA) is plain LoRA of twice the rank, on an
 unchanged base, and merges as such.
 """
 

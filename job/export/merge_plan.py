@@ -1,7 +1,7 @@
-"""What a merge writes: which tensors of the base's checkpoint, from which module and in which dtype; and refusals.
+"""What a merge writes: which tensors of the base's files, from which module and in which dtype; and refusals.
 
-The result has the names, the shapes and the other tensors of the base's own checkpoint, so that what loads the base
-loads it. What cannot be merged is refused before training, with the setting to change. `merge` computes and writes it.
+The result has the names, the shapes and the other tensors of the base's own files, so that what loads the base loads
+it. What cannot be merged is refused before training, with the setting to change. `merge` computes and writes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ROUNDED = {torch.float32, torch.float64}
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """A tensor of the result: its name and file in the base's checkpoint, and the dtype that it is written in.
+    """A tensor of the result: its name and file among the base's files, and the dtype that it is written in.
 
     `module` is the full name of the loaded model's module whose weight it is, if that is adapted or quantized.
     `transposed` is whether it lies in the file as (inputs, outputs), as GPT-2's do. `whole` is the name of a parameter

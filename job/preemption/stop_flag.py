@@ -50,7 +50,7 @@ LAST_SECONDS = 0.5
 _LONGEST_WAIT = 3600.0
 """Seconds; `poll` takes no more than 24 days."""
 _NO_MORE_SIGNALS = b"\0"
-"""No signal's number."""
+"""Written to the pipe of signal numbers when it is not read any more; no signal has this number."""
 
 
 class Stop:
@@ -171,11 +171,12 @@ def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], 
     """Within it each of `SIGNALS` sets the flag; a second request, by a later signal, ends the process at once.
 
     `LAST_SECONDS` before the kill the process ends itself, with the exit code of a preemption, even while it waits: a
-    store that throttles may keep it for minutes, and what is killed (137) looks like one that ran out of memory.
+    store that throttles may keep it waiting for minutes, and a killed process (137) looks like one that ran out of
+    memory.
 
-    Ending at once corrupts nothing, because publishing is atomic. Without a handler
-    nothing would happen in a container: its first process ignores signals that it has no handler for. XCPU is never a
-    second request, because the kernel repeats it every second of CPU time.
+    Ending at once corrupts nothing, because publishing is atomic. Without a handler nothing would happen in a
+    container: its first process ignores signals that it has no handler for. XCPU is never a second request, because
+    the kernel repeats it every second of CPU time.
 
     Args:
         grace_seconds: Time between the signal and the kill; None if unknown.

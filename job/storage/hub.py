@@ -30,7 +30,7 @@ _MAX_CARD_BYTES = 16 << 20
 MAX_FILE = 50_000_000_000
 """Bytes of the largest file that the hub takes, by its client's documentation (`HfApi.upload_file`, 2.4)."""
 PREVIEW_SECONDS = 10.0
-"""A plan is not to wait for long."""
+"""How long a plan waits for an answer of the hub."""
 
 
 def import_client() -> None:

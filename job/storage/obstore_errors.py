@@ -138,7 +138,7 @@ _MAX_CHARACTERS = 300
 
 
 class Missing(Exception):
-    """The answer was a 404, from whoever gave it: obstore raises FileNotFoundError, which here is for local files."""
+    """A 404, by the store or by a proxy; obstore's FileNotFoundError would be taken for one of the local disk."""
 
 
 FAILURES = (BaseError, Missing)

@@ -42,7 +42,7 @@ class _Tracker(Protocol):
         """Figures of an optimizer step."""
 
     def finish(self, outcome: str, summary: Mapping[str, float]) -> None:
-        """The attempt ended: `complete`, `preempted`, or in another word for not done."""
+        """The attempt ended: `complete`, `preempted` or `failed`."""
 
 
 class _Wandb:

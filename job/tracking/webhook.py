@@ -4,8 +4,8 @@
 come after it. Each is a CloudEvent 1.0 in structured mode, `application/cloudevents+json`, by POST. An attempt that is
 killed or stalls cannot send anything at its end: the next one does, when it has taken the run over (`killed`, also for
 one that it replaces, and `stalled`). One that ends before it owns the run, such as on wrong settings, sends nothing. A
-webhook that fails or hangs costs the run a warning, and at its end at most `END_SECONDS`. The address may
-hold a token: it is in no message, and redirects are not followed.
+webhook that fails or hangs costs the run a warning, and at its end at most `END_SECONDS`. The address may hold a
+token: it is in no message, and redirects are not followed.
 """
 
 from __future__ import annotations
