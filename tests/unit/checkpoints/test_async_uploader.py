@@ -151,7 +151,7 @@ def test_a_failed_upload_ends_the_run(tmp_path: Path, call: str) -> None:
     folder, later = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
     publisher = AsyncUploader(fail)
     publisher.submit(folder, 1)
-    while not publisher._last or not publisher._last.done():
+    while not publisher._upload or not publisher._upload.done():
         time.sleep(0.001)
     calls = {
         "submit": lambda: publisher.submit(later, 2),
