@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any, TypeVar
 
+from job.common.formatting import first_line
 from job.common.out_of_memory import ran_out, says_full
 from job.distributed.ends import END, failure_key, gone_key, publish_end
 from job.distributed.peers import Peers, identity
@@ -395,8 +396,7 @@ class ProcessGroup:
         # memory, which no retry fixes, so it must not count as a preemption, whose retry is free.
         kind = Preempted if self._stop() and not self._failed else Killed
         self._end_by("the loss of another process")
-        first = (str(why).splitlines() or [""])[0]
-        return kind(f"another process of this run has ended; start the run again to resume it: {first[:200]}")
+        return kind(f"another process of this run has ended; start the run again to resume it: {first_line(why)}")
 
     def _ended(self) -> JobError:
         """The error to raise when another process has failed."""

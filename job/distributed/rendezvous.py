@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 from job import log
+from job.common.formatting import first_line
 from job.distributed.process_group import CHECK_SECONDS, ProcessGroup
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
@@ -53,7 +54,7 @@ def host_store(port: int, run: str | None = None) -> Any:
         timeout = timedelta(seconds=_ANSWER_SECONDS)
         store = TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=timeout)
     except RuntimeError as error:
-        raise Unreachable(f"cannot listen for the other processes on port {port}: {_first_line(error)}") from error
+        raise Unreachable(f"cannot listen for the other processes on port {port}: {first_line(error)}") from error
     if run is not None:
         store.set(_RUN, run)
     return store
@@ -205,7 +206,7 @@ def _store_errors(place: Place) -> Iterator[None]:
         yield
     except RuntimeError as error:
         what = f"process 0 of this run cannot be reached any more at {place.host}:{place.port}"
-        raise Unreachable(f"{what}: {_first_line(error)}") from error
+        raise Unreachable(f"{what}: {first_line(error)}") from error
 
 
 def _check_launcher(place: Place) -> None:
@@ -354,7 +355,7 @@ def _connect(group: ProcessGroup, run: str, timeout_seconds: float) -> None:
         while time.monotonic() < deadline:
             group.check()
             time.sleep(0.1)
-        raise Unreachable(f"the processes of this run cannot connect to each other: {_first_line(error)}") from error
+        raise Unreachable(f"the processes of this run cannot connect to each other: {first_line(error)}") from error
     log.get_logger().info("all processes are connected", processes=place.world_size)
 
 
@@ -364,7 +365,3 @@ def _disconnect() -> None:
 
     with contextlib.suppress(RuntimeError):  # the work is done, so a failure here is harmless
         dist.destroy_process_group()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -20,6 +20,7 @@ from pathlib import PurePosixPath
 from traceback import walk_tb
 from typing import Any
 
+from job.common.formatting import first_line
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 
 # By name: which of the HTTP libraries it is depends on the version of the hub's client.
@@ -196,8 +197,7 @@ def _foreign_answer_error(error: BaseException, name: str) -> JobError | None:
     if isinstance(error, _HostileAnswer):
         return Unreachable(f"{name}: {error}; check whether a proxy or a mirror answers instead of the hub")
     if reads and (isinstance(error, _PARSING_ERRORS) or type(error).__name__ == "JSONDecodeError"):
-        first_line = (str(error).splitlines() or [""])[0][:100]
-        what = f"the hub's answer cannot be read ({type(error).__name__}: {first_line})"
+        what = f"the hub's answer cannot be read ({type(error).__name__}: {first_line(error, 100)})"
         return Unreachable(f"{name}: {what}; check whether a proxy or a login page answers instead")
     return None
 
@@ -223,6 +223,5 @@ def _content_error(error: Exception, name: str) -> JobError | None:
         return DataError([Problem(name, f"the hub lists a file that it does not have: {where}")])
     unusable = isinstance(error, FileNotFoundError | ValueError | RuntimeError)
     if unusable or _is_a(error, _DATASETS_ERRORS, "DatasetsError"):
-        first_line = (str(error).splitlines() or [""])[0]
-        return DataError([Problem(name, f"cannot be read: {first_line[:200]}")])
+        return DataError([Problem(name, f"cannot be read: {first_line(error)}")])
     return None
