@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from job.audit.overlap import MOST_ROWS, SHARE, OverlapHits
-from job.audit.rows import AuditSetup, from_bytes
+from job.audit.rows import AuditedRow, AuditSetup
 from job.audit.safety import Screen, Texts
 from job.audit.statistics import PACKAGE as LANGUAGES
 from job.audit.statistics import quantiles
@@ -113,7 +113,7 @@ class Audit:
                 self._repeated_row += 1
             self.row_of_example.extend([self._repeated_row] * examples)
             return
-        row = from_bytes(data)
+        row = AuditedRow.from_bytes(data)
         number = len(self._identities)
         self.row_of_example.extend([number] * examples)
         self._locations.add(where)

@@ -22,12 +22,12 @@ from job.storage.hub_errors import hub_errors
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja")
 """What is fetched of a model: no pickled weights, no code."""
-SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
+SMALL_FILES = tuple(pattern for pattern in MODEL_FILES if pattern != "*.safetensors")
 """All of that but the weights."""
 MAX_SMALL_BYTES = 256 << 20
 CARD = "README.md"
 _MAX_CARD_BYTES = 16 << 20
-MAX_FILE = 50_000_000_000
+MAX_FILE_BYTES = 50_000_000_000
 """Bytes of the largest file that the hub takes, by its client's documentation (`HfApi.upload_file`, 2.4)."""
 PREVIEW_SECONDS = 10.0
 """How long a plan waits for an answer of the hub."""

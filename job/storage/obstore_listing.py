@@ -59,9 +59,9 @@ def _sorted(client: Any, uri: str, start: str, retries: int) -> Iterator[tuple[s
     try:
         with closing(sqlite3.connect("", isolation_level=None, check_same_thread=False)) as database:
             database.execute("PRAGMA journal_mode=OFF")
-            database.execute("CREATE TABLE found (key TEXT PRIMARY KEY, bytes INTEGER) WITHOUT ROWID")
+            database.execute("CREATE TABLE objects (key TEXT PRIMARY KEY, bytes INTEGER) WITHOUT ROWID")
             while True:
-                database.execute("DELETE FROM found")
+                database.execute("DELETE FROM objects")
                 try:
                     _read_into(database, uri, _pages(client, start, after=""))
                 except FAILURES as error:
@@ -69,8 +69,8 @@ def _sorted(client: Any, uri: str, start: str, retries: int) -> Iterator[tuple[s
                 else:
                     break
             # SQLite compares the bytes of UTF-8, whose order is that of Python's strings.
-            entries = database.execute("SELECT key, bytes FROM found ORDER BY key")
-            yield from (entry for entry in entries if entry[0].startswith(start))
+            in_order = database.execute("SELECT key, bytes FROM objects ORDER BY key")
+            yield from (entry for entry in in_order if entry[0].startswith(start))
     except sqlite3.Error as error:
         what = f"{uri}: cannot list: the listing does not fit into a temporary file ({error}); set TMPDIR"
         raise Unreachable(what) from error
@@ -80,7 +80,7 @@ def _read_into(database: sqlite3.Connection, uri: str, pages: Iterator[Page]) ->
     repeated = 0
     for page in pages:
         database.execute("BEGIN")
-        new = database.executemany("INSERT INTO found VALUES (?, ?) ON CONFLICT DO NOTHING", page).rowcount
+        new = database.executemany("INSERT INTO objects VALUES (?, ?) ON CONFLICT DO NOTHING", page).rowcount
         database.execute("COMMIT")
         repeated = _count_repeated(uri, repeated, new=new > 0)
 
