@@ -161,8 +161,7 @@ def launch(
     if code == Killed.exit_code:
         killed = {rank: _how_it_ended(code) for rank, code in _killed_or_unknown(codes, late).items()}
         if not killed and only_late is Killed:
-            why = "machine 0 of this run cannot be reached any more" if outcome.lost else "another process had ended"
-            killed = dict.fromkeys(sorted(late), f"did not end, although {why}, and was killed")
+            killed = dict.fromkeys(sorted(late), _how_it_hung(machine_0_lost=outcome.lost))
         if killed:
             raise Killed("; ".join(f"process {rank} {how}" for rank, how in killed.items()))
     return code
@@ -404,6 +403,12 @@ def _how_it_ended(code: int) -> str:
         name = f"signal {-code}"
     why = "; the machine may be out of memory" if -code == signal.SIGKILL else ""
     return f"was killed by {name}{why}"
+
+
+def _how_it_hung(*, machine_0_lost: bool) -> str:
+    """How a process ended that this launcher killed although no signal had arrived, in words."""
+    why = "machine 0 of this run cannot be reached any more" if machine_0_lost else "another process had ended"
+    return f"did not end, although {why}, and was killed"
 
 
 def _killed_or_unknown(codes: Mapping[int, int], late: set[int]) -> dict[int, int]:

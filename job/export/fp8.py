@@ -52,7 +52,7 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
     """
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.config import CompressionFormat
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
+    from compressed_tensors.quantization import preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
     source = inputs.merged
@@ -87,14 +87,8 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
 
     inputs.folder.mkdir(parents=True)
     write_weights(inputs.folder, shapes, written, check_stop=inputs.check_stop)
-    quantization = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        quantization_status=QuantizationStatus.COMPRESSED,
-        format=packing,
-        ignore=kept_layers,
-    )
     config = read_json(source / "config.json", MAX_CONFIG_BYTES)
-    config["quantization_config"] = json.loads(quantization.model_dump_json())
+    config["quantization_config"] = _quantization_config(scheme, packing, kept_layers)
     write_config(inputs.folder, config)
     copy_other_files(source, inputs.folder)
     return QuantizationRecord(
@@ -108,3 +102,16 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
         layers=len(quantized),
         kept=kept_layers,
     )
+
+
+def _quantization_config(scheme: Any, packing: str, kept_layers: list[str]) -> Any:
+    """What config.json says of the quantization, as compressed-tensors writes it."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
+    quantization = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        quantization_status=QuantizationStatus.COMPRESSED,
+        format=packing,
+        ignore=kept_layers,
+    )
+    return json.loads(quantization.model_dump_json())

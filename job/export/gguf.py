@@ -75,27 +75,28 @@ _WITHOUT_NETWORK = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZ
 _MARGIN = 8
 """Tokens of llama.cpp's context beyond the longest question: it needs room for the one that it samples."""
 _PROBES = (
-    *("Hello, world!", " leading space", "  two spaces", "trailing space ", "a\nb\n\nc", "\ttab", "\n", "   "),
-    *(
-        "Question: What is 3 + 14,159?\nAnswer:",
-        "I'll we'VE don't it's",
-        "x=3.14; y = 'a' if b else \"c\"",
-        "1234567890",
-    ),
-    *(
-        "CamelCase snake_case ALLCAPS",
-        "na\u00efve caf\u00e9 \u00fcber",
-        "\u4f60\u597d\uff0c\u4e16\u754c",
-        "\u041f\u0440\u0438\u0432\u0435\u0442",
-        "\u0645\u0631\u062d\u0628\u0627",
-    ),
-    *(
-        "\U0001f600 \U0001f469\u200d\U0001f680",
-        "!!! ??? ...",
-        "a  b   c    d",
-        "https://example.org/a?b=c&d=1",
-        "e\u0301",
-    ),
+    "Hello, world!",
+    " leading space",
+    "  two spaces",
+    "trailing space ",
+    "a\nb\n\nc",
+    "\ttab",
+    "\n",
+    "   ",
+    "Question: What is 3 + 14,159?\nAnswer:",
+    "I'll we'VE don't it's",
+    "x=3.14; y = 'a' if b else \"c\"",
+    "1234567890",
+    "CamelCase snake_case ALLCAPS",
+    "na\u00efve caf\u00e9 \u00fcber",
+    "\u4f60\u597d\uff0c\u4e16\u754c",
+    "\u041f\u0440\u0438\u0432\u0435\u0442",
+    "\u0645\u0631\u062d\u0628\u0627",
+    "\U0001f600 \U0001f469\u200d\U0001f680",
+    "!!! ??? ...",
+    "a  b   c    d",
+    "https://example.org/a?b=c&d=1",
+    "e\u0301",
 )
 """Texts on which tokenizers differ: how they cut words, numbers, white space, and bytes that no token has."""
 
