@@ -34,19 +34,25 @@ from job.storage.open import ObjectStore, TooLarge, is_key
 SPARE_BYTES = 64 << 20
 
 
-def publish(
-    store: ObjectStore,
-    folder: Path,
-    *,
-    step: int,
-    epoch: int,
-    world_size: int,
-    software: Mapping[str, str],
-    run: str | None = None,
-) -> None:
-    """Uploads the files of `folder`, then the marker. An attempt (`epoch`) publishes a step once.
+@dataclass(frozen=True)
+class Writer:
+    """The attempt that writes checkpoints, as their markers describe it.
 
-    `run` is the run's fingerprint: a checkpoint is restored by attempts that have the same.
+    Attributes:
+        epoch: The lease's number of the attempt.
+        world_size: Number of processes.
+        software: Versions of this process.
+        run: The run's fingerprint: a checkpoint is restored by attempts that have the same.
+    """
+
+    epoch: int
+    world_size: int
+    software: Mapping[str, str]
+    run: str | None = None
+
+
+def publish(store: ObjectStore, folder: Path, step: int, writer: Writer) -> None:
+    """Uploads the files of `folder`, then the marker. An attempt publishes a step once.
 
     Raises:
         Replaced: Another attempt took the run over.
@@ -54,7 +60,14 @@ def publish(
     """
     paths = sorted(folder.iterdir())
     files = {path.name: MarkedFile(bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths}
-    marker = Marker(step=step, epoch=epoch, world_size=world_size, software=dict(software), files=files, run=run)
+    marker = Marker(
+        step=step,
+        epoch=writer.epoch,
+        world_size=writer.world_size,
+        software=dict(writer.software),
+        files=files,
+        run=writer.run,
+    )
     for path in paths:
         store.upload(path, marker.folder + path.name)
     write_in_turn(store, marker_key(step), render_marker(marker), store.tag(marker_key(step)))
@@ -95,11 +108,8 @@ def prune(
 
 def publisher(
     store: ObjectStore,
+    writer: Writer,
     *,
-    epoch: int,
-    world_size: int,
-    software: Mapping[str, str],
-    run: str | None,
     keep: int,
     settle_seconds: float,
     verified: int,
@@ -109,10 +119,7 @@ def publisher(
 
     Args:
         store: The run's.
-        epoch: The lease's: which attempt this is.
-        world_size: Number of processes.
-        software: Versions of this process.
-        run: The run's fingerprint.
+        writer: This attempt.
         keep: How many checkpoints to keep, at least 1.
         settle_seconds: For how long after its commit a checkpoint is `fresh` (see `prune`).
         verified: Step that this attempt restored, 0 if none.
@@ -122,7 +129,7 @@ def publisher(
 
     def publish_and_prune(folder: Path, step: int) -> None:
         began = time.monotonic()
-        publish(store, folder, step=step, epoch=epoch, world_size=world_size, software=software, run=run)
+        publish(store, folder, step, writer)
         now = committed[step] = time.monotonic()
         fresh = [step for step, when in committed.items() if now - when < settle_seconds]
         prune(store, keep, own_steps=committed.keys(), verified=verified, fresh=fresh)

@@ -125,10 +125,9 @@ def _train(
         AsyncUploader(
             manager.publisher(
                 attempt.store,
-                epoch=attempt.number,
-                world_size=attempt.processes.place.world_size,
-                software=software_of(loaded.plan),
-                run=attempt.run,
+                manager.Writer(
+                    attempt.number, attempt.processes.place.world_size, software_of(loaded.plan), attempt.run
+                ),
                 keep=settings.checkpoint.keep,
                 settle_seconds=settings.checkpoint.settle_seconds,
                 verified=restored.step,
