@@ -56,12 +56,12 @@ def publishing_early_end(
             reporting = in_thread(
                 partial(_report_end, *member_and_run, error.exit_code, str(error), received), "early end"
             )
-            # A store that is silent holds up a request, for ever if its machine is frozen. The thread is left behind
-            # then, after a signal at once.
+            # A request to a store that does not answer blocks, for ever if the store's machine is frozen. So the thread
+            # is waited for until the limit, or until a signal arrives, and then left behind.
             limit = time.monotonic() + _TELL_SECONDS + 2 * _ANSWER_SECONDS
             while not reporting.done() and not received and time.monotonic() < limit:
                 wait([reporting], timeout=_PAUSE_SECONDS)
-            # It ends with its own error all the same.
+            # Whether that succeeded or not, the error below is what this process ends with.
             with contextlib.suppress(OSError, RuntimeError, Unreachable):
                 reporting.result(timeout=_LAST_SECONDS)
         raise

@@ -256,8 +256,8 @@ class _OtherMachines:
         try:
             self.first = _bounded(_ANSWER_SECONDS, lambda: read_first_failure(self._reach(_ANSWER_SECONDS)))
             self._answered, self.lost = time.monotonic(), False
-        except (OSError, RuntimeError):  # a late answer would be taken for that to the next question
-            self._store = None
+        except (OSError, RuntimeError):
+            self._store = None  # on this connection a late answer would be taken for that to the next question
             self.lost = time.monotonic() - self._answered > _GONE_SECONDS
 
     def publish(self, local: int, code: int, why: str) -> None:

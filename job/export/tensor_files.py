@@ -13,7 +13,7 @@ import torch
 from job.model.files import readable, weight_files
 
 SHARD = 5_000_000_000
-"""Bytes of a file of weights: what is held in memory, and what an upload that is interrupted has to begin again."""
+"""Most bytes of a file of weights: one file is in memory at a time, and an interrupted upload begins its file again."""
 _TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -46,7 +46,7 @@ SPARE_SHARE = 0.25
 SPARE_SECONDS = 2.0
 """Margin of `decide`: machines slow down while they are drained, and the run log is still to be written at the end."""
 LAST_SECONDS = 0.5
-"""So long before the kill a process that has not ended ends itself."""
+"""A process that has not ended by this time before the kill ends itself."""
 _LONGEST_WAIT = 3600.0
 """Seconds; `poll` takes no more than 24 days."""
 _NO_MORE_SIGNALS = b"\0"

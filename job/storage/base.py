@@ -270,7 +270,7 @@ def _writes(store: ObjectStore, key: str, text: str, *, if_absent: bool = False,
 
 
 def read_record(store: ObjectStore, key: str) -> Stored | None:
-    """Like `ObjectStore.read`, but a file too large for any record reads as an empty one, which is no record either."""
+    """Like `ObjectStore.read`; one too large for a record is returned empty, which no reader takes for a record."""
     try:
         return store.read(key)
     except TooLarge:

@@ -200,7 +200,7 @@ class _Otlp:
     def close(self) -> None:
         self._exporter.closing = True
         with suppress(Exception):
-            # Until they are taken: they may not even be under way when the time is over.
+            # The last figures count as unsent until they are sent: that may not have begun when the time is over.
             self._exporter.unsent = self._live.figures() is not None
         with suppress(Exception):  # raised where the time is over, or the reader fails: the figures are not sent then
             self._provider.shutdown(timeout_millis=1000 * 0.8 * FLUSH_SECONDS)
