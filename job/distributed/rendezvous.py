@@ -178,7 +178,7 @@ def _reach(place: Place, run: str, deadline: float, stop: Stop, report_progress:
     """The store, once it can be reached; process 0 hosts it where no launcher does."""
     if place.rank == 0 and not place.hosted:
         return host_store(place.port, run)
-    where, reminder = f"{place.host}:{place.port}", _Reminder()
+    address, reminder = f"{place.host}:{place.port}", _Reminder()
     while True:
         _check_launcher(place)
         try:
@@ -188,9 +188,9 @@ def _reach(place: Place, run: str, deadline: float, stop: Stop, report_progress:
             if (place.local_rank == 0 or place.rank == 1) and reminder.is_due():
                 left = max(0, round(deadline - time.monotonic()))
                 what = "waiting for process 0, which cannot be reached"
-                log.get_logger().warning(what, at=where, why=str(error)[:200], at_most_seconds=left)
+                log.get_logger().warning(what, at=address, why=str(error)[:200], at_most_seconds=left)
             if time.monotonic() > deadline:
-                raise Unreachable(f"process 0 of this run cannot be reached at {where}: {error}") from error
+                raise Unreachable(f"process 0 of this run cannot be reached at {address}: {error}") from error
         else:
             store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
             return store
@@ -236,7 +236,7 @@ class _ForeignProcesses:
 
     def __init__(self, store: Any) -> None:
         self._store = store
-        self._asked = self._since = math.inf
+        self._checked = self._seen_since = math.inf
 
     def check(self) -> None:
         """Asks the store once a second at most.
@@ -245,13 +245,13 @@ class _ForeignProcesses:
             SettingsError: See above.
         """
         now = time.monotonic()
-        if self._asked != math.inf and now - self._asked < CHECK_SECONDS:
+        if self._checked != math.inf and now - self._checked < CHECK_SECONDS:
             return
-        self._asked = now
+        self._checked = now
         if not self._store.check([_FOREIGN_PROCESS]):
             return
-        self._since = min(self._since, now)
-        if now - self._since >= _FOREIGN_PROCESS_SECONDS:
+        self._seen_since = min(self._seen_since, now)
+        if now - self._seen_since >= _FOREIGN_PROCESS_SECONDS:
             why = self._store.get(_FOREIGN_PROCESS).decode()
             what = f"must be the same on all machines, but a machine without it or with another one connected: {why}"
             raise SettingsError([Problem("JOB_RUN__ID", what)])
