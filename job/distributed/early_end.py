@@ -18,7 +18,7 @@ from typing import Any
 
 from job import log
 from job.common.threads import in_thread
-from job.distributed.ends import ended_key, gone_key, publish_end, read_key
+from job.distributed.common_exit_code import ended_key, gone_key, publish_end, read_key
 from job.distributed.launcher import Machine, split_address
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import host_store, keyspace, publish_foreign_process, reach_store

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from job import log
 from job.common.threads import in_thread
-from job.distributed.ends import SETTLE_SECONDS, End, agree_on_end, publish_end, read_first_failure
+from job.distributed.common_exit_code import SETTLE_SECONDS, End, agree_on_end, publish_end, read_first_failure
 from job.distributed.ranks import LAUNCHER, Place
 from job.distributed.rendezvous import host_store, keyspace, reach_keyspace
 from job.errors import Killed, Preempted, Problem, SettingsError, error_of_process, exit_codes, gravest

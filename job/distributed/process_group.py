@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from job.common.formatting import first_line
 from job.common.out_of_memory import ran_out, says_full
-from job.distributed.ends import END, failure_key, gone_key, publish_end
+from job.distributed.common_exit_code import END, failure_key, gone_key, publish_end
 from job.distributed.peers import Peers, identity
 from job.distributed.ranks import Place
 from job.errors import JobError, Killed, Preempted, error_of_process

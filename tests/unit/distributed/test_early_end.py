@@ -18,8 +18,8 @@ from job import log
 from job.cli.error_report import report
 from job.cli.main import main
 from job.distributed import early_end, launcher, process_group, rendezvous
+from job.distributed.common_exit_code import END, agree_on_end
 from job.distributed.early_end import publishing_early_end
-from job.distributed.ends import END, agree_on_end
 from job.distributed.launcher import Machine, launch
 from job.distributed.process_group import ProcessGroup
 from job.distributed.ranks import Place

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.distributed import launcher
-from job.distributed.ends import END, publish_end
+from job.distributed.common_exit_code import END, publish_end
 from job.distributed.launcher import Machine, check_signals, count_processes, launch, recorded_signals
 from job.distributed.ranks import Place, find_place
 from job.distributed.rendezvous import host_store, keyspace

@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.distributed import process_group, rendezvous
-from job.distributed.ends import publish_end
+from job.distributed.common_exit_code import publish_end
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, join, keyspace
