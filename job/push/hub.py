@@ -22,13 +22,12 @@ from job import log
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 from job.push.files import PushContent, PushFile
 from job.storage.hub import PREVIEW_SECONDS, import_client, is_reachable
-from job.storage.hub_errors import causes, hub_errors
+from job.storage.hub_errors import TRANSIENT_STATUS, causes, hub_errors
 
 SETTING = "JOB_EXPORT__HUB"
 MAIN = "main"
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _MOVED = {HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED}
-_TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _READERS = {"read", "no_access"}
 """Roles in an organization that may not make a repository there."""
 _TRIES = 4
@@ -305,7 +304,7 @@ def _error_of_answer(answer: Any, repo: str) -> JobError:
         return AccessDenied(f"{SETTING}: HF_TOKEN may not write to {repo} (HTTP {status})")
     if status in _MOVED:
         return _Moved(repo)
-    if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if status in TRANSIENT_STATUS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return Unreachable(f"{SETTING}: {repo}: the hub answered with HTTP {status}")
     message = answer.headers.get("X-Error-Message") or ""
     return SettingsError([Problem(SETTING, f"{repo}: the hub refuses (HTTP {status}) {message[:200]}".rstrip())])

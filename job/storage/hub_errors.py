@@ -26,7 +26,7 @@ from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError
 # By name: which of the HTTP libraries it is depends on the version of the hub's client.
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
 _DENIED_STATUS = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.UNAVAILABLE_FOR_LEGAL_REASONS}
-_TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+TRANSIENT_STATUS = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _NAME = re.compile(r"(?!\.{1,2}$)[0-9A-Za-z._-]+")
 """What the hub's answers give as commit and ETag."""
 _HUB_ERRORS, _DATASETS_ERRORS = "huggingface_hub.errors", "datasets.exceptions"
@@ -173,7 +173,7 @@ def _answered_error(error: BaseException, name: str) -> JobError | None:
         return AccessDenied(f"{name}: {what}")
     if status in _DENIED_STATUS or _is_a(error, _HUB_ERRORS, "RepositoryNotFoundError", "DisabledRepoError"):
         return denied
-    if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if status in TRANSIENT_STATUS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return Unreachable(f"{name}: the hub answered with HTTP {status}")
     return DataError([Problem(name, f"not found on the hub at this revision (HTTP {status})")])
 
