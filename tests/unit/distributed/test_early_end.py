@@ -17,7 +17,7 @@ import pytest
 from job import log
 from job.cli.error_report import report
 from job.cli.main import main
-from job.distributed import early_end, launcher, process_group, rendezvous
+from job.distributed import early_end, other_machines, process_group, rendezvous
 from job.distributed.common_exit_code import END, agree_on_end
 from job.distributed.early_end import publishing_early_end
 from job.distributed.launcher import Machine, launch
@@ -122,7 +122,7 @@ def test_a_store_that_goes_away_while_it_is_waited_for_is_worth_a_retry(
 
 def test_a_launcher_does_not_ask_a_machine_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """How that ends is not how this one ends, and it will not say so."""
-    monkeypatch.setattr(launcher, "agree_on_end", lambda *_, **__: pytest.fail("it was asked"))
+    monkeypatch.setattr(other_machines, "agree_on_end", lambda *_, **__: pytest.fail("it was asked"))
     store = host_store(0, "other")
     place = Machine(1, nodes=2, node_rank=1, rendezvous=f"localhost:{store.port}")
     assert launch(["/bin/sh", "-c", "exit 75"], place, [], run="r", environ=dict(os.environ), grace_seconds=60) == 75
