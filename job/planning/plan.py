@@ -35,7 +35,7 @@ from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow
 from job.settings.combinations import sharded_alone
 from job.settings.load import Settings
-from job.storage.hub import MAX_FILE
+from job.storage.hub import MAX_FILE_BYTES
 from job.training import memory_model
 
 SHARED_MEMORY = PreflightResult("shared memory", "ok", "one process needs none; several need 1 GiB in /dev/shm")
@@ -184,8 +184,8 @@ def _main_memory(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
 def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:
     """What is too large for one file of the hub: a GGUF file. All other formats are split into shards."""
     for name in run.derived if settings.export.hub else ():
-        if name.startswith(GGUF) and (file_bytes := run.format_bytes(name)) > MAX_FILE:
-            what = f"{name} is one file of about {size(file_bytes, ' ')}, and the hub takes {size(MAX_FILE, ' ')}"
+        if name.startswith(GGUF) and (file_bytes := run.format_bytes(name)) > MAX_FILE_BYTES:
+            what = f"{name} is one file of about {size(file_bytes, ' ')}, and the hub takes {size(MAX_FILE_BYTES, ' ')}"
             yield PreflightResult(
                 "hub", "note", f"{what}; leave it out, use a smaller type, or push to JOB_EXPORT__OCI"
             )

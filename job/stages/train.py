@@ -134,16 +134,15 @@ def _train(
         AsyncUploader(
             manager.publisher(
                 attempt.store,
-                epoch=attempt.number,
-                world_size=attempt.processes.place.world_size,
-                software=software_of(loaded.plan),
-                run=attempt.run,
+                manager.Writer(
+                    attempt.number, attempt.processes.place.world_size, software_of(loaded.plan), attempt.run
+                ),
                 keep=settings.checkpoint.keep,
                 settle_seconds=settings.checkpoint.settle_seconds,
                 verified=restored.step,
                 on_committed=partial(_committed, attempt),
             ),
-            patience=attempt.stop.waiting_seconds,
+            seconds_left=attempt.stop.waiting_seconds,
         ) as publisher,
     ):
         watch = Stopwatch()

@@ -276,7 +276,7 @@ def test_exports_are_planned(given: Path, monkeypatch: pytest.MonkeyPatch) -> No
     weights = 2 * figures["base parameters"].value  # in 16 bits
     assert 3.0 * weights < figures["exported models"].value < 3.6 * weights
     assert "evaluation, 9 times" in figures  # three bases and adapters, two merges, three formats, a copy
-    monkeypatch.setattr("job.planning.plan.MAX_FILE", int(0.45 * weights))
+    monkeypatch.setattr("job.planning.plan.MAX_FILE_BYTES", int(0.45 * weights))
     (check,) = [check for check in make_plan(load_settings([])).checks if check.name == "hub"]
     assert (check.state, check.what.partition(" is one file")[0]) == ("note", "gguf:q8_0")
 
