@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ from job.runs.run_settings import agree_on_settings, compare_settings, keep_sett
 from job.runs.stage_records import identity
 from job.settings.affects_result import common_settings, decisive_settings, default_settings
 from job.settings.load import Settings, current_platform, environment, exporters, plain_values, trackers
-from job.settings.training_stages import folder_of, split_stages
+from job.settings.training_stages import folder_of, naming_given_settings, naming_its_settings, split_stages
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.publish import publish
@@ -138,7 +138,9 @@ def _run_stage(
 ) -> dict[str, Any]:
     """One run from start to end; `later` are those that follow, as in `JOB_TRAIN__METHOD=sft,dpo`."""
     check_stop = partial(_check_stop, stop, report_progress)
-    if (done := _finished(processes, settings, delivery, check_stop)) is not None:
+    with naming_given_settings(settings):
+        done = _finished(processes, settings, delivery, check_stop)
+    if done is not None:
         return done
     processes.share("inputs", lambda: _check_inputs(settings, later, processes.place.world_size))
     with _attempt(settings, stop, report_progress, faults, processes, idle=idle, last=not later) as (
@@ -147,8 +149,12 @@ def _run_stage(
     ):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage), later)
-        loaded = _load(attempt, settings, sources)
-        with publishing(sources.cache_entry if processes.leads else None, stop, report_progress):
+        with naming_its_settings(settings.part_of):
+            loaded = _load(attempt, settings, sources)
+        with (
+            naming_its_settings(settings.part_of),
+            publishing(sources.cache_entry if processes.leads else None, stop, report_progress),
+        ):
             base = _evaluate_base(attempt, settings, sources, loaded)
             trained = _train(attempt, settings, sources, loaded)
             adapter = _evaluate_adapter(attempt, settings, sources, loaded, base=base, trained=trained)
@@ -303,8 +309,10 @@ def _attempt(
         notifying(None if webhook is None else webhook.get_secret_value(), settings.run.id) as notifier,
         live_metrics(watched, settings.run.id) as live,
         tracking(tracker_options, settings.run.id, plain_values(settings), environment()) as track,
-        opening as attempt,
+        ExitStack() as stack,
     ):
+        with naming_given_settings(settings):
+            attempt = stack.enter_context(opening)
         live.figures = attempt.figures
         silent = attempt.earlier[-1] if attempt.earlier and attempt.earlier[-1].outcome in SILENT else None
         notifier.started({"attempt": attempt.number, "store": store.uri}, silent)

@@ -8,8 +8,8 @@
 | messages[].train, ... | the same, under the names that other tools have for it (`LEARNED`) |
 | tools | the tools that may be called: a list of objects, or that list as JSON text |
 
-Only the template decides which order of roles is valid: templates differ, and rows with tools or several speakers have
-many orders. A message that the template ignores is an error. A field that it ignores is missing from the rendered text: for tools,
+Only the template decides which order of roles is valid: templates differ, and rows with tools have many orders. A
+message that the template ignores is an error. A field that it ignores is missing from the rendered text: for tools,
 tool calls and the last answer's reasoning that is an error, too; other ignored fields are counted and reported. A field
 that selects target tokens in a way that is not supported is an error. Rows of ShareGPT's form: `job.data.sharegpt`.
 

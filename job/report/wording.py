@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from job.common.formatting import count, enumeration, figure, p_value, percent, points
@@ -223,8 +223,8 @@ def explanation(name: str, results: Mapping[str, Any]) -> list[str]:
     )
     scored = (
         f"Of {task['n']:,} questions of {task_labels(results)[name]}, the {base} answers "
-        f"{percent(task['base']['acc'])} right and the adapter {percent(task['adapter']['acc'])}: {points(task['delta'])} percentage points (95 % interval "
-        f"{points(low)} to {points(high)})."
+        f"{percent(task['base']['acc'])} right and the adapter {percent(task['adapter']['acc'])}: "
+        f"{points(task['delta'])} percentage points (95 % interval {points(low)} to {points(high)})."
     )
     sentences = [scored, changed]
     if task["verdict"] == "inconclusive":

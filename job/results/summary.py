@@ -195,9 +195,9 @@ def _verdicts(outcome: RunOutcome, against: str) -> list[str]:
             words = verdict_in_words(task.comparison.verdict, originals.get(name), quantized=outcome.quantized)
             verdicts.append(f"{outcome.labels[name]} {words}")
     verdicts += [
-        f"{outcome.labels[measured.comparison.name]} {measured.comparison.metric} {measured.comparison.verdict}{against}"
-        for measured in outcome.measured
-        if measured.comparison.name not in outcome.grouped_tasks
+        f"{outcome.labels[one.name]} {one.metric} {one.verdict}{against}"
+        for one in (measured.comparison for measured in outcome.measured)
+        if one.name not in outcome.grouped_tasks
     ]
     if outcome.gate_passed is not None:
         verdicts.append("gate met" if outcome.gate_passed else "gate not met")

@@ -15,14 +15,16 @@ import pytest
 from job import pipeline
 from job.common.hashing import sealed
 from job.distributed.processes import ALONE
-from job.errors import Preempted, SettingsError
+from job.errors import Preempted, SettingsError, TrainingFailed
 from job.preemption.stop_flag import Stop
 from job.records import AttemptRecord, Exported, ScoringPrecision
 from job.runs.attempt import Attempt
 from job.runs.layout import EXPORTED_RUN, attempt_key, stage_key
 from job.runs.lease import take
-from job.settings.load import Settings, load_settings
-from job.settings.training_stages import folder_of
+from job.runs.run_settings import keep_settings
+from job.settings.affects_result import decisive_settings
+from job.settings.load import Settings, load_settings, plain_values
+from job.settings.training_stages import folder_of, split_stages
 from job.storage.local import LocalStore
 from job.tracking import webhook
 from job.tracking.live_metrics import LiveMetrics
@@ -166,6 +168,43 @@ def test_no_stage_is_trained_where_a_finished_run_was_being_copied(
     monkeypatch.setattr(pipeline, "check_inputs", lambda *_, **__: pytest.fail("a stage has begun"))
     with pytest.raises(SettingsError, match=r"JOB_EXPORT__RUN: is not set, but .*/a-run has begun to export"):
         pipeline.run(settings, Stop(), lambda: None, ())
+
+
+def test_a_changed_setting_of_the_first_stage_has_the_name_that_was_given(tmp_path: Path) -> None:
+    """The first stage of `sft,dpo` has its epochs from a setting of its own, its validation from that of the run."""
+    both = {"JOB_TRAIN__METHOD": "sft,dpo", "JOB_DATA__SFT_SOURCE": "rows", "JOB_DATA__SOURCE": "pairs"}
+    began, _ = split_stages(demo(tmp_path, **both, JOB_TRAIN__SFT_EPOCHS="1"))
+    keep_settings(LocalStore(Path(folder_of(began))), decisive_settings(plain_values(began)))
+    changed, _ = split_stages(demo(tmp_path, **both, JOB_TRAIN__SFT_EPOCHS="2", JOB_DATA__VALIDATION="3"))
+    with (
+        pytest.raises(SettingsError) as refused,
+        pipeline._attempt(changed, Stop(), lambda: None, (), ALONE, idle=None, last=False),
+    ):
+        pass
+    assert [str(problem) for problem in refused.value.problems] == [
+        "JOB_DATA__VALIDATION: this run began with None, not 3",
+        "JOB_TRAIN__SFT_EPOCHS: this run began with 1, not 2",
+    ]
+
+
+def test_training_of_the_first_stage_that_fails_names_its_own_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lower JOB_TRAIN__LEARNING_RATE` would change nothing where the rate is that of JOB_TRAIN__SFT_LEARNING_RATE."""
+
+    def fails(*_: Any) -> None:
+        raise TrainingFailed("the loss is nan. Lower JOB_TRAIN__LEARNING_RATE")
+
+    attempt = SimpleNamespace(timed=lambda _: nullcontext())
+    monkeypatch.setattr(pipeline, "_attempt", lambda *_, **__: nullcontext((attempt, None)))
+    monkeypatch.setattr(pipeline, "_check_inputs", lambda *_: None)
+    monkeypatch.setattr(pipeline, "pull", lambda *_: None)
+    monkeypatch.setattr(pipeline, "_load", fails)
+    both = {"JOB_TRAIN__METHOD": "sft,dpo", "JOB_DATA__SFT_SOURCE": "rows", "JOB_DATA__SOURCE": "pairs"}
+    names = ("SFT_LEARNING_RATE", "LEARNING_RATE")
+    for settings, name in zip(split_stages(demo(tmp_path, **both)), names, strict=True):
+        with pytest.raises(TrainingFailed, match=rf"Lower JOB_TRAIN__{name}$"):
+            pipeline._run_stage(settings, Stop(), lambda: None, (), delivery=None, processes=ALONE, idle=None)
 
 
 @pytest.mark.parametrize(("outcome", "kind"), [("running", "killed"), ("stalled", "stalled"), ("preempted", None)])
