@@ -161,7 +161,7 @@ def check_data(names: Sequence[str], data: Iterable[str]) -> None:
         inside = tasks_of(open_index((*names, *unnamed)).task_index, names)
         unnamed = [name for name in unnamed if name not in inside]
     if unnamed:
-        what = f"gives questions of {', '.join(unnamed)}, and JOB_EVAL__TASKS does not name that task"
+        what = f"gives questions of {', '.join(unnamed)}, and JOB_EVAL__TASKS does not name that task; add it there, or remove its file"
         raise SettingsError([Problem("JOB_EVAL__DATA", what)])
 
 

@@ -351,7 +351,11 @@ class Preset(Source):
         )
 
     def _asked(self, questions: Any) -> Mapping[str, object]:
-        """The preset's files of questions of tasks that JOB_EVAL__TASKS names; without a valid setting, all."""
+        """The preset's files of questions of tasks that JOB_EVAL__TASKS names; without a valid setting, all.
+
+        Not of tasks that are only in a group: its aggregate figure would mix the benchmark's questions with made-up
+        ones. Who wants that names the file in JOB_EVAL__DATA.
+        """
         tasks = self.request.strongest("eval.tasks")
         try:
             named = None if tasks is None else split_items(tasks.value)

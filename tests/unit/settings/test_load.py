@@ -885,6 +885,13 @@ class TestCombinations:
         for tasks in ("arc_easy,hellaswag", '["hellaswag", "arc_easy"]'):
             assert load_settings(["--preset=demo", f"--eval.tasks={tasks}"], {}).eval.data.keys() == {"arc_easy"}
 
+    def test_a_question_file_for_a_task_of_a_group(self) -> None:
+        """Its name need not begin with the group's; a preset's questions are not mixed with those of a group."""
+        given = ["--preset=demo", "--eval.tasks=ai2_arc"]
+        assert load_settings(given, {}).eval.data == {}
+        own = load_settings([*given, "--eval.data=arc_easy=questions.jsonl"], {}).eval.data
+        assert own == {"arc_easy": "questions.jsonl"}
+
     def test_a_gate_without_a_threshold(self) -> None:
         """A gate that can never close is not what was meant."""
         assert "threshold" in problems(["--gate.metric=acc_norm"])["JOB_GATE__METRIC (command line)"]
