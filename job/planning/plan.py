@@ -122,22 +122,19 @@ def _measured(preflight: Preflight) -> list[Estimate]:
 
 def _licence(settings: Settings, preflight: Preflight) -> PreflightResult:
     """The licences of data and model by their cards, else by name; of what was not looked at, by cards in the cache."""
-    data, model, places = (
-        settings.data,
-        settings.model,
-        [source.location for source in parse_sources(settings.data.source)],
-    )
+    data, model, sources = settings.data, settings.model, parse_sources(settings.data.source)
     licences = [
         preflight.data.licence if preflight.data is not None else None,
         *(
             find_licence(source.location, source.revision or data.revision, "dataset", ask_hub=False)
-            for source in parse_sources(data.source)
+            for source in sources
         ),
     ]
+    unknown = _unknown(*(source.location for source in sources), asked=preflight.data is not None)
     licence = (
         licences[0]
         or "; ".join(sorted({name for name in licences if name}))
-        or f"{_unknown(*places, asked=preflight.data is not None)}; check that you may train on it"
+        or f"{unknown}; check that you may train on it"
     )
     limits = ": no commercial use of the data, nor of models that are trained on it" if "-nc" in licence else ""
     asked = preflight.model is not None  # a model that was looked at is here, or the hub answers
