@@ -110,9 +110,17 @@ def read_lines(path: Path, name: str) -> Lines:
             last_where = row.where
             yield row
     except (OSError, EOFError, zlib.error, _TooLargeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = _NOT_WHOLE.get(type(error)) or getattr(error, "strerror", None) or error
         after = "" if last_where == name else f" after {last_where}"
         yield RowError(UNREADABLE, name, f"cannot be read{after}: {reason}")
+
+
+_NOT_WHOLE: dict[type[BaseException], str] = {
+    EOFError: "its compressed data ends too early: the file was cut off; copy or download it again",
+    zlib.error: "its compressed data is damaged; copy or download it again",
+    gzip.BadGzipFile: "it is not gzip, or damaged; copy it again, or rename it if it is not compressed",
+}
+"""What the errors of a compressed file mean."""
 
 
 class _TooLargeError(Exception):
@@ -243,7 +251,16 @@ class LineDecoder:
         except (ValueError, RecursionError) as error:
             if not is_valid_text(text):
                 return RowError("broken_utf8", row.where, "is neither UTF-8 nor JSON; save the file as UTF-8")
-            return RowError("invalid_json", row.where, f"is not valid JSON: {_reason(error, line=True)}")
+            return RowError(
+                "invalid_json", row.where, f"is not valid JSON: {_reason(error, line=True)}{_hint_of_line(text)}"
+            )
+
+
+def _hint_of_line(line: str) -> str:
+    """What is the matter with a line that is not valid JSON, where it can be told; else nothing."""
+    if line.strip() in {"{", "[", "[{"}:
+        return "; write each row as one object on one line, or name a list of objects .json"
+    return "; remove the comma after the object" if line.rstrip().endswith("},") else ""
 
 
 def _read_json(path: Path, name: str) -> Rows:
@@ -411,7 +428,7 @@ def _read_parquet(path: Path, name: str) -> Rows:
                     number += 1
                     yield _parquet_row(batch, index, f"{name}:row {number}")
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        yield RowError(UNREADABLE, name, f"is not valid Parquet: {error}")
+        yield RowError(UNREADABLE, name, f"is not valid Parquet: {error}; write, copy or download it again")
 
 
 def _read_arrow(path: Path, name: str) -> Rows:
