@@ -216,6 +216,16 @@ def test_damaged_files_are_never_a_traceback(tmp_path: Path, suffix: str, place:
         assert isinstance(found, Row | RowError)
 
 
+def test_a_damaged_footer_does_not_end_the_process(tmp_path: Path) -> None:
+    """In pyarrow 26 it aborts where damaged sizes of a column are asked for (bytes 11 and 12 of this footer)."""
+    content = write_rows(tmp_path / "x.parquet", ROWS).read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for place in range(footer, footer + 40):
+        damaged = bytearray(content)
+        damaged[place] = (damaged[place] + 1) % 256
+        assert all(isinstance(found, Row | RowError) for found in read(tmp_path / "x.parquet", bytes(damaged)))
+
+
 def test_a_directory_stands_for_its_only_data_file(tmp_path: Path) -> None:
     """A directory is read where exactly one data file lies in it; other and hidden files do not count."""
     with pytest.raises(DataError, match="no data file"):
