@@ -104,6 +104,7 @@ class RunStatus:
         questions: Items scored so far outside of training: questions, rows of the safety screen, judged prompts.
         last_sign_of_life: Time of the newest attempt's last record, RFC 3339 in UTC.
         silent_seconds: Seconds since `last_sign_of_life`, by this machine's clock.
+        stalled_after: Value of `silent_seconds` above which a `running` attempt is called `stalled`; else null.
         last_end: The end of the newest attempt that has ended.
         likely: For a `stalled` run, evidence that full main memory is the cause; null if there is none.
         checkpoints: Steps of the checkpoints with a valid commit marker, newest first. Their files are not read.
@@ -135,6 +136,7 @@ class RunStatus:
     questions: int | None = None
     last_sign_of_life: str | None = None
     silent_seconds: float | None = None
+    stalled_after: float | None = None
     last_end: AttemptEnd | None = None
     likely: str | None = None
     checkpoints: tuple[int, ...] = ()
@@ -213,6 +215,7 @@ def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) 
         questions=current.questions or None if current and note and state == "running" else None,
         last_sign_of_life=sign,
         silent_seconds=silent,
+        stalled_after=stalled_after if state == "running" else None,
         last_end=_last_end(records),
         likely=None if current is None or state != "stalled" else why_killed(current),
         checkpoints=records.checkpoints,
