@@ -33,17 +33,17 @@ from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
 from job.push.push import Target, check_targets, push_run, targets
-from job.records import FP8, Evaluated, Exported, ExportedRun, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
+from job.records import FP8, Evaluated, Exported, ModelRecord, Packing, Pulled, ScoringPrecision, Trained
 from job.results.baseline import check_prompts, warn_of_other_dtype
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.results.delivery import deliver
-from job.results.exported_run import refuse_without, take_over
+from job.results.exported_run import read_exported, refuse_without, take_over
 from job.results.summary import summary
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import Fault, arm, faulty
-from job.runs.layout import BASE, EXPORTED_RUN, PACKING, RESULTS, Stage, stage_key
+from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
 from job.runs.open_attempt import TakeOver, open_attempt
-from job.runs.run_log import IdleLimit
+from job.runs.run_log import IdleLimit, read_exported_run
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
 from job.settings.affects_result import common_settings, decisive_settings, default_settings
@@ -192,7 +192,13 @@ def _finished(
 def _check_inputs(settings: Settings, later: Sequence[Settings], processes: int) -> None:
     """Refuses wrong paths and names before the run takes its lease, so that nothing is left behind."""
     begun = _store(settings).read(stage_key(Stage.PULL)) is not None
-    check_inputs(settings, later, has_record=begun, processes=processes)
+    try:
+        check_inputs(settings, later, has_record=begun, processes=processes)
+    except DataError as error:
+        if settings.export.run is None:
+            raise
+        advice = "models and data have to be where the run in JOB_EXPORT__RUN had them: other paths are refused"
+        raise DataError(list(error.problems), error.total, advice) from None
     chosen = () if later else targets(settings.export)
     if chosen and (reasons := why_not_served(plain_values(settings))):
         log.get_logger().warning("vLLM cannot serve this adapter unchanged", reasons=reasons)
@@ -336,7 +342,8 @@ def _take_over(settings: Settings) -> TakeOver | None:
     if settings.export.run is None:
         return None
     decisive, storage = decisive_settings(plain_values(settings)), storage_options(settings.storage)
-    return take_over(settings.export.run, folder_of(settings), decisive, default_settings(), storage)
+    exported = read_exported(settings.export.run, storage)
+    return take_over(exported, folder_of(settings), decisive, default_settings(), storage)
 
 
 @memory_errors("loading the model", "set JOB_MODEL__QUANTIZATION=nf4")
@@ -356,8 +363,10 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     attempt.loading = True
     attempt.note("running")  # nothing is noted while loading: if the kernel kills it for its memory, this is the record
     begin = partial(put_first_values, attempt, settings.lora.init, sources)
-    trains = attempt.recorded(Stage.TRAIN, Trained) is None
-    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin, trains=trains)
+    trained = settings.export.run is not None or attempt.processes.share(
+        "whether the adapter is trained", lambda: attempt.is_done(Stage.TRAIN, Trained)
+    )
+    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin, trains=not trained)
     attempt.loading = False
     check_experts(attempt.recorded(BASE, type(loaded.kept_base)), loaded.kept_base)
     if needs_merge(settings.export.formats) and sources.original is not None:
@@ -413,7 +422,7 @@ def _train(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loade
     from job.stages.train import train_adapter
 
     def train() -> Trained | None:
-        if settings.export.run is not None or attempt.recorded(EXPORTED_RUN, ExportedRun) is not None:
+        if settings.export.run is not None or read_exported_run(attempt.store) is not None:
             what = "its adapter was taken over, and is missing or damaged here; remove the folder "
             what += f"{attempt.store.uri}, and export again"
             raise DataError([Problem("JOB_EXPORT__RUN", what)])
