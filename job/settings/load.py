@@ -87,8 +87,8 @@ def load_settings(
     settings, invalid = _read(request, NAMES)
     if of_run is not None and settings.export.run is not None and not (request.problems or invalid):
         recorded = of_run(settings)
-        if faults := list(_refused_with(recorded, settings)):
-            raise SettingsError([Problem(setting_at(name, settings.sources[name]), what) for name, what in faults])
+        if refused := list(_refused_with(recorded, settings)):
+            raise SettingsError([Problem(setting_at(name, settings.sources[name]), what) for name, what in refused])
         request = replace(request, of_run=_settings_of_run(recorded, settings.export.formats), layers=[])
         settings, invalid = _read(request, NAMES)
     problems = [*request.problems, *invalid.values()]
@@ -123,7 +123,7 @@ def _settings_of_run(recorded: RecordedSettings, formats: Sequence[str]) -> dict
     """
     effects = find_markers(Settings, ResultEffect)
     defaults = {name: value for name, value, _ in describe(Settings())}
-    values = defaults | recorded.values  # a setting that the version of that run did not have worked as its default
+    values = {**defaults, **recorded.values}  # what the version of that run did not have worked as its default
     preset = str(values["preset"])
     preset = preset if preset in PRESETS else str(defaults["preset"])  # that of another version of the job
     given = defaults | preset_values(preset)
