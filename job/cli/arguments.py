@@ -253,7 +253,7 @@ COMMANDS = {
             Argument(
                 "--server",
                 "vllm, llama.cpp or transformers (default: detected with --url, else the first that is installed). "
-                "pip install 'qlora-job[export]' installs the last two; vllm is started from PATH",
+                "pip install '.[export]' in the repository installs the last two; vllm is started from PATH",
                 metavar="KIND",
             ),
             Argument("--model", "name of the model on the server (default: the last that it lists)", metavar="NAME"),
@@ -324,7 +324,7 @@ def _missing(parsed: Arguments, arguments: Sequence[Argument]) -> Iterator[Probl
     least, most = (with_flag and with_flag.runs) or (len(runs), len(runs))
     if most is not None and len(parsed.runs) > most:
         taken = f"{with_flag.name} takes no run" if with_flag else f"the command takes {' and '.join(runs)} only"
-        yield Problem(" ".join(parsed.runs[most:]), f"is too much: {taken}; remove it")
+        yield Problem(" ".join(parsed.runs[most:]), f"is one argument too many: {taken}; remove it")
     if with_flag and len(parsed.runs) < least:
         yield Problem(with_flag.name, "needs runs, or folders of runs; give their paths or URIs")
     elif not with_flag:
@@ -355,12 +355,15 @@ def _epilog(name: str, command: Command) -> str:
 _RETRY = {"no": "", "yes": " (retry)", "yes, free": " (retry)", "counts against the limit": " (a retry may help)"}
 
 
+def shown_commands() -> list[str]:
+    """The commands that are listed: all but `train`, the word that SageMaker starts containers with."""
+    return [name for name in COMMANDS if name != "train"]
+
+
 def usage() -> str:
     """The text of `qlora-job --help`: the commands, and what they have in common."""
     listed = "\n".join(
-        f"  {f'[{name}]' if name == 'run' else name:<13}{command.summary}"
-        for name, command in COMMANDS.items()
-        if name != "train"
+        f"  {f'[{name}]' if name == 'run' else name:<13}{COMMANDS[name].summary}" for name in shown_commands()
     )
     codes = "\n".join(f"  {code:<3} {meaning}{_RETRY[retry]}" for code, (meaning, retry) in exit_codes().items())
     return f"""\

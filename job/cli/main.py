@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from job import __version__, log
-from job.cli.arguments import COMMANDS, command_help, usage
+from job.cli.arguments import COMMANDS, command_help, shown_commands, usage
 from job.cli.error_report import report, translated
 from job.cli.library_variables import configure_azure
 from job.cli.output import print_text
@@ -37,7 +37,7 @@ def _dispatch(argv: list[str]) -> int:
         return print_text(f"qlora-job {__version__}\n")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = "".join(f"; the nearest is {name}" for name in get_close_matches(argv[0], COMMANDS, n=1))
-        raise SettingsError([Problem(argv[0], f"is not a command{near}; commands are {', '.join(COMMANDS)}")])
+        raise SettingsError([Problem(argv[0], f"is not a command{near}; commands are {', '.join(shown_commands())}")])
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "run"
     if {"-h", "--help"} & set(argv):
         return print_text(command_help(command))

@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2.sandbox import SandboxedEnvironment
 
+from job.common.formatting import first_line
 from job.common.source_list import EXAMPLES
 from job.data.formats import Row
 from job.errors import DataError, Problem, SettingsError
@@ -45,7 +46,7 @@ from job.evaluation.task_names import (
 )
 from job.log import get_logger
 from job.records import GroupSpec, Metric
-from job.storage.hub import hub_errors
+from job.storage.hub_errors import hub_errors
 
 FEWSHOT_SEED = 1234
 """Seed with which the few-shot examples of a prompt are drawn; lm-eval's default."""
@@ -311,7 +312,7 @@ def _from_file(manager: Any, task: TaskFile) -> Any:
         for one in (one for chain in loaded._filters for one in chain.filters):  # noqa: SLF001 - as in `_named_metrics`
             one()  # lm-eval makes a filter, with its arguments, when the answers are there
     except Exception as error:  # templates may raise anything, and a field may be of another kind than lm-eval expects
-        first = (str(error).splitlines() or [""])[0][:300]
+        first = first_line(error, 300)
         raise DataError([Problem(task.path, f"is not a task of lm-eval: {type(error).__name__}: {first}")]) from error
     return loaded
 
@@ -368,7 +369,7 @@ def _without_prompt(name: str, task: Any) -> Problem | None:
         if shots:
             task.fewshot_context(next(iter(task.eval_docs)), num_fewshot=shots)
     except Exception as error:  # noqa: BLE001 - a task's templates and functions may raise anything
-        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        said = f"{type(error).__name__}: {first_line(error)}"
         what = f"lm-eval cannot ask {name} with {shots} examples ({said}); 0 asks without examples"
         return Problem("JOB_EVAL__NUM_FEWSHOT", what)
     return None

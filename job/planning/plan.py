@@ -35,7 +35,7 @@ from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow
 from job.settings.combinations import sharded_alone
 from job.settings.load import Settings
-from job.storage.hub import MAX_FILE
+from job.storage.hub import MAX_FILE_BYTES
 from job.training import memory_model
 
 SHARED_MEMORY = PreflightResult("shared memory", "ok", "one process needs none; several need 1 GiB in /dev/shm")
@@ -62,6 +62,12 @@ class Plan:
         return combine(wrong) if wrong else None
 
 
+def place_of_run(settings: Settings) -> str:
+    """Where the run will be, in words: an id that was generated for this command is not the one that it will have."""
+    output = settings.run.output.rstrip("/")
+    return f"a new run in {output}" if settings.sources.get("run.id") == "generated" else f"{output}/{settings.run.id}"
+
+
 def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None) -> Plan:
     """Makes all checks, then forecasts from what they read, or from known sizes of public models and data.
 
@@ -73,7 +79,7 @@ def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None)
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-", dir=parent) as folder:
         preflight = check_run_inputs(settings, Path(folder), show, unread)
     checks = [*preflight.checks, *_note_of_export(settings, preflight)]
-    own = f"{settings.run.output.rstrip('/')}/{settings.run.id}"
+    own = place_of_run(settings)
     if unread is not None:
         title = f"export of {settings.export.run}, to {own}"
         return Plan(title, tuple(checks), tuple(_measured(preflight)), (), None, (), trains=False)
@@ -178,8 +184,8 @@ def _main_memory(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
 def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:
     """What is too large for one file of the hub: a GGUF file. All other formats are split into shards."""
     for name in run.derived if settings.export.hub else ():
-        if name.startswith(GGUF) and (file_bytes := run.format_bytes(name)) > MAX_FILE:
-            what = f"{name} is one file of about {size(file_bytes, ' ')}, and the hub takes {size(MAX_FILE, ' ')}"
+        if name.startswith(GGUF) and (file_bytes := run.format_bytes(name)) > MAX_FILE_BYTES:
+            what = f"{name} is one file of about {size(file_bytes, ' ')}, and the hub takes {size(MAX_FILE_BYTES, ' ')}"
             yield PreflightResult(
                 "hub", "note", f"{what}; leave it out, use a smaller type, or push to JOB_EXPORT__OCI"
             )

@@ -230,7 +230,9 @@ def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
         return []
     comparison = task["without_overlap"]
     if comparison is None:
-        return ["Training rows contain its questions, and fewer than two questions are left without these."]
+        contained = len(results["dataset"]["audit"]["overlap"][name])
+        which = "all" if contained == task["n"] else "all but one"
+        return [f"Training rows contain {which} of these questions: the accuracies say little about other questions."]
     low, high = map(points, comparison["ci95"])
     base = _base(results, "base model")
     what = {"improved": "better", "regressed": "worse"}.get(comparison["verdict"], "no difference shown")

@@ -78,7 +78,9 @@ def _training_lines(training: TrainingOutcome) -> list[str]:
         ended = "; stopped early" if validation.stopped_early else ""
         lines.append(f"validation loss {losses}, {best}; {which} is published{ended}")
     if first := training.first_stage:
-        lines.append(f"before that {count(first.steps, 'step')} of {first.method}, loss {first.loss:.3f}")
+        took = duration(first.seconds) + ("" if first.usd is None else f", ${first.usd:.2f}")
+        trained = f"before that {count(first.steps, 'step')} of {first.method}, loss {first.loss:.3f}"
+        lines.append(f"{trained}; this took {took}, in addition to the time below".replace("\N{NO-BREAK SPACE}", " "))
     if preference := training.preference:
         figures = ", ".join(f"{name} {value:.3f}" for name, value in preference.rewards.items())
         lines.append(f"{preference.method}, beta {preference.beta:g}; rewards in the last epoch: {figures}")
@@ -105,15 +107,18 @@ def _task_lines(task: TaskOutcome, against: str) -> list[str]:
         100 * x for x in (comparison.base, comparison.adapter, comparison.delta, *comparison.ci95)
     )
     interval = f"{delta:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
-    counts = f"{task.improved} questions better and {task.regressed} worse"
+    counts = f"{count(task.improved, 'question')} better and {task.regressed:,} worse"
     lines = [
         f"{comparison.name}, {comparison.questions:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})",
         f"verdict{against}: {comparison.verdict}, {counts}, McNemar p = {comparison.p:.2g}",
     ]
     if rest := task.without_overlap:
         figures = f"{100 * rest.delta:+.2f} points on the other {rest.questions:,}, {rest.verdict}{against}"
-        contained = comparison.questions - rest.questions
-        lines.append(f"training rows contain {contained:,} of these questions: {figures}")
+        lines.append(f"training rows contain {task.overlap:,} of these questions: {figures}")
+    elif task.overlap:
+        which = "all" if task.overlap == comparison.questions else "all but one"
+        what = "the accuracies say little about other questions"
+        lines.append(f"training rows contain {which} of these questions: {what}")
     return lines
 
 

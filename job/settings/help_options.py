@@ -48,7 +48,7 @@ _IN_WORDS = (
 _DEFAULTS = (
     (r"\(default factory:\s+_record_all\)", "(default: record)"),
     (r" \(default factory: new_run_id\)", ""),  # the field's documentation says it
-    (r"\(default(?: factory)?: (?:None|dict)\)", "(default: empty)"),
+    (r"\(default(?: factory)?: (?:None|dict|\(\))\)", "(default: empty)"),
     (r"\(default: (True|False)\)", lambda found: f"(default: {found[1].lower()})"),
     (r"\(default: \('(\w+)',\)\)", r"(default: \1)"),
 )

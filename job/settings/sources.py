@@ -62,6 +62,7 @@ _ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), ("train.scheduler",)),
     "early_stopping_patience": ("train.stop_after",),
     "load_best_model_at_end": ("train.keep",),
+    **dict.fromkeys(("lr", "max_lr"), ("train.learning_rate",)),
     "optim": ("train.optimizer",),
     "eval_steps": ("train.validate_every_steps",),
     "save_steps": ("checkpoint.every_steps",),

@@ -109,7 +109,7 @@ def test_a_mistyped_command_is_named(capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setenv("JOB_LOG__FORMAT", "json")
     assert main(["verfy", "runs/x"]) == 2
     line = json.loads(capsys.readouterr().err)
-    assert line["problems"][0].startswith("verfy: is not a command; the nearest is verify; commands are run, ")
+    assert line["problems"][0].startswith("verfy: is not a command; the nearest is verify; commands are run, plan, ")
 
 
 def test_a_person_reads_one_problem_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

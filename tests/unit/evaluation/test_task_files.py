@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def test_a_task_is_asked_with_its_own_examples(tmp_path: Path) -> None:
     assert {prompt.count("Answer: ") for prompt in asked} == {3}
     assert len(asked) == 12
     assert all(f"what is {n + 5} and {n + 7}?\nAnswer:" in prompt for n, prompt in enumerate(asked))
+
+
+def test_the_example_of_the_guide_is_a_task(tmp_path: Path) -> None:
+    """Its file and its questions, as they stand there."""
+    guide = (Path(__file__).parents[3] / "job/evaluation/README.md").read_text(encoding="utf-8")
+    section = guide.partition("## Questions of your own")[2]
+    described, questions = re.findall(r"```(?:yaml|json)\n(.*?)```", section, re.DOTALL)[:2]
+    (tmp_path / "capitals.yaml").write_text(described, encoding="utf-8")
+    (tmp_path / "capitals.jsonl").write_text(questions, encoding="utf-8")
+    tasks = load_tasks([str(tmp_path / "capitals.yaml")], {}, {})
+    assert prompts(tasks)[0] == "Question: What is the capital of Peru?\nAnswer:"
+    (task,) = tasks.loaded["tasks"].values()
+    assert [task.doc_to_choice(doc)[task.doc_to_target(doc)] for doc in task.eval_docs] == ["Lima", "Nairobi"]
 
 
 def test_a_changed_file_is_another_task(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def save(folder: Path, step: int) -> None:
     files = folder.with_name(f"files-{step}")
     files.mkdir()
     (files / "adapter.safetensors").write_bytes(b"weights")
-    manager.publish(LocalStore(folder), files, step=step, epoch=1, world_size=1, software={})
+    manager.publish(LocalStore(folder), files, step, manager.Writer(1, 1, {}))
 
 
 def seen(folder: Path, seconds: float = 1.0) -> RunStatus:
