@@ -164,7 +164,7 @@ def check_data(names: Sequence[str], data: Iterable[str]) -> None:
         unnamed = [name for name in unnamed if name not in inside]
     if unnamed:
         what = f"gives questions of {', '.join(unnamed)}, and JOB_EVAL__TASKS does not name that task"
-        raise SettingsError([Problem("JOB_EVAL__DATA", what)])
+        raise SettingsError([Problem("JOB_EVAL__DATA", f"{what}; add it there, or remove its file")])
 
 
 def check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[str]) -> None:

@@ -13,7 +13,8 @@ from job.common.formatting import size
 from job.common.gpu_context import CONTEXT_BYTES
 from job.common.resources import available_bytes, check_disk
 from job.common.source_list import parse_sources
-from job.data.licences import LICENCES, find_licence
+from job.data.hub_dataset import is_hub_id
+from job.data.licences import find_licence
 from job.distributed.launcher import count_processes
 from job.errors import JobError, SettingsError, combine
 from job.planning import scaling, time_model
@@ -126,28 +127,32 @@ def _measured(preflight: Preflight) -> list[Estimate]:
 
 
 def _licence(settings: Settings, preflight: Preflight) -> PreflightResult:
-    """The licences of data and model by their cards, else by name."""
-    data = settings.data
+    """The licences of data and model by their cards, else by name; of what was not looked at, by cards in the cache."""
+    data, model, sources = settings.data, settings.model, parse_sources(settings.data.source)
     licences = [
         preflight.data.licence if preflight.data is not None else None,
         *(
-            find_licence(source.location, source.revision or data.revision, "dataset")
-            if Path(source.location).exists()
-            else LICENCES.get(source.location)
-            for source in parse_sources(data.source)
+            find_licence(source.location, source.revision or data.revision, "dataset", ask_hub=False)
+            for source in sources
         ),
     ]
+    unknown = _unknown(*(source.location for source in sources), asked=preflight.data is not None)
     licence = (
         licences[0]
         or "; ".join(sorted({name for name in licences if name}))
-        or "unknown; check that you may train on it"
+        or f"{unknown}; check that you may train on it"
     )
     limits = ": no commercial use of the data, nor of models that are trained on it" if "-nc" in licence else ""
-    # A model that was looked at is here, or the hub answers.
-    base = find_licence(settings.model.id, settings.model.revision, "model") if preflight.model is not None else None
-    return PreflightResult(
-        "licence", "note", f"{data.source}: {licence}{limits}; {settings.model.id}: {base or 'unknown'}"
-    )
+    asked = preflight.model is not None  # a model that was looked at is here, or the hub answers
+    base = find_licence(model.id, model.revision, "model", ask_hub=asked) or _unknown(model.id, asked=asked)
+    return PreflightResult("licence", "note", f"{data.source}: {licence}{limits}; {model.id}: {base}")
+
+
+def _unknown(*places: str, asked: bool) -> str:
+    """Why no licence is known: of a hub id, the hub may not have been asked."""
+    if asked or not any(map(is_hub_id, places)):
+        return "unknown"
+    return "unknown, since the hub was not asked and its cache here has no card"
 
 
 def _sharded_alone(settings: Settings, processes: int) -> Iterator[PreflightResult]:

@@ -30,6 +30,7 @@ from job.report.timeline import bars, by_stage, restarts
 from job.results.after_run import AfterRun
 from job.results.cost import OUTSIDE, repeated_steps
 from job.results.history import History
+from job.results.outcome import task_labels
 from job.runs.layout import FIRST_STAGE, METRICS, REPORT, VALIDATIONS, Stage, answers_key, prompts_key
 from job.settings.load import preset_values
 
@@ -160,6 +161,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         fp8=wording.in_fp8(results["training"]),
         tasks=tasks,
         headline=wording.headline(results),
+        labels=task_labels(results),
         explanations={
             name: [
                 part
@@ -174,7 +176,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
             for name in tasks
         },
         original=original_tasks(results),
-        scope=wording.scope(results["evaluation"]["tasks"]),
+        scope=wording.scope(results["evaluation"]),
         exports=(exported := export_wording.exports(results)),
         export_charts=_export_intervals(exported),
         audit=audit_wording.audit(results["dataset"]),

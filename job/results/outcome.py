@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.evaluation.comparison import original_tasks
+from job.results.public_bases import last_part
 from job.runs.layout import ADAPTER, REPORT, RESULTS, export_folder
 
 
@@ -224,6 +225,7 @@ class RunOutcome:
         model: The base's name.
         quantized: Whether the base's weights are quantized.
         training: How training went.
+        labels: Task -> its name in sentences (`task_labels`).
         groups: By group and metric.
         grouped_tasks: The tasks of all groups.
         tasks: The tasks with choices.
@@ -247,6 +249,7 @@ class RunOutcome:
     model: str
     quantized: bool
     training: TrainingOutcome
+    labels: Mapping[str, str]
     groups: tuple[GroupOutcome, ...]
     grouped_tasks: frozenset[str]
     tasks: tuple[TaskOutcome, ...]
@@ -291,6 +294,7 @@ def read_outcome(results: Mapping[str, Any], folder: str) -> RunOutcome:
         model=results["model"]["id"],
         quantized=results["model"]["quantization"] != "none",
         training=_read_training(results["training"], results["dataset"]),
+        labels=task_labels(results),
         groups=tuple(_read_groups(groups)),
         grouped_tasks=frozenset(task for group in groups.values() for task in group["tasks"]),
         tasks=tuple(_read_task(name, task, overlap.get(name, ())) for name, task in evaluation["tasks"].items()),
@@ -331,6 +335,17 @@ def outcome_values(outcome: RunOutcome) -> OutcomeValues:
         adapter=outcome.adapter,
         exports={export.format: export.folder for export in outcome.exports if export.folder is not None},
     )
+
+
+def task_labels(results: Mapping[str, Any]) -> dict[str, str]:
+    """Task -> its name in sentences, with the file of JOB_EVAL__DATA, whose questions are not those of the benchmark.
+
+    Args:
+        results: The manifest.
+    """
+    files = results.get("settings", {}).get("eval.data", {}).get("value") or {}
+    names = [*results["evaluation"]["tasks"], *results["evaluation"].get("measured", {})]
+    return {name: f"{name} (questions of {last_part(files[name])})" if name in files else name for name in names}
 
 
 def _read_training(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> TrainingOutcome:

@@ -16,12 +16,13 @@ from typing import Any, Literal
 from job.errors import Problem, SettingsError, exit_codes
 from job.results.outcome import OutcomeValues, outcome_values, read_outcome
 from job.results.run_records import (
+    Place,
     RunRecords,
     gate_passed,
     last_note,
     parse_time,
+    place_without_run,
     read_run_records,
-    refuse_folder_of_runs,
     runs_beside,
 )
 from job.results.summary import outcome_lines
@@ -111,6 +112,8 @@ class RunStatus:
             their paired differences, exports, cost, the report and the verdict.
         result: For a finished run, the same as values, and where adapter, exports and report are.
         resume: For a run that is not finished, where its next attempt would go on.
+        place: For a `not-started` run, what is at its place: `missing`: no such folder, or no object below the URI;
+            `empty`: an empty folder; `other-files`: files, but no record of a run.
         runs_beside: For a `not-started` run in a local folder, up to five runs beside it, the newest first: the name
             may be mistyped.
         problems: Damaged records; if there are any, the exit code is 4.
@@ -139,6 +142,7 @@ class RunStatus:
     outcome: tuple[str, ...] = ()
     result: OutcomeValues | None = None
     resume: Resume | None = None
+    place: Place | None = None
     runs_beside: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = field(default_factory=tuple)
 
@@ -176,8 +180,7 @@ def read_status(
         return replace(first, run=store.uri, first_stage=True, state="stalled" if is_stalled else "running")
     if first.state != "not-started":
         return replace(first, run=store.uri, first_stage=True)
-    refuse_folder_of_runs(store)
-    return replace(status, runs_beside=runs_beside(store.uri))
+    return replace(status, place=place_without_run(store), runs_beside=runs_beside(store.uri))
 
 
 def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) -> RunStatus:

@@ -12,6 +12,7 @@ from job.errors import exit_codes
 from job.results.status import AttemptEnd, Resume, RunStatus
 from job.runs.killed_for_memory import FIX
 from job.runs.layout import Stage
+from job.storage.open import is_remote
 
 T = TypeVar("T")
 
@@ -44,11 +45,22 @@ def headline(status: RunStatus) -> str:
         case "failed":
             text = "failed (the version of the job that ran it did not record the exit code)"
         case "not-started":
-            text = "not started, or not a run: there is no record of an attempt"
+            text = f"not started, or not a run: {without_run(status)}"
         case "damaged":
             text = "damaged: files of the results are missing or damaged; start the run again to repair it"
     part = "first stage (sft) of two: " if status.first_stage else ""
     return f"{part}{text}".replace("\N{NO-BREAK SPACE}", " ")
+
+
+def without_run(status: RunStatus) -> str:
+    """What is at the place of a run that has no record of an attempt, in words."""
+    below = "no object below this URI" if is_remote(status.run) else "no such folder"
+    return {
+        None: "there is no record of an attempt",
+        "missing": f"there is {below}",
+        "empty": "the folder is empty",
+        "other-files": "there are files, but none of them is a record of an attempt",
+    }[status.place]
 
 
 def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:

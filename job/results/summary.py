@@ -46,9 +46,9 @@ def outcome_lines(outcome: RunOutcome) -> list[str]:
     lines = [f"{outcome.model} + LoRA, {_work(outcome.training)}", *_training_lines(outcome.training)]
     lines += [f"{group.comparison.name}, {_group_line(group, against)}" for group in outcome.groups]
     for task in outcome.tasks:
-        lines += _task_lines(task, against)
+        lines += _task_lines(task, outcome.labels[task.comparison.name], against)
     for measured in outcome.measured:
-        start = f"{measured.comparison.name}, {measured.comparison.questions:,} questions"
+        start = f"{outcome.labels[measured.comparison.name]}, {measured.comparison.questions:,} questions"
         lines.append(f"{start}: {_measured_line(measured, against)}")
     if outcome.original_not_scored:
         lines.append(f"the unquantized base was not scored: {outcome.original_not_scored}")
@@ -100,7 +100,7 @@ def _group_line(group: GroupOutcome, against: str) -> str:
     )
 
 
-def _task_lines(task: TaskOutcome, against: str) -> list[str]:
+def _task_lines(task: TaskOutcome, label: str, against: str) -> list[str]:
     """A task with choices: both accuracies, the verdict, and the verdict without questions that were trained on."""
     comparison = task.comparison
     before, after, delta, low, high = (
@@ -109,7 +109,7 @@ def _task_lines(task: TaskOutcome, against: str) -> list[str]:
     interval = f"{delta:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
     counts = f"{count(task.improved, 'question')} better and {task.regressed:,} worse"
     lines = [
-        f"{comparison.name}, {comparison.questions:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})",
+        f"{label}, {comparison.questions:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})",
         f"verdict{against}: {comparison.verdict}, {counts}, McNemar p = {comparison.p:.2g}",
     ]
     if rest := task.without_overlap:
@@ -198,7 +198,12 @@ def _verdicts(outcome: RunOutcome, against: str) -> list[str]:
         name = task.comparison.name
         if name not in outcome.grouped_tasks:  # a group speaks for its tasks, which may be many
             words = verdict_in_words(task.comparison.verdict, originals.get(name), quantized=outcome.quantized)
-            verdicts.append(f"{name} {words}")
+            verdicts.append(f"{outcome.labels[name]} {words}")
+    verdicts += [
+        f"{outcome.labels[one.name]} {one.metric} {one.verdict}{against}"
+        for one in (measured.comparison for measured in outcome.measured)
+        if one.name not in outcome.grouped_tasks
+    ]
     if outcome.gate_passed is not None:
         verdicts.append("gate met" if outcome.gate_passed else "gate not met")
     if outcome.policy:

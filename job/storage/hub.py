@@ -205,6 +205,20 @@ def fetch_card(source: str, revision: str | None, kind: Literal["model", "datase
     return card if card.is_file() else None
 
 
+def cached_card(source: str, revision: str | None, kind: Literal["model", "dataset"]) -> Path | None:
+    """The card of a hub repository in the cache; None if it is not there. The hub is not asked.
+
+    Raises:
+        DataError: As `download_model`.
+    """
+    import_client()
+    from huggingface_hub import try_to_load_from_cache
+
+    with hub_errors(f"{'data set' if kind == 'dataset' else kind} {source}"):
+        found = try_to_load_from_cache(source, CARD, revision=revision, repo_type=kind)
+    return Path(found) if isinstance(found, str) else None
+
+
 def peek_dataset(source: str, revision: str) -> tuple[int, str | None]:
     """Bytes of a hub data set's files, and the licence that its card names.
 

@@ -268,7 +268,7 @@ def test_the_terminal_is_told_in_seven_lines(whole: Ended) -> None:
     evaluation = whole.results["evaluation"]
     original = evaluation["full_precision"]["tasks"]["arc_easy"]["adapter_versus_original"]["acc"]["verdict"]
     verdict = verdict_in_words(evaluation["tasks"]["arc_easy"]["verdict"], original, quantized=True)
-    assert lines[-1] == f"arc_easy {verdict}; results: {whole.run}/results.json"
+    assert lines[-1] == f"arc_easy (questions of questions.jsonl) {verdict}; results: {whole.run}/results.json"
     assert lines[-4].startswith("arc_easy, unquantized base: ")
 
 

@@ -234,6 +234,11 @@ def test_fields_that_some_rows_lack_are_used_where_they_are(tmp_path: Path) -> N
         path = write_task(tmp_path, doc_to_text=template, num_fewshot=0)
         write_jsonl(tmp_path / "test.jsonl", rows)
         assert load_tasks([str(path)], {}, {}).prompts(None) == {"sums": ["a", "None of it: b"]}
+        # With examples, which are compared with the questions:
+        path = write_task(tmp_path, doc_to_text=template, num_fewshot=1)
+        for name, mark in (("test", ""), ("train", " or so")):
+            write_jsonl(tmp_path / f"{name}.jsonl", [row | {"question": f"{row['question']}{mark}"} for row in rows])
+        assert load_tasks([str(path)], {}, {})
     path = write_task(tmp_path, doc_to_text="{% if hint is defined %}{{hint}}: {% endif %}{{question}}", num_fewshot=0)
     write_jsonl(tmp_path / "test.jsonl", rows)
     with pytest.raises(DataError, match=r"test\.jsonl:1: .*null is written as None"):

@@ -69,7 +69,10 @@ def test_each_part_has_its_words(manifest: dict[str, Any]) -> None:
         "chat, 40 questions: perplexity 0.5 -> 0.625 (lower is better; ln of the ratio +0.125, 95 % interval +0.0625 "
         "to +0.1875), improved against the quantized base, 30 better and 5 worse, p = 0.01"
     ) in lines
-    assert lines[-1] == "exams acc improved against the quantized base; results: /x/results.json"
+    assert lines[-1] == (
+        "exams acc improved against the quantized base, chat perplexity improved against the quantized base; "
+        "results: /x/results.json"
+    )
 
 
 @pytest.mark.parametrize(("contained", "which"), [(200, "all"), (199, "all but one")])
