@@ -8,7 +8,7 @@ setting.
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
@@ -395,18 +395,16 @@ def command_help(name: str, words: Sequence[str] = ()) -> str:
     A command that takes all settings describes those that the words name, and else lists the groups.
     """
     command = COMMANDS[name]
-    if command.settings == "all":
-        from job.settings.help_options import find_settings
-
-        if named := find_settings(words):
-            return _settings_help(named)
-    return _command_help(name, command, words)
+    described = settings_help(words) if command.settings == "all" else ""
+    return described or _command_help(name, command, words)
 
 
-def _settings_help(names: Collection[str]) -> str:
-    """What some settings are."""
-    from job.settings.help_options import add_options
+def settings_help(words: Sequence[str]) -> str:
+    """What the settings are that words after `--help` name; empty if they name none."""
+    from job.settings.help_options import add_options, find_settings
 
+    if not (names := find_settings(words)):
+        return ""
     parser = ArgumentParser(add_help=False, usage=SUPPRESS, formatter_class=RawDescriptionHelpFormatter)
     add_options(parser, names)
     return parser.format_help().removeprefix("usage: ==SUPPRESS==").lstrip("\n")
@@ -440,7 +438,8 @@ def _command_help(name: str, command: Command, words: Sequence[str]) -> str:
     if takes_all:
         about = "describe settings: those of a group (train), those with a word in their names (rank), or all"
         parser.add_argument("-h", "--help", nargs="*", metavar="NAME", help=about)
-        unknown = f"No setting has {' or '.join(words)} in its name.\n\n" if words else ""
+        # The words are not repeated: one may be a secret, given as the value of a setting.
+        unknown = "The words after --help are in no setting's name.\n\n" if words else ""
         listed = f"settings, as --GROUP.NAME VALUE; --help GROUP describes those of a group:\n\n{list_of_groups()}\n\n"
         return unknown + parser.format_help().replace("examples:\n", f"{listed}examples:\n", 1)
     return parser.format_help()

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from job import __version__, log
-from job.cli.arguments import COMMANDS, command_help, shown_commands, usage
+from job.cli.arguments import COMMANDS, command_help, settings_help, shown_commands, usage
 from job.cli.error_report import report, translated
 from job.cli.library_variables import configure_azure
 from job.cli.output import print_text
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     if argv and argv[0] in {*HELP, "help"}:
-        return print_text(command_help(argv[1], argv[2:]) if argv[1:] and argv[1] in COMMANDS else usage())
+        return print_text(_help(argv[1:]))
     if argv and argv[0] == "--version":
         return print_text(f"qlora-job {__version__}\n")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
@@ -45,6 +45,14 @@ def _dispatch(argv: list[str]) -> int:
         first = min(argv.index(word) for word in HELP & set(argv))
         return print_text(command_help(command, argv[first + 1 :]))
     return function_of(command)(argv)
+
+
+def _help(words: Sequence[str]) -> str:
+    """What `--help` without a command before it prints: of a command, of the settings that words name, or of all."""
+    command, *others = words or [""]
+    if command in shown_commands():
+        return command_help(command, others)
+    return settings_help(words) or usage()
 
 
 def function_of(command: str) -> Callable[[Sequence[str]], int]:
