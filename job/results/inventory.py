@@ -34,7 +34,7 @@ from job.runs.layout import (
     attempt_key,
     checkpoint_part,
 )
-from job.storage.base import COPY_MARKS, PROBE
+from job.storage.base import PROBE, is_copy_mark
 from job.storage.open import ObjectStore, is_key
 
 
@@ -63,7 +63,8 @@ def artifacts_of(results: Mapping[str, Any]) -> list[Artifact]:
 
 def evidence_of(results: Mapping[str, Any]) -> list[Artifact]:
     """The manifest's `evidence`, without SageMaker's marks: earlier versions listed them, and S3 does not get them."""
-    return [Artifact(**entry) for entry in results["evidence"] if not entry["path"].endswith(COPY_MARKS)]
+    evidence = [Artifact(**entry) for entry in results["evidence"]]
+    return [file for file in evidence if not is_copy_mark(file.path, file.bytes)]
 
 
 def collect(store: ObjectStore, work: Path, last_attempt: int) -> list[Artifact]:

@@ -77,8 +77,7 @@ LOCK = "lock"
 # Bytes of UTF-8: S3's limit for a whole key and the usual limit of file systems for one name.
 _MAX_KEY, _MAX_PART = 1024, 255
 PROBE = ".probe-"
-COPY_MARKS = (".sagemaker-uploading", ".sagemaker-uploaded")
-"""Endings of the empty files with which SageMaker notes, in a folder that it copies to S3, what it has copied."""
+_COPY_MARKS = (".sagemaker-uploading", ".sagemaker-uploaded")
 _TRIES = 5
 # An ETag that no object has: conditional writes that name it must be refused.
 _NO_TAG = '"00000000000000000000000000000000"'
@@ -230,6 +229,14 @@ def is_key(key: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_copy_mark(name: str, size: int) -> bool:
+    """Whether a file is an empty one with which SageMaker notes, in a folder that it copies to S3, what it has copied.
+
+    A file with content is none, whatever its name: nobody would see what it holds.
+    """
+    return size == 0 and name.endswith(_COPY_MARKS)
 
 
 def check_prefix(prefix: str) -> str:

@@ -23,7 +23,6 @@ from uuid import uuid4
 from job.common.disk import atomic_write, disk_errors, lacking, rename, sync, sync_folder
 from job.errors import AccessDenied, Problem, SettingsError, Unreachable
 from job.storage.base import (
-    COPY_MARKS,
     HIDDEN,
     LOCK,
     MAX_READ_BYTES,
@@ -33,6 +32,7 @@ from job.storage.base import (
     check_key,
     check_prefix,
     check_size,
+    is_copy_mark,
     try_conditional_writes,
 )
 
@@ -237,7 +237,7 @@ class LocalStore:
                 continue
             if stat.S_ISDIR(status.st_mode) and entry.name != HIDDEN:
                 yield from self._walk(Path(entry.path))
-            elif stat.S_ISREG(status.st_mode) and not entry.name.endswith(COPY_MARKS):
+            elif stat.S_ISREG(status.st_mode) and not is_copy_mark(entry.name, status.st_size):
                 yield ObjectInfo(Path(entry.path).relative_to(self._root).as_posix(), status.st_size)
 
     @contextmanager

@@ -258,6 +258,8 @@ def test_marks_of_sagemaker_are_no_objects(store: LocalStore, root: Path) -> Non
     for ending in ("uploading", "uploaded"):
         (root / f"stages/pull.json.sagemaker-{ending}").touch()
     assert [info.key for info in store.list()] == ["stages/pull.json"]
+    (root / "stages/pull.json.sagemaker-uploaded").write_bytes(b"2")  # marks are empty: `verify` must see this one
+    assert [info.key for info in store.list()] == ["stages/pull.json", "stages/pull.json.sagemaker-uploaded"]
 
 
 def test_create_works_without_hard_links(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
