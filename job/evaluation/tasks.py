@@ -322,9 +322,10 @@ def _from_file(manager: Any, task: TaskFile) -> Any:
 def _file_misfits(task: Any, user: TaskFile) -> Iterator[Problem]:
     """Rows of a task file of which the task cannot make questions, or examples where its prompts have some."""
     split = _scored_split(task)
-    yield from find_misfits(task, user.rows[split], user.source)
+    misfits = list(find_misfits(task, user.rows[split], user.source))
+    yield from misfits
     few = task.fewshot_cfg
-    if not task.config.num_fewshot or few.samples is not None:
+    if misfits or not task.config.num_fewshot or few.samples is not None:
         return
     left_out = few.split == task.config.test_split  # then lm-eval never shows a question as its own example
     if few.split != split:

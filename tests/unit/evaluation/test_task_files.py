@@ -255,6 +255,14 @@ def test_examples_with_missing_fields_are_named(tmp_path: Path) -> None:
     load_tasks([str(path)], {}, {}, 0)
 
 
+def test_questions_that_cannot_be_asked_are_not_compared_with_examples(tmp_path: Path) -> None:
+    """They are named, and do not end the job as a bug."""
+    path = write_task(tmp_path, doc_to_text="{{question.strip()}}")
+    write_jsonl(tmp_path / "test.jsonl", [{"question": "why?", "answer": "x"}, {"question": None, "answer": "y"}])
+    with pytest.raises(DataError, match=r"test\.jsonl:2: does not match"):
+        load_tasks([str(path)], {}, {})
+
+
 def test_a_question_is_not_shown_with_its_answer(tmp_path: Path) -> None:
     """lm-eval leaves a question out of its own examples only where these come from `test_split`."""
     path = write_task(tmp_path)
