@@ -204,6 +204,8 @@ def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) 
     elif state == "damaged" and not problems:
         what = "is missing, although an attempt has completed the run; start the run again, which writes it"
         problems = (Problem(f"{records.uri}/{RESULTS}", what),)
+    # In a run that exports a finished one, what is counted before the exports are the files that are copied.
+    scores = note is not None and (records.exported_run is None or note.stage not in {None, Stage.PULL})
     outcome, values = _outcome(records)
     status = RunStatus(
         run=records.uri,
@@ -212,7 +214,7 @@ def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) 
         stage=None if note is None or state == "finished" else note.stage,
         stages_done=records.stages_done,
         exported_run=records.exported_run,
-        questions=current.questions or None if current and note and state == "running" else None,
+        questions=current.questions or None if current and scores and state == "running" else None,
         last_sign_of_life=sign,
         silent_seconds=silent,
         stalled_after=stalled_after if state == "running" else None,

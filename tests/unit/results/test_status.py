@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,14 +19,15 @@ from job.checkpoints import manager
 from job.common.hashing import sealed, unsealed
 from job.errors import DataError, JobError, NoProgress, Preempted, Problem, SettingsError
 from job.preemption.stop_flag import Stop
-from job.records import Artifact, TrainingProgress
+from job.records import Artifact, ExportedRun, TrainingProgress
 from job.results.outcome import MetricComparison, OutcomeValues
 from job.results.status import STALLED_SECONDS, AttemptEnd, Resume, RunStatus, as_json, read_status
 from job.results.status_text import as_lines, headline
 from job.results.summary import summary
+from job.runs import stage_records
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
-from job.runs.layout import LEASE, Stage, attempt_key, marker_key
+from job.runs.layout import EXPORTED_RUN, LEASE, Stage, attempt_key, marker_key, stage_key
 from job.runs.lease import take
 from job.runs.open_attempt import open_attempt
 from job.runs.run_log import IdleLimit
@@ -110,6 +112,20 @@ def test_a_running_attempt_is_seen_with_its_figures(tmp_path: Path) -> None:
         text = "\n".join(as_lines(found))
     for words in ("running", "train", "7 of 96", "1.2500", "1,234 target tokens/s", "1 min 1 s of training", " ago)"):
         assert words in text
+
+
+def test_copied_files_are_not_called_scored(tmp_path: Path) -> None:
+    """An export counts the files of the finished run that it copies as progress; then what it scores."""
+    run, key = tmp_path / "run", stage_key(EXPORTED_RUN)
+    LocalStore(run).write(key, stage_records.render(key, json.dumps(asdict(ExportedRun("a-run", "0" * 64, 1))), ""))
+    with attempt_at(run) as attempt:
+        attempt.questions = 57
+        attempt.note("running")
+        assert (seen(run).exported_run, seen(run).questions) == ("a-run", None)
+        with attempt.timed(Stage.EXPORT):
+            attempt.questions = 3
+            attempt.note("running")
+            assert seen(run).questions == 3
 
 
 def test_an_attempt_without_a_sign_of_life_is_stalled(tmp_path: Path) -> None:
