@@ -234,7 +234,7 @@ def _is_quoted(name: str, item: GivenValue) -> bool:
     """Whether a value was typed with quotes that a shell would have removed, but Docker's --env-file keeps."""
     text = item.value.strip() if isinstance(item.value, str) else ""
     typed = item.source == "command line" or item.source.startswith("environment ")
-    quoted = len(text) > len("''") and text[0] == text[-1] in "'\"" and text[0] not in text[1:-1]
+    quoted = len(text) >= len("''") and text[0] == text[-1] in "'\"" and text[0] not in text[1:-1]
     return typed and quoted and name not in _MAY_BE_QUOTED
 
 

@@ -60,7 +60,6 @@ _ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("sequence_len", "max_seq_length", "model_max_length", "cutoff_len"), ("train.max_length",)),
     **dict.fromkeys(("gpus", "num_gpus", "n_gpus", "nproc_per_node", "num_processes"), ("run.processes",)),
     **dict.fromkeys(("nnodes", "num_nodes", "num_machines"), ("run.nodes",)),
-    "lr": ("train.learning_rate",),
     **dict.fromkeys(("num_train_epochs", "num_epochs"), ("train.epochs",)),
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), ("train.scheduler",)),
     "early_stopping_patience": ("train.stop_after",),

@@ -890,6 +890,7 @@ class TestCombinations:
     def test_values_that_a_file_of_variables_or_a_template_left_behind(self) -> None:
         """Quotes that no shell removed, and empty values, are named; a Windows line end is no fault."""
         quoted = {"JOB_TRAIN__EPOCHS": '"3"', "JOB_MODEL__ID": "'org/name'", "JOB_RUN__OUTPUT": '"runs"'}
+        quoted["JOB_MODEL__REVISION"] = '""'
         found = problems([], quoted)
         assert set(found) == {f"{name} (environment)" for name in quoted}
         assert all("has quotes around its value" in what for what in found.values())
