@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -190,13 +190,25 @@ def _check_place(own: ObjectStore, run: PublishedRun, storage: StorageOptions) -
         SettingsError: It is such a folder.
     """
     mine, theirs = f"{own.uri}/", f"{run.store.uri}/"
-    in_another = False
-    with suppress(AccessDenied):  # access may be limited to this run's own folder
-        in_another = open_store(own.uri.rpartition("/")[0] or "/", storage).tag(LEASE) is not None
+    in_another = any(_has_run(folder, storage) for folder in _folders_around(own.uri))
     if in_another or mine.startswith(theirs) or theirs.startswith(mine):
         what = f"puts this run into {own.uri}, which is in the folder of another run, or has one in it, and a run with "
         what += "files of another one does not verify; give another folder"
         raise SettingsError([Problem("JOB_RUN__OUTPUT", what)])
+
+
+def _folders_around(uri: str) -> Iterator[str]:
+    """The folders in which a place is, the innermost first, up to the bucket, or to the one below the disk's root."""
+    while (uri := uri.rpartition("/")[0]) and not uri.endswith("/"):
+        yield uri
+
+
+def _has_run(folder: str, storage: StorageOptions) -> bool:
+    """Whether a run has begun in a folder; not where access is denied, which may be limited to this run's own one."""
+    try:
+        return open_store(folder, storage).tag(LEASE) is not None
+    except AccessDenied:
+        return False
 
 
 def _with_own_exports(

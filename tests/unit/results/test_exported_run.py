@@ -66,6 +66,7 @@ def test_marks_of_sagemaker_are_not_looked_for(finished: Path, tmp_path: Path) -
         ("runs/a-run/exported", True),
         ("runs/a-run/artifacts/exported", True),
         ("runs/other/exported", True),
+        ("runs/other/of/today/exported", True),
         ("link/exported", True),
         ("runs", True),
     ],
@@ -78,6 +79,13 @@ def test_no_run_lies_in_another(finished: Path, tmp_path: Path, own: str, *, ref
     run = read_published(open_run(str(tmp_path / "runs/a-run")))
     with pytest.raises(SettingsError, match="JOB_RUN__OUTPUT") if refused else nullcontext():
         exported_run._check_place(LocalStore(tmp_path / own), run, StorageOptions())
+
+
+def test_the_folders_around_a_place() -> None:
+    """Up to the bucket: above it there is nothing to ask."""
+    assert list(exported_run._folders_around("s3://bucket/a/run")) == ["s3://bucket/a", "s3://bucket"]
+    assert list(exported_run._folders_around("/a/run")) == ["/a"]
+    assert list(exported_run._folders_around("/run")) == list(exported_run._folders_around("s3://bucket")) == []
 
 
 def test_where_a_run_is_put_that_is_not_told(finished: Path, tmp_path: Path) -> None:
