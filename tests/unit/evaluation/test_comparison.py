@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,14 @@ def test_a_verdict_holds_for_all_tasks_at_once() -> None:
     assert alone["verdict"] == "improved"
     assert among["holm_p"] == pytest.approx(3 * alone["mcnemar_p"])
     assert among["verdict"] == "inconclusive"
+
+
+def test_examples_in_the_prompts_are_recorded() -> None:
+    """Their number where there are any; a task without examples has no such field."""
+    found = scores("t", [True, False])
+    (task,) = comparison.compare_tasks({"t": found}, {"t": replace(found, num_fewshot=5)}).values()
+    assert task["num_fewshot"] == 5
+    assert "num_fewshot" not in comparison.compare_tasks({"t": found}, {"t": found})["t"]
 
 
 def test_acc_norm_is_compared_apart() -> None:

@@ -108,6 +108,7 @@ def test_scores_of_older_versions_have_none() -> None:
     known, unknown = scored([True, False]), task_scores("t", [True, False])
     assert compare_near_ties({"t": unknown}, {"t": known}, "bf16") is None
     assert compare_near_ties({"t": known}, {"t": known}, "fp8") is None
+    assert compare_near_ties({"t": known}, {}, "fp32") is None
     found = compare_near_ties({"t": known}, {"t": known}, "fp32")
     assert found is not None
     assert math.isclose(found["tasks"]["t"]["acc"]["lowest"]["delta"], 0)
