@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.evaluation import comparison, statistics
+from job.evaluation.policy import Policy
 from tests.helpers import task_scores as scores
 
 ANSWERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60)
@@ -136,6 +137,17 @@ def test_the_record_of_the_gate() -> None:
     met = comparison.evaluate_gate(tasks, metric="acc", min_delta=0.01, max_regression=None)
     assert (met["passed"], met["min_delta"], met["reasons"]) == (True, 0.01, [])
     assert comparison.evaluate_gate(tasks, metric="acc", min_delta=0.5, max_regression=None)["passed"] is False
+
+
+def test_the_gate_of_a_policy_is_met_by_its_rules() -> None:
+    """The record has the policy's verdict; reasons name what was judged, where that is not the adapter."""
+    policy = Policy.model_validate({"tasks": {"t": {"role": "critical", "min_gain": 0.0}}})
+    asked: dict[str, Any] = {"metric": "acc", "min_delta": None, "max_regression": None, "policy": policy}
+    met = comparison.evaluate_gate(compared(improved=80, regressed=0), **asked)
+    assert (met["passed"], met["reasons"], met["policy"]["outcome"]) == (True, [], "passed")
+    missed = comparison.evaluate_gate(compared(improved=0, regressed=80), **asked, on="merged")
+    assert (missed["passed"], missed["on"], missed["policy"]["outcome"]) == (False, "merged", "failed")
+    assert [reason.partition(": ")[0] for reason in missed["reasons"]] == ["merged, t"]
 
 
 def test_the_gate_looks_back_to_a_baseline() -> None:
