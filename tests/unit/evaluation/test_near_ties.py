@@ -103,6 +103,20 @@ def test_all_near_ties_at_worst_are_compared_by_the_statistics() -> None:
     assert lost["tasks"]["t"]["acc"]["holds"] is False
 
 
+def test_near_ties_by_length_are_those_of_acc_norm() -> None:
+    """They leave `acc` as it is, and decide `acc_norm` as near ties of `acc` decide that."""
+    answers, close = ([False] * 20 + [True] * 80, [True] * 100), ((Close(0, 0.1, 0.1),), (Close(5, 0.1, 0.1),))
+    plain = [scored(correct, *near) for correct, near in zip(answers, close, strict=True)]
+    by_length = [replace(one, close=(), correct_norm=one.correct, close_norm=one.close) for one in plain]
+    expected, found = (compare_near_ties({"t": base}, {"t": adapter}, "bf16") for base, adapter in (plain, by_length))
+    assert expected is not None
+    assert found is not None
+    acc, acc_norm = (found["tasks"]["t"][metric] for metric in ("acc", "acc_norm"))
+    assert acc_norm == expected["tasks"]["t"]["acc"]
+    assert acc_norm["lowest"]["delta"] == pytest.approx(0.18)
+    assert (acc["base"], acc["lowest"]["delta"], acc["highest"]["delta"]) == (0, 0.2, 0.2)
+
+
 def test_scores_of_older_versions_have_none() -> None:
     """Where near ties were not looked for there is no record of them, rather than one that says there are none."""
     known, unknown = scored([True, False]), task_scores("t", [True, False])
