@@ -155,6 +155,7 @@ def test_the_packed_sequence_holds_every_path(questions: list[Question]) -> None
                 assert [packed.positions[token] for token in seen] == list(range(len(seen)))
                 assert packed.targets[at] == target
                 at += 1
+    assert at == len(packed.targets) == len(packed.predicted_by)
     assert len(set(packed.reads)) == len(packed.reads)
 
 
