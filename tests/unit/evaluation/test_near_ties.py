@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from job.evaluation import statistics
+from job.evaluation import samples, statistics
 from job.evaluation.comparison import compare_near_ties
 from job.evaluation.near_ties import BOUNDS, close_questions, near_ties
 from job.evaluation.samples import Sample
@@ -64,6 +64,13 @@ def test_by_length_the_bound_is_the_same_nats() -> None:
     assert (found.question, found.margin) == (1, pytest.approx(0.05 / 0.175, abs=1e-4))
     same = sample([-2.0, -2.3], gold=0, lengths=[7, 7])
     assert close_questions([same], by_length=True) == close_questions([same], by_length=False)
+
+
+def test_scores_have_the_near_ties_of_each_metric() -> None:
+    """The first question is one of `acc` only, and the second, -2/2 against -4.2/4 a character, one of `acc_norm`."""
+    asked = [sample([-2.0, -2.3], gold=0, lengths=[1, 50]), sample([-2.0, -4.2], gold=0, lengths=[2, 4])]
+    found = samples.task_scores(asked, task="t", source="s", version="1")
+    assert (found.close, found.close_norm) == ((Close(0, 0.3, 0.3),), (Close(1, 0.1333, 0.1333),))
 
 
 def test_a_near_tie_is_one_for_the_type_that_scored_it() -> None:
