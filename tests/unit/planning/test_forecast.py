@@ -332,30 +332,33 @@ def test_the_classifier_and_the_judge_take_time() -> None:
     assert "judge" not in figures
 
 
-def test_a_reference_takes_time() -> None:
-    """The forward passes of dpo and kto before training are counted among the hours, and shown."""
-    rows = ForwardWork(count=1, rows=100, tokens=500_000, target_tokens=400_000, longest=900)
-    with_it = replace(RUN, reference=rows)
-    before, after = (forecast_gpu(BY_NAME["A100 80GB"], run, REFERENCE).hours or 0 for run in (RUN, with_it))
-    assert after > before > 0
-    shown = {figure.name: figure.value for figure in estimates(with_it)}
-    assert shown["reference, once"] > 0
-    assert not any("reference" in figure.name for figure in estimates(RUN))
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("field", "count"), [("reference", 1), ("validation", 10)])
+def test_rows_that_are_only_read_take_time(field: str, count: int, processes: int) -> None:
+    """The forward passes over the rows of validations, and of the reference of dpo and kto, shared by all GPUs.
 
-
-def test_validations_take_time() -> None:
-    """Forward passes over the validation rows are counted among the hours, and shown."""
-    held_out = ForwardWork(count=10, rows=100, tokens=50_000, target_tokens=40_000, longest=900)
-    with_them = replace(RUN, validation=held_out)
-    before, after = (forecast_gpu(BY_NAME["A100 80GB"], run, REFERENCE).hours for run in (RUN, with_them))
-    assert before is not None
-    assert after is not None
-    assert after > before
+    13 micro-batches of 4,096 tokens each time, or seven of two GPUs; as long as they compute, or read the weights.
+    """
+    rows = ForwardWork(count=count, rows=100, tokens=50_000, target_tokens=40_000, longest=900)
+    plain = replace(RUN, processes=processes)
+    with_them = replace(plain, **{field: rows})
+    shared = processes * (SCORING_EFFICIENCY if processes > 1 else 1)
+    flops = count * time_model.evaluation_flops(REFERENCE, 50_000, 40_000)
+    computing = replace(BY_NAME["A100 80GB"], bandwidth=1e20)
+    reading = replace(BY_NAME["A100 80GB"], flops=1e30)
+    weights = 4.5 * REFERENCE.architecture.linear_parameters
+    for gpu, expected in (
+        (computing, flops / (time_model.UTILISATION * computing.flops) / shared),
+        (reading, count * {1: 13, 2: 7}[processes] * weights / reading.bandwidth / (shared / processes)),
+    ):
+        before, after = (forecast_gpu(gpu, run, REFERENCE).hours or 0 for run in (plain, with_them))
+        assert 3600 * (after - before) == pytest.approx(expected, rel=1e-6)
     shown = {figure.name: figure.value for figure in estimates(with_them)}
-    assert shown["validation rows"] == 100
-    assert shown["validations"] == 10
-    assert shown["validation, all"] > 0
-    assert not any("validation" in figure.name for figure in estimates(RUN))
+    name = {"reference": "reference, once", "validation": "validation, all"}[field]
+    assert shown[name] == flops
+    assert not any(field in figure.name for figure in estimates(plain))
+    if field == "validation":
+        assert (shown["validation rows"], shown["validations"]) == (100, 10)
 
 
 def test_a_first_stage_takes_time() -> None:
