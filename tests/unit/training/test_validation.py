@@ -323,6 +323,38 @@ def make_validation(model: Any, **given: Any) -> Validation:
     return Validation(model, HELD_OUT, **how | given)
 
 
+class BesideAFullOne(Part):
+    """The other process runs out of memory in its first block, and then frees some."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.asked: list[bool] = []
+
+    def agree(self, *, repeat: bool) -> bool:
+        """What this process or the other one needs."""
+        self.asked.append(repeat)
+        return repeat or len(self.asked) == 1
+
+
+def test_a_block_is_repeated_if_another_process_ran_out_of_memory(base_folder: Path) -> None:
+    """Else the two would add up different blocks; this process's part is the same, counted once."""
+    model, found = make_model(base_folder), []
+    for processes in (Part(0), BesideAFullOne(0)):
+        sizes: list[int] = []
+
+        def summed(examples: Sequence[Example], sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(len(examples))
+            return torch.tensor(float(sum(sum(e.targets) for e in examples)))
+
+        make_validation(model, processes=processes, summed_loss=summed)()
+        found.append((processes.parts, sizes))
+    (parts, sizes), (parts_beside, sizes_beside) = found
+    assert parts_beside == parts
+    first = len(sizes_beside) - len(sizes)
+    assert sizes_beside == sizes[:first] + sizes
+    assert first > 0
+
+
 def test_processes_share_the_rows_out(base_folder: Path) -> None:
     """Every row is in exactly one process's part."""
     model, parts = make_model(base_folder), [Part(0), Part(1)]
