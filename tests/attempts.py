@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from job.common.validation import adapter_of
 from job.distributed.processes import Alone
@@ -13,6 +13,21 @@ from job.preemption.stop_flag import Stop
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import Faults
 from job.storage.local import LocalStore
+
+T = TypeVar("T")
+
+
+class First(Alone):
+    """The first of two processes: what it found out, by the name that it was shared under, is what `Second` is told."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, Any] = {}
+
+    def share(self, name: str, value: Callable[[], T]) -> T:
+        """Calls `value` and keeps the result."""
+        found = value()
+        self.told[name] = found
+        return found
 
 
 class Second(Alone):

@@ -100,12 +100,13 @@ def _run_here(settings: Settings, place: Place | None, faults: tuple[Fault, ...]
         ) as processes,
     ):
         from job.pipeline import run as run_job
+        from job.start_and_end import ProcessContext
 
         # In words before this process leaves the others, which end with the same exit code.
         with memory_errors(
             "the run was prepared or published", "lower JOB_TRAIN__MAX_LENGTH or JOB_EVAL__BATCH_TOKENS"
         ):
-            run_job(settings, stop, report_progress, faults, delivery=platform.delivery, processes=processes, idle=idle)
+            run_job(settings, ProcessContext(stop, report_progress, idle, faults, processes), platform.delivery)
 
 
 def _launch(settings: Settings, argv: Sequence[str]) -> int | None:
@@ -119,10 +120,10 @@ def _launch(settings: Settings, argv: Sequence[str]) -> int | None:
         if processes * run.nodes == 1:
             check_signals(signals)
             return None
-        from job.pipeline import finished
+        from job.start_and_end import hand_over_if_complete
 
         delivery = current_platform().delivery if run.node_rank == 0 else None
-        if finished(settings, delivery) is not None:  # the other machines may be gone for good
+        if hand_over_if_complete(settings, delivery) is not None:  # the other machines may be gone for good
             return 0
         # With one machine the rank is ignored: the pods of an Indexed Job may be independent runs.
         machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)

@@ -28,6 +28,7 @@ from job.records import Artifact, ExportedRun, Pulled, RecordedSettings
 from job.results.inventory import is_leftover, is_marker
 from job.results.reader import PublishedRun, open_run, read_published
 from job.runs import stage_records
+from job.runs.attempt import Attempt
 from job.runs.layout import (
     ARTIFACTS,
     DERIVED_EXPORT,
@@ -118,6 +119,22 @@ def refuse_without(own_store: ObjectStore) -> None:
     if own_store.tag(stage_key(EXPORTED_RUN)) is not None and own_store.tag(SETTINGS) is None:
         what = f"is not set, but the run in {own_store.uri} has begun to export a finished one; set it again, or give "
         raise SettingsError([Problem(SETTING, f"{what}this run another JOB_RUN__ID")])
+
+
+def refuse_training(attempt: Attempt, run: str | None) -> None:
+    """Refuses to train in a run that exports a finished one, and lacks the record of its training.
+
+    Args:
+        attempt: At the run.
+        run: `JOB_EXPORT__RUN`.
+
+    Raises:
+        DataError: This run exports a finished one, now or in an attempt before.
+    """
+    if run is not None or attempt.recorded(EXPORTED_RUN, ExportedRun) is not None:
+        what = "its adapter was taken over, and is missing or damaged here; remove the folder "
+        what += f"{attempt.store.uri}, and export again"
+        raise DataError([Problem(SETTING, what)])
 
 
 def _check_same_run(own: ObjectStore, run: PublishedRun, *, begun: bool) -> None:

@@ -68,7 +68,8 @@ class Attempt:
 
     `store` is fenced: it refuses to change once another attempt has taken the run over, and in any process but the
     first. `number` is the lease's epoch. `settings` are those that decide the result and that the run knows.
-    `joules` returns the energy of the GPUs since the attempt began; `on_metrics` is called with every step.
+    `joules` returns the energy of the GPUs since the attempt began; `on_metrics` is called with every step,
+    `on_validation` with every validation, and `on_results` with the published manifest.
     """
 
     store: ObjectStore
@@ -84,6 +85,7 @@ class Attempt:
     joules: Callable[[], float | None] = lambda: None
     on_metrics: Callable[[StepMetrics], None] = lambda _metrics: None
     on_validation: Callable[[ValidationMetrics], None] = lambda _metrics: None
+    on_results: Callable[[Mapping[str, Any]], None] = lambda _results: None
     started: str = field(default_factory=timestamp)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     steps: int = 0

@@ -81,19 +81,19 @@ def open_attempt(
         Replaced: Another attempt took the run over.
         SettingsError: The run began with other settings, or the machines of the run do not have the same store.
     """
-    lease = None
-    own = settings
-    settings = processes.share(
+    check_stop = partial(_check_stop, processes, stop, report_progress)
+    of_run = processes.share(
         "settings of the run",
-        lambda: compare_settings(store, own, defaults) if take_over is None else dict(take_over.settings),
+        lambda: compare_settings(store, settings, defaults) if take_over is None else dict(take_over.settings),
     )
+    lease = None
     if processes.leads:
         lease = take(store, platform.node() or "unknown", 0 if take_over is None else take_over.attempts)
     number = processes.share("attempt", lambda: lease.epoch if lease else 0)
     holder = processes.share("holder of the lease", lambda: lease.holder if lease else "")
     log.bind(attempt=number)
     if not processes.leads and processes.place.local_rank == 0:
-        check_same_store(store, holder, lambda: _check_stop(processes, stop, report_progress))
+        check_same_store(store, holder, check_stop)
     with work_folder(cache, store.uri, number, cleans=processes.place.local_rank == 0) as work:
         attempt = Attempt(
             fenced(store, lease),
@@ -102,10 +102,10 @@ def open_attempt(
             stop,
             report_progress,
             faults,
-            [],
-            processes,
-            usd_per_hour,
-            settings,
+            earlier=[],
+            processes=processes,
+            usd_per_hour=usd_per_hour,
+            settings=of_run,
             stall_seconds=stall_seconds,
         )
         try:
@@ -113,7 +113,6 @@ def open_attempt(
                 attempt.note("running")  # it is paid for while it copies, and may end
                 if store.tag(SETTINGS) is not None:  # another attempt began since `take_over` was made
                     compare_settings(store, take_over.settings)
-                check_stop = partial(_check_stop, processes, stop, report_progress)
                 take_over.copy(attempt.store, work, attempt=number, check_stop=check_stop)
             attempt.takes_over = processes.share("whether a run is taken over", lambda: take_over is not None)
             if processes.leads:

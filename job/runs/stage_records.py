@@ -17,6 +17,7 @@ from pydantic_core import from_json
 
 from job.common.hashing import seal, sealed, unsealed
 from job.common.validation import first_error
+from job.errors import DataError, Problem
 from job.records import NAMES_THE_RUN, Pulled
 
 T = TypeVar("T")
@@ -28,6 +29,18 @@ _ATTEMPT = "attempt"
 _KEY = "written_to"
 """The field with the record's own place: the evaluations of base and adapter have records of one form."""
 _MAX_WORDS = 200
+_SETTING_OF = {
+    "dataset": "JOB_DATA__SOURCE",
+    "model_sha256": "JOB_MODEL__ID",
+    "model_revision": "JOB_MODEL__REVISION",
+    "questions": "JOB_EVAL__TASKS",
+    "start_sha256": "JOB_LORA__START",
+    "prompts": "JOB_EVAL__PROMPTS",
+    "groups": "JOB_EVAL__TASKS",
+    "safety_sha256": "JOB_DATA__SAFETY_MODEL",
+    "judge_sha256": "JOB_EVAL__PRINCIPLES",
+}
+"""Each field of `Pulled` that `identity` has -> the setting that names what it is about."""
 
 
 def fingerprint(settings: Mapping[str, Any], pulled: Pulled) -> str:
@@ -57,6 +70,27 @@ def identity(pulled: Pulled) -> dict[str, Any]:
         return facts(value) if is_dataclass(value) else value
 
     return facts(pulled)
+
+
+def require_same_inputs(first: Pulled, now: Pulled, *, exports_run: bool) -> None:
+    """Refuses inputs that are not those of the run.
+
+    Args:
+        first: What the first attempt pulled; of a run that exports a finished one, what that one pulled.
+        now: What this attempt pulled.
+        exports_run: Whether this run exports a finished one.
+
+    Raises:
+        DataError: Data, model or questions differ, with every setting that names one that does.
+    """
+    before, found = identity(first), identity(now)
+    if changed := [name for name, value in before.items() if found.get(name) != value]:
+        if exports_run:
+            what = "its content is not that of the run in JOB_EXPORT__RUN; restore it, or train again without that"
+        else:
+            what = "its content has changed since the first attempt of this run; restore it, or start a new run with "
+            what += "another JOB_RUN__ID"
+        raise DataError([Problem(_SETTING_OF[name], what) for name in changed])
 
 
 def render(key: str, record: str, run: str, attempt: int = 0) -> bytes:

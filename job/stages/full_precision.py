@@ -26,30 +26,29 @@ from job.model.files import MAX_CONFIG_BYTES, quantization_method, read_json
 from job.model.free_model import free_model
 from job.model.packed_attention import NAME, use
 from job.model.whole_modules import grow_embeddings
-from job.records import Evaluated, FullPrecision, Question, ScoringPrecision
+from job.records import Evaluated, Exported, FullPrecision, Question, ScoringPrecision
 from job.runs.attempt import Attempt
-from job.runs.layout import FULL_PRECISION, ORIGINAL_SIDE, SCORES
+from job.runs.layout import FULL_PRECISION, ORIGINAL_SIDE, SCORES, Stage
 from job.settings.load import Settings
-from job.stages.evaluate import evaluate_base, score_model
+from job.stages.evaluate import evaluate_base, generation_rules, other_generation, score_model
 from job.stages.handoff import Loaded, Sources
 from job.stages.pull_model import fetch_original
-from job.stages.scoring_precision import choose_precision, precision_facts, scoring_in
-from job.storage.open import ObjectStore, storage_options
+from job.stages.scoring_precision import choose_precision, other_precision, precision_facts, scoring_in
+from job.storage.open import ObjectStore, open_store, storage_options
 from job.training.gpu_memory import free_gpu_bytes, give_back_memory
 from job.training.memory_model import ORIGINAL_SHARE, evaluation_bytes, weight_bytes
 from job.training.setup_of_model import setup_of
 
 
-def evaluate_bases(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
-) -> Evaluated | None:
+def evaluate_bases(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Evaluated | None:
     """Scores the base with its original weights, if that is set and possible, and then the base of training.
 
-    `shared` is the store that contains all runs: base scores are cached there for other runs with the same base.
+    Base scores are cached in the store that contains all runs, for other runs with the same base.
 
     Raises:
         DataError, Unreachable, AccessDenied: The original weights have to be fetched again, and that fails.
     """
+    shared = open_store(settings.run.output, storage_options(settings.storage))
     precision = choose_precision(attempt, settings.eval, sources, loaded, settings.train.gpu_memory_gb)
     original = _evaluate_original(attempt, settings, sources, loaded, shared=shared, precision=precision)
     evaluated = evaluate_base(attempt, settings, sources, loaded, shared=shared, precision=precision)
@@ -60,6 +59,20 @@ def evaluate_bases(
     return replace(
         evaluated, artifacts=[*evaluated.artifacts, *original.artifacts], full_precision=original.full_precision
     )
+
+
+def objection_to_base(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, base: Evaluated) -> str:
+    """Why the base has to be evaluated again although an earlier attempt did it, in words; empty if it has not.
+
+    The adapter and the exports are compared with it. Those that an earlier attempt evaluated were compared already;
+    those that this one will evaluate must be evaluated as the base was.
+    """
+    adapter = attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated)
+    rules = generation_rules(settings, sources, loaded.model) if adapter is None else adapter.generation
+    if why := other_generation(base, rules):
+        return why
+    exported = not settings.export.formats or attempt.recorded(Stage.EXPORT, Exported) is not None
+    return "" if adapter is not None and exported else other_precision(base, settings.eval, loaded)
 
 
 def _evaluate_original(

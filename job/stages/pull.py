@@ -48,7 +48,7 @@ from job.stages.pull_other_models import pull_judge, pull_safety_model, pull_sta
 from job.stages.pull_prompts import find_prompt_rows, prompts_record
 from job.stages.pull_rows import RowSettings, check_hub, fetch_rows, read_rows, validation_of
 from job.stages.safety import SafetyModel
-from job.storage.open import StorageOptions, size
+from job.storage.open import StorageOptions, size, storage_options
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _Shared:
     start: str | None
 
 
-def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: Sequence[Settings] = ()) -> Sources:
+def pull(attempt: Attempt, settings: Settings, later: Sequence[Settings] = ()) -> Sources:
     """Fetches and checks all inputs, in the first process of each machine.
 
     Everything that can be checked without the model's weights is checked before they are downloaded. Rows are read
@@ -80,7 +80,6 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
     Args:
         attempt: The attempt, whose work folder gets the inputs.
         settings: Those of this training stage.
-        storage: How to reach stores.
         later: The settings of the training stages after this one.
 
     Raises:
@@ -88,7 +87,8 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
         Unreachable, AccessDenied: The hub or a store cannot be used.
         Preempted: The job was asked to stop.
     """
-    processes, settings = attempt.processes, _at_commit_of_before(attempt, settings)
+    processes, storage = attempt.processes, storage_options(settings.storage)
+    settings = _at_commit_of_before(attempt, settings)
     date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
     sources = _pull_for_machine(attempt, settings, storage, date, later)
     if settings.eval.principles is None:

@@ -40,6 +40,7 @@ from job.records import (
     ValidationRecord,
 )
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
+from job.results.exported_run import refuse_training
 from job.results.first_stage import read_first_stage
 from job.results.public_bases import public_base
 from job.results.training_totals import training_totals
@@ -58,7 +59,13 @@ from job.training.trainer import train
 
 
 def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained | None:
-    """Resumes from the newest valid checkpoint, trains, and publishes the adapter and the metrics."""
+    """Resumes from the newest valid checkpoint, trains, and publishes the adapter and the metrics.
+
+    Raises:
+        DataError: The run exports a finished one, whose adapter is missing here.
+        Preempted: The job was asked to stop; the newest checkpoint is uploaded, as far as there was time.
+    """
+    refuse_training(attempt, settings.export.run)
     model, processes = loaded.model, attempt.processes
     optimizer, substituted = substitute(settings.train.optimizer, model.device.type)
     if substituted is not None and processes.leads:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +18,6 @@ from pydantic import TypeAdapter
 
 from job.checkpoints import manager
 from job.common.hashing import sealed
-from job.distributed.processes import Alone
-from job.distributed.ranks import Place
 from job.errors import DataError, JobError, Preempted, Replaced, SettingsError, Unreachable
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, Evaluated, Pulled
@@ -29,13 +27,14 @@ from job.runs import stage_records
 from job.runs.attempt import Attempt, missing
 from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
-from job.runs.lease import Lease, fenced, take
+from job.runs.lease import fenced, take
 from job.runs.open_attempt import TakeOver, open_attempt
 from job.runs.run_log import IdleLimit, close_run_log, idle_pause, parse_record, read_run_log
 from job.runs.run_settings import keep_settings
 from job.storage.base import CHANGES, MAX_READ_BYTES, write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
+from tests.attempts import First, Second
 from tests.example_run import ATTEMPTS, DATASET
 from tests.wrapped_store import WrappedStore
 
@@ -100,39 +99,17 @@ def test_a_run_that_began_meanwhile_is_not_copied_over(store: LocalStore) -> Non
         pytest.fail("the attempt has begun")
 
 
-class OtherMachine(Alone):
-    """The first process of machine 1, which learns of process 0 who holds the lease."""
-
-    place = Place(rank=1, world_size=2)
-    leads = False
-
-    def __init__(self, lease: Lease) -> None:
-        self.shared: dict[str, Any] = {
-            "settings of the run": SETTINGS,
-            "attempt": lease.epoch,
-            "holder of the lease": lease.holder,
-            "whether a run is taken over": False,
-        }
-
-    def share(self, what: str, value: Callable[[], Any]) -> Any:
-        """What process 0 said."""
-        return self.shared[what]
-
-
 def test_another_machine_must_see_the_same_folder(store: LocalStore, tmp_path: Path) -> None:
     """It looks for the lease that process 0 has taken: in the run's folder, or in one of this machine alone."""
-    processes = OtherMachine(take(store, "machine-0"))
-    how: dict[str, Any] = {
-        "cache": str(tmp_path),
-        "stop": Stop(),
-        "report_progress": Stop().check,
-        "faults": arm((), store),
-    }
-    with open_attempt(store, SETTINGS, processes=processes, **how) as attempt:
-        assert attempt.number == 1
-    how["stop"].request("tired of looking", 0)
-    with pytest.raises(Preempted), open_attempt(LocalStore(tmp_path / "own"), SETTINGS, processes=processes, **how):
-        pass
+    stop, first = Stop(), First()
+    how: dict[str, Any] = {"stop": stop, "report_progress": stop.check, "faults": arm((), store)}
+    with open_attempt(store, SETTINGS, processes=first, cache=str(tmp_path / "0"), **how):
+        how |= {"processes": Second(first.told), "cache": str(tmp_path / "1")}
+        with open_attempt(store, SETTINGS, **how) as attempt:
+            assert attempt.number == 1
+        stop.request("tired of looking", 0)
+        with pytest.raises(Preempted), open_attempt(LocalStore(tmp_path / "own"), SETTINGS, **how):
+            pass
 
 
 def noted_of(store: LocalStore, number: int) -> dict[str, Any]:
@@ -593,6 +570,12 @@ def test_a_field_that_is_added_does_not_name_the_run() -> None:
     assert stage_records.fingerprint(SETTINGS, later) == stage_records.fingerprint(SETTINGS, PULLED)
     other = replace(later, dataset=replace(DATASET, sha256="4" * 64))
     assert stage_records.fingerprint(SETTINGS, other) != stage_records.fingerprint(SETTINGS, PULLED)
+
+
+def test_every_input_that_names_the_run_has_a_setting() -> None:
+    """An error about one that differs names it; a field that is added to the record needs one, too."""
+    whole: dict[str, Any] = {one.name: "x" for one in fields(Pulled)}
+    assert stage_records.identity(Pulled(**whole)).keys() == stage_records._SETTING_OF.keys()
 
 
 class StandsStill(WrappedStore):

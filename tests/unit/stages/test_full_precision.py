@@ -93,9 +93,9 @@ def run(
     through: ObjectStore | None = None,
 ) -> Evaluated:
     """The stage of the run `name` in the store `runs`."""
-    settings = world.settings(f"--run.id={name}", *words)
+    settings = world.settings(f"--run.output={runs}", f"--run.id={name}", *words)
     with attempt_at(runs / name, through) as attempt:
-        found = evaluate_bases(attempt, settings, world.sources(), world.loaded(quantization), LocalStore(runs))
+        found = evaluate_bases(attempt, settings, world.sources(), world.loaded(quantization))
     assert found is not None
     return found
 

@@ -216,6 +216,6 @@ def test_all_machines_name_the_run_by_the_same_judge(tmp_path: Path, monkeypatch
     monkeypatch.setattr(pull, "_pull", lambda *_: (sources, tmp_path))
     shared = {"date of the run": "2026-01-31", "judge": ["0" * 64, "abc"]}
     attempt = make_attempt(tmp_path, processes=Second(shared))
-    found = pull.pull(attempt, settings(tmp_path, "org/judge"), StorageOptions()).record
+    found = pull.pull(attempt, settings(tmp_path, "org/judge")).record
     assert (found.judge_sha256, found.judge_revision) == ("0" * 64, "abc")
     assert stage_records.identity(found) != stage_records.identity(record)

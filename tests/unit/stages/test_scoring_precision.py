@@ -105,14 +105,15 @@ def run(
     factor: float = 1.0,
 ) -> Evaluated:
     """The evaluation of the bases of one run."""
-    settings = load_settings([f"--model.id={world / 'base'}", "--eval.batch_tokens=512", "--run.id=one", *words], {})
+    own = [f"--model.id={world / 'base'}", "--eval.batch_tokens=512", f"--run.output={runs}", "--run.id=one"]
+    settings = load_settings([*own, *words], {})
     loaded = loaded_base(world, dtype, quantization, factor)
     sources = replace(example_sources(world), examples=make_examples(6))  # type: ignore[arg-type]
     store = LocalStore(runs / "one")
     how: dict[str, Any] = {"cache": str(runs / "cache"), "stop": Stop(), "report_progress": lambda: None}
     with open_attempt(through or store, {}, faults=arm((), store), **how) as attempt:
         attempt.run = "0" * 64
-        found = evaluate_bases(attempt, settings, sources, loaded, LocalStore(runs))
+        found = evaluate_bases(attempt, settings, sources, loaded)
     assert found is not None
     return found
 
