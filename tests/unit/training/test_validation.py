@@ -18,7 +18,7 @@ from job.errors import TrainingFailed
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
-from job.records import PEFT, Example, ExecutionPlan, ValidationMetrics
+from job.records import PEFT, Example, ExecutionPlan, ValidationMetrics, ValidationRecord
 from job.training.config import Hooks, Recipe, StepAbandoned, Trained
 from job.training.early_stopping import due_steps, is_due, progress, validation_record
 from job.training.trainer import train
@@ -420,8 +420,26 @@ def test_validations_are_due_at_the_ends_and_between() -> None:
 
 def test_the_record_says_what_was_kept() -> None:
     """The manifest's figures follow from the losses."""
-    how: dict[str, Any] = {"every_steps": 2, "total_steps": 8, "stop_after": 2}
-    record = validation_record(losses(3, 2, 2.5, 2.6), keep="best", **how)
-    assert (record.best_step, record.kept_step, record.stopped_early, record.seconds) == (2, 2, True, 4.0)
-    record = validation_record(losses(3, 2, 2.5, 2.2, 1.9), keep="last", **how)
-    assert (record.best_step, record.kept_step, record.stopped_early, record.stale) == (8, 8, False, 0)
+    rewards = [{"rewards/margins": float(step)} for step in range(6)]
+    made = [
+        replace(one, preference=found) for one, found in zip(losses(5, 4, 3, 3.5, 3.25, 3.75), rewards, strict=True)
+    ]
+    how: dict[str, Any] = {"every_steps": 2, "stop_after": 3}
+    best = ValidationRecord(
+        **how,
+        count=6,
+        first_loss=5,
+        last_loss=3.75,
+        best_loss=3,
+        best_step=4,
+        stale=3,
+        planned_steps=20,
+        stopped_early=True,
+        keep="best",
+        kept_step=4,
+        seconds=6.0,
+        preference=rewards[2],
+    )
+    assert validation_record(made, total_steps=20, keep="best", **how) == best
+    last = replace(best, planned_steps=10, stopped_early=False, keep="last", kept_step=10, preference=rewards[5])
+    assert validation_record(made, total_steps=10, keep="last", **how) == last
