@@ -466,6 +466,9 @@ def test_a_row_that_does_not_fit_on_one_gpu(processes: int, over: int) -> None:
         divided = {figure.name: figure for figure in estimates(run)}["memory: activations, divided"]
         whole = {figure.name: figure for figure in estimates(run)}["memory: activations"]
         assert divided.value < whole.value
+        ample = replace(gpu, memory_bytes=10**13)
+        alone_there = per_second(replace(run, processes=1), REFERENCE, ample)
+        assert per_second(run, REFERENCE, gpu) == pytest.approx(over * LONG_ROW_EFFICIENCY * alone_there)
     else:
         assert "2 of these GPUs compute the longest row together (JOB_RUN__PROCESSES=2)" in found.note
     off = forecast_gpu(gpu, replace(run, divide=False), REFERENCE)
@@ -585,12 +588,12 @@ def test_an_evaluation_is_as_measured_on_an_h200() -> None:
 
 
 def test_narrow_experts_are_slower() -> None:
-    """Of a mixture like Qwen3-30B-A3B; one with experts as wide as Mixtral's trains like a dense model."""
+    """Of a mixture like Qwen3-30B-A3B; one with experts as wide as Mixtral's trains like a dense model of any width."""
     shape = REFERENCE.architecture
     run = replace(RUN, fused=True, budget_by_gpu=True)
 
-    def reached(width: int) -> float:
-        mixture = replace(shape, intermediate=8 * width, experts=64, chosen=8)
+    def reached(width: int, experts: int = 64, chosen: int = 8) -> float:
+        mixture = replace(shape, intermediate=chosen * width, experts=experts, chosen=chosen)
         setup = replace(REFERENCE, architecture=mixture, targets=tuple(mixture.linear))
         flops = time_model.training_flops(replace(setup, recompute=False), WORK.tokens, WORK.squares)
         gpu = replace(BY_NAME["H200"], memory_bytes=10**13, bandwidth=1e18)
@@ -598,6 +601,18 @@ def test_narrow_experts_are_slower() -> None:
 
     assert reached(768) == pytest.approx(time_model.FINE_EXPERTS_UTILISATION, rel=1e-3)
     assert reached(14_336) == pytest.approx(time_model.FUSED_UTILISATION, rel=1e-3)
+    assert reached(768, experts=0, chosen=1) == pytest.approx(time_model.FUSED_UTILISATION, rel=1e-3)
+
+
+def test_weights_are_read_for_each_micro_batch() -> None:
+    """Where that takes longest: for the forward pass, recomputation and the backward pass; in an evaluation once."""
+    gpu = replace(BY_NAME["A100 80GB"], flops=1e30)
+    reading = 4.5 * REFERENCE.architecture.linear_parameters / gpu.bandwidth
+    questions = TaskTokens(1, 30_000, 100)
+    for steps, micro_batches in ((94, 94), (1, 86)):  # of 348,932 tokens in all, 4,096 at a time
+        run = replace(RUN, workload=replace(WORK, steps=steps), questions=questions)
+        expected = (3 * micro_batches + EVALUATIONS * 4) * reading + START_SECONDS + EVALUATIONS * SCORING_SECONDS
+        assert 3600 * (forecast_gpu(gpu, run, REFERENCE).hours or 0) == pytest.approx(expected)
 
 
 def test_several_gpus_share_training_and_scoring() -> None:
