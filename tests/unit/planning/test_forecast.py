@@ -645,6 +645,14 @@ def test_more_gpus_never_make_more_than_they_are(gpus: int, rows: int, tokens: f
     assert [training_efficiency(at) for at, _ in TRAINING_EFFICIENCY] == pytest.approx([0.94, 0.96])
 
 
+def test_efficiency_between_and_beyond_the_measured_points() -> None:
+    """Lost time as a share: the mean of both halfway by 1 / tokens, twice as much with half the tokens, never less."""
+    few, many = 1 / 0.94 - 1, 1 / 0.96 - 1
+    halfway = 2 / (1 / 1_900 + 1 / 7_500)
+    found = [1 / training_efficiency(tokens) - 1 for tokens in (950, halfway, 1e9)]
+    assert found == pytest.approx([2 * few, (few + many) / 2, many])
+
+
 def test_a_divided_row_is_computed_by_all() -> None:
     """Where the longest row does not fit on one GPU, it takes all of them, whatever the number of rows."""
     assert divide(4, step_rows=1, step_tokens=1e6, rows_divided=True).parts == 4
