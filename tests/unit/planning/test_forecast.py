@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from job.common.gpu_context import CONTEXT_BYTES
 from job.common.resources import MARGIN_BYTES as RESERVED
 from job.model.architecture import Architecture
 from job.planning import forecast_time, run_shape, time_model
-from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
+from job.planning.auxiliary_models import AuxiliaryModel, count_weights, judging, screening
 from job.planning.forecast import estimates, forecast_gpu
 from job.planning.forecast_input import EVALUATIONS, ForwardWork, RunShape
 from job.planning.forecast_memory import scoring_bytes
@@ -328,8 +330,40 @@ def test_the_classifier_and_the_judge_take_time() -> None:
     assert (figures["safety screen, texts"].value, figures["safety screen, texts"].basis) == (1040, "computed")
     assert (figures["safety screen, tokens"].value, figures["safety screen, tokens"].basis) == (100_400, "assumed")
     assert figures["safety screen"].value == 2 * weights * 100_400
+    unknown = judging(200, 10_000, None, 2, served=False)
+    assert [one.note.partition("; ")[2] for one in (judge, unknown)] == [
+        "equal answers are not judged",
+        "the size of its weights is unknown: not in the hours",
+    ]
     assert "the server's time is not in the hours" in figures["judge, tokens"].note
     assert "judge" not in figures
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "heads", "expected"),
+    [
+        ({"torch_dtype": "float16"}, 2, False, 3000 - 800),
+        ({"torch_dtype": "float16", "tie_word_embeddings": False}, 2, False, 3000 - 800),
+        ({"dtype": "float64", "tie_word_embeddings": False}, 8, True, 3000 - 2 * 800),
+        ({"dtype": "bfloat16"}, 2, True, 3000 - 800),  # transformers' default: the output layer is the embedding
+        ({}, 4, True, 3000 - 800),
+        ({"hidden_size": None}, 4, False, 3000),
+        ({"quantization_config": {"quant_method": "gptq"}}, 4, False, None),
+    ],
+)
+def test_the_weights_of_an_auxiliary_model(
+    tmp_path: Path, config: dict[str, Any], width: int, *, heads: bool, expected: int | None
+) -> None:
+    """Of 3,000 in files of this width, all but the tables of 100 tokens; also where the text model is a part."""
+    sizes = {"vocab_size": 100, "hidden_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | config), encoding="utf-8")
+    assert count_weights(tmp_path, 3000 * width, heads=heads) == expected
+    assert count_weights(tmp_path, None, heads=heads) is None
+    outer = {name: value for name, value in config.items() if name in {"dtype", "quantization_config"}}
+    whole = outer | {"text_config": sizes | {name: value for name, value in config.items() if name not in outer}}
+    (tmp_path / "config.json").write_text(json.dumps(whole), encoding="utf-8")
+    assert count_weights(tmp_path, 3000 * width, heads=heads) == expected
+    assert count_weights(tmp_path / "missing", 3000, heads=heads) is None
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -276,6 +276,7 @@ def test_activations_of_a_small_model_by_hand() -> None:
     loss = 6 * 64 * 5_000 + 2 * 4_096 * 32_768
     assert memory_model.activation_bytes(replace(SMALL, architecture=many), 5_000) == 3 * 2 * 64 * 5_000 + loss
     assert memory_model.activation_bytes(replace(keeping, architecture=many), 5_000) == 3 * layer * 5_000 + loss
+    assert memory_model.least_activation_bytes(SMALL, 10) == 2 * 10 * (3 * 64 + 6 * 64 + 3 * 96)
     new_tokens = replace(SMALL, merged_rows=7)
     more = training_memory(new_tokens, 10).activations - training_memory(SMALL, 10).activations
     assert more == 2 * 7 * 64 * 2
