@@ -52,12 +52,13 @@ image-test: $(STAMP)  ## runs the image with Docker Engine, in every way that in
 registry-test: $(STAMP)  ## pushes to a real registry, and pulls with Docker Engine
 	DOCKER=$(DOCKER) REGISTRY=$${REGISTRY:-docker-registry} $(BIN)/python -m pytest -q tests/registry
 
-# torch is installed first, pinned by version only, because its build (CPU, CUDA) depends on the machine. Everything else is
-# pinned by hash. --no-deps: the locks are complete, so no other package may be installed.
+# torch is installed first, pinned by version only, because its build (CPU, CUDA) depends on the machine; pip shows its
+# progress, since it is several GB with CUDA. Everything else is pinned by hash. --no-deps: the locks are complete, so no
+# other package may be installed.
 LOCKS := requirements.lock requirements-dev.lock
 $(STAMP): $(LOCKS) requirements-cuda.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check $$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-cuda.lock)
+	$(BIN)/python -m pip install --disable-pip-version-check $$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-cuda.lock)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes $(addprefix -r ,$(LOCKS))
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --editable .
 	touch $@

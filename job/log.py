@@ -114,7 +114,20 @@ def _console_renderers(*, colors: bool) -> list[Processor]:
 
     # locals may hold rows of the data, and fill pages
     formatter = RichTracebackFormatter(show_locals=False)
-    return [_problems_by_line(ConsoleRenderer(colors=colors, pad_event_to=32, exception_formatter=formatter))]
+    renderer = ConsoleRenderer(colors=colors, pad_event_to=32, exception_formatter=formatter)
+    return [_for_a_person, _problems_by_line(renderer)]
+
+
+def _for_a_person(_logger: Any, _method: str, event: EventDict) -> EventDict:
+    """A line without what a person at a terminal knows: run and attempt, fields without a value, the year.
+
+    The line that says which attempt of which run this process is comes before the attempt is in the context.
+    """
+    known = _context.get()
+    if "attempt" in known:
+        event = {name: value for name, value in event.items() if name not in {"run", "attempt"} or value != known[name]}
+    event["timestamp"] = event["timestamp"][5:19].replace("T", " ")
+    return {name: value for name, value in event.items() if value is not None and value != {}}
 
 
 def _problems_by_line(render: Processor) -> Processor:

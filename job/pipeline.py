@@ -38,7 +38,7 @@ from job.runs.layout import BASE, PACKING, Stage
 from job.runs.run_settings import keep_settings
 from job.runs.stage_records import require_same_inputs
 from job.settings.load import Settings
-from job.settings.training_stages import split_stages
+from job.settings.training_stages import naming_its_settings, split_stages
 from job.stages.handoff import Loaded, Sources
 from job.stages.publish import publish
 from job.stages.pull import pull
@@ -94,9 +94,13 @@ def _run_training_stage(
     with next_attempt(settings, context, last=not later) as attempt:
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, later)
-        loaded = _load(attempt, settings, sources)
-        # Meanwhile a thread uploads the quantized base to its cache, where there is one.
-        with publishing(sources.cache_entry if processes.leads else None, context.stop, context.report_progress):
+        with naming_its_settings(settings.part_of):
+            loaded = _load(attempt, settings, sources)
+        with (
+            naming_its_settings(settings.part_of),
+            # Meanwhile a thread uploads the quantized base to its cache, where there is one.
+            publishing(sources.cache_entry if processes.leads else None, context.stop, context.report_progress),
+        ):
             base = _evaluate_base(attempt, settings, sources, loaded)
             trained = _train(attempt, settings, sources, loaded)
             adapter = _evaluate_adapter(attempt, settings, sources, loaded, base=base, trained=trained)

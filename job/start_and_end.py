@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings
 from job.settings.affects_result import common_settings, decisive_settings, default_settings
 from job.settings.load import Settings, current_platform, environment, exporters, plain_values, trackers
-from job.settings.training_stages import folder_of
+from job.settings.training_stages import folder_of, naming_given_settings
 from job.stages.inputs import check_inputs
 from job.storage.open import ObjectStore, open_store, storage_options
 from job.storage.permissions import check_permissions
@@ -97,7 +97,8 @@ def hand_over_if_complete(
         JobError: It cannot be pushed.
     """
     agree_on_settings(processes, common_settings(plain_values(settings)))
-    return processes.share("results of before", lambda: _hand_over_if_complete(settings, delivery, check_stop))
+    with naming_given_settings(settings):
+        return processes.share("results of before", lambda: _hand_over_if_complete(settings, delivery, check_stop))
 
 
 def _hand_over_if_complete(
@@ -185,8 +186,10 @@ def next_attempt(settings: Settings, context: ProcessContext, *, last: bool) -> 
         tracking(
             trackers(settings) if processes.leads else {}, settings.run.id, plain_values(settings), environment()
         ) as tracker,
-        opening as attempt,
+        ExitStack() as stack,
     ):
+        with naming_given_settings(settings):
+            attempt = stack.enter_context(opening)
         live.figures = attempt.figures
         silent = attempt.earlier[-1] if attempt.earlier and attempt.earlier[-1].outcome in SILENT else None
         notifier.started({"attempt": attempt.number, "store": store.uri}, silent)

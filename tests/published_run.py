@@ -321,7 +321,7 @@ def _trained(store: LocalStore, work: Path, attempts: int, run: str, *, validate
             best = {"model.q_proj.lora_A.default.weight": torch.full((3, 4), 2.0)}
             write_validations(state, validations[: 1 + step // 2], best if step == STEPS else None)
         epoch = attempts if step == STEPS else 1
-        manager.publish(store, state, step=step, epoch=epoch, world_size=1, software=host.software(), run=run)
+        manager.publish(store, state, step, manager.Writer(epoch, 1, host.software(), run))
     if validated:
         weights = np.full((3, 4), 2, dtype=np.float32)
     save_file({"model.q_proj.lora_A.weight": weights}, work / "adapter", {"format": "pt"})

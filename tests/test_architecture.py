@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from job.runs.lease import take
+from job.storage.local import LocalStore
+
 ROOT = Path(__file__).parents[1]
 SOURCES = {
     ".".join(path.relative_to(ROOT / "job").with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
@@ -154,7 +157,7 @@ def test_models_are_loaded_with_remote_code_refused() -> None:
         and "from_pretrained" in ast.unparse(node.func)
     ]
     assert {name for name, _ in calls} == {
-        *("export.autoround_process", "export.scoring", "model.base", "model.files", "model.informed_init"),
+        *("export.autoround_process", "export.exported_model", "model.base", "model.files", "model.informed_init"),
         *("evaluation.judges", "model.text_classifier"),
         *("model.tokenizer", "model.tokenizer_files"),
     }
@@ -174,6 +177,9 @@ def test_quick_answers_import_nothing_heavy(words: list[str], tmp_path: Path) ->
     An answer that is no line of the log does not load what writes one.
     """
     heavy = HEAVY if words[0] == "--no.such" else HEAVY | LINES
+    if words[0] == "status":
+        take(LocalStore(tmp_path / "x"), "a machine")
+    before = sorted(tmp_path.rglob("*"))
     code = (
         "import sys; from job.cli.main import main; code = main(sys.argv[1:]);"
         f"print(sorted({heavy!r} & {{name.split('.')[0] for name in sys.modules}}), file=sys.stderr); sys.exit(code)"
@@ -189,7 +195,7 @@ def test_quick_answers_import_nothing_heavy(words: list[str], tmp_path: Path) ->
     )
     assert done.returncode == (2 if words[0] == "--no.such" else 0), done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
-    assert not list(tmp_path.iterdir())
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_settings_enter_few_files_of_a_run() -> None:

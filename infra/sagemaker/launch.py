@@ -191,7 +191,14 @@ def parser() -> argparse.ArgumentParser:
     add("--retries", type=int, default=0, help="after errors of SageMaker's own")
     add("--set", type=pair, action="append", default=[], metavar="NAME=VALUE", help="a setting, train.epochs=3")
     add("--env", type=pair, action="append", default=[], metavar="NAME=VALUE", help="environment of the container")
-    add("--channel", type=pair, action="append", default=[], metavar="NAME=URI", help="training, model, evaluation")
+    add(
+        "--channel",
+        type=pair,
+        action="append",
+        default=[],
+        metavar="NAME=URI",
+        help="training, validation, model, evaluation",
+    )
     add("--fast-file", action="store_true", help="stream the channels instead of copying them first")
     add("--copied", action="store_true", help="SageMaker copies the run to S3, instead of the job itself")
     add("--isolated", action="store_true", help="no network for the container; needs --copied")

@@ -131,7 +131,7 @@ def problems(order: Order) -> Iterator[str]:
         ),
         (
             re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/]+)*", order.root),
-            "--root: must be s3://bucket or s3://bucket/prefix; or give --stack",
+            "--root: must be s3://bucket or s3://bucket/prefix (bucket: 3 to 63 characters); or give --stack",
         ),
         (order.role.startswith("arn:"), "--role: must be the ARN of the execution role; or give --stack"),
         ("run.id" not in order.settings, "--set run.id: is what --run is for"),

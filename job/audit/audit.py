@@ -13,11 +13,9 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from job.audit.overlap import MOST_ROWS, SHARE, OverlapHits
-from job.audit.rows import AuditSetup, from_bytes
+from job.audit.rows import AuditedRow, AuditSetup
 from job.audit.safety import Screen, Texts
 from job.audit.statistics import PACKAGE as LANGUAGES
 from job.audit.statistics import quantiles
@@ -95,29 +93,29 @@ class Audit:
         self._hashes = RowHashes()
         self._kinds: list[tuple[int, str]] = []
         self._hits: dict[int, OverlapHits] = {}
-        self._in_rows: Counter[int] = Counter()
+        self._rows_with_run: Counter[int] = Counter()
         self.languages: Counter[str] = Counter()
         """How many rows are in a language; none where that is not looked for."""
-        self._start = 0
-        self._at: int | None = None
-        self.of_examples = array("I")
+        self._first_row_of_source = 0
+        self._repeated_row: int | None = None
+        self.row_of_example = array("I")
         """For each example the number of its row."""
 
     def begin(self, *, again: bool) -> None:
         """Says that the rows of the next source come, or those of the last one again, or some of them, in order."""
-        self._start = self._start if again else len(self._identities)
-        self._at = self._start if again else None
+        self._first_row_of_source = self._first_row_of_source if again else len(self._identities)
+        self._repeated_row = self._first_row_of_source if again else None
 
     def add(self, where: str, data: bytes, examples: int = 1) -> None:
         """Adds a row by what `RowAudit` found in it, and how many examples it gives."""
-        if self._at is not None:
-            while self._locations[self._at] != where:
-                self._at += 1
-            self.of_examples.extend([self._at] * examples)
+        if self._repeated_row is not None:
+            while self._locations[self._repeated_row] != where:
+                self._repeated_row += 1
+            self.row_of_example.extend([self._repeated_row] * examples)
             return
-        row = from_bytes(data)
+        row = AuditedRow.from_bytes(data)
         number = len(self._identities)
-        self.of_examples.extend([number] * examples)
+        self.row_of_example.extend([number] * examples)
         self._locations.add(where)
         self._identities.append(row.identity)
         if number < MOST_COMPARED:
@@ -127,9 +125,9 @@ class Audit:
             self._texts.add(row.text)
         if row.language:
             self.languages[row.language] += 1
-        self._in_rows.update(row.overlap.runs)
+        self._rows_with_run.update(row.overlap.runs)
         # Runs that too many rows have by now are dropped here, so that a template in each row takes no memory.
-        runs = tuple(run for run in row.overlap.runs if self._in_rows[run] <= MOST_ROWS)
+        runs = tuple(run for run in row.overlap.runs if self._rows_with_run[run] <= MOST_ROWS)
         if runs or row.overlap.exact:
             self._hits[number] = OverlapHits(row.overlap.exact, runs)
 
@@ -142,7 +140,10 @@ class Audit:
             *self._unsafe(),
             *(Finding(kind, self._locations[row], row) for row, kind in self._kinds),
         ]
-        return sorted(findings, key=lambda one: (one.row, kinds.index(one.kind), one.task or "", one.question or 0))
+        return sorted(
+            findings,
+            key=lambda finding: (finding.row, kinds.index(finding.kind), finding.task or "", finding.question or 0),
+        )
 
     def _overlaps(self) -> Iterator[Finding]:
         questions = self.setup.questions
@@ -154,7 +155,7 @@ class Audit:
                 of_run[run].append(number)
         for row, overlap in self._hits.items():
             counts = Counter(
-                number for run in overlap.runs if self._in_rows[run] <= MOST_ROWS for number in of_run[run]
+                number for run in overlap.runs if self._rows_with_run[run] <= MOST_ROWS for number in of_run[run]
             )
             near = {number for number, count in counts.items() if count >= SHARE * len(questions.runs[number])}
             for number in sorted(near | set(overlap.exact)):
@@ -219,7 +220,7 @@ def finish(
         advice = "correct the rows, or set JOB_DATA__ON_FINDING to skip or record for these kinds"
         raise DataError(problems, len(refused), advice)
     dropped = {finding.row for finding in findings if actions[finding.kind] == "skip"}
-    rows = len(audit.of_examples and set(audit.of_examples))
+    rows = len(set(audit.row_of_example))
     if dropped and len(dropped) == rows:
         message = "has no row without a finding that JOB_DATA__ON_FINDING leaves out"
         raise DataError([Problem(name, message)])
@@ -234,13 +235,13 @@ def finish(
         bytes=len(lines),
         compared=min(rows, MOST_COMPARED),
         too_short=0 if setup.questions is None else setup.questions.too_short,
-        languages=dict(sorted(audit.languages.items(), key=lambda one: (-one[1], one[0]))),
+        languages=dict(sorted(audit.languages.items(), key=lambda item: (-item[1], item[0]))),
         languages_by=setup.language or "",
         languages_not_checked="" if setup.language else _NOT_INSTALLED.format(LANGUAGES),
         lengths={unit: quantiles(values) for unit, values in (lengths or {}).items()},
         safety=setup.safety,
     )
-    left_out = tuple(number for number, row in enumerate(audit.of_examples) if row in dropped)
+    left_out = tuple(number for number, row in enumerate(audit.row_of_example) if row in dropped)
     return Audited(record, lines, left_out)
 
 
@@ -288,7 +289,7 @@ def _checks(setup: AuditSetup, findings: Sequence[Finding]) -> dict[str, CheckRe
 
 
 def _needs(kind: str) -> str | None:
-    from job.audit.kinds import DETECTORS
+    from job.audit.detectors import DETECTORS
 
     return DETECTORS[kind].needs
 
@@ -318,8 +319,3 @@ def parse_findings(data: bytes) -> list[Finding]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"line {number}: {str(error)[:200]}") from None
     return findings
-
-
-def read_findings(path: Path | Any) -> list[Finding]:
-    """`parse_findings` of a file."""
-    return parse_findings(Path(path).read_bytes())

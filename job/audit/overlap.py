@@ -9,8 +9,8 @@ Rules, from published contamination checks of language models:
   in more than 10 documents for this reason (Brown et al. 2020, appendix C).
 - A question that a row has word for word, from its first word to its last, counts always, however many rows have it.
 - A question of fewer than NGRAM words counts if it is a whole text or a whole line of a row, a label such as
-  `Question:` aside, and has at least FEWEST_WORDS words. Shorter ones are
-  not looked for, since lines of one or two words are often equal by chance; the record counts them.
+  `Question:` aside, and has at least FEWEST_WORDS words. Shorter ones are not looked for, since lines of one or two
+  words are often equal by chance; the record counts them.
 
 What is compared is the prompt of a question without the words that all prompts of its task begin or end with. Where
 fewer than NGRAM words are left, it is the prompt but for labels at its ends, and counts word for word only. Letter
@@ -42,7 +42,7 @@ MOST_ROWS = 10
 FEWEST_WORDS = 3
 _BASE = 0x9E3779B97F4A7C15 | 1
 """Of the polynomial hash of a run of words, modulo 2 ** 64: odd, so that it has an inverse."""
-_LONGEST_SHORT = 400
+_MAX_SHORT_CHARACTERS = 400
 """Characters of a line that may be a short question; a longer one is not split into words."""
 _LABEL = re.compile(r"^\s*(?:[A-Za-z]{1,12}\s*(?:\d{1,4})?\s*[:.)]|\d{1,4}\s*[:.)]|[-*#]+)\s*")
 
@@ -141,7 +141,7 @@ class Questions:
         import numpy as np
 
         lines = {line for text in texts for line in (text, *text.splitlines())}
-        exact = {number for line in lines for number in self._short(line)}
+        exact = {number for line in lines for number in self._short_questions(line)}
         row = Runs(words)
         hashes, question_hashes = row.of_length(NGRAM), self._known
         if not len(hashes) or not len(question_hashes):
@@ -156,8 +156,8 @@ class Questions:
                     exact.add(number)
         return OverlapHits(tuple(sorted(exact)), tuple(sorted(set(positions[hits].tolist()))))
 
-    def _short(self, line: str) -> Sequence[int]:
-        if not self._by_text_hash or len(line) > _LONGEST_SHORT:
+    def _short_questions(self, line: str) -> Sequence[int]:
+        if not self._by_text_hash or len(line) > _MAX_SHORT_CHARACTERS:
             return ()
         questions: list[int] = []
         for form in {line, _LABEL.sub("", line)}:
@@ -208,21 +208,24 @@ def index_questions(prompts: Mapping[str, Sequence[str]]) -> Questions:
     Args:
         prompts: By task, the prompt of each question that is scored, in order.
     """
-    words, of_runs = [], []
+    words, runs_of_questions = [], []
     for texts in prompts.values():
-        for text, own in zip(texts, _without_template([words_of(text) for text in texts]), strict=True):
-            distinct = len(own) >= NGRAM
-            words.append(own if distinct else words_of(_END_LABEL.sub("", _LABEL.sub("", text))))
-            of_runs.append(Runs(own).of_length(NGRAM) if distinct else Runs(()).of_length(NGRAM))
-    firsts = [int(Runs(one[:NGRAM]).of_length(NGRAM)[0]) if len(one) >= NGRAM else 0 for one in words]
-    hashes = sorted({int(run) for runs in of_runs for run in runs} | {first for first in firsts if first})
+        for text, compared in zip(texts, _without_template([words_of(text) for text in texts]), strict=True):
+            distinct = len(compared) >= NGRAM
+            words.append(compared if distinct else words_of(_END_LABEL.sub("", _LABEL.sub("", text))))
+            runs_of_questions.append(Runs(compared).of_length(NGRAM) if distinct else Runs(()).of_length(NGRAM))
+    firsts = [
+        int(Runs(question_words[:NGRAM]).of_length(NGRAM)[0]) if len(question_words) >= NGRAM else 0
+        for question_words in words
+    ]
+    hashes = sorted({int(run) for runs in runs_of_questions for run in runs} | {first for first in firsts if first})
     position = {run: at for at, run in enumerate(hashes)}
     return Questions(
         tuple((task, len(texts)) for task, texts in prompts.items()),
         tuple(map(len, words)),
         tuple(map(text_hash, words)),
         tuple(firsts),
-        tuple(tuple(sorted({position[int(run)] for run in runs})) for runs in of_runs),
+        tuple(tuple(sorted({position[int(run)] for run in runs})) for runs in runs_of_questions),
         tuple(hashes),
     )
 

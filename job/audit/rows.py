@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
-from job.audit.kinds import DETECTORS
+from job.audit.detectors import DETECTORS
 from job.audit.overlap import OverlapHits, Questions
 from job.audit.statistics import language_checker, language_finder
 from job.common.findings import Action
@@ -93,16 +93,16 @@ class AuditedRow:
         head = _HEAD.pack(len(rest_json), len(self.text), self.identity, self.language.encode())
         return head + rest_json + self.text + self.hashed
 
-
-def from_bytes(data: bytes) -> AuditedRow:
-    """The inverse of `AuditedRow.to_bytes`."""
-    length, size, identity, language = _HEAD.unpack_from(data)
-    text = _HEAD.size + length
-    kinds, exact, runs = json.loads(data[_HEAD.size : text]) if length else ((), (), ())
-    overlap = OverlapHits(tuple(exact), tuple(runs))
-    hashed = data[text + size :]
-    language = language.rstrip(b"\0").decode()
-    return AuditedRow(identity, hashed, tuple(kinds), overlap, language, data[text : text + size])
+    @classmethod
+    def from_bytes(cls, data: bytes) -> AuditedRow:
+        """The inverse of `to_bytes`."""
+        length, size, identity, language = _HEAD.unpack_from(data)
+        text = _HEAD.size + length
+        kinds, exact, runs = json.loads(data[_HEAD.size : text]) if length else ((), (), ())
+        overlap = OverlapHits(tuple(exact), tuple(runs))
+        hashed = data[text + size :]
+        language = language.rstrip(b"\0").decode()
+        return cls(identity, hashed, tuple(kinds), overlap, language, data[text : text + size])
 
 
 class RowAudit:

@@ -20,9 +20,9 @@ from typing import Self
 from job.common.threads import in_thread
 from job.log import get_logger
 
-# How many uploads are remembered to predict how long the next one takes.
-_REMEMBERED = 8
-_LOOK_SECONDS = 0.5
+# So many durations of uploads predict how long the next one takes.
+_DURATIONS_KEPT = 8
+_POLL_SECONDS = 0.5
 
 
 class AsyncUploader:
@@ -30,17 +30,17 @@ class AsyncUploader:
 
     Args:
         publish: Uploads the folder of a step; raises the error that the run is to end with.
-        patience: Returns how many more seconds to wait for the upload under way when an exception leaves the `with`
-            block. Called repeatedly while waiting, because a signal may shorten the time.
+        seconds_left: Returns how many more seconds to wait for the upload under way when an exception leaves the
+            `with` block. Called repeatedly while waiting, because a signal may shorten the time.
     """
 
     def __init__(
-        self, publish: Callable[[Path, int], None], *, patience: Callable[[], float] = lambda: math.inf
+        self, publish: Callable[[Path, int], None], *, seconds_left: Callable[[], float] = lambda: math.inf
     ) -> None:
         self._publish = publish
-        self._patience = patience
-        self._last: Future[None] | None = None
-        self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
+        self._seconds_left = seconds_left
+        self._upload: Future[None] | None = None
+        self._seconds: deque[float] = deque(maxlen=_DURATIONS_KEPT)
         self.waited_seconds = 0.0
         """How long the training thread was held up, in all."""
 
@@ -57,12 +57,12 @@ class AsyncUploader:
         """
         self.finish()
         # No daemon: a process that ends early still waits for an upload that is under way.
-        self._last = in_thread(lambda: self._run(folder, step), "publisher", daemon=False)
+        self._upload = in_thread(lambda: self._run(folder, step), "publisher", daemon=False)
 
     def check(self) -> None:
         """Raises what an upload failed with, without waiting for one."""
-        if self._last is not None and self._last.done():
-            self._last.result()
+        if self._upload is not None and self._upload.done():
+            self._upload.result()
 
     def finish(self, timeout: float | None = None) -> bool:
         """Waits until what was submitted is published.
@@ -76,10 +76,10 @@ class AsyncUploader:
         Raises:
             Exception: What the upload failed with.
         """
-        if self._last is None:
+        if self._upload is None:
             return True
         began = time.monotonic()
-        done, _ = wait([self._last], timeout)
+        done, _ = wait([self._upload], timeout)
         self.waited_seconds += time.monotonic() - began
         self.check()
         return bool(done)
@@ -92,12 +92,12 @@ class AsyncUploader:
     ) -> None:
         if kind is None:
             self.finish()
-        elif self._last is not None:
+        elif self._upload is not None:
             # The exception is what the run ends with; the upload under way is still given its time.
             began = time.monotonic()
-            while not wait([self._last], min(_LOOK_SECONDS, self._patience())).done and self._patience() > 0:
+            while not wait([self._upload], min(_POLL_SECONDS, self._seconds_left())).done and self._seconds_left() > 0:
                 pass
-            self._log_how_it_ended(self._last, error, time.monotonic() - began)
+            self._log_how_it_ended(self._upload, error, time.monotonic() - began)
 
     def _log_how_it_ended(self, upload: Future[None], error: BaseException | None, waited: float) -> None:
         if not upload.done():

@@ -1,6 +1,6 @@
 """The commit marker of a checkpoint, `COMMITTED.json`: which files it has, with sizes and SHA-256, and who wrote them.
 
-It is written last, and read with suspicion: it may come from anybody. How it is used: `manager`.
+It is written last. Nothing in it is trusted when it is read: anybody may have written it. How it is used: `manager`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from job.runs.layout import checkpoint_folder
 from job.storage.open import check_key
 
 MAX_MARKER_BYTES = 256 * 1024
-_MAX_WORDS = 200
+_MAX_CHARACTERS = 200
 """Characters of a name or a reason that an error repeats, and of a run's fingerprint."""
 
 
@@ -26,7 +26,7 @@ def _plain_name(name: str) -> str:
         ValueError: It leads elsewhere.
     """
     if "/" in name or name.startswith("."):
-        raise ValueError(f"{name[:_MAX_WORDS]!r} is not the name of a file in the checkpoint's folder")
+        raise ValueError(f"{name[:_MAX_CHARACTERS]!r} is not the name of a file in the checkpoint's folder")
     return check_key(name)
 
 
@@ -53,7 +53,7 @@ class Marker(BaseModel):
     world_size: int = Field(ge=1)
     software: dict[str, str]
     files: dict[Annotated[str, AfterValidator(_plain_name)], MarkedFile] = Field(min_length=1, max_length=100)
-    run: str | None = Field(default=None, max_length=_MAX_WORDS)
+    run: str | None = Field(default=None, max_length=_MAX_CHARACTERS)
 
     @property
     def folder(self) -> str:
@@ -78,9 +78,9 @@ def parse_marker(data: bytes) -> Marker:
         marker = Marker.model_validate(facts)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        raise ValueError(f"the marker is malformed: {first['msg'][:_MAX_WORDS]}") from None
+        raise ValueError(f"the marker is malformed: {first['msg'][:_MAX_CHARACTERS]}") from None
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the marker is malformed: {str(error)[:_MAX_WORDS]}") from None
+        raise ValueError(f"the marker is malformed: {str(error)[:_MAX_CHARACTERS]}") from None
     if claimed != seal(facts):
         raise ValueError("the marker was altered: its seal does not match its content")
     return marker

@@ -30,23 +30,29 @@ from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_part, marker_key,
 from job.storage.base import write_in_turn
 from job.storage.open import ObjectStore, TooLarge, is_key
 
-# Left on the disk after a restore, for the checkpoints of the steps to come.
+# Bytes that a restore leaves free on the disk, for the checkpoints of later steps.
 SPARE_BYTES = 64 << 20
 
 
-def publish(
-    store: ObjectStore,
-    folder: Path,
-    *,
-    step: int,
-    epoch: int,
-    world_size: int,
-    software: Mapping[str, str],
-    run: str | None = None,
-) -> None:
-    """Uploads the files of `folder`, then the marker. An attempt (`epoch`) publishes a step once.
+@dataclass(frozen=True)
+class Writer:
+    """The attempt that writes checkpoints, as their markers describe it.
 
-    `run` is the run's fingerprint: a checkpoint is restored by attempts that have the same.
+    Attributes:
+        epoch: The lease's number of the attempt.
+        world_size: Number of processes.
+        software: Versions of this process.
+        run: The run's fingerprint: a checkpoint is restored by attempts that have the same.
+    """
+
+    epoch: int
+    world_size: int
+    software: Mapping[str, str]
+    run: str | None = None
+
+
+def publish(store: ObjectStore, folder: Path, step: int, writer: Writer) -> None:
+    """Uploads the files of `folder`, then the marker. An attempt publishes a step once.
 
     Raises:
         Replaced: Another attempt took the run over.
@@ -54,7 +60,14 @@ def publish(
     """
     paths = sorted(folder.iterdir())
     files = {path.name: MarkedFile(bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths}
-    marker = Marker(step=step, epoch=epoch, world_size=world_size, software=dict(software), files=files, run=run)
+    marker = Marker(
+        step=step,
+        epoch=writer.epoch,
+        world_size=writer.world_size,
+        software=dict(writer.software),
+        files=files,
+        run=writer.run,
+    )
     for path in paths:
         store.upload(path, marker.folder + path.name)
     write_in_turn(store, marker_key(step), render_marker(marker), store.tag(marker_key(step)))
@@ -62,39 +75,41 @@ def publish(
 
 def steps(store: ObjectStore) -> list[int]:
     """Steps of the checkpoints that have a marker, newest first."""
-    return [step for step, names in _names(store).items() if COMMITTED in names]
+    return [step for step, names in _files_by_step(store).items() if COMMITTED in names]
 
 
 def prune(
     store: ObjectStore, keep: int, *, own_steps: Collection[int], verified: int, fresh: Collection[int] = ()
 ) -> None:
-    """Deletes all but the newest `keep` checkpoints that are fit for use, each marker before its files.
+    """Deletes all but the newest `keep` usable checkpoints, each marker before its files.
 
     Args:
         store: The run's.
         keep: How many to keep, at least 1.
-        own_steps: Steps that this attempt committed: they are fit.
-        verified: Step that this attempt restored, 0 if none. Checkpoints up to it are fit for use. A later one that
+        own_steps: Steps that this attempt committed: they are usable.
+        verified: Step that this attempt restored, 0 if none. Checkpoints up to it are usable. A later one that
             is not this attempt's own was incomplete when it began, or was written late by a replaced attempt.
         fresh: Steps committed so recently that a copy of the folder (SageMaker's in S3) may not have them yet. They
             are kept and not counted, so that an older checkpoint stays until they are copied.
     """
-    found = _names(store)
-    fit = [step for step, names in found.items() if COMMITTED in names and (step <= verified or step in own_steps)]
-    kept = {*[step for step in fit if step not in fresh][: max(keep, 1)], *(step for step in fit if step in fresh)}
-    for step, names in found.items():
-        # Without a single one that is fit, the rest is evidence.
+    files_by_step = _files_by_step(store)
+    usable = [
+        step for step, names in files_by_step.items() if COMMITTED in names and (step <= verified or step in own_steps)
+    ]
+    kept = {
+        *[step for step in usable if step not in fresh][: max(keep, 1)],
+        *(step for step in usable if step in fresh),
+    }
+    for step, names in files_by_step.items():
+        # Without a usable one nothing is deleted: a person may still recover something from the rest.
         if kept and step not in kept:
             _delete(store, step, names)
 
 
 def publisher(
     store: ObjectStore,
+    writer: Writer,
     *,
-    epoch: int,
-    world_size: int,
-    software: Mapping[str, str],
-    run: str | None,
     keep: int,
     settle_seconds: float,
     verified: int,
@@ -104,10 +119,7 @@ def publisher(
 
     Args:
         store: The run's.
-        epoch: The lease's: which attempt this is.
-        world_size: Number of processes.
-        software: Versions of this process.
-        run: The run's fingerprint.
+        writer: This attempt.
         keep: How many checkpoints to keep, at least 1.
         settle_seconds: For how long after its commit a checkpoint is `fresh` (see `prune`).
         verified: Step that this attempt restored, 0 if none.
@@ -117,7 +129,7 @@ def publisher(
 
     def publish_and_prune(folder: Path, step: int) -> None:
         began = time.monotonic()
-        publish(store, folder, step=step, epoch=epoch, world_size=world_size, software=software, run=run)
+        publish(store, folder, step, writer)
         now = committed[step] = time.monotonic()
         fresh = [step for step, when in committed.items() if now - when < settle_seconds]
         prune(store, keep, own_steps=committed.keys(), verified=verified, fresh=fresh)
@@ -178,9 +190,9 @@ def restore(
             skipped.append(Skipped(step, str(error)))
             get_logger().warning("checkpoint is incomplete or damaged, trying an older one", step=step, why=str(error))
             continue
-        before = marker.software
-        if changed := sorted(k for k in software if before.get(k) != software[k]):
-            versions = [f"{k} {before.get(k, 'unknown')} before, {software[k]} now" for k in changed]
+        written_with = marker.software
+        if changed := sorted(k for k in software if written_with.get(k) != software[k]):
+            versions = [f"{k} {written_with.get(k, 'unknown')} before, {software[k]} now" for k in changed]
             message = "checkpoint was written with other software versions: the last bits of the result may change"
             get_logger().warning(message, changed=versions)
         if marker.world_size != world_size:
@@ -199,7 +211,7 @@ class UnusableCheckpoint(Exception):
     """Why a checkpoint cannot be used."""
 
 
-def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str | None, keep: int) -> list[Skipped]:
+def delete_all_but_intact(store: ObjectStore, folder: Path, *, epoch: int, run: str | None, keep: int) -> list[Skipped]:
     """Leaves the newest `keep` intact checkpoints: the manifest covers every file of the run.
 
     Restoring looks at the newest ones alone, and at none once training is done. Those that this attempt wrote are not
@@ -220,7 +232,7 @@ def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str 
         JobError: Any error of the store except that an object does not exist; or the disk is too small.
     """
     damaged, valid = [], 0
-    for step, names in _names(store).items():
+    for step, names in _files_by_step(store).items():
         if COMMITTED not in names:
             continue
         try:
@@ -320,11 +332,11 @@ def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
     What the listing lacks is left to the download: only its 404 is a confirmed absence.
     """
     prefix = marker.folder
-    there = {info.key.removeprefix(prefix): info.bytes for info in store.list(prefix)}
+    sizes = {info.key.removeprefix(prefix): info.bytes for info in store.list(prefix)}
     total = 0
     for name, file in marker.files.items():
-        size = there.get(name, 0)
-        if name in there and size != file.bytes:
+        size = sizes.get(name, 0)
+        if name in sizes and size != file.bytes:
             raise UnusableCheckpoint(f"{name} has {size} bytes, the marker says {file.bytes}")
         total += size
     if total + SPARE_BYTES > free:
@@ -334,10 +346,10 @@ def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
         )
 
 
-def _names(store: ObjectStore) -> dict[int, list[str]]:
+def _files_by_step(store: ObjectStore) -> dict[int, list[str]]:
     """Names of the objects in every step's folder, newest step first."""
-    found: dict[int, list[str]] = {}
+    files_by_step: dict[int, list[str]] = {}
     for info in store.list(CHECKPOINTS):
         if is_key(info.key) and (part := checkpoint_part(info.key)):
-            found.setdefault(part[0], []).append(part[1])
-    return dict(sorted(found.items(), reverse=True))
+            files_by_step.setdefault(part[0], []).append(part[1])
+    return dict(sorted(files_by_step.items(), reverse=True))

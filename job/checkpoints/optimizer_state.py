@@ -13,6 +13,41 @@ from typing import Any
 from job.common.optimizers import LEVELS, OPTIMIZERS, StateTensor
 
 
+def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits an optimizer's `state_dict()` into tensors by name and the rest, which JSON can hold.
+
+    The rest lists the tensors' names, so that a missing tensor is noticed.
+    """
+    import torch
+
+    tensors: dict[str, Any] = {}
+
+    def part(value: Any, place: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            # A copy, because 8-bit optimizers share one quantization map between all parameters; in the host's memory,
+            # for a GPU may have none left.
+            tensors[place] = value.detach().to("cpu", copy=True).contiguous()
+            return None
+        if isinstance(value, dict):  # bitsandbytes nests a parameter's quantized state
+            return {str(key): part(item, f"{place}/{key}") for key, item in value.items()}
+        return value
+
+    plain = {str(index): part(values, str(index)) for index, values in state["state"].items()}
+    return tensors, {"state": plain, "param_groups": state["param_groups"], "tensors": sorted(tensors)}
+
+
+def join(tensors: Mapping[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `split`; it changes `plain`."""
+    for place, tensor in tensors.items():
+        *parents, name = place.split("/")
+        target = plain["state"]
+        for parent in parents:
+            target = target[parent]
+        target[name] = tensor
+    state = {int(index): values for index, values in plain["state"].items()}
+    return {"state": state, "param_groups": plain["param_groups"]}
+
+
 def check_places(names: Sequence[str], plain: Mapping[str, Any]) -> None:
     """Checks that the tensors are exactly those that `plain` lists, and that each belongs to a parameter.
 
@@ -50,10 +85,10 @@ def check_fit(
         known = [(spec.block, spec.state[leaf]) for spec in specs if leaf in spec.state]
         if not known or index >= len(shapes):
             raise ValueError(f"the optimizer's tensor {name} belongs to no known optimizer")
-        right = {_shape(kind, block, shape) for block, kind in known if str(tensor.dtype) in kind.dtypes}
-        if tuple(tensor.shape) not in right:
-            expected = " or ".join(map(str, sorted(right))) or "of a known dtype"
-            raise ValueError(f"the optimizer's tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not {expected}")
+        expected_shapes = {_shape(kind, block, shape) for block, kind in known if str(tensor.dtype) in kind.dtypes}
+        if tuple(tensor.shape) not in expected_shapes:
+            listed = " or ".join(map(str, sorted(expected_shapes))) or "of a known dtype"
+            raise ValueError(f"the optimizer's tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not {listed}")
 
 
 def _shape(tensor: StateTensor, block: int, parameter: tuple[int, ...]) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ class ComputationOptions:
 
 @dataclass(frozen=True)
 class _Progress:
-    """What `progress.json` holds; `optimizer` is what `split_optimizer_state` leaves besides the tensors.
+    """What `progress.json` holds; `optimizer` is what `optimizer_state.split` leaves besides the tensors.
 
     `computed` is None in checkpoints of older versions.
     """
@@ -98,7 +98,7 @@ def write_trainer_state(
     folder.mkdir(parents=True, exist_ok=True)
     adapter = {name: parameter.detach().contiguous() for name, parameter in trainable(files.model).items()}
     save_file(adapter, folder / ADAPTER)
-    tensors, plain = split_optimizer_state(files.optimizer.state_dict())
+    tensors, plain = optimizer_state.split(files.optimizer.state_dict())
     save_file(tensors, folder / OPTIMIZER)
     progress = {
         "step": files.state.global_step,
@@ -147,7 +147,7 @@ def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    files.optimizer.load_state_dict(join_optimizer_state(tensors, progress["optimizer"]))
+    files.optimizer.load_state_dict(optimizer_state.join(tensors, progress["optimizer"]))
     files.scheduler.load_state_dict({**progress["scheduler"], "lr_lambdas": [None] * len(files.scheduler.base_lrs)})
     if files.scaler is not None and progress["scaler"] is not None:
         files.scaler.load_state_dict(progress["scaler"])
@@ -180,8 +180,10 @@ def read_validations(folder: Path) -> tuple[list[ValidationMetrics], dict[str, A
 
     if not (folder / VALIDATIONS).exists():
         raise ValueError(f"the checkpoint in {folder} has no validations")
-    found = [ValidationMetrics(**json.loads(line)) for line in (folder / VALIDATIONS).read_text("utf-8").splitlines()]
-    return found, load_file(folder / BEST) if (folder / BEST).exists() else None
+    validations = [
+        ValidationMetrics(**json.loads(line)) for line in (folder / VALIDATIONS).read_text("utf-8").splitlines()
+    ]
+    return validations, load_file(folder / BEST) if (folder / BEST).exists() else None
 
 
 def validate_trainer_state(folder: Path, step: int) -> None:
@@ -244,8 +246,8 @@ def _check_budget(metrics: Sequence[StepMetrics] | Sequence[ValidationMetrics], 
     Raises:
         ValueError: It is missing, or cannot be.
     """
-    found = metrics[-1].measured.get("micro_batch_tokens", 0) if metrics else None
-    if found is not None and not 1 <= found < math.inf:
+    token_budget = metrics[-1].measured.get("micro_batch_tokens", 0) if metrics else None
+    if token_budget is not None and not 1 <= token_budget < math.inf:
         raise ValueError(f"{name} has no micro_batch_tokens of at least 1 in its last line")
 
 
@@ -256,48 +258,13 @@ def _check_validations(folder: Path, step: int) -> None:
         ValueError: What is wrong.
     """
     if (folder / VALIDATIONS).exists():
-        found = _parse_as(list[ValidationMetrics], folder / VALIDATIONS)
-        steps = [metrics.step for metrics in found]
+        validations = _parse_as(list[ValidationMetrics], folder / VALIDATIONS)
+        steps = [metrics.step for metrics in validations]
         if not steps or steps != sorted(set(steps)) or not 0 <= steps[0] <= steps[-1] <= step:
             raise ValueError(f"the steps of its validations do not rise, or go beyond {step}")
-        _check_budget(found, VALIDATIONS)
+        _check_budget(validations, VALIDATIONS)
     if (folder / BEST).exists() and _shapes(folder / BEST) != _shapes(folder / ADAPTER):
         raise ValueError(f"{BEST} and {ADAPTER} have different tensors")
-
-
-def split_optimizer_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits an optimizer's `state_dict()` into tensors by name and the rest, which JSON can hold.
-
-    The rest lists the tensors' names, so that a missing tensor is noticed.
-    """
-    import torch
-
-    tensors: dict[str, Any] = {}
-
-    def part(value: Any, place: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            # A copy, because 8-bit optimizers share one quantization map between all parameters; in the host's memory,
-            # for a GPU may have none left.
-            tensors[place] = value.detach().to("cpu", copy=True).contiguous()
-            return None
-        if isinstance(value, dict):  # bitsandbytes nests a parameter's quantized state
-            return {str(key): part(item, f"{place}/{key}") for key, item in value.items()}
-        return value
-
-    plain = {str(index): part(values, str(index)) for index, values in state["state"].items()}
-    return tensors, {"state": plain, "param_groups": state["param_groups"], "tensors": sorted(tensors)}
-
-
-def join_optimizer_state(tensors: Mapping[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `split_optimizer_state`; it changes `plain`."""
-    for place, tensor in tensors.items():
-        *parents, name = place.split("/")
-        target = plain["state"]
-        for parent in parents:
-            target = target[parent]
-        target[name] = tensor
-    state = {int(index): values for index, values in plain["state"].items()}
-    return {"state": state, "param_groups": plain["param_groups"]}
 
 
 def _tensor_names(path: Path) -> list[str]:
@@ -321,8 +288,8 @@ def _shapes(path: Path) -> dict[str, tuple[Any, ...]]:
 
     names = _tensor_names(path)
     with safe_open(path, framework="pt") as tensors:
-        found = {name: tensors.get_slice(name) for name in names}
-        return {name: (*part.get_shape(), part.get_dtype()) for name, part in found.items()}
+        slices = {name: tensors.get_slice(name) for name in names}
+        return {name: (*part.get_shape(), part.get_dtype()) for name, part in slices.items()}
 
 
 def _parse_as(kind: type[T], path: Path) -> T:

@@ -7,8 +7,8 @@ setting.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
@@ -97,7 +97,7 @@ RUN is not changed. The exports are in a new run beside it, <id of RUN>-<formats
 folder. --run.output gives another place, --run.id another id; a JOB_RUN__ID that still names RUN has to be unset. If
 the export is interrupted, the same command resumes it.
 
-Settings that are not given are those of RUN, not the defaults below; only those of exports, the gate and the machine
+Settings that are not given are those of RUN, not the defaults; only those of exports, the gate and the machine
 may differ. Relative paths among them begin at the folder in which this command is run, as in every run."""
 _RUN = Command(
     "run the job, or resume the run of this name; the default command",
@@ -189,7 +189,7 @@ COMMANDS = {
         "export a finished run in other formats, each scored, as a new run that trains nothing",
         (
             Argument("RUN", _RUN_HELP),
-            Argument("FORMATS", "formats, separated by commas, such as merged,gguf:q4_k_m; see --export.formats"),
+            Argument("FORMATS", "formats, separated by commas, such as merged,gguf:q4_k_m; see --help export.formats"),
             _CONFIG,
         ),
         examples=(
@@ -253,7 +253,7 @@ COMMANDS = {
             Argument(
                 "--server",
                 "vllm, llama.cpp or transformers (default: detected with --url, else the first that is installed). "
-                "pip install 'qlora-job[export]' installs the last two; vllm is started from PATH",
+                "pip install '.[export]' in the repository installs the last two; vllm is started from PATH",
                 metavar="KIND",
             ),
             Argument("--model", "name of the model on the server (default: the last that it lists)", metavar="NAME"),
@@ -324,7 +324,7 @@ def _missing(parsed: Arguments, arguments: Sequence[Argument]) -> Iterator[Probl
     least, most = (with_flag and with_flag.runs) or (len(runs), len(runs))
     if most is not None and len(parsed.runs) > most:
         taken = f"{with_flag.name} takes no run" if with_flag else f"the command takes {' and '.join(runs)} only"
-        yield Problem(" ".join(parsed.runs[most:]), f"is too much: {taken}; remove it")
+        yield Problem(" ".join(parsed.runs[most:]), f"is one argument too many: {taken}; remove it")
     if with_flag and len(parsed.runs) < least:
         yield Problem(with_flag.name, "needs runs, or folders of runs; give their paths or URIs")
     elif not with_flag:
@@ -355,12 +355,15 @@ def _epilog(name: str, command: Command) -> str:
 _RETRY = {"no": "", "yes": " (retry)", "yes, free": " (retry)", "counts against the limit": " (a retry may help)"}
 
 
+def shown_commands() -> list[str]:
+    """The commands that are listed: all but `train`, the word that SageMaker starts containers with."""
+    return [name for name in COMMANDS if name != "train"]
+
+
 def usage() -> str:
     """The text of `qlora-job --help`: the commands, and what they have in common."""
     listed = "\n".join(
-        f"  {f'[{name}]' if name == 'run' else name:<13}{command.summary}"
-        for name, command in COMMANDS.items()
-        if name != "train"
+        f"  {f'[{name}]' if name == 'run' else name:<13}{COMMANDS[name].summary}" for name in shown_commands()
     )
     codes = "\n".join(f"  {code:<3} {meaning}{_RETRY[retry]}" for code, (meaning, retry) in exit_codes().items())
     return f"""\
@@ -368,7 +371,8 @@ usage: qlora-job COMMAND [ARGUMENT ...] [--GROUP.NAME VALUE ...]
 
 {listed}
 
-`qlora-job COMMAND --help` lists the arguments of a command, and the settings that it reads, with their defaults.
+`qlora-job COMMAND --help` lists the arguments of a command, and the settings that it reads; `--help train` describes
+those of the group train with their defaults, `--help train.epochs` a single one, `--help all` every setting.
 A setting is given as --group.name VALUE, or as JOB_GROUP__NAME in the environment. Precedence: command line,
 environment, files in the folder JOB_SECRETS_DIR, SageMaker's hyperparameters.json, the file JOB_CONFIG (--config),
 SageMaker's channels, the run in JOB_EXPORT__RUN, the preset (--preset), platform, default. `qlora-job config` shows
@@ -385,15 +389,39 @@ exit codes:
 """
 
 
-def command_help(name: str) -> str:
-    """The text of `qlora-job COMMAND --help`: arguments from `COMMANDS`, settings from their documentation."""
+def command_help(name: str, words: Sequence[str] = ()) -> str:
+    """The text of `qlora-job COMMAND --help [WORD ...]`: arguments from `COMMANDS`, settings from their documentation.
+
+    A command that takes all settings describes those that the words name, and else lists the groups.
+    """
     command = COMMANDS[name]
+    if command.settings == "all":
+        from job.settings.help_options import find_settings
+
+        if named := find_settings(words):
+            return _settings_help(named)
+    return _command_help(name, command, words)
+
+
+def _settings_help(names: Collection[str]) -> str:
+    """What some settings are."""
+    from job.settings.help_options import add_options
+
+    parser = ArgumentParser(add_help=False, usage=SUPPRESS, formatter_class=RawDescriptionHelpFormatter)
+    add_options(parser, names)
+    return parser.format_help().removeprefix("usage: ==SUPPRESS==").lstrip("\n")
+
+
+def _command_help(name: str, command: Command, words: Sequence[str]) -> str:
+    """What a command does, and its arguments."""
+    takes_all = command.settings == "all"
     parser = ArgumentParser(
         prog=f"qlora-job {name}",
         usage=f"qlora-job {name} {command.usage}".rstrip(),
         description=f"{command.summary}\n\n{command.notes}".rstrip(),
         epilog=_epilog(name, command),
         formatter_class=RawDescriptionHelpFormatter,
+        add_help=not takes_all,
     )
     group = parser.add_argument_group("arguments")
     for argument in command.arguments:
@@ -405,7 +433,16 @@ def command_help(name: str) -> str:
         else:
             group.add_argument(argument.name, help=text, action="store_true")
     if command.settings != "none":
-        from job.settings.help_options import add_options
+        from job.settings.help_options import add_options, list_of_groups
+        from job.settings.schema import READING
 
-        add_options(parser, reading=command.settings == "reading")
+        add_options(parser, {"preset"} if takes_all else READING)
+    if takes_all:
+        about = (
+            "describe settings: one (train.epochs), a group (train), those with a word in their names (rank), or all"
+        )
+        parser.add_argument("-h", "--help", nargs="*", metavar="NAME", help=about)
+        unknown = f"No setting has {' or '.join(words)} in its name.\n\n" if words else ""
+        listed = f"settings, as --GROUP.NAME VALUE; --help GROUP describes those of a group:\n\n{list_of_groups()}\n\n"
+        return unknown + parser.format_help().replace("examples:\n", f"{listed}examples:\n", 1)
     return parser.format_help()

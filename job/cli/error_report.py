@@ -53,7 +53,9 @@ def report(error: Exception, platform: Platform) -> int:
         say = logger.warning if first_elsewhere else logger.info
         say("this process ends because another process failed", exit_code=code, **_details(error))
     elif isinstance(error, JobError):
-        logger.error(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
+        # A run on spot machines is preempted as a matter of course: no alert on errors should go off.
+        say = logger.warning if isinstance(error, Preempted) else logger.error
+        say(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
     else:
         logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)
     report_to_platform(platform, error, text)

@@ -7,7 +7,7 @@ import os
 from job.common.resources import usable_cpus
 from job.distributed.ranks import VARIABLES, Place, visible_gpu
 from job.settings.load import environment
-from job.storage.azure_account import azure_variables
+from job.storage.azure_connection_string import azure_variables
 
 
 def configure_azure() -> None:

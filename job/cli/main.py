@@ -8,12 +8,14 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from job import __version__, log
-from job.cli.arguments import COMMANDS, command_help, usage
+from job.cli.arguments import COMMANDS, command_help, shown_commands, usage
 from job.cli.error_report import report, translated
 from job.cli.library_variables import configure_azure
 from job.cli.output import print_text
 from job.errors import Problem, SettingsError
 from job.settings.load import current_platform, environment, secrets
+
+HELP = frozenset({"-h", "--help"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,16 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    if argv and argv[0] in {"-h", "--help", "help"}:
-        return print_text(command_help(argv[1]) if argv[1:] and argv[1] in COMMANDS else usage())
+    if argv and argv[0] in {*HELP, "help"}:
+        return print_text(command_help(argv[1], argv[2:]) if argv[1:] and argv[1] in COMMANDS else usage())
     if argv and argv[0] == "--version":
         return print_text(f"qlora-job {__version__}\n")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = "".join(f"; the nearest is {name}" for name in get_close_matches(argv[0], COMMANDS, n=1))
-        raise SettingsError([Problem(argv[0], f"is not a command{near}; commands are {', '.join(COMMANDS)}")])
+        raise SettingsError([Problem(argv[0], f"is not a command{near}; commands are {', '.join(shown_commands())}")])
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "run"
-    if {"-h", "--help"} & set(argv):
-        return print_text(command_help(command))
+    if HELP & set(argv):
+        first = min(argv.index(word) for word in HELP & set(argv))
+        return print_text(command_help(command, argv[first + 1 :]))
     return function_of(command)(argv)
 
 

@@ -12,11 +12,11 @@ from job.cli.error_report import report_late, report_to_platform
 from job.cli.library_variables import configure_libraries, hide_all_gpus, hide_other_gpus, share_cpus
 from job.common import garbage_collection
 from job.common.out_of_memory import memory_errors
-from job.distributed.early_end import telling_the_others
+from job.distributed.early_end import publishing_early_end
 from job.distributed.launcher import Machine, check_signals, count_processes, launch, recorded_signals, worker_command
 from job.distributed.ranks import Place, find_machines
 from job.errors import Problem, SettingsError, Stalled
-from job.platforms.sagemaker import lasts
+from job.platforms.sagemaker import outlives_machine
 from job.runs.fault_injection import Fault, parse
 from job.settings.load import (
     Settings,
@@ -40,7 +40,7 @@ def run_command(argv: Sequence[str]) -> int:
         JobError: As the job or its launcher ends.
     """
     with recorded_signals() as received:
-        with telling_the_others(lambda: known_place(argv) or _several_machines(known_machine(argv)), received):
+        with publishing_early_end(lambda: known_place(argv) or _several_machines(known_machine(argv)), received):
             settings = load_settings(argv, of_run=settings_of_run)
             place = current_place()
             _configure_log(settings, place)
@@ -73,7 +73,7 @@ def _run_here(settings: Settings, place: Place | None, faults: tuple[Fault, ...]
     first = place is None or place.local_rank == 0
     if place is not None and first:
         check_shared_memory(place.local_world_size)
-    if platform.name == "sagemaker" and first and not lasts(settings.run.output, platform.inputs):
+    if platform.name == "sagemaker" and first and not outlives_machine(settings.run.output, platform.inputs):
         log.get_logger().warning(
             "this run is not copied to S3: an interruption loses it; set JOB_RUN__OUTPUT=s3://... or CheckpointConfig",
             output=settings.run.output,
@@ -94,7 +94,7 @@ def _run_here(settings: Settings, place: Place | None, faults: tuple[Fault, ...]
             run.id,
             stop=stop,
             report_progress=report_progress,
-            patience=stall,
+            timeout_seconds=stall,
             grace_seconds=run.grace_seconds,
             machine_checks=platform.machine_checks,
         ) as processes,
@@ -113,7 +113,7 @@ def _launch(settings: Settings, argv: Sequence[str]) -> int | None:
     """Starts this machine's processes and returns their exit code; None if one process is enough, which is this one."""
     run = settings.run
     with recorded_signals() as signals:
-        telling = telling_the_others(lambda: _several_machines(settings), signals)
+        telling = publishing_early_end(lambda: _several_machines(settings), signals)
         with telling, current_platform().machine_checks():
             processes = count_processes(run.processes)
         share_cpus(processes)

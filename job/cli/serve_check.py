@@ -25,7 +25,7 @@ from job.runs.layout import ADAPTER, answers_key, export_folder, export_side
 from job.runs.work_folder import folder_for
 from job.serving.check import Served, as_json, as_lines, require_alike, serve_check
 from job.serving.client import Client
-from job.serving.servers import SERVERS, Model, model_name, pick, recognized, started
+from job.serving.servers import SERVERS, Model, installed_server, model_name, running_server, server_kind
 from job.settings.load import environment
 from job.storage.verified_download import fetch_artifact
 from job.verification.verify import require_verified, verify
@@ -59,11 +59,11 @@ def serve_check_command(argv: Sequence[str]) -> int:
         if url := parsed.options.get("--url"):
             client = Client(url.rstrip("/").removesuffix("/v1"), environment().get("OPENAI_API_KEY"))
             name = model_name(client, parsed.options.get("--model"))
-            server = server or recognized(client)
+            server = server or server_kind(client)
         else:
             model = _fetched(run, shipped, work)
-            server = server or pick(model)
-            client, name = stack.enter_context(started(server, model))
+            server = server or installed_server(model)
+            client, name = stack.enter_context(running_server(server, model))
         result = serve_check(Served(client, server, name, shipped), questions, count)
     if "--record" in parsed.flags:
         write_serve_check(run.store, result)
@@ -92,7 +92,8 @@ def _served(parsed: Arguments, results: Mapping[str, Any]) -> tuple[str, str]:
         return shipped, shipped
     if shipped not in exports:
         known = ", ".join(["adapter", *exports])
-        raise SettingsError([Problem("--served", f"is not in this run, which has {known}")])
+        what = f"is not in this run, which has {known}; `qlora-job export` makes a run that has other formats"
+        raise SettingsError([Problem("--served", what)])
     return shipped, export_side(shipped, exports[shipped])
 
 

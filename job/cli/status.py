@@ -11,14 +11,14 @@ from job.cli.reading import reading
 from job.common.tables import visible
 from job.errors import Problem, SettingsError, VerificationError
 from job.results.status import as_json, read_status
-from job.results.status_text import as_lines
+from job.results.status_text import as_lines, without_run
 
 
 def status_command(argv: Sequence[str]) -> int:
     """`status RUN`: prints how the run is; nothing is written to its store.
 
     Raises:
-        SettingsError: It is not clear which run.
+        SettingsError: It is not clear which run, or there is no record of it, which is also printed as its state.
         VerificationError: A record of the run is damaged; what the others say is printed before.
         AccessDenied, Unreachable: As the store says.
     """
@@ -30,6 +30,9 @@ def status_command(argv: Sequence[str]) -> int:
     code = print_json(as_json(status)) if as_object else print_lines(map(visible, as_lines(status)))
     if status.problems:
         raise VerificationError(list(status.problems))
+    if status.state == "not-started":
+        what = f"has not started, or is not a run: {without_run(status)}; correct the name, or start the run first"
+        raise SettingsError([Problem(status.run, what)])
     return code
 
 

@@ -14,8 +14,9 @@ from importlib.util import find_spec
 MERGED = "merged"
 ADAPTER = "adapter"
 GGUF = "gguf"
-EXTRA = "qlora-job[export]"
-"""What has to be installed for the formats that are made from the merged model."""
+EXTRA = ".[export]"
+"""What `pip install` gets, in the repository, for the formats that are made from the merged model. No package index has
+this project: there `qlora-job` would be somebody else's package."""
 
 
 @dataclass(frozen=True)

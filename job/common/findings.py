@@ -1,6 +1,6 @@
 """The kinds of findings of the audit, and the actions on rows that have one: names in settings and report.
 
-How each kind is found is in `job/audit/kinds.py`, which says how to add one.
+How each kind is found is in `job/audit/detectors.py`, which says how to add one.
 """
 
 from __future__ import annotations

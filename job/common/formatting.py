@@ -66,6 +66,11 @@ def size(number: float, space: str = "\N{NO-BREAK SPACE}") -> str:
     return f"{number / 1024**power:.{0 if power == 0 else 1}f}{space}{units[power]}"
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of an error's text, in at most `most` characters; the name of its class if it has no text."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:most]
+
+
 def dollars(amount: float | None) -> str:
     """To the cent; a dash if unknown."""
     if amount is None:

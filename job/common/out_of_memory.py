@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from job.common.formatting import first_line
 from job.errors import JobError, TrainingFailed
 
 _FULL = (
@@ -68,7 +69,7 @@ def ran_out(activity: str, fix: str, error: BaseException) -> TrainingFailed:
         return TrainingFailed(
             f"the machine's memory ran out while {activity}; use a machine with more memory, or {fix}"
         )
-    first = (str(error).splitlines() or [""])[0][:200]
+    first = first_line(error)
     return TrainingFailed(f"GPU memory ran out while {activity}; use a GPU with more memory, or {fix} ({first})")
 
 
@@ -86,7 +87,7 @@ def free_caches() -> None:
 
 def too_small(stage: str, longest: int, error: BaseException) -> TrainingFailed:
     """The error where not even one row at a time fits, of at most `longest` tokens."""
-    first = (str(error).splitlines() or [""])[0][:200]
+    first = first_line(error)
     return TrainingFailed(
         f"memory ran out in {stage} with one row at a time, the longest of {longest:,} tokens; lower "
         f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or use a GPU with more memory ({first})"

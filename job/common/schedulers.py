@@ -57,10 +57,15 @@ else:
     """The type of the setting: the table's keys, which a type checker cannot see."""
 
 
+def count_warmup_steps(total_steps: int, warmup_steps: int, warmup_ratio: float | None) -> int:
+    """Steps in which the learning rate rises. If they are all steps of the run, it never reaches its peak."""
+    return warmup_steps if warmup_ratio is None else ceil(warmup_ratio * total_steps)
+
+
 def make_schedule(
     total_steps: int, *, warmup_steps: int, warmup_ratio: float | None, min_lr_ratio: float, decay_ratio: float
 ) -> Schedule:
     """The schedule of a run of `total_steps` steps; warmup and decay never overlap: the warmup comes first."""
-    warmup = warmup_steps if warmup_ratio is None else ceil(warmup_ratio * total_steps)
+    warmup = count_warmup_steps(total_steps, warmup_steps, warmup_ratio)
     decay = min(ceil(decay_ratio * total_steps), max(0, total_steps - warmup))
     return Schedule(total_steps, warmup, min_lr_ratio, decay)

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from job.common.formatting import first_line
+
 T = TypeVar("T")
 
 MAX_CHARACTERS = 200
@@ -28,4 +30,4 @@ def first_error(error: ValueError, most: int = MAX_CHARACTERS) -> str:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         return f"{place}{place and ': '}{first['msg']}"[:most]
-    return (str(error).splitlines() or [type(error).__name__])[0][:most]
+    return first_line(error, most)

@@ -80,7 +80,7 @@ class SourceReader:
         commit, chosen_by_split, rows = open_source(
             source.location, revision, self._split, source.name, note=self._note, check_stop=self._check_stop
         )
-        return OpenSource(commit, chosen_by_split, watched(rows, self._check_stop))
+        return OpenSource(commit, chosen_by_split, watched(rows, source.name, self._check_stop))
 
     def decode(self, row: Row | RowError | Line) -> Row | RowError:
         """The row of what is read, with the schema's names of fields."""

@@ -8,7 +8,8 @@
 | messages[].train, ... | the same, under the names that other tools have for it (`LEARNED`) |
 | tools | the tools that may be called: a list of objects, or that list as JSON text |
 
-A message that the template ignores is an error. A field that it ignores is missing from the rendered text: for tools,
+Only the template decides which order of roles is valid: templates differ, and rows with tools have many orders. A
+message that the template ignores is an error. A field that it ignores is missing from the rendered text: for tools,
 tool calls and the last answer's reasoning that is an error, too; other ignored fields are counted and reported. A field
 that selects target tokens in a way that is not supported is an error. Rows of ShareGPT's form: `job.data.sharegpt`.
 
@@ -21,7 +22,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from job.data.chat_template import Template, TemplateRefusalError
@@ -47,6 +49,8 @@ _BY_CHANCE = 16
 _LEARNED_IF_FALSE = ("masked", "ignore", "ignore_loss")
 """Of these, those of which false can only mean that the message is in the loss."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_FIRST = ("system", "developer")
+"""Roles that usually come before all others."""
 _OTHER_NAMES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "ai"), "assistant")}
 """Speakers in other formats: most chat templates write any role unchanged, and the model was not trained on these."""
 _OF_A_MESSAGE = ("role", "content", *LEARNED)
@@ -194,7 +198,11 @@ def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Ren
             return RowError("field_without_use", f"{where}[{index}]", fault)
         split_text = _find_turns(messages, tools, text, template, turns)
     except TemplateRefusalError as error:
-        return RowError("bad_conversation", where, f"is refused by the tokenizer's chat template: {error}")
+        what = f"is refused by the tokenizer's chat template: {error}"
+        if (odd := _refused_order(plain_texts, tools, template)) is not None:
+            index, order = odd
+            where, what = f"{where}[{index}]", f"{what}; {order}"
+        return RowError("bad_conversation", where, what)
     if split_text is None:
         fault = (
             "cannot be split into turns: the chat template changes earlier turns when later ones follow;"
@@ -203,6 +211,36 @@ def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Ren
         return RowError("bad_conversation", where, fault)
     text, learned, ignored = split_text
     return Rendered(where, text, learned, ignored, tuple(unused), must_end=turns in {"assistant", "last"})
+
+
+def _refused_order(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, template: Template
+) -> tuple[int, str] | None:
+    """Index and `odd_order` of the message at which a template refuses a conversation; None: not for such an order.
+
+    It is the message whose role is unusual at its place, if the template refuses the conversation through it but not
+    without it. Nothing but system messages before it is no conversation, which some templates refuse.
+    """
+    if (odd := odd_order(messages)) is None or _rendered(template, messages[: odd[0] + 1], tools) is not None:
+        return None
+    before = messages[: odd[0]]
+    alone = all(message["role"] in _FIRST for message in before)
+    return odd if alone or _rendered(template, before, tools) is not None else None
+
+
+def odd_order(messages: Sequence[dict[str, Any]]) -> tuple[int, str] | None:
+    """Index of the first message whose role is unusual after the one before it, and the two in words; None: no such.
+
+    It explains why a template refuses a conversation, and refuses nothing itself.
+    """
+    roles = [None, *(message["role"] for message in messages)]
+    for index, (before, role) in enumerate(pairwise(roles)):
+        known = {"user": ("user",), "assistant": (None, *_FIRST, "assistant"), "tool": (None, *_FIRST, "user")}
+        odd = before not in {None, *_FIRST} if role in _FIRST else before in known.get(str(role), ())
+        if odd:
+            order = f"{role!a} is the first" if before is None else f"{role!a} follows {before!a}"
+            return index, f"the order of the roles is unusual: {order}"
+    return None
 
 
 def _find_turns(

@@ -110,9 +110,19 @@ def read_lines(path: Path, name: str) -> Lines:
             last_where = row.where
             yield row
     except (OSError, EOFError, zlib.error, _TooLargeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = _NOT_WHOLE.get(type(error)) or getattr(error, "strerror", None) or error
+        if reason is error and isinstance(error, OSError):  # pyarrow's, about the content of a file
+            reason = f"{error}; write, copy or download it again"
         after = "" if last_where == name else f" after {last_where}"
         yield RowError(UNREADABLE, name, f"cannot be read{after}: {reason}")
+
+
+_NOT_WHOLE: dict[type[BaseException], str] = {
+    EOFError: "its compressed data ends too early: the file was cut off; copy or download it again",
+    zlib.error: "its compressed data is damaged; copy or download it again",
+    gzip.BadGzipFile: "it is not gzip, or damaged; copy it again, or rename it if it is not compressed",
+}
+"""What the errors of a compressed file mean."""
 
 
 class _TooLargeError(Exception):
@@ -243,7 +253,16 @@ class LineDecoder:
         except (ValueError, RecursionError) as error:
             if not is_valid_text(text):
                 return RowError("broken_utf8", row.where, "is neither UTF-8 nor JSON; save the file as UTF-8")
-            return RowError("invalid_json", row.where, f"is not valid JSON: {_reason(error, line=True)}")
+            return RowError(
+                "invalid_json", row.where, f"is not valid JSON: {_reason(error, line=True)}{_hint_of_line(text)}"
+            )
+
+
+def _hint_of_line(line: str) -> str:
+    """What is the matter with a line that is not valid JSON, where it can be told; else nothing."""
+    if line.strip() in {"{", "[", "[{"}:
+        return "; write each row as one object on one line, or name a list of objects .json"
+    return "; remove the comma after the object" if line.rstrip().endswith("},") else ""
 
 
 def _read_json(path: Path, name: str) -> Rows:
@@ -397,9 +416,9 @@ def _read_parquet(path: Path, name: str) -> Rows:
             _check_names(file.schema_arrow.names)
             number, expanded = 0, 0
             most = max(FREE_BYTES, MAX_EXPANSION * path.stat().st_size)
-            largest = _check_columns(file.metadata, most)
+            largest = _check_row_groups(file.metadata, most)
             fewest, usual = _PARQUET_ROWS
-            # No value is larger than its whole column, so this bounds a batch, even if a dictionary repeats values.
+            # No value is larger than its row group, so this bounds a batch, even if a dictionary repeats values.
             rows = min(usual, max(fewest, _MAX_BATCH_BYTES // max(1, largest)))
             for batch in file.iter_batches(rows):
                 expanded += batch.nbytes
@@ -411,7 +430,7 @@ def _read_parquet(path: Path, name: str) -> Rows:
                     number += 1
                     yield _parquet_row(batch, index, f"{name}:row {number}")
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        yield RowError(UNREADABLE, name, f"is not valid Parquet: {error}")
+        yield RowError(UNREADABLE, name, f"is not valid Parquet: {error}; write, copy or download it again")
 
 
 def _read_arrow(path: Path, name: str) -> Rows:
@@ -477,19 +496,18 @@ def _arrow_batches(file: Any, *, is_file_format: bool) -> Iterator[Any]:
     yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
-def _check_columns(metadata: Any, most: int) -> int:
-    """The bytes of the largest column of a row group, decompressed.
+def _check_row_groups(metadata: Any, most: int) -> int:
+    """The bytes of the largest row group, decompressed.
+
+    Those of a column are not asked for: `RowGroupMetaData.column` of pyarrow 26 ends the process if it is damaged.
 
     Raises:
         _TooLargeError: A row group expands by more than `MAX_EXPANSION`.
     """
-    largest = 0
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        sizes = [group.column(index).total_uncompressed_size for index in range(group.num_columns)]
-        if sum(sizes) > most:
-            raise _TooLargeError(f"it expands to more than {MAX_EXPANSION} times its size; write it as JSON lines")
-        largest = max(largest, *sizes, 0)
-    return largest
+    largest = max((metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)), default=0)
+    if largest > most:
+        raise _TooLargeError(f"it expands to more than {MAX_EXPANSION} times its size; write it as JSON lines")
+    return int(largest)
 
 
 def _parquet_row(batch: Any, index: int, where: str) -> Row | RowError:

@@ -11,7 +11,7 @@ from job.common.threads import in_thread
 from job.data.files import has_known_suffix
 from job.data.formats import Row, Rows
 from job.errors import Unreachable
-from job.storage.hub import hub_errors
+from job.storage.hub_errors import hub_errors
 
 _LOOK_SECONDS = 0.5
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)

@@ -10,7 +10,7 @@ from typing import Literal
 from job import log
 from job.data.hub_dataset import is_hub_id
 from job.errors import JobError
-from job.storage.hub import CARD, fetch_card
+from job.storage.hub import CARD, cached_card, fetch_card
 from job.storage.location import is_remote
 
 LICENCES: Mapping[str, str] = {
@@ -28,7 +28,9 @@ _MOST_BRACKETS = 1_000
 """In the metadata: the time that PyYAML takes grows with the square of their depth."""
 
 
-def find_licence(source: str, revision: str | None, kind: Literal["model", "dataset"]) -> str | None:
+def find_licence(
+    source: str, revision: str | None, kind: Literal["model", "dataset"], *, ask_hub: bool = True
+) -> str | None:
     """The licence of a source, from its card, else from `LICENCES`; None if neither has one.
 
     A card that cannot be downloaded is no error: training does not depend on it.
@@ -37,6 +39,7 @@ def find_licence(source: str, revision: str | None, kind: Literal["model", "data
         source: Hub id, path or URI; a URI has no card.
         revision: Commit, tag or branch of a hub id.
         kind: Whether a hub id names a model or a data set.
+        ask_hub: Whether the hub is asked for a card; else only its cache on this machine is looked at.
     """
     card = None
     if (path := Path(source)).exists():
@@ -44,7 +47,7 @@ def find_licence(source: str, revision: str | None, kind: Literal["model", "data
         card = beside if beside.is_file() else None
     elif not is_remote(source) and is_hub_id(source):
         try:
-            card = fetch_card(source, revision, kind)
+            card = fetch_card(source, revision, kind) if ask_hub else cached_card(source, revision, kind)
         except JobError as error:
             log.get_logger().warning("the card cannot be read, so the licence is not known", of=source, why=str(error))
     return (read_licence(card) if card is not None else None) or LICENCES.get(source)

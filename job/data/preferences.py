@@ -23,7 +23,7 @@ from typing import Any
 from job.common.near_duplicates import row_hash
 from job.data.batch_plan import epoch_order
 from job.data.chat_template import Template, TemplateRefusalError
-from job.data.conversations import check_role
+from job.data.conversations import check_role, odd_order
 from job.data.examples import Examples, rewrite_examples
 from job.data.fields import Rendered, check_target, check_text, is_empty, left_out
 from job.data.formats import Row, RowError, type_name
@@ -295,7 +295,9 @@ def render_preference(row: Row, schema: str, template: Template | None) -> Answe
         texts = [_text(prompt, answer, template if conversation else None) for answer in answers]
     except TemplateRefusalError as error:
         where = f"{row.where} {SIDES[schema][0]}"
-        return RowError("bad_conversation", where, f"is refused by the tokenizer's chat template: {error}")
+        odd = odd_order([*prompt, *answers[0]])
+        what = f"is refused by the tokenizer's chat template: {error}" + (f"; {odd[1]}" if odd else "")
+        return RowError("bad_conversation", where, what)
     sides = tuple(
         Rendered(f"{row.where} {field}", text, ((start, len(text)),), unused=unused)
         for field, (text, start) in zip(SIDES[schema], texts, strict=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
 
+from job import log
 from job.data.files import find_files, fixed_part
 from job.data.formats import Lines, read_lines
 from job.data.hub_dataset import is_hub_id, open_dataset
@@ -14,6 +15,7 @@ from job.data.notes import Notes
 from job.errors import Problem, SettingsError, named_by
 
 _ALIVE_SECONDS = 0.5
+_SAY_SECONDS = 10
 REVISION_SETTINGS = {
     "JOB_DATA__SOURCE": "JOB_DATA__REVISION",
     "JOB_DATA__VALIDATION": "JOB_DATA__VALIDATION_REVISION",
@@ -47,13 +49,20 @@ def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION", 
     return revision
 
 
-def watched(rows: Lines, check_stop: Callable[[], None]) -> Lines:
-    """The rows; `check_stop` is called about twice a second, between two of them."""
-    due = time.monotonic() + _ALIVE_SECONDS
-    for row in rows:
-        if time.monotonic() > due:
+def watched(rows: Lines, name: str, check_stop: Callable[[], None]) -> Lines:
+    """The rows of the source `name`; between two of them `check_stop` is called about twice a second.
+
+    Every ten seconds their number so far is logged: a data set of millions of rows takes minutes.
+    """
+    now = time.monotonic()
+    due, said = now + _ALIVE_SECONDS, now
+    for number, row in enumerate(rows):
+        if (now := time.monotonic()) > due:
             check_stop()
             due = time.monotonic() + _ALIVE_SECONDS
+            if now > said + _SAY_SECONDS:
+                log.get_logger().info("rows are read", source=name, rows=number)
+                said = now
         yield row
 
 

@@ -31,6 +31,7 @@ from job import log
 from job.audit.rows import AuditSetup
 from job.common import host
 from job.common.disk import disk_errors
+from job.common.formatting import first_line
 from job.common.hashing import code_hashes, hash_file, hash_files, sealed, unsealed
 from job.common.new_folder import new_folder
 from job.common.source_list import Source
@@ -169,7 +170,7 @@ def _find(folder: Path, *, replay: bool = True) -> Tokens | None:
         _verify(folder, index)
         cached = _open(folder, index)
     except (OSError, ValueError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        why = first_line(error, 300)
         log.get_logger().warning("cached tokens are damaged: rows are tokenized again", folder=str(folder), why=why)
         shutil.rmtree(folder, ignore_errors=True)
         return None

@@ -234,8 +234,8 @@ def _check_weights(examples: Examples, name: str, to: Literal["train", "validate
 def _note_audit(note: Notes, record: AuditRecord, name: str) -> None:
     """Notes by kind how many rows have findings, and what was not checked."""
     if counts := {kind: check.rows for kind, check in record.checks.items() if check.rows}:
-        what = "the audit found something in rows; the report and the manifest name the places"
-        note("warning", what, source=name, findings=counts, left_out=record.left_out, of=record.rows)
+        what = "the audit has findings; the report and artifacts/findings.jsonl name the rows"
+        note("warning", what, source=name, rows_with=counts, of=record.rows, left_out=record.left_out)
     if missing := {kind: check.not_checked for kind, check in record.checks.items() if check.not_checked}:
         note("warning", "the audit could not make all its checks", source=name, not_checked=missing)
 

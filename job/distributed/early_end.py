@@ -1,9 +1,9 @@
-"""A machine or process that ends before it has connected, such as for invalid settings, tells the rendezvous store.
+"""A machine or process that ends before it has connected, such as for invalid settings, publishes that it has ended.
 
 Otherwise the others would wait for it for JOB_TRAIN__STALL_SECONDS. Where this job launches the processes, the launcher
-of a machine reads the settings first and speaks for all of them; under torchrun and the like each process does. Only
-ends that no retry helps are published: after any other one the platform starts the machine again, and those that wait
-go on with it.
+of a machine reads the settings first and writes for all of its processes; under torchrun each process writes for
+itself. Only ends that no retry helps are published: after any other one the platform starts the machine again, and the
+others continue with it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 from job import log
 from job.common.threads import in_thread
-from job.distributed.ends import ended_key, gone_key, publish_end, read_key
+from job.distributed.common_exit_code import ended_key, gone_key, publish_end, read_key
 from job.distributed.launcher import Machine, split_address
 from job.distributed.ranks import Place
-from job.distributed.rendezvous import host_store, keyspace, publish_stranger, reach_store
+from job.distributed.rendezvous import host_store, keyspace, publish_foreign_process, reach_store
 from job.errors import JobError, Unreachable
 
 _TELL_SECONDS = 30.0
@@ -33,7 +33,7 @@ _LAST_SECONDS = 1.0
 
 
 @contextmanager
-def telling_the_others(
+def publishing_early_end(
     find: Callable[[], tuple[Machine | Place, str | None] | None], received: Sequence[int] = ()
 ) -> Iterator[None]:
     """Within it, an error that no retry helps is published to the others before it is raised further.
@@ -47,17 +47,21 @@ def telling_the_others(
     try:
         yield
     except JobError as error:
-        if error.retry == "no" and (found := find()) is not None:
-            one, others = ("machine", "machines") if isinstance(found[0], Machine) else ("process", "processes")
-            what = f"this {one} cannot take part in the run; the other {others} are told"
+        if error.retry == "no" and (member_and_run := find()) is not None:
+            kind, kinds = (
+                ("machine", "machines") if isinstance(member_and_run[0], Machine) else ("process", "processes")
+            )
+            what = f"this {kind} cannot take part in the run; the other {kinds} are told"
             log.get_logger().warning(what, at_most_seconds=_TELL_SECONDS)
-            reporting = in_thread(partial(_report_end, *found, error.exit_code, str(error), received), "early end")
-            # A store that is silent holds up a request, for ever if its machine is frozen. The thread is left behind
-            # then, after a signal at once.
+            reporting = in_thread(
+                partial(_report_end, *member_and_run, error.exit_code, str(error), received), "early end"
+            )
+            # A request to a store that does not answer blocks, for ever if the store's machine is frozen. So the thread
+            # is waited for until the limit, or until a signal arrives, and then left behind.
             limit = time.monotonic() + _TELL_SECONDS + 2 * _ANSWER_SECONDS
             while not reporting.done() and not received and time.monotonic() < limit:
                 wait([reporting], timeout=_PAUSE_SECONDS)
-            # It ends with its own error all the same.
+            # Whether that succeeded or not, the error below is what this process ends with.
             with contextlib.suppress(OSError, RuntimeError, Unreachable):
                 reporting.result(timeout=_LAST_SECONDS)
         raise
@@ -71,7 +75,7 @@ def _report_end(member: Machine | Place, run: str | None, code: int, why: str, s
     """
     deadline = time.monotonic() + _TELL_SECONDS
 
-    def over() -> bool:
+    def is_over() -> bool:
         return bool(signals) or time.monotonic() > deadline
 
     if isinstance(member, Machine):
@@ -83,24 +87,24 @@ def _report_end(member: Machine | Place, run: str | None, code: int, why: str, s
         place, hosts, name = member, member.rank == 0 and not member.hosted, f"process {member.rank}"
         rank, ended = member.rank, {}
         own_end, others = gone_key(rank), [gone_key(number) for number in range(1, member.world_size)]
-    store = host_store(place.port) if hosts else _reach(place, over)
+    store = host_store(place.port) if hosts else _reach(place, is_over)
     keys: Any = None if run is None else keyspace(store, run, place.restart)
     if keys is None:
-        publish_stranger(store, f"{name} has ended: {why}")
+        publish_foreign_process(store, f"{name} has ended: {why}")
     else:
         publish_end(keys, rank, code, why)
         for key, value in {**ended, own_end: ""}.items():
             keys.set(key, value)
     if hosts:
-        while not over() and (keys is None or not keys.check(others)):
+        while not is_over() and (keys is None or not keys.check(others)):
             time.sleep(_PAUSE_SECONDS)
 
 
-def _reach(place: Place, over: Callable[[], bool]) -> Any:
+def _reach(place: Place, is_over: Callable[[], bool]) -> Any:
     while True:
         try:
             return reach_store(place, _ANSWER_SECONDS)
         except (OSError, RuntimeError):
-            if over():
+            if is_over():
                 raise
             time.sleep(_PAUSE_SECONDS)

@@ -12,35 +12,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from job import log
-from job.common.threads import in_thread
-from job.distributed.ends import SETTLE_SECONDS, End, agree_on_end, publish_end, read_first_failure
+from job.distributed import other_machines
+from job.distributed.other_machines import OtherMachines
 from job.distributed.ranks import LAUNCHER, Place
-from job.distributed.rendezvous import host_store, keyspace, reach_keyspace
-from job.errors import Killed, Preempted, Problem, SettingsError, error_of_process, exit_codes, gravest
+from job.distributed.rendezvous import host_store
+from job.errors import Killed, Preempted, Problem, SettingsError, exit_codes, gravest
 from job.preemption.stop_flag import signals_to_handle
 
-T = TypeVar("T")
-
 _POLL_SECONDS = 0.05
-_ANSWER_SECONDS = 5.0
-"""How long the store may take to answer in `ended_elsewhere`, which asks again."""
-_CONNECT_SECONDS = 12.0
-"""How long it may take to connect to the store, for requests that are not repeated. Torch looks up the names of both
-ends' addresses, and by default the system waits 5 s until it asks a name server again whose answer was lost."""
-_ASK_SECONDS, _REACH_SECONDS = 1.0, 10.0
-"""Time between two questions to the store whether a process of another machine has ended, and between two attempts to
-connect to it for that."""
-_GONE_SECONDS = 60.0
-"""How long the store may be silent before machine 0 counts as lost: a network or a machine may pause for seconds."""
 _DRIVERS = Path("/dev/nvidiactl"), Path("/dev/dxg")
 """If CUDA is available, one of these devices exists: the first on Linux, the second on Windows' subsystem for Linux."""
 
@@ -144,25 +131,24 @@ def launch(
     )
     check_signals(signals)
     context = _start(command, place, run, environ)
-    with contextlib.closing(_Ends(machine, place, hosted, run)) as ends:
+    with contextlib.closing(OtherMachines(machine.node_rank, machine.nodes, place, hosted, run)) as others:
         try:
-            ended = _watch(context, signals, grace_seconds, ends)
+            outcome = _watch(context, signals, grace_seconds, others)
         finally:
             context.close(signal.SIGKILL, timeout=5)
-        codes = {place.rank + local: code for local, code in ended.codes.items()}
-        late = {place.rank + local for local in ended.late}
+        codes = {place.rank + local: code for local, code in outcome.codes.items()}
+        late = {place.rank + local for local in outcome.late}
         # Processes that hang, though nobody asked them to stop, are no preemption, whose retry is free without limit.
-        only_late = Preempted if ended.stopped or ends.first is not None else Killed
-        code = _combined(codes, late, only_late.exit_code)
+        only_late = Preempted if outcome.stopped or others.first is not None else Killed
+        code = _one_exit_code(codes, late, only_late.exit_code)
         if machine.nodes > 1:
             # Without a signal there is no time by which the platform kills this machine.
-            patience = 1.0 if ended.stopped else 2 * _CONNECT_SECONDS
-            code = ends.of_all(code, max(0.0, ended.deadline - time.monotonic()), patience)
+            answer_seconds = 1.0 if outcome.stopped else 2 * other_machines.CONNECT_SECONDS
+            code = others.agree_on_code(code, max(0.0, outcome.deadline - time.monotonic()), answer_seconds)
     if code == Killed.exit_code:
-        killed = {rank: _how_it_ended(code) for rank, code in _unknown(codes, late).items()}
+        killed = {rank: _how_it_ended(code) for rank, code in _killed_or_unknown(codes, late).items()}
         if not killed and only_late is Killed:
-            why = "machine 0 of this run cannot be reached any more" if ended.lost else "another process had ended"
-            killed = dict.fromkeys(sorted(late), f"did not end, although {why}, and was killed")
+            killed = dict.fromkeys(sorted(late), _how_it_hung(machine_0_lost=outcome.lost))
         if killed:
             raise Killed("; ".join(f"process {rank} {how}" for rank, how in killed.items()))
     return code
@@ -217,130 +203,8 @@ def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str,
         ).result()
 
 
-class _Ends:
-    """Exchanges with the other machines, through the common store, how the processes of each have ended.
-
-    All requests are made one after the other in a thread: a store that is silent answers none for seconds, in which
-    the launcher has to pass signals on.
-    """
-
-    def __init__(self, machine: Machine, place: Place, hosted: Any, run: str) -> None:
-        self._machine, self._place, self._run = machine, place, run
-        self._requests = ThreadPoolExecutor(1, "ends of the machines")
-        self._question: Future[None] | None = None
-        self._asked = time.monotonic()
-        self._store = None if hosted is None else keyspace(hosted, run)
-        self._unreachable = False
-        self._answered = float("inf")
-        """When the store last answered `_ask_for_failure`; never, as long as machine 0 may not have begun."""
-        self.lost = False
-        """Whether the last question was not answered, nor any other one for `_GONE_SECONDS`."""
-        self.first: End | None = None
-        """The first failure of the run, where this launcher has read it before the store was gone."""
-
-    def ended_elsewhere(self) -> bool:
-        """Whether a process of the run has failed, or the store has not answered for `_GONE_SECONDS`.
-
-        This machine's processes end by themselves then, unless they hang or are stopped. Returns at once, by the last
-        answer of the store.
-        """
-        pause = _REACH_SECONDS if self._store is None else _ASK_SECONDS
-        idle = self._question is None or self._question.done()
-        if self._question is not None and idle:
-            self._question.result()  # raises what is a bug
-        if self._machine.nodes > 1 and self.first is None and idle and time.monotonic() >= self._asked + pause:
-            self._asked = time.monotonic()
-            self._question = self._requests.submit(self._ask_for_failure)
-        return self.first is not None or self.lost
-
-    def _ask_for_failure(self) -> None:
-        try:
-            self.first = _bounded(_ANSWER_SECONDS, lambda: read_first_failure(self._reach(_ANSWER_SECONDS)))
-            self._answered, self.lost = time.monotonic(), False
-        except (OSError, RuntimeError):  # a late answer would be taken for that to the next question
-            self._store = None
-            self.lost = time.monotonic() - self._answered > _GONE_SECONDS
-
-    def publish(self, local: int, code: int, why: str) -> None:
-        """Publishes that a process of this machine has failed; does not wait for it."""
-        rank = self._place.rank + local
-        self._requests.submit(self._ask, lambda store: publish_end(store, rank, code, why), None, 0.0)
-
-    def of_all(self, own_code: int, seconds: float, patience: float) -> int:
-        """The exit code of all machines, after at most `seconds`; `own_code` if the store cannot be reached.
-
-        Args:
-            own_code: That of this machine.
-            seconds: How long the other machines may take to end.
-            patience: How much longer the store may take to answer.
-
-        Raises:
-            JobError: Another machine ended with a more serious exit code, which this error has.
-        """
-        otherwise = End(own_code)
-        if self.first is not None and own_code and gravest((own_code, self.first.code)) != own_code:
-            otherwise = self.first
-        seconds = min(SETTLE_SECONDS, seconds)
-        agreed = self._requests.submit(
-            self._ask,
-            lambda store: agree_on_end(
-                store,
-                own_code,
-                machine=self._machine.node_rank,
-                machines=self._machine.nodes,
-                processes=self._place.world_size,
-                seconds=seconds,
-            ),
-            otherwise,
-            seconds,
-        )
-        try:
-            end = agreed.result(timeout=seconds + patience)
-        except TimeoutError:  # it, or a request before it, waits for a store that is silent
-            end = otherwise
-        if end.code not in {0, own_code}:
-            raise error_of_process(end.code, end.where, end.why)
-        return end.code
-
-    def close(self) -> None:
-        """Ends the thread, which is not waited for, once it has made the requests that are left."""
-        self._requests.shutdown(wait=False)
-
-    def _reach(self, seconds: float) -> Any:
-        if self._store is None:
-            self._store = reach_keyspace(self._place, self._run, seconds)
-        return self._store
-
-    def _ask(self, request: Callable[[Any], T], otherwise: T, seconds: float) -> T:
-        """The result of `request` on the store; `otherwise` if the store cannot be reached, or could not be before.
-
-        Args:
-            request: What is asked.
-            otherwise: See above.
-            seconds: How long the request itself may wait for other machines.
-        """
-        if self._unreachable:
-            return otherwise
-        try:
-            return _bounded(_CONNECT_SECONDS + seconds, lambda: request(self._reach(_CONNECT_SECONDS)))
-        except (OSError, RuntimeError) as error:
-            self._unreachable = True
-            log.get_logger().debug("the other machines cannot be reached", why=repr(error))
-            return otherwise
-
-
-def _bounded(seconds: float, call: Callable[[], T]) -> T:
-    """The result of a call of torch's store, which has no limit of its own where the store's machine is frozen.
-
-    Raises:
-        OSError, RuntimeError: What the call raises; TimeoutError, an OSError, after so many seconds. The thread that
-            waits is left behind then.
-    """
-    return in_thread(call, "store").result(seconds)
-
-
 @dataclass(frozen=True)
-class _Ended:
+class _Outcome:
     """How this machine's processes have ended.
 
     Attributes:
@@ -359,7 +223,7 @@ class _Ended:
     lost: bool
 
 
-def _watch(context: Any, signals: list[int], grace_seconds: float, ends: _Ends) -> _Ended:
+def _watch(context: Any, signals: list[int], grace_seconds: float, others: OtherMachines) -> _Outcome:
     """Waits until all processes have ended, and publishes each failure as soon as it is seen."""
     forwarded, deadline, published, stopped, lost = 0, float("inf"), set[int](), False, False
     while True:
@@ -370,17 +234,17 @@ def _watch(context: Any, signals: list[int], grace_seconds: float, ends: _Ends) 
         late = {local for local, code in ended.items() if -code in signals}
         for local in sorted(local for local, code in ended.items() if code and local not in published):
             published.add(local)
-            ends.publish(local, _combined({local: ended[local]}, late), _how_it_ended(ended[local]))
+            others.publish(local, _one_exit_code({local: ended[local]}, late), _how_it_ended(ended[local]))
         if deadline == float("inf"):
             stopped = bool(signals)
         if ended or signals:
             deadline = min(deadline, time.monotonic() + grace_seconds)
-        elif ends.ended_elsewhere():
-            lost = lost or ends.first is None
+        elif others.ended_elsewhere():
+            lost = lost or others.first is None
             # this machine's processes notice it somewhat later than the launcher
-            deadline = min(deadline, time.monotonic() + grace_seconds + _ANSWER_SECONDS)
+            deadline = min(deadline, time.monotonic() + grace_seconds + other_machines.ANSWER_SECONDS)
         if not running:
-            return _Ended(ended, late, deadline, stopped, lost)
+            return _Outcome(ended, late, deadline, stopped, lost)
         for number in signals[forwarded:]:
             forwarded += 1
             for local in running:
@@ -389,7 +253,7 @@ def _watch(context: Any, signals: list[int], grace_seconds: float, ends: _Ends) 
         if time.monotonic() > deadline:
             context.close(signal.SIGKILL, timeout=5)
             killed = dict.fromkeys(running, -signal.SIGKILL)
-            return _Ended({**ended, **killed}, late | running, deadline, stopped, lost)
+            return _Outcome({**ended, **killed}, late | running, deadline, stopped, lost)
         time.sleep(_POLL_SECONDS)
 
 
@@ -406,13 +270,19 @@ def _how_it_ended(code: int) -> str:
     return f"was killed by {name}{why}"
 
 
-def _unknown(codes: Mapping[int, int], late: set[int]) -> dict[int, int]:
+def _how_it_hung(*, machine_0_lost: bool) -> str:
+    """How a process ended that this launcher killed although no signal had arrived, in words."""
+    why = "machine 0 of this run cannot be reached any more" if machine_0_lost else "another process had ended"
+    return f"did not end, although {why}, and was killed"
+
+
+def _killed_or_unknown(codes: Mapping[int, int], late: set[int]) -> dict[int, int]:
     """The processes, by rank, that were killed, or that ended with a code that is not in the table."""
     table = exit_codes()
     return {rank: code for rank, code in codes.items() if code and code not in table and rank not in late}
 
 
-def _combined(codes: Mapping[int, int], late: set[int], only_late: int = Preempted.exit_code) -> int:
+def _one_exit_code(codes: Mapping[int, int], late: set[int], only_late: int = Preempted.exit_code) -> int:
     """One exit code for the processes of this machine; a process that was killed counts as `Killed`.
 
     Args:
@@ -423,7 +293,9 @@ def _combined(codes: Mapping[int, int], late: set[int], only_late: int = Preempt
     if codes.get(0) == 0 or not any(codes.values()):
         return 0
     table = exit_codes()
-    causes = [code for code in codes.values() if code in table] + [Killed.exit_code for _ in _unknown(codes, late)]
+    causes = [code for code in codes.values() if code in table] + [
+        Killed.exit_code for _ in _killed_or_unknown(codes, late)
+    ]
     return gravest(causes) if causes else only_late
 
 

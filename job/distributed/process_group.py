@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any, TypeVar
 
+from job.common.formatting import first_line
 from job.common.out_of_memory import ran_out, says_full
-from job.distributed.ends import END, end_of, gone_key, publish_end
+from job.distributed.common_exit_code import END, failure_key, gone_key, publish_end
 from job.distributed.peers import Peers, identity
 from job.distributed.ranks import Place
 from job.errors import JobError, Killed, Preempted, error_of_process
@@ -63,7 +64,7 @@ class ProcessGroup:
         self.place, self.leads, self.stopping = place, place.rank == 0, False
         self._store, self._stop, self._report_progress, self._grace = store, stop, report_progress, grace_seconds
         self._peers = Peers({})
-        self._all_came = self._gpus_connected = False
+        self._all_connected = self._gpus_connected = False
         self._failed = False
         """Whether this process ends because another one has failed, and not because it had to stop before that."""
         self._calls = 0
@@ -77,7 +78,7 @@ class ProcessGroup:
         """See `Processes`. Reads the store at most once in `CHECK_SECONDS`."""
         if time.monotonic() - self._checked >= CHECK_SECONDS:
             self._checked = time.monotonic()
-            with self._reaching():
+            with self._store_errors():
                 if self._beat_error is not None:  # else the others would take this process for stopped
                     raise self._beat_error
                 ended = self._store.check([END])
@@ -113,8 +114,8 @@ class ProcessGroup:
 
         Called once all processes have connected.
         """
-        self._all_came = True
-        with self._reaching():
+        self._all_connected = True
+        with self._store_errors():
             keys = {rank: f"identity#{rank}" for rank in range(self.place.world_size) if rank != self.place.rank}
             self._peers = Peers({rank: self._get(key) for rank, key in keys.items() if self._store.check([key])})
 
@@ -140,7 +141,7 @@ class ProcessGroup:
 
         thread = Thread(target=run, daemon=True)
         thread.start()
-        self._until(lambda: not thread.is_alive(), _MAX_PAUSE_VALUE, stoppable=stoppable)
+        self._wait_until(lambda: not thread.is_alive(), _MAX_PAUSE_VALUE, stoppable=stoppable)
         if errors:
             raise errors[0]
 
@@ -169,7 +170,7 @@ class ProcessGroup:
         """See `Processes`."""
         values = []
         for rank in range(1, self.place.world_size):
-            with self._reaching():
+            with self._store_errors():
                 while self._store.check([key := f"sent#{rank}.{self._sent[rank]}"]):
                     values.append(self._get(key))
                     self._sent[rank] += 1
@@ -184,10 +185,10 @@ class ProcessGroup:
         # One MAX over three flags: any wants to repeat, any has to stop, and the earliest deadline (negated).
         flags = torch.tensor([repeat, self._stop(), -left], dtype=torch.float64)
         self._reduce(flags, ReduceOp.MAX)
-        repeat, stop, less = bool(flags[0]), bool(flags[1]), -float(flags[2])
+        repeat, stop, seconds_left = bool(flags[0]), bool(flags[1]), -float(flags[2])
         if stop:
             self.stopping = True
-            self._stop.request("another process, which had to stop", less)
+            self._stop.request("another process, which had to stop", seconds_left)
         return repeat
 
     def add_up(self, tensor: Any) -> None:
@@ -203,7 +204,7 @@ class ProcessGroup:
         if not tensor.is_cuda:  # gloo's wait would block the host, which then could not notice another process's end
             self.add_up(tensor)
             return lambda: None
-        with self._all_there():
+        with self._collective_errors():
             self._connect_gpus(tensor)
             work = dist.all_reduce(tensor, async_op=True)
             work.wait()  # only the current stream waits
@@ -224,7 +225,7 @@ class ProcessGroup:
         """See `Processes`."""
         import torch.distributed as dist
 
-        with self._all_there():
+        with self._collective_errors():
             self._connect_gpus(part)
             work = dist.all_gather_into_tensor(gathered, part, async_op=True)
         # The caller waits only when it needs the weights: until then the previous layer computes.
@@ -239,7 +240,7 @@ class ProcessGroup:
             size = sent.element_size()
             received, sent = (x.view(torch.uint8) for x in (received, sent))
             received_sizes, sent_sizes = ([size * n for n in sizes] for sizes in (received_sizes, sent_sizes))
-        with self._all_there():
+        with self._collective_errors():
             self._connect_gpus(sent)
         self._finish(
             lambda: dist.all_to_all_single(received, sent, received_sizes, sent_sizes, async_op=True),
@@ -267,7 +268,7 @@ class ProcessGroup:
                 self._wait_at_most(REASON_SECONDS, lambda: self._store.check(left_keys))
             else:
                 self._wait_at_most(
-                    self._grace, lambda: self._store.check(left_keys[:1]) or self._store.check([end_of(0)])
+                    self._grace, lambda: self._store.check(left_keys[:1]) or self._store.check([failure_key(0)])
                 )
 
     def _check_peers(self) -> None:
@@ -292,7 +293,7 @@ class ProcessGroup:
     def _set(self, key: str, value: Any) -> None:
         text = json.dumps(value)  # ASCII: a character is a byte, so the text may be cut anywhere
         first, *others = [text[start : start + _PART_BYTES] for start in range(0, len(text), _PART_BYTES)]
-        with self._reaching():
+        with self._store_errors():
             for number, part in enumerate(others, start=1):
                 self._store.set(f"{key}/{number}", part)
             self._store.set(key, f"{len(others)} {first}")
@@ -303,24 +304,24 @@ class ProcessGroup:
         return json.loads("".join([first, *parts]))
 
     def _wait_for(self, key: str) -> Any:
-        with self._reaching():
-            self._until(lambda: self._store.check([key]), _MAX_PAUSE_VALUE, stoppable=True)
+        with self._store_errors():
+            self._wait_until(lambda: self._store.check([key]), _MAX_PAUSE_VALUE, stoppable=True)
             return self._get(key)
 
     def _reduce(self, tensor: Any, operation: Any, longest: float = _MAX_PAUSE_SUM) -> None:
         import torch.distributed as dist
 
         start = lambda: dist.all_reduce(tensor, operation, async_op=True)  # noqa: E731
-        with self._all_there():
+        with self._collective_errors():
             self._connect_gpus(tensor)
         self._finish(start, min(_PAUSE_SECONDS, longest), longest)
 
     def _finish(self, start: Callable[[], Any], pause: float = _PAUSE_SECONDS, longest: float = _MAX_PAUSE_SUM) -> None:
         """Waits for a collective operation of torch's, in pauses that double up to the longest."""
-        with self._all_there():
+        with self._collective_errors():
             work = start()
             # Not stoppable: the other processes take part in this operation, and may learn of the stop from it.
-            self._until(work.is_completed, longest, stoppable=False, pause=pause)
+            self._wait_until(work.is_completed, longest, stoppable=False, pause=pause)
             work.wait()
 
     def _connect_gpus(self, tensor: Any) -> None:
@@ -338,7 +339,7 @@ class ProcessGroup:
             self._gpus_connected = True
 
     @contextmanager
-    def _all_there(self) -> Iterator[None]:
+    def _collective_errors(self) -> Iterator[None]:
         """Context manager in which an error of torch means that another process has ended, unless memory ran out.
 
         NCCL allocates its buffers in the first exchange, outside of torch's allocator. If memory runs out there, this
@@ -355,7 +356,7 @@ class ProcessGroup:
             self._end_by("memory that ran out")
             raise full from error
 
-    def _until(
+    def _wait_until(
         self, ready: Callable[[], bool], longest: float, *, stoppable: bool, pause: float = _PAUSE_SECONDS
     ) -> None:
         while not ready():
@@ -374,7 +375,7 @@ class ProcessGroup:
         return is_ready
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _store_errors(self) -> Iterator[None]:
         """Within it, an error of torch's means that another process has ended, once all have come.
 
         Before that it is raised as it is: `rendezvous.join` knows that the store is gone, and no process is lost yet.
@@ -382,7 +383,7 @@ class ProcessGroup:
         try:
             yield
         except RuntimeError as error:
-            if not self._all_came:
+            if not self._all_connected:
                 raise
             raise self._lost(error) from error
 
@@ -395,8 +396,7 @@ class ProcessGroup:
         # memory, which no retry fixes, so it must not count as a preemption, whose retry is free.
         kind = Preempted if self._stop() and not self._failed else Killed
         self._end_by("the loss of another process")
-        first = (str(why).splitlines() or [""])[0]
-        return kind(f"another process of this run has ended; start the run again to resume it: {first[:200]}")
+        return kind(f"another process of this run has ended; start the run again to resume it: {first_line(why)}")
 
     def _ended(self) -> JobError:
         """The error to raise when another process has failed."""

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 from job import log
+from job.common.formatting import first_line
 from job.distributed.process_group import CHECK_SECONDS, ProcessGroup
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
@@ -28,13 +29,13 @@ _REACH_SECONDS = 10.0
 _ANSWER_SECONDS = 60.0
 _RUN = "run"
 """Key, outside of the keyspaces, of the id of the run that the store is for."""
-_STRANGER = "stranger"
+_FOREIGN_PROCESS = "stranger"
 """Key, outside of the keyspaces, of why a process that connected to the store does not belong to its run."""
-_STRANGER_SECONDS = 10.0
-"""How long processes that wait go on after a stranger has come: it may be left over from an earlier run."""
-_SAY_SECONDS = 30.0
+_FOREIGN_PROCESS_SECONDS = 10.0
+"""How long processes that wait go on after it has come: it may be left over from an earlier run."""
+_REMINDER_SECONDS = 30.0
 """How often the log says for whom this process waits."""
-_MOST_SAID = 20
+_MAX_LISTED = 20
 
 
 def host_store(port: int, run: str | None = None) -> Any:
@@ -53,20 +54,20 @@ def host_store(port: int, run: str | None = None) -> Any:
         timeout = timedelta(seconds=_ANSWER_SECONDS)
         store = TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=timeout)
     except RuntimeError as error:
-        raise Unreachable(f"cannot listen for the other processes on port {port}: {_first_line(error)}") from error
+        raise Unreachable(f"cannot listen for the other processes on port {port}: {first_line(error)}") from error
     if run is not None:
         store.set(_RUN, run)
     return store
 
 
-def publish_stranger(store: Any, why: str) -> None:
+def publish_foreign_process(store: Any, why: str) -> None:
     """Tells the processes that wait at a store that one has come that does not belong to their run.
 
     Args:
         store: Without a keyspace.
         why: What is wrong with it.
     """
-    store.compare_set(_STRANGER, "", why[:2000])
+    store.compare_set(_FOREIGN_PROCESS, "", why[:2000])
 
 
 def connect_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
@@ -118,7 +119,7 @@ def join(
     *,
     stop: Stop,
     report_progress: Callable[[], None],
-    patience: float,
+    timeout_seconds: float,
     grace_seconds: float,
     machine_checks: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Processes]:
@@ -129,12 +130,12 @@ def join(
         run: The run's id. Processes of another run at the same address are not connected.
         stop: This process's stop flag.
         report_progress: Reports progress to the watchdog while this process waits.
-        patience: Seconds to wait for all processes: platforms start machines one after the other.
+        timeout_seconds: Seconds to wait for all processes: platforms start machines one after the other.
         grace_seconds: Seconds in which the other processes have to end after one has ended.
         machine_checks: `Platform.machine_checks`: a machine that lacks a GPU has too few processes.
 
     Raises:
-        Unreachable: The store cannot be reached, or not all processes arrived within `patience`.
+        Unreachable: The store cannot be reached, or not all processes arrived within `timeout_seconds`.
         SettingsError: Two processes have the same rank, they disagree on the world size or on the run's id, or a
             machine that does not know the id has ended.
         Preempted: This process has to stop.
@@ -143,41 +144,41 @@ def join(
     if place is None or place.world_size == 1:
         yield ALONE
         return
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout_seconds
     address = _reach(place, run, deadline, stop, report_progress)
-    with machine_checks(), _still_there(place):
+    with machine_checks(), _store_errors(place):
         _check_run(address, run)  # before it is one of the processes, which wait for each other at the end
     store = keyspace(address, run, place.restart)
-    joined = ProcessGroup(place, store, stop, report_progress, grace_seconds)
+    group = ProcessGroup(place, store, stop, report_progress, grace_seconds)
     try:
-        with machine_checks(), _still_there(place):
-            strangers = _Strangers(address)
+        with machine_checks(), _store_errors(place):
+            foreign_processes = _ForeignProcesses(address)
 
             def check() -> None:
                 _check_launcher(place)
-                joined.check()
-                strangers.check()
+                group.check()
+                foreign_processes.check()
                 stop.check()
                 report_progress()
 
-            _await_all(joined, store, deadline, check)
-        joined.watch_peers()
-        joined.beat()
-        _connect(joined, run, 2 * patience)
-        yield joined
+            _await_all(group, store, deadline, check)
+        group.watch_peers()
+        group.beat()
+        _connect(group, run, 2 * timeout_seconds)
+        yield group
         _disconnect()
     except BaseException as error:
-        joined.end(error)
+        group.end(error)
         raise
     finally:
-        joined.leave()
+        group.leave()
 
 
 def _reach(place: Place, run: str, deadline: float, stop: Stop, report_progress: Callable[[], None]) -> Any:
     """The store, once it can be reached; process 0 hosts it where no launcher does."""
     if place.rank == 0 and not place.hosted:
         return host_store(place.port, run)
-    where, reminder = f"{place.host}:{place.port}", _Reminder()
+    address, reminder = f"{place.host}:{place.port}", _Reminder()
     while True:
         _check_launcher(place)
         try:
@@ -187,9 +188,9 @@ def _reach(place: Place, run: str, deadline: float, stop: Stop, report_progress:
             if (place.local_rank == 0 or place.rank == 1) and reminder.is_due():
                 left = max(0, round(deadline - time.monotonic()))
                 what = "waiting for process 0, which cannot be reached"
-                log.get_logger().warning(what, at=where, why=str(error)[:200], at_most_seconds=left)
+                log.get_logger().warning(what, at=address, why=str(error)[:200], at_most_seconds=left)
             if time.monotonic() > deadline:
-                raise Unreachable(f"process 0 of this run cannot be reached at {where}: {error}") from error
+                raise Unreachable(f"process 0 of this run cannot be reached at {address}: {error}") from error
         else:
             store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
             return store
@@ -199,19 +200,19 @@ def _reach(place: Place, run: str, deadline: float, stop: Stop, report_progress:
 
 
 @contextmanager
-def _still_there(place: Place) -> Iterator[None]:
+def _store_errors(place: Place) -> Iterator[None]:
     """Within it, an error of torch's means that the store is gone: machine 0 has ended before all had come."""
     try:
         yield
     except RuntimeError as error:
         what = f"process 0 of this run cannot be reached any more at {place.host}:{place.port}"
-        raise Unreachable(f"{what}: {_first_line(error)}") from error
+        raise Unreachable(f"{what}: {first_line(error)}") from error
 
 
 def _check_launcher(place: Place) -> None:
     """Raises Killed if this process's launcher is gone.
 
-    It would wait for as long as its patience lasts, and then be taken for a process of the next attempt, or keep the
+    It would wait until its time is over, and then be taken for a process of the next attempt, or keep the
     place of one.
     """
     if place.launcher not in {0, os.getppid()}:
@@ -222,12 +223,12 @@ def _check_run(store: Any, run: str) -> None:
     """Raises SettingsError, and tells the processes that wait, if the store is for another run than this process."""
     other = store.compare_set(_RUN, "", run).decode()
     if other != run:
-        publish_stranger(store, f"one process has {run}, the others have {other}")
+        publish_foreign_process(store, f"one process has {run}, the others have {other}")
         what = f"is {run} here and {other} on another machine at this address; set the same id on all, or another port"
         raise SettingsError([Problem("JOB_RUN__ID", f"{what} in JOB_RUN__RENDEZVOUS")])
 
 
-class _Strangers:
+class _ForeignProcesses:
     """Raises SettingsError when a process that does not belong to the run has come, and a while later one is missing.
 
     Not at once: a process may be left over from an earlier run that met at this address.
@@ -235,7 +236,7 @@ class _Strangers:
 
     def __init__(self, store: Any) -> None:
         self._store = store
-        self._asked = self._since = math.inf
+        self._checked = self._seen_since = math.inf
 
     def check(self) -> None:
         """Asks the store once a second at most.
@@ -244,43 +245,45 @@ class _Strangers:
             SettingsError: See above.
         """
         now = time.monotonic()
-        if self._asked != math.inf and now - self._asked < CHECK_SECONDS:
+        if self._checked != math.inf and now - self._checked < CHECK_SECONDS:
             return
-        self._asked = now
-        if not self._store.check([_STRANGER]):
+        self._checked = now
+        if not self._store.check([_FOREIGN_PROCESS]):
             return
-        self._since = min(self._since, now)
-        if now - self._since >= _STRANGER_SECONDS:
-            why = self._store.get(_STRANGER).decode()
+        self._seen_since = min(self._seen_since, now)
+        if now - self._seen_since >= _FOREIGN_PROCESS_SECONDS:
+            why = self._store.get(_FOREIGN_PROCESS).decode()
             what = f"must be the same on all machines, but a machine without it or with another one connected: {why}"
             raise SettingsError([Problem("JOB_RUN__ID", what)])
 
 
-def _await_all(joined: ProcessGroup, store: Any, deadline: float, check: Callable[[], None]) -> None:
+def _await_all(group: ProcessGroup, store: Any, deadline: float, check: Callable[[], None]) -> None:
     """Waits until all processes have arrived, and checks that their ranks and world sizes fit together."""
-    place = joined.place
-    total = store.compare_set("world_size", "", str(place.world_size)).decode()
-    if total != str(place.world_size):
-        message = f"adds up to {place.world_size} here and to {total} on another machine; set the same number on all"
+    place = group.place
+    agreed_size = store.compare_set("world_size", "", str(place.world_size)).decode()
+    if agreed_size != str(place.world_size):
+        message = (
+            f"adds up to {place.world_size} here and to {agreed_size} on another machine; set the same number on all"
+        )
         raise SettingsError([Problem("JOB_RUN__PROCESSES", message)])
-    joined.announce()
+    group.announce()
     if store.add(f"here#{place.rank}", 1) > 1:
         # On Kubernetes the rank is the pod's index, so the other process is mostly in the pod that this one replaces.
         # If that has published why it ended, this process ends for the same reason; else with code 72, and the
         # platform's retry starts when the old pod is gone.
-        joined.check()
+        group.check()
         message = (
             f"another process has rank {place.rank}, too; give each machine its own rank, or wait until "
             "the old process has ended"
         )
         raise SettingsError([Problem("JOB_RUN__NODE_RANK", message)])
-    here, reminder = [f"here#{rank}" for rank in range(place.world_size)], _Reminder()
-    while not store.check(here):
+    keys, reminder = [f"here#{rank}" for rank in range(place.world_size)], _Reminder()
+    while not store.check(keys):
         if reminder.is_due():
-            _log_missing(place, [rank for rank, key in enumerate(here) if not store.check([key])], deadline)
+            _log_missing(place, [rank for rank, key in enumerate(keys) if not store.check([key])], deadline)
         check()  # before the deadline is looked at: why a process has ended says more than that it did not come
         if time.monotonic() > deadline:
-            missing = [rank for rank, key in enumerate(here) if not store.check([key])]
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             raise Unreachable(f"of {place.world_size} processes, these did not connect: {', '.join(map(str, missing))}")
         time.sleep(0.05)
 
@@ -289,13 +292,13 @@ class _Reminder:
     """Says every `_SAY_SECONDS` that it is time for a line in the log, the first time after these seconds."""
 
     def __init__(self) -> None:
-        self._next = time.monotonic() + _SAY_SECONDS
+        self._next = time.monotonic() + _REMINDER_SECONDS
 
     def is_due(self) -> bool:
         """Whether it is time."""
         if time.monotonic() < self._next:
             return False
-        self._next = time.monotonic() + _SAY_SECONDS
+        self._next = time.monotonic() + _REMINDER_SECONDS
         return True
 
 
@@ -314,13 +317,13 @@ def _log_missing(place: Place, missing: Sequence[int], deadline: float) -> None:
         "waiting for processes that have not connected",
         processes=place.world_size,
         missing_processes=len(missing),
-        missing=list(missing[:_MOST_SAID]),
-        on_this_machine=[rank for rank in missing if first <= rank < last][:_MOST_SAID],
+        missing=list(missing[:_MAX_LISTED]),
+        on_this_machine=[rank for rank in missing if first <= rank < last][:_MAX_LISTED],
         at_most_seconds=max(0, round(deadline - time.monotonic())),
     )
 
 
-def _connect(joined: ProcessGroup, run: str, timeout_seconds: float) -> None:
+def _connect(group: ProcessGroup, run: str, timeout_seconds: float) -> None:
     """Creates the group for all-reduce: gloo for tensors on a CPU (flags, gradients), NCCL for tensors on a GPU.
 
     It has a connection to the store of its own: while torch waits for a key, the connection is locked.
@@ -333,7 +336,7 @@ def _connect(joined: ProcessGroup, run: str, timeout_seconds: float) -> None:
     import torch
     import torch.distributed as dist
 
-    place = joined.place
+    place = group.place
 
     def connect() -> None:
         dist.init_process_group(
@@ -345,14 +348,14 @@ def _connect(joined: ProcessGroup, run: str, timeout_seconds: float) -> None:
         )
 
     try:
-        joined.wait_in_thread(connect, stoppable=True)
+        group.wait_in_thread(connect, stoppable=True)
     except RuntimeError as error:
         # A connection also breaks when the other process is killed. Its end is seen a moment later.
         deadline = time.monotonic() + 2 * CHECK_SECONDS
         while time.monotonic() < deadline:
-            joined.check()
+            group.check()
             time.sleep(0.1)
-        raise Unreachable(f"the processes of this run cannot connect to each other: {_first_line(error)}") from error
+        raise Unreachable(f"the processes of this run cannot connect to each other: {first_line(error)}") from error
     log.get_logger().info("all processes are connected", processes=place.world_size)
 
 
@@ -362,7 +365,3 @@ def _disconnect() -> None:
 
     with contextlib.suppress(RuntimeError):  # the work is done, so a failure here is harmless
         dist.destroy_process_group()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

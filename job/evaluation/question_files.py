@@ -181,6 +181,23 @@ def _without_nulls(doc: dict[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in doc.items() if value is not None}
 
 
+def find_repeated(task: Any, rows: Sequence[Row], source: str) -> list[str]:
+    """Where questions of valid rows are that were asked by an earlier row, with the same choices.
+
+    Each counts in every comparison, as if it were new evidence. Texts whose likelihood is measured have no question.
+    """
+    if task.OUTPUT_TYPE not in {MULTIPLE_CHOICE, "generate_until"}:
+        return []
+    asked: set[str] = set()
+    repeated = []
+    for where, doc in _located(list(task.eval_docs), rows, f"{source}:question"):
+        question = _identity(task, doc)
+        if question in asked:
+            repeated.append(where)
+        asked.add(question)
+    return repeated
+
+
 def find_example_misfits(task: Any, examples: Sequence[Row], source: str, *, apart: bool = True) -> Iterator[Problem]:
     """Examples that the task's prompts cannot have, or that are questions too.
 
@@ -188,11 +205,11 @@ def find_example_misfits(task: Any, examples: Sequence[Row], source: str, *, apa
     leaves the question itself out of the examples, `apart` is false.
     """
     docs = list(task.eval_docs) if apart else []
-    questions = {_identity(task, _without_nulls(doc)) for doc in docs}
+    questions = {_identity(task, doc) for doc in docs}
     for where, doc in _located(list(task.fewshot_docs()), examples, f"{source}:example"):
         try:
             _parts(task, doc, task.fewshot_cfg)
-            is_asked = apart and _identity(task, _without_nulls(doc)) in questions
+            is_asked = apart and _identity(task, doc) in questions
         except Exception as error:  # noqa: BLE001 - as above
             yield _misfit(where, task.task_name, error)
         else:

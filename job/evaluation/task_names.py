@@ -22,6 +22,8 @@ from job.evaluation.task_files import GroupFile, TaskFile, is_task_file, own_tas
 MULTIPLE_CHOICE = "multiple_choice"
 MEASURED = ("generate_until", "loglikelihood_rolling", "loglikelihood")
 """Kinds of tasks without choices, with metrics such as exact_match or perplexity: see `task_metrics`."""
+_NEAR = 0.75
+"""Similarity of a mistyped name to a task that is suggested; among thousands, one of less is usually another thing."""
 T = TypeVar("T")
 KINDS = (MULTIPLE_CHOICE, *MEASURED)
 
@@ -162,7 +164,7 @@ def check_data(names: Sequence[str], data: Iterable[str]) -> None:
         unnamed = [name for name in unnamed if name not in inside]
     if unnamed:
         what = f"gives questions of {', '.join(unnamed)}, and JOB_EVAL__TASKS does not name that task"
-        raise SettingsError([Problem("JOB_EVAL__DATA", what)])
+        raise SettingsError([Problem("JOB_EVAL__DATA", f"{what}; add it there, or remove its file")])
 
 
 def check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[str]) -> None:
@@ -170,8 +172,9 @@ def check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[s
     problems = []
     for name in dict.fromkeys([*names, *data]):
         if name not in index:
-            near = get_close_matches(name, index, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = get_close_matches(name, index, n=1, cutoff=_NEAR)
+            own = "; a task of your own is given by the path of its YAML file, such as my_task.yaml"
+            hint = f"; did you mean {near[0]!r}?" if near else own
             problems.append(Problem("JOB_EVAL__TASKS", f"lm-eval has no task {name!r}{hint}"))
         elif (kind := (index[name].cfg or {}).get("output_type", MULTIPLE_CHOICE)) not in KINDS:
             problems.append(Problem("JOB_EVAL__TASKS", f"{name} is of a kind that cannot be evaluated: {kind}"))

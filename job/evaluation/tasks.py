@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2.sandbox import SandboxedEnvironment
 
+from job.common.formatting import first_line
 from job.common.source_list import EXAMPLES
 from job.data.formats import Row
 from job.errors import DataError, Problem, SettingsError
@@ -24,6 +25,7 @@ from job.evaluation.question_files import (
     as_dataset,
     find_example_misfits,
     find_misfits,
+    find_repeated,
     in_their_groups,
     read_questions,
     task_with_rows,
@@ -45,7 +47,7 @@ from job.evaluation.task_names import (
 )
 from job.log import get_logger
 from job.records import GroupSpec, Metric
-from job.storage.hub import hub_errors
+from job.storage.hub_errors import hub_errors
 
 FEWSHOT_SEED = 1234
 """Seed with which the few-shot examples of a prompt are drawn; lm-eval's default."""
@@ -188,6 +190,7 @@ def load_tasks(
         misfits += _file_misfits(tasks[user.name], user)
     if misfits:
         raise DataError(misfits)
+    _warn_of_repeated(tasks, rows, sources, users)
     if unshown := [problem for name, task in tasks.items() if (problem := _without_prompt(name, task))]:
         raise SettingsError(unshown)
     source_by_task = dict(sources) | {task.name: task.source for task in users}
@@ -311,14 +314,14 @@ def _from_file(manager: Any, task: TaskFile) -> Any:
         for one in (one for chain in loaded._filters for one in chain.filters):  # noqa: SLF001 - as in `_named_metrics`
             one()  # lm-eval makes a filter, with its arguments, when the answers are there
     except Exception as error:  # templates may raise anything, and a field may be of another kind than lm-eval expects
-        first = (str(error).splitlines() or [""])[0][:300]
+        first = first_line(error, 300)
         raise DataError([Problem(task.path, f"is not a task of lm-eval: {type(error).__name__}: {first}")]) from error
     return loaded
 
 
 def _file_misfits(task: Any, user: TaskFile) -> Iterator[Problem]:
     """Rows of a task file of which the task cannot make questions, or examples where its prompts have some."""
-    split = task.config.test_split or task.config.validation_split
+    split = _scored_split(task)
     yield from find_misfits(task, user.rows[split], user.source)
     few = task.fewshot_cfg
     if not task.config.num_fewshot or few.samples is not None:
@@ -330,6 +333,33 @@ def _file_misfits(task: Any, user: TaskFile) -> Iterator[Problem]:
     elif not left_out:
         what = f"takes the examples of its prompts from the split of its questions, {split}: a question would be shown"
         yield Problem(user.path, f"{what} with its answer; name that split as test_split instead of validation_split")
+
+
+def _scored_split(task: Any) -> str:
+    return str(task.config.test_split or task.config.validation_split)
+
+
+def _warn_of_repeated(
+    tasks: Mapping[str, Any],
+    rows_of: Mapping[str, Sequence[Row]],
+    sources: Mapping[str, str],
+    users: Sequence[TaskFile],
+) -> None:
+    """Logs that files ask questions more than once; benchmarks of the hub are taken as they are.
+
+    Args:
+        tasks: The tasks by name.
+        rows_of: Task -> the rows of its file in JOB_EVAL__DATA.
+        sources: Task -> name of that file.
+        users: The tasks of users' files.
+    """
+    of_files = [(name, rows, sources[name]) for name, rows in rows_of.items()]
+    own = [user for user in users if user.name not in rows_of]
+    of_files += [(user.name, user.rows[_scored_split(tasks[user.name])], user.source) for user in own]
+    for name, rows, source in of_files:
+        if repeated := find_repeated(tasks[name], rows, source):
+            what = "questions are asked more than once, and each time counts in the comparisons; remove the others"
+            get_logger().warning(what, task=name, questions=len(rows), repeated=len(repeated), first=repeated[0])
 
 
 def _set_shots(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
@@ -368,7 +398,7 @@ def _without_prompt(name: str, task: Any) -> Problem | None:
         if shots:
             task.fewshot_context(next(iter(task.eval_docs)), num_fewshot=shots)
     except Exception as error:  # noqa: BLE001 - a task's templates and functions may raise anything
-        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        said = f"{type(error).__name__}: {first_line(error)}"
         what = f"lm-eval cannot ask {name} with {shots} examples ({said}); 0 asks without examples"
         return Problem("JOB_EVAL__NUM_FEWSHOT", what)
     return None

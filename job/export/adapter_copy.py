@@ -1,7 +1,7 @@
 """The format `adapter:TYPE`: the published adapter with its numbers in 16 bits, in PEFT's layout, half as large.
 
-Whoever loads the adapter reads this folder the same way. PEFT makes fp32 of it, vLLM the dtype that it serves in, and
-llama.cpp's converter the requested type. So what is lost is lost in this rounding, and it is scored as PEFT
+Programs that load the adapter load this folder in the same way: PEFT converts it to fp32, vLLM to the dtype that it
+serves in, llama.cpp's converter to the requested type. Only the rounding here changes numbers. So it is scored as PEFT
 computes it: with the rounded numbers in fp32, on the base of the run.
 """
 
@@ -16,7 +16,7 @@ import torch
 from job.export.quantizable import CannotMake
 from job.model.device import DTYPES
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def write_adapter_copy(files: Sequence[Path], folder: Path, kind: str) -> None:
@@ -35,7 +35,7 @@ def write_adapter_copy(files: Sequence[Path], folder: Path, kind: str) -> None:
     dtype = getattr(torch, DTYPES[kind])
     folder.mkdir(parents=True)
     for path in files:
-        if path.name != WEIGHTS:
+        if path.name != WEIGHTS_FILE:
             shutil.copyfile(path, folder / path.name)
             continue
         rounded = {}
@@ -43,4 +43,4 @@ def write_adapter_copy(files: Sequence[Path], folder: Path, kind: str) -> None:
             rounded[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
             if not torch.isfinite(rounded[name]).all():
                 raise CannotMake(f"{name} has numbers above {torch.finfo(dtype).max:g}, the largest of {kind}")
-        save_file(rounded, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(rounded, folder / WEIGHTS_FILE, metadata={"format": "pt"})

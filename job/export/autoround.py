@@ -10,7 +10,6 @@ not quantized are those of the merged model, bit for bit; in `gptq` and `awq`, w
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,18 +27,18 @@ from job.common.helper_process import start_helper
 from job.common.out_of_memory import ran_out
 from job.errors import Killed
 from job.export.autoround_process import Task
-from job.export.checkpoint import read_header, read_tensor, write_weights
-from job.export.quantizable import CannotMake, quantizable, why_not
-from job.export.scoring import ExportedModel, ScoringOptions, load_quantized
-from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json, weight_files
+from job.export.exported_model import ExportedModel, ScoringOptions, load_quantized
+from job.export.quantizable import CannotMake, quantizable, why_not_quantizable
+from job.export.tensor_files import copy_other_files, read_headers, read_tensor, write_config, write_weights
+from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json
 from job.records import QuantizationRecord
 
 if TYPE_CHECKING:
     from job.export.formats import DerivedInputs
 
-LONGEST = 2048
+MAX_SEQUENCE_TOKENS = 2048
 """Tokens of a calibration sequence, at most: as auto-round has it."""
-GROUPS = (128, 64, 32)
+GROUP_SIZES = (128, 64, 32)
 """Sizes of a group that vLLM's kernels have, the first that divides the inputs of all layers is taken."""
 _POLL_SECONDS = 0.2
 
@@ -75,16 +74,16 @@ def cannot_score_awq(_device: torch.device) -> str:
 
 def check_four_bit(empty: Any, _kind: str) -> str:
     """As `Format.check`."""
-    return why_not(empty) or ("" if group_size(empty) else "its layers' inputs are not multiples of 32")
+    return why_not_quantizable(empty) or ("" if group_size(empty) else "its layers' inputs are not multiples of 32")
 
 
 def group_size(empty: Any) -> int | None:
-    """The largest of `GROUPS` that divides the inputs of all layers; None if there is none."""
+    """The largest of `GROUP_SIZES` that divides the inputs of all layers; None if there is none."""
     inputs = [empty.get_submodule(name).in_features for name in quantizable(empty)]
-    return next((size for size in GROUPS if all(width % size == 0 for width in inputs)), None)
+    return next((size for size in GROUP_SIZES if all(width % size == 0 for width in inputs)), None)
 
 
-def calibration_sequences(rows: Sequence[Sequence[int]], longest: int = LONGEST) -> list[list[int]]:
+def calibration_sequences(rows: Sequence[Sequence[int]], longest: int = MAX_SEQUENCE_TOKENS) -> list[list[int]]:
     """The rows joined in their order, and cut into sequences of one length; the incomplete last one is left out."""
     joined = [token for row in rows for token in row]
     length = min(longest, len(joined))
@@ -123,8 +122,8 @@ def make_four_bit(
         threads=torch.get_num_threads(),
     )
     (run or run_process)(task, inputs.work, inputs.check_stop)
-    (made,) = (path.parent for path in (inputs.work / "made").rglob("config.json"))
-    layers, kept_layers = _write(layout, inputs, made, empty)
+    (quantized_folder,) = (path.parent for path in (inputs.work / "made").rglob("config.json"))
+    layers, kept_layers = _write(layout, inputs, quantized_folder, empty)
     return QuantizationRecord(
         method=layout.method,
         scheme="W4A16",
@@ -146,24 +145,24 @@ def run_process(task: Task, work: Path, check_stop: Callable[..., None]) -> None
         Killed: It was killed.
         TrainingFailed: It was killed because main memory was full.
     """
-    given = work / "task.json"
-    given.write_text(json.dumps(asdict(task)), encoding="utf-8")
-    with start_helper("job.export.autoround_process", str(given)) as helper:
-        spent, code = 0.0, None
+    task_file = work / "task.json"
+    task_file.write_text(json.dumps(asdict(task)), encoding="utf-8")
+    with start_helper("job.export.autoround_process", str(task_file)) as helper:
+        cpu_seconds, code = 0.0, None
         while code is None:
-            before, spent = spent, _cpu_seconds(helper.process.pid)
-            check_stop(progress=spent > before)
+            cpu_seconds_before, cpu_seconds = cpu_seconds, _cpu_seconds(helper.process.pid)
+            check_stop(progress=cpu_seconds > cpu_seconds_before)
             with suppress(subprocess.TimeoutExpired):
                 code = helper.process.wait(_POLL_SECONDS)
-        last, full = helper.last_error_line(), helper.killed_for_memory()
-    if full:
+        error_line, out_of_memory = helper.last_error_line(), helper.killed_for_memory()
+    if out_of_memory:
         raise ran_out(
             "weights were quantized by auto-round", "leave this format out of JOB_EXPORT__FORMATS", MemoryError()
         )
     if code < 0:
         raise Killed(f"the process that quantizes was killed by signal {-code}; give the job more main memory")
     if code:
-        raise CannotMake(f"auto-round ended with an error: {last or 'without a message'}")
+        raise CannotMake(f"auto-round ended with an error: {error_line or 'without a message'}")
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -184,12 +183,7 @@ def _write(layout: Layout, inputs: DerivedInputs, quantized_folder: Path, empty:
         CannotMake: A tensor does not fit into fp16.
     """
     source = inputs.merged
-    merged = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
-    quantized_tensors = {
-        name: (file, shape, dtype)
-        for file in weight_files(quantized_folder)
-        for name, shape, dtype in read_header(file)
-    }
+    merged, quantized_tensors = read_headers(source), read_headers(quantized_folder)
     layers = {
         name.removesuffix(f".{layout.packed}") for name in quantized_tensors if name.endswith(f".{layout.packed}")
     }
@@ -219,10 +213,8 @@ def _write(layout: Layout, inputs: DerivedInputs, quantized_folder: Path, empty:
     )
     config["quantization_config"] = read_json(quantized_folder / "config.json", MAX_CONFIG_BYTES)["quantization_config"]
     config["dtype"] = str(main).removeprefix("torch.")
-    (inputs.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in sorted(source.iterdir()):
-        if path.name != "config.json" and not path.name.startswith("model."):
-            shutil.copyfile(path, inputs.folder / path.name)
+    write_config(inputs.folder, config)
+    copy_other_files(source, inputs.folder)
     linear = [name for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)]
     return len(layers), [name for name in linear if name not in layers]
 

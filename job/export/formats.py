@@ -33,7 +33,7 @@ from job.export.autoround import (
     load_gptq,
     make_four_bit,
 )
-from job.export.scoring import ExportedModel, ScoringOptions, load_exported, load_quantized
+from job.export.exported_model import ExportedModel, ScoringOptions, load_exported, load_quantized
 from job.records import QuantizationRecord
 
 

@@ -13,15 +13,21 @@ one file of the result and one tensor in fp32.
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from job.export.checkpoint import parameter_names, read_header, read_tensor, write_weights
-from job.export.quantizable import kept_linear, quantizable, why_not
-from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json, weight_files
+from job.export.quantizable import kept_linear, quantizable, why_not_quantizable
+from job.export.tensor_files import (
+    copy_other_files,
+    parameter_names,
+    read_headers,
+    read_tensor,
+    write_config,
+    write_weights,
+)
+from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json
 from job.records import QuantizationRecord
 
 if TYPE_CHECKING:
@@ -35,7 +41,7 @@ _SCALE = "_scale"
 
 def check_fp8(empty: Any, _kind: str) -> str:
     """As `Format.check`."""
-    return why_not(empty)
+    return why_not_quantizable(empty)
 
 
 def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
@@ -46,15 +52,15 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
     """
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.config import CompressionFormat
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
+    from compressed_tensors.quantization import preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
     source = inputs.merged
     empty = build_empty(source, read_config(source))
-    chosen, kept_layers = set(quantizable(empty)), kept_linear(empty)
-    tensors = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
+    layers, kept_layers = set(quantizable(empty)), kept_linear(empty)
+    tensors = read_headers(source)
     modules = {name: parameter.removesuffix(".weight") for name, parameter in parameter_names(tensors, empty).items()}
-    quantized = {name for name, module in modules.items() if module in chosen and name.endswith(".weight")}
+    quantized = {name for name, module in modules.items() if module in layers and name.endswith(".weight")}
     scheme = preset_name_to_scheme(SCHEME, ["Linear"])
     packing = CompressionFormat.float_quantized.value
     compressor = BaseCompressor.get_value_from_registry(packing)
@@ -75,24 +81,16 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
         scale: torch.Tensor = calculate_qparams(lowest, highest, scheme.weights)[0].to(dtype)
         if name != weight_of:
             return scale.contiguous()
-        made = compressor.compress({"weight": weight, "weight_scale": scale.float()}, scheme)
-        packed: torch.Tensor = made["weight"].contiguous()
+        compressed = compressor.compress({"weight": weight, "weight_scale": scale.float()}, scheme)
+        packed: torch.Tensor = compressed["weight"].contiguous()
         return packed
 
     inputs.folder.mkdir(parents=True)
     write_weights(inputs.folder, shapes, written, check_stop=inputs.check_stop)
-    quantization = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        quantization_status=QuantizationStatus.COMPRESSED,
-        format=packing,
-        ignore=kept_layers,
-    )
     config = read_json(source / "config.json", MAX_CONFIG_BYTES)
-    config["quantization_config"] = json.loads(quantization.model_dump_json())
-    (inputs.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in sorted(source.iterdir()):
-        if path.name != "config.json" and not path.name.startswith("model."):
-            shutil.copyfile(path, inputs.folder / path.name)
+    config["quantization_config"] = _quantization_config(scheme, packing, kept_layers)
+    write_config(inputs.folder, config)
+    copy_other_files(source, inputs.folder)
     return QuantizationRecord(
         method=METHOD,
         scheme=SCHEME,
@@ -104,3 +102,16 @@ def make_fp8(inputs: DerivedInputs) -> QuantizationRecord:
         layers=len(quantized),
         kept=kept_layers,
     )
+
+
+def _quantization_config(scheme: Any, packing: str, kept_layers: list[str]) -> Any:
+    """What config.json says of the quantization, as compressed-tensors writes it."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
+    quantization = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        quantization_status=QuantizationStatus.COMPRESSED,
+        format=packing,
+        ignore=kept_layers,
+    )
+    return json.loads(quantization.model_dump_json())

@@ -2,8 +2,8 @@
 
 How to add a type: an entry in `TYPES`, with llama.cpp's name of it, which is also its name in `JOB_EXPORT__FORMATS`.
 
-The work is done by `job.export.llama_cpp_process`, a process that this module starts, asks and bounds: it may crash or
-hang without the job. Why these ways:
+The work is done by `job.export.llama_cpp_process`, a process that this module starts and sends requests to, with time
+limits: it may crash or hang without the job. Why it is done like this:
 
 - auto-round would make such a file too, from a model in memory, with blocks that differ from llama.cpp's in the last
   digits. The converter and the choice of types that it brings along are used here; the blocks are llama.cpp's own.
@@ -34,8 +34,8 @@ from job.common.hashing import code_hashes
 from job.common.helper_process import HelperProcess, start_helper
 from job.common.out_of_memory import ran_out
 from job.errors import TrainingFailed
+from job.export.exported_model import ExportedModel, ScoringOptions
 from job.export.quantizable import CannotMake
-from job.export.scoring import ExportedModel, ScoringOptions
 from job.model.tokenizer import load_tokenizer
 from job.records import ChoiceScore, GgufRecord, QuantizationRecord, Question
 
@@ -65,7 +65,7 @@ TYPES: Mapping[str, GgufType] = {
     "q4_k_s": GgufType(4, 256, _K_BLOCKS),
     "q4_0": GgufType(4, 32, _BLOCKS),
 }
-"""By llama.cpp's name. What it computes in is what it makes of the layers' inputs on a processor."""
+"""By llama.cpp's name. `activations` is what llama.cpp converts the inputs of layers to on a CPU."""
 FILE = "model-{type}.gguf"
 """Name of the file of a type."""
 _STALLED_SECONDS = 900.0
@@ -75,48 +75,30 @@ _WITHOUT_NETWORK = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZ
 _MARGIN = 8
 """Tokens of llama.cpp's context beyond the longest question: it needs room for the one that it samples."""
 _PROBES = (
-    *("Hello, world!", " leading space", "  two spaces", "trailing space ", "a\nb\n\nc", "\ttab", "\n", "   "),
-    *(
-        "Question: What is 3 + 14,159?\nAnswer:",
-        "I'll we'VE don't it's",
-        "x=3.14; y = 'a' if b else \"c\"",
-        "1234567890",
-    ),
-    *(
-        "CamelCase snake_case ALLCAPS",
-        "na\u00efve caf\u00e9 \u00fcber",
-        "\u4f60\u597d\uff0c\u4e16\u754c",
-        "\u041f\u0440\u0438\u0432\u0435\u0442",
-        "\u0645\u0631\u062d\u0628\u0627",
-    ),
-    *(
-        "\U0001f600 \U0001f469\u200d\U0001f680",
-        "!!! ??? ...",
-        "a  b   c    d",
-        "https://example.org/a?b=c&d=1",
-        "e\u0301",
-    ),
+    "Hello, world!",
+    " leading space",
+    "  two spaces",
+    "trailing space ",
+    "a\nb\n\nc",
+    "\ttab",
+    "\n",
+    "   ",
+    "Question: What is 3 + 14,159?\nAnswer:",
+    "I'll we'VE don't it's",
+    "x=3.14; y = 'a' if b else \"c\"",
+    "1234567890",
+    "CamelCase snake_case ALLCAPS",
+    "na\u00efve caf\u00e9 \u00fcber",
+    "\u4f60\u597d\uff0c\u4e16\u754c",
+    "\u041f\u0440\u0438\u0432\u0435\u0442",
+    "\u0645\u0631\u062d\u0628\u0627",
+    "\U0001f600 \U0001f469\u200d\U0001f680",
+    "!!! ??? ...",
+    "a  b   c    d",
+    "https://example.org/a?b=c&d=1",
+    "e\u0301",
 )
 """Texts on which tokenizers differ: how they cut words, numbers, white space, and bytes that no token has."""
-
-
-@dataclass(frozen=True)
-class Converted:
-    """The properties of a GGUF file.
-
-    Attributes:
-        family: llama.cpp's name of the architecture.
-        pre_tokenizer: llama.cpp's name of how words are split.
-        types: By type the numbers held in it.
-        bits_per_weight: On average, scales included.
-        differing: Texts that llama.cpp tokenizes otherwise than the tokenizer does.
-    """
-
-    family: str
-    pre_tokenizer: str
-    types: Mapping[str, int]
-    bits_per_weight: float
-    differing: tuple[str, ...]
 
 
 def check_gguf(source: Path, check_stop: Callable[..., None]) -> str:
@@ -129,8 +111,8 @@ def check_gguf(source: Path, check_stop: Callable[..., None]) -> str:
     Raises:
         DataError: The tokenizer cannot be loaded.
     """
-    asked = {"do": "check", "source": str(source.absolute()), "tokenizer": _described(load_tokenizer(source))}
-    with _process(asked, check_stop) as answers:
+    request = {"do": "check", "source": str(source.absolute()), "tokenizer": _described(load_tokenizer(source))}
+    with _llama_cpp_process(request, check_stop) as answers:
         answer = next(answers)
     if "checked" not in answer:
         return _reason(answer)
@@ -150,8 +132,8 @@ def make_gguf(inputs: DerivedInputs) -> QuantizationRecord:
     """
     inputs.folder.mkdir(parents=True)
     source, file = inputs.merged.absolute(), inputs.folder.absolute() / FILE.format(type=inputs.kind)
-    asked = {"do": "make", "source": str(source), "file": str(file), "file_type": inputs.kind}
-    with _process({**asked, "tokenizer": _described(load_tokenizer(source))}, inputs.check_stop) as answers:
+    request = {"do": "make", "source": str(source), "file": str(file), "file_type": inputs.kind}
+    with _llama_cpp_process({**request, "tokenizer": _described(load_tokenizer(source))}, inputs.check_stop) as answers:
         answer = next(answer for answer in answers if "bytes" not in answer)
     if "made" not in answer:
         raise CannotMake(_reason(answer))
@@ -248,7 +230,7 @@ def load_gguf(file: Path, *, max_length: int, threads: int, check_stop: Callable
     Raises:
         TrainingFailed: llama.cpp does not load it.
     """
-    with _process(
+    with _llama_cpp_process(
         {"do": "score", "file": str(file), "threads": threads, "context": max_length + _MARGIN}, check_stop
     ) as answers:
         answer = next(answers)
@@ -347,9 +329,9 @@ class _Answers:
 
 
 @contextmanager
-def _process(first: Mapping[str, Any], check_stop: Callable[..., None]) -> Iterator[_Answers]:
+def _llama_cpp_process(request: Mapping[str, Any], check_stop: Callable[..., None]) -> Iterator[_Answers]:
     """Starts the process with its first line; it is killed when the context is left."""
     with start_helper("job.export.llama_cpp_process", environ=_WITHOUT_NETWORK) as helper:
         answers = _Answers(helper, check_stop)
-        answers.send_line(first)
+        answers.send_line(request)
         yield answers

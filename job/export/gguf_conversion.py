@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from job.export.llama_cpp_server import Refused, Served
+from job.export.llama_cpp_server import LlamaCppServer, Refused
 
 PRE_TOKENIZERS = (
     *("gpt-2", "llama-bpe", "qwen2", "gpt-4o", "tekken", "smollm", "starcoder", "falcon", "falcon3", "olmo", "bloom"),
@@ -45,13 +45,13 @@ def import_converter() -> Any:
     Raises:
         Refused: It is not installed.
     """
-    found = find_spec("auto_round")
-    if found is None or not found.submodule_search_locations:
-        raise Refused("the package auto-round is not installed; install qlora-job[export]")
-    place = Path(found.submodule_search_locations[0], "export", "export_to_gguf")
-    _add_new_names(place / "conversion")
-    if str(place) not in sys.path:
-        sys.path.insert(0, str(place))
+    spec = find_spec("auto_round")
+    if spec is None or not spec.submodule_search_locations:
+        raise Refused("the package auto-round is not installed; run pip install '.[export]' in the repository")
+    folder = Path(spec.submodule_search_locations[0], "export", "export_to_gguf")
+    _add_new_names(folder / "conversion")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     return import_module("conversion")
 
 
@@ -59,7 +59,7 @@ def _add_new_names(folder: Path) -> None:
     """Gives the package gguf the names of families and tensors that only the converter knows, which is newer.
 
     One file holds the classes of several families, and all of them fail if gguf lacks one name: without DFLASH, those
-    of Qwen do. The names get no value, so that `convertible` refuses the families that they belong to.
+    of Qwen do. The names get no value, so that `converter_for` refuses the families that they belong to.
     """
     import gguf
 
@@ -102,12 +102,12 @@ def _class_of(conversion: Any, hparams: dict[str, Any]) -> Any:
         raise Refused(f"llama.cpp's converter does not know the family {family}") from None
     if known.model_arch is None:
         raise Refused(f"the package gguf {version('gguf')} does not know the family {family}; a later one may")
-    if (why := computed_otherwise(family, {**hparams, **hparams.get("text_config", {})})) is not None:
+    if (why := why_computed_otherwise(family, {**hparams, **hparams.get("text_config", {})})) is not None:
         raise Refused(f"llama.cpp would compute another model: {why}")
     return known
 
 
-def convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], file: Path) -> Any:
+def converter_for(source: Path, file_type: str, tokenizer: Mapping[str, Any], file: Path) -> Any:
     """The converter's object for a folder, with what is added to it here.
 
     Raises:
@@ -142,7 +142,7 @@ def convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], file
             own = super().tensor_force_quant(name, new_name, bid, n_dims)
             if own is not False or selector is None or n_dims < 2 or not new_name.endswith(".weight"):  # noqa: PLR2004
                 return own
-            return _that_fits(selector.select_qtype(new_name, n_dims), self.columns)
+            return _fitting_type(selector.select_qtype(new_name, n_dims), self.columns)
 
         def set_vocab(self) -> None:
             try:
@@ -169,7 +169,7 @@ _LARGE = {"Gemma2ForCausalLM": 46, "Gemma3ForCausalLM": 62, "Gemma3ForConditiona
 """Layers of the families' models of 27B, whose scale of the scores llama.cpp takes from the hidden size."""
 
 
-def computed_otherwise(family: str, hparams: Mapping[str, Any]) -> str | None:
+def why_computed_otherwise(family: str, hparams: Mapping[str, Any]) -> str | None:
     """What a model does that llama.cpp does not do in this family, and that a file cannot tell it; None if nothing.
 
     Published models of these families follow these rules; a changed configuration may not.
@@ -196,13 +196,12 @@ def computed_otherwise(family: str, hparams: Mapping[str, Any]) -> str | None:
 def _file_type(name: str) -> Any:
     import gguf
 
-    prefix = "ALL" if name == "f32" else "MOSTLY"
-    return gguf.LlamaFileType[f"{prefix}_{name.upper()}"]
+    return gguf.LlamaFileType[f"MOSTLY_{name.upper()}"]
 
 
 def _type_selector(hparams: Mapping[str, Any], file_type: str, arch: Any) -> Any:
     """What gives each tensor its type; None where all get the same."""
-    if file_type in {"f32", "f16", "bf16", "q8_0"}:
+    if file_type in {"f16", "bf16", "q8_0"}:
         return None
     # takes ten seconds of processor time
     selector = import_module("auto_round.export.export_to_gguf.gguf_dtype").GGUFDTypeSelector
@@ -211,16 +210,16 @@ def _type_selector(hparams: Mapping[str, Any], file_type: str, arch: Any) -> Any
     return selector(text, _file_type(file_type), arch, has_tied_embeddings=tied)
 
 
-def _that_fits(gguf_type: Any, columns: int) -> Any:
+def _fitting_type(gguf_type: Any, columns: int) -> Any:
     """The type for rows of `columns` numbers, as llama.cpp's quantizer replaces one whose blocks do not divide them."""
     import gguf
 
     types = gguf.GGMLQuantizationType
-    instead = {types.Q2_K: types.Q4_0, types.Q3_K: types.Q4_0, types.Q4_K: types.Q5_0}
-    instead |= {types.Q5_K: types.Q5_1, types.Q6_K: types.Q8_0}
-    for found in (gguf_type, instead.get(gguf_type, types.F16)):
-        if columns % gguf.GGML_QUANT_SIZES[found][0] == 0:
-            return found
+    fallbacks = {types.Q2_K: types.Q4_0, types.Q3_K: types.Q4_0, types.Q4_K: types.Q5_0}
+    fallbacks |= {types.Q5_K: types.Q5_1, types.Q6_K: types.Q8_0}
+    for candidate in (gguf_type, fallbacks.get(gguf_type, types.F16)):
+        if columns % gguf.GGML_QUANT_SIZES[candidate][0] == 0:
+            return candidate
     return types.F16
 
 
@@ -235,9 +234,9 @@ def _blocks_by_ggml() -> None:
         values = np.ascontiguousarray(values, dtype=np.float32)
         if not np.isfinite(values).all():
             raise Refused("a weight is not finite")
-        made = np.empty((len(values), kind.type_size), dtype=np.uint8)
-        _ggml_quantize()(int(kind.qtype), values.ctypes.data, made.ctypes.data, 0, len(values), kind.block_size, None)
-        return made
+        packed = np.empty((len(values), kind.type_size), dtype=np.uint8)
+        _ggml_quantize()(int(kind.qtype), values.ctypes.data, packed.ctypes.data, 0, len(values), kind.block_size, None)
+        return packed
 
     for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"):
         kind: Any = gguf.quants._type_traits[gguf.GGMLQuantizationType[name]]  # noqa: SLF001 - the package's table of them
@@ -253,8 +252,8 @@ def _in_threads(
     rows = arr.reshape((-1, arr.shape[-1]))
     groups = np.array_split(rows, max(1, rows.size >> 20))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        made = np.concatenate([group.reshape(-1) for group in pool.map(func, groups)])
-    return made.astype(otype, copy=False).reshape(oshape)
+        blocks = np.concatenate([group.reshape(-1) for group in pool.map(func, groups)])
+    return blocks.astype(otype, copy=False).reshape(oshape)
 
 
 @cache
@@ -304,7 +303,7 @@ def try_vocabulary(model: Any, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """Tries the vocabulary in llama.cpp, and settles how it splits words where the converter does not know that.
 
     Args:
-        model: From `convertible`.
+        model: From `converter_for`.
         tokenizer: What the job's own tokenizer says: `texts`, [text, its token ids] each; `chat_template`; `special`,
             by GGUF's name the id of a special token.
 
@@ -319,16 +318,16 @@ def try_vocabulary(model: Any, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     try:
         pairs = _vocabulary_pairs(model)
     except NotImplementedError:
-        pairs = _first_that_agrees(model, tokenizer)
+        pairs = _pairs_that_agree(model, tokenizer)
     differing = _differing(pairs, tokenizer["texts"])
-    for key, wanted in tokenizer["special"].items():
-        found = pairs.get(f"tokenizer.ggml.{key}_token_id")
-        if found is not None and found.value != wanted:
-            raise Refused(f"its {key} token would be number {found.value}, but the tokenizer's is {wanted}")
-    pre = pairs.get(gguf.Keys.Tokenizer.PRE)
+    for key, token_id in tokenizer["special"].items():
+        pair = pairs.get(f"tokenizer.ggml.{key}_token_id")
+        if pair is not None and pair.value != token_id:
+            raise Refused(f"its {key} token would be number {pair.value}, but the tokenizer's is {token_id}")
+    pre_tokenizer = pairs.get(gguf.Keys.Tokenizer.PRE)
     return {
         "family": gguf.MODEL_ARCH_NAMES[model.model_arch],
-        "pre_tokenizer": "" if pre is None else pre.value,
+        "pre_tokenizer": "" if pre_tokenizer is None else pre_tokenizer.value,
         "differing": differing,
     }
 
@@ -339,7 +338,7 @@ def lost_window(model: Any) -> int | None:
     llama.cpp has no window for some families, such as Mistral: it attends to all earlier tokens.
 
     Args:
-        model: From `convertible`; the writer gets the family's parameters.
+        model: From `converter_for`; the writer gets the family's parameters.
     """
     window, longest = (model.hparams.get(name) for name in ("sliding_window", "max_position_embeddings"))
     kinds = model.hparams.get("layer_types") or ["sliding_attention"]
@@ -350,7 +349,7 @@ def lost_window(model: Any) -> int | None:
     return None if written or (longest is not None and window >= longest) else int(window)
 
 
-def _first_that_agrees(model: Any, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+def _pairs_that_agree(model: Any, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     for name in PRE_TOKENIZERS:
         model.pre = name
         pairs = _vocabulary_pairs(model)
@@ -377,7 +376,7 @@ def _differing(pairs: Mapping[str, Any], texts: Iterable[tuple[str, Sequence[int
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "vocabulary.gguf")
         _write_trial(file, pairs)
-        with_vocabulary = Served(file, threads=1, context=256)
+        with_vocabulary = LlamaCppServer(file, threads=1, context=256)
         return [text for text, ids in texts if with_vocabulary.tokenize(text) != list(ids)]
 
 

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from job.common.gguf_file import gguf_contents, quantized_tensors
-from job.export.gguf_conversion import NAME, convertible, lost_window, try_vocabulary
-from job.export.llama_cpp_server import Refused, Served, system_info
+from job.export.gguf_conversion import NAME, converter_for, lost_window, try_vocabulary
+from job.export.llama_cpp_server import LlamaCppServer, Refused, system_info
 
-_TOLD_SECONDS = 5.0
+_REPORT_SECONDS = 5.0
 
 Say = Callable[[Mapping[str, Any]], None]
 
@@ -41,10 +41,10 @@ def main() -> None:
             answers.write(json.dumps(message) + "\n")
             answers.flush()
 
-        asked = json.loads(sys.stdin.readline())
+        request = json.loads(sys.stdin.readline())
         do: Mapping[str, Callable[..., None]] = {"check": _check, "make": _make, "score": _score}
         try:
-            do[asked.pop("do")](**asked, say=say)
+            do[request.pop("do")](**request, say=say)
         except Refused as error:
             say({"refused": str(error)})
         except Exception as error:  # noqa: BLE001 - a converter or llama.cpp may raise anything
@@ -54,21 +54,21 @@ def main() -> None:
 
 def _check(*, source: str, tokenizer: Mapping[str, Any], say: Say) -> None:
     """Whether a folder can be converted: its family is known, and llama.cpp tokenizes as the tokenizer does."""
-    model = convertible(Path(source), "f16", tokenizer, Path(tempfile.gettempdir()))
+    model = converter_for(Path(source), "f16", tokenizer, Path(tempfile.gettempdir()))
     say({"checked": {**try_vocabulary(model, tokenizer), "lost_window": lost_window(model)}})
 
 
 def _make(*, source: str, file: str, file_type: str, tokenizer: Mapping[str, Any], say: Say) -> None:
     """Writes the file, reports progress periodically, and in the end what the file holds."""
-    model = convertible(Path(source), file_type, tokenizer, Path(file))
+    model = converter_for(Path(source), file_type, tokenizer, Path(file))
     vocabulary = try_vocabulary(model, tokenizer)
-    with _reporting_growth(Path(file), say), tempfile.TemporaryDirectory() as place:
+    with _reporting_growth(Path(file), say), tempfile.TemporaryDirectory() as folder:
         # the converter guesses a name, a version and more from the folder's name, which must not decide the bytes
-        model.dir_model_card = Path(place, NAME)
+        model.dir_model_card = Path(folder, NAME)
         model.dir_model_card.symlink_to(Path(source).absolute(), target_is_directory=True)
         model.write()
     # A file that llama.cpp cannot load fails here, and not when it is scored.
-    Served(Path(file), threads=1, context=256).tokenize("a")
+    LlamaCppServer(Path(file), threads=1, context=256).tokenize("a")
     say({"made": {**vocabulary, **gguf_contents(Path(file)), "quantized": quantized_tensors(Path(file))}})
 
 
@@ -79,7 +79,7 @@ def _reporting_growth(file: Path, say: Say) -> Iterator[None]:
 
     def watch() -> None:
         before = -1
-        while not done.wait(_TOLD_SECONDS):
+        while not done.wait(_REPORT_SECONDS):
             size = file.stat().st_size if file.exists() else 0
             if size != before:
                 say({"bytes": size})
@@ -96,11 +96,11 @@ def _reporting_growth(file: Path, say: Say) -> Iterator[None]:
 
 def _score(*, file: str, threads: int, context: int, say: Say) -> None:
     """Loads a file, reports that it is loaded, and scores one question for each line."""
-    served = Served(Path(file), threads=threads, context=context)
+    server = LlamaCppServer(Path(file), threads=threads, context=context)
     say({"loaded": system_info()})
     for line in sys.stdin:
         question = json.loads(line)
         scores = []
         for number, choice in enumerate(question["choices"]):
-            scores.append(served.score(question["context"], choice, anew=number == 0))
+            scores.append(server.score(question["context"], choice, anew=number == 0))
         say({"scores": scores})

@@ -15,15 +15,15 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-LEAST = math.log(np.finfo(np.float32).smallest_subnormal)
-"""llama.cpp takes the logarithm of a probability in fp32; one that is zero there has this one, the least of all."""
+MIN_LOG_LIKELIHOOD = math.log(np.finfo(np.float32).smallest_subnormal)
+"""llama.cpp computes probabilities in fp32; one that is zero there counts as the smallest positive number of fp32."""
 _FORCED = 1e9
 """Added to the logit of the token to be sampled: more than any logit. It is not in the probabilities that are read."""
-_ALL = 1 << 24
+_ALL_TOKENS = 1 << 24
 """More tokens than any vocabulary has."""
 _servers: list[Any] = []
 """Every server of this process. The destructor of one may wait for its own thread forever, so it never runs."""
-_SECONDS = 60
+_TOKENIZE_SECONDS = 60
 """How long llama.cpp may take for the tokens of a text."""
 
 
@@ -35,10 +35,12 @@ def _llama_cpp() -> Any:
     try:
         return import_module("xllamacpp")
     except ImportError as error:
-        raise Refused(f"the package xllamacpp is missing ({error}); install qlora-job[export]") from error
+        raise Refused(
+            f"the package xllamacpp is missing ({error}); run pip install '.[export]' in the repository"
+        ) from error
 
 
-class Served:
+class LlamaCppServer:
     """A GGUF file in llama.cpp's server, which answers one request at a time.
 
     Args:
@@ -75,7 +77,7 @@ class Served:
     def tokenize(self, text: str) -> list[int]:
         """The token ids of a text, with what llama.cpp adds at its beginning and end."""
         place = urlsplit(self._server.listening_address)
-        connection = HTTPConnection(str(place.hostname), place.port, timeout=_SECONDS)
+        connection = HTTPConnection(str(place.hostname), place.port, timeout=_TOKENIZE_SECONDS)
         body = json.dumps({"content": text, "add_special": True, "parse_special": True})
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         connection.request("POST", "/tokenize", body, headers)
@@ -103,8 +105,8 @@ class Served:
             log_probabilities = self._probabilities(before, token, most=1, cached=number > 0 or not anew)
             if not log_probabilities:
                 # llama.cpp reports no probability of a token that ends within a character: the list of all has it
-                log_probabilities = self._probabilities(before, self._reported_token(), most=_ALL, cached=True)
-            total += max(log_probabilities[token], LEAST)
+                log_probabilities = self._probabilities(before, self._reported_token(), most=_ALL_TOKENS, cached=True)
+            total += max(log_probabilities[token], MIN_LOG_LIKELIHOOD)
             greedy = greedy and next(iter(log_probabilities)) == token
         return total, greedy
 
@@ -134,7 +136,7 @@ class Served:
             if logprobs is None:
                 return {}
             (sampled,) = logprobs["content"]
-            log_probabilities = {int(one["id"]): float(one["logprob"]) for one in sampled["top_logprobs"]}
+            log_probabilities = {int(token["id"]): float(token["logprob"]) for token in sampled["top_logprobs"]}
             if sampled["id"] != forced:
                 raise Refused(f"llama.cpp scored token {sampled['id']} instead of token {forced}")
         except (KeyError, IndexError, TypeError, ValueError):

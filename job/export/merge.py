@@ -1,4 +1,4 @@
-"""The format `merged`: the base's checkpoint with the adapter added to its weights.
+"""The format `merged`: the base's files with the adapter added to their weights.
 
     W' = W + scale B A        for plain LoRA; for other kinds what PEFT's own layers make of W
 
@@ -13,13 +13,12 @@ result and one tensor in fp32.
 
 A module that was trained whole takes the place of the base's, and so do the rows of new tokens: `whole_parameters`.
 
-An adapter that begins with a part of the base (`decomposed_init`: PiSSA, OLoRA) is plain LoRA of twice the rank, on a
+An adapter that begins with a part of the base (`decomposed_init`: PiSSA, OLoRA) is plain LoRA of twice the rank, on an
 unchanged base, and merges as such.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,8 +27,8 @@ from typing import Any
 import torch
 
 from job.errors import TrainingFailed
-from job.export.checkpoint import read_tensor, write_weights
 from job.export.merge_plan import ADAPTER, ORIGINAL, MergedTensor, MergePlan, adapted_or_quantized
+from job.export.tensor_files import read_tensor, write_config, write_weights
 from job.export.whole_parameters import WholeParameter, trained_whole, with_vocabulary
 from job.model.base import is_quantized
 from job.model.device import short_name
@@ -37,7 +36,7 @@ from job.model.files import MAX_CONFIG_BYTES, read_config, read_json
 from job.model.fused.frozen_weights import dequantized
 from job.model.tokenizer_files import copy_tokenizer
 
-BESIDE = (
+COPIED_FILES = (
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     "chat_template.json",
 )
@@ -78,13 +77,12 @@ def write_merged(
 
     folder.mkdir(parents=True)
     write_weights(folder, {t.name: (t.shape, t.dtype) for t in plan.tensors}, written, check_stop=check_stop)
-    of_base = read_json(plan.source / "config.json", MAX_CONFIG_BYTES)
+    base_config = read_json(plan.source / "config.json", MAX_CONFIG_BYTES)
     if plan.vocabulary is not None:
-        of_base = with_vocabulary(of_base, read_config(plan.source), plan.vocabulary)
-    config = _config(of_base, plan.dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        base_config = with_vocabulary(base_config, read_config(plan.source), plan.vocabulary)
+    write_config(folder, _config(base_config, plan.dtype))
     copy_tokenizer(plan.source, folder, tokenizer, added_tokens)
-    for name in BESIDE:
+    for name in COPIED_FILES:
         if (plan.source / name).is_file():
             shutil.copyfile(plan.source / name, folder / name)
 
@@ -102,8 +100,8 @@ def _written(
     module = None if tensor.module is None else modules[tensor.module]
     takes_original = module is None or onto == ORIGINAL or not is_quantized(module.weight)
     if tensor.whole is not None:
-        made = whole_parameters[tensor.whole].of(read_tensor(tensor.file, tensor.name))
-        return _finite(made.to(tensor.dtype).contiguous(), tensor.whole)
+        whole = whole_parameters[tensor.whole].of(read_tensor(tensor.file, tensor.name))
+        return _require_finite(whole.to(tensor.dtype).contiguous(), tensor.whole)
     if takes_original and not isinstance(module, LoraLayer):
         return read_tensor(tensor.file, tensor.name).to(tensor.dtype).contiguous()
     if takes_original:
@@ -116,10 +114,10 @@ def _written(
     if isinstance(module, LoraLayer):
         weight = merge_weight(module, weight)
     rounded = (weight.T if tensor.transposed else weight).to(tensor.dtype).cpu().contiguous()
-    return _finite(rounded, str(tensor.module))
+    return _require_finite(rounded, str(tensor.module))
 
 
-def _finite(rounded: torch.Tensor, name: str) -> torch.Tensor:
+def _require_finite(rounded: torch.Tensor, name: str) -> torch.Tensor:
     if not torch.isfinite(rounded).all():
         raise TrainingFailed(
             f"the merged weights of {name} are not finite in {short_name(rounded.dtype)}: the adapter "
@@ -146,34 +144,34 @@ def merge_weight(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     if isinstance(layer, AdaLoraLayer):
         # PEFT's layer of a 4-bit base has no method for it, nor this attribute.
         layer.fan_in_fan_out = getattr(layer, "fan_in_fan_out", False)
-        return _upright(SVDLinear.get_delta_weight(layer, ADAPTER).detach(), layer).add_(weight)
+        return _outputs_by_inputs(SVDLinear.get_delta_weight(layer, ADAPTER).detach(), layer).add_(weight)
     if not layer.use_dora.get(ADAPTER, False):
         # In place: the update is a separate tensor, and a sum has the same bits in either order.
-        return _upright(layer.get_delta_weight(ADAPTER).detach(), layer).add_(weight)
+        return _outputs_by_inputs(layer.get_delta_weight(ADAPTER).detach(), layer).add_(weight)
     # DoRA takes the norm of the weight that it is merged into, from its own base layer: so it gets one in fp32.
-    plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    plain.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-    how: dict[str, Any] = {"r": layer.r[ADAPTER], "lora_alpha": layer.lora_alpha[ADAPTER]}
-    made = Linear(plain, ADAPTER, config=LoraConfig(**how, use_dora=True, init_lora_weights=False), **how)
-    made.scaling[ADAPTER] = layer.scaling[ADAPTER]
+    base_layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    base_layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    rank: dict[str, Any] = {"r": layer.r[ADAPTER], "lora_alpha": layer.lora_alpha[ADAPTER]}
+    dora = Linear(base_layer, ADAPTER, config=LoraConfig(**rank, use_dora=True, init_lora_weights=False), **rank)
+    dora.scaling[ADAPTER] = layer.scaling[ADAPTER]
     for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        getattr(made, part)[ADAPTER].weight = getattr(layer, part)[ADAPTER].weight
-    made.merge(safe_merge=True)
-    merged: torch.Tensor = plain.weight.detach()
+        getattr(dora, part)[ADAPTER].weight = getattr(layer, part)[ADAPTER].weight
+    dora.merge(safe_merge=True)
+    merged: torch.Tensor = base_layer.weight.detach()
     return merged
 
 
-def _upright(delta: torch.Tensor, layer: Any) -> torch.Tensor:
+def _outputs_by_inputs(delta: torch.Tensor, layer: Any) -> torch.Tensor:
     """(outputs, inputs), from a layer whose weights may be transposed."""
     return delta.T if layer.fan_in_fan_out else delta
 
 
-def _config(of_base: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _config(base_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The base's config.json for weights in `dtype`: without quantization, code of a repository, or a path."""
     dropped = {"quantization_config", "auto_map", "_name_or_path"}
     dtype_name = str(dtype).removeprefix("torch.")
     config: dict[str, Any] = {}
-    for key, value in of_base.items():
+    for key, value in base_config.items():
         if key in dropped:
             continue
         if isinstance(value, dict) and key.endswith("_config"):

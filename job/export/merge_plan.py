@@ -1,7 +1,7 @@
-"""What a merge writes: which tensors of the base's checkpoint, from which module and in which dtype; and refusals.
+"""What a merge writes: which tensors of the base's files, from which module and in which dtype; and refusals.
 
-The result has the names, the shapes and the other tensors of the base's own checkpoint, so that what loads the base
-loads it. What cannot be merged is refused before training, with the setting to change. `merge` computes and writes it.
+The result has the names, the shapes and the other tensors of the base's own files, so that what loads the base loads
+it. What cannot be merged is refused before training, with the setting to change. `merge` computes and writes it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from job.errors import Problem, SettingsError
-from job.export.checkpoint import parameter_names, read_header
+from job.export.tensor_files import parameter_names, read_headers
 from job.export.whole_parameters import WholeParameter, grown_vocabulary, trained_whole, why_not_grown
 from job.model.base import dtype_by_name, is_quantized
 from job.model.experts import expert_tensors, packed
-from job.model.files import MAX_CONFIG_BYTES, build_empty, quantization_method, read_config, read_json, weight_files
+from job.model.files import MAX_CONFIG_BYTES, build_empty, quantization_method, read_config, read_json
 
 ORIGINAL, DEQUANTIZED, BEST = "original", "dequantized", "best"
 ADAPTER = "default"
@@ -31,7 +31,7 @@ _ROUNDED = {torch.float32, torch.float64}
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """A tensor of the result: its name and file in the base's checkpoint, and the dtype that it is written in.
+    """A tensor of the result: its name and file among the base's files, and the dtype that it is written in.
 
     `module` is the full name of the loaded model's module whose weight it is, if that is adapted or quantized.
     `transposed` is whether it lies in the file as (inputs, outputs), as GPT-2's do. `whole` is the name of a parameter
@@ -136,7 +136,7 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
     empty = build_empty(source, config)
     changed, whole_parameters = dict(adapted_or_quantized(base)), trained_whole(base)
     problems = list(_unmergeable(model, empty, changed))
-    in_files = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
+    in_files = read_headers(source)
     parameters = parameter_names(in_files, empty)
     replaced = _replaced(whole_parameters, empty)
     problems += _not_in_files(changed, whole_parameters, replaced, list(parameters.values()))
@@ -160,9 +160,13 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
         plain = empty.get_submodule(modules[name]) if name in modules else None
         # packed weights have another shape in the file, and new tokens make more rows
         own_name = replaced.get(parameters.get(name, ""))
-        made = whole_parameters[own_name].shape if own_name else shape if plain is None else tuple(plain.weight.shape)
+        result_shape = (
+            whole_parameters[own_name].shape if own_name else shape if plain is None else tuple(plain.weight.shape)
+        )
         transposed = plain is not None and _is_conv1d(plain)
-        tensors.append(MergedTensor(name, file, made, written_in(name, dtype), modules.get(name), transposed, own_name))
+        tensors.append(
+            MergedTensor(name, file, result_shape, written_in(name, dtype), modules.get(name), transposed, own_name)
+        )
     rows = grown_vocabulary(base, config)
     if rows is not None:
         shapes = {parameters[tensor.name]: tensor.shape for tensor in tensors if tensor.name in parameters}

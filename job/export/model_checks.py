@@ -53,20 +53,19 @@ def file_problems(formats: Sequence[str], original: Path, check_stop: Callable[.
     Raises:
         DataError: The tokenizer cannot be loaded.
     """
-    by_check = {
-        derived_format(name)[0].check_files: name for name in derived(formats)
-    }  # once for all types of a format
-    for of_files, name in by_check.items():
-        if why := of_files(original, check_stop):
+    # Once for all types of a format.
+    name_by_check = {derived_format(name)[0].check_files: name for name in derived(formats)}
+    for check_files, name in name_by_check.items():
+        if why := check_files(original, check_stop):
             yield Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; remove it")
 
 
 def format_problems(empty: Any, names: Sequence[str], gate_format: str, device: Any | None) -> Iterator[Problem]:
     """Yields which of these formats cannot be made of a model without weights, or not judged on this device."""
     for name in names:
-        found, kind = derived_format(name)
-        if why := found.check(empty, kind):
+        export_format, kind = derived_format(name)
+        if why := export_format.check(empty, kind):
             yield Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out")
-        why = "" if device is None else found.cannot_score(device)
+        why = "" if device is None else export_format.cannot_score(device)
         if why and gate_format == name:
             yield Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; set it to another format")

@@ -35,7 +35,7 @@ def kept_linear(empty: Any) -> list[str]:
     return [name for name, module in empty.named_modules() if isinstance(module, nn.Linear) and name not in chosen]
 
 
-def why_not(empty: Any) -> str:
+def why_not_quantizable(empty: Any) -> str:
     """Why a model of this architecture cannot be quantized, in words; nothing if it can.
 
     Args:

@@ -49,8 +49,8 @@ def trained_whole(base: Any) -> dict[str, WholeParameter]:
         elif isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter is None:
             layer = module.token_adapter
             weight, rows = layer.get_base_layer().weight, layer.trainable_tokens_delta[_ADAPTER]
-            made = partial(_with_rows, weight, rows, layer.token_indices[_ADAPTER])
-            parameters[f"{name}.weight"] = WholeParameter(tuple(weight.shape), made)
+            merge = partial(_with_rows, weight, rows, layer.token_indices[_ADAPTER])
+            parameters[f"{name}.weight"] = WholeParameter(tuple(weight.shape), merge)
     return parameters
 
 
@@ -67,11 +67,11 @@ def _with_rows(weight: torch.Tensor, rows: torch.Tensor, numbers: list[int], in_
         numbers: Which rows they are.
         in_file: (vocabulary of the file, hidden), which may have fewer rows.
     """
-    made = torch.empty(weight.shape, dtype=torch.float32)
-    made[: len(in_file)] = in_file
-    made[len(in_file) :] = weight[len(in_file) :].detach().cpu()
-    made[torch.tensor(numbers)] = rows.detach().float().cpu()
-    return made
+    merged = torch.empty(weight.shape, dtype=torch.float32)
+    merged[: len(in_file)] = in_file
+    merged[len(in_file) :] = weight[len(in_file) :].detach().cpu()
+    merged[torch.tensor(numbers)] = rows.detach().float().cpu()
+    return merged
 
 
 def grown_vocabulary(base: Any, config: Any) -> int | None:

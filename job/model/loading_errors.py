@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from job.common.formatting import first_line
 from job.errors import DataError, Problem
 from job.model.files import readable
 
@@ -66,7 +67,7 @@ def _naming_weights(folder: Path, message: str) -> Any:
             # Operations of this module stack, split and transpose tensors of the files; others quantize.
             if type(op).__module__ != core_model_loading.__name__:
                 raise
-            first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            first = first_line(error)
             raise DataError([Problem("JOB_MODEL__ID", f"{folder} {message}: {name}: {first}")]) from error
 
     return naming_weights

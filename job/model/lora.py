@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from job.common.formatting import first_line
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import PLAIN, AdapterOptions
 from job.model.decomposed_init import decompose
@@ -87,7 +88,7 @@ def add_adapter(
         with plain_shapes(model):
             adapted = get_peft_model(model, config)
     except ValueError as error:  # of layers that it knows it would break
-        what = f"PEFT cannot adapt {', '.join(targets)}: {(str(error).splitlines() or [''])[0][:300]}"
+        what = f"PEFT cannot adapt {', '.join(targets)}: {first_line(error, 300)}"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)]) from error
     # The weights have their first values now; who loads the adapter shall not compute others first, or change the base.
     config.init_lora_weights = True

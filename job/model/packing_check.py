@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from job import log
+from job.common.formatting import first_line
 from job.errors import DataError, JobError, Problem, SettingsError
 from job.model.base import PLAIN
 from job.model.lora import trainable
@@ -159,7 +160,7 @@ def _own_code(base: Any) -> Iterator[None]:
     except _PASSING:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0][:300]
+        first = first_line(error, 300)
         what = f"the code of {type(base).__name__} fails on a plain sequence of text: {type(error).__name__}: {first}"
         raise SettingsError([Problem("JOB_MODEL__ID", what)]) from error
 

@@ -22,7 +22,7 @@ from job.model.files import read_json
 from job.model.published_names import PublishedNames
 from job.model.target_modules import adapted_layers, resolve_targets
 from job.model.tensor_names import PREFIX, tensor_files
-from job.storage.hub import hub_errors
+from job.storage.hub_errors import hub_errors
 from job.storage.location import is_remote
 from job.storage.open import StorageOptions, fetch
 

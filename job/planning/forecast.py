@@ -214,16 +214,23 @@ def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]
             yield Estimate(f"scoring, {name}", llama_cpp_seconds(run, setup), "s", "assumed", note)
 
 
+def _warmup_note(run: RunShape) -> str:
+    """That a run of few steps ends before its learning rate has risen; else nothing."""
+    if run.workload is None or run.workload.steps > run.warmup_steps:
+        return ""
+    return f"the warmup takes {run.warmup_steps:,}: the learning rate never reaches its peak; JOB_TRAIN__WARMUP_RATIO"
+
+
 def _of_the_data(run: RunShape) -> Iterator[Estimate]:
     if run.first_stage is not None and (before := run.first_stage.workload) is not None:
         basis = run.first_stage.workload_basis
         yield Estimate("examples, first stage", before.rows, "", basis)
-        yield Estimate("optimizer steps, first stage", before.steps, "", basis)
+        yield Estimate("optimizer steps, first stage", before.steps, "", basis, _warmup_note(run.first_stage))
         yield Estimate("tokens, first stage", before.tokens, "", basis, "all epochs")
     if run.trains and run.workload is not None:
         workload, basis = run.workload, run.workload_basis
         yield Estimate("examples", workload.rows, "", basis)
-        yield Estimate("optimizer steps", workload.steps, "", basis)
+        yield Estimate("optimizer steps", workload.steps, "", basis, _warmup_note(run))
         yield Estimate("tokens", workload.tokens, "", basis, "all epochs")
         yield Estimate("target tokens", workload.target_tokens, "", basis, "tokens that the loss counts")
         yield Estimate("longest example", workload.longest, "tokens", basis)

@@ -75,6 +75,7 @@ class RunShape:
         divide: Whether a long row that does not fit on one GPU is divided over those of the run.
         auxiliary: The classifier of the safety screen and the judge, if the run has them.
         step_rows: JOB_TRAIN__GLOBAL_BATCH_SIZE.
+        warmup_steps: Optimizer steps in which the learning rate rises.
         trains: False for a run that exports a finished one (JOB_EXPORT__RUN): it trains nothing, and of evaluations it
             has only those of the exported formats.
     """
@@ -115,6 +116,7 @@ class RunShape:
     auxiliary: tuple[AuxiliaryModel, ...] = ()
     answered: tuple[int, int] = (0, 0)
     step_rows: int = 32
+    warmup_steps: int = 0
     trains: bool = True
 
     @property

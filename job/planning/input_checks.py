@@ -260,7 +260,8 @@ def _check_gguf(s: Settings, model: ModelFacts | None, folder: Path) -> Iterator
         if model is None:
             raise NotChecked("the model's files cannot be fetched")
         if lacking := not_installed(names):
-            raise NotChecked(f"needs {', '.join(lacking)}, which is not installed here: pip install '{EXTRA}'")
+            how = f"run pip install '{EXTRA}' in the repository"
+            raise NotChecked(f"needs {', '.join(lacking)}, which is not installed here: {how}")
         original = None if is_remote(s.model.id) else local_model(s.model.id)
         original = original or files_without_weights(model.folder, folder / "without weights")
         raise_problems(file_problems(names, original, lambda **_: None))

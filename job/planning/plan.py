@@ -13,7 +13,8 @@ from job.common.formatting import size
 from job.common.gpu_context import CONTEXT_BYTES
 from job.common.resources import available_bytes, check_disk
 from job.common.source_list import parse_sources
-from job.data.licences import LICENCES, find_licence
+from job.data.hub_dataset import is_hub_id
+from job.data.licences import find_licence
 from job.distributed.launcher import count_processes
 from job.errors import JobError, SettingsError, combine
 from job.planning import scaling, time_model
@@ -35,7 +36,7 @@ from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow
 from job.settings.combinations import sharded_alone
 from job.settings.load import Settings
-from job.storage.hub import MAX_FILE
+from job.storage.hub import MAX_FILE_BYTES
 from job.training import memory_model
 
 SHARED_MEMORY = PreflightResult("shared memory", "ok", "one process needs none; several need 1 GiB in /dev/shm")
@@ -62,6 +63,12 @@ class Plan:
         return combine(wrong) if wrong else None
 
 
+def place_of_run(settings: Settings) -> str:
+    """Where the run will be, in words: an id that was generated for this command is not the one that it will have."""
+    output = settings.run.output.rstrip("/")
+    return f"a new run in {output}" if settings.sources.get("run.id") == "generated" else f"{output}/{settings.run.id}"
+
+
 def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None) -> Plan:
     """Makes all checks, then forecasts from what they read, or from known sizes of public models and data.
 
@@ -73,7 +80,7 @@ def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None)
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-", dir=parent) as folder:
         preflight = check_run_inputs(settings, Path(folder), show, unread)
     checks = [*preflight.checks, *_note_of_export(settings, preflight)]
-    own = f"{settings.run.output.rstrip('/')}/{settings.run.id}"
+    own = place_of_run(settings)
     if unread is not None:
         title = f"export of {settings.export.run}, to {own}"
         return Plan(title, tuple(checks), tuple(_measured(preflight)), (), None, (), trains=False)
@@ -120,28 +127,32 @@ def _measured(preflight: Preflight) -> list[Estimate]:
 
 
 def _licence(settings: Settings, preflight: Preflight) -> PreflightResult:
-    """The licences of data and model by their cards, else by name."""
-    data = settings.data
+    """The licences of data and model by their cards, else by name; of what was not looked at, by cards in the cache."""
+    data, model, sources = settings.data, settings.model, parse_sources(settings.data.source)
     licences = [
         preflight.data.licence if preflight.data is not None else None,
         *(
-            find_licence(source.location, source.revision or data.revision, "dataset")
-            if Path(source.location).exists()
-            else LICENCES.get(source.location)
-            for source in parse_sources(data.source)
+            find_licence(source.location, source.revision or data.revision, "dataset", ask_hub=False)
+            for source in sources
         ),
     ]
+    unknown = _unknown(*(source.location for source in sources), asked=preflight.data is not None)
     licence = (
         licences[0]
         or "; ".join(sorted({name for name in licences if name}))
-        or "unknown; check that you may train on it"
+        or f"{unknown}; check that you may train on it"
     )
     limits = ": no commercial use of the data, nor of models that are trained on it" if "-nc" in licence else ""
-    # A model that was looked at is here, or the hub answers.
-    base = find_licence(settings.model.id, settings.model.revision, "model") if preflight.model is not None else None
-    return PreflightResult(
-        "licence", "note", f"{data.source}: {licence}{limits}; {settings.model.id}: {base or 'unknown'}"
-    )
+    asked = preflight.model is not None  # a model that was looked at is here, or the hub answers
+    base = find_licence(model.id, model.revision, "model", ask_hub=asked) or _unknown(model.id, asked=asked)
+    return PreflightResult("licence", "note", f"{data.source}: {licence}{limits}; {model.id}: {base}")
+
+
+def _unknown(*places: str, asked: bool) -> str:
+    """Why no licence is known: of a hub id, the hub may not have been asked."""
+    if asked or not any(map(is_hub_id, places)):
+        return "unknown"
+    return "unknown, since the hub was not asked and its cache here has no card"
 
 
 def _sharded_alone(settings: Settings, processes: int) -> Iterator[PreflightResult]:
@@ -178,8 +189,8 @@ def _main_memory(settings: Settings, run: RunShape) -> Iterator[PreflightResult]
 def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:
     """What is too large for one file of the hub: a GGUF file. All other formats are split into shards."""
     for name in run.derived if settings.export.hub else ():
-        if name.startswith(GGUF) and (file_bytes := run.format_bytes(name)) > MAX_FILE:
-            what = f"{name} is one file of about {size(file_bytes, ' ')}, and the hub takes {size(MAX_FILE, ' ')}"
+        if name.startswith(GGUF) and (file_bytes := run.format_bytes(name)) > MAX_FILE_BYTES:
+            what = f"{name} is one file of about {size(file_bytes, ' ')}, and the hub takes {size(MAX_FILE_BYTES, ' ')}"
             yield PreflightResult(
                 "hub", "note", f"{what}; leave it out, use a smaller type, or push to JOB_EXPORT__OCI"
             )

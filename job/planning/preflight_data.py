@@ -29,7 +29,7 @@ from job.planning.preflight import HUB_UNREACHABLE, Found, NotChecked, Online
 from job.planning.shown_rows import ShownRow, show_row
 from job.records import AuditRecord, Example
 from job.storage.hub import peek_dataset
-from job.storage.open import StorageOptions, fetch, is_remote, size
+from job.storage.open import StorageOptions, bytes_to_fetch, fetch, is_remote
 
 NO_LIMIT = 1 << 31
 """Maximum length of an example, in tokens, in effect none: used while token counts are only estimated."""
@@ -181,7 +181,7 @@ def _of_the_data(
 ) -> tuple[int, str | None]:
     """(bytes to download, 0 for a local file; the licence on the hub's card, if there is one)."""
     if is_remote(source):
-        return size(source, storage), None
+        return bytes_to_fetch(source, storage), None
     check_source(source, revision, split, setting)
     if not is_hub_id(source):
         return 0, None

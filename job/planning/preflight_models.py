@@ -28,7 +28,7 @@ from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN
 from job.planning.preflight import HUB_UNREACHABLE, Found, NotChecked, Online
 from job.settings.field_types import is_server
 from job.storage.hub import SMALL_FILES, cached_model, local_model, peek_model
-from job.storage.open import StorageOptions, is_remote, open_store, size
+from job.storage.open import StorageOptions, bytes_to_fetch, is_remote, open_store
 
 MOSTLY = 0.5
 """The plan notes if less than this share of the weights would be quantized; in most models it is more."""
@@ -70,7 +70,7 @@ def preview_model(
     download: int | None
     if is_remote(source):
         place, weights = _fetch_small_files(source, folder, storage)
-        where, download = f"{source} can be read", size(source, storage)
+        where, download = f"{source} can be read", bytes_to_fetch(source, storage)
     elif (local := local_model(source)) is not None:
         place, weights, download = local, sum(1 for _ in local.glob("*.safetensors")), 0
         where = f"{source} is here"
@@ -256,7 +256,7 @@ def _auxiliary_model(
     if is_remote(place):
         (folder / name).mkdir()
         model_folder, weights = _fetch_small_files(place, folder / name, storage)
-        weight_bytes = download = size(place, storage)
+        weight_bytes = download = bytes_to_fetch(place, storage)
     elif (local := local_model(place)) is not None:
         files = weight_files(local)
         model_folder, weights, weight_bytes, download = local, len(files), sum(file.stat().st_size for file in files), 0

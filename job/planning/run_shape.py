@@ -8,6 +8,7 @@ from operator import itemgetter, mul
 
 from job.common.export_formats import adapter_copies, derived, needs_merge
 from job.common.methods import METHODS
+from job.common.schedulers import count_warmup_steps
 from job.data.batch_plan import steps_per_epoch
 from job.data.examples import lengths_of, target_counts_of
 from job.errors import Problem, SettingsError
@@ -84,6 +85,7 @@ def shape_of_run(
         offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
         divide=settings.train.sequence_parallel == "auto" and settings.train.neftune_noise_alpha == 0,
         step_rows=settings.train.global_batch_size,
+        warmup_steps=_warmup_steps(settings, workload),
     )
     if settings.export.run is not None:
         return _only_exported(run)
@@ -106,6 +108,7 @@ def shape_of_run(
         tiles=_tiles(first, setup),
         recorded=_recorded(first),
         step_rows=first.train.global_batch_size,
+        warmup_steps=_warmup_steps(first, workload),
     )
     more = preflight.first_data.download_bytes if preflight.first_data else 0
     return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)
@@ -210,6 +213,11 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
         global_batch_size=train.global_batch_size,
         steps=steps(rows),
     ), "assumed"
+
+
+def _warmup_steps(settings: Settings, workload: Workload | None) -> int:
+    train = settings.train
+    return count_warmup_steps(workload.steps if workload else 0, train.warmup_steps, train.warmup_ratio)
 
 
 def _validation(settings: Settings, data: DataFacts | None, workload: Workload | None) -> ForwardWork | None:

@@ -19,12 +19,12 @@ def copied_folder(inputs: Path | None) -> Path | None:
     """
     if inputs is None or not (path := inputs / "config/checkpointconfig.json").is_file():
         return None
-    said = read_mapping(path, json.loads)
-    folder = said.get("LocalPath") if isinstance(said, Mapping) else None
+    config = read_mapping(path, json.loads)
+    folder = config.get("LocalPath") if isinstance(config, Mapping) else None
     return Path(folder) if isinstance(folder, str) and folder else inputs.parent / "checkpoints"
 
 
-def lasts(output: str, inputs: Path | None) -> bool:
+def outlives_machine(output: str, inputs: Path | None) -> bool:
     """Whether files written to `output` outlive the machine."""
     copied = copied_folder(inputs)
     return "://" in output or (copied is not None and Path(output).is_relative_to(copied))

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from job import log
 
 # All three clouds use this address. A host name would need DNS, whose duration cannot be bounded.
-BASE = "http://169.254.169.254"
+BASE_URL = "http://169.254.169.254"
 TIMEOUT_SECONDS = 1.0
 MAX_BYTES = 64 * 1024
 # What an absent, broken or hostile service can cause. RecursionError: JSON that is nested too deeply.
@@ -81,11 +81,11 @@ class Ec2:
         """See `Cloud.look`. A rebalance recommendation announces a risk only: it is logged once and stops nothing."""
         answer = self._get("/latest/meta-data/spot/instance-action")
         if answer.status == HTTPStatus.OK:
-            found = json.loads(answer.text)
-            if isinstance(found, dict) and found.get("action") in ("terminate", "stop", "hibernate"):
-                seconds = _until(answer, found.get("time"), self.notice_seconds, datetime.fromisoformat)
-                return Notice(f"EC2's spot notice ({found['action']})", seconds)
-            _ignore(self.name, answer.text)
+            action = json.loads(answer.text)
+            if isinstance(action, dict) and action.get("action") in ("terminate", "stop", "hibernate"):
+                seconds = _until(answer, action.get("time"), self.notice_seconds, datetime.fromisoformat)
+                return Notice(f"EC2's spot notice ({action['action']})", seconds)
+            _log_unknown_answer(self.name, answer.text)
         if not self._warned and self._get("/latest/meta-data/events/recommendations/rebalance").status == HTTPStatus.OK:
             self._warned = True
             log.get_logger().warning("EC2 sent a rebalance recommendation: this instance may be interrupted soon")
@@ -146,7 +146,7 @@ class Gcp:
         if event in {"TERMINATE_ON_HOST_MAINTENANCE", "MIGRATE_ON_HOST_MAINTENANCE"}:
             log.get_logger().warning("Google announces host maintenance", maintenance_event=event)
         elif event != "NONE":
-            _ignore(self.name, str(event))
+            _log_unknown_answer(self.name, str(event))
         return None
 
     def _read(self, key: str) -> str | None:
@@ -180,18 +180,22 @@ class Azure:
         answer = self._ask("/metadata/scheduledevents?api-version=2020-07-01")
         if answer.status != HTTPStatus.OK:
             return None
-        found = json.loads(answer.text)
-        events = found.get("Events") if isinstance(found, dict) else None
+        content = json.loads(answer.text)
+        events = content.get("Events") if isinstance(content, dict) else None
         if not isinstance(events, list):
-            _ignore(self.name, answer.text)
+            _log_unknown_answer(self.name, answer.text)
             return None
         for event in events:
-            if isinstance(event, dict) and event.get("EventType") == "Preempt" and self._is_hit(event.get("Resources")):
+            if (
+                isinstance(event, dict)
+                and event.get("EventType") == "Preempt"
+                and self._names_this_machine(event.get("Resources"))
+            ):
                 seconds = _until(answer, event.get("NotBefore"), self.notice_seconds, parsedate_to_datetime)
                 return Notice("Azure's notice of preemption", seconds)
         return None
 
-    def _is_hit(self, resources: object) -> bool:
+    def _names_this_machine(self, resources: object) -> bool:
         names = resources if isinstance(resources, list) else []
         return self._machine.casefold() in {name.casefold() for name in names if isinstance(name, str)}
 
@@ -218,7 +222,7 @@ def ask(base: str, path: str, headers: Mapping[str, str], method: str = "GET") -
 
 def _date(headers: Mapping[str, str]) -> datetime:
     try:
-        return _aware(parsedate_to_datetime(headers["date"]))
+        return _with_zone(parsedate_to_datetime(headers["date"]))
     except (KeyError, ValueError, ArithmeticError):
         return datetime.now(UTC)
 
@@ -226,17 +230,17 @@ def _date(headers: Mapping[str, str]) -> datetime:
 def _until(answer: Answer, when: object, longest: float, read: Callable[[str], datetime]) -> float:
     """Seconds from the answer to `when`, by the service's own clock; `longest` where `when` is no time."""
     try:
-        seconds = (_aware(read(when)) - answer.date).total_seconds() if isinstance(when, str) else longest
+        seconds = (_with_zone(read(when)) - answer.date).total_seconds() if isinstance(when, str) else longest
     except (ValueError, ArithmeticError):
         seconds = longest
     return min(max(seconds, 0.0), longest)
 
 
-def _aware(when: datetime) -> datetime:
+def _with_zone(when: datetime) -> datetime:
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
-def _ignore(provider: str, text: str) -> None:
+def _log_unknown_answer(provider: str, text: str) -> None:
     log.get_logger().debug("the answer of the metadata service is not understood", provider=provider, answer=text[:100])
 
 

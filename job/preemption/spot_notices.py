@@ -13,7 +13,7 @@ from threading import Event, Thread
 from typing import Literal
 
 from job import log
-from job.preemption.metadata_services import BASE, CLOUDS, FAILURES, Cloud
+from job.preemption.metadata_services import BASE_URL, CLOUDS, FAILURES, Cloud
 from job.preemption.stop_flag import Stop
 
 _JOIN_SECONDS = 2.0
@@ -36,7 +36,7 @@ def watch_notices(
     if provider == "off":
         yield
         return
-    bases = dict.fromkeys(CLOUDS, BASE) if bases is None else bases
+    bases = dict.fromkeys(CLOUDS, BASE_URL) if bases is None else bases
     clouds = [CLOUDS[name](base) for name, base in bases.items() if provider in {"auto", name}]
     stopped = Event()
     # With a copy of the context, the thread's log lines carry the run and the attempt as well.

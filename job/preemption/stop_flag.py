@@ -40,17 +40,17 @@ SAME_REQUEST_SECONDS = 1.0
 processes of a group or a service, and by the parent as well: from timeout, systemd, scancel, or a terminal that is
 closed."""
 
-Plan = Literal["finish_step", "save_now", "too_late"]
+StopPlan = Literal["finish_step", "save_now", "too_late"]
 
 SPARE_SHARE = 0.25
 SPARE_SECONDS = 2.0
 """Margin of `decide`: machines slow down while they are drained, and the run log is still to be written at the end."""
 LAST_SECONDS = 0.5
-"""So long before the kill a process that has not ended ends itself."""
+"""A process that has not ended by this time before the kill ends itself."""
 _LONGEST_WAIT = 3600.0
 """Seconds; `poll` takes no more than 24 days."""
-_LEFT = b"\0"
-"""No signal's number."""
+_NO_MORE_SIGNALS = b"\0"
+"""Written to the pipe of signal numbers when it is not read any more; no signal has this number."""
 
 
 class Stop:
@@ -133,7 +133,7 @@ class Stopwatch:
         return Timings(**{name: max(kept, default=0.0) for name, kept in self._kept.items()})
 
 
-def decide(timings: Timings, remaining: float, step_left: float = 1.0) -> Plan:
+def decide(timings: Timings, remaining: float, step_left: float = 1.0) -> StopPlan:
     """What still fits before the deadline, with a margin of `SPARE_SHARE` and `SPARE_SECONDS`.
 
     Args:
@@ -171,11 +171,12 @@ def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], 
     """Within it each of `SIGNALS` sets the flag; a second request, by a later signal, ends the process at once.
 
     `LAST_SECONDS` before the kill the process ends itself, with the exit code of a preemption, even while it waits: a
-    store that throttles may keep it for minutes, and what is killed (137) looks like one that ran out of memory.
+    store that throttles may keep it waiting for minutes, and a killed process (137) looks like one that ran out of
+    memory.
 
-    Ending at once corrupts nothing, because publishing is atomic. Without a handler
-    nothing would happen in a container: its first process ignores signals that it has no handler for. XCPU is never a
-    second request, because the kernel repeats it every second of CPU time.
+    Ending at once corrupts nothing, because publishing is atomic. Without a handler nothing would happen in a
+    container: its first process ignores signals that it has no handler for. XCPU is never a second request, because
+    the kernel repeats it every second of CPU time.
 
     Args:
         grace_seconds: Time between the signal and the kill; None if unknown.
@@ -193,7 +194,7 @@ def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], 
             os._exit(Preempted.exit_code)
 
     numbers = signals_to_handle()
-    with nullcontext() if grace_seconds is None else _ended_in_time(grace_seconds, numbers, report):
+    with nullcontext() if grace_seconds is None else _exiting_before_kill(grace_seconds, numbers, report):
         before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield stop
@@ -203,7 +204,7 @@ def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], 
 
 
 @contextmanager
-def _ended_in_time(grace: float, numbers: Collection[int], report: Callable[[str], int]) -> Iterator[None]:
+def _exiting_before_kill(grace: float, numbers: Collection[int], report: Callable[[str], int]) -> Iterator[None]:
     """Within it a thread ends the process before the kill that follows one of these signals.
 
     Python calls a handler between two instructions of the main thread, so not while that waits in a library's code.
@@ -211,15 +212,15 @@ def _ended_in_time(grace: float, numbers: Collection[int], report: Callable[[str
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    outside = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    run, arguments = copy_context().run, (_end_in_time, reading, grace, numbers, report)
+    previous_descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    run, arguments = copy_context().run, (_exit_before_kill, reading, grace, numbers, report)
     # Not started by the handler, where that may deadlock. With the context, whose fields are on the lines of the log.
     Thread(target=run, args=arguments, name="grace", daemon=True).start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(outside)
-        os.write(writing, _LEFT)
+        signal.set_wakeup_fd(previous_descriptor)
+        os.write(writing, _NO_MORE_SIGNALS)
         os.close(writing)
 
 
@@ -227,7 +228,7 @@ def _ended_in_time(grace: float, numbers: Collection[int], report: Callable[[str
 os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
-def _end_in_time(reading: int, grace: float, numbers: Collection[int], report: Callable[[str], int]) -> None:
+def _exit_before_kill(reading: int, grace: float, numbers: Collection[int], report: Callable[[str], int]) -> None:
     margin = min(LAST_SECONDS, grace / 2)
     poll = select.poll()
     poll.register(reading, select.POLLIN)
@@ -235,7 +236,7 @@ def _end_in_time(reading: int, grace: float, numbers: Collection[int], report: C
     while (left := end - time.monotonic()) > 0:
         if not poll.poll(1000 * min(left, _LONGEST_WAIT)):
             continue
-        if (received := os.read(reading, 1)) == _LEFT:
+        if (received := os.read(reading, 1)) == _NO_MORE_SIGNALS:
             os.close(reading)
             return
         now = time.monotonic()

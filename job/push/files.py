@@ -71,8 +71,8 @@ def files_to_push(results: Mapping[str, Any]) -> tuple[PushFile, ...]:
     Raises:
         DataError: The manifest lists none, or a path that is not one of an artifact.
     """
-    found = [(Artifact(**entry), model_path(entry["path"])) for entry in results["artifacts"]]
-    files = sorted((PushFile(artifact, path) for artifact, path in found if path), key=lambda file: file.path)
+    artifacts = [(Artifact(**entry), model_path(entry["path"])) for entry in results["artifacts"]]
+    files = sorted((PushFile(artifact, path) for artifact, path in artifacts if path), key=lambda file: file.path)
     if not files:
         raise DataError([Problem(RESULTS, "lists no adapter files, so there is nothing to push")])
     return tuple(files)

@@ -21,13 +21,13 @@ from typing import Any, Literal
 from job import log
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 from job.push.files import PushContent, PushFile
-from job.storage.hub import PREVIEW_SECONDS, hub_errors, import_client, is_reachable
+from job.storage.hub import PREVIEW_SECONDS, import_client, is_reachable
+from job.storage.hub_errors import TRANSIENT_STATUS, causes, hub_errors
 
 SETTING = "JOB_EXPORT__HUB"
 MAIN = "main"
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _MOVED = {HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED}
-_TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _READERS = {"read", "no_access"}
 """Roles in an organization that may not make a repository there."""
 _TRIES = 4
@@ -93,10 +93,10 @@ class HubTarget:
         """What a push would change: (change, path in the repository, bytes), sorted by path."""
         api = _api()
         with _push_errors(self.repo):
-            there = _tree(api, self.repo, self.branch or MAIN) if self._is_public(api) is not None else {}
-        changes: list[tuple[Change, str, int]] = [("delete", path, 0) for path in _stale(there, content)]
+            repo_files = _tree(api, self.repo, self.branch or MAIN) if self._is_public(api) is not None else {}
+        changes: list[tuple[Change, str, int]] = [("delete", path, 0) for path in _stale(repo_files, content)]
         for file in content.files:
-            entry = there.get(file.path)
+            entry = repo_files.get(file.path)
             change: Change = "new" if entry is None else "same" if _is_same(entry, file, content) else "changed"
             changes.append((change, file.path, file.bytes))
         return sorted(changes, key=lambda row: row[1])
@@ -123,7 +123,7 @@ class HubTarget:
         for _ in range(_TRIES):
             try:
                 with _push_errors(self.repo):
-                    commit = self._find(api, content) or self._commit(api, content)
+                    commit = self._find_commit(api, content) or self._commit(api, content)
                     self._require_same(api, commit, content)
                     return commit
             except _Moved:
@@ -166,7 +166,7 @@ class HubTarget:
                 f"{SETTING}: HF_TOKEN is fine-grained and has no permission to write to repositories of {namespace}"
             )
 
-    def _find(self, api: Any, content: PushContent) -> str | None:
+    def _find_commit(self, api: Any, content: PushContent) -> str | None:
         """The commit of this content that an earlier attempt made."""
         title, description = _message(content)
         for commit in api.list_repo_commits(self.repo, revision=self.branch):
@@ -231,8 +231,8 @@ def _message(content: PushContent) -> tuple[str, str]:
 
 
 def _access(account: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = (account.get("auth") or {}).get("accessToken") or {}
-    return found
+    token: Mapping[str, Any] = (account.get("auth") or {}).get("accessToken") or {}
+    return token
 
 
 def _role(account: Mapping[str, Any]) -> str:
@@ -241,8 +241,8 @@ def _role(account: Mapping[str, Any]) -> str:
 
 def _tree(api: Any, repo: str, revision: str) -> dict[str, Any]:
     """Path -> the hub's record of each file."""
-    found = api.list_repo_tree(repo, recursive=True, revision=revision)
-    return {entry.path: entry for entry in found if hasattr(entry, "blob_id")}
+    entries = api.list_repo_tree(repo, recursive=True, revision=revision)
+    return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
 
 def _is_same(entry: Any, file: PushFile, content: PushContent) -> bool:
@@ -285,12 +285,12 @@ def _push_errors(repo: str) -> Iterator[None]:
             warnings.simplefilter("ignore")  # about metadata that a card might have: lines of text in a log of JSON
             yield
     except Exception as error:
-        causes = list(_causes(error))
-        kinds = {type(cause).__name__ for cause in causes}
+        chain = list(causes(error))
+        kinds = {type(cause).__name__ for cause in chain}
         if "LocalTokenNotFoundError" in kinds:
             raise AccessDenied(f"{SETTING}: there is no token; set HF_TOKEN to one that may write to {repo}") from error
-        if (answer := next((c.response for c in causes if hasattr(c, "response")), None)) is not None:
-            raise _translated(answer, repo) from error
+        if (answer := next((c.response for c in chain if hasattr(c, "response")), None)) is not None:
+            raise _error_of_answer(answer, repo) from error
         if "JSONDecodeError" in kinds:  # a page of a proxy, or of a hub that is down
             raise Unreachable(
                 f"{SETTING}: {repo}: the answer is not one of a hub; check HF_ENDPOINT and proxies"
@@ -298,19 +298,13 @@ def _push_errors(repo: str) -> Iterator[None]:
         raise
 
 
-def _translated(answer: Any, repo: str) -> JobError:
+def _error_of_answer(answer: Any, repo: str) -> JobError:
     status = answer.status_code
     if status in _REFUSED or status == HTTPStatus.NOT_FOUND:
         return AccessDenied(f"{SETTING}: HF_TOKEN may not write to {repo} (HTTP {status})")
     if status in _MOVED:
         return _Moved(repo)
-    if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if status in TRANSIENT_STATUS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return Unreachable(f"{SETTING}: {repo}: the hub answered with HTTP {status}")
-    said = answer.headers.get("X-Error-Message") or ""
-    return SettingsError([Problem(SETTING, f"{repo}: the hub refuses (HTTP {status}) {said[:200]}".rstrip())])
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
+    message = answer.headers.get("X-Error-Message") or ""
+    return SettingsError([Problem(SETTING, f"{repo}: the hub refuses (HTTP {status}) {message[:200]}".rstrip())])

@@ -34,8 +34,8 @@ _ANSWER_SECONDS = 10.0
 _TRIES = 5
 _LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
-_OCTETS = {"Content-Type": "application/octet-stream"}
-_NO_CHUNKS = {
+_OCTET_STREAM = {"Content-Type": "application/octet-stream"}
+_CHUNKS_REFUSED = {
     HTTPStatus.NOT_FOUND,  # it has forgotten the upload between two chunks
     HTTPStatus.METHOD_NOT_ALLOWED,
     HTTPStatus.LENGTH_REQUIRED,
@@ -94,8 +94,8 @@ class OciTarget:
             registry, container = self._registry()
             for group in layers_of(content.files):
                 copies = {file.path: content.fetch(file, content.work) for file in group}
-                there = registry.blob_exists(layer_blob(group, copies).descriptor, container)
-                changes += [("same" if there else "new", f"{FOLDER}/{file.path}", file.bytes) for file in group]
+                exists = registry.blob_exists(layer_blob(group, copies).descriptor, container)
+                changes += [("same" if exists else "new", f"{FOLDER}/{file.path}", file.bytes) for file in group]
         return sorted(changes, key=lambda row: row[1])
 
     def push(self, content: PushContent) -> str:
@@ -111,17 +111,17 @@ class OciTarget:
             registry, container = self._registry()
             layers = [self._push_layer(registry, container, content, group) for group in layers_of(content.files)]
             image = make_image(layers, content.run, content.sha256)
-            if _tagged(registry, container) == image.index.digest:
+            if _digest_of_tag(registry, container) == image.index.digest:
                 return image.index.digest
             for config in image.configs:
-                _upload(registry, container, config, _written(config, content.work))
+                _upload(registry, container, config, _write_blob(config, content.work))
             for manifest in image.manifests:
                 _put_manifest(registry, container, manifest, manifest.digest)
             content.check_stop()
             _put_manifest(registry, container, image.index, str(container.tag))
-            if (found := _tagged(registry, container)) != image.index.digest:
+            if (digest := _digest_of_tag(registry, container)) != image.index.digest:
                 raise Unreachable(
-                    f"{SETTING}: {self.reference} was moved to {found} by another process during the "
+                    f"{SETTING}: {self.reference} was moved to {digest} by another process during the "
                     "push; push the run again"
                 )
         return image.index.digest
@@ -161,34 +161,57 @@ def _import_oras() -> None:
     try:
         import oras.provider  # noqa: F401
     except ImportError as error:
-        what = "needs the package oras: pip install 'qlora-job[export]'; it is in the image"
+        what = "needs the package oras, which the image has: run pip install '.[export]' in the repository"
         raise SettingsError([Problem(SETTING, what)]) from error
 
 
 def _connect(container: Any, *, plain: bool, answer_seconds: float) -> Any:
     """A registry whose requests time out, are repeated, and raise the job's errors."""
     import requests
-    from oras.provider import Registry
     from requests.adapters import HTTPAdapter
     from urllib3.util import Retry
 
-    class Client(Registry):  # type: ignore[misc]  # oras has no types
-        """The client of oras, except that denials are raised at once, and every request has a timeout."""
+    address = f"{'http' if plain else 'https'}://{container.registry}/v2/"
+    environ = environment()
+    trust = _certificates(environ)
+    timeout = (_TIMEOUT[0], answer_seconds)
+    challenge = requests.get(address, timeout=timeout, verify=trust).headers.get("Www-Authenticate", "")
+    kind = "basic" if challenge.lower().startswith("basic") else "token"
+    client = _client_class(_host(address))(insecure=plain, auth_backend=kind, tls_verify=trust)
+    client.session.verify = trust
+    retry = Retry(
+        _TRIES,
+        backoff_factor=0.5,
+        status_forcelist=(429, 502, 503, 504),
+        allowed_methods=None,
+        raise_on_status=False,
+    )
+    for scheme in ("http://", "https://"):
+        client.session.mount(scheme, HTTPAdapter(max_retries=retry))
+    _set_credentials(client, container, environ)
+    return client
 
+
+def _client_class(registry_host: tuple[str, str, int]) -> Any:
+    """The client of oras, except that denials are raised at once, and every request has a timeout.
+
+    Args:
+        registry_host: From `_host`: only requests to it get credentials.
+    """
+    from oras.provider import Registry
+
+    class Client(Registry):  # type: ignore[misc]  # oras has no types
         def do_request(self, url: str, method: str = "GET", **options: Any) -> Any:
             """One request, with a second try once it is known how to log in."""
-            own = _host(url) == home  # an upload may be sent to another host, which gets no credentials
+            own = _host(url) == registry_host  # an upload may be sent to another host
             headers = {**(options.pop("headers", None) or {}), **(_authorization(self.auth) if own else {})}
             request_options = {**options, "timeout": _TIMEOUT}
             response = self.session.request(method, url, headers=headers, **request_options)
             if own and response.status_code in _REFUSED:
                 try:
                     headers, changed = self.auth.authenticate_request(response, headers, refresh=True)
-                except (
-                    AttributeError,
-                    TypeError,
-                    ValueError,
-                ):  # oras has no credentials, or the registry names no realm
+                # oras has no credentials, or the registry names no realm
+                except (AttributeError, TypeError, ValueError):
                     changed = False
                 if changed:
                     if hasattr(options.get("data"), "seek"):
@@ -200,34 +223,20 @@ def _connect(container: Any, *, plain: bool, answer_seconds: float) -> Any:
                 response.raise_for_status()
             return response
 
-    address = f"{'http' if plain else 'https'}://{container.registry}/v2/"
-    home = _host(address)
-    environ = environment()
-    trust = _certificates(environ)
-    timeout = (_TIMEOUT[0], answer_seconds)
-    challenge = requests.get(address, timeout=timeout, verify=trust).headers.get("Www-Authenticate", "")
-    kind = "basic" if challenge.lower().startswith("basic") else "token"
-    client = Client(insecure=plain, auth_backend=kind, tls_verify=trust)
-    client.session.verify = trust
-    again = Retry(
-        _TRIES,
-        backoff_factor=0.5,
-        status_forcelist=(429, 502, 503, 504),
-        allowed_methods=None,
-        raise_on_status=False,
-    )
-    for scheme in ("http://", "https://"):
-        client.session.mount(scheme, HTTPAdapter(max_retries=again))
+    return Client
+
+
+def _set_credentials(client: Any, container: Any, environ: Mapping[str, str]) -> None:
+    """Gives a client OCI_USERNAME and OCI_PASSWORD, or else what Docker's configuration has for the registry."""
     user, password = environ.get("OCI_USERNAME"), environ.get("OCI_PASSWORD")
     if user and password:
         client.auth.set_basic_auth(user, password)
-    else:
-        folder = environ.get("DOCKER_CONFIG")
-        configs = [str(Path(folder, "config.json"))] if folder and Path(folder, "config.json").is_file() else []
-        login = _parse(f"{container.registry}/x")
-        login.registry = _DOCKER_LOGIN if container.registry in _DOCKER_HUB.values() else container.registry
-        client.auth.load_configs(login, configs)
-    return client
+        return
+    folder = environ.get("DOCKER_CONFIG")
+    configs = [str(Path(folder, "config.json"))] if folder and Path(folder, "config.json").is_file() else []
+    login = _parse(f"{container.registry}/x")
+    login.registry = _DOCKER_LOGIN if container.registry in _DOCKER_HUB.values() else container.registry
+    client.auth.load_configs(login, configs)
 
 
 def _certificates(environ: Mapping[str, str]) -> str | bool:
@@ -251,7 +260,7 @@ def _authorization(auth: Any) -> dict[str, str]:
     return dict(auth.get_auth_header()) if getattr(auth, "_basic_auth", None) or getattr(auth, "token", None) else {}
 
 
-def _written(blob: Blob, work: Path) -> Path:
+def _write_blob(blob: Blob, work: Path) -> Path:
     path = work / f"{blob.sha256}.json"
     with disk_errors(f"cannot write {path}"):
         path.write_bytes(blob.data)
@@ -270,7 +279,7 @@ def _upload(registry: Any, container: Any, blob: Blob, path: Path) -> None:
             registry.upload_blob(str(path), container, blob.descriptor, do_chunked=True, chunk_size=_CHUNK)
         except requests.HTTPError as error:
             answer: Any = error.response
-            if answer.status_code not in _NO_CHUNKS:
+            if answer.status_code not in _CHUNKS_REFUSED:
                 raise
             log.get_logger().info(
                 "the registry does not accept chunks: uploading each file whole", status=answer.status_code
@@ -284,12 +293,14 @@ def _upload_whole(registry: Any, container: Any, blob: Blob, path: Path) -> None
     """One request, streamed from the disk: oras would read the whole blob into memory."""
     from oras.utils import append_url_params
 
-    begun = registry.do_request(f"{registry.prefix}://{container.upload_blob_url()}", "POST", headers=_OCTETS)
-    location = registry._get_location(begun, container)  # noqa: SLF001 - it knows the ways in which registries tell it
+    started = registry.do_request(f"{registry.prefix}://{container.upload_blob_url()}", "POST", headers=_OCTET_STREAM)
+    location = registry._get_location(started, container)  # noqa: SLF001 - it knows the ways in which registries tell it
     if not location:
         raise ValueError("the registry gives no address for the upload")
     with path.open("rb") as data:
-        registry.do_request(append_url_params(location, {"digest": blob.digest}), "PUT", data=data, headers=_OCTETS)
+        registry.do_request(
+            append_url_params(location, {"digest": blob.digest}), "PUT", data=data, headers=_OCTET_STREAM
+        )
 
 
 def _put_manifest(registry: Any, container: Any, blob: Blob, reference: str) -> None:
@@ -298,7 +309,7 @@ def _put_manifest(registry: Any, container: Any, blob: Blob, reference: str) -> 
     registry.do_request(url, "PUT", data=blob.data, headers={"Content-Type": blob.media_type})
 
 
-def _tagged(registry: Any, container: Any) -> str | None:
+def _digest_of_tag(registry: Any, container: Any) -> str | None:
     """The digest that the tag points to."""
     url = f"{registry.prefix}://{container.manifest_url()}"
     answer = registry.do_request(url, "HEAD", headers={"Accept": f"{INDEX}, {MANIFEST}"})
@@ -315,7 +326,7 @@ def _registry_errors(reference: str) -> Iterator[None]:
     except JobError:
         raise
     except requests.HTTPError as error:
-        raise _translated(error.response, reference) from error
+        raise _error_of_answer(error.response, reference) from error
     except (requests.exceptions.SSLError, requests.exceptions.InvalidURL) as error:
         what = f"{reference}: {type(error).__name__}: is it a registry with TLS? See JOB_EXPORT__OCI_PLAIN_HTTP"
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
@@ -325,7 +336,7 @@ def _registry_errors(reference: str) -> Iterator[None]:
         raise Unreachable(f"{SETTING}: {reference}: the registry cannot be reached ({type(error).__name__})") from error
 
 
-def _translated(answer: Any, reference: str) -> JobError:
+def _error_of_answer(answer: Any, reference: str) -> JobError:
     status = answer.status_code
     if status in _REFUSED:
         return AccessDenied(
@@ -335,12 +346,12 @@ def _translated(answer: Any, reference: str) -> JobError:
     if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return Unreachable(f"{SETTING}: {reference}: the registry answered with HTTP {status}")
     try:
-        codes = ", ".join(str(one.get("code")) for one in answer.json()["errors"])
+        codes = ", ".join(str(error.get("code")) for error in answer.json()["errors"])
     except (ValueError, KeyError, TypeError, AttributeError):
         codes = ""
-    known = {HTTPStatus.NOT_FOUND: "; does the repository exist? some registries need it to be created first"}.get(
+    advice = {HTTPStatus.NOT_FOUND: "; does the repository exist? some registries need it to be created first"}.get(
         status, ""
     )
     return SettingsError(
-        [Problem(SETTING, f"{reference}: the registry refuses (HTTP {status}) {codes}{known}".strip())]
+        [Problem(SETTING, f"{reference}: the registry refuses (HTTP {status}) {codes}{advice}".strip())]
     )

@@ -75,13 +75,13 @@ class Target(Protocol):
 
 
 def targets(export: Export) -> tuple[Target, ...]:
-    """Those that the settings name."""
-    targets_of_settings: list[Target] = []
+    """The targets that the settings name."""
+    configured: list[Target] = []
     if export.hub is not None:
-        targets_of_settings.append(HubTarget(export.hub, export.hub_revision, export.hub_private))
+        configured.append(HubTarget(export.hub, export.hub_revision, export.hub_private))
     if export.oci is not None:
-        targets_of_settings.append(OciTarget(export.oci, export.oci_plain_http))
-    return tuple(targets_of_settings)
+        configured.append(OciTarget(export.oci, export.oci_plain_http))
+    return tuple(configured)
 
 
 def check_targets(push_targets: Sequence[Target]) -> dict[str, str]:

@@ -88,7 +88,7 @@ def render_model_card(
             for name in tasks
         ],
         accuracies={name: wording.accuracies(name, results) for name in tasks},
-        scope=wording.scope(results["evaluation"]["tasks"]),
+        scope=wording.scope(results["evaluation"]),
         original=original_tasks(results),
         exports=export_wording.exports(results),
         not_served=why_not_served(settings),
@@ -158,13 +158,19 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any], si
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
         signer=signer,
         calibration=quantization and quantization["calibration"],
-        scope=wording.scope(results["evaluation"]["tasks"]),
+        scope=wording.scope(results["evaluation"]),
         licence=licence,
     )
     scored = {row["task"]: row["acc"] for row in entry["rows"] if row["published"]}
     tags = ["quantized", quantization["method"]] if quantization else ["lora"] if is_adapter(name) else ["merged"]
     metadata = _export_metadata(
-        results, scored, title=title, licence=licence, base=base if has_public_name else None, tags=tags
+        results,
+        scored,
+        settings.get("eval.data") or {},
+        title=title,
+        licence=licence,
+        base=base if has_public_name else None,
+        tags=tags,
     )
     return f"---\n{metadata}\n---\n\n{body}".encode(errors="replace")
 
@@ -172,6 +178,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any], si
 def _export_metadata(
     results: Mapping[str, Any],
     scored: Mapping[str, float],
+    own_files: Mapping[str, str],
     *,
     title: str,
     licence: str | None,
@@ -194,8 +201,8 @@ def _export_metadata(
             EvalResult(
                 task_type="multiple-choice",
                 task_name="Multiple choice",
-                dataset_type=results["evaluation"]["tasks"][task]["source"],
-                dataset_name=task,
+                dataset_type=task if task in own_files else results["evaluation"]["tasks"][task]["source"],
+                dataset_name=_questions(task, own_files),
                 dataset_args={"num_few_shot": results["evaluation"]["tasks"][task].get("num_fewshot", 0)},
                 metric_type=METRICS["acc"][0],
                 metric_name=METRICS["acc"][1],
@@ -263,6 +270,11 @@ def _metadata(
     return str(data.to_yaml())
 
 
+def _questions(task: str, own_files: Mapping[str, str]) -> str:
+    """How the hub's metadata names a task's questions: those of a file of JOB_EVAL__DATA are not the benchmark's."""
+    return f"{task}, questions of one's own" if task in own_files else task
+
+
 def _evaluations(results: Mapping[str, Any], own_files: Mapping[str, str]) -> list[Any]:
     from huggingface_hub import EvalResult
 
@@ -271,7 +283,7 @@ def _evaluations(results: Mapping[str, Any], own_files: Mapping[str, str]) -> li
             task_type="multiple-choice",
             task_name="Multiple choice",
             dataset_type=name if name in own_files else task["source"],
-            dataset_name=f"{name}, questions of one's own" if name in own_files else name,
+            dataset_name=_questions(name, own_files),
             dataset_args={"num_few_shot": task.get("num_fewshot", 0)},
             metric_type=METRICS[row["metric"]][0],
             metric_name=METRICS[row["metric"]][1],

@@ -174,7 +174,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
             for name in tasks
         },
         original=original_tasks(results),
-        scope=wording.scope(results["evaluation"]["tasks"]),
+        scope=wording.scope(results["evaluation"]),
         exports=(exported := export_wording.exports(results)),
         export_charts=_export_intervals(exported),
         audit=audit_wording.audit(results["dataset"]),

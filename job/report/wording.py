@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from job.common.formatting import count, enumeration, figure, p_value, percent, points
@@ -13,6 +13,7 @@ from job.evaluation.policy import of_metric
 from job.evaluation.principles import verdict_words
 from job.evaluation.statistics import wilson_interval
 from job.records import FP8
+from job.results.outcome import task_labels
 from job.results.reader import scored_in
 
 _SAYS = {
@@ -46,8 +47,9 @@ MAX_NAMES = 3
 _INTERVAL = "95 % interval "
 
 
-def scope(tasks: Mapping[str, Any]) -> str:
+def scope(evaluation: Mapping[str, Any]) -> str:
     """What the figures are about, and what they are not about."""
+    tasks = evaluation["tasks"] | evaluation.get("measured", {})
     prompting = (
         "" if any(task.get("num_fewshot") for task in tasks.values()) else ", asked without examples in the prompt"
     )
@@ -73,26 +75,37 @@ def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(verdict, sentence) for each verdict among the tasks of a manifest; improved first.
 
     Where the unquantized base was scored, the verdict counts as improved only against both bases, since a gain on the
-    quantized base may be what quantization had cost.
+    quantized base may be what quantization had cost. A task without choices, which is not scored on the unquantized
+    base, is named with the metric where its metrics have different verdicts.
     """
-    tasks, original = results["evaluation"]["tasks"], original_tasks(results)
-    tasks_by_verdict: dict[tuple[str, str], list[str]] = {}
-    for name, task in tasks.items():
+    evaluation, original, labels = results["evaluation"], original_tasks(results), task_labels(results)
+    found: list[tuple[str, str, str, str]] = []  # verdict, sentence, task, its name in the sentence
+    for name, task in evaluation["tasks"].items():
+        verdict, sentence = task["verdict"], _SAYS[task["verdict"]]
         if name in original:
-            verdict, versus_original = task["verdict"], original[name]["adapter_versus_original"]["acc"]["verdict"]
-            shown = "inconclusive" if verdict == "improved" != versus_original else verdict
-            tasks_by_verdict.setdefault((shown, _SAYS_OF_BOTH[verdict, versus_original]), []).append(name)
-        else:
-            tasks_by_verdict.setdefault((task["verdict"], _SAYS[task["verdict"]]), []).append(name)
+            versus_original = original[name]["adapter_versus_original"]["acc"]["verdict"]
+            sentence = _SAYS_OF_BOTH[verdict, versus_original]
+            verdict = "inconclusive" if verdict == "improved" != versus_original else verdict
+        found.append((verdict, sentence, name, labels[name]))
+    for name, task in evaluation.get("measured", {}).items():
+        verdicts = {metric: figures["verdict"] for metric, figures in task["metrics"].items()}
+        several = len(set(verdicts.values())) > 1
+        found += [
+            (verdict, _SAYS[verdict], name, f"{labels[name]} by {metric}" if several else labels[name])
+            for metric, verdict in verdicts.items()
+        ]
     order = [*_SAYS_OF_BOTH.values(), *_SAYS.values()]
     base = _base(results)
 
-    def named(names: Sequence[str]) -> str:
-        return f"{len(names)} of {len(tasks)} tasks" if len(names) > MAX_NAMES else enumeration(names)
+    def named(sentence: str) -> str:
+        names = list(dict.fromkeys(label for _, said, _, label in found if said == sentence))
+        tasks = {name for _, said, name, _ in found if said == sentence}
+        return f"{len(tasks)} of {len(labels)} tasks" if len(names) > MAX_NAMES else enumeration(names)
 
+    said = dict.fromkeys((verdict, sentence) for verdict, sentence, _, _ in found)
     return [
-        (verdict, sentence.format(base=base, tasks=named(names)))
-        for (verdict, sentence), names in sorted(tasks_by_verdict.items(), key=lambda item: order.index(item[0][1]))
+        (verdict, sentence.format(base=base, tasks=named(sentence)))
+        for verdict, sentence in sorted(said, key=lambda one: order.index(one[1]))
     ]
 
 
@@ -209,9 +222,9 @@ def explanation(name: str, results: Mapping[str, Any]) -> list[str]:
         f"equally good, a split at least as uneven would have p = {p_value(task['holm_p'])} (exact McNemar test{holm})."
     )
     scored = (
-        f"Of {task['n']:,} questions of {name}, the {base} answers {percent(task['base']['acc'])} right and the "
-        f"adapter {percent(task['adapter']['acc'])}: {points(task['delta'])} percentage points (95 % interval "
-        f"{points(low)} to {points(high)})."
+        f"Of {task['n']:,} questions of {task_labels(results)[name]}, the {base} answers "
+        f"{percent(task['base']['acc'])} right and the adapter {percent(task['adapter']['acc'])}: "
+        f"{points(task['delta'])} percentage points (95 % interval {points(low)} to {points(high)})."
     )
     sentences = [scored, changed]
     if task["verdict"] == "inconclusive":
@@ -230,7 +243,9 @@ def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
         return []
     comparison = task["without_overlap"]
     if comparison is None:
-        return ["Training rows contain its questions, and fewer than two questions are left without these."]
+        contained = len(results["dataset"]["audit"]["overlap"][name])
+        which = "all" if contained == task["n"] else "all but one"
+        return [f"Training rows contain {which} of these questions: the accuracies say little about other questions."]
     low, high = map(points, comparison["ci95"])
     base = _base(results, "base model")
     what = {"improved": "better", "regressed": "worse"}.get(comparison["verdict"], "no difference shown")

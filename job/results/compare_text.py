@@ -24,6 +24,8 @@ _BASE_ROWS = (
 )
 """What the table of the bases says of each task, and its name in `bases`."""
 _WIDEST = 80
+_ONLY_IF_DIFFERENT = ("execution.", "adapter.")
+"""Beginnings of figures of training that the tables have only where the runs differ; JSON has them all."""
 
 
 def as_text(compared: Mapping[str, Any]) -> list[str]:
@@ -75,6 +77,7 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
             [_label(name), *(_figure(name, value) for value in pair)]
             for name, pair in pairs.items()
             if any(value is not None for value in pair)
+            and not (name.startswith(_ONLY_IF_DIFFERENT) and pair[0] == pair[1])
         ]
         yield group.capitalize(), header, rows
 

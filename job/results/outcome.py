@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from job.evaluation.comparison import original_tasks
+from job.results.public_bases import last_part
 from job.runs.layout import ADAPTER, REPORT, RESULTS, export_folder
 
 
@@ -78,11 +79,13 @@ class ValidationOutcome:
 
 @dataclass(frozen=True)
 class FirstStageOutcome:
-    """The training of the first of two stages."""
+    """The training of the first of two stages; `seconds` and `usd` of its whole run, which those of this run lack."""
 
     method: str
     steps: int
     loss: float
+    seconds: float
+    usd: float | None
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,20 @@ class SubsetOutcome:
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """The comparison of a task with choices; `without_overlap` only if training rows contain some of its questions."""
+    """The comparison of a task with choices.
+
+    Attributes:
+        comparison: By accuracy.
+        improved: Questions that only the adapter answered right.
+        regressed: Questions that only the base answered right.
+        overlap: Number of questions that training rows contain.
+        without_overlap: The comparison on the other questions; None if there are fewer than two, or no overlap.
+    """
 
     comparison: MetricComparison
     improved: int
     regressed: int
+    overlap: int
     without_overlap: SubsetOutcome | None
 
 
@@ -213,6 +225,7 @@ class RunOutcome:
         model: The base's name.
         quantized: Whether the base's weights are quantized.
         training: How training went.
+        labels: Task -> its name in sentences (`task_labels`).
         groups: By group and metric.
         grouped_tasks: The tasks of all groups.
         tasks: The tasks with choices.
@@ -236,6 +249,7 @@ class RunOutcome:
     model: str
     quantized: bool
     training: TrainingOutcome
+    labels: Mapping[str, str]
     groups: tuple[GroupOutcome, ...]
     grouped_tasks: frozenset[str]
     tasks: tuple[TaskOutcome, ...]
@@ -274,14 +288,16 @@ def read_outcome(results: Mapping[str, Any], folder: str) -> RunOutcome:
         published = any(path == key or (key.endswith("/") and path.startswith(key)) for path in paths)
         return f"{folder}/{key}".rstrip("/") if published else None
 
+    overlap = (results["dataset"].get("audit") or {}).get("overlap", {})
     groups, exported = evaluation.get("groups", {}), results["run"].get("exported_run")
     return RunOutcome(
         model=results["model"]["id"],
         quantized=results["model"]["quantization"] != "none",
         training=_read_training(results["training"], results["dataset"]),
+        labels=task_labels(results),
         groups=tuple(_read_groups(groups)),
         grouped_tasks=frozenset(task for group in groups.values() for task in group["tasks"]),
-        tasks=tuple(_read_task(name, task) for name, task in evaluation["tasks"].items()),
+        tasks=tuple(_read_task(name, task, overlap.get(name, ())) for name, task in evaluation["tasks"].items()),
         measured=tuple(_read_measured(evaluation.get("measured", {}))),
         originals=tuple(_read_original(name, scored) for name, scored in original_tasks(results).items()),
         original_not_scored=(evaluation.get("full_precision") or {}).get("not_scored"),
@@ -321,6 +337,17 @@ def outcome_values(outcome: RunOutcome) -> OutcomeValues:
     )
 
 
+def task_labels(results: Mapping[str, Any]) -> dict[str, str]:
+    """Task -> its name in sentences, with the file of JOB_EVAL__DATA, whose questions are not those of the benchmark.
+
+    Args:
+        results: The manifest.
+    """
+    files = results.get("settings", {}).get("eval.data", {}).get("value") or {}
+    names = [*results["evaluation"]["tasks"], *results["evaluation"].get("measured", {})]
+    return {name: f"{name} (questions of {last_part(files[name])})" if name in files else name for name in names}
+
+
 def _read_training(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> TrainingOutcome:
     validation, first, rewards = (training.get(name) for name in ("validation", "first_stage", "preference"))
     preference = None
@@ -334,9 +361,13 @@ def _read_training(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> T
         loss=training["loss"],
         speed=training["tokens_per_second"] or 0,
         validation=_read_validation(validation),
-        first_stage=FirstStageOutcome(first["method"], first["steps"], first["loss"]) if first else None,
+        first_stage=_read_first_stage(first) if first else None,
         preference=preference,
     )
+
+
+def _read_first_stage(first: Mapping[str, Any]) -> FirstStageOutcome:
+    return FirstStageOutcome(first["method"], first["steps"], first["loss"], first["run_seconds"], first["usd"])
 
 
 def _read_validation(validation: Mapping[str, Any] | None) -> ValidationOutcome | None:
@@ -369,13 +400,14 @@ def _read_groups(groups: Mapping[str, Any]) -> Iterator[GroupOutcome]:
             )
 
 
-def _read_task(name: str, task: Mapping[str, Any]) -> TaskOutcome:
+def _read_task(name: str, task: Mapping[str, Any], overlap: Sequence[int]) -> TaskOutcome:
     accuracies = {side: task[side]["acc"] for side in ("base", "adapter")}
     rest = task.get("without_overlap")
     return TaskOutcome(
         comparison=_comparison(name, "acc", {**task, **accuracies, "p": task["mcnemar_p"]}),
         improved=task["improved"],
         regressed=task["regressed"],
+        overlap=len(overlap),
         without_overlap=SubsetOutcome(rest["n"], rest["delta"], rest["verdict"]) if rest else None,
     )
 

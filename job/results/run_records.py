@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from job.checkpoints import manager
 from job.checkpoints.commit_marker import parse_marker
@@ -143,17 +143,24 @@ def gate_passed(manifest: Mapping[str, Any]) -> bool | None:
     return passed if isinstance(passed, bool) else None
 
 
-def refuse_folder_of_runs(store: ObjectStore) -> None:
-    """Refuses a folder that contains runs, whose path was given instead of the path of a run.
+Place = Literal["missing", "empty", "other-files"]
+"""What is at a place without a run: no folder, or no object below a URI; an empty folder; files of something else."""
+
+
+def place_without_run(store: ObjectStore) -> Place:
+    """What is at a place that has no records of a run.
 
     Raises:
-        SettingsError: The folder contains runs.
+        SettingsError: The folder contains runs: its path was given instead of the path of a run.
     """
+    place: Place = "empty" if not is_remote(store.uri) and Path(store.uri).is_dir() else "missing"
     for info in islice(store.list(), _LOOKED_AT):
+        place = "other-files"
         folder, _, rest = info.key.partition("/")
         if rest in {RESULTS, LEASE} or attempt_number(rest) is not None:
             what = f"contains runs, but is not a run itself; give one of them, such as {store.uri}/{folder}"
             raise SettingsError([Problem(store.uri, what)])
+    return place
 
 
 def runs_beside(folder: str) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
     from cryptography.hazmat.primitives.hashes import HashAlgorithm
 
-EXTRA = "qlora-job[sign]"
+EXTRA = ".[sign]"
 MAX_KEY_BYTES = 64 << 10
 _PAYLOAD = "application/vnd.in-toto+json"
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -132,7 +132,8 @@ def _cryptography(where: str) -> Any:
     try:
         from cryptography.hazmat.primitives import serialization
     except ImportError:
-        raise SettingsError([Problem(where, f"needs the package cryptography: pip install '{EXTRA}'")]) from None
+        what = f"needs the package cryptography: run pip install '{EXTRA}' in the repository"
+        raise SettingsError([Problem(where, what)]) from None
     return serialization
 
 

@@ -16,12 +16,13 @@ from typing import Any, Literal
 from job.errors import Problem, SettingsError, exit_codes
 from job.results.outcome import OutcomeValues, outcome_values, read_outcome
 from job.results.run_records import (
+    Place,
     RunRecords,
     gate_passed,
     last_note,
     parse_time,
+    place_without_run,
     read_run_records,
-    refuse_folder_of_runs,
     runs_beside,
 )
 from job.results.summary import outcome_lines
@@ -103,6 +104,7 @@ class RunStatus:
         questions: Items scored so far outside of training: questions, rows of the safety screen, judged prompts.
         last_sign_of_life: Time of the newest attempt's last record, RFC 3339 in UTC.
         silent_seconds: Seconds since `last_sign_of_life`, by this machine's clock.
+        stalled_after: Value of `silent_seconds` above which a `running` attempt is called `stalled`; else null.
         last_end: The end of the newest attempt that has ended.
         likely: For a `stalled` run, evidence that full main memory is the cause; null if there is none.
         checkpoints: Steps of the checkpoints with a valid commit marker, newest first. Their files are not read.
@@ -111,6 +113,8 @@ class RunStatus:
             their paired differences, exports, cost, the report and the verdict.
         result: For a finished run, the same as values, and where adapter, exports and report are.
         resume: For a run that is not finished, where its next attempt would go on.
+        place: For a `not-started` run, what is at its place: `missing`: no such folder, or no object below the URI;
+            `empty`: an empty folder; `other-files`: files, but no record of a run.
         runs_beside: For a `not-started` run in a local folder, up to five runs beside it, the newest first: the name
             may be mistyped.
         problems: Damaged records; if there are any, the exit code is 4.
@@ -132,6 +136,7 @@ class RunStatus:
     questions: int | None = None
     last_sign_of_life: str | None = None
     silent_seconds: float | None = None
+    stalled_after: float | None = None
     last_end: AttemptEnd | None = None
     likely: str | None = None
     checkpoints: tuple[int, ...] = ()
@@ -139,6 +144,7 @@ class RunStatus:
     outcome: tuple[str, ...] = ()
     result: OutcomeValues | None = None
     resume: Resume | None = None
+    place: Place | None = None
     runs_beside: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = field(default_factory=tuple)
 
@@ -176,8 +182,7 @@ def read_status(
         return replace(first, run=store.uri, first_stage=True, state="stalled" if is_stalled else "running")
     if first.state != "not-started":
         return replace(first, run=store.uri, first_stage=True)
-    refuse_folder_of_runs(store)
-    return replace(status, runs_beside=runs_beside(store.uri))
+    return replace(status, place=place_without_run(store), runs_beside=runs_beside(store.uri))
 
 
 def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) -> RunStatus:
@@ -210,6 +215,7 @@ def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) 
         questions=current.questions or None if current and note and state == "running" else None,
         last_sign_of_life=sign,
         silent_seconds=silent,
+        stalled_after=stalled_after if state == "running" else None,
         last_end=_last_end(records),
         likely=None if current is None or state != "stalled" else why_killed(current),
         checkpoints=records.checkpoints,

@@ -12,6 +12,7 @@ from job.errors import exit_codes
 from job.results.status import AttemptEnd, Resume, RunStatus
 from job.runs.killed_for_memory import FIX
 from job.runs.layout import Stage
+from job.storage.open import is_remote
 
 T = TypeVar("T")
 
@@ -44,11 +45,22 @@ def headline(status: RunStatus) -> str:
         case "failed":
             text = "failed (the version of the job that ran it did not record the exit code)"
         case "not-started":
-            text = "not started, or not a run: there is no record of an attempt"
+            text = f"not started, or not a run: {without_run(status)}"
         case "damaged":
             text = "damaged: files of the results are missing or damaged; start the run again to repair it"
     part = "first stage (sft) of two: " if status.first_stage else ""
     return f"{part}{text}".replace("\N{NO-BREAK SPACE}", " ")
+
+
+def without_run(status: RunStatus) -> str:
+    """What is at the place of a run that has no record of an attempt, in words."""
+    below = "no object below this URI" if is_remote(status.run) else "no such folder"
+    return {
+        None: "there is no record of an attempt",
+        "missing": f"there is {below}",
+        "empty": "the folder is empty",
+        "other-files": "there are files, but none of them is a record of an attempt",
+    }[status.place]
 
 
 def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
@@ -65,7 +77,7 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
         "speed": _if(status.tokens_per_second, "{:,.0f} target tokens/s".format),
         "time left": _if(status.remaining_seconds if in_training else None, _left),
         "scored": _if(None if in_training else status.questions, "{:,}".format),
-        "last record": _if(status.silent_seconds, lambda ago: _sign(status.last_sign_of_life, ago)),
+        "last record": _if(status.silent_seconds, lambda ago: _sign(status, ago)),
         "stages done": ", ".join(status.stages_done),
         "checkpoints": _if(status.attempt, lambda _: _saved(status.checkpoints)),
         "next attempt": _if(status.resume, _resume),
@@ -82,6 +94,8 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield from (("damaged", str(problem)) for problem in status.problems)
 
 
+_QUIET_SECONDS = 30.0
+"""Seconds without a record, a few times what usually lies between two, after which a user may doubt that it runs."""
 _NO_STAGE = "between two stages, such as loading the model"
 
 
@@ -93,8 +107,13 @@ def _left(seconds: float) -> str:
     return f"{duration(seconds)} of training; the stages after it are not counted"
 
 
-def _sign(at: str | None, ago: float) -> str:
-    return f"{moment(at or '')} UTC ({duration(ago)} ago)"
+def _sign(status: RunStatus, ago: float) -> str:
+    text = f"{moment(status.last_sign_of_life or '')} UTC ({duration(ago)} ago)"
+    if status.state != "running" or status.stalled_after is None or ago < _QUIET_SECONDS:
+        return text
+    return (
+        f"{text}; if its process was killed, `stalled` is shown after {duration(status.stalled_after)} without a record"
+    )
 
 
 def _saved(steps: Sequence[int]) -> str:

@@ -46,9 +46,9 @@ def outcome_lines(outcome: RunOutcome) -> list[str]:
     lines = [f"{outcome.model} + LoRA, {_work(outcome.training)}", *_training_lines(outcome.training)]
     lines += [f"{group.comparison.name}, {_group_line(group, against)}" for group in outcome.groups]
     for task in outcome.tasks:
-        lines += _task_lines(task, against)
+        lines += _task_lines(task, outcome.labels[task.comparison.name], against)
     for measured in outcome.measured:
-        start = f"{measured.comparison.name}, {measured.comparison.questions:,} questions"
+        start = f"{outcome.labels[measured.comparison.name]}, {measured.comparison.questions:,} questions"
         lines.append(f"{start}: {_measured_line(measured, against)}")
     if outcome.original_not_scored:
         lines.append(f"the unquantized base was not scored: {outcome.original_not_scored}")
@@ -78,7 +78,9 @@ def _training_lines(training: TrainingOutcome) -> list[str]:
         ended = "; stopped early" if validation.stopped_early else ""
         lines.append(f"validation loss {losses}, {best}; {which} is published{ended}")
     if first := training.first_stage:
-        lines.append(f"before that {count(first.steps, 'step')} of {first.method}, loss {first.loss:.3f}")
+        took = duration(first.seconds) + ("" if first.usd is None else f", ${first.usd:.2f}")
+        trained = f"before that {count(first.steps, 'step')} of {first.method}, loss {first.loss:.3f}"
+        lines.append(f"{trained}; this took {took}, in addition to the time below".replace("\N{NO-BREAK SPACE}", " "))
     if preference := training.preference:
         figures = ", ".join(f"{name} {value:.3f}" for name, value in preference.rewards.items())
         lines.append(f"{preference.method}, beta {preference.beta:g}; rewards in the last epoch: {figures}")
@@ -98,22 +100,25 @@ def _group_line(group: GroupOutcome, against: str) -> str:
     )
 
 
-def _task_lines(task: TaskOutcome, against: str) -> list[str]:
+def _task_lines(task: TaskOutcome, label: str, against: str) -> list[str]:
     """A task with choices: both accuracies, the verdict, and the verdict without questions that were trained on."""
     comparison = task.comparison
     before, after, delta, low, high = (
         100 * x for x in (comparison.base, comparison.adapter, comparison.delta, *comparison.ci95)
     )
     interval = f"{delta:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
-    counts = f"{task.improved} questions better and {task.regressed} worse"
+    counts = f"{count(task.improved, 'question')} better and {task.regressed:,} worse"
     lines = [
-        f"{comparison.name}, {comparison.questions:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})",
+        f"{label}, {comparison.questions:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})",
         f"verdict{against}: {comparison.verdict}, {counts}, McNemar p = {comparison.p:.2g}",
     ]
     if rest := task.without_overlap:
         figures = f"{100 * rest.delta:+.2f} points on the other {rest.questions:,}, {rest.verdict}{against}"
-        contained = comparison.questions - rest.questions
-        lines.append(f"training rows contain {contained:,} of these questions: {figures}")
+        lines.append(f"training rows contain {task.overlap:,} of these questions: {figures}")
+    elif task.overlap:
+        which = "all" if task.overlap == comparison.questions else "all but one"
+        what = "the accuracies say little about other questions"
+        lines.append(f"training rows contain {which} of these questions: {what}")
     return lines
 
 
@@ -193,7 +198,12 @@ def _verdicts(outcome: RunOutcome, against: str) -> list[str]:
         name = task.comparison.name
         if name not in outcome.grouped_tasks:  # a group speaks for its tasks, which may be many
             words = verdict_in_words(task.comparison.verdict, originals.get(name), quantized=outcome.quantized)
-            verdicts.append(f"{name} {words}")
+            verdicts.append(f"{outcome.labels[name]} {words}")
+    verdicts += [
+        f"{outcome.labels[one.name]} {one.metric} {one.verdict}{against}"
+        for one in (measured.comparison for measured in outcome.measured)
+        if one.name not in outcome.grouped_tasks
+    ]
     if outcome.gate_passed is not None:
         verdicts.append("gate met" if outcome.gate_passed else "gate not met")
     if outcome.policy:

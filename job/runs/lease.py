@@ -199,7 +199,7 @@ def take(store: ObjectStore, holder: str, after: int = 0) -> Lease:
                     else "another process, which removed the lease"
                 )
                 raise Replaced(f"{store.uri}: {winner} started at the same time and took the run's lease") from None
-        get_logger().info("this attempt owns the run", epoch=record.epoch, replaces=before and before.holder)
+        get_logger().info("this attempt owns the run", attempt=record.epoch, replaces=before and before.holder)
         return Lease(store, record, own_tag, conditional=conditional)
     raise Unreachable(
         f"{store.uri}/{LEASE}: another attempt renews its lease faster than it can be taken over; end "

@@ -16,8 +16,8 @@ from job.records import NEAR, Asked, ServeCheck, margin
 from job.serving.client import Client
 from job.serving.servers import SERVERS, WAYS
 
-_TIMED = 5
-_WRITTEN = 32
+_TIMED_QUESTIONS = 5
+_TIMED_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ def serve_check(served: Served, samples: Sequence[tuple[str, Sample]], count: in
         answer = WAYS[way](client, served.model, question, choices)
         pairs = zip(answer.log_likelihoods or (), sample.log_likelihoods, strict=False)
         difference = max((abs(a - b) for a, b in pairs), default=None)
-        near = margin(sample.log_likelihoods)
-        compared.append(Asked(task, sample.id, sample.prediction, answer.prediction, near, difference))
+        margin_of_record = margin(sample.log_likelihoods)
+        compared.append(Asked(task, sample.id, sample.prediction, answer.prediction, margin_of_record, difference))
     seconds = time.monotonic() - began
     speeds = [
         client.stream(
             "/v1/completions",
-            {"model": served.model, "prompt": sample.question, "max_tokens": _WRITTEN, "temperature": 0},
+            {"model": served.model, "prompt": sample.question, "max_tokens": _TIMED_TOKENS, "temperature": 0},
         )
-        for _, sample in questions[:_TIMED]
+        for _, sample in questions[:_TIMED_QUESTIONS]
     ]
     rates = [speed.tokens_per_second for speed in speeds if speed.tokens_per_second is not None]
     return ServeCheck(
@@ -85,22 +85,22 @@ def _has_its_prompt(sample: Sample) -> bool:
 
 def as_json(result: ServeCheck) -> dict[str, Any]:
     """The result as JSON-able values."""
-    rest = {name: getattr(result, name) for name in ("server", "way", "format", "when", "seconds", "first_token")}
+    fields = {name: getattr(result, name) for name in ("server", "way", "format", "when", "seconds", "first_token")}
     return {
-        **rest,
+        **fields,
         "tokens_per_second": result.tokens_per_second,
         "holds": result.holds,
         "alike": result.alike,
         "compared": len(result.compared),
-        "different": [one.id for one in result.different],
-        "questions": [asdict(one) for one in result.asked],
+        "different": [answer.id for answer in result.different],
+        "questions": [asdict(answer) for answer in result.asked],
     }
 
 
 def as_lines(result: ServeCheck) -> list[str]:
     """The result as a table for people."""
-    near = len(result.compared) - result.alike - len(result.different)
-    gaps = [one.difference for one in result.asked if one.difference is not None]
+    ties = len(result.compared) - result.alike - len(result.different)
+    gaps = [answer.difference for answer in result.asked if answer.difference is not None]
     how = {"echo": "log-likelihoods", "forced": "log-likelihoods", "greedy": "greedy answers"}[result.way]
     unclear = len(result.asked) - len(result.compared)
     left_out = f"; the answers to {unclear} begin with none of the choices" if unclear else ""
@@ -109,15 +109,18 @@ def as_lines(result: ServeCheck) -> list[str]:
         f"server             {result.server}, asked for {how}",
         f"served             {result.format}",
         f"questions          {len(result.asked)} in {result.seconds:.1f} s, {len(result.compared)} compared{left_out}",
-        f"same predictions   {result.alike} of {len(result.compared)}; {near} differ in a near tie (below {NEAR} nats)",
+        f"same predictions   {result.alike} of {len(result.compared)}; {ties} differ in a near tie (below {NEAR} nats)",
     ]
     if gaps:
         lines.append(
             f"log-likelihoods    differ by {statistics.median(gaps):.4f} nats (median), {max(gaps):.4f} (most)"
         )
     lines.append(f"first token        after {result.first_token * 1000:.0f} ms (median){rate}, one request at a time")
-    lines += [f"  {o.task} {o.id}: recorded choice {o.recorded}, served {o.served}" for o in result.different[:20]]
-    lines.append("holds" if result.holds else "differs")
+    lines += [
+        f"  {answer.task} {answer.id}: recorded choice {answer.recorded}, served {answer.served}"
+        for answer in result.different[:20]
+    ]
+    lines.append("holds" if result.holds else "differs" if result.compared else "not compared")
     return lines
 
 
@@ -134,8 +137,11 @@ def require_alike(result: ServeCheck) -> None:
         raise VerificationError([Problem(result.server, what)])
     raise VerificationError(
         [
-            Problem(f"{one.task} {one.id}", f"recorded choice {one.recorded}, {result.server} predicts {one.served}")
-            for one in result.compared
-            if not one.alike
+            Problem(
+                f"{answer.task} {answer.id}",
+                f"recorded choice {answer.recorded}, {result.server} predicts {answer.served}",
+            )
+            for answer in result.compared
+            if not answer.alike
         ]
     )

@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 
 from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachable
 
-SECONDS = 300.0
+ANSWER_SECONDS = 300.0
 """Longest wait for an answer: a server may load the model when it is first asked."""
 _TRANSIENT = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT}
 
@@ -69,9 +69,8 @@ class Client:
             for line in answer:
                 if line.startswith(b"data:") and b"[DONE]" not in line:
                     choices = self._parsed(line.removeprefix(b"data:")).get("choices") or [{}]
-                    if (
-                        "text" in choices[0]
-                    ):  # the token that ends an answer comes as an empty text, and may be the first
+                    # The token that ends an answer comes as an empty text, and may be the first.
+                    if "text" in choices[0]:
                         times.append(time.monotonic())
         if not times:
             raise Unreachable(f"{self.url}{path}: the server sent no token")
@@ -87,7 +86,7 @@ class Client:
         if not where.startswith(("http://", "https://")):
             raise SettingsError([Problem("--url", "must be http(s)://host[:port]")])
         try:
-            return urlopen(Request(where, data, headers), timeout=SECONDS)  # noqa: S310 - see above
+            return urlopen(Request(where, data, headers), timeout=ANSWER_SECONDS)  # noqa: S310 - see above
         except HTTPError as error:
             text = error.read(300).decode(errors="replace")
             if error.code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:

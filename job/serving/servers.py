@@ -92,9 +92,9 @@ class Server:
 
 
 def _vllm(model: Model, port: int) -> list[str]:
-    program, address = str(_program("vllm")), ["--host", "127.0.0.1", "--port", str(port)]
+    vllm, address = str(_program("vllm")), ["--host", "127.0.0.1", "--port", str(port)]
     if model.format != "adapter":
-        return [program, "serve", str(model.folder), "--served-model-name", NAME, *address]
+        return [vllm, "serve", str(model.folder), "--served-model-name", NAME, *address]
     lora = [
         "--enable-lora",
         "--max-lora-rank",
@@ -102,7 +102,7 @@ def _vllm(model: Model, port: int) -> list[str]:
         "--lora-modules",
         f"{NAME}={model.folder}",
     ]
-    return [program, "serve", str(model.base), *lora, *address]
+    return [vllm, "serve", str(model.base), *lora, *address]
 
 
 def _transformers(model: Model, port: int) -> list[str]:
@@ -115,7 +115,7 @@ def _is_gguf(name: str) -> bool:
     return name.partition(":")[0] == "gguf"
 
 
-_EXTRA = "pip install 'qlora-job[export]'"
+_EXTRA = "pip install '.[export]' in the repository"
 SERVERS: Mapping[str, Server] = {
     "vllm": Server(
         "echo",
@@ -137,7 +137,7 @@ SERVERS: Mapping[str, Server] = {
 }
 
 
-def recognized(client: Client) -> str:
+def server_kind(client: Client) -> str:
     """The kind of server at an address, from its `/v1/models`; transformers' server does not name itself."""
     models = client.get("/v1/models").get("data") or [{}]
     owner = str(models[0].get("owned_by", ""))
@@ -157,7 +157,7 @@ def model_name(client: Client, requested: str | None) -> str:
     return names[-1]
 
 
-def pick(model: Model) -> str:
+def installed_server(model: Model) -> str:
     """The server that is started for a format: the first of the table that is installed here.
 
     Raises:
@@ -180,7 +180,7 @@ def _program(name: str) -> str | None:
 
 
 @contextmanager
-def started(name: str, model: Model) -> Iterator[tuple[Client, str]]:
+def running_server(name: str, model: Model) -> Iterator[tuple[Client, str]]:
     """A server of this kind, started here and ended after; and the name of the model there.
 
     Raises:
@@ -197,9 +197,9 @@ def started(name: str, model: Model) -> Iterator[tuple[Client, str]]:
         with _llama(model) as client:
             yield client, model_name(client, None)
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     client = Client(f"http://127.0.0.1:{port}")
     with ExitStack() as stack:
         log = stack.enter_context(tempfile.TemporaryFile())
@@ -252,8 +252,8 @@ def _echo(client: Client, model: str, question: str, choices: Sequence[str]) -> 
     begin, _ = _echoed(client, model, question)
     scores = []
     for choice in choices:
-        end, told = _echoed(client, model, f"{question}{DELIMITER}{choice}")
-        choice_scores = told[begin:end]
+        end, log_probabilities = _echoed(client, model, f"{question}{DELIMITER}{choice}")
+        choice_scores = log_probabilities[begin:end]
         if not choice_scores or None in choice_scores:
             raise SettingsError([Problem(client.url, f"returns no log-probabilities of the choice {choice[:40]!r}")])
         scores.append(math.fsum(score for score in choice_scores if score is not None))
@@ -264,10 +264,10 @@ def _echoed(client: Client, model: str, prompt: str) -> tuple[int, list[float | 
     """How many tokens a prompt has, and the log-probabilities of these and of what is generated after them."""
     body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
     answer = client.post("/v1/completions", body)
-    told, count = answer["choices"][0].get("logprobs") or {}, (answer.get("usage") or {}).get("prompt_tokens")
-    if not count or not told.get("token_logprobs"):
+    logprobs, count = answer["choices"][0].get("logprobs") or {}, (answer.get("usage") or {}).get("prompt_tokens")
+    if not count or not logprobs.get("token_logprobs"):
         raise SettingsError([Problem(client.url, "returns no log-probabilities; check it with --server transformers")])
-    return int(count), told["token_logprobs"]
+    return int(count), logprobs["token_logprobs"]
 
 
 def _forced(client: Client, model: str, question: str, choices: Sequence[str]) -> Answer:
@@ -299,19 +299,19 @@ def _forced_token(client: Client, model: str, before: Sequence[int], token: int)
         "cache_prompt": True,
     }
     answer = client.post("/completion", body)
-    told = answer.get("completion_probabilities") or []
-    if len(told) != 1 or told[0].get("id") != token:
+    probabilities = answer.get("completion_probabilities") or []
+    if len(probabilities) != 1 or probabilities[0].get("id") != token:
         what = f"returns no log-probability of token {token}; is it llama.cpp's server?"
         raise SettingsError([Problem(client.url, what)])
-    return float(told[0]["logprob"])
+    return float(probabilities[0]["logprob"])
 
 
 def _greedy(client: Client, model: str, question: str, choices: Sequence[str]) -> Answer:
     longest = max(map(len, choices))
     body = {"model": model, "prompt": question, "max_tokens": min(longest + 2, 64), "temperature": 0}
-    said = str(client.post("/v1/completions", body)["choices"][0]["text"]).strip()
-    found = [(len(choice), index) for index, choice in enumerate(choices) if said.startswith(choice.strip())]
-    return Answer(None, max(found)[1] if found else None)
+    text = str(client.post("/v1/completions", body)["choices"][0]["text"]).strip()
+    matches = [(len(choice), index) for index, choice in enumerate(choices) if text.startswith(choice.strip())]
+    return Answer(None, max(matches)[1] if matches else None)
 
 
 WAYS: Mapping[str, Ask] = {"echo": _echo, "forced": _forced, "greedy": _greedy}

@@ -214,10 +214,9 @@ def sharded_alone(settings: Settings, processes: int) -> Problem | None:
 
 def _tasks(settings: Settings) -> Iterator[Fault]:
     source, tasks = settings.sources["eval.data"], settings.eval.tasks
-    files = any(task.endswith((".yaml", ".yml")) for task in tasks)  # which may name tasks of a group
-    # Names of a group's tasks begin with the group's (mmlu_anatomy); `check_tasks` checks that they are in the group.
     other = {name for name in settings.eval.data if not name.startswith(tuple(tasks))}
-    if other and not files:
+    # Only of the default task it is known here that it is no group. `check_tasks` knows the tasks of groups and files.
+    if other and tasks == type(settings.eval)().tasks:
         named = " (a channel's files are named after their tasks)" * source.startswith("sagemaker channel")
         what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or remove the file"
         yield "eval.data", what

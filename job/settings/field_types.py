@@ -210,7 +210,7 @@ def _parsed(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError("begins like JSON, but is not valid JSON; correct it") from None
+        raise ValueError("begins like JSON, but is not valid JSON, with texts in double quotes; correct it") from None
 
 
 _ONE_SLASH = re.compile(r"[a-z][a-z0-9]+:/")

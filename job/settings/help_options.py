@@ -3,28 +3,73 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from argparse import ArgumentParser
+from collections.abc import Collection, Sequence
 from typing import Any, get_args
 
-from job.settings.schema import READING, Options, Settings
+from job.settings.schema import NAMES, Group, Options, Settings
+
+ALL = "all"
+"""What `--help` is followed by to describe every setting."""
+SHORTEST = 3
+"""Characters of a part of a name: fewer are in too many names."""
+WIDTH = 79
+"""Columns of the list of groups, as argparse's text has without a terminal."""
 
 
-def add_options(parser: ArgumentParser, *, reading: bool = False) -> None:
-    """Adds every setting as an option with its documentation, for `--help`.
+def add_options(parser: ArgumentParser, names: Collection[str] = NAMES) -> None:
+    """Adds settings as options with their documentation, for `--help`.
 
     Args:
         parser: Receives the options.
-        reading: Add only the settings that commands use which read published runs.
+        names: Settings to add, such as `train.epochs`.
     """
     from pydantic import create_model
-    from pydantic_settings import BaseSettings, CliSettingsSource
+    from pydantic_settings import CliSettingsSource
 
-    settings: type[BaseSettings] = Settings
-    if reading:
-        groups = {name.partition(".")[0] for name in READING}
-        fields: dict[str, Any] = {n: (f.annotation, f) for n, f in Settings.model_fields.items() if n in groups}
-        settings = create_model("Settings", __base__=Options, **fields)
+    fields: dict[str, Any] = {}
+    for name, field in Settings.model_fields.items():
+        if name in names:
+            fields[name] = (field.annotation, field)
+        elif keys := [key for group, _, key in (n.partition(".") for n in names) if group == name and key]:
+            group: Any = field.annotation
+            chosen: dict[str, Any] = {
+                key: (chosen.annotation, chosen) for key, chosen in group.model_fields.items() if key in keys
+            }
+            fields[name] = (create_model(name, __base__=Group, __doc__=group.__doc__, **chosen), ...)
+    settings = create_model("Settings", __base__=Options, **fields)
     CliSettingsSource(settings, root_parser=parser, add_argument_method=_add_in_words)
+
+
+def find_settings(words: Sequence[str]) -> set[str]:
+    """The settings that words after `--help` mean.
+
+    Args:
+        words: Each `all`, a group (`train`), a setting (`train.epochs`, `--train.epochs=2`, `JOB_TRAIN__EPOCHS`), or
+            a part of a setting's name, of `SHORTEST` characters or more.
+    """
+    found = set()
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0].lower()
+        name = name.removeprefix("job_").replace("__", ".").replace("-", "_")
+        exact = {setting for setting in NAMES if name in {ALL, setting, setting.partition(".")[0]}}
+        found |= exact or {setting for setting in NAMES if len(name) >= SHORTEST and name in setting}
+    return found
+
+
+def list_of_groups() -> str:
+    """All groups, what each is about, and the names of its settings; one line or more for each."""
+    lines = []
+    for name, field in Settings.model_fields.items():
+        group: Any = field.annotation
+        if name in NAMES:
+            continue
+        about, _, _ = group.__doc__.strip().partition("\n")
+        lines.append(f"  {name:<11} {about}")
+        keys = ", ".join(group.model_fields)
+        lines += textwrap.wrap(keys, WIDTH, initial_indent=" " * 14, subsequent_indent=" " * 14, break_long_words=False)
+    return "\n".join(lines)
 
 
 _IN_WORDS = (
@@ -48,7 +93,7 @@ _IN_WORDS = (
 _DEFAULTS = (
     (r"\(default factory:\s+_record_all\)", "(default: record)"),
     (r" \(default factory: new_run_id\)", ""),  # the field's documentation says it
-    (r"\(default(?: factory)?: (?:None|dict)\)", "(default: empty)"),
+    (r"\(default(?: factory)?: (?:None|dict|\(\))\)", "(default: empty)"),
     (r"\(default: (True|False)\)", lambda found: f"(default: {found[1].lower()})"),
     (r"\(default: \('(\w+)',\)\)", r"(default: \1)"),
 )

@@ -23,6 +23,7 @@ from job.platforms.detect import Platform, detect, is_foreign
 from job.records import RecordedSettings
 from job.settings.combinations import impossible_values, undeliverable
 from job.settings.field_types import LONGEST_RUN_ID, explain, new_run_id
+from job.settings.layers import GivenValue
 from job.settings.markers import BelongsTo, ResultEffect, find_markers
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Settings
@@ -56,6 +57,9 @@ _SECRET = re.compile(
 )
 _LOGIN = re.compile(r"://([^/:@\s]+:([^/\s]+)@)")  # in the address of a tracker or a proxy
 _HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(\w+_)?HEADERS")  # name=value pairs with commas, values escaped as in URLs
+_QUOTED = "has quotes around its value, which belong to it here, as in a file for Docker's --env-file; remove them"
+_EMPTY = "must not be empty; leave it out for the default"
+_MAY_BE_QUOTED = ("sign.password",)
 _SHORTEST_SECRET, _LARGEST_SECRET = 8, 1 << 16
 
 PROJECT = "qlora-job"
@@ -195,10 +199,20 @@ def _read(request: Request, names: Collection[str]) -> tuple[Settings, dict[str,
     try:
         settings = Settings(_request=request)  # type: ignore[call-arg]  # not a setting: the sources find it there
     except ValidationError as error:
-        for record in error.errors(include_url=False, include_input=False):
+        records = error.errors(include_url=False, include_input=False)
+        # Of a setting that is a word or a list, what is wrong with the list says more; one word is a list, too.
+        of_lists = [record for record in records if record["type"] != "literal_error"]
+        for record in [*of_lists, *records]:
             group, both = str(record["loc"][0]), ".".join(map(str, record["loc"][:2]))
             name = both if both in NAMES else group  # a deeper location is an item of a value
-            invalid.setdefault(name, Problem(setting_at(name, request.given[name].source), explain(record)))
+            given_value = request.given[name]
+            what = _EMPTY if given_value.value == "" else explain(record)
+            invalid.setdefault(name, Problem(setting_at(name, given_value.source), what))
+    invalid |= {
+        name: Problem(setting_at(name, item.source), _QUOTED)
+        for name, item in request.given.items()
+        if _is_quoted(name, item)
+    }
     invalid = {name: problem for name, problem in invalid.items() if name in names}
     given = {name: item for name, item in request.given.items() if name in names and name not in invalid}
     if invalid or len(names) < len(NAMES):
@@ -206,6 +220,14 @@ def _read(request: Request, names: Collection[str]) -> tuple[Settings, dict[str,
         settings = Settings(**nested({name: item.value for name, item in given.items()}))
     settings.keep_sources({name: item.source for name, item in given.items()})
     return settings, invalid
+
+
+def _is_quoted(name: str, item: GivenValue) -> bool:
+    """Whether a value was typed with quotes that a shell would have removed, but Docker's --env-file keeps."""
+    text = item.value.strip() if isinstance(item.value, str) else ""
+    typed = item.source == "command line" or item.source.startswith("environment ")
+    quoted = len(text) > len("''") and text[0] == text[-1] in "'\"" and text[0] not in text[1:-1]
+    return typed and quoted and name not in _MAY_BE_QUOTED
 
 
 def current_platform(environ: Mapping[str, str] | None = None) -> Platform:

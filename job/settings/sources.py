@@ -58,10 +58,14 @@ _ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     ),
     "micro_batch_size": ("train.global_batch_size", "train.micro_batch_tokens"),
     **dict.fromkeys(("sequence_len", "max_seq_length", "model_max_length", "cutoff_len"), ("train.max_length",)),
+    **dict.fromkeys(("gpus", "num_gpus", "n_gpus", "nproc_per_node", "num_processes"), ("run.processes",)),
+    **dict.fromkeys(("nnodes", "num_nodes", "num_machines"), ("run.nodes",)),
+    "lr": ("train.learning_rate",),
     **dict.fromkeys(("num_train_epochs", "num_epochs"), ("train.epochs",)),
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), ("train.scheduler",)),
     "early_stopping_patience": ("train.stop_after",),
     "load_best_model_at_end": ("train.keep",),
+    **dict.fromkeys(("lr", "max_lr"), ("train.learning_rate",)),
     "optim": ("train.optimizer",),
     "eval_steps": ("train.validate_every_steps",),
     "save_steps": ("checkpoint.every_steps",),
@@ -351,7 +355,11 @@ class Preset(Source):
         )
 
     def _asked(self, questions: Any) -> Mapping[str, object]:
-        """The preset's files of questions of tasks that JOB_EVAL__TASKS names; without a valid setting, all."""
+        """The preset's files of questions of tasks that JOB_EVAL__TASKS names; without a valid setting, all.
+
+        Not of tasks that are only in a group: its aggregate figure would mix the benchmark's questions with made-up
+        ones. Who wants that names the file in JOB_EVAL__DATA.
+        """
         tasks = self.request.strongest("eval.tasks")
         try:
             named = None if tasks is None else split_items(tasks.value)
@@ -463,8 +471,12 @@ def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str]
         return Problem(where + written_name, what)
     if own := _ELSEWHERE.get(_canonical(key).rpartition(".")[2]):
         return Problem(where + written_name, f"is not a setting of this job; use {' or '.join(map(spell, own))}")
+    # JOB_MODEL_ID has one underscore where there are two; that is surer than a similar name.
+    if (with_group := _canonical(key).replace("_", ".", 1)) in names:
+        return Problem(where + written_name, f"is not a setting; the nearest is {spell(with_group)}")
     groups = {name.partition(".")[0] for name in names if "." in name}
-    if group := get_close_matches(_canonical(key[:_SHOWN_NAME]), groups, n=1, cutoff=_NEAR_GROUP):
+    group = get_close_matches(_canonical(key[:_SHOWN_NAME]), groups, n=1, cutoff=_NEAR_GROUP)
+    if group and not _canonical(key).startswith(f"{group[0]}."):  # the group of train.lr is right
         return Problem(
             where + written_name, f"is not a setting; the nearest is the group of settings {spell(group[0])}"
         )
@@ -477,5 +489,7 @@ def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str]
 
 def _nearest(key: str, names: Collection[str]) -> list[str]:
     """Suggestions for a mistyped name: settings of this name in any group, else the most similar name."""
-    of_a_group = [name for name in names if "." not in key and name.rpartition(".")[2] == key]
+    group, _, last = key.rpartition(".")
+    groups = {"", *(name.partition(".")[0] for name in names)}
+    of_a_group = [name for name in names if name.rpartition(".")[2] == last] if group in groups else []
     return of_a_group or get_close_matches(key, names, n=1)

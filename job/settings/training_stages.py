@@ -8,11 +8,11 @@ alone; the reasons are in .github/decisions/0019-training-stages-are-runs.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 from job.common.methods import FIRST_STAGE, FIRST_STAGE_SETTINGS, INHERITED, SFT
-from job.errors import DataError, Problem, SettingsError, environment_name
+from job.errors import DataError, JobError, Problem, SettingsError, environment_name
 from job.settings.field_types import LONGEST_RUN_ID
 from job.settings.load import Settings, describe
 from job.settings.sources import nested
@@ -34,6 +34,8 @@ _VALIDATION = {
     *("train.validate_every_steps", "train.stop_after", "train.keep"),
 }
 """The first stage has the defaults of these, too, if JOB_DATA__VALIDATION is a source: its rows are preferences."""
+_FIRST = "first stage of "
+"""Beginning of the source of a value that the first stage has from a setting of its own."""
 _OWN = {environment_name(name): environment_name(own) for name, own in FIRST_STAGE_SETTINGS.items()}
 
 
@@ -58,31 +60,45 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
     defaults = {name: value for name, value in all_defaults.items() if name in reset or name.startswith(_OF_THE_WHOLE)}
     values = of_run | first_stage | defaults
     first = Settings(**nested(values))
-    sources = dict(settings.sources) | dict.fromkeys(first_stage, f"first stage of {settings.run.id}")
+    sources = dict(settings.sources) | dict.fromkeys(first_stage, f"{_FIRST}{settings.run.id}")
     first.keep_sources(sources | dict.fromkeys(defaults, "default"))
     first.keep_whole(settings.run.id)
     return first, settings
 
 
 @contextmanager
-def naming_its_settings(part_of: str | None) -> Iterator[None]:
+def naming_its_settings(part_of: str | None, names: Mapping[str, str] = _OWN) -> Iterator[None]:
     """Context manager in which errors of a first stage name the settings of that stage, such as `JOB_DATA__SFT_SOURCE`.
 
     Args:
         part_of: `Settings.part_of` of the stage: the id of its run if it is a first stage. If None, errors are raised
             unchanged.
+        names: Setting -> the setting of the first stage, by the names of messages.
     """
     try:
         yield
-    except (DataError, SettingsError) as error:
+    except JobError as error:
         if part_of is None:
             raise
-        problems = [Problem(_renamed(one.where), _renamed(one.what)) for one in error.problems]
-        raise type(error)(problems, error.total, _renamed(error.advice)) from None
+
+        def renamed(text: str) -> str:
+            return re.sub(r"\bJOB_\w+", lambda match: names.get(match[0], match[0]), text)
+
+        if not isinstance(error, DataError | SettingsError):
+            error.args = tuple(renamed(part) if isinstance(part, str) else part for part in error.args)
+            raise
+        problems = [Problem(renamed(one.where), renamed(one.what)) for one in error.problems]
+        raise type(error)(problems, error.total, renamed(error.advice)) from None
 
 
-def _renamed(text: str) -> str:
-    return re.sub(r"\bJOB_\w+", lambda match: _OWN.get(match[0], match[0]), text)
+def naming_given_settings(settings: Settings) -> AbstractContextManager[None]:
+    """`naming_its_settings` for errors about the values of settings, such as that one has changed.
+
+    A setting that the first stage takes from the second (`INHERITED`), since its own is not set, keeps its name.
+    """
+    given = {environment_name(name) for name, source in settings.sources.items() if source.startswith(_FIRST)}
+    names = {name: own for name, own in _OWN.items() if name in given}
+    return naming_its_settings(settings.part_of, names)
 
 
 def folder_of(settings: Settings) -> str:

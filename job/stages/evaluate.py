@@ -239,10 +239,10 @@ def score_model(
     artifacts = [published(task, samples) for task, (_, samples) in multiple_choice.items()]
     artifacts += [published(task, samples) for task, (_, samples) in measured_tasks.items()]
     for task, (scores, _) in multiple_choice.items():
-        log.get_logger().info("evaluated", task=task, n=scores.n, acc=scores.acc, acc_norm=scores.acc_norm)
+        log.get_logger().info("evaluated", task=task, model=side, n=scores.n, acc=scores.acc, acc_norm=scores.acc_norm)
     for task, (figures, _) in measured_tasks.items():
         shown = {name: aggregate(figures.values[name], metric.aggregation) for name, metric in figures.metrics.items()}
-        log.get_logger().info("evaluated", task=task, n=figures.n, **shown)
+        log.get_logger().info("evaluated", task=task, model=side, n=figures.n, **shown)
         if limited := [name for name, value in shown.items() if value == LARGEST_PERPLEXITY]:
             fix = "read bits_per_byte, or the comparison, which is by logarithms and has no limit"
             log.get_logger().warning("a perplexity above 1e18 is given as 1e18", task=task, metrics=limited, fix=fix)

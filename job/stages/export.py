@@ -38,11 +38,11 @@ from job.evaluation.comparison import choose_candidate
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scoring import score_sequence
 from job.export.adapter_copy import write_adapter_copy
+from job.export.exported_model import ExportedModel, ScoringOptions, load_exported
 from job.export.formats import DerivedInputs, derived_format
 from job.export.merge import write_merged
 from job.export.merge_plan import plan_merge
 from job.export.quantizable import CannotMake
-from job.export.scoring import ExportedModel, ScoringOptions, load_exported
 from job.model.adapter_files import load_adapter
 from job.model.device import short_name
 from job.model.free_model import free_model

@@ -18,16 +18,16 @@ from job.common.export_formats import (
 from job.common.formatting import size
 from job.common.resources import available_bytes, check_disk, required_bytes
 from job.errors import Problem, SettingsError, Unreachable
-from job.export.checkpoint import SHARD
+from job.export.exported_model import gpu_bytes
 from job.export.merge_plan import Candidates, candidates
 from job.export.model_checks import file_problems, format_problems
 from job.export.quantizable import quantizable
-from job.export.scoring import gpu_bytes
+from job.export.tensor_files import SHARD
 from job.model.files import build_empty, read_config
 from job.runs.attempt import Attempt
 from job.settings.schema import Export
 from job.stages.handoff import Loaded
-from job.storage.hub import MAX_FILE
+from job.storage.hub import MAX_FILE_BYTES
 
 
 def check_export(attempt: Attempt, options: Export, gate_format: str, original: Path, loaded: Loaded) -> Candidates:
@@ -57,12 +57,12 @@ def check_export(attempt: Attempt, options: Export, gate_format: str, original: 
     if problems:
         raise SettingsError(problems)
     for name in names if options.hub else ():
-        if name.startswith(GGUF) and sizes[name] > MAX_FILE:
+        if name.startswith(GGUF) and sizes[name] > MAX_FILE_BYTES:
             log.get_logger().warning(
                 "the hub may refuse a file of this size",
                 export=name,
                 bytes=sizes[name],
-                most=MAX_FILE,
+                most=MAX_FILE_BYTES,
                 change="a smaller GGUF type in JOB_EXPORT__FORMATS",
             )
     check_disk(attempt.work, required_bytes([len(merges.names) * merges.bytes_each, *sizes.values()]))

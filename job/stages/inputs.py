@@ -107,7 +107,7 @@ def _check_prompts(location: str) -> None:
 def _check_extra(formats: Sequence[str]) -> None:
     """Refuses formats whose packages are not installed, before hours of training."""
     if lacking := not_installed(formats):
-        what = f"needs {', '.join(lacking)}, which is not installed: pip install '{EXTRA}'"
+        what = f"needs {', '.join(lacking)}, which is not installed: run pip install '{EXTRA}' in the repository"
         raise SettingsError([Problem("JOB_EXPORT__FORMATS", what)])
 
 

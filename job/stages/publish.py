@@ -73,7 +73,7 @@ def publish(
     # an earlier attempt published it and was then killed
     if (done := read_complete(attempt.store, str(attempt.work))) is not None:
         return done
-    manager.close_checkpoints(
+    manager.delete_all_but_intact(
         attempt.store,
         attempt.work / "checkpoints",
         epoch=attempt.number,

@@ -48,7 +48,7 @@ from job.stages.pull_other_models import pull_judge, pull_safety_model, pull_sta
 from job.stages.pull_prompts import find_prompt_rows, prompts_record
 from job.stages.pull_rows import RowSettings, check_hub, fetch_rows, read_rows, validation_of
 from job.stages.safety import SafetyModel
-from job.storage.open import StorageOptions, size, storage_options
+from job.storage.open import StorageOptions, bytes_to_fetch, storage_options
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ def _pull(
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     policy = None if gate.policy is None else read_policy(gate.policy)
     check_disk(
-        attempt.work, required_bytes(size(location, storage) for location in _input_locations(attempt, settings, later))
+        attempt.work,
+        required_bytes(bytes_to_fetch(location, storage) for location in _input_locations(attempt, settings, later)),
     )
     with base_in_background(attempt, _base_settings(settings), storage) as base:
         import_libraries()

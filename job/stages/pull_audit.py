@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from job import log
-from job.audit.audit import Audited, read_findings
+from job.audit.audit import Audited, parse_findings
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
 from job.audit.safety import Screen
@@ -62,7 +62,7 @@ def known_scores(attempt: Attempt) -> dict[str, Screen]:
     if record is None or record.safety is None:
         return {}
     try:
-        findings = read_findings(attempt.fetch(Artifact(FINDINGS, record.bytes, record.sha256)))
+        findings = parse_findings(attempt.fetch(Artifact(FINDINGS, record.bytes, record.sha256)).read_bytes())
     except DataError:
         return {}  # `known_audit` logs the error
     scores = {one.row: one.score or 0.0 for one in findings if one.kind == UNSAFE}

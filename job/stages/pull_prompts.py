@@ -88,6 +88,7 @@ def _prompts_of_rows(
         # If all tokens are targets, the targets do not show where the prompt ends. So the rows are read again with the
         # completion's tokens as targets.
         train = rows.train.model_copy(update={"loss_on": "completion"})
+        log.get_logger().info("the rows are read again, to see where the prompts of JOB_EVAL__PROMPTS end")
         again = read_rows(attempt, replace(rows, train=train), *fetched, tokenizer, **reading)
         if [again.record.rows, len(again.validation or ())] != [tokens.record.rows, len(rows_held_out)]:
             message = "some rows cannot be split into prompt and completion; give a file of prompts instead of a number"

@@ -71,6 +71,8 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     if substituted is not None and processes.leads:
         log.get_logger().warning("substituted", what=substituted)
     recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
+    if processes.leads:
+        _note_warmup(recipe)
     examples, validation, reference = sources.examples, sources.validation, list[Artifact]()
     if METHODS[settings.train.last_method].reference:
         shared = open_store(settings.run.output, storage_options(settings.storage))
@@ -132,16 +134,15 @@ def _train(
         AsyncUploader(
             manager.publisher(
                 attempt.store,
-                epoch=attempt.number,
-                world_size=attempt.processes.place.world_size,
-                software=software_of(loaded.plan),
-                run=attempt.run,
+                manager.Writer(
+                    attempt.number, attempt.processes.place.world_size, software_of(loaded.plan), attempt.run
+                ),
                 keep=settings.checkpoint.keep,
                 settle_seconds=settings.checkpoint.settle_seconds,
                 verified=restored.step,
                 on_committed=partial(_committed, attempt),
             ),
-            patience=attempt.stop.waiting_seconds,
+            seconds_left=attempt.stop.waiting_seconds,
         ) as publisher,
     ):
         watch = Stopwatch()
@@ -169,6 +170,17 @@ def _train(
             publisher.finish(attempt.stop.waiting_seconds())
             raise _stopped(attempt, restored, recipe.total_steps)
     return trained
+
+
+def _note_warmup(recipe: Recipe) -> None:
+    """Warns of a run of so few steps that its learning rate never reaches the peak that was set."""
+    if 0 < recipe.total_steps <= recipe.warmup_steps and recipe.learning_rate > 0:
+        log.get_logger().warning(
+            "the learning rate never reaches its peak: the warmup takes all optimizer steps",
+            warmup_steps=recipe.warmup_steps,
+            total_steps=recipe.total_steps,
+            change="JOB_TRAIN__WARMUP_RATIO=0.1; or more JOB_TRAIN__EPOCHS, or a smaller JOB_TRAIN__GLOBAL_BATCH_SIZE",
+        )
 
 
 def _publish_adapter(

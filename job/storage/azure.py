@@ -4,7 +4,7 @@ The account and its credentials come from Azure's own variables, which obstore r
 and one of AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, AKS's workload identity (AZURE_CLIENT_ID,
 AZURE_TENANT_ID, AZURE_FEDERATED_TOKEN_FILE, which AKS sets), a service principal's AZURE_CLIENT_SECRET, or the
 machine's identity. Another server or cloud: AZURE_STORAGE_ENDPOINT, and AZURE_AUTHORITY_HOST for where tokens come
-from. obstore reads no AZURE_STORAGE_CONNECTION_STRING: the command line takes it apart (`azure_account.py`).
+from. obstore reads no AZURE_STORAGE_CONNECTION_STRING: the command line takes it apart (`azure_connection_string.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from obstore.store import AzureStore as AzureClient
 from job.errors import Unreachable
 from job.storage import base
 from job.storage.base import Conflict, conflict
-from job.storage.obstore_errors import FAILURES, REFUSED
+from job.storage.obstore_errors import FAILED_CONDITION_CODES, FAILURES
 from job.storage.obstore_store import ObstoreStore
 
 # Version of Azure's protocol, of the one request that obstore does not send.
@@ -39,14 +39,14 @@ class AzureStore(ObstoreStore):
     # Accounts with a hierarchical namespace list folder by folder: `a/b` before `a-b`.
     sorted_by_key = False
 
-    def _make(self, **options: Any) -> Any:
+    def _make_client(self, **options: Any) -> Any:
         return AzureClient(self._bucket, **options)
 
     def _tag(self, meta: Any) -> str | None:
         tag: str | None = meta.get("e_tag")
         return tag
 
-    def _update(self, tag: str) -> dict[str, str]:
+    def _version_condition(self, tag: str) -> dict[str, str]:
         return {"e_tag": tag}
 
     def _delete_version(self, key: str, tag: str) -> None:
@@ -70,7 +70,7 @@ class AzureStore(ObstoreStore):
                 if _HAS_SNAPSHOTS not in str(error) or not self._delete_signed(key, {}):
                     raise
 
-    def _signed(self, key: str) -> str | None:
+    def _signed_address(self, key: str) -> str | None:
         seconds = timedelta(seconds=max(60.0, 2 * self._options.timeout_seconds))
         try:
             return str(self._ask(obstore.sign, self._client, "DELETE", self._root + key, seconds))
@@ -83,7 +83,7 @@ class AzureStore(ObstoreStore):
         Raises:
             Conflict: The condition does not hold, or the blob is gone.
         """
-        if (address := self._signed(key)) is None:
+        if (address := self._signed_address(key)) is None:
             return False
         headers = {"x-ms-version": _API_VERSION, "x-ms-delete-snapshots": "include", **condition}
         request = Request(address, method="DELETE", headers=headers)  # noqa: S310
@@ -94,9 +94,9 @@ class AzureStore(ObstoreStore):
                     return True
             except HTTPError as error:
                 with error:
-                    refused = error.code == HTTPStatus.PRECONDITION_FAILED
-                    refused &= error.headers.get("x-ms-error-code", "") in REFUSED
-                    if refused or error.code == HTTPStatus.NOT_FOUND:
+                    condition_failed = error.code == HTTPStatus.PRECONDITION_FAILED
+                    condition_failed &= error.headers.get("x-ms-error-code", "") in FAILED_CONDITION_CODES
+                    if condition_failed or error.code == HTTPStatus.NOT_FOUND:
                         raise conflict(f"{self.uri}/{key}") from None
                     if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code != HTTPStatus.TOO_MANY_REQUESTS:
                         return False

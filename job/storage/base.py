@@ -29,10 +29,10 @@ How to add a store:
 
 1. Write `job/storage/<name>.py` with a class that has the verbs above, and
    `open(location: Location, options: StorageOptions)`, a class method, which makes one without asking the server.
-   Errors of the client library are translated there; take `byte_limit` for limits, `common.disk.atomic_write` for
-   downloads, `attempts` for what the library does not repeat, `probe` for `conditional_writes`. Give the client
-   `options.timeout_seconds`: it must not hang. Send a request `options.retries` times, with pauses of `pause_seconds`;
-   what no pause helps, such as a name that does not resolve, fails at once.
+   Errors of the client library are translated there; take `check_size` for limits, `common.disk.atomic_write` for
+   downloads, `attempts` for what the library does not repeat, `try_conditional_writes` for `conditional_writes`.
+   Give the client `options.timeout_seconds`: it must not hang. Send a request `options.retries` times, with pauses
+   of `pause_seconds`; what no pause helps, such as a name that does not resolve, fails at once.
 2. Name it in the table `BACKENDS` of `job/storage/location.py`: scheme -> "module:class". The client library is
    imported only when a URI of that scheme is opened.
 3. Run `tests/contract`: it finds the store in the table. It needs an empty location to write to, given as
@@ -241,7 +241,7 @@ def check_prefix(prefix: str) -> str:
     return prefix
 
 
-def probe(store: ObjectStore) -> bool:
+def try_conditional_writes(store: ObjectStore) -> bool:
     """Whether `store` honours both conditions of a write, tested with an object that is removed again."""
     name = uuid4().hex
     key = f"{PROBE}{name}"
@@ -270,7 +270,7 @@ def _writes(store: ObjectStore, key: str, text: str, *, if_absent: bool = False,
 
 
 def read_record(store: ObjectStore, key: str) -> Stored | None:
-    """Like `ObjectStore.read`, but a file too large for any record reads as an empty one, which is no record either."""
+    """Like `ObjectStore.read`; one too large for a record is returned empty, which no reader takes for a record."""
     try:
         return store.read(key)
     except TooLarge:
@@ -299,7 +299,7 @@ def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) ->
             return store.write(key, data, if_absent=tag is None, if_tag=tag)
         except Conflict:
             tag = store.tag(key)
-    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
+    raise _changed_again_and_again(store, key)
 
 
 def upload_in_turn(store: ObjectStore, path: Path, key: str) -> None:
@@ -316,7 +316,7 @@ def upload_in_turn(store: ObjectStore, path: Path, key: str) -> None:
         with suppress(Conflict):
             store.upload(path, key, if_absent=tag is None, if_tag=tag)
             return
-    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
+    raise _changed_again_and_again(store, key)
 
 
 def delete_in_turn(store: ObjectStore, key: str) -> None:
@@ -331,13 +331,21 @@ def delete_in_turn(store: ObjectStore, key: str) -> None:
         with suppress(Conflict):
             store.delete(key, if_tag=tag)
             return
-    raise Unreachable(f"{store.uri}/{key} was changed by another process {_TRIES} times in a row; start the run again")
+    raise _changed_again_and_again(store, key)
 
 
-def attempts(pauses: int | None = None) -> Iterator[None]:
-    """Yields for each attempt at what a client does not repeat; before each repetition it waits one of `PAUSES`."""
+def _changed_again_and_again(store: ObjectStore, key: str) -> Unreachable:
+    what = f"{store.uri}/{key} was changed by another process {_TRIES} times in a row"
+    return Unreachable(f"{what}; start the run again")
+
+
+def attempts(*, repeats: int | None = None) -> Iterator[None]:
+    """Yields for each attempt at what a client does not repeat; before each repetition it waits one of `PAUSES`.
+
+    `repeats` is how many attempts there are after the first; None for as many as there are pauses.
+    """
     yield
-    for pause in PAUSES[:pauses]:
+    for pause in PAUSES[:repeats]:
         time.sleep(pause)
         yield
 
@@ -354,15 +362,20 @@ def conflict(place: str) -> Conflict:
     return Conflict(f"{place} was written by another process")
 
 
+def check_size(name: str, size: int, max_bytes: int | None) -> None:
+    """Raises `TooLarge` if `size` bytes are more than `max_bytes`, which is None without a limit."""
+    if max_bytes is not None and size > max_bytes:
+        raise TooLarge(f"{name} has more than {max_bytes} bytes")
+
+
 def byte_limit(name: str, max_bytes: int | None) -> Callable[[int], None]:
     """Return a function that takes numbers of bytes, from any thread, and raises `TooLarge` once they are too many."""
     total, lock = 0, Lock()
 
-    def allowed(count: int) -> None:
+    def count_bytes(count: int) -> None:
         nonlocal total
         with lock:
             total += count
-        if max_bytes is not None and total > max_bytes:
-            raise TooLarge(f"{name} has more than {max_bytes} bytes")
+        check_size(name, total, max_bytes)
 
-    return allowed
+    return count_bytes

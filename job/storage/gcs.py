@@ -22,14 +22,14 @@ class GcsStore(ObstoreStore):
     scheme = "gs"
     sorted_by_key = True
 
-    def _make(self, **options: Any) -> Any:
+    def _make_client(self, **options: Any) -> Any:
         return GcsClient(self._bucket, **options)
 
     def _tag(self, meta: Any) -> str | None:
         version: str | None = meta.get("version")
         return version
 
-    def _update(self, tag: str) -> dict[str, str]:
+    def _version_condition(self, tag: str) -> dict[str, str]:
         return {"version": _generation(tag)}
 
     def _delete_version(self, key: str, tag: str) -> None:

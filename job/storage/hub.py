@@ -1,61 +1,36 @@
-"""The Hugging Face hub: a model's files at a pinned commit, and the translation of the hub's errors into the job's.
+"""The Hugging Face hub: a model's files at a pinned commit, and what a plan asks about models and data sets.
 
-Credentials are the hub's own (HF_TOKEN, a login); its client reads them, and retries automatically.
-
-Nothing here imports a library while an error is handled. A download runs in a thread beside the main thread, which
-imports `datasets` meanwhile: an import of one of its submodules in the thread would make Python give one of the two a
-half-initialised module, and an error of the hub would appear as an ImportError. Errors of libraries are therefore
-recognized by name.
+Credentials are the hub's own (HF_TOKEN, a login); its client reads them, and retries automatically. Errors of the hub
+become the job's in `hub_errors`.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache
-from http import HTTPStatus
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
-from pathlib import Path, PurePosixPath
-from traceback import walk_tb
+from pathlib import Path
 from typing import Any, Literal
 
 from job import log
 from job.common.hashing import hash_files
 from job.common.resources import check_disk, required_bytes
-from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
+from job.errors import DataError, Problem, SettingsError, Unreachable
+from job.storage.hub_errors import hub_errors
 
-# By name: which of the HTTP libraries it is depends on the version of the hub's client.
-_TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
-_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.UNAVAILABLE_FOR_LEGAL_REASONS}
-_TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"(?!\.{1,2}$)[0-9A-Za-z._-]+")
-"""What the hub's answers give as commit and ETag."""
-_HUB_ERRORS, _DATASETS_ERRORS = "huggingface_hub.errors", "datasets.exceptions"
-_DISK = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
-}
-_SENSELESS = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, UnicodeDecodeError)
-"""What the hub's client raises while it reads an answer that is none of the hub's, beside a JSONDecodeError."""
-_NO_ADDRESS = {"InvalidProxyURL", "InvalidSchema", "InvalidURL", "MissingSchema", "UnsupportedProtocol"}
-_CERTIFICATES = {"ssl", "httpx._config", "httpx2._config"}
-"""Modules that read files of certificates."""
-
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja")
 """What is fetched of a model: no pickled weights, no code."""
-SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
+SMALL_FILES = tuple(pattern for pattern in MODEL_FILES if pattern != "*.safetensors")
 """All of that but the weights."""
 MAX_SMALL_BYTES = 256 << 20
 CARD = "README.md"
 _MAX_CARD_BYTES = 16 << 20
-MAX_FILE = 50_000_000_000
+MAX_FILE_BYTES = 50_000_000_000
 """Bytes of the largest file that the hub takes, by its client's documentation (`HfApi.upload_file`, 2.4)."""
 PREVIEW_SECONDS = 10.0
-"""A plan is not to wait for long."""
+"""How long a plan waits for an answer of the hub."""
 
 
 def import_client() -> None:
@@ -152,10 +127,10 @@ def local_model(source: str) -> Path | None:
     """
     path = Path(source)
     if path.is_dir():
-        there = sorted(entry for entry in path.iterdir() if any(map(entry.match, (*MODEL_FILES, "*.txt"))))
-        if odd := [entry for entry in there if not entry.is_file() and not entry.is_dir()]:
+        files = sorted(entry for entry in path.iterdir() if any(map(entry.match, (*MODEL_FILES, "*.txt"))))
+        if special := [entry for entry in files if not entry.is_file() and not entry.is_dir()]:
             message = "is not a regular file, but a pipe, a device or a broken link"
-            raise DataError([Problem("JOB_MODEL__ID", f"{entry} {message}") for entry in odd[:3]])
+            raise DataError([Problem("JOB_MODEL__ID", f"{entry} {message}") for entry in special[:3]])
         return path
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         message = "is not a folder" if path.exists() else "does not exist"
@@ -230,6 +205,20 @@ def fetch_card(source: str, revision: str | None, kind: Literal["model", "datase
     return card if card.is_file() else None
 
 
+def cached_card(source: str, revision: str | None, kind: Literal["model", "dataset"]) -> Path | None:
+    """The card of a hub repository in the cache; None if it is not there. The hub is not asked.
+
+    Raises:
+        DataError: As `download_model`.
+    """
+    import_client()
+    from huggingface_hub import try_to_load_from_cache
+
+    with hub_errors(f"{'data set' if kind == 'dataset' else kind} {source}"):
+        found = try_to_load_from_cache(source, CARD, revision=revision, repo_type=kind)
+    return Path(found) if isinstance(found, str) else None
+
+
 def peek_dataset(source: str, revision: str) -> tuple[int, str | None]:
     """Bytes of a hub data set's files, and the licence that its card names.
 
@@ -240,190 +229,6 @@ def peek_dataset(source: str, revision: str) -> tuple[int, str | None]:
 
     with hub_errors(f"data set {source}"):
         info = HfApi().dataset_info(source, revision=revision, files_metadata=True, timeout=PREVIEW_SECONDS)
-    named = getattr(info.card_data, "license", None)
-    licence = ", ".join(map(str, named)) if isinstance(named, list) else named
+    license_field = getattr(info.card_data, "license", None)
+    licence = ", ".join(map(str, license_field)) if isinstance(license_field, list) else license_field
     return sum(file.size or 0 for file in info.siblings or []), str(licence) if licence else None
-
-
-class _HostileAnswer(Exception):
-    """An answer whose commit, ETag or file name would lead out of the cache."""
-
-
-@cache
-def _check_answers() -> None:
-    """Has every answer to the hub's client looked at before the client uses it; for the rest of this process.
-
-    The client joins paths of its cache from what the hub answers, and a mirror or a proxy may answer anything.
-    `datasets` uses the same client.
-    """
-    from huggingface_hub import set_client_factory
-
-    set_client_factory(_judging_client)
-
-
-def _judging_client() -> Any:
-    """The hub's own client, with one more hook."""
-    # The library has no public name for its default; its settings and request hook are to stay.
-    client = import_module("huggingface_hub.utils._http").default_client_factory()
-    hooks = client.event_hooks
-    client.event_hooks = {**hooks, "response": [*hooks["response"], _check_answer]}
-    return client
-
-
-def _check_answer(response: Any) -> None:
-    """Raises `_HostileAnswer` for an answer of which the hub's client would make a path out of its cache."""
-    headers, path = response.headers, response.request.url.path
-    names = {"X-Repo-Commit": headers.get("X-Repo-Commit")}
-    files: list[object] = []
-    if response.request.method == "HEAD":  # other answers' ETags are not used, and the hub's may have slashes
-        tag = headers.get("X-Linked-Etag") or headers.get("ETag")
-        names["ETag"] = tag and tag.lstrip("W/").strip('"')  # as the client takes it apart
-    elif "/resolve" not in path and "/resolve" in headers.get("Location", ""):
-        raise _HostileAnswer("a listing is redirected to a file")  # its content would not be looked at
-    elif "/resolve" not in path and "json" in headers.get("Content-Type", ""):
-        response.read()
-        try:
-            content = json.loads(response.content)
-        except ValueError:
-            return  # the client says it
-        if isinstance(content, dict):
-            names["sha"] = content.get("sha")
-        entries = [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
-        files = [entry.get("path") for entry in entries]
-        large = [entry["lfs"] for entry in entries if isinstance(entry.get("lfs"), dict)]
-        names |= {f"oid {number}": value.get("oid") for number, value in enumerate(large)}
-    for name, value in names.items():
-        if value is not None and not _NAME.fullmatch(str(value)):
-            raise _HostileAnswer(f"{name} {str(value)[:80]!r} is none of the hub's")
-    for file in files:
-        if isinstance(file, str) and (file.startswith("/") or ".." in PurePosixPath(file).parts):
-            raise _HostileAnswer(f"the file name {file[:80]!r} leads out of its folder")
-
-
-@contextmanager
-def hub_errors(name: str) -> Iterator[None]:
-    """Turns an error of the hub's libraries into the job's. What is not about the hub passes unchanged.
-
-    Args:
-        name: What to call the subject in messages, such as `model org/name`.
-
-    Raises:
-        AccessDenied: The hub refused.
-        Unreachable: The hub did not answer, or cannot just now; or the disk of the cache is full.
-        SettingsError: The folder of the cache cannot be written, or an address or a file of certificates is none.
-        DataError: The hub answered, and has nothing usable under this name.
-    """
-    try:
-        _check_answers()
-        yield
-    except JobError:
-        raise
-    except Exception as error:
-        # The cause says more than its wrapper: a failed download is raised as a failed generation.
-        causes = list(reversed(list(_causes(error))))
-        known = (_answer(cause, name) or _silence(cause, name) or _no_answer_of_a_hub(cause, name) for cause in causes)
-        own = next(filter(None, (_environment(cause, name) for cause in causes)), None)
-        translated = own or _disk(error, name) or next(filter(None, known), None) or _content(error, name)
-        if translated is None:
-            raise
-        raise translated from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _is_a(error: BaseException, module: str, *names: str) -> bool:
-    """Whether the error is an instance of one of a library's exceptions, without importing that library."""
-    return any(kind.__module__ == module and kind.__name__ in names for kind in type(error).__mro__)
-
-
-def _environment(error: BaseException, name: str) -> JobError | None:
-    """What the environment names makes no sense, so that nothing was asked."""
-    modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
-    if type(error).__module__.split(".")[0] in _TRANSPORTS and type(error).__name__ in _NO_ADDRESS:
-        return SettingsError(
-            [Problem("HF_ENDPOINT", f"or a proxy variable is not an http:// or https:// address: {error}")]
-        )
-    if isinstance(error, ImportError) and "SOCKS" in str(error):
-        return SettingsError([Problem("ALL_PROXY", "names a SOCKS proxy, which is not supported; give an HTTP proxy")])
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError) and modules & _CERTIFICATES:
-        what = f"or REQUESTS_CA_BUNDLE names no file of certificates that can be read ({error})"
-        return SettingsError([Problem("SSL_CERT_FILE", what)])
-    encodes = isinstance(error, UnicodeEncodeError)  # only headers are encoded
-    if encodes or (isinstance(error, UnicodeError) and "huggingface_hub.utils._auth" in modules):
-        return AccessDenied(f"{name}: HF_TOKEN, or the file with it, has characters that a token cannot have")
-    return None
-
-
-def _answer(error: BaseException, name: str) -> JobError | None:
-    """The hub answered, with an error."""
-    denied = AccessDenied(f"{name}: does not exist, or HF_TOKEN has no access to it (private, or gated)")
-    if _is_a(error, _DATASETS_ERRORS, "DatasetNotFoundError"):
-        # Here `datasets` has dropped the HTTP error, and only its message is left.
-        refused = "gated" in str(error) or "cannot be accessed" in str(error)
-        return denied if refused else DataError([Problem(name, "not found on the hub at this revision")])
-    if not _is_a(error, _HUB_ERRORS, "HfHubHTTPError") or _is_a(error, _HUB_ERRORS, "RemoteEntryNotFoundError"):
-        return None  # a missing file does not mean that the data set is missing
-    status = error.response.status_code  # type: ignore[attr-defined]
-    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
-        what = f"the proxy on the way to the hub refuses (HTTP {int(status)}); give its credentials in HTTPS_PROXY"
-        return AccessDenied(f"{name}: {what}")
-    if status in _REFUSED or _is_a(error, _HUB_ERRORS, "RepositoryNotFoundError", "DisabledRepoError"):
-        return denied
-    if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return Unreachable(f"{name}: the hub answered with HTTP {status}")
-    return DataError([Problem(name, f"not found on the hub at this revision (HTTP {status})")])
-
-
-def _silence(error: BaseException, name: str) -> JobError | None:
-    """The hub did not answer."""
-    silent = isinstance(error, ConnectionError | TimeoutError) or _is_a(
-        error, _HUB_ERRORS, "LocalEntryNotFoundError", "RevisionResolutionError"
-    )
-    transport = type(error).__module__.split(".")[0] in _TRANSPORTS and not hasattr(error, "response")
-    # `datasets` reports a failed download as a plain FileNotFoundError, without its cause.
-    if transport or silent or type(error) is FileNotFoundError:
-        return Unreachable(f"{name}: the hub cannot be reached ({type(error).__name__})")
-    return None
-
-
-def _no_answer_of_a_hub(error: BaseException, name: str) -> JobError | None:
-    """Something answered in place of the hub, such as a login page; or the hub with less than its client reads."""
-    modules = {str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)}
-    reads = any(module.startswith("huggingface_hub.") for module in modules)
-    if isinstance(error, _HostileAnswer):
-        return Unreachable(f"{name}: {error}; check whether a proxy or a mirror answers instead of the hub")
-    if reads and (isinstance(error, _SENSELESS) or type(error).__name__ == "JSONDecodeError"):
-        said = (str(error).splitlines() or [""])[0][:100]
-        what = f"the hub's answer cannot be read ({type(error).__name__}: {said})"
-        return Unreachable(f"{name}: {what}; check whether a proxy or a login page answers instead")
-    return None
-
-
-def _disk(error: Exception, name: str) -> JobError | None:
-    """The cache's disk is full, or its folder cannot be written; `datasets` reports a full disk only in the message."""
-    disk_error = next((cause for cause in _causes(error) if isinstance(cause, OSError) and cause.errno in _DISK), error)
-    if not isinstance(disk_error, OSError):
-        return None
-    if disk_error.errno in {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(disk_error):
-        return Unreachable(f"{name}: the disk of the cache is full; free space, or set HF_HOME to a larger disk")
-    if disk_error.errno in _DISK:
-        path = disk_error.filename or "the folder of the cache"
-        what = f"{name}: {path} cannot be read or written ({disk_error.strerror})"
-        return SettingsError([Problem("HF_HOME", f"{what}; set it to a folder that this user may write")])
-    return None
-
-
-def _content(error: Exception, name: str) -> JobError | None:
-    """The hub's data cannot be used: no such split, several configurations, a loading script."""
-    if _is_a(error, _HUB_ERRORS, "RemoteEntryNotFoundError"):
-        where = getattr(getattr(error, "response", None), "url", "")
-        return DataError([Problem(name, f"the hub lists a file that it does not have: {where}")])
-    unusable = isinstance(error, FileNotFoundError | ValueError | RuntimeError)
-    if unusable or _is_a(error, _DATASETS_ERRORS, "DatasetsError"):
-        first_line = (str(error).splitlines() or [""])[0]
-        return DataError([Problem(name, f"cannot be read: {first_line[:200]}")])
-    return None

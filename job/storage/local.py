@@ -29,10 +29,10 @@ from job.storage.base import (
     Conflict,
     ObjectInfo,
     Stored,
-    byte_limit,
     check_key,
     check_prefix,
-    probe,
+    check_size,
+    try_conditional_writes,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.005
 # A lock is held for a few renames and flushes. A holder that is only slow, and loses it, tries again.
 _STUCK_SECONDS = 10.0
-_LOSSES = 5
+_MAX_LOCK_LOSSES = 5
 _MAX_NAME = 255
 # SageMaker, which copies a folder to S3 while the job runs, leaves files with this ending alone.
 _TEMPORARY = ".part.sagemaker-ignore"
@@ -72,22 +72,22 @@ class LocalStore:
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """See `ObjectStore.read`."""
         with disk_errors(f"{self.uri}: cannot read {key}"):
-            content = self._open(key)
-            if content is None:
+            file = self._open(key)
+            if file is None:
                 return None
-            with content:
-                data = content.read(max_bytes + 1)
-        byte_limit(f"{self.uri}/{key}", max_bytes)(len(data))
+            with file:
+                data = file.read(max_bytes + 1)
+        check_size(f"{self.uri}/{key}", len(data), max_bytes)
         return Stored(data, _tag(data))
 
     def tag(self, key: str) -> str | None:
         """See `ObjectStore.tag`."""
         with disk_errors(f"{self.uri}: cannot read {key}"):
-            content = self._open(key)
-            if content is None:
+            file = self._open(key)
+            if file is None:
                 return None
-            with content:
-                return hashlib.file_digest(content, "sha256").hexdigest()
+            with file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """See `ObjectStore.write`."""
@@ -112,26 +112,28 @@ class LocalStore:
         self, key: str, stage: Callable[[Path], None], *, if_absent: bool = False, if_tag: str | None = None
     ) -> None:
         """Stages an object and gives it its name under the lock; again if the lock was lost in between."""
-        for _ in range(_LOSSES):
+        for _ in range(_MAX_LOCK_LOSSES):
             with self._staging(key) as (staged, target), suppress(_LockLost):
                 stage(staged)
                 sync(staged)
                 with self._locked(staged.name):
                     if if_tag is not None and self.tag(key) != if_tag:
                         raise Conflict(f"{self.uri}: {key} was changed by another process")
-                    self._place(staged, target, only_if_absent=if_absent)
+                    self._rename_into_place(staged, target, only_if_absent=if_absent)
                 return
-        raise Unreachable(f"{self.uri}: cannot write {key}; the store's lock was lost {_LOSSES} times in a row")
+        raise Unreachable(
+            f"{self.uri}: cannot write {key}; the store's lock was lost {_MAX_LOCK_LOSSES} times in a row"
+        )
 
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""
         with disk_errors(f"{self.uri}: cannot read {key} into {path}"):
-            content = self._open(key)
-            if content is None:
+            file = self._open(key)
+            if file is None:
                 raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
-            with content, atomic_write(path) as temporary, temporary.open("wb") as copy:
-                byte_limit(f"{self.uri}/{key}", max_bytes)(os.fstat(content.fileno()).st_size)
-                shutil.copyfileobj(content, copy)
+            with file, atomic_write(path) as temporary, temporary.open("wb") as copy:
+                check_size(f"{self.uri}/{key}", os.fstat(file.fileno()).st_size, max_bytes)
+                shutil.copyfileobj(file, copy)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`. Symbolic links and special files are no objects."""
@@ -148,7 +150,7 @@ class LocalStore:
         """
         with disk_errors(f"{self.uri}: cannot delete {key}"):
             path = self._path(check_key(key))
-            for _ in range(_LOSSES):
+            for _ in range(_MAX_LOCK_LOSSES):
                 if not _is_file(path):
                     return
                 with self._staging(key) as (staged, _), suppress(_LockLost):
@@ -158,7 +160,9 @@ class LocalStore:
                             raise Conflict(f"{self.uri}: {key} was changed by another process")
                         self._remove(path, staged)
                     return
-        raise Unreachable(f"{self.uri}: cannot delete {key}; the store's lock was lost {_LOSSES} times in a row")
+        raise Unreachable(
+            f"{self.uri}: cannot delete {key}; the store's lock was lost {_MAX_LOCK_LOSSES} times in a row"
+        )
 
     def _remove(self, path: Path, staged: Path) -> None:
         """Moves an object into a staged folder, and removes the folders that are empty without it.
@@ -180,7 +184,7 @@ class LocalStore:
 
     def conditional_writes(self) -> bool:
         """See `ObjectStore.conditional_writes`."""
-        return probe(self)
+        return try_conditional_writes(self)
 
     def _path(self, key: str) -> Path:
         path = self._root / key
@@ -200,7 +204,7 @@ class LocalStore:
         """Return the folders of `path` below the root, innermost first, and the root itself."""
         return tuple(folder for folder in path.parents if folder.is_relative_to(self._root))
 
-    def _place(self, staged: Path, target: Path, *, only_if_absent: bool = False) -> None:
+    def _rename_into_place(self, staged: Path, target: Path, *, only_if_absent: bool = False) -> None:
         """Gives a staged file its name.
 
         Raises:

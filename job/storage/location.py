@@ -81,11 +81,11 @@ class Location:
             known = " nor ".join(f"{scheme}://bucket/prefix" for scheme in schemes())
             raise SettingsError([Problem(text or "''", f"is neither {known} nor a path")])
         if not separator:
-            if (meant := mistyped(text)) is not None:
-                raise SettingsError([Problem(text, meant)])
+            if (problem := mistyped(text)) is not None:
+                raise SettingsError([Problem(text, problem)])
             return cls(LOCAL, "", text)
-        if (unusable := unusable_bucket(scheme, rest)) is not None:
-            raise SettingsError([Problem(text, unusable)])
+        if (bucket_problem := unusable_bucket(scheme, rest)) is not None:
+            raise SettingsError([Problem(text, bucket_problem)])
         bucket, _, key = rest.partition("/")
         key = key.removesuffix("/")
         if not _BUCKET.fullmatch(bucket):

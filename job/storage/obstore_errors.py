@@ -24,7 +24,7 @@ from job.storage.base import NotSupported
 
 ABSENT = {"NoSuchKey", "BlobNotFound", "ResourceNotFound"}
 """Error codes by which the stores report that an object does not exist."""
-REFUSED = {
+FAILED_CONDITION_CODES = {
     "",
     "BlobAlreadyExists",
     "ConditionNotMet",
@@ -33,7 +33,7 @@ REFUSED = {
     "TargetConditionNotMet",
 }
 """Error codes with which the stores say that a condition does not hold, or none. Other conflicts have other codes."""
-_HELD = (
+_RETENTION = (
     "a retention policy or a legal hold protects the object, but the job has to replace some of its objects: use "
     "another bucket or container, or exempt this prefix"
 )
@@ -50,18 +50,18 @@ _DENIED_CODES = {
     "AuthorizationPermissionMismatch": _ROLE,
     "BlobArchived": "rehydrate the blob (az storage blob set-tier), and let no lifecycle rule or "
     "JOB_STORAGE__STORAGE_CLASS archive a run's files",
-    "BlobImmutableDueToLegalHold": _HELD,
-    "BlobImmutableDueToPolicy": _HELD,
+    "BlobImmutableDueToLegalHold": _RETENTION,
+    "BlobImmutableDueToPolicy": _RETENTION,
     "KeyBasedAuthenticationNotPermitted": "use an identity in place of AZURE_STORAGE_ACCOUNT_KEY",
     "LeaseIdMissing": _LEASED,
-    "ObjectUnderActiveHold": _HELD,
+    "ObjectUnderActiveHold": _RETENTION,
     "PublicAccessNotPermitted": _CREDENTIALS,
     "RequestTimeTooSkewed": "set this machine's clock",
-    "RetentionPolicyNotMet": _HELD,
+    "RetentionPolicyNotMet": _RETENTION,
 }
 # The same by words, for the answers in a batch, which have no code, and for codes that mean several things.
 _DENIED_WORDS = {
-    "is immutable due to": _HELD,
+    "is immutable due to": _RETENTION,
     "currently a lease on the blob": _LEASED,
     "not authorized to perform this operation using this permission": _ROLE,
     "while the blob has snapshots": "delete its snapshots",
@@ -99,7 +99,7 @@ _NO_CREDENTIALS = re.compile(
 # An object's name, which may contain any words.
 _OBJECT = re.compile(r"\b(at location|for path) .*?(?=: Error performing |$)", re.DOTALL)
 # What makes no sense to obstore itself.
-_WRONG = {
+_INVALID_VARIABLES = {
     "Account must be specified": Problem(
         "AZURE_STORAGE_ACCOUNT_NAME",
         "is not set; az:// needs the storage account's name, or AZURE_STORAGE_CONNECTION_STRING",
@@ -118,7 +118,7 @@ _NO_CONNECTION = {
 _METADATA = re.compile(r"//(169\.254\.169\.254|metadata\.google\.internal)[:/]")
 _REQUEST = re.compile(r"Error performing [A-Z]+ ")
 # No name server knows the name: in the words of glibc, musl and macOS. "Temporary failure" is not among them.
-_HOPELESS = re.compile(
+_PERMANENT = re.compile(
     r"Name or service not known|Name does not resolve|nodename nor servname|No address associated|InvalidCertificate"
 )
 # obstore has classes for these, but not for all requests.
@@ -134,11 +134,11 @@ _DETAILS = [re.compile(rf"<({names})>(.*?)</\1>", re.DOTALL) for names in _MESSA
 # Of a request, in Azure's words about a wrong account key.
 _MAC = re.compile(r"'[A-Za-z0-9+/]{40,}=*'")
 _PASSWORD, _QUERY = re.compile(r"(?<=://)[^\s/@]*@"), re.compile(r"(?<=[^\s])\?\S*")
-_MAX_WORDS = 300
+_MAX_CHARACTERS = 300
 
 
 class Missing(Exception):
-    """The answer was a 404, from whoever gave it: obstore raises FileNotFoundError, which here is for local files."""
+    """A 404, by the store or by a proxy; obstore's FileNotFoundError would be taken for one of the local disk."""
 
 
 FAILURES = (BaseError, Missing)
@@ -151,14 +151,14 @@ def code(error: BaseException) -> str:
     return match[1] if match else ""
 
 
-def is_refused(error: BaseException) -> bool:
+def is_failed_condition(error: BaseException) -> bool:
     """Whether a condition does not hold."""
-    return isinstance(error, (AlreadyExistsError, PreconditionError)) and code(error) in REFUSED
+    return isinstance(error, (AlreadyExistsError, PreconditionError)) and code(error) in FAILED_CONDITION_CODES
 
 
-def is_refusal(error: BaseException) -> bool:
+def is_client_error(error: BaseException) -> bool:
     """Whether the store answered that the request is wrong, absent or denied, for which it has a reason."""
-    match = _STATUS.search(_first(error))
+    match = _STATUS.search(_without_debug(error))
     return isinstance(error, Missing) or (match is not None and match[1].startswith("4") and match[1] not in _BUSY)
 
 
@@ -167,35 +167,39 @@ def is_transient(error: BaseException) -> bool:
     return type(translate(error, "")) is Unreachable
 
 
-def is_hopeless(error: BaseException) -> bool:
+def is_permanent(error: BaseException) -> bool:
     """Whether there was no connection for a permanent reason: an unknown host name, or a wrong certificate."""
-    return _HOPELESS.search(str(error)) is not None and "ConnectError" in str(error)
+    return _PERMANENT.search(str(error)) is not None and "ConnectError" in str(error)
 
 
 def has_no_metadata(error: BaseException) -> bool:
     """Whether credentials were to come from the cloud's metadata service, which did not answer."""
-    said = _first(error)
-    return _METADATA.search(said) is not None and _STATUS.search(said) is None
+    text = _without_debug(error)
+    return _METADATA.search(text) is not None and _STATUS.search(text) is None
 
 
 def translate(error: BaseException, operation: str) -> JobError:
     """Return the job's error for one of `FAILURES`, `operation` being what was tried."""
-    if (problem := next((problem for words, problem in _WRONG.items() if words in _first(error)), None)) is not None:
+    if (
+        problem := next(
+            (problem for words, problem in _INVALID_VARIABLES.items() if words in _without_debug(error)), None
+        )
+    ) is not None:
         return SettingsError([problem])
-    match = _STATUS.search(str(error)) or _BATCH_STATUS.search(_first(error))
+    match = _STATUS.search(str(error)) or _BATCH_STATUS.search(_without_debug(error))
     return _translate(error, operation, int(match[1]) if match else 0)
 
 
 def _translate(error: BaseException, operation: str, status: int) -> JobError:
-    message = f"{operation}: {_words(error)}"
-    if (remedy := _denied(error, status)) is not None:
+    message = f"{operation}: {_one_line(error)}"
+    if (remedy := _remedy_if_denied(error, status)) is not None:
         return AccessDenied(f"{message}{remedy}")
     if status in _UNKNOWN_REQUEST:
-        return NotSupported([Problem(operation, f"the store does not support this request: {_words(error)}")])
+        return NotSupported([Problem(operation, f"the store does not support this request: {_one_line(error)}")])
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR or code(error) in _TRANSIENT_CODES:
         return Unreachable(message)
-    if (wrong := _wrong(error, status)) is not None:
-        return SettingsError([Problem(operation, wrong)])
+    if (settings_problem := _settings_problem(error, status)) is not None:
+        return SettingsError([Problem(operation, settings_problem)])
     return Unreachable(f"{message}{_no_connection(error)}")
 
 
@@ -205,9 +209,9 @@ def _no_connection(error: BaseException) -> str:
     return f"; {_NO_CONNECTION[match.re].format(*match.groups())}" if match else ""
 
 
-def _denied(error: BaseException, status: int) -> str | None:
+def _remedy_if_denied(error: BaseException, status: int) -> str | None:
     """What to do about it where access is denied; None where it is not."""
-    message = _OBJECT.sub("", _first(error))
+    message = _OBJECT.sub("", _without_debug(error))
     about_credentials = _is_about_credentials(error, status)
     denied = isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in _DENIED
     remedy = _DENIED_CODES.get(code(error))
@@ -218,20 +222,20 @@ def _denied(error: BaseException, status: int) -> str | None:
     return f"; {remedy}" if remedy else "" if denied else None
 
 
-def _wrong(error: BaseException, status: int) -> str | None:
+def _settings_problem(error: BaseException, status: int) -> str | None:
     """What the user has to change; None if asking again may help."""
     if code(error) in _NO_BUCKET:
         return "there is no such bucket or container; create it, or correct the URI"
     if isinstance(error, InvalidPathError):
-        return f"an object there has a name that a file cannot have; rename it: {_words(error)}"
-    return f"the store refuses the request: {_words(error)}" if status and status not in _TRANSIENT else None
+        return f"an object there has a name that a file cannot have; rename it: {_one_line(error)}"
+    return f"the store refuses the request: {_one_line(error)}" if status and status not in _TRANSIENT else None
 
 
 def _is_about_credentials(error: BaseException, status: int) -> bool:
     """Whether obstore failed before it asked the store: the store's address and answer are not looked at."""
     if isinstance(error, InvalidPathError):
         return False
-    message = _OBJECT.sub("", _first(error))
+    message = _OBJECT.sub("", _without_debug(error))
     request = _REQUEST.search(message)
     if not _NO_CREDENTIALS.search(message[: request.start()] if request else message):
         return False
@@ -241,18 +245,18 @@ def _is_about_credentials(error: BaseException, status: int) -> bool:
     return request is None or answered or (not status and _METADATA.search(message) is not None)
 
 
-def _first(error: BaseException) -> str:
+def _without_debug(error: BaseException) -> str:
     """What obstore says, without the internals that it prints below."""
     return str(error).partition("\n\nDebug source")[0]
 
 
-def _words(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """What the store says, or obstore where it says nothing, on one line, cut off.
 
     Without what in addresses may be a password or a signature.
     """
-    said, status = _first(error), _STATUS.search(_first(error))
+    text, status = _without_debug(error), _STATUS.search(_without_debug(error))
     if (name := code(error)) and status:
-        message = next(filter(None, (detail.search(said) for detail in _DETAILS)), None)
-        said = f"{name} (HTTP {status[1]}): {_MAC.sub('...', unescape(message[2])) if message else ''}"
-    return _QUERY.sub("", _PASSWORD.sub("", " ".join(said.split())))[:_MAX_WORDS].rstrip(":. ")
+        message = next(filter(None, (detail.search(text) for detail in _DETAILS)), None)
+        text = f"{name} (HTTP {status[1]}): {_MAC.sub('...', unescape(message[2])) if message else ''}"
+    return _QUERY.sub("", _PASSWORD.sub("", " ".join(text.split())))[:_MAX_CHARACTERS].rstrip(":. ")

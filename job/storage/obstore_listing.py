@@ -11,7 +11,7 @@ import obstore
 
 from job.errors import Unreachable
 from job.storage.obstore_errors import FAILURES
-from job.storage.obstore_requests import ask_once, count_tries
+from job.storage.obstore_requests import ask_once, pause_or_raise
 
 _PAGE, _MAX_REPEATED_PAGES = 1000, 3
 Page = list[tuple[str, int]]
@@ -33,10 +33,10 @@ def entries(client: Any, uri: str, start: str, *, retries: int, sorted_by_key: b
         Unreachable: The answers are no listing that ends, or the disk takes no temporary file.
         FAILURES: As obstore raises them, after the last try.
     """
-    return (_as_they_come if sorted_by_key else _sorted)(client, uri, start, retries)
+    return (_in_order_of_server if sorted_by_key else _sorted)(client, uri, start, retries)
 
 
-def _as_they_come(client: Any, uri: str, start: str, retries: int) -> Iterator[tuple[str, int]]:
+def _in_order_of_server(client: Any, uri: str, start: str, retries: int) -> Iterator[tuple[str, int]]:
     last, tries, repeated = "", 0, 0
     before: Page = []
     while True:
@@ -49,7 +49,7 @@ def _as_they_come(client: Any, uri: str, start: str, retries: int) -> Iterator[t
                     yield from (entry for entry in page if entry[0].startswith(start))
                 last, before = max(last, end), page
         except FAILURES as error:
-            tries = count_tries(tries, error, retries)  # and continues behind what was passed on
+            tries = pause_or_raise(tries, error, retries)  # and continues behind what was passed on
         else:
             return
 
@@ -59,18 +59,18 @@ def _sorted(client: Any, uri: str, start: str, retries: int) -> Iterator[tuple[s
     try:
         with closing(sqlite3.connect("", isolation_level=None, check_same_thread=False)) as database:
             database.execute("PRAGMA journal_mode=OFF")
-            database.execute("CREATE TABLE found (key TEXT PRIMARY KEY, bytes INTEGER) WITHOUT ROWID")
+            database.execute("CREATE TABLE objects (key TEXT PRIMARY KEY, bytes INTEGER) WITHOUT ROWID")
             while True:
-                database.execute("DELETE FROM found")
+                database.execute("DELETE FROM objects")
                 try:
                     _read_into(database, uri, _pages(client, start, after=""))
                 except FAILURES as error:
-                    tries = count_tries(tries, error, retries)
+                    tries = pause_or_raise(tries, error, retries)
                 else:
                     break
             # SQLite compares the bytes of UTF-8, whose order is that of Python's strings.
-            entries = database.execute("SELECT key, bytes FROM found ORDER BY key")
-            yield from (entry for entry in entries if entry[0].startswith(start))
+            in_order = database.execute("SELECT key, bytes FROM objects ORDER BY key")
+            yield from (entry for entry in in_order if entry[0].startswith(start))
     except sqlite3.Error as error:
         what = f"{uri}: cannot list: the listing does not fit into a temporary file ({error}); set TMPDIR"
         raise Unreachable(what) from error
@@ -80,7 +80,7 @@ def _read_into(database: sqlite3.Connection, uri: str, pages: Iterator[Page]) ->
     repeated = 0
     for page in pages:
         database.execute("BEGIN")
-        new = database.executemany("INSERT INTO found VALUES (?, ?) ON CONFLICT DO NOTHING", page).rowcount
+        new = database.executemany("INSERT INTO objects VALUES (?, ?) ON CONFLICT DO NOTHING", page).rowcount
         database.execute("COMMIT")
         repeated = _count_repeated(uri, repeated, new=new > 0)
 

@@ -10,7 +10,14 @@ from typing import Any
 from job.common.threads import in_thread
 from job.errors import Problem, SettingsError
 from job.storage import base
-from job.storage.obstore_errors import FAILURES, Missing, has_no_metadata, is_hopeless, is_refused, is_transient
+from job.storage.obstore_errors import (
+    FAILURES,
+    Missing,
+    has_no_metadata,
+    is_failed_condition,
+    is_permanent,
+    is_transient,
+)
 
 _METADATA_TRIES = 4
 """The metadata service of a pod that has just started may not answer yet; most other machines have none."""
@@ -33,16 +40,16 @@ def ask(function: Callable[..., Any], *arguments: Any, retries: int, **options: 
         try:
             return ask_once(function, *arguments, **options)
         except FAILURES as error:
-            if is_refused(error) or isinstance(error, Missing):
+            if is_failed_condition(error) or isinstance(error, Missing):
                 raise
-            tries = count_tries(tries, error, retries)
+            tries = pause_or_raise(tries, error, retries)
 
 
-def count_tries(tries: int, error: BaseException, retries: int) -> int:
+def pause_or_raise(tries: int, error: BaseException, retries: int) -> int:
     """The number of tries of a request, after a pause; raises `error` after the last, or if no other try helps."""
     tries += 1
-    waits = is_transient(error) or (has_no_metadata(error) and tries < _METADATA_TRIES)
-    if tries >= retries or not waits or is_hopeless(error):
+    may_help = is_transient(error) or (has_no_metadata(error) and tries < _METADATA_TRIES)
+    if tries >= retries or not may_help or is_permanent(error):
         raise error
     time.sleep(base.pause_seconds(tries))
     return tries

@@ -42,16 +42,16 @@ from job.storage.base import (
     Stored,
     TooLarge,
     attempts,
-    byte_limit,
     check_key,
     check_prefix,
+    check_size,
     conflict,
-    probe,
+    try_conditional_writes,
 )
 from job.storage.location import Location, StorageOptions
-from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_refusal, is_refused, translate
+from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_client_error, is_failed_condition, translate
 from job.storage.obstore_listing import entries
-from job.storage.obstore_requests import OtherContent, ask, ask_once, count_tries, read_body
+from job.storage.obstore_requests import OtherContent, ask, ask_once, pause_or_raise, read_body
 
 # Name of the metadata entry with an object's SHA-256.
 _SHA256 = "qlorajobsha256"
@@ -98,7 +98,7 @@ class ObstoreStore:
         """The version that obstore's description of an object names."""
         raise NotImplementedError
 
-    def _update(self, tag: str) -> dict[str, str]:
+    def _version_condition(self, tag: str) -> dict[str, str]:
         """The condition, as obstore has it, that an object still has this version."""
         raise NotImplementedError
 
@@ -110,34 +110,34 @@ class ObstoreStore:
         """
         raise NotImplementedError
 
-    def _make(self, **options: Any) -> Any:
+    def _make_client(self, **options: Any) -> Any:
         """A client for this cloud, with these options of obstore."""
         raise NotImplementedError
 
-    def _connect(self, *, patience: float = 1.0, headers: dict[str, str] | None = None, repeats: int = 0) -> Any:
+    def _connect(self, *, timeout_factor: float = 1.0, headers: dict[str, str] | None = None, repeats: int = 0) -> Any:
         """A client; sends nothing yet.
 
         Args:
-            patience: How many times the time limit of the settings a request may take.
+            timeout_factor: How many times the time limit of the settings a request may take.
             headers: To be sent with every request.
             repeats: How often obstore itself sends a request again at most.
         """
         seconds, repeats = self._options.timeout_seconds, min(repeats, self._options.retries - 1)
         try:
-            return self._make(
+            return self._make_client(
                 client_options={
                     # For a server of one's own: by default all addresses are https://
                     "allow_http": True,
                     "connect_timeout": timedelta(seconds=min(seconds, MAX_CONNECT_SECONDS)),
                     # Until the answer begins, and between two of its pieces.
-                    "read_timeout": timedelta(seconds=seconds * patience),
+                    "read_timeout": timedelta(seconds=seconds * timeout_factor),
                     # Against an answer that trickles.
-                    "timeout": timedelta(seconds=seconds * patience * _PIECE_TIMEOUTS),
+                    "timeout": timedelta(seconds=seconds * timeout_factor * _PIECE_TIMEOUTS),
                     **({"default_headers": headers} if headers else {}),
                 },
                 retry_config={
                     "max_retries": repeats,
-                    "retry_timeout": timedelta(seconds=seconds * patience * _PIECE_TIMEOUTS * (1 + repeats)),
+                    "retry_timeout": timedelta(seconds=seconds * timeout_factor * _PIECE_TIMEOUTS * (1 + repeats)),
                     # A pause is drawn between the first one and `base` times the one before.
                     "backoff": {
                         "init_backoff": timedelta(seconds=base.REQUEST_PAUSES[0]),
@@ -161,11 +161,11 @@ class ObstoreStore:
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """See `ObjectStore.read`."""
         check_key(key)
-        seen: set[str] = set()
-        with self._asking("read", key):
+        earlier_digests: set[str] = set()
+        with self._store_errors("read", key):
             for attempt in self._attempts():
-                with self._again(attempt):
-                    return self._read(key, max_bytes, seen)
+                with self._pause_if_damaged(attempt):
+                    return self._read(key, max_bytes, earlier_digests)
         raise Unreachable(f"{self.uri}/{key}: cannot read: the content is cut off, or different at each try")
 
     def _read(self, key: str, max_bytes: int, earlier_digests: set[str]) -> Stored | None:
@@ -177,7 +177,7 @@ class ObstoreStore:
         answer = self._get(key)
         if answer is None:
             return None
-        byte_limit(f"{self.uri}/{key}", max_bytes)(answer.meta["size"])
+        check_size(f"{self.uri}/{key}", answer.meta["size"], max_bytes)
         data, tag = read_body(answer), self._tag(answer.meta)
         if tag is None or len(data) != answer.meta["size"]:
             raise OtherContent
@@ -193,7 +193,7 @@ class ObstoreStore:
             yield attempt
 
     @contextmanager
-    def _again(self, attempt: int) -> Iterator[None]:
+    def _pause_if_damaged(self, attempt: int) -> Iterator[None]:
         """Pauses in place of `OtherContent`. Errors of `_ask` pass: it has repeated what may be repeated."""
         try:
             yield
@@ -204,7 +204,7 @@ class ObstoreStore:
     def tag(self, key: str) -> str | None:
         """See `ObjectStore.tag`."""
         check_key(key)
-        with self._asking("read", key):
+        with self._store_errors("read", key):
             description = self._describe(key)
         return None if description is None else description[1]
 
@@ -226,7 +226,7 @@ class ObstoreStore:
 
     def _mode(self, if_absent: bool, if_tag: str | None) -> Any:  # noqa: FBT001 - as the verbs have them
         """The condition of a write, as obstore has it."""
-        return "create" if if_absent else "overwrite" if if_tag is None else self._update(if_tag)
+        return "create" if if_absent else "overwrite" if if_tag is None else self._version_condition(if_tag)
 
     def _put(
         self,
@@ -246,7 +246,7 @@ class ObstoreStore:
         """
         self._check_encryption()
         tries = 0
-        with self._asking("write", key):
+        with self._store_errors("write", key):
             while True:
                 try:
                     answer = ask_once(
@@ -259,8 +259,8 @@ class ObstoreStore:
                         use_multipart=False,
                     )
                 except FAILURES as error:
-                    if not is_refused(error) and not isinstance(error, Missing):
-                        tries = count_tries(tries, error, self._options.retries)
+                    if not is_failed_condition(error) and not isinstance(error, Missing):
+                        tries = pause_or_raise(tries, error, self._options.retries)
                         continue
                     # A 404 means that a version is gone only if a version was requested, and the store confirms it.
                     missing = isinstance(error, Missing)
@@ -318,15 +318,20 @@ class ObstoreStore:
 
         if mode != "overwrite" and size <= _MAX_CONDITIONAL_BYTES:
             self._put(
-                key, path.read_bytes(), attributes, mode, own_tag=own, client=self._connect(patience=size / _PART_BYTES)
+                key,
+                path.read_bytes(),
+                attributes,
+                mode,
+                own_tag=own,
+                client=self._connect(timeout_factor=size / _PART_BYTES),
             )
             return
         self._check_encryption()
-        with self._asking("write", key):
+        with self._store_errors("write", key):
             if mode != "overwrite":
                 description = self._describe(key)
                 known = None if mode == "create" else mode
-                if (None if description is None else self._update(description[1])) != known:
+                if (None if description is None else self._version_condition(description[1])) != known:
                     raise conflict(f"{self.uri}/{key}")
             # Repeated as a whole, such as when another upload of this key discarded the parts.
             self._ask(
@@ -343,13 +348,13 @@ class ObstoreStore:
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""
         check_key(key)
-        with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", key):
+        with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._store_errors("read", key):
             earlier_digests: set[str] = set()
-            for _ in attempts(2):
+            for _ in attempts(repeats=2):
                 description = self._describe(key)
                 if description is None:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
-                byte_limit(f"{self.uri}/{key}", max_bytes)(description[0]["size"])
+                check_size(f"{self.uri}/{key}", description[0]["size"], max_bytes)
                 with suppress(OtherContent), atomic_write(path) as temporary:
                     self._fetch(key, temporary, description[0], earlier_digests)
                     return
@@ -406,7 +411,7 @@ class ObstoreStore:
                 answer = None
             if answer is None or self._tag(answer.meta) != self._tag(meta):
                 raise OtherContent
-            with self._again(attempt):
+            with self._pause_if_damaged(attempt):
                 data = read_body(answer)
                 if len(data) == end - start:
                     return data, answer.attributes.get(_SHA256)
@@ -417,7 +422,7 @@ class ObstoreStore:
         """See `ObjectStore.list`."""
         check_prefix(prefix)
         any_entry, last = False, ""
-        with self._asking("list", prefix):
+        with self._store_errors("list", prefix):
             for key, size in self._entries(self._root + prefix):
                 any_entry = True
                 name = key.removeprefix(self._root)
@@ -444,7 +449,7 @@ class ObstoreStore:
     def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`."""
         check_key(key)
-        with self._asking("delete", key):
+        with self._store_errors("delete", key):
             if if_tag is None:
                 self._delete(self._client, key)
                 return
@@ -463,12 +468,12 @@ class ObstoreStore:
 
     def conditional_writes(self) -> bool:
         """See `ObjectStore.conditional_writes`."""
-        return probe(self)
+        return try_conditional_writes(self)
 
     def _get(self, key: str, **options: Any) -> Any:
         """Requests an object; None only if the store itself says that there is none, not for a proxy's 404."""
         full_key = self._root + key
-        for _ in attempts(2):
+        for _ in attempts(repeats=2):
             try:
                 return self._ask(obstore.get, self._client, full_key, options=options)
             except Missing as error:
@@ -484,11 +489,11 @@ class ObstoreStore:
 
     def _describe(self, key: str) -> tuple[Any, str] | None:
         """What obstore says of an object, and its tag, None if it is absent. HEAD does not say why it failed."""
-        for _ in attempts(2):
+        for _ in attempts(repeats=2):
             try:
                 meta = self._ask(obstore.head, self._client, self._root + key)
             except FAILURES as error:
-                if not is_refusal(error):
+                if not is_client_error(error):
                     raise
                 result = self._get(key)
                 if result is None:
@@ -502,7 +507,7 @@ class ObstoreStore:
         )
 
     @contextmanager
-    def _asking(self, verb: str, key: str) -> Iterator[None]:
+    def _store_errors(self, verb: str, key: str) -> Iterator[None]:
         try:
             yield
         except FAILURES as error:

@@ -24,12 +24,12 @@ __all__ = [
     "StorageOptions",
     "Stored",
     "TooLarge",
+    "bytes_to_fetch",
     "check_key",
     "fetch",
     "is_key",
     "is_remote",
     "open_store",
-    "size",
     "storage_options",
 ]
 
@@ -114,7 +114,7 @@ def _matching(store: ObjectStore, pattern: str) -> list[ObjectInfo]:
     return [info for info in store.list(start) if "/" not in info.key and fnmatchcase(info.key, pattern)]
 
 
-def size(place: str, options: StorageOptions = _DEFAULT) -> int:
+def bytes_to_fetch(place: str, options: StorageOptions = _DEFAULT) -> int:
     """Bytes that `fetch` is going to download; 0 for a path or hub id, and if nothing is there, which `fetch` reports.
 
     Raises:

@@ -18,7 +18,7 @@ from job.storage.location import is_remote
 _TEMPORARY = ("qlora-job-", ".new-")
 """Folders of this user alone, made by `tempfile`; those of other users do no harm."""
 _MAX_FOLDERS = 20_000
-"""Below each place; the content is of a few users, each with many folders."""
+"""Folders to look into at most, below one `root`: what cannot be used mostly shows in the first ones."""
 
 
 def check_permissions(output: str, run: str) -> None:
@@ -44,8 +44,10 @@ def check_permissions(output: str, run: str) -> None:
 def _unusable(root: Path, *, folders: int = _MAX_FOLDERS) -> Iterator[Path]:
     """What this user cannot use: folders that it cannot write to, files that it cannot read, locks it cannot take.
 
-    Looks into so many folders, from `root` on. Of the shared scores into that one: below it each base, machine and
-    version of the code has a folder, and this run may need none of those that are there.
+    Args:
+        root: Where to begin; a folder that does not exist is not looked at.
+        folders: Number of folders to look into, `root` included. With 1 its subfolders are left out: those of the
+            shared scores are of one base, machine and version of the code each, and this run may need none of them.
     """
     for folder, inner, files in islice(os.walk(root), folders):
         path = Path(folder)

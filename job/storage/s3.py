@@ -35,8 +35,9 @@ from job.storage.base import (
     byte_limit,
     check_key,
     check_prefix,
+    check_size,
     conflict,
-    probe,
+    try_conditional_writes,
 )
 from job.storage.location import Location, StorageOptions
 from job.storage.s3_client import connect
@@ -91,13 +92,13 @@ class S3Store:
 
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """See `ObjectStore.read`."""
-        with self._asking("read", check_key(key)):
+        with self._store_errors("read", check_key(key)):
             stored = self._read(key, max_bytes)
         return None if stored is None else Stored(*stored)
 
     def tag(self, key: str) -> str | None:
         """See `ObjectStore.tag`."""
-        with self._asking("read", check_key(key)):
+        with self._store_errors("read", check_key(key)):
             description = self._describe(key)
         return None if description is None else description[1]
 
@@ -110,13 +111,13 @@ class S3Store:
     ) -> str:
         condition = _condition(if_absent=if_absent, if_tag=if_tag)
         repeated = False
-        with self._asking("write", check_key(key)):
+        with self._store_errors("write", check_key(key)):
             for _ in attempts():
                 try:
                     return self._put(key, data, {**options, **condition})
                 except ClientError as error:
                     absent = if_tag is not None and is_missing(error) and self._is_unlisted(key)
-                    if not condition or not (absent or _refused(error, if_tag)):
+                    if not condition or not (absent or _condition_failed(error, if_tag)):
                         raise
                     repeated |= error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                     if not is_answer(error, "ConditionalRequestConflict"):  # it met another write in flight
@@ -140,27 +141,27 @@ class S3Store:
             return
         threads = size > ONE_CONNECTION_BYTES
         name = self._root + check_key(key)
-        with disk_errors(f"{self.uri}/{key}: cannot read {path}"), self._asking("write", key):
+        with disk_errors(f"{self.uri}/{key}: cannot read {path}"), self._store_errors("write", key):
             try:
                 self._conditions[name] = condition
-                self._upload_in_parts(path, key, threads=threads)
+                self._upload_with_repeats(path, key, threads=threads)
             except S3UploadFailedError as error:
                 answer = error.__context__
                 if not condition or not isinstance(answer, ClientError):
                     raise
                 # A refusal may be our own success, whose answer was lost: a repeated upload then replaces the same
                 # content.
-                if _refused(answer, if_tag):
+                if _condition_failed(answer, if_tag):
                     raise conflict(f"{self.uri}/{key}") from None
                 if code_and_status(answer)[1] not in _UNKNOWN_CONDITION:
                     raise
                 self._conditions.pop(name, None)
-                self._upload_in_parts(path, key, threads=threads)
+                self._upload_with_repeats(path, key, threads=threads)
             finally:
                 self._conditions.pop(name, None)
 
-    def _upload_in_parts(self, path: Path, key: str, *, threads: bool) -> None:
-        for _ in attempts(2):
+    def _upload_with_repeats(self, path: Path, key: str, *, threads: bool) -> None:
+        for _ in attempts(repeats=2):
             try:
                 return self._upload(path, key, threads=threads)
             except RuntimeError:
@@ -179,13 +180,13 @@ class S3Store:
 
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""
-        with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", check_key(key)):
-            for _ in attempts(2):
+        with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._store_errors("read", check_key(key)):
+            for _ in attempts(repeats=2):
                 description = self._describe(key)
                 if description is None:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
                 size = description[0]
-                byte_limit(f"{self.uri}/{key}", max_bytes)(size)
+                check_size(f"{self.uri}/{key}", size, max_bytes)
                 with suppress(_OtherSize), atomic_write(path) as temporary:
                     self._fetch(key, temporary, size, max_bytes)
                     return
@@ -220,7 +221,7 @@ class S3Store:
         start = self._root + check_prefix(prefix)
         continuation: dict[str, str] = {}
         while True:
-            with self._asking("list", prefix):
+            with self._store_errors("list", prefix):
                 page = self._page(start, **continuation)
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):
@@ -237,7 +238,7 @@ class S3Store:
         Raises:
             Unreachable: No answer is a listing. It must not count as an empty one.
         """
-        for _ in attempts(2):
+        for _ in attempts(repeats=2):
             with suppress(ResponseParserError):
                 page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=start, **self._options, **options)
                 if _is_listing(page):
@@ -248,13 +249,13 @@ class S3Store:
         """See `ObjectStore.delete`."""
         condition = {} if if_tag is None else {"IfMatch": if_tag}
         name = self._root + key
-        with self._asking("delete", check_key(key)):
+        with self._store_errors("delete", check_key(key)):
             try:
                 self._client.delete_object(Bucket=self._bucket, Key=name, **self._options, **condition)
             except ClientError as error:
                 if condition and code_and_status(error)[1] == HTTPStatus.NOT_IMPLEMENTED:
                     self._client.delete_object(Bucket=self._bucket, Key=name, **self._options)
-                elif condition and _refused(error, None):
+                elif condition and _condition_failed(error, None):
                     raise conflict(f"{self.uri}/{key}") from None
                 # some servers say that there was none
                 elif not is_answer(error, "NoSuchKey") and not (is_missing(error) and self._is_unlisted(key)):
@@ -262,10 +263,10 @@ class S3Store:
 
     def conditional_writes(self) -> bool:
         """See `ObjectStore.conditional_writes`."""
-        return probe(self)
+        return try_conditional_writes(self)
 
     @contextmanager
-    def _asking(self, verb: str, key: str) -> Iterator[None]:
+    def _store_errors(self, verb: str, key: str) -> Iterator[None]:
         try:
             yield
         except FAILURES as error:
@@ -305,11 +306,11 @@ class S3Store:
     def _read(self, key: str, max_bytes: int) -> tuple[bytes, str] | None:
         attempt = 1
         while answer := self._get(key):
-            data, allowed = bytearray(), byte_limit(f"{self.uri}/{key}", max_bytes)
+            data, count_bytes = bytearray(), byte_limit(f"{self.uri}/{key}", max_bytes)
             try:
                 with closing(answer["Body"]) as body:
                     while chunk := body.read(_CHUNK_BYTES):
-                        allowed(len(chunk))
+                        count_bytes(len(chunk))
                         data += chunk
                 if "ETag" in answer and _says_its_length(answer):
                     return bytes(data), answer["ETag"]
@@ -328,7 +329,7 @@ class S3Store:
 
         The answer to GET says why it is a 404; the answer to HEAD has no body and could mean a missing bucket.
         """
-        for _ in attempts(2):
+        for _ in attempts(repeats=2):
             answer = self._get_first_byte(key)
             if answer is None:
                 return None
@@ -391,7 +392,7 @@ def _says_its_length(answer: Mapping[str, Any]) -> bool:
     return "content-length" in headers or "chunked" in headers.get("transfer-encoding", "")
 
 
-def _refused(error: ClientError, if_tag: str | None) -> bool:
+def _condition_failed(error: ClientError, if_tag: str | None) -> bool:
     """Whether the condition of a write did not hold; servers answer a tag for an absent object with 404."""
     conflicts = {HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED}
     return code_and_status(error)[1] in conflicts or (if_tag is not None and is_answer(error, "NoSuchKey"))

@@ -30,7 +30,7 @@ from job.storage.location import StorageOptions
 from job.storage.s3_errors import FAILURES, is_transient, no_credentials, translate
 
 _MAX_CONNECTIONS = 32
-_FILES = ("shared-credentials-file", "config-file")
+_FILE_PROVIDERS = ("shared-credentials-file", "config-file")
 """The SDK's names of the providers that read keys from AWS's files."""
 _REFUSED_KEYS = {
     *("ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired"),
@@ -71,7 +71,7 @@ def connect(options: StorageOptions) -> Any:
         if session.get_config_variable("metadata_service_num_attempts") == 1:
             session.set_config_variable("metadata_service_num_attempts", 3)
         resolver = session.get_component("credential_provider")
-        for name in _FILES:
+        for name in _FILE_PROVIDERS:
             resolver.insert_before(name, _KeyFileProvider(resolver.get_provider(name)))
         boto = boto3.session.Session(botocore_session=session, region_name=options.region)
         keys = session.get_credentials()
@@ -83,7 +83,7 @@ def connect(options: StorageOptions) -> Any:
             raise denied from error
         if isinstance(error, OSError):
             raise
-        raise SettingsError([_unusable(error, endpoint_url)]) from None
+        raise SettingsError([_configuration_problem(error, endpoint_url)]) from None
 
     if client.meta.endpoint_url.startswith("https:"):
         _check_certificates(session.get_config_variable("ca_bundle"))
@@ -143,13 +143,13 @@ def _register(client: Any, options: StorageOptions, keys: _KeysOfFile | None) ->
         keys: What it signs with, if these are keys of a file; None for all others.
     """
 
-    def pace(response_dict: dict[str, Any], **_: Any) -> None:
+    def limit_time(response_dict: dict[str, Any], **_: Any) -> None:
         body = response_dict["body"]
         if isinstance(body, StreamingBody):
             raw = vars(body)["_raw_stream"]
-            paced = vars(body)["_raw_stream"] = _Paced(raw, options.timeout_seconds)
+            limited = vars(body)["_raw_stream"] = _TimeLimitedStream(raw, options.timeout_seconds)
             # The transfer manager drops a body that it gave up on without closing its connection.
-            weakref.finalize(paced, raw.close).atexit = False
+            weakref.finalize(limited, raw.close).atexit = False
 
     def repeat(
         attempts: int, response: Any, caught_exception: BaseException | None, request_dict: dict[str, Any], **_: Any
@@ -166,7 +166,7 @@ def _register(client: Any, options: StorageOptions, keys: _KeysOfFile | None) ->
         keys.read_again()
         return 0.0
 
-    client.meta.events.register("before-parse.s3.GetObject", pace)
+    client.meta.events.register("before-parse.s3.GetObject", limit_time)
     client.meta.events.register("needs-retry.s3", repeat)
 
 
@@ -182,7 +182,7 @@ def _check_certificates(place: str | None) -> None:
         raise SettingsError([Problem("AWS_CA_BUNDLE", what)]) from None
 
 
-def _unusable(error: ValueError, endpoint_url: str | None) -> Problem:
+def _configuration_problem(error: ValueError, endpoint_url: str | None) -> Problem:
     """What makes no sense to the SDK; an address without its words, since it may hold a password."""
     if not str(error).startswith("Invalid endpoint"):
         return Problem("AWS's own settings", f"cannot be read: {error}")
@@ -213,7 +213,7 @@ def _api_descriptions() -> Any:
     return create_loader()
 
 
-class _Paced:
+class _TimeLimitedStream:
     """A response's raw stream with a total time limit: the socket's timeout restarts with every byte."""
 
     def __init__(self, raw: Any, seconds: float) -> None:

@@ -112,7 +112,7 @@ _BUSY = {
     HTTPStatus.GATEWAY_TIMEOUT,
 }
 # There is no connection for a reason that stays.
-_HOPELESS = re.compile(
+_PERMANENT = re.compile(
     r"Name or service not known|Name does not resolve|nodename nor servname|No address associated|"
     r"CERTIFICATE_VERIFY_FAILED"
 )
@@ -127,7 +127,7 @@ _REMEDIES = {
     "RequestTimeTooSkewed": "set this machine's clock",
 }
 _PASSWORD = re.compile(r"(?<=://)[^\s/@]*@")
-_MAX_WORDS = 300
+_MAX_CHARACTERS = 300
 
 
 def code_and_status(error: ClientError) -> tuple[str, int]:
@@ -156,11 +156,11 @@ def is_transient(response: tuple[Any, dict[str, Any]] | None, error: BaseExcepti
         error: Why there was none.
     """
     if response is not None:
-        answer, said = response
-        return answer.status_code in _BUSY or str(said.get("Error", {}).get("Code", "")) in _BUSY_CODES
+        answer, parsed = response
+        return answer.status_code in _BUSY or str(parsed.get("Error", {}).get("Code", "")) in _BUSY_CODES
     if not isinstance(error, (sdk.ConnectionError, HTTPClientError)) or _unsent(error, "") is not None:
         return False
-    return _HOPELESS.search(_cause(error)) is None
+    return _PERMANENT.search(_cause(error)) is None
 
 
 def _cause(error: Any) -> str:
@@ -179,15 +179,15 @@ def translate(error: BaseException, operation: str) -> JobError:
         return _translate_answer(error, operation)
     if (unsent := _unsent(error, operation)) is not None:
         return unsent
-    message = f"{operation}: {_words(error)}"
+    message = f"{operation}: {_one_line(error)}"
     if isinstance(error, sdk.NoCredentialsError):
         message += "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give the machine or pod a role"
-    if isinstance(error, sdk.EndpointConnectionError) and _HOPELESS.search(_cause(error)):
+    if isinstance(error, sdk.EndpointConnectionError) and _PERMANENT.search(_cause(error)):
         message += "; the server's name cannot be resolved; correct JOB_STORAGE__ENDPOINT_URL or JOB_STORAGE__REGION"
     if isinstance(error, _DENIED):
         return AccessDenied(message)
     if isinstance(error, _MISCONFIGURED):
-        return SettingsError([Problem(operation, _words(error))])
+        return SettingsError([Problem(operation, _one_line(error))])
     return Unreachable(message)
 
 
@@ -216,7 +216,7 @@ def no_credentials(error: OSError | ValueError, operation: str) -> AccessDenied 
     if not frames & {"botocore.credentials", "botocore.tokens"}:
         return None
     if isinstance(error, ValueError):
-        return AccessDenied(f"{operation}: the credentials cannot be read: {_words(error)}")
+        return AccessDenied(f"{operation}: the credentials cannot be read: {_one_line(error)}")
     return AccessDenied(
         f"{operation}: the credentials come from {error.filename}, which cannot be read ({error.strerror}); mount it "
         "(a service account with a role), and let this user read it: securityContext.fsGroup of the pod"
@@ -225,7 +225,7 @@ def no_credentials(error: OSError | ValueError, operation: str) -> AccessDenied 
 
 def _translate_answer(error: ClientError, operation: str) -> JobError:
     code, status = code_and_status(error)
-    reason = f"{code} (HTTP {status}): {_words(error.response.get('Error', {}).get('Message', ''))}"
+    reason = f"{code} (HTTP {status}): {_one_line(error.response.get('Error', {}).get('Message', ''))}"
     reason += f"; {_REMEDIES[code]}" if code in _REMEDIES else ""
     transient = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
     if code in _TRANSIENT_CODES or status in transient:
@@ -237,15 +237,15 @@ def _translate_answer(error: ClientError, operation: str) -> JobError:
     if status in {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}:
         return NotSupported([Problem(operation, f"the store does not support this request: {reason}")])
     # An error behind the status of success came after the beginning of a long answer; without a status there was none.
-    passing = status < HTTPStatus.MULTIPLE_CHOICES or status >= HTTPStatus.INTERNAL_SERVER_ERROR
-    if passing or status == HTTPStatus.NOT_FOUND:
+    may_pass = status < HTTPStatus.MULTIPLE_CHOICES or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    if may_pass or status == HTTPStatus.NOT_FOUND:
         return Unreachable(f"{operation}: {reason}")
     return SettingsError([Problem(operation, f"the store refuses the request: {reason}")])
 
 
-def _words(text: Any) -> str:
+def _one_line(text: Any) -> str:
     """The error's message on one line, cut off: some servers answer with a whole page.
 
     Without the user and password of an address, which the SDK's own variables may have.
     """
-    return _PASSWORD.sub("", " ".join(str(text).split()))[:_MAX_WORDS].rstrip(".")
+    return _PASSWORD.sub("", " ".join(str(text).split()))[:_MAX_CHARACTERS].rstrip(".")

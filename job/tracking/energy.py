@@ -77,12 +77,12 @@ def _sampling(nvml: Any, gpus: Sequence[Any]) -> Joules:
     def watts() -> float:
         return float(sum(nvml.nvmlDeviceGetPowerUsage(gpu) for gpu in gpus)) / 1000
 
-    meter = _Sampled(watts, nvml.NVMLError)
+    meter = _SampledPower(watts, nvml.NVMLError)
     Thread(target=meter.run, name="energy", daemon=True).start()
     return meter.joules
 
 
-class _Sampled:
+class _SampledPower:
     """Adds up power over time, until the power cannot be read any more."""
 
     def __init__(self, watts: Callable[[], float], failure: type[Exception]) -> None:

@@ -28,7 +28,7 @@ from job.records import RunFigures
 from job.tracking.no_redirects import NoRedirects
 
 ANNOTATION = "qlora-job/progress"
-SECONDS = 15.0
+REPORT_SECONDS = 15.0
 """Time between two reports; a step takes about as long. A TrainJob's controller writes each into etcd."""
 _REQUEST_SECONDS = 5.0
 
@@ -100,7 +100,7 @@ POD_ANNOTATION = Report("pod-annotation", "PATCH", "application/merge-patch+json
 
 
 class Sender:
-    """Sends a report every `SECONDS` seconds, and the last one at the end.
+    """Sends a report every `REPORT_SECONDS` seconds, and the last one at the end.
 
     Args:
         destination: Where to.
@@ -127,7 +127,7 @@ class Sender:
         self._thread.join(seconds)
 
     def _loop(self) -> None:
-        while not self._over.wait(SECONDS):
+        while not self._over.wait(REPORT_SECONDS):
             self._send()
         self._send()
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -186,12 +187,12 @@ class _Otlp:
         def callback(gauge: Gauge) -> Callable[[CallbackOptions], Iterable[Observation]]:
             return lambda _options: [Observation(value, dict(labels)) for labels, value in live.observe(gauge)]
 
-        found = Resource.create().attributes  # reads OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME
-        named = not str(found[SERVICE_NAME]).startswith("unknown_service")
-        own = dict(found) if named else {**found, SERVICE_NAME: SERVICE}
+        attributes = Resource.create().attributes  # reads OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME
+        named = not str(attributes[SERVICE_NAME]).startswith("unknown_service")
+        own_attributes = dict(attributes) if named else {**attributes, SERVICE_NAME: SERVICE}
         self._live, self._exporter = live, Exporter()
         reader = PeriodicExportingMetricReader(self._exporter)
-        self._provider = MeterProvider([reader], Resource(own), shutdown_on_exit=False)
+        self._provider = MeterProvider([reader], Resource(own_attributes), shutdown_on_exit=False)
         meter = self._provider.get_meter("qlora-job", __version__)
         for gauge in GAUGES:
             meter.create_observable_gauge(gauge.name, [callback(gauge)], unit=gauge.unit, description=gauge.description)
@@ -199,7 +200,7 @@ class _Otlp:
     def close(self) -> None:
         self._exporter.closing = True
         with suppress(Exception):
-            # Until they are taken: they may not even be under way when the time is over.
+            # The last figures count as unsent until they are sent: that may not have begun when the time is over.
             self._exporter.unsent = self._live.figures() is not None
         with suppress(Exception):  # raised where the time is over, or the reader fails: the figures are not sent then
             self._provider.shutdown(timeout_millis=1000 * 0.8 * FLUSH_SECONDS)
@@ -238,36 +239,22 @@ class _Prometheus:
 class _Cluster:
     """Tells the cluster how far the run is, for `kubectl get`."""
 
-    report: Report
-
-    def __init__(self, live: LiveMetrics, **destination: str) -> None:
+    def __init__(self, live: LiveMetrics, *, report: Report, **destination: str) -> None:
         def read() -> Any:
             figures = live.figures()
-            return None if figures is None else self.report.content(figures, live.complete)
+            return None if figures is None else report.content(figures, live.complete)
 
-        self._sender = Sender(Destination(**destination), self.report, read)
+        self._sender = Sender(Destination(**destination), report, read)
 
     def close(self) -> None:
         self._sender.close(0.8 * FLUSH_SECONDS)
 
 
-class _TrainJob(_Cluster):
-    """`status.trainerStatus` of a TrainJob of Kubeflow Trainer."""
-
-    report = TRAIN_JOB
-
-
-class _PodAnnotation(_Cluster):
-    """An annotation of the pod."""
-
-    report = POD_ANNOTATION
-
-
 EXPORTERS: Mapping[str, Callable[..., _Exporter]] = {
     "otlp": _Otlp,
     "prometheus": _Prometheus,
-    "train-job": _TrainJob,
-    "pod-annotation": _PodAnnotation,
+    "train-job": partial(_Cluster, report=TRAIN_JOB),
+    "pod-annotation": partial(_Cluster, report=POD_ANNOTATION),
 }
 
 

@@ -1,4 +1,4 @@
-"""Requests that go to the address that was named, or nowhere: they carry tokens, or mean a POST."""
+"""HTTP requests that follow no redirect: another address must not get their token, or a GET in place of a POST."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.request import HTTPRedirectHandler
 
 
 class NoRedirects(HTTPRedirectHandler):
-    """For `urllib.request.build_opener`: an answer that redirects raises `HTTPError`, as any other than 2xx."""
+    """For `urllib.request.build_opener`: an answer that redirects raises `HTTPError`, as any other status than 2xx."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
-        """Refuses."""
+        """Returns None, with which urllib raises the error."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from job.records import StepMetrics, ValidationMetrics
+from job.tracking.figures import step_figures, validation_figures
 
 
 def write_events(folder: Path, history: Sequence[StepMetrics], validations: Sequence[ValidationMetrics] = ()) -> None:
@@ -14,17 +15,10 @@ def write_events(folder: Path, history: Sequence[StepMetrics], validations: Sequ
 
     with SummaryWriter(str(folder)) as writer:
         for metrics in history:
-            writer.add_scalar("train/loss", metrics.loss, metrics.step)
-            writer.add_scalar("train/learning_rate", metrics.learning_rate, metrics.step)
-            if metrics.grad_norm is not None:
-                writer.add_scalar("train/grad_norm", metrics.grad_norm, metrics.step)
-            for name, number in metrics.preference.items():
-                writer.add_scalar(f"train/{name}", number, metrics.step)
-            for name, value in metrics.measured.items():
-                if value is not None:
-                    writer.add_scalar(f"measured/{name}", value, metrics.step)
+            for name, value in step_figures(metrics).items():
+                writer.add_scalar(name, value, metrics.step)
         for validation in validations:
-            for name, value in {"loss": validation.loss, **validation.preference}.items():
-                writer.add_scalar(f"eval/{name}", value, validation.step)
+            for name, value in validation_figures(validation).items():
+                writer.add_scalar(name, value, validation.step)
     for path in folder.iterdir():  # its name has the time and the host in it: every attempt would leave another file
         path.rename(folder / "events.out.tfevents.0")

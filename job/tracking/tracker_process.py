@@ -28,8 +28,8 @@ Message = Mapping[str, Any]
 
 TAG = "qlora-job.run"
 """MLflow gives runs its own ids: this tag holds the job's run id."""
-_LONGEST_VALUE = 6000  # MLflow's limit for a parameter
-_LONGEST_ERROR = 300
+_MAX_VALUE_CHARACTERS = 6000  # MLflow's limit for a parameter
+_MAX_ERROR_CHARACTERS = 300
 """Characters of an error's text."""
 _ORPHAN_SECONDS = 120.0
 """How long the process continues after its input has ended."""
@@ -42,7 +42,7 @@ class _Tracker(Protocol):
         """Figures of an optimizer step."""
 
     def finish(self, outcome: str, summary: Mapping[str, float]) -> None:
-        """The attempt ended: `complete`, `preempted`, or in another word for not done."""
+        """The attempt ended: `complete`, `preempted` or `failed`."""
 
 
 class _Wandb:
@@ -79,13 +79,13 @@ class _Mlflow:
 
         if start["project"] is not None:
             mlflow.set_experiment(start["project"])
-        found = mlflow.search_runs(filter_string=f"tags.`{TAG}` = '{start['run']}'", output_format="list")
-        if found:
-            run = mlflow.start_run(run_id=found[0].info.run_id)
+        earlier_runs = mlflow.search_runs(filter_string=f"tags.`{TAG}` = '{start['run']}'", output_format="list")
+        if earlier_runs:
+            run = mlflow.start_run(run_id=earlier_runs[0].info.run_id)
         else:
             run = mlflow.start_run(run_name=start["run"], tags={TAG: start["run"]})
             # Once: a parameter cannot be changed, and settings that do not decide the result may.
-            mlflow.log_params({name: str(value)[:_LONGEST_VALUE] for name, value in start["config"].items()})
+            mlflow.log_params({name: str(value)[:_MAX_VALUE_CHARACTERS] for name, value in start["config"].items()})
         self._mlflow, self._step = mlflow, 0
         reply({"where": f"run {run.info.run_id} of experiment {run.info.experiment_id}"})  # the URI may hold a password
 
@@ -114,7 +114,7 @@ def serve(name: str, messages: Iterator[Message], reply: Callable[[Message], Non
                 return
             tracker.log(message["step"], message["figures"])
     except Exception as error:  # noqa: BLE001 - no exception of a tracker may end the run: it is reported
-        reply({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST_ERROR]}"})
+        reply({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_ERROR_CHARACTERS]}"})
 
 
 def main() -> None:

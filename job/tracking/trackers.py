@@ -23,6 +23,7 @@ from typing import Any
 from job import log
 from job.errors import Preempted, Replaced
 from job.records import StepMetrics, ValidationMetrics
+from job.tracking.figures import final_figures, step_figures, validation_figures
 
 QUEUED = 1000
 """Length of a tracker's queue of messages; when it is full, messages are dropped."""
@@ -43,7 +44,7 @@ class Tracking:
     ) -> None:
         self._projects, self._environ = projects, environ
         self._start = {"run": run, "config": config}
-        self._trackers: list[_Tracker] = []
+        self._trackers: list[_TrackerProcess] = []
         self._summary: dict[str, float] = {}
 
     def start(self) -> None:
@@ -51,28 +52,27 @@ class Tracking:
         for name, project in self._projects.items():
             spec = find_spec(name)
             if spec is None or spec.origin is None:  # a folder of this name is no package
-                fix = f"pip install 'qlora-job[{name}]', or set JOB_LOG__TRACKERS=off"
+                fix = f"run pip install '.[{name}]' in the repository, or set JOB_LOG__TRACKERS=off"
                 _warn(name, "the run is not tracked: the tracker's package is not installed", fix=fix)
                 continue
             try:
-                self._trackers.append(_Tracker(name, {**self._start, "project": project}, self._environ))
+                self._trackers.append(_TrackerProcess(name, {**self._start, "project": project}, self._environ))
             except OSError as error:
                 _warn(name, "the run is not tracked: the tracker's process cannot be started", why=str(error))
 
     def step(self, metrics: StepMetrics) -> None:
         """Sends the figures of a step."""
         for tracker in self._trackers:
-            tracker.put({"step": metrics.step, "figures": figures_of(metrics)})
+            tracker.put({"step": metrics.step, "figures": step_figures(metrics)})
 
     def validation(self, metrics: ValidationMetrics) -> None:
-        """Tells loss and rewards of a validation, by the names that TRL's users know them by."""
-        figures = {"eval/loss": metrics.loss} | {f"eval/{name}": value for name, value in metrics.preference.items()}
+        """Sends the figures of a validation."""
         for tracker in self._trackers:
-            tracker.put({"step": metrics.step, "figures": figures})
+            tracker.put({"step": metrics.step, "figures": validation_figures(metrics)})
 
     def results(self, results: Mapping[str, Any]) -> None:
         """Keeps the final figures, for `finish`."""
-        self._summary = summary_of(results)
+        self._summary = final_figures(results)
 
     def finish(self, outcome: str, seconds: float) -> None:
         """Sends how the attempt ended, and waits for the trackers, at most `seconds`."""
@@ -115,32 +115,7 @@ def tracking(
     trackers_of_run.finish("complete", FINISH_SECONDS)
 
 
-def figures_of(metrics: StepMetrics) -> dict[str, float]:
-    """The numbers of a step, by TensorBoard's names."""
-    facts = {"loss": metrics.loss, "learning_rate": metrics.learning_rate, "grad_norm": metrics.grad_norm}
-    facts |= metrics.preference
-    named = {f"train/{name}": value for name, value in facts.items()}
-    named |= {f"measured/{name}": value for name, value in metrics.measured.items()}
-    return {name: float(value) for name, value in named.items() if value is not None}
-
-
-def summary_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """The final numbers of a manifest: accuracies before and after, and the cost."""
-    summary = {
-        f"cost/{name}": results["cost"][name] for name in ("seconds", "usd", "wasted_seconds", "goodput", "energy_kwh")
-    }
-    for task, figures in results["evaluation"]["tasks"].items():
-        for side in ("base", "adapter"):
-            summary |= {f"evaluation/{task}/{side}_{metric}": figures[side][metric] for metric in ("acc", "acc_norm")}
-        summary |= {f"evaluation/{task}/{name}": figures[name] for name in ("delta", "mcnemar_p")}
-    for task, figures in results["evaluation"].get("measured", {}).items():
-        for metric, one in figures["metrics"].items():
-            name = f"evaluation/{task}/{metric.replace(',', '_')}"
-            summary |= {f"{name}_{side}": one[side] for side in ("base", "adapter")}
-    return {name: float(value) for name, value in summary.items() if value is not None}
-
-
-class _Tracker:
+class _TrackerProcess:
     """One tracker's process, and the two threads that talk with it."""
 
     def __init__(self, name: str, start: Mapping[str, Any], environ: Mapping[str, str]) -> None:
@@ -176,7 +151,7 @@ class _Tracker:
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self._complain(f"the tracker did not end within {seconds:g} s; the run does not wait for it")
+            self._warn_once(f"the tracker did not end within {seconds:g} s; the run does not wait for it")
         else:
             self._reader.join(ANSWER_SECONDS)
 
@@ -197,12 +172,12 @@ class _Tracker:
                 if "where" in answer:
                     log.get_logger().info("the run is tracked", tracker=self.name, where=answer["where"])
                 elif "error" in answer:
-                    self._complain("the tracker failed; the run continues without it", why=answer["error"])
+                    self._warn_once("the tracker failed; the run continues without it", why=answer["error"])
                 else:
                     return
-        self._complain("the tracker ended; the run continues without it")
+        self._warn_once("the tracker ended; the run continues without it")
 
-    def _complain(self, message: str, **details: str) -> None:
+    def _warn_once(self, message: str, **details: str) -> None:
         """Warns, once for each tracker."""
         if not self._quiet:
             self._quiet = True

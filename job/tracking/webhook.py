@@ -4,8 +4,8 @@
 come after it. Each is a CloudEvent 1.0 in structured mode, `application/cloudevents+json`, by POST. An attempt that is
 killed or stalls cannot send anything at its end: the next one does, when it has taken the run over (`killed`, also for
 one that it replaces, and `stalled`). One that ends before it owns the run, such as on wrong settings, sends nothing. A
-webhook that fails or hangs costs the run a warning, and at its end at most `END_SECONDS`. The address may
-hold a token: it is in no message, and redirects are not followed.
+webhook that fails or hangs costs the run a warning, and at its end at most `END_SECONDS`. The address may hold a
+token: it is in no message, and redirects are not followed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SILENT = {"killed": None, "stalled": Stalled.exit_code}
 """Outcome of an attempt that could not send its end -> its exit code, where it is known."""
 _REQUEST_SECONDS = 10.0
 _TYPE = "qlora-job.attempt"
-_LONGEST_WHY = 500
+_MAX_WHY_CHARACTERS = 500
 
 
 def event(kind: str, run: str, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Notifier:
     def __init__(self, url: str | None, run: str) -> None:
         self._url, self._run = url, run
         self._data: Mapping[str, Any] = {}
-        self._begun: Thread | None = None
+        self._first_sending: Thread | None = None
         self.gate_passed: bool | None = None
         """Whether the results meet the quality gate, which `completed` says; None without a gate."""
 
@@ -78,13 +78,13 @@ class Notifier:
         if silent is not None:
             ended = {**data, "attempt": silent.number, "exit_code": SILENT[silent.outcome], "told_by": data["attempt"]}
             events.insert(0, event(silent.outcome, self._run, ended))
-        self._begun = None if self._url is None else _send(self._url, *events)
+        self._first_sending = None if self._url is None else _send(self._url, *events)
 
     def ended(self, kind: str, data: Mapping[str, Any]) -> None:
         """The attempt has ended: sends how, once the first event was taken; waits at most `END_SECONDS` for both."""
-        if self._url is None or self._begun is None:
+        if self._url is None or self._first_sending is None:
             return
-        self._begun.join(END_SECONDS / 2)
+        self._first_sending.join(END_SECONDS / 2)
         last = _send(self._url, event(kind, self._run, {**self._data, **data}))
         last.join(END_SECONDS / 2)
         if last.is_alive():
@@ -106,7 +106,7 @@ def notifying(url: str | None, run: str) -> Iterator[Notifier]:
         raise
     except BaseException as error:
         code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
-        why = log.without_secrets(f"{type(error).__name__}: {error}")[:_LONGEST_WHY]
+        why = log.without_secrets(f"{type(error).__name__}: {error}")[:_MAX_WHY_CHARACTERS]
         notifier.ended("preempted" if isinstance(error, Preempted) else "failed", {"exit_code": code, "why": why})
         raise
     notifier.ended("completed", {"gate_passed": notifier.gate_passed})

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from job.common.formatting import first_line
 from job.common.out_of_memory import out_of_memory
 from job.log import get_logger
 
@@ -95,7 +96,7 @@ class CudaGraphs:
                 output = self._work(*static_inputs)
         except RuntimeError as error:
             full = out_of_memory(error)
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            reason = first_line(error, 300)
         else:
             self._recordings[shapes] = _Recording(graph, static_inputs, output)
             return

@@ -51,7 +51,7 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     differences += wrong
     differences += _groups(results, *(Evaluated(scored[side], [], of_measured[side]) for side in ("base", "adapter")))
     questions += sum(task["n"] for task in measured.values())
-    extent = f"{count(len(tasks) + len(measured), 'task')}, {count(questions, 'question')} answered twice"
+    extent = f"{count(len(tasks) + len(measured), 'task')}, {count(questions, 'question')} for base and adapter"
     return CheckResult("evaluation", extent, tuple(differences), tuple(_other_bound(results)))
 
 

@@ -109,7 +109,7 @@ def verify(
         CheckResult("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
         CheckResult("artifacts", _extent(artifacts), tuple(artifact_differences)),
         CheckResult("evidence", _extent(evidence), tuple(evidence_differences)),
-        CheckResult("other files", f"{count(len(listed), 'file')} in all", (*misplaced, *unknown), leftovers),
+        CheckResult("other files", f"{count(len(listed), 'file')} in the folder", (*misplaced, *unknown), leftovers),
         check_evaluation(results, copies),
         check_gate(results, copies),
         check_training(results, copies),

@@ -70,7 +70,9 @@ def measure(args: argparse.Namespace, began: float) -> None:
     bench.out.mkdir()
     bench.say = lambda *_, **__: None  # type: ignore[method-assign] # only process 0 prints, and only the comparison
     variant = gpu.BEST
-    with join(place, "bench", stop=Stop(), report_progress=lambda: None, patience=120, grace_seconds=10) as processes:
+    with join(
+        place, "bench", stop=Stop(), report_progress=lambda: None, timeout_seconds=120, grace_seconds=10
+    ) as processes:
         model = gpu.adapted(bench)
         gpu.prepare(model, variant)
         processes.gather("ready", args.rank)

@@ -185,7 +185,9 @@ def work(args: argparse.Namespace, ways: list[Way]) -> None:
         torch.cuda.set_device(0)
         make_deterministic()
     place = Place(args.rank, args.world, args.rank, args.world, "127.0.0.1", args.port)
-    with join(place, "bench", stop=Stop(), report_progress=lambda: None, patience=60, grace_seconds=5) as processes:
+    with join(
+        place, "bench", stop=Stop(), report_progress=lambda: None, timeout_seconds=60, grace_seconds=5
+    ) as processes:
         for way in ways:
             (load_one if way.loaded else train_one)(args, way, processes)
 

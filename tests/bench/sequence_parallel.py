@@ -255,7 +255,7 @@ def measure(args: argparse.Namespace, began: float) -> None:
     else:
         make_deterministic()
     place = Place(args.rank, args.processes, args.rank, args.processes, "localhost", args.port)
-    joining: dict[str, Any] = {"patience": 120, "grace_seconds": 10}
+    joining: dict[str, Any] = {"timeout_seconds": 120, "grace_seconds": 10}
     with join(place, "bench", stop=Stop(), report_progress=lambda: None, **joining) as group:
         both = Both(args, group, began)
         for section in SECTIONS:

@@ -10,7 +10,16 @@ from threading import Lock
 from typing import Self
 
 from job.common.disk import atomic_write
-from job.storage.base import MAX_READ_BYTES, Conflict, ObjectInfo, Stored, byte_limit, check_key, check_prefix, probe
+from job.storage.base import (
+    MAX_READ_BYTES,
+    Conflict,
+    ObjectInfo,
+    Stored,
+    check_key,
+    check_prefix,
+    check_size,
+    try_conditional_writes,
+)
 from job.storage.location import Location, StorageOptions
 
 _BUCKETS: defaultdict[str, dict[str, bytes]] = defaultdict(dict)
@@ -34,7 +43,7 @@ class MemoryStore:
         data = self._objects.get(self._root + check_key(key))
         if data is None:
             return None
-        byte_limit(key, max_bytes)(len(data))
+        check_size(key, len(data), max_bytes)
         return Stored(data, sha256(data).hexdigest())
 
     def tag(self, key: str) -> str | None:
@@ -63,7 +72,7 @@ class MemoryStore:
         if data is None:
             raise FileNotFoundError(key)
         with atomic_write(path) as temporary:
-            byte_limit(key, max_bytes)(len(data))
+            check_size(key, len(data), max_bytes)
             temporary.write_bytes(data)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -82,4 +91,4 @@ class MemoryStore:
 
     def conditional_writes(self) -> bool:
         """See `ObjectStore.conditional_writes`."""
-        return probe(self)
+        return try_conditional_writes(self)

@@ -22,7 +22,16 @@ from hypothesis import strategies as st
 
 from job.storage.base import Stored
 from job.storage.location import BACKENDS, LOCAL
-from job.storage.open import Conflict, ObjectStore, StorageOptions, TooLarge, check_key, fetch, open_store, size
+from job.storage.open import (
+    Conflict,
+    ObjectStore,
+    StorageOptions,
+    TooLarge,
+    bytes_to_fetch,
+    check_key,
+    fetch,
+    open_store,
+)
 from tests.azurite import azurite
 from tests.fake_gcs import fake_gcs
 from tests.gcs_server import gcs_server
@@ -389,7 +398,7 @@ class TestObjectStore:
         store.write("data/b/c", b"345")
         found = fetch(f"{place}/data", tmp_path / "copy", options)
         assert {(Path(found) / name).read_bytes() for name in ("a", "b/c")} == {b"12", b"345"}
-        assert size(f"{place}/data", options) == (5 if "://" in place else 0)
+        assert bytes_to_fetch(f"{place}/data", options) == (5 if "://" in place else 0)
 
 
 def test_a_client_that_stands_still_in_a_request_keeps_nobody_out(endpoint: str) -> None:

@@ -87,7 +87,7 @@ def train_part(chosen: argparse.Namespace) -> None:
     ended = "whole"
     try:
         with join(
-            place, "lost", stop=Stop(), report_progress=lambda: None, patience=120, grace_seconds=10
+            place, "lost", stop=Stop(), report_progress=lambda: None, timeout_seconds=120, grace_seconds=10
         ) as processes:
             model = gpu.adapted(bench)
             gpu.prepare(model, gpu.BEST)

@@ -28,10 +28,10 @@ pytestmark = [installed, pytest.mark.long]
 STOPPED = signalled(signal.SIGTERM, "job.audit.audit", "group_rows")
 """The job, which gets SIGTERM while the audit compares rows."""
 WITHOUT = """
-import importlib.util, job.audit.kinds, job.audit.statistics, job.cli.main
+import importlib.util, job.audit.detectors, job.audit.statistics, job.cli.main
 missing = {}
 plain = importlib.util.find_spec
-job.audit.kinds.find_spec = job.audit.statistics.find_spec = lambda name: None if name in missing else plain(name)
+job.audit.detectors.find_spec = job.audit.statistics.find_spec = lambda name: None if name in missing else plain(name)
 raise SystemExit(job.cli.main.main([]))
 """
 """The job on a machine where some packages are not installed."""

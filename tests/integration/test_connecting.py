@@ -41,7 +41,7 @@ def hit(**options):
 dist.init_process_group = hit
 try:
     with stop_on_signals(10) as stop, rendezvous.join(
-        place, "r", stop=stop, report_progress=lambda: None, patience=60, grace_seconds=10
+        place, "r", stop=stop, report_progress=lambda: None, timeout_seconds=60, grace_seconds=10
     ):
         pass
 except JobError as error:

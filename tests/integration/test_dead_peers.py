@@ -52,7 +52,7 @@ def run():
     place = find_place(os.environ)
     (folder / f"pid{place.rank}").write_text(str(os.getpid()))
     with stop_on_signals(10) as stop, rendezvous.join(
-        place, "r", stop=stop, report_progress=lambda: None, patience=60, grace_seconds=10
+        place, "r", stop=stop, report_progress=lambda: None, timeout_seconds=60, grace_seconds=10
     ) as processes:
         def check_stop(progress=True):
             stop.check()

@@ -252,9 +252,10 @@ def test_every_line_of_the_log_says_where_it_belongs(whole: Ended) -> None:
         assert line["stage"] == "train"
         assert line["total"] == 20
         assert {"loss", "learning_rate", "tokens_per_second", "memory_bytes"} <= line.keys()
-    assert {line["stage"] for line in whole.lines if line["event"] == "evaluated"} == {
-        "evaluate-base",
-        "evaluate-adapter",
+    assert {(line["stage"], line["model"]) for line in whole.lines if line["event"] == "evaluated"} == {
+        ("evaluate-base", "original"),
+        ("evaluate-base", "base"),
+        ("evaluate-adapter", "adapter"),
     }
     assert {line["level"] for line in whole.lines} == {"info"}
 
@@ -267,7 +268,7 @@ def test_the_terminal_is_told_in_seven_lines(whole: Ended) -> None:
     evaluation = whole.results["evaluation"]
     original = evaluation["full_precision"]["tasks"]["arc_easy"]["adapter_versus_original"]["acc"]["verdict"]
     verdict = verdict_in_words(evaluation["tasks"]["arc_easy"]["verdict"], original, quantized=True)
-    assert lines[-1] == f"arc_easy {verdict}; results: {whole.run}/results.json"
+    assert lines[-1] == f"arc_easy (questions of questions.jsonl) {verdict}; results: {whole.run}/results.json"
     assert lines[-4].startswith("arc_easy, unquantized base: ")
 
 
@@ -339,9 +340,9 @@ def test_a_preempted_run_ends_as_the_undisturbed_one(inputs: Inputs, whole: Ende
     tracked = {"WANDB_MODE": "offline", "WANDB_DIR": str(inputs.folder), **places}
     stopped = run(inputs, "stopped", JOB_FAULT="sigterm@step=8", JOB_COST__USD_PER_HOUR="3.6", **tracked)
     assert stopped.code == 75
-    (error,) = errors(stopped)
-    assert (error["event"], error["exit_code"], error["attempt"]) == ("Preempted", 75, 1)
-    assert "stopped by SIGTERM" in error["why"]
+    (told,) = [line for line in stopped.lines if line["event"] == "Preempted"]
+    assert (told["level"], told["exit_code"], told["attempt"]) == ("warning", 75, 1)
+    assert "stopped by SIGTERM" in told["why"]
     assert not (stopped.run / "results.json").exists()
 
     resumed = run(inputs, "stopped", JOB_COST__USD_PER_HOUR="7.2", JOB_COST__ON_DEMAND_USD_PER_HOUR="14.4", **tracked)

@@ -125,7 +125,7 @@ def test_it_opens_without_an_error(
     assert wrong == []
     assert scroll <= width
     assert background == ("rgb(16, 19, 23)" if name == "dark" else "rgb(255, 255, 255)")
-    said = "Better than its base on arc_easy, quantized or not."
+    said = "Better than its base on arc_easy (questions of questions.jsonl), quantized or not."
     assert heading.split() == said.split()
 
 

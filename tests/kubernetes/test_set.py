@@ -25,17 +25,17 @@ GRACE = 10
 POD = f"""
 import os, pathlib, signal, sys, time
 from types import SimpleNamespace
-from job.distributed import launcher, process_group, rendezvous
+from job.distributed import launcher, other_machines, process_group, rendezvous
 from job.errors import JobError, Problem, SettingsError
 from job.preemption.stop_flag import stop_on_signals
 
 folder, rank, address = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 process_group.identity = lambda: []  # pods do not see each other's processes
-process_group.REASON_SECONDS, launcher.SETTLE_SECONDS = 0.5, float(sys.argv[4])
+process_group.REASON_SECONDS, other_machines.SETTLE_SECONDS = 0.5, float(sys.argv[4])
 
 def train(place):
     with stop_on_signals({GRACE}) as stop, rendezvous.join(
-        place, "r", stop=stop, report_progress=lambda: None, patience=60, grace_seconds={GRACE}
+        place, "r", stop=stop, report_progress=lambda: None, timeout_seconds=60, grace_seconds={GRACE}
     ) as processes:
         (folder / f"trains{{place.rank}}").touch()
         while True:

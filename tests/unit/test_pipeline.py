@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from job import pipeline
-from job.errors import SettingsError
+from job.errors import SettingsError, TrainingFailed
 from job.preemption.stop_flag import Stop
 from job.records import Evaluated, Exported, ScoringPrecision
 from job.runs.layout import EXPORTED_RUN, stage_key
 from job.runs.run_log import IdleLimit
 from job.settings.load import load_settings
-from job.settings.training_stages import folder_of
+from job.settings.training_stages import folder_of, split_stages
 from job.start_and_end import ProcessContext
 from job.storage.local import LocalStore
 from tests.attempts import Second
@@ -47,6 +47,27 @@ def test_the_others_wait_until_the_run_is_handed_over(tmp_path: Path, monkeypatc
     settings = load_settings([], {"JOB_PRESET": "demo", "JOB_RUN__OUTPUT": str(tmp_path)})
     pipeline.run(settings, ProcessContext(Stop(), lambda: None, IdleLimit(5), processes=Waiting({})))
     assert asked[-2:] == [{"gate": {"passed": None}}, "handed over"]
+
+
+def test_training_of_the_first_stage_that_fails_names_its_own_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lower JOB_TRAIN__LEARNING_RATE` would change nothing where the rate is that of JOB_TRAIN__SFT_LEARNING_RATE."""
+
+    def fails(*_: Any) -> None:
+        raise TrainingFailed("the loss is nan. Lower JOB_TRAIN__LEARNING_RATE")
+
+    attempt = SimpleNamespace(timed=lambda _: nullcontext())
+    monkeypatch.setattr(pipeline, "next_attempt", lambda *_, **__: nullcontext(attempt))
+    monkeypatch.setattr(pipeline, "check_before_lease", lambda *_: None)
+    monkeypatch.setattr(pipeline, "pull", lambda *_: None)
+    monkeypatch.setattr(pipeline, "_load", fails)
+    both = {"JOB_TRAIN__METHOD": "sft,dpo", "JOB_DATA__SFT_SOURCE": "rows", "JOB_DATA__SOURCE": "pairs"}
+    environ = {"JOB_PRESET": "demo", "JOB_RUN__OUTPUT": str(tmp_path), "JOB_RUN__ID": "a-run"}
+    stages = split_stages(load_settings([], environ | both))
+    for settings, name in zip(stages, ("SFT_LEARNING_RATE", "LEARNING_RATE"), strict=True):
+        with pytest.raises(TrainingFailed, match=rf"Lower JOB_TRAIN__{name}$"):
+            pipeline._run_training_stage(settings, ProcessContext(Stop(), lambda: None, IdleLimit(5)), None)
 
 
 @pytest.mark.parametrize("was", [None, ScoringPrecision("bf16", "bf16", "")])

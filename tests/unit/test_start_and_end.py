@@ -21,7 +21,10 @@ from job.runs.attempt import Attempt
 from job.runs.layout import attempt_key
 from job.runs.lease import take
 from job.runs.run_log import IdleLimit
-from job.settings.load import Settings, load_settings
+from job.runs.run_settings import keep_settings
+from job.settings.affects_result import decisive_settings
+from job.settings.load import Settings, load_settings, plain_values
+from job.settings.training_stages import folder_of, split_stages
 from job.start_and_end import ProcessContext, next_attempt
 from job.storage.local import LocalStore
 from job.tracking import webhook
@@ -94,6 +97,20 @@ def demo(folder: Path, **more: str) -> Settings:
     environ = {"JOB_PRESET": "demo", "JOB_RUN__OUTPUT": str(folder), "JOB_RUN__DEVICE": "cpu", "JOB_RUN__ID": "a-run"}
     environ |= {"JOB_METRICS__PORT": "9464", "JOB_METRICS__POD_ANNOTATION": "true"}
     return load_settings([], environ | {"JOB_NOTIFY__WEBHOOK": "https://hooks.example/x"} | more)
+
+
+def test_a_changed_setting_of_the_first_stage_has_the_name_that_was_given(tmp_path: Path) -> None:
+    """The first stage of `sft,dpo` has its epochs from a setting of its own, its validation from that of the run."""
+    both = {"JOB_TRAIN__METHOD": "sft,dpo", "JOB_DATA__SFT_SOURCE": "rows", "JOB_DATA__SOURCE": "pairs"}
+    began, _ = split_stages(demo(tmp_path, **both, JOB_TRAIN__SFT_EPOCHS="1"))
+    keep_settings(LocalStore(Path(folder_of(began))), decisive_settings(plain_values(began)))
+    changed, _ = split_stages(demo(tmp_path, **both, JOB_TRAIN__SFT_EPOCHS="2", JOB_DATA__VALIDATION="3"))
+    with pytest.raises(SettingsError) as refused, next_attempt(changed, context(), last=False):
+        pass
+    assert [str(problem) for problem in refused.value.problems] == [
+        "JOB_DATA__VALIDATION: this run began with None, not 3",
+        "JOB_TRAIN__SFT_EPOCHS: this run began with 1, not 2",
+    ]
 
 
 def test_one_process_tells_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

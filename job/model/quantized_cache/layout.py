@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from job import log
+from job.common.formatting import first_line
 from job.common.hashing import hash_file, hash_files, unsealed
 from job.storage.base import ObjectStore, is_key
 
@@ -111,5 +112,5 @@ def key_of(entry: CacheEntry, name: str) -> str:
 
 def warn(message: str, where: object, error: Exception) -> None:
     """Logs what is wrong with a cached base; the job continues without it."""
-    why = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    why = first_line(error, 300)
     log.get_logger().warning(f"the quantized base {message}", where=str(where), why=why)

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import structlog.testing
 
-from job.audit import kinds
+from job.audit import detectors
 from job.audit.audit import Audit, Finding, parse_findings
-from job.audit.kinds import DETECTORS
+from job.audit.detectors import DETECTORS
 from job.audit.overlap import MOST_ROWS, Questions, index_questions
-from job.audit.rows import AuditSetup, RowAudit, from_bytes, set_up
+from job.audit.rows import AuditedRow, AuditSetup, RowAudit, set_up
 from job.common.findings import KINDS
 from job.common.near_duplicates import words_of
 from job.data.token_cache import Tokens, load_tokens, open_tokens
@@ -144,7 +144,7 @@ def test_a_finding_that_is_an_error_names_places_only(tmp_path: Path) -> None:
 
 def test_a_library_that_is_missing_is_no_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kind is reported as not checked, and which package to install."""
-    monkeypatch.setattr(kinds, "find_spec", lambda name: None if name == "stdnum" else find_spec(name))
+    monkeypatch.setattr(detectors, "find_spec", lambda name: None if name == "stdnum" else find_spec(name))
     checks = audit_of(read(tmp_path, [plain(1), plain(2)])).checks
     assert checks["iban"].rows is None
     assert "python-stdnum is not installed" in checks["iban"].not_checked
@@ -156,10 +156,10 @@ def test_workers_find_the_same(tmp_path: Path) -> None:
     setup = set_up(index_questions({"quiz": QUESTIONS}), {"all": "record"})
     assert AuditSetup.from_json(json.loads(json.dumps(setup.as_json()))) == setup
     texts = [QUESTIONS[3], "ask jo@acme-widgets.de"]
-    found = from_bytes(RowAudit(setup)(texts))
+    found = AuditedRow.from_bytes(RowAudit(setup)(texts))
     assert found.kinds == ("email",)
     assert found.overlap.exact == (3,)
-    assert from_bytes(found.to_bytes()) == found
+    assert AuditedRow.from_bytes(found.to_bytes()) == found
 
 
 def overlap(questions: Questions, rows: Sequence[str]) -> set[tuple[int, int | None]]:
@@ -216,7 +216,7 @@ def test_what_only_looks_like_a_finding_is_none() -> None:
         "from 1914-1918 to 1939-1945, 3.1415926535 and 1,000,000,000",
         "password = input()",
     ):
-        assert from_bytes(row([text])).kinds == (), text
+        assert AuditedRow.from_bytes(row([text])).kinds == (), text
 
 
 @installed
@@ -232,7 +232,7 @@ def test_what_somebody_may_own_is_a_finding() -> None:
         ("call (415) 556-1234", "phone"),
         ("call +44 20 7947 0123", "phone"),
     ):
-        assert from_bytes(row([text])).kinds == (kind,), text
+        assert AuditedRow.from_bytes(row([text])).kinds == (kind,), text
 
 
 def test_every_kind_has_a_way_to_be_found() -> None:
@@ -272,7 +272,7 @@ def test_alpaca_has_twelve_rows_with_addresses_and_seven_with_phone_numbers() ->
         for number, line in enumerate(file, start=1):
             if number in EMAIL_ROWS | PHONE_ROWS | EXAMPLE_ROWS:
                 texts = [text for name in ("input", "instruction", "output") if (text := json.loads(line)[name])]
-                for kind in from_bytes(row(texts)).kinds:
+                for kind in AuditedRow.from_bytes(row(texts)).kinds:
                     found[kind].add(number)
     assert found == {"secret": set(), "email": EMAIL_ROWS, "phone": PHONE_ROWS, "iban": set(), "card": set()}
 
@@ -313,6 +313,6 @@ def test_alpaca_has_one_question_of_arc_easy() -> None:
             texts = [text for name in ("input", "instruction", "output") if (text := json.loads(line)[name])]
             found = questions.look_for(texts, words_of("\n".join(texts)))
             if found.exact or found.runs:
-                row = from_bytes(empty)
+                row = AuditedRow.from_bytes(empty)
                 audit.add(f"alpaca:{number}", type(row)(number, row.hashed, (), found).to_bytes())
     assert [one.where for one in audit.findings() if one.kind == "overlap"] == ["alpaca:36445"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from job.audit import statistics as audit_statistics
-from job.audit.rows import RowAudit, from_bytes, set_up
+from job.audit.rows import AuditedRow, RowAudit, set_up
 from job.audit.statistics import QUANTILES, language_checker, language_finder, quantiles
 from job.common.findings import UNKNOWN_LANGUAGE, statistics
 from tests.unit.audit.test_audit import audit_of, plain, read
@@ -48,9 +48,9 @@ def test_languages_are_counted(tmp_path: Path) -> None:
 @found_out
 def test_a_language_survives_the_way_to_another_process() -> None:
     """As bytes and back."""
-    found = from_bytes(RowAudit(set_up(None, {}))([TEXTS["ja"]]))
+    found = AuditedRow.from_bytes(RowAudit(set_up(None, {}))([TEXTS["ja"]]))
     assert found.language == "ja"
-    assert from_bytes(found.to_bytes()) == found
+    assert AuditedRow.from_bytes(found.to_bytes()) == found
 
 
 def test_without_the_package_languages_are_said_to_be_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

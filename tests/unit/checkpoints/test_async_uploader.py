@@ -151,7 +151,7 @@ def test_a_failed_upload_ends_the_run(tmp_path: Path, call: str) -> None:
     folder, later = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
     publisher = AsyncUploader(fail)
     publisher.submit(folder, 1)
-    while not publisher._last or not publisher._last.done():
+    while not publisher._upload or not publisher._upload.done():
         time.sleep(0.001)
     calls = {
         "submit": lambda: publisher.submit(later, 2),
@@ -193,19 +193,19 @@ def test_even_an_exit_in_the_upload_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [Preempted("SIGTERM"), KeyboardInterrupt(), ValueError("a bug")])
 def test_an_exception_does_not_wait_for_ever(tmp_path: Path, uploads: Uploads, error: BaseException) -> None:
-    """An exception leaves the `with` block after `patience` seconds at most, and says that an upload did not end."""
+    """An exception leaves the `with` block after `seconds_left` at most, and says that an upload did not end."""
     began = time.monotonic()
     with capture_logs() as logs, pytest.raises(type(error)):
-        end_with(error, AsyncUploader(uploads, patience=soon(0.1)), checkpoint(tmp_path, 1))
+        end_with(error, AsyncUploader(uploads, seconds_left=soon(0.1)), checkpoint(tmp_path, 1))
     assert 0.1 <= time.monotonic() - began < 50
     assert ["did not end in time" in line["event"] for line in logs] == [True]
 
 
 def test_an_exception_lets_the_upload_finish(tmp_path: Path, uploads: Uploads) -> None:
-    """A checkpoint whose upload ends within `patience` is published although the run ends with an exception."""
+    """A checkpoint whose upload ends within `seconds_left` is published although the run ends with an exception."""
     threading.Timer(0.1, uploads.go.release).start()
     with capture_logs() as logs, pytest.raises(Preempted):
-        end_with(Preempted("SIGTERM"), AsyncUploader(uploads, patience=soon(60)), checkpoint(tmp_path, 1))
+        end_with(Preempted("SIGTERM"), AsyncUploader(uploads, seconds_left=soon(60)), checkpoint(tmp_path, 1))
     assert uploads.done[0] == ("step-1", 1)  # the second may have ended too by now
     assert logs == []
 
@@ -270,7 +270,7 @@ def test_a_signal_shortens_the_wait(tmp_path: Path, uploads: Uploads) -> None:
     """Who waits for an upload without a deadline is given one, and leaves in time."""
     left = [math.inf] * 2
     began = time.monotonic()
-    publisher = AsyncUploader(uploads, patience=lambda: left.pop() if left else 0.0)
+    publisher = AsyncUploader(uploads, seconds_left=lambda: left.pop() if left else 0.0)
     with capture_logs() as logs, pytest.raises(ValueError, match="a bug"):
         end_with(ValueError("a bug"), publisher, checkpoint(tmp_path, 1))
     assert time.monotonic() - began < 50

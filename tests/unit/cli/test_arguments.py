@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,13 +38,18 @@ def test_every_command_has_a_function_and_a_description() -> None:
 @pytest.mark.parametrize("word", ["--help", "-h"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(command: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit 0, the command's own arguments and each setting that it takes, with the variable."""
+    """Exit 0, the command's own arguments and the settings that it takes: described with `all`, or if they are few."""
     assert main([command, word]) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
     assert shown.out.startswith(f"usage: qlora-job {command}")
     assert all(argument.name in shown.out for argument in COMMANDS[command].arguments)
     taken = {"all": set(NAMES), "reading": READING, "none": set()}[COMMANDS[command].settings]
+    if COMMANDS[command].settings == "all":
+        listed = set(NAMES) - {"fault"}  # which is for tests only
+        assert {n for n in listed if re.search(rf"\b{n.partition('.')[2] or n}\b", shown.out)} == listed
+        assert main([command, word, "all"]) == 0
+        shown = capsys.readouterr()
     # Lines are wrapped, so that the variable may stand on the next one.
     assert {name for name in NAMES if f"--{name} " in shown.out} == taken
     assert {name for name in NAMES if f"{environment_name(name)}]" in shown.out} == taken
@@ -54,19 +60,47 @@ def test_help_of_export_says_where_the_result_is(capsys: pytest.CaptureFixture[s
     assert main(["export", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "a new run beside it, <id of RUN>-<formats>" in shown
-    assert "are those of RUN, not the defaults below" in shown
+    assert "are those of RUN, not the defaults" in shown
 
 
 def test_help_is_asked_for_anywhere() -> None:
     """After other words, without a command, and whatever else is wrong."""
     done = job("--train.epochs=0", "--help", JOB_TYPO="1")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "--train.epochs NUMBER" in done.stdout
+    assert done.stdout.startswith("usage: qlora-job run")
+
+
+@pytest.mark.parametrize(
+    ("words", "described"),
+    [
+        ("run --help train.epochs", {"train.epochs"}),
+        ("run --help --train.epochs=2 -1", {"train.epochs"}),
+        ("help run JOB_TRAIN__EPOCHS", {"train.epochs"}),
+        ("plan -h preset", {"preset"}),
+        ("export --help sign log", {name for name in NAMES if name.startswith(("sign.", "log."))}),
+        ("config --help warmup", {"train.warmup_steps", "train.warmup_ratio"}),
+        ("run --help train", {name for name in NAMES if name.startswith("train.")}),
+    ],
+)
+def test_help_of_settings(words: str, described: set[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """One setting, a group, or those that have a word in their names; and nothing else."""
+    assert main(words.split()) == 0
+    shown = capsys.readouterr().out
+    assert {name for name in NAMES if f"--{name} " in shown} == described
+    assert "usage" not in shown
+
+
+def test_help_of_no_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said, and the list follows."""
+    assert main(["run", "--help", "learnrate"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("No setting has learnrate in its name.\n\nusage: qlora-job run")
+    assert "learning_rate" in shown
 
 
 def test_help_shows_documentation_and_default() -> None:
     """They are the field's own."""
-    shown = " ".join(command_help("run").split())
+    shown = " ".join(command_help("run", ["all"]).split())
     assert (
         "--train.warmup_steps N Number of optimizer steps in which the learning rate rises to its peak. (default: 5)"
         in shown
@@ -75,7 +109,7 @@ def test_help_shows_documentation_and_default() -> None:
 
 def test_help_names_no_type_of_python() -> None:
     """Types and defaults are in words of a shell: lists, maps, flags and what is empty."""
-    shown = " ".join(command_help("run").split())
+    shown = " ".join(command_help("run", ["all"]).split())
     for python in ("factory", "tuple[", "Mapping[", " int ", " float ", " str ", " bool ", "None)", "True)", "('"):
         assert python not in shown, python
     assert "--eval.tasks NAME,NAME,..." in shown
@@ -109,7 +143,7 @@ def test_a_mistyped_command_is_named(capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setenv("JOB_LOG__FORMAT", "json")
     assert main(["verfy", "runs/x"]) == 2
     line = json.loads(capsys.readouterr().err)
-    assert line["problems"][0].startswith("verfy: is not a command; the nearest is verify; commands are run, ")
+    assert line["problems"][0].startswith("verfy: is not a command; the nearest is verify; commands are run, plan, ")
 
 
 def test_a_person_reads_one_problem_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,7 +257,7 @@ def test_history_is_bounded(tmp_path: Path) -> None:
     ("words", "match"),
     [
         (["a"], "--to: is missing; give the path or URI of the pointer"),
-        (["a", "--rollback", "--to=x"], "a: is too much: --rollback takes no run; remove it$"),
+        (["a", "--rollback", "--to=x"], "a: is one argument too many: --rollback takes no run; remove it$"),
         (["--to=x"], "RUN: is missing"),
         (["--rollback", "--to=x", "--key=pub.pem"], "--key: has no effect with --rollback"),
         (["--rollback", "--to=x", "--without-gate"], "--without-gate: has no effect with --rollback"),

@@ -138,7 +138,7 @@ def test_words_are_told_apart() -> None:
     ("words", "problems"),
     [
         ([], ["RUN: is missing; give the path or URI of a run"]),
-        (["a", "b"], ["b: is too much: the command takes RUN only; remove it"]),
+        (["a", "b"], ["b: is one argument too many: the command takes RUN only; remove it"]),
         (["a", "--fromat=json"], ["--fromat: is unknown; the nearest is --format"]),
         (["a", "--format=xml"], ["--format: must be table or json"]),
         (["a", "--format"], ["--format: needs a value: --format {table,json}"]),

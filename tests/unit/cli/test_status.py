@@ -28,6 +28,7 @@ class Done:
     stderr: str
 
 
+NOT_STARTED = "not started, or not a run: "
 Job = Callable[..., Done]
 
 
@@ -85,9 +86,32 @@ def test_status_of_a_run_on_s3(job: Job, run: Path, tmp_path: Path) -> None:
             for facts in (here, there):
                 places = json.dumps([facts["outcome"], facts["result"]])
                 facts["outcome"], facts["result"] = json.loads(places.replace(facts["run"], "RUN"))
-                del facts["run"], facts["silent_seconds"], facts["runs_beside"]
+                del facts["run"], facts["silent_seconds"], facts["place"], facts["runs_beside"]
             assert here == there
         assert job("status", f"s3://{BUCKET}/out", **reach).returncode == 2
+        done = job("status", f"s3://{BUCKET}/none", **reach)
+        assert (done.returncode, done.stdout.splitlines()[0]) == (2, f"{NOT_STARTED}there is no object below this URI")
+
+
+@pytest.mark.parametrize(
+    ("at", "place", "words"),
+    [
+        ("none", "missing", "there is no such folder"),
+        ("empty", "empty", "the folder is empty"),
+        ("other", "other-files", "there are files, but none of them is a record of an attempt"),
+    ],
+)
+def test_status_of_a_run_that_has_not_started(job: Job, tmp_path: Path, at: str, place: str, words: str) -> None:
+    """Exit 2, as every command about a run that is missing; the state is printed, and says what is there instead."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("text")
+    done = job("status", tmp_path / at)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (2, f"{NOT_STARTED}{words}")
+    what = f"{tmp_path / at}: has not started, or is not a run: {words}; correct the name, or start the run first"
+    assert json.loads(done.stderr)["problems"] == [what]
+    found = json.loads(job("status", tmp_path / at, "--format=json").stdout)
+    assert (found["state"], found["place"]) == ("not-started", place)
 
 
 def test_status_of_a_damaged_run(job: Job, run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from job.checkpoints import optimizer_state, trainer_state
+from job.checkpoints import optimizer_state
 from job.common.optimizers import OPTIMIZERS, OptimizerSpec, substitute, trainer_name
 from job.common.resources import checkpoint_bytes
 from job.settings.schema import Train
@@ -40,7 +40,7 @@ def test_an_entry_describes_the_real_optimizer(name: str) -> None:
     """Names, shapes and dtypes of the state's tensors, and their bytes, are those of the optimizer after a step."""
     optimizer, parameter = make(name)
     spec = OPTIMIZERS[name]
-    tensors, plain = trainer_state.split_optimizer_state(optimizer.state_dict())
+    tensors, plain = optimizer_state.split(optimizer.state_dict())
     assert {place.rpartition("/")[2] for place in tensors} == set(spec.state)
     optimizer_state.check_fit(tensors, plain, [parameter.shape], name)
     kinds = {"parameter", "parameter_pair", "blocks", "block_pair"}
@@ -102,7 +102,7 @@ def test_muon_on_the_flat_adapter_is_torchs_own() -> None:
         for one in (reference, optimizer):
             one.param_groups[0]["lr"] = 0.1 / (step + 1)
             one.step()
-        saved = trainer_state.split_optimizer_state(optimizer.state_dict())
+        saved = optimizer_state.split(optimizer.state_dict())
         optimizer = FlatMuon(flat.whole, flat.views, lr=1.0, weight_decay=0.2)
-        optimizer.load_state_dict(trainer_state.join_optimizer_state(*saved))
+        optimizer.load_state_dict(optimizer_state.join(*saved))
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))

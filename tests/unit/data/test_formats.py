@@ -103,6 +103,24 @@ def test_the_place_in_a_broken_line_is_told_once(tmp_path: Path) -> None:
     assert f"{found.where}: {found.what}" == "x.jsonl:2: is not valid JSON: Expecting value at character 13"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "fix"),
+    [
+        ("x.jsonl.gz", gzip.compress(b'{"a": "1"}\n')[:-9], "was cut off; copy or download it again"),
+        ("x.jsonl.gz", b'{"a": "1"}\n', "is not gzip, or damaged; copy it again, or rename it"),
+        ("x.parquet", b"PAR1 cut off", "is not valid Parquet: "),
+        ("x.jsonl", b'{\n"a": "1"\n}\n', "; write each row as one object on one line, or name a list of objects .json"),
+        ("x.jsonl", b'{"a": "1"},\n', "; remove the comma after the object"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_fix(tmp_path: Path, name: str, content: bytes, fix: str) -> None:
+    """What to do about a cut, a wrong suffix, and JSON that is written otherwise than a row on each line."""
+    found = read(tmp_path / name, content)[0]
+    assert isinstance(found, RowError)
+    assert fix in found.what
+    assert "; " in found.what
+
+
 @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf \n"])
 def test_an_empty_json_file_is_said_to_be_empty(tmp_path: Path, content: bytes) -> None:
     """Instead of where its JSON breaks off."""
@@ -196,6 +214,16 @@ def test_damaged_files_are_never_a_traceback(tmp_path: Path, suffix: str, place:
     content[start : start + len(damage)] = damage
     for found in read(tmp_path / f"x{suffix}", bytes(content)):
         assert isinstance(found, Row | RowError)
+
+
+def test_a_damaged_footer_does_not_end_the_process(tmp_path: Path) -> None:
+    """In pyarrow 26 it aborts where damaged sizes of a column are asked for (bytes 11 and 12 of this footer)."""
+    content = write_rows(tmp_path / "x.parquet", ROWS).read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for place in range(footer, footer + 40):
+        damaged = bytearray(content)
+        damaged[place] = (damaged[place] + 1) % 256
+        assert all(isinstance(found, Row | RowError) for found in read(tmp_path / "x.parquet", bytes(damaged)))
 
 
 def test_a_directory_stands_for_its_only_data_file(tmp_path: Path) -> None:

@@ -56,6 +56,21 @@ def test_a_card_beside_a_path(tmp_path: Path) -> None:
     assert find_licence("s3://bucket/rows.jsonl", None, "dataset") is None
 
 
+def test_a_card_in_the_hubs_cache_is_read_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `plan` does without a network; another revision, and what is not there, have no licence."""
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = Path(constants.HF_HUB_CACHE, "models--some--cached", "snapshots", commit)
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
+    monkeypatch.setattr(licences, "fetch_card", lambda *_: pytest.fail("the hub is asked"))
+    assert find_licence("some/cached", commit, "model", ask_hub=False) == "apache-2.0"
+    assert find_licence("some/cached", "f" * 40, "model", ask_hub=False) is None
+    assert find_licence("some/cached", commit, "dataset", ask_hub=False) is None
+    assert find_licence("some/other", None, "model", ask_hub=False) is None
+
+
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then what is known here by name counts, and the run goes on."""
 

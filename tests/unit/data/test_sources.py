@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from hashlib import sha256
-from itertools import pairwise
+from itertools import count, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +278,13 @@ def test_a_source_is_checked_without_reading_it(source: str, error: type[Excepti
     with pytest.raises(error, match=words):
         check_source(source, None, "train")
     check_source("some/data", "main", "train")
+
+
+def test_reading_for_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ten seconds the number of rows so far; a source that is read at once says nothing."""
+    for seconds, told in ((1, [5, 11, 17]), (0, [])):  # the clock is read twice for each row
+        clock = count(0, seconds) if seconds else repeat(0)
+        monkeypatch.setattr(sources.time, "monotonic", lambda clock=clock: float(next(clock)))
+        with structlog.testing.capture_logs() as said:
+            assert len(list(sources.watched(iter([{}] * 20), "a.jsonl", lambda: None))) == 20
+        assert [(line["source"], line["rows"]) for line in said] == [("a.jsonl", rows) for rows in told]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from job.data.conversations import odd_order
 from job.data.dataset import load_examples
 from job.errors import DataError, SettingsError
 from job.records import DatasetRecord, Example
@@ -336,3 +337,56 @@ def test_a_message_that_the_template_ignores_is_refused(tmp_path: Path, role: st
     with pytest.raises(DataError, match=rf"messages\[1\]: is not written .* ignores this '{role}'"):
         load(path, template, "all")
     assert len(load(path, UNMARKED, "all")[0]) == 1
+
+
+STRICT = (
+    "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}"
+    "{% for m in rest if m.role in ['user', 'assistant'] and not m.tool_calls %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% endfor %}"
+) + UNMARKED
+"""Refuses the orders that Mistral's and Gemma's templates refuse."""
+
+
+@pytest.mark.parametrize(
+    ("roles", "place", "words"),
+    [
+        ("assistant user assistant", "[0]", "'assistant' is the first"),
+        ("system assistant", "[1]", "'assistant' follows 'system'"),
+        ("system user user assistant", "[2]", "'user' follows 'user'"),
+        ("user assistant assistant", "[2]", "'assistant' follows 'assistant'"),
+        ("user system user assistant", "", None),  # refused for the second user, which follows no user
+    ],
+)
+def test_an_order_of_roles_that_the_template_refuses_is_named(
+    tmp_path: Path, roles: str, place: str, words: str | None
+) -> None:
+    """File, line and message, in the data check; a template that renders the order takes it."""
+    messages = [{"role": role, "content": f"Words {index}."} for index, role in enumerate(roles.split())]
+    path = lines(tmp_path / "x.jsonl", {"messages": messages})
+    with pytest.raises(DataError) as refused:
+        load(path, STRICT, "all")
+    (problem,) = refused.value.problems
+    order = f"; the order of the roles is unusual: {words}" if words else ""
+    assert problem.where.endswith(f"x.jsonl:1 messages{place}")
+    what = "is refused by the tokenizer's chat template: TemplateError: roles must alternate"
+    assert problem.what == f"{what}{order}"
+    assert len(load(path, UNMARKED, "all")[0]) == 1
+
+
+def test_calls_of_tools_are_not_an_unusual_order(tmp_path: Path) -> None:
+    """Several answers of tools, and several rounds of calls are valid where the template takes them."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "Where?"},
+        *[
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "Here it is."},
+            {"role": "tool", "content": "And there."},
+        ]
+        * 2,
+        {"role": "assistant", "content": "Here."},
+    ]
+    assert odd_order(messages) is None
+    tools = "{% for m in messages %}{{ m.tool_calls }}{% endfor %}"
+    assert len(load(lines(tmp_path / "x.jsonl", {"messages": messages}), tools + STRICT, "all")[0]) == 1

@@ -17,9 +17,9 @@ import pytest
 from job import log
 from job.cli.error_report import report
 from job.cli.main import main
-from job.distributed import early_end, launcher, process_group, rendezvous
-from job.distributed.early_end import telling_the_others
-from job.distributed.ends import END, agree_on_end
+from job.distributed import early_end, other_machines, process_group, rendezvous
+from job.distributed.common_exit_code import END, agree_on_end
+from job.distributed.early_end import publishing_early_end
 from job.distributed.launcher import Machine, launch
 from job.distributed.process_group import ProcessGroup
 from job.distributed.ranks import Place
@@ -37,7 +37,7 @@ WRONG = SettingsError([Problem("JOB_TRAIN__EPOCHS", "must be at least 1")])
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_group, "REASON_SECONDS", 0.1)
     monkeypatch.setattr(early_end, "_TELL_SECONDS", 100.0)  # a bound that a busy machine keeps
-    monkeypatch.setattr(rendezvous, "_STRANGER_SECONDS", 0.3)
+    monkeypatch.setattr(rendezvous, "_FOREIGN_PROCESS_SECONDS", 0.3)
     for module in (process_group, rendezvous):
         monkeypatch.setattr(module, "CHECK_SECONDS", 0.05)
 
@@ -48,7 +48,7 @@ def end_of_joining(
     """What one of two processes ends with that joins a run."""
     place = Place(rank, 2, host="localhost", port=port, hosted=hosted, restart=restart)
     try:
-        with join(place, run, stop=Stop(), report_progress=lambda: None, patience=patience, grace_seconds=0.1):
+        with join(place, run, stop=Stop(), report_progress=lambda: None, timeout_seconds=patience, grace_seconds=0.1):
             return None
     except JobError as error:
         return error
@@ -57,7 +57,7 @@ def end_of_joining(
 def end_early(machine: int, port: int, run: str | None = "r", error: JobError = WRONG) -> JobError:
     """The error with which a machine of two ends before it connects, once it has told the other one."""
     place = Machine(1, nodes=2, node_rank=machine, rendezvous=f"localhost:{port}")
-    with pytest.raises(JobError) as raised, telling_the_others(lambda: (place, run)):
+    with pytest.raises(JobError) as raised, publishing_early_end(lambda: (place, run)):
         raise error
     return raised.value
 
@@ -97,7 +97,7 @@ def test_one_without_its_launcher_does_not_keep_its_place(monkeypatch: pytest.Mo
     store = host_store(0, "r")
     place = Place(1, 2, host="localhost", port=store.port, hosted=True, launcher=7)
     monkeypatch.setattr(os, "getppid", lambda: 1 if keyspace(store, "r").check(["here#1"]) else 7)
-    joining = join(place, "r", stop=Stop(), report_progress=lambda: None, patience=60, grace_seconds=0.1)
+    joining = join(place, "r", stop=Stop(), report_progress=lambda: None, timeout_seconds=60, grace_seconds=0.1)
     with pytest.raises(Killed), joining:
         pass
     assert json.loads(keyspace(store, "r").get(END))["process"] == 1
@@ -122,7 +122,7 @@ def test_a_store_that_goes_away_while_it_is_waited_for_is_worth_a_retry(
 
 def test_a_launcher_does_not_ask_a_machine_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """How that ends is not how this one ends, and it will not say so."""
-    monkeypatch.setattr(launcher, "agree_on_end", lambda *_, **__: pytest.fail("it was asked"))
+    monkeypatch.setattr(other_machines, "agree_on_end", lambda *_, **__: pytest.fail("it was asked"))
     store = host_store(0, "other")
     place = Machine(1, nodes=2, node_rank=1, rendezvous=f"localhost:{store.port}")
     assert launch(["/bin/sh", "-c", "exit 75"], place, [], run="r", environ=dict(os.environ), grace_seconds=60) == 75
@@ -167,7 +167,7 @@ def test_nobody_is_told_for_longer_than_a_while(monkeypatch: pytest.MonkeyPatch)
     assert end_early(1, free_port()) is WRONG
     monkeypatch.setattr(early_end, "_TELL_SECONDS", 600)
     place = Machine(1, nodes=2, node_rank=0, rendezvous=f"localhost:{free_port()}")
-    with pytest.raises(SettingsError), telling_the_others(lambda: (place, "r"), [15]):
+    with pytest.raises(SettingsError), publishing_early_end(lambda: (place, "r"), [15]):
         raise WRONG
 
 
@@ -182,7 +182,7 @@ def test_a_silent_store_delays_no_signal(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(early_end, "reach_store", silent)
     place = Machine(1, nodes=2, node_rank=1, rendezvous="localhost:1")
-    with pytest.raises(SettingsError), telling_the_others(lambda: (place, "r"), received):
+    with pytest.raises(SettingsError), publishing_early_end(lambda: (place, "r"), received):
         raise WRONG
     ended.set()
     assert wait_for(lambda: in_time) == [True]
@@ -214,7 +214,7 @@ def test_a_machine_without_the_id_ends_the_others_too() -> None:
 
 def test_a_process_left_over_from_an_earlier_run_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     """It still waits at the address and is refused; the run goes on once its own process has come."""
-    monkeypatch.setattr(rendezvous, "_STRANGER_SECONDS", 60)
+    monkeypatch.setattr(rendezvous, "_FOREIGN_PROCESS_SECONDS", 60)
     for step in ("_connect", "_disconnect"):  # torch has one group for each process
         monkeypatch.setattr(rendezvous, step, lambda *_: None)
     store = host_store(0, "new")

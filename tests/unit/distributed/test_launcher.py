@@ -22,9 +22,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.distributed import launcher
-from job.distributed.ends import END, publish_end
+from job.distributed import launcher, other_machines
+from job.distributed.common_exit_code import END, publish_end
 from job.distributed.launcher import Machine, check_signals, count_processes, launch, recorded_signals
+from job.distributed.other_machines import OtherMachines
 from job.distributed.ranks import Place, find_place
 from job.distributed.rendezvous import host_store, keyspace
 from job.errors import JobError, Killed, Preempted, SettingsError, Unreachable, exit_codes
@@ -37,7 +38,7 @@ Run = Callable[..., int]
 @pytest.fixture(autouse=True)
 def _machines_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy this one is."""
-    monkeypatch.setattr(launcher, "SETTLE_SECONDS", 60.0)
+    monkeypatch.setattr(other_machines, "SETTLE_SECONDS", 60.0)
 
 
 RANK = """
@@ -125,14 +126,14 @@ def test_an_exit_code_survives(run: Run, code: int) -> None:
 )
 def test_the_gravest_end_counts(codes: dict[int, int], late: set[int], expected: int) -> None:
     """What no retry can mend outweighs what counts, and that what is free; process 0 alone decides on success."""
-    assert launcher._combined(codes, late) == expected
+    assert launcher._one_exit_code(codes, late) == expected
 
 
 @given(st.dictionaries(st.integers(0, 7), st.sampled_from([0, -9, -15, 99, *exit_codes()]), min_size=1), st.data())
 def test_an_end_is_a_success_only_if_it_was_one(codes: dict[int, int], data: Any) -> None:
     """0 means that process 0 was successful, or, where it is on another machine, that all here were."""
     late = data.draw(st.sets(st.sampled_from(sorted(codes))))
-    assert (launcher._combined(codes, late) == 0) == (codes.get(0) == 0 or not any(codes.values()))
+    assert (launcher._one_exit_code(codes, late) == 0) == (codes.get(0) == 0 or not any(codes.values()))
 
 
 def test_a_killed_process_is_told_of(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +141,7 @@ def test_a_killed_process_is_told_of(run: Run, tmp_path: Path, monkeypatch: pyte
     stores: list[Any] = []
     monkeypatch.setattr(launcher, "host_store", lambda *given: stores.append(host_store(*given)) or stores[0])
     told = tmp_path / "told"
-    monkeypatch.setattr(launcher, "publish_end", lambda *given: (publish_end(*given), told.touch()))
+    monkeypatch.setattr(other_machines, "publish_end", lambda *given: (publish_end(*given), told.touch()))
     wait = f"while not os.path.exists({str(told)!r}): time.sleep(0.01)"
     with pytest.raises(Killed, match="process 1 was killed by SIGKILL; the machine may be out of memory") as caught:
         run(f"if rank: os.kill(os.getpid(), 9)\n{wait}\nsys.exit(75)")
@@ -233,9 +234,10 @@ def test_a_process_that_is_stopped_holds_no_machine_up(
     stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It cannot notice that the process of the other machine has failed: its launcher does, and kills it."""
-    monkeypatch.setattr(launcher, "_REACH_SECONDS", 0.2)
-    monkeypatch.setattr(launcher, "_ASK_SECONDS", 0.1)  # the store ends with machine 0, three seconds after its process
-    monkeypatch.setattr(launcher, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(other_machines, "_RECONNECT_SECONDS", 0.2)
+    # The store ends with machine 0, three seconds after its process.
+    monkeypatch.setattr(other_machines, "_QUESTION_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(other_machines, "ANSWER_SECONDS", 1.0)
     stops = str(tmp_path / "stops")
     codes = [f"while not os.path.exists({stops!r}): time.sleep(0.01)\ntime.sleep(1); sys.exit(74)"] * 2
     codes[stopped] = f"open({stops!r}, 'w').close(); os.kill(os.getpid(), signal.SIGSTOP)"
@@ -248,24 +250,24 @@ def test_a_store_that_is_silent_for_a_moment_ends_no_run(monkeypatch: pytest.Mon
     """The processes wait for it for a minute, and so does the launcher of another machine than that of the store."""
     answers = iter([None, RuntimeError("timed out"), None, *[RuntimeError("timed out")] * 9])
     now = [0.0]
-    monkeypatch.setattr(launcher, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(other_machines, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def read(_: object) -> None:
         if (answer := next(answers)) is not None:
             raise answer
 
-    for name, value in {"_ASK_SECONDS": 0.0, "_REACH_SECONDS": 0.0}.items():
-        monkeypatch.setattr(launcher, name, value)
-    monkeypatch.setattr(launcher, "reach_keyspace", lambda *_: object())
-    monkeypatch.setattr(launcher, "read_first_failure", read)
+    for name, value in {"_QUESTION_PAUSE_SECONDS": 0.0, "_RECONNECT_SECONDS": 0.0}.items():
+        monkeypatch.setattr(other_machines, name, value)
+    monkeypatch.setattr(other_machines, "reach_keyspace", lambda *_: object())
+    monkeypatch.setattr(other_machines, "read_first_failure", read)
     place = Place(rank=1, world_size=2, local_world_size=1, host="localhost", port=1, hosted=True)
-    ends = launcher._Ends(launcher.Machine(1, nodes=2, node_rank=1), place, None, "r")
-    monkeypatch.setattr(ends, "_requests", Now())
-    assert [ends.ended_elsewhere() for _ in range(4)] == [False] * 4
-    now[0] += launcher._GONE_SECONDS
-    assert not ends.ended_elsewhere()
+    others = OtherMachines(1, 2, place, None, "r")
+    monkeypatch.setattr(others, "_requests", Now())
+    assert [others.ended_elsewhere() for _ in range(4)] == [False] * 4
+    now[0] += other_machines._GONE_SECONDS
+    assert not others.ended_elsewhere()
     now[0] += 1
-    assert ends.ended_elsewhere()
+    assert others.ended_elsewhere()
 
 
 class Now:
@@ -280,18 +282,18 @@ class Now:
 
 def test_a_hang_after_the_loss_of_the_store_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Machine 0 was lost before it could say why, and this machine hangs: no preemption, whose retry is free."""
-    short = {"_ASK_SECONDS": 0.0, "_REACH_SECONDS": 0.0, "_GONE_SECONDS": 0.2, "_ANSWER_SECONDS": 0.5}
+    short = {"_QUESTION_PAUSE_SECONDS": 0.0, "_RECONNECT_SECONDS": 0.0, "_GONE_SECONDS": 0.2, "ANSWER_SECONDS": 0.5}
     for name, value in short.items():
-        monkeypatch.setattr(launcher, name, value)
+        monkeypatch.setattr(other_machines, name, value)
     stores = [host_store(0, "r")]
-    read_first_failure = launcher.read_first_failure
+    read_first_failure = other_machines.read_first_failure
 
     def answer_once(store: Any) -> Any:
         end = read_first_failure(store)
         stores.clear()  # the server ends with it
         return end
 
-    monkeypatch.setattr(launcher, "read_first_failure", answer_once)
+    monkeypatch.setattr(other_machines, "read_first_failure", answer_once)
     second = Machine(1, nodes=2, node_rank=1, rendezvous=f"localhost:{stores[0].port}")
     with pytest.raises(Killed, match="machine 0 of this run cannot be reached"):
         run(DEAF + "time.sleep(100)", second, grace=0.5)
@@ -317,15 +319,15 @@ def test_a_silent_store_delays_no_signal(
         in_time.append(told.exists())
         raise RuntimeError("timed out")
 
-    store, slow = host_store(0, "r"), {"_ANSWER_SECONDS": 60.0, "_CONNECT_SECONDS": 60.0}
+    store, slow = host_store(0, "r"), {"ANSWER_SECONDS": 60.0, "CONNECT_SECONDS": 60.0}
     for name, value in {
-        "_ASK_SECONDS": 0.0,
-        "_REACH_SECONDS": 0.0,
+        "_QUESTION_PAUSE_SECONDS": 0.0,
+        "_RECONNECT_SECONDS": 0.0,
         "SETTLE_SECONDS": 0.1,
         silent: wait,
         **slow,
     }.items():
-        monkeypatch.setattr(launcher, name, value)
+        monkeypatch.setattr(other_machines, name, value)
     code = f"""
 signal.signal(15, lambda *_: (open(r'{told}', 'w'), sys.exit(69)))
 if rank == 3 and {silent == "publish_end"}: ready(), sys.exit(69)
@@ -340,16 +342,16 @@ ready(), time.sleep(100)
 def test_a_store_that_is_frozen_holds_no_launcher_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's client waits for its answer without a limit; signals are handed on meanwhile, and the end comes."""
     released = threading.Event()
-    for name, value in {"_REACH_SECONDS": 0.0, "_ANSWER_SECONDS": 0.05, "_CONNECT_SECONDS": 0.05}.items():
-        monkeypatch.setattr(launcher, name, value)
-    monkeypatch.setattr(launcher, "reach_keyspace", lambda *_: released.wait(600))
+    for name, value in {"_RECONNECT_SECONDS": 0.0, "ANSWER_SECONDS": 0.05, "CONNECT_SECONDS": 0.05}.items():
+        monkeypatch.setattr(other_machines, name, value)
+    monkeypatch.setattr(other_machines, "reach_keyspace", lambda *_: released.wait(600))
     place = Place(rank=1, world_size=2, local_world_size=1, host="localhost", port=1, hosted=True)
-    ends = launcher._Ends(launcher.Machine(1, nodes=2, node_rank=1), place, None, "r")
+    others = OtherMachines(1, 2, place, None, "r")
     try:
-        assert not ends.ended_elsewhere()
-        ends.publish(0, 74, "it stalled")
-        assert ends.of_all(74, 0.05, 0.1) == 74
-        ends.close()
+        assert not others.ended_elsewhere()
+        others.publish(0, 74, "it stalled")
+        assert others.agree_on_code(74, 0.05, 0.1) == 74
+        others.close()
         wait_for(lambda: not any(one.name.startswith("ends of the machines") for one in threading.enumerate()))
     finally:
         released.set()
@@ -366,7 +368,7 @@ def test_a_machine_that_says_nothing_is_not_waited_for_long(run: Run) -> None:
     lonely = Machine(1, nodes=2, node_rank=0, rendezvous=f"localhost:{free_port()}")
     assert run("sys.exit(75)", lonely, grace=1) == 75
     assert run("sys.exit(75)", replace(lonely, node_rank=1), grace=1) == 75
-    assert time.monotonic() - began < launcher.SETTLE_SECONDS
+    assert time.monotonic() - began < other_machines.SETTLE_SECONDS
 
 
 def test_a_signal_before_the_start_starts_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.distributed import DistBackendError
 
 from job.distributed import process_group
-from job.distributed.ends import publish_end
+from job.distributed.common_exit_code import publish_end
 from job.distributed.process_group import ProcessGroup
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, keyspace

@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.distributed import process_group, rendezvous
-from job.distributed.ends import publish_end
+from job.distributed.common_exit_code import publish_end
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, join, keyspace
@@ -32,11 +32,17 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def joining(
-    place: Place | None, stop: Stop | None = None, patience: float = 1.0, **more: Any
+    place: Place | None, stop: Stop | None = None, timeout_seconds: float = 1.0, **more: Any
 ) -> AbstractContextManager[Processes]:
     """Joins a run."""
     return join(
-        place, "run", stop=stop or Stop(), report_progress=lambda: None, patience=patience, grace_seconds=1, **more
+        place,
+        "run",
+        stop=stop or Stop(),
+        report_progress=lambda: None,
+        timeout_seconds=timeout_seconds,
+        grace_seconds=1,
+        **more,
     )
 
 
@@ -67,11 +73,11 @@ def fail(place: Place, **changes: Any) -> BaseException | None:
 
 
 def test_those_that_do_not_come_are_named() -> None:
-    """After the patience: worth a retry, with the numbers of the missing."""
+    """After the timeout: worth a retry, with the numbers of the missing."""
     host = host_store(0)
     place = Place(1, 4, host="localhost", port=host.port, hosted=True)
     keyspace(host, "run").add("here#0", 1)
-    error = fail(place, patience=0.3)
+    error = fail(place, timeout_seconds=0.3)
     assert isinstance(error, Unreachable)
     assert "of 4 processes, these did not connect: 2, 3" in str(error)
 
@@ -79,7 +85,7 @@ def test_those_that_do_not_come_are_named() -> None:
 def test_a_store_that_is_not_there_is_told_of() -> None:
     """The address is in the message."""
     port = free_port()
-    error = fail(Place(1, 2, host="localhost", port=port, hosted=True), patience=0.3)
+    error = fail(Place(1, 2, host="localhost", port=port, hosted=True), timeout_seconds=0.3)
     assert isinstance(error, Unreachable)
     assert f"localhost:{port}" in str(error)
 
@@ -89,13 +95,13 @@ def test_the_log_says_who_is_missing(
     monkeypatch: pytest.MonkeyPatch, rank: int, first_here: int, *, says: bool
 ) -> None:
     """Once for each machine, while it waits: by the first of its processes that has come, here 4 or without it 5."""
-    monkeypatch.setattr(rendezvous, "_SAY_SECONDS", 0.0)
+    monkeypatch.setattr(rendezvous, "_REMINDER_SECONDS", 0.0)
     host = host_store(0)
     for one in {0, 1, 2, 5} - {rank}:
         keyspace(host, "run").add(f"here#{one}", 1)
     place = Place(rank, 8, rank - first_here, 4, host="localhost", port=host.port, hosted=True)
     with capture_logs() as lines:
-        assert isinstance(fail(place, patience=0.5), Unreachable)
+        assert isinstance(fail(place, timeout_seconds=0.5), Unreachable)
     waiting = [line for line in lines if line["event"] == "waiting for processes that have not connected"]
     assert bool(waiting) == says
     missing = sorted(set(range(8)) - {0, 1, 2, 5, rank})
@@ -111,10 +117,10 @@ def test_the_log_says_that_process_0_is_missing(
     monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, *, says: bool
 ) -> None:
     """Nobody knows more as long as it does not listen."""
-    monkeypatch.setattr(rendezvous, "_SAY_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "_REMINDER_SECONDS", 0.1)
     place = Place(rank, 8, local_rank, 4, host="localhost", port=free_port())
     with capture_logs() as lines:
-        assert isinstance(fail(place, patience=0.5), Unreachable)
+        assert isinstance(fail(place, timeout_seconds=0.5), Unreachable)
     waiting = [line for line in lines if line["event"] == "waiting for process 0, which cannot be reached"]
     assert bool(waiting) == says
     assert all(line["at"] == f"localhost:{place.port}" for line in waiting)
@@ -125,11 +131,11 @@ def test_without_its_launcher_a_process_does_not_wait() -> None:
     host = host_store(0)
     place = Place(1, 2, host="localhost", port=host.port, hosted=True, launcher=os.getpid())
     began = time.monotonic()
-    error = fail(place, patience=60)
+    error = fail(place, timeout_seconds=60)
     assert isinstance(error, Killed)
     assert time.monotonic() - began < 30
     assert not keyspace(host, "run").check(["here#1"])
-    at_work = fail(replace(place, launcher=os.getppid()), patience=0.3)
+    at_work = fail(replace(place, launcher=os.getppid()), timeout_seconds=0.3)
     assert isinstance(at_work, Unreachable)  # the other one does not come
 
 
@@ -160,13 +166,13 @@ def test_one_that_replaces_another_ends_for_its_reason() -> None:
     assert isinstance(error, Preempted)
 
 
-@pytest.mark.parametrize("patience", [60, 0])
-def test_on_kubernetes_wrong_settings_of_another_process_end_the_waiting(patience: float) -> None:
+@pytest.mark.parametrize("timeout_seconds", [60, 0])
+def test_on_kubernetes_wrong_settings_of_another_process_end_the_waiting(timeout_seconds: float) -> None:
     """The code that says that no retry helps is kept: it is not this machine that is at fault, or was late."""
     host = host_store(0)
     publish_end(keyspace(host, "run"), 0, SettingsError.exit_code, "JOB_TRAIN__EPOCHS: is wrong")
     place = Place(1, 2, host="localhost", port=host.port, hosted=True)
-    error = fail(place, patience=patience, machine_checks=detect(POD).machine_checks)
+    error = fail(place, timeout_seconds=timeout_seconds, machine_checks=detect(POD).machine_checks)
     assert isinstance(error, SettingsError)
     assert error.reported
 
@@ -187,7 +193,7 @@ def test_a_signal_ends_the_waiting(come: str) -> None:
     port = host.port if come == "the others" else free_port()
     stop = Stop()
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(fail, Place(1, 2, host="localhost", port=port, hosted=True), stop=stop, patience=60)
+        future = pool.submit(fail, Place(1, 2, host="localhost", port=port, hosted=True), stop=stop, timeout_seconds=60)
         time.sleep(0.3)
         assert not future.done()
         stop.request("SIGTERM", 10)
@@ -199,8 +205,8 @@ def test_an_error_before_all_have_come_is_told_to_those_that_have() -> None:
     host = host_store(0)
     places = [Place(rank, 3, host="localhost", port=host.port, hosted=True) for rank in range(2)]
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(fail, places[0], patience=60)
-        error = fail(places[1], patience=0.3)
+        waiting = pool.submit(fail, places[0], timeout_seconds=60)
+        error = fail(places[1], timeout_seconds=0.3)
         assert isinstance(error, Unreachable)
         told = waiting.result(timeout=60)
         assert isinstance(told, Unreachable)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from job.errors import DataError
 from tests.helpers import ARC_EASY, arc_rows, write_jsonl
@@ -26,6 +27,19 @@ def test_all_of_the_real_arc_easy_is_accepted() -> None:
 
 
 GOOD = arc_rows(6)
+
+
+def test_questions_that_are_asked_twice_are_logged(tmp_path: Path) -> None:
+    """Each counts in the comparison as if it were another question; an id of its own makes it none."""
+    rows = [*GOOD, {**GOOD[1], "id": "another"}, {**GOOD[2], "id": "one more"}]
+    with structlog.testing.capture_logs() as logs:
+        local_tasks(arc_easy=write_jsonl(tmp_path / "once.jsonl", GOOD))
+        assert logs == []
+        local_tasks(arc_easy=write_jsonl(tmp_path / "twice.jsonl", rows))
+    (line,) = logs
+    assert line["event"].startswith("questions are asked more than once")
+    assert (line["task"], line["questions"], line["repeated"]) == ("arc_easy", 8, 2)
+    assert line["first"].endswith(":7")
 
 
 def spoiled(number: int, **changes: Any) -> list[dict[str, Any]]:

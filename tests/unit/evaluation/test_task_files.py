@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def test_a_task_is_asked_with_its_own_examples(tmp_path: Path) -> None:
     assert {prompt.count("Answer: ") for prompt in asked} == {3}
     assert len(asked) == 12
     assert all(f"what is {n + 5} and {n + 7}?\nAnswer:" in prompt for n, prompt in enumerate(asked))
+
+
+def test_the_example_of_the_guide_is_a_task(tmp_path: Path) -> None:
+    """Its file and its questions, as they stand there."""
+    guide = (Path(__file__).parents[3] / "job/evaluation/README.md").read_text(encoding="utf-8")
+    section = guide.partition("## Questions of your own")[2]
+    described, questions = re.findall(r"```(?:yaml|json)\n(.*?)```", section, re.DOTALL)[:2]
+    (tmp_path / "capitals.yaml").write_text(described, encoding="utf-8")
+    (tmp_path / "capitals.jsonl").write_text(questions, encoding="utf-8")
+    tasks = load_tasks([str(tmp_path / "capitals.yaml")], {}, {})
+    assert prompts(tasks)[0] == "Question: What is the capital of Peru?\nAnswer:"
+    (task,) = tasks.loaded["tasks"].values()
+    assert [task.doc_to_choice(doc)[task.doc_to_target(doc)] for doc in task.eval_docs] == ["Lima", "Nairobi"]
 
 
 def test_a_changed_file_is_another_task(tmp_path: Path) -> None:
@@ -220,6 +234,11 @@ def test_fields_that_some_rows_lack_are_used_where_they_are(tmp_path: Path) -> N
         path = write_task(tmp_path, doc_to_text=template, num_fewshot=0)
         write_jsonl(tmp_path / "test.jsonl", rows)
         assert load_tasks([str(path)], {}, {}).prompts(None) == {"sums": ["a", "None of it: b"]}
+        # With examples, which are compared with the questions:
+        path = write_task(tmp_path, doc_to_text=template, num_fewshot=1)
+        for name, mark in (("test", ""), ("train", " or so")):
+            write_jsonl(tmp_path / f"{name}.jsonl", [row | {"question": f"{row['question']}{mark}"} for row in rows])
+        assert load_tasks([str(path)], {}, {})
     path = write_task(tmp_path, doc_to_text="{% if hint is defined %}{{hint}}: {% endif %}{{question}}", num_fewshot=0)
     write_jsonl(tmp_path / "test.jsonl", rows)
     with pytest.raises(DataError, match=r"test\.jsonl:1: .*null is written as None"):

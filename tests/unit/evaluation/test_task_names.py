@@ -26,7 +26,18 @@ pytestmark = [
     ("names", "problems"),
     [
         (["arc_easi"], [("JOB_EVAL__TASKS", "lm-eval has no task 'arc_easi'; did you mean 'arc_easy'?")]),
-        (["arc_easy", "§"], [("JOB_EVAL__TASKS", "lm-eval has no task '§'")]),
+        (
+            ["arc_easy", "my_task"],  # like xlsum_tasks, a little
+            [
+                (
+                    "JOB_EVAL__TASKS",
+                    (
+                        "lm-eval has no task 'my_task'; a task of your own is given by the path of its YAML file, "
+                        "such as my_task.yaml"
+                    ),
+                )
+            ],
+        ),
         (
             ["no.yaml"],
             [

@@ -26,9 +26,9 @@ from job.evaluation.scorer import score_questions
 from job.export import autoround
 from job.export.autoround import AWQ, COMPRESSED, GPTQ, Layout, calibration_sequences, make_four_bit, run_process
 from job.export.autoround_process import Task, quantize
+from job.export.exported_model import ScoringOptions, load_exported
 from job.export.formats import DerivedInputs
 from job.export.quantizable import CannotMake
-from job.export.scoring import ScoringOptions, load_exported
 from job.records import QuantizationRecord, Question
 from tests.helpers import make_base
 from tests.warm import ROOT

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 from job.common.hashing import hash_file
 from job.evaluation.scorer import score_questions
-from job.export import checkpoint, fp8
+from job.export import fp8, tensor_files
+from job.export.exported_model import ScoringOptions, load_exported, load_quantized
 from job.export.formats import DerivedInputs
-from job.export.scoring import ScoringOptions, load_exported, load_quantized
 from job.records import QuantizationRecord, Question
 from tests.helpers import make_base
 
@@ -123,7 +123,7 @@ def test_several_files_have_a_whole_index(
     merged: Path, made: tuple[Path, QuantizationRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A large model is written in several files, with the same tensors, and `check_stop` called before each tensor."""
-    monkeypatch.setattr(checkpoint, "SHARD", 100_000)
+    monkeypatch.setattr(tensor_files, "SHARD", 100_000)
     make(merged, tmp_path / "parts")
     index = json.loads((tmp_path / "parts/model.safetensors.index.json").read_text())["weight_map"]
     whole = load_file(made[0] / "model.safetensors")

@@ -15,10 +15,10 @@ from job.export.gguf import TYPES
 from job.export.gguf_conversion import (
     _blocks_by_ggml,
     _file_type,
-    _that_fits,
-    computed_otherwise,
+    _fitting_type,
     import_converter,
     lost_window,
+    why_computed_otherwise,
 )
 from job.model.families import FAMILIES
 
@@ -59,7 +59,7 @@ def test_blocks_are_llama_cpps_own(packaged: Any) -> None:
 
 def test_a_type_that_does_not_fit_is_replaced_as_llama_cpp_does() -> None:
     """Rows that are no multiple of 256 have no k-quants: the next larger kind of 32 takes their place, or 16 bits."""
-    types, fits = import_module("gguf").GGMLQuantizationType, _that_fits
+    types, fits = import_module("gguf").GGMLQuantizationType, _fitting_type
     assert fits(types.Q4_K, 512) == types.Q4_K
     assert [fits(kind, 576) for kind in (types.Q4_K, types.Q5_K, types.Q6_K)] == [types.Q5_0, types.Q5_1, types.Q8_0]
     assert fits(types.Q8_0, 100) == fits(types.Q6_K, 100) == types.F16
@@ -99,7 +99,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(family: str, hparams: dict[str, Any], why: str) -> None:
     """A file cannot say it, so that its numbers would silently be those of another model."""
-    found = computed_otherwise(family, GEMMA | hparams)
+    found = why_computed_otherwise(family, GEMMA | hparams)
     assert found is None if why is None else why in str(found)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from job.export.llama_cpp_server import LEAST, Served
+from job.export.llama_cpp_server import MIN_LOG_LIKELIHOOD, LlamaCppServer
 
 
 def test_a_probability_of_zero_is_the_least_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,9 +22,9 @@ def test_a_probability_of_zero_is_the_least_there_is(monkeypatch: pytest.MonkeyP
             usage = {"prompt_tokens": len(asked["prompt"])}
             return {"choices": [{"logprobs": {"content": content}}], "usage": usage}
 
-    served = object.__new__(Served)
+    served = object.__new__(LlamaCppServer)
     monkeypatch.setattr(served, "_server", Server(), raising=False)
     total, greedy = served.score([0, 5], [7, 8], anew=True)
-    assert total == 2 * LEAST
-    assert -104 < LEAST < -103
+    assert total == 2 * MIN_LOG_LIKELIHOOD
+    assert -104 < MIN_LOG_LIKELIHOOD < -103
     assert greedy is False

@@ -29,7 +29,7 @@ from transformers import (
 from job.common.export_formats import EXPORT_FORMATS
 from job.common.hashing import hash_files
 from job.errors import SettingsError, TrainingFailed
-from job.export import checkpoint
+from job.export import tensor_files
 from job.export.formats import DERIVED
 from job.export.merge import write_merged
 from job.export.merge_plan import DEQUANTIZED, ORIGINAL, candidates, plan_merge
@@ -260,7 +260,7 @@ def test_gpt2_holds_its_weights_the_other_way(base: Path, tmp_path: Path) -> Non
 
 def test_the_files_are_those_of_a_plain_model(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards with an index, a configuration without quantization, the tokenizer byte for byte: twice the same bytes."""
-    monkeypatch.setattr(checkpoint, "SHARD", 100_000)
+    monkeypatch.setattr(tensor_files, "SHARD", 100_000)
     source = tmp_path / "base"
     shutil.copytree(half, source)
     (source / "chat_template.jinja").write_text("{{ messages }}")
@@ -339,7 +339,7 @@ def test_the_table_and_the_setting_name_the_same() -> None:
 def test_memory_of_a_merge(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model of many files, the peak is one file in fp32 and one in its own dtype, not the model."""
     shard = 16_000_000
-    monkeypatch.setattr(checkpoint, "SHARD", shard)
+    monkeypatch.setattr(tensor_files, "SHARD", shard)
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = MistralConfig(vocab_size=400, num_hidden_layers=8, tie_word_embeddings=True, **shape)
     source = tmp_path / "base"

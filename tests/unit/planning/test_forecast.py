@@ -288,6 +288,13 @@ def test_figures_say_what_they_rest_on() -> None:
     assert list(estimates(replace(RUN, setup=None, workload=None, questions=None))) == []
 
 
+@pytest.mark.parametrize(("warmup", "noted"), [(93, False), (94, True)])
+def test_a_warmup_that_takes_all_steps_is_noted(warmup: int, noted: bool) -> None:  # noqa: FBT001
+    """The rate of the last step is the peak if one step less warms up."""
+    note = {figure.name: figure.note for figure in estimates(replace(RUN, warmup_steps=warmup))}["optimizer steps"]
+    assert ("the learning rate never reaches its peak" in note) == noted
+
+
 def test_the_figures_are_the_formulas() -> None:
     """The parts of the memory are those of the peak; the recipe has its known size."""
     found = {figure.name: figure.value for figure in estimates(RUN)}

@@ -22,7 +22,7 @@ from job.cli.main import main
 from job.errors import AccessDenied, DataError, SettingsError, Unreachable
 from job.planning import plan as plan_module
 from job.planning.input_checks import check_run_inputs
-from job.planning.plan import Plan, PreflightResult, make_plan
+from job.planning.plan import Plan, PreflightResult, make_plan, place_of_run
 from job.planning.plan_text import as_json, as_table
 from job.planning.run_shape import _placements
 from job.settings.load import Settings, load_settings
@@ -94,9 +94,9 @@ def test_the_default_preset_without_a_network(tmp_path: Path) -> None:
         **dict.fromkeys(("storage", "shared memory"), "ok"),
         "licence": "note",
     }
-    assert "cc-by-nc-4.0: no commercial use" in next(
-        found["what"] for found in plan["checks"] if found["name"] == "licence"
-    )
+    licence = next(found["what"] for found in plan["checks"] if found["name"] == "licence")
+    assert "cc-by-nc-4.0: no commercial use" in licence
+    assert licence.endswith("unknown, since the hub was not asked and its cache here has no card")
     figures = {figure["name"]: figure for figure in plan["figures"]}
     assert figures.pop("storage")["basis"] == "measured"
     assert {figure["basis"] for figure in figures.values()} == {"assumed"}
@@ -105,6 +105,12 @@ def test_the_default_preset_without_a_network(tmp_path: Path) -> None:
     assert len(plan["gpus"]) == 8
     assert all(gpu["hours"] > 0 and gpu["usd"] > 0 for gpu in plan["gpus"] if gpu["fits"])
     assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == []
+
+
+def test_a_run_without_a_name_is_called_a_new_one() -> None:
+    """An id that was generated for the plan is not that of any run."""
+    assert place_of_run(load_settings(["--run.output=out/"], {})) == "a new run in out"
+    assert place_of_run(load_settings(["--run.id=mine"], {})) == "runs/mine"
 
 
 def test_a_run_on_files_is_counted(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +276,7 @@ def test_exports_are_planned(given: Path, monkeypatch: pytest.MonkeyPatch) -> No
     weights = 2 * figures["base parameters"].value  # in 16 bits
     assert 3.0 * weights < figures["exported models"].value < 3.6 * weights
     assert "evaluation, 9 times" in figures  # three bases and adapters, two merges, three formats, a copy
-    monkeypatch.setattr("job.planning.plan.MAX_FILE", int(0.45 * weights))
+    monkeypatch.setattr("job.planning.plan.MAX_FILE_BYTES", int(0.45 * weights))
     (check,) = [check for check in make_plan(load_settings([])).checks if check.name == "hub"]
     assert (check.state, check.what.partition(" is one file")[0]) == ("note", "gguf:q8_0")
 

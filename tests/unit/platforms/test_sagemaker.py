@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.errors import SettingsError
-from job.platforms.sagemaker import copied_folder, lasts
+from job.platforms.sagemaker import copied_folder, outlives_machine
 from job.settings.load import load_settings
 from job.settings.markers import SageMakerChannel, find_markers
 from job.settings.sagemaker_channels import read_channels
@@ -198,9 +198,9 @@ def test_the_copied_folder(inputs: Path, said: object, expected: str | None) -> 
 def test_what_lasts(inputs: Path) -> None:
     """S3 lasts; a folder lasts if SageMaker copies it."""
     folder = inputs.parent / "checkpoints"
-    assert lasts("s3://bucket/runs", inputs)
-    assert not lasts(str(folder), inputs)
+    assert outlives_machine("s3://bucket/runs", inputs)
+    assert not outlives_machine(str(folder), inputs)
     (inputs / "config/checkpointconfig.json").write_text(json.dumps({"LocalPath": str(folder)}), encoding="utf-8")
-    assert lasts(str(folder), inputs)
-    assert lasts(str(folder / "deeper"), inputs)
-    assert not lasts("runs", inputs)
+    assert outlives_machine(str(folder), inputs)
+    assert outlives_machine(str(folder / "deeper"), inputs)
+    assert not outlives_machine("runs", inputs)

@@ -63,6 +63,24 @@ def test_several_tasks_are_told_apart() -> None:
     assert wording.headline(found)[0][1] == "Better than its base on 5 of 6 tasks."
 
 
+def test_the_headline_is_about_what_was_scored() -> None:
+    """Questions of JOB_EVAL__DATA are named by their file; tasks without choices by their metric if these differ."""
+    found = judged("improved")
+    found["settings"] = {"eval.data": {"value": {"arc_easy": "/data/ours.jsonl"}}}
+    assert wording.headline(found) == [
+        ("improved", "Better than its quantized base on arc_easy (questions of ours.jsonl).")
+    ]
+    metrics = {name: {"verdict": "inconclusive"} for name in ("exact_match", "f1")}
+    found["evaluation"] = {"tasks": {}, "measured": {"sums": {"num_fewshot": 5, "metrics": metrics}}}
+    assert wording.headline(found) == [("inconclusive", "No difference shown on sums.")]
+    assert "without examples" not in wording.scope(found["evaluation"])
+    metrics["f1"] = {"verdict": "regressed"}
+    assert wording.headline(found) == [
+        ("regressed", "Worse than its quantized base on sums by f1."),
+        ("inconclusive", "No difference shown on sums by exact_match."),
+    ]
+
+
 @pytest.mark.parametrize(
     ("counts", "holds", "expected"),
     [

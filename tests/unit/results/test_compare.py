@@ -218,6 +218,8 @@ def test_the_same_run_is_no_difference(runs: tuple[PublishedRun, PublishedRun]) 
     found = compare(runs[0], runs[0])
     assert {"a": None, "b": None} in found["cost"].values()  # left out of the table
     assert not any(row.split()[1:] == ["-", "-"] for row in same)
+    found["training"] |= {"execution.packed": {"a": True, "b": True}, "adapter.kind": {"a": "lora", "b": "adalora"}}
+    assert [row.split()[0] for row in as_text(found) if "adapter, kind" in row or "packed" in row] == ["adapter,"]
     different = as_text(compare(*runs))
     assert [row.split()[-1] for row in different if row.lstrip().startswith("quiz, acc ")] == ["improved"]
     assert not any(line.startswith("no difference:") for line in different)

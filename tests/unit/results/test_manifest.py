@@ -140,6 +140,15 @@ def test_the_summary_says_it_in_five_lines() -> None:
     )
 
 
+def test_questions_of_the_user_are_not_called_the_benchmarks() -> None:
+    """With JOB_EVAL__DATA, what was scored is the task with the questions of that file, in its line and in the last."""
+    results = built()
+    results["settings"]["eval.data"] = {"value": {"arc_easy": "s3://bucket/in/ours.jsonl", "other": "x.jsonl"}}
+    lines = summary(results, "/x/results.json")
+    assert lines[1].startswith("arc_easy (questions of ours.jsonl), 200 questions: accuracy ")
+    assert lines[-1].startswith("arc_easy (questions of ours.jsonl) better than ")
+
+
 def test_the_summary_names_validation() -> None:
     """Which step's adapter is published, and an early stop, are said at the end, not in log and report only."""
     results = built()
@@ -151,7 +160,7 @@ def test_the_summary_names_validation() -> None:
 
 
 def test_without_a_verdict_the_last_line_has_the_results_alone() -> None:
-    """A run that was scored on tasks without choices only."""
+    """A run of which no task was scored."""
     results = built()
     results["evaluation"]["tasks"] = {}
     assert summary(results, "/x/results.json")[-1] == "results: /x/results.json"
@@ -168,7 +177,7 @@ def test_figures_without_an_unquantized_base_name_the_base(quantization: str, ag
     told = {**figures, "verdict": "improved", "higher_is_better": True, "aggregation": "mean"}
     results["evaluation"]["measured"] = {"sums": {"n": 30, "metrics": {"exact_match": told}}}
     lines = summary(results, "/x/results.json")
-    assert lines[-1] == f"many acc improved{against}; results: /x/results.json"
+    assert lines[-1] == f"many acc improved{against}, sums exact_match improved{against}; results: /x/results.json"
     assert [line for line in lines if f", improved{against}, 9 better and 1 worse, p = 0.01" in line] == [
         line for line in lines if line.startswith(("many, ", "sums, "))
     ]

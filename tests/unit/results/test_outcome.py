@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from job.report.wording import without_overlap
 from job.results.outcome import outcome_values, read_outcome
 from job.results.summary import outcome_lines
 from tests.unit.results.test_manifest import built
@@ -36,13 +37,14 @@ def manifest() -> dict[str, Any]:
     }
     overlap = {"n": 150, "delta": 0.1, "verdict": "inconclusive"}
     results["evaluation"]["tasks"]["arc_easy"]["without_overlap"] = overlap
+    results["dataset"]["audit"] = {"overlap": {"arc_easy": list(range(50))}}
     losses = {"first_loss": 2.0, "last_loss": 1.5, "best_loss": 1.25, "best_step": 4}
     results["training"] |= {
         "validation": losses | {"keep": "best", "stopped_early": True},
         "method": "dpo",
         "beta": 0.1,
         "preference": {"rewards/margins": 0.5},
-        "first_stage": {"method": "sft", "steps": 9, "loss": 1.75},
+        "first_stage": {"method": "sft", "steps": 9, "loss": 1.75, "run_seconds": 90.0, "usd": 0.5},
     }
     return results
 
@@ -52,7 +54,7 @@ def test_each_part_has_its_words(manifest: dict[str, Any]) -> None:
     lines = outcome_lines(read_outcome(manifest, "/x"))
     assert lines[1:5] == [
         "validation loss 2.000 -> 1.500, lowest 1.250 after step 4; its adapter is published; stopped early",
-        "before that 9 steps of sft, loss 1.750",
+        "before that 9 steps of sft, loss 1.750; this took 1 min 30 s, $0.50, in addition to the time below",
         "dpo, beta 0.1; rewards in the last epoch: margins 0.500",
         (
             "exams, 2 tasks, 1,200 questions, all questions weighing the same: acc 0.5 -> 0.625 (+0.125, 95 % interval "
@@ -67,7 +69,23 @@ def test_each_part_has_its_words(manifest: dict[str, Any]) -> None:
         "chat, 40 questions: perplexity 0.5 -> 0.625 (lower is better; ln of the ratio +0.125, 95 % interval +0.0625 "
         "to +0.1875), improved against the quantized base, 30 better and 5 worse, p = 0.01"
     ) in lines
-    assert lines[-1] == "exams acc improved against the quantized base; results: /x/results.json"
+    assert lines[-1] == (
+        "exams acc improved against the quantized base, chat perplexity improved against the quantized base; "
+        "results: /x/results.json"
+    )
+
+
+@pytest.mark.parametrize(("contained", "which"), [(200, "all"), (199, "all but one")])
+def test_questions_that_were_trained_on_are_told_also_if_no_others_are_left(
+    manifest: dict[str, Any], contained: int, which: str
+) -> None:
+    """No comparison without them is possible, so the accuracies would otherwise be read as if they were sound."""
+    results = copy.deepcopy(manifest)
+    results["evaluation"]["tasks"]["arc_easy"]["without_overlap"] = None
+    results["dataset"]["audit"]["overlap"]["arc_easy"] = list(range(contained))
+    said = f"raining rows contain {which} of these questions: the accuracies say little about other questions"
+    assert f"t{said}" in outcome_lines(read_outcome(results, "/x"))
+    assert without_overlap("arc_easy", results) == [f"T{said}."]
 
 
 @pytest.mark.parametrize(("attempts", "whose"), [(1, "attempt 1 is that"), (3, "attempts 1 to 3 are those")])

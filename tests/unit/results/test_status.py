@@ -74,7 +74,7 @@ def save(folder: Path, step: int) -> None:
     files = folder.with_name(f"files-{step}")
     files.mkdir()
     (files / "adapter.safetensors").write_bytes(b"weights")
-    manager.publish(LocalStore(folder), files, step=step, epoch=1, world_size=1, software={})
+    manager.publish(LocalStore(folder), files, step, manager.Writer(1, 1, {}))
 
 
 def seen(folder: Path, seconds: float = 1.0) -> RunStatus:
@@ -91,7 +91,10 @@ def test_a_long_silence_is_what_the_watchdog_says(
     with attempt_at(run, killed=True) as attempt:
         attempt.stall_seconds = stall
         attempt.note("running")
-    assert (seen(run, running).state, seen(run, stalled).state) == ("running", "stalled")
+    before, after = seen(run, running), seen(run, stalled)
+    assert (before.state, after.state) == ("running", "stalled")
+    assert "if its process was killed, `stalled` is shown after" in "\n".join(as_lines(before))
+    assert "if its process" not in "\n".join([*as_lines(seen(run, 5)), *as_lines(after)])
 
 
 def test_a_running_attempt_is_seen_with_its_figures(tmp_path: Path) -> None:

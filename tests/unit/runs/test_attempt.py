@@ -612,7 +612,7 @@ def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record
     left: dict[str, bytes] = {}
 
     def publish_marker(attempt: Attempt) -> None:
-        manager.publish(attempt.store, tmp_path / "files", step=4, epoch=attempt.number, world_size=1, software={})
+        manager.publish(attempt.store, tmp_path / "files", 4, manager.Writer(attempt.number, 1, {}))
 
     def succeed() -> None:
         new = begun(store, tmp_path)

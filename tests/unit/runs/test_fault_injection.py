@@ -35,7 +35,7 @@ def publish(store: LocalStore, folder: Path, step: int) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "adapter.safetensors").write_bytes(b"weights" * 100)
     (folder / "progress.json").write_text(f'{{"step": {step}}}')
-    manager.publish(store, folder, step=step, epoch=1, world_size=1, software={})
+    manager.publish(store, folder, step, manager.Writer(1, 1, {}))
 
 
 class TestParse:

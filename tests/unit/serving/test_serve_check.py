@@ -20,7 +20,7 @@ from job.evaluation.samples import Sample
 from job.records import NEAR, ServeCheck
 from job.serving.check import Served, as_json, as_lines, require_alike, serve_check
 from job.serving.client import Client
-from job.serving.servers import SERVERS, Model, pick, recognized, started
+from job.serving.servers import SERVERS, Model, installed_server, running_server, server_kind
 from tests.unit.storage.test_hub import serving
 
 CHOICES = ("Sorrowby", "Gulholm", "Dunmarsh")
@@ -160,7 +160,7 @@ def listening(kind: type[OpenAI], **how: Any) -> Iterator[Served]:
     """A server of a kind that is started here, as it is recognized."""
     with serving(type("Server", (kind,), how)) as address:
         client = Client(address)
-        yield Served(client, recognized(client), "run", "merged")
+        yield Served(client, server_kind(client), "run", "merged")
 
 
 def check(served: Served, count: int = 50) -> ServeCheck:
@@ -218,9 +218,9 @@ def test_greedy_answers_are_compared_where_they_are_a_choice() -> None:
 def test_what_goes_wrong_has_its_code() -> None:
     """No server, one that wants a key, an address that is none, records without a prompt, no server for a format."""
     with pytest.raises(Unreachable):
-        recognized(Client("http://127.0.0.1:9"))
+        server_kind(Client("http://127.0.0.1:9"))
     with pytest.raises(SettingsError, match="--url"):
-        recognized(Client("file:///etc"))
+        server_kind(Client("file:///etc"))
     with listening(OpenAI, key="secret-key-of-a-server") as served:
         with pytest.raises(AccessDenied, match="OPENAI_API_KEY"):
             check(served)
@@ -231,7 +231,7 @@ def test_what_goes_wrong_has_its_code() -> None:
     with pytest.raises(
         SettingsError, match=r"no server for adapter.*or check an exported format, such as --served merged"
     ):
-        pick(Model("adapter", Path("/tmp"), "org/base", 16))
+        installed_server(Model("adapter", Path("/tmp"), "org/base", 16))
 
 
 def test_command_lines_of_servers() -> None:
@@ -253,13 +253,13 @@ def test_what_is_missing_is_named_before_anything_is_started(monkeypatch: pytest
     monkeypatch.setattr("shutil.which", lambda *_args, **_given: None)
     merged, gguf = Model("merged", Path("/runs/m")), Model("gguf:q8_0", Path("/runs/g"))
     with pytest.raises(SettingsError, match=r"no server for merged .*fastapi, openai and uvicorn: pip install"):
-        pick(merged)
-    with pytest.raises(SettingsError, match=r"without fastapi, openai, uvicorn; .*pip install 'qlora-job\[export\]'"):
-        started("transformers", merged).__enter__()
+        installed_server(merged)
+    with pytest.raises(SettingsError, match=r"without fastapi, openai, uvicorn; .*pip install '.\[export\]'"):
+        running_server("transformers", merged).__enter__()
     with pytest.raises(SettingsError, match=r"no server for gguf:q8_0 .*xllamacpp: pip install"):
-        pick(gguf)
+        installed_server(gguf)
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: True)
-    assert (pick(merged), pick(gguf)) == ("transformers", "llama.cpp")
+    assert (installed_server(merged), installed_server(gguf)) == ("transformers", "llama.cpp")
 
 
 def test_the_extra_has_what_transformers_serve_imports() -> None:

@@ -283,7 +283,7 @@ class TestSpelling:
         """What people write for false; "False" is not true because it is a non-empty string."""
         assert load_settings([], {"JOB_MODEL__DOUBLE_QUANTIZATION": text}).model.double_quantization is False
 
-    @pytest.mark.parametrize("text", ["", "t", "y", "2", "maybe", "none"])
+    @pytest.mark.parametrize("text", ["t", "y", "2", "maybe", "none"])
     def test_neither_true_nor_false(self, text: str) -> None:
         """Anything else is an error, not a guess."""
         assert (
@@ -392,6 +392,16 @@ class TestUnknownNames:
     def test_a_group_that_was_forgotten(self) -> None:
         """A name without its group is answered with all settings of this name, and a command's own options count."""
         assert problems(["--rank", "3"])["command line --rank"].endswith("the nearest is --lora.rank")
+        typed = ["--train.rank", "3", "--train.lr", "1", "--gpus", "2", "--modle.id", "a"]
+        found = problems(typed, {"JOB_MODEL_ID": "a"})
+        nearest = {where.rpartition(" ")[2]: what.rpartition(" ")[2] for where, what in found.items()}
+        assert nearest == {
+            "--train.rank": "--lora.rank",
+            "--train.lr": "--train.learning_rate",
+            "--gpus": "--run.processes",
+            "--modle.id": "--model.id",
+            "JOB_MODEL_ID": "JOB_MODEL__ID",
+        }
         found = problems([], {"JOB_SEED": "3"})["environment JOB_SEED"]
         assert found.endswith("the nearest is JOB_RUN__SEED or JOB_LORA__SEED or JOB_DATA__SEED")
         with pytest.raises(SettingsError, match="the nearest is --schema"):
@@ -877,6 +887,22 @@ class TestCombinations:
         )
         assert set(found) == {"JOB_MODEL__REVISION (command line)", "JOB_DATA__REVISION (command line)"}
 
+    def test_values_that_a_file_of_variables_or_a_template_left_behind(self) -> None:
+        """Quotes that no shell removed, and empty values, are named; a Windows line end is no fault."""
+        quoted = {"JOB_TRAIN__EPOCHS": '"3"', "JOB_MODEL__ID": "'org/name'", "JOB_RUN__OUTPUT": '"runs"'}
+        found = problems([], quoted)
+        assert set(found) == {f"{name} (environment)" for name in quoted}
+        assert all("has quotes around its value" in what for what in found.values())
+        assert load_settings([], {"JOB_MODEL__ADD_TOKENS": "'a','b'"}).model.add_tokens == ("'a'", "'b'")
+        empty = dict.fromkeys(("JOB_LORA__RANK", "JOB_DATA__SOURCE", "JOB_LORA__TARGET_MODULES"), "")
+        found = problems([], empty)
+        assert set(found) == {f"{name} (environment)" for name in empty}
+        assert all("must not be empty" in what and "leave it out" in what for what in found.values())
+        windows = load_settings([], {"JOB_TRAIN__EPOCHS": "3\r", "JOB_DATA__SOURCE": "a.jsonl\r"})
+        assert (windows.train.epochs, windows.data.source) == (3, "a.jsonl")
+        found = problems([], {"JOB_LORA__TARGET_MODULES": "['q_proj', 'v_proj']"})
+        assert "with texts in double quotes" in found["JOB_LORA__TARGET_MODULES (environment)"]
+
     def test_a_question_file_for_no_task(self) -> None:
         """A misspelt task would silently be fetched from the hub; a preset's unused file is left out."""
         found = problems(["--eval.data=arc_esay=questions.jsonl"])
@@ -884,6 +910,13 @@ class TestCombinations:
         assert load_settings(["--preset=demo", "--eval.tasks=hellaswag"], {}).eval.data == {}
         for tasks in ("arc_easy,hellaswag", '["hellaswag", "arc_easy"]'):
             assert load_settings(["--preset=demo", f"--eval.tasks={tasks}"], {}).eval.data.keys() == {"arc_easy"}
+
+    def test_a_question_file_for_a_task_of_a_group(self) -> None:
+        """Its name need not begin with the group's; a preset's questions are not mixed with those of a group."""
+        given = ["--preset=demo", "--eval.tasks=ai2_arc"]
+        assert load_settings(given, {}).eval.data == {}
+        own = load_settings([*given, "--eval.data=arc_easy=questions.jsonl"], {}).eval.data
+        assert own == {"arc_easy": "questions.jsonl"}
 
     def test_a_gate_without_a_threshold(self) -> None:
         """A gate that can never close is not what was meant."""

@@ -227,9 +227,10 @@ class TestOtherNames:
 
     def test_they_name_the_setting_that_does_it_here(self) -> None:
         """Where the most similar name would be another thing; all that are listed name settings."""
-        given = {"JOB_TRAIN__PER_DEVICE_TRAIN_BATCH_SIZE": "4", "JOB_DATA__VAL_SET_SIZE": "0.1"}
+        given = {"JOB_TRAIN__PER_DEVICE_TRAIN_BATCH_SIZE": "4", "JOB_DATA__VAL_SET_SIZE": "0.1", "JOB_TRAIN__LR": "1"}
         found = problems([], given)
         assert "JOB_TRAIN__GLOBAL_BATCH_SIZE" in found["environment JOB_TRAIN__PER_DEVICE_TRAIN_BATCH_SIZE"]
         assert "JOB_DATA__VALIDATION" in found["environment JOB_DATA__VAL_SET_SIZE"]
+        assert found["environment JOB_TRAIN__LR"].endswith("use JOB_TRAIN__LEARNING_RATE")
         assert {name for names in _ELSEWHERE.values() for name in names} <= set(NAMES)
         assert not _ELSEWHERE.keys() & {name.rpartition(".")[2] for name in NAMES}

@@ -152,8 +152,6 @@ def test_what_lies_in_a_store_is_not_asked_for() -> None:
 def test_an_extra_that_is_not_installed_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """The packages of a format are asked for before a GPU works for hours; the extra that has them is named."""
     monkeypatch.setattr("job.common.export_formats.find_spec", lambda _name: None)
-    with pytest.raises(
-        SettingsError, match=r"JOB_EXPORT__FORMATS: needs auto_round, .*pip install 'qlora-job\[export\]'"
-    ):
+    with pytest.raises(SettingsError, match=r"JOB_EXPORT__FORMATS: needs auto_round, .*pip install '.\[export\]'"):
         check_inputs(settings("--export.formats=merged,awq"))
     check_inputs(settings("--export.formats=merged"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import Problem
-from job.storage.base import NotSupported, ObjectInfo, ObjectStore, Stored, byte_limit, probe
+from job.storage.base import NotSupported, ObjectInfo, ObjectStore, Stored, byte_limit, try_conditional_writes
 from job.storage.local import LocalStore
 from tests.wrapped_store import WrappedStore
 
@@ -42,14 +42,14 @@ def test_probe_finds_out_careless_stores(tmp_path: Path, ignored: tuple[str, ...
     """A store that accepts a condition and ignores it has no conditional writes; the probe is cleaned up."""
     store = Careless(tmp_path)
     store.ignored = ignored
-    assert not probe(store)
+    assert not try_conditional_writes(store)
     assert list(store.list()) == []
 
 
 def test_probe_takes_no_for_an_answer(tmp_path: Path) -> None:
     """A store that does not know conditions is found to be writable all the same, and cleaned up."""
     store = Simple(tmp_path)
-    assert not probe(store)
+    assert not try_conditional_writes(store)
     assert list(store.list()) == []
 
 

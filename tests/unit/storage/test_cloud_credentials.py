@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
-from job.storage.azure_account import azure_variables
+from job.storage.azure_connection_string import azure_variables
 from tests.s3_server import Request, server
 from tests.unit.storage.test_gcs_azure import answering, opened
 

@@ -590,7 +590,7 @@ def test_a_version_is_deleted_without_a_signed_address(monkeypatch: pytest.Monke
     """An identity that cannot sign an address still deletes only the version that it means."""
     with azurite(tmp_path):
         store = open_store(f"az://{BUCKET}/{uuid4().hex}", StorageOptions(retries=1))
-        monkeypatch.setattr(store, "_signed", lambda _key: None)
+        monkeypatch.setattr(store, "_signed_address", lambda _key: None)
         old = store.write("a", b"1")
         new = store.write("a", b"2")
         with pytest.raises(Conflict):

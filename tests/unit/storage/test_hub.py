@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from job.errors import AccessDenied, DataError, JobError, SettingsError, Unreachable
-from job.storage.hub import download_model, hub_errors, import_client
+from job.storage.hub import download_model, import_client
+from job.storage.hub_errors import hub_errors
 from tests import warm
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -588,7 +589,8 @@ def test_a_refusal_has_its_code_while_libraries_are_imported_and_after(tmp_path:
 IMPORTS_CLIENT = """
 import sys
 from job.errors import JobError
-from job.storage.hub import hub_errors, import_client
+from job.storage.hub import import_client
+from job.storage.hub_errors import hub_errors
 
 import_client()
 from huggingface_hub import errors

@@ -16,7 +16,7 @@ import pytest
 from job.errors import DataError, SettingsError, Unreachable
 from job.settings.load import load_settings
 from job.settings.schema import Storage
-from job.storage.open import Location, StorageOptions, fetch, open_store, size, storage_options
+from job.storage.open import Location, StorageOptions, bytes_to_fetch, fetch, open_store, storage_options
 from tests.s3_server import BUCKET, Request, credentials, moto_server, server
 
 
@@ -150,14 +150,14 @@ def test_size_is_what_fetch_downloads(options: StorageOptions, prefix: str, name
     store = open_store(prefix, options)
     for key, data in {"model/b": b"12", "model/c/d": b"345", "model2/e": b"other", "a": b"one"}.items():
         store.write(key, data)
-    assert size(f"{prefix}/{name}", options) == expected
+    assert bytes_to_fetch(f"{prefix}/{name}", options) == expected
 
 
 @pytest.mark.parametrize("place", ["/data/train.jsonl", "./model", "some/model"])
 def test_paths_and_hub_ids_stay_as_they_are(tmp_path: Path, place: str) -> None:
     """What is no URI of a store is not fetched, and nothing of it is counted as a download."""
     assert fetch(place, tmp_path / "in") == place
-    assert size(place) == 0
+    assert bytes_to_fetch(place) == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,7 +239,7 @@ def test_a_glob_fetches_what_it_fits(options: StorageOptions, prefix: str, tmp_p
     for name in ("a-0.jsonl", "a-1.jsonl", "b.jsonl", "a-2.csv", "a-3/x.jsonl"):
         store.write(name, name.encode())
     pattern = f"{prefix}/a-*.jsonl"
-    assert size(pattern, options) == len("a-0.jsonl") * 2
+    assert bytes_to_fetch(pattern, options) == len("a-0.jsonl") * 2
     local = fetch(pattern, tmp_path, options)
     assert Path(local).name == "a-*.jsonl"
     found = sorted(file.name for file in tmp_path.rglob("*") if file.is_file())

@@ -177,7 +177,7 @@ def test_only_a_complete_run_has_100_percent(
 
 def test_it_is_told_while_the_run_goes_on(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A TrainJob again and again, as a sign of life; a pod only when something has changed. A new token is read."""
-    monkeypatch.setattr(module, "SECONDS", 0.05)
+    monkeypatch.setattr(module, "REPORT_SECONDS", 0.05)
     cluster = Cluster()
     renewed = files.parent / "renewed"
     renewed.mkdir()

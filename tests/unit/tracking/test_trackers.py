@@ -20,7 +20,8 @@ from structlog.testing import capture_logs
 from job.errors import JobError, Preempted, Replaced
 from job.records import StepMetrics, ValidationMetrics
 from job.tracking import trackers
-from job.tracking.trackers import Tracking, figures_of, summary_of, tracking
+from job.tracking.figures import final_figures, step_figures
+from job.tracking.trackers import Tracking, tracking
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[3]
@@ -134,7 +135,7 @@ def test_everything_is_told_in_order(fake: dict[str, str], monkeypatch: pytest.M
     assert track(fake) == []
     begin, *steps, end = notes(fake)
     assert begin == ["init", "a-run", "p", {"train.epochs": 2}, "allow"]
-    assert [(step, found) for _, step, found in steps] == [(step, figures_of(metrics(step))) for step in (1, 2, 3)]
+    assert [(step, found) for _, step, found in steps] == [(step, step_figures(metrics(step))) for step in (1, 2, 3)]
     assert "train/grad_norm" not in steps[1][2]
     assert end == ["finish", 0, {"outcome": "complete", **SUMMARY}]
 
@@ -231,7 +232,7 @@ def test_a_package_that_is_missing_is_a_warning(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(trackers, "find_spec", lambda name, found=missing: found)
         (warning,) = track(dict(os.environ))
         assert warning["event"].startswith("the run is not tracked")
-        assert "pip install 'qlora-job[wandb]'" in warning["fix"]
+        assert "pip install '.[wandb]'" in warning["fix"]
 
 
 def test_a_process_that_cannot_be_started_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,8 +244,8 @@ def test_a_process_that_cannot_be_started_is_a_warning(monkeypatch: pytest.Monke
 
 def test_only_known_numbers_are_told() -> None:
     """A norm that overflowed, a price or an accuracy that there is none of, are left out."""
-    assert summary_of(RESULTS) == SUMMARY
-    assert all(isinstance(value, float) for value in figures_of(metrics(1)).values())
+    assert final_figures(RESULTS) == SUMMARY
+    assert all(isinstance(value, float) for value in step_figures(metrics(1)).values())
 
 
 def two_attempts(project: Mapping[str, str | None], environ: Mapping[str, str]) -> list[Any]:

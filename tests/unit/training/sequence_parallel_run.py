@@ -77,7 +77,7 @@ def train(run: Run) -> None:
     stop, done, folder = Stop(), [], Path(run.folder)
     _disturb(run, stop, done)
     place = Place(run.rank, run.count, run.rank, run.count, "localhost", run.port)
-    joining = {"stop": stop, "report_progress": lambda: None, "patience": 60, "grace_seconds": 5}
+    joining = {"stop": stop, "report_progress": lambda: None, "timeout_seconds": 60, "grace_seconds": 5}
 
     validations: list[float] = []
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from job.checkpoints import trainer_state
+from job.checkpoints import optimizer_state
 from job.common.optimizers import OPTIMIZERS
 from job.data import batch_plan
 from job.errors import TrainingFailed, Unreachable
@@ -243,11 +243,11 @@ def test_what_the_host_counts_in_a_step_is_undone(name: str) -> None:
     """The state after it is that before: nothing of it is counted where `counts_of` does not look."""
     optimizer, _ = make(name)
     counts = counts_of(optimizer)
-    before = copy.deepcopy(trainer_state.split_optimizer_state(optimizer.state_dict()))
+    before = copy.deepcopy(optimizer_state.split(optimizer.state_dict()))
     optimizer.step()
-    assert str(trainer_state.split_optimizer_state(optimizer.state_dict())) != str(before)
+    assert str(optimizer_state.split(optimizer.state_dict())) != str(before)
     restore_counts(optimizer, counts)
-    after = trainer_state.split_optimizer_state(optimizer.state_dict())
+    after = optimizer_state.split(optimizer.state_dict())
     assert before[1] == after[1]
     assert before[0].keys() == after[0].keys()
     assert all(torch.equal(tensor, after[0][place]) for place, tensor in before[0].items())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from job.distributed.ends import End, agree_on_end, publish_end
+from job.distributed.common_exit_code import End, agree_on_end, publish_end
 from job.errors import exit_codes, gravest
 
 

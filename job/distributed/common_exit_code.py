@@ -36,7 +36,7 @@ class End:
     why: str = ""
 
 
-def end_of(rank: int) -> str:
+def failure_key(rank: int) -> str:
     """Key of a process's failure."""
     return f"{END}#{rank}"
 
@@ -63,7 +63,7 @@ def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
     information.
     """
     end = json.dumps({"process": process, "code": exit_code, "why": why[:2000]})
-    store.compare_set(end_of(process), "", end)
+    store.compare_set(failure_key(process), "", end)
     store.compare_set(END, "", end)
 
 
@@ -98,7 +98,7 @@ def agree_on_end(store: Any, own_code: int, *, machine: int, machines: int, proc
     store.set(ended[machine], str(own_code))
     _wait(lambda: store.check(ended), deadline)
     codes = {key: int(store.get(key)) for key in ended if store.check([key])}
-    failed = [json.loads(store.get(key)) for key in map(end_of, range(processes)) if store.check([key])]
+    failed = [json.loads(store.get(key)) for key in map(failure_key, range(processes)) if store.check([key])]
     store.set(acknowledged[machine], "")
     if machine == 0:
         _wait(lambda: store.check(acknowledged), deadline)
@@ -108,7 +108,7 @@ def agree_on_end(store: Any, own_code: int, *, machine: int, machines: int, proc
 def _of_all(codes: dict[str, int], failed: Sequence[dict[str, Any]], machines: Sequence[str]) -> End:
     if codes.get(machines[0]) == 0:
         return End(0)
-    ends = [End(_known(one["code"]), f"process {one['process']}", one["why"]) for one in failed]
+    ends = [End(_known(failure["code"]), f"process {failure['process']}", failure["why"]) for failure in failed]
     for key, code in codes.items():
         if code:
             ends.append(End(_known(code), key.replace("#", " "), f"ended with exit code {code}"))

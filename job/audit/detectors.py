@@ -17,14 +17,14 @@ from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import Any
 
-Test = Callable[[str], bool]
+Detect = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
 class Detector:
     """One kind of finding: `make` builds the test, with the distribution `needs` and its `module`, if it needs one."""
 
-    make: Callable[[], Test]
+    make: Callable[[], Detect]
     needs: str | None = None
     module: str | None = None
 
@@ -42,7 +42,7 @@ _NO_SECRETS = {"Public IP (ipv4)"}
 """Detectors of detect-secrets that find no secrets."""
 
 
-def _secrets() -> Test:
+def _secrets() -> Detect:
     """The patterns of detect-secrets for keys and tokens of known services, private keys and passwords in URLs.
 
     Without its entropy and keyword detectors, which are for source code: in prose they find mostly what is no secret.
@@ -81,7 +81,7 @@ _NOBODYS_NAME = re.compile(
 _ONE_CHARACTER = re.compile(r".@[A-Za-z0-9]\.[A-Za-z]{2,24}")
 
 
-def _emails() -> Test:
+def _emails() -> Detect:
     """Addresses that may belong to a person.
 
     Not those whose domain is an example, whose local part is a placeholder, or whose name and domain are one
@@ -109,7 +109,7 @@ _NOBODYS_NUMBER = re.compile(
 _COUNTING = "1234567890" * 2
 
 
-def _phones() -> Test:
+def _phones() -> Detect:
     """Valid numbers in international form, and of North America in national form, where the text has punctuation.
 
     Not those that are reserved for fiction, nor ten digits that count upwards: (234) 567-8901.
@@ -135,7 +135,7 @@ def _phones() -> Test:
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
 
 
-def _ibans() -> Test:
+def _ibans() -> Detect:
     valid = import_module("stdnum.iban").is_valid
 
     def test(text: str) -> bool:
@@ -156,7 +156,7 @@ _ISSUERS = re.compile(r"4|5[1-5]|2[2-7]|3[47]|6(?:011|5|4[4-9]|2)")
 _FEWEST_DIGITS = 3
 
 
-def _cards() -> Test:
+def _cards() -> Detect:
     valid = import_module("stdnum.luhn").is_valid
 
     def test(text: str) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from job.model.files import readable
+from job.model.files import readable, weight_files
 
 SHARD = 5_000_000_000
-"""Bytes of a file of weights: what is held in memory, and what an upload that is interrupted has to begin again."""
+"""Most bytes of a file of weights: one file is in memory at a time, and an interrupted upload begins its file again."""
 _TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,7 +31,16 @@ _TYPES = {
 """safetensors' names of dtypes."""
 
 
-def read_header(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+def read_headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:
+    """File, shape and dtype by name of every tensor in a folder's files of weights.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    return {name: (file, shape, dtype) for file in weight_files(folder) for name, shape, dtype in _read_header(file)}
+
+
+def _read_header(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of every tensor in a file of weights.
 
     Raises:
@@ -52,8 +62,8 @@ def parameter_names(names: Iterable[str], empty: Any) -> dict[str, str]:
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     transforms = get_model_conversion_mapping(empty)
-    converters = [found for found in transforms if isinstance(found, WeightConverter)]
-    renamings = [found for found in transforms if not isinstance(found, WeightConverter)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     state = empty.state_dict()
     parameters = {}
     for name in sorted(names):
@@ -72,8 +82,8 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
     from safetensors import safe_open
 
     with readable(file.parent), safe_open(file, framework="pt") as opened:
-        found: torch.Tensor = opened.get_tensor(name)
-        return found
+        tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def write_weights(
@@ -106,3 +116,15 @@ def write_weights(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Writes config.json."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_other_files(source: Path, folder: Path) -> None:
+    """Copies all files of a merged model but its weights and config.json, such as those of the tokenizer."""
+    for path in sorted(source.iterdir()):
+        if path.name != "config.json" and not path.name.startswith("model."):
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,160 @@
+"""What the launcher of a machine exchanges with those of the others: whether a process failed, and the exit code.
+
+They use the rendezvous store; its keys are those of `common_exit_code`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from job import log
+from job.common.threads import in_thread
+from job.distributed.common_exit_code import SETTLE_SECONDS, End, agree_on_end, publish_end, read_first_failure
+from job.distributed.ranks import Place
+from job.distributed.rendezvous import keyspace, reach_keyspace
+from job.errors import error_of_process, gravest
+
+T = TypeVar("T")
+
+ANSWER_SECONDS = 5.0
+"""How long the store may take to answer in `ended_elsewhere`, which asks again."""
+CONNECT_SECONDS = 12.0
+"""How long it may take to connect to the store, for requests that are not repeated. Torch looks up the names of both
+ends' addresses, and by default the system waits 5 s until it asks a name server again whose answer was lost."""
+_QUESTION_PAUSE_SECONDS, _RECONNECT_SECONDS = 1.0, 10.0
+"""Time between two questions to the store whether a process of another machine has ended, and between two attempts to
+connect to it for that."""
+_GONE_SECONDS = 60.0
+"""How long the store may be silent before machine 0 counts as lost: a network or a machine may pause for seconds."""
+
+
+class OtherMachines:
+    """Exchanges with the other machines, through the common store, how the processes of each have ended.
+
+    All requests are made one after the other in a thread: a store that is silent answers none for seconds, in which
+    the launcher has to pass signals on.
+
+    Args:
+        number: Number of this machine.
+        machines: Number of machines.
+        place: That of this machine's first process.
+        hosted: The store, if this machine hosts it.
+        run: The run's id.
+    """
+
+    def __init__(self, number: int, machines: int, place: Place, hosted: Any, run: str) -> None:
+        self._number, self._machines, self._place, self._run = number, machines, place, run
+        self._requests = ThreadPoolExecutor(1, "ends of the machines")
+        self._question: Future[None] | None = None
+        self._asked = time.monotonic()
+        self._store = None if hosted is None else keyspace(hosted, run)
+        self._unreachable = False
+        self._answered = float("inf")
+        """When the store last answered `_ask_for_failure`; never, as long as machine 0 may not have begun."""
+        self.lost = False
+        """Whether the last question was not answered, nor any other one for `_GONE_SECONDS`."""
+        self.first: End | None = None
+        """The first failure of the run, where this launcher has read it before the store was gone."""
+
+    def ended_elsewhere(self) -> bool:
+        """Whether a process of the run has failed, or the store has not answered for `_GONE_SECONDS`.
+
+        This machine's processes end by themselves then, unless they hang or are stopped. Returns at once, by the last
+        answer of the store.
+        """
+        pause = _RECONNECT_SECONDS if self._store is None else _QUESTION_PAUSE_SECONDS
+        idle = self._question is None or self._question.done()
+        if self._question is not None and idle:
+            self._question.result()  # raises what is a bug
+        if self._machines > 1 and self.first is None and idle and time.monotonic() >= self._asked + pause:
+            self._asked = time.monotonic()
+            self._question = self._requests.submit(self._ask_for_failure)
+        return self.first is not None or self.lost
+
+    def _ask_for_failure(self) -> None:
+        try:
+            self.first = _bounded(ANSWER_SECONDS, lambda: read_first_failure(self._reach(ANSWER_SECONDS)))
+            self._answered, self.lost = time.monotonic(), False
+        except (OSError, RuntimeError):
+            self._store = None  # on this connection a late answer would be taken for that to the next question
+            self.lost = time.monotonic() - self._answered > _GONE_SECONDS
+
+    def publish(self, local: int, code: int, why: str) -> None:
+        """Publishes that a process of this machine has failed; does not wait for it."""
+        rank = self._place.rank + local
+        self._requests.submit(self._ask, lambda store: publish_end(store, rank, code, why), None, 0.0)
+
+    def agree_on_code(self, own_code: int, seconds: float, answer_seconds: float) -> int:
+        """The exit code of all machines, after at most `seconds`; `own_code` if the store cannot be reached.
+
+        Args:
+            own_code: That of this machine.
+            seconds: How long the other machines may take to end.
+            answer_seconds: How much longer the store may take to answer.
+
+        Raises:
+            JobError: Another machine ended with a more serious exit code, which this error has.
+        """
+        fallback = End(own_code)
+        if self.first is not None and own_code and gravest((own_code, self.first.code)) != own_code:
+            fallback = self.first
+        seconds = min(SETTLE_SECONDS, seconds)
+        agreed = self._requests.submit(
+            self._ask,
+            lambda store: agree_on_end(
+                store,
+                own_code,
+                machine=self._number,
+                machines=self._machines,
+                processes=self._place.world_size,
+                seconds=seconds,
+            ),
+            fallback,
+            seconds,
+        )
+        try:
+            end = agreed.result(timeout=seconds + answer_seconds)
+        except TimeoutError:  # it, or a request before it, waits for a store that is silent
+            end = fallback
+        if end.code not in {0, own_code}:
+            raise error_of_process(end.code, end.where, end.why)
+        return end.code
+
+    def close(self) -> None:
+        """Ends the thread, which is not waited for, once it has made the requests that are left."""
+        self._requests.shutdown(wait=False)
+
+    def _reach(self, seconds: float) -> Any:
+        if self._store is None:
+            self._store = reach_keyspace(self._place, self._run, seconds)
+        return self._store
+
+    def _ask(self, request: Callable[[Any], T], fallback: T, seconds: float) -> T:
+        """The result of `request` on the store; `fallback` if the store cannot be reached, or could not be before.
+
+        Args:
+            request: What is asked.
+            fallback: See above.
+            seconds: How long the request itself may wait for other machines.
+        """
+        if self._unreachable:
+            return fallback
+        try:
+            return _bounded(CONNECT_SECONDS + seconds, lambda: request(self._reach(CONNECT_SECONDS)))
+        except (OSError, RuntimeError) as error:
+            self._unreachable = True
+            log.get_logger().debug("the other machines cannot be reached", why=repr(error))
+            return fallback
+
+
+def _bounded(seconds: float, call: Callable[[], T]) -> T:
+    """The result of a call of torch's store, which has no limit of its own where the store's machine is frozen.
+
+    Raises:
+        OSError, RuntimeError: What the call raises; TimeoutError, an OSError, after so many seconds. The thread that
+            waits is left behind then.
+    """
+    return in_thread(call, "store").result(seconds)
