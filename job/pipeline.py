@@ -130,11 +130,14 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     attempt.identify(sources.record)
     attempt.loading = True
     attempt.note("running")  # nothing is noted while loading: if the kernel kills it for its memory, this is the record
+    trained = settings.export.run is not None or attempt.processes.share(
+        "whether the adapter is trained", lambda: attempt.is_done(Stage.TRAIN, Trained)
+    )
     loaded = load(
         settings,
         sources,
         attempt.processes,
-        trains=attempt.recorded(Stage.TRAIN, Trained) is None,
+        trains=not trained,
         decided=attempt.recorded(PACKING, Packing),
         begin=partial(put_first_values, attempt, settings.lora.init, sources),
     )

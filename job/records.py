@@ -915,11 +915,20 @@ class RecordedSettings:
 
 @dataclass(frozen=True)
 class ExportedRun:
-    """Record of a run that exports a finished one: which one, and how many attempts are that run's."""
+    """Record of a run that exports a finished one: which one, and how many attempts are that run's.
+
+    `earlier`: if that run exported another one itself, the numbers of the last attempts of all those before it.
+    """
 
     id: str
     results_sha256: str
     attempts: int
+    earlier: list[int] = field(default_factory=list)
+
+    @property
+    def last_attempts(self) -> list[int]:
+        """Number of the last attempt of each run before this one, in their order."""
+        return [*self.earlier, self.attempts]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 from job import log
 from job.common.lora_readers import why_not_served
 from job.distributed.processes import ALONE, Processes, require_one_kind
-from job.errors import JobError
+from job.errors import DataError, JobError
 from job.model.device import choose_device
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
@@ -24,7 +24,7 @@ from job.push.push import check_targets, push_run, targets
 from job.records import FP8
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.results.delivery import deliver
-from job.results.exported_run import refuse_without, take_over
+from job.results.exported_run import read_exported, refuse_without, take_over
 from job.results.summary import summary
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import Fault, arm, faulty
@@ -132,7 +132,13 @@ def check_before_lease(settings: Settings, later: Sequence[Settings], processes:
             are recorded: a run that has begun goes on, and is pushed at its end.
     """
     begun = _store(settings).read(stage_key(Stage.PULL)) is not None
-    check_inputs(settings, later, has_record=begun, processes=processes)
+    try:
+        check_inputs(settings, later, has_record=begun, processes=processes)
+    except DataError as error:
+        if settings.export.run is None:
+            raise
+        advice = "models and data have to be where the run in JOB_EXPORT__RUN had them: other paths are refused"
+        raise DataError(list(error.problems), error.total, advice) from None
     push_targets = targets(settings.export)
     if push_targets and (reasons := why_not_served(plain_values(settings))):
         log.get_logger().warning("vLLM cannot serve this adapter unchanged", reasons=reasons)
@@ -264,7 +270,8 @@ def _take_over(settings: Settings) -> TakeOver | None:
     if settings.export.run is None:
         return None
     decisive, storage = decisive_settings(plain_values(settings)), storage_options(settings.storage)
-    return take_over(settings.export.run, folder_of(settings), decisive, default_settings(), storage)
+    exported = read_exported(settings.export.run, storage)
+    return take_over(exported, folder_of(settings), decisive, default_settings(), storage)
 
 
 def _store(settings: Settings) -> ObjectStore:

@@ -189,7 +189,7 @@ COMMANDS = {
         "export a finished run in other formats, each scored, as a new run that trains nothing",
         (
             Argument("RUN", _RUN_HELP),
-            Argument("FORMATS", "formats, separated by commas, such as merged,gguf:q4_k_m; see --help export.formats"),
+            Argument("FORMATS", "formats, separated by commas, such as merged,gguf:q4_k_m; see JOB_EXPORT__FORMATS"),
             _CONFIG,
         ),
         examples=(
@@ -372,7 +372,7 @@ usage: qlora-job COMMAND [ARGUMENT ...] [--GROUP.NAME VALUE ...]
 {listed}
 
 `qlora-job COMMAND --help` lists the arguments of a command, and the settings that it reads; `--help train` describes
-those of the group train with their defaults, `--help train.epochs` a single one, `--help all` every setting.
+those of the group train with their defaults, `--help rank` those with rank in their names, `--help all` every setting.
 A setting is given as --group.name VALUE, or as JOB_GROUP__NAME in the environment. Precedence: command line,
 environment, files in the folder JOB_SECRETS_DIR, SageMaker's hyperparameters.json, the file JOB_CONFIG (--config),
 SageMaker's channels, the run in JOB_EXPORT__RUN, the preset (--preset), platform, default. `qlora-job config` shows
@@ -438,9 +438,7 @@ def _command_help(name: str, command: Command, words: Sequence[str]) -> str:
 
         add_options(parser, {"preset"} if takes_all else READING)
     if takes_all:
-        about = (
-            "describe settings: one (train.epochs), a group (train), those with a word in their names (rank), or all"
-        )
+        about = "describe settings: those of a group (train), those with a word in their names (rank), or all"
         parser.add_argument("-h", "--help", nargs="*", metavar="NAME", help=about)
         unknown = f"No setting has {' or '.join(words)} in its name.\n\n" if words else ""
         listed = f"settings, as --GROUP.NAME VALUE; --help GROUP describes those of a group:\n\n{list_of_groups()}\n\n"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from job.errors import JobError
 from job.planning.preflight import Found
 from job.results.adapter_facts import WEIGHTS
-from job.results.exported_run import take_over
-from job.results.reader import open_run, read_published
+from job.results.exported_run import read_exported, take_over
 from job.settings.affects_result import decisive_settings, default_settings
 from job.settings.load import Settings, plain_values
 from job.settings.training_stages import folder_of
@@ -27,9 +26,8 @@ def check_exported_run(settings: Settings, storage: StorageOptions, unread: JobE
     """
     if unread is not None:
         raise unread
-    where, decisive = str(settings.export.run), decisive_settings(plain_values(settings))
-    begun = take_over(where, folder_of(settings), decisive, default_settings(), storage) is None
-    run = read_published(open_run(where, storage))
+    run, decisive = read_exported(str(settings.export.run), storage), decisive_settings(plain_values(settings))
+    begun = take_over(run, folder_of(settings), decisive, default_settings(), storage) is None
     hashes = {one["path"]: one["sha256"] for one in run.results["artifacts"]}
     weights = next((sha256 for path, sha256 in hashes.items() if path.endswith(f"/adapter/{WEIGHTS}")), None)
     adapter = "without an adapter" if weights is None else f"whose {WEIGHTS} has the SHA-256 {weights[:12]}..."

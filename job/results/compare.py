@@ -47,7 +47,17 @@ def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
         },
         **_tasks(a, b),
         "exports": _exports(a, b),
+        "exports_of_one_run": _are_exports_of_one_run(results_a, results_b),
     }
+
+
+def _are_exports_of_one_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether one run exports what the other trained and scored (JOB_EXPORT__RUN), or both export the same.
+
+    On another machine an export may have scored base and adapter again: then it has figures of its own.
+    """
+    exports = any("exported_run" in results["run"] for results in (a, b))
+    return exports and all(a[group] == b[group] for group in ("dataset", "training", "evaluation"))
 
 
 def _run(run: PublishedRun) -> dict[str, Any]:

@@ -52,13 +52,9 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
         header,
         [_row(name, compared["a"][name], compared["b"][name]) for name in ("run", "results", "finished")],
     )
-    yield "Adapters", _TASK_COLUMNS, list(_task_rows(compared["tasks"]))
-    if any(one["original"] is not None for pair in compared.get("bases", {}).values() for one in pair.values()):
-        yield "Each adapter and its own bases, acc", header, list(_base_rows(compared["bases"]))
-    if compared.get("groups"):
-        yield "Groups of tasks", _GROUP_COLUMNS, list(_group_rows(compared["groups"]))
-    if compared.get("measured"):
-        yield "Metrics of other tasks", _METRIC_COLUMNS, list(_metric_rows(compared["measured"]))
+    same = compared["exports_of_one_run"]  # which the last line says in place of tables
+    if not same:
+        yield from _scores(compared)
     if compared.get("exports"):
         yield "Exported formats, acc", header, list(_export_rows(compared["exports"]))
     differing = [
@@ -77,9 +73,21 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
             [_label(name), *(_figure(name, value) for value in pair)]
             for name, pair in pairs.items()
             if any(value is not None for value in pair)
-            and not (name.startswith(_ONLY_IF_DIFFERENT) and pair[0] == pair[1])
+            and not (pair[0] == pair[1] and (same or name.startswith(_ONLY_IF_DIFFERENT)))
         ]
-        yield group.capitalize(), header, rows
+        if rows or not same:
+            yield group.capitalize(), header, rows
+
+
+def _scores(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], list[list[str]]]]:
+    """The tables of what the adapters, and the bases, were scored with."""
+    yield "Adapters", _TASK_COLUMNS, list(_task_rows(compared["tasks"]))
+    if any(one["original"] is not None for pair in compared.get("bases", {}).values() for one in pair.values()):
+        yield "Each adapter and its own bases, acc", ("", "A", "B"), list(_base_rows(compared["bases"]))
+    if compared.get("groups"):
+        yield "Groups of tasks", _GROUP_COLUMNS, list(_group_rows(compared["groups"]))
+    if compared.get("measured"):
+        yield "Metrics of other tasks", _METRIC_COLUMNS, list(_metric_rows(compared["measured"]))
 
 
 def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -185,7 +193,9 @@ def _value(value: Any) -> str:
 
 
 def _ending(compared: Mapping[str, Any]) -> Iterator[str]:
-    if compared["tasks"] and all(all(task["same_predictions"].values()) for task in compared["tasks"].values()):
+    if compared["exports_of_one_run"]:
+        yield "no difference: what was trained and scored is the same; one of the two runs exports it, or both do"
+    elif compared["tasks"] and all(all(task["same_predictions"].values()) for task in compared["tasks"].values()):
         what = "adapter" if compared["same_adapter"] else "predictions"
         yield f"no difference: both runs have the same {what}"
     for side, names in compared["only"].items():

@@ -14,6 +14,7 @@ all that is computed from them, are therefore lower bounds, and so are repeated 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from job.records import AttemptRecord
@@ -31,7 +32,7 @@ def compute_cost(
     training_seconds: float,
     on_demand_usd_per_hour: float | None,
     *,
-    taken_over: int = 0,
+    taken_over: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The manifest's `cost`: seconds, US dollars, joules.
 
@@ -39,16 +40,15 @@ def compute_cost(
         attempts: All attempts of the run. One without a price is charged the price of the newest attempt that has one.
         training_seconds: Seconds in optimizer steps, each step counted once.
         on_demand_usd_per_hour: Price of the same machine without preemption; None if unknown.
-        taken_over: Number of the last attempt of the finished run that is exported (`ExportedRun.attempts`); 0 if none
-            is. It and this run needed a start-up each.
+        taken_over: Number of the last attempt of the finished run that is exported, and of those before it
+            (`ExportedRun.last_attempts`). Each of them, and this run, needed a start-up.
     """
     seconds = sum(attempt.seconds for attempt in attempts)
     recorded_prices = [attempt.usd_per_hour for attempt in attempts if attempt.usd_per_hour is not None]
     newest = recorded_prices[-1] if recorded_prices else None
     prices = [newest if attempt.usd_per_hour is None else attempt.usd_per_hour for attempt in attempts]
-    own = sum(attempt.number > taken_over for attempt in attempts)
-    parts = (attempts[: len(attempts) - own], attempts[len(attempts) - own :])
-    wasted = [seconds for part in parts if part for seconds in _wasted(part)]
+    runs = groupby(attempts, lambda attempt: sum(attempt.number > last for last in taken_over))
+    wasted = [seconds for _, part in runs for seconds in _wasted(list(part))]
     usd = _sum(_usd(attempt.seconds, price) for attempt, price in zip(attempts, prices, strict=True))
     wasted_usd = _sum(_usd(lost, price) for lost, price in zip(wasted, prices, strict=True))
     joules = [attempt.energy_joules for attempt in attempts if attempt.energy_joules is not None]

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from job import log
 from job.checkpoints.commit_marker import parse_marker
 from job.common.hashing import sealed, unsealed
 from job.common.validation import adapter_of
-from job.errors import DataError, Problem, SettingsError, VerificationError, environment_name
+from job.errors import AccessDenied, DataError, Problem, SettingsError, VerificationError, environment_name
 from job.records import Artifact, ExportedRun, Pulled, RecordedSettings
-from job.results.inventory import is_leftover, is_marker
-from job.results.reader import PublishedRun, open_run, read_published
+from job.results.inventory import artifacts_of, evidence_of, is_leftover, is_marker
+from job.results.promotion import open_run_or_pointer
+from job.results.reader import PublishedRun, read_published
 from job.runs import stage_records
 from job.runs.attempt import Attempt
 from job.runs.layout import (
@@ -36,6 +37,7 @@ from job.runs.layout import (
     FINDINGS,
     FIRST_STAGE,
     FIRST_TENSORS,
+    LEASE,
     RESULTS,
     SETTINGS,
     STAGES,
@@ -46,11 +48,11 @@ from job.runs.layout import (
 )
 from job.runs.lease import MAX_EPOCH
 from job.runs.open_attempt import TakeOver
-from job.runs.run_log import parse_logged
+from job.runs.run_log import parse_logged, read_exported_run
 from job.runs.run_settings import parse_settings
-from job.storage.base import read_record, upload_in_turn, write_in_turn
+from job.storage.base import upload_in_turn, write_in_turn
 from job.storage.open import ObjectStore, StorageOptions, TooLarge, is_key, open_store
-from job.storage.verified_download import fetch_artifact
+from job.storage.verified_download import altered, fetch_artifact
 
 SETTING = "JOB_EXPORT__RUN"
 _EXPORT = "export."
@@ -68,33 +70,56 @@ def recorded_settings(run: str, storage: StorageOptions) -> RecordedSettings:
         SettingsError: There is no finished run.
         DataError: Its manifest is not what the job wrote, or missing.
     """
-    published = _read_run(run, storage)
+    published = read_exported(run, storage)
     values = {name: entry["value"] for name, entry in published.results["settings"].items()}
-    return RecordedSettings(published.id, published.store.uri.rpartition("/")[0], values)
+    beside = published.store.uri.rpartition("/")[0]
+    if "part_of" in published.results["run"]:  # a first stage lies in the folder of its run, which admits no other
+        beside = beside.rpartition("/")[0]
+    return RecordedSettings(published.id, beside, values)
+
+
+def read_exported(run: str, storage: StorageOptions) -> PublishedRun:
+    """The run in JOB_EXPORT__RUN.
+
+    Args:
+        run: Path or URI of it, or of a pointer to it.
+        storage: How to reach the store.
+
+    Raises:
+        SettingsError: There is no finished run.
+        DataError: Its manifest is not what the job wrote, or missing.
+    """
+    with _naming_the_setting():
+        return read_published(open_run_or_pointer(run, storage))
 
 
 def take_over(
-    run: str, own_folder: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], storage: StorageOptions
+    published: PublishedRun,
+    own_folder: str,
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    storage: StorageOptions,
 ) -> TakeOver | None:
     """How this run takes over a finished one; None if it has done so already, and no settings can change any more.
 
     Args:
-        run: Path or URI of the finished run.
+        published: The finished run, from `read_exported`.
         own_folder: Folder of this run.
         settings: Value by dotted name of the settings of this run that decide the result.
         defaults: Their defaults, which count for what an earlier version did not have as a setting.
         storage: How to reach the stores.
 
     Raises:
-        SettingsError: There is no finished run, settings differ from those of that run, or this run has begun with
-            another one.
+        SettingsError: Settings differ from those of that run, this run has begun with another one, or would lie in
+            the folder of a run.
         DataError: Its files are not what its manifest says.
     """
-    published, pull, own_store = _read_run(run, storage), stage_key(Stage.PULL), open_store(own_folder, storage)
+    pull, own_store = stage_key(Stage.PULL), open_store(own_folder, storage)
     begun = any(own_store.tag(key) is not None for key in (SETTINGS, RESULTS))
     _check_same_run(own_store, published, begun=begun)
     if begun:
         return None
+    _check_place(own_store, published, storage)
     with _naming_the_setting():
         before = parse_settings(_read_whole(published, SETTINGS))
         pulled, _ = stage_records.parse(pull, _read_whole(published, pull), adapter_of(Pulled))
@@ -129,9 +154,9 @@ def refuse_training(attempt: Attempt, run: str | None) -> None:
         run: `JOB_EXPORT__RUN`.
 
     Raises:
-        DataError: This run exports a finished one, now or in an attempt before.
+        DataError: This run exports a finished one, now or in an attempt before, or the record of that is damaged.
     """
-    if run is not None or attempt.recorded(EXPORTED_RUN, ExportedRun) is not None:
+    if run is not None or read_exported_run(attempt.store) is not None:
         what = "its adapter was taken over, and is missing or damaged here; remove the folder "
         what += f"{attempt.store.uri}, and export again"
         raise DataError([Problem(SETTING, what)])
@@ -146,26 +171,32 @@ def _check_same_run(own: ObjectStore, run: PublishedRun, *, begun: bool) -> None
         SettingsError: It has.
         DataError: Its record of the run that it exports is damaged.
     """
-    key, other_id = stage_key(EXPORTED_RUN), "give this one another JOB_RUN__ID"
-    stored = read_record(own, key)
-    if stored is None:
+    other_id = "give this one another JOB_RUN__ID"
+    record = read_exported_run(own)
+    if record is None:
         if begun:
             what = f"is not exported by the run in {own.uri}, which trains, or has trained, by itself; {other_id}"
             raise SettingsError([Problem(SETTING, what)])
         return
-    try:
-        record, _ = stage_records.parse(key, stored.data, adapter_of(ExportedRun))
-    except ValueError as error:
-        what = f"{error}; remove the folder of this run, or {other_id}"
-        raise DataError([Problem(f"{own.uri}/{key}", what)]) from None
     if record.results_sha256 != run.sha256:
         what = f"is another run than the one that {own.uri} exports, {record.id}: its results.json differs; {other_id}"
         raise SettingsError([Problem(SETTING, what)])
 
 
-def _read_run(run: str, storage: StorageOptions) -> PublishedRun:
-    with _naming_the_setting():
-        return read_published(open_run(run, storage))
+def _check_place(own: ObjectStore, run: PublishedRun, storage: StorageOptions) -> None:
+    """Refuses a folder in that of a run, or around the finished one: with files of another, a run does not verify.
+
+    Raises:
+        SettingsError: It is such a folder.
+    """
+    mine, theirs = f"{own.uri}/", f"{run.store.uri}/"
+    in_another = False
+    with suppress(AccessDenied):  # access may be limited to this run's own folder
+        in_another = open_store(own.uri.rpartition("/")[0] or "/", storage).tag(LEASE) is not None
+    if in_another or mine.startswith(theirs) or theirs.startswith(mine):
+        what = f"puts this run into {own.uri}, which is in the folder of another run, or has one in it, and a run with "
+        what += "files of another one does not verify; give another folder"
+        raise SettingsError([Problem("JOB_RUN__OUTPUT", what)])
 
 
 def _with_own_exports(
@@ -206,7 +237,7 @@ def _copy(
         store: This run's store, fenced.
         work: Folder for temporary copies.
         attempt: Number of the attempt that copies.
-        check_stop: Called between files.
+        check_stop: Called before each file.
 
     Raises:
         DataError: A file is missing, or not what the manifest says.
@@ -215,21 +246,23 @@ def _copy(
     log.get_logger().info("copying the stages of the finished run that is exported", finished_run=run.store.uri)
     records, key = dict[str, bytes](), stage_key(EXPORTED_RUN)
     last = max(attempt["number"] for attempt in results["run"]["attempts"])
-    exported = json.dumps(asdict(ExportedRun(run.id, run.sha256, last)))
+    before = results["run"].get("exported_run")
+    earlier = [] if before is None else adapter_of(ExportedRun).validate_python(before).last_attempts
+    exported = json.dumps(asdict(ExportedRun(run.id, run.sha256, last, earlier)))
     # first: so that an attempt after a kill copies no other run into what is there
     write_in_turn(store, key, stage_records.render(key, exported, fingerprints[1], attempt), store.tag(key))
     with _naming_the_setting():
-        for entry in results["evidence"]:
+        for file in filter(_is_of_stage, evidence_of(results)):
             check_stop()
-            if entry["path"].endswith(".json") and _is_of_stage(entry["path"]):
-                records[entry["path"]] = _fetch(run, entry, folder).read_bytes()
-            elif _is_of_stage(entry["path"]):
-                _copy_file(run, store, entry, folder)
+            if file.path.endswith(".json"):
+                records[file.path] = _fetch(run, file, folder).read_bytes()
+            else:
+                _copy_file(run, store, file, folder)
         published = {path for record in records.values() for path in _artifacts_in(record)} | {FINDINGS}
-        for entry in results["artifacts"]:
-            check_stop()
-            if entry["path"] in published:
-                _copy_file(run, store, entry, folder)
+        for file in artifacts_of(results):
+            if file.path in published:
+                check_stop()
+                _copy_file(run, store, file, folder)
         _copy_first_stage(run, store, folder, check_stop)
         for path, record in [*records.items(), *_attempts(run)]:
             check_stop()
@@ -248,19 +281,19 @@ def _copy_first_stage(run: PublishedRun, store: ObjectStore, folder: Path, check
         return
     manifest = _read_whole(run, f"{FIRST_STAGE}{RESULTS}", first["results_sha256"])
     results = json.loads(manifest)
-    hashed = {entry["path"]: Artifact(**entry) for entry in (*results["evidence"], *results["artifacts"])}
+    hashed = {file.path: file for file in (*evidence_of(results), *artifacts_of(results))}
     for path in [path for path in hashed if is_marker(path)]:
         marker = parse_marker(_read_whole(run, f"{FIRST_STAGE}{path}", hashed[path].sha256))
         hashed |= {
             name: Artifact(name, file.bytes, file.sha256)
             for name, file in ((marker.folder + name, file) for name, file in marker.files.items())
         }
-    entries = [asdict(replace(artifact, path=f"{FIRST_STAGE}{path}")) for path, artifact in hashed.items()]
-    for entry in entries:
+    files = [replace(artifact, path=f"{FIRST_STAGE}{path}") for path, artifact in hashed.items()]
+    for file in files:
         check_stop()
-        _copy_file(run, store, entry, folder)
+        _copy_file(run, store, file, folder)
     # The others carry seals of their own, or are signatures.
-    there, listed = [info.key for info in run.store.list(FIRST_STAGE)], {entry["path"] for entry in entries}
+    there, listed = [info.key for info in run.store.list(FIRST_STAGE)], {file.path for file in files}
     for path in [path for path in there if is_key(path) and path not in listed and not is_leftover(_below(path))]:
         check_stop()
         run.store.download(path, folder / path)
@@ -292,8 +325,9 @@ def _with_fingerprint(record: bytes, before: str, own: str) -> bytes:
     return sealed({**unsealed(record), stage_records.RUN: own})
 
 
-def _is_of_stage(path: str) -> bool:
+def _is_of_stage(file: Artifact) -> bool:
     """Whether a file is the record of a stage that is taken over, or belongs to one."""
+    path = file.path
     return path.startswith(STAGES) and path not in _NOT_COPIED and not path.startswith(f"{STAGES}{DERIVED_EXPORT}")
 
 
@@ -309,22 +343,25 @@ def _artifacts_in(record: bytes) -> list[str]:
     return paths
 
 
-def _fetch(run: PublishedRun, entry: Mapping[str, Any], folder: Path) -> Path:
+def _fetch(run: PublishedRun, file: Artifact, folder: Path) -> Path:
     """A verified copy of a file in the manifest."""
-    if not is_key(entry["path"]):
-        raise DataError([Problem(run.store.uri, f"lists {entry['path'][:200]!r}, which is no path in a run")])
-    return fetch_artifact(run.store, Artifact(**entry), folder)
+    if not is_key(file.path):
+        raise DataError([Problem(run.store.uri, f"lists {file.path[:200]!r}, which is no path in a run")])
+    return fetch_artifact(run.store, file, folder)
 
 
-def _copy_file(run: PublishedRun, store: ObjectStore, entry: Mapping[str, Any], folder: Path) -> None:
-    copy = _fetch(run, entry, folder)
-    upload_in_turn(store, copy, entry["path"])
+def _copy_file(run: PublishedRun, store: ObjectStore, file: Artifact, folder: Path) -> None:
+    """Copies a file of the manifest, unless an attempt before this one has done so."""
+    if is_key(file.path) and not altered(store, [file], folder):
+        return
+    copy = _fetch(run, file, folder)
+    upload_in_turn(store, copy, file.path)
     copy.unlink()  # the disk need not hold the run twice
 
 
 def _read_whole(run: PublishedRun, key: str, sha256: str | None = None) -> bytes:
     """A small file, compared with its hash: the one that is given, or else the manifest's if it has one."""
-    expected = sha256 or {entry["path"]: entry["sha256"] for entry in run.results["evidence"]}.get(key)
+    expected = sha256 or {file.path: file.sha256 for file in evidence_of(run.results)}.get(key)
     stored = run.store.read(key)
     if stored is None:
         raise DataError([Problem(f"{run.store.uri}/{key}", "is missing")])

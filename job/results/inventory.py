@@ -15,7 +15,9 @@ Files that a killed attempt left behind (of a checkpoint, or of a test of the st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from job.common.hashing import hash_file
 from job.records import Artifact
@@ -32,7 +34,7 @@ from job.runs.layout import (
     attempt_key,
     checkpoint_part,
 )
-from job.storage.base import PROBE
+from job.storage.base import COPY_MARKS, PROBE
 from job.storage.open import ObjectStore, is_key
 
 
@@ -52,6 +54,16 @@ def is_marker(key: str) -> bool:
     """Whether a file is the commit marker of a checkpoint."""
     part = checkpoint_part(key)
     return part is not None and part[1] == COMMITTED
+
+
+def artifacts_of(results: Mapping[str, Any]) -> list[Artifact]:
+    """The manifest's `artifacts`."""
+    return [Artifact(**entry) for entry in results["artifacts"]]
+
+
+def evidence_of(results: Mapping[str, Any]) -> list[Artifact]:
+    """The manifest's `evidence`, without SageMaker's marks: earlier versions listed them, and S3 does not get them."""
+    return [Artifact(**entry) for entry in results["evidence"] if not entry["path"].endswith(COPY_MARKS)]
 
 
 def collect(store: ObjectStore, work: Path, last_attempt: int) -> list[Artifact]:

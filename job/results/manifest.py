@@ -121,7 +121,7 @@ def build(
                 attempts,
                 training.seconds,
                 on_demand_usd_per_hour,
-                taken_over=0 if exported_run is None else exported_run.attempts,
+                taken_over=() if exported_run is None else exported_run.last_attempts,
             ),
         }
     )

@@ -25,6 +25,7 @@ from job.runs import lease
 from job.runs.attempt import missing
 from job.runs.layout import (
     ARTIFACTS,
+    EXPORTED_RUN,
     LEASE,
     RESULTS,
     STAGES,
@@ -34,7 +35,7 @@ from job.runs.layout import (
     marker_key,
     stage_key,
 )
-from job.runs.run_log import LoggedAttempt, Noted, parse_logged, read_exported_run
+from job.runs.run_log import LoggedAttempt, Noted, parse_exported_run, parse_logged
 from job.storage.base import read_record
 from job.storage.open import ObjectStore, is_remote
 
@@ -95,7 +96,7 @@ def read_run_records(store: ObjectStore) -> RunRecords:
     manifest = _read_manifest(store, problems)
     if not newest and manifest is None and not problems:
         return RunRecords(store.uri)
-    exported = read_exported_run(store)
+    exported = _parsed(store, stage_key(EXPORTED_RUN), parse_exported_run, problems)
     return RunRecords(
         uri=store.uri,
         newest=newest,

@@ -97,7 +97,8 @@ class Attempt:
     training: TrainingProgress | None = None
     """The last step for the run log; the caller sets it before `step_done`."""
     questions: int = 0
-    """Questions of the current evaluation that this attempt or an earlier one has scored."""
+    """Questions of the current evaluation that this attempt or an earlier one has scored; before the evaluations, files
+    of the exported run that either has copied."""
     run: str | None = None
     """Fingerprint of the run, which its records and checkpoints carry; None until something was pulled."""
     stall_seconds: float | None = None
@@ -209,7 +210,8 @@ class Attempt:
             self.faults.at("stage", name)
             self.check_stop()
             self._stage = (name, time.monotonic())
-            self.questions = 0
+            if stage is not Stage.PULL:
+                self.questions = 0
             try:
                 if stage is Stage.TRAIN:  # so that a record without it is of an attempt that did no step
                     self.note("running")
@@ -271,6 +273,16 @@ class Attempt:
             self.identify(found)
         return found
 
+    def is_done(self, stage: Stage, kind: type[Any]) -> bool:
+        """Whether an earlier attempt finished the stage, and all that it published is there unchanged."""
+        record = self.recorded(stage, kind)
+        return record is not None and not self._gone(record)
+
+    def _gone(self, record: Any) -> list[str]:
+        """What a stage published, by path, that is missing or damaged."""
+        artifacts = getattr(record, "artifacts", ())
+        return missing(self.store, artifacts) or self.damaged(artifacts)
+
     def keep(self, name: str, record: str) -> None:
         """Writes a record (a JSON object) that `recorded` and `stage` read in later attempts."""
         key = stage_key(name)
@@ -299,9 +311,7 @@ class Attempt:
         if record is not None and (why := objection(record)):
             log.get_logger().warning("stage is done again", stage=name, why=why)
         elif record is not None:
-            artifacts = getattr(record, "artifacts", ())
-            gone = missing(self.store, artifacts) or self.damaged(artifacts)
-            if not gone:
+            if not (gone := self._gone(record)):
                 return adapter.dump_json(record).decode()
             what = "stage is done again: files that it published are missing"
             log.get_logger().warning(what, stage=name, gone=gone)

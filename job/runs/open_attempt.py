@@ -19,7 +19,7 @@ from job.runs.fault_injection import Faults
 from job.runs.killed_for_memory import FIX, why_killed
 from job.runs.layout import SETTINGS
 from job.runs.lease import check_same_store, fenced, take
-from job.runs.run_log import IdleLimit, LoggedAttempt, idle_attempts, read_exported_run, read_logged
+from job.runs.run_log import IdleLimit, LoggedAttempt, idle_attempts, read_exported_run, read_logged, read_run_log
 from job.runs.run_settings import compare_settings
 from job.runs.work_folder import work_folder
 from job.storage.open import ObjectStore
@@ -35,7 +35,7 @@ class TakeOver:
         settings: Value by dotted name of the settings that name the run that takes over.
         attempts: Number of the finished run's last attempt.
         copy: Copies the stages. Called with the store (fenced), a folder for temporary copies, the number of the
-            `attempt` that does it, and `check_stop`, which is called between files.
+            `attempt` that does it, and `check_stop`, which is called before each file.
     """
 
     settings: Mapping[str, Any]
@@ -109,14 +109,11 @@ def open_attempt(
             stall_seconds=stall_seconds,
         )
         try:
-            if take_over is not None:
-                attempt.note("running")  # it is paid for while it copies, and may end
-                if store.tag(SETTINGS) is not None:  # another attempt began since `take_over` was made
-                    compare_settings(store, take_over.settings)
-                take_over.copy(attempt.store, work, attempt=number, check_stop=check_stop)
-            attempt.takes_over = processes.share("whether a run is taken over", lambda: take_over is not None)
             if processes.leads:
                 _read_attempts_before(attempt, store, idle)
+            if take_over is not None:
+                _take_over(attempt, store, take_over)
+            attempt.takes_over = processes.share("whether a run is taken over", lambda: take_over is not None)
             attempt.note("running")
             yield attempt
         except Replaced:
@@ -126,6 +123,20 @@ def open_attempt(
                 raise ended from error
             raise
         attempt.note("complete")
+
+
+def _take_over(attempt: Attempt, store: ObjectStore, take_over: TakeOver) -> None:
+    """Copies the stages of the finished run, as far as attempts before this one have not, and its attempts."""
+    attempt.note("running")  # it is paid for while it copies, and may end
+    if store.tag(SETTINGS) is not None:  # another attempt began since `take_over` was made
+        compare_settings(store, take_over.settings)
+
+    def next_file() -> None:
+        attempt.check_stop()
+        attempt.questions += 1
+
+    take_over.copy(attempt.store, attempt.work, attempt=attempt.number, check_stop=next_file)
+    attempt.earlier = read_run_log(store, attempt.number)
 
 
 def _read_attempts_before(attempt: Attempt, store: ObjectStore, idle: IdleLimit | None) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from job.common.hashing import sealed, unsealed
 from job.common.resources import MainMemory
 from job.common.validation import adapter_of, first_error
+from job.errors import DataError, Problem
 from job.log import get_logger
 from job.records import AttemptRecord, ExportedRun, TrainingProgress
 from job.runs import stage_records
@@ -122,14 +123,15 @@ _BEFORE_STEPS = 1 << 40
 def how_far(stages: Iterable[str], last_step: int, questions: int) -> tuple[int, int]:
     """(number of the last stage, progress within it): an optimizer step, or the number of scored questions.
 
-    Only to be compared with others.
+    Up to the first evaluation, it is the number of files that were copied of a finished run that is exported. Only to
+    be compared with others.
     """
     order = [stage.value for stage in Stage]
     last = max((order.index(name) for name in stages if name in order), default=0)
     if order[last] == Stage.TRAIN:
         # Before the first step the reference of preferences is computed, row by row, which is progress as well.
         return last, last_step or questions - _BEFORE_STEPS
-    return last, questions if order[last] in {Stage.EVALUATE_BASE, Stage.EVALUATE_ADAPTER, Stage.EXPORT} else 0
+    return last, 0 if order[last] == Stage.PUBLISH else questions
 
 
 def idle_attempts(attempts: Sequence[LoggedAttempt]) -> int:
@@ -165,14 +167,27 @@ def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
 
 
 def read_exported_run(store: ObjectStore) -> ExportedRun | None:
-    """The finished run that this one exports; None for any other run, and if the record is damaged."""
-    key = stage_key(EXPORTED_RUN)
-    if (stored := read_record(store, key)) is None:
+    """The finished run that this one exports; None for any other run.
+
+    Raises:
+        DataError: The record of it is damaged: without it, the run would pass for one that trained by itself.
+    """
+    if (stored := read_record(store, stage_key(EXPORTED_RUN))) is None:
         return None
     try:
-        return stage_records.parse(key, stored.data, adapter_of(ExportedRun))[0]
-    except ValueError:
-        return None  # the next attempt, and `verify`, say that it is damaged
+        return parse_exported_run(stored.data)
+    except ValueError as error:
+        what = f"{error}; remove the folder of this run, or give it another JOB_RUN__ID, and export again"
+        raise DataError([Problem(f"{store.uri}/{stage_key(EXPORTED_RUN)}", what)]) from None
+
+
+def parse_exported_run(data: bytes) -> ExportedRun:
+    """The record of the finished run that a run exports.
+
+    Raises:
+        ValueError: It is not a record, or it was altered.
+    """
+    return stage_records.parse(stage_key(EXPORTED_RUN), data, adapter_of(ExportedRun))[0]
 
 
 def read_logged(store: ObjectStore, epoch: int) -> list[LoggedAttempt]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,8 @@ def load_settings(
     settings, invalid = _read(request, NAMES)
     if of_run is not None and settings.export.run is not None and not (request.problems or invalid):
         recorded = of_run(settings)
-        if settings.run.id == recorded.run_id:
-            where = setting_at("run.id", settings.sources["run.id"])
-            what = "is that of the run in JOB_EXPORT__RUN; unset it, or give this run another one"
-            raise SettingsError([Problem(where, what)])
+        if refused := list(_refused_with(recorded, settings)):
+            raise SettingsError([Problem(setting_at(name, settings.sources[name]), what) for name, what in refused])
         request = replace(request, of_run=_settings_of_run(recorded, settings.export.formats), layers=[])
         settings, invalid = _read(request, NAMES)
     problems = [*request.problems, *invalid.values()]
@@ -111,6 +109,15 @@ def load_settings(
     return settings
 
 
+def _refused_with(recorded: RecordedSettings, settings: Settings) -> Iterator[tuple[str, str]]:
+    """(setting, what is wrong) of those that are given and cannot be those of a run that exports the recorded one."""
+    if settings.run.id == recorded.run_id:
+        yield "run.id", "is that of the run in JOB_EXPORT__RUN; unset it, or give this run another one"
+    preset = recorded.values.get("preset")
+    if preset in PRESETS and settings.preset != preset and settings.sources["preset"] != "default":
+        yield "preset", f"is {settings.preset}, but {preset} in the run in JOB_EXPORT__RUN; remove it"
+
+
 def _settings_of_run(recorded: RecordedSettings, formats: Sequence[str]) -> dict[str, object]:
     """The settings of the run in JOB_EXPORT__RUN that hold where no others are given, by dotted name.
 
@@ -118,9 +125,10 @@ def _settings_of_run(recorded: RecordedSettings, formats: Sequence[str]) -> dict
     machine. Those that this version's preset gives, too, come from it. The new run lies beside that one, and its id is
     the same at every start, so that it resumes.
     """
-    values, effects = recorded.values, find_markers(Settings, ResultEffect)
+    effects = find_markers(Settings, ResultEffect)
     defaults = {name: value for name, value, _ in describe(Settings())}
-    preset = str(values.get("preset"))
+    values = {**defaults, **recorded.values}  # what the version of that run did not have worked as its default
+    preset = str(values["preset"])
     preset = preset if preset in PRESETS else str(defaults["preset"])  # that of another version of the job
     given = defaults | preset_values(preset)
     # With another model or data set than the preset's, the preset does not give what it says of them.

@@ -520,9 +520,9 @@ class Export(Group):
     """Export: the model in other formats than the adapter, each scored on the questions of the run."""
 
     run: ExecutionOnly[Maybe[Location]] = None
-    """Path or URI of a finished run to export: a new run beside it, with another JOB_RUN__ID, copies its evaluations
-    and adapter, and makes JOB_EXPORT__FORMATS without training again. Settings that are not given are the finished
-    run's, except those of exports and of the machine."""
+    """Path or URI of a finished run to export, or of a pointer to it: a new run beside it, with another JOB_RUN__ID,
+    copies its evaluations and adapter, and makes JOB_EXPORT__FORMATS without training again. Settings that are not
+    given are the finished run's, except those of exports and of the machine."""
     formats: AffectsResult[ExportFormats] = ()
     """Formats to publish besides the adapter, separated by commas; empty: none. `adapter:bf16`, `adapter:fp16`: the
     adapter again, in 16 bits. `merged`: the whole model with the adapter merged into its weights, in safetensors, in 16

@@ -16,7 +16,7 @@ from job.evaluation.comparison import compare_near_ties, compare_tasks, evaluate
 from job.evaluation.groups import compare_groups
 from job.evaluation.principles import parse_judgements
 from job.evaluation.task_metrics import compare_measured
-from job.records import Artifact, Evaluated, Exported, ExportedRun, Judgement, ModelRecord, TaskScores, Trained
+from job.records import Artifact, Evaluated, Exported, Judgement, ModelRecord, TaskScores, Trained
 from job.report import model_card, report
 from job.results import bom, inventory, manifest, signing
 from job.results.baseline import Baseline
@@ -26,7 +26,6 @@ from job.runs.layout import (
     BOM,
     CARD,
     EXPORT_CARD,
-    EXPORTED_RUN,
     FINDINGS,
     JUDGEMENTS,
     REPORT,
@@ -35,7 +34,7 @@ from job.runs.layout import (
     answers_key,
     export_folder,
 )
-from job.runs.run_log import close_run_log
+from job.runs.run_log import close_run_log, read_exported_run
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
 from job.stages.inputs import private_key
@@ -95,7 +94,7 @@ def publish(
     results = manifest.build(
         run_id=settings.run.id,
         part_of=settings.part_of,
-        exported_run=attempt.recorded(EXPORTED_RUN, ExportedRun),
+        exported_run=read_exported_run(attempt.store),
         settings=redacted(settings),
         attempts=[*earlier, attempt.record("complete")],
         finished=timestamp(),

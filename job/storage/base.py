@@ -77,6 +77,8 @@ LOCK = "lock"
 # Bytes of UTF-8: S3's limit for a whole key and the usual limit of file systems for one name.
 _MAX_KEY, _MAX_PART = 1024, 255
 PROBE = ".probe-"
+COPY_MARKS = (".sagemaker-uploading", ".sagemaker-uploaded")
+"""Endings of the empty files with which SageMaker notes, in a folder that it copies to S3, what it has copied."""
 _TRIES = 5
 # An ETag that no object has: conditional writes that name it must be refused.
 _NO_TAG = '"00000000000000000000000000000000"'

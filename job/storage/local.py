@@ -23,6 +23,7 @@ from uuid import uuid4
 from job.common.disk import atomic_write, disk_errors, lacking, rename, sync, sync_folder
 from job.errors import AccessDenied, Problem, SettingsError, Unreachable
 from job.storage.base import (
+    COPY_MARKS,
     HIDDEN,
     LOCK,
     MAX_READ_BYTES,
@@ -136,7 +137,7 @@ class LocalStore:
                 shutil.copyfileobj(file, copy)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See `ObjectStore.list`. Symbolic links and special files are no objects."""
+        """See `ObjectStore.list`. Symbolic links, special files and SageMaker's marks are no objects."""
         folder = check_prefix(prefix).rpartition("/")[0]
         with disk_errors(f"{self.uri}: cannot list {prefix}"):
             infos = [info for info in self._walk(self._path(folder)) if info.key.startswith(prefix)]
@@ -236,7 +237,7 @@ class LocalStore:
                 continue
             if stat.S_ISDIR(status.st_mode) and entry.name != HIDDEN:
                 yield from self._walk(Path(entry.path))
-            elif stat.S_ISREG(status.st_mode):
+            elif stat.S_ISREG(status.st_mode) and not entry.name.endswith(COPY_MARKS):
                 yield ObjectInfo(Path(entry.path).relative_to(self._root).as_posix(), status.st_size)
 
     @contextmanager

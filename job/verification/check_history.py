@@ -278,6 +278,7 @@ def _exported_run_differs(results: Mapping[str, Any], copies: Copies, run: str |
     record = _read(path, ExportedRun, copies, differences, run)
     yield from differences
     if record is not None:
+        claimed = None if claimed is None else _completed(claimed, record)
         yield from find_differences(f"{RESULTS} run.exported_run", claimed, asdict(record))
 
 

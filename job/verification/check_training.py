@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from job.common.formatting import count
 from job.common.validation import adapter_of, first_error
 from job.data.batch_plan import steps_per_epoch
-from job.records import AttemptRecord, StepMetrics, ValidationMetrics
+from job.records import AttemptRecord, ExportedRun, StepMetrics, ValidationMetrics
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost
 from job.results.training_totals import training_totals
@@ -168,7 +168,8 @@ def check_cost(results: Mapping[str, Any]) -> CheckResult:
     """Recomputes seconds, dollars, waste, energy and savings from the attempts and the prices."""
     attempts = adapter_of(list[AttemptRecord]).validate_python(results["run"]["attempts"])
     on_demand = results["settings"].get("cost.on_demand_usd_per_hour", {}).get("value")
-    taken_over = results["run"].get("exported_run", {}).get("attempts", 0)
+    exported = results["run"].get("exported_run")
+    taken_over = () if exported is None else adapter_of(ExportedRun).validate_python(exported).last_attempts
     recomputed = compute_cost(attempts, results["training"]["seconds"], on_demand, taken_over=taken_over)
     if "repeated_steps_exact" not in results["cost"]:  # earlier versions wrote what was recorded, without saying so
         del recomputed["repeated_steps_exact"]

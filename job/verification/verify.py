@@ -21,7 +21,7 @@ from job.common.hashing import unsealed
 from job.common.tables import visible
 from job.errors import Problem, VerificationError
 from job.records import Artifact
-from job.results.inventory import is_evidence, is_leftover
+from job.results.inventory import artifacts_of, evidence_of, is_evidence, is_leftover
 from job.results.reader import parse, read_bytes
 from job.runs.layout import ARTIFACTS, FIRST_STAGE, PUSHED, RESULTS, SERVED, SIGNATURE
 from job.storage.location import join
@@ -81,7 +81,7 @@ def verify(
     if results["training"].get("first_stage") and not nested:  # `check_first_stage` checks these files
         listed = {key: size for key, size in listed.items() if not key.startswith(FIRST_STAGE)}
     last = results["run"]["attempts"][-1]["number"]
-    artifacts, evidence = ([Artifact(**entry) for entry in results[group]] for group in ("artifacts", "evidence"))
+    artifacts, evidence = artifacts_of(results), evidence_of(results)
     copies, artifact_differences = fetch_files(store, artifacts, listed, work)
     more, evidence_differences = fetch_files(store, evidence, listed, work)
     copies |= more

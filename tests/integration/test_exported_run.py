@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from job.common.hashing import sealed
 from job.runs.layout import ADAPTER, facts_of
 from tests import warm
-from tests.chaos.small import settings
+from tests.chaos.small import CONFIGURATIONS, settings
 from tests.forked import Forks
 from tests.helpers import make_base, write_jsonl
 from tests.published_run import verified_manifest as manifest
@@ -129,6 +129,7 @@ def test_an_export_of_an_export(machine: dict[str, str], trained: Path, at_once:
     results = manifest(tmp_path / "exported")
     assert facts_of(results) == facts_of(manifest(at_once))
     assert results["run"]["exported_run"]["id"] == "trained-adapter-bf16"
+    assert results["run"]["exported_run"]["earlier"] == [2]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,7 @@ def test_an_export_of_an_export(machine: dict[str, str], trained: Path, at_once:
     [
         ("rank", (2, "JOB_LORA__RANK: is 4, but 16 in the run that is exported")),
         ("itself", (2, "is that of the run in JOB_EXPORT__RUN")),
+        ("inside", (2, "JOB_RUN__OUTPUT: puts this run into")),
         ("unfinished", (65, "is missing in")),
         ("adapter", (65, "adapter_model.safetensors: is damaged")),
         ("record", (65, "stages/train.json: is damaged")),
@@ -159,6 +161,8 @@ def test_what_cannot_be_exported(
         changes = {"JOB_LORA__RANK": "4"}
     elif what == "itself":
         changes = {"JOB_RUN__ID": "trained"}
+    elif what == "inside":
+        changes = {"JOB_RUN__OUTPUT": str(run)}
     elif what == "unfinished":
         (run / "results.json").unlink()
     elif what in {"lease", "list", "number"}:
@@ -224,6 +228,19 @@ def test_a_run_that_trains_where_one_was_copied(
     assert (done.returncode, "has begun to export a finished one" in done.stderr) == (2, True), done.stderr[-3000:]
 
 
+def test_a_damaged_record_of_what_is_exported(
+    environment: dict[str, str], machine: dict[str, str], trained: Path, tmp_path: Path
+) -> None:
+    """Started like a run that trains, it would publish a manifest that names no exported run."""
+    assert export(machine, trained, tmp_path, JOB_FAULT="kill@stage=export").returncode == -signal.SIGKILL
+    record = tmp_path / "exported/stages/exported-run.json"
+    record.write_bytes(record.read_bytes().replace(b"trained", b"trainee"))
+    assert "stages/exported-run.json" in warm.run(["status", str(tmp_path / "exported")], machine).stdout
+    changes = {"JOB_RUN__OUTPUT": str(tmp_path), "JOB_RUN__ID": "exported", "JOB_EXPORT__FORMATS": FORMATS}
+    done = warm.run([], {**environment, **changes})
+    assert (done.returncode, "stages/exported-run.json" in done.stderr) == (65, True), done.stderr[-3000:]
+
+
 def test_damage_to_what_was_taken_over(machine: dict[str, str], trained: Path, tmp_path: Path) -> None:
     """It is not trained again, which would take hours."""
     assert export(machine, trained, tmp_path, JOB_FAULT="kill@stage=export").returncode == -signal.SIGKILL
@@ -261,6 +278,34 @@ def test_data_that_has_changed_since(
     assert "JOB_DATA__SOURCE: its content is not that of the run in JOB_EXPORT__RUN" in done.stderr
 
 
+def test_data_that_is_not_there(
+    machine: dict[str, str], environment: dict[str, str], trained: Path, tmp_path: Path
+) -> None:
+    """The advice is not to correct the path, which is the finished run's."""
+    rows = Path(environment["JOB_DATA__SOURCE"])
+    moved = rows.rename(rows.with_suffix(".moved"))
+    try:
+        done = export(machine, trained, tmp_path)
+    finally:
+        moved.rename(rows)
+    assert done.returncode == 65, done.stderr[-3000:]
+    assert "models and data have to be where the run in JOB_EXPORT__RUN had them" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["adalora", "dora", "early-stopping", "kto", "ipo-start", "new-tokens"])
+def test_kinds_of_training(environment: dict[str, str], machine: dict[str, str], tmp_path: Path, kind: str) -> None:
+    """Adapters of other shapes, and records that other methods keep, are taken over like any."""
+    folder = Path(environment["JOB_MODEL__ID"]).parent
+    changes = {"JOB_RUN__OUTPUT": str(tmp_path), "JOB_TRAIN__EPOCHS": "6", **CONFIGURATIONS[kind](folder)}
+    for run, formats in (("trained", ""), ("at-once", "merged")):
+        done = warm.run([], {**environment, **changes, "JOB_RUN__ID": run, "JOB_EXPORT__FORMATS": formats})
+        assert done.returncode == 0, done.stderr[-3000:]
+    done = warm.run(["export", str(tmp_path / "trained"), "merged"], {**machine, "JOB_RUN__OUTPUT": str(tmp_path)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert facts_of(manifest(tmp_path / "trained-merged")) == facts_of(manifest(tmp_path / "at-once"))
+
+
 @pytest.mark.long
 def test_both_stages_of_sft_dpo(environment: dict[str, str], machine: dict[str, str], tmp_path: Path) -> None:
     """The first stage is taken over as it is, and verified with the second."""
@@ -284,6 +329,11 @@ def test_both_stages_of_sft_dpo(environment: dict[str, str], machine: dict[str, 
     assert (tmp_path / "trained-merged/sft/results.json").read_bytes() == (
         tmp_path / "trained/sft/results.json"
     ).read_bytes()
+    given = {name: value for name, value in machine.items() if name != "JOB_RUN__OUTPUT"}
+    done = warm.run(["export", str(tmp_path / "trained/sft"), "adapter:bf16"], given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert manifest(tmp_path / "trained-sft-adapter-bf16")
+    assert manifest(tmp_path / "trained"), "it verifies as before"
     for number, name in enumerate(("results.json", "artifacts/report.html", "checkpoints/step-00000003/*/adapter.*")):
         (path,) = (tmp_path / "trained/sft").glob(name)
         content = path.read_bytes()

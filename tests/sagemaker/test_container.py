@@ -162,6 +162,9 @@ def test_two_interruptions(order: Callable[..., TrainingJob], undisturbed: tuple
     assert hash_file(adapters[0]) == hash_file(adapters[1])
     copied = {path.name for path in job.bucket.rglob("*")}
     assert not [name for name in copied if name.endswith(MARKS) or ".part" in name]
+    listed = [entry["path"] for entry in results(folder / "ml")["evidence"]]
+    assert listed
+    assert not [path for path in listed if path.endswith(MARKS)], "which the copy in S3 does not have"
 
 
 def is_copied(job: TrainingJob, step: int) -> bool:

@@ -58,7 +58,7 @@ def packed(data: bytes, suffix: str) -> bytes:
 
     if suffix == ".zst":
         return bytes(pa.Codec("zstd").compress(data, asbytes=True)) if data else b""
-    return gzip.compress(data) if suffix == ".gz" else data
+    return gzip.compress(data, mtime=0) if suffix == ".gz" else data
 
 
 def read(path: Path, content: bytes | None = None) -> list[Row | RowError]:
@@ -106,7 +106,7 @@ def test_the_place_in_a_broken_line_is_told_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "fix"),
     [
-        ("x.jsonl.gz", gzip.compress(b'{"a": "1"}\n')[:-9], "was cut off; copy or download it again"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": "1"}\n', mtime=0)[:-9], "was cut off; copy or download it again"),
         ("x.jsonl.gz", b'{"a": "1"}\n', "is not gzip, or damaged; copy it again, or rename it"),
         ("x.parquet", b"PAR1 cut off", "is not valid Parquet: "),
         ("x.jsonl", b'{\n"a": "1"\n}\n', "; write each row as one object on one line, or name a list of objects .json"),
@@ -138,7 +138,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
 
 def test_reading_is_lazy(tmp_path: Path) -> None:
     """A file that breaks behind the rows that are asked for gives them."""
-    content = gzip.compress(b'{"a": "1"}\n' * 100_000)
+    content = gzip.compress(b'{"a": "1"}\n' * 100_000, mtime=0)
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(content[: len(content) // 2])
     rows = read_rows(path, "x")
@@ -406,10 +406,10 @@ def test_a_damaged_file_is_a_fault(tmp_path: Path, suffix: str) -> None:
 
 LINES = b'{"a": 1}\n{"a": 2}\n'
 CUT = {
-    "gzip, garbage behind": (".jsonl.gz", gzip.compress(LINES) + b"garbage"),
-    "gzip, cut": (".jsonl.gz", gzip.compress(LINES)[:-1]),
-    "gzip, second part cut": (".jsonl.gz", gzip.compress(LINES) * 2 + gzip.compress(LINES)[:5]),
-    "gzip, other checksum": (".jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8)),
+    "gzip, garbage behind": (".jsonl.gz", gzip.compress(LINES, mtime=0) + b"garbage"),
+    "gzip, cut": (".jsonl.gz", gzip.compress(LINES, mtime=0)[:-1]),
+    "gzip, second part cut": (".jsonl.gz", gzip.compress(LINES, mtime=0) * 2 + gzip.compress(LINES, mtime=0)[:5]),
+    "gzip, other checksum": (".jsonl.gz", gzip.compress(LINES, mtime=0)[:-8] + bytes(8)),
     "zstd, cut": (".jsonl.zst", packed(LINES, ".zst")[:-1]),
     "zstd, second part cut": (".jsonl.zst", packed(LINES, ".zst") * 2 + packed(LINES, ".zst")[:3]),
     "zstd, garbage behind": (".jsonl.zst", packed(LINES, ".zst") + b"garbage"),

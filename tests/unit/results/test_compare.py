@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,27 @@ def test_the_same_run_is_no_difference(runs: tuple[PublishedRun, PublishedRun]) 
     different = as_text(compare(*runs))
     assert [row.split()[-1] for row in different if row.lstrip().startswith("quiz, acc ")] == ["improved"]
     assert not any(line.startswith("no difference:") for line in different)
+
+
+def test_an_export_differs_in_its_exports_and_cost_only(tmp_path: Path) -> None:
+    """What both have of the finished run is one line, not a table for each; another adapter has its tables."""
+    publish_run(tmp_path / "a", {"quiz": pairs(60, improved=14)})
+    results = read(tmp_path / "a")
+    exported = {"id": "a", "results_sha256": results.sha256, "attempts": 1}
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    forge(tmp_path / "b", lambda results: results["run"].update(exported_run=exported))
+    forge(tmp_path / "b", lambda results: results["cost"].update(seconds=results["cost"]["seconds"] + 1))
+    forge(tmp_path / "b", lambda results: results["settings"]["export.formats"].update(value=["fp8"]))
+    lines = as_text(compare(results, read(tmp_path / "b")))
+    assert [line for line in lines if line and not line.startswith(" ")] == [
+        "Runs",
+        "What differs",
+        "Cost",
+        "no difference: what was trained and scored is the same; one of the two runs exports it, or both do",
+    ]
+    assert [line.split()[0] for line in lines[lines.index("Cost") + 3 :] if line.startswith("  ")] == ["seconds"]
+    forge(tmp_path / "b", lambda results: results["training"].update(loss=9.0))
+    assert "Adapters" in as_text(compare(results, read(tmp_path / "b")))
 
 
 def test_what_differs_is_told_and_nothing_else(runs: tuple[PublishedRun, PublishedRun]) -> None:

@@ -53,9 +53,12 @@ def test_a_run_that_exports_a_finished_one_needs_a_start_of_its_own() -> None:
     """It is not lost to an interruption, as the second start of a run that was killed is."""
     exporting = replace(WHOLE, number=2, stage_seconds={"pull": 30.0, "export": 500.0})
     assert compute_cost([WHOLE, exporting], 300.0, None)["wasted_seconds"] == pytest.approx(99.0)
-    cost = compute_cost([WHOLE, exporting], 300.0, None, taken_over=1)
+    cost = compute_cost([WHOLE, exporting], 300.0, None, taken_over=[1])
     assert cost["wasted_seconds"] == 0.0
     assert cost["seconds"] == 1200.0
+    again = replace(exporting, number=3)  # exports the one before it
+    assert compute_cost([WHOLE, exporting, again], 300.0, None, taken_over=[2])["wasted_seconds"] > 0
+    assert compute_cost([WHOLE, exporting, again], 300.0, None, taken_over=[1, 2])["wasted_seconds"] == 0.0
 
 
 @given(attempts(), st.none() | st.floats(0.01, 100))

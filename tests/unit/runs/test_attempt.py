@@ -18,15 +18,15 @@ from pydantic import TypeAdapter
 
 from job.checkpoints import manager
 from job.common.hashing import sealed
-from job.errors import DataError, JobError, Preempted, Replaced, SettingsError, Unreachable
+from job.errors import DataError, JobError, NoProgress, Preempted, Replaced, SettingsError, Unreachable
 from job.preemption.stop_flag import Stop
-from job.records import Artifact, Evaluated, Pulled
+from job.records import Artifact, Evaluated, Pulled, Uploaded
 from job.results.completed import withdraw_incomplete
 from job.runs import attempt as runs_attempt
 from job.runs import stage_records
 from job.runs.attempt import Attempt, missing
 from job.runs.fault_injection import Faults, arm
-from job.runs.layout import Stage, attempt_key
+from job.runs.layout import Stage, attempt_key, stage_key
 from job.runs.lease import fenced, take
 from job.runs.open_attempt import TakeOver, open_attempt
 from job.runs.run_log import IdleLimit, close_run_log, idle_pause, parse_record, read_run_log
@@ -34,7 +34,7 @@ from job.runs.run_settings import keep_settings
 from job.storage.base import CHANGES, MAX_READ_BYTES, write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
-from tests.attempts import First, Second
+from tests.attempts import First, Second, make_attempt
 from tests.example_run import ATTEMPTS, DATASET
 from tests.wrapped_store import WrappedStore
 
@@ -87,6 +87,27 @@ def test_an_attempt_that_ends_while_it_copies_a_run_is_recorded(
     assert (record.outcome, record.seconds >= 0.02) == (outcome, True)
 
 
+@pytest.mark.parametrize(("files", "ends"), [((2, 3), Preempted), ((2, 2), NoProgress)])
+def test_copying_a_run_is_progress_if_more_files_are_there(
+    store: LocalStore, files: tuple[int, int], ends: type[JobError]
+) -> None:
+    """The limit of attempts without progress holds while a run is copied, too."""
+
+    def copied(number: int) -> Callable[..., None]:
+        def copy(*_: object, check_stop: Callable[[], None], **__: object) -> None:
+            for _file in range(number):
+                check_stop()
+            raise Preempted("stopped by SIGTERM")
+
+        return copy
+
+    how: dict[str, Any] = {"cache": None, "stop": Stop(), "report_progress": lambda: None, "faults": arm((), store)}
+    for number, expected in zip(files, (Preempted, ends), strict=True):
+        given = TakeOver(SETTINGS, 3, copied(number))
+        with pytest.raises(expected), open_attempt(store, SETTINGS, take_over=given, idle=IdleLimit(1), **how):
+            pytest.fail("the attempt has begun")
+
+
 def test_a_run_that_began_meanwhile_is_not_copied_over(store: LocalStore) -> None:
     """By an attempt with other formats: what that one took over would not be its own any more."""
     keep_settings(store, SETTINGS | {"export.formats": ["merged"]})
@@ -110,6 +131,20 @@ def test_another_machine_must_see_the_same_folder(store: LocalStore, tmp_path: P
         stop.request("tired of looking", 0)
         with pytest.raises(Preempted), open_attempt(LocalStore(tmp_path / "own"), SETTINGS, **how):
             pass
+
+
+@pytest.mark.parametrize(("change", "done"), [("", True), ("damage", False), ("remove", False), ("record", False)])
+def test_a_stage_is_done_if_all_is_there(tmp_path: Path, change: str, *, done: bool) -> None:
+    """Looked at before the model is loaded: else it would be prepared for no training, and then trained."""
+    attempt = make_attempt(tmp_path)
+    (tmp_path / "file").write_bytes(b"weights")
+    published = Uploaded([attempt.publish(tmp_path / "file", "artifacts/weights")])
+    attempt.keep(Stage.TRAIN, json.dumps(asdict(published)))
+    if change == "damage":
+        attempt.store.write("artifacts/weights", b"WEIGHTS")
+    elif change:
+        attempt.store.delete("artifacts/weights" if change == "remove" else stage_key(Stage.TRAIN))
+    assert attempt.is_done(Stage.TRAIN, Uploaded) is done
 
 
 def noted_of(store: LocalStore, number: int) -> dict[str, Any]:

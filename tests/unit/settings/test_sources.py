@@ -109,6 +109,19 @@ class TestExportedRun:
         with pytest.raises(SettingsError, match=r"JOB_RUN__ID \(environment\): is that of the run in JOB_EXPORT__RUN"):
             self.load({}, {"JOB_RUN__ID": "mine", "JOB_RUN__OUTPUT": "elsewhere"})
 
+    def test_another_preset_is_refused_by_its_name(self) -> None:
+        """Not by the settings that it would give, none of which the user wrote."""
+        with pytest.raises(SettingsError, match=r"JOB_PRESET \(environment\): is demo-dpo, but demo in the run"):
+            self.load({}, {"JOB_PRESET": "demo-dpo"})
+        assert self.load({}, {"JOB_PRESET": "demo"}).preset == "demo"
+
+    def test_a_setting_that_is_newer_than_the_run(self) -> None:
+        """It had no effect on that run, whatever a preset says of it today."""
+        recorded = {name: value for name, value in preset_values("demo").items() if name != "train.epochs"}
+        given = RecordedSettings("mine", "s3://bucket/runs", recorded)
+        assert preset_values("demo")["train.epochs"] != (default := Settings().train.epochs)
+        assert load_settings(self.GIVEN, {}, of_run=lambda _: given).train.epochs == default
+
     def test_a_platform_names_the_run_itself(self) -> None:
         """The same name after each restart of the platform's job, by which its owner looks for the run."""
         assert self.load({}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KUBERNETES_JOB_NAME": "job-1"}).run.id == "job-1"

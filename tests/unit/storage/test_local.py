@@ -252,6 +252,14 @@ def test_what_is_being_deleted_is_left_alone_by_sagemaker(store: LocalStore, mon
     assert [name.endswith(".sagemaker-ignore") for name in moved] == [True]
 
 
+def test_marks_of_sagemaker_are_no_objects(store: LocalStore, root: Path) -> None:
+    """They are beside what it has copied, and never in S3, where a manifest that lists one would not verify."""
+    store.write("stages/pull.json", b"1")
+    for ending in ("uploading", "uploaded"):
+        (root / f"stages/pull.json.sagemaker-{ending}").touch()
+    assert [info.key for info in store.list()] == ["stages/pull.json"]
+
+
 def test_create_works_without_hard_links(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """On file systems without hard links conditional creation still holds, by the lock."""
 
