@@ -392,6 +392,12 @@ def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:
     return "ok", f"the gate judges {len(policy.tasks)} tasks or groups by {gate.policy}", None
 
 
+def place_of_run(settings: Settings) -> str:
+    """Where the run will be, in words: an id that was generated for this command is not the one that it will have."""
+    output = settings.run.output.rstrip("/")
+    return f"a new run in {output}" if settings.sources.get("run.id") == "generated" else f"{output}/{settings.run.id}"
+
+
 def _try_storage(s: Settings, storage: StorageOptions, folder: Path) -> Found[float]:
     """A round trip in the run's own store; for a local output in a folder next to the run, which is removed again.
 
@@ -399,8 +405,8 @@ def _try_storage(s: Settings, storage: StorageOptions, folder: Path) -> Found[fl
     """
     place = join(s.run.output, s.run.id)
     if is_remote(place):
-        return round_trip(open_store(place, storage), place, folder)
-    return local_round_trip(Path(s.run.output), place, folder)
+        return round_trip(open_store(place, storage), place_of_run(s), folder)
+    return local_round_trip(Path(s.run.output), place_of_run(s), folder)
 
 
 def adapter_options(settings: Settings) -> AdapterOptions:

@@ -30,7 +30,7 @@ from job.planning.forecast_time import (
     START_SECONDS,
 )
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
-from job.planning.input_checks import EXPORTED, Preflight, check_run_inputs
+from job.planning.input_checks import EXPORTED, Preflight, check_run_inputs, place_of_run
 from job.planning.preflight import Found, PreflightResult, run_check
 from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow
@@ -61,12 +61,6 @@ class Plan:
         """The error to exit with, which lists all that is wrong; None if all that was checked is right."""
         wrong = [(check.name, check.error) for check in self.checks if check.error is not None]
         return combine(wrong) if wrong else None
-
-
-def place_of_run(settings: Settings) -> str:
-    """Where the run will be, in words: an id that was generated for this command is not the one that it will have."""
-    output = settings.run.output.rstrip("/")
-    return f"a new run in {output}" if settings.sources.get("run.id") == "generated" else f"{output}/{settings.run.id}"
 
 
 def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None) -> Plan:

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from job.cli.main import main
 from job.errors import AccessDenied, DataError, SettingsError, Unreachable
 from job.planning import plan as plan_module
-from job.planning.input_checks import check_run_inputs
-from job.planning.plan import Plan, PreflightResult, make_plan, place_of_run
+from job.planning.input_checks import check_run_inputs, place_of_run
+from job.planning.plan import Plan, PreflightResult, make_plan
 from job.planning.plan_text import as_json, as_table
 from job.planning.run_shape import _placements
 from job.settings.load import Settings, load_settings
@@ -94,7 +94,9 @@ def test_the_default_preset_without_a_network(tmp_path: Path) -> None:
         **dict.fromkeys(("storage", "shared memory"), "ok"),
         "licence": "note",
     }
-    licence = next(found["what"] for found in plan["checks"] if found["name"] == "licence")
+    whats = {found["name"]: found["what"] for found in plan["checks"]}
+    assert whats["storage"].startswith(f"a new run in {tmp_path}/runs: wrote")
+    licence = whats["licence"]
     assert "cc-by-nc-4.0: no commercial use" in licence
     assert licence.endswith("unknown, since the hub was not asked and its cache here has no card")
     figures = {figure["name"]: figure for figure in plan["figures"]}
