@@ -64,10 +64,10 @@ def screening(rows: int, tokens: int, answers: int, answer_tokens: int, weights:
         weights: As `AuxiliaryModel` has it.
     """
     generated = answers * answer_tokens
-    told = "by the base's tokenizer" if weights is not None else "the size of its weights is unknown: not in the hours"
+    note = "by the base's tokenizer" if weights is not None else "the size of its weights is unknown: not in the hours"
     return AuxiliaryModel(
         *("safety screen", rows + answers, tokens + generated, generated, ceil(tokens / BATCH_TOKENS), weights, FP32),
-        note=told,
+        note=note,
     )
 
 
@@ -108,11 +108,11 @@ def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int
     if weight_bytes is None or quantized:
         return None
     text = config.get("text_config")
-    own: Mapping[str, Any] = text if isinstance(text, Mapping) else config
-    width = _WIDTHS.get(str(own.get("dtype") or own.get("torch_dtype") or config.get("dtype")), FP32)
-    sizes = [own.get(name) for name in ("vocab_size", "hidden_size")]
+    text_config: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+    width = _WIDTHS.get(str(text_config.get("dtype") or text_config.get("torch_dtype") or config.get("dtype")), FP32)
+    sizes = [text_config.get(name) for name in ("vocab_size", "hidden_size")]
     table = sizes[0] * sizes[1] if isinstance(sizes[0], int) and isinstance(sizes[1], int) else 0
-    tables = 2 if heads and not own.get("tie_word_embeddings", True) else 1
+    tables = 2 if heads and not text_config.get("tie_word_embeddings", True) else 1
     return max(0, weight_bytes // width - tables * table)
 
 
@@ -127,8 +127,8 @@ def seconds(model: AuxiliaryModel, gpu: Gpu, *, disk: float, processor: float) -
     """
     if model.weights is None:
         return 0.0
-    held = model.weights * model.value_bytes
+    weight_bytes = model.weights * model.value_bytes
     flops = 2 * model.weights * (model.tokens - model.on_processor)
     rate = UTILISATION * gpu.flops * (FP32_SHARE if model.value_bytes == FP32 else 1.0)
-    reading = max(flops / rate, model.passes * held / gpu.bandwidth)
-    return held / disk + reading + 2 * model.weights * model.on_processor / processor
+    reading = max(flops / rate, model.passes * weight_bytes / gpu.bandwidth)
+    return weight_bytes / disk + reading + 2 * model.weights * model.on_processor / processor

@@ -105,8 +105,8 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     if run.trains:
         yield Estimate("checkpoint", checkpoint_bytes(setup.adapter, setup.optimizer), "bytes", basis)
     yield from _of_exports(run, setup, basis)
-    fetched = f"{size(run.download_bytes, ' ')} of it to fetch first"
-    yield Estimate("disk", disk_bytes(run), "bytes", basis, fetched)
+    disk_note = f"{size(run.download_bytes, ' ')} of it to fetch first"
+    yield Estimate("disk", disk_bytes(run), "bytes", basis, disk_note)
 
 
 def disk_bytes(run: RunShape) -> int:
@@ -160,20 +160,20 @@ def _of_loaded_memory(run: RunShape, setup: Setup) -> Iterator[Estimate]:
     memory = memory_model.training_memory(setup, 0)
     bits = "NF4, " if setup.quantization == "nf4" else ""
     elsewhere = {"sharded": f"; layers sharded over {run.processes} GPUs", "host": "; layers in main memory"}
-    base = f"{bits}embedding and output layer unchanged{elsewhere.get(setup.placement, '')}"
-    yield Estimate("memory: base", memory.weights, "bytes", run.setup_basis, base)
+    base_note = f"{bits}embedding and output layer unchanged{elsewhere.get(setup.placement, '')}"
+    yield Estimate("memory: base", memory.weights, "bytes", run.setup_basis, base_note)
     yield Estimate("memory: adapter", memory.adapter, "bytes", run.setup_basis, "fp32, and autocast's copy")
 
 
 def _of_the_activations(run: RunShape, setup: Setup, activations: int, basis: Basis) -> Iterator[Estimate]:
-    how = "recomputed" if setup.recompute else "kept"
-    tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
+    handling = "recomputed" if setup.recompute else "kept"
+    batch_note = f"{handling}, micro-batches of {run.micro_batch:,} tokens"
     if computed_in_tiles(run, run.micro_batch):
-        tokens = f"a row of {run.micro_batch:,} tokens, in tiles"
+        batch_note = f"a row of {run.micro_batch:,} tokens, in tiles"
         if run.offload is not False:
             host = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
             yield Estimate("main memory: activations", host, "bytes", basis, "where they do not fit on the GPU")
-    yield Estimate("memory: activations", activations, "bytes", basis, tokens)
+    yield Estimate("memory: activations", activations, "bytes", basis, batch_note)
     if (over := gpus_for_a_row(run, setup)) > 1 and computed_in_tiles(run, run.micro_batch):
         shared = row_memory(setup, run.micro_batch, over, offload=run.offload, copies=run.attention_copies).activations
         note = f"of each of {over} GPUs, if the row does not fit on one"
@@ -181,12 +181,14 @@ def _of_the_activations(run: RunShape, setup: Setup, activations: int, basis: Ba
 
 
 def _of_evaluation(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
-    scored = f"packed sequences of {run.scoring_budget:,} tokens"
+    sequences_note = f"packed sequences of {run.scoring_budget:,} tokens"
     need = scoring_bytes(run, setup)
     if not run.trains:
         need = peak_bytes(run, setup)
-        scored += ", by the merged model, which is not quantized" if run.merges and setup.quantization != "none" else ""
-    yield Estimate("peak in evaluation", need, "bytes", basis, scored)
+        sequences_note += (
+            ", by the merged model, which is not quantized" if run.merges and setup.quantization != "none" else ""
+        )
+    yield Estimate("peak in evaluation", need, "bytes", basis, sequences_note)
     prompt, tokens = run.answered
     if tokens:
         cache = size(memory_model.cache_bytes(setup, tokens), " ")

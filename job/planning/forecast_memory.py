@@ -63,7 +63,7 @@ def peak_bytes(run: RunShape, setup: Setup) -> int:
     need = max(
         scoring_bytes(run, setup),
         answer_bytes(run, setup),
-        *(training_memory(one, setup, one.micro_batch).total for one in stages),
+        *(training_memory(stage, setup, stage.micro_batch).total for stage in stages),
     )
     if run.merges:  # it is scored unquantized, in place of the quantized base
         need = max(need, scoring_bytes(run, replace(setup, quantization="none")))
@@ -76,11 +76,11 @@ def exporting_bytes(run: RunShape, setup: Setup) -> int:
     The base with the adapter is loaded, and scores the adapter's copies; the merged model is scored in its place. There
     are no gradients and no optimizer.
     """
-    held = training_memory(run, setup, 0)
-    unused = held.gradients + held.optimizer
+    loaded = training_memory(run, setup, 0)
+    unused = loaded.gradients + loaded.optimizer
     need = scoring_bytes(run, setup) - unused
     if run.merges:
-        need = max(need, scoring_bytes(run, replace(setup, quantization="none")) - unused - held.adapter)
+        need = max(need, scoring_bytes(run, replace(setup, quantization="none")) - unused - loaded.adapter)
     return need
 
 

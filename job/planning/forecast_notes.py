@@ -142,7 +142,7 @@ def _base_elsewhere(gpu: Gpu, run: RunShape, setup: Setup) -> str:
 def _gpus_to_shard(setup: Setup, usable: int, bytes_needed: Callable[[Setup], int]) -> int | None:
     """How many GPUs of `usable` bytes are enough for a sharded base; None where `MOST_GPUS` are too few."""
     sharded = (replace(setup, placement="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
-    return next((one.processes for one in sharded if bytes_needed(one) <= usable), None)
+    return next((candidate.processes for candidate in sharded if bytes_needed(candidate) <= usable), None)
 
 
 def _reading_original(gpu: Gpu, run: RunShape, setup: Setup, hours: float | None) -> str:

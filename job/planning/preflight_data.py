@@ -110,10 +110,12 @@ def preview_data(
 
     if isinstance(validation, ValidationSource):
         where = (validation.name, validation.revision, storage, "JOB_DATA__VALIDATION")
-        more, _ = _of_the_data(*where, split=validation.split, online=online)
-        if more > MAX_BYTES:
-            raise NotChecked(f"{validation.name} has {formatting.size(more, ' ')}, too much to fetch for a plan")
-        download += more
+        validation_bytes, _ = _of_the_data(*where, split=validation.split, online=online)
+        if validation_bytes > MAX_BYTES:
+            raise NotChecked(
+                f"{validation.name} has {formatting.size(validation_bytes, ' ')}, too much to fetch for a plan"
+            )
+        download += validation_bytes
         with named_by("JOB_DATA__VALIDATION", ": "):
             validation = replace(validation, location=fetch(validation.location, folder / "validation", storage))
     with named_by("JOB_DATA__SOURCE", ": "):
@@ -148,8 +150,8 @@ def preview_data(
     )
     if tokenizer is not None:
         return "ok", text, facts
-    long = sum(length > max_length for length in lengths_of(examples))
-    return "note", f"{text}; tokens are estimated{f', so {long} rows may be too long' if long else ''}", facts
+    too_long = sum(length > max_length for length in lengths_of(examples))
+    return "note", f"{text}; tokens are estimated{f', so {too_long} rows may be too long' if too_long else ''}", facts
 
 
 def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[None]:

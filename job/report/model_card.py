@@ -120,8 +120,8 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any], si
     model, dataset, name = results["model"], results["dataset"], export["format"]
     base, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
     has_public_name = revision is not None or settings.get("model.name") is not None
-    entry = next(one for one in export_wording.exports(results) if one["format"] == name)
-    merged = next((one for one in results["exports"] if one["format"] == MERGED), {"reason": ""})
+    entry = next(item for item in export_wording.exports(results) if item["format"] == name)
+    merged = next((item for item in results["exports"] if item["format"] == MERGED), {"reason": ""})
     quantization = export.get("quantization")
     folder = export_folder(name)
     files = [artifact["path"].removeprefix(folder) for artifact in results["artifacts"]]
@@ -222,9 +222,9 @@ def _auto(model: Mapping[str, Any]) -> str:
 def _sources(dataset: Mapping[str, Any], *, short: bool) -> str:
     """The names of the data set's sources; of a path never more than its last part."""
     parts = dataset.get("sources") or [dataset]
-    whole = [not short and (part["revision"] or "://" in part["source"]) for part in parts]
+    in_full = [not short and (part["revision"] or "://" in part["source"]) for part in parts]
     return ", ".join(
-        part["source"] if full else last_part(part["source"]) for part, full in zip(parts, whole, strict=True)
+        part["source"] if is_full else last_part(part["source"]) for part, is_full in zip(parts, in_full, strict=True)
     )
 
 
@@ -243,7 +243,7 @@ def _licence(dataset: Mapping[str, Any]) -> str | None:
     """The licence of the data, if all of it has the same; where the run records none, if it is known here by name."""
     if not (licences := dataset.get("licences")):
         return LICENCES.get(dataset["source"]) if dataset["revision"] else None
-    sources = [one["source"] for one in dataset.get("sources") or [dataset]]
+    sources = [part["source"] for part in dataset.get("sources") or [dataset]]
     named = {licences.get(source) for source in sources}
     return named.pop() if len(named) == 1 else None
 

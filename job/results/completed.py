@@ -34,8 +34,10 @@ def withdraw_incomplete(store: ObjectStore, cache: str | None = None) -> None:
     Raises:
         Replaced: Another attempt owns the run.
     """
-    if gone := _read(store, cache)[1]:
-        log.get_logger().warning("the manifest lists files that are missing or damaged: the run continues", gone=gone)
+    if damaged_files := _read(store, cache)[1]:
+        log.get_logger().warning(
+            "the manifest lists files that are missing or damaged: the run continues", gone=damaged_files
+        )
         delete_in_turn(store, RESULTS)
 
 
@@ -55,8 +57,8 @@ def _read(store: ObjectStore, cache: str | None = None) -> tuple[dict[str, Any] 
         return None, [f"{RESULTS}: {str(error)[:_MAX_WORDS]}"]
     if results.get("signing") and store.tag(SIGNATURE) is None:
         return results, [SIGNATURE]
-    if gone := missing(store, artifacts):
-        return results, gone
+    if missing_files := missing(store, artifacts):
+        return results, missing_files
     with folder_for(f"completion of {store.uri}", cache) as folder:
         small = [artifact for artifact in artifacts if not artifact.path.startswith(EXPORT)]
         return results, altered(store, small, folder)

@@ -88,8 +88,8 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield from ((name, text) for name, text in texts.items() if text)
     yield from ((name, line) for name, line in zip_longest(["outcome"], status.outcome, fillvalue="") if line)
     if status.result is not None:
-        yield from (("adapter", at) for at in [status.result.adapter] if at)
-        yield from ((f"export {name}", at) for name, at in status.result.exports.items())
+        yield from (("adapter", location) for location in [status.result.adapter] if location)
+        yield from ((f"export {name}", location) for name, location in status.result.exports.items())
     yield from ((name, run) for name, run in zip_longest(["runs beside it"], status.runs_beside, fillvalue="") if run)
     yield from (("damaged", str(problem)) for problem in status.problems)
 
@@ -130,13 +130,13 @@ def _step(status: RunStatus) -> str:
 
 def _resume(resume: Resume) -> str:
     """Where it would go on, in words."""
-    again = f"; at least {count(resume.repeated_steps, 'step')} to repeat" if resume.repeated_steps else ""
+    repeated = f"; at least {count(resume.repeated_steps, 'step')} to repeat" if resume.repeated_steps else ""
     if resume.step is not None:
-        return f"goes on after step {resume.step}, from its checkpoint{again}"
+        return f"goes on after step {resume.step}, from its checkpoint{repeated}"
     if resume.after_stage is None:
         return "begins anew: no stage is finished"
-    again = f"; training begins anew{again}" if again else ""
-    return f"goes on after stage {resume.after_stage}{again}"
+    repeated = f"; training begins anew{repeated}" if repeated else ""
+    return f"goes on after stage {resume.after_stage}{repeated}"
 
 
 def _end(end: AttemptEnd) -> str:

@@ -87,7 +87,7 @@ def naming_its_settings(part_of: str | None, names: Mapping[str, str] = _OWN) ->
         if not isinstance(error, DataError | SettingsError):
             error.args = tuple(renamed(part) if isinstance(part, str) else part for part in error.args)
             raise
-        problems = [Problem(renamed(one.where), renamed(one.what)) for one in error.problems]
+        problems = [Problem(renamed(problem.where), renamed(problem.what)) for problem in error.problems]
         raise type(error)(problems, error.total, renamed(error.advice)) from None
 
 
@@ -96,8 +96,10 @@ def naming_given_settings(settings: Settings) -> AbstractContextManager[None]:
 
     A setting that the first stage takes from the second (`INHERITED`), since its own is not set, keeps its name.
     """
-    given = {environment_name(name) for name, source in settings.sources.items() if source.startswith(_FIRST)}
-    names = {name: own for name, own in _OWN.items() if name in given}
+    set_for_first_stage = {
+        environment_name(name) for name, source in settings.sources.items() if source.startswith(_FIRST)
+    }
+    names = {name: first_name for name, first_name in _OWN.items() if name in set_for_first_stage}
     return naming_its_settings(settings.part_of, names)
 
 

@@ -60,8 +60,8 @@ def begin_alike(processes: Processes, model: Any) -> None:
     in their last bits, and processes add up gradients of one adapter only if it is the same in all of them.
     """
     parameters = [parameter.data for parameter in trainable(model).values()]
-    own = hashlib.sha256(b"".join(one.cpu().numpy().tobytes() for one in parameters)).hexdigest()
-    if len(set(processes.gather("adapter's first values", own))) == 1:
+    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in parameters)).hexdigest()
+    if len(set(processes.gather("adapter's first values", digest))) == 1:
         return
     log.get_logger().warning("processes computed different initial adapters; that of process 0 is used")
     for parameter in parameters:
@@ -121,7 +121,7 @@ def _eva(attempt: Attempt, model: Any, steps: Steps) -> None:
         attempt.check_stop()
         base(**{name: value for name, value in inputs[number].items() if name != "labels"}, use_cache=False)
 
-    init_eva(model, [(one["input_ids"], one["labels"]) for one in inputs], forward)
+    init_eva(model, [(batch_inputs["input_ids"], batch_inputs["labels"]) for batch_inputs in inputs], forward)
 
 
 def eva_batches(steps: Steps, *, packed: bool) -> list[list[Example]]:

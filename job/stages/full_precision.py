@@ -113,9 +113,9 @@ def _evaluate_original(
     if scored is None:
         return None
     original = FullPrecision(precision.dtype, scored.scores)
-    done = Evaluated({}, scored.artifacts, full_precision=original, precision=precision)
-    attempt.keep(FULL_PRECISION, json.dumps(asdict(done)))
-    return done
+    evaluated = Evaluated({}, scored.artifacts, full_precision=original, precision=precision)
+    attempt.keep(FULL_PRECISION, json.dumps(asdict(evaluated)))
+    return evaluated
 
 
 def _scored_otherwise(recorded: Evaluated, precision: ScoringPrecision) -> bool:

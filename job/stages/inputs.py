@@ -78,8 +78,8 @@ def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tup
     """(location, check) of the rows to train and to validate on."""
     for stage in (settings, *later):
         data, check = stage.data, naming_its_settings(stage.part_of)(check_source)
-        for one in parse_sources(data.source):
-            yield one.location, partial(check, one.location, one.revision or data.revision, data.split)
+        for source in parse_sources(data.source):
+            yield source.location, partial(check, source.location, source.revision or data.revision, data.split)
         validation = validation_source_of(
             data.validation,
             source=data.source,

@@ -125,8 +125,9 @@ def _choose(settings: Settings, sources: Sources, processes: Processes) -> _Mode
     agree_on_kernels(processes, device, sorted(computed_in - {"float32"}))
     steps = total_steps(len(sources.examples), train.global_batch_size, train.epochs, train.max_steps)
     options = make_options(dict(settings.lora), steps, settings.model.add_tokens or ())
-    own = token_budget(device, train.micro_batch_tokens, train.gpu_memory_gb)
-    budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
+    own_budget = token_budget(device, train.micro_batch_tokens, train.gpu_memory_gb)
+    # The budget affects the result's bits, so all processes use the same.
+    budget = min(processes.gather("token budget", own_budget))
     placement, why = decide_placement(
         settings.model,
         train,
@@ -257,7 +258,7 @@ def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
     """
     if began is None or began.quantized_experts == loaded.quantized_experts:
         return
-    before, now = ("in 4 bits" if one.quantized_experts else "in 16 bits" for one in (began, loaded))
+    before, now = ("in 4 bits" if base.quantized_experts else "in 16 bits" for base in (began, loaded))
     what = f"is a mixture whose experts this version of the job keeps {now}, but the version that began this run kept"
     what = f"{what} {before}; use that version, or another JOB_RUN__ID for a new run"
     raise SettingsError([Problem("JOB_MODEL__ID", what)])

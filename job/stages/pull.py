@@ -283,10 +283,12 @@ def _read_all_rows(
     )
     # In the first attempt only: later ones need not check these rows, nor score them again.
     for stage in later if attempt.recorded(Stage.PULL, Pulled) is None else ():
-        own = _row_settings(stage)
-        fetched = fetch_rows(attempt, own, storage, LATER)
-        how = {"tokens": read_rows(attempt, own, *fetched, tokenizer, **auditing), "tokenizer": tokenizer}
-        find_prompt_rows(attempt, stage.eval, own, storage, fetched=fetched, reading=options, auditing=auditing, **how)
+        later_rows = _row_settings(stage)
+        fetched = fetch_rows(attempt, later_rows, storage, LATER)
+        how = {"tokens": read_rows(attempt, later_rows, *fetched, tokenizer, **auditing), "tokenizer": tokenizer}
+        find_prompt_rows(
+            attempt, stage.eval, later_rows, storage, fetched=fetched, reading=options, auditing=auditing, **how
+        )
     return tokens, prompts
 
 
@@ -344,11 +346,11 @@ def _with_licences(
     """
     earlier, dataset = attempt.recorded(Stage.PULL, Pulled), with_audit_of_before(attempt, dataset)
     if earlier is not None:
-        known = earlier.dataset  # what an earlier version did not record, the manifest must not have either
-        return replace(dataset, licences=known.licences, longest_at=known.longest_at), earlier.model_licence
+        recorded = earlier.dataset  # what an earlier version did not record, the manifest must not have either
+        return replace(dataset, licences=recorded.licences, longest_at=recorded.longest_at), earlier.model_licence
     licences = {
-        one.location: find_licence(one.location, one.revision or settings.data.revision, "dataset")
-        for one in parse_sources(settings.data.source)
+        source.location: find_licence(source.location, source.revision or settings.data.revision, "dataset")
+        for source in parse_sources(settings.data.source)
     }
     model_licence = find_licence(settings.model.id, revision, "model")
     return replace(dataset, licences={location: name for location, name in licences.items() if name}), model_licence
@@ -374,7 +376,7 @@ def _input_locations(attempt: Attempt, settings: Settings, later: Sequence[Setti
 
 
 def _checked_tasks(
-    attempt: Attempt, load: Callable[[], Tasks], check_model: Callable[[], None], model_is_there: Callable[[], bool]
+    attempt: Attempt, load: Callable[[], Tasks], check_model: Callable[[], None], model_is_found: Callable[[], bool]
 ) -> Tasks:
     """The tasks. What is wrong with them, and what the model excludes of the settings, is raised together.
 
@@ -384,7 +386,7 @@ def _checked_tasks(
     loaded: list[Tasks] = []
 
     def model() -> None:
-        if loaded or model_is_there():
+        if loaded or model_is_found():
             check_model()
 
     checks: list[tuple[str, Callable[[], object]]] = [("questions", lambda: loaded.append(load()))]

@@ -47,10 +47,10 @@ def pull_start_adapter(
         return None
     attempt.check_stop()
     earlier = attempt.recorded(Stage.PULL, Pulled)
-    known = None if earlier is None else earlier.start_revision
-    start = find_start(location, attempt.work / "start", storage, known)
-    said = lora.model_dump(mode="json")
-    check_start(start.folder, rank=lora.rank, alpha=lora.alpha, options=said, added_tokens=added_tokens)
+    recorded_revision = None if earlier is None else earlier.start_revision
+    start = find_start(location, attempt.work / "start", storage, recorded_revision)
+    lora_settings = lora.model_dump(mode="json")
+    check_start(start.folder, rank=lora.rank, alpha=lora.alpha, options=lora_settings, added_tokens=added_tokens)
     return start
 
 

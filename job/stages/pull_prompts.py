@@ -55,8 +55,8 @@ def find_prompt_rows(
     if isinstance(location, int):
         # Reading the rows again gives the same ones only if the audit leaves out the same.
         left_out = tokens.record.audit is not None and tokens.record.audit.left_out
-        again = auditing if left_out else reading
-        return _prompts_of_rows(attempt, options, rows, fetched, tokens=tokens, tokenizer=tokenizer, reading=again)
+        arguments = auditing if left_out else reading
+        return _prompts_of_rows(attempt, options, rows, fetched, tokens=tokens, tokenizer=tokenizer, reading=arguments)
     return read_prompts(
         find_prompts(fetch_input(attempt, location, "prompts", storage)),
         location,
@@ -89,11 +89,11 @@ def _prompts_of_rows(
         # completion's tokens as targets.
         train = rows.train.model_copy(update={"loss_on": "completion"})
         log.get_logger().info("the rows are read again, to see where the prompts of JOB_EVAL__PROMPTS end")
-        again = read_rows(attempt, replace(rows, train=train), *fetched, tokenizer, **reading)
-        if [again.record.rows, len(again.validation or ())] != [tokens.record.rows, len(rows_held_out)]:
+        reread = read_rows(attempt, replace(rows, train=train), *fetched, tokenizer, **reading)
+        if [reread.record.rows, len(reread.validation or ())] != [tokens.record.rows, len(rows_held_out)]:
             message = "some rows cannot be split into prompt and completion; give a file of prompts instead of a number"
             raise DataError([Problem("JOB_EVAL__PROMPTS", message)])
-        rows_held_out = again.validation or ()
+        rows_held_out = reread.validation or ()
     most = _longest_prompt(options, rows)
     prompts = list(validation_prompts(rows_held_out, count, tokenizer, most))
     if not prompts:

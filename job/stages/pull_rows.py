@@ -96,11 +96,11 @@ def fetch_rows(
         return source, validation
     # the branches may have moved since the first attempt
     if not isinstance(source, str):
-        commits = {one.source: one.revision for one in earlier.dataset.sources}
-        source = tuple(replace(one, revision=commits.get(one.name) or one.revision) for one in source)
-    known = earlier.dataset.validation
-    if isinstance(validation, ValidationSource) and known is not None:
-        validation = replace(validation, revision=known.revision or validation.revision)
+        commits = {record.source: record.revision for record in earlier.dataset.sources}
+        source = tuple(replace(part, revision=commits.get(part.name) or part.revision) for part in source)
+    recorded = earlier.dataset.validation
+    if isinstance(validation, ValidationSource) and recorded is not None:
+        validation = replace(validation, revision=recorded.revision or validation.revision)
     return source, validation
 
 

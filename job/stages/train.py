@@ -210,8 +210,8 @@ def _stopped(attempt: Attempt, restored: manager.Restored, total_steps: int) -> 
     if not attempt.processes.leads:
         return Preempted(why)
     damaged = {skipped.step for skipped in restored.skipped}
-    kept = max((step for step in manager.steps(attempt.store) if step not in damaged), default=0)
-    return Preempted(f"{why}; step {kept} of {total_steps} is saved")
+    saved_step = max((step for step in manager.steps(attempt.store) if step not in damaged), default=0)
+    return Preempted(f"{why}; step {saved_step} of {total_steps} is saved")
 
 
 def software_of(plan: ExecutionPlan) -> dict[str, str]:

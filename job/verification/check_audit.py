@@ -85,6 +85,6 @@ def _statistics(audit: Mapping[str, Any]) -> Iterator[Difference]:
     languages = audit.get("languages") or {}
     if languages and sum(languages.values()) != audit["rows"]:
         yield Difference(f"{RESULTS} dataset.audit.languages", str(audit["rows"]), str(sum(languages.values())))
-    for name, of in (audit.get("lengths") or {}).items():
-        if list(of.values()) != sorted(of.values()) or list(of) != list(QUANTILES):
-            yield Difference(f"{RESULTS} dataset.audit.lengths.{name}", "ascending quantiles", str(of))
+    for name, quantiles in (audit.get("lengths") or {}).items():
+        if list(quantiles.values()) != sorted(quantiles.values()) or list(quantiles) != list(QUANTILES):
+            yield Difference(f"{RESULTS} dataset.audit.lengths.{name}", "ascending quantiles", str(quantiles))

@@ -22,14 +22,14 @@ _CLAIM = f"{RESULTS} training.first_stage"
 
 
 def check_first_stage(
-    results: Mapping[str, Any], store: ObjectStore, verify_it: Callable[[], list[CheckResult]]
+    results: Mapping[str, Any], store: ObjectStore, verify_first_stage: Callable[[], list[CheckResult]]
 ) -> list[CheckResult]:
     """Checks that the manifest agrees with the results of the first stage, and that these verify.
 
     Args:
         results: The manifest of the run.
         store: The run's store.
-        verify_it: Runs all checks of the first stage.
+        verify_first_stage: Runs all checks of the first stage.
 
     Returns:
         An empty list if the run has one stage.
@@ -44,7 +44,7 @@ def check_first_stage(
     if len(stages) < 2:  # noqa: PLR2004 - two stages
         differences.append(Difference(_CLAIM, "a first stage", f"train.method {show(methods)}"))
     extent = f"{show(claimed['method'])}, {claimed['steps']} steps, in {FIRST_STAGE}"
-    return [CheckResult("first stage", extent, tuple(differences)), *_below(verify_it)]
+    return [CheckResult("first stage", extent, tuple(differences)), *_below(verify_first_stage)]
 
 
 def _compared(results: Mapping[str, Any], claimed: Mapping[str, Any], store: ObjectStore) -> Iterator[Difference]:
@@ -78,9 +78,9 @@ def _compared(results: Mapping[str, Any], claimed: Mapping[str, Any], store: Obj
     yield from find_differences(f"{_PLACE} model.sha256", *model)
 
 
-def _below(verify_it: Callable[[], list[CheckResult]]) -> Iterator[CheckResult]:
+def _below(verify_first_stage: Callable[[], list[CheckResult]]) -> Iterator[CheckResult]:
     try:
-        checks = verify_it()
+        checks = verify_first_stage()
     except (SettingsError, VerificationError) as error:
         yield CheckResult(f"{FIRST_STAGE}: manifest", "", (Difference(_PLACE, "a published run", str(error)),))
         return
@@ -88,6 +88,8 @@ def _below(verify_it: Callable[[], list[CheckResult]]) -> Iterator[CheckResult]:
         yield replace(
             check,
             what=f"{FIRST_STAGE}: {check.what}",
-            differences=tuple(replace(one, where=f"{FIRST_STAGE}/{one.where}") for one in check.differences),
+            differences=tuple(
+                replace(difference, where=f"{FIRST_STAGE}/{difference.where}") for difference in check.differences
+            ),
             notes=tuple(f"{FIRST_STAGE}/{note}" for note in check.notes),
         )

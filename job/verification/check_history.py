@@ -45,11 +45,11 @@ def check_settings(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     """Checks that `settings.json`, which the first attempt wrote, agrees with the manifest."""
     differences: list[Difference] = []
     data = copies[SETTINGS].read_bytes() if SETTINGS in copies else None
-    kept = _parsed(SETTINGS, parse_settings, data, differences)
-    if kept is not None:
-        claimed = {name: setting["value"] for name, setting in results["settings"].items() if name in kept}
-        differences += find_differences(f"{RESULTS} settings", claimed, kept)
-    return CheckResult("settings", f"{len(kept or ())} that affect the result", tuple(differences))
+    recorded = _parsed(SETTINGS, parse_settings, data, differences)
+    if recorded is not None:
+        claimed = {name: setting["value"] for name, setting in results["settings"].items() if name in recorded}
+        differences += find_differences(f"{RESULTS} settings", claimed, recorded)
+    return CheckResult("settings", f"{len(recorded or ())} that affect the result", tuple(differences))
 
 
 def fingerprint_of(copies: Copies) -> str | None:
@@ -141,7 +141,7 @@ def _judged_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evaluat
         claimed = {name: claimed.get(name) for name in recorded}
     yield from find_differences(where, claimed, recorded)
     if adapter.judged_answers:
-        published = {one.path: one.sha256 for one in (*base.artifacts, *adapter.artifacts)}
+        published = {artifact.path: artifact.sha256 for artifact in (*base.artifacts, *adapter.artifacts)}
         sides = {side: published.get(prompts_key(side)) for side in ("base", "adapter")}
         yield from find_differences(f"{ADAPTER} judged_answers", adapter.judged_answers, sides)
 
@@ -195,21 +195,27 @@ def _as_pulled(dataset: Mapping[str, Any], pulled: Pulled) -> dict[str, Any]:
 
 def _completed(claimed: Mapping[str, Any], record: Any) -> dict[str, Any]:
     """A record in the manifest, and those in it, with the defaults of fields that were added after its version."""
-    plain = [one for one in fields(record) if one.default is not MISSING_DEFAULT]
-    created = {one.name: one.default_factory() for one in fields(record) if one.default_factory is not MISSING_DEFAULT}
-    parts = {
-        one.name: _completed(claimed[one.name], part)
-        for one in fields(record)
-        if is_dataclass(part := getattr(record, one.name)) and isinstance(claimed.get(one.name), Mapping)
+    plain = [item for item in fields(record) if item.default is not MISSING_DEFAULT]
+    created = {
+        item.name: item.default_factory() for item in fields(record) if item.default_factory is not MISSING_DEFAULT
     }
-    return {**{one.name: one.default for one in plain}, **created, **claimed, **parts}
+    parts = {
+        item.name: _completed(claimed[item.name], part)
+        for item in fields(record)
+        if is_dataclass(part := getattr(record, item.name)) and isinstance(claimed.get(item.name), Mapping)
+    }
+    return {**{item.name: item.default for item in plain}, **created, **claimed, **parts}
 
 
 def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Difference]:
     """The artifacts of a stage that the manifest lists differently or lacks."""
     listed = {artifact["path"]: artifact for artifact in results["artifacts"]}
     pairs = ((listed.get(artifact.path, {"path": None}), asdict(artifact)) for artifact in artifacts)
-    return [one for claimed, recorded in pairs for one in find_differences(f"{RESULTS} artifacts", claimed, recorded)]
+    return [
+        difference
+        for claimed, recorded in pairs
+        for difference in find_differences(f"{RESULTS} artifacts", claimed, recorded)
+    ]
 
 
 def check_attempts(
@@ -237,10 +243,10 @@ def check_attempts(
         logged = _parsed(key, parse_logged, copies[key].read_bytes() if key in copies else None, differences)
         if logged is not None:
             differences += other_run(key, logged.run, run)
-            kept = logged.record
+            recorded = logged.record
             # The record of a killed attempt still says `running`; the manifest says `killed`.
-            kept = replace(kept, outcome="killed") if kept.outcome == "running" else kept
-            differences += find_differences(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(kept))
+            recorded = replace(recorded, outcome="killed") if recorded.outcome == "running" else recorded
+            differences += find_differences(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(recorded))
     listed_records = {attempt_key(attempt.number) for attempt in attempts}
     differences += [
         Difference(f"{RESULTS} run.attempts", "all attempts", f"one more in {key}")
