@@ -208,9 +208,7 @@ def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]
         if find_format(name).calibrated:
             yield Estimate(label, quantizing_flops(run, setup), "FLOP", "assumed", "by auto-round")
         else:
-            yield Estimate(
-                f"quantizing, {name}", converting_seconds(name, setup), "s", "assumed", "on one processor core"
-            )
+            yield Estimate(label, converting_seconds(name, setup), "s", "assumed", "on one processor core")
         if name.startswith(GGUF) and run.questions is not None:
             note = f"llama.cpp on {CORES} processor cores; the GPU waits"
             yield Estimate(f"scoring, {name}", llama_cpp_seconds(run, setup), "s", "assumed", note)

@@ -139,7 +139,7 @@ def _forecast(plan: Plan) -> list[str]:
 
 
 def _checks(plan: Plan) -> str:
-    rows = [(f"{check.name}", check.state, check.what) for check in plan.checks]
+    rows = [(check.name, check.state, check.what) for check in plan.checks]
     name, state = (max(len(row[column]) for row in rows) for column in (0, 1))
     return "\n".join(_folded([(f"{row[0]:<{name}}  {row[1]:<{state}}  ", row[2]) for row in rows]))
 

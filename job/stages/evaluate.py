@@ -57,9 +57,7 @@ def evaluate_base(
     `shared` is the store that contains all runs: base scores are cached there for other runs with the same base.
     """
     scoring = scoring_in(precision, lambda: loaded.model, settings.train.gpu_memory_gb)
-    # The cache key leaves out the base's name and the adapter's properties: they do not change the base's scores.
-    unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
-    facts = {**forward_facts(loaded, unnamed), **precision_facts(precision, loaded.model.device)}
+    facts = {**base_facts(loaded), **precision_facts(precision, loaded.model.device)}
     cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
     with adapter_off(loaded.model):
         evaluated = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base", scoring=scoring)
@@ -172,6 +170,12 @@ def load_published_adapter(attempt: Attempt, loaded: Loaded, trained: Trained) -
 def forward_facts(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
     """Everything that affects the bits of a forward pass, except the adapter's weights."""
     return {**asdict(record), "forward": loaded.plan.scoring_forward, "packed": is_packed(loaded.model)}
+
+
+def base_facts(loaded: Loaded) -> dict[str, Any]:
+    """`forward_facts` of the base alone, without its name and the adapter's properties: they do not change the bits."""
+    unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
+    return forward_facts(loaded, unnamed)
 
 
 def score_model(

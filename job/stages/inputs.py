@@ -13,7 +13,7 @@ from job.common.export_formats import EXTRA, not_installed
 from job.common.source_list import parse_sources
 from job.data.prompts import find_prompts
 from job.data.sources import check_source
-from job.data.training_and_validation import ValidationSource, validation_source_of
+from job.data.training_and_validation import ValidationSource
 from job.errors import Problem, SettingsError, check_all, named_by, raise_problems
 from job.evaluation.policy import read_policy
 from job.evaluation.question_files import find_questions
@@ -27,6 +27,7 @@ from job.settings.load import Settings
 from job.settings.schema import Sign
 from job.settings.training_stages import naming_its_settings
 from job.stages import principles, safety
+from job.stages.pull_rows import validation_of
 from job.storage.hub import local_model
 from job.storage.location import is_remote
 
@@ -80,16 +81,12 @@ def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tup
         data, check = stage.data, naming_its_settings(stage.part_of)(check_source)
         for source in parse_sources(data.source):
             yield source.location, partial(check, source.location, source.revision or data.revision, data.split)
-        validation = validation_source_of(
-            data.validation,
-            source=data.source,
-            source_revision=data.revision,
-            validation_revision=data.validation_revision,
-            validation_split=data.validation_split,
-        )
+        validation = validation_of(data)
         if isinstance(validation, ValidationSource):
-            where = (validation.name, validation.revision, validation.split)
-            yield validation.name, partial(check, *where, "JOB_DATA__VALIDATION")
+            yield (
+                validation.name,
+                partial(check, validation.name, validation.revision, validation.split, "JOB_DATA__VALIDATION"),
+            )
 
 
 def private_key(sign: Sign) -> EllipticCurvePrivateKey | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from job.model.lora import adapter_off
 from job.records import Artifact, ChoiceScore, Example, Question, Referenced
 from job.runs.attempt import Attempt, published_once
 from job.runs.layout import LOG_PROBS, REFERENCE, SCORES
-from job.stages.evaluate import forward_facts
+from job.stages.evaluate import base_facts
 from job.stages.handoff import Loaded, Sources
 from job.storage.open import ObjectStore
 from job.training.preference_gradient import reference_log_probs
@@ -114,9 +114,7 @@ def _as_reference(sources: Sources, model: Any) -> AbstractContextManager[None]:
 
 def _conditions(sources: Sources, loaded: Loaded) -> dict[str, Any]:
     """Everything but the rows' tokens that determines the log-probabilities."""
-    unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
-    facts = forward_facts(loaded, unnamed)
-    facts["adapter"] = sources.record.start_sha256
+    facts = {**base_facts(loaded), "adapter": sources.record.start_sha256}
     data = sources.record.dataset
     validation_hash = {} if data.validation is None else {"validation": data.validation.sha256}
     return score_conditions({**facts, "data": data.sha256, **validation_hash, "reference": code_hashes(*CODE)})
