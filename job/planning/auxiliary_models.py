@@ -66,7 +66,13 @@ def screening(rows: int, tokens: int, answers: int, answer_tokens: int, weights:
     generated = answers * answer_tokens
     note = "by the base's tokenizer" if weights is not None else "the size of its weights is unknown: not in the hours"
     return AuxiliaryModel(
-        *("safety screen", rows + answers, tokens + generated, generated, ceil(tokens / BATCH_TOKENS), weights, FP32),
+        name="safety screen",
+        texts=rows + answers,
+        tokens=tokens + generated,
+        on_processor=generated,
+        passes=ceil(tokens / BATCH_TOKENS),
+        weights=weights,
+        value_bytes=FP32,
         note=note,
     )
 
@@ -78,7 +84,7 @@ def judging(judgements: int, tokens: int, weights: int | None, value_bytes: int,
         judgements: Questions.
         tokens: Number of tokens of all of them, with answers of the largest length.
         weights: As `AuxiliaryModel` has it.
-        value_bytes: As above.
+        value_bytes: As `AuxiliaryModel` has it.
         served: Whether it is a server's.
     """
     note = "at most; equal answers are not judged"
@@ -86,7 +92,16 @@ def judging(judgements: int, tokens: int, weights: int | None, value_bytes: int,
         note = "at most; the server's time is not in the hours"
     elif weights is None:
         note = "at most; the size of its weights is unknown: not in the hours"
-    return AuxiliaryModel("judge", judgements, tokens, 0, judgements, None if served else weights, value_bytes, note)
+    return AuxiliaryModel(
+        name="judge",
+        texts=judgements,
+        tokens=tokens,
+        on_processor=0,
+        passes=judgements,
+        weights=None if served else weights,
+        value_bytes=value_bytes,
+        note=note,
+    )
 
 
 def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from job.common.gpu_context import CONTEXT_BYTES
 from job.planning.forecast_input import HALF_PRECISION, RunShape
@@ -109,8 +108,8 @@ def gpus_of_longest_row(run: RunShape, setup: Setup, usable: int) -> int:
 def training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
     """Memory of training with micro-batches of `tokens` tokens."""
     if computed_in_tiles(run, tokens):
-        how: dict[str, Any] = {"offload": run.offload, "copies": run.attention_copies}
-        return least_memory(setup, tokens, gpus_for_a_row(run, setup), **how)
+        gpus = gpus_for_a_row(run, setup)
+        return least_memory(setup, tokens, gpus, offload=run.offload, copies=run.attention_copies)
     return memory_model.training_memory(setup, tokens)
 
 

@@ -109,8 +109,14 @@ def preview_data(
             shown.append(show_row(item, tokenizer))
 
     if isinstance(validation, ValidationSource):
-        where = (validation.name, validation.revision, storage, "JOB_DATA__VALIDATION")
-        validation_bytes, _ = _of_the_data(*where, split=validation.split, online=online)
+        validation_bytes, _ = _of_the_data(
+            validation.name,
+            validation.revision,
+            storage,
+            "JOB_DATA__VALIDATION",
+            split=validation.split,
+            online=online,
+        )
         if validation_bytes > MAX_BYTES:
             raise NotChecked(
                 f"{validation.name} has {formatting.size(validation_bytes, ' ')}, too much to fetch for a plan"
@@ -119,9 +125,9 @@ def preview_data(
         with named_by("JOB_DATA__VALIDATION", ": "):
             validation = replace(validation, location=fetch(validation.location, folder / "validation", storage))
     with named_by("JOB_DATA__SOURCE", ": "):
-        place = locate_sources(source, lambda place, kind: fetch(place, folder / kind, storage))
+        sources = locate_sources(source, lambda location, kind: fetch(location, folder / kind, storage))
     examples, held_out, record = load_rows(
-        place,
+        sources,
         validation,
         revision=revision,
         max_length=NO_LIMIT if tokenizer is None else max_length,
@@ -137,16 +143,16 @@ def preview_data(
     if record.skipped:
         text += f"; skipped {'; '.join(f'{count}: {why}' for why, count in by_reason(record.skipped).items())}"
     facts = DataFacts(
-        examples,
-        tokenizer is None,
-        download,
-        licence,
-        held_out or (),
-        shown,
-        record.format,
-        # Without the lengths, which are only estimated.
-        record.audit if tokenizer is not None or record.audit is None else replace(record.audit, lengths={}),
-        record.long_rows,
+        examples=examples,
+        estimated=tokenizer is None,
+        download_bytes=download,
+        licence=licence,
+        validation=held_out or (),
+        shown=shown,
+        schema=record.format,
+        # If they are only estimated, without the lengths.
+        audit=record.audit if tokenizer is not None or record.audit is None else replace(record.audit, lengths={}),
+        long_rows=record.long_rows,
     )
     if tokenizer is not None:
         return "ok", text, facts

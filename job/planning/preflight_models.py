@@ -129,8 +129,9 @@ def preview_adapter(
     """
     if model is None:
         raise NotChecked("the model's files cannot be fetched")
-    how: dict[str, Any] = {"targets": targets, "rank": rank, "options": options, "problems": problems}
-    config, empty = inspect(model.folder, max_length=max_length, **how)
+    config, empty = inspect(
+        model.folder, max_length=max_length, targets=targets, rank=rank, options=options, problems=problems
+    )
     modules = tuple(sorted(resolve_targets(empty, targets)))
     names = ", ".join(modules)
     linear, total = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))

@@ -15,7 +15,7 @@ from typing import Any
 from job import log
 from job.common.bad_row_reasons import by_reason
 from job.common.resources import check_disk, required_bytes
-from job.common.source_list import Source, parse_sources
+from job.common.source_list import parse_sources
 from job.common.validation import adapter_of
 from job.data.licences import find_licence
 from job.data.text_tokenizer import broken_tokenizer
@@ -46,7 +46,7 @@ from job.stages.pull_in_background import ComingBase, base_in_background
 from job.stages.pull_model import BaseSettings, vocabulary_of
 from job.stages.pull_other_models import pull_judge, pull_safety_model, pull_start_adapter, recorded_judge_sha256
 from job.stages.pull_prompts import find_prompt_rows, prompts_record
-from job.stages.pull_rows import RowSettings, check_hub, fetch_rows, read_rows, validation_of
+from job.stages.pull_rows import FetchedRows, RowSettings, check_hub, fetch_rows, read_rows, validation_of
 from job.stages.safety import SafetyModel
 from job.storage.open import StorageOptions, bytes_to_fetch, storage_options
 
@@ -161,7 +161,7 @@ class _Checked:
     tasks: Tasks
     start: FoundStart | None
     safety: SafetyModel | None
-    rows: tuple[str | Sequence[Source], float | ValidationSource | None]
+    rows: FetchedRows
     folder: Path
     tokenizer: Any
     vocabulary: int | None
@@ -285,9 +285,16 @@ def _read_all_rows(
     for stage in later if attempt.recorded(Stage.PULL, Pulled) is None else ():
         later_rows = _row_settings(stage)
         fetched = fetch_rows(attempt, later_rows, storage, LATER)
-        how = {"tokens": read_rows(attempt, later_rows, *fetched, tokenizer, **auditing), "tokenizer": tokenizer}
         find_prompt_rows(
-            attempt, stage.eval, later_rows, storage, fetched=fetched, reading=options, auditing=auditing, **how
+            attempt,
+            stage.eval,
+            later_rows,
+            storage,
+            tokens=read_rows(attempt, later_rows, *fetched, tokenizer, **auditing),
+            tokenizer=tokenizer,
+            fetched=fetched,
+            reading=options,
+            auditing=auditing,
         )
     return tokens, prompts
 

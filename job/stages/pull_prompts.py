@@ -8,16 +8,14 @@ from typing import Any
 
 from job import log
 from job.common.methods import SFT
-from job.common.source_list import Source
 from job.data.prompts import find_prompts, prompts_sha256, read_prompts, validation_prompts
 from job.data.token_cache import Tokens
-from job.data.training_and_validation import ValidationSource
 from job.errors import DataError, Problem
 from job.records import PromptRow, PromptsRecord
 from job.runs.attempt import Attempt
 from job.settings.schema import Eval
 from job.stages.fetch_input import fetch_input
-from job.stages.pull_rows import RowSettings, read_rows
+from job.stages.pull_rows import FetchedRows, RowSettings, read_rows
 from job.storage.open import StorageOptions
 
 
@@ -29,7 +27,7 @@ def find_prompt_rows(
     *,
     tokens: Tokens,
     tokenizer: Any,
-    fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
+    fetched: FetchedRows,
     reading: Mapping[str, Any],
     auditing: Mapping[str, Any],
 ) -> list[PromptRow]:
@@ -72,7 +70,7 @@ def _prompts_of_rows(
     attempt: Attempt,
     options: Eval,
     rows: RowSettings,
-    fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
+    fetched: FetchedRows,
     *,
     tokens: Tokens,
     tokenizer: Any,
