@@ -27,7 +27,7 @@ from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
 from job.planning.preflight import HUB_UNREACHABLE, Found, NotChecked, Online
 from job.planning.shown_rows import ShownRow, show_row
-from job.records import AuditRecord, Example
+from job.records import AuditRecord, DatasetRecord, Example
 from job.storage.hub import peek_dataset
 from job.storage.open import StorageOptions, bytes_to_fetch, fetch, is_remote
 
@@ -100,8 +100,7 @@ def preview_data(
     ]
     download = sum(size for size, _ in downloads)
     licence = "; ".join(sorted({licence for _, licence in downloads if licence})) or None
-    if download > MAX_BYTES:
-        raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
+    _require_small(source, download)
     shown: list[ShownRow] = []
 
     def keep(item: Encoded | EncodedAnswers) -> None:
@@ -117,10 +116,7 @@ def preview_data(
             split=validation.split,
             online=online,
         )
-        if validation_bytes > MAX_BYTES:
-            raise NotChecked(
-                f"{validation.name} has {formatting.size(validation_bytes, ' ')}, too much to fetch for a plan"
-            )
+        _require_small(validation.name, validation_bytes)
         download += validation_bytes
         with named_by("JOB_DATA__VALIDATION", ": "):
             validation = replace(validation, location=fetch(validation.location, folder / "validation", storage))
@@ -137,11 +133,7 @@ def preview_data(
         processes=usable_cpus(),
         **reading,
     )
-    text = f"{formatting.count(record.rows, 'row')} in the schema {record.format}"
-    if record.validation is not None:
-        text += f", {record.validation.rows:,} for validation"
-    if record.skipped:
-        text += f"; skipped {'; '.join(f'{count}: {why}' for why, count in by_reason(record.skipped).items())}"
+    text = _describe_rows(record)
     facts = DataFacts(
         examples=examples,
         estimated=tokenizer is None,
@@ -158,6 +150,22 @@ def preview_data(
         return "ok", text, facts
     too_long = sum(length > max_length for length in lengths_of(examples))
     return "note", f"{text}; tokens are estimated{f', so {too_long} rows may be too long' if too_long else ''}", facts
+
+
+def _require_small(source: str, download_bytes: int) -> None:
+    """Raises NotChecked for data that is too large to be downloaded for a plan."""
+    if download_bytes > MAX_BYTES:
+        raise NotChecked(f"{source} has {formatting.size(download_bytes, ' ')}, too much to fetch for a plan")
+
+
+def _describe_rows(record: DatasetRecord) -> str:
+    """Numbers of rows to train on, for validation, and skipped, in words."""
+    text = f"{formatting.count(record.rows, 'row')} in the schema {record.format}"
+    if record.validation is not None:
+        text += f", {record.validation.rows:,} for validation"
+    if record.skipped:
+        text += f"; skipped {'; '.join(f'{count}: {why}' for why, count in by_reason(record.skipped).items())}"
+    return text
 
 
 def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[None]:

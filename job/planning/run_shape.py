@@ -89,8 +89,11 @@ def shape_of_run(
     )
     if settings.export.run is not None:
         return _only_exported(run)
-    if settings.train.is_one_stage:
-        return run
+    return run if settings.train.is_one_stage else _with_first_stage(run, settings, preflight)
+
+
+def _with_first_stage(run: RunShape, settings: Settings, preflight: Preflight) -> RunShape:
+    """The sizes of a run that trains in two stages: those of the second stage, with the first stage's in it."""
     first, _ = split_stages(settings)
     workload, data_basis = _workload(first, preflight.first_data)
     first_stage = replace(
@@ -105,7 +108,7 @@ def shape_of_run(
         derived=(),
         quantizing_tokens=0,
         auxiliary=(),
-        tiles=_tiles(first, setup),
+        tiles=_tiles(first, run.setup),
         recorded=_recorded(first),
         step_rows=first.train.global_batch_size,
         warmup_steps=_warmup_steps(first, workload),

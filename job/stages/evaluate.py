@@ -247,9 +247,20 @@ def score_model(
 
     artifacts = [published(task, samples) for task, (_, samples) in multiple_choice.items()]
     artifacts += [published(task, samples) for task, (_, samples) in measured_tasks.items()]
-    for task, (scores, _) in multiple_choice.items():
+    evaluated = Evaluated(
+        {task: scores for task, (scores, _) in multiple_choice.items()},
+        artifacts,
+        {task: figures for task, (figures, _) in measured_tasks.items()},
+    )
+    _log_figures(evaluated, side)
+    return evaluated
+
+
+def _log_figures(evaluated: Evaluated, side: str) -> None:
+    """Logs a line for each task."""
+    for task, scores in evaluated.scores.items():
         log.get_logger().info("evaluated", task=task, model=side, n=scores.n, acc=scores.acc, acc_norm=scores.acc_norm)
-    for task, (figures, _) in measured_tasks.items():
+    for task, figures in evaluated.measured.items():
         aggregated = {
             name: aggregate(figures.values[name], metric.aggregation) for name, metric in figures.metrics.items()
         }
@@ -257,8 +268,3 @@ def score_model(
         if limited := [name for name, value in aggregated.items() if value == LARGEST_PERPLEXITY]:
             fix = "read bits_per_byte, or the comparison, which is by logarithms and has no limit"
             log.get_logger().warning("a perplexity above 1e18 is given as 1e18", task=task, metrics=limited, fix=fix)
-    return Evaluated(
-        {task: scores for task, (scores, _) in multiple_choice.items()},
-        artifacts,
-        {task: figures for task, (figures, _) in measured_tasks.items()},
-    )

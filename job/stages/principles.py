@@ -177,7 +177,13 @@ def judge_answers(
     choices_by_pair = {
         number: [_CHOICES[int(choice)] for choice in choices[position]] for position, number in enumerate(to_judge)
     }
-    judgements = [_judgement(base, choices_by_pair.get(number)) for number, (base, _) in enumerate(pairs)]
+    return _publish(
+        attempt, judge, [_judgement(base, choices_by_pair.get(number)) for number, (base, _) in enumerate(pairs)]
+    )
+
+
+def _publish(attempt: Attempt, judge: FoundJudge, judgements: Sequence[Judgement]) -> Artifact:
+    """Logs how often each side is preferred, and publishes the judgements."""
     counts = {
         word: [preference(judgement) for judgement in judgements].count(word) for word in ("adapter", "base", "tie")
     }
