@@ -88,7 +88,7 @@ class GpuForecast:
 
 def estimates(run: RunShape) -> Iterator[Estimate]:
     """Everything that does not depend on the GPU."""
-    yield from _of_the_data(run)
+    yield from _of_data(run)
     if run.setup is None:
         return
     setup, basis = run.setup, run.setup_basis
@@ -96,7 +96,7 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         setup = replace(setup, placement=run.placements[0], processes=run.processes)
     yield Estimate("base parameters", setup.architecture.parameters, "", basis)
     yield Estimate("adapter parameters", setup.adapter, "", basis)
-    yield from _of_the_operations(run, setup)
+    yield from _of_operations(run, setup)
     yield from _of_training_memory(run, setup) if run.trains else _of_loaded_memory(run, setup)
     yield from _of_evaluation(run, setup, _weaker(basis, run.questions_basis))
     if run.full_precision:
@@ -116,7 +116,7 @@ def disk_bytes(run: RunShape) -> int:
     return required_bytes([run.download_bytes, run.export_bytes], checkpoint)
 
 
-def _of_the_operations(run: RunShape, setup: Setup) -> Iterator[Estimate]:
+def _of_operations(run: RunShape, setup: Setup) -> Iterator[Estimate]:
     basis, weaker_basis = run.setup_basis, _weaker(run.setup_basis, run.workload_basis)
     if run.trains and run.workload is not None:
         flops = time_model.training_flops(setup, run.workload.tokens, run.workload.squares)
@@ -146,7 +146,7 @@ def _of_training_memory(run: RunShape, setup: Setup) -> Iterator[Estimate]:
     yield from _of_loaded_memory(run, setup)
     yield Estimate("memory: gradients", memory.gradients, "bytes", basis, "fp32")
     yield Estimate("memory: optimizer", memory.optimizer, "bytes", basis, setup.optimizer)
-    yield from _of_the_activations(run, setup, memory.activations, weaker_basis)
+    yield from _of_activations(run, setup, memory.activations, weaker_basis)
     yield Estimate(
         "peak in training",
         memory.total,
@@ -165,7 +165,7 @@ def _of_loaded_memory(run: RunShape, setup: Setup) -> Iterator[Estimate]:
     yield Estimate("memory: adapter", memory.adapter, "bytes", run.setup_basis, "fp32, and autocast's copy")
 
 
-def _of_the_activations(run: RunShape, setup: Setup, activations: int, basis: Basis) -> Iterator[Estimate]:
+def _of_activations(run: RunShape, setup: Setup, activations: int, basis: Basis) -> Iterator[Estimate]:
     handling = "recomputed" if setup.recompute else "kept"
     batch_note = f"{handling}, micro-batches of {run.micro_batch:,} tokens"
     if computed_in_tiles(run, run.micro_batch):
@@ -221,7 +221,7 @@ def _warmup_note(run: RunShape) -> str:
     return f"the warmup takes {run.warmup_steps:,}: the learning rate never reaches its peak; JOB_TRAIN__WARMUP_RATIO"
 
 
-def _of_the_data(run: RunShape) -> Iterator[Estimate]:
+def _of_data(run: RunShape) -> Iterator[Estimate]:
     if run.first_stage is not None and (before := run.first_stage.workload) is not None:
         basis = run.first_stage.workload_basis
         yield Estimate("examples, first stage", before.rows, "", basis)

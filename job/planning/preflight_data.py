@@ -95,7 +95,7 @@ def preview_data(
     """
     split = reading["split"]
     downloads = [
-        _of_the_data(part.location, part.revision or revision, storage, split=split, online=online)
+        _look_up_source(part.location, part.revision or revision, storage, split=split, online=online)
         for part in parse_sources(source)
     ]
     download = sum(size for size, _ in downloads)
@@ -108,7 +108,7 @@ def preview_data(
             shown.append(show_row(item, tokenizer))
 
     if isinstance(validation, ValidationSource):
-        validation_bytes, _ = _of_the_data(
+        validation_bytes, _ = _look_up_source(
             validation.name,
             validation.revision,
             storage,
@@ -186,7 +186,7 @@ def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[Non
     return "note" if findings or not_checked else "ok", text, None
 
 
-def _of_the_data(
+def _look_up_source(
     source: str,
     revision: str | None,
     storage: StorageOptions,

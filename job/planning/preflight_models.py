@@ -75,7 +75,7 @@ def preview_model(
         model_folder, weights, download = local, sum(1 for _ in local.glob("*.safetensors")), 0
         sentence = f"{source} is here"
     else:
-        model_folder, weights, download, sentence = _of_the_hub(source, revision, online=online)
+        model_folder, weights, download, sentence = _look_up_on_hub(source, revision, online=online)
     if not weights:
         raise DataError([Problem("JOB_MODEL__ID", f"{source} has no weights in safetensors")])
     try:
@@ -264,7 +264,7 @@ def _auxiliary_model(
         files = weight_files(local)
         model_folder, weights, weight_bytes, download = local, len(files), sum(file.stat().st_size for file in files), 0
     else:
-        model_folder, weights, weight_bytes, _ = _of_the_hub(place, revision, online=online)
+        model_folder, weights, weight_bytes, _ = _look_up_on_hub(place, revision, online=online)
         download = weight_bytes or 0
     if not weights:
         raise DataError([Problem("JOB_MODEL__ID", f"{place} has no weights in safetensors")])
@@ -282,7 +282,7 @@ def _config(folder: Path, source: str) -> dict[str, Any]:
     return config
 
 
-def _of_the_hub(source: str, revision: str | None, *, online: Online) -> tuple[Path, int, int | None, str]:
+def _look_up_on_hub(source: str, revision: str | None, *, online: Online) -> tuple[Path, int, int | None, str]:
     """(folder, number of weight files, bytes to fetch, where it was found, as a sentence)."""
     if online():
         folder, files = peek_model(source, revision)

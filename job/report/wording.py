@@ -16,12 +16,12 @@ from job.records import FP8
 from job.results.outcome import task_labels
 from job.results.reader import scored_in
 
-_SAYS = {
+_SENTENCES = {
     "improved": "Better than its {base} on {tasks}.",
     "regressed": "Worse than its {base} on {tasks}.",
     "inconclusive": "No difference shown on {tasks}.",
 }
-_SAYS_OF_BOTH = {
+_SENTENCES_FOR_BOTH = {
     ("improved", "improved"): "Better than its base on {tasks}, quantized or not.",
     ("improved", "inconclusive"): (
         "Better than its quantized base on {tasks}, not shown to be better than the unquantized one."
@@ -81,20 +81,20 @@ def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     evaluation, original, labels = results["evaluation"], original_tasks(results), task_labels(results)
     entries: list[tuple[str, str, str, str]] = []  # verdict, sentence, task, its name in the sentence
     for name, task in evaluation["tasks"].items():
-        verdict, sentence = task["verdict"], _SAYS[task["verdict"]]
+        verdict, sentence = task["verdict"], _SENTENCES[task["verdict"]]
         if name in original:
             versus_original = original[name]["adapter_versus_original"]["acc"]["verdict"]
-            sentence = _SAYS_OF_BOTH[verdict, versus_original]
+            sentence = _SENTENCES_FOR_BOTH[verdict, versus_original]
             verdict = "inconclusive" if verdict == "improved" != versus_original else verdict
         entries.append((verdict, sentence, name, labels[name]))
     for name, task in evaluation.get("measured", {}).items():
         verdicts = {metric: figures["verdict"] for metric, figures in task["metrics"].items()}
         several = len(set(verdicts.values())) > 1
         entries += [
-            (verdict, _SAYS[verdict], name, f"{labels[name]} by {metric}" if several else labels[name])
+            (verdict, _SENTENCES[verdict], name, f"{labels[name]} by {metric}" if several else labels[name])
             for metric, verdict in verdicts.items()
         ]
-    order = [*_SAYS_OF_BOTH.values(), *_SAYS.values()]
+    order = [*_SENTENCES_FOR_BOTH.values(), *_SENTENCES.values()]
     base = _base(results)
 
     def named(sentence: str) -> str:

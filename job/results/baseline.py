@@ -58,7 +58,7 @@ def read_baseline(where: str, storage: StorageOptions) -> Baseline:
         SettingsError: There is no run there.
         DataError: Its files are not what its manifest says.
     """
-    with _named():
+    with _naming_setting():
         run = read_published(open_run(where, storage))
         return Baseline(run.id, where, run.sha256, read_samples(run), scored_in(run.results)["dtype"])
 
@@ -70,12 +70,12 @@ def check_run(where: str) -> None:
         SettingsError: There is no run there.
         DataError: Its manifest is missing, or not what the job wrote.
     """
-    with _named():
+    with _naming_setting():
         read_published(open_run(where))
 
 
 @contextmanager
-def _named() -> Iterator[None]:
+def _naming_setting() -> Iterator[None]:
     """Names the setting in what is wrong with the run that it gives; a fault of its files is one of data."""
     try:
         yield

@@ -17,7 +17,7 @@ from job.storage.base import delete_in_turn, read_record
 from job.storage.open import ObjectStore
 from job.storage.verified_download import altered
 
-_MAX_WORDS = 200
+_MAX_SHOWN = 200
 
 
 def read_complete(store: ObjectStore, cache: str | None = None) -> dict[str, Any] | None:
@@ -54,7 +54,7 @@ def _read(store: ObjectStore, cache: str | None = None) -> tuple[dict[str, Any] 
         results: dict[str, Any] = json.loads(stored.data)
         artifacts = [Artifact(**entry) for entry in results["artifacts"]]
     except (ValueError, KeyError, TypeError) as error:
-        return None, [f"{RESULTS}: {str(error)[:_MAX_WORDS]}"]
+        return None, [f"{RESULTS}: {str(error)[:_MAX_SHOWN]}"]
     if results.get("signing") and store.tag(SIGNATURE) is None:
         return results, [SIGNATURE]
     if missing_files := missing(store, artifacts):

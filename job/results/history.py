@@ -148,7 +148,7 @@ def _stores_at(location: str, storage: StorageOptions) -> Iterator[ObjectStore]:
     if len(listed) > MOST_LISTED:  # the newest run may be among those that were not seen
         what = f"holds more than {MOST_LISTED:,} objects; name the runs themselves, such as {store.uri}/RUN"
         raise SettingsError([Problem(location, what)])
-    inside = [key.removesuffix(f"/{RESULTS}") for key in listed if _is_of_run(key)]
+    inside = [key.removesuffix(f"/{RESULTS}") for key in listed if _is_manifest_of_run(key)]
     if not inside:
         if LEASE in listed:
             yield store  # a run without results
@@ -158,7 +158,7 @@ def _stores_at(location: str, storage: StorageOptions) -> Iterator[ObjectStore]:
         yield open_run_or_pointer(join(store.uri, name), storage)
 
 
-def _is_of_run(key: str) -> bool:
+def _is_manifest_of_run(key: str) -> bool:
     return key.count("/") == 1 and key.endswith(f"/{RESULTS}")
 
 

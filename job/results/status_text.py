@@ -75,11 +75,11 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
         "step": _if(status.step, lambda _: _step(status)),
         "loss": _if(status.loss, "{:.4f}".format),
         "speed": _if(status.tokens_per_second, "{:,.0f} target tokens/s".format),
-        "time left": _if(status.remaining_seconds if in_training else None, _left),
+        "time left": _if(status.remaining_seconds if in_training else None, _time_left),
         "scored": _if(None if in_training else status.questions, "{:,}".format),
-        "last record": _if(status.silent_seconds, lambda ago: _sign(status, ago)),
+        "last record": _if(status.silent_seconds, lambda ago: _last_record(status, ago)),
         "stages done": ", ".join(status.stages_done),
-        "checkpoints": _if(status.attempt, lambda _: _saved(status.checkpoints)),
+        "checkpoints": _if(status.attempt, lambda _: _checkpoint_steps(status.checkpoints)),
         "next attempt": _if(status.resume, _resume),
         f"attempt {end.attempt if end else 0} ended": _if(end, _end),
         "likely cause": status.likely,
@@ -103,11 +103,11 @@ def _if(value: T | None, render: Callable[[T], str]) -> str | None:
     return None if value is None else render(value)
 
 
-def _left(seconds: float) -> str:
+def _time_left(seconds: float) -> str:
     return f"{duration(seconds)} of training; the stages after it are not counted"
 
 
-def _sign(status: RunStatus, ago: float) -> str:
+def _last_record(status: RunStatus, ago: float) -> str:
     text = f"{moment(status.last_sign_of_life or '')} UTC ({duration(ago)} ago)"
     if status.state != "running" or status.stalled_after is None or ago < _QUIET_SECONDS:
         return text
@@ -116,7 +116,7 @@ def _sign(status: RunStatus, ago: float) -> str:
     )
 
 
-def _saved(steps: Sequence[int]) -> str:
+def _checkpoint_steps(steps: Sequence[int]) -> str:
     return f"step {', '.join(map(str, steps))}" if steps else "none"
 
 

@@ -86,7 +86,7 @@ class _Scored:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _FormatResult:
     """A format: its record, and the artifacts of its files and answers."""
 
     record: ExportRecord
@@ -141,7 +141,9 @@ def export(
     return Exported([result.record for result in results], artifacts, precision)
 
 
-def _whole_models(context: _Export, merged: Mapping[str, ExportFiles], why_only_one: str) -> Iterator[_Made | None]:
+def _whole_models(
+    context: _Export, merged: Mapping[str, ExportFiles], why_only_one: str
+) -> Iterator[_FormatResult | None]:
     """All formats that are no adapter: the merged model, and those that are made from it."""
     attempt, settings = context.attempt, context.settings
     scored = {name: _score(context, MERGED, name, files) for name, files in merged.items()}
@@ -152,7 +154,7 @@ def _whole_models(context: _Export, merged: Mapping[str, ExportFiles], why_only_
             artifact for result in scored.values() if result.evaluated for artifact in result.evaluated.artifacts
         ]
         artifacts += publish_files(attempt, merged[candidate], MERGED) if record.published else []
-        yield _Made(record, artifacts)
+        yield _FormatResult(record, artifacts)
     for name, files in merged.items():
         if name != candidate and attempt.processes.place.local_rank == 0:
             shutil.rmtree(files.folder, ignore_errors=True)  # the formats to come need the disk
@@ -160,7 +162,7 @@ def _whole_models(context: _Export, merged: Mapping[str, ExportFiles], why_only_
         yield _derived(context, name, candidate, merged[candidate])
 
 
-def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained) -> _Made | None:
+def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained) -> _FormatResult | None:
     """A copy of the adapter in another dtype: made, scored on the run's base, published. None in processes but 0."""
     attempt, (_, kind) = context.attempt, split_name(name)
     folder = attempt.work / "candidates" / derived_export(name)
@@ -202,15 +204,15 @@ def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained)
         return None
     record = replace(record, scores={_ON_BASE: scored.scores}, bytes=files.bytes)
     log.get_logger().info("exported", export=name, candidate=_ON_BASE, bytes=files.bytes)
-    return _Made(record, [*scored.artifacts, *publish_files(attempt, files, name)])
+    return _FormatResult(record, [*scored.artifacts, *publish_files(attempt, files, name)])
 
 
-def _not_made(context: _Export, record: ExportRecord, why: str) -> _Made | None:
+def _not_made(context: _Export, record: ExportRecord, why: str) -> _FormatResult | None:
     """A format that cannot be made, as was found after training: the run continues."""
     log.get_logger().warning("an export failed; the run goes on without it", export=record.format, why=why)
     if not context.attempt.processes.leads:
         return None
-    return _Made(replace(record, scores={record.candidate: {}}, published=False, not_made=why), [])
+    return _FormatResult(replace(record, scores={record.candidate: {}}, published=False, not_made=why), [])
 
 
 def _make_merged(context: _Export, loaded: Loaded) -> tuple[dict[str, ExportFiles], str]:
@@ -247,7 +249,7 @@ def _make_merged(context: _Export, loaded: Loaded) -> tuple[dict[str, ExportFile
     return candidates, shared["only"]
 
 
-def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -> _Made | None:
+def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -> _FormatResult | None:
     """A format that is made from the merged model: made, scored, published. None in all processes but 0."""
     attempt = context.attempt
     origin = seal({"files": dict(merged.hashes)})
@@ -255,7 +257,7 @@ def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -
     is_complete = earlier is not None and earlier.merged == origin and not attempt.damaged(earlier.artifacts)
     if attempt.processes.share("format of before", lambda: is_complete):
         log.get_logger().info("format was exported by an earlier attempt", export=name)
-        return None if earlier is None else _Made(earlier.export, earlier.artifacts)
+        return None if earlier is None else _FormatResult(earlier.export, earlier.artifacts)
     derived_by, _ = derived_format(name)
     work = attempt.work / "candidates" / derived_export(name)
     outcome = attempt.processes.share_on_machine(name, lambda: _make_derived(context, name, merged, work))
@@ -282,7 +284,7 @@ def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -
     artifacts = [*(scored.evaluated.artifacts if scored.evaluated else []), *publish_files(attempt, files, name)]
     attempt.keep(derived_export(name), json.dumps(asdict(DerivedExport(origin, record, artifacts))))
     shutil.rmtree(work, ignore_errors=True)
-    return _Made(record, artifacts)
+    return _FormatResult(record, artifacts)
 
 
 def _make_derived(context: _Export, name: str, merged: ExportFiles, work: Path) -> dict[str, Any]:

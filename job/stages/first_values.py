@@ -49,7 +49,7 @@ def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, 
         Preempted: The job was asked to stop.
     """
     if init in INFORMED:
-        _put(attempt, init, sources, model, steps)
+        _put_informed(attempt, init, sources, model, steps)
     begin_alike(attempt.processes, model)
 
 
@@ -72,7 +72,7 @@ def begin_alike(processes: Processes, model: Any) -> None:
         parameter.copy_(value)
 
 
-def _put(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> None:
+def _put_informed(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> None:
     from safetensors.torch import load_file
 
     processes = attempt.processes
@@ -96,7 +96,7 @@ def _publish(attempt: Attempt, init: str, sources: Sources, model: Any, steps: S
 
     log.get_logger().info(f"{NAME} are computed", init=init)
     if init == "eva":
-        _eva(attempt, model, steps)
+        _init_by_eva(attempt, model, steps)
     else:
         init_loftq(model, sources.original or sources.folder, attempt.check_stop)
     path = attempt.work / FIRST_TENSORS
@@ -107,7 +107,7 @@ def _publish(attempt: Attempt, init: str, sources: Sources, model: Any, steps: S
     return json.dumps(asdict(artifact))
 
 
-def _eva(attempt: Attempt, model: Any, steps: Steps) -> None:
+def _init_by_eva(attempt: Attempt, model: Any, steps: Steps) -> None:
     base = model.get_base_model()
     batches = eva_batches(steps, packed=is_packed(base))
     as_inputs: Callable[[list[Example]], dict[str, Any]] = (

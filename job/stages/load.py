@@ -82,7 +82,7 @@ def load(
         SettingsError: The settings do not fit the model or this machine.
         DataError: The model's folder cannot be loaded.
     """
-    setup = _choose(settings, sources, processes)
+    setup = _choose_setup(settings, sources, processes)
     base, kept_base = _load_base(settings, sources, processes, setup)
     model = _add_adapter(base, settings, sources, setup.options)
     names = find_published_names(model, sources.folder, quantized=sources.quantized)
@@ -95,7 +95,7 @@ def load(
         dtype=record.dtype,
         trainable_parameters=record.trainable_parameters,
     )
-    packing = _packing(model, settings, sources, processes, decided)
+    packing = _choose_packing(model, settings, sources, processes, decided)
     if begin is not None:
         seed = settings.run.seed if settings.data.seed is None else settings.data.seed
         begin(model, Steps(sources.examples, seed, settings.train.global_batch_size, setup.steps))
@@ -114,7 +114,7 @@ def load(
     return loaded
 
 
-def _choose(settings: Settings, sources: Sources, processes: Processes) -> _ModelSetup:
+def _choose_setup(settings: Settings, sources: Sources, processes: Processes) -> _ModelSetup:
     """Chooses device, dtype, kernels, micro-batches and placement, on which all processes agree."""
     device, train = choose_device(settings.run.device), settings.train
     if device.type == "cuda":
@@ -280,7 +280,7 @@ def _log_slower_ways(plan: ExecutionPlan, settings: Settings, sources: Sources, 
         log.get_logger().info(f"slower than it could be: {slowdown.what}", change=slowdown.change)
 
 
-def _packing(
+def _choose_packing(
     model: Any, settings: Settings, sources: Sources, processes: Processes, decided: Packing | None
 ) -> Packing:
     """Whether this model computes packed sequences correctly; all processes use one answer, since it affects bits."""

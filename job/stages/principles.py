@@ -86,7 +86,7 @@ def check_judge(options: Eval, judge: FoundJudge, check_stop: Callable[[], None]
     if judge.folder is not None:
         check_folder(judge.folder)
         return
-    server = _served(options, judge, seconds=CHECK_SECONDS)
+    server = _served_judge(options, judge, seconds=CHECK_SECONDS)
     if server.key is not None and not is_encrypted(server.url):
         log.get_logger().warning("JOB_EVAL__JUDGE_KEY is sent to the judge unencrypted; use an https:// address")
     try:
@@ -177,12 +177,12 @@ def judge_answers(
     choices_by_pair = {
         number: [_CHOICES[int(choice)] for choice in choices[position]] for position, number in enumerate(to_judge)
     }
-    return _publish(
+    return _publish_judgements(
         attempt, judge, [_judgement(base, choices_by_pair.get(number)) for number, (base, _) in enumerate(pairs)]
     )
 
 
-def _publish(attempt: Attempt, judge: FoundJudge, judgements: Sequence[Judgement]) -> Artifact:
+def _publish_judgements(attempt: Attempt, judge: FoundJudge, judgements: Sequence[Judgement]) -> Artifact:
     """Logs how often each side is preferred, and publishes the judgements."""
     counts = {
         word: [preference(judgement) for judgement in judgements].count(word) for word in ("adapter", "base", "tie")
@@ -228,12 +228,12 @@ def open_judge(options: Eval, judge: FoundJudge, device: str) -> Judge:
         DataError, SettingsError: A local model cannot be loaded.
     """
     if judge.folder is None:
-        return _served(options, judge)
+        return _served_judge(options, judge)
     torch_device = choose_device(device)
     return LocalJudge(judge.folder, torch_device, choose_dtype("auto", torch_device))
 
 
-def _served(options: Eval, judge: FoundJudge, seconds: float = SECONDS) -> ServedJudge:
+def _served_judge(options: Eval, judge: FoundJudge, seconds: float = SECONDS) -> ServedJudge:
     key = None if options.judge_key is None else options.judge_key.get_secret_value()
     return ServedJudge(judge.record.model, judge.record.served or "", key, seconds)
 

@@ -86,7 +86,7 @@ def publish(
     findings = [] if audit is None else [Artifact(FINDINGS, audit.bytes, audit.sha256)]
     measured = compare_measured(base.measured, adapter.measured)
     groups = compare_groups(sources.tasks.groups if sources.tasks else {}, base, adapter)
-    gated_scores = _judged(settings, adapter, exported)
+    gated_scores = _gated_scores(settings, adapter, exported)
     gated_comparisons = compare_tasks(base.scores, gated_scores) if gated_scores else {}
     if settings.gate.on == "adapter":
         gated_comparisons |= {**measured, **groups}
@@ -159,7 +159,7 @@ def _sign_folders(attempt: Attempt, results: Mapping[str, Any], key: EllipticCur
         else:
             files = signing.files_of(results, folder)
             content = signing.sign(key, folder.rstrip("/").rpartition("/")[2], files)
-            signed = _with_artifact(signed, _uploaded(attempt, path, content))
+            signed = _with_artifact(signed, _publish_bytes(attempt, path, content))
     if key is None:
         return signed
     pem = signing.public_key(key)
@@ -173,7 +173,7 @@ def _judgements(attempt: Attempt, adapter: Evaluated) -> list[Judgement]:
     return [judgement for artifact in files for judgement in parse_judgements(attempt.fetch(artifact).read_bytes())]
 
 
-def _judged(settings: Settings, adapter: Evaluated, exported: Exported) -> Mapping[str, TaskScores]:
+def _gated_scores(settings: Settings, adapter: Evaluated, exported: Exported) -> Mapping[str, TaskScores]:
     """The scores that the gate judges: the adapter's, or those of the exported format that is published."""
     for export in exported.exports:
         if export.format == settings.gate.on:
@@ -213,7 +213,7 @@ def publish_report_and_card(
     signer = None if key is None else signing.key_id(signing.public_key(key))
     complete = _with_artifact(
         results,
-        _published(
+        _publish_document(
             attempt,
             CARD,
             lambda: model_card.render_model_card(results, report.read_prompts(results, attempt.fetch), signer),
@@ -223,18 +223,18 @@ def publish_report_and_card(
         if export.get("published", True):
             card = export_folder(export["format"]) + EXPORT_CARD
             render = partial(model_card.render_export_card, results, export, signer)
-            complete = _with_artifact(complete, _published(attempt, card, render))
-    complete = _with_artifact(complete, _published(attempt, BOM, partial(bom.build, complete)))
+            complete = _with_artifact(complete, _publish_document(attempt, card, render))
+    complete = _with_artifact(complete, _publish_document(attempt, BOM, partial(bom.build, complete)))
     complete = _sign_folders(attempt, complete, key)
     return _with_artifact(
         complete,
-        _published(
+        _publish_document(
             attempt, REPORT, lambda: report.render_report(complete, report.read_report_data(complete, attempt.fetch))
         ),
     )
 
 
-def _published(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifact | None:
+def _publish_document(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifact | None:
     try:
         content = make()
     except JobError:
@@ -246,10 +246,10 @@ def _published(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifac
             exc_info=error,
         )
         return None
-    return _uploaded(attempt, key, content)
+    return _publish_bytes(attempt, key, content)
 
 
-def _uploaded(attempt: Attempt, key: str, content: bytes) -> Artifact:
+def _publish_bytes(attempt: Attempt, key: str, content: bytes) -> Artifact:
     path = attempt.work / key
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)

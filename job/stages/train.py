@@ -80,7 +80,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     restored = _restore(attempt, software_of(loaded.plan))
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
-    check_disk(attempt.work, required_bytes([], checkpoint_bytes(_size(model), recipe.optimizer)))
+    check_disk(attempt.work, required_bytes([], checkpoint_bytes(_parameter_count(model), recipe.optimizer)))
     folder = attempt.work / "artifacts"
     if processes.leads:
         # Now: the base's folder may be deleted during training.
@@ -339,7 +339,7 @@ def _fits(attempt: Attempt, watch: Stopwatch, publisher: AsyncUploader) -> Calla
     return fits
 
 
-def _size(model: Any) -> int:
+def _parameter_count(model: Any) -> int:
     return sum(parameter.numel() for parameter in trainable(model).values())
 
 

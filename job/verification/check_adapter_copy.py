@@ -34,12 +34,12 @@ def adapter_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differe
     yield from find_differences(f"{RESULTS} exports {export['format']} dtype", export["dtype"], kind)
     for name in sorted({*copy_names} & {*original_names}):
         if name == WEIGHTS:
-            yield from _rounded(folder + name, files_of_copy[name], originals[name], kind)
+            yield from _tensors_differ(folder + name, files_of_copy[name], originals[name], kind)
         elif files_of_copy[name].read_bytes() != originals[name].read_bytes():
             yield Difference(folder + name, "the bytes of the adapter's own file", "other bytes")
 
 
-def _rounded(where: str, copy: Path, original: Path, kind: str) -> Iterator[Difference]:
+def _tensors_differ(where: str, copy: Path, original: Path, kind: str) -> Iterator[Difference]:
     """The first tensor of a copy that is not the original's tensor rounded to `kind`."""
     from safetensors import SafetensorError
 
