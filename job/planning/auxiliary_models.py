@@ -28,7 +28,7 @@ class AuxiliaryModel:
 
     Attributes:
         name: What it does, as the plan calls it.
-        texts: Their number.
+        texts: Number of texts.
         tokens: Tokens of all texts, including those for the CPU; counted by the base's tokenizer or estimated from
             characters.
         on_processor: How many of them the CPU computes, while the GPU is idle.
@@ -136,7 +136,7 @@ def seconds(model: AuxiliaryModel, gpu: Gpu, *, disk: float, processor: float) -
 
     Args:
         model: The model.
-        gpu: What computes.
+        gpu: The GPU.
         disk: Bytes a second that are loaded.
         processor: Operations a second of the processor.
     """

@@ -100,7 +100,7 @@ def files_without_weights(model: Path, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """(names of the layers that get an adapter, parameters of the whole adapter)."""
+    """The adapter on a model: names of the layers that get one, and its number of parameters."""
 
     targets: tuple[str, ...]
     parameters: int
@@ -119,7 +119,7 @@ def preview_adapter(
     """Builds the model without weights, as a run does first, to find what LoRA adapts and what would be quantized.
 
     Args:
-        model: As `preview_model` found it.
+        model: As `preview_model` returned it; None if its files cannot be fetched.
         targets: `JOB_LORA__TARGET_MODULES`; None for the default of the architecture.
         quantization: `nf4` or `none`.
         max_length: Longest example in tokens.

@@ -64,7 +64,7 @@ def training_flops(setup: Setup, tokens: int, squares: int) -> int:
 
 
 def evaluation_flops(setup: Setup, tokens: int, reads: int) -> int:
-    """Operations of scoring so many tokens, at `reads` of which logits are formed: one forward pass, but attention."""
+    """Operations of scoring so many tokens, with logits at `reads` of them: one forward pass without attention."""
     a = setup.architecture
     return 2 * (a.used_parameters + setup.used_adapter) * tokens + 2 * a.head_parameters * reads
 

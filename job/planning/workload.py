@@ -19,7 +19,7 @@ class Workload:
     """What all optimizer steps process.
 
     Attributes:
-        steps: Their number.
+        steps: Number of optimizer steps.
         rows: Examples of the data set.
         tokens: Tokens of all steps, in all epochs.
         target_tokens: Those that the loss counts.

@@ -24,7 +24,7 @@ class Baseline:
     Attributes:
         run: The run's id.
         results: Its results as the user named them.
-        sha256: Their hash.
+        sha256: SHA-256 of its manifest.
         tasks: Its samples by task.
         dtype: What they were scored in.
     """
@@ -36,7 +36,7 @@ class Baseline:
     dtype: str
 
     def compared(self, scores: Mapping[str, TaskScores]) -> dict[str, Any]:
-        """The manifest's record of the baseline, and of how what the gate judges, by task, compares with it."""
+        """The manifest's record of the baseline, with the comparison of `scores`, which the gate judges, by task."""
         tasks = comparison.compare_tasks({task: self.tasks[task].scores for task in scores}, scores)
         return {
             "run": self.run,
@@ -76,7 +76,7 @@ def check_run(where: str) -> None:
 
 @contextmanager
 def _naming_setting() -> Iterator[None]:
-    """Names the setting in what is wrong with the run that it gives; a fault of its files is one of data."""
+    """Context manager: errors name JOB_GATE__BASELINE, and those about the baseline's files are DataError."""
     try:
         yield
     except (SettingsError, VerificationError) as error:

@@ -18,6 +18,7 @@ from job.storage.open import ObjectStore
 from job.storage.verified_download import altered
 
 _MAX_SHOWN = 200
+"""Characters of an error's text that are shown."""
 
 
 def read_complete(store: ObjectStore, cache: str | None = None) -> dict[str, Any] | None:

@@ -37,6 +37,7 @@ _VALIDATION = {
 _FIRST = "first stage of "
 """Beginning of the source of a value that the first stage has from a setting of its own."""
 _FIRST_STAGE_NAMES = {environment_name(name): environment_name(own) for name, own in FIRST_STAGE_SETTINGS.items()}
+"""Setting -> the setting of the first stage that replaces it, both as environment variables."""
 
 
 def split_stages(settings: Settings) -> tuple[Settings, ...]:

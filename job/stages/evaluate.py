@@ -118,7 +118,9 @@ def evaluate_adapter(
 
 
 def generation_rules(settings: Settings, sources: Sources, model: Any) -> dict[str, str]:
-    """`Evaluated.generation` of what this version answers, as it answers it; in process 0.
+    """`Evaluated.generation` by this version: task -> hash of the options that its answers are generated with.
+
+    In process 0, which has the tasks.
 
     A later attempt may be by another version, in which other tokens end an answer. The answers of base and adapter can
     be compared only if both were generated alike.

@@ -1,4 +1,4 @@
-"""Export: makes the requested formats, scores every one on the run's questions, publishes the best.
+"""Export: makes the requested formats, scores each on the run's questions, and publishes them.
 
 First copies of the adapter in other dtypes: they are scored on the run's base, which is still in memory. Then the
 merge, of which there may be two candidates: both are scored, and one is chosen. All other formats are made from that

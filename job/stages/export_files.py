@@ -47,7 +47,7 @@ def require_same_files(attempt: Attempt, name: str, candidates: Sequence[ExportF
     """Refuses files of other bytes on other machines: scores are shared among them. All processes call it.
 
     Args:
-        attempt: The attempt.
+        attempt: Its processes compare their hashes.
         name: Of the format.
         candidates: The files of each candidate.
 

@@ -73,6 +73,7 @@ def begin_alike(processes: Processes, model: Any) -> None:
 
 
 def _put_informed(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> None:
+    """Copies the published values into the adapter; process 0 computes and publishes them if there are none."""
     from safetensors.torch import load_file
 
     processes = attempt.processes
@@ -108,6 +109,7 @@ def _publish(attempt: Attempt, init: str, sources: Sources, model: Any, steps: S
 
 
 def _init_by_eva(attempt: Attempt, model: Any, steps: Steps) -> None:
+    """Gives the adapter EVA's values: the base computes the first sequences, packed if training packs them."""
     base = model.get_base_model()
     batches = eva_batches(steps, packed=is_packed(base))
     as_inputs: Callable[[list[Example]], dict[str, Any]] = (

@@ -123,9 +123,8 @@ def _scored_otherwise(recorded: Evaluated, precision: ScoringPrecision) -> bool:
     earlier = recorded.full_precision
     if earlier is None or not earlier.scores:
         return False
-    sums = (
-        earlier.dtype if recorded.precision is None else recorded.precision.sums
-    )  # None by older versions, as trained
+    # Older versions recorded no precision, and scored in the dtype of training.
+    sums = earlier.dtype if recorded.precision is None else recorded.precision.sums
     return (earlier.dtype, sums) != (precision.dtype, precision.sums)
 
 

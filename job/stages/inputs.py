@@ -52,7 +52,7 @@ def check_inputs(
     """
     checks = list(_data_sources(settings, later))
     checks += [(location, partial(find_questions, location)) for location in settings.eval.data.values()]
-    last = later[-1] if later else settings  # of prompts, principles, gate, exports and signature
+    last = later[-1] if later else settings  # has prompts, principles, gate, exports and signature
     if isinstance(last.eval.prompts, str):
         checks.append((last.eval.prompts, partial(_check_prompts, last.eval.prompts)))
     if not has_record:

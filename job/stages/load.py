@@ -50,8 +50,8 @@ class _ModelSetup:
         steps: All optimizer steps.
         options: The adapter's.
         budget: Token budget of a micro-batch, the same in all processes.
-        placement: Where the base's 4-bit weights are kept, likewise.
-        why_placed: Why, in words; empty if they are on the GPU.
+        placement: Where the base's 4-bit weights are kept, the same in all processes.
+        why_placed: Why they are kept there, in words; empty if they are on the GPU.
     """
 
     device: Any

@@ -121,6 +121,7 @@ def placement_problems(
 
 
 def _too_little_main_memory(requested: str, setup: Setup | None, processes: int, available: int) -> Iterator[Problem]:
+    """The problem of a base that is set to be in main memory, if it does not fit into `available` bytes."""
     free = int(MAIN_MEMORY_SHARE * available)
     if setup is None or requested != "host" or packed_bytes(setup) * processes <= free:
         return

@@ -235,6 +235,7 @@ def publish_report_and_card(
 
 
 def _publish_document(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifact | None:
+    """Publishes what `make` renders; None if that fails, which is logged."""
     try:
         content = make()
     except JobError:

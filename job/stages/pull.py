@@ -56,7 +56,7 @@ class _Shared:
     """What the first process of a machine writes for the others: paths, and the record of the pull.
 
     Attributes:
-        record: The record.
+        record: The record of the pull.
         folder: Of the base's files.
         quantized: Whether these are a quantized base of the cache.
         tokens: Of the tokenized rows.

@@ -102,9 +102,8 @@ def find_base(
         earlier is not None
         and kept_base is not None
         and kept_base.key is not None
-        and (
-            base.init != "loftq" or attempt.recorded(FIRST_VALUES, FirstValues) is not None
-        )  # else the unquantized base is needed
+        # else the unquantized base is needed
+        and (base.init != "loftq" or attempt.recorded(FIRST_VALUES, FirstValues) is not None)
         and (locations := _cache_locations(attempt, base, storage))
     ):
         recorded_entry = entry_at(kept_base.key, *locations, kept_base.index_sha256)

@@ -32,7 +32,7 @@ def pull_start_adapter(
     """The adapter that training starts from; None without one.
 
     Args:
-        attempt: The attempt.
+        attempt: Its work folder gets the adapter, at the commit that the first attempt recorded.
         location: Where it lies, from `start_of`.
         lora: Settings that it has to agree with.
         storage: How to reach stores.

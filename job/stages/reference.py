@@ -91,7 +91,7 @@ def _compute(attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, sh
         if not attempt.processes.leads:
             parallel.help(model)
             return None
-        # As questions: each sequence is an answer to nothing. What of it is a target is in the hash of the data.
+        # As questions: each sequence is a choice after an empty prompt. Which tokens are targets is in the data's hash.
         rows = [Question((), tuple(sequence.input_ids for sequence in example.sequences)) for example in examples]
         cache = ScoreCache(shared, SCORES, run_id, _conditions(sources, loaded))
         with log.progress("reference rows", len(rows), every=max(1, len(rows) // 10)) as show_progress:

@@ -82,7 +82,7 @@ def screen_rows(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Ob
     """A function that scores the rows' texts. The classifier is in memory only while it does.
 
     Args:
-        attempt: Its watchdog gets beats; its count of questions is what is scored, as progress.
+        attempt: Its watchdog is reset, and its count of questions grows, while rows are scored.
         safety: The classifier.
         settings: The device, and the run's name.
         shared: The store that contains all runs: a restart, or another run with the same rows, reuses the scores.
@@ -137,5 +137,5 @@ def _load(safety: SafetyModel, device: str) -> TextClassifier:
 
 
 def _facts(safety: SafetyModel) -> dict[str, object]:
-    """What determines a score: of the labels the chosen ones; not the threshold."""
+    """What determines a score: the model's files, and the labels that mean unsafe; not the threshold."""
     return {"sha256": safety.record.sha256, "labels": safety.record.unsafe_labels}

@@ -206,6 +206,7 @@ def _publish_adapter(
 
 
 def _stopped(attempt: Attempt, restored: manager.Restored, total_steps: int) -> Preempted:
+    """The error of a stopped attempt; in process 0 it names the newest checkpoint that is not damaged."""
     why = f"stopped by {attempt.stop.reason}"
     if not attempt.processes.leads:
         return Preempted(why)
