@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from statistics import fmean
+from fractions import Fraction
 from typing import Any
 
 from job.errors import DataError, Problem
@@ -238,9 +238,13 @@ def choose_candidate(scores: Mapping[str, Mapping[str, TaskScores]]) -> tuple[st
         scores: By candidate, the scores by task; two or more candidates. Of several that are best `dequantized` is
             taken, else the first.
     """
-    means = {name: fmean(task_scores.acc for task_scores in by_task.values()) for name, by_task in scores.items()}
+    # As fractions: rounding of floats would make one of two equal means the higher.
+    means = {
+        name: sum(Fraction(sum(one.correct), one.n) for one in by_task.values()) / len(by_task)
+        for name, by_task in scores.items()
+    }
     best = [name for name, mean in means.items() if mean == max(means.values())]
-    figures = ", ".join(f"{name} {100 * mean:.2f} %" for name, mean in means.items())
+    figures = ", ".join(f"{name} {float(100 * mean):.2f} %" for name, mean in means.items())
     if len(best) == 1:
         return best[0], f"the higher accuracy: {figures}"
     if DEQUANTIZED in best:

@@ -290,14 +290,14 @@ def _check_tokens(requests: Sequence[Any]) -> None:
     Raises:
         DataError: With all of them.
     """
-    problems = [
+    problems = dict.fromkeys(  # a question is in the requests of all its choices
         Problem(f"question {context[-80:]!r}", f"the tokenizer returns no tokens for {what}")
         for (context, choice), context_ids, choice_ids in requests
         for what, ids in (("it", context_ids), (f"its choice {choice!r}", choice_ids))
         if not ids
-    ]
+    )
     if problems:
-        raise DataError(problems)
+        raise DataError([*problems])
 
 
 def _task_result(task: Any, source: str, results: list[dict[str, Any]]) -> tuple[TaskScores, list[Sample]]:

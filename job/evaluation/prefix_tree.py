@@ -87,10 +87,9 @@ def walk(root: Node) -> Iterator[tuple[Node, Node, int]]:
 
 
 def token_positions(node: Node, ids: Sequence[int]) -> Iterator[int]:
-    """Yields the index in the packed sequence of each token of a path below the node, which the tree has to contain."""
+    """Yields the index in the packed sequence of each token of a path below the node, which was inserted there."""
     at = 0
     while at < len(ids):
         node = node.children[ids[at]]
-        here = min(len(node.tokens), len(ids) - at)
-        yield from range(node.start, node.start + here)
-        at += here
+        yield from range(node.start, node.start + len(node.tokens))  # a node ends wherever a path does
+        at += len(node.tokens)

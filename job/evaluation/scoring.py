@@ -215,7 +215,7 @@ def _pack(questions: Sequence[Question]) -> _Packed:
         last = end.start + len(end.tokens) - 1
         for choice in question.choices:
             packed.targets.extend(choice)
-            read = (last, *token_positions(end, choice[:-1]))[: len(choice)]
+            read = (last, *token_positions(end, choice[:-1]))
             packed.predicted_by.extend([index.setdefault(position, len(index)) for position in read])
     packed.reads.extend(index)
     return packed

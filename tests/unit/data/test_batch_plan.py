@@ -92,15 +92,6 @@ def test_micro_batches_are_packed_well(lengths: list[int], budget: int) -> None:
     assert len(sums) < 2 or sums[0] + sums[1] > budget
 
 
-@given(SEEDS, ROWS, st.integers(1, 8), st.integers(1, 8), st.integers(0, 30))
-def test_shares_of_processes_partition_the_step(seed: int, rows: int, world: int, each: int, step: int) -> None:
-    """Strided over any number of processes, the shares hold the step's rows once, and are as even as can be."""
-    whole = batch(seed, rows, world * each, step)
-    shares = [whole[rank::world] for rank in range(world)]
-    assert sorted(row for share in shares for row in share) == sorted(whole)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
 PROCESSES = st.integers(1, 9)
 
 
@@ -119,3 +110,17 @@ def test_every_example_is_dealt_to_one_process(lengths: list[int], processes: in
 def test_one_process_gets_the_step_as_it_is(lengths: list[int]) -> None:
     """Alone it trains on the plan's rows in the plan's order."""
     assert shares(lengths, 1) == [list(range(len(lengths)))]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dealt"),
+    [
+        ([1, 1, 1, 1, 4], [[4], [0, 1, 2, 3]]),
+        ([5, 5, 5], [[0, 2], [1]]),
+        ([3, 5, 4], [[1], [2], [0]]),
+        ([2], [[0], []]),
+    ],
+)
+def test_examples_are_dealt_the_longest_first(lengths: list[int], dealt: list[list[int]]) -> None:
+    """Golden: of equal lengths the first example comes first, and of processes with equally many tokens the first."""
+    assert shares(lengths, len(dealt)) == dealt

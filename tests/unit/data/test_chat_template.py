@@ -40,6 +40,13 @@ def test_the_text_is_that_of_transformers(template: str) -> None:
             assert render(messages, **options_here) == expected
 
 
+def test_a_conversation_of_any_length_is_rendered() -> None:
+    """Longer than a pipe holds, so that question and answer come in several parts; the next one begins anew."""
+    with open_template(toy_tokenizer("{% for message in messages %}{{ message['content'] }}|{% endfor %}")) as render:
+        for text in ("x" * 300_000, "é" * 70_000, "short"):
+            assert render([ASK | {"content": text}]) == f"{text}|"
+
+
 @pytest.mark.usefixtures("cold")
 def test_the_date_is_the_one_that_is_given() -> None:
     """A template gets the given day at its start for today, and the same lot each time where it draws one."""

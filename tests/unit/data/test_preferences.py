@@ -10,7 +10,7 @@ import pytest
 
 from job.data.dataset import load_examples
 from job.data.formats import Row
-from job.data.preferences import check_preference
+from job.data.preferences import check_preference, with_partners
 from job.errors import DataError
 from job.records import DatasetRecord, Example
 from tests.helpers import READING
@@ -206,3 +206,20 @@ def test_a_text_that_both_answers_begin_with_is_not_there_twice(tmp_path: Path) 
         {"prompt": "Hello", "chosen": "Hello!", "rejected": "Hello."},
     ):
         assert len(load(tmp_path, row, max_length=200)[0]) == 1
+
+
+def test_a_mismatched_answer_is_that_of_the_example_before() -> None:
+    """In the order of the first epoch, as in TRL's batches, the last one's for the first; each side by itself."""
+    examples = [
+        Example((1, 10 + n, 20 + n, 30 + n), (False, False, True, True), desirable=n % 2 == 0) for n in range(5)
+    ]
+    found = list(with_partners(examples, [(2, 0, 3), (1, 4)], 512))
+    assert [one.sequences[0].input_ids for one in found] == [one.input_ids for one in examples]
+    assert [one.desirable for one in found] == [True, False, True, False, True]
+    before = {2: 3, 0: 2, 3: 0, 1: 4, 4: 1}
+    assert [one.sequences[1].input_ids for one in found] == [
+        (1, 10 + n, 20 + before[n], 30 + before[n]) for n in range(5)
+    ]
+    assert all(one.sequences[1].targets == (False, False, True, True) for one in found)
+    cut = list(with_partners(examples, [(0, 1, 2, 3, 4)], 3))
+    assert [one.sequences[1].input_ids for one in cut] == [(1, 10 + n, 20 + (n - 1) % 5) for n in range(5)]

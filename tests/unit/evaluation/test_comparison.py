@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.evaluation import comparison, statistics
+from job.evaluation.policy import Policy
 from tests.helpers import task_scores as scores
 
 ANSWERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60)
@@ -49,6 +51,14 @@ def test_a_verdict_holds_for_all_tasks_at_once() -> None:
     assert alone["verdict"] == "improved"
     assert among["holm_p"] == pytest.approx(3 * alone["mcnemar_p"])
     assert among["verdict"] == "inconclusive"
+
+
+def test_examples_in_the_prompts_are_recorded() -> None:
+    """Their number where there are any; a task without examples has no such field."""
+    found = scores("t", [True, False])
+    (task,) = comparison.compare_tasks({"t": found}, {"t": replace(found, num_fewshot=5)}).values()
+    assert task["num_fewshot"] == 5
+    assert "num_fewshot" not in comparison.compare_tasks({"t": found}, {"t": found})["t"]
 
 
 def test_acc_norm_is_compared_apart() -> None:
@@ -129,6 +139,17 @@ def test_the_record_of_the_gate() -> None:
     assert comparison.evaluate_gate(tasks, metric="acc", min_delta=0.5, max_regression=None)["passed"] is False
 
 
+def test_the_gate_of_a_policy_is_met_by_its_rules() -> None:
+    """The record has the policy's verdict; reasons name what was judged, where that is not the adapter."""
+    policy = Policy.model_validate({"tasks": {"t": {"role": "critical", "min_gain": 0.0}}})
+    asked: dict[str, Any] = {"metric": "acc", "min_delta": None, "max_regression": None, "policy": policy}
+    met = comparison.evaluate_gate(compared(improved=80, regressed=0), **asked)
+    assert (met["passed"], met["reasons"], met["policy"]["outcome"]) == (True, [], "passed")
+    missed = comparison.evaluate_gate(compared(improved=0, regressed=80), **asked, on="merged")
+    assert (missed["passed"], missed["on"], missed["policy"]["outcome"]) == (False, "merged", "failed")
+    assert [reason.partition(": ")[0] for reason in missed["reasons"]] == ["merged, t"]
+
+
 def test_the_gate_looks_back_to_a_baseline() -> None:
     """Where there is an earlier run, the thresholds are about the difference from it, not from the base model."""
     gain, loss = compared(improved=80, regressed=0), compared(improved=0, regressed=80)
@@ -138,15 +159,63 @@ def test_the_gate_looks_back_to_a_baseline() -> None:
     assert record["baseline"] == {"tasks": loss}
 
 
+def test_an_export_is_compared_with_each_of_the_others() -> None:
+    """Its figures less the other's: of 20 questions it has 12 right, the others 8, 14 and 16."""
+    base, adapter, exported, original = (
+        {"quiz": scores("quiz", [n < right for n in range(20)])} for right in (8, 14, 12, 16)
+    )
+    found = comparison.compare_export(base, adapter, exported, original)["quiz"]
+    assert (found["n"], found["scores"]["acc"]) == (20, 0.6)
+    for name, delta, improved, regressed in (("base", 0.2, 4, 0), ("adapter", -0.1, 0, 2), ("original", -0.2, 0, 4)):
+        acc = found[f"versus_{name}"]["acc"]
+        assert acc["delta"] == pytest.approx(delta)
+        assert (acc["improved"], acc["regressed"]) == (improved, regressed)
+    assert "versus_original" not in comparison.compare_export(base, adapter, exported)["quiz"]
+
+
+@pytest.mark.parametrize(
+    ("right", "best", "reason"),
+    [
+        (
+            {"original": (7, 5), "dequantized": (8, 3)},
+            "original",
+            "the higher accuracy: original 60.00 %, dequantized 55.00 %",
+        ),
+        (
+            {"original": (8, 4), "dequantized": (7, 5)},  # as floats the first mean is above the second by rounding
+            "dequantized",
+            "the same accuracy (original 60.00 %, dequantized 60.00 %), and the adapter was trained on",
+        ),
+        (
+            {"one": (1, 1), "two": (2, 2), "three": (2, 2)},
+            "two",
+            "the same accuracy (one 10.00 %, two 20.00 %, three 20.00 %)",
+        ),
+    ],
+)
+def test_the_candidate_of_the_highest_mean_is_published(
+    right: dict[str, tuple[int, int]], best: str, reason: str
+) -> None:
+    """Over two tasks of ten questions; of equal ones what the adapter was trained on, else the first."""
+    found = {
+        name: {task: scores(task, [n < count for n in range(10)]) for task, count in zip("ab", counts, strict=True)}
+        for name, counts in right.items()
+    }
+    chosen, why = comparison.choose_candidate(found)
+    assert chosen == best
+    assert why.startswith(reason)
+
+
 def test_questions_that_rows_have_are_left_out_of_a_second_comparison() -> None:
     """It is the comparison of the other questions alone; with fewer than two of them there is none."""
     base, adapter = [True, False, False, False, True, False], [True, True, True, False, True, False]
-    scored = {"quiz": scores("quiz", base)}, {"quiz": scores("quiz", adapter)}
+    scored = {"quiz": scores("quiz", base, adapter)}, {"quiz": scores("quiz", adapter, base)}
     whole = comparison.compare_tasks(*scored)["quiz"]
     found = comparison.compare_tasks(*scored, overlap={"quiz": [1, 2], "other": [0]})["quiz"]
     rest = found.pop("without_overlap")
     assert found == whole
     assert (rest["n"], rest["base"]["acc"], rest["adapter"]["acc"]) == (4, 0.5, 0.5)
     assert (rest["improved"], rest["regressed"], rest["delta"]) == (0, 0, 0.0)
+    assert (rest["base"]["acc_norm"], rest["acc_norm"]["delta"]) == (0.5, 0.0)
     assert comparison.compare_tasks(*scored, overlap={"quiz": [0, 1, 2, 3, 4]})["quiz"]["without_overlap"] is None
     assert "without_overlap" not in comparison.compare_tasks(*scored, overlap={"quiz": []})["quiz"]

@@ -364,17 +364,22 @@ def test_a_task_with_fractions_of_a_point_is_refused(tokenizer: Any, tmp_path: P
         evaluate(local_tasks(truthfulqa_mc2=file), tokenizer, score, limit=None)
 
 
-def test_a_question_without_tokens_is_an_error_of_the_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("known", "choices", "what"), [(ascii_letters, ["red", "42"], "its choice ' 42'"), ("z", ["z", "zz"], "it$")]
+)
+def test_a_question_without_tokens_is_an_error_of_the_data(
+    tmp_path: Path, known: str, choices: list[str], what: str
+) -> None:
     """A tokenizer may drop what it does not know: what is left of nothing has no likelihood, and is named."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = Tokenizer(models.BPE({letter: n for n, letter in enumerate(ascii_letters)}, []))
+    letters = Tokenizer(models.BPE({letter: n for n, letter in enumerate(known)}, []))
     letters.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="z")
-    rows = [row | {"choices": {"text": ["red", "42"], "label": ["A", "B"]}, "answerKey": "A"} for row in arc_rows(2)]
+    rows = [row | {"choices": {"text": choices, "label": ["A", "B"]}, "answerKey": "A"} for row in arc_rows(2)]
     file = write_jsonl(tmp_path / "q.jsonl", rows)
-    with pytest.raises(DataError, match="no tokens for its choice ' 42'") as caught:
+    with pytest.raises(DataError, match=f"no tokens for {what}") as caught:
         evaluate(local_tasks(arc_easy=file), tokenizer, lambda _: pytest.fail("scored"), limit=None)
     assert len(caught.value.problems) == len(rows)
     with pytest.raises(DataError, match="no tokens for a part of it"):  # a plan finds it too

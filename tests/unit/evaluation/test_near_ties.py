@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from job.evaluation import statistics
+from job.evaluation import samples, statistics
 from job.evaluation.comparison import compare_near_ties
 from job.evaluation.near_ties import BOUNDS, close_questions, near_ties
 from job.evaluation.samples import Sample
@@ -66,6 +66,13 @@ def test_by_length_the_bound_is_the_same_nats() -> None:
     assert close_questions([same], by_length=True) == close_questions([same], by_length=False)
 
 
+def test_scores_have_the_near_ties_of_each_metric() -> None:
+    """The first question is one of `acc` only, and the second, -2/2 against -4.2/4 a character, one of `acc_norm`."""
+    asked = [sample([-2.0, -2.3], gold=0, lengths=[1, 50]), sample([-2.0, -4.2], gold=0, lengths=[2, 4])]
+    found = samples.task_scores(asked, task="t", source="s", version="1")
+    assert (found.close, found.close_norm) == ((Close(0, 0.3, 0.3),), (Close(1, 0.1333, 0.1333),))
+
+
 def test_a_near_tie_is_one_for_the_type_that_scored_it() -> None:
     """A margin of 0.3 nats is within bf16's error and outside fp16's and fp32's."""
     close = close_questions([sample([-2.0, -2.0 - margin], gold=0) for margin in (0.3, 0.04, 0.0)], by_length=False)
@@ -103,11 +110,26 @@ def test_all_near_ties_at_worst_are_compared_by_the_statistics() -> None:
     assert lost["tasks"]["t"]["acc"]["holds"] is False
 
 
+def test_near_ties_by_length_are_those_of_acc_norm() -> None:
+    """They leave `acc` as it is, and decide `acc_norm` as near ties of `acc` decide that."""
+    answers, close = ([False] * 20 + [True] * 80, [True] * 100), ((Close(0, 0.1, 0.1),), (Close(5, 0.1, 0.1),))
+    plain = [scored(correct, *near) for correct, near in zip(answers, close, strict=True)]
+    by_length = [replace(one, close=(), correct_norm=one.correct, close_norm=one.close) for one in plain]
+    expected, found = (compare_near_ties({"t": base}, {"t": adapter}, "bf16") for base, adapter in (plain, by_length))
+    assert expected is not None
+    assert found is not None
+    acc, acc_norm = (found["tasks"]["t"][metric] for metric in ("acc", "acc_norm"))
+    assert acc_norm == expected["tasks"]["t"]["acc"]
+    assert acc_norm["lowest"]["delta"] == pytest.approx(0.18)
+    assert (acc["base"], acc["lowest"]["delta"], acc["highest"]["delta"]) == (0, 0.2, 0.2)
+
+
 def test_scores_of_older_versions_have_none() -> None:
     """Where near ties were not looked for there is no record of them, rather than one that says there are none."""
     known, unknown = scored([True, False]), task_scores("t", [True, False])
     assert compare_near_ties({"t": unknown}, {"t": known}, "bf16") is None
     assert compare_near_ties({"t": known}, {"t": known}, "fp8") is None
+    assert compare_near_ties({"t": known}, {}, "fp32") is None
     found = compare_near_ties({"t": known}, {"t": known}, "fp32")
     assert found is not None
     assert math.isclose(found["tasks"]["t"]["acc"]["lowest"]["delta"], 0)

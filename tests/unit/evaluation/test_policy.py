@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, t, ttest_1samp, ttest_ind
 
 from job.errors import SettingsError
 from job.evaluation.policy import Policy, check_policy, read_policy
@@ -137,6 +137,35 @@ def test_different_kinds_of_evidence_are_combined() -> None:
     assert mixed["rules"][-1]["n"] == 202
 
 
+def test_two_tasks_are_combined_as_welch_s_test_has_it() -> None:
+    """With equally many questions their mean is half the difference of one and the other's negative, as scipy has it.
+
+    A task in which all questions changed alike adds neither error nor degrees of freedom.
+    """
+    generator = np.random.default_rng(5)
+    rules = {name: {"role": "critical", "metric": "score", "min_gain": 0.0} for name in ("one", "two")}
+
+    def combined(*tasks: Any) -> Any:
+        found = []
+        for task in tasks:
+            low, high = ttest_1samp(task, 0).confidence_interval(0.95)
+            found.append(measured((low + high) / 2, (high - low) / 2, n=len(task)))
+        asked = {**rules, "combined": {"min_gain": 0.0}}
+        return judged(asked, **dict(zip(("one", "two"), found, strict=True)))["rules"][-1]
+
+    one, two = generator.normal(0.3, 1, 10), generator.normal(0.3, 0.2, 10)
+    theirs = ttest_ind(one, -two, equal_var=False, alternative="greater")
+    found = combined(one, two)
+    assert (found["found"], found["p_met"]) == pytest.approx(((one.mean() + two.mean()) / 2, theirs.pvalue))
+    same = judged({**rules, "combined": {"min_gain": 0.0}}, one=measured(0.3, 0.4, n=10), two=measured(0.1, 0.0, n=10))[
+        "rules"
+    ][-1]
+    exact = measured(0.0, 0.0, n=10, aggregation="bits_per_byte")
+    detected = judged({**rules, "combined": {"max_detectable_effect": 0.1}}, one=exact, two=exact)["rules"][-1]
+    assert (detected["found"], detected["outcome"]) == (0, "met")
+    assert same["p_met"] == pytest.approx(t.sf(0.2 / (0.4 / t.ppf(0.975, 9) / 2), 9))
+
+
 def test_a_t_test_that_has_no_difference_passes_at_the_nominal_rate() -> None:
     """Of 1,000 runs without a difference, 5 % show a gain."""
     from job.evaluation.statistics import paired_ratio
@@ -167,6 +196,7 @@ def test_supporting_tasks_decide_together_only() -> None:
     assert judged(dict(rules), arc=GAINED, wino=LOST)["passed"]
     together = judged({**rules, "combined": {"min_gain": 0.0}}, arc=GAINED, wino=LOST)
     assert (together["outcome"], together["rules"][-1]["found"]) == ("inconclusive", 0)
+    assert [reason.partition(":")[0] for reason in together["reasons"]] == ["all tasks together"]
     guarded = {**rules, "wino": {"role": "guarded", "max_loss": 0.2}, "combined": {"min_gain": 0.0}}
     assert judged(guarded, arc=GAINED, wino=LOST)["rules"][-1]["n"] == 1000
 

@@ -56,7 +56,10 @@ def alone(plain: Any, context: tuple[int, ...], choice: tuple[int, ...]) -> Choi
 
 
 def test_choices_score_as_they_do_alone(base_folder: Path) -> None:
-    """Log-likelihood and greediness of each choice are those of a plain forward pass over it alone."""
+    """Log-likelihood and greediness of each choice are those of a plain forward pass over it alone.
+
+    Also of a model that cannot run packed sequences, which has a pass for each choice.
+    """
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, attn_implementation="eager")
@@ -70,12 +73,14 @@ def test_choices_score_as_they_do_alone(base_folder: Path) -> None:
     with model(base_folder).disable_adapter():
         scored += score_sequence(model(base_folder), [greedy])
     assert [score.greedy for score in scored[-1]] == [True, False, False]
-    for question, scores in zip([*questions, greedy], scored, strict=True):
-        assert len(scores) == len(question.choices)
-        for choice, score in zip(question.choices, scores, strict=True):
+    by_itself = score_sequence(plain, [*questions, greedy])
+    for question, scores, others in zip([*questions, greedy], scored, by_itself, strict=True):
+        assert len(scores) == len(others) == len(question.choices)
+        for choice, score, other in zip(question.choices, scores, others, strict=True):
             expected = alone(plain, question.context, choice)
             assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-4)
-            assert score.greedy == expected.greedy
+            assert other.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-5)
+            assert score.greedy == other.greedy == expected.greedy
 
 
 @pytest.mark.parametrize("budget", [1, 60, 200, 100_000])
@@ -150,6 +155,7 @@ def test_the_packed_sequence_holds_every_path(questions: list[Question]) -> None
                 assert [packed.positions[token] for token in seen] == list(range(len(seen)))
                 assert packed.targets[at] == target
                 at += 1
+    assert at == len(packed.targets) == len(packed.predicted_by)
     assert len(set(packed.reads)) == len(packed.reads)
 
 

@@ -151,11 +151,14 @@ def test_sampled_answers_come_from_the_seed(base_folder: Path, tokenizer: Any, t
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"until": "\n", "max_gen_toks": 9}, GenerationOptions(9, ("\n",))),
+        ({"until": "\n", "max_gen_toks": 1}, GenerationOptions(1, ("\n",))),
         ({"until": ["a"], "do_sample": False, "temperature": 0.0}, GenerationOptions(256, ("a",))),
         ({"temperature": 0.5, "top_p": 0.9}, GenerationOptions(256, (), Sampling(0.5, 50, 0.9, 7))),
         ({"do_sample": False, "top_k": -1}, GenerationOptions(256)),
         ({"temperature": 0.5, "top_k": 0}, GenerationOptions(256, (), Sampling(0.5, 0, 1.0, 7))),
+        ({"num_beams": 1}, GenerationOptions(256)),
+        ({"num_beams": 2}, None),
+        ({"do_sample": True}, None),  # lm-eval's temperature is 0 where a task names none
         ({"do_sample": True, "temperature": 0.0}, None),
         ({"repetition_penalty": 1.2}, None),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from job.common.gpu_context import CONTEXT_BYTES
 from job.common.resources import MARGIN_BYTES as RESERVED
 from job.model.architecture import Architecture
 from job.planning import forecast_time, run_shape, time_model
-from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
+from job.planning.auxiliary_models import AuxiliaryModel, count_weights, judging, screening
 from job.planning.forecast import estimates, forecast_gpu
 from job.planning.forecast_input import EVALUATIONS, ForwardWork, RunShape
 from job.planning.forecast_memory import scoring_bytes
@@ -335,34 +337,69 @@ def test_the_classifier_and_the_judge_take_time() -> None:
     assert (figures["safety screen, texts"].value, figures["safety screen, texts"].basis) == (1040, "computed")
     assert (figures["safety screen, tokens"].value, figures["safety screen, tokens"].basis) == (100_400, "assumed")
     assert figures["safety screen"].value == 2 * weights * 100_400
+    unknown = judging(200, 10_000, None, 2, served=False)
+    assert [one.note.partition("; ")[2] for one in (judge, unknown)] == [
+        "equal answers are not judged",
+        "the size of its weights is unknown: not in the hours",
+    ]
     assert "the server's time is not in the hours" in figures["judge, tokens"].note
     assert "judge" not in figures
 
 
-def test_a_reference_takes_time() -> None:
-    """The forward passes of dpo and kto before training are counted among the hours, and shown."""
-    rows = ForwardWork(count=1, rows=100, tokens=500_000, target_tokens=400_000, longest=900)
-    with_it = replace(RUN, reference=rows)
-    before, after = (forecast_gpu(BY_NAME["A100 80GB"], run, REFERENCE).hours or 0 for run in (RUN, with_it))
-    assert after > before > 0
-    shown = {figure.name: figure.value for figure in estimates(with_it)}
-    assert shown["reference, once"] > 0
-    assert not any("reference" in figure.name for figure in estimates(RUN))
+@pytest.mark.parametrize(
+    ("config", "width", "heads", "expected"),
+    [
+        ({"torch_dtype": "float16"}, 2, False, 3000 - 800),
+        ({"torch_dtype": "float16", "tie_word_embeddings": False}, 2, False, 3000 - 800),
+        ({"dtype": "float64", "tie_word_embeddings": False}, 8, True, 3000 - 2 * 800),
+        ({"dtype": "bfloat16"}, 2, True, 3000 - 800),  # transformers' default: the output layer is the embedding
+        ({}, 4, True, 3000 - 800),
+        ({"hidden_size": None}, 4, False, 3000),
+        ({"quantization_config": {"quant_method": "gptq"}}, 4, False, None),
+    ],
+)
+def test_the_weights_of_an_auxiliary_model(
+    tmp_path: Path, config: dict[str, Any], width: int, *, heads: bool, expected: int | None
+) -> None:
+    """Of 3,000 in files of this width, all but the tables of 100 tokens; also where the text model is a part."""
+    sizes = {"vocab_size": 100, "hidden_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | config), encoding="utf-8")
+    assert count_weights(tmp_path, 3000 * width, heads=heads) == expected
+    assert count_weights(tmp_path, None, heads=heads) is None
+    outer = {name: value for name, value in config.items() if name in {"dtype", "quantization_config"}}
+    whole = outer | {"text_config": sizes | {name: value for name, value in config.items() if name not in outer}}
+    (tmp_path / "config.json").write_text(json.dumps(whole), encoding="utf-8")
+    assert count_weights(tmp_path, 3000 * width, heads=heads) == expected
+    assert count_weights(tmp_path / "missing", 3000, heads=heads) is None
 
 
-def test_validations_take_time() -> None:
-    """Forward passes over the validation rows are counted among the hours, and shown."""
-    held_out = ForwardWork(count=10, rows=100, tokens=50_000, target_tokens=40_000, longest=900)
-    with_them = replace(RUN, validation=held_out)
-    before, after = (forecast_gpu(BY_NAME["A100 80GB"], run, REFERENCE).hours for run in (RUN, with_them))
-    assert before is not None
-    assert after is not None
-    assert after > before
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("field", "count"), [("reference", 1), ("validation", 10)])
+def test_rows_that_are_only_read_take_time(field: str, count: int, processes: int) -> None:
+    """The forward passes over the rows of validations, and of the reference of dpo and kto, shared by all GPUs.
+
+    13 micro-batches of 4,096 tokens each time, or seven of two GPUs; as long as they compute, or read the weights.
+    """
+    rows = ForwardWork(count=count, rows=100, tokens=50_000, target_tokens=40_000, longest=900)
+    plain = replace(RUN, processes=processes)
+    with_them = replace(plain, **{field: rows})
+    shared = processes * (SCORING_EFFICIENCY if processes > 1 else 1)
+    flops = count * time_model.evaluation_flops(REFERENCE, 50_000, 40_000)
+    computing = replace(BY_NAME["A100 80GB"], bandwidth=1e20)
+    reading = replace(BY_NAME["A100 80GB"], flops=1e30)
+    weights = 4.5 * REFERENCE.architecture.linear_parameters
+    for gpu, expected in (
+        (computing, flops / (time_model.UTILISATION * computing.flops) / shared),
+        (reading, count * {1: 13, 2: 7}[processes] * weights / reading.bandwidth / (shared / processes)),
+    ):
+        before, after = (forecast_gpu(gpu, run, REFERENCE).hours or 0 for run in (plain, with_them))
+        assert 3600 * (after - before) == pytest.approx(expected, rel=1e-6)
     shown = {figure.name: figure.value for figure in estimates(with_them)}
-    assert shown["validation rows"] == 100
-    assert shown["validations"] == 10
-    assert shown["validation, all"] > 0
-    assert not any("validation" in figure.name for figure in estimates(RUN))
+    name = {"reference": "reference, once", "validation": "validation, all"}[field]
+    assert shown[name] == flops
+    assert not any(field in figure.name for figure in estimates(plain))
+    if field == "validation":
+        assert (shown["validation rows"], shown["validations"]) == (100, 10)
 
 
 def test_a_first_stage_takes_time() -> None:
@@ -470,6 +507,9 @@ def test_a_row_that_does_not_fit_on_one_gpu(processes: int, over: int) -> None:
         divided = {figure.name: figure for figure in estimates(run)}["memory: activations, divided"]
         whole = {figure.name: figure for figure in estimates(run)}["memory: activations"]
         assert divided.value < whole.value
+        ample = replace(gpu, memory_bytes=10**13)
+        alone_there = per_second(replace(run, processes=1), REFERENCE, ample)
+        assert per_second(run, REFERENCE, gpu) == pytest.approx(over * LONG_ROW_EFFICIENCY * alone_there)
     else:
         assert "2 of these GPUs compute the longest row together (JOB_RUN__PROCESSES=2)" in found.note
     off = forecast_gpu(gpu, replace(run, divide=False), REFERENCE)
@@ -589,12 +629,12 @@ def test_an_evaluation_is_as_measured_on_an_h200() -> None:
 
 
 def test_narrow_experts_are_slower() -> None:
-    """Of a mixture like Qwen3-30B-A3B; one with experts as wide as Mixtral's trains like a dense model."""
+    """Of a mixture like Qwen3-30B-A3B; one with experts as wide as Mixtral's trains like a dense model of any width."""
     shape = REFERENCE.architecture
     run = replace(RUN, fused=True, budget_by_gpu=True)
 
-    def reached(width: int) -> float:
-        mixture = replace(shape, intermediate=8 * width, experts=64, chosen=8)
+    def reached(width: int, experts: int = 64, chosen: int = 8) -> float:
+        mixture = replace(shape, intermediate=chosen * width, experts=experts, chosen=chosen)
         setup = replace(REFERENCE, architecture=mixture, targets=tuple(mixture.linear))
         flops = time_model.training_flops(replace(setup, recompute=False), WORK.tokens, WORK.squares)
         gpu = replace(BY_NAME["H200"], memory_bytes=10**13, bandwidth=1e18)
@@ -602,6 +642,18 @@ def test_narrow_experts_are_slower() -> None:
 
     assert reached(768) == pytest.approx(time_model.FINE_EXPERTS_UTILISATION, rel=1e-3)
     assert reached(14_336) == pytest.approx(time_model.FUSED_UTILISATION, rel=1e-3)
+    assert reached(768, experts=0, chosen=1) == pytest.approx(time_model.FUSED_UTILISATION, rel=1e-3)
+
+
+def test_weights_are_read_for_each_micro_batch() -> None:
+    """Where that takes longest: for the forward pass, recomputation and the backward pass; in an evaluation once."""
+    gpu = replace(BY_NAME["A100 80GB"], flops=1e30)
+    reading = 4.5 * REFERENCE.architecture.linear_parameters / gpu.bandwidth
+    questions = TaskTokens(1, 30_000, 100)
+    for steps, micro_batches in ((94, 94), (1, 86)):  # of 348,932 tokens in all, 4,096 at a time
+        run = replace(RUN, workload=replace(WORK, steps=steps), questions=questions)
+        expected = (3 * micro_batches + EVALUATIONS * 4) * reading + START_SECONDS + EVALUATIONS * SCORING_SECONDS
+        assert 3600 * (forecast_gpu(gpu, run, REFERENCE).hours or 0) == pytest.approx(expected)
 
 
 def test_several_gpus_share_training_and_scoring() -> None:
@@ -632,6 +684,14 @@ def test_more_gpus_never_make_more_than_they_are(gpus: int, rows: int, tokens: f
     assert found.training * found.parts < gpus or gpus == 1
     assert divide(gpus, step_rows=rows, step_tokens=2 * tokens, rows_divided=False).training >= found.training
     assert [training_efficiency(at) for at, _ in TRAINING_EFFICIENCY] == pytest.approx([0.94, 0.96])
+
+
+def test_efficiency_between_and_beyond_the_measured_points() -> None:
+    """Lost time as a share: the mean of both halfway by 1 / tokens, twice as much with half the tokens, never less."""
+    few, many = 1 / 0.94 - 1, 1 / 0.96 - 1
+    halfway = 2 / (1 / 1_900 + 1 / 7_500)
+    found = [1 / training_efficiency(tokens) - 1 for tokens in (950, halfway, 1e9)]
+    assert found == pytest.approx([2 * few, (few + many) / 2, many])
 
 
 def test_a_divided_row_is_computed_by_all() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -10,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import ttest_rel
 
-from job.errors import DataError, VerificationError
+from job.errors import DataError, SettingsError, VerificationError
 from job.evaluation import statistics
 from job.records import GroupSpec
 from job.results.compare import compare, evaluate_by_policy, gate_reasons
@@ -81,6 +84,58 @@ def test_each_adapter_is_shown_with_its_own_bases(tmp_path: Path) -> None:
     assert "Each adapter and its own bases" not in "\n".join(as_markdown(compare(b, b)))
 
 
+def measured_by(run: PublishedRun, task: str, values: list[float]) -> PublishedRun:
+    """A run that was asked of all its tasks only one, and one without choices, with these values of the adapter's."""
+    hashes = dict.fromkeys(("doc_hash", "prompt_hash", "target_hash"), "0" * 64)
+    rest: dict[str, Any] = {"prompt": "", "target": "", "responses": [], "filtered": {}}
+    rows = [{"id": str(n), **hashes, **rest, "values": {"f1,none": [one, 1.0]}} for n, one in enumerate(values)]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path = "artifacts/evaluation/said.adapter.jsonl"
+    run.store.write(path, data)
+    said = {"kind": "generate_until", "source": "s", "version": "1", "num_fewshot": 0}
+    said |= {
+        "reused_from": {"adapter": None},
+        "metrics": {"f1,none": {"aggregation": "mean", "higher_is_better": True}},
+    }
+    evaluation = run.results["evaluation"]
+    evaluation = {**evaluation, "tasks": {task: evaluation["tasks"][task]}, "measured": {"said": said}}
+    file = {"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    results = {**run.results, "evaluation": evaluation, "artifacts": [*run.results["artifacts"], file]}
+    return replace(run, results=results)
+
+
+def test_tasks_without_choices_are_paired_by_question(runs: tuple[PublishedRun, PublishedRun]) -> None:
+    """Figures, interval and p value are scipy's paired t test of the adapters' answers, also where no task has choices.
+
+    A task that only one run was asked is named, and the gate judges by the metric of the common ones.
+    """
+    chance = random.Random(1)
+    before = [chance.random() for _ in range(30)]
+    after = [one + chance.gauss(0.2, 0.2) for one in before]
+    a, b = measured_by(runs[0], "quiz", before), measured_by(runs[1], "more", after)
+    found = compare(a, b)
+    metric, theirs = found["measured"]["said"]["metrics"]["f1,none"], ttest_rel(after, before)
+    assert (metric["a"], metric["b"]) == pytest.approx((sum(before) / 30, sum(after) / 30))
+    assert metric["ci95"] == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    assert (metric["p"], metric["verdict"]) == (pytest.approx(theirs.pvalue), "improved")
+    assert (found["tasks"], found["only"]) == ({}, {"a": ["quiz"], "b": ["more"]})
+    assert gated(a, b) == gated(a, b, metric="f1,none") == ["quiz was not asked of B"]
+    drop = f"said: f1,none regressed by {metric['delta']:.4f}, p = {theirs.pvalue:.2g}"
+    assert gated(b, a, metric="f1,none") == ["more was not asked of B", drop]
+    with pytest.raises(SettingsError, match="--metric: is bleu,none, which no task has"):
+        gated(a, b, metric="bleu,none")
+
+
+def test_a_first_stage_is_compared_without_the_path_of_its_metrics(runs: tuple[PublishedRun, PublishedRun]) -> None:
+    """Of a run that trained in two stages against one that did not."""
+    a, b = runs
+    first = {"method": "sft", "steps": 9, "loss": 1.75}
+    training = {**b.results["training"], "first_stage": first | {"metrics": {"path": "sft/artifacts/metrics.jsonl"}}}
+    found = compare(a, replace(b, results={**b.results, "training": training}))["training"]
+    stage = {name: pair for name, pair in found.items() if name.startswith("first_stage.")}
+    assert stage == {f"first_stage.{name}": {"a": None, "b": value} for name, value in first.items()}
+
+
 def test_groups_and_exports_are_compared(tmp_path: Path) -> None:
     """Groups that both runs have, by the adapters' answers; formats with their accuracy and what each lost."""
     spec = GroupSpec("1", ("quiz", "riddles"), {"acc,none": False}, {"acc,none": True})
@@ -127,12 +182,13 @@ def test_exports_of_two_runs_are_paired_by_question(tmp_path: Path) -> None:
     """Where both have the format and scored it: B's answers against A's, as `statistics.compare` has them."""
     answers = [[right for _, right in pairs(60, improved=count)] for count in (9, 30)]
     one, two = (
-        publish_run(tmp_path / name, {"quiz": pairs(60)}, exported={"dequantized": right})
-        for name, right in zip("ab", answers, strict=True)
+        publish_run(tmp_path / name, {task: pairs(60) for task in tasks}, exported={"dequantized": right})
+        for name, tasks, right in zip("ab", (["riddles", "quiz"], ["quiz"]), answers, strict=True)
     )
     forge(two, lambda results: results["evaluation"].update(precision={"dtype": "fp16", "sums": "fp32", "reason": ""}))
     found = compare(read(one), read(two))
     expected = statistics.compare(*answers)
+    assert list(found["exports"]["merged"]["paired"]) == ["quiz"]  # B was not asked the riddles
     paired = found["exports"]["merged"]["paired"]["quiz"]
     assert (paired["delta"], paired["ci95"], paired["holm_p"]) == (expected.delta, expected.ci95, expected.mcnemar_p)
     assert paired["verdict"] == "improved"
@@ -289,6 +345,13 @@ def test_the_gate_without_thresholds_is_about_significance(runs: tuple[Published
     asked, worse = gated(b, a)
     assert asked == "more was not asked of B"
     assert worse.startswith("quiz: acc regressed by 0.1667, p = ")
+
+
+def test_a_task_that_lacks_the_metric_does_not_pass(pair: tuple[Path, Path]) -> None:
+    """One that both runs were asked, so that nothing would be judged by that metric."""
+    for folder in pair:
+        put(folder, [{**row, "acc_norm": None} for row in rows(folder)])
+    assert gated(*map(read, pair), metric="acc_norm") == ["quiz has no acc_norm"]
 
 
 def test_the_gate_with_thresholds_is_the_jobs(runs: tuple[PublishedRun, PublishedRun]) -> None:

@@ -33,6 +33,13 @@ def test_the_formula() -> None:
     assert (found["pretraining_tokens"], found["share"]) == (None, None)
 
 
+def test_idle_parameters() -> None:
+    """Those that no text passes through, such as an image encoder's and their adapter's, compute nothing."""
+    idle = {"idle_parameters": 300, "idle_trainable_parameters": 4}
+    model = {"id": "org/base", "revision": "c" * 40, "parameters": 1300, "trainable_parameters": 14, **idle}
+    assert compute_spent(facts(model=model)) == compute_spent(facts())
+
+
 def test_a_reference_model() -> None:
     """A forward pass of the base over all rows comes on top, once."""
     found = compute_spent(facts(training={"examples": 40, "reference": "base"}))

@@ -194,6 +194,22 @@ def test_loss_scaling_is_in_the_gradient_and_not_in_the_loss(base_folder: Path) 
     assert torch.equal(gradient, 1024 * plain_gradient)
 
 
+def test_a_stop_is_seen_before_each_layer_of_a_long_row(base_folder: Path) -> None:
+    """The step goes on while its rest fits into the time left, and is abandoned as soon as it does not."""
+    model, row, asked = fused(base_folder), [max(EXAMPLES, key=lambda one: len(one.input_ids))], list[float]()
+
+    def fits(share: float) -> bool:
+        asked.append(share)
+        return len(asked) < last
+
+    for last in (100, 3):
+        subject, _ = make_step(model, 64, examples=row, plan=PLAN, stop=lambda: True, fits=fits)
+        asked.clear()
+        with nullcontext() if last == 100 else pytest.raises(step.StepAbandoned):
+            subject(0)
+        assert len(asked) == min(last, 1 + 2 * 2)  # before the micro-batch, and each of two layers, forward and back
+
+
 def test_kept_attention_is_not_computed_again(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel runs once a layer where its output is kept, else twice."""
     calls: list[int] = []

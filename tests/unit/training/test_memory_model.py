@@ -231,3 +231,83 @@ def test_options_of_the_adapter_are_counted() -> None:
     outputs = sum(REFERENCE.architecture.linear[name][1] for name in REFERENCE.targets)
     more = kept_bytes(replace(REFERENCE, dora=True)) - kept_bytes(REFERENCE)
     assert more == 2 * outputs * REFERENCE.value_bytes
+
+
+SMALL = replace(
+    REFERENCE,
+    architecture=Architecture(64, 96, layers=3, heads=4, kv_heads=2, head_size=16, vocabulary=80),
+    rank=4,
+    targets=("q_proj", "down_proj"),
+    optimizer="adamw_torch",
+)
+"""A layer has 30,720 weights: 64 x (64 + 32 + 32 + 64) and 3 x 64 x 96; and 2 x 64 of its norms, as the last norm 64.
+The adapter has 3 x 4 x (64 + 64 + 96 + 64) = 3,456."""
+HELD = 68_920 + 3_456 * (6 + 4 + 8) + 2 * 80 * 64
+"""In an evaluation: the weights, adapter with its copy in 16 bits, gradients, moments; the output layer in fp16."""
+FORWARD = 2 * ((4 * 96 + 4 * 64) * 10 + 2 * 64 * 96)
+"""Of 10 tokens without gradients, with the largest matrix dequantized and copied."""
+
+
+@pytest.mark.parametrize(
+    ("change", "layers", "expected"),
+    [
+        # 1,440 blocks of 64 with a byte each, and 6 of 256 such constants
+        ({}, 3, 92_160 // 2 + 1_440 + 4 * 6 + 2 * (2 * 80 * 64 + 7 * 64)),
+        ({"double_quantization": False}, 3, 92_160 // 2 + 4 * 1_440 + 2 * (2 * 80 * 64 + 7 * 64)),
+        ({"quantization": "none"}, 3, 2 * (92_160 + 2 * 80 * 64 + 7 * 64)),
+        # of 95,088 packed bytes those of two of six layers, or a quarter and three layers
+        ({"placement": "host"}, 6, 31_696 + 2 * (2 * 80 * 64 + 13 * 64)),
+        ({"placement": "sharded", "processes": 4}, 6, 23_772 + 47_544 + 2 * (2 * 80 * 64 + 13 * 64)),
+    ],
+)
+def test_weights_of_a_small_model_by_hand(change: dict[str, Any], layers: int, expected: int) -> None:
+    """Packed weights with their constants, and in 16 bits embedding, output layer and norms."""
+    setup = replace(SMALL, architecture=replace(SMALL.architecture, layers=layers), **change)
+    assert memory_model.weight_bytes(setup) == expected
+
+
+def test_activations_of_a_small_model_by_hand() -> None:
+    """The largest of what may be there at once: a layer's backward pass, or a tile of the loss."""
+    keeping, layer, backward = replace(SMALL, recompute=False), 2_192, 2 * 320 * 10 + 2 * 64 * 96
+    assert kept_bytes(SMALL) == layer == 4 * 2 * 64 + 2 * (2 * 64 + 5 * 64 + 4 * 96 + 2 * 4)
+    assert memory_model.activation_bytes(SMALL, 10) == 3 * 2 * 64 * 10 + layer * 10 + backward
+    assert memory_model.activation_bytes(keeping, 10) == 3 * layer * 10 + backward
+    many = replace(SMALL.architecture, vocabulary=40_000)
+    loss = 6 * 64 * 5_000 + 2 * 4_096 * 32_768
+    assert memory_model.activation_bytes(replace(SMALL, architecture=many), 5_000) == 3 * 2 * 64 * 5_000 + loss
+    assert memory_model.activation_bytes(replace(keeping, architecture=many), 5_000) == 3 * layer * 5_000 + loss
+    assert memory_model.least_activation_bytes(SMALL, 10) == 2 * 10 * (3 * 64 + 6 * 64 + 3 * 96)
+    new_tokens = replace(SMALL, merged_rows=7)
+    more = training_memory(new_tokens, 10).activations - training_memory(SMALL, 10).activations
+    assert more == 2 * 7 * 64 * 2
+
+
+def test_evaluation_of_a_small_model_by_hand() -> None:
+    """A layer, or the logits where there are many; with the cache of an answer, and a step of it where that is more."""
+    assert memory_model.evaluation_bytes(SMALL, 10, 5) == HELD + FORWARD
+    assert memory_model.evaluation_bytes(SMALL, 10, 1_000) == HELD + 1_000 * 80 * (2 + 4 + 4) + 2 * 64 * 10
+    cache = 2 * 3 * 32 * 2
+    assert memory_model.generation_bytes(SMALL, 10, 30) == HELD + 30 * cache + FORWARD
+    other = replace(SMALL, architecture=replace(SMALL.architecture, fused=False))
+    assert memory_model.generation_bytes(other, 10, 30) == HELD + 30 * cache + FORWARD + 4 * 10**2 * (2 + 2 + 4)
+    step = 2 * 64 * 2 * 1_000 + 80 * (2 + 4 + 4)
+    assert memory_model.generation_bytes(SMALL, 1, 1_000) == HELD + 1_000 * cache + step
+
+
+@pytest.mark.parametrize(
+    ("offloaded", "kept", "copies", "waiting", "layer"),
+    [
+        (True, False, 1, 2 * 128, 784 * 20_000 + 2 * 1_056 * 8_192),  # the feed-forward half, with a tile of it
+        (False, True, 1, 3 * (128 + 144), 640 * 20_000 + 2 * 1_056 * 8_192),
+        (True, False, 132, 2 * 128, (1_152 + 144 + 132 * 64) * 20_000),  # attention, with fp32 sums of 132 heads
+        (False, True, 132, 3 * (128 + 144), (1_152 + 132 * 64) * 20_000),
+    ],
+)
+def test_a_long_row_of_a_small_model_by_hand(
+    *, offloaded: bool, kept: bool, copies: int, waiting: int, layer: int
+) -> None:
+    """What waits a token, its id and positions, and a layer; attention's output has 2 x 64 + 4 x 4 bytes a token."""
+    how = {"offloaded": offloaded, "kept_attention": kept, "copies": copies}
+    assert memory_model.long_row_bytes(SMALL, 20_000, **how) == (waiting + 3 * 2 * 16 + 24) * 20_000 + layer
+    host = 3 * 20_000 * (128 + 144 * kept)
+    assert memory_model.long_row_host_bytes(SMALL, 20_000, kept_attention=kept) == host

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MistralForCausalLM
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from job.training.neftune import add_noise, segment_lengths
-from job.training.packing import packed_inputs
+from job.training.packing import alone_inputs, packed_inputs
 from tests.helpers import make_examples, make_model
 
 ALPHA = 5.0
@@ -32,9 +33,13 @@ def embedded(base: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return seen[0]
 
 
-def test_one_example_gets_the_noise_of_transformers(base: Any) -> None:
-    """Same seed, same noise, up to rounding."""
-    inputs = packed_inputs(make_examples(1), torch.device("cpu"))
+@pytest.mark.parametrize("packed", [True, False])
+def test_one_example_gets_the_noise_of_transformers(base_folder: Path, *, packed: bool) -> None:
+    """Same seed, same noise, up to rounding; also in a model that cannot run packed sequences."""
+    plain = MistralForCausalLM.from_pretrained(base_folder, attn_implementation="eager")
+    base = (make_model(base_folder).get_base_model() if packed else plain).train()
+    (example,), cpu = make_examples(1), torch.device("cpu")
+    inputs = packed_inputs([example], cpu) if packed else alone_inputs(example, cpu)
     del inputs["labels"]
     hook = activate_neftune(base, ALPHA)
     expected = embedded(base, inputs)

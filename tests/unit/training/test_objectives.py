@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from job.distributed.processes import ALONE
 from job.model.lora import adapter_off, trainable
 from job.model.tokenizer import load_tokenizer
 from job.records import Example
+from job.training import objectives
 from job.training.config import Hooks, Preference
 from job.training.flat_parameters import FlatParameters
 from job.training.objectives import OBJECTIVES
@@ -246,3 +248,17 @@ def test_mismatched_answers_are_those_of_the_step() -> None:
 def test_the_tables_agree() -> None:
     """Every method but plain fine-tuning has an objective, and the other way round."""
     assert OBJECTIVES.keys() == METHODS.keys() - {"sft"}
+
+
+def test_the_odds_of_any_likelihood_are_exact() -> None:
+    """log(1 - exp(x)) and its gradient -1 / expm1(-x), in fp32 as exact as in fp64, near 0 and far from it."""
+    values = [-1e-6, -1e-3, -0.5, -0.7, -1.0, -10.0, -80.0]
+    x = torch.tensor(values, requires_grad=True)
+    found = objectives._log1mexp(x)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    exact = [float(value) for value in x.detach().double()]
+    assert found.tolist() == pytest.approx(
+        [math.log(-math.expm1(value)) for value in exact[:4]] + [math.log1p(-math.exp(value)) for value in exact[4:]],
+        rel=1e-6,
+    )
+    assert gradient.tolist() == pytest.approx([-1 / math.expm1(-value) for value in exact], rel=1e-6)

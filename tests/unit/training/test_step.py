@@ -23,6 +23,7 @@ from job.training import step as step_module
 from job.training.config import Hooks, StepAbandoned
 from job.training.flat_parameters import FlatParameters
 from job.training.packing import IGNORED
+from job.training.padded_shapes import Shapes
 from job.training.step import OptimizerStep
 from tests.helpers import fill_adapter, make_examples, make_model
 from tests.unit.training import recipes
@@ -165,6 +166,24 @@ def test_fp16s_loss_scaling_is_in_the_gradient_and_not_in_the_loss(base_folder: 
         found.append((loss, parameters.gradient.clone()))
     assert all(loss == found[0][0] and torch.equal(gradient, found[0][1]) for loss, gradient in found)
     assert float(found[0][1].norm()) > 0
+
+
+def test_a_sequence_laid_out_early_is_used_for_these_examples_and_shapes_only(base_folder: Path) -> None:
+    """The token budget may have changed since, and with it the shapes, on which the last bits of a gradient depend."""
+    model = fill_adapter(make_model(base_folder)).train()
+    fuse_layers(model, keep_dequantized=True, kernels=TORCH)
+    subject = make_step(model, 60, plan=replace(PLAN, forward="fused all, torch"))[0].micro_batch
+    shapes = [Shapes(((256, 8),))]
+    subject._shapes = lambda: shapes[-1]
+    subject.lay_out(EXAMPLES[:2])
+    ready = subject._laid_out
+    assert ready is not None
+    assert subject._sequence(EXAMPLES[:2]) is ready.sequence
+    subject.lay_out(EXAMPLES[:2])
+    assert len(subject._sequence(EXAMPLES[2:5]).segments) == 3 + 1
+    subject.lay_out(EXAMPLES[:2])
+    shapes.append(Shapes(((512, 8),)))
+    assert subject._sequence(EXAMPLES[:2]).tokens.shape == (3, 512)
 
 
 def test_it_knows_no_trl() -> None:

@@ -18,7 +18,7 @@ from job.errors import TrainingFailed
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
-from job.records import PEFT, Example, ExecutionPlan, ValidationMetrics
+from job.records import PEFT, Example, ExecutionPlan, ValidationMetrics, ValidationRecord
 from job.training.config import Hooks, Recipe, StepAbandoned, Trained
 from job.training.early_stopping import due_steps, is_due, progress, validation_record
 from job.training.trainer import train
@@ -323,6 +323,38 @@ def make_validation(model: Any, **given: Any) -> Validation:
     return Validation(model, HELD_OUT, **how | given)
 
 
+class BesideAFullOne(Part):
+    """The other process runs out of memory in its first block, and then frees some."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.asked: list[bool] = []
+
+    def agree(self, *, repeat: bool) -> bool:
+        """What this process or the other one needs."""
+        self.asked.append(repeat)
+        return repeat or len(self.asked) == 1
+
+
+def test_a_block_is_repeated_if_another_process_ran_out_of_memory(base_folder: Path) -> None:
+    """Else the two would add up different blocks; this process's part is the same, counted once."""
+    model, found = make_model(base_folder), []
+    for processes in (Part(0), BesideAFullOne(0)):
+        sizes: list[int] = []
+
+        def summed(examples: Sequence[Example], sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(len(examples))
+            return torch.tensor(float(sum(sum(e.targets) for e in examples)))
+
+        make_validation(model, processes=processes, summed_loss=summed)()
+        found.append((processes.parts, sizes))
+    (parts, sizes), (parts_beside, sizes_beside) = found
+    assert parts_beside == parts
+    first = len(sizes_beside) - len(sizes)
+    assert sizes_beside == sizes[:first] + sizes
+    assert first > 0
+
+
 def test_processes_share_the_rows_out(base_folder: Path) -> None:
     """Every row is in exactly one process's part."""
     model, parts = make_model(base_folder), [Part(0), Part(1)]
@@ -388,8 +420,26 @@ def test_validations_are_due_at_the_ends_and_between() -> None:
 
 def test_the_record_says_what_was_kept() -> None:
     """The manifest's figures follow from the losses."""
-    how: dict[str, Any] = {"every_steps": 2, "total_steps": 8, "stop_after": 2}
-    record = validation_record(losses(3, 2, 2.5, 2.6), keep="best", **how)
-    assert (record.best_step, record.kept_step, record.stopped_early, record.seconds) == (2, 2, True, 4.0)
-    record = validation_record(losses(3, 2, 2.5, 2.2, 1.9), keep="last", **how)
-    assert (record.best_step, record.kept_step, record.stopped_early, record.stale) == (8, 8, False, 0)
+    rewards = [{"rewards/margins": float(step)} for step in range(6)]
+    made = [
+        replace(one, preference=found) for one, found in zip(losses(5, 4, 3, 3.5, 3.25, 3.75), rewards, strict=True)
+    ]
+    how: dict[str, Any] = {"every_steps": 2, "stop_after": 3}
+    best = ValidationRecord(
+        **how,
+        count=6,
+        first_loss=5,
+        last_loss=3.75,
+        best_loss=3,
+        best_step=4,
+        stale=3,
+        planned_steps=20,
+        stopped_early=True,
+        keep="best",
+        kept_step=4,
+        seconds=6.0,
+        preference=rewards[2],
+    )
+    assert validation_record(made, total_steps=20, keep="best", **how) == best
+    last = replace(best, planned_steps=10, stopped_early=False, keep="last", kept_step=10, preference=rewards[5])
+    assert validation_record(made, total_steps=10, keep="last", **how) == last
