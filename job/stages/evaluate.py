@@ -38,6 +38,7 @@ from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.stages.principles import judge_answers, published_answers
+from job.stages.progress import counted
 from job.stages.prompts import answer_prompts, generate_answers
 from job.stages.scoring_precision import precision_facts, scoring_in
 from job.storage.open import ObjectStore
@@ -203,14 +204,7 @@ def score_model(
         return None
 
     def score(questions: list[Question]) -> Scores:
-        before = attempt.questions
-
-        with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as show_progress:
-
-            def on_progress(scored: int) -> None:
-                attempt.questions = before + scored
-                show_progress(scored)
-
+        with counted(attempt, "questions", len(questions)) as on_progress:
             return score_questions(
                 model,
                 questions,

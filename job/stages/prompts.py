@@ -16,6 +16,7 @@ from job.runs.attempt import Attempt
 from job.runs.layout import prompts_key
 from job.settings.schema import Eval
 from job.stages.handoff import Sources
+from job.stages.progress import counted
 from job.stages.safety import score_answers
 
 
@@ -103,13 +104,7 @@ def generate_answers(
         TrainingFailed: The logits are not finite.
         Preempted: The job was asked to stop; the answers to finished batches are kept.
     """
-    before = attempt.questions
-    with log.progress(title, len(prompts), every=max(1, len(prompts) // 10)) as show_progress:
-
-        def on_progress(answered: int) -> None:
-            attempt.questions = before + answered
-            show_progress(answered)
-
+    with counted(attempt, title, len(prompts)) as on_progress:
         return generate(
             model,
             tokenizer,
