@@ -28,7 +28,7 @@ class AuxiliaryModel:
 
     Attributes:
         name: What it does, as the plan calls it.
-        texts: Their number.
+        texts: Number of texts.
         tokens: Tokens of all texts, including those for the CPU; counted by the base's tokenizer or estimated from
             characters.
         on_processor: How many of them the CPU computes, while the GPU is idle.
@@ -64,10 +64,16 @@ def screening(rows: int, tokens: int, answers: int, answer_tokens: int, weights:
         weights: As `AuxiliaryModel` has it.
     """
     generated = answers * answer_tokens
-    told = "by the base's tokenizer" if weights is not None else "the size of its weights is unknown: not in the hours"
+    note = "by the base's tokenizer" if weights is not None else "the size of its weights is unknown: not in the hours"
     return AuxiliaryModel(
-        *("safety screen", rows + answers, tokens + generated, generated, ceil(tokens / BATCH_TOKENS), weights, FP32),
-        note=told,
+        name="safety screen",
+        texts=rows + answers,
+        tokens=tokens + generated,
+        on_processor=generated,
+        passes=ceil(tokens / BATCH_TOKENS),
+        weights=weights,
+        value_bytes=FP32,
+        note=note,
     )
 
 
@@ -78,7 +84,7 @@ def judging(judgements: int, tokens: int, weights: int | None, value_bytes: int,
         judgements: Questions.
         tokens: Number of tokens of all of them, with answers of the largest length.
         weights: As `AuxiliaryModel` has it.
-        value_bytes: As above.
+        value_bytes: As `AuxiliaryModel` has it.
         served: Whether it is a server's.
     """
     note = "at most; equal answers are not judged"
@@ -86,7 +92,16 @@ def judging(judgements: int, tokens: int, weights: int | None, value_bytes: int,
         note = "at most; the server's time is not in the hours"
     elif weights is None:
         note = "at most; the size of its weights is unknown: not in the hours"
-    return AuxiliaryModel("judge", judgements, tokens, 0, judgements, None if served else weights, value_bytes, note)
+    return AuxiliaryModel(
+        name="judge",
+        texts=judgements,
+        tokens=tokens,
+        on_processor=0,
+        passes=judgements,
+        weights=None if served else weights,
+        value_bytes=value_bytes,
+        note=note,
+    )
 
 
 def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int | None:
@@ -108,11 +123,11 @@ def count_weights(folder: Path, weight_bytes: int | None, *, heads: bool) -> int
     if weight_bytes is None or quantized:
         return None
     text = config.get("text_config")
-    own: Mapping[str, Any] = text if isinstance(text, Mapping) else config
-    width = _WIDTHS.get(str(own.get("dtype") or own.get("torch_dtype") or config.get("dtype")), FP32)
-    sizes = [own.get(name) for name in ("vocab_size", "hidden_size")]
+    text_config: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+    width = _WIDTHS.get(str(text_config.get("dtype") or text_config.get("torch_dtype") or config.get("dtype")), FP32)
+    sizes = [text_config.get(name) for name in ("vocab_size", "hidden_size")]
     table = sizes[0] * sizes[1] if isinstance(sizes[0], int) and isinstance(sizes[1], int) else 0
-    tables = 2 if heads and not own.get("tie_word_embeddings", True) else 1
+    tables = 2 if heads and not text_config.get("tie_word_embeddings", True) else 1
     return max(0, weight_bytes // width - tables * table)
 
 
@@ -121,14 +136,14 @@ def seconds(model: AuxiliaryModel, gpu: Gpu, *, disk: float, processor: float) -
 
     Args:
         model: The model.
-        gpu: What computes.
+        gpu: The GPU.
         disk: Bytes a second that are loaded.
         processor: Operations a second of the processor.
     """
     if model.weights is None:
         return 0.0
-    held = model.weights * model.value_bytes
+    weight_bytes = model.weights * model.value_bytes
     flops = 2 * model.weights * (model.tokens - model.on_processor)
     rate = UTILISATION * gpu.flops * (FP32_SHARE if model.value_bytes == FP32 else 1.0)
-    reading = max(flops / rate, model.passes * held / gpu.bandwidth)
-    return held / disk + reading + 2 * model.weights * model.on_processor / processor
+    reading = max(flops / rate, model.passes * weight_bytes / gpu.bandwidth)
+    return weight_bytes / disk + reading + 2 * model.weights * model.on_processor / processor

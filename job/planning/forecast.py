@@ -88,7 +88,7 @@ class GpuForecast:
 
 def estimates(run: RunShape) -> Iterator[Estimate]:
     """Everything that does not depend on the GPU."""
-    yield from _of_the_data(run)
+    yield from _of_data(run)
     if run.setup is None:
         return
     setup, basis = run.setup, run.setup_basis
@@ -96,7 +96,7 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         setup = replace(setup, placement=run.placements[0], processes=run.processes)
     yield Estimate("base parameters", setup.architecture.parameters, "", basis)
     yield Estimate("adapter parameters", setup.adapter, "", basis)
-    yield from _of_the_operations(run, setup)
+    yield from _of_operations(run, setup)
     yield from _of_training_memory(run, setup) if run.trains else _of_loaded_memory(run, setup)
     yield from _of_evaluation(run, setup, _weaker(basis, run.questions_basis))
     if run.full_precision:
@@ -105,8 +105,8 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     if run.trains:
         yield Estimate("checkpoint", checkpoint_bytes(setup.adapter, setup.optimizer), "bytes", basis)
     yield from _of_exports(run, setup, basis)
-    fetched = f"{size(run.download_bytes, ' ')} of it to fetch first"
-    yield Estimate("disk", disk_bytes(run), "bytes", basis, fetched)
+    disk_note = f"{size(run.download_bytes, ' ')} of it to fetch first"
+    yield Estimate("disk", disk_bytes(run), "bytes", basis, disk_note)
 
 
 def disk_bytes(run: RunShape) -> int:
@@ -116,7 +116,7 @@ def disk_bytes(run: RunShape) -> int:
     return required_bytes([run.download_bytes, run.export_bytes], checkpoint)
 
 
-def _of_the_operations(run: RunShape, setup: Setup) -> Iterator[Estimate]:
+def _of_operations(run: RunShape, setup: Setup) -> Iterator[Estimate]:
     basis, weaker_basis = run.setup_basis, _weaker(run.setup_basis, run.workload_basis)
     if run.trains and run.workload is not None:
         flops = time_model.training_flops(setup, run.workload.tokens, run.workload.squares)
@@ -146,7 +146,7 @@ def _of_training_memory(run: RunShape, setup: Setup) -> Iterator[Estimate]:
     yield from _of_loaded_memory(run, setup)
     yield Estimate("memory: gradients", memory.gradients, "bytes", basis, "fp32")
     yield Estimate("memory: optimizer", memory.optimizer, "bytes", basis, setup.optimizer)
-    yield from _of_the_activations(run, setup, memory.activations, weaker_basis)
+    yield from _of_activations(run, setup, memory.activations, weaker_basis)
     yield Estimate(
         "peak in training",
         memory.total,
@@ -160,20 +160,20 @@ def _of_loaded_memory(run: RunShape, setup: Setup) -> Iterator[Estimate]:
     memory = memory_model.training_memory(setup, 0)
     bits = "NF4, " if setup.quantization == "nf4" else ""
     elsewhere = {"sharded": f"; layers sharded over {run.processes} GPUs", "host": "; layers in main memory"}
-    base = f"{bits}embedding and output layer unchanged{elsewhere.get(setup.placement, '')}"
-    yield Estimate("memory: base", memory.weights, "bytes", run.setup_basis, base)
+    base_note = f"{bits}embedding and output layer unchanged{elsewhere.get(setup.placement, '')}"
+    yield Estimate("memory: base", memory.weights, "bytes", run.setup_basis, base_note)
     yield Estimate("memory: adapter", memory.adapter, "bytes", run.setup_basis, "fp32, and autocast's copy")
 
 
-def _of_the_activations(run: RunShape, setup: Setup, activations: int, basis: Basis) -> Iterator[Estimate]:
-    how = "recomputed" if setup.recompute else "kept"
-    tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
+def _of_activations(run: RunShape, setup: Setup, activations: int, basis: Basis) -> Iterator[Estimate]:
+    handling = "recomputed" if setup.recompute else "kept"
+    batch_note = f"{handling}, micro-batches of {run.micro_batch:,} tokens"
     if computed_in_tiles(run, run.micro_batch):
-        tokens = f"a row of {run.micro_batch:,} tokens, in tiles"
+        batch_note = f"a row of {run.micro_batch:,} tokens, in tiles"
         if run.offload is not False:
             host = memory_model.long_row_host_bytes(setup, run.micro_batch, kept_attention=False)
             yield Estimate("main memory: activations", host, "bytes", basis, "where they do not fit on the GPU")
-    yield Estimate("memory: activations", activations, "bytes", basis, tokens)
+    yield Estimate("memory: activations", activations, "bytes", basis, batch_note)
     if (over := gpus_for_a_row(run, setup)) > 1 and computed_in_tiles(run, run.micro_batch):
         shared = row_memory(setup, run.micro_batch, over, offload=run.offload, copies=run.attention_copies).activations
         note = f"of each of {over} GPUs, if the row does not fit on one"
@@ -181,12 +181,14 @@ def _of_the_activations(run: RunShape, setup: Setup, activations: int, basis: Ba
 
 
 def _of_evaluation(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
-    scored = f"packed sequences of {run.scoring_budget:,} tokens"
+    sequences_note = f"packed sequences of {run.scoring_budget:,} tokens"
     need = scoring_bytes(run, setup)
     if not run.trains:
         need = peak_bytes(run, setup)
-        scored += ", by the merged model, which is not quantized" if run.merges and setup.quantization != "none" else ""
-    yield Estimate("peak in evaluation", need, "bytes", basis, scored)
+        sequences_note += (
+            ", by the merged model, which is not quantized" if run.merges and setup.quantization != "none" else ""
+        )
+    yield Estimate("peak in evaluation", need, "bytes", basis, sequences_note)
     prompt, tokens = run.answered
     if tokens:
         cache = size(memory_model.cache_bytes(setup, tokens), " ")
@@ -206,9 +208,7 @@ def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]
         if find_format(name).calibrated:
             yield Estimate(label, quantizing_flops(run, setup), "FLOP", "assumed", "by auto-round")
         else:
-            yield Estimate(
-                f"quantizing, {name}", converting_seconds(name, setup), "s", "assumed", "on one processor core"
-            )
+            yield Estimate(label, converting_seconds(name, setup), "s", "assumed", "on one processor core")
         if name.startswith(GGUF) and run.questions is not None:
             note = f"llama.cpp on {CORES} processor cores; the GPU waits"
             yield Estimate(f"scoring, {name}", llama_cpp_seconds(run, setup), "s", "assumed", note)
@@ -221,7 +221,7 @@ def _warmup_note(run: RunShape) -> str:
     return f"the warmup takes {run.warmup_steps:,}: the learning rate never reaches its peak; JOB_TRAIN__WARMUP_RATIO"
 
 
-def _of_the_data(run: RunShape) -> Iterator[Estimate]:
+def _of_data(run: RunShape) -> Iterator[Estimate]:
     if run.first_stage is not None and (before := run.first_stage.workload) is not None:
         basis = run.first_stage.workload_basis
         yield Estimate("examples, first stage", before.rows, "", basis)

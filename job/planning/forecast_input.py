@@ -43,7 +43,7 @@ class RunShape:
         workload: Optimizer steps and tokens.
         workload_basis: `computed` from the examples, or `assumed`: scaled from a sample or from characters.
         questions: Questions of all tasks; each is scored `evaluations` times.
-        questions_basis: As above.
+        questions_basis: `computed` or `assumed`, as `workload_basis`.
         answered: Tokens of the longest prompt to which an answer is generated, and with the answer; 0 where none is.
         budget: Tokens of a micro-batch as set, else what the job takes on a small GPU.
         scoring_budget: Tokens scored in one forward pass.
@@ -62,12 +62,13 @@ class RunShape:
         derived: The exported formats that are made from the merged model.
         adapter_copies: How many copies of the adapter are exported, which are scored and take little else.
         quantizing_tokens: Tokens that a calibrated format computes, forward and backward, in all its steps.
-        reference: The log-probabilities of the reference, as dpo and kto need them; None likewise.
-        first_stage: What is trained before, as in JOB_TRAIN__METHOD=sft,dpo; its download is in this one's.
+        reference: The log-probabilities of the reference, as dpo and kto need them; None where there are
+            none, or the rows are unknown.
+        first_stage: The first stage of JOB_TRAIN__METHOD=sft,dpo; None without one. Its download is counted here.
         full_precision: Whether the base with its original weights is scored too, where it fits.
         placements: Where the base's 4-bit weights may be kept, the fastest first; see `memory_model.PLACEMENTS`.
-        processes: That share the work, each with a GPU.
-        processes_here: Those of one machine.
+        processes: Number of processes that share the work, each with a GPU.
+        processes_here: Number of them on one machine.
         tiles: Whether rows of more than `LONG_ROW` tokens are computed layer by layer, where fused layers compute.
         attention_copies: As `copies` of `memory_model.long_row_bytes`: of flash attention until a GPU is chosen.
         recorded: Whether the method's GPU kernels can be recorded as CUDA graphs, where fused layers compute.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from job.common.gpu_context import CONTEXT_BYTES
 from job.planning.forecast_input import HALF_PRECISION, RunShape
@@ -63,7 +62,7 @@ def peak_bytes(run: RunShape, setup: Setup) -> int:
     need = max(
         scoring_bytes(run, setup),
         answer_bytes(run, setup),
-        *(training_memory(one, setup, one.micro_batch).total for one in stages),
+        *(training_memory(stage, setup, stage.micro_batch).total for stage in stages),
     )
     if run.merges:  # it is scored unquantized, in place of the quantized base
         need = max(need, scoring_bytes(run, replace(setup, quantization="none")))
@@ -76,11 +75,11 @@ def exporting_bytes(run: RunShape, setup: Setup) -> int:
     The base with the adapter is loaded, and scores the adapter's copies; the merged model is scored in its place. There
     are no gradients and no optimizer.
     """
-    held = training_memory(run, setup, 0)
-    unused = held.gradients + held.optimizer
+    loaded = training_memory(run, setup, 0)
+    unused = loaded.gradients + loaded.optimizer
     need = scoring_bytes(run, setup) - unused
     if run.merges:
-        need = max(need, scoring_bytes(run, replace(setup, quantization="none")) - unused - held.adapter)
+        need = max(need, scoring_bytes(run, replace(setup, quantization="none")) - unused - loaded.adapter)
     return need
 
 
@@ -109,8 +108,8 @@ def gpus_of_longest_row(run: RunShape, setup: Setup, usable: int) -> int:
 def training_memory(run: RunShape, setup: Setup, tokens: int) -> memory_model.Memory:
     """Memory of training with micro-batches of `tokens` tokens."""
     if computed_in_tiles(run, tokens):
-        how: dict[str, Any] = {"offload": run.offload, "copies": run.attention_copies}
-        return least_memory(setup, tokens, gpus_for_a_row(run, setup), **how)
+        gpus = gpus_for_a_row(run, setup)
+        return least_memory(setup, tokens, gpus, offload=run.offload, copies=run.attention_copies)
     return memory_model.training_memory(setup, tokens)
 
 

@@ -62,7 +62,7 @@ def _joined(*notes: str) -> str:
 
 
 def _other_placement(run: RunShape, setup: Setup, usable: int) -> str:
-    """Of a base that is sharded over too few GPUs: how many are enough, and whether main memory is."""
+    """How many GPUs are enough for a base that is sharded over too few, and whether it fits in main memory."""
     if setup.placement != "sharded":
         return ""
     needs = partial(peak_bytes, run)
@@ -73,7 +73,7 @@ def _other_placement(run: RunShape, setup: Setup, usable: int) -> str:
 
 
 def _answer_too_long(run: RunShape, setup: Setup, usable: int) -> str:
-    """Where not even one generated answer fits: which setting shortens it."""
+    """Which setting shortens a generated answer, where not even one fits."""
     if (need := answer_bytes(run, setup)) <= usable:
         return ""
     prompt, tokens = run.answered
@@ -84,7 +84,7 @@ def _answer_too_long(run: RunShape, setup: Setup, usable: int) -> str:
 
 
 def _enough_to_divide(gpu: Gpu, run: RunShape, setup: Setup) -> str:
-    """Of a long row that would fit if more GPUs divided it: how many are enough."""
+    """How many GPUs are enough to divide a long row that does not fit on the run's."""
     if not run.trains or not run.divide or not computed_in_tiles(run, run.micro_batch):
         return ""
     usable = memory_model.usable_bytes(gpu.memory_bytes)
@@ -115,7 +115,7 @@ def _left_out(gpu: Gpu, run: RunShape, setup: Setup) -> str:
 
 
 def _longest_row(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | None) -> tuple[str, str]:
-    """Of the longest row: over how many GPUs it is divided, and whether its activations go to main memory."""
+    """Over how many GPUs the longest row is divided, and whether its activations go to main memory."""
     over = gpus_of_longest_row(run, setup, memory_model.usable_bytes(gpu.memory_bytes))
     divided = f"the longest row is divided over the {over} GPUs" if over > 1 else ""
     if execution is None or not execution.offloaded:
@@ -125,7 +125,7 @@ def _longest_row(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan
 
 
 def _base_elsewhere(gpu: Gpu, run: RunShape, setup: Setup) -> str:
-    """Of a base that is not on the GPU as a whole: where it is, and which faster placement fits."""
+    """Where a base is that is not on the GPU as a whole, and which faster placement fits."""
     if setup.placement == "gpu":
         return ""
     if setup.placement == "sharded":
@@ -142,11 +142,11 @@ def _base_elsewhere(gpu: Gpu, run: RunShape, setup: Setup) -> str:
 def _gpus_to_shard(setup: Setup, usable: int, bytes_needed: Callable[[Setup], int]) -> int | None:
     """How many GPUs of `usable` bytes are enough for a sharded base; None where `MOST_GPUS` are too few."""
     sharded = (replace(setup, placement="sharded", processes=count) for count in range(2, MOST_GPUS + 1))
-    return next((one.processes for one in sharded if bytes_needed(one) <= usable), None)
+    return next((candidate.processes for candidate in sharded if bytes_needed(candidate) <= usable), None)
 
 
 def _reading_original(gpu: Gpu, run: RunShape, setup: Setup, hours: float | None) -> str:
-    """Where reading the unquantized base takes more than half of all hours: which setting saves it."""
+    """Which setting saves reading the unquantized base, if that takes more than half of all hours."""
     reading = reading_original_seconds(setup) / 3600
     if hours is None or reading < hours / 2 or run.first_stage is not None:
         return ""

@@ -42,12 +42,12 @@ def hours_of_run(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan
     """Hours from start to end without interruptions; None if data or speed (as in fp32) is unknown."""
     if run.questions is None or setup.value_bytes != HALF_PRECISION or (run.trains and run.workload is None):
         return None
-    before = 0.0
+    first_stage_seconds = 0.0
     if run.first_stage is not None:
-        earlier = hours_of_run(gpu, run.first_stage, setup, execution)
-        if earlier is None:
+        first_stage_hours = hours_of_run(gpu, run.first_stage, setup, execution)
+        if first_stage_hours is None:
             return None
-        before = 3600 * earlier
+        first_stage_seconds = 3600 * first_stage_hours
     if execution is not None:
         setup = replace(setup, recompute=not execution.kept_activations)
     division, training = Division(run.processes, scoring=SCORING_EFFICIENCY if run.processes > 1 else 1.0), 0.0
@@ -64,8 +64,8 @@ def hours_of_run(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan
     evaluations += run.exported - _gguf_formats(run)
     exporting = _exporting_seconds(gpu, run, setup)
     rates = {"disk": DOWNLOAD_RATE, "processor": CORES * LLAMA_CPP_FLOPS}
-    auxiliary = sum(auxiliary_seconds(one, gpu, **rates) for one in run.auxiliary)
-    return (before + start + training + exporting + evaluations * evaluation + auxiliary) / 3600
+    auxiliary = sum(auxiliary_seconds(model, gpu, **rates) for model in run.auxiliary)
+    return (first_stage_seconds + start + training + exporting + evaluations * evaluation + auxiliary) / 3600
 
 
 def _training_seconds(
@@ -80,8 +80,8 @@ def _training_seconds(
     micro_batches = max(workload.steps, ceil(workload.tokens / division.parts / run.micro_batch))
     flops = round(time_model.training_flops(setup, workload.tokens, workload.squares) / division.parts)
     passes = (3 if setup.recompute else 2) * micro_batches
-    own = time_model.seconds(flops, passes, setup, used=utilisation, transfers=2 * micro_batches, **speed)
-    training += own / division.training
+    busiest = time_model.seconds(flops, passes, setup, used=utilisation, transfers=2 * micro_batches, **speed)
+    training += busiest / division.training
     for rows in filter(None, (run.validation, run.reference)):  # passes of the training path, with its micro-batches
         forward = rows.count * time_model.evaluation_flops(setup, rows.tokens, rows.target_tokens) // division.gpus
         at_once = division.gpus * min(run.micro_batch, max(workload.largest_step, rows.longest))
@@ -94,10 +94,10 @@ def _evaluation_seconds(
     gpu: Gpu, run: RunShape, questions: TaskTokens, setup: Setup, execution: ExecutionPlan | None, *, division: Division
 ) -> float:
     """Seconds in which one model scores all questions."""
-    used = time_model.UTILISATION if execution is None else time_model.SCORING_UTILISATION
+    utilisation = time_model.UTILISATION if execution is None else time_model.SCORING_UTILISATION
     flops = time_model.evaluation_flops(setup, questions.tokens, questions.reads) // division.gpus
     passes = ceil(questions.tokens / division.gpus / run.scoring_budget)
-    computing = time_model.seconds(flops, passes, setup, used=used, rate=gpu.flops, bandwidth=gpu.bandwidth)
+    computing = time_model.seconds(flops, passes, setup, used=utilisation, rate=gpu.flops, bandwidth=gpu.bandwidth)
     return computing / division.scoring + time_model.SCORING_SECONDS
 
 

@@ -87,31 +87,33 @@ def check_run_inputs(settings: Settings, folder: Path, show: int, unread: JobErr
     is checked.
     """
     s, storage = settings, quick_storage(settings)
-    where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
-    stored, seconds = run_check("storage", lambda: _try_storage(s, storage, folder), unreachable="wrong")
-    first_checks = [stored]
+    access: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
+    storage_check, seconds = run_check("storage", lambda: _try_storage(s, storage, folder), unreachable="wrong")
+    first_checks = [storage_check]
     if s.export.run is not None:
         first_checks.append(run_check(EXPORTED, lambda: check_exported_run(s, storage, unread))[0])
     if unread is not None:
         checks = [*first_checks, *check_other_inputs(s, storage, None)]
         return Preflight(checks, seconds, None, None, None, None, None, None)
-    modelled, model = run_check("model", lambda: preview_model(s.model.id, s.model.revision, **where))
-    adapted, adapter = run_check("adapter", lambda: _preview_adapter(s, model))
-    tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
-    loaded: list[Tasks] = []
-    question_check, questions = run_check("questions", lambda: _preview_questions(s, tokenizer, loaded.append, where))
-    tasks = loaded[0] if loaded else None
-    rows = _check_rows(s, model, tokenizer, tasks, show=show, where=where)
+    model_check, model = run_check("model", lambda: preview_model(s.model.id, s.model.revision, **access))
+    adapter_check, adapter = run_check("adapter", lambda: _preview_adapter(s, model))
+    tokenizer_check, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
+    loaded_tasks: list[Tasks] = []
+    question_check, questions = run_check(
+        "questions", lambda: _preview_questions(s, tokenizer, loaded_tasks.append, access)
+    )
+    tasks = loaded_tasks[0] if loaded_tasks else None
+    rows = _check_rows(s, model, tokenizer, tasks, show=show, access=access)
     other_checks = [*rows.steps, *check_other_inputs(s, storage, tasks, model)]
-    screened, safety = _check_safety_model(s, where)
-    prompted, prompts = _check_prompts(s, rows.data, tokenizer, folder, storage)
-    ruled, judge = _check_principles(s, where)
+    safety_checks, safety = _check_safety_model(s, access)
+    prompt_checks, prompts = _check_prompts(s, rows.data, tokenizer, folder, storage)
+    judge_checks, judge = _check_principles(s, access)
     return Preflight(
         checks=[
-            *(*first_checks, modelled, adapted, tokenized),
+            *(*first_checks, model_check, adapter_check, tokenizer_check),
             *_check_gguf(s, model, folder),
-            *(*rows.read, *rows.audited, *screened, question_check),
-            *(*other_checks, *prompted, *ruled),
+            *(*rows.read, *rows.audited, *safety_checks, question_check),
+            *(*other_checks, *prompt_checks, *judge_checks),
         ],
         store_seconds=seconds,
         model=model,
@@ -138,12 +140,12 @@ class _RowChecks:
 
 
 def _check_rows(
-    s: Settings, model: ModelFacts | None, tokenizer: Any, tasks: Tasks | None, *, show: int, where: Mapping[str, Any]
+    s: Settings, model: ModelFacts | None, tokenizer: Any, tasks: Tasks | None, *, show: int, access: Mapping[str, Any]
 ) -> _RowChecks:
     """Reads the rows of each training stage and reports their audit, and whether AdaLoRA has enough steps."""
     architecture = model.architecture if model else None
     options: dict[str, Any] = {
-        **where,
+        **access,
         "tokenizer": tokenizer,
         "vocabulary": rows_with(architecture.vocabulary if architecture else None, tokenizer, s.model.add_tokens),
         "audit": set_up(index_questions(tasks.prompts(s.eval.limit)) if tasks else None, s.data.on_finding),
@@ -154,7 +156,7 @@ def _check_rows(
     if s.lora.kind == "adalora" and data is not None and not data.estimated:
         steps = [run_check("steps", partial(_check_steps, s, len(data.examples)))[0]]
     if not s.train.is_one_stage and s.export.run is None:
-        options["folder"] = where["folder"] / "first"
+        options["folder"] = access["folder"] / "first"
         earlier, _ = split_stages(s)
         check, first_data = run_check("first stage", lambda: _preview_rows(earlier, **options))
         row_checks.append(check)
@@ -166,12 +168,12 @@ def _check_rows(
     return _RowChecks(row_checks, audited, steps, data, first_data)
 
 
-def _check_safety_model(s: Settings, where: Mapping[str, Any]) -> tuple[list[PreflightResult], AuxiliaryFacts | None]:
+def _check_safety_model(s: Settings, access: Mapping[str, Any]) -> tuple[list[PreflightResult], AuxiliaryFacts | None]:
     """(the check of JOB_DATA__SAFETY_MODEL, what it read); no check without one."""
     if s.data.safety_model is None:
         return [], None
-    asked = (s.data.safety_model, s.data.safety_revision, s.data.unsafe_labels, s.data.unsafe_threshold)
-    check, facts = run_check("safety model", partial(preview_safety_model, *asked, **where))
+    model_settings = (s.data.safety_model, s.data.safety_revision, s.data.unsafe_labels, s.data.unsafe_threshold)
+    check, facts = run_check("safety model", partial(preview_safety_model, *model_settings, **access))
     return [check], facts
 
 
@@ -185,12 +187,12 @@ def _check_prompts(
     return [check], lengths or ()
 
 
-def _check_principles(s: Settings, where: Mapping[str, Any]) -> tuple[list[PreflightResult], AuxiliaryFacts | None]:
+def _check_principles(s: Settings, access: Mapping[str, Any]) -> tuple[list[PreflightResult], AuxiliaryFacts | None]:
     """(the check of JOB_EVAL__PRINCIPLES and its judge, what it read); no check without one."""
     if s.eval.principles is None or s.eval.judge is None:
         return [], None
-    rules = (s.eval.principles, s.eval.judge, s.eval.judge_revision)
-    check, facts = run_check("principles", partial(preview_judge, *rules, **where))
+    judge_settings = (s.eval.principles, s.eval.judge, s.eval.judge_revision)
+    check, facts = run_check("principles", partial(preview_judge, *judge_settings, **access))
     return [check], facts
 
 
@@ -208,7 +210,7 @@ def _preview_adapter(s: Settings, model: ModelFacts | None) -> Found[AdapterFact
 
 
 def _preview_questions(
-    s: Settings, tokenizer: Any, on_tasks: Callable[[Tasks], None], where: Mapping[str, Any]
+    s: Settings, tokenizer: Any, on_tasks: Callable[[Tasks], None], access: Mapping[str, Any]
 ) -> Found[known.TaskTokens]:
     """The questions of all tasks; `on_tasks` is called with the tasks, as soon as they are loaded."""
     return preview_questions(
@@ -221,7 +223,7 @@ def _preview_questions(
         max_length=s.train.max_length,
         cut=s.eval.long_questions == "cut",
         on_tasks=on_tasks,
-        **where,
+        **access,
     )
 
 
@@ -260,8 +262,8 @@ def _check_gguf(s: Settings, model: ModelFacts | None, folder: Path) -> Iterator
         if model is None:
             raise NotChecked("the model's files cannot be fetched")
         if lacking := not_installed(names):
-            how = f"run pip install '{EXTRA}' in the repository"
-            raise NotChecked(f"needs {', '.join(lacking)}, which is not installed here: {how}")
+            fix = f"run pip install '{EXTRA}' in the repository"
+            raise NotChecked(f"needs {', '.join(lacking)}, which is not installed here: {fix}")
         original = None if is_remote(s.model.id) else local_model(s.model.id)
         original = original or files_without_weights(model.folder, folder / "without weights")
         raise_problems(file_problems(names, original, lambda **_: None))
@@ -322,16 +324,16 @@ def _preview_prompts(
         if data.schema == "text":
             what = "is a number of validation rows, and rows of the schema text have no prompts; give a file of prompts"
             raise DataError([Problem("JOB_EVAL__PROMPTS", what)])
-        held, lengths = len(data.validation), tuple(lengths_of(data.validation)[:source])
-        if held < source:
-            return "note", f"{source:,} of the rows for validation, of which there are only {held:,}", lengths
-        return "ok", f"{source:,} of the {held:,} rows for validation", lengths
+        available, lengths = len(data.validation), tuple(lengths_of(data.validation)[:source])
+        if available < source:
+            return "note", f"{source:,} of the rows for validation, of which there are only {available:,}", lengths
+        return "ok", f"{source:,} of the {available:,} rows for validation", lengths
     with named_by("JOB_EVAL__PROMPTS", ": "):
         path = find_prompts(fetch(source or "", folder / "prompts", storage))
     if tokenizer is None or data is None:
         raise NotChecked(f"{source}: the prompts depend on the model and the data, which could not be read")
-    how: dict[str, Any] = {"date": s.data.date, "template_arguments": s.data.chat_template_arguments}
-    prompts = read_prompts(path, source or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **how)
+    reading: dict[str, Any] = {"date": s.data.date, "template_arguments": s.data.chat_template_arguments}
+    prompts = read_prompts(path, source or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **reading)
     lengths = tuple(len(prompt.ids) for prompt in prompts)
     return "ok", f"{len(prompts):,} in {source}, the longest of {max(lengths):,} tokens", lengths
 
@@ -365,8 +367,8 @@ def _check_start_adapter(settings: Settings, model: ModelFacts | None) -> Found[
     folder = None if is_remote(start) else local_start(start)
     if folder is None:
         raise NotChecked(f"{start}: an adapter is not fetched for a plan")
-    said, added = lora.model_dump(mode="json"), settings.model.add_tokens
-    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=said, added_tokens=added)
+    lora_settings, added = lora.model_dump(mode="json"), settings.model.add_tokens
+    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora_settings, added_tokens=added)
     if model is not None:
         empty, options = build_empty(model.folder, read_config(model.folder)), adapter_options(settings)
         check_start_fits(folder, empty, targets=lora.target_modules, rank=lora.rank, options=options)

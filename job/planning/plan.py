@@ -74,25 +74,25 @@ def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None)
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-", dir=parent) as folder:
         preflight = check_run_inputs(settings, Path(folder), show, unread)
     checks = [*preflight.checks, *_note_of_export(settings, preflight)]
-    own = place_of_run(settings)
+    place = place_of_run(settings)
     if unread is not None:
-        title = f"export of {settings.export.run}, to {own}"
+        title = f"export of {settings.export.run}, to {place}"
         return Plan(title, tuple(checks), tuple(_measured(preflight)), (), None, (), trains=False)
     # As a run on this machine would count them; a plan for another machine names the number.
     processes = count_processes("auto") if settings.run.processes == "auto" else settings.run.processes
-    alone = [*_sharded_alone(settings, processes)]
-    checks += alone
+    placement_checks = [*_sharded_alone(settings, processes)]
+    checks += placement_checks
     run = shape_of_run(settings, preflight, checks, processes)
     gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
     memory = [SHARED_MEMORY, *_main_memory(settings, run)]
     checks += [_licence(settings, preflight), _disk(settings, run), *memory, *_large_files(settings, run)]
     return Plan(
-        title=f"{settings.model.id} on {settings.data.source}, to {own}"
+        title=f"{settings.model.id} on {settings.data.source}, to {place}"
         if run.trains
-        else f"export of {settings.export.run}, {settings.model.id} on {settings.data.source}, to {own}",
+        else f"export of {settings.export.run}, {settings.model.id} on {settings.data.source}, to {place}",
         checks=tuple(checks),
         figures=(*_measured(preflight), *estimates(run)),
-        gpus=() if run.setup is None or alone else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
+        gpus=() if run.setup is None or placement_checks else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
         largest_step=run.workload.largest_step if run.workload and run.trains else None,
         assumptions=_assumptions(settings, run.processes),
         shown=tuple(row for data in (preflight.first_data, preflight.data) if data for row in data.shown),
@@ -102,7 +102,7 @@ def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None)
 
 def _note_of_export(settings: Settings, preflight: Preflight) -> Iterator[PreflightResult]:
     """The note on a run that exports a finished one."""
-    if any(found.name == EXPORTED and found.state != "wrong" for found in preflight.checks):
+    if any(check.name == EXPORTED and check.state != "wrong" for check in preflight.checks):
         what = f"JOB_EXPORT__RUN: {settings.export.run} is taken over; nothing is trained"
         yield PreflightResult("training", "note", what)
 
@@ -137,8 +137,8 @@ def _licence(settings: Settings, preflight: Preflight) -> PreflightResult:
         or f"{unknown}; check that you may train on it"
     )
     limits = ": no commercial use of the data, nor of models that are trained on it" if "-nc" in licence else ""
-    asked = preflight.model is not None  # a model that was looked at is here, or the hub answers
-    base = find_licence(model.id, model.revision, "model", ask_hub=asked) or _unknown(model.id, asked=asked)
+    hub_answers = preflight.model is not None  # a model that was looked at is here, or the hub answers
+    base = find_licence(model.id, model.revision, "model", ask_hub=hub_answers) or _unknown(model.id, asked=hub_answers)
     return PreflightResult("licence", "note", f"{data.source}: {licence}{limits}; {model.id}: {base}")
 
 
@@ -203,7 +203,7 @@ def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
         f"fp8, {GGUF_PER_SECOND / 1e6:.0f} for GGUF, which llama.cpp scores on {CORES} cores of "
         f"{LLAMA_CPP_FLOPS / 1e9:.0f} GFLOP/s"
     )
-    beside = (
+    auxiliary = (
         f"safety screen, judge: {time_model.UTILISATION:.0%} of the data sheet's operations a second, in fp32 "
         f"{FP32_SHARE:.0%} of these"
     )
@@ -211,7 +211,7 @@ def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
     return (
         *((first,) if trains and not settings.train.is_one_stage else ()),
         *((exporting,) if settings.export.formats else ()),
-        *((beside,) if trains and (settings.data.safety_model or settings.eval.judge) else ()),
+        *((auxiliary,) if trains and (settings.data.safety_model or settings.eval.judge) else ()),
         *_division(processes, settings.run.nodes, trains=trains),
         *((_FP8,) if trains and settings.train.compute == "fp8" else ()),
         _speed(trains=trains),
@@ -237,8 +237,8 @@ def _speed(*, trains: bool) -> str:
         (time_model.SCORING_UTILISATION, "in an evaluation"),
     )
     shares = (*training, *scoring) if trains else scoring
-    named = ", ".join(f"{share:.0%} {how}" for share, how in shares)
-    return f"speed: of the data sheet's operations a second {named}; measured on H100 and H200 ({_RESULTS})"
+    shares_in_words = ", ".join(f"{share:.0%} {condition}" for share, condition in shares)
+    return f"speed: of the data sheet's operations a second {shares_in_words}; measured on H100 and H200 ({_RESULTS})"
 
 
 def _division(processes: int, nodes: int, *, trains: bool) -> tuple[str, ...]:
@@ -252,10 +252,10 @@ def _division(processes: int, nodes: int, *, trains: bool) -> tuple[str, ...]:
     trained = f"training reaches {trained}, " if trains else ""
     others = "more than two and several machines were not" if nodes > 1 else "more than two were not"
     scored = f"an evaluation {'' if trains else 'reaches '}{scaling.SCORING_EFFICIENCY:.0%}"
-    once = ", export, safety screen and judge" if trains else " and export"
+    undivided = ", export, safety screen and judge" if trains else " and export"
     measured = f"measured on two H200s of one machine ({scaling.MEASURED}), {others}"
     return (
         f"{processes} GPUs: memory of each; hours and USD of all together",
         f"several GPUs: of {processes} times one GPU's speed, {trained}{scored}; {measured}",
-        f"several GPUs: start, downloads, loading{once} take as long as on one",
+        f"several GPUs: start, downloads, loading{undivided} take as long as on one",
     )

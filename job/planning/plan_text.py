@@ -33,9 +33,9 @@ def plan_command(argv: Sequence[str]) -> int:
     Raises:
         JobError: The most severe error of the plan, after printing it.
     """
-    rest, form = _take_format(list(argv))
-    rest, show = _take_show(rest)
-    settings, unread = _load(rest)
+    words, form = _take_format(list(argv))
+    words, show = _take_show(words)
+    settings, unread = _load(words)
     log.configure(settings.log.format, settings.log.level, secrets(), run=settings.run.id)
     plan = make_plan(settings, show, unread)
     printed = log.print_result(log.scrub(FORMATS[form](plan), secrets()))
@@ -74,29 +74,29 @@ def _load(argv: Sequence[str]) -> tuple[Settings, JobError | None]:
 
 def _take_format(argv: list[str]) -> tuple[list[str], str]:
     """The words without `--format FORM` or `--format=FORM`, and the format; by default the first in `FORMATS`."""
-    rest, form = _take_option(argv, "--format")
+    words, form = _take_option(argv, "--format")
     form = next(iter(FORMATS)) if form is None else form
     if form not in FORMATS:
         raise SettingsError([Problem("--format", f"must be {' or '.join(FORMATS)}")])
-    return rest, form
+    return words, form
 
 
 def _take_show(argv: list[str]) -> tuple[list[str], int]:
     """The words without `--show N` or `--show=N`, and N; by default 0."""
-    rest, count = _take_option(argv, "--show")
+    words, count = _take_option(argv, "--show")
     if count is not None and not (count.isascii() and count.isdecimal() and 0 < int(count) <= _MOST_SHOWN):
         raise SettingsError([Problem("--show", f"must be the number of rows to show, 1 to {_MOST_SHOWN:,}")])
-    return rest, int(count or 0)
+    return words, int(count or 0)
 
 
 def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
     """The words without an option and its value, and the value; None where the option is not given."""
-    at = next((index for index, word in enumerate(argv) if word.partition("=")[0] == name), None)
-    if at is None:
+    position = next((index for index, word in enumerate(argv) if word.partition("=")[0] == name), None)
+    if position is None:
         return argv, None
-    _, equals, value = argv[at].partition("=")
-    end = at + (1 if equals else 2)
-    return argv[:at] + argv[end:], value if equals else "".join(argv[at + 1 : end])
+    _, equals, value = argv[position].partition("=")
+    end = position + (1 if equals else 2)
+    return argv[:position] + argv[end:], value if equals else "".join(argv[position + 1 : end])
 
 
 def as_json(plan: Plan) -> str:
@@ -139,7 +139,7 @@ def _forecast(plan: Plan) -> list[str]:
 
 
 def _checks(plan: Plan) -> str:
-    rows = [(f"{check.name}", check.state, check.what) for check in plan.checks]
+    rows = [(check.name, check.state, check.what) for check in plan.checks]
     name, state = (max(len(row[column]) for row in rows) for column in (0, 1))
     return "\n".join(_folded([(f"{row[0]:<{name}}  {row[1]:<{state}}  ", row[2]) for row in rows]))
 
@@ -224,10 +224,10 @@ def _folded(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Each (prefix, text) on a line; long text is wrapped below its beginning."""
     lines = []
     for start, text in rows:
-        first, rest = start or "  ", " " * len(start) or "    "
+        first, indent = start or "  ", " " * len(start) or "    "
         for paragraph in text.splitlines():
-            lines += wrap(visible(paragraph), _WIDTH, initial_indent=first, subsequent_indent=rest, **_WHOLE_WORDS)
-            first = rest
+            lines += wrap(visible(paragraph), _WIDTH, initial_indent=first, subsequent_indent=indent, **_WHOLE_WORDS)
+            first = indent
     return lines
 
 

@@ -27,7 +27,7 @@ from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
 from job.planning.preflight import HUB_UNREACHABLE, Found, NotChecked, Online
 from job.planning.shown_rows import ShownRow, show_row
-from job.records import AuditRecord, Example
+from job.records import AuditRecord, DatasetRecord, Example
 from job.storage.hub import peek_dataset
 from job.storage.open import StorageOptions, bytes_to_fetch, fetch, is_remote
 
@@ -95,13 +95,12 @@ def preview_data(
     """
     split = reading["split"]
     downloads = [
-        _of_the_data(part.location, part.revision or revision, storage, split=split, online=online)
+        _look_up_source(part.location, part.revision or revision, storage, split=split, online=online)
         for part in parse_sources(source)
     ]
     download = sum(size for size, _ in downloads)
     licence = "; ".join(sorted({licence for _, licence in downloads if licence})) or None
-    if download > MAX_BYTES:
-        raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
+    _require_small(source, download)
     shown: list[ShownRow] = []
 
     def keep(item: Encoded | EncodedAnswers) -> None:
@@ -109,17 +108,22 @@ def preview_data(
             shown.append(show_row(item, tokenizer))
 
     if isinstance(validation, ValidationSource):
-        where = (validation.name, validation.revision, storage, "JOB_DATA__VALIDATION")
-        more, _ = _of_the_data(*where, split=validation.split, online=online)
-        if more > MAX_BYTES:
-            raise NotChecked(f"{validation.name} has {formatting.size(more, ' ')}, too much to fetch for a plan")
-        download += more
+        validation_bytes, _ = _look_up_source(
+            validation.name,
+            validation.revision,
+            storage,
+            "JOB_DATA__VALIDATION",
+            split=validation.split,
+            online=online,
+        )
+        _require_small(validation.name, validation_bytes)
+        download += validation_bytes
         with named_by("JOB_DATA__VALIDATION", ": "):
             validation = replace(validation, location=fetch(validation.location, folder / "validation", storage))
     with named_by("JOB_DATA__SOURCE", ": "):
-        place = locate_sources(source, lambda place, kind: fetch(place, folder / kind, storage))
+        sources = locate_sources(source, lambda location, kind: fetch(location, folder / kind, storage))
     examples, held_out, record = load_rows(
-        place,
+        sources,
         validation,
         revision=revision,
         max_length=NO_LIMIT if tokenizer is None else max_length,
@@ -129,27 +133,39 @@ def preview_data(
         processes=usable_cpus(),
         **reading,
     )
+    text = _describe_rows(record)
+    facts = DataFacts(
+        examples=examples,
+        estimated=tokenizer is None,
+        download_bytes=download,
+        licence=licence,
+        validation=held_out or (),
+        shown=shown,
+        schema=record.format,
+        # If they are only estimated, without the lengths.
+        audit=record.audit if tokenizer is not None or record.audit is None else replace(record.audit, lengths={}),
+        long_rows=record.long_rows,
+    )
+    if tokenizer is not None:
+        return "ok", text, facts
+    too_long = sum(length > max_length for length in lengths_of(examples))
+    return "note", f"{text}; tokens are estimated{f', so {too_long} rows may be too long' if too_long else ''}", facts
+
+
+def _require_small(source: str, download_bytes: int) -> None:
+    """Raises NotChecked for data that is too large to be downloaded for a plan."""
+    if download_bytes > MAX_BYTES:
+        raise NotChecked(f"{source} has {formatting.size(download_bytes, ' ')}, too much to fetch for a plan")
+
+
+def _describe_rows(record: DatasetRecord) -> str:
+    """Numbers of rows to train on, for validation, and skipped, in words."""
     text = f"{formatting.count(record.rows, 'row')} in the schema {record.format}"
     if record.validation is not None:
         text += f", {record.validation.rows:,} for validation"
     if record.skipped:
         text += f"; skipped {'; '.join(f'{count}: {why}' for why, count in by_reason(record.skipped).items())}"
-    facts = DataFacts(
-        examples,
-        tokenizer is None,
-        download,
-        licence,
-        held_out or (),
-        shown,
-        record.format,
-        # Without the lengths, which are only estimated.
-        record.audit if tokenizer is not None or record.audit is None else replace(record.audit, lengths={}),
-        record.long_rows,
-    )
-    if tokenizer is not None:
-        return "ok", text, facts
-    long = sum(length > max_length for length in lengths_of(examples))
-    return "note", f"{text}; tokens are estimated{f', so {long} rows may be too long' if long else ''}", facts
+    return text
 
 
 def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[None]:
@@ -170,7 +186,7 @@ def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[Non
     return "note" if findings or not_checked else "ok", text, None
 
 
-def _of_the_data(
+def _look_up_source(
     source: str,
     revision: str | None,
     storage: StorageOptions,

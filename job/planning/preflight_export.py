@@ -28,7 +28,7 @@ def check_exported_run(settings: Settings, storage: StorageOptions, unread: JobE
         raise unread
     run, decisive = read_exported(str(settings.export.run), storage), decisive_settings(plain_values(settings))
     begun = take_over(run, folder_of(settings), decisive, default_settings(), storage) is None
-    hashes = {one["path"]: one["sha256"] for one in run.results["artifacts"]}
+    hashes = {artifact["path"]: artifact["sha256"] for artifact in run.results["artifacts"]}
     weights = next((sha256 for path, sha256 in hashes.items() if path.endswith(f"/adapter/{WEIGHTS}")), None)
     adapter = "without an adapter" if weights is None else f"whose {WEIGHTS} has the SHA-256 {weights[:12]}..."
     later = "; the export has begun already, and compares its settings when it goes on" if begun else ""

@@ -69,20 +69,20 @@ def preview_model(
     """
     download: int | None
     if is_remote(source):
-        place, weights = _fetch_small_files(source, folder, storage)
-        where, download = f"{source} can be read", bytes_to_fetch(source, storage)
+        model_folder, weights = _fetch_small_files(source, folder, storage)
+        sentence, download = f"{source} can be read", bytes_to_fetch(source, storage)
     elif (local := local_model(source)) is not None:
-        place, weights, download = local, sum(1 for _ in local.glob("*.safetensors")), 0
-        where = f"{source} is here"
+        model_folder, weights, download = local, sum(1 for _ in local.glob("*.safetensors")), 0
+        sentence = f"{source} is here"
     else:
-        place, weights, download, where = _of_the_hub(source, revision, online=online)
+        model_folder, weights, download, sentence = _look_up_on_hub(source, revision, online=online)
     if not weights:
         raise DataError([Problem("JOB_MODEL__ID", f"{source} has no weights in safetensors")])
     try:
-        architecture = read_config(_config(place, source))
+        architecture = read_config(_config(model_folder, source))
     except ValueError as error:
-        return "note", f"{where}; no figures: {error}", ModelFacts(place, None, download)
-    return "ok", where, ModelFacts(place, architecture, download)
+        return "note", f"{sentence}; no figures: {error}", ModelFacts(model_folder, None, download)
+    return "ok", sentence, ModelFacts(model_folder, architecture, download)
 
 
 def files_without_weights(model: Path, folder: Path) -> Path:
@@ -100,7 +100,7 @@ def files_without_weights(model: Path, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """(names of the layers that get an adapter, parameters of the whole adapter)."""
+    """The adapter on a model: names of the layers that get one, and its number of parameters."""
 
     targets: tuple[str, ...]
     parameters: int
@@ -119,7 +119,7 @@ def preview_adapter(
     """Builds the model without weights, as a run does first, to find what LoRA adapts and what would be quantized.
 
     Args:
-        model: As `preview_model` found it.
+        model: As `preview_model` returned it; None if its files cannot be fetched.
         targets: `JOB_LORA__TARGET_MODULES`; None for the default of the architecture.
         quantization: `nf4` or `none`.
         max_length: Longest example in tokens.
@@ -129,26 +129,29 @@ def preview_adapter(
     """
     if model is None:
         raise NotChecked("the model's files cannot be fetched")
-    how: dict[str, Any] = {"targets": targets, "rank": rank, "options": options, "problems": problems}
-    config, empty = inspect(model.folder, max_length=max_length, **how)
+    config, empty = inspect(
+        model.folder, max_length=max_length, targets=targets, rank=rank, options=options, problems=problems
+    )
     modules = tuple(sorted(resolve_targets(empty, targets)))
     names = ", ".join(modules)
-    linear, all_ = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))
+    linear, total = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))
     facts = AdapterFacts(modules, count_parameters(empty, rank=rank, target_modules=modules, options=options))
     text = f"LoRA on {names}"
     if options != PLAIN:
-        said = ", ".join(f"{name}={value}" for name, value in described(options).items() if name != "adalora")
-        text = f"{text}; {said}; {facts.parameters:,} parameters"
+        options_in_words = ", ".join(
+            f"{name}={value}" for name, value in described(options).items() if name != "adalora"
+        )
+        text = f"{text}; {options_in_words}; {facts.parameters:,} parameters"
     if options.not_fused:
         text = f"{text}; on a GPU at less than half the speed, by PEFT's own layers: {options.not_fused}"
-    elif fused_family(known := config.to_dict()) is None:
+    elif fused_family(config_values := config.to_dict()) is None:
         text = f"{text}; on a GPU only these layers are fused, not the whole decoder of {config.model_type}"
-    elif why := why_not_recorded(known):
+    elif why := why_not_recorded(config_values):
         text = f"{text}; on a GPU all of {config.model_type}'s decoder is fused, without CUDA graphs: {why}"
-    if quantization == "none" or linear >= MOSTLY * all_:
+    if quantization == "none" or linear >= MOSTLY * total:
         return "ok", text, facts
     stays = "the rest, such as embeddings, stays in 16 bit"
-    return "note", f"{text}; {linear:,} of {all_:,} weights can be held as {quantization}, {stays}", facts
+    return "note", f"{text}; {linear:,} of {total:,} weights can be held as {quantization}, {stays}", facts
 
 
 def find_tokenizer(model: ModelFacts | None, added_tokens: Sequence[str] | None = None) -> Found[Any]:
@@ -203,8 +206,8 @@ def preview_safety_model(
         model_folder, weight_bytes, download = _auxiliary_model(
             place, revision, "safety", online=online, folder=folder, storage=storage
         )
-        known = Labels(model_folder, SAFETY_SETTING)
-    unsafe = unsafe_labels(known.names, labels, exclusive=known.exclusive)
+        classifier_labels = Labels(model_folder, SAFETY_SETTING)
+    unsafe = unsafe_labels(classifier_labels.names, labels, exclusive=classifier_labels.exclusive)
     what = f"{place}: unsafe is a probability of at least {threshold:g} for {', '.join(unsafe)}"
     facts = AuxiliaryFacts(download, count_weights(model_folder, weight_bytes, heads=False))
     return "ok", f"{what}; the job scores the rows, the plan does not", facts
@@ -261,7 +264,7 @@ def _auxiliary_model(
         files = weight_files(local)
         model_folder, weights, weight_bytes, download = local, len(files), sum(file.stat().st_size for file in files), 0
     else:
-        model_folder, weights, weight_bytes, _ = _of_the_hub(place, revision, online=online)
+        model_folder, weights, weight_bytes, _ = _look_up_on_hub(place, revision, online=online)
         download = weight_bytes or 0
     if not weights:
         raise DataError([Problem("JOB_MODEL__ID", f"{place} has no weights in safetensors")])
@@ -279,7 +282,7 @@ def _config(folder: Path, source: str) -> dict[str, Any]:
     return config
 
 
-def _of_the_hub(source: str, revision: str | None, *, online: Online) -> tuple[Path, int, int | None, str]:
+def _look_up_on_hub(source: str, revision: str | None, *, online: Online) -> tuple[Path, int, int | None, str]:
     """(folder, number of weight files, bytes to fetch, where it was found, as a sentence)."""
     if online():
         folder, files = peek_model(source, revision)

@@ -41,7 +41,7 @@ def round_trip(store: ObjectStore, name: str, folder: Path | None = None) -> Fou
     try:
         store.write(key, content)
         stored = store.read(key)
-        whole = [_file_round_trip(store, object_key, size, folder) for object_key, size in files.items()]
+        unchanged = [_file_round_trip(store, object_key, size, folder) for object_key, size in files.items()]
         listed = [info.key for info in store.list(key)]
     except BaseException:
         for object_key in (key, *files):
@@ -50,7 +50,7 @@ def round_trip(store: ObjectStore, name: str, folder: Path | None = None) -> Fou
         raise
     for object_key in (key, *files):
         store.delete(object_key)
-    right = stored is not None and stored.data == content and all(whole) and listed == sorted([key, *files])
+    right = stored is not None and stored.data == content and all(unchanged) and listed == sorted([key, *files])
     if not right or store.read(key) is not None:
         raise Unreachable(f"{name}: objects that were written could not be read, listed and deleted unchanged")
     conditional = store.conditional_writes()
@@ -71,14 +71,14 @@ def _file_round_trip(store: ObjectStore, key: str, size: int, parent: Path | Non
         tempfile.TemporaryDirectory(prefix="qlora-job-", dir=parent) as folder,
         disk_errors(f"cannot write to {folder}"),
     ):
-        there, back = Path(folder, "there"), Path(folder, "back")
-        there.write_bytes(os.urandom(size))
-        store.upload(there, key)
+        original, copy = Path(folder, "there"), Path(folder, "back")
+        original.write_bytes(os.urandom(size))
+        store.upload(original, key)
         try:
-            store.download(key, back, max_bytes=size)
+            store.download(key, copy, max_bytes=size)
         except FileNotFoundError:
             return False
-        return there.read_bytes() == back.read_bytes()
+        return original.read_bytes() == copy.read_bytes()
 
 
 def local_round_trip(output: Path, name: str, folder: Path | None = None) -> Found[float]:

@@ -66,7 +66,7 @@ def shape_of_run(
         budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
         scoring_budget=settings.eval.batch_tokens,
         download_bytes=download
-        + sum(one.download_bytes for one in (preflight.data, preflight.safety, preflight.judge) if one),
+        + sum(facts.download_bytes for facts in (preflight.data, preflight.safety, preflight.judge) if facts),
         usd_per_hour=settings.cost.usd_per_hour,
         fused=settings.model.dtype != "fp32" and adapter_options(settings).not_fused is None,
         fused_from=AMPERE if settings.model.dtype == "bf16" else VOLTA,
@@ -79,7 +79,7 @@ def shape_of_run(
         processes_here=processes,
         full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
         auxiliary=_auxiliary(settings, preflight, workload),
-        keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
+        keep_activations=None if (recompute := settings.train.gradient_checkpointing) == "auto" else not recompute,
         tiles=_tiles(settings, setup),
         recorded=_recorded(settings),
         offload=None if (offload := settings.train.offload_activations) == "auto" else offload,
@@ -89,11 +89,14 @@ def shape_of_run(
     )
     if settings.export.run is not None:
         return _only_exported(run)
-    if settings.train.is_one_stage:
-        return run
+    return run if settings.train.is_one_stage else _with_first_stage(run, settings, preflight)
+
+
+def _with_first_stage(run: RunShape, settings: Settings, preflight: Preflight) -> RunShape:
+    """The sizes of a run that trains in two stages: those of the second stage, with the first stage's in it."""
     first, _ = split_stages(settings)
     workload, data_basis = _workload(first, preflight.first_data)
-    earlier = replace(
+    first_stage = replace(
         run,
         workload=workload,
         workload_basis=data_basis,
@@ -105,13 +108,13 @@ def shape_of_run(
         derived=(),
         quantizing_tokens=0,
         auxiliary=(),
-        tiles=_tiles(first, setup),
+        tiles=_tiles(first, run.setup),
         recorded=_recorded(first),
         step_rows=first.train.global_batch_size,
         warmup_steps=_warmup_steps(first, workload),
     )
-    more = preflight.first_data.download_bytes if preflight.first_data else 0
-    return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)
+    first_download_bytes = preflight.first_data.download_bytes if preflight.first_data else 0
+    return replace(run, first_stage=first_stage, download_bytes=run.download_bytes + first_download_bytes)
 
 
 def _only_exported(run: RunShape) -> RunShape:
@@ -119,7 +122,7 @@ def _only_exported(run: RunShape) -> RunShape:
 
     What it takes over is fetched first. Of that only the adapter's size counts, in fp32.
     """
-    taken = memory_model.FP32 * run.setup.adapter if run.setup else 0
+    adapter_bytes = memory_model.FP32 * run.setup.adapter if run.setup else 0
     return replace(
         run,
         trains=False,
@@ -128,7 +131,7 @@ def _only_exported(run: RunShape) -> RunShape:
         full_precision=False,
         answered=(0, 0),
         auxiliary=(),
-        download_bytes=run.download_bytes + taken,
+        download_bytes=run.download_bytes + adapter_bytes,
     )
 
 
@@ -149,8 +152,8 @@ def _setup(settings: Settings, preflight: Preflight, checks: list[PreflightResul
     architecture = preflight.model.architecture if preflight.model else known.ARCHITECTURES.get(settings.model.id)
     if architecture is None:
         return None, basis
-    named, options = settings.lora.target_modules, adapter_options(settings)
-    targets = architecture.groups[named] if isinstance(named, str) else named
+    requested_targets, options = settings.lora.target_modules, adapter_options(settings)
+    targets = architecture.groups[requested_targets] if isinstance(requested_targets, str) else requested_targets
     rank = settings.lora.rank if options.adalora is None else options.adalora.init_r
     missing = [name for name in targets if name not in architecture.linear]
     if missing:
@@ -184,7 +187,7 @@ def _placements(settings: Settings, processes: int) -> tuple[str, ...]:
     if settings.model.quantization == "none" or settings.model.keep_dequantized is True:
         return memory_model.PLACEMENTS[:1]
     several = processes > 1 and settings.run.nodes == 1
-    return tuple(one for one in memory_model.PLACEMENTS if one != "sharded" or several)
+    return tuple(placement for placement in memory_model.PLACEMENTS if placement != "sharded" or several)
 
 
 def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | None, Basis]:
@@ -251,16 +254,16 @@ def _auxiliary(settings: Settings, preflight: Preflight, workload: Workload | No
     if preflight.safety is not None and workload is not None:
         seen_rows = workload.steps * settings.train.global_batch_size
         rows, tokens = workload.rows, round(workload.rows * workload.tokens / seen_rows)
-        if read := [data for data in (preflight.first_data, preflight.data) if data is not None]:
-            counts = [data.audit.rows if data.audit else len(data.examples) for data in read]
-            each = [sum(lengths_of(data.examples)) / len(data.examples) for data in read]
-            rows, tokens = sum(counts), round(sum(map(mul, counts, each)))
+        if read_data := [data for data in (preflight.first_data, preflight.data) if data is not None]:
+            counts = [data.audit.rows if data.audit else len(data.examples) for data in read_data]
+            mean_lengths = [sum(lengths_of(data.examples)) / len(data.examples) for data in read_data]
+            rows, tokens = sum(counts), round(sum(map(mul, counts, mean_lengths)))
         models.append(screening(rows, tokens, 2 * len(preflight.prompts), answer, preflight.safety.weights))
     if preflight.judge is not None and preflight.prompts:
-        asked = 2 * len(preflight.prompts)
-        tokens = 2 * sum(preflight.prompts) + asked * (2 * answer + preflight.judge.question_tokens)
-        wide = HALF_PRECISION  # on a GPU
-        models.append(judging(asked, tokens, preflight.judge.weights, wide, served=preflight.judge.served))
+        judgements = 2 * len(preflight.prompts)
+        tokens = 2 * sum(preflight.prompts) + judgements * (2 * answer + preflight.judge.question_tokens)
+        value_bytes = HALF_PRECISION  # on a GPU
+        models.append(judging(judgements, tokens, preflight.judge.weights, value_bytes, served=preflight.judge.served))
     return tuple(models)
 
 
@@ -271,11 +274,11 @@ def _answered(settings: Settings, preflight: Preflight) -> tuple[int, int]:
     """
     lengths, most = [(0, 0)], settings.train.max_length
     if preflight.questions is not None:
-        answer, whole = (
+        answer, answered = (
             preflight.questions.answered - preflight.questions.prompt,
             min(preflight.questions.answered, most),
         )
-        lengths.append((max(0, whole - answer), whole))
+        lengths.append((max(0, answered - answer), answered))
     if settings.eval.prompts is not None:
         answer, longest = settings.eval.prompts_max_new_tokens, max(preflight.prompts, default=0)
         lengths.append((longest, longest + answer))
@@ -284,8 +287,8 @@ def _answered(settings: Settings, preflight: Preflight) -> tuple[int, int]:
 
 def _merges(settings: Settings) -> int:
     """How many candidates of a merge are made, as far as that is known before the base's weights are."""
-    both = settings.export.merge_onto == "best" and settings.model.quantization != "none"
-    return (1 + both) * needs_merge(settings.export.formats)
+    two_candidates = settings.export.merge_onto == "best" and settings.model.quantization != "none"
+    return (1 + two_candidates) * needs_merge(settings.export.formats)
 
 
 def _quantizing_tokens(settings: Settings, workload: Workload | None) -> int:

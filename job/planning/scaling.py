@@ -24,7 +24,7 @@ class Division:
     """How a run's work is divided over its GPUs.
 
     Attributes:
-        gpus: Their number.
+        gpus: Number of GPUs.
         parts: Number of equal parts into which the work is divided; the busiest GPU has one. Fewer than GPUs where a
             step has too few rows.
         training: Share of the speed of that many GPUs that training reaches.
@@ -41,7 +41,7 @@ def divide(gpus: int, *, step_rows: int, step_tokens: float, rows_divided: bool)
     """How the work is divided over `gpus` GPUs.
 
     Args:
-        gpus: Their number.
+        gpus: Number of GPUs.
         step_rows: Rows of a step.
         step_tokens: Tokens of a step, on average.
         rows_divided: Whether all GPUs compute each long row together.

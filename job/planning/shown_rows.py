@@ -52,7 +52,7 @@ def _pieces(ids: Sequence[int], targets: Sequence[bool], tokenizer: Any) -> Iter
 
 def as_lines(rows: Sequence[ShownRow], *, terminal: bool) -> list[str]:
     """The rows as text: targets in reverse video on a terminal, else between markers; control characters escaped."""
-    flat = [one for row in rows for one in (row, *row.more)]
+    flat = [side for row in rows for side in (row, *row.more)]
     lines = []
     for row in flat:
         lines.append(f"{_escaped(row.where)}: {row.tokens:,} tokens, {row.target_tokens:,} of them in the loss")

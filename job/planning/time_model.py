@@ -55,14 +55,16 @@ def training_flops(setup: Setup, tokens: int, squares: int) -> int:
     Source: Kaplan et al. 2020 (arXiv:2001.08361), section 2.1; Dao 2023, FlashAttention-2 (arXiv:2307.08691), section
     4.1.
     """
-    a, again = setup.architecture, 1 if setup.recompute else 0
-    linear = (4 + 2 * again) * a.used_parameters + (6 + 2 * again) * setup.used_adapter + 6 * a.head_parameters
-    attention = round((3.5 + again) * 2 * a.queries * a.layers * squares)
+    a, recomputed = setup.architecture, 1 if setup.recompute else 0
+    linear = (
+        (4 + 2 * recomputed) * a.used_parameters + (6 + 2 * recomputed) * setup.used_adapter + 6 * a.head_parameters
+    )
+    attention = round((3.5 + recomputed) * 2 * a.queries * a.layers * squares)
     return linear * tokens + attention
 
 
 def evaluation_flops(setup: Setup, tokens: int, reads: int) -> int:
-    """Operations of scoring so many tokens, at `reads` of which logits are formed: one forward pass, but attention."""
+    """Operations of scoring so many tokens, with logits at `reads` of them: one forward pass without attention."""
     a = setup.architecture
     return 2 * (a.used_parameters + setup.used_adapter) * tokens + 2 * a.head_parameters * reads
 

@@ -19,7 +19,7 @@ class Workload:
     """What all optimizer steps process.
 
     Attributes:
-        steps: Their number.
+        steps: Number of optimizer steps.
         rows: Examples of the data set.
         tokens: Tokens of all steps, in all epochs.
         target_tokens: Those that the loss counts.
@@ -62,8 +62,8 @@ def scale(
     rows: int, tokens_per_row: float, squares_per_row: float, longest: int, *, global_batch_size: int, steps: int
 ) -> Workload:
     """The workload if only mean lengths are known; all tokens of a row except the first count as targets."""
-    epochs, rest = divmod(steps, steps_per_epoch(rows, global_batch_size))
-    passed = epochs * rows + min(rows, rest * global_batch_size)
+    epochs, remaining_steps = divmod(steps, steps_per_epoch(rows, global_batch_size))
+    passed = epochs * rows + min(rows, remaining_steps * global_batch_size)
     mean_step = min(rows, global_batch_size) * tokens_per_row
     return Workload(
         steps=steps,

@@ -38,9 +38,9 @@ def audit_safety(dataset: Mapping[str, Any]) -> str:
     safety = (dataset.get("audit") or {}).get("safety")
     if safety is None:
         return ""
-    at = f" at commit {safety['revision'][:12]}" if safety["revision"] else ""
+    commit = f" at commit {safety['revision'][:12]}" if safety["revision"] else ""
     return (
-        f"Unsafe rows are those to which the classifier {safety['model']}{at} (SHA-256 {safety['sha256'][:12]}...) "
+        f"Unsafe rows are those to which the classifier {safety['model']}{commit} (SHA-256 {safety['sha256'][:12]}...) "
         f"gives a probability of at least {safety['threshold']:g} for {enumeration(safety['unsafe_labels'])}."
     )
 

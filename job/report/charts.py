@@ -108,8 +108,8 @@ def line_chart(
     group = math.ceil(len(points) / MAX_POINTS)
     drawn = [_mean(points[start : start + group]) for start in range(0, len(points), group)]
     values = [value for _, value in points]
-    both = [*values, *(value for _, value in second)]
-    y_ticks = nice_ticks(0.0 if from_zero else min(both), max(both))
+    all_values = [*values, *(value for _, value in second)]
+    y_ticks = nice_ticks(0.0 if from_zero else min(all_values), max(all_values))
     left = float(min(step for step, _ in (points[0], *second[:1])))
     right = float(max(step for step, _ in (points[-1], *second[-1:])))
     right = max(right, left + 1)

@@ -102,7 +102,7 @@ def about_served(check: ServeCheck) -> str:
         text += f"; {len(check.different)} differ"
     if silent := len(check.asked) - len(check.compared):
         text += f"; {count(silent, 'answer')} do not begin with a choice"
-    gaps = [one.difference for one in check.asked if one.difference is not None]
+    gaps = [question.difference for question in check.asked if question.difference is not None]
     if gaps:
         text += f"; log-likelihoods differ by at most {max(gaps):.3f} nats"
     return f"{text}."

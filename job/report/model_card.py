@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from job.common.export_formats import MERGED, is_adapter
 from job.common.formatting import count
@@ -21,6 +21,9 @@ from job.report.prompts import ShownPrompt
 from job.report.templating import render
 from job.results.public_bases import last_part, public_base
 from job.runs.layout import WEIGHTS, export_folder
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 MAX_PROMPTS = 3
 """Prompts with their answers on the card; the run's folder has all."""
@@ -120,8 +123,8 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any], si
     model, dataset, name = results["model"], results["dataset"], export["format"]
     base, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
     has_public_name = revision is not None or settings.get("model.name") is not None
-    entry = next(one for one in export_wording.exports(results) if one["format"] == name)
-    merged = next((one for one in results["exports"] if one["format"] == MERGED), {"reason": ""})
+    entry = next(item for item in export_wording.exports(results) if item["format"] == name)
+    merged = next((item for item in results["exports"] if item["format"] == MERGED), {"reason": ""})
     quantization = export.get("quantization")
     folder = export_folder(name)
     files = [artifact["path"].removeprefix(folder) for artifact in results["artifacts"]]
@@ -186,30 +189,38 @@ def _export_metadata(
     tags: Sequence[str],
 ) -> str:
     """YAML for the hub; `scored` has the accuracy by task."""
-    from huggingface_hub import EvalResult, ModelCardData
+    evaluation = results["evaluation"]
+    evaluations = [
+        _evaluation(task, evaluation["tasks"][task], "acc", accuracy, own_files) for task, accuracy in scored.items()
+    ]
+    library = "gguf" if "gguf" in tags else "peft" if "lora" in tags else "transformers"
+    return _hub_yaml(
+        results["dataset"], evaluations, title=title, licence=licence, base=base, library=library, tags=tags
+    )
 
-    dataset = results["dataset"]
+
+def _hub_yaml(
+    dataset: Mapping[str, Any],
+    evaluations: Sequence[EvalResult],
+    *,
+    title: str,
+    licence: str | None,
+    base: str | None,
+    library: str,
+    tags: Sequence[str],
+) -> str:
+    """The hub's metadata, `base` being the base's public name. Only a data set with a revision is on the hub."""
+    from huggingface_hub import ModelCardData
+
     data = ModelCardData(
         base_model=base,
         datasets=[part["source"] for part in dataset.get("sources") or [dataset] if part["revision"]] or None,
         license=licence,
-        library_name="gguf" if "gguf" in tags else "peft" if "lora" in tags else "transformers",
+        library_name=library,
         pipeline_tag="text-generation",
         tags=list(tags),
         model_name=re.sub(r"[^\w.-]+", "-", title).strip("-"),
-        eval_results=[
-            EvalResult(
-                task_type="multiple-choice",
-                task_name="Multiple choice",
-                dataset_type=task if task in own_files else results["evaluation"]["tasks"][task]["source"],
-                dataset_name=_questions(task, own_files),
-                dataset_args={"num_few_shot": results["evaluation"]["tasks"][task].get("num_fewshot", 0)},
-                metric_type=METRICS["acc"][0],
-                metric_name=METRICS["acc"][1],
-                metric_value=round(accuracy, 4),
-            )
-            for task, accuracy in scored.items()
-        ],
+        eval_results=list(evaluations),
     )
     return str(data.to_yaml())
 
@@ -222,9 +233,9 @@ def _auto(model: Mapping[str, Any]) -> str:
 def _sources(dataset: Mapping[str, Any], *, short: bool) -> str:
     """The names of the data set's sources; of a path never more than its last part."""
     parts = dataset.get("sources") or [dataset]
-    whole = [not short and (part["revision"] or "://" in part["source"]) for part in parts]
+    in_full = [not short and (part["revision"] or "://" in part["source"]) for part in parts]
     return ", ".join(
-        part["source"] if full else last_part(part["source"]) for part, full in zip(parts, whole, strict=True)
+        part["source"] if is_full else last_part(part["source"]) for part, is_full in zip(parts, in_full, strict=True)
     )
 
 
@@ -243,7 +254,7 @@ def _licence(dataset: Mapping[str, Any]) -> str | None:
     """The licence of the data, if all of it has the same; where the run records none, if it is known here by name."""
     if not (licences := dataset.get("licences")):
         return LICENCES.get(dataset["source"]) if dataset["revision"] else None
-    sources = [one["source"] for one in dataset.get("sources") or [dataset]]
+    sources = [part["source"] for part in dataset.get("sources") or [dataset]]
     named = {licences.get(source) for source in sources}
     return named.pop() if len(named) == 1 else None
 
@@ -251,44 +262,34 @@ def _licence(dataset: Mapping[str, Any]) -> str | None:
 def _metadata(
     results: Mapping[str, Any], settings: Mapping[str, Any], title: str, licence: str | None, base: str | None
 ) -> str:
-    """YAML for the hub, `base` being the base's public name. Only a data set with a revision is on the hub."""
-    from huggingface_hub import ModelCardData
-
-    model, dataset = results["model"], results["dataset"]
-    quantized = model["quantization"] != "none"
-    method = METHODS[results["training"].get("method", "sft")]
-    data = ModelCardData(
-        base_model=base,
-        datasets=[part["source"] for part in dataset.get("sources") or [dataset] if part["revision"]] or None,
-        license=licence,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lora", *(["qlora"] if quantized else []), *method.tags, "transformers", "trl"],
-        model_name=re.sub(r"[^\w.-]+", "-", title).strip("-"),
-        eval_results=_evaluations(results, settings.get("eval.data") or {}),
-    )
-    return str(data.to_yaml())
-
-
-def _questions(task: str, own_files: Mapping[str, str]) -> str:
-    """How the hub's metadata names a task's questions: those of a file of JOB_EVAL__DATA are not the benchmark's."""
-    return f"{task}, questions of one's own" if task in own_files else task
-
-
-def _evaluations(results: Mapping[str, Any], own_files: Mapping[str, str]) -> list[Any]:
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            task_type="multiple-choice",
-            task_name="Multiple choice",
-            dataset_type=name if name in own_files else task["source"],
-            dataset_name=_questions(name, own_files),
-            dataset_args={"num_few_shot": task.get("num_fewshot", 0)},
-            metric_type=METRICS[row["metric"]][0],
-            metric_name=METRICS[row["metric"]][1],
-            metric_value=round(row["adapter"], 4),
-        )
+    """YAML for the hub, `base` being the base's public name."""
+    own_files = settings.get("eval.data") or {}
+    evaluations = [
+        _evaluation(name, task, row["metric"], row["adapter"], own_files)
         for name, task in results["evaluation"]["tasks"].items()
         for row in wording.accuracies(name, results)
     ]
+    quantized = results["model"]["quantization"] != "none"
+    method = METHODS[results["training"].get("method", "sft")]
+    tags = ["lora", *(["qlora"] if quantized else []), *method.tags, "transformers", "trl"]
+    return _hub_yaml(
+        results["dataset"], evaluations, title=title, licence=licence, base=base, library="peft", tags=tags
+    )
+
+
+def _evaluation(
+    name: str, task: Mapping[str, Any], metric: str, accuracy: float, own_files: Mapping[str, str]
+) -> EvalResult:
+    """A task's accuracy in the hub's metadata; questions of a file of JOB_EVAL__DATA are not the benchmark's."""
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="multiple-choice",
+        task_name="Multiple choice",
+        dataset_type=name if name in own_files else task["source"],
+        dataset_name=f"{name}, questions of one's own" if name in own_files else name,
+        dataset_args={"num_few_shot": task.get("num_fewshot", 0)},
+        metric_type=METRICS[metric][0],
+        metric_name=METRICS[metric][1],
+        metric_value=round(accuracy, 4),
+    )

@@ -247,8 +247,8 @@ def _written(value: Any) -> str:
 def _location(results: Mapping[str, Any]) -> str:
     """The run's folder, as `settings.training_stages.folder_of` has it."""
     output, run = str(_value(results, "run.output")).rstrip("/"), results["run"]
-    whole = run.get("part_of")
-    return f"{output}/{run['id']}" if whole is None else f"{output}/{whole}/{FIRST_STAGE.rstrip('/')}"
+    whole_run = run.get("part_of")
+    return f"{output}/{run['id']}" if whole_run is None else f"{output}/{whole_run}/{FIRST_STAGE.rstrip('/')}"
 
 
 def _value(results: Mapping[str, Any], setting: str) -> Any:
@@ -289,7 +289,9 @@ def _export_intervals(exports: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
                 zero=False,
             ),
             "difference": charts.interval_chart(
-                [_difference_span(f"{name}, against adapter", one) for name, one in versus], _points_tick, zero=True
+                [_difference_span(f"{name}, against adapter", comparison) for name, comparison in versus],
+                _points_tick,
+                zero=True,
             ),
         }
     return charts_by_task
@@ -346,8 +348,8 @@ def _lines(evidence: ReportData, marks: list[float], validation: Mapping[str, An
     def measured(name: str) -> list[tuple[int, float]]:
         return [(step.step, value) for step in metrics if (value := step.measured.get(name)) is not None]
 
-    def preferred(name: str, of: Sequence[StepMetrics | ValidationMetrics]) -> list[tuple[int, float]]:
-        return [(one.step, one.preference[name]) for one in of if name in one.preference]
+    def preferred(name: str, records: Sequence[StepMetrics | ValidationMetrics]) -> list[tuple[int, float]]:
+        return [(record.step, record.preference[name]) for record in records if name in record.preference]
 
     memory = measured("memory_bytes")
     unit, scale = ("GiB", 2**30) if max((value for _, value in memory), default=0) >= 2**31 else ("MiB", 2**20)

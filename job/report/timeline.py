@@ -87,8 +87,8 @@ def _pieces(attempt: Mapping[str, Any]) -> Iterator[StageShare]:
     """The stages in order. Time outside stages is put after the first one: that is when models are loaded."""
     seconds = max(attempt["seconds"], sum(attempt["stage_seconds"].values())) or 1.0
     stages = list(attempt["stage_seconds"].items())
-    other = seconds - sum(attempt["stage_seconds"].values())
-    for name, spent in [*stages[:1], (OUTSIDE, other), *stages[1:]]:
+    outside = seconds - sum(attempt["stage_seconds"].values())
+    for name, spent in [*stages[:1], (OUTSIDE, outside), *stages[1:]]:
         share = attempt["repeated_steps"] / attempt["steps"] if name == Stage.TRAIN and attempt["steps"] else 0.0
         if spent > 0:
             yield StageShare(name, spent, round(100 * spent / seconds, 3), round(100 * share, 1))

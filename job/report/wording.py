@@ -16,12 +16,12 @@ from job.records import FP8
 from job.results.outcome import task_labels
 from job.results.reader import scored_in
 
-_SAYS = {
+_SENTENCES = {
     "improved": "Better than its {base} on {tasks}.",
     "regressed": "Worse than its {base} on {tasks}.",
     "inconclusive": "No difference shown on {tasks}.",
 }
-_SAYS_OF_BOTH = {
+_SENTENCES_FOR_BOTH = {
     ("improved", "improved"): "Better than its base on {tasks}, quantized or not.",
     ("improved", "inconclusive"): (
         "Better than its quantized base on {tasks}, not shown to be better than the unquantized one."
@@ -79,33 +79,33 @@ def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     base, is named with the metric where its metrics have different verdicts.
     """
     evaluation, original, labels = results["evaluation"], original_tasks(results), task_labels(results)
-    found: list[tuple[str, str, str, str]] = []  # verdict, sentence, task, its name in the sentence
+    entries: list[tuple[str, str, str, str]] = []  # verdict, sentence, task, its name in the sentence
     for name, task in evaluation["tasks"].items():
-        verdict, sentence = task["verdict"], _SAYS[task["verdict"]]
+        verdict, sentence = task["verdict"], _SENTENCES[task["verdict"]]
         if name in original:
             versus_original = original[name]["adapter_versus_original"]["acc"]["verdict"]
-            sentence = _SAYS_OF_BOTH[verdict, versus_original]
+            sentence = _SENTENCES_FOR_BOTH[verdict, versus_original]
             verdict = "inconclusive" if verdict == "improved" != versus_original else verdict
-        found.append((verdict, sentence, name, labels[name]))
+        entries.append((verdict, sentence, name, labels[name]))
     for name, task in evaluation.get("measured", {}).items():
         verdicts = {metric: figures["verdict"] for metric, figures in task["metrics"].items()}
         several = len(set(verdicts.values())) > 1
-        found += [
-            (verdict, _SAYS[verdict], name, f"{labels[name]} by {metric}" if several else labels[name])
+        entries += [
+            (verdict, _SENTENCES[verdict], name, f"{labels[name]} by {metric}" if several else labels[name])
             for metric, verdict in verdicts.items()
         ]
-    order = [*_SAYS_OF_BOTH.values(), *_SAYS.values()]
+    order = [*_SENTENCES_FOR_BOTH.values(), *_SENTENCES.values()]
     base = _base(results)
 
     def named(sentence: str) -> str:
-        names = list(dict.fromkeys(label for _, said, _, label in found if said == sentence))
-        tasks = {name for _, said, name, _ in found if said == sentence}
+        names = list(dict.fromkeys(label for _, text, _, label in entries if text == sentence))
+        tasks = {name for _, text, name, _ in entries if text == sentence}
         return f"{len(tasks)} of {len(labels)} tasks" if len(names) > MAX_NAMES else enumeration(names)
 
-    said = dict.fromkeys((verdict, sentence) for verdict, sentence, _, _ in found)
+    distinct = dict.fromkeys((verdict, sentence) for verdict, sentence, _, _ in entries)
     return [
         (verdict, sentence.format(base=base, tasks=named(sentence)))
-        for verdict, sentence in sorted(said, key=lambda one: order.index(one[1]))
+        for verdict, sentence in sorted(distinct, key=lambda pair: order.index(pair[1]))
     ]
 
 
@@ -119,11 +119,11 @@ def other_dtype_of_baseline(results: Mapping[str, Any]) -> str:
 
     Manifests of older versions do not say what the baseline was scored in.
     """
-    baseline, own = results["gate"]["baseline"], scored_in(results)["dtype"]
-    before = own if baseline is None else baseline.get("dtype", own)
-    if before == own:
+    baseline, dtype = results["gate"]["baseline"], scored_in(results)["dtype"]
+    baseline_dtype = dtype if baseline is None else baseline.get("dtype", dtype)
+    if baseline_dtype == dtype:
         return ""
-    what = f"Run {baseline['run']} was scored in {before}, this one in {own}"
+    what = f"Run {baseline['run']} was scored in {baseline_dtype}, this one in {dtype}"
     return f"{what}: the comparison includes the difference of the two."
 
 
@@ -170,11 +170,11 @@ def quantization_cost(name: str, results: Mapping[str, Any]) -> list[str]:
         return []
     if why := full_precision.get("not_scored"):
         return [f"What quantization cost is not known, since the unquantized base was not scored: {why}."]
-    one, gain = full_precision["tasks"][name], results["evaluation"]["tasks"][name]
-    cost, remaining = one["base_versus_original"]["acc"], one["adapter_versus_original"]["acc"]
+    original, gain = full_precision["tasks"][name], results["evaluation"]["tasks"][name]
+    cost, remaining = original["base_versus_original"]["acc"], original["adapter_versus_original"]["acc"]
     quantization = f"Quantization to {results['model']['quantization'].upper()} {_change(cost, 'cost', _INTERVAL)}"
     sentences = [
-        f"Unquantized, the base answers {percent(one['scores']['acc'])} right.",
+        f"Unquantized, the base answers {percent(original['scores']['acc'])} right.",
         f"{quantization}; training {_change(gain, 'lost')}; the adapter is {_difference_to_original(remaining)}.",
     ]
     if gain["verdict"] == "improved" and remaining["verdict"] == "regressed":
@@ -184,9 +184,9 @@ def quantization_cost(name: str, results: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _change(comparison: Mapping[str, Any], lost: str, unit: str = "") -> str:
+def _change(comparison: Mapping[str, Any], loss_word: str, unit: str = "") -> str:
     """`cost 4.84 points (3.33 to 6.38)`: a paired difference in words; `lost` is the word for a negative one."""
-    word = lost if comparison["delta"] < 0 else "gained" if comparison["delta"] else "changed accuracy by"
+    word = loss_word if comparison["delta"] < 0 else "gained" if comparison["delta"] else "changed accuracy by"
     return f"{word} {_amount(comparison, unit=unit)}"
 
 
@@ -326,8 +326,8 @@ def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "metric": metric,
                 **{key: accuracy for key, _, accuracy in labelled},
                 "sides": [
-                    (key, said, accuracy, wilson_interval(round(accuracy * task["n"]), task["n"]))
-                    for key, said, accuracy in labelled
+                    (key, label, accuracy, wilson_interval(round(accuracy * task["n"]), task["n"]))
+                    for key, label, accuracy in labelled
                 ],
                 "differences": differences,
                 "comparison": comparison,

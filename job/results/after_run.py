@@ -33,9 +33,14 @@ def parse_push(data: bytes) -> Pushed:
 def parse_serve_check(data: bytes) -> ServeCheck:
     """The record of a serve check. Raises ValueError or TypeError if it is none."""
     facts = unsealed(data)
-    asked = tuple(Asked(**one) for one in facts.pop("asked", ()))
+    asked = tuple(Asked(**question) for question in facts.pop("asked", ()))
     check = ServeCheck(asked=asked, **facts)
-    measured = (check.seconds, check.first_token, check.tokens_per_second or 0.0, *(one.margin for one in asked))
+    measured = (
+        check.seconds,
+        check.first_token,
+        check.tokens_per_second or 0.0,
+        *(question.margin for question in asked),
+    )
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in measured):
         raise ValueError("a figure is no number")
     return check

@@ -24,7 +24,7 @@ class Baseline:
     Attributes:
         run: The run's id.
         results: Its results as the user named them.
-        sha256: Their hash.
+        sha256: SHA-256 of its manifest.
         tasks: Its samples by task.
         dtype: What they were scored in.
     """
@@ -36,7 +36,7 @@ class Baseline:
     dtype: str
 
     def compared(self, scores: Mapping[str, TaskScores]) -> dict[str, Any]:
-        """The manifest's record of the baseline, and of how what the gate judges, by task, compares with it."""
+        """The manifest's record of the baseline, with the comparison of `scores`, which the gate judges, by task."""
         tasks = comparison.compare_tasks({task: self.tasks[task].scores for task in scores}, scores)
         return {
             "run": self.run,
@@ -58,7 +58,7 @@ def read_baseline(where: str, storage: StorageOptions) -> Baseline:
         SettingsError: There is no run there.
         DataError: Its files are not what its manifest says.
     """
-    with _named():
+    with _naming_setting():
         run = read_published(open_run(where, storage))
         return Baseline(run.id, where, run.sha256, read_samples(run), scored_in(run.results)["dtype"])
 
@@ -70,13 +70,13 @@ def check_run(where: str) -> None:
         SettingsError: There is no run there.
         DataError: Its manifest is missing, or not what the job wrote.
     """
-    with _named():
+    with _naming_setting():
         read_published(open_run(where))
 
 
 @contextmanager
-def _named() -> Iterator[None]:
-    """Names the setting in what is wrong with the run that it gives; a fault of its files is one of data."""
+def _naming_setting() -> Iterator[None]:
+    """Context manager: errors name JOB_GATE__BASELINE, and those about the baseline's files are DataError."""
     try:
         yield
     except (SettingsError, VerificationError) as error:
@@ -113,8 +113,10 @@ def check_prompts(baseline: Baseline, base: Mapping[str, TaskScores]) -> None:
     Raises:
         DataError: With the tasks.
     """
-    other = [task for task, scores in base.items() if scores.task_hash != baseline.tasks[task].scores.task_hash]
-    _refuse([f"{task}: run {baseline.run} was asked the same questions in another wording" for task in other])
+    differing_tasks = [
+        task for task, scores in base.items() if scores.task_hash != baseline.tasks[task].scores.task_hash
+    ]
+    _refuse([f"{task}: run {baseline.run} was asked the same questions in another wording" for task in differing_tasks])
 
 
 def warn_of_other_dtype(baseline: Baseline, dtype: str) -> None:
@@ -124,12 +126,14 @@ def warn_of_other_dtype(baseline: Baseline, dtype: str) -> None:
         get_logger().warning(what, setting=SETTING, baseline=baseline.dtype, dtype=dtype)
 
 
-def _first_difference(before: Sequence[tuple[str, str]], now: Sequence[tuple[str, str]]) -> str:
-    if len(before) != len(now):
-        return f"{len(before)} questions there and {len(now)} here"
-    number = next(n for n, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1])
-    there, here = before[number][0], now[number][0]
-    what = f"{there!r} there and {here!r} here" if there != here else f"{here!r} reads differently there"
+def _first_difference(baseline_questions: Sequence[tuple[str, str]], own_questions: Sequence[tuple[str, str]]) -> str:
+    if len(baseline_questions) != len(own_questions):
+        return f"{len(baseline_questions)} questions there and {len(own_questions)} here"
+    number = next(n for n, pair in enumerate(zip(baseline_questions, own_questions, strict=True)) if pair[0] != pair[1])
+    baseline_id, own_id = baseline_questions[number][0], own_questions[number][0]
+    what = (
+        f"{baseline_id!r} there and {own_id!r} here" if baseline_id != own_id else f"{own_id!r} reads differently there"
+    )
     return f"other questions: number {number + 1} is {what}"
 
 

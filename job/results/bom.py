@@ -56,8 +56,8 @@ def build(results: Mapping[str, Any]) -> bytes:
 
 def form_of(bom: Mapping[str, Any]) -> str | None:
     """The `FORM` that a BOM was written in; None if it names none."""
-    named = {one["name"]: one["value"] for one in bom["metadata"]["properties"]}
-    form = named.get("qlora-job:form")
+    properties = {entry["name"]: entry["value"] for entry in bom["metadata"]["properties"]}
+    form = properties.get("qlora-job:form")
     return None if form is None else str(form)
 
 
@@ -135,8 +135,8 @@ def _base(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _base_name(results: Mapping[str, Any]) -> tuple[str, str | None]:
-    model, named = results["model"], results["settings"].get("model.name") or {}
-    return public_base(model["id"], model["revision"], named.get("value"))
+    model, name_setting = results["model"], results["settings"].get("model.name") or {}
+    return public_base(model["id"], model["revision"], name_setting.get("value"))
 
 
 def _metrics(results: Mapping[str, Any], side: str) -> Iterator[dict[str, Any]]:

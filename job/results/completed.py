@@ -17,7 +17,8 @@ from job.storage.base import delete_in_turn, read_record
 from job.storage.open import ObjectStore
 from job.storage.verified_download import altered
 
-_MAX_WORDS = 200
+_MAX_SHOWN = 200
+"""Characters of an error's text that are shown."""
 
 
 def read_complete(store: ObjectStore, cache: str | None = None) -> dict[str, Any] | None:
@@ -34,8 +35,10 @@ def withdraw_incomplete(store: ObjectStore, cache: str | None = None) -> None:
     Raises:
         Replaced: Another attempt owns the run.
     """
-    if gone := _read(store, cache)[1]:
-        log.get_logger().warning("the manifest lists files that are missing or damaged: the run continues", gone=gone)
+    if damaged_files := _read(store, cache)[1]:
+        log.get_logger().warning(
+            "the manifest lists files that are missing or damaged: the run continues", gone=damaged_files
+        )
         delete_in_turn(store, RESULTS)
 
 
@@ -52,11 +55,11 @@ def _read(store: ObjectStore, cache: str | None = None) -> tuple[dict[str, Any] 
         results: dict[str, Any] = json.loads(stored.data)
         artifacts = [Artifact(**entry) for entry in results["artifacts"]]
     except (ValueError, KeyError, TypeError) as error:
-        return None, [f"{RESULTS}: {str(error)[:_MAX_WORDS]}"]
+        return None, [f"{RESULTS}: {str(error)[:_MAX_SHOWN]}"]
     if results.get("signing") and store.tag(SIGNATURE) is None:
         return results, [SIGNATURE]
-    if gone := missing(store, artifacts):
-        return results, gone
+    if missing_files := missing(store, artifacts):
+        return results, missing_files
     with folder_for(f"completion of {store.uri}", cache) as folder:
         small = [artifact for artifact in artifacts if not artifact.path.startswith(EXPORT)]
         return results, altered(store, small, folder)

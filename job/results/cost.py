@@ -50,7 +50,7 @@ def compute_cost(
     runs = groupby(attempts, lambda attempt: sum(attempt.number > last for last in taken_over))
     wasted = [seconds for _, part in runs for seconds in _wasted(list(part))]
     usd = _sum(_usd(attempt.seconds, price) for attempt, price in zip(attempts, prices, strict=True))
-    wasted_usd = _sum(_usd(lost, price) for lost, price in zip(wasted, prices, strict=True))
+    wasted_usd = _sum(_usd(waste, price) for waste, price in zip(wasted, prices, strict=True))
     joules = [attempt.energy_joules for attempt in attempts if attempt.energy_joules is not None]
     repeated, exact = sum(attempt.repeated_steps for attempt in attempts), all(exact_repeats(attempts))
     return {
@@ -69,11 +69,11 @@ def compute_cost(
                 "number": attempt.number,
                 "seconds": attempt.seconds,
                 "usd": _usd(attempt.seconds, price),
-                "wasted_seconds": lost,
-                "wasted_usd": _usd(lost, price),
+                "wasted_seconds": waste,
+                "wasted_usd": _usd(waste, price),
                 "energy_joules": attempt.energy_joules,
             }
-            for attempt, price, lost in zip(attempts, prices, wasted, strict=True)
+            for attempt, price, waste in zip(attempts, prices, wasted, strict=True)
         ],
         "savings": _savings(seconds, sum(wasted), usd, on_demand_usd_per_hour),
     }
@@ -92,10 +92,10 @@ def exact_repeats(attempts: Sequence[AttemptRecord], *, training_noted: bool = T
     """
     exact, furthest, unrecorded = list[bool](), 0, False
     for attempt in attempts:
-        own = _may_have_done_more(attempt, training_noted=training_noted)
-        later_repeats = own and (unrecorded or attempt.last_step < furthest)
+        may_have_more = _may_have_done_more(attempt, training_noted=training_noted)
+        later_repeats = may_have_more and (unrecorded or attempt.last_step < furthest)
         exact.append(not later_repeats and (not unrecorded or attempt.last_step <= furthest))
-        furthest, unrecorded = max(furthest, attempt.last_step), unrecorded or own
+        furthest, unrecorded = max(furthest, attempt.last_step), unrecorded or may_have_more
     return exact
 
 
@@ -103,8 +103,8 @@ def _may_have_done_more(attempt: AttemptRecord, *, training_noted: bool) -> bool
     """Whether an attempt may have done steps that its record lacks."""
     if attempt.outcome != "killed" or _AFTER_TRAINING & attempt.stage_seconds.keys():
         return False
-    lost = not attempt.seconds  # its record was damaged or removed
-    return lost or not training_noted or attempt.last_step > 0 or Stage.TRAIN.value in attempt.stage_seconds
+    record_is_lost = not attempt.seconds  # its record was damaged or removed
+    return record_is_lost or not training_noted or attempt.last_step > 0 or Stage.TRAIN.value in attempt.stage_seconds
 
 
 def repeated_steps(results: Mapping[str, Any]) -> tuple[int, bool, list[bool]]:
@@ -146,13 +146,13 @@ def _savings(seconds: float, wasted: float, usd: float | None, on_demand: float 
     """
     if usd is None or not on_demand or not seconds > wasted:
         return None
-    same, useful = on_demand * seconds / HOUR, on_demand * (seconds - wasted) / HOUR
+    on_demand_usd, useful_usd = on_demand * seconds / HOUR, on_demand * (seconds - wasted) / HOUR
     return {
         "on_demand_usd_per_hour": on_demand,
-        "usd": same - usd,
-        "percent": 100 * (1 - usd / same),
-        "net_usd": useful - usd,
-        "net_percent": 100 * (1 - usd / useful),
+        "usd": on_demand_usd - usd,
+        "percent": 100 * (1 - usd / on_demand_usd),
+        "net_usd": useful_usd - usd,
+        "net_percent": 100 * (1 - usd / useful_usd),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from job.errors import DataError, Problem
 from job.records import Artifact, FirstStage
+from job.results.adapter_facts import CONFIG, WEIGHTS
 from job.results.reader import parse
 from job.runs.layout import ADAPTER, FIRST_STAGE, METRICS, RESULTS
 from job.storage.open import ObjectStore
@@ -54,7 +55,7 @@ def first_stage_record(results: Mapping[str, Any], data: bytes) -> FirstStage:
 def adapter_hash(results: Mapping[str, Any]) -> str | None:
     """The hash of a run's published adapter, as `model.start_adapter.hash_start` computes it; None without one."""
     hashes = {artifact["path"]: artifact["sha256"] for artifact in results["artifacts"]}
-    names = [f"{ADAPTER}{name}" for name in ("adapter_config.json", "adapter_model.safetensors")]
+    names = [f"{ADAPTER}{name}" for name in (CONFIG, WEIGHTS)]
     if any(name not in hashes for name in names):
         return None
     return hashlib.sha256("\n".join(hashes[name] for name in names).encode()).hexdigest()

@@ -148,7 +148,7 @@ def _stores_at(location: str, storage: StorageOptions) -> Iterator[ObjectStore]:
     if len(listed) > MOST_LISTED:  # the newest run may be among those that were not seen
         what = f"holds more than {MOST_LISTED:,} objects; name the runs themselves, such as {store.uri}/RUN"
         raise SettingsError([Problem(location, what)])
-    inside = [key.removesuffix(f"/{RESULTS}") for key in listed if _is_of_run(key)]
+    inside = [key.removesuffix(f"/{RESULTS}") for key in listed if _is_manifest_of_run(key)]
     if not inside:
         if LEASE in listed:
             yield store  # a run without results
@@ -158,7 +158,7 @@ def _stores_at(location: str, storage: StorageOptions) -> Iterator[ObjectStore]:
         yield open_run_or_pointer(join(store.uri, name), storage)
 
 
-def _is_of_run(key: str) -> bool:
+def _is_manifest_of_run(key: str) -> bool:
     return key.count("/") == 1 and key.endswith(f"/{RESULTS}")
 
 
@@ -177,7 +177,7 @@ def history(runs: Sequence[PublishedRun], metric: str | None, unreadable: Sequen
     if not runs:
         raise DataError([Problem("--history", f"there is no run to show; {why}") for why in unreadable or ("none",)])
     # An export has the values of the run that it exports, which lies beside it: twice, they would narrow the limits.
-    exports = {run.sha256: of for run in runs if (of := _exported(run, runs)) is not None}
+    exports = {run.sha256: exported_id for run in runs if (exported_id := _exported(run, runs)) is not None}
     ordered = sorted(
         (run for run in runs if run.sha256 not in exports),
         key=lambda run: (str(run.results["run"]["finished"]), run.id),
@@ -212,7 +212,9 @@ def history(runs: Sequence[PublishedRun], metric: str | None, unreadable: Sequen
 def _exported(run: PublishedRun, runs: Sequence[PublishedRun]) -> str | None:
     """The id of the run that a run exports, if that is among the runs."""
     exported = run.results["run"].get("exported_run")
-    return next((other.id for other in runs if exported and other.sha256 == exported["results_sha256"]), None)
+    return next(
+        (candidate.id for candidate in runs if exported and candidate.sha256 == exported["results_sha256"]), None
+    )
 
 
 def control_limits(earlier: Sequence[float]) -> Limits | None:

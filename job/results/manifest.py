@@ -163,7 +163,7 @@ def principles_record(adapter: Evaluated, judgements: Sequence[Judgement]) -> di
 def exports_record(exported: Exported, base: Evaluated, adapter: Mapping[str, TaskScores]) -> list[dict[str, Any]]:
     """The manifest's `exports`: every format, the scores of all its candidates, and which one is published.
 
-    What was added by later versions is there where it is not as it was before.
+    A field that a later version added is left out where it has its default.
 
     Raises:
         DataError: A candidate was asked other questions than the base or the adapter.
@@ -184,6 +184,7 @@ def exports_record(exported: Exported, base: Evaluated, adapter: Mapping[str, Ta
 
 
 def _added(export: ExportRecord) -> dict[str, Any]:
+    """The fields with a default that have another value."""
     facts = asdict(export)
     return {
         field.name: facts[field.name]

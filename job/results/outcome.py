@@ -352,8 +352,10 @@ def _read_training(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> T
     validation, first, rewards = (training.get(name) for name in ("validation", "first_stage", "preference"))
     preference = None
     if rewards:
-        named = {name: rewards[f"rewards/{name}"] for name in ("margins", "accuracies") if f"rewards/{name}" in rewards}
-        preference = PreferenceOutcome(training["method"], training["beta"], named)
+        reward_values = {
+            name: rewards[f"rewards/{name}"] for name in ("margins", "accuracies") if f"rewards/{name}" in rewards
+        }
+        preference = PreferenceOutcome(training["method"], training["beta"], reward_values)
     return TrainingOutcome(
         steps=training["steps"],
         examples=dataset["rows"],
@@ -402,13 +404,13 @@ def _read_groups(groups: Mapping[str, Any]) -> Iterator[GroupOutcome]:
 
 def _read_task(name: str, task: Mapping[str, Any], overlap: Sequence[int]) -> TaskOutcome:
     accuracies = {side: task[side]["acc"] for side in ("base", "adapter")}
-    rest = task.get("without_overlap")
+    subset = task.get("without_overlap")
     return TaskOutcome(
         comparison=_comparison(name, "acc", {**task, **accuracies, "p": task["mcnemar_p"]}),
         improved=task["improved"],
         regressed=task["regressed"],
         overlap=len(overlap),
-        without_overlap=SubsetOutcome(rest["n"], rest["delta"], rest["verdict"]) if rest else None,
+        without_overlap=SubsetOutcome(subset["n"], subset["delta"], subset["verdict"]) if subset else None,
     )
 
 

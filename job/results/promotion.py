@@ -186,7 +186,7 @@ def promote(location: PointerLocation, run: PublishedRun) -> tuple[Promoted, Pro
         SettingsError: The file there is not a pointer.
     """
     pointer, tag = read_pointer(location)
-    adapter = next((one["sha256"] for one in run.results["artifacts"] if one["path"] == WEIGHTS), None)
+    adapter = next((artifact["sha256"] for artifact in run.results["artifacts"] if artifact["path"] == WEIGHTS), None)
     if adapter is None:
         raise VerificationError([Problem(f"{run.store.uri}/{RESULTS}", f"lists no {WEIGHTS}")])
     promoted = Promoted(run.store.uri, run.id, run.results["seal"], adapter, timestamp())
@@ -215,22 +215,22 @@ def roll_back(location: PointerLocation, storage: StorageOptions) -> tuple[Promo
     if pointer is None or not pointer.previous:
         message = "there is no pointer" if pointer is None else "pointed to no run before, so it cannot be moved back"
         raise SettingsError([Problem(location.uri, message)])
-    *earlier, back = pointer.previous
-    store = open_run(back.run, storage)
+    *earlier, target = pointer.previous
+    store = open_run(target.run, storage)
     results = read_complete(store)
-    if results is None or results["seal"] != back.manifest_seal:
+    if results is None or results["seal"] != target.manifest_seal:
         message = "is not the run that was promoted: it was removed, is incomplete, or was replaced by another run"
-        raise VerificationError([Problem(back.run, message)])
-    _write(location, Pointer(back, tuple(earlier), (*pointer.rolled_back, pointer.current)), tag)
-    return back, pointer.current
+        raise VerificationError([Problem(target.run, message)])
+    _write(location, Pointer(target, tuple(earlier), (*pointer.rolled_back, pointer.current)), tag)
+    return target, pointer.current
 
 
 def _write(location: PointerLocation, pointer: Pointer, tag: str | None) -> None:
     content = {
         "kind": KIND,
         **asdict(pointer.current),
-        "previous": [asdict(one) for one in pointer.previous[-MOST:]],
-        "rolled_back": [asdict(one) for one in pointer.rolled_back[-MOST:]],
+        "previous": [asdict(promoted) for promoted in pointer.previous[-MOST:]],
+        "rolled_back": [asdict(promoted) for promoted in pointer.rolled_back[-MOST:]],
         "write": uuid4().hex,
     }
     try:

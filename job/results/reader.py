@@ -67,10 +67,10 @@ def read_bytes(store: ObjectStore) -> bytes:
     if stored is not None:
         return stored.data
     keys = [info.key for info in islice(store.list(), _LOOKED_AT)]
-    if inside := next((key for key in keys if key.count("/") == 1 and key.endswith(f"/{RESULTS}")), None):
+    if run_key := next((key for key in keys if key.count("/") == 1 and key.endswith(f"/{RESULTS}")), None):
         message = (
             "contains runs, but is not a run itself; give one of them, such as "
-            f"{store.uri}/{inside.removesuffix(f'/{RESULTS}')}"
+            f"{store.uri}/{run_key.removesuffix(f'/{RESULTS}')}"
         )
         raise SettingsError([Problem(store.uri, message)])
     if keys:

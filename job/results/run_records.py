@@ -118,8 +118,8 @@ def last_note(logged: LoggedAttempt) -> Noted:
     if logged.noted is not None:
         return logged.noted
     record = logged.record
-    at = parse_time(record.started) + timedelta(seconds=record.seconds)
-    return Noted(record.finished or timestamp(at), next(reversed(record.stage_seconds), None))
+    noted_at = parse_time(record.started) + timedelta(seconds=record.seconds)
+    return Noted(record.finished or timestamp(noted_at), next(reversed(record.stage_seconds), None))
 
 
 def parse_time(text: str) -> datetime:
@@ -157,8 +157,8 @@ def place_without_run(store: ObjectStore) -> Place:
     place: Place = "empty" if not is_remote(store.uri) and Path(store.uri).is_dir() else "missing"
     for info in islice(store.list(), _LOOKED_AT):
         place = "other-files"
-        folder, _, rest = info.key.partition("/")
-        if rest in {RESULTS, LEASE} or attempt_number(rest) is not None:
+        folder, _, key_in_folder = info.key.partition("/")
+        if key_in_folder in {RESULTS, LEASE} or attempt_number(key_in_folder) is not None:
             what = f"contains runs, but is not a run itself; give one of them, such as {store.uri}/{folder}"
             raise SettingsError([Problem(store.uri, what)])
     return place
@@ -234,8 +234,11 @@ def _read_manifest(store: ObjectStore, problems: list[Problem]) -> dict[str, Any
     except (KeyError, TypeError) as error:
         problems.append(Problem(f"{store.uri}/{RESULTS}", f"is not a manifest of this job: {error}"))
         return None
-    if gone := missing(store, artifacts):
-        what = f"{count(len(gone), 'published file')} missing, or of another size than in {RESULTS}, such as {gone[0]}"
+    if missing_files := missing(store, artifacts):
+        what = (
+            f"{count(len(missing_files), 'published file')} missing, or of another size than in {RESULTS}, "
+            f"such as {missing_files[0]}"
+        )
         problems.append(Problem(f"{store.uri}/{ARTIFACTS}", what))
     return manifest
 

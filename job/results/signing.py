@@ -288,7 +288,10 @@ def _resources(payload: bytes) -> Iterator[tuple[str, str]]:
     try:
         statement = json.loads(payload)
         kinds = statement["_type"], statement["predicateType"]
-        listed = [(one["name"], one["algorithm"], one["digest"]) for one in statement["predicate"]["resources"]]
+        listed = [
+            (resource["name"], resource["algorithm"], resource["digest"])
+            for resource in statement["predicate"]["resources"]
+        ]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError("a signed statement that is not about files") from None
     if kinds != (_STATEMENT, _PREDICATE) or not all(

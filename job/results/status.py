@@ -193,11 +193,11 @@ def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) 
     current = records.attempts.get(newest)
     note = None if current is None else last_note(current)
     holder = records.lease
-    sign = note.at if note else holder.started if holder and holder.epoch == newest else None
-    silent = None if sign is None else max(0.0, (now - parse_time(sign)).total_seconds())
+    last_sign = note.at if note else holder.started if holder and holder.epoch == newest else None
+    silent = None if last_sign is None else max(0.0, (now - parse_time(last_sign)).total_seconds())
     if stalled_after is None:
-        watched = None if note is None else note.stall_seconds
-        stalled_after = STALLED_SECONDS if watched is None else _WATCHDOG_SHARE * watched
+        watchdog_seconds = None if note is None else note.stall_seconds
+        stalled_after = STALLED_SECONDS if watchdog_seconds is None else _WATCHDOG_SHARE * watchdog_seconds
     state = _state(records, silent, stalled_after)
     if state == "finished" and problems:
         state = "damaged"
@@ -215,7 +215,7 @@ def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) 
         stages_done=records.stages_done,
         exported_run=records.exported_run,
         questions=current.questions or None if current and scores and state == "running" else None,
-        last_sign_of_life=sign,
+        last_sign_of_life=last_sign,
         silent_seconds=silent,
         stalled_after=stalled_after if state == "running" else None,
         last_end=_last_end(records),
@@ -273,8 +273,8 @@ def _resume(status: RunStatus) -> Resume:
     if Stage.TRAIN in status.stages_done:
         return Resume(after, None, 0)
     saved = status.checkpoints[0] if status.checkpoints else 0
-    done = status.step if status.step_from == "attempt" and status.step is not None else None
-    return Resume(after, saved or None, None if done is None else max(0, done - saved))
+    recorded_step = status.step if status.step_from == "attempt" and status.step is not None else None
+    return Resume(after, saved or None, None if recorded_step is None else max(0, recorded_step - saved))
 
 
 def _exit_code(logged: LoggedAttempt | None) -> int | None:

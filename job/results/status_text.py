@@ -75,11 +75,11 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
         "step": _if(status.step, lambda _: _step(status)),
         "loss": _if(status.loss, "{:.4f}".format),
         "speed": _if(status.tokens_per_second, "{:,.0f} target tokens/s".format),
-        "time left": _if(status.remaining_seconds if in_training else None, _left),
+        "time left": _if(status.remaining_seconds if in_training else None, _time_left),
         "scored": _if(None if in_training else status.questions, "{:,}".format),
-        "last record": _if(status.silent_seconds, lambda ago: _sign(status, ago)),
+        "last record": _if(status.silent_seconds, lambda ago: _last_record(status, ago)),
         "stages done": ", ".join(status.stages_done),
-        "checkpoints": _if(status.attempt, lambda _: _saved(status.checkpoints)),
+        "checkpoints": _if(status.attempt, lambda _: _checkpoint_steps(status.checkpoints)),
         "next attempt": _if(status.resume, _resume),
         f"attempt {end.attempt if end else 0} ended": _if(end, _end),
         "likely cause": status.likely,
@@ -88,8 +88,8 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield from ((name, text) for name, text in texts.items() if text)
     yield from ((name, line) for name, line in zip_longest(["outcome"], status.outcome, fillvalue="") if line)
     if status.result is not None:
-        yield from (("adapter", at) for at in [status.result.adapter] if at)
-        yield from ((f"export {name}", at) for name, at in status.result.exports.items())
+        yield from (("adapter", location) for location in [status.result.adapter] if location)
+        yield from ((f"export {name}", location) for name, location in status.result.exports.items())
     yield from ((name, run) for name, run in zip_longest(["runs beside it"], status.runs_beside, fillvalue="") if run)
     yield from (("damaged", str(problem)) for problem in status.problems)
 
@@ -103,11 +103,11 @@ def _if(value: T | None, render: Callable[[T], str]) -> str | None:
     return None if value is None else render(value)
 
 
-def _left(seconds: float) -> str:
+def _time_left(seconds: float) -> str:
     return f"{duration(seconds)} of training; the stages after it are not counted"
 
 
-def _sign(status: RunStatus, ago: float) -> str:
+def _last_record(status: RunStatus, ago: float) -> str:
     text = f"{moment(status.last_sign_of_life or '')} UTC ({duration(ago)} ago)"
     if status.state != "running" or status.stalled_after is None or ago < _QUIET_SECONDS:
         return text
@@ -116,7 +116,7 @@ def _sign(status: RunStatus, ago: float) -> str:
     )
 
 
-def _saved(steps: Sequence[int]) -> str:
+def _checkpoint_steps(steps: Sequence[int]) -> str:
     return f"step {', '.join(map(str, steps))}" if steps else "none"
 
 
@@ -130,13 +130,13 @@ def _step(status: RunStatus) -> str:
 
 def _resume(resume: Resume) -> str:
     """Where it would go on, in words."""
-    again = f"; at least {count(resume.repeated_steps, 'step')} to repeat" if resume.repeated_steps else ""
+    repeated = f"; at least {count(resume.repeated_steps, 'step')} to repeat" if resume.repeated_steps else ""
     if resume.step is not None:
-        return f"goes on after step {resume.step}, from its checkpoint{again}"
+        return f"goes on after step {resume.step}, from its checkpoint{repeated}"
     if resume.after_stage is None:
         return "begins anew: no stage is finished"
-    again = f"; training begins anew{again}" if again else ""
-    return f"goes on after stage {resume.after_stage}{again}"
+    repeated = f"; training begins anew{repeated}" if repeated else ""
+    return f"goes on after stage {resume.after_stage}{repeated}"
 
 
 def _end(end: AttemptEnd) -> str:

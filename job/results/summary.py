@@ -112,8 +112,8 @@ def _task_lines(task: TaskOutcome, label: str, against: str) -> list[str]:
         f"{label}, {comparison.questions:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})",
         f"verdict{against}: {comparison.verdict}, {counts}, McNemar p = {comparison.p:.2g}",
     ]
-    if rest := task.without_overlap:
-        figures = f"{100 * rest.delta:+.2f} points on the other {rest.questions:,}, {rest.verdict}{against}"
+    if subset := task.without_overlap:
+        figures = f"{100 * subset.delta:+.2f} points on the other {subset.questions:,}, {subset.verdict}{against}"
         lines.append(f"training rows contain {task.overlap:,} of these questions: {figures}")
     elif task.overlap:
         which = "all" if task.overlap == comparison.questions else "all but one"
@@ -138,9 +138,9 @@ def _measured_line(measured: MeasuredOutcome, against: str) -> str:
 
 
 def _original_line(original: OriginalOutcome) -> str:
-    taken, left = _difference(original.base), _difference(original.adapter)
+    quantization, adapter = _difference(original.base), _difference(original.adapter)
     before = f"{original.task}, unquantized base: {100 * original.accuracy:.2f} %"
-    return f"{before}; quantization {taken}, adapter against it {left}"
+    return f"{before}; quantization {quantization}, adapter against it {adapter}"
 
 
 def _difference(difference: AccuracyDifference) -> str:
@@ -200,9 +200,9 @@ def _verdicts(outcome: RunOutcome, against: str) -> list[str]:
             words = verdict_in_words(task.comparison.verdict, originals.get(name), quantized=outcome.quantized)
             verdicts.append(f"{outcome.labels[name]} {words}")
     verdicts += [
-        f"{outcome.labels[one.name]} {one.metric} {one.verdict}{against}"
-        for one in (measured.comparison for measured in outcome.measured)
-        if one.name not in outcome.grouped_tasks
+        f"{outcome.labels[comparison.name]} {comparison.metric} {comparison.verdict}{against}"
+        for comparison in (measured.comparison for measured in outcome.measured)
+        if comparison.name not in outcome.grouped_tasks
     ]
     if outcome.gate_passed is not None:
         verdicts.append("gate met" if outcome.gate_passed else "gate not met")

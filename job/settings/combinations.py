@@ -100,10 +100,10 @@ def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault
 
 def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
     output, cache = settings.run.output, settings.storage.cache
-    own = copied_folder(platform.inputs) or platform.output
-    if own and settings.run.nodes > 1 and Path(output).is_relative_to(own):
+    platform_folder = copied_folder(platform.inputs) or platform.output
+    if platform_folder and settings.run.nodes > 1 and Path(output).is_relative_to(platform_folder):
         yield "run.output", "is a folder of this machine only; for several machines set s3://bucket/prefix"
-    fix = {"fix": _FOR_ROOT} if own and Path(output).is_relative_to(own) else {}
+    fix = {"fix": _FOR_ROOT} if platform_folder and Path(output).is_relative_to(platform_folder) else {}
     if not is_remote(output) and (why := _why_not_writable(Path(output) / settings.run.id, **fix)):
         yield "run.output", why
     if cache and (why := _why_not_writable(Path(cache))):
@@ -113,10 +113,10 @@ def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
 def _clouds(settings: Settings) -> Iterator[Fault]:
     """Options for s3:// in a run that uses other clouds only, where they would silently have no effect."""
     schemes = set(re.findall(r"\b(s3|gs|az)(?=://)", settings.model_dump_json()))
-    own = " and ".join(f"{_OWN_ADDRESS[scheme]} for {scheme}://" for scheme in sorted(schemes - {"s3"}))
+    addresses = " and ".join(f"{_OWN_ADDRESS[scheme]} for {scheme}://" for scheme in sorted(schemes - {"s3"}))
     for name in ("endpoint_url", "kms_key_id", "request_payer"):
-        if own and "s3" not in schemes and getattr(settings.storage, name):
-            fix = f"; set {own} instead" if name == "endpoint_url" else "; remove it"
+        if addresses and "s3" not in schemes and getattr(settings.storage, name):
+            fix = f"; set {addresses} instead" if name == "endpoint_url" else "; remove it"
             yield f"storage.{name}", f"is only for s3://, which this run does not use{fix}"
 
 
@@ -171,8 +171,8 @@ def _other_repository(name: str, subject: str, request: Request) -> str | None:
     would look for it in the wrong repository.
     """
     layers = [layer.given for layer in request.layers if layer.by_user]
-    at = next((index for index, values in enumerate(layers) if name in values), len(layers))
-    written_for = next((values[subject] for values in layers[at:] if subject in values), None)
+    first_set = next((index for index, values in enumerate(layers) if name in values), len(layers))
+    written_for = next((values[subject] for values in layers[first_set:] if subject in values), None)
     used = request.strongest(subject)
     if written_for is None or used is None or same(used.value, written_for.value):
         return None
@@ -214,11 +214,11 @@ def sharded_alone(settings: Settings, processes: int) -> Problem | None:
 
 def _tasks(settings: Settings) -> Iterator[Fault]:
     source, tasks = settings.sources["eval.data"], settings.eval.tasks
-    other = {name for name in settings.eval.data if not name.startswith(tuple(tasks))}
+    unknown = {name for name in settings.eval.data if not name.startswith(tuple(tasks))}
     # Only of the default task it is known here that it is no group. `check_tasks` knows the tasks of groups and files.
-    if other and tasks == type(settings.eval)().tasks:
-        named = " (a channel's files are named after their tasks)" * source.startswith("sagemaker channel")
-        what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or remove the file"
+    if unknown and tasks == type(settings.eval)().tasks:
+        hint = " (a channel's files are named after their tasks)" * source.startswith("sagemaker channel")
+        what = f"has a file for a task that is not in JOB_EVAL__TASKS{hint}; add the task there, or remove the file"
         yield "eval.data", what
 
 
@@ -356,10 +356,10 @@ def _schedule(settings: Settings) -> Iterator[Fault]:
 def _adapter(settings: Settings) -> Iterator[Fault]:
     lora = settings.lora
     if settings.train.optimizer == "muon" and (lora.use_dora or lora.kind == "adalora"):
-        other = "USE_DORA" if lora.use_dora else "KIND=adalora"
+        option = "USE_DORA" if lora.use_dora else "KIND=adalora"
         yield (
             "train.optimizer",
-            f"is muon, which updates matrices only, but JOB_LORA__{other} trains vectors, too; use another",
+            f"is muon, which updates matrices only, but JOB_LORA__{option} trains vectors, too; use another",
         )
     if lora.kind == "adalora":
         others = ("init", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")

@@ -228,7 +228,7 @@ def _location(text: str) -> str:
     """A path or hub id unchanged; a URI, such as `s3://bucket/key`, checked, and without a trailing slash."""
     if text.startswith("~"):
         raise ValueError("~ is not expanded; write the whole path")
-    scheme, separator, rest = text.partition("://")
+    scheme, separator, remainder = text.partition("://")
     if not separator:
         if (problem := mistyped(text)) is not None:
             raise ValueError(problem)
@@ -238,9 +238,9 @@ def _location(text: str) -> str:
     if scheme not in schemes():
         known = ", ".join(f"{known}://bucket/key" for known in schemes())
         raise ValueError(f"is a URI of an unknown store; use {known}, a path, or a hub id such as org/name")
-    if (unusable := unusable_bucket(scheme, rest)) is not None:
+    if (unusable := unusable_bucket(scheme, remainder)) is not None:
         raise ValueError(unusable)
-    bucket, _, key = rest.rstrip("/").partition("/")
+    bucket, _, key = remainder.rstrip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise ValueError(
             f"after {scheme}:// there must be a bucket: 3 to 63 lower-case letters, digits, dots, "

@@ -35,7 +35,7 @@ def add_options(parser: ArgumentParser, names: Collection[str] = NAMES) -> None:
         elif keys := [key for group, _, key in (n.partition(".") for n in names) if group == name and key]:
             group: Any = field.annotation
             chosen: dict[str, Any] = {
-                key: (chosen.annotation, chosen) for key, chosen in group.model_fields.items() if key in keys
+                key: (option.annotation, option) for key, option in group.model_fields.items() if key in keys
             }
             fields[name] = (create_model(name, __base__=Group, __doc__=group.__doc__, **chosen), ...)
     settings = create_model("Settings", __base__=Options, **fields)
@@ -49,13 +49,13 @@ def find_settings(words: Sequence[str]) -> set[str]:
         words: Each `all`, a group (`train`), a setting (`train.epochs`, `--train.epochs=2`, `JOB_TRAIN__EPOCHS`), or
             a part of a setting's name, of `SHORTEST` characters or more.
     """
-    found = set()
+    names = set()
     for word in words:
         name = word.removeprefix("--").partition("=")[0].lower()
         name = name.removeprefix("job_").replace("__", ".").replace("-", "_")
         exact = {setting for setting in NAMES if name in {ALL, setting, setting.partition(".")[0]}}
-        found |= exact or {setting for setting in NAMES if len(name) >= SHORTEST and name in setting}
-    return found
+        names |= exact or {setting for setting in NAMES if len(name) >= SHORTEST and name in setting}
+    return names
 
 
 def list_of_groups() -> str:

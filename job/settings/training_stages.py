@@ -20,13 +20,13 @@ from job.storage.location import join
 
 SUFFIX = "-sft"
 """Suffix of the first stage's run id, in logs and trackers."""
-_LEFT = {
+_NOT_IN_FIRST_STAGE = {
     *("train.beta", "train.preference_loss", "train.label_smoothing", "train.desirable_weight"),
     "train.undesirable_weight",
     *FIRST_STAGE_SETTINGS.values(),
 }
 """Settings of preferences and of two-stage runs; the first stage has their defaults."""
-_OF_THE_WHOLE = ("gate.", "export.", "eval.prompts", "eval.principles", "eval.judge", "sign.")
+_OF_LAST_STAGE = ("gate.", "export.", "eval.prompts", "eval.principles", "eval.judge", "sign.")
 """Prefixes of settings about what the last stage publishes; the first stage has their defaults, too."""
 
 _VALIDATION = {
@@ -36,7 +36,8 @@ _VALIDATION = {
 """The first stage has the defaults of these, too, if JOB_DATA__VALIDATION is a source: its rows are preferences."""
 _FIRST = "first stage of "
 """Beginning of the source of a value that the first stage has from a setting of its own."""
-_OWN = {environment_name(name): environment_name(own) for name, own in FIRST_STAGE_SETTINGS.items()}
+_FIRST_STAGE_NAMES = {environment_name(name): environment_name(own) for name, own in FIRST_STAGE_SETTINGS.items()}
+"""Setting -> the setting of the first stage that replaces it, both as environment variables."""
 
 
 def split_stages(settings: Settings) -> tuple[Settings, ...]:
@@ -55,9 +56,9 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
         },
     }
     validates_on_pairs = "data.validation" not in first_stage and isinstance(settings.data.validation, str)
-    reset = _LEFT | _VALIDATION if validates_on_pairs else _LEFT
+    reset = _NOT_IN_FIRST_STAGE | _VALIDATION if validates_on_pairs else _NOT_IN_FIRST_STAGE
     all_defaults = {name: value for name, value, _ in describe(Settings())}
-    defaults = {name: value for name, value in all_defaults.items() if name in reset or name.startswith(_OF_THE_WHOLE)}
+    defaults = {name: value for name, value in all_defaults.items() if name in reset or name.startswith(_OF_LAST_STAGE)}
     values = of_run | first_stage | defaults
     first = Settings(**nested(values))
     sources = dict(settings.sources) | dict.fromkeys(first_stage, f"{_FIRST}{settings.run.id}")
@@ -67,7 +68,7 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
 
 
 @contextmanager
-def naming_its_settings(part_of: str | None, names: Mapping[str, str] = _OWN) -> Iterator[None]:
+def naming_its_settings(part_of: str | None, names: Mapping[str, str] = _FIRST_STAGE_NAMES) -> Iterator[None]:
     """Context manager in which errors of a first stage name the settings of that stage, such as `JOB_DATA__SFT_SOURCE`.
 
     Args:
@@ -87,7 +88,7 @@ def naming_its_settings(part_of: str | None, names: Mapping[str, str] = _OWN) ->
         if not isinstance(error, DataError | SettingsError):
             error.args = tuple(renamed(part) if isinstance(part, str) else part for part in error.args)
             raise
-        problems = [Problem(renamed(one.where), renamed(one.what)) for one in error.problems]
+        problems = [Problem(renamed(problem.where), renamed(problem.what)) for problem in error.problems]
         raise type(error)(problems, error.total, renamed(error.advice)) from None
 
 
@@ -96,8 +97,10 @@ def naming_given_settings(settings: Settings) -> AbstractContextManager[None]:
 
     A setting that the first stage takes from the second (`INHERITED`), since its own is not set, keeps its name.
     """
-    given = {environment_name(name) for name, source in settings.sources.items() if source.startswith(_FIRST)}
-    names = {name: own for name, own in _OWN.items() if name in given}
+    set_for_first_stage = {
+        environment_name(name) for name, source in settings.sources.items() if source.startswith(_FIRST)
+    }
+    names = {name: first_name for name, first_name in _FIRST_STAGE_NAMES.items() if name in set_for_first_stage}
     return naming_its_settings(settings.part_of, names)
 
 

@@ -38,6 +38,7 @@ from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.stages.principles import judge_answers, published_answers
+from job.stages.progress import counted
 from job.stages.prompts import answer_prompts, generate_answers
 from job.stages.scoring_precision import precision_facts, scoring_in
 from job.storage.open import ObjectStore
@@ -57,14 +58,12 @@ def evaluate_base(
     `shared` is the store that contains all runs: base scores are cached there for other runs with the same base.
     """
     scoring = scoring_in(precision, lambda: loaded.model, settings.train.gpu_memory_gb)
-    # The cache key leaves out the base's name and the adapter's properties: they do not change the base's scores.
-    unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
-    facts = {**forward_facts(loaded, unnamed), **precision_facts(precision, loaded.model.device)}
+    facts = {**base_facts(loaded), **precision_facts(precision, loaded.model.device)}
     cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
     with adapter_off(loaded.model):
         evaluated = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base", scoring=scoring)
-        own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(facts))
-        answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="base", cache=own)
+        answer_cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(facts))
+        answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="base", cache=answer_cache)
     if evaluated is None:
         return None
     evaluated = replace(
@@ -97,27 +96,32 @@ def evaluate_adapter(
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     scoring = scoring_in(base.precision, lambda: loaded.model, settings.train.gpu_memory_gb)
     evaluated = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter", scoring=scoring)
-    own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
-    answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", cache=own)
+    answer_cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
+    answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", cache=answer_cache)
     if evaluated is None:
         return None
-    judgements, pair = [], {}
+    judgements, answers_by_side = [], {}
     if sources.judge is not None:
-        pair = {"base": published_answers(base.artifacts, "base"), "adapter": published_answers(answers, "adapter")}
-        judgements = [judge_answers(attempt, settings.eval, settings.run, sources.judge, pair)]
+        answers_by_side = {
+            "base": published_answers(base.artifacts, "base"),
+            "adapter": published_answers(answers, "adapter"),
+        }
+        judgements = [judge_answers(attempt, settings.eval, settings.run, sources.judge, answers_by_side)]
     return replace(
         evaluated,
         artifacts=[*evaluated.artifacts, *answers, *judgements],
         generation=generation_rules(settings, sources, loaded.model),
         precision=base.precision,
         judged=None if sources.judge is None else sources.judge.record,
-        judged_answers={side: one.sha256 for side, one in pair.items()},
+        judged_answers={side: artifact.sha256 for side, artifact in answers_by_side.items()},
         unsafe_answers=unsafe,
     )
 
 
 def generation_rules(settings: Settings, sources: Sources, model: Any) -> dict[str, str]:
-    """`Evaluated.generation` of what this version answers, as it answers it; in process 0.
+    """`Evaluated.generation` by this version: task -> hash of the options that its answers are generated with.
+
+    In process 0, which has the tasks.
 
     A later attempt may be by another version, in which other tokens end an answer. The answers of base and adapter can
     be compared only if both were generated alike.
@@ -129,20 +133,22 @@ def generation_rules(settings: Settings, sources: Sources, model: Any) -> dict[s
     }
     if settings.eval.prompts is not None:
         options_by_task["JOB_EVAL__PROMPTS"] = GenerationOptions(settings.eval.prompts_max_new_tokens)
-    whole = {
+    complete_options = {
         name: with_model_defaults(options, sources.folder, model, sources.tokenizer)
         for name, options in options_by_task.items()
     }
-    return {name: seal(asdict(options)) for name, options in whole.items()}
+    return {name: seal(asdict(options)) for name, options in complete_options.items()}
 
 
 def other_generation(evaluated: Evaluated, expected: Mapping[str, str]) -> str:
     """What was generated otherwise than `expected`, in words; empty if nothing was."""
-    other = sorted(
+    differing = sorted(
         name for name in {*evaluated.generation, *expected} if evaluated.generation.get(name) != expected.get(name)
     )
     return (
-        f"the answers of {', '.join(other)} were generated by the rules of another version of the job" if other else ""
+        f"the answers of {', '.join(differing)} were generated by the rules of another version of the job"
+        if differing
+        else ""
     )
 
 
@@ -169,6 +175,12 @@ def forward_facts(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
     return {**asdict(record), "forward": loaded.plan.scoring_forward, "packed": is_packed(loaded.model)}
 
 
+def base_facts(loaded: Loaded) -> dict[str, Any]:
+    """`forward_facts` of the base alone, without its name and the adapter's properties: they do not change the bits."""
+    unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
+    return forward_facts(loaded, unnamed)
+
+
 def score_model(
     attempt: Attempt,
     settings: Settings,
@@ -192,14 +204,7 @@ def score_model(
         return None
 
     def score(questions: list[Question]) -> Scores:
-        before = attempt.questions
-
-        with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as show_progress:
-
-            def on_progress(scored: int) -> None:
-                attempt.questions = before + scored
-                show_progress(scored)
-
+        with counted(attempt, "questions", len(questions)) as on_progress:
             return score_questions(
                 model,
                 questions,
@@ -238,16 +243,24 @@ def score_model(
 
     artifacts = [published(task, samples) for task, (_, samples) in multiple_choice.items()]
     artifacts += [published(task, samples) for task, (_, samples) in measured_tasks.items()]
-    for task, (scores, _) in multiple_choice.items():
-        log.get_logger().info("evaluated", task=task, model=side, n=scores.n, acc=scores.acc, acc_norm=scores.acc_norm)
-    for task, (figures, _) in measured_tasks.items():
-        shown = {name: aggregate(figures.values[name], metric.aggregation) for name, metric in figures.metrics.items()}
-        log.get_logger().info("evaluated", task=task, model=side, n=figures.n, **shown)
-        if limited := [name for name, value in shown.items() if value == LARGEST_PERPLEXITY]:
-            fix = "read bits_per_byte, or the comparison, which is by logarithms and has no limit"
-            log.get_logger().warning("a perplexity above 1e18 is given as 1e18", task=task, metrics=limited, fix=fix)
-    return Evaluated(
+    evaluated = Evaluated(
         {task: scores for task, (scores, _) in multiple_choice.items()},
         artifacts,
         {task: figures for task, (figures, _) in measured_tasks.items()},
     )
+    _log_figures(evaluated, side)
+    return evaluated
+
+
+def _log_figures(evaluated: Evaluated, side: str) -> None:
+    """Logs a line for each task."""
+    for task, scores in evaluated.scores.items():
+        log.get_logger().info("evaluated", task=task, model=side, n=scores.n, acc=scores.acc, acc_norm=scores.acc_norm)
+    for task, figures in evaluated.measured.items():
+        aggregated = {
+            name: aggregate(figures.values[name], metric.aggregation) for name, metric in figures.metrics.items()
+        }
+        log.get_logger().info("evaluated", task=task, model=side, n=figures.n, **aggregated)
+        if limited := [name for name, value in aggregated.items() if value == LARGEST_PERPLEXITY]:
+            fix = "read bits_per_byte, or the comparison, which is by logarithms and has no limit"
+            log.get_logger().warning("a perplexity above 1e18 is given as 1e18", task=task, metrics=limited, fix=fix)

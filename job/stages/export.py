@@ -1,4 +1,4 @@
-"""Export: makes the requested formats, scores every one on the run's questions, publishes the best.
+"""Export: makes the requested formats, scores each on the run's questions, and publishes them.
 
 First copies of the adapter in other dtypes: they are scored on the run's base, which is still in memory. Then the
 merge, of which there may be two candidates: both are scored, and one is chosen. All other formats are made from that
@@ -86,7 +86,7 @@ class _Scored:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _FormatResult:
     """A format: its record, and the artifacts of its files and answers."""
 
     record: ExportRecord
@@ -130,27 +130,31 @@ def export(
     formats = [_adapter_copy(context, name, loaded, trained) for name in adapter_copies(settings.export.formats)]
     if needs_merge(settings.export.formats):
         load_published_adapter(attempt, loaded, trained)
-        merged, only = _make_merged(context, loaded)
+        merged, why_only_one = _make_merged(context, loaded)
     free_model(loaded.model)
     if needs_merge(settings.export.formats):
-        formats += _whole_models(context, merged, only)
+        formats += _whole_models(context, merged, why_only_one)
     if not attempt.processes.leads:
         return None
-    made = [one for one in formats if one is not None]
-    artifacts = [artifact for one in made for artifact in one.artifacts]
-    return Exported([one.record for one in made], artifacts, precision)
+    results = [result for result in formats if result is not None]
+    artifacts = [artifact for result in results for artifact in result.artifacts]
+    return Exported([result.record for result in results], artifacts, precision)
 
 
-def _whole_models(context: _Export, merged: Mapping[str, ExportFiles], only: str) -> Iterator[_Made | None]:
+def _whole_models(
+    context: _Export, merged: Mapping[str, ExportFiles], why_only_one: str
+) -> Iterator[_FormatResult | None]:
     """All formats that are no adapter: the merged model, and those that are made from it."""
     attempt, settings = context.attempt, context.settings
     scored = {name: _score(context, MERGED, name, files) for name, files in merged.items()}
-    record = _choose(context, merged, scored, only)
+    record = _choose(context, merged, scored, why_only_one)
     candidate = attempt.processes.share("merged model", lambda: "" if record is None else record.candidate)
     if record is not None:
-        artifacts = [artifact for one in scored.values() if one.evaluated for artifact in one.evaluated.artifacts]
+        artifacts = [
+            artifact for result in scored.values() if result.evaluated for artifact in result.evaluated.artifacts
+        ]
         artifacts += publish_files(attempt, merged[candidate], MERGED) if record.published else []
-        yield _Made(record, artifacts)
+        yield _FormatResult(record, artifacts)
     for name, files in merged.items():
         if name != candidate and attempt.processes.place.local_rank == 0:
             shutil.rmtree(files.folder, ignore_errors=True)  # the formats to come need the disk
@@ -158,7 +162,7 @@ def _whole_models(context: _Export, merged: Mapping[str, ExportFiles], only: str
         yield _derived(context, name, candidate, merged[candidate])
 
 
-def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained) -> _Made | None:
+def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained) -> _FormatResult | None:
     """A copy of the adapter in another dtype: made, scored on the run's base, published. None in processes but 0."""
     attempt, (_, kind) = context.attempt, split_name(name)
     folder = attempt.work / "candidates" / derived_export(name)
@@ -171,12 +175,12 @@ def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained)
             return {_NOT_MADE: str(error)}
         return ExportFiles.of(folder).as_json()
 
-    made = attempt.processes.share_on_machine(name, make)
+    outcome = attempt.processes.share_on_machine(name, make)
     scored_in = context.precision.dtype if context.precision else short_name(context.scoring.compute_dtype)
     record = ExportRecord(name, _ON_BASE, "a copy of the adapter", kind, scored_in, {})
-    if why := made.get(_NOT_MADE):  # the same on all machines: they have the same adapter
+    if why := outcome.get(_NOT_MADE):  # the same on all machines: they have the same adapter
         return _not_made(context, replace(record, dtype="", scored_in=""), why)
-    files = ExportFiles.from_json(made)
+    files = ExportFiles.from_json(outcome)
     require_same_files(attempt, name, [files])
     load_adapter(loaded.model, files.folder, loaded.names)
     # `adapter` hashes all files: the same key is the same adapter.
@@ -200,15 +204,15 @@ def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained)
         return None
     record = replace(record, scores={_ON_BASE: scored.scores}, bytes=files.bytes)
     log.get_logger().info("exported", export=name, candidate=_ON_BASE, bytes=files.bytes)
-    return _Made(record, [*scored.artifacts, *publish_files(attempt, files, name)])
+    return _FormatResult(record, [*scored.artifacts, *publish_files(attempt, files, name)])
 
 
-def _not_made(context: _Export, record: ExportRecord, why: str) -> _Made | None:
+def _not_made(context: _Export, record: ExportRecord, why: str) -> _FormatResult | None:
     """A format that cannot be made, as was found after training: the run continues."""
     log.get_logger().warning("an export failed; the run goes on without it", export=record.format, why=why)
     if not context.attempt.processes.leads:
         return None
-    return _Made(replace(record, scores={record.candidate: {}}, published=False, not_made=why), [])
+    return _FormatResult(replace(record, scores={record.candidate: {}}, published=False, not_made=why), [])
 
 
 def _make_merged(context: _Export, loaded: Loaded) -> tuple[dict[str, ExportFiles], str]:
@@ -245,23 +249,23 @@ def _make_merged(context: _Export, loaded: Loaded) -> tuple[dict[str, ExportFile
     return candidates, shared["only"]
 
 
-def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -> _Made | None:
+def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -> _FormatResult | None:
     """A format that is made from the merged model: made, scored, published. None in all processes but 0."""
     attempt = context.attempt
     origin = seal({"files": dict(merged.hashes)})
-    known = attempt.recorded(derived_export(name), DerivedExport) if attempt.processes.leads else None
-    whole = known is not None and known.merged == origin and not attempt.damaged(known.artifacts)
-    if attempt.processes.share("format of before", lambda: whole):
+    earlier = attempt.recorded(derived_export(name), DerivedExport) if attempt.processes.leads else None
+    is_complete = earlier is not None and earlier.merged == origin and not attempt.damaged(earlier.artifacts)
+    if attempt.processes.share("format of before", lambda: is_complete):
         log.get_logger().info("format was exported by an earlier attempt", export=name)
-        return None if known is None else _Made(known.export, known.artifacts)
+        return None if earlier is None else _FormatResult(earlier.export, earlier.artifacts)
     derived_by, _ = derived_format(name)
     work = attempt.work / "candidates" / derived_export(name)
-    made = attempt.processes.share_on_machine(name, lambda: _make_derived(context, name, merged, work))
-    failures = attempt.processes.gather(f"failures of {name}", made.get(_NOT_MADE, ""))
+    outcome = attempt.processes.share_on_machine(name, lambda: _make_derived(context, name, merged, work))
+    failures = attempt.processes.gather(f"failures of {name}", outcome.get(_NOT_MADE, ""))
     record = ExportRecord(name, candidate, "made from the merged model that was selected", "", "", {})
     if why := next(filter(None, failures), ""):
         return _not_made(context, record, why)
-    files = ExportFiles.from_json(made)
+    files = ExportFiles.from_json(outcome)
     require_same_files(attempt, name, [files])
     cannot = derived_by.cannot_score(context.scoring.device)
     scored = _score(context, name, candidate, files, load=derived_by.load, cannot=cannot)
@@ -273,14 +277,14 @@ def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -
         scored_in=scored.scored_in,
         scores={candidate: scored.evaluated.scores if scored.evaluated else {}},
         bytes=files.bytes,
-        quantization=adapter_of(QuantizationRecord).validate_python(made[_OF_QUANTIZED]),
+        quantization=adapter_of(QuantizationRecord).validate_python(outcome[_OF_QUANTIZED]),
         not_scored=scored.not_scored,
     )
     log.get_logger().info("exported", export=name, candidate=candidate, bytes=files.bytes)
     artifacts = [*(scored.evaluated.artifacts if scored.evaluated else []), *publish_files(attempt, files, name)]
     attempt.keep(derived_export(name), json.dumps(asdict(DerivedExport(origin, record, artifacts))))
     shutil.rmtree(work, ignore_errors=True)
-    return _Made(record, artifacts)
+    return _FormatResult(record, artifacts)
 
 
 def _make_derived(context: _Export, name: str, merged: ExportFiles, work: Path) -> dict[str, Any]:
@@ -376,13 +380,13 @@ def _score(
 
 
 def _choose(
-    context: _Export, merged: Mapping[str, ExportFiles], scored: Mapping[str, _Scored], only: str
+    context: _Export, merged: Mapping[str, ExportFiles], scored: Mapping[str, _Scored], why_only_one: str
 ) -> ExportRecord | None:
     """Which candidate of the merge is published, and why; None in all processes but 0."""
     if not context.attempt.processes.leads:
         return None
-    scores = {name: one.evaluated.scores for name, one in scored.items() if one.evaluated}
-    candidate, reason = (next(iter(scores)), only) if len(scores) == 1 else choose_candidate(scores)
+    scores = {name: result.evaluated.scores for name, result in scored.items() if result.evaluated}
+    candidate, reason = (next(iter(scores)), why_only_one) if len(scores) == 1 else choose_candidate(scores)
     log.get_logger().info("exported", export=MERGED, candidate=candidate, reason=reason)
     return ExportRecord(
         MERGED,

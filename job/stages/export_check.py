@@ -107,9 +107,9 @@ def check_gpu_memory(device: Any, merged_bytes: int) -> None:
 
 def _bytes(name: str, empty: Any, merged_bytes: int) -> int:
     """Estimated bytes of an export format; `empty` is the model without weights, `merged_bytes` those of the merged."""
-    every = sum(parameter.numel() for parameter in empty.parameters())
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
     linear = sum(empty.get_submodule(layer).weight.numel() for layer in quantizable(empty))
-    return weights_bytes(name, linear, every - linear, plain=round(merged_bytes / every))
+    return weights_bytes(name, linear, parameters - linear, plain=round(merged_bytes / parameters))
 
 
 def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> None:
@@ -126,16 +126,16 @@ def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> No
     on_gpu = model.device.type == "cuda"
     # (bytes that are held at once while a format is made or scored, the format)
     needed_bytes = [(min(SHARD, merged_bytes), MERGED) if on_gpu else (merged_bytes, MERGED)]
-    for name, size_ in sizes.items():
+    for name, format_bytes in sizes.items():
         if find_format(name).calibrated:
             needed_bytes.append((merged_bytes, name))
         elif split_name(name)[0] == GGUF:  # on the processor
-            needed_bytes.append((size_, name))
+            needed_bytes.append((format_bytes, name))
     if on_gpu:
         check_gpu_memory(model.device, merged_bytes)
-    held = 0 if on_gpu else sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    freed_bytes = 0 if on_gpu else sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     need, name = max(needed_bytes)
-    if (free := available_bytes() + held) < need:
+    if (free := available_bytes() + freed_bytes) < need:
         raise Unreachable(
             f"JOB_EXPORT__FORMATS: {name} takes {size(need, ' ')} of this machine's memory, and {size(free, ' ')} are "
             "free; give the machine or the pod more memory, or remove the format"

@@ -43,18 +43,18 @@ class ExportFiles:
         return sum((self.folder / name).stat().st_size for name in self.hashes)
 
 
-def require_same_files(attempt: Attempt, name: str, every: Sequence[ExportFiles]) -> None:
+def require_same_files(attempt: Attempt, name: str, candidates: Sequence[ExportFiles]) -> None:
     """Refuses files of other bytes on other machines: scores are shared among them. All processes call it.
 
     Args:
-        attempt: The attempt.
+        attempt: Its processes compare their hashes.
         name: Of the format.
-        every: The files of each candidate.
+        candidates: The files of each candidate.
 
     Raises:
         Unreachable: They differ.
     """
-    mine = [dict(files.hashes) for files in every]
+    mine = [dict(files.hashes) for files in candidates]
     if any(other != mine for other in attempt.processes.gather(f"files of {name}", mine)):
         raise Unreachable(
             f"the machines of this run computed different bytes of {name}; use the same kind of GPU in all"
@@ -63,9 +63,9 @@ def require_same_files(attempt: Attempt, name: str, every: Sequence[ExportFiles]
 
 def publish_files(attempt: Attempt, files: ExportFiles, name: str) -> list[Artifact]:
     """Uploads the files of a format, without those that an earlier attempt uploaded. Process 0 calls it."""
-    known = attempt.recorded(UPLOADED, Uploaded) or Uploaded([])
-    damaged = set(attempt.damaged(known.artifacts))
-    uploaded = {artifact.path: artifact for artifact in known.artifacts if artifact.path not in damaged}
+    earlier = attempt.recorded(UPLOADED, Uploaded) or Uploaded([])
+    damaged = set(attempt.damaged(earlier.artifacts))
+    uploaded = {artifact.path: artifact for artifact in earlier.artifacts if artifact.path not in damaged}
     artifacts = []
     for file, sha256 in files.hashes.items():
         attempt.check_stop()

@@ -49,7 +49,7 @@ def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, 
         Preempted: The job was asked to stop.
     """
     if init in INFORMED:
-        _put(attempt, init, sources, model, steps)
+        _put_informed(attempt, init, sources, model, steps)
     begin_alike(attempt.processes, model)
 
 
@@ -60,8 +60,8 @@ def begin_alike(processes: Processes, model: Any) -> None:
     in their last bits, and processes add up gradients of one adapter only if it is the same in all of them.
     """
     parameters = [parameter.data for parameter in trainable(model).values()]
-    own = hashlib.sha256(b"".join(one.cpu().numpy().tobytes() for one in parameters)).hexdigest()
-    if len(set(processes.gather("adapter's first values", own))) == 1:
+    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in parameters)).hexdigest()
+    if len(set(processes.gather("adapter's first values", digest))) == 1:
         return
     log.get_logger().warning("processes computed different initial adapters; that of process 0 is used")
     for parameter in parameters:
@@ -72,7 +72,8 @@ def begin_alike(processes: Processes, model: Any) -> None:
         parameter.copy_(value)
 
 
-def _put(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> None:
+def _put_informed(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> None:
+    """Copies the published values into the adapter; process 0 computes and publishes them if there are none."""
     from safetensors.torch import load_file
 
     processes = attempt.processes
@@ -96,7 +97,7 @@ def _publish(attempt: Attempt, init: str, sources: Sources, model: Any, steps: S
 
     log.get_logger().info(f"{NAME} are computed", init=init)
     if init == "eva":
-        _eva(attempt, model, steps)
+        _init_by_eva(attempt, model, steps)
     else:
         init_loftq(model, sources.original or sources.folder, attempt.check_stop)
     path = attempt.work / FIRST_TENSORS
@@ -107,7 +108,8 @@ def _publish(attempt: Attempt, init: str, sources: Sources, model: Any, steps: S
     return json.dumps(asdict(artifact))
 
 
-def _eva(attempt: Attempt, model: Any, steps: Steps) -> None:
+def _init_by_eva(attempt: Attempt, model: Any, steps: Steps) -> None:
+    """Gives the adapter EVA's values: the base computes the first sequences, packed if training packs them."""
     base = model.get_base_model()
     batches = eva_batches(steps, packed=is_packed(base))
     as_inputs: Callable[[list[Example]], dict[str, Any]] = (
@@ -121,7 +123,7 @@ def _eva(attempt: Attempt, model: Any, steps: Steps) -> None:
         attempt.check_stop()
         base(**{name: value for name, value in inputs[number].items() if name != "labels"}, use_cache=False)
 
-    init_eva(model, [(one["input_ids"], one["labels"]) for one in inputs], forward)
+    init_eva(model, [(batch_inputs["input_ids"], batch_inputs["labels"]) for batch_inputs in inputs], forward)
 
 
 def eva_batches(steps: Steps, *, packed: bool) -> list[list[Example]]:

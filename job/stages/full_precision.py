@@ -97,7 +97,7 @@ def _evaluate_original(
         log.get_logger().info("the original base was evaluated by an earlier attempt")
         return recorded
     folder = attempt.processes.share_on_machine("original base", lambda: str(_folder(attempt, settings, sources)))
-    if why := _why_not(attempt, settings, loaded, Path(folder)):
+    if why := _why_not_scored(attempt, settings, loaded, Path(folder)):
         log.get_logger().warning("the original base is not scored, so the cost of quantization is not known", why=why)
         result = FullPrecision(precision.dtype, {}, why)
         return Evaluated({}, [], full_precision=result) if attempt.processes.leads else None
@@ -113,9 +113,9 @@ def _evaluate_original(
     if scored is None:
         return None
     original = FullPrecision(precision.dtype, scored.scores)
-    done = Evaluated({}, scored.artifacts, full_precision=original, precision=precision)
-    attempt.keep(FULL_PRECISION, json.dumps(asdict(done)))
-    return done
+    evaluated = Evaluated({}, scored.artifacts, full_precision=original, precision=precision)
+    attempt.keep(FULL_PRECISION, json.dumps(asdict(evaluated)))
+    return evaluated
 
 
 def _scored_otherwise(recorded: Evaluated, precision: ScoringPrecision) -> bool:
@@ -123,9 +123,8 @@ def _scored_otherwise(recorded: Evaluated, precision: ScoringPrecision) -> bool:
     earlier = recorded.full_precision
     if earlier is None or not earlier.scores:
         return False
-    sums = (
-        earlier.dtype if recorded.precision is None else recorded.precision.sums
-    )  # None by older versions, as trained
+    # Older versions recorded no precision, and scored in the dtype of training.
+    sums = earlier.dtype if recorded.precision is None else recorded.precision.sums
     return (earlier.dtype, sums) != (precision.dtype, precision.sums)
 
 
@@ -136,18 +135,18 @@ def _folder(attempt: Attempt, settings: Settings, sources: Sources) -> Path:
     return fetch_original(attempt, settings.model.id, storage_options(settings.storage), sources.record)
 
 
-def _why_not(attempt: Attempt, settings: Settings, loaded: Loaded, folder: Path) -> str:
+def _why_not_scored(attempt: Attempt, settings: Settings, loaded: Loaded, folder: Path) -> str:
     """Why the original base cannot be scored, in words; empty if it can. One answer for all processes."""
     if quantization_method(read_json(folder / "config.json", MAX_CONFIG_BYTES)) is not None:
         return "the base is only published quantized"
-    need, free = _need(settings, loaded), _free(attempt, settings, loaded)
+    need, free = _needed_bytes(settings, loaded), _free_bytes(attempt, settings, loaded)
     short = (
         f"it takes {size(need, ' ')} beside the quantized base, and {size(free, ' ')} are free" if need > free else ""
     )
     return next(filter(None, attempt.processes.gather("memory for the original base", short)), "")
 
 
-def _need(settings: Settings, loaded: Loaded) -> int:
+def _needed_bytes(settings: Settings, loaded: Loaded) -> int:
     """Bytes of the original weights, and of scoring with them. Logits are assumed to be read at every second token."""
     width: int = loaded.model.get_base_model().dtype.itemsize
     weights = loaded.record.parameters * width
@@ -158,7 +157,7 @@ def _need(settings: Settings, loaded: Loaded) -> int:
     return weights + evaluation_bytes(setup, tokens, tokens // 2) - weight_bytes(setup)
 
 
-def _free(attempt: Attempt, settings: Settings, loaded: Loaded) -> int:
+def _free_bytes(attempt: Attempt, settings: Settings, loaded: Loaded) -> int:
     """Bytes of memory that this process may fill."""
     if loaded.model.device.type == "cuda":
         return int(ORIGINAL_SHARE * free_gpu_bytes(settings.train.gpu_memory_gb))

@@ -13,7 +13,7 @@ from job.common.export_formats import EXTRA, not_installed
 from job.common.source_list import parse_sources
 from job.data.prompts import find_prompts
 from job.data.sources import check_source
-from job.data.training_and_validation import ValidationSource, validation_source_of
+from job.data.training_and_validation import ValidationSource
 from job.errors import Problem, SettingsError, check_all, named_by, raise_problems
 from job.evaluation.policy import read_policy
 from job.evaluation.question_files import find_questions
@@ -27,6 +27,7 @@ from job.settings.load import Settings
 from job.settings.schema import Sign
 from job.settings.training_stages import naming_its_settings
 from job.stages import principles, safety
+from job.stages.pull_rows import validation_of
 from job.storage.hub import local_model
 from job.storage.location import is_remote
 
@@ -51,7 +52,7 @@ def check_inputs(
     """
     checks = list(_data_sources(settings, later))
     checks += [(location, partial(find_questions, location)) for location in settings.eval.data.values()]
-    last = later[-1] if later else settings  # of prompts, principles, gate, exports and signature
+    last = later[-1] if later else settings  # has prompts, principles, gate, exports and signature
     if isinstance(last.eval.prompts, str):
         checks.append((last.eval.prompts, partial(_check_prompts, last.eval.prompts)))
     if not has_record:
@@ -78,18 +79,14 @@ def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tup
     """(location, check) of the rows to train and to validate on."""
     for stage in (settings, *later):
         data, check = stage.data, naming_its_settings(stage.part_of)(check_source)
-        for one in parse_sources(data.source):
-            yield one.location, partial(check, one.location, one.revision or data.revision, data.split)
-        validation = validation_source_of(
-            data.validation,
-            source=data.source,
-            source_revision=data.revision,
-            validation_revision=data.validation_revision,
-            validation_split=data.validation_split,
-        )
+        for source in parse_sources(data.source):
+            yield source.location, partial(check, source.location, source.revision or data.revision, data.split)
+        validation = validation_of(data)
         if isinstance(validation, ValidationSource):
-            where = (validation.name, validation.revision, validation.split)
-            yield validation.name, partial(check, *where, "JOB_DATA__VALIDATION")
+            yield (
+                validation.name,
+                partial(check, validation.name, validation.revision, validation.split, "JOB_DATA__VALIDATION"),
+            )
 
 
 def private_key(sign: Sign) -> EllipticCurvePrivateKey | None:

@@ -50,8 +50,8 @@ class _ModelSetup:
         steps: All optimizer steps.
         options: The adapter's.
         budget: Token budget of a micro-batch, the same in all processes.
-        placement: Where the base's 4-bit weights are kept, likewise.
-        why_placed: Why, in words; empty if they are on the GPU.
+        placement: Where the base's 4-bit weights are kept, the same in all processes.
+        why_placed: Why they are kept there, in words; empty if they are on the GPU.
     """
 
     device: Any
@@ -82,7 +82,7 @@ def load(
         SettingsError: The settings do not fit the model or this machine.
         DataError: The model's folder cannot be loaded.
     """
-    setup = _choose(settings, sources, processes)
+    setup = _choose_setup(settings, sources, processes)
     base, kept_base = _load_base(settings, sources, processes, setup)
     model = _add_adapter(base, settings, sources, setup.options)
     names = find_published_names(model, sources.folder, quantized=sources.quantized)
@@ -95,7 +95,7 @@ def load(
         dtype=record.dtype,
         trainable_parameters=record.trainable_parameters,
     )
-    packing = _packing(model, settings, sources, processes, decided)
+    packing = _choose_packing(model, settings, sources, processes, decided)
     if begin is not None:
         seed = settings.run.seed if settings.data.seed is None else settings.data.seed
         begin(model, Steps(sources.examples, seed, settings.train.global_batch_size, setup.steps))
@@ -114,7 +114,7 @@ def load(
     return loaded
 
 
-def _choose(settings: Settings, sources: Sources, processes: Processes) -> _ModelSetup:
+def _choose_setup(settings: Settings, sources: Sources, processes: Processes) -> _ModelSetup:
     """Chooses device, dtype, kernels, micro-batches and placement, on which all processes agree."""
     device, train = choose_device(settings.run.device), settings.train
     if device.type == "cuda":
@@ -125,8 +125,9 @@ def _choose(settings: Settings, sources: Sources, processes: Processes) -> _Mode
     agree_on_kernels(processes, device, sorted(computed_in - {"float32"}))
     steps = total_steps(len(sources.examples), train.global_batch_size, train.epochs, train.max_steps)
     options = make_options(dict(settings.lora), steps, settings.model.add_tokens or ())
-    own = token_budget(device, train.micro_batch_tokens, train.gpu_memory_gb)
-    budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
+    own_budget = token_budget(device, train.micro_batch_tokens, train.gpu_memory_gb)
+    # The budget affects the result's bits, so all processes use the same.
+    budget = min(processes.gather("token budget", own_budget))
     placement, why = decide_placement(
         settings.model,
         train,
@@ -257,7 +258,7 @@ def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
     """
     if began is None or began.quantized_experts == loaded.quantized_experts:
         return
-    before, now = ("in 4 bits" if one.quantized_experts else "in 16 bits" for one in (began, loaded))
+    before, now = ("in 4 bits" if base.quantized_experts else "in 16 bits" for base in (began, loaded))
     what = f"is a mixture whose experts this version of the job keeps {now}, but the version that began this run kept"
     what = f"{what} {before}; use that version, or another JOB_RUN__ID for a new run"
     raise SettingsError([Problem("JOB_MODEL__ID", what)])
@@ -279,7 +280,7 @@ def _log_slower_ways(plan: ExecutionPlan, settings: Settings, sources: Sources, 
         log.get_logger().info(f"slower than it could be: {slowdown.what}", change=slowdown.change)
 
 
-def _packing(
+def _choose_packing(
     model: Any, settings: Settings, sources: Sources, processes: Processes, decided: Packing | None
 ) -> Packing:
     """Whether this model computes packed sequences correctly; all processes use one answer, since it affects bits."""

@@ -88,7 +88,7 @@ def decide_placement(
             budget=budget,
             scoring_tokens=scoring_tokens,
             gigabytes=train.gpu_memory_gb,
-            placements=[one for one in PLACEMENTS if possible[one]],
+            placements=[name for name in PLACEMENTS if possible[name]],
             tiles=setup.architecture.in_tiles
             and train.last_method == "sft"
             and lora.dropout == 0
@@ -121,14 +121,15 @@ def placement_problems(
 
 
 def _too_little_main_memory(requested: str, setup: Setup | None, processes: int, available: int) -> Iterator[Problem]:
+    """The problem of a base that is set to be in main memory, if it does not fit into `available` bytes."""
     free = int(MAIN_MEMORY_SHARE * available)
     if setup is None or requested != "host" or packed_bytes(setup) * processes <= free:
         return
     copies = copies_in_main_memory(setup, processes)
-    left = f"of {size(available, ' ')} that are left on this machine or in its container"
-    short = f"{left}, {size(free, ' ')} can safely be used"
+    remaining = f"of {size(available, ' ')} that are left on this machine or in its container"
+    usable = f"{remaining}, {size(free, ' ')} can safely be used"
     fix = "use gpu, fewer processes (JOB_RUN__PROCESSES), or a machine or container with more memory"
-    yield Problem("JOB_MODEL__PLACEMENT", f"is host, and {copies}; {short}; {fix}")
+    yield Problem("JOB_MODEL__PLACEMENT", f"is host, and {copies}; {usable}; {fix}")
 
 
 def _fastest_that_fits(
@@ -189,8 +190,8 @@ def setup_before_loading(model: Model, train: Train, lora: Lora, folder: Path, o
         architecture = read_architecture(read_config(folder).to_dict())
     except ValueError:
         return None
-    named = lora.target_modules
-    targets = architecture.groups[named] if isinstance(named, str) else named
+    requested_targets = lora.target_modules
+    targets = architecture.groups[requested_targets] if isinstance(requested_targets, str) else requested_targets
     return Setup(
         architecture=architecture,
         rank=lora.rank if options.adalora is None else options.adalora.init_r,

@@ -86,7 +86,7 @@ def check_judge(options: Eval, judge: FoundJudge, check_stop: Callable[[], None]
     if judge.folder is not None:
         check_folder(judge.folder)
         return
-    server = _served(options, judge, seconds=CHECK_SECONDS)
+    server = _served_judge(options, judge, seconds=CHECK_SECONDS)
     if server.key is not None and not is_encrypted(server.url):
         log.get_logger().warning("JOB_EVAL__JUDGE_KEY is sent to the judge unencrypted; use an https:// address")
     try:
@@ -132,19 +132,19 @@ def judge_answers(
         TrainingFailed: Memory ran out on the CPU, too.
         Preempted: The job was asked to stop.
     """
-    sides = [parse_answers(attempt.fetch(one).read_bytes()) for one in (answers["base"], answers["adapter"])]
+    sides = [parse_answers(attempt.fetch(artifact).read_bytes()) for artifact in (answers["base"], answers["adapter"])]
     pairs = list(zip(*sides, strict=True))
     to_judge = [number for number, (base, adapter) in enumerate(pairs) if base.answer != adapter.answer]
-    texts = sha256(json.dumps([[base.prompt, base.answer, adapter.answer] for base, adapter in pairs]).encode())
+    answers_hash = sha256(json.dumps([[base.prompt, base.answer, adapter.answer] for base, adapter in pairs]).encode())
     facts = {**score_conditions({"judge": asdict(judge.record)}), "judge code": code_hashes(*_CODE)}
 
-    def opened(device: str) -> tuple[ScoreCache, dict[int, list[float]]]:
+    def open_cache(device: str) -> tuple[ScoreCache, dict[int, list[float]]]:
         """What was kept of the judgements on a device, which decides their last bits."""
         cache = ScoreCache(attempt.store, SCORES, run.id, {**facts, "device": device})
-        return cache, cache.load_chances(texts.hexdigest(), [2] * len(to_judge))
+        return cache, cache.load_chances(answers_hash.hexdigest(), [2] * len(to_judge))
 
     devices = _devices(run.device, judge)
-    caches = {device: opened(device) for device in devices}
+    caches = {device: open_cache(device) for device in devices}
     if caches[devices[-1]][1]:
         devices = devices[-1:]  # an earlier attempt has gone there
     before = attempt.questions
@@ -159,21 +159,34 @@ def judge_answers(
         def compute() -> Iterator[tuple[int, list[float]]]:
             if len(known_chances) == len(to_judge):
                 return
-            asking = open_judge(options, judge, device)
-            for part, number in enumerate(to_judge):
-                if part not in known_chances:
+            opened_judge = open_judge(options, judge, device)
+            for position, number in enumerate(to_judge):
+                if position not in known_chances:
                     base, adapter = pairs[number]
                     orders = ((base, adapter), (adapter, base))
                     texts = [question(judge.record.rules, base.prompt, a.answer, b.answer) for a, b in orders]
-                    yield part, [float(_CHOICES.index(asking.choose(text, attempt.check_stop))) for text in texts]
+                    yield (
+                        position,
+                        [float(_CHOICES.index(opened_judge.choose(text, attempt.check_stop))) for text in texts],
+                    )
 
         with log.progress("judged", len(to_judge), every=max(1, len(to_judge) // 10)) as show_progress:
             return complete(dict(known_chances), compute(), cache, on_progress)
 
     choices = _on_one_device(devices, judged_on)
-    said = {number: [_CHOICES[int(choice)] for choice in choices[part]] for part, number in enumerate(to_judge)}
-    judgements = [_judgement(base, said.get(number)) for number, (base, _) in enumerate(pairs)]
-    counts = {word: [preference(one) for one in judgements].count(word) for word in ("adapter", "base", "tie")}
+    choices_by_pair = {
+        number: [_CHOICES[int(choice)] for choice in choices[position]] for position, number in enumerate(to_judge)
+    }
+    return _publish_judgements(
+        attempt, judge, [_judgement(base, choices_by_pair.get(number)) for number, (base, _) in enumerate(pairs)]
+    )
+
+
+def _publish_judgements(attempt: Attempt, judge: FoundJudge, judgements: Sequence[Judgement]) -> Artifact:
+    """Logs how often each side is preferred, and publishes the judgements."""
+    counts = {
+        word: [preference(judgement) for judgement in judgements].count(word) for word in ("adapter", "base", "tie")
+    }
     log.get_logger().info("judged answers", judge=judge.record.model, **counts)
     write_judgements(attempt.work / JUDGEMENTS, judgements)
     return attempt.publish(attempt.work / JUDGEMENTS, JUDGEMENTS)
@@ -215,16 +228,16 @@ def open_judge(options: Eval, judge: FoundJudge, device: str) -> Judge:
         DataError, SettingsError: A local model cannot be loaded.
     """
     if judge.folder is None:
-        return _served(options, judge)
+        return _served_judge(options, judge)
     torch_device = choose_device(device)
     return LocalJudge(judge.folder, torch_device, choose_dtype("auto", torch_device))
 
 
-def _served(options: Eval, judge: FoundJudge, seconds: float = SECONDS) -> ServedJudge:
+def _served_judge(options: Eval, judge: FoundJudge, seconds: float = SECONDS) -> ServedJudge:
     key = None if options.judge_key is None else options.judge_key.get_secret_value()
     return ServedJudge(judge.record.model, judge.record.served or "", key, seconds)
 
 
 def published_answers(artifacts: Sequence[Artifact], side: str) -> Artifact:
     """The file of a side's answers among what an evaluation has published."""
-    return next(one for one in artifacts if one.path == prompts_key(side))
+    return next(artifact for artifact in artifacts if artifact.path == prompts_key(side))

@@ -16,6 +16,7 @@ from job.runs.attempt import Attempt
 from job.runs.layout import prompts_key
 from job.settings.schema import Eval
 from job.stages.handoff import Sources
+from job.stages.progress import counted
 from job.stages.safety import score_answers
 
 
@@ -45,8 +46,8 @@ def answer_prompts(
         parallel.help(model, sources.tokenizer)
         return [], None
     prompts = [prompt.ids for prompt in sources.prompts]
-    asks = GenerationOptions(options.prompts_max_new_tokens)
-    with_defaults = with_model_defaults(asks, sources.folder, model, sources.tokenizer)
+    requested = GenerationOptions(options.prompts_max_new_tokens)
+    with_defaults = with_model_defaults(requested, sources.folder, model, sources.tokenizer)
     answers = generate_answers(
         attempt,
         model,
@@ -60,15 +61,18 @@ def answer_prompts(
     )
     parallel.finish()
     key = prompts_key(side)
-    unsafe, count = None, None
+    unsafe, unsafe_count = None, None
     if sources.safety is not None:
         unsafe = score_answers(sources.safety, [answer.text for answer in answers], attempt.check_stop)
-        count = sum(score >= sources.safety.record.threshold for score in unsafe)
+        unsafe_count = sum(score >= sources.safety.record.threshold for score in unsafe)
     write_answers(attempt.work / key, sources.prompts, answers, unsafe)
     log.get_logger().info(
-        "answered prompts", side=side, prompts=len(prompts), **({} if count is None else {"unsafe": count})
+        "answered prompts",
+        side=side,
+        prompts=len(prompts),
+        **({} if unsafe_count is None else {"unsafe": unsafe_count}),
     )
-    return [attempt.publish(attempt.work / key, key)], count
+    return [attempt.publish(attempt.work / key, key)], unsafe_count
 
 
 def generate_answers(
@@ -100,13 +104,7 @@ def generate_answers(
         TrainingFailed: The logits are not finite.
         Preempted: The job was asked to stop; the answers to finished batches are kept.
     """
-    before = attempt.questions
-    with log.progress(title, len(prompts), every=max(1, len(prompts) // 10)) as show_progress:
-
-        def on_progress(answered: int) -> None:
-            attempt.questions = before + answered
-            show_progress(answered)
-
+    with counted(attempt, title, len(prompts)) as on_progress:
         return generate(
             model,
             tokenizer,

@@ -70,8 +70,8 @@ def publish(
         gpus: Those of all processes.
     """
     # an earlier attempt published it and was then killed
-    if (done := read_complete(attempt.store, str(attempt.work))) is not None:
-        return done
+    if (published := read_complete(attempt.store, str(attempt.work))) is not None:
+        return published
     manager.delete_all_but_intact(
         attempt.store,
         attempt.work / "checkpoints",
@@ -86,11 +86,11 @@ def publish(
     findings = [] if audit is None else [Artifact(FINDINGS, audit.bytes, audit.sha256)]
     measured = compare_measured(base.measured, adapter.measured)
     groups = compare_groups(sources.tasks.groups if sources.tasks else {}, base, adapter)
-    judged = _judged(settings, adapter, exported)
-    compared = compare_tasks(base.scores, judged) if judged else {}
+    gated_scores = _gated_scores(settings, adapter, exported)
+    gated_comparisons = compare_tasks(base.scores, gated_scores) if gated_scores else {}
     if settings.gate.on == "adapter":
-        compared |= {**measured, **groups}
-    against, copies = _publish_baseline(attempt, sources.baseline, judged)
+        gated_comparisons |= {**measured, **groups}
+    baseline_record, copies = _publish_baseline(attempt, sources.baseline, gated_scores)
     results = manifest.build(
         run_id=settings.run.id,
         part_of=settings.part_of,
@@ -105,9 +105,9 @@ def publish(
         measured=measured,
         groups=groups,
         gate=evaluate_gate(
-            compared,
+            gated_comparisons,
             **settings.gate.model_dump(exclude={"baseline", "policy"}),
-            baseline=against,
+            baseline=baseline_record,
             policy=sources.policy,
         ),
         artifacts=[*findings, *base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
@@ -159,7 +159,7 @@ def _sign_folders(attempt: Attempt, results: Mapping[str, Any], key: EllipticCur
         else:
             files = signing.files_of(results, folder)
             content = signing.sign(key, folder.rstrip("/").rpartition("/")[2], files)
-            signed = _with_artifact(signed, _uploaded(attempt, path, content))
+            signed = _with_artifact(signed, _publish_bytes(attempt, path, content))
     if key is None:
         return signed
     pem = signing.public_key(key)
@@ -169,11 +169,11 @@ def _sign_folders(attempt: Attempt, results: Mapping[str, Any], key: EllipticCur
 
 def _judgements(attempt: Attempt, adapter: Evaluated) -> list[Judgement]:
     """What the judge said, from the file that was published; empty where nothing was judged."""
-    files = [one for one in adapter.artifacts if one.path == JUDGEMENTS]
-    return [judgement for one in files for judgement in parse_judgements(attempt.fetch(one).read_bytes())]
+    files = [artifact for artifact in adapter.artifacts if artifact.path == JUDGEMENTS]
+    return [judgement for artifact in files for judgement in parse_judgements(attempt.fetch(artifact).read_bytes())]
 
 
-def _judged(settings: Settings, adapter: Evaluated, exported: Exported) -> Mapping[str, TaskScores]:
+def _gated_scores(settings: Settings, adapter: Evaluated, exported: Exported) -> Mapping[str, TaskScores]:
     """The scores that the gate judges: the adapter's, or those of the exported format that is published."""
     for export in exported.exports:
         if export.format == settings.gate.on:
@@ -182,19 +182,19 @@ def _judged(settings: Settings, adapter: Evaluated, exported: Exported) -> Mappi
 
 
 def _publish_baseline(
-    attempt: Attempt, baseline: Baseline | None, judged: Mapping[str, TaskScores]
+    attempt: Attempt, baseline: Baseline | None, gated_scores: Mapping[str, TaskScores]
 ) -> tuple[dict[str, Any] | None, list[Artifact]]:
     """Compares what the gate judges with its baseline, and publishes a copy of the baseline's samples as evidence."""
     if baseline is None:
         return None, []
     copies = []
-    for task in judged:
+    for task in gated_scores:
         key = answers_key(task, "baseline")
         path = attempt.work / key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(baseline.tasks[task].data)
         copies.append(attempt.publish(path, key))
-    return baseline.compared(judged), copies
+    return baseline.compared(gated_scores), copies
 
 
 def publish_report_and_card(
@@ -213,7 +213,7 @@ def publish_report_and_card(
     signer = None if key is None else signing.key_id(signing.public_key(key))
     complete = _with_artifact(
         results,
-        _published(
+        _publish_document(
             attempt,
             CARD,
             lambda: model_card.render_model_card(results, report.read_prompts(results, attempt.fetch), signer),
@@ -223,18 +223,19 @@ def publish_report_and_card(
         if export.get("published", True):
             card = export_folder(export["format"]) + EXPORT_CARD
             render = partial(model_card.render_export_card, results, export, signer)
-            complete = _with_artifact(complete, _published(attempt, card, render))
-    complete = _with_artifact(complete, _published(attempt, BOM, partial(bom.build, complete)))
+            complete = _with_artifact(complete, _publish_document(attempt, card, render))
+    complete = _with_artifact(complete, _publish_document(attempt, BOM, partial(bom.build, complete)))
     complete = _sign_folders(attempt, complete, key)
     return _with_artifact(
         complete,
-        _published(
+        _publish_document(
             attempt, REPORT, lambda: report.render_report(complete, report.read_report_data(complete, attempt.fetch))
         ),
     )
 
 
-def _published(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifact | None:
+def _publish_document(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifact | None:
+    """Publishes what `make` renders; None if that fails, which is logged."""
     try:
         content = make()
     except JobError:
@@ -246,10 +247,10 @@ def _published(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifac
             exc_info=error,
         )
         return None
-    return _uploaded(attempt, key, content)
+    return _publish_bytes(attempt, key, content)
 
 
-def _uploaded(attempt: Attempt, key: str, content: bytes) -> Artifact:
+def _publish_bytes(attempt: Attempt, key: str, content: bytes) -> Artifact:
     path = attempt.work / key
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)

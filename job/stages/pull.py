@@ -15,7 +15,7 @@ from typing import Any
 from job import log
 from job.common.bad_row_reasons import by_reason
 from job.common.resources import check_disk, required_bytes
-from job.common.source_list import Source, parse_sources
+from job.common.source_list import parse_sources
 from job.common.validation import adapter_of
 from job.data.licences import find_licence
 from job.data.text_tokenizer import broken_tokenizer
@@ -46,7 +46,7 @@ from job.stages.pull_in_background import ComingBase, base_in_background
 from job.stages.pull_model import BaseSettings, vocabulary_of
 from job.stages.pull_other_models import pull_judge, pull_safety_model, pull_start_adapter, recorded_judge_sha256
 from job.stages.pull_prompts import find_prompt_rows, prompts_record
-from job.stages.pull_rows import RowSettings, check_hub, fetch_rows, read_rows, validation_of
+from job.stages.pull_rows import FetchedRows, RowSettings, check_hub, fetch_rows, read_rows, validation_of
 from job.stages.safety import SafetyModel
 from job.storage.open import StorageOptions, bytes_to_fetch, storage_options
 
@@ -56,7 +56,7 @@ class _Shared:
     """What the first process of a machine writes for the others: paths, and the record of the pull.
 
     Attributes:
-        record: The record.
+        record: The record of the pull.
         folder: Of the base's files.
         quantized: Whether these are a quantized base of the cache.
         tokens: Of the tokenized rows.
@@ -161,7 +161,7 @@ class _Checked:
     tasks: Tasks
     start: FoundStart | None
     safety: SafetyModel | None
-    rows: tuple[str | Sequence[Source], float | ValidationSource | None]
+    rows: FetchedRows
     folder: Path
     tokenizer: Any
     vocabulary: int | None
@@ -283,10 +283,19 @@ def _read_all_rows(
     )
     # In the first attempt only: later ones need not check these rows, nor score them again.
     for stage in later if attempt.recorded(Stage.PULL, Pulled) is None else ():
-        own = _row_settings(stage)
-        fetched = fetch_rows(attempt, own, storage, LATER)
-        how = {"tokens": read_rows(attempt, own, *fetched, tokenizer, **auditing), "tokenizer": tokenizer}
-        find_prompt_rows(attempt, stage.eval, own, storage, fetched=fetched, reading=options, auditing=auditing, **how)
+        later_rows = _row_settings(stage)
+        fetched = fetch_rows(attempt, later_rows, storage, LATER)
+        find_prompt_rows(
+            attempt,
+            stage.eval,
+            later_rows,
+            storage,
+            tokens=read_rows(attempt, later_rows, *fetched, tokenizer, **auditing),
+            tokenizer=tokenizer,
+            fetched=fetched,
+            reading=options,
+            auditing=auditing,
+        )
     return tokens, prompts
 
 
@@ -344,11 +353,11 @@ def _with_licences(
     """
     earlier, dataset = attempt.recorded(Stage.PULL, Pulled), with_audit_of_before(attempt, dataset)
     if earlier is not None:
-        known = earlier.dataset  # what an earlier version did not record, the manifest must not have either
-        return replace(dataset, licences=known.licences, longest_at=known.longest_at), earlier.model_licence
+        recorded = earlier.dataset  # what an earlier version did not record, the manifest must not have either
+        return replace(dataset, licences=recorded.licences, longest_at=recorded.longest_at), earlier.model_licence
     licences = {
-        one.location: find_licence(one.location, one.revision or settings.data.revision, "dataset")
-        for one in parse_sources(settings.data.source)
+        source.location: find_licence(source.location, source.revision or settings.data.revision, "dataset")
+        for source in parse_sources(settings.data.source)
     }
     model_licence = find_licence(settings.model.id, revision, "model")
     return replace(dataset, licences={location: name for location, name in licences.items() if name}), model_licence
@@ -374,7 +383,7 @@ def _input_locations(attempt: Attempt, settings: Settings, later: Sequence[Setti
 
 
 def _checked_tasks(
-    attempt: Attempt, load: Callable[[], Tasks], check_model: Callable[[], None], model_is_there: Callable[[], bool]
+    attempt: Attempt, load: Callable[[], Tasks], check_model: Callable[[], None], model_is_found: Callable[[], bool]
 ) -> Tasks:
     """The tasks. What is wrong with them, and what the model excludes of the settings, is raised together.
 
@@ -384,7 +393,7 @@ def _checked_tasks(
     loaded: list[Tasks] = []
 
     def model() -> None:
-        if loaded or model_is_there():
+        if loaded or model_is_found():
             check_model()
 
     checks: list[tuple[str, Callable[[], object]]] = [("questions", lambda: loaded.append(load()))]

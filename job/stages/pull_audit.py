@@ -65,7 +65,7 @@ def known_scores(attempt: Attempt) -> dict[str, Screen]:
         findings = parse_findings(attempt.fetch(Artifact(FINDINGS, record.bytes, record.sha256)).read_bytes())
     except DataError:
         return {}  # `known_audit` logs the error
-    scores = {one.row: one.score or 0.0 for one in findings if one.kind == UNSAFE}
+    scores = {finding.row: finding.score or 0.0 for finding in findings if finding.kind == UNSAFE}
     return {"screen": lambda texts: [scores.get(row, 0.0) for row in range(len(texts))]}
 
 

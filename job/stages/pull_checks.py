@@ -72,12 +72,12 @@ def check_model(attempt: Attempt, folder: Path, settings: CheckedSettings) -> No
     lora, model, train, export = settings.lora, settings.model, settings.train, settings.export
     options = make_options(dict(lora), train.max_steps or MANY_STEPS, model.add_tokens)
     adapter_options: dict[str, Any] = {"targets": lora.target_modules, "rank": lora.rank, "options": options}
-    exported: dict[str, Any] = {
+    export_settings: dict[str, Any] = {
         "formats": export.formats,
         "onto": export.merge_onto,
         "gate_format": settings.gate_format,
     }
-    here = attempt.processes.place.local_world_size
+    local_processes = attempt.processes.place.local_world_size
 
     def problems(config: Any, empty: Any) -> Iterator[Problem]:
         settings_of_model: dict[str, Any] = {
@@ -86,12 +86,12 @@ def check_model(attempt: Attempt, folder: Path, settings: CheckedSettings) -> No
             "optimizer": train.optimizer,
         }
         yield from model_problems(config, empty, **adapter_options, **settings_of_model)
-        yield from placement_problems(model, train, lora, folder=folder, processes=here, options=options)
+        yield from placement_problems(model, train, lora, folder=folder, processes=local_processes, options=options)
         if needs_merge(export.formats):
             from job.export.model_checks import export_problems
 
-            exported["device"] = choose_device(settings.device)
-            yield from export_problems(config, empty, **exported, nf4=model.quantization == "nf4")
+            export_settings["device"] = choose_device(settings.device)
+            yield from export_problems(config, empty, **export_settings, nf4=model.quantization == "nf4")
 
     _, empty = inspect(folder, max_length=train.max_length, **adapter_options, problems=problems)
     if needs_merge(export.formats):
@@ -149,11 +149,11 @@ def check_rows(attempt: Attempt, folder: Path, settings: CheckedSettings, tokens
     """
     if attempt.recorded(Stage.PULL, Pulled) is not None:
         return
-    longest, where = max(lengths_of(tokens.examples)), tokens.record.longest_at
+    longest, longest_at = max(lengths_of(tokens.examples)), tokens.record.longest_at
     check_all(
         (
             ("steps", lambda: raise_problems(step_problems(settings, tokens.examples))),
-            ("longest row", lambda: refuse_long_row(attempt, folder, settings, longest, where)),
+            ("longest row", lambda: refuse_long_row(attempt, folder, settings, longest, longest_at)),
         )
     )
 
@@ -199,22 +199,22 @@ def refuse_long_row(attempt: Attempt, folder: Path, settings: CheckedSettings, l
         return
     from job.model.fused.long_attention import FLASH, TRITON, copies_of
 
-    a, process = setup.architecture, attempt.processes.place
-    setup = replace(setup, processes=process.world_size)
+    architecture, place = setup.architecture, attempt.processes.place
+    setup = replace(setup, processes=place.world_size)
     copies = None
-    tiles = a.in_tiles and options.not_fused is None and lora.dropout == 0 and setup.value_bytes < FP32
+    tiles = architecture.in_tiles and options.not_fused is None and lora.dropout == 0 and setup.value_bytes < FP32
     if tiles and train.last_method == "sft":
-        kernels = (FLASH, TRITON) if a.attends_by_triton(capability) else (FLASH,)
-        copies = min(copies_of(a, device, kernel) for kernel in kernels)
-    least = replace(setup, placement="gpu" if settings.model.placement == "gpu" else "host")
-    over = 1 if copies is None else divides_over(setup, train)
+        kernels = (FLASH, TRITON) if architecture.attends_by_triton(capability) else (FLASH,)
+        copies = min(copies_of(architecture, device, kernel) for kernel in kernels)
+    smallest_setup = replace(setup, placement="gpu" if settings.model.placement == "gpu" else "host")
+    processes = 1 if copies is None else divides_over(setup, train)
     refuse_rows(
         setup,
         longest,
-        free_bytes=gpu_memory(train.gpu_memory_gb)[0] - weight_bytes(least),
-        host_bytes=main_memory().total_bytes // process.local_world_size,
+        free_bytes=gpu_memory(train.gpu_memory_gb)[0] - weight_bytes(smallest_setup),
+        host_bytes=main_memory().total_bytes // place.local_world_size,
         offload=None if train.offload_activations == "auto" else train.offload_activations,
         copies=copies,
         where=where,
-        sharing=Sharing(over, over),
+        sharing=Sharing(processes, processes),
     )

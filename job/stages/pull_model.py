@@ -102,14 +102,15 @@ def find_base(
         earlier is not None
         and kept_base is not None
         and kept_base.key is not None
-        and (
-            base.init != "loftq" or attempt.recorded(FIRST_VALUES, FirstValues) is not None
-        )  # else the unquantized base is needed
+        # else the unquantized base is needed
+        and (base.init != "loftq" or attempt.recorded(FIRST_VALUES, FirstValues) is not None)
         and (locations := _cache_locations(attempt, base, storage))
     ):
-        noted = entry_at(kept_base.key, *locations, kept_base.index_sha256)
-        if (folder := find(noted, attempt.check_stop_in_thread)) is not None:
-            return BaseFiles(folder, earlier.model_revision, earlier.model_sha256, noted, quantized=True, original=None)
+        recorded_entry = entry_at(kept_base.key, *locations, kept_base.index_sha256)
+        if (folder := find(recorded_entry, attempt.check_stop_in_thread)) is not None:
+            return BaseFiles(
+                folder, earlier.model_revision, earlier.model_sha256, recorded_entry, quantized=True, original=None
+            )
     source = base.model.id
     if is_remote(source):
         if (small := _fetch_small_files(source, attempt.work / "model-small", storage)) is not None:
@@ -119,15 +120,15 @@ def find_base(
         folder, revision = download_model(source, None)
     else:
         # the commit of the first attempt: a branch or tag may have moved since
-        wanted = (None if earlier is None else earlier.model_revision) or base.model.revision
-        folder, revision = download_model(source, wanted, before_weights)
+        requested_revision = (None if earlier is None else earlier.model_revision) or base.model.revision
+        folder, revision = download_model(source, requested_revision, before_weights)
     tokenizer_files(folder)  # fails now rather than when the adapter is published
     sha256 = fingerprint(folder)
     locations = _cache_locations(attempt, base, storage)
     entry = None if locations is None else entry_for(_facts(base, sha256), *locations)
     # Only in the first attempt: later ones must use the entry that the run began with, which was looked up above.
-    here = None if entry is None or earlier else find(replace(entry, store=None), attempt.check_stop_in_thread)
-    return BaseFiles(here or folder, revision, sha256, entry, quantized=here is not None, original=folder)
+    cached = None if entry is None or earlier else find(replace(entry, store=None), attempt.check_stop_in_thread)
+    return BaseFiles(cached or folder, revision, sha256, entry, quantized=cached is not None, original=folder)
 
 
 def fetch_original(attempt: Attempt, source: str, storage: StorageOptions, record: Pulled) -> Path:

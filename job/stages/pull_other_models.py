@@ -32,7 +32,7 @@ def pull_start_adapter(
     """The adapter that training starts from; None without one.
 
     Args:
-        attempt: The attempt.
+        attempt: Its work folder gets the adapter, at the commit that the first attempt recorded.
         location: Where it lies, from `start_of`.
         lora: Settings that it has to agree with.
         storage: How to reach stores.
@@ -47,10 +47,10 @@ def pull_start_adapter(
         return None
     attempt.check_stop()
     earlier = attempt.recorded(Stage.PULL, Pulled)
-    known = None if earlier is None else earlier.start_revision
-    start = find_start(location, attempt.work / "start", storage, known)
-    said = lora.model_dump(mode="json")
-    check_start(start.folder, rank=lora.rank, alpha=lora.alpha, options=said, added_tokens=added_tokens)
+    recorded_revision = None if earlier is None else earlier.start_revision
+    start = find_start(location, attempt.work / "start", storage, recorded_revision)
+    lora_settings = lora.model_dump(mode="json")
+    check_start(start.folder, rank=lora.rank, alpha=lora.alpha, options=lora_settings, added_tokens=added_tokens)
     return start
 
 

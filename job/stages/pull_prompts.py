@@ -8,16 +8,14 @@ from typing import Any
 
 from job import log
 from job.common.methods import SFT
-from job.common.source_list import Source
 from job.data.prompts import find_prompts, prompts_sha256, read_prompts, validation_prompts
 from job.data.token_cache import Tokens
-from job.data.training_and_validation import ValidationSource
 from job.errors import DataError, Problem
 from job.records import PromptRow, PromptsRecord
 from job.runs.attempt import Attempt
 from job.settings.schema import Eval
 from job.stages.fetch_input import fetch_input
-from job.stages.pull_rows import RowSettings, read_rows
+from job.stages.pull_rows import FetchedRows, RowSettings, read_rows
 from job.storage.open import StorageOptions
 
 
@@ -29,7 +27,7 @@ def find_prompt_rows(
     *,
     tokens: Tokens,
     tokenizer: Any,
-    fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
+    fetched: FetchedRows,
     reading: Mapping[str, Any],
     auditing: Mapping[str, Any],
 ) -> list[PromptRow]:
@@ -55,8 +53,8 @@ def find_prompt_rows(
     if isinstance(location, int):
         # Reading the rows again gives the same ones only if the audit leaves out the same.
         left_out = tokens.record.audit is not None and tokens.record.audit.left_out
-        again = auditing if left_out else reading
-        return _prompts_of_rows(attempt, options, rows, fetched, tokens=tokens, tokenizer=tokenizer, reading=again)
+        arguments = auditing if left_out else reading
+        return _prompts_of_rows(attempt, options, rows, fetched, tokens=tokens, tokenizer=tokenizer, reading=arguments)
     return read_prompts(
         find_prompts(fetch_input(attempt, location, "prompts", storage)),
         location,
@@ -72,7 +70,7 @@ def _prompts_of_rows(
     attempt: Attempt,
     options: Eval,
     rows: RowSettings,
-    fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
+    fetched: FetchedRows,
     *,
     tokens: Tokens,
     tokenizer: Any,
@@ -89,11 +87,11 @@ def _prompts_of_rows(
         # completion's tokens as targets.
         train = rows.train.model_copy(update={"loss_on": "completion"})
         log.get_logger().info("the rows are read again, to see where the prompts of JOB_EVAL__PROMPTS end")
-        again = read_rows(attempt, replace(rows, train=train), *fetched, tokenizer, **reading)
-        if [again.record.rows, len(again.validation or ())] != [tokens.record.rows, len(rows_held_out)]:
+        reread = read_rows(attempt, replace(rows, train=train), *fetched, tokenizer, **reading)
+        if [reread.record.rows, len(reread.validation or ())] != [tokens.record.rows, len(rows_held_out)]:
             message = "some rows cannot be split into prompt and completion; give a file of prompts instead of a number"
             raise DataError([Problem("JOB_EVAL__PROMPTS", message)])
-        rows_held_out = again.validation or ()
+        rows_held_out = reread.validation or ()
     most = _longest_prompt(options, rows)
     prompts = list(validation_prompts(rows_held_out, count, tokenizer, most))
     if not prompts:

@@ -21,6 +21,9 @@ from job.stages.fetch_input import fetch_input
 from job.storage.location import is_remote
 from job.storage.open import StorageOptions
 
+FetchedRows = tuple[str | Sequence[Source], float | ValidationSource | None]
+"""(what to train on, what to validate on), as `read_rows` takes them."""
+
 
 @dataclass(frozen=True)
 class RowSettings:
@@ -67,9 +70,7 @@ def check_hub(rows: RowSettings) -> None:
         check_hub_dataset(validation.name, validation.revision)
 
 
-def fetch_rows(
-    attempt: Attempt, rows: RowSettings, storage: StorageOptions, below: str = ""
-) -> tuple[str | Sequence[Source], float | ValidationSource | None]:
+def fetch_rows(attempt: Attempt, rows: RowSettings, storage: StorageOptions, below: str = "") -> FetchedRows:
     """(what to train on, what to validate on), copied from stores to the work folder.
 
     A later attempt gets the revisions that the first one found, except for the rows of a later training stage.
@@ -96,11 +97,11 @@ def fetch_rows(
         return source, validation
     # the branches may have moved since the first attempt
     if not isinstance(source, str):
-        commits = {one.source: one.revision for one in earlier.dataset.sources}
-        source = tuple(replace(one, revision=commits.get(one.name) or one.revision) for one in source)
-    known = earlier.dataset.validation
-    if isinstance(validation, ValidationSource) and known is not None:
-        validation = replace(validation, revision=known.revision or validation.revision)
+        commits = {record.source: record.revision for record in earlier.dataset.sources}
+        source = tuple(replace(part, revision=commits.get(part.name) or part.revision) for part in source)
+    recorded = earlier.dataset.validation
+    if isinstance(validation, ValidationSource) and recorded is not None:
+        validation = replace(validation, revision=recorded.revision or validation.revision)
     return source, validation
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from job.model.lora import adapter_off
 from job.records import Artifact, ChoiceScore, Example, Question, Referenced
 from job.runs.attempt import Attempt, published_once
 from job.runs.layout import LOG_PROBS, REFERENCE, SCORES
-from job.stages.evaluate import forward_facts
+from job.stages.evaluate import base_facts
 from job.stages.handoff import Loaded, Sources
 from job.storage.open import ObjectStore
 from job.training.preference_gradient import reference_log_probs
@@ -56,16 +56,16 @@ def with_reference(
     artifact = Artifact(**json.loads(record))
     path = processes.share_on_machine("reference on this machine", lambda: str(attempt.fetch(artifact)))
     values = [tuple(json.loads(line)) for line in Path(path).read_bytes().splitlines()]
-    rows, held = len(sources.examples), sources.validation
-    if isinstance(held, Examples):
-        held = held.with_references(values[rows:])
-    return sources.examples.with_references(values[:rows]), held, [artifact]
+    rows, validation = len(sources.examples), sources.validation
+    if isinstance(validation, Examples):
+        validation = validation.with_references(values[rows:])
+    return sources.examples.with_references(values[:rows]), validation, [artifact]
 
 
 def _publish(attempt: Attempt, scores: Scores | None) -> str:
     path = attempt.work / LOG_PROBS
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps([one.log_likelihood for one in of_row]) + "\n" for of_row in scores or ())
+    lines = (json.dumps([score.log_likelihood for score in of_row]) + "\n" for of_row in scores or ())
     path.write_text("".join(lines), encoding="utf-8")
     artifact = attempt.publish(path, LOG_PROBS)
     attempt.keep(REFERENCE, json.dumps(asdict(Referenced([artifact]))))
@@ -85,20 +85,20 @@ def _compute(attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, sh
                 [[ChoiceScore(log_probability, greedy=False) for log_probability in of_row] for of_row in sums],
             )
 
-    lower = "lower JOB_TRAIN__MICRO_BATCH_TOKENS or JOB_TRAIN__MAX_LENGTH"
-    parallel = ParallelScoring(attempt.processes, attempt.check_stop, score, lower)
+    advice = "lower JOB_TRAIN__MICRO_BATCH_TOKENS or JOB_TRAIN__MAX_LENGTH"
+    parallel = ParallelScoring(attempt.processes, attempt.check_stop, score, advice)
     with _as_reference(sources, model):
         if not attempt.processes.leads:
             parallel.help(model)
             return None
-        # As questions: each sequence is an answer to nothing. What of it is a target is in the hash of the data.
+        # As questions: each sequence is a choice after an empty prompt. Which tokens are targets is in the data's hash.
         rows = [Question((), tuple(sequence.input_ids for sequence in example.sequences)) for example in examples]
         cache = ScoreCache(shared, SCORES, run_id, _conditions(sources, loaded))
-        with log.progress("reference rows", len(rows), every=max(1, len(rows) // 10)) as tell:
+        with log.progress("reference rows", len(rows), every=max(1, len(rows) // 10)) as show_progress:
 
             def on_progress(done: int) -> None:
                 attempt.questions = done  # progress, for the limit of attempts without any
-                tell(done)
+                show_progress(done)
 
             log_probabilities = score_questions(
                 model, rows, loaded.micro_batch_tokens, cache=cache, score=parallel.score, on_progress=on_progress
@@ -114,9 +114,7 @@ def _as_reference(sources: Sources, model: Any) -> AbstractContextManager[None]:
 
 def _conditions(sources: Sources, loaded: Loaded) -> dict[str, Any]:
     """Everything but the rows' tokens that determines the log-probabilities."""
-    unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
-    facts = forward_facts(loaded, unnamed)
-    facts["adapter"] = sources.record.start_sha256
+    facts = {**base_facts(loaded), "adapter": sources.record.start_sha256}
     data = sources.record.dataset
-    held = {} if data.validation is None else {"validation": data.validation.sha256}
-    return score_conditions({**facts, "data": data.sha256, **held, "reference": code_hashes(*CODE)})
+    validation_hash = {} if data.validation is None else {"validation": data.validation.sha256}
+    return score_conditions({**facts, "data": data.sha256, **validation_hash, "reference": code_hashes(*CODE)})

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from job import log
 from job.audit.safety import SETTING, Screen, Texts, unsafe_labels
 from job.common.hashing import code_hashes
 from job.common.out_of_memory import memory_errors
@@ -21,6 +20,7 @@ from job.records import SafetyRecord
 from job.runs.attempt import Attempt
 from job.runs.layout import SCORES
 from job.settings.schema import Data, Run
+from job.stages.progress import counted
 from job.storage.hub import download_model, local_model
 from job.storage.open import ObjectStore
 
@@ -82,7 +82,7 @@ def screen_rows(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Ob
     """A function that scores the rows' texts. The classifier is in memory only while it does.
 
     Args:
-        attempt: Its watchdog gets beats; its count of questions is what is scored, as progress.
+        attempt: Its watchdog is reset, and its count of questions grows, while rows are scored.
         safety: The classifier.
         settings: The device, and the run's name.
         shared: The store that contains all runs: a restart, or another run with the same rows, reuses the scores.
@@ -96,12 +96,7 @@ def _screen(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Object
     conditions = {**score_conditions({"classifier": _facts(safety)}), "classifier code": code_hashes(*_CODE)}
     cache = ScoreCache(shared, SCORES, settings.id, conditions)
     known_chances = cache.load_chances(texts.sha256, sizes)
-    before = attempt.questions
-    with log.progress("rows scored", len(texts), every=max(1, len(texts) // 10)) as show_progress:
-
-        def on_progress(scored: int) -> None:
-            attempt.questions = before + scored
-            show_progress(scored)
+    with counted(attempt, "rows scored", len(texts)) as on_progress:
 
         def compute() -> Iterator[tuple[int, list[float]]]:
             if len(known_chances) == len(sizes):
@@ -137,5 +132,5 @@ def _load(safety: SafetyModel, device: str) -> TextClassifier:
 
 
 def _facts(safety: SafetyModel) -> dict[str, object]:
-    """What determines a score: of the labels the chosen ones; not the threshold."""
+    """What determines a score: the model's files, and the labels that mean unsafe; not the threshold."""
     return {"sha256": safety.record.sha256, "labels": safety.record.unsafe_labels}

@@ -88,12 +88,12 @@ def _on_gpu(model: Any) -> bool:
 
 def other_precision(base: Evaluated, evaluation: Eval, loaded: Loaded) -> str:
     """Why a base that was scored cannot be compared with what will be scored here, in words; empty if it can."""
-    was, trained_in = base.precision, loaded.record.dtype
-    if was is None:  # in records of older versions, which do not tell
+    base_precision, trained_in = base.precision, loaded.record.dtype
+    if base_precision is None:  # in records of older versions, which do not tell
         return ""
-    if not is_precise(was):  # an earlier attempt may have been on a machine of another kind
-        why = f"the base was scored in {was.dtype}, and the adapter would be in {trained_in} here"
-        return "" if was.dtype == trained_in else why
+    if not is_precise(base_precision):  # an earlier attempt may have been on a machine of another kind
+        why = f"the base was scored in {base_precision.dtype}, and the adapter would be in {trained_in} here"
+        return "" if base_precision.dtype == trained_in else why
     why = why_as_trained(evaluation, loaded)
     return f"the base was scored in fp16, which cannot be done here for the adapter: {why}" if why else ""
 

@@ -80,7 +80,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     restored = _restore(attempt, software_of(loaded.plan))
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
-    check_disk(attempt.work, required_bytes([], checkpoint_bytes(_size(model), recipe.optimizer)))
+    check_disk(attempt.work, required_bytes([], checkpoint_bytes(_parameter_count(model), recipe.optimizer)))
     folder = attempt.work / "artifacts"
     if processes.leads:
         # Now: the base's folder may be deleted during training.
@@ -206,12 +206,13 @@ def _publish_adapter(
 
 
 def _stopped(attempt: Attempt, restored: manager.Restored, total_steps: int) -> Preempted:
+    """The error of a stopped attempt; in process 0 it names the newest checkpoint that is not damaged."""
     why = f"stopped by {attempt.stop.reason}"
     if not attempt.processes.leads:
         return Preempted(why)
     damaged = {skipped.step for skipped in restored.skipped}
-    kept = max((step for step in manager.steps(attempt.store) if step not in damaged), default=0)
-    return Preempted(f"{why}; step {kept} of {total_steps} is saved")
+    saved_step = max((step for step in manager.steps(attempt.store) if step not in damaged), default=0)
+    return Preempted(f"{why}; step {saved_step} of {total_steps} is saved")
 
 
 def software_of(plan: ExecutionPlan) -> dict[str, str]:
@@ -339,7 +340,7 @@ def _fits(attempt: Attempt, watch: Stopwatch, publisher: AsyncUploader) -> Calla
     return fits
 
 
-def _size(model: Any) -> int:
+def _parameter_count(model: Any) -> int:
     return sum(parameter.numel() for parameter in trainable(model).values())
 
 

@@ -27,17 +27,19 @@ def adapter_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differe
         {path.removeprefix(prefix): copy for path, copy in copies.items() if path.startswith(prefix)}
         for prefix in (ADAPTER, folder)
     )
-    names, wanted = (sorted(files.keys() - {EXPORT_CARD, SIGNATURE}) for files in (files_of_copy, originals))
-    yield from find_differences(f"{folder} files", names, wanted)
+    copy_names, original_names = (
+        sorted(files.keys() - {EXPORT_CARD, SIGNATURE}) for files in (files_of_copy, originals)
+    )
+    yield from find_differences(f"{folder} files", copy_names, original_names)
     yield from find_differences(f"{RESULTS} exports {export['format']} dtype", export["dtype"], kind)
-    for name in sorted({*names} & {*wanted}):
+    for name in sorted({*copy_names} & {*original_names}):
         if name == WEIGHTS:
-            yield from _rounded(folder + name, files_of_copy[name], originals[name], kind)
+            yield from _tensors_differ(folder + name, files_of_copy[name], originals[name], kind)
         elif files_of_copy[name].read_bytes() != originals[name].read_bytes():
             yield Difference(folder + name, "the bytes of the adapter's own file", "other bytes")
 
 
-def _rounded(where: str, copy: Path, original: Path, kind: str) -> Iterator[Difference]:
+def _tensors_differ(where: str, copy: Path, original: Path, kind: str) -> Iterator[Difference]:
     """The first tensor of a copy that is not the original's tensor rounded to `kind`."""
     from safetensors import SafetensorError
 
@@ -57,7 +59,7 @@ def _tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     from safetensors import deserialize
 
     tensors = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
-    return {name: (one["dtype"], tuple(one["shape"]), bytes(one["data"])) for name, one in tensors}
+    return {name: (tensor["dtype"], tuple(tensor["shape"]), bytes(tensor["data"])) for name, tensor in tensors}
 
 
 def _in_dtype(tensor: tuple[str, tuple[int, ...], bytes], dtype: str) -> tuple[str, tuple[int, ...], bytes]:

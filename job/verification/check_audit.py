@@ -50,12 +50,12 @@ def check_audit(results: Mapping[str, Any], copies: Copies) -> Iterator[CheckRes
     differences = list(find_differences(f"{RESULTS} dataset.audit", claimed, computed))
     if unknown := sorted({finding.kind for finding in findings} - set(checks)):
         differences.append(Difference(FINDINGS, "findings of the manifest's kinds", ", ".join(unknown)))
-    differences += _statistics(audit)
-    differences += _safety(results, findings)
+    differences += _statistics_differ(audit)
+    differences += _safety_differs(results, findings)
     yield CheckResult("audit", extent, tuple(differences))
 
 
-def _safety(results: Mapping[str, Any], findings: Sequence[Finding]) -> Iterator[Difference]:
+def _safety_differs(results: Mapping[str, Any], findings: Sequence[Finding]) -> Iterator[Difference]:
     """Whether classifier and threshold are those of the settings, and the score of each unsafe row reaches it."""
     audit, where = results["dataset"]["audit"], f"{RESULTS} dataset.audit.safety"
     safety, settings = audit.get("safety"), results["settings"]
@@ -80,11 +80,11 @@ def _safety(results: Mapping[str, Any], findings: Sequence[Finding]) -> Iterator
             )
 
 
-def _statistics(audit: Mapping[str, Any]) -> Iterator[Difference]:
+def _statistics_differ(audit: Mapping[str, Any]) -> Iterator[Difference]:
     """Contradictions among figures about the rows, which are not published themselves."""
     languages = audit.get("languages") or {}
     if languages and sum(languages.values()) != audit["rows"]:
         yield Difference(f"{RESULTS} dataset.audit.languages", str(audit["rows"]), str(sum(languages.values())))
-    for name, of in (audit.get("lengths") or {}).items():
-        if list(of.values()) != sorted(of.values()) or list(of) != list(QUANTILES):
-            yield Difference(f"{RESULTS} dataset.audit.lengths.{name}", "ascending quantiles", str(of))
+    for name, quantiles in (audit.get("lengths") or {}).items():
+        if list(quantiles.values()) != sorted(quantiles.values()) or list(quantiles) != list(QUANTILES):
+            yield Difference(f"{RESULTS} dataset.audit.lengths.{name}", "ascending quantiles", str(quantiles))

@@ -120,8 +120,8 @@ def _metrics_differ(marker: Marker, copies: Copies) -> Iterator[Difference]:
         return
     if len(before) != marker.step:
         yield Difference(path, f"the metrics of {marker.step} steps", f"{len(before)} steps")
-    for step, (one, two) in enumerate(zip(before, after, strict=False), start=1):
-        if one != two:
+    for step, (in_checkpoint, in_published) in enumerate(zip(before, after, strict=False), start=1):
+        if in_checkpoint != in_published:
             yield Difference(f"{path} line {step}", f"step {step} as in {METRICS}", "other values")
             return
 
@@ -144,35 +144,37 @@ def _facts(path: Path) -> list[dict[str, Any]] | None:
         return None
 
 
-def _adapters_differ(state: str, published: str, copies: Copies) -> Iterator[Difference]:
+def _adapters_differ(checkpoint: str, published: str, copies: Copies) -> Iterator[Difference]:
     """The tensors of checkpoint and adapter must be equal bit by bit; PEFT shortens their names in the adapter."""
     from safetensors import SafetensorError, safe_open
 
-    if state not in copies or published not in copies:
+    if checkpoint not in copies or published not in copies:
         return
     try:
         with (
-            safe_open(copies[state], framework="np") as state_tensors,
+            safe_open(copies[checkpoint], framework="np") as checkpoint_tensors,
             safe_open(copies[published], framework="np") as published_tensors,
         ):
-            names = {_published(name): name for name in state_tensors.keys()}  # noqa: SIM118 - no mapping
+            names = {_published(name): name for name in checkpoint_tensors.keys()}  # noqa: SIM118 - no mapping
             config = copies.get(f"{published.rpartition('/')[0]}/{CONFIG}")
             rank_pattern = published_rank_pattern(config) if config is not None else {}
             different_names = sorted(names.keys() ^ set(published_tensors.keys()))
-            both = sorted(names.keys() & set(published_tensors.keys()))
+            common = sorted(names.keys() & set(published_tensors.keys()))
             different_names += [
                 name
-                for name in both
+                for name in common
                 if not _same(
-                    _kept_ranks(name, state_tensors.get_tensor(names[name]), rank_pattern),
+                    _kept_ranks(name, checkpoint_tensors.get_tensor(names[name]), rank_pattern),
                     published_tensors.get_tensor(name),
                 )
             ]
     except (SafetensorError, TypeError, ValueError, IndexError) as error:
-        yield Difference(published, f"the tensors of {state}", f"an unreadable file: {str(error)[:200]}")
+        yield Difference(published, f"the tensors of {checkpoint}", f"an unreadable file: {str(error)[:200]}")
         return
     if different_names:
-        yield Difference(published, f"the tensors of {state}", f"other tensors: {', '.join(different_names[:3])[:200]}")
+        yield Difference(
+            published, f"the tensors of {checkpoint}", f"other tensors: {', '.join(different_names[:3])[:200]}"
+        )
 
 
 def _published(name: str) -> str:

@@ -43,8 +43,8 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, computed)
         differences += _full_precision(results, copies, by_task)
         if (near := results["evaluation"].get("near_ties")) is not None:  # older versions did not look for them
-            found_near = compare_near_ties(scored["base"], scored["adapter"], scored_in(results)["dtype"], bound)
-            differences += find_differences(f"{RESULTS} evaluation.near_ties", near, found_near)
+            recomputed_near = compare_near_ties(scored["base"], scored["adapter"], scored_in(results)["dtype"], bound)
+            differences += find_differences(f"{RESULTS} evaluation.near_ties", near, recomputed_near)
     questions = sum(len(records) for records in by_task["adapter"].values())
     measured = results["evaluation"].get("measured", {})
     of_measured, wrong = _measured(measured, copies)
@@ -68,8 +68,8 @@ def _groups(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> 
     """Recomputes the figures of groups from the scores of those of their tasks that could be read."""
     claimed, where = results["evaluation"].get("groups", {}), f"{RESULTS} evaluation.groups"
     scored = {*adapter.scores, *adapter.measured}
-    if other := sorted({task for group in claimed.values() for task in group["tasks"]} - scored):
-        yield Difference(where, "groups of the tasks that were scored", show(", ".join(other)))
+    if unscored := sorted({task for group in claimed.values() for task in group["tasks"]} - scored):
+        yield Difference(where, "groups of the tasks that were scored", show(", ".join(unscored)))
         return
     try:
         recomputed = compare_groups(groups_from(claimed), base, adapter)
@@ -119,18 +119,20 @@ def _full_precision(
     wrong += find_differences(f"{where}.tasks", sorted(claimed["tasks"]), sorted(tasks))
     yield from wrong
     if not wrong:
-        named = {task: {**tasks[task], ORIGINAL_SIDE: one["scores"]} for task, one in claimed["tasks"].items()}
+        entries = {
+            task: {**tasks[task], ORIGINAL_SIDE: figures["scores"]} for task, figures in claimed["tasks"].items()
+        }
         pair = (scores_of(by_task[side], tasks, side) for side in ("base", "adapter"))
-        recomputed = compare_full_precision(scores_of(original, named, ORIGINAL_SIDE), *pair)
+        recomputed = compare_full_precision(scores_of(original, entries, ORIGINAL_SIDE), *pair)
         yield from find_differences(f"{where}.tasks", claimed["tasks"], recomputed)
 
 
 def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     """Recomputes the gate's verdict from the figures; with a baseline, from the copies of its samples in this run."""
     gate, tasks = results["gate"], results["evaluation"]["tasks"]
-    against, on = gate["baseline"], gate.get("on", "adapter")
+    baseline, on = gate["baseline"], gate.get("on", "adapter")
     thresholds = {name: gate[name] for name in ("metric", "min_delta", "max_regression")}
-    claimed = {**thresholds, "baseline": against and against["results"], "on": on}
+    claimed = {**thresholds, "baseline": baseline and baseline["results"], "on": on}
     settings = {name: results["settings"].get(f"gate.{name}", {}).get("value") for name in claimed}
     settings["on"] = settings["on"] or "adapter"  # versions without this setting judged the adapter
     differences = list(find_differences(f"{RESULTS} gate", claimed, settings))
@@ -139,25 +141,25 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         differences.append(Difference(f"{RESULTS} gate.on", show(on), "no export of this format"))
         return CheckResult("gate", "none", tuple(differences))
     if _unscored(results, on):
-        tasks, against = {}, against and {**against, "tasks": {}}
-    elif side != "adapter" and against is None and not differences:
-        sides = (read_samples(tasks, one, copies) for one in ("base", side))
+        tasks, baseline = {}, baseline and {**baseline, "tasks": {}}
+    elif side != "adapter" and baseline is None and not differences:
+        sides = (read_samples(tasks, name, copies) for name in ("base", side))
         (before, before_wrong), (after, after_wrong) = sides
         differences += [*before_wrong, *after_wrong, *unpaired(before, after, "base")]
         if not differences:
             claimed = {task: {**comparison, side: comparison["adapter"]} for task, comparison in tasks.items()}
             tasks = compare_tasks(scores_of(before, tasks, "base"), scores_of(after, claimed, side))
-    if against is not None and tasks:
+    if baseline is not None and tasks:
         earlier, baseline_differences = read_samples(tasks, "baseline", copies)
         own_samples, own_differences = read_samples(tasks, side, copies)
         baseline_differences += own_differences or unpaired(earlier, own_samples, "baseline")
         baseline_differences += find_differences(
-            f"{RESULTS} gate.baseline.tasks", sorted(against["tasks"]), sorted(tasks)
+            f"{RESULTS} gate.baseline.tasks", sorted(baseline["tasks"]), sorted(tasks)
         )
         differences += baseline_differences
         if not baseline_differences:
-            pair = scores_of(earlier, against["tasks"], "base"), scores_of(own_samples, against["tasks"], "adapter")
-            against = {**against, "tasks": compare_tasks(*pair)}
+            pair = scores_of(earlier, baseline["tasks"], "base"), scores_of(own_samples, baseline["tasks"], "adapter")
+            baseline = {**baseline, "tasks": compare_tasks(*pair)}
     if side == "adapter":
         evaluation = results["evaluation"]
         tasks = {**tasks, **evaluation.get("measured", {}), **evaluation.get("groups", {})}
@@ -167,10 +169,10 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         differences += find_differences(
             f"{RESULTS} gate",
             {"on": on, **gate},
-            evaluate_gate(tasks, **thresholds, on=on, baseline=against, policy=policy),
+            evaluate_gate(tasks, **thresholds, on=on, baseline=baseline, policy=policy),
         )
     outcome = {None: "none set", True: "met", False: "not met"}[gate["passed"]]
-    versus = "" if against is None else f", against run {show(against['run'])}"
+    versus = "" if baseline is None else f", against run {show(baseline['run'])}"
     subject = "" if side == "adapter" else f", {on}"
     subject += f", policy {gate['policy']['outcome']}" if "policy" in gate else ""
     return CheckResult("gate", outcome + subject + versus, tuple(differences))
@@ -246,10 +248,12 @@ def unpaired(before: SamplesByTask, after: SamplesByTask, side: str) -> Iterator
         side: Names the file of `before` in the difference.
     """
     for task in before.keys() & after.keys():
-        for number, (one, two) in enumerate(zip(before[task], after[task], strict=False), start=1):
-            if any(getattr(one, name) != getattr(two, name) for name in ("id", *HASHES)):
+        for number, (before_sample, after_sample) in enumerate(zip(before[task], after[task], strict=False), start=1):
+            if any(getattr(before_sample, name) != getattr(after_sample, name) for name in ("id", *HASHES)):
                 where = f"{answers_key(task, side)} line {number}"
-                yield Difference(where, f"question {show(two.id)} as the adapter was asked", show(one.id))
+                yield Difference(
+                    where, f"question {show(after_sample.id)} as the adapter was asked", show(before_sample.id)
+                )
                 break
 
 

@@ -37,7 +37,7 @@ def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
     formats = [export["format"] for export in exports]
     differences = list(find_differences(f"{RESULTS} exports", formats, to_make(requested)))
     shipped = [export["format"] for export in exports if export.get("published", True)]
-    to_ship = [one["format"] for one in exports if one["format"] in requested and not one.get("not_made")]
+    to_ship = [entry["format"] for entry in exports if entry["format"] in requested and not entry.get("not_made")]
     differences += find_differences(f"{RESULTS} exports published", shipped, to_ship)
     listed = {artifact["path"] for artifact in results["artifacts"]}
     folders = tuple(map(export_folder, shipped))
@@ -50,7 +50,7 @@ def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
     for number, export in enumerate(exports):
         if (not_scored := export.get("tasks_not_scored")) is not None:  # older versions do not record it
             differences += find_differences(f"{RESULTS} exports[{number}].tasks_not_scored", not_scored, left_out)
-    (base, base_wrong), (adapter, adapter_wrong) = (read_samples(tasks, one, copies) for one in ("base", "adapter"))
+    (base, base_wrong), (adapter, adapter_wrong) = (read_samples(tasks, side, copies) for side in ("base", "adapter"))
     if not base_wrong and not adapter_wrong:  # else reported by the check of the evaluation
         for number, export in enumerate(exports):
             differences += _check_one(export, f"{RESULTS} exports[{number}]", results, copies, (base, adapter))
@@ -86,15 +86,22 @@ def _check_one(
         samples, wrong = read_samples(tasks, side, copies)
         yield from wrong or unpaired(samples, adapter, side)
         if not wrong:
-            named = {task: {**tasks[task], side: figures["scores"]} for task, figures in claimed.items()}
-            scores[candidate] = scores_of(samples, named, side)
+            claimed_entries = {task: {**tasks[task], side: figures["scores"]} for task, figures in claimed.items()}
+            scores[candidate] = scores_of(samples, claimed_entries, side)
             pair = scores_of(base, tasks, "base"), scores_of(adapter, tasks, "adapter")
             original = None
             if any("versus_original" in figures for figures in claimed.values()):
-                parsed, _ = read_samples(tasks, ORIGINAL_SIDE, copies)  # reported by the check of the evaluation
-                known = (results["evaluation"].get("full_precision") or {}).get("tasks", {})
-                own = {task: {**tasks[task], ORIGINAL_SIDE: figures["scores"]} for task, figures in known.items()}
-                original = scores_of(parsed, own, ORIGINAL_SIDE) if parsed.keys() == own.keys() else None
+                # The check of the evaluation reports what is wrong with these samples.
+                original_samples, _ = read_samples(tasks, ORIGINAL_SIDE, copies)
+                recorded_tasks = (results["evaluation"].get("full_precision") or {}).get("tasks", {})
+                original_entries = {
+                    task: {**tasks[task], ORIGINAL_SIDE: figures["scores"]} for task, figures in recorded_tasks.items()
+                }
+                original = (
+                    scores_of(original_samples, original_entries, ORIGINAL_SIDE)
+                    if original_samples.keys() == original_entries.keys()
+                    else None
+                )
             recomputed = compare_export(*pair, scores[candidate], original)
             yield from find_differences(f"{where}.candidates.{candidate}", claimed, recomputed)
     if len(export["candidates"]) > 1 and scores.keys() == export["candidates"].keys():
@@ -104,7 +111,7 @@ def _check_one(
     if export["candidate"] not in export["candidates"]:
         yield Difference(f"{where}.candidate", export["candidate"], "no such candidate")
     if export["format"] != MERGED and not is_adapter(export["format"]):
-        merged = next((other["candidate"] for other in results["exports"] if other["format"] == MERGED), None)
+        merged = next((entry["candidate"] for entry in results["exports"] if entry["format"] == MERGED), None)
         yield from find_differences(f"{where}.candidate", export["candidate"], merged)
     if export.get("published", True):
         yield from _files(export, results, copies)
@@ -115,7 +122,11 @@ def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies
     """Checks the total size of a format's files, and their content."""
     folder = export_folder(export["format"])
     if "bytes" in export:  # without model card and signature, which are written later
-        paths = {one["path"]: one["bytes"] for one in results["artifacts"] if one["path"].startswith(folder)}
+        paths = {
+            artifact["path"]: artifact["bytes"]
+            for artifact in results["artifacts"]
+            if artifact["path"].startswith(folder)
+        }
         total = sum(size for path, size in paths.items() if path.removeprefix(folder) not in _ADDED)
         yield from find_differences(f"{folder} bytes", export["bytes"], total)
     family = export["format"].partition(":")[0]
@@ -168,8 +179,8 @@ def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differen
 def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
     """Checks the types of the tensors in a GGUF file, if the package `gguf` is installed."""
     folder = export_folder(export["format"])
-    named = {path.removeprefix(folder): copy for path, copy in copies.items() if path.startswith(folder)}
-    files = [copy for name, copy in named.items() if name not in _ADDED]
+    copies_by_name = {path.removeprefix(folder): copy for path, copy in copies.items() if path.startswith(folder)}
+    files = [copy for name, copy in copies_by_name.items() if name not in _ADDED]
     if len(files) != 1:
         yield Difference(folder, "one file", str(len(files)))
     elif find_spec("gguf") is not None:

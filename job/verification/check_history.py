@@ -45,11 +45,11 @@ def check_settings(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     """Checks that `settings.json`, which the first attempt wrote, agrees with the manifest."""
     differences: list[Difference] = []
     data = copies[SETTINGS].read_bytes() if SETTINGS in copies else None
-    kept = _parsed(SETTINGS, parse_settings, data, differences)
-    if kept is not None:
-        claimed = {name: setting["value"] for name, setting in results["settings"].items() if name in kept}
-        differences += find_differences(f"{RESULTS} settings", claimed, kept)
-    return CheckResult("settings", f"{len(kept or ())} that affect the result", tuple(differences))
+    recorded = _parsed(SETTINGS, parse_settings, data, differences)
+    if recorded is not None:
+        claimed = {name: setting["value"] for name, setting in results["settings"].items() if name in recorded}
+        differences += find_differences(f"{RESULTS} settings", claimed, recorded)
+    return CheckResult("settings", f"{len(recorded or ())} that affect the result", tuple(differences))
 
 
 def fingerprint_of(copies: Copies) -> str | None:
@@ -73,7 +73,7 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         recorded = {"sha256": pulled.model_sha256, "revision": pulled.model_revision}
         differences += find_differences(
             f"{RESULTS} dataset",
-            with_reasons(_completed(_as_pulled(results["dataset"], pulled), pulled.dataset)),
+            with_reasons(_with_defaults(_as_pulled(results["dataset"], pulled), pulled.dataset)),
             with_reasons(asdict(pulled.dataset)),
         )
         recorded |= {"licence": pulled.model_licence}
@@ -85,11 +85,11 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         where = f"{RESULTS} training.start_sha256"
         differences += find_differences(where, trained.training.start_sha256, pulled.start_sha256)
     if trained is not None:
-        claimed = _completed(results["training"], trained.training)
+        claimed = _with_defaults(results["training"], trained.training)
         differences += find_differences(f"{RESULTS} training", claimed, asdict(trained.training))
-        differences += _listed(results, trained.artifacts)
+        differences += _artifacts_differ(results, trained.artifacts)
     if base is not None and adapter is not None:
-        differences += _listed(results, [*base.artifacts, *adapter.artifacts])
+        differences += _artifacts_differ(results, [*base.artifacts, *adapter.artifacts])
         try:
             overlap = (results["dataset"].get("audit") or {}).get("overlap")
             tasks = compare_tasks(base.scores, adapter.scores, overlap=overlap)
@@ -141,7 +141,7 @@ def _judged_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evaluat
         claimed = {name: claimed.get(name) for name in recorded}
     yield from find_differences(where, claimed, recorded)
     if adapter.judged_answers:
-        published = {one.path: one.sha256 for one in (*base.artifacts, *adapter.artifacts)}
+        published = {artifact.path: artifact.sha256 for artifact in (*base.artifacts, *adapter.artifacts)}
         sides = {side: published.get(prompts_key(side)) for side in ("base", "adapter")}
         yield from find_differences(f"{ADAPTER} judged_answers", adapter.judged_answers, sides)
 
@@ -171,7 +171,7 @@ def _exports_differ(
     results: Mapping[str, Any], exported: Exported, base: Evaluated, adapter: Evaluated
 ) -> Iterator[Difference]:
     """Compares the manifest's exports with the record of the stage `export`."""
-    yield from _listed(results, exported.artifacts)
+    yield from _artifacts_differ(results, exported.artifacts)
     try:
         recomputed = exports_record(exported, base, adapter.scores)
     except (JobError, ValueError) as error:
@@ -190,26 +190,32 @@ def _as_pulled(dataset: Mapping[str, Any], pulled: Pulled) -> dict[str, Any]:
     if audit is None or claimed is None:
         return {**dataset, "audit": claimed if audit is not None else None}
     figures = {"languages": {}, "languages_by": "", "languages_not_checked": "", "lengths": {}}
-    return {**dataset, "audit": _completed({**claimed, **({} if audit.lengths else figures)}, audit)}
+    return {**dataset, "audit": _with_defaults({**claimed, **({} if audit.lengths else figures)}, audit)}
 
 
-def _completed(claimed: Mapping[str, Any], record: Any) -> dict[str, Any]:
+def _with_defaults(claimed: Mapping[str, Any], record: Any) -> dict[str, Any]:
     """A record in the manifest, and those in it, with the defaults of fields that were added after its version."""
-    plain = [one for one in fields(record) if one.default is not MISSING_DEFAULT]
-    created = {one.name: one.default_factory() for one in fields(record) if one.default_factory is not MISSING_DEFAULT}
-    parts = {
-        one.name: _completed(claimed[one.name], part)
-        for one in fields(record)
-        if is_dataclass(part := getattr(record, one.name)) and isinstance(claimed.get(one.name), Mapping)
+    plain = [item for item in fields(record) if item.default is not MISSING_DEFAULT]
+    created = {
+        item.name: item.default_factory() for item in fields(record) if item.default_factory is not MISSING_DEFAULT
     }
-    return {**{one.name: one.default for one in plain}, **created, **claimed, **parts}
+    parts = {
+        item.name: _with_defaults(claimed[item.name], part)
+        for item in fields(record)
+        if is_dataclass(part := getattr(record, item.name)) and isinstance(claimed.get(item.name), Mapping)
+    }
+    return {**{item.name: item.default for item in plain}, **created, **claimed, **parts}
 
 
-def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Difference]:
+def _artifacts_differ(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Difference]:
     """The artifacts of a stage that the manifest lists differently or lacks."""
     listed = {artifact["path"]: artifact for artifact in results["artifacts"]}
     pairs = ((listed.get(artifact.path, {"path": None}), asdict(artifact)) for artifact in artifacts)
-    return [one for claimed, recorded in pairs for one in find_differences(f"{RESULTS} artifacts", claimed, recorded)]
+    return [
+        difference
+        for claimed, recorded in pairs
+        for difference in find_differences(f"{RESULTS} artifacts", claimed, recorded)
+    ]
 
 
 def check_attempts(
@@ -237,10 +243,10 @@ def check_attempts(
         logged = _parsed(key, parse_logged, copies[key].read_bytes() if key in copies else None, differences)
         if logged is not None:
             differences += other_run(key, logged.run, run)
-            kept = logged.record
+            recorded = logged.record
             # The record of a killed attempt still says `running`; the manifest says `killed`.
-            kept = replace(kept, outcome="killed") if kept.outcome == "running" else kept
-            differences += find_differences(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(kept))
+            recorded = replace(recorded, outcome="killed") if recorded.outcome == "running" else recorded
+            differences += find_differences(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(recorded))
     listed_records = {attempt_key(attempt.number) for attempt in attempts}
     differences += [
         Difference(f"{RESULTS} run.attempts", "all attempts", f"one more in {key}")
@@ -248,13 +254,13 @@ def check_attempts(
         if attempt_number(key) is not None and key not in listed_records
     ]
     key = attempt_key(last.number)
-    if (logged := _parsed(key, parse_logged, _sealed(store, key), differences)) is not None:
+    if (logged := _parsed(key, parse_logged, _read_small_file(store, key), differences)) is not None:
         noted = logged.record
         differences += other_run(key, logged.run, run)
         where = f"{RESULTS} run.attempts[{len(attempts) - 1}]"
-        differences += [*_lasted(last, noted), *_agree(where, last, noted)]
+        differences += [*_growing_values_differ(last, noted), *_fixed_fields_differ(where, last, noted)]
     differences += find_differences(f"{RESULTS} run.started", results["run"]["started"], attempts[0].started)
-    holder = _parsed(LEASE, lease.parse, _sealed(store, LEASE), differences)
+    holder = _parsed(LEASE, lease.parse, _read_small_file(store, LEASE), differences)
     epoch = last.number if holder is None else holder.epoch
     if epoch < last.number:
         differences.append(Difference(LEASE, f"attempt {last.number} or later", f"attempt {epoch}"))
@@ -262,7 +268,7 @@ def check_attempts(
     notes = [
         f"{key}: this attempt was started after the results were published, and changed nothing"
         for key in later
-        if _parsed(key, parse_record, _sealed(store, key), differences) is not None
+        if _parsed(key, parse_record, _read_small_file(store, key), differences) is not None
     ]
     extent = f"{count(len(attempts), 'attempt')}, and the lease"
     check = CheckResult("attempts", extent, tuple(differences), tuple(notes))
@@ -278,39 +284,39 @@ def _exported_run_differs(results: Mapping[str, Any], copies: Copies, run: str |
     record = _read(path, ExportedRun, copies, differences, run)
     yield from differences
     if record is not None:
-        claimed = None if claimed is None else _completed(claimed, record)
+        claimed = None if claimed is None else _with_defaults(claimed, record)
         yield from find_differences(f"{RESULTS} run.exported_run", claimed, asdict(record))
 
 
-def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
+def _growing_values_differ(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
     """Checks values that grow: the last attempt's record is newer than the manifest, or older if it was killed then."""
     ended = noted.outcome != "running"
-    for name, before, after in _growing(claimed, noted):
+    for name, before, after in _growing_values(claimed, noted):
         if after < before if ended else after > before:
             order = "at least" if ended else "at most"
             where = f"{attempt_key(claimed.number)} {name}"
             yield Difference(where, show(after), f"{order} {show(before)} by {RESULTS}")
 
 
-def _growing(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[tuple[str, float, float]]:
+def _growing_values(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[tuple[str, float, float]]:
     """(name, in the manifest, in the record) of values that may grow in between: seconds, stage seconds, energy."""
     yield "seconds", claimed.seconds, noted.seconds
-    for stage in _going_on(claimed, noted):
+    for stage in _unfinished_stages(claimed, noted):
         if stage in claimed.stage_seconds and stage in noted.stage_seconds:
             yield f"stage_seconds.{stage}", claimed.stage_seconds[stage], noted.stage_seconds[stage]
     if claimed.energy_joules is not None and noted.energy_joules is not None:
         yield "energy_joules", claimed.energy_joules, noted.energy_joules
 
 
-def _going_on(*records: AttemptRecord) -> set[str]:
+def _unfinished_stages(*records: AttemptRecord) -> set[str]:
     """For each record, the last stage in it, during which it was written."""
     return {next(reversed(record.stage_seconds)) for record in records if record.stage_seconds}
 
 
-def _agree(where: str, claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
+def _fixed_fields_differ(where: str, claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
     """Differences in the fields that cannot change between the manifest and the last attempt's record."""
     ended = noted.outcome != "running"
-    stages = claimed.stage_seconds.keys() & noted.stage_seconds.keys() - _going_on(claimed, noted)
+    stages = claimed.stage_seconds.keys() & noted.stage_seconds.keys() - _unfinished_stages(claimed, noted)
     changing = {"outcome", "finished", "seconds", "stage_seconds", "energy_joules"}
     changing |= set() if ended else {"steps", "last_step", "repeated_steps", "repeated_seconds"}
     manifest_fields, attempt_fields = (
@@ -321,7 +327,7 @@ def _agree(where: str, claimed: AttemptRecord, noted: AttemptRecord) -> Iterator
     yield from find_differences(where, manifest_fields, attempt_fields)
 
 
-def _sealed(store: ObjectStore, key: str) -> bytes | None:
+def _read_small_file(store: ObjectStore, key: str) -> bytes | None:
     """A small file of the store; None if it is missing, and empty, which no parser accepts, if it is too large."""
     try:
         stored = store.read(key, max_bytes=MAX_RECORD_BYTES)

@@ -47,8 +47,8 @@ def check_pushes(
         elif record.files_sha256 != expected:
             differences.append(Difference(f"{key} files_sha256", show(record.files_sha256), show(expected)))
         elif record.target == OciTarget.kind and all(file.artifact.path in copies for file in files):
-            where = {file.path: copies[file.artifact.path] for file in files}
-            digest = image_digest(files, where, results["run"]["id"], expected)
+            paths = {file.path: copies[file.artifact.path] for file in files}
+            digest = image_digest(files, paths, results["run"]["id"], expected)
             differences += find_differences(f"{key} id", record.id, digest)
             notes.append(f"oci: the files' digest is {digest}; not checked whether {record.place} still has it")
         else:

@@ -38,10 +38,10 @@ def check_served(
             differences.append(Difference(key, "the record of this format and server", show(serve_check.format)))
             continue
         differences += _differences(key, serve_check, results, copies)
-        says = "holds" if serve_check.holds else "differs"
+        outcome = "holds" if serve_check.holds else "differs"
         notes.append(
-            f"{serve_check.format} by {serve_check.server}: {says}, {serve_check.alike} of {len(serve_check.compared)} "
-            "predictions as recorded"
+            f"{serve_check.format} by {serve_check.server}: {outcome}, {serve_check.alike} of "
+            f"{len(serve_check.compared)} predictions as recorded"
         )
     return CheckResult("served", count(len(keys), "record"), tuple(differences), tuple(notes))
 
@@ -62,10 +62,10 @@ def _differences(key: str, serve_check: ServeCheck, results: Mapping[str, Any], 
         path = answers_key(question.task, side)
         if question.task not in by_task:
             try:
-                read = samples.parse(copies[path].read_bytes()) if path in copies else []
+                task_samples = samples.parse(copies[path].read_bytes()) if path in copies else []
             except ValueError:  # `check_evaluation` reports it
-                read = []
-            by_task[question.task] = {sample.id: sample for sample in read}
+                task_samples = []
+            by_task[question.task] = {sample.id: sample for sample in task_samples}
         sample = by_task[question.task].get(question.id)
         if sample is None:
             yield Difference(f"{key} {question.task} {show(question.id)}", "a question of the run", f"not in {path}")

@@ -37,8 +37,8 @@ def check_signature(
         return CheckResult("signature", "none", (missing,))
     public_key = key or claimed["public_key"]
     where = f"{RESULTS} signing"
-    facts = {"public_key": public_key, "key_sha256": key_id(public_key), "signatures": signature_paths(results)}
-    differences = list(find_differences(where, claimed, facts))
+    expected = {"public_key": public_key, "key_sha256": key_id(public_key), "signatures": signature_paths(results)}
+    differences = list(find_differences(where, claimed, expected))
     try:
         differences += _differences(results, manifest, store, copies, public_key)
     except SettingsError as error:

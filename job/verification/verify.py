@@ -83,12 +83,12 @@ def verify(
     last = results["run"]["attempts"][-1]["number"]
     artifacts, evidence = artifacts_of(results), evidence_of(results)
     copies, artifact_differences = fetch_files(store, artifacts, listed, work)
-    more, evidence_differences = fetch_files(store, evidence, listed, work)
-    copies |= more
+    more_copies, evidence_differences = fetch_files(store, evidence, listed, work)
+    copies |= more_copies
     markers, marker_differences = check_checkpoints.read_markers(copies)
-    states = [claim for marker in markers for claim in check_checkpoints.claims(marker)]
-    more, state_differences = fetch_files(store, states, listed, work)
-    copies |= more
+    checkpoint_files = [claim for marker in markers for claim in check_checkpoints.claims(marker)]
+    more_copies, checkpoint_differences = fetch_files(store, checkpoint_files, listed, work)
+    copies |= more_copies
     run = fingerprint_of(copies)
     attempts, sealed = check_attempts(results, copies, store, listed, run)
     pushes, served = (check(results, store, listed, copies) for check in (check_pushes, check_served))
@@ -97,7 +97,7 @@ def verify(
         *sealed,
         *([SIGNATURE] if results.get("signing") else []),
         *(key for key in listed if key.startswith((PUSHED, SERVED))),
-        *(claim.path for claim in (*artifacts, *evidence, *states)),
+        *(claim.path for claim in (*artifacts, *evidence, *checkpoint_files)),
     }
     misplaced = [
         *(_out_of_place(claim) for claim in artifacts if not claim.path.startswith(ARTIFACTS)),
@@ -133,7 +133,9 @@ def verify(
         check_settings(results, copies),
         check_stages(results, copies, run),
         attempts,
-        check_checkpoints.check_checkpoints(results, markers, copies, [*marker_differences, *state_differences], run),
+        check_checkpoints.check_checkpoints(
+            results, markers, copies, [*marker_differences, *checkpoint_differences], run
+        ),
         *(() if nested else check_first_stage(results, store, lambda: _verify_first_stage(store, work, storage))),
     ]
 

@@ -210,7 +210,7 @@ def test_validation_is_told_apart_from_the_test() -> None:
     assert wording.validation({"steps": 40, "validation": None}, {"validation": None}) == []
 
 
-@pytest.mark.parametrize("pair", wording._SAYS_OF_BOTH)
+@pytest.mark.parametrize("pair", wording._SENTENCES_FOR_BOTH)
 def test_a_recovered_loss_is_never_called_an_improvement(pair: tuple[str, str]) -> None:
     """Only a model that is better than its quantized and its unquantized base has the verdict improved."""
     found = judged(*pair)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from job.records import ExecutionPlan
-from job.verification.check_history import _completed
+from job.verification.check_history import _with_defaults
 from job.verification.differences import find_differences
 
 
@@ -25,7 +25,7 @@ def test_fields_that_were_added_to_a_record_in_a_record_have_their_defaults() ->
     first = {name: getattr(plan, name) for name in ("kept_base", "kept_activations", "recorded", "reason", "forward")}
 
     def different(claimed: dict[str, Any], record: Record) -> list[str]:
-        return [one.where for one in find_differences("x", _completed(claimed, record), asdict(record))]
+        return [one.where for one in find_differences("x", _with_defaults(claimed, record), asdict(record))]
 
     older: dict[str, Any] = {"steps": 2, "execution": first}
     assert different(older, Record(2, plan)) == []
