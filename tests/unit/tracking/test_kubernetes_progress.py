@@ -75,8 +75,8 @@ class Cluster:
             asked.answer(self.refuses or 403)
         elif (asked.command, asked.path) == ("POST", TRAINER):
             status = json.loads(asked.content)["trainerStatus"]
+            self.statuses.append(status)  # before the answer, which ends the wait of the one who asks
             asked.answer(200 if self._valid(status) else 422, asked.content)
-            self.statuses.append(status)
         elif (asked.command, asked.path) == ("PATCH", POD):
             assert asked.headers["Content-Type"] == "application/merge-patch+json"
             self.annotations |= json.loads(asked.content)["metadata"]["annotations"]
