@@ -18,12 +18,14 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import environment as accelerate_environment
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTTrainer
@@ -95,17 +97,18 @@ def train(
         JobError: Another process ended, with this error.
         ValueError: The checkpoint to resume from is not of this model.
     """
-    trainer = _PlannedTrainer(
-        model,
-        tokenizer,
-        examples=examples,
-        recipe=recipe,
-        plan=plan,
-        hooks=hooks,
-        folder=folder,
-        processes=processes,
-        validation=validation,
-    )
+    with _environment_untouched():
+        trainer = _PlannedTrainer(
+            model,
+            tokenizer,
+            examples=examples,
+            recipe=recipe,
+            plan=plan,
+            hooks=hooks,
+            folder=folder,
+            processes=processes,
+            validation=validation,
+        )
     recompute_activations(model, on=not plan.kept_activations, random=not plan.padded)
     remove_noise = add_noise(model.get_base_model(), recipe.neftune_noise_alpha) if recipe.neftune_noise_alpha else None
     model.train()
@@ -133,6 +136,22 @@ def train(
     validations = tuple(trainer.validations.metrics)
     plan = replace(trainer.step.plan, divided_above=trainer.step.divided_above)
     return Trained(tuple(trainer.history), trainer.step.budget, complete=complete, plan=plan, validations=validations)
+
+
+@contextmanager
+def _environment_untouched() -> Iterator[None]:
+    """Context manager: keeps accelerate from emptying the environment for a moment, to find the defaults of a class.
+
+    The job's other threads read variables meanwhile, from C as well, to upload files and renew the lease: they would
+    miss them, or crash, since C's getenv must not run beside setenv (glibc before 2.41). The only defaults that Trainer
+    asks for, those of GradientAccumulationPlugin, depend on no variable.
+    """
+    clear_environment = accelerate_environment.clear_environment
+    accelerate_environment.clear_environment = nullcontext
+    try:
+        yield
+    finally:
+        accelerate_environment.clear_environment = clear_environment
 
 
 class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]

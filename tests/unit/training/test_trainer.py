@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import environment as accelerate_environment
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -640,6 +642,21 @@ def test_dropout_is_drawn_anew_every_step(base_folder: Path, tokenizer: Any, tmp
         model = fill_adapter(make_model(base_folder, dropout=dropout))
         trained, _ = run(model, tokenizer, EXAMPLES, recipe, tmp_path)
         assert len({round(step.loss, 5) for step in trained.history}) == losses
+
+
+def test_the_environment_is_not_emptied(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other threads read it while training starts: accelerate would remove all variables for a moment."""
+    cleared = list[str]()
+    monkeypatch.setattr(os.environ, "clear", lambda: cleared.append("cleared"))
+    with accelerate_environment.clear_environment():
+        assert cleared.pop() == "cleared"  # that is how it does so
+    cleared.clear()
+    run(fill_adapter(make_model(base_folder)), tokenizer, EXAMPLES, replace(RECIPE, total_steps=1), tmp_path)
+    assert cleared == []
+    with accelerate_environment.clear_environment():
+        assert cleared == ["cleared"]  # for others it is as it was
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
