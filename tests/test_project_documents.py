@@ -177,16 +177,23 @@ def test_where_to_change_what() -> None:
 
 
 def test_the_table_of_packages() -> None:
-    """CONTRIBUTING lists every package, and lets it import what its contract leaves."""
+    """CONTRIBUTING lists every package, and lets it import what its contract leaves and names."""
     rows = re.findall(r"^\| `(\w+)` \| .+ \| (.+) \|$", CONTRIBUTING, re.MULTILINE)
     packages = {path.parent.name for path in (ROOT / "job").glob("*/__init__.py")} - {"demo"}
     assert {name for name, _ in rows} == packages
     config = tomllib.loads((ROOT / ".github/imports.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     contracts = {contract["id"]: contract for contract in config["contracts"]}
+    assert packages - contracts.keys() == {"cli"}
     for name, allowed in rows:
-        if name not in {"cli", "stages"}:
-            forbidden = {module.removeprefix("job.") for module in contracts[name]["forbidden_modules"]}
-            assert set(allowed.split()) - {"-"} == packages - forbidden - {name}, name
+        if name == "cli":
+            assert allowed == "all"
+            continue
+        but, words = allowed.startswith("all but "), allowed.removeprefix("all but ").split()
+        listed = set(words) - {"-"}
+        forbidden = {module.removeprefix("job.") for module in contracts[name]["forbidden_modules"]}
+        assert (packages - listed if but else listed) - {name} == packages - forbidden - {name}, name
+        in_words = "no other package" if allowed == "-" else "all but " * but + ", ".join(words)
+        assert contracts[name]["name"] == f"{name} imports {in_words}"
 
 
 def test_decisions_are_short() -> None:
