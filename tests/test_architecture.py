@@ -1,4 +1,4 @@
-"""What the import contracts in pyproject.toml do not hold: quick answers, the environment, no code of strangers."""
+"""What the contracts in .github/imports.toml do not hold: quick answers, the environment, no code of strangers."""
 
 from __future__ import annotations
 
