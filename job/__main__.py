@@ -9,6 +9,14 @@ from contextlib import suppress
 from typing import NoReturn
 
 from job.common import garbage_collection
+from job.common.out_of_memory import (
+    give_back_reserve,
+    imports_failed,
+    keep_reserve,
+    out_of_memory,
+    print_one_line,
+)
+from job.errors import TrainingFailed
 
 
 def run() -> NoReturn:
@@ -22,9 +30,8 @@ def run() -> NoReturn:
     garbage_collection.disable()
     _open_closed_streams()
     _undo_inherited_signals()
-    from job.cli.main import main
-
-    code = main()
+    keep_reserve()
+    code = _main()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed when the process began
         try:
             stream.flush()
@@ -33,6 +40,20 @@ def run() -> NoReturn:
         except OSError:  # the output is lost, for example on a full disk: not a success
             code = code or 1
     os._exit(code)
+
+
+def _main() -> int:
+    """`main` of the command line, whose import and whose report of an error may find no memory, too."""
+    try:
+        from job.cli.main import main
+
+        return main()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        give_back_reserve()
+        print_one_line(TrainingFailed.__name__, imports_failed(), TrainingFailed.exit_code)
+        return TrainingFailed.exit_code
 
 
 def _stopped_early(*_: object) -> NoReturn:

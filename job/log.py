@@ -44,6 +44,12 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
         self.stream = sys.stderr
         super().emit(record)
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Raises where memory ran out, also in an import; logging itself would print a traceback and go on."""
+        if isinstance(error := sys.exception(), MemoryError | ImportError):
+            raise error
+        super().handleError(record)
+
 
 class _Lines(logging.Formatter):
     """Formats the lines of the job and of libraries with structlog, as JSON or for a terminal, and without secrets."""

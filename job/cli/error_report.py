@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job import log
-from job.common.out_of_memory import out_of_memory
-from job.errors import JobError, NoProgress, Preempted, TrainingFailed
+from job.common.out_of_memory import give_back_reserve, out_of_memory, print_one_line, ran_out
+from job.errors import JobError, NoProgress, Preempted
 from job.platforms.detect import Platform
 from job.settings.load import current_place, secrets
 
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 FAILURE_CHARACTERS = 1024
 TERMINATION_BYTES = 4096
+_AT_WORK = ("the command was at work", "lower JOB_TRAIN__MAX_LENGTH or JOB_EVAL__BATCH_TOKENS")
+"""What is said of memory that runs out where nothing closer is known, and what to lower."""
 
 
 def translated(error: Exception) -> Exception:
     """A file that may not be read, or a disk that fails, where no other code has made it an error of the job."""
+    give_back_reserve()
     from job.common.disk import disk_errors, is_of_the_machine
 
     # Libraries in Rust, such as safetensors, raise their own classes, whose text ends with the error's number.
@@ -30,8 +33,7 @@ def translated(error: Exception) -> Exception:
         if is_of_the_machine(by_number := OSError(number, os.strerror(number))):
             error = by_number
     if not isinstance(error, JobError) and out_of_memory(error):
-        what = "the memory of the GPU or of the machine ran out; use a machine with more memory, or lower "
-        return TrainingFailed(f"{what}JOB_TRAIN__MAX_LENGTH or JOB_EVAL__BATCH_TOKENS ({error})")
+        return ran_out(*_AT_WORK, error)
     if is_of_the_machine(error):
         try:
             with disk_errors("a file cannot be read or written"):
@@ -45,6 +47,21 @@ def report(error: Exception, platform: Platform) -> int:
     """Logs the error, writes it to where the platform looks for it, and returns the exit code."""
     code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
     text = log.scrub(str(error) or type(error).__name__, secrets())
+    try:
+        _log(error, code)
+    except Exception as failed:  # the log's libraries are imported for the first line, for which memory may be missing
+        if not out_of_memory(failed):
+            raise
+        if not isinstance(error, JobError):
+            error = ran_out(*_AT_WORK, failed)
+            code, text = error.exit_code, str(error)
+        print_one_line(type(error).__name__, text, code)
+    report_to_platform(platform, error, text)
+    return code
+
+
+def _log(error: Exception, code: int) -> None:
+    """Writes the error to the log."""
     logger = log.get_logger()
     if isinstance(error, JobError) and error.reported:
         # The error itself is in the log of another machine: without a warning this one would end without a word.
@@ -58,8 +75,6 @@ def report(error: Exception, platform: Platform) -> int:
         say(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
     else:
         logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)
-    report_to_platform(platform, error, text)
-    return code
 
 
 def report_late(idle: IdleLimit, platform: Platform, message: str) -> int:

@@ -12,6 +12,7 @@ from job.cli.arguments import COMMANDS, command_help, settings_help, shown_comma
 from job.cli.error_report import report, translated
 from job.cli.library_variables import configure_azure
 from job.cli.output import print_text
+from job.common.out_of_memory import check_address_space
 from job.errors import Problem, SettingsError
 from job.settings.load import current_platform, environment, secrets
 
@@ -44,6 +45,8 @@ def _dispatch(argv: list[str]) -> int:
     if HELP & set(argv):
         first = min(argv.index(word) for word in HELP & set(argv))
         return print_text(command_help(command, argv[first + 1 :]))
+    if command in {"run", "train", "plan"}:
+        check_address_space()
     return function_of(command)(argv)
 
 

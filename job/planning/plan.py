@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from job.common.export_formats import GGUF
@@ -18,6 +18,7 @@ from job.data.licences import find_licence
 from job.distributed.launcher import count_processes
 from job.errors import JobError, SettingsError, combine
 from job.planning import scaling, time_model
+from job.planning.advice_to_fit import advice_to_fit, with_memory_limit
 from job.planning.auxiliary_models import FP32_SHARE
 from job.planning.forecast import Estimate, GpuForecast, disk_bytes, estimates, forecast_gpu
 from job.planning.forecast_input import RunShape
@@ -29,7 +30,7 @@ from job.planning.forecast_time import (
     MERGED_PER_SECOND,
     START_SECONDS,
 )
-from job.planning.gpu_prices import GPUS, PRICES, Gpu
+from job.planning.gpu_prices import GPUS, PRICES
 from job.planning.input_checks import EXPORTED, Preflight, check_run_inputs, place_of_run
 from job.planning.preflight import Found, PreflightResult, run_check
 from job.planning.run_shape import shape_of_run
@@ -55,6 +56,8 @@ class Plan:
     shown: tuple[ShownRow, ...] = ()
     trains: bool = True
     """False for a run that exports a finished one."""
+    advice: str = ""
+    """What would help where no GPU fits; else empty."""
 
     @property
     def error(self) -> JobError | None:
@@ -83,7 +86,13 @@ def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None)
     placement_checks = [*_sharded_alone(settings, processes)]
     checks += placement_checks
     run = shape_of_run(settings, preflight, checks, processes)
-    gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
+    limit = settings.train.gpu_memory_gb
+    forecasts, advice = list[GpuForecast](), ""
+    if run.setup is not None and not placement_checks:
+        forecasts = [forecast_gpu(with_memory_limit(gpu, limit), run, run.setup) for gpu in GPUS]
+        if not any(forecast.fits for forecast in forecasts):
+            longest_at = preflight.data.longest_at if preflight.data is not None else ""
+            advice = advice_to_fit(GPUS, run, run.setup, limit=limit, longest_at=longest_at)
     memory = [SHARED_MEMORY, *_main_memory(settings, run)]
     checks += [_licence(settings, preflight), _disk(settings, run), *memory, *_large_files(settings, run)]
     return Plan(
@@ -92,11 +101,12 @@ def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None)
         else f"export of {settings.export.run}, {settings.model.id} on {settings.data.source}, to {place}",
         checks=tuple(checks),
         figures=(*_measured(preflight), *estimates(run)),
-        gpus=() if run.setup is None or placement_checks else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
+        gpus=tuple(forecasts),
         largest_step=run.workload.largest_step if run.workload and run.trains else None,
         assumptions=_assumptions(settings, run.processes),
         shown=tuple(row for data in (preflight.first_data, preflight.data) if data for row in data.shown),
         trains=run.trains,
+        advice=advice,
     )
 
 
@@ -105,11 +115,6 @@ def _note_of_export(settings: Settings, preflight: Preflight) -> Iterator[Prefli
     if any(check.name == EXPORTED and check.state != "wrong" for check in preflight.checks):
         what = f"JOB_EXPORT__RUN: {settings.export.run} is taken over; nothing is trained"
         yield PreflightResult("training", "note", what)
-
-
-def _with_memory_limit(gpu: Gpu, gigabytes: float | None) -> Gpu:
-    """The GPU, with no more memory than JOB_TRAIN__GPU_MEMORY_GB."""
-    return gpu if gigabytes is None else replace(gpu, memory_bytes=min(gpu.memory_bytes, int(gigabytes * 1e9)))
 
 
 def _measured(preflight: Preflight) -> list[Estimate]:

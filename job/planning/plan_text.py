@@ -107,6 +107,7 @@ def as_json(plan: Plan) -> str:
         "checks": [{"name": check.name, "state": check.state, "what": check.what} for check in plan.checks],
         "figures": [asdict(figure) for figure in plan.figures],
         "gpus": [asdict(gpu) for gpu in plan.gpus],
+        **({"advice": plan.advice} if plan.advice else {}),
         "assumptions": list(plan.assumptions),
         **({"rows": [asdict(row) for row in plan.shown]} if plan.shown else {}),
     }
@@ -196,8 +197,7 @@ def _gpus(plan: Plan) -> str:
             f"fastest: {fastest.name}, {fastest.hours:.2f} h, ${fastest.usd:.2f}"
         )
     elif not any(gpu.fits for gpu in plan.gpus):
-        lower = "JOB_TRAIN__MICRO_BATCH_TOKENS, JOB_EVAL__BATCH_TOKENS or the rank"
-        lines.append(f"none of these GPUs fits; lower {lower if plan.trains else 'JOB_EVAL__BATCH_TOKENS'}")
+        lines.append(f"none of these GPUs fits: {plan.advice}")
     return "\n".join(lines)
 
 

@@ -53,6 +53,7 @@ class DataFacts:
         schema: The rows' schema.
         audit: What the audit found; None without an audit.
         long_rows: As in `DatasetRecord`.
+        longest_at: File and line of the longest row to train on; empty if they are not known.
     """
 
     examples: Sequence[Example]
@@ -64,6 +65,7 @@ class DataFacts:
     schema: str = ""
     audit: AuditRecord | None = None
     long_rows: Mapping[str, int] = field(default_factory=dict)
+    longest_at: str = ""
 
 
 def preview_data(
@@ -145,6 +147,7 @@ def preview_data(
         # If they are only estimated, without the lengths.
         audit=record.audit if tokenizer is not None or record.audit is None else replace(record.audit, lengths={}),
         long_rows=record.long_rows,
+        longest_at=record.longest_at,
     )
     if tokenizer is not None:
         return "ok", text, facts

@@ -21,7 +21,7 @@ from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.schedulers import make_schedule
 from job.common.validation import adapter_of
 from job.data.batch_plan import steps_per_epoch
-from job.data.examples import Examples
+from job.data.examples import Examples, lengths_of
 from job.errors import Preempted, Unreachable
 from job.model.adapter_files import save_adapter
 from job.model.lora import trainable
@@ -94,6 +94,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         examples=examples,
         validation=validation,
         restored=restored,
+        longest_at=sources.record.dataset.longest_at,
     )
     if not processes.leads:
         return None
@@ -123,8 +124,11 @@ def _train(
     examples: Examples,
     validation: Sequence[Example],
     restored: checkpoint_store.Restored,
+    longest_at: str,
 ) -> config.TrainingResult:
     """Trains from the restored checkpoint to the end, while checkpoints are uploaded.
+
+    `longest_at` is the file and line of the longest example, for messages; empty if they are not known.
 
     Raises:
         Preempted: The job was asked to stop; the newest checkpoint is uploaded, as far as there was time.
@@ -160,6 +164,7 @@ def _train(
                 on_write=lambda seconds: watch.add("save", seconds),
                 on_validation=partial(_validated, attempt),
                 on_progress=attempt.report_progress,
+                place_of=lambda tokens: longest_at if tokens == max(lengths_of(examples)) else "",
             ),
             folder=attempt.work / "states",
             resume=restored.folder,

@@ -74,6 +74,7 @@ class Hooks:
         on_write: Called with the seconds that writing a checkpoint to the local disk took.
         on_validation: Called with the metrics of each validation.
         on_progress: Called a few times during a validation, and at each layer of a long row.
+        place_of: File and line of a training row of so many tokens, for a message; empty if they are not known.
     """
 
     on_metrics: Callable[[StepMetrics], None]
@@ -83,6 +84,7 @@ class Hooks:
     on_write: Callable[[float], None] = lambda _seconds: None
     on_validation: Callable[[ValidationMetrics], None] = lambda _metrics: None
     on_progress: Callable[[], None] = lambda: None
+    place_of: Callable[[int], str] = lambda _tokens: ""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,6 @@ def drop_optimization(model: Any, plan: ExecutionPlan) -> ExecutionPlan:
         forget_dequantized(model)
     elif name == "kept_activations":
         recompute_activations(model, on=True, random=not plan.padded)
-    message = "out of GPU memory: an optimization that only saves time is switched off"
+    message = "out of memory: an optimization that only saves time is switched off"
     get_logger().warning(message, what=name, change="a smaller JOB_TRAIN__MICRO_BATCH_TOKENS leaves memory for it")
     return plan

@@ -277,18 +277,18 @@ class StepGradient:
         """
         longest = self.micro_batch.longest_undivided(lengths_of(self._steps.examples))
         if self.budget <= longest // 2 and not self.plan.droppable and not self._may_divide:
-            raise too_small("training", longest, error) from error
+            raise too_small("training", longest, error, self._hooks.place_of(longest)) from error
 
     def _divide_or_halve(self) -> None:
         """Divides all long rows over the processes where that is possible, else halves the token budget; says so."""
         if self._may_divide:
             self.divide_above(LONG_ROW)
-            message = "out of GPU memory: all long rows are divided over the processes from now on"
+            message = "out of memory: all long rows are divided over the processes from now on"
             change = "GPUs with more memory, or a smaller JOB_TRAIN__MAX_LENGTH"
             get_logger().warning(message, longer_than=LONG_ROW, change=change)
             return
         self.budget //= 2
-        message = "out of GPU memory: micro-batches have half as many tokens from now on, which is slower"
+        message = "out of memory: micro-batches have half as many tokens from now on, which is slower"
         get_logger().warning(message, micro_batch_tokens=self.budget, change="JOB_TRAIN__MICRO_BATCH_TOKENS")
 
     # Rows that all processes compute together.

@@ -144,7 +144,7 @@ class Validation:
                     return own
                 if self._processes.agree(repeat=full and not self._step.micro_batch.free_memory()):
                     self.budget //= 2
-                    get_logger().warning("the GPU's memory ran out in a validation", micro_batch_tokens=self.budget)
+                    get_logger().warning("memory ran out in a validation", micro_batch_tokens=self.budget)
             except JobError as error:
                 raise StepAbandoned from error
             free_caches()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,22 @@ def test_memory_that_runs_out_is_no_bug(error: Exception, monkeypatch: pytest.Mo
     said = capsys.readouterr().err
     assert "JOB_TRAIN__MAX_LENGTH" in said
     assert "a bug" not in said
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("x.so: failed to map segment from shared object")])
+def test_a_report_for_which_there_is_no_memory(error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """The log's libraries are imported for the first line: without them, one line of JSON says the same."""
+
+    def fail(*_: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(config, "config_command", fail)
+    monkeypatch.setattr(error_report, "_log", fail)
+    assert cli.main(["config"]) == TrainingFailed.exit_code
+    (line,) = capfd.readouterr().err.splitlines()
+    found = json.loads(line)
+    assert (found["event"], found["exit_code"]) == ("TrainingFailed", TrainingFailed.exit_code)
+    assert "the machine's memory ran out" in found["why"]
 
 
 def test_a_stall_names_its_code_and_the_machine(tmp_path: Path) -> None:
