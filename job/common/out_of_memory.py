@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.common.formatting import first_line, size
@@ -29,6 +30,8 @@ _LIBRARIES_BYTES = 2_300_000_000
 """Address space of a process that has imported torch, transformers, lm-eval and TRL and computed nothing: measured on a
 CPU, Python 3.11, 2026-11-30. With less, OpenBLAS waits for memory for ever, and torch's libraries may abort."""
 _RESERVE_BYTES = 64 << 20
+_ARENA_BYTES = 64 << 20
+"""What malloc maps at once for a thread, which may fail where a little less is left."""
 _reserve: list[bytes] = []
 _OF_A_GPU = re.compile(r"CUDA|CUBLAS|CUDNN|NCCL|\bHIP\b|\bGPU\b|captures_underway", re.IGNORECASE)
 
@@ -36,9 +39,12 @@ _OF_A_GPU = re.compile(r"CUDA|CUBLAS|CUDNN|NCCL|\bHIP\b|\bGPU\b|captures_underwa
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether an error means that a GPU's memory is full, or the machine's.
 
-    Or that it was raised from such an error, or while such an error was handled.
+    Or that it was raised from such an error, or while such an error was handled. Libraries also go on without a module
+    for which there was no memory, and a later import misses something of it: where this process's address space is
+    limited and has been full, every error of an import counts.
     """
-    return any(map(says_full, _chain(error)))
+    errors = [*_chain(error)]
+    return any(map(says_full, errors)) or (any(map(_in_import, errors)) and _address_space_was_full())
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -152,6 +158,18 @@ def _address_space() -> int | None:
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         return None if limit == resource.RLIM_INFINITY else limit
     return None
+
+
+def _address_space_was_full() -> bool:
+    """Whether so little of a limited address space was left at some time that the next library may not have fitted."""
+    limit = _address_space()
+    if limit is None:
+        return False
+    with suppress(OSError, MemoryError, ValueError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        found = re.search(r"^VmPeak:\s+(\d+) kB", status, re.MULTILINE)
+        return found is not None and int(found[1]) * 1024 > limit - _ARENA_BYTES - _RESERVE_BYTES
+    return False
 
 
 def _process_limit() -> str:

@@ -122,6 +122,22 @@ def test_a_limit_that_is_too_low_for_the_libraries(monkeypatch: pytest.MonkeyPat
         check_address_space()
 
 
+def test_an_import_that_misses_what_an_earlier_one_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts if this process has met a limit of its address space; where it has not, it is a bug."""
+    missing = ImportError("cannot import name 'x' from 'y'")
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = int(status.split("VmPeak:")[1].split()[0]) * 1024
+    for limit in (peak + (1 << 30), resource.RLIM_INFINITY):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        with pytest.raises(ImportError, match="cannot import name"):
+            fail(missing)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (peak + (1 << 20), peak + (1 << 20)))
+    with pytest.raises(TrainingFailed, match=r"while libraries were imported.*cannot import name 'x'"):
+        fail(missing)
+    with pytest.raises(KeyError):
+        fail(KeyError("a"))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("command", ["run", "plan"])
 @pytest.mark.parametrize("checked", [True, False])
