@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from job.errors import AccessDenied, SettingsError, VerificationError
 from job.evaluation import near_ties
 from job.evaluation.groups import compare_groups
 from job.evaluation.policy_verdict import sentence
-from job.records import Evaluated, GroupSpec
+from job.records import AuditRecord, Evaluated, GroupSpec
 from job.report.report import read_report_data, render_report
 from job.results import manifest
 from job.results.reader import open_run
@@ -579,22 +579,42 @@ def test_the_adapter_has_the_last_states_tensors(
     assert f"{ADAPTER}: claimed the tensors of {CHECKPOINT}/" in told({"checkpoints": check()["checkpoints"]})
 
 
+def asked(**settings: str) -> Callable[[dict[str, Any]], None]:
+    """Settings that the run did not have."""
+    values = {name.replace("__", "."): {"value": value, "source": "default"} for name, value in settings.items()}
+    return lambda results: results["settings"].update(values)
+
+
+def audited(results: dict[str, Any]) -> None:
+    """An audit of which there are no findings."""
+    results["dataset"]["audit"] = asdict(AuditRecord(8, 0, {}, {}, 0, 0, "0" * 64, 8))
+
+
 @pytest.mark.parametrize(
     ("forged", "what"),
     [
-        (lambda results: results["settings"].update({"eval.prompts": {"value": "x", "source": "default"}}), "prompts"),
-        (
-            lambda results: results["settings"].update({"eval.principles": {"value": "x", "source": "default"}}),
-            "principles",
-        ),
-        (lambda results: results["settings"]["train.method"].update(value="dpo"), "preferences"),
-        (lambda results: results["settings"]["train.method"].update(value="sft,dpo"), "first stage"),
+        (asked(eval__prompts="x"), "prompts"),
+        (asked(eval__principles="x"), "principles"),
+        (asked(train__method="dpo"), "preferences"),
+        (asked(train__method="sft,dpo"), "first stage"),
+        (audited, "audit"),
     ],
 )
 def test_every_part_is_checked(run: Path, check: Checker, forged: Callable[[dict[str, Any]], None], what: str) -> None:
-    """Settings that ask for sample answers, a judge, preferences or two stages, of which the run has nothing."""
+    """Sample answers, a judge, preferences, a first stage, an audit: claimed, and the run has nothing of them."""
     forge(run, forged)
     assert what in check()
+
+
+def test_savings_follow_from_the_price_without_preemption(tmp_path: Path) -> None:
+    """121 seconds for $1.50 an hour instead of $3 save half of it, by the settings and nothing else."""
+    run = publish_run(tmp_path / "run", {"quiz": pairs(20)}, attempts=2, settings=["--cost.on_demand_usd_per_hour=3"])
+    savings = json.loads((run / "results.json").read_bytes())["cost"]["savings"]
+    assert savings["usd"] == pytest.approx(121 / 3600 * 1.5)
+    assert savings["percent"] == pytest.approx(50)
+    assert _checked(run, tmp_path / "before") == {}
+    forge(run, change("cost/savings/usd", 9.0))
+    assert "results.json cost.savings.usd: claimed 9.0" in told(_checked(run, tmp_path / "after"))
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{}", b"[" * 10**6, b"null", b"1" * 5000])
