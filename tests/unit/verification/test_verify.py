@@ -20,7 +20,7 @@ from job.errors import AccessDenied, SettingsError, VerificationError
 from job.evaluation import near_ties
 from job.evaluation.groups import compare_groups
 from job.evaluation.policy_verdict import sentence
-from job.records import AuditRecord, Evaluated, GroupSpec
+from job.records import AdapterRecord, AuditRecord, Evaluated, GroupSpec
 from job.report.report import read_report_data, render_report
 from job.results import manifest
 from job.results.reader import open_run
@@ -30,7 +30,7 @@ from job.runs.stage_records import parse
 from job.storage.local import LocalStore
 from job.verification.differences import CheckResult
 from job.verification.verify import as_json, as_lines, require_verified, verify
-from tests.published_run import forge, pairs, publish_run, rewrite
+from tests.published_run import forge, pairs, publish_file, publish_run, rewrite
 
 ADAPTER = "artifacts/adapter/adapter_model.safetensors"
 TASK = "artifacts/evaluation/quiz.adapter.jsonl"
@@ -577,6 +577,24 @@ def test_the_adapter_has_the_last_states_tensors(
     save_file(tensors, tmp_path / "other")
     rewrite(run, ADAPTER, (tmp_path / "other").read_bytes())
     assert f"{ADAPTER}: claimed the tensors of {CHECKPOINT}/" in told({"checkpoints": check()["checkpoints"]})
+
+
+def test_the_manifest_describes_the_adapters_files(run: Path, check: Checker) -> None:
+    """One module of rank 3 with twelve numbers: another rank, kind or number in the manifest is named."""
+    config = publish_file(LocalStore(run), "artifacts/adapter/adapter_config.json", b'{"peft_type": "LORA"}')
+    claimed = AdapterRecord(
+        kind="lora", init="default", use_rslora=False, use_dora=False, modules=1, ranks=3, parameters=12
+    )
+
+    def described(adapter: AdapterRecord) -> str:
+        forge(run, lambda results: results["training"].update(adapter=asdict(adapter)))
+        return told({what: found for what, found in check().items() if what != "stages"})
+
+    forge(run, lambda results: results["artifacts"].append(asdict(config)))
+    assert described(claimed) == ""
+    for change in ({"ranks": 4}, {"kind": "adalora"}, {"parameters": 24}, {"modules_to_save": ["lm_head"]}):
+        (name,) = change
+        assert described(replace(claimed, **change)).startswith(f"results.json training.adapter.{name}")
 
 
 def asked(**settings: str) -> Callable[[dict[str, Any]], None]:
